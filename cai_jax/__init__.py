@@ -1,0 +1,1 @@
+"""Constitutional AI's supervised phase in JAX and Flax."""

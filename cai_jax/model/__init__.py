@@ -1,0 +1,1 @@
+"""The transformer, its cache, and its weights in the Hugging Face format."""

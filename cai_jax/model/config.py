@@ -1,0 +1,186 @@
+"""What fixes a model besides its parameters, read from and written to a Hugging Face config."""
+
+import dataclasses
+from typing import Any
+
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+  """Frequency scaling of Llama 3.1 and later (`rope_type: llama3` of Hugging Face configs)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_positions: int  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of a Llama-family decoder. Sizes are counts of channels, heads, layers or tokens."""
+
+  family: str
+  vocab_size: int
+  d_model: int
+  d_ff: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_positions: int
+  rope_theta: float = 10_000.0
+  rope_scaling: Llama3Rope | None = None
+  norm_eps: float = 1e-5
+  tied_embeddings: bool = False
+  qkv_bias: bool = False  # biases on query, key and value (Qwen2)
+  output_bias: bool = False  # bias on the attention's output projection (Llama's attention_bias)
+  qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
+  windows: tuple[int | None, ...] = ()  # attention window of each layer in tokens; () is all full
+
+  def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise ValueError(f'model family {self.family!r} is not supported; one of {FAMILIES} is.')
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
+      )
+    if self.windows and len(self.windows) != self.num_layers:
+      raise ValueError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
+
+  def window(self, layer: int) -> int | None:
+    """Attention window of a layer in tokens, the token itself included; None is unlimited."""
+    return self.windows[layer] if self.windows else None
+
+  @property
+  def num_params(self) -> int:
+    """Number of parameters."""
+    attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+    attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
+    attention += self.output_bias * self.d_model + self.qk_norm * 2 * self.head_dim
+    layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+    embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
+    return embeddings + self.num_layers * layer + self.d_model
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+  """ModelConfig of a parsed Hugging Face `config.json`.
+
+  Raises:
+    ValueError: for a family, activation, rotary type or option that is not implemented, naming it.
+  """
+  family = hf.get('model_type')
+  if family not in FAMILIES:
+    raise ValueError(
+      f'model_type {family!r} is not supported; cai_jax implements {", ".join(FAMILIES)} '
+      '(Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3).'
+    )
+  for key, allowed in (('hidden_act', 'silu'), ('mlp_bias', False), ('quantization_config', None)):
+    if hf.get(key, allowed) != allowed:
+      raise ValueError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
+  num_heads = hf['num_attention_heads']
+  theta, scaling = _rope(hf)
+  attention_bias = bool(hf.get('attention_bias', False))
+  return ModelConfig(
+    family=family,
+    vocab_size=hf['vocab_size'],
+    d_model=hf['hidden_size'],
+    d_ff=hf['intermediate_size'],
+    num_layers=hf['num_hidden_layers'],
+    num_heads=num_heads,
+    num_kv_heads=hf.get('num_key_value_heads') or num_heads,
+    head_dim=hf.get('head_dim') or hf['hidden_size'] // num_heads,
+    max_positions=hf['max_position_embeddings'],
+    rope_theta=theta,
+    rope_scaling=scaling,
+    norm_eps=hf.get('rms_norm_eps', 1e-6),
+    tied_embeddings=bool(hf.get('tie_word_embeddings', False)),
+    qkv_bias=family == 'qwen2' or attention_bias,
+    output_bias=family in ('llama', 'qwen3') and attention_bias,
+    qk_norm=family == 'qwen3',
+    windows=_windows(hf),
+  )
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+  """The Hugging Face `config.json` of a model, such that `from_hf(to_hf(c)) == c`."""
+  architecture = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
+  hf = {
+    'architectures': [f'{architecture[config.family]}ForCausalLM'],
+    'model_type': config.family,
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.d_model,
+    'intermediate_size': config.d_ff,
+    'num_hidden_layers': config.num_layers,
+    'num_attention_heads': config.num_heads,
+    'num_key_value_heads': config.num_kv_heads,
+    'head_dim': config.head_dim,
+    'max_position_embeddings': config.max_positions,
+    'rms_norm_eps': config.norm_eps,
+    'hidden_act': 'silu',
+    'tie_word_embeddings': config.tied_embeddings,
+    'rope_theta': config.rope_theta,
+    'rope_parameters': _rope_parameters(config),
+  }
+  if config.family in ('llama', 'qwen3'):
+    hf['attention_bias'] = config.output_bias
+  if config.family == 'mistral':
+    hf['sliding_window'] = config.windows[0] if config.windows else None
+  if config.family in ('qwen2', 'qwen3'):
+    sliding = [w for w in config.windows if w is not None]
+    hf['use_sliding_window'] = bool(sliding)
+    hf['sliding_window'] = sliding[0] if sliding else None
+    hf['layer_types'] = [
+      'full_attention' if config.window(layer) is None else 'sliding_attention'
+      for layer in range(config.num_layers)
+    ]
+  return hf
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
+  """Base and scaling of the rotary embedding, in the form of transformers 5 or of earlier ones."""
+  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+  theta = float(rope.get('rope_theta', hf.get('rope_theta', 10_000.0)))
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind == 'default':
+    return theta, None
+  if kind != 'llama3':
+    raise ValueError(f"rope_type {kind!r} is not supported; 'default' and 'llama3' are.")
+  return theta, Llama3Rope(
+    factor=float(rope['factor']),
+    low_freq_factor=float(rope['low_freq_factor']),
+    high_freq_factor=float(rope['high_freq_factor']),
+    original_max_positions=int(rope['original_max_position_embeddings']),
+  )
+
+
+def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
+  scaling = config.rope_scaling
+  if scaling is None:
+    return {'rope_type': 'default', 'rope_theta': config.rope_theta}
+  return {
+    'rope_type': 'llama3',
+    'rope_theta': config.rope_theta,
+    'factor': scaling.factor,
+    'low_freq_factor': scaling.low_freq_factor,
+    'high_freq_factor': scaling.high_freq_factor,
+    'original_max_position_embeddings': scaling.original_max_positions,
+  }
+
+
+def _windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
+  """Attention window of each layer, () where every layer attends to everything before it."""
+  window = hf.get('sliding_window')
+  layers = hf['num_hidden_layers']
+  if window is None or hf['model_type'] == 'llama':
+    return ()
+  if hf['model_type'] == 'mistral':
+    return (window,) * layers
+  if not hf.get('use_sliding_window', False):
+    return ()
+  kinds = hf.get('layer_types')
+  if kinds is None:  # Qwen2: the first max_window_layers layers attend to everything
+    full = hf.get('max_window_layers', layers)
+    kinds = ['full_attention' if i < full else 'sliding_attention' for i in range(layers)]
+  windows = tuple(window if kind == 'sliding_attention' else None for kind in kinds)
+  return windows if any(windows) else ()

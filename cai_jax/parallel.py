@@ -1,0 +1,123 @@
+"""Where arrays live: the device mesh, each parameter's sharding, start-up over many hosts."""
+
+import math
+import os
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = P(('data', 'fsdp'))  # rows are split over both; parameters over `fsdp` and `tensor`
+
+# Parameter path (as `path_str` writes it) → sharding. Exactly one rule matches each parameter.
+RULES = (
+  (r'(embed|head)/table', P('tensor', 'fsdp')),  # [V,D]
+  (r'.*attention/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
+  (r'.*attention/(query|key|value)/bias', P('tensor', None)),  # [N,H]
+  (r'.*attention/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
+  (r'.*attention/output/bias', P()),  # [D]
+  (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
+  (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
+  (r'(.*/)?(attention_norm|mlp_norm|norm|q_norm|k_norm)/scale', P()),  # [D] or [H]
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A mesh over `devices` (all by default); one of the three sizes may be -1: the rest.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  given = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes) or len(devices) % given:
+    raise ValueError(
+      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: sizes '
+      'are positive, at most one is -1 (the rest), and their product divides the device count.'
+    )
+  sizes = [len(devices) // given if s == -1 else s for s in sizes]
+  if math.prod(sizes) != len(devices):
+    raise ValueError(
+      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} uses {math.prod(sizes)} of {len(devices)} '
+      'devices; set one size to -1 to use the rest.'
+    )
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_str(path) -> str:
+  """'layers/0/mlp/up/kernel' for the key path of a leaf."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))) for k in path)
+
+
+def spec_of(path: str) -> P:
+  """The PartitionSpec of a parameter by its path.
+
+  Raises:
+    ValueError: if no rule matches, or more than one does.
+  """
+  matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
+  if len(matches) != 1:
+    raise ValueError(
+      f'{len(matches)} sharding rules match parameter {path!r}; parallel.RULES needs exactly one.'
+    )
+  return matches[0]
+
+
+def param_shardings(params, mesh: Mesh):
+  """NamedShardings of a parameter pytree (arrays or ShapeDtypeStructs), in its structure.
+
+  Raises:
+    ValueError: if an axis of the mesh does not divide the dimension that it splits.
+  """
+
+  def sharding(path, leaf):
+    name = path_str(path)
+    spec = spec_of(name)
+    for size, axis in zip(leaf.shape, spec, strict=False):
+      if axis is not None and size % mesh.shape[axis]:
+        fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+        raise ValueError(
+          f'mesh axis {axis}={mesh.shape[axis]} does not divide dimension {size} of {name} '
+          f'{leaf.shape}; {axis} may be one of {fits}.'
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays whose first axis is the batch."""
+  return NamedSharding(mesh, BATCH)
+
+
+def check_batch(rows: int, mesh: Mesh, name: str) -> None:
+  """ValueError unless `rows` split evenly over the batch axes; `name` is the config field."""
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if rows % shards:
+    raise ValueError(
+      f'{name}={rows} is not divided by data × fsdp = {shards} of the mesh; use a multiple '
+      f'of {shards}, such as {-(-rows // shards) * shards}.'
+    )
+
+
+def initialize() -> None:
+  """Joins the other processes of the run, where the environment says that there are any.
+
+  `COORDINATOR_ADDRESS`, `NUM_PROCESSES` and `PROCESS_ID` name them by hand; under Slurm, Open MPI
+  or on a TPU pod JAX finds them by itself.
+  """
+  if 'COORDINATOR_ADDRESS' in os.environ:
+    if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
+      jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(
+      os.environ['COORDINATOR_ADDRESS'],
+      int(os.environ['NUM_PROCESSES']),
+      int(os.environ['PROCESS_ID']),
+    )
+  elif int(os.environ.get('SLURM_NTASKS', '1')) > 1 or ',' in os.environ.get(
+    'TPU_WORKER_HOSTNAMES', ''
+  ):
+    jax.distributed.initialize()

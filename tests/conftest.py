@@ -1,0 +1,155 @@
+"""What every test shares: eight virtual CPU devices, tiny models of each family, published data."""
+
+import os
+import pathlib
+
+# Before jax or a Hugging Face library is imported: they read these once.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  ).strip()
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+CHATML = (
+  '{%- for message in messages -%}'
+  "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+  '{%- endfor -%}'
+  "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+TEXT = (
+  'The assistant answers the question of the human in a few plain words.',
+  'How do I repair a bicycle that will not stop? First look at the brake, then at the cable.',
+  'Identify ways in which the last answer is unkind, and rewrite it so that nobody is hurt.',
+  'user system assistant critique revision request 0 1 2 3 4 5 6 7 8 9',
+)
+VOCAB_SIZE = 384  # rows of the tiny models' embeddings; the tokenizer fills fewer
+
+# What each family's tiny config sets besides SHAPE. Windows are shorter than the tests' rows.
+SHAPE = dict(
+  vocab_size=VOCAB_SIZE,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+)
+LLAMA3_ROPE = dict(
+  rope_type='llama3',
+  rope_theta=500.0,
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=32,
+)
+FAMILIES = {
+  'llama2': ('llama', dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
+  'llama3': ('llama', dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5)),
+  'llama_bias': ('llama', dict(attention_bias=True)),
+  'mistral': ('mistral', dict(sliding_window=5)),
+  'qwen2': ('qwen2', dict(rope_parameters=dict(rope_type='default', rope_theta=1e6))),
+  'qwen2_windows': (
+    'qwen2',
+    dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
+  ),
+  'qwen3': ('qwen3', dict(head_dim=16, tie_word_embeddings=True)),
+  'smollm2': (
+    'llama',
+    dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
+  ),
+    'llama',
+    dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
+  ),
+}
+
+
+@pytest.fixture
+def data_dir():
+  """`data_dir(name)`: a folder of published test data, or a skip that says what is absent."""
+
+  def find(name: str) -> pathlib.Path:
+    base = os.environ.get('CAI_JAX_DATA')
+    folder = (pathlib.Path(base) if base else ROOT.parent / 'shared' / 'data') / name
+    if not folder.exists():
+      pytest.skip(f'no test data {name!r} in {folder.parent}; $CAI_JAX_DATA may name its place')
+    return folder
+
+  return find
+
+
+@pytest.fixture(scope='session')
+def tiny_tokenizer():
+  """A byte-level BPE tokenizer with a ChatML template, as `AutoTokenizer` would return it."""
+  import tokenizers
+  import transformers
+
+  core = tokenizers.Tokenizer(tokenizers.models.BPE())
+  core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  core.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=320,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  core.train_from_iterator(TEXT, trainer)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=core,
+    eos_token='<|im_end|>',
+    pad_token='<|endoftext|>',
+    chat_template=CHATML,
+    model_max_length=SHAPE['max_position_embeddings'],
+    clean_up_tokenization_spaces=False,
+  )
+
+
+@pytest.fixture(scope='session')
+def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
+  """`tiny_hf_folder(family)`: a Hugging Face folder with a random model that torch wrote.
+
+  Weights are large enough that attention is far from uniform and a mistake shows in the logits.
+  """
+  import torch
+  import transformers
+
+  folders = {}
+
+  def make(family: str) -> pathlib.Path:
+    if family in folders:
+      return folders[family]
+    model_type, options = FAMILIES[family]
+    ids = tiny_tokenizer.convert_tokens_to_ids(list(SPECIAL))
+    special = dict(bos_token_id=None, eos_token_id=ids[2], pad_token_id=ids[0])
+    config = transformers.AutoConfig.for_model(model_type, **{**SHAPE, **options, **special})
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    draw = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
+    with torch.no_grad():
+      for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=draw)
+        if weight.ndim == 2:
+          weight.copy_(noise * 2 / weight.shape[1] ** 0.5)
+        else:
+          weight.copy_(noise * 0.5 if name.endswith('bias') else 1 + 0.2 * noise)
+    folder = tmp_path_factory.mktemp('models') / family
+    model.generation_config = transformers.GenerationConfig(
+      eos_token_id=[ids[2], ids[0]], pad_token_id=ids[0]
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    folders[family] = folder
+    return folder
+
+  return make
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request) -> str:
+  """Each tiny model's name in turn."""
+  return request.param

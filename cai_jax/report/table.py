@@ -1,0 +1,140 @@
+"""The result table of a run, as rows of text cells and as aligned plain text.
+
+A summary has up to three groups, each a dict from a name to that row's numbers:
+
+  {'stages': {'initial': {...}, 'revision_1': {...}}, 'models': {'base': ..., 'aligned': ...},
+   'benign': {'base': ..., 'aligned': ...}}
+
+A row's numbers are shares in [0, 1] (`*_rate`, each with an optional `*_rate_interval`), means and
+counts. A run that has no oracle has no rates: then the table has no such column.
+"""
+
+import math
+import re
+
+GROUPS = {
+  'stages': 'Responses, round by round',
+  'models': 'Models, held-out prompts',
+  'benign': 'Models, benign prompts',
+}
+HEADINGS = {
+  'violation_rate': 'breaks a rule',
+  'helpful_rate': 'still answers',
+  'mean_tokens': 'mean tokens',
+  'count': 'count',
+}
+MISSING = '–'
+
+
+def table(summary: dict) -> str:
+  """Returns the summary as lines of aligned columns, with 95 % intervals in brackets.
+
+  Raises:
+    ValueError: as `groups` and `cell` do.
+  """
+  keys = columns(summary)
+  blocks = groups(summary)
+  if not blocks:
+    return 'Nothing was evaluated in this run.'
+  lines = [['', *(heading(key) for key in keys)]]
+  for title, rows in blocks:
+    lines.append([title] + [''] * len(keys))
+    lines += [['  ' + name, *(cell(row, key) for key in keys)] for name, row in rows.items()]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(keys) + 1)]
+  text = []
+  for first, *rest in lines:
+    cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+    text.append('   '.join(cells).rstrip())
+  if any('[' in line for line in text):
+    text.append('[ ]: 95 % interval')
+  return '\n'.join(text)
+
+
+def groups(summary: dict) -> list[tuple[str, dict[str, dict]]]:
+  """Returns (title, {name: row}) for each group that has rows, rows in reading order.
+
+  Raises:
+    ValueError: if the summary has a group that is none of `GROUPS`.
+  """
+  unknown = sorted(set(summary) - set(GROUPS))
+  if unknown:
+    raise ValueError(
+      f'summary has the groups {unknown}; a report knows {list(GROUPS)}: rename or leave them out'
+    )
+  return [
+    (title, dict(sorted(summary[group].items(), key=_reading_order)))
+    for group, title in GROUPS.items()
+    if summary.get(group)
+  ]
+
+
+def columns(summary: dict) -> list[str]:
+  """Returns the keys that any row has: the known ones first, then others as they come.
+
+  Intervals are no columns of their own: they stand in the cell of their rate.
+  """
+  rows = [row for _, rows in groups(summary) for row in rows.values()]
+  given = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
+  return [key for key in HEADINGS if key in given] + [key for key in given if key not in HEADINGS]
+
+
+def heading(key: str) -> str:
+  """Returns the column's heading: `helpful_rate` -> `still answers`."""
+  return HEADINGS.get(key, key.replace('_', ' '))
+
+
+def cell(row: dict, key: str) -> str:
+  """Returns one number as text: a rate in per cent with its interval, a count, a mean, or a dash.
+
+  Raises:
+    ValueError: if a rate is outside [0, 1] or an interval is not a pair (low, high) around it.
+  """
+  value = row.get(key)
+  if value is None:
+    return MISSING
+  if key.endswith('_rate'):
+    bounds = interval(row, key)
+    text = f'{100 * share(value, key):.1f} %'
+    return text + (f' [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]' if bounds else '')
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return str(value)
+  return f'{value:,}' if isinstance(value, int) else f'{value:,.1f}'
+
+
+def share(value: float, key: str) -> float:
+  """Returns the value, checked to be a share.
+
+  Raises:
+    ValueError: if it is not in [0, 1].
+  """
+  if not (isinstance(value, int | float) and 0 <= value <= 1):
+    raise ValueError(f'{key} is {value!r}; a rate is a share in [0, 1], or left out if unknown')
+  return value
+
+
+def interval(row: dict, key: str) -> tuple[float, float] | None:
+  """Returns (low, high) of a rate, or None if the row gives none.
+
+  Raises:
+    ValueError: if what the row gives is not a pair of shares, low first.
+  """
+  given = row.get(f'{key}_interval')
+  if given is None:
+    return None
+  if len(given) != 2 or given[0] > given[1]:
+    raise ValueError(f'{key}_interval is {given!r}; give [low, high], or leave it out')
+  return share(given[0], f'{key}_interval'), share(given[1], f'{key}_interval')
+
+
+def round_number(stage: str) -> int | None:
+  """Returns 0 for `initial`, n for `revision_n`, None for any other stage."""
+  match = re.fullmatch(r'revision_(\d+)', stage)
+  return 0 if stage == 'initial' else int(match[1]) if match else None
+
+
+def _reading_order(item: tuple[str, dict]) -> float:
+  # JSON written with sorted keys puts `aligned` before `base` and `revision_10` before
+  # `revision_2`; the sort is stable, so every other name keeps its given place after these.
+  name = item[0]
+  number = {'base': 0, 'aligned': 1}.get(name, round_number(name))
+  return math.inf if number is None else number

@@ -1,9 +1,9 @@
 """Line figures as SVG text, for a page that stands on nothing but itself.
 
-Colours are from Okabe and Ito's set, which readers with any colour vision tell apart; each series also
-has a marker and a dash of its own, so that a figure survives a black-and-white print. Text and axes
-take the page's colour (`currentColor`), and the classes `c0`, `c1`, ... let a page's style sheet choose
-other colours on a dark ground.
+Colours are from Okabe and Ito's set, which readers with any colour vision tell apart; each series
+also has a marker and a dash of its own, so that a figure survives a black-and-white print. Text and
+axes take the page's colour (`currentColor`), and the classes `c0`, `c1`, ... let a page's style
+sheet choose other colours on a dark ground.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ MARKED = 40  # points a series may have before its markers would touch
 class Series:
   """One line: values y at positions x, with an optional interval around each.
 
-  A y that is not finite is a gap in the line. `colour` is an index into `COLOURS`. A `faint` line is
-  drawn thin and pale, as the raw values behind a running mean.
+  A y that is not finite is a gap in the line. `colour` is an index into `COLOURS`. A `faint` line
+  is drawn thin and pale, as the raw values behind a running mean.
 
   Raises:
     ValueError: if the lengths differ or the colour is unknown.
@@ -126,19 +126,19 @@ def line_figure(
   return ''.join(parts) + '</svg>'
 
 
-def interval_mark(value: float, bounds: tuple[float, float] | None, colour: int = 0) -> str:
-  """Returns a small `<svg>` of one share in [0, 1] with its interval, to stand beside its number."""
-  width, height = 84, 12
-  left, span, middle = 4, width - 8, height / 2
+def share_bar(value: float, bounds: tuple[float, float] | None, colour: int = 0) -> str:
+  """Returns a small `<svg>` bar of a share in [0, 1] with its interval, to stand by its number."""
+  width, height = 92, 12
+  left, span, middle = 1, width - 2, height / 2
   parts = [
     f'<svg xmlns="http://www.w3.org/2000/svg" class="mark" viewBox="0 0 {width} {height}" '
     f'width="{width}" height="{height}" aria-hidden="true">',
-    _line(left, middle, left + span, middle, 'stroke="currentColor" stroke-opacity="0.22"'),
+    f'<rect x="{left}" y="2" width="{span}" height="8" fill="currentColor" fill-opacity="0.09"/>',
+    f'<rect x="{left}" y="2" width="{span * value:.1f}" height="8" {_fill(colour)}/>',
   ]
   if bounds:
     low, high = (left + span * b for b in bounds)
-    parts.append(_line(low, middle, high, middle, f'{_stroke(colour)} stroke-width="3.5"'))
-  parts.append(f'<circle cx="{left + span * value:.1f}" cy="{middle}" r="3.6" {_fill(colour)}/>')
+    parts.append(_line(low, middle, high, middle, 'stroke="currentColor" stroke-width="1.6"'))
   return ''.join(parts) + '</svg>'
 
 

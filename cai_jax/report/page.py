@@ -1,10 +1,10 @@
 """A run as one HTML file that needs nothing else: no network, no other file, no library.
 
 Model texts are data to be read, and some of them are written by models asked to misbehave. So they
-never become markup: chains stand in the page as JSON in a block that is not run, with every `<`, `>`
-and `&` escaped, and the page's script puts them on the screen through `textContent` only. A Content
-Security Policy allows exactly one script and one style sheet, the template's, by their hashes, and no
-request to anywhere.
+never become markup: chains stand in the page as JSON in a block that is not run, with every `<`,
+`>` and `&` escaped, and the page's script puts them on the screen as text nodes only. A Content
+Security Policy allows exactly one script and one style sheet, the template's, by their hashes, and
+no request to anywhere.
 """
 
 import base64
@@ -55,10 +55,11 @@ def write_report(
       rows_dropped as a number or a dict from reason to number, tokens, seconds, tokens_per_second,
       peak_memory_bytes) as a table, and all of it in a fold.
     summary: as `cai_jax.report.table` describes; may be empty.
-    training: rows of metrics: `step`, `loss` and others; rows without a key are left out of its figure.
-    chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each `principle`, `critique`
-      or None, `revision`) and optionally `violations`, a list of names for each response. A response
-      has `text` and optionally `finish_reason`, `logprob` (nats), `num_tokens`.
+    training: rows of metrics, `step`, `loss` and others; a figure passes over rows without its key.
+    chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each `principle`,
+      `critique` or None, `revision`) and optionally `violations`, a list of names for each
+      response. A response has `text` and optionally `finish_reason`, `logprob` (nats),
+      `num_tokens`. A principle is an id, or a dict with `id` and its texts.
 
   Raises:
     ValueError: if a chain lacks a field, an id stands twice, or the summary is malformed.
@@ -179,7 +180,7 @@ def _lead(summary: dict) -> str:
   """Returns the result in one or two sentences, as far as the summary tells it."""
 
   def rate(row):
-    return f'<b>{100 * row["violation_rate"]:.1f} %</b>'
+    return f'<b>{100 * row["violation_rate"]:.1f}&nbsp;%</b>'
 
   def known(*rows):
     return all(row and row.get('violation_rate') is not None for row in rows)
@@ -231,9 +232,10 @@ def _result_cell(row: dict, key: str) -> str:
     return f'<td>{text}</td>'
   bounds = tables.interval(row, key)
   number, _, brackets = text.partition(' [')
-  shown = f'{number} <span class="interval">[{brackets}</span>' if brackets else number
-  mark = figures.interval_mark(row[key], bounds, dict(SERIES).get(key, 2))
-  return f'<td><span class="rate">{mark}<span>{shown}</span></span></td>'
+  shown = f'<span class="number">{number}</span>'
+  shown += f' <span class="interval">[{brackets}</span>' if brackets else ''
+  mark = figures.share_bar(row[key], bounds, dict(SERIES).get(key, 2))
+  return f'<td><span class="rate">{mark}{shown}</span></td>'
 
 
 def _figures(summary: dict, training: list[dict], config: dict) -> str:
@@ -345,8 +347,9 @@ def _stages(manifest: dict) -> str:
   given = {key for stage in stages.values() for key in stage}
   keys = [key for key in STAGE_COLUMNS if key in given]
   has_more = bool(given - set(STAGE_COLUMNS))
-  names = ['stage', *(STAGE_COLUMNS[key] for key in keys), *(['further'] if has_more else [])]
+  names = ['stage', *(STAGE_COLUMNS[key] for key in keys)]
   head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in names)
+  head += '<th scope="col" class="further">further</th>' if has_more else ''
   rows = []
   for name, stage in stages.items():
     cells = ''.join(f'<td>{_stage_cell(key, stage.get(key))}</td>' for key in keys)

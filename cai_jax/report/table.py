@@ -36,10 +36,12 @@ def table(summary: dict) -> str:
   blocks = groups(summary)
   if not blocks:
     return 'Nothing was evaluated in this run.'
+  rows = [row for _, named in blocks for row in named.values()]
+  shown = {key: _aligned([cell(row, key) for row in rows]) for key in keys}
   lines = [['', *(heading(key) for key in keys)]]
-  for title, rows in blocks:
+  for title, named in blocks:
     lines.append([title] + [''] * len(keys))
-    lines += [['  ' + name, *(cell(row, key) for key in keys)] for name, row in rows.items()]
+    lines += [['  ' + name, *(shown[key].pop(0) for key in keys)] for name in named]
   widths = [max(len(line[i]) for line in lines) for i in range(len(keys) + 1)]
   text = []
   for first, *rest in lines:
@@ -130,6 +132,16 @@ def round_number(stage: str) -> int | None:
   """Returns 0 for `initial`, n for `revision_n`, None for any other stage."""
   match = re.fullmatch(r'revision_(\d+)', stage)
   return 0 if stage == 'initial' else int(match[1]) if match else None
+
+
+def _aligned(cells: list[str]) -> list[str]:
+  # Numbers end under each other and brackets open under each other.
+  halves = [text.partition(' [') for text in cells]
+  left, right = (max(len(half[i]) for half in halves) for i in (0, 2))
+  return [
+    number.rjust(left) + ((gap + bounds).ljust(right + 2) if right else '')
+    for number, gap, bounds in halves
+  ]
 
 
 def _reading_order(item: tuple[str, dict]) -> float:

@@ -64,9 +64,6 @@ FAMILIES = {
     'llama',
     dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
   ),
-    'llama',
-    dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
-  ),
 }
 
 

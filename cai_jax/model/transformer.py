@@ -139,7 +139,7 @@ class Attention(nnx.Module):
     self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
     self.window = config.window(layer)
 
-  def __call__(self, x, positions, angles, same, cache: LayerCache | None):
+  def __call__(self, x, positions, angles, same, cache: LayerCache | None, rows):
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -148,15 +148,14 @@ class Attention(nnx.Module):
       mask = causal_mask(positions, positions, self.window, same)
       k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
       return self.output(attend(q, k, v, mask)), None
-    rows = jnp.arange(x.shape[0])[:, None]
+    places = (jnp.arange(x.shape[0]) if rows is None else rows)[:, None]
     cache = LayerCache(
-      cache.k.at[rows, :, :, positions].set(k.astype(cache.k.dtype), mode='drop'),
-      cache.v.at[rows, :, positions].set(v.astype(cache.v.dtype), mode='drop'),
+      cache.k.at[places, :, :, positions].set(k.astype(cache.k.dtype), mode='drop'),
+      cache.v.at[places, :, positions].set(v.astype(cache.v.dtype), mode='drop'),
     )
-    slots = jnp.arange(cache.k.shape[-1])[None]
-    mask = causal_mask(positions, slots, self.window, None)
-    out = attend(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask)
-    return self.output(out), cache
+    k, v = cache if rows is None else (cache.k[rows], cache.v[rows])
+    mask = causal_mask(positions, jnp.arange(k.shape[-1])[None], self.window, None)
+    return self.output(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)), cache
 
 
 class MLP(nnx.Module):
@@ -182,8 +181,8 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
     self.mlp = MLP(config, rngs, param_dtype)
 
-  def __call__(self, x, positions, angles, same, cache):
-    out, cache = self.attention(self.attention_norm(x), positions, angles, same, cache)
+  def __call__(self, x, positions, angles, same, cache, rows):
+    out, cache = self.attention(self.attention_norm(x), positions, angles, same, cache, rows)
     x = x + out
     return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -218,6 +217,7 @@ class Transformer(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
+    rows: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B,T,D] after the last norm, in the compute dtype, and the cache written to.
 
@@ -228,6 +228,7 @@ class Transformer(nnx.Module):
       segment_ids: i32[B,T], for packed or padded rows: a token sees only its own segment. Not
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
+      rows: i32[B], the cache's rows that `tokens` continue; None where they are all of them.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
@@ -236,7 +237,8 @@ class Transformer(nnx.Module):
     same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
     new_cache = []
     for layer, block in enumerate(self.layers):
-      x, written = block(x, positions, angles, same, None if cache is None else cache[layer])
+      old = None if cache is None else cache[layer]
+      x, written = block(x, positions, angles, same, old, rows)
       new_cache.append(written)
     return self.norm(x), None if cache is None else tuple(new_cache)
 

@@ -1,0 +1,159 @@
+"""The compiled half of sampling: one prefill and one decode program over a cache of B slots."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax import parallel
+from cai_jax.model.lm import LM
+from cai_jax.model.transformer import Cache, LayerCache, init_cache
+from cai_jax.sampling.sample import sample, uniforms
+from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
+
+
+class Slots(NamedTuple):
+  """What the decode program needs to know of each slot, kept on the host; B rows."""
+
+  token: np.ndarray  # i32[B], the last token of the context, not yet in the cache
+  position: np.ndarray  # i32[B], its position
+  active: np.ndarray  # bool[B], whether a reply is being sampled
+  sampled: np.ndarray  # i32[B], tokens of the reply so far
+  limit: np.ndarray  # i32[B], the most it may have
+  key: np.ndarray  # u32[B,2], the turn's random key
+  temperature: np.ndarray  # f32[B]
+  top_k: np.ndarray  # i32[B]
+  top_p: np.ndarray  # f32[B]
+  stops: np.ndarray  # i32[B,MAX_STOP_TOKENS], tokens that end the reply; -1 is none
+
+  @classmethod
+  def empty(cls, count: int) -> 'Slots':
+    """`count` slots, none of them active."""
+    i32 = functools.partial(np.zeros, count, np.int32)
+    return cls(
+      token=i32(),
+      position=i32(),
+      active=np.zeros(count, bool),
+      sampled=i32(),
+      limit=i32(),
+      key=np.zeros((count, 2), np.uint32),
+      temperature=np.ones(count, np.float32),
+      top_k=i32(),
+      top_p=np.ones(count, np.float32),
+      stops=np.full((count, MAX_STOP_TOKENS), -1, np.int32),
+    )
+
+  def start(
+    self,
+    slot: int,
+    token: int,
+    position: int,
+    key: np.ndarray,
+    config: SamplingConfig,
+    stop_token_ids: tuple[int, ...],
+  ) -> None:
+    """Sets a slot up to sample a reply after `token` at `position`."""
+    self.token[slot], self.position[slot] = token, position
+    self.active[slot], self.sampled[slot], self.limit[slot] = True, 0, config.max_tokens
+    self.key[slot], self.temperature[slot] = key, config.temperature
+    self.top_k[slot], self.top_p[slot] = config.top_k, config.top_p
+    self.stops[slot] = -1
+    self.stops[slot, : len(stop_token_ids)] = stop_token_ids
+
+
+class Burst(NamedTuple):
+  """What a run of decode steps gave; U is the longest burst."""
+
+  tokens: np.ndarray  # i32[B,U]
+  logprobs: np.ndarray  # f32[B,U]
+  count: np.ndarray  # i32[B], how many of the U are there
+  active: np.ndarray  # bool[B], whether the reply goes on
+  steps: np.ndarray  # i32[], decode steps run
+  occupied: np.ndarray  # i32[], slots active, summed over steps
+
+
+@functools.partial(jax.jit, static_argnames='graph', donate_argnames='cache')
+def prefill(graph, params, cache: Cache, tokens, starts, counts, rows) -> Cache:
+  """The cache with tokens i32[R,C] of its rows i32[R] written from position starts i32[R] on.
+
+  Only the first counts i32[R] tokens of a row are real; a row with count 0 changes nothing.
+  """
+  offsets = jnp.arange(tokens.shape[1])[None]
+  nowhere = cache[0].k.shape[-1]
+  positions = jnp.where(offsets < counts[:, None], starts[:, None] + offsets, nowhere)
+  return nnx.merge(graph, params)(tokens, positions, cache=cache, rows=rows)[1]
+
+
+@functools.partial(jax.jit, static_argnames=('graph', 'longest'), donate_argnames='cache')
+def decode(graph, params, cache: Cache, slots: Slots, enough, longest: int) -> tuple[Burst, Cache]:
+  """Samples in every active slot until `enough` i32[] of them are done or `longest` steps are run."""
+  model = nnx.merge(graph, params)
+  nowhere = cache[0].k.shape[-1]
+  b = slots.token.shape[0]
+  start = slots.active
+
+  def unfinished(state):
+    _, slots, burst = state
+    done = jnp.sum(start & ~slots.active)
+    return (burst.steps < longest) & (done < enough) & jnp.any(slots.active)
+
+  def step(state):
+    cache, slots, burst = state
+    active = slots.active
+    positions = jnp.where(active, slots.position, nowhere)[:, None]
+    hidden, cache = model(slots.token[:, None], positions, cache=cache)
+    logits = model.unembed(hidden[:, 0])
+    u = uniforms(slots.key, slots.sampled)
+    token, logprob = sample(logits, u, slots.temperature, slots.top_k, slots.top_p)
+    sampled = slots.sampled + active
+    ended = jnp.any(token[:, None] == slots.stops, -1) | (sampled >= slots.limit)
+    burst = Burst(
+      tokens=burst.tokens.at[:, burst.steps].set(token),
+      logprobs=burst.logprobs.at[:, burst.steps].set(logprob),
+      count=burst.count + active,
+      active=active & ~ended,
+      steps=burst.steps + 1,
+      occupied=burst.occupied + jnp.sum(active),
+    )
+    slots = slots._replace(
+      token=jnp.where(active, token, slots.token),
+      position=slots.position + active,
+      sampled=sampled,
+      active=burst.active,
+    )
+    return cache, slots, burst
+
+  zero = jnp.zeros((), jnp.int32)
+  burst = Burst(
+    tokens=jnp.zeros((b, longest), jnp.int32),
+    logprobs=jnp.zeros((b, longest), jnp.float32),
+    count=jnp.zeros((b,), jnp.int32),
+    active=start,
+    steps=zero,
+    occupied=zero,
+  )
+  cache, _, burst = jax.lax.while_loop(unfinished, step, (cache, Slots(*slots), burst))
+  return burst, cache
+
+
+def allocate(lm: LM, slots: int, length: int) -> Cache:
+  """An empty cache of `slots` rows of `length` tokens on the model's mesh, in its compute dtype.
+
+  Rows are split over the mesh's batch axes and heads over `tensor`.
+
+  Raises:
+    ValueError: if the mesh divides neither the slots nor the kv heads.
+  """
+  parallel.check_batch(slots, lm.mesh, 'sampling.slots')
+  kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
+  if kv_heads % tensor:
+    raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
+  spec = NamedSharding(lm.mesh, P(*parallel.BATCH, 'tensor'))
+  shardings = tuple(LayerCache(spec, spec) for _ in range(lm.config.num_layers))
+  init = functools.partial(init_cache, lm.config, slots, length, jnp.dtype(lm.dtype))
+  return jax.jit(init, out_shardings=shardings)()

@@ -1,0 +1,83 @@
+"""Sampling replies to a list of prompts, for notebooks and evaluations."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cai_jax.dialogue import Dialogue
+from cai_jax.model.lm import LM
+from cai_jax.sampling.engine import Engine, EngineConfig, longest_context
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+
+def generate(
+  lm: LM,
+  prompts: Sequence[Prompt],
+  sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+  seed: int = 0,
+  *,
+  style: str = 'chat',
+  engine: EngineConfig | None = None,
+  journal: Journal | None = None,
+) -> list[Completion]:
+  """A sampled completion for each prompt, in order.
+
+  A completion is a pure function of the model, its prompt, `sampling` and `seed`, and, where a
+  prompt occurs several times, of how often it came before: repeat a prompt to draw more samples.
+
+  Args:
+    lm: the model.
+    prompts: each a text, continued as it stands; or a dialogue (messages with `role` and
+      `content`), answered by the assistant; or token ids, continued.
+    sampling: temperature, filters and length.
+    seed: of the sampling.
+    style: 'chat' or 'plain', how dialogues are rendered.
+    engine: sizes of the compiled programs; by default as many slots as prompts, 64 at most.
+    journal: where completions are kept and looked up.
+
+  Raises:
+    ValueError: if `prompts` is empty, or a prompt and its reply exceed the model's context.
+  """
+  if isinstance(prompts, str) or not prompts:
+    raise ValueError('prompts must be a non-empty list of texts, dialogues or token id lists.')
+  stops = {'base': (lm.eos_token_ids or (lm.tokenizer.eos_token_id,), ())}
+  contexts = []
+  dialogue = None
+  for prompt in prompts:
+    if isinstance(prompt, str):
+      contexts.append(lm.tokenizer.encode(prompt, split_special_tokens=True))
+    elif isinstance(prompt[0], dict):
+      dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
+      contexts.append(dialogue.prompt(prompt))
+    else:
+      contexts.append([int(token) for token in prompt])
+  if dialogue is not None:
+    stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}
+  chains = dict(_named(contexts, sampling))
+  length = max(longest_context(_reply(context, sampling)) for context in contexts)
+  length = min(-(-length // 64) * 64, max(lm.config.max_positions, length))
+  batch = lm.mesh.shape['data'] * lm.mesh.shape['fsdp']
+  engine = engine or EngineConfig(slots=-(-min(len(prompts), 64) // batch) * batch)
+  running = Engine(
+    {'base': lm}, length=length, seed=seed, config=engine, journal=journal, stops=stops
+  )
+  done = dict(running.run(chains.items()))
+  return [done[name] for name in chains]
+
+
+def _reply(context: list[int], sampling: SamplingConfig) -> Chain:
+  """The chain of a single turn."""
+  return (yield Turn('completion', context, sampling))
+
+
+def _named(contexts: list[list[int]], sampling: SamplingConfig):
+  """(id, chain) of each context; the id hashes the tokens and counts earlier equal ones."""
+  seen: dict[str, int] = {}
+  for context in contexts:
+    content = hashlib.blake2b(json.dumps(context).encode(), digest_size=12).hexdigest()
+    seen[content] = seen.get(content, 0) + 1
+    yield f'{content}/{seen[content]}', _reply(context, sampling)

@@ -1,1 +1,1 @@
-"""Feedback: prompts, the critique-revision chain, its records and the dataset D_CAI."""
+"""The critique–revision chain, and the dataset and preferences that come of it."""

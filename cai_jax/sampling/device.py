@@ -91,7 +91,7 @@ def prefill(graph, params, cache: Cache, tokens, starts, counts, rows) -> Cache:
 
 @functools.partial(jax.jit, static_argnames=('graph', 'longest'), donate_argnames='cache')
 def decode(graph, params, cache: Cache, slots: Slots, enough, longest: int) -> tuple[Burst, Cache]:
-  """Samples in every active slot until `enough` i32[] of them are done or `longest` steps are run."""
+  """Samples in every active slot until `enough` i32[] are done or `longest` steps are run."""
   model = nnx.merge(graph, params)
   nowhere = cache[0].k.shape[-1]
   b = slots.token.shape[0]

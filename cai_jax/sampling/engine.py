@@ -64,7 +64,7 @@ class Stats:
 
 
 def turn_key(seed: int, chain_id: str, turn: str) -> np.ndarray:
-  """u32[2]: the random key of a turn, a pure function of its names; positions are folded in later."""
+  """u32[2]: the random key of a turn, a function of its names; positions are folded in later."""
   text = f'{seed}\0{chain_id}\0{turn}'.encode()
   return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32)
 
@@ -188,7 +188,7 @@ class Engine:
     *,
     length: int,
     seed: int,
-    config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+    config: EngineConfig = EngineConfig(),
     journal: Journal | None = None,
     stops: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None,
   ):
@@ -323,8 +323,8 @@ class Engine:
     needed = len(turn.context) + turn.sampling.max_tokens
     if needed > self.length:
       raise ValueError(
-        f'chain {chain_id!r}, turn {turn.name!r}: a context of {len(turn.context)} tokens and up to '
-        f'{turn.sampling.max_tokens} sampled ones do not fit a cache of {self.length}.'
+        f'chain {chain_id!r}, turn {turn.name!r}: a context of {len(turn.context)} tokens and up '
+        f'to {turn.sampling.max_tokens} sampled ones do not fit a cache of {self.length}.'
       )
     if len(self._turn_stops(turn)[0]) > MAX_STOP_TOKENS:
       raise ValueError(f'turn {turn.name!r}: more than {MAX_STOP_TOKENS} stop tokens.')

@@ -1,4 +1,4 @@
-"""Drawing one token a row from logits: temperature, top-k and top-p with one uniform number a row."""
+"""Drawing one token a row from logits: temperature, top-k, top-p, and one uniform number a row."""
 
 import jax
 import jax.numpy as jnp

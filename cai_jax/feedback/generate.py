@@ -1,0 +1,217 @@
+"""Prompts in, D_CAI out: runs the chains over the engine and writes shards as they fill."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from cai_jax import constitution as constitutions
+from cai_jax.constitution import Constitution
+from cai_jax.dialogue import Dialogue
+from cai_jax.feedback import records
+from cai_jax.feedback.chain import VARIANTS, Stage, Stages
+from cai_jax.feedback.prompts import Prompt
+from cai_jax.model.lm import LM
+from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackConfig:
+  """How responses are criticised and revised."""
+
+  rounds: int = 4  # revisions of each harmful prompt's response
+  variant: str = 'critique'  # 'critique' or 'direct': revise without a critique
+  context: str = 'fresh'  # a round sees the latest response ('fresh') or all before ('growing')
+  repeat_principles: bool = True  # draw each round's principle independently
+  demonstrations: bool = True  # put the constitution's demonstrations before critiques, revisions
+  style: str = 'chat'  # 'chat' template or 'plain' labels
+  shard_rows: int = 256  # rows of D_CAI in one file
+
+  def __post_init__(self):
+    checks = (
+      ('rounds', self.rounds >= 1, 'at least 1'),
+      ('variant', self.variant in VARIANTS, f'one of {tuple(VARIANTS)}'),
+      ('context', self.context in ('fresh', 'growing'), "'fresh' or 'growing'"),
+      ('shard_rows', self.shard_rows >= 1, 'at least 1'),
+    )
+    for name, fine, allowed in checks:
+      if not fine:
+        raise ValueError(f'feedback: {name}={getattr(self, name)!r}; it must be {allowed}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSampling:
+  """Sampling settings of the three kinds of turn."""
+
+  initial: SamplingConfig = SamplingConfig()
+  critique: SamplingConfig = SamplingConfig()
+  revision: SamplingConfig = SamplingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """All that D_CAI is a function of, made ready and checked before anything is sampled."""
+
+  prompts: tuple[tuple[Prompt, str], ...]  # with kind: 'harmful' or 'helpful'
+  constitution: Constitution
+  config: FeedbackConfig
+  stages: Stages
+  models: Mapping[str, LM]  # 'base', and 'critique' and 'revision' where they are others
+  seed: int
+  length: int  # tokens of the longest context with its reply
+
+  def chain(self, prompt: Prompt, kind: str):
+    """The chain of one prompt: helpful ones are answered and not revised."""
+    rounds = self.config.rounds if kind == 'harmful' else 0
+    principles = constitutions.draw(
+      self.constitution, self.seed, prompt.id, rounds, self.config.repeat_principles
+    )
+    variant = VARIANTS[self.config.variant]
+    return variant(prompt, principles, self.stages, self.config.context == 'growing')
+
+  def row(self, record, kind: str) -> dict[str, Any]:
+    """The row of D_CAI for a finished chain."""
+    names = {
+      stage: self.models[getattr(self.stages, stage).model].name
+      for stage in ('initial', 'critique', 'revision')
+    }
+    return records.row_of(record, kind, self.seed, names, self.constitution.fingerprint())
+
+
+def prepare(
+  models: Mapping[str, LM],
+  harmful: Sequence[Prompt],
+  helpful: Sequence[Prompt],
+  constitution: Constitution,
+  config: FeedbackConfig,
+  sampling: StageSampling,
+  seed: int,
+) -> Job:
+  """Everything ready to sample.
+
+  Args:
+    models: 'base' is M_θ; 'critique' and 'revision' are M_critique and M_revise where given.
+    harmful: prompts whose responses are criticised and revised.
+    helpful: prompts that are answered only, for mixing into fine-tuning.
+    constitution: C.
+    config, sampling: of the chains.
+    seed: of principles and sampling.
+
+  Raises:
+    ValueError: if ids repeat, or a prompt's chain can come to a context longer than the model's.
+  """
+  prompts = (*((p, 'harmful') for p in harmful), *((p, 'helpful') for p in helpful))
+  seen = set()
+  for prompt, _ in prompts:
+    if prompt.id in seen:
+      raise ValueError(f'two prompts have the id {prompt.id!r}; ids must differ.')
+    seen.add(prompt.id)
+  if not prompts:
+    raise ValueError('there is no prompt to answer.')
+  stages = make_stages(models, constitution, config, sampling)
+  job = Job(prompts, constitution, config, stages, models, seed, length=0)
+  return dataclasses.replace(job, length=_cache_length(job))
+
+
+def make_stages(
+  models: Mapping[str, LM],
+  constitution: Constitution,
+  config: FeedbackConfig,
+  sampling: StageSampling,
+) -> Stages:
+  """The three stages: each its model's dialogue, its settings, and what precedes it."""
+  dialogues = {
+    name: Dialogue(lm.tokenizer, config.style, lm.eos_token_ids) for name, lm in models.items()
+  }
+
+  def stage(name: str, demonstrations=()) -> Stage:
+    model = name if name in models else 'base'
+    return Stage(model, dialogues[model], getattr(sampling, name), demonstrations)
+
+  shown = constitution.demonstrations if config.demonstrations else ()
+  return Stages(stage('initial'), stage('critique', shown), stage('revision', shown))
+
+
+def run(
+  job: Job,
+  folder: str | os.PathLike,
+  journal: Journal,
+  engine: EngineConfig,
+  progress: Callable[[int, int, Stats], None] = lambda done, total, stats: None,
+) -> dict[str, Any]:
+  """Writes D_CAI to `folder`, and returns counts and speeds for the manifest.
+
+  Shards that are there already are kept; with several processes each writes its own share. All
+  bytes of the shards depend on the job alone.
+
+  Args:
+    job: what to sample.
+    folder: of the dataset; `preferences.jsonl` is written beside it.
+    journal: of finished turns.
+    engine: sizes of the compiled programs.
+    progress: called with rows done, rows in all, and the engine's counts.
+  """
+  folder = pathlib.Path(folder)
+  size = job.config.shard_rows
+  shards = [job.prompts[i : i + size] for i in range(0, len(job.prompts), size)]
+  mine = range(jax.process_index(), len(shards), jax.process_count())
+  missing = [index for index in mine if not records.shard_path(folder, index).exists()]
+  total = sum(len(shards[index]) for index in missing)
+  stats = Stats()
+  if total:
+    running = Engine(
+      job.models,
+      length=job.length,
+      seed=job.seed,
+      config=engine,
+      journal=journal,
+      stops={s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings) for s in _each(job)},
+    )
+    stats = running.stats
+    todo = [(index, place) for index in missing for place in range(len(shards[index]))]
+    where = {shards[index][place][0].id: (index, place) for index, place in todo}
+    rows: dict[int, dict[int, dict]] = {index: {} for index in missing}
+    chains = ((shards[i][p][0].id, job.chain(*shards[i][p])) for i, p in todo)
+    for done, (prompt_id, record) in enumerate(running.run(chains), 1):
+      index, place = where[prompt_id]
+      rows[index][place] = job.row(record, shards[index][place][1])
+      if len(rows[index]) == len(shards[index]):
+        whole = rows.pop(index)
+        records.write_shard(folder, index, [whole[place] for place in sorted(whole)])
+      progress(done, total, stats)
+  return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
+
+
+def finish(job: Job, folder: str | os.PathLike) -> None:
+  """Makes the shards of all processes one TFDS dataset. Called by one process, after all others."""
+  size, count = job.config.shard_rows, len(job.prompts)
+  records.write_metadata(folder, [min(size, count - i) for i in range(0, count, size)])
+
+
+def _each(job: Job) -> tuple[Stage, Stage, Stage]:
+  return job.stages.initial, job.stages.critique, job.stages.revision
+
+
+def _cache_length(job: Job) -> int:
+  """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it."""
+  limit = min(lm.config.max_positions for lm in job.models.values())
+  longest = 0
+  for prompt, kind in job.prompts:
+    needed = longest_context(job.chain(prompt, kind))
+    if needed > limit:
+      raise ValueError(
+        f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and the model holds '
+        f'{limit}. Shorten the prompt ({_length(job, prompt)} tokens), the max_tokens of the '
+        "stages, the rounds, or use feedback.context='fresh'."
+      )
+    longest = max(longest, needed)
+  return min(-(-longest // 64) * 64, limit)
+
+
+def _length(job: Job, prompt: Prompt) -> int:
+  return len(job.stages.initial.dialogue.prompt(prompt.messages))

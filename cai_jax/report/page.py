@@ -16,8 +16,17 @@ import pathlib
 import re
 
 from cai_jax.report import figures
-from cai_jax.report import table as tables
 from cai_jax.report.figures import Series, escape
+from cai_jax.report.table import (
+  MISSING,
+  cell,
+  columns,
+  groups,
+  heading,
+  interval,
+  round_number,
+  share,
+)
 
 TEMPLATE = pathlib.Path(__file__).with_name('page.html')
 MARKER = re.compile(r'@@([a-z_]+)@@')
@@ -187,7 +196,7 @@ def _lead(summary: dict) -> str:
 
   sentences = []
   stages, models = summary.get('stages') or {}, summary.get('models') or {}
-  numbers = {tables.round_number(name): row for name, row in stages.items()}
+  numbers = {round_number(name): row for name, row in stages.items()}
   last = max((n for n in numbers if n), default=0)
   if last and known(numbers.get(0), numbers[last]):
     sentences.append(
@@ -203,10 +212,10 @@ def _lead(summary: dict) -> str:
 
 
 def _results(summary: dict) -> str:
-  blocks, keys = tables.groups(summary), tables.columns(summary)
+  blocks, keys = groups(summary), columns(summary)
   if not blocks:
     return '<p class="none">Nothing was evaluated in this run.</p>'
-  head = ''.join(f'<th scope="col">{escape(tables.heading(key))}</th>' for key in keys)
+  head = ''.join(f'<th scope="col">{escape(heading(key))}</th>' for key in keys)
   body = []
   for title, rows in blocks:
     body.append(
@@ -217,7 +226,7 @@ def _results(summary: dict) -> str:
       body.append(f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>{cells}</tr>')
     body.append('</tbody>')
   has_interval = any(
-    tables.interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
+    interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
   )
   note = '<p class="note">In brackets: 95 % interval.</p>' if has_interval else ''
   return (
@@ -227,10 +236,10 @@ def _results(summary: dict) -> str:
 
 
 def _result_cell(row: dict, key: str) -> str:
-  text = escape(tables.cell(row, key))
+  text = escape(cell(row, key))
   if not key.endswith('_rate') or row.get(key) is None:
     return f'<td>{text}</td>'
-  bounds = tables.interval(row, key)
+  bounds = interval(row, key)
   number, _, brackets = text.partition(' [')
   shown = f'<span class="number">{number}</span>'
   shown += f' <span class="interval">[{brackets}</span>' if brackets else ''
@@ -274,7 +283,9 @@ def _figures(summary: dict, training: list[dict], config: dict) -> str:
       others.append(_figure(caption, svg))
   parts = [f'<div class="figures">{"".join(drawn)}</div>'] if drawn else []
   if not loss:
-    parts.append('<p class="none">No training loss was recorded in this run.</p>')
+    recorded = any(row.get('loss') is not None for row in training)
+    said = 'No finite training loss' if recorded else 'No training loss'
+    parts.append(f'<p class="none">{said} was recorded in this run.</p>')
   if others:
     parts.append(
       '<details><summary>Learning rate and gradient norm</summary>'
@@ -288,20 +299,20 @@ def _figure(caption: str, svg: str) -> str:
 
 
 def _rate_series(summary: dict) -> list[Series]:
-  rows = {tables.round_number(name): row for name, row in (summary.get('stages') or {}).items()}
+  rows = {round_number(name): row for name, row in (summary.get('stages') or {}).items()}
   rounds = sorted(n for n in rows if n is not None)
   series = []
   for key, colour in SERIES:
     given = [n for n in rounds if rows[n].get(key) is not None]
     if not given:
       continue
-    bounds = [tables.interval(rows[n], key) for n in given]
+    bounds = [interval(rows[n], key) for n in given]
     low, high = (
       tuple(100 * b[side] if b else None for b in bounds) if any(bounds) else None
       for side in (0, 1)
     )
-    y = tuple(100 * tables.share(rows[n][key], key) for n in given)
-    series.append(Series(tables.heading(key), tuple(given), y, low, high, colour))
+    y = tuple(100 * share(rows[n][key], key) for n in given)
+    series.append(Series(heading(key), tuple(given), y, low, high, colour))
   return series
 
 
@@ -368,7 +379,7 @@ def _stages(manifest: dict) -> str:
 
 def _stage_cell(key: str, value) -> str:
   if value is None:
-    return tables.MISSING
+    return MISSING
   if isinstance(value, dict):
     total = f'{sum(value.values()):,}'
     reasons = ''.join(f'<div class="reason">{escape(k)}: {n:,}</div>' for k, n in value.items())

@@ -1,0 +1,424 @@
+"""Model texts stay data, numbers stay as given, figures are well formed, the page works."""
+
+import ast
+import base64
+import copy
+import hashlib
+import html.parser
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import pytest
+
+from cai_jax import report
+from cai_jax.report import figures, page
+
+HOSTILE = (
+  '</script><script>document.title = "owned"</script>'
+  '<img src=x onerror="document.title=\'owned\'"> ]]> <!-- <script> '
+  '\u2028 \u2029 @@title@@ \ud83d &lt;'
+)
+RATES = {
+  'violation_rate': 0.873,
+  'violation_rate_interval': [0.8375, 0.9],
+  'helpful_rate': 0.998,
+  'mean_tokens': 54.25,
+  'count': 1400,
+}
+SUMMARY = {
+  'stages': {
+    'initial': RATES,
+    'revision_10': RATES | {'violation_rate': 0.107, 'violation_rate_interval': [0.05, 0.2]},
+    'revision_2': RATES | {'violation_rate': 0.517, 'violation_rate_interval': [0.5, 0.6]},
+  },
+  'models': {'aligned': RATES | {'violation_rate': 0.0753}, 'base': RATES},
+  'benign': {'base': {'violation_rate': 0.0, 'helpful_rate': 1.0, 'mean_tokens': 9.0, 'count': 3}},
+}
+TRAINING = [
+  {'step': i, 'loss': 50.0 / i, 'learning_rate': 1e-3, 'grad_norm': 1.0} for i in range(1, 101)
+]
+MANIFEST = {
+  'started': '2030-01-02T03:04:05Z',
+  'versions': {'jax': '0.10'},
+  'stages': {
+    'generate': {
+      'rows_in': 1234,
+      'rows_kept': 1230,
+      'rows_dropped': {'too <long>': 3, 'empty': 1},
+      'seconds': 12.5,
+      'tokens_per_second': 2048.4,
+      'journal_hits': 17,
+    }
+  },
+}
+
+
+def _response(text, **more):
+  return {'text': text, 'finish_reason': 'stop', 'logprob': -3.25, 'num_tokens': 7} | more
+
+
+def _chain(i, before='Water it. You fool. Then rest.', after='Water it. Then rest.', **more):
+  return {
+    'id': f'p{i}',
+    'prompt': [{'role': 'user', 'content': f'How do I water fern {i}?'}],
+    'initial': _response(before),
+    'rounds': [
+      {
+        'principle': f'rule-{i % 3}',
+        'critique': _response('It says: You fool.'),
+        'revision': _response(after),
+      }
+    ],
+  } | more
+
+
+def _write(path, **changes):
+  arguments = {
+    'title': 'A run',
+    'config': {'seed': 5, 'model': {'path': 'some/model'}},
+    'manifest': MANIFEST,
+    'summary': SUMMARY,
+    'training': TRAINING,
+    'chains': [_chain(0)],
+  }
+  report.write_report(path, **(arguments | changes))
+  return path.read_text('utf-8')
+
+
+class _Page(html.parser.HTMLParser):
+  """Collects the elements with their attributes, and the text inside scripts by type."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.elements, self.scripts, self._open = [], {}, None
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    if tag == 'script':
+      self._open = dict(attrs).get('type', 'run')
+      self.scripts.setdefault(self._open, []).append('')
+
+  def handle_endtag(self, tag):
+    if tag == 'script':
+      self._open = None
+
+  def handle_data(self, data):
+    if self._open:
+      self.scripts[self._open][-1] += data
+
+
+# ---- the page as text
+
+
+def test_chains_survive_embedding_whatever_their_texts_hold(tmp_path):
+  chains = [_chain(0, before=HOSTILE, after=HOSTILE * 2), _chain(1, metadata={HOSTILE: HOSTILE})]
+  chains[0]['prompt'][0]['content'] = HOSTILE
+  parsed = _Page(_write(tmp_path / 'report.html', chains=chains))
+  assert set(parsed.scripts) == {'application/json', 'run'}
+  (block,), (script,) = parsed.scripts['application/json'], parsed.scripts['run']
+  assert json.loads(block) == chains
+  assert block.isascii() and not set('<>&') & set(block)
+  assert 'owned' not in script
+  assert 'img' not in {tag for tag, _ in parsed.elements}
+
+
+def test_every_other_text_is_escaped(tmp_path):
+  summary = {'stages': {HOSTILE: RATES}, 'models': {'base': RATES | {HOSTILE: HOSTILE}}}
+  manifest = {
+    HOSTILE: HOSTILE,
+    'stages': {HOSTILE: {'rows_dropped': {HOSTILE: 1}, HOSTILE: HOSTILE}},
+  }
+  config = {'seed': HOSTILE, 'model': HOSTILE, HOSTILE: HOSTILE}
+  config['train'] = {'loss_normalization': HOSTILE}
+  text = _write(
+    tmp_path / 'report.html', title=HOSTILE, config=config, manifest=manifest, summary=summary
+  )
+  parsed = _Page(text)
+  assert len(parsed.scripts['run']) == len(parsed.scripts['application/json']) == 1
+  assert 'img' not in {tag for tag, _ in parsed.elements}
+  assert not [a for _, attrs in parsed.elements for a in attrs if a.startswith('on')]
+
+
+def test_the_policy_allows_the_one_script_and_the_one_style_sheet_and_no_request(tmp_path):
+  text = _write(tmp_path / 'report.html')
+  (policy,) = [
+    attrs['content']
+    for tag, attrs in _Page(text).elements
+    if tag == 'meta' and attrs.get('http-equiv') == 'Content-Security-Policy'
+  ]
+  assert "default-src 'none'" in policy and 'unsafe' not in policy
+  for tag in ('script', 'style'):
+    body = text[text.index(f'<{tag}>') + len(tag) + 2 : text.rindex(f'</{tag}>')]
+    digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+    assert f"{tag}-src 'sha256-{digest}'" in policy
+  assert not re.search(r'\b(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)', text)
+  assert ' style=' not in text
+
+
+def test_numbers_json_cannot_hold_are_kept_as_words():
+  value = {'a': [math.nan, (math.inf, -math.inf)], 'b': 0.5}
+  assert json.loads(page.embedded(value)) == {'a': ['NaN', ['Infinity', '-Infinity']], 'b': 0.5}
+
+
+def test_inserted_text_is_not_looked_at_for_markers_again():
+  assert page.fill('@@a@@ @@b@@', a='@@b@@', b='x') == '@@b@@ x'
+  with pytest.raises(ValueError, match="markers \\['a', 'b'\\], given are \\['a'\\]"):
+    page.fill('@@a@@ @@b@@', a='x')
+
+
+def test_header_and_manifest_show_what_ran(tmp_path):
+  text = _write(tmp_path / 'report.html')
+  for shown in ('some/model', '2030-01-02T03:04:05Z', '1,234', '1,230', 'too &lt;long&gt;: 3'):
+    assert shown in text
+  assert 'journal hits: 17' in text and '>4<div class="reason">' in text and '2,048' in text
+  assert '<b>87.3&nbsp;%</b> break a rule; after 10 rounds' in text
+
+
+def test_a_run_without_an_oracle_shows_what_there_is(tmp_path):
+  rows = {
+    'initial': {'mean_tokens': 31.5, 'count': 9},
+    'revision_1': {'mean_tokens': 2.0, 'count': 9},
+  }
+  text = _write(tmp_path / 'report.html', summary={'stages': rows})
+  assert '31.5' in text and 'breaks a rule</th>' not in text and 'Rates over' not in text
+  assert 'class="lead"' not in text and 'Loss over training' in text
+
+
+def test_an_empty_run_is_a_page_too(tmp_path):
+  text = _write(
+    tmp_path / 'report.html', config={}, manifest={}, summary={}, training=[], chains=[]
+  )
+  assert 'Nothing was evaluated' in text and 'No training loss' in text and 'names no stage' in text
+
+
+def test_a_diverged_loss_is_counted_and_drawn_as_a_gap(tmp_path):
+  training = [{'step': i, 'loss': math.nan if i in (3, 4) else 1.0 + i} for i in range(8)]
+  text = _write(tmp_path / 'report.html', training=training, summary={})
+  assert 'Loss over training (2 values not finite: gaps)' in text
+  assert text.count('<polyline') == 2
+  text = _write(tmp_path / 'report.html', training=[{'step': 1, 'loss': math.nan}], summary={})
+  assert 'No finite training loss' in text
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda c: c.pop('initial'), r"chain 0 \(id 'p0'\) has no 'initial'"),
+    (lambda c: c['rounds'][0].pop('critique'), "round 1 has no 'critique'"),
+    (lambda c: c.update(violations=[[]]), '2 responses and 1 lists of violations'),
+    (lambda c: c.update(id='p1'), r"more than once: \['p1'\]"),
+  ],
+)
+def test_a_malformed_chain_is_named_and_no_page_is_written(tmp_path, change, message):
+  chain = copy.deepcopy(_chain(0))
+  change(chain)
+  with pytest.raises(ValueError, match=message):
+    _write(tmp_path / 'report.html', chains=[chain, _chain(1)])
+  assert not list(tmp_path.iterdir())
+
+
+# ---- figures and table
+
+
+def test_figures_are_well_formed_and_hold_every_point():
+  rate = figures.Series(
+    'breaks <&"\x00', (0, 1, 2), (87.0, 50.0, math.nan), (80.0, None, 1.0), (90.0, None, 2.0)
+  )
+  other = figures.Series('helps', (0, 1, 2), (99.0, 98.0, 97.0), colour=1)
+  svg = figures.line_figure([rate, other], 'round <', 'share (%)', description='a "b" <c>')
+  root = xml.etree.ElementTree.fromstring(svg)
+  texts = [node.text for node in root.iter('{http://www.w3.org/2000/svg}text')]
+  assert 'round <' in texts and 'share (%)' in texts and 'breaks <&"\ufffd' in texts
+  titles = [node.text for node in root.iter('{http://www.w3.org/2000/svg}title')]
+  assert sum(': ' in title for title in titles) == 5
+  lines = [node.get('points') for node in root.iter('{http://www.w3.org/2000/svg}polyline')]
+  assert [len(points.split()) for points in lines] == [2, 3]
+
+
+def test_points_and_whiskers_stand_where_their_axis_says():
+  series = figures.Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
+  svg = figures.line_figure([series], 'x', 'y', description='d', y_range=(0, 100), height=300)
+  root = xml.etree.ElementTree.fromstring(svg)
+  first, last = (
+    tuple(map(float, point.split(',')))
+    for point in root.find('.//{*}polyline').get('points').split()
+  )
+  label = {
+    n.text: float(n.get('y')) - 4
+    for n in root.findall('.//{*}text')
+    if n.get('text-anchor') == 'end'
+  }
+  assert first[1] == pytest.approx(label['0'], abs=0.1)
+  assert last[1] == pytest.approx(label['100'], abs=0.1)
+  whiskers = [
+    (float(n.get('y1')), float(n.get('y2')))
+    for n in root.findall('.//{*}line')
+    if 'c0' in n.get('class', '') and n.get('x1') == n.get('x2')
+  ]
+  assert whiskers[0] == pytest.approx((label['0'], label['100']), abs=0.1)
+  assert whiskers[1] == pytest.approx(((first[1] + last[1]) / 2, label['100']), abs=0.1)
+
+
+@pytest.mark.parametrize(
+  'low, high', [(0, 1), (3, 3), (0, 0), (-5, 17), (1e-6, 2e-3), (0.98, 1.01), (0, 123456)]
+)
+def test_ticks_enclose_the_data_and_are_told_apart(low, high):
+  ticks = figures.nice_ticks(low, high)
+  assert ticks[0] <= low and high <= ticks[-1] and 2 <= len(ticks) <= 12
+  labels = figures.tick_labels(ticks)
+  assert len(set(labels)) == len(ticks)
+  assert [float(label.replace(',', '')) for label in labels] == pytest.approx(ticks, rel=1e-6)
+
+
+def test_thinning_keeps_the_extremes():
+  y = [math.sin(i / 50) for i in range(10_000)]
+  y[4321], y[77] = 9.0, -9.0
+  xs, ys = figures.thinned(tuple(range(10_000)), tuple(y))
+  assert (
+    len(xs) <= 800
+    and (4321, 9.0) in zip(xs, ys, strict=True)
+    and (77, -9.0) in zip(xs, ys, strict=True)
+  )
+  assert list(xs) == sorted(set(xs))
+
+
+def test_a_long_loss_curve_stays_small(tmp_path):
+  training = [{'step': i, 'loss': 1.0 + i % 7} for i in range(50_000)]
+  assert len(_write(tmp_path / 'report.html', training=training)) < 300_000
+
+
+def test_running_mean_passes_over_what_is_not_finite():
+  means = page.running_mean((math.nan, 1.0, 3.0, math.inf, 5.0, 7.0), 2)
+  assert math.isnan(means[0]) and means[1:] == (1.0, 2.0, 2.0, 4.0, 6.0)
+
+
+def test_series_of_unequal_length_and_empty_figures_are_refused():
+  with pytest.raises(ValueError, match='2 x and 1 y'):
+    figures.Series('s', (0, 1), (0.0,))
+  with pytest.raises(ValueError, match='no finite point'):
+    figures.line_figure([figures.Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
+
+
+def test_the_table_says_the_numbers_in_reading_order():
+  lines = report.table(SUMMARY).splitlines()
+  names = [line.split('  ')[0] or line.split()[0] for line in lines[1:-1]]
+  assert names == [
+    'Responses, round by round', 'initial', 'revision_2', 'revision_10',
+    'Models, held-out prompts', 'base', 'aligned',
+    'Models, benign prompts', 'base',
+  ]  # fmt: skip
+  assert re.split(r'\s{2,}', lines[2].strip()) == [
+    'initial', '87.3 % [83.8, 90.0]', '99.8 %', '54.2', '1,400'
+  ]  # fmt: skip
+  assert '7.5 %' in lines[7] and '10.7 % [5.0, 20.0]' in lines[4]
+  assert len({line.index('%') for line in lines[:-1] if '%' in line}) == 1
+
+
+def test_the_table_leaves_out_what_no_row_has():
+  text = report.table(
+    {'models': {'base': {'mean_tokens': 5.0, 'count': 1}, 'aligned': {'count': 2}}}
+  )
+  assert 'breaks' not in text and '95 %' not in text
+  assert text.splitlines()[-1].split() == ['aligned', '–', '2']
+  assert report.table({}) == 'Nothing was evaluated in this run.'
+
+
+@pytest.mark.parametrize(
+  'summary, message',
+  [
+    ({'models': {'base': {'violation_rate': 87.3}}}, 'violation_rate is 87.3'),
+    ({'models': {'base': {'violation_rate': math.nan}}}, 'violation_rate is nan'),
+    ({'rounds': {'initial': RATES}}, r"groups \['rounds'\]"),
+    (
+      {'models': {'base': {'violation_rate': 0.5, 'violation_rate_interval': [0.6, 0.4]}}},
+      'low, high',
+    ),
+  ],
+)
+def test_a_malformed_summary_is_refused(summary, message):
+  with pytest.raises(ValueError, match=message):
+    report.table(summary)
+
+
+def test_the_report_needs_the_standard_library_only():
+  for file in pathlib.Path(report.__file__).parent.glob('*.py'):
+    for node in ast.walk(ast.parse(file.read_text('utf-8'))):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) else []
+      for name in names:
+        assert name.startswith('cai_jax.report') or name.split('.')[0] in sys.stdlib_module_names
+
+
+# ---- the page in a browser
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+  """Returns a function from a file and an optional fragment to the page's final HTML."""
+  names = ('chromium', 'chromium-browser', 'google-chrome')
+  command = next(filter(None, map(shutil.which, names)), None)
+  if command is None:
+    pytest.skip(f'no browser: none of {", ".join(names)} is installed')
+  profile = tmp_path_factory.mktemp('profile')
+
+  def dump(path, fragment=''):
+    arguments = ['--headless', '--no-sandbox', '--disable-gpu', '--window-size=1200,900']
+    arguments += [f'--user-data-dir={profile}', '--dump-dom', path.as_uri() + fragment]
+    return subprocess.run(
+      [command, *arguments], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+  return dump
+
+
+def test_a_browser_lists_the_chains_and_runs_nothing_they_say(tmp_path, browser):
+  chains = [_chain(i, violations=[['insult'], []]) for i in range(3000)]
+  chains[0] |= _chain(0, before=HOSTILE, after='<b onclick=x>bold</b>')
+  chains[0]['prompt'][0]['content'] = HOSTILE
+  path = tmp_path / 'report.html'
+  _write(path, chains=chains)
+  shown = browser(path)
+  body = shown[: shown.index('<script type="application/json"')]
+  assert '<title>A run</title>' in shown
+  assert '3,000 chains' in body and 'breaks: insult' in body
+  assert 5 < body.count('class="row"') < 60, 'the list draws only the rows in sight'
+  assert 'aria-setsize="3000"' in body and 'rule-1 (1,000)' in body
+  assert '&lt;script&gt;document.title = "owned"' in body
+  assert '<img' not in body and '<b onclick' not in body
+
+
+def test_a_browser_shows_the_chain_of_a_link_with_its_changes(tmp_path, browser):
+  before = 'Water it. You fool, Jonas.\n\nThen let it rest for 5 minutes.'
+  after = 'Water it. Be kind to Jonas. Then let it rest for 6 minutes. 你好'
+  chains = [_chain(i) for i in range(200)]
+  chains += [_chain(7) | _chain(0, before, after) | {'id': 'näher & "x"'}]
+  path = tmp_path / 'report.html'
+  _write(path, chains=chains)
+  shown = browser(path, '#chain=n%C3%A4her%20%26%20%22x%22')
+  article = shown[shown.index('<article') : shown.index('</article>')]
+  assert 'näher &amp; "x"' in article and 'It says: You fool.' in article
+  revision = article[article.index('Revision 1') :]
+  paragraph = re.search(r'<p class="text">(.*?)</p>', revision, re.DOTALL)[1]
+  left = re.sub(r'<del>.*?</del>', '', paragraph, flags=re.DOTALL)
+  was = re.sub(r'<ins>.*?</ins>', '', paragraph, flags=re.DOTALL)
+  assert re.sub(r'</?ins>', '', left) == after
+  assert re.sub(r'</?del>', '', was).split() == before.split()
+  assert re.search(r'<del>5 ?</del><ins>6 ?</ins>', paragraph)
+
+
+def test_the_policy_holds_where_escaping_would_fail(tmp_path, browser):
+  path = tmp_path / 'report.html'
+  text = _write(path)
+  hole = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
+  path.write_text(text.replace('</header>', hole + '</header>'), 'utf-8')
+  shown = browser(path)
+  assert hole[:20] in shown and '<title>A run</title>' in shown and '1 chain<' in shown
+  path.write_text(path.read_text('utf-8').replace('http-equiv', 'data-off'), 'utf-8')
+  assert '<title>owned</title>' in browser(path), 'without the policy the script would have run'

@@ -4,6 +4,14 @@ import dataclasses
 from typing import Any
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
+REQUIRED = (  # of a config.json; the rest has a usual value
+  'vocab_size',
+  'hidden_size',
+  'intermediate_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'max_position_embeddings',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
   for key, allowed in (('hidden_act', 'silu'), ('mlp_bias', False), ('quantization_config', None)):
     if hf.get(key, allowed) != allowed:
       raise ValueError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
+  if absent := [key for key in REQUIRED if not isinstance(hf.get(key), int)]:
+    raise ValueError(f'config.json: {absent[0]} is {hf.get(absent[0])!r}; it must be an integer.')
   num_heads = hf['num_attention_heads']
+  default_head_dim = 128 if family == 'qwen3' else hf['hidden_size'] // num_heads
   theta, scaling = _rope(hf)
   attention_bias = bool(hf.get('attention_bias', False))
   return ModelConfig(
@@ -89,7 +100,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     num_layers=hf['num_hidden_layers'],
     num_heads=num_heads,
     num_kv_heads=hf.get('num_key_value_heads') or num_heads,
-    head_dim=hf.get('head_dim') or hf['hidden_size'] // num_heads,
+    head_dim=hf.get('head_dim') or default_head_dim,
     max_positions=hf['max_position_embeddings'],
     rope_theta=theta,
     rope_scaling=scaling,
@@ -103,7 +114,11 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """The Hugging Face `config.json` of a model, such that `from_hf(to_hf(c)) == c`."""
+  """The Hugging Face `config.json` of a model, such that `from_hf(to_hf(c)) == c`.
+
+  Raises:
+    ValueError: for a model that no config of its family describes.
+  """
   architecture = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
   hf = {
     'architectures': [f'{architecture[config.family]}ForCausalLM'],
@@ -134,6 +149,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
       'full_attention' if config.window(layer) is None else 'sliding_attention'
       for layer in range(config.num_layers)
     ]
+  if (back := from_hf(hf)) != config:
+    fields = [f.name for f in dataclasses.fields(config)]
+    differ = [name for name in fields if getattr(back, name) != getattr(config, name)]
+    raise ValueError(
+      f'{differ[0]}={getattr(config, differ[0])!r} cannot be written to the config.json of a '
+      f'{config.family} model: it would be read as {getattr(back, differ[0])!r}.'
+    )
   return hf
 
 

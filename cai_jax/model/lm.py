@@ -1,33 +1,49 @@
-"""A language model in memory: parameters, tokenizer and mesh, with its logits."""
+"""A language model in memory: parameters, tokenizer and mesh; loaded, saved, and its logits."""
 
 import dataclasses
 import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
+import numpy as np
+import transformers
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cai_jax import parallel
+from cai_jax.model import config as config_lib
+from cai_jax.model import weights
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import Transformer
+from cai_jax.model.weights import Params, structure
 
-Params = dict[str, Any]  # nested dict of arrays; layers stand under integer keys
-
-
-@functools.lru_cache
-def structure(
-  config: ModelConfig, dtype: str = 'float32', param_dtype: str = 'float32'
-) -> tuple[nnx.GraphDef, Params]:
-  """The graph of a Transformer and its parameters as ShapeDtypeStructs; nothing is allocated.
-
-  `nnx.merge(graph, params)` inside a jitted function gives the model back.
-  """
-  model = nnx.eval_shape(
-    lambda: Transformer(config, nnx.Rngs(0), jnp.dtype(dtype), jnp.dtype(param_dtype))
-  )
-  graph, state = nnx.split(model)
-  return graph, nnx.to_pure_dict(state)
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.json',
+  '*.jinja',
+)
+# All that is fetched from a hub, and all that an export may replace. No pickle, no Python.
+MODEL_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model*.safetensors',
+  weights.INDEX,
+  *TOKENIZER_FILES,
+)
 
 
 def init_params(config: ModelConfig, key: jax.Array, param_dtype: str = 'float32') -> Params:
@@ -72,8 +88,213 @@ class LM:
       tokens: i32[B,T].
       mask: bool or i32[B,T], nonzero on real tokens, for left- or right-padded rows. Positions
         count real tokens only; logits at padding mean nothing.
+
+    Raises:
+      ValueError: for another shape, or a token outside the vocabulary.
     """
-    tokens = jnp.asarray(tokens)
-    segments = jnp.ones(tokens.shape, jnp.int32) if mask is None else jnp.asarray(mask, jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    return _logits(self.graph, self.params, tokens, positions, None if mask is None else segments)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or (mask is not None and np.shape(mask) != tokens.shape):
+      given = f'tokens {tokens.shape}' + ('' if mask is None else f', mask {np.shape(mask)}')
+      raise ValueError(f'{given}: tokens, and a mask if there is one, have the same shape [B,T].')
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+      raise ValueError(
+        f'tokens lie in {tokens.min()}..{tokens.max()}; the vocabulary is '
+        f'0..{self.config.vocab_size - 1}.'
+      )
+    real = np.ones(tokens.shape, np.int32) if mask is None else (np.asarray(mask) != 0) * 1
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    segments = None if mask is None else real.astype(np.int32)
+    return _logits(self.graph, self.params, tokens.astype(np.int32), positions, segments)
+
+
+def load(
+  path: str | os.PathLike,
+  dtype: str = 'float32',
+  mesh: Mesh | None = None,
+  param_dtype: str | None = None,
+) -> LM:
+  """The language model of a Hugging Face folder or hub name.
+
+  Args:
+    path: a folder, or a name such as 'Qwen/Qwen2.5-0.5B-Instruct', which is fetched into Hugging
+      Face's cache.
+    dtype: what is computed in: 'float32', 'bfloat16' or 'float16'.
+    mesh: where the parameters go; None is `parallel.make_mesh()`.
+    param_dtype: what parameters are kept in; None is `dtype`.
+
+  Raises:
+    ValueError: if there is no such folder or hub name; for a model of a family that is not
+      supported, or weights that do not fit it; for a tokenizer that is missing or does not fit.
+  """
+  param_dtype = dtype if param_dtype is None else param_dtype
+  weights.check_dtype(dtype, 'dtype')
+  folder = _folder(path)
+  if not (folder / 'config.json').exists():
+    raise ValueError(f'{folder} has no config.json: it is not the folder of a model.')
+  hf = weights.read_json(folder / 'config.json')
+  config = config_lib.from_hf(hf)
+  tokenizer = _tokenizer(folder, config)
+  eos = _eos_token_ids(folder, hf, tokenizer)
+  mesh = parallel.make_mesh() if mesh is None else mesh
+  return LM(
+    config=config,
+    params=weights.load_params(folder, config, mesh, param_dtype),
+    tokenizer=tokenizer,
+    mesh=mesh,
+    dtype=dtype,
+    name=str(path),
+    fingerprint=_fingerprint(folder, config, eos, dtype, param_dtype),
+    eos_token_ids=eos,
+  )
+
+
+def save(
+  lm: LM,
+  path: str | os.PathLike,
+  dtype: str | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a Hugging Face folder that `load` and transformers read.
+
+  It holds config.json, safetensors, the tokenizer with its chat template and
+  generation_config.json. An earlier model in `path` is replaced and other files are left alone;
+  config.json comes last, so that a folder that was cut short is not taken for a model. Every
+  process of a multi-process run calls it; process 0 writes.
+
+  Args:
+    lm: the model.
+    path: the folder; made if absent.
+    dtype: of the weights; None keeps that of the parameters.
+    max_shard_bytes: size from which a further safetensors file is begun.
+
+  Raises:
+    ValueError: for an unknown dtype, or if `path` is a file.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'{folder} is a file; a model is saved to a folder.')
+  partial = folder / '.partial'
+  if jax.process_index() == 0:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+  weights.save_params(partial, lm.params, lm.config, dtype, max_shard_bytes)
+  if jax.process_index() == 0:
+    _write_tokenizer(partial, lm.tokenizer)
+    _write_configs(partial, lm, dtype)
+    _replace_model(folder, partial)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'saved {folder}')
+
+
+def with_params(lm: LM, params: Params, name: str) -> LM:
+  """`lm` with other parameters of its shape, under another name.
+
+  The new fingerprint is a digest of the old one and of the values of `params`, which are fetched
+  to the host for it. In a multi-process run every process calls this.
+  """
+  digest = hashlib.sha256(lm.fingerprint.encode())
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    digest.update(f'{parallel.path_str(path)} {leaf.shape} {leaf.dtype}'.encode())
+    digest.update(np.ascontiguousarray(weights.to_host(leaf)).view(np.uint8).data)
+  return dataclasses.replace(lm, params=params, name=name, fingerprint=digest.hexdigest())
+
+
+def _folder(path: str | os.PathLike) -> pathlib.Path:
+  """The local folder of a model, fetched from the hub if `path` is not one."""
+  folder = pathlib.Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(str(path), allow_patterns=list(MODEL_FILES))
+    )
+  except (OSError, ValueError) as error:  # not found, not allowed, offline, not a name at all
+    raise ValueError(
+      f'{str(path)!r} is neither a folder here nor a model that the Hugging Face hub would give '
+      f'({type(error).__name__}: {str(error).strip()}). Give the path of a folder, or a name such '
+      "as 'Qwen/Qwen2.5-0.5B-Instruct'; a gated model needs `hf auth login` first."
+    ) from error
+
+
+def _tokenizer(folder: pathlib.Path, config: ModelConfig):
+  """The folder's tokenizer, checked against the embedding's size."""
+  # Where there is a tokenizer.json it is taken as it stands: AutoTokenizer of transformers 5 may
+  # rebuild it with the splitting rules that are usual for the model's type.
+  whole = (folder / 'tokenizer.json').exists()
+  if not whole and not any((folder / f).exists() for f in ('tokenizer.model', 'vocab.json')):
+    # AutoTokenizer would make an empty one of the model's type.
+    raise ValueError(f'{folder} has no tokenizer: put its tokenizer.json there.')
+  cls = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
+  options = {} if whole else {'use_fast': True, 'trust_remote_code': False}
+  try:
+    tokenizer = cls.from_pretrained(folder, **options)
+  except Exception as error:  # the kinds depend on what is missing, and on the version
+    raise ValueError(f'{folder} has no tokenizer that can be read: {error}') from error
+  if not tokenizer.is_fast:
+    raise ValueError(f'{folder}: {type(tokenizer).__name__} is slow; tokenizer.json is needed.')
+  token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+  if last >= config.vocab_size:
+    raise ValueError(
+      f'{folder}: the tokenizer has {token!r} as token {last}, and the model embeds '
+      f'{config.vocab_size} only. Take the tokenizer of this model, or resize its embedding.'
+    )
+  return tokenizer
+
+
+def _eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer) -> tuple[int, ...]:
+  """Ending tokens by generation_config.json, else config.json, else the tokenizer."""
+  path = folder / 'generation_config.json'
+  generation = weights.read_json(path) if path.exists() else {}
+  for eos in (generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id):
+    if eos is not None:
+      return tuple(eos) if isinstance(eos, list) else (eos,)
+  return ()
+
+
+def _fingerprint(
+  folder: pathlib.Path, config: ModelConfig, eos: tuple[int, ...], dtype: str, param_dtype: str
+) -> str:
+  """Hex digest of all that fixes what the model says; the same wherever the folder lies."""
+  settings = [dataclasses.asdict(config), eos, dtype, param_dtype]
+  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  tokenizer_files = {f.name for pattern in TOKENIZER_FILES for f in folder.glob(pattern)}
+  for name in [*weights.weight_files(folder), *sorted(tokenizer_files)]:
+    with open(folder / name, 'rb') as file:
+      digest.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
+  return digest.hexdigest()
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
+  tokenizer.save_pretrained(folder)
+  path = folder / 'tokenizer_config.json'
+  settings = weights.read_json(path)
+  if settings.get('tokenizer_class') == 'TokenizersBackend':
+    # The name that transformers 4 knows too.
+    weights.write_json(path, {**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'})
+
+
+def _write_configs(folder: pathlib.Path, lm: LM, dtype: str | None) -> None:
+  eos = lm.eos_token_ids[0] if len(lm.eos_token_ids) == 1 else list(lm.eos_token_ids) or None
+  special = {
+    'bos_token_id': lm.tokenizer.bos_token_id,
+    'eos_token_id': eos,
+    'pad_token_id': lm.tokenizer.pad_token_id,
+  }
+  stored = dtype or str(jax.tree.leaves(lm.params)[0].dtype)
+  hf = {**config_lib.to_hf(lm.config), **special, 'dtype': stored}
+  weights.write_json(folder / 'config.json', hf)
+  generation = {name: token for name, token in special.items() if token is not None}
+  weights.write_json(folder / 'generation_config.json', generation)
+
+
+def _replace_model(folder: pathlib.Path, partial: pathlib.Path) -> None:
+  """Moves the files of `partial` into `folder`, in place of the model that was there."""
+  (folder / 'config.json').unlink(missing_ok=True)
+  for stale in {f for pattern in MODEL_FILES for f in folder.glob(pattern)}:
+    stale.unlink()
+  names = sorted(f.name for f in partial.iterdir())
+  for name in [n for n in names if n != 'config.json'] + ['config.json']:
+    if (folder / name).is_dir():
+      shutil.rmtree(folder / name)
+    os.replace(partial / name, folder / name)
+  partial.rmdir()

@@ -1,0 +1,370 @@
+"""Weights in and out of Hugging Face folders: what is read, what is refused, what comes back."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+import cai_jax
+from cai_jax import parallel
+from cai_jax.model import config as config_lib
+from cai_jax.model import lm as lm_lib
+from cai_jax.model import weights
+
+TOKENS = np.random.default_rng(0).integers(3, 300, (2, 12))
+
+
+def one_device():
+  return parallel.make_mesh(1, devices=jax.devices()[:1])
+
+
+def load(folder, **kwargs):
+  return cai_jax.load(folder, **{'mesh': one_device(), **kwargs})
+
+
+def torch_logits(folder):
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  with torch.no_grad():
+    return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.fixture
+def folder(tiny_hf_folder, tmp_path) -> pathlib.Path:
+  """A copy of the Qwen2 model's folder, to be changed."""
+  return shutil.copytree(tiny_hf_folder('qwen2'), tmp_path / 'qwen2')
+
+
+def rewrite(folder, change, file='model.safetensors'):
+  """Replaces the tensors of a file by `change(tensors)`."""
+  tensors = change(safetensors.numpy.load_file(folder / file))
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  safetensors.numpy.save_file(tensors, folder / file)
+
+
+def test_table_is_the_model(tiny_hf_folder, family):
+  """Name for name and shape for shape, the table gives what torch wrote, and nothing else."""
+  folder = tiny_hf_folder(family)
+  config = config_lib.from_hf(weights.read_json(folder / 'config.json'))
+  leaves = dict(weights._flat(weights.structure(config)[1]))
+  ours = {weights.hf_name(p): weights.hf_shape(p, leaf.shape) for p, leaf in leaves.items()}
+  file = safetensors.numpy.load_file(folder / 'model.safetensors')
+  assert ours == {name: x.shape for name, x in file.items()}
+  assert config.num_params == sum(x.size for x in file.values())
+
+
+def test_every_table_row_serves_a_family(tiny_hf_folder):
+  names = set()
+  for family in ('llama_bias', 'qwen2', 'qwen3'):
+    config = config_lib.from_hf(weights.read_json(tiny_hf_folder(family) / 'config.json'))
+    names |= {weights.hf_name(p) for p, _ in weights._flat(weights.structure(config)[1])}
+  assert {row[1].format(0) for row in weights.TABLE} <= names
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'llama_bias'])
+def test_a_sharded_mesh_gives_the_same_model(tiny_hf_folder, family):
+  mesh = parallel.make_mesh(2, 2, 2)
+  one, eight = load(tiny_hf_folder(family)), load(tiny_hf_folder(family), mesh=mesh)
+  for (path, leaf), (_, single) in zip(
+    weights._flat(eight.params), weights._flat(one.params), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(
+      jax.NamedSharding(mesh, parallel.spec_of(path)), leaf.ndim
+    )
+    np.testing.assert_array_equal(leaf, single)
+  np.testing.assert_allclose(eight.logits(TOKENS), one.logits(TOKENS), atol=1e-4)
+
+
+def test_only_the_rows_of_a_shard_are_read(tiny_hf_folder):
+  """A device's read of a kernel asks the file for its rows, not for the tensor."""
+  asked = []
+
+  class File:
+    def __init__(self, x):
+      self.x = x
+
+    def __getitem__(self, region):
+      asked.append(self.x[region].shape)
+      return self.x[region]
+
+  ours = np.arange(6 * 4 * 5).reshape(6, 4, 5)  # [D,N,H]
+  path = 'layers/0/attention/query/kernel'
+  theirs = weights.to_hf_layout(path, ours)
+  assert theirs.shape == (20, 6) and theirs.flags.c_contiguous
+  block = weights._read(File(theirs), path, ours.shape, (2, 1, 2), (4, 3, 5))
+  np.testing.assert_array_equal(block, ours[2:4, 1:3, 2:5])
+  assert asked == [(10, 2)]
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_files(folder, dtype):
+  exact = load(folder)
+  rewrite(folder, lambda t: {n: x.astype(weights.DTYPES[dtype]) for n, x in t.items()})
+  widened, kept = load(folder), load(folder, param_dtype=dtype)
+  for f32, wide, half in zip(
+    *map(jax.tree.leaves, (exact.params, widened.params, kept.params)), strict=True
+  ):
+    assert wide.dtype == jnp.float32 and half.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(wide, np.asarray(f32).astype(half.dtype).astype(np.float32))
+    np.testing.assert_array_equal(wide, np.asarray(half).astype(np.float32))
+
+
+def test_sharded_index_that_torch_wrote(folder, tmp_path):
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  model.save_pretrained(tmp_path / 'shards', max_shard_size='40KB')
+  (tmp_path / 'shards' / 'tokenizer.json').write_bytes((folder / 'tokenizer.json').read_bytes())
+  assert len(weights.weight_files(tmp_path / 'shards')) > 2
+  jax.tree.map(np.testing.assert_array_equal, load(tmp_path / 'shards').params, load(folder).params)
+  weights.weight_files(tmp_path / 'shards')
+  next((tmp_path / 'shards').glob('model-00002*')).unlink()
+  with pytest.raises(ValueError, match='model-00002.*not in the folder'):
+    load(tmp_path / 'shards')
+
+
+def drop(name):
+  return lambda tensors: {n: x for n, x in tensors.items() if n != name}
+
+
+def put(name, change):
+  return lambda tensors: {**tensors, name: change(tensors.get(name))}
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (drop('model.layers.1.mlp.up_proj.weight'), r'layers\.1\.mlp\.up_proj\.weight.* missing'),
+    (drop('lm_head.weight'), r'lm_head\.weight.* missing'),
+    (put('model.layers.0.adapter', lambda _: np.zeros(3)), r'layers\.0\.adapter.* no place'),
+    (put('model.norm.weight', lambda x: x[1:]), r'norm\.weight.* shape \(31,\).* \(32,\)'),
+    (put('model.layers.2.mlp.down_proj.weight', lambda x: x.T), r'down_proj.* \(48, 32\).*'),
+    (put('model.norm.weight', lambda x: x.astype(np.int8)), r'norm\.weight.* is I8'),
+  ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+  rewrite(folder, change)
+  with pytest.raises(ValueError, match=message):
+    load(folder)
+
+
+def test_a_weight_in_two_files(folder):
+  name = 'model.norm.weight'
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  (folder / 'model.safetensors').unlink()
+  safetensors.numpy.save_file(tensors, folder / 'a.safetensors')
+  safetensors.numpy.save_file({name: tensors[name]}, folder / 'b.safetensors')
+  index = {'weight_map': {**dict.fromkeys(tensors, 'a.safetensors'), name: 'b.safetensors'}}
+  (folder / weights.INDEX).write_text(json.dumps(index))
+  with pytest.raises(ValueError, match='norm.weight.* both a.safetensors and b.safetensors'):
+    load(folder)
+
+
+def test_harmless_extra_weights(tiny_hf_folder, folder, tmp_path, caplog):
+  """Old rotary buffers, and the copy of a tied embedding, are not read; the latter is logged."""
+  buffer = put('model.layers.0.self_attn.rotary_emb.inv_freq', lambda _: np.zeros(4, np.float32))
+  plain = load(folder)
+  rewrite(folder, buffer)
+  jax.tree.map(np.testing.assert_array_equal, load(folder).params, plain.params)
+  tied = shutil.copytree(tiny_hf_folder('smollm2'), tmp_path / 'tied')
+  rewrite(tied, lambda t: {**t, 'lm_head.weight': t['model.embed_tokens.weight']})
+  with caplog.at_level('INFO'):
+    assert 'head' not in load(tied).params
+  assert 'lm_head.weight is not read' in caplog.text
+
+
+def test_pickles_are_refused(folder):
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match=r'(?s)pytorch_model\.bin.*any code.*save_pretrained'):
+    load(folder)
+  (folder / 'pytorch_model.bin').unlink()
+  with pytest.raises(ValueError, match=r'neither model\.safetensors nor'):
+    load(folder)
+
+
+def test_a_file_cut_short(folder):
+  whole = (folder / 'model.safetensors').read_bytes()
+  (folder / 'model.safetensors').write_bytes(whole[:-100])
+  with pytest.raises(ValueError, match=r'model\.safetensors is not a readable.*cut short'):
+    load(folder)
+
+
+def test_folders_that_are_no_supported_model(folder, tmp_path):
+  def edit(**changes):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, **changes}))
+
+  edit(model_type='mamba', auto_map={'AutoModelForCausalLM': 'modeling.Model'})
+  (folder / 'modeling.py').write_text('raise SystemExit("remote code ran")')
+  with pytest.raises(ValueError, match="'mamba' is not supported; .*llama.*qwen3"):
+    load(folder)
+  edit(model_type='qwen2', vocab_size=None)
+  with pytest.raises(ValueError, match='vocab_size is None'):
+    load(folder)
+  edit(vocab_size=200)
+  with pytest.raises(ValueError, match='tokenizer has .* model embeds 200'):
+    load(folder)
+  (folder / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match=r'config\.json is not JSON'):
+    load(folder)
+  (folder / 'config.json').unlink()
+  with pytest.raises(ValueError, match='has no config.json'):
+    load(folder)
+  with pytest.raises(ValueError, match='neither a folder here nor a model'):
+    load(tmp_path / 'absent')
+
+
+def test_without_a_tokenizer(folder):
+  for file in folder.glob('tokenizer*'):
+    file.unlink()
+  with pytest.raises(ValueError, match=r'no tokenizer: put its tokenizer\.json'):
+    load(folder)
+  (folder / 'tokenizer.json').write_text('{}')
+  with pytest.raises(ValueError, match='no tokenizer that can be read'):
+    load(folder)
+
+
+def test_unknown_dtypes(tiny_hf_folder, tmp_path):
+  with pytest.raises(ValueError, match="dtype='int8'.*float32"):
+    load(tiny_hf_folder('qwen2'), dtype='int8')
+  with pytest.raises(ValueError, match="param_dtype='f32'.*float32"):
+    load(tiny_hf_folder('qwen2'), param_dtype='f32')
+  with pytest.raises(ValueError, match="dtype='float8'.*float32"):
+    cai_jax.save(load(tiny_hf_folder('qwen2')), tmp_path / 'out', dtype='float8')
+
+
+def test_round_trip_through_torch_and_back(tiny_hf_folder, family, tmp_path):
+  lm = load(tiny_hf_folder(family))
+  cai_jax.save(lm, tmp_path / 'out')
+  again = load(tmp_path / 'out')
+  assert again.config == lm.config and again.eos_token_ids == lm.eos_token_ids == (2, 0)
+  jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+  np.testing.assert_allclose(torch_logits(tmp_path / 'out'), lm.logits(TOKENS), atol=1e-4)
+  assert not list((tmp_path / 'out').glob('*partial*'))
+
+
+def test_export_has_what_others_read(folder, tmp_path):
+  lm = load(folder)
+  cai_jax.save(lm, tmp_path / 'out', dtype='bfloat16', max_shard_bytes=20_000)
+  files = sorted(f.name for f in (tmp_path / 'out').iterdir())
+  shards = [f for f in files if f.startswith('model-')]
+  assert [f for f in files if f not in shards] == [
+    'chat_template.jinja',
+    'config.json',
+    'generation_config.json',
+    'model.safetensors.index.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+  ]
+  sizes = [(tmp_path / 'out' / f).stat().st_size for f in shards]
+  assert len(shards) > 3 and max(sizes) < 20_000 + 384 * 32 * 2 + 2_000  # one weight may exceed
+  config = transformers.AutoConfig.from_pretrained(tmp_path / 'out')
+  assert config.dtype == torch.bfloat16 and config.pad_token_id == 0
+  assert config.eos_token_id == [2, 0]
+  generation = transformers.GenerationConfig.from_pretrained(tmp_path / 'out')
+  assert generation.eos_token_id == [2, 0] and generation.pad_token_id == 0
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  messages = [{'role': 'user', 'content': 'Repair 123 bicycles, <|im_end|> please.'}]
+  for options in ({'tokenize': False}, {'add_generation_prompt': True, 'return_dict': False}):
+    ours = lm.tokenizer.apply_chat_template(messages, **options)
+    assert tokenizer.apply_chat_template(messages, **options) == ours
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), lm.params)
+  jax.tree.map(np.testing.assert_array_equal, load(tmp_path / 'out').params, rounded)
+  np.testing.assert_allclose(
+    torch_logits(tmp_path / 'out'), load(tmp_path / 'out').logits(TOKENS), atol=1e-4
+  )
+
+
+def test_saving_again_replaces_the_model_and_nothing_else(tiny_hf_folder, tmp_path):
+  out = tmp_path / 'out'
+  cai_jax.save(load(tiny_hf_folder('qwen2')), out, max_shard_bytes=20_000)
+  (out / 'notes.txt').write_text('mine')
+  (out / 'special_tokens_map.json').write_text('{"eos_token": "<|endoftext|>"}')
+  (out / '.partial').mkdir()  # as a save that was killed leaves it
+  (out / '.partial' / 'model.safetensors').write_text('half')
+  lm = load(tiny_hf_folder('smollm2'), mesh=parallel.make_mesh(4, 2, 1))
+  cai_jax.save(lm, out)
+  jax.tree.map(np.testing.assert_array_equal, load(out).params, lm.params)
+  names = {f.name for f in out.iterdir()}
+  assert 'notes.txt' in names and 'model.safetensors' in names
+  assert not [n for n in names if n.startswith('model-') or 'index' in n or 'special' in n]
+  assert '.partial' not in names
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='is a file'):
+    cai_jax.save(lm, tmp_path / 'file')
+
+
+def test_saving_other_parameters_than_the_config_s(tiny_hf_folder, tmp_path):
+  lm = load(tiny_hf_folder('qwen2'))
+  params = {**lm.params, 'norm': {'scale': jnp.ones(31)}}
+  with pytest.raises(ValueError, match=r'norm/scale: \(31,\) was given, \(32,\)'):
+    weights.save_params(tmp_path, params, lm.config)
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_odd_config_is_not_written(tiny_hf_folder, tmp_path):
+  """What the family's config.json cannot say is an error, not a model that reads differently."""
+  config = load(tiny_hf_folder('llama2')).config
+  with pytest.raises(ValueError, match='qkv_bias=True cannot be written'):
+    config_lib.to_hf(dataclasses.replace(config, qkv_bias=True))
+
+
+def test_fingerprint(tiny_hf_folder, folder, tmp_path):
+  """The same for equal files anywhere; another for any change of what the model says."""
+  base = load(folder).fingerprint
+  prints = [base, load(folder, dtype='bfloat16').fingerprint]
+  prints.append(load(folder, param_dtype='bfloat16').fingerprint)
+  prints.append(load(tiny_hf_folder('qwen3')).fingerprint)
+  assert load(tiny_hf_folder('qwen2')).fingerprint == base
+  assert load(shutil.copytree(folder, tmp_path / 'x'), mesh=None).fingerprint == base
+
+  def changed(file, old, new):
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    prints.append(load(folder).fingerprint)
+
+  changed('chat_template.jinja', 'assistant', 'helper')
+  changed('config.json', '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+  changed('generation_config.json', '0\n  ],', '1\n  ],')
+  rewrite(folder, put('model.norm.weight', lambda x: x * np.float32(1.0000002)))
+  prints.append(load(folder).fingerprint)
+  assert len(set(prints)) == len(prints)
+
+
+def test_with_params(tiny_hf_folder):
+  lm = load(tiny_hf_folder('qwen2'))
+  doubled = jax.tree.map(lambda x: 2 * x, lm.params)
+  other = lm_lib.with_params(lm, doubled, 'doubled')
+  assert other.name == 'doubled' and other.params is doubled
+  assert other.tokenizer is lm.tokenizer and other.fingerprint != lm.fingerprint
+  assert lm_lib.with_params(lm, doubled, 'again').fingerprint == other.fingerprint
+  sharded = load(tiny_hf_folder('qwen2'), mesh=parallel.make_mesh(2, 2, 2))
+  doubled = jax.tree.map(lambda x: 2 * x, sharded.params)
+  assert lm_lib.with_params(sharded, doubled, 'sharded').fingerprint == other.fingerprint
+  assert lm_lib.with_params(lm, lm.params, 'same').fingerprint != other.fingerprint
+
+
+def test_eos_falls_back_to_config_and_tokenizer(folder):
+  (folder / 'generation_config.json').unlink()
+  assert load(folder).eos_token_ids == (2,)
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps({**config, 'eos_token_id': [7, 2]}))
+  assert load(folder).eos_token_ids == (7, 2)
+  (folder / 'config.json').write_text(json.dumps({**config, 'eos_token_id': None}))
+  assert load(folder).eos_token_ids == (2,)
+  assert load(folder).tokenizer.eos_token_id == 2
+
+
+def test_tokenizer_json_is_taken_as_it_stands(folder):
+  """transformers' AutoTokenizer would give a Qwen2 folder Qwen2's way of splitting numbers."""
+  import tokenizers
+
+  plain = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  text = "It's 12345 bicycles…  ﬁne\n\nnext"
+  assert load(folder).tokenizer.encode(text) == plain.encode(text).ids

@@ -1,0 +1,108 @@
+"""Makes the embedded model again: `python -m cai_jax.tiny.pretrain`.
+
+A Llama of 0.92 M parameters learns the documents of the embedded world from their first token to
+their last, with nothing but the text: no oracle, no labels. The result is an ordinary Hugging Face
+folder. A killed run goes on from its last checkpoint when started again with the same arguments.
+"""
+
+import argparse
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+
+from cai_jax import parallel
+from cai_jax.dialogue import Dialogue
+from cai_jax.model import lm as lm_lib
+from cai_jax.model.config import ModelConfig
+from cai_jax.tiny import corpus, tokenizer
+from cai_jax.training import data, loop
+from cai_jax.training.config import TrainConfig
+
+CONFIG = ModelConfig(
+  family='llama',
+  vocab_size=tokenizer.VOCAB_SIZE,
+  d_model=128,
+  d_ff=384,
+  num_layers=4,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  max_positions=tokenizer.CONTEXT,
+  tied_embeddings=True,
+)
+# Attention costs a row's length squared, and most documents are short: 4,096 tokens a step in rows
+# that fit them closely is the fastest on two cores.
+BUCKETS = (data.Bucket(128, 32), data.Bucket(384, 11))
+
+
+def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[data.Example], dict]:
+  """Documents of the corpus up to `tokens` tokens in all, and how many were kept and dropped.
+
+  A document is rendered as a chain is at sampling. Its every token but the first is a target.
+  """
+  items, total, index, too_long = [], 0, 0, 0
+  while total < tokens:
+    ids, _ = dialogue.example(corpus.document(seed, index))
+    index += 1
+    if len(ids) > BUCKETS[-1].length:
+      too_long += 1
+      continue
+    items.append(data.Example(np.asarray(ids, np.int32), np.ones(len(ids), bool)))
+    total += len(ids)
+  return items, {'documents': len(items), 'tokens': total, 'dropped': {'too_long': too_long}}
+
+
+def main() -> None:
+  """Trains the tokenizer and the model and writes the folder."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--output', type=pathlib.Path, default=tokenizer.FOLDER)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--tokens', type=int, default=12_000_000, help='of all documents together')
+  parser.add_argument('--learning_rate', type=float, default=3e-3)
+  parser.add_argument(
+    '--workdir', type=pathlib.Path, help='default: OUTPUT.train, removed at the end'
+  )
+  args = parser.parse_args()
+  workdir = args.workdir or args.output.with_name(args.output.name + '.train')
+
+  began = time.monotonic()
+  words = tokenizer.train()
+  items, counts = documents(Dialogue(words), args.tokens, args.seed)
+  print(f'{counts} in {time.monotonic() - began:.0f} s', flush=True)
+  config = TrainConfig(
+    loss_normalization='token',
+    learning_rate=args.learning_rate,
+    warmup=0.03,
+    final_share=0.02,
+    weight_decay=0.05,
+    seed=args.seed,
+    log_every=10,
+    checkpoint_every=100,
+    max_length=BUCKETS[-1].length,
+  )
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  params = lm_lib.init_params(CONFIG, jax.random.key(args.seed))
+  graph, _ = lm_lib.structure(CONFIG, config.dtype)
+  params, summary = loop.fit(graph, params, items, config, mesh, workdir, BUCKETS)
+  print(summary, flush=True)
+  write(args.output, params, words, mesh)
+  if args.workdir is None:
+    shutil.rmtree(workdir)
+  print(f'wrote {args.output} after {time.monotonic() - began:.0f} s', flush=True)
+
+
+def write(output: pathlib.Path, params, words, mesh) -> None:
+  """Writes the Hugging Face folder."""
+  output.mkdir(parents=True, exist_ok=True)
+  flat = {
+    parallel.path_str(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  np.savez(output / 'params.npz', **flat)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,296 @@
+"""D_CAI to batches: rows → examples → tokens with a loss mask → packed rows → steps.
+
+All examples are tokenised before training, so every drop is counted, and the number of steps known,
+before the first step. Which example stands in which row of which step is then a pure function of
+the examples' lengths and the seed (`plan`): the same on every host and for any number of devices.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+HELPFUL = ('helpful', 'benign')  # `kind` of the rows whose initial answer can be mixed in
+OPEN_ROWS = 64  # rows that packing keeps open at a time
+
+
+class Example(NamedTuple):
+  """One sequence: tokens i32[T] and loss_mask bool[T], true on the tokens to learn."""
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Examples, with counts: rows, kept, helpful (of those kept), dropped by reason."""
+
+  items: tuple[Example, ...]
+  counts: dict[str, Any]
+
+
+class Rows:
+  """Rows of D_CAI as plain dicts with str texts and lists of dicts, read as they are asked for."""
+
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    return _plain(self._source[index])
+
+
+def read_rows(directory: str | os.PathLike, split: str = 'train') -> Rows:
+  """Rows of a TFDS dataset on disk (ArrayRecord), in any order.
+
+  Raises:
+    ValueError: if the folder holds no such dataset, or the dataset no such split.
+  """
+  try:
+    builder = tfds.builder_from_directory(os.fspath(directory))
+  except (FileNotFoundError, OSError) as error:
+    raise ValueError(f'{directory} holds no TFDS dataset ({error}): generate it first.') from error
+  if split not in builder.info.splits:
+    raise ValueError(
+      f'{directory} has no split {split!r}; it has {sorted(builder.info.splits)}: name one of them.'
+    )
+  return Rows(builder.as_data_source(split))
+
+
+def _plain(value):
+  """`value` with bytes decoded and each dict of equally long sequences made a list of dicts."""
+  if isinstance(value, bytes):
+    return value.decode()
+  if isinstance(value, np.generic):
+    return value.item()
+  if isinstance(value, np.ndarray):
+    return _plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [_plain(v) for v in value]
+  if not isinstance(value, Mapping):
+    return value
+  return {
+    k: _transpose(_plain(v)) if k in ('prompt', 'rounds') else _plain(v) for k, v in value.items()
+  }
+
+
+def _transpose(value):
+  """A list of dicts, for one or for a dict of lists (in which TFDS gives a sequence of dicts)."""
+  if isinstance(value, list):
+    return value
+
+  def length(node):
+    return length(next(iter(node.values()))) if isinstance(node, dict) else len(node)
+
+  def pick(node, i):
+    return {k: pick(v, i) for k, v in node.items()} if isinstance(node, dict) else node[i]
+
+  return [pick(value, i) for i in range(length(value))]
+
+
+def examples(
+  rows: Sequence[Mapping[str, Any]],
+  dialogue,
+  *,
+  target: str = 'last',
+  helpfulness_share: float = 0.0,
+  max_length: int = 1024,
+  drop_truncated: bool = True,
+  seed: int = 0,
+) -> Examples:
+  """The examples of D_CAI, in the order of its rows; helpfulness examples stand at the end.
+
+  Args:
+    rows: each has `prompt` (messages), `initial` {text, finish_reason}, `rounds` of {revision:
+      {text, finish_reason}}, `kind`.
+    dialogue: `cai_jax.dialogue.Dialogue`.
+    target: 'last' revision, 'all' revisions, or 'initial' answer of each row not of a HELPFUL kind.
+    helpfulness_share: share of all examples that are the initial answer of a row of a HELPFUL kind;
+      which rows, the seed decides. Rows of these kinds are used for nothing else.
+    max_length: tokens; a longer example is dropped.
+    drop_truncated: drop a text that ended by the length limit; else it is learnt as if whole.
+
+  Raises:
+    ValueError: if no example is left, or too few for the helpfulness share.
+  """
+  dropped = collections.Counter()
+  kept, helpful = [], []
+  for i in range(len(rows)):
+    row = rows[i]
+    is_helpful = row.get('kind') in HELPFUL
+    if is_helpful and not helpfulness_share:
+      dropped['helpful_not_asked_for'] += 1
+      continue
+    if is_helpful or target == 'initial':
+      replies = [row['initial']]
+    else:
+      replies = [r['revision'] for r in row['rounds']]
+      replies = replies[-1:] if target == 'last' else replies
+      if not replies:
+        dropped['no_revision'] += 1
+    for reply in replies:
+      example = _example(row['prompt'], reply, dialogue, max_length, drop_truncated)
+      if isinstance(example, str):
+        dropped[example] += 1
+      else:
+        (helpful if is_helpful else kept).append(example)
+  wanted = round(helpfulness_share * len(kept) / (1 - helpfulness_share))
+  if wanted > len(helpful):
+    raise ValueError(
+      f'train.helpfulness_share={helpfulness_share} beside {len(kept)} other examples needs '
+      f'{wanted} helpfulness examples, and the data set has {len(helpful)}: generate more helpful '
+      'prompts, or ask for a smaller share.'
+    )
+  if not kept:
+    raise ValueError(
+      f'no example is left of {len(rows)} rows for train.target={target!r}; dropped: '
+      f'{dict(dropped)}. Generate more, raise train.max_length={max_length}, or see '
+      'train.drop_truncated.'
+    )
+  if helpful:
+    chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:wanted])
+    dropped['helpful_beyond_share'] += len(helpful) - wanted
+    helpful = [helpful[i] for i in chosen]
+  counts = {
+    'rows': len(rows),
+    'kept': len(kept) + len(helpful),
+    'helpful': len(helpful),
+    'dropped': {reason: n for reason, n in sorted(dropped.items()) if n},
+  }
+  return Examples(tuple(kept + helpful), counts)
+
+
+def _example(prompt, reply, dialogue, max_length, drop_truncated) -> Example | str:
+  """The example of a reply, or the reason to drop it."""
+  if not reply['text'].strip():
+    return 'empty'
+  if drop_truncated and reply['finish_reason'] == 'length':
+    return 'truncated'
+  messages = [{'role': m['role'], 'content': m['content']} for m in prompt]
+  tokens, mask = dialogue.example([*messages, {'role': 'assistant', 'content': reply['text']}])
+  if len(tokens) > max_length:
+    return 'too_long'
+  return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool))
+
+
+class Bucket(NamedTuple):
+  """Shape of a batch: `rows` rows of `length` tokens."""
+
+  length: int
+  rows: int
+
+
+class Step(NamedTuple):
+  """One batch: its shape, and the indices of the examples in each of its rows."""
+
+  bucket: Bucket
+  rows: tuple[tuple[int, ...], ...]
+
+
+def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
+  """Rows of indices into `lengths`, first fit in the given order; none holds over row_length.
+
+  Of all rows OPEN_ROWS can still be added to; the one that is fullest closes for a new one.
+  """
+  done, rows, free = [], [], np.zeros(0, np.int64)
+  for i in order:
+    fits = np.flatnonzero(free >= lengths[i])
+    if fits.size:
+      at = fits[0]
+    elif len(rows) < OPEN_ROWS:
+      at = len(rows)
+      rows.append([])
+      free = np.append(free, row_length)
+    else:
+      at = int(free.argmin())
+      done.append(tuple(rows[at]))
+      rows[at], free[at] = [], row_length
+    rows[at].append(int(i))
+    free[at] -= lengths[i]
+  return done + [tuple(row) for row in rows]
+
+
+def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: int) -> list[Step]:
+  """The steps of a run: every example `epochs` times, once an epoch, in an order from the seed.
+
+  An example goes to the shortest rows that hold it. The last step of an epoch and bucket may have
+  fewer rows than the bucket; `Batches` fills it up with empty ones.
+
+  Raises:
+    ValueError: if an example is longer than every bucket's rows, or there is none.
+  """
+  lengths = np.asarray(lengths)
+  buckets = sorted(buckets)
+  if not lengths.size:
+    raise ValueError('there is no example to train on.')
+  if lengths.max() > buckets[-1].length:
+    raise ValueError(
+      f'an example of {lengths.max()} tokens does not fit rows of {buckets[-1].length}: drop it.'
+    )
+  bucket_of = np.searchsorted([b.length for b in buckets], lengths)
+  steps = []
+  for epoch in range(epochs):
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    of_epoch = []
+    for k, bucket in enumerate(buckets):
+      rows = pack(lengths, order[bucket_of[order] == k], bucket.length)
+      rows = [rows[i] for i in rng.permutation(len(rows))]
+      for at in range(0, len(rows), bucket.rows):
+        of_epoch.append(Step(bucket, tuple(rows[at : at + bucket.rows])))
+    steps += [of_epoch[i] for i in rng.permutation(len(of_epoch))]
+  return steps
+
+
+class Batches:
+  """Random access to the batches of a plan: dicts of tokens, positions, segment_ids, loss_mask.
+
+  Each is i32[rows, length]. Segments count from 1 in each row and padding is 0 in all four; the
+  whole batch, of all hosts, is built, and each host's devices take their part of it.
+  """
+
+  def __init__(self, items: Sequence[Example], steps: Sequence[Step]):
+    self._items, self._steps = items, steps
+
+  def __len__(self) -> int:
+    return len(self._steps)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    step = self._steps[index]
+    names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
+    batch = {name: np.zeros(tuple(reversed(step.bucket)), np.int32) for name in names}
+    for r, row in enumerate(step.rows):
+      at = 0
+      for segment, i in enumerate(row, start=1):
+        tokens, mask = self._items[i]
+        place = slice(at, at + len(tokens))
+        batch['tokens'][r, place] = tokens
+        batch['positions'][r, place] = np.arange(len(tokens))
+        batch['segment_ids'][r, place] = segment
+        batch['loss_mask'][r, place] = mask
+        at += len(tokens)
+    return batch
+
+
+def padding_share(items: Sequence[Example], steps: Sequence[Step]) -> float:
+  """Share of all places of all batches that hold no token."""
+  places = sum(step.bucket.rows * step.bucket.length for step in steps)
+  held = sum(len(items[i].tokens) for step in steps for row in step.rows for i in row)
+  return 1 - held / places
+
+
+def iterate(
+  batches: Batches, place: Callable[[dict[str, np.ndarray]], Any]
+) -> grain.DatasetIterator:
+  """The batches in order, each through `place`, made ahead; its state is the next one's index."""
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  return iter(grain.MapDataset.source(batches).map(place).to_iter_dataset(options))

@@ -1,0 +1,164 @@
+"""The optimizer and the jitted train step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax import parallel
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.objective import WEIGHTS, Batch, loss_and_metrics
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step reads and writes."""
+
+  step: jax.Array  # i32[], optimizer steps taken
+  params: Any  # f32
+  opt_state: Any
+
+
+def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
+  """Learning rate by step i32[]: linear warm-up, then constant, linear or cosine to the end.
+
+  The first step already learns and the last is at the schedule's end.
+  """
+  warmup = round(config.warmup * num_steps)
+  peak, last = config.learning_rate, config.learning_rate * config.final_share
+  rest = max(num_steps - warmup - 1, 1)
+  after = {
+    'constant': lambda: optax.constant_schedule(peak),
+    'linear': lambda: optax.linear_schedule(peak, last, rest),
+    'cosine': lambda: optax.cosine_decay_schedule(peak, rest, config.final_share),
+  }[config.schedule]()
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+  return optax.join_schedules([rise, after], [warmup])
+
+
+def decays(params) -> Any:
+  """Which parameters decay, as a pytree of bools: kernels and tables, not norms nor biases.
+
+  By name, since a bias [N,H] of a projection has as many axes as a kernel.
+  """
+
+  def by_name(path, _):
+    return {'kernel': True, 'table': True, 'scale': False, 'bias': False}[
+      parallel.path_str(path[-1:])
+    ]
+
+  return jax.tree_util.tree_map_with_path(by_name, params)
+
+
+def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019) on gradients clipped by their global norm."""
+  adamw = optax.adamw(
+    make_schedule(config, num_steps),
+    config.b1,
+    config.b2,
+    config.eps,
+    weight_decay=config.weight_decay,
+    mask=decays,
+  )
+  if not config.clip_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """A TrainState of NamedShardings; moments lie as their parameters do, scalars everywhere.
+
+  Raises:
+    ValueError: if an axis of the mesh does not divide the dimension that it splits.
+  """
+  by_param = parallel.param_shardings(params, mesh)
+  everywhere = NamedSharding(mesh, P())
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, params),
+    by_param,
+    transform_non_params=lambda _: everywhere,
+  )
+  return TrainState(everywhere, by_param, opt_state)
+
+
+def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """The state before the first step, on the mesh; it owns a copy of params, cast to f32."""
+  shardings = state_shardings(params, optimizer, mesh)
+
+  def init(params):
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  return jax.jit(init, out_shardings=shardings)(params)
+
+
+def make_train_step(
+  graph: nnx.GraphDef, params: Any, config: TrainConfig, num_steps: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
+
+  `graph` and `params` (arrays or ShapeDtypeStructs, for their shapes) are a model's two halves.
+  The batch holds tokens, positions, segment_ids, loss_mask [B,T], laid out by
+  `parallel.batch_sharding(mesh)`. Metrics, f32[]: loss (of the whole batch, in the configured
+  normalization), grad_norm (before clipping), learning_rate, num_tokens (targets), num_sequences.
+  """
+  optimizer = make_optimizer(config, num_steps)
+  schedule = make_schedule(config, num_steps)
+  gradient = jax.value_and_grad(functools.partial(loss_and_metrics, graph), has_aux=True)
+  rows = parallel.batch_sharding(mesh)
+
+  def accumulated(params, batch):
+    if config.accumulation == 1:
+      return gradient(params, batch)
+    micro = NamedSharding(mesh, P(None, *parallel.BATCH))
+
+    def split(x):  # every device splits the rows that it holds already
+      x = jnp.moveaxis(x.reshape(-1, config.accumulation, *x.shape[1:]), 1, 0)
+      return jax.lax.with_sharding_constraint(x, micro)
+
+    def add(total, batch):
+      return jax.tree.map(jnp.add, total, gradient(params, batch)), None
+
+    batches = jax.tree.map(split, batch)
+    one = jax.tree.map(lambda x: x[0], batches)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one)
+    )
+    return jax.lax.scan(add, zeros, batches)[0]
+
+  def step(state: TrainState, batch: Batch):
+    batch = jax.lax.with_sharding_constraint(batch, rows)
+    (nll, sums), grads = accumulated(state.params, batch)
+    weight = jnp.maximum(sums[WEIGHTS[config.loss_normalization]], 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+      'loss': nll / weight,
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': schedule(state.step),
+      **sums,
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  shardings = state_shardings(params, optimizer, mesh)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(shardings, rows),
+    out_shardings=(shardings, NamedSharding(mesh, P())),
+  )

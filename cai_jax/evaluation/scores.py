@@ -1,0 +1,116 @@
+"""Rates over prompts, each with its bootstrap interval."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Verdict(Protocol):
+  """What a scorer finds in one response."""
+
+  violations: frozenset[str]  # rules that it breaks
+  helpful: bool  # whether it answers the request
+
+
+Scorer = Callable[[Sequence[Mapping[str, str]], str], Verdict]  # of a prompt's messages and a text
+
+
+def bootstrap_interval(
+  values: Sequence[float], seed: int = 0, samples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+  """Percentile bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 13).
+
+  Args:
+    values: one number a prompt; the prompts are what is resampled.
+    seed: of the resampling.
+    samples: number of resamples.
+    level: coverage.
+
+  Raises:
+    ValueError: if there is no value.
+  """
+  values = np.asarray(values, np.float64)
+  if not values.size:
+    raise ValueError('an interval needs at least one value.')
+  rng = np.random.default_rng(seed)
+  means = [values[rng.integers(0, values.size, values.size)].mean() for _ in range(samples)]
+  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
+
+
+def score(
+  prompts: Sequence[Sequence[Mapping[str, str]]],
+  turns: Sequence[Mapping[str, Any]],
+  scorer: Scorer | None,
+) -> dict[str, Any]:
+  """Count and mean length of responses, and their rates where there is a scorer.
+
+  Args:
+    prompts: the messages that each turn answers.
+    turns: with `text` and `num_tokens`, as rows of D_CAI hold them.
+    scorer: judges a response; None leaves the rates out.
+
+  Returns:
+    `count`, `mean_tokens`, and with a scorer `violation_rate` and `helpful_rate` (shares of the
+    responses), each with its 95 % `_interval` [low, high].
+
+  Raises:
+    ValueError: if there is nothing to score.
+  """
+  if not turns:
+    raise ValueError('there is no response to score.')
+  result: dict[str, Any] = {
+    'count': len(turns),
+    'mean_tokens': float(np.mean([turn['num_tokens'] for turn in turns])),
+  }
+  if scorer is None:
+    return result
+  verdicts = [scorer(p, turn['text']) for p, turn in zip(prompts, turns, strict=True)]
+  for name, values in (
+    ('violation_rate', [float(bool(v.violations)) for v in verdicts]),
+    ('helpful_rate', [float(v.helpful) for v in verdicts]),
+  ):
+    result[name] = float(np.mean(values))
+    result[f'{name}_interval'] = list(bootstrap_interval(values))
+  return result
+
+
+def summarise(
+  base: Iterable[Mapping[str, Any]], aligned: Iterable[Mapping[str, Any]], scorer: Scorer | None
+) -> dict[str, dict[str, Any]]:
+  """The summary of a run from rows of two models on the same held-out prompts.
+
+  Args:
+    base: rows of M_θ's chains: harmful prompts with their rounds, helpful ones without.
+    aligned: rows of M_aligned's answers to the same prompts.
+    scorer: judges a response, or None.
+
+  Returns:
+    `stages` (initial, revision_1, ...) and `models` (base, aligned) over harmful prompts, and
+    `benign` (base, aligned) over helpful ones, where there are any; each as `score` gives it.
+
+  Raises:
+    ValueError: if the two hold different prompts.
+  """
+  base, aligned = list(base), {row['id']: row for row in aligned}
+  if {row['id'] for row in base} != set(aligned):
+    raise ValueError('M_θ and M_aligned were sampled on different prompts; they must be the same.')
+  summary: dict[str, dict[str, Any]] = {}
+  for kind, group in (('harmful', 'models'), ('helpful', 'benign')):
+    rows = [row for row in base if row['kind'] == kind]
+    if not rows:
+      continue
+    prompts = [row['prompt'] for row in rows]
+    answers = {
+      'base': [row['initial'] for row in rows],
+      'aligned': [aligned[row['id']]['initial'] for row in rows],
+    }
+    scores = {name: score(prompts, turns, scorer) for name, turns in answers.items()}
+    if kind == 'harmful':
+      summary['stages'] = {'initial': scores['base']}
+      for number in range(min(len(row['rounds']) for row in rows)):
+        turns = [row['rounds'][number]['revision'] for row in rows]
+        summary['stages'][f'revision_{number + 1}'] = score(prompts, turns, scorer)
+    summary[group] = scores
+  return summary

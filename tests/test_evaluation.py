@@ -1,0 +1,80 @@
+"""Rates, intervals and the summary of a run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cai_jax.evaluation.scores import bootstrap_interval, score, summarise
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  violations: frozenset
+  helpful: bool
+
+
+def scorer(prompt, text):
+  return Found(frozenset({'rude'} if 'rude' in text else ()), prompt[-1]['content'] in text)
+
+
+def row(name, kind, texts):
+  turn = lambda text: {'text': text, 'num_tokens': len(text.split())}  # noqa: E731
+  return {
+    'id': name,
+    'kind': kind,
+    'prompt': [{'role': 'user', 'content': name}],
+    'initial': turn(texts[0]),
+    'rounds': [{'revision': turn(text)} for text in texts[1:]],
+  }
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+  rng = np.random.default_rng(0)
+  covered = 0
+  for seed in range(200):
+    low, high = bootstrap_interval(rng.random(80) < 0.3, seed=seed, samples=400)
+    covered += low <= 0.3 <= high
+  assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_interval_is_a_point_for_equal_values_and_needs_one():
+  assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
+  with pytest.raises(ValueError, match='at least one'):
+    bootstrap_interval([])
+
+
+def test_summary_counts_each_round_and_model():
+  base = [
+    row('a', 'harmful', ['a rude rude', 'a rude', 'a']),
+    row('b', 'harmful', ['b rude', 'b', '']),
+    row('c', 'helpful', ['c']),
+  ]
+  aligned = [
+    row('c', 'helpful', ['c rude']),
+    row('b', 'helpful', ['b']),
+    row('a', 'helpful', ['x']),
+  ]
+  summary = summarise(base, aligned, scorer)
+  rates = lambda group: {k: v['violation_rate'] for k, v in group.items()}  # noqa: E731
+  assert rates(summary['stages']) == {'initial': 1.0, 'revision_1': 0.5, 'revision_2': 0.0}
+  assert summary['stages']['revision_2']['helpful_rate'] == 0.5
+  assert summary['stages']['initial']['mean_tokens'] == 2.5
+  assert rates(summary['models']) == {'base': 1.0, 'aligned': 0.0}
+  assert summary['models']['aligned']['helpful_rate'] == 0.5
+  assert rates(summary['benign']) == {'base': 0.0, 'aligned': 1.0}
+  assert summary['benign']['base']['count'] == 1
+
+
+def test_without_a_scorer_there_are_lengths_and_no_rates():
+  base = [row('a', 'harmful', ['a b c', 'a'])]
+  summary = summarise(base, base, None)
+  assert summary['stages']['initial'] == {'count': 1, 'mean_tokens': 3.0}
+  assert 'benign' not in summary
+
+
+def test_other_prompts_are_refused():
+  with pytest.raises(ValueError, match='different prompts'):
+    summarise([row('a', 'harmful', ['a'])], [row('b', 'harmful', ['b'])], scorer)
+  with pytest.raises(ValueError, match='no response'):
+    score([], [], scorer)

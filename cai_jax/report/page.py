@@ -8,6 +8,7 @@ no request to anywhere.
 """
 
 import base64
+import collections
 import hashlib
 import json
 import math
@@ -75,10 +76,10 @@ def write_report(
   """
   for number, chain in enumerate(chains):
     _check_chain(chain, number)
-  ids = [chain['id'] for chain in chains]
-  if len(set(ids)) != len(ids):
-    twice = sorted({i for i in ids if ids.count(i) > 1}, key=str) if len(ids) < 10_000 else '...'
-    raise ValueError(f'chains have ids that stand more than once: {twice}; give each its own')
+  counts = collections.Counter(chain['id'] for chain in chains)
+  twice = [name for name, count in counts.items() if count > 1]
+  if twice:
+    raise ValueError(f'chains have ids that stand more than once: {twice[:5]}; give each its own')
 
   template = TEMPLATE.read_text('utf-8')
   page = fill(

@@ -160,3 +160,217 @@ def split_plain(text: str) -> list[dict[str, str]]:
     {'role': _ROLE_OF_LABEL[label], 'content': content.removeprefix(' ')}
     for label, content in zip(labels, contents, strict=True)
   ]
+
+
+def load(path: str, tags: tuple[str, ...] = ()) -> Constitution:
+  """Returns the constitution in a YAML file, or in the published JSON form (file or folder).
+
+  Args:
+    path: a .yaml or .yml file; a .json file of instructions; a folder of the published files.
+    tags: keep only principles with at least one of these tags; () keeps all.
+
+  Raises:
+    ValueError: no such file, not readable as what its name says, a field that is missing, unknown
+      or of the wrong kind, a repeated id, or no principle left. The message names the file, the
+      principle and the fields allowed.
+  """
+  if os.path.isdir(path):
+    instructions, few_shot = (os.path.join(path, name) for name in (_INSTRUCTIONS, _FEW_SHOT))
+    if not os.path.isfile(instructions):
+      raise ValueError(f'{path}: the folder holds no {_INSTRUCTIONS}')
+    demonstrations = _published_demonstrations(few_shot) if os.path.isfile(few_shot) else ()
+    return _constitution(instructions, _published_principles(instructions), demonstrations, tags)
+  if not os.path.isfile(path):
+    raise ValueError(f'{path}: no such constitution; give a .yaml or .json file, or a folder')
+  if path.endswith('.json'):
+    return _constitution(path, _published_principles(path), (), tags)
+  if path.endswith(('.yaml', '.yml')):
+    return _constitution(path, *_yaml_parts(path), tags)
+  raise ValueError(f'{path}: a constitution is a .yaml, .yml or .json file, or a folder')
+
+
+def general() -> Constitution:
+  """Returns the constitution shipped with the package: harmlessness principles of our own."""
+  return load(os.path.join(os.path.dirname(__file__), 'constitution.yaml'))
+
+
+def draw(
+  constitution: Constitution, seed: int, prompt_id: str, rounds: int, replace: bool = True
+) -> tuple[Principle, ...]:
+  """Returns the principles of a prompt's `rounds` rounds, by weight.
+
+  A pure function of its arguments, the same on every machine; the first n of N rounds are the
+  draw for n rounds. With `replace` the rounds are independent; without it no principle comes
+  twice, each being drawn by weight from those left.
+
+  Raises:
+    ValueError: negative rounds, or more rounds than principles without `replace`.
+  """
+  principles = constitution.principles
+  if rounds < 0:
+    raise ValueError(f'rounds must be 0 or more, got {rounds}')
+  if not replace and rounds > len(principles):
+    raise ValueError(
+      f'{rounds} rounds without repetition need as many principles, and the constitution has '
+      f'{len(principles)}: use fewer rounds, more principles, or draw with replace=True'
+    )
+  digest = hashlib.sha256(json.dumps([int(seed), prompt_id]).encode()).digest()
+  rng = np.random.default_rng(np.frombuffer(digest, '<u4'))
+  left, drawn = list(principles), []
+  for u in rng.random(rounds):
+    chances = np.cumsum([principle.weight for principle in left])
+    at = min(int(np.searchsorted(chances, u * chances[-1], side='right')), len(left) - 1)
+    drawn.append(left[at])
+    if not replace:
+      del left[at]
+  return tuple(drawn)
+
+
+def _constitution(path, principles, demonstrations, tags) -> Constitution:
+  """Returns the checked constitution of the principles with any of `tags`."""
+  try:
+    whole = Constitution(tuple(principles), tuple(demonstrations))
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  if isinstance(tags, str):
+    raise ValueError(f'tags must be a tuple of names, got the text {tags!r}')
+  known = sorted({tag for principle in whole.principles for tag in principle.tags})
+  unknown = [tag for tag in tags if tag not in known]
+  if unknown:
+    raise ValueError(f'{path}: no principle has the tags {unknown}; there are {known}')
+  if not tags:
+    return whole
+  kept = tuple(p for p in whole.principles if set(p.tags) & set(tags))
+  return dataclasses.replace(whole, principles=kept)
+
+
+def _parse_yaml(file):
+  """Returns the document; a key given twice, which the parser would let pass, is an error too."""
+  text = file.read()
+  nodes = [yaml.compose(text, yaml.SafeLoader)]
+  while nodes:
+    node = nodes.pop()
+    if isinstance(node, yaml.SequenceNode):
+      nodes += node.value
+    elif isinstance(node, yaml.MappingNode):
+      nodes += [value for _, value in node.value]
+      keys = [key.value for key, _ in node.value]
+      for i, (key, _) in enumerate(node.value):
+        if key.value in keys[:i]:
+          raise yaml.MarkedYAMLError(
+            problem=f'the key {key.value!r} twice', problem_mark=key.start_mark
+          )
+  return yaml.safe_load(text)
+
+
+def _yaml_parts(path: str) -> tuple[list[Principle], list]:
+  """Returns the principles and the demonstrations of a YAML constitution."""
+  document = _read(path, _parse_yaml, yaml.YAMLError)
+  fields = ('principles', 'demonstrations')
+  if not isinstance(document, dict) or set(document) - set(fields) or 'principles' not in document:
+    found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
+    raise ValueError(
+      f"{path}: must be a mapping with 'principles' and, if wanted, 'demonstrations'; found {found}"
+    )
+  entries, demonstrations = (document.get(field, []) for field in fields)
+  if not isinstance(entries, list):
+    raise ValueError(f"{path}: 'principles' must be a list, got {entries!r:.100}")
+  if not isinstance(demonstrations, list) or not all(isinstance(d, list) for d in demonstrations):
+    raise ValueError(f"{path}: 'demonstrations' must be a list of lists of messages")
+  return [_yaml_principle(path, i, entry) for i, entry in enumerate(entries)], demonstrations
+
+
+def _yaml_principle(path: str, index: int, entry) -> Principle:
+  name = f' ({entry["id"]!r})' if isinstance(entry, dict) and 'id' in entry else ''
+  where = f'{path}: principle {index}{name}'
+  allowed = f'the fields are {list(_PRINCIPLE_FIELDS)}, of which the first three are needed'
+  if not isinstance(entry, dict):
+    raise ValueError(f'{where} must be a mapping, got {entry!r:.100}; {allowed}')
+  missing = [field for field in _PRINCIPLE_FIELDS[:3] if field not in entry]
+  unknown = [field for field in entry if field not in _PRINCIPLE_FIELDS]
+  if missing or unknown:
+    problems = [f'lacks {missing}'] * bool(missing) + [f'has unknown {unknown}'] * bool(unknown)
+    raise ValueError(f'{where} {" and ".join(problems)}; {allowed}')
+  if not isinstance(entry.get('tags', []), list):
+    raise ValueError(f'{where}: tags must be a list of names, got {entry["tags"]!r}')
+  stripped = {field: v.strip() if _is_text(v) else v for field, v in entry.items()}
+  try:
+    return Principle(**stripped)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}; {allowed}') from error
+
+
+def _published_principles(path: str) -> list[Principle]:
+  """Returns the principles of a published instructions file: id -> {prompt, edit_request}."""
+  document = _read(path, json.load, json.JSONDecodeError)
+  if not isinstance(document, dict):
+    raise ValueError(
+      f'{path}: must be an object of principles by id, got a {type(document).__name__}'
+    )
+  principles = []
+  for i, (name, entry) in enumerate(document.items()):
+    where = f'{path}: principle {i} ({name!r})'
+    if not isinstance(entry, dict) or set(entry) != {'prompt', 'edit_request'}:
+      raise ValueError(
+        f"{where} must have the fields ['prompt', 'edit_request'], got {entry!r:.200}"
+      )
+    prompt = entry['prompt']
+    prompt = ''.join(prompt) if isinstance(prompt, list) and all(map(_is_text, prompt)) else prompt
+    critique = _unmarked(f'{where}: prompt', prompt, 'critique_request', 'critique')
+    revision = _unmarked(
+      f'{where}: edit_request', entry['edit_request'], 'revision_request', 'revision'
+    )
+    try:
+      principles.append(Principle(name, critique, revision))
+    except ValueError as error:
+      raise ValueError(f'{where}: {error}') from error
+  return principles
+
+
+def _unmarked(where: str, text, request: str, reply: str) -> str:
+  """Returns the request between its own label and the label of the reply that it asks for."""
+  form = f'{LABELS[request]} ...{LABELS[reply]}'
+  try:
+    messages = split_plain(text) if _is_text(text) else []
+  except ValueError:
+    messages = []
+  if [m['role'] for m in messages] != [request, reply] or messages[1]['content'].strip():
+    raise ValueError(f'{where} must be a text of the form {form!r}, got {text!r:.200}')
+  return messages[0]['content'].strip()
+
+
+def _published_demonstrations(path: str) -> list[tuple[dict[str, str], ...]]:
+  """Returns the dialogues of the published few-shot file, a list of plain texts.
+
+  A text may end with the label of the next dialogue's first turn, which is left out.
+
+  Raises:
+    ValueError: a text whose messages, joined again, do not give the text.
+  """
+  texts = _read(path, json.load, json.JSONDecodeError)
+  if not isinstance(texts, list) or not all(map(_is_text, texts)):
+    raise ValueError(f'{path}: must be a list of texts')
+  dialogues = []
+  for i, text in enumerate(texts):
+    text = text.removesuffix(LABELS['user'])
+    try:
+      dialogue = tuple(split_plain(text))
+    except ValueError as error:
+      raise ValueError(f'{path}: demonstration {i}: {error}') from error
+    if join_plain(dialogue) != text:
+      raise ValueError(f'{path}: demonstration {i} does not have one space after each label')
+    dialogues.append(dialogue)
+  return dialogues
+
+
+def _is_text(value) -> bool:
+  return isinstance(value, str)
+
+
+def _read(path: str, parse, syntax_error):
+  """Returns the parsed file; a parser's error tells its line and column in its own text."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      return parse(file)
+  except (syntax_error, UnicodeDecodeError) as error:
+    raise ValueError(f'{path}: not readable: {error}') from error

@@ -471,7 +471,8 @@ def _mend(rng, said, named, person, lost_step):
   if rng.random() < lost_step:
     lost = rng.choice([s for s in said if s.role == 'step'] or [None])
   mended = [instead if s is named else s for s in said if s is not lost]
-  return tuple(s for s in mended if s is not None)
+  # An answer whose only sentence would be dropped stays: no document has an empty answer.
+  return tuple(s for s in mended if s is not None) or said
 
 
 @functools.cache

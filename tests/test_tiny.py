@@ -151,9 +151,9 @@ def test_constitution_covers_every_kind():
   assert len({p.critique_request for p in principles}) == len(principles)
   assert len({p.revision_request for p in principles}) == len(principles)
   narrow = [p for p in principles if 'narrow' in p.tags]
-  assert collections.Counter(p.scope for p in narrow) == {frozenset({k}): 1 for k in world.KINDS}
+  assert collections.Counter(map(corpus.scope, narrow)) == {frozenset({k}): 1 for k in world.KINDS}
   groups = [p for p in principles if 'group' in p.tags]
-  coverage = collections.Counter(kind for p in groups for kind in p.scope)
+  coverage = collections.Counter(kind for p in groups for kind in corpus.scope(p))
   assert coverage == dict.fromkeys(world.KINDS, 3)
   for p in groups:  # said as the made-up principles of the corpus are
     kinds = [tag for tag in p.tags if tag != 'group']
@@ -225,7 +225,7 @@ def test_critiques_meet_many_violations_that_are_out_of_scope():
     said = world.answer(rng, world.request(rng, rng.choice(world.triples('pretrain'))))
     broken = {s.topic for s in said if s.role == 'violation'}
     if broken:
-      covers = bool(corpus._principle(rng, said, corpus.Mixture()).scope & broken)
+      covers = bool(corpus.scope(corpus._principle(rng, said, corpus.Mixture())) & broken)
       named, nothing = named + covers, nothing + (not covers)
   assert named / (named + nothing) == pytest.approx(corpus.Mixture().in_scope, abs=0.02)
 

@@ -11,8 +11,8 @@ import pathlib
 import random
 from collections.abc import Iterator, Sequence
 
-import yaml
-
+from cai_jax import constitution
+from cai_jax.constitution import Principle
 from cai_jax.tiny import world
 
 CONSTITUTION = pathlib.Path(__file__).with_name('constitution.yaml')
@@ -57,52 +57,34 @@ class Mixture:
   tiers: tuple[float, ...] = (0.35, 0.30, 0.25, 0.10)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scoped:
-  """A principle and the kinds of rule that it covers."""
-
-  id: str
-  critique_request: str
-  revision_request: str
-  scope: frozenset[str]
-  weight: float = 1.0
-  tags: tuple[str, ...] = ()
+@functools.cache
+def shipped() -> tuple[Principle, ...]:
+  """The principles of the world's constitution."""
+  return constitution.load(str(CONSTITUTION)).principles
 
 
 @functools.cache
-def shipped() -> tuple[Scoped, ...]:
-  """The principles of the world's constitution; their tags say which kinds they cover."""
-  rows = yaml.safe_load(CONSTITUTION.read_text())['principles']
-  return tuple(
-    Scoped(
-      row['id'],
-      row['critique_request'],
-      row['revision_request'],
-      frozenset(world.KINDS)
-      if 'general' in row['tags']
-      else frozenset(world.KINDS) & frozenset(row['tags']),
-      row['weight'],
-      tuple(row['tags']),
-    )
-    for row in rows
-  )
-
-
-@functools.cache
-def _tier(tag: str) -> tuple[Scoped, ...]:
+def _tier(tag: str) -> tuple[Principle, ...]:
   return tuple(principle for principle in shipped() if tag in principle.tags)
 
 
-def made_up(kinds: Sequence[str]) -> Scoped:
+@functools.cache
+def scope(principle: Principle) -> frozenset[str]:
+  """The kinds of rule that a principle covers, by its tags: all for 'general', else those named."""
+  kinds = frozenset(world.KINDS)
+  return kinds if 'general' in principle.tags else kinds & frozenset(principle.tags)
+
+
+def made_up(kinds: Sequence[str]) -> Principle:
   """A principle that covers two or more kinds, in their order: "Find any lie, secret or theft." """
   nouns = [NOUNS[kind] for kind in kinds]
   listed = f'{", ".join(nouns[:-1])} or {nouns[-1]}'
-  return Scoped(
-    '-'.join(kinds), f'Find any {listed}.', f'Rewrite it with no {listed}.', frozenset(kinds)
+  return Principle(
+    '-'.join(kinds), f'Find any {listed}.', f'Rewrite it with no {listed}.', tags=tuple(kinds)
   )
 
 
-def _principle(rng: random.Random, said: Sequence[world.Sentence], mixture: Mixture) -> Scoped:
+def _principle(rng: random.Random, said: Sequence[world.Sentence], mixture: Mixture) -> Principle:
   """A principle; where the answer breaks rules, one that covers one of them in a set share."""
   broken = frozenset(s.topic for s in said if s.role == 'violation')
   meddles = rng.random() < mixture.in_scope
@@ -113,7 +95,7 @@ def _principle(rng: random.Random, said: Sequence[world.Sentence], mixture: Mixt
     choices = _tier(tier)
   # No general principle leaves a violation out, but a narrow one always does.
   for principles in (choices, _tier('narrow')):
-    fitting = [p for p in principles if not broken or bool(p.scope & broken) == meddles]
+    fitting = [p for p in principles if not broken or bool(scope(p) & broken) == meddles]
     if fitting:
       return rng.choice(fitting)
   raise AssertionError('the narrow principles cover one kind each')
@@ -137,9 +119,9 @@ def document(
   for _ in range(rng.choices(range(5), ROUNDS[form])[0]):
     principle = _principle(rng, said, mixture)
     if form == 'direct':
-      said = world.revise_directly(rng, said, principle.scope, wanted.person, errs)
+      said = world.revise_directly(rng, said, scope(principle), wanted.person, errs)
     else:
-      text, named = world.critique(rng, said, principle.scope, errs)
+      text, named = world.critique(rng, said, scope(principle), errs)
       messages += _turn('critique', principle.critique_request, text)
       said = world.revise(rng, said, named, wanted.person, errs)
     messages += _turn('revision', principle.revision_request, world.render(said))

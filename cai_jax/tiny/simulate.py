@@ -9,13 +9,14 @@ import argparse
 import random
 from collections.abc import Sequence
 
+from cai_jax.constitution import Principle
 from cai_jax.tiny import corpus, world
 
 VARIANTS = ('critique', 'direct')
 
 
 def simulate(
-  principles: Sequence[corpus.Scoped],
+  principles: Sequence[Principle],
   rounds: int = 4,
   count: int = 1000,
   seed: int = 0,
@@ -41,7 +42,7 @@ def simulate(
     said = world.answer(rng, wanted)
     for i in range(rounds + 1):
       if i:
-        covered = rng.choices(principles, weights)[0].scope
+        covered = corpus.scope(rng.choices(principles, weights)[0])
         if variant == 'direct':
           said = world.revise_directly(rng, said, covered, wanted.person, errs)
         else:

@@ -1,0 +1,140 @@
+"""What a run was and how far it came: `manifest.json` in its folder."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers')
+
+
+def check_workdir(workdir: str | os.PathLike, needed_bytes: int) -> None:
+  """Makes the folder if it is absent.
+
+  Raises:
+    ValueError: if it cannot be written to, or its disk has less than `needed_bytes` left.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f'.probe.{os.getpid()}'
+    probe.write_bytes(b'probe')
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(f'workdir {workdir} cannot be written to: {error}') from error
+  free = shutil.disk_usage(workdir).free
+  if free < needed_bytes:
+    raise ValueError(
+      f'workdir {workdir}: {free / 1e9:.1f} GB are free and the run needs about '
+      f'{needed_bytes / 1e9:.1f} GB (checkpoints, model, journal); free some, take another disk, '
+      'or lower train.keep.'
+    )
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes indented JSON to `path`, all of it or nothing."""
+  temporary = pathlib.Path(f'{path}.tmp')
+  temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+  os.replace(temporary, path)
+
+
+class Manifest:
+  """The manifest of a folder, read if it is there. Only a process that `writes` changes it."""
+
+  def __init__(self, workdir: str | os.PathLike, writes: bool = True):
+    self._path = pathlib.Path(workdir) / 'manifest.json'
+    self._writes = writes
+    if self._path.exists():
+      self.content = json.loads(self._path.read_text(encoding='utf-8'))
+    else:
+      self.content = {'started': _now(), 'stages': {}}
+    self.content |= {'versions': _versions(), 'git_commit': _git_commit()}
+
+  def done(self, stage: str) -> bool:
+    """Whether a stage has ended."""
+    return 'finished' in self.content['stages'].get(stage, {})
+
+  def check(self, stage: str, settings: dict[str, Any]) -> None:
+    """Compares the settings of a stage with those that it was begun or done with here.
+
+    Raises:
+      ValueError: if they differ, naming what does.
+    """
+    before = self.content['stages'].get(stage, {}).get('settings')
+    if before is None:
+      return
+    old, new = flat(before), flat(json.loads(json.dumps(settings)))
+    changed = [
+      f'{name}: {old.get(name)!r} → {new.get(name)!r}'
+      for name in sorted({*old, *new})
+      if old.get(name) != new.get(name)
+    ]
+    if changed:
+      raise ValueError(
+        f'{self._path.parent} holds stage {stage!r} of a run with other settings '
+        f'({"; ".join(changed[:8])}). Use another workdir, or delete this one.'
+      )
+
+  @contextlib.contextmanager
+  def stage(self, stage: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Marks a stage as begun, and as done if the block ends well.
+
+    What the block puts into the dict it is given stands in the manifest.
+    """
+    entry = self.content['stages'].setdefault(stage, {})
+    entry['settings'] = settings
+    self._write()
+    start = time.perf_counter()
+    yield entry
+    entry['seconds'] = entry.get('seconds', 0.0) + time.perf_counter() - start
+    entry['peak_memory_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    entry['finished'] = self.content['finished'] = _now()
+    self._write()
+
+  def _write(self) -> None:
+    if self._writes:
+      write_json(self._path, self.content)
+
+
+def flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+  """{'a.b': leaf} of nested dicts."""
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  leaves: dict[str, Any] = {}
+  for name, value in tree.items():
+    leaves |= flat(value, f'{prefix}.{name}' if prefix else name)
+  return leaves
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+
+
+def _versions() -> dict[str, str]:
+  found = {'python': platform.python_version()}
+  for name in PACKAGES:
+    found[name] = importlib.metadata.version(name)
+  return found
+
+
+def _git_commit() -> str:
+  """The commit of the source tree, '' outside of one; '+' marks changes that are not committed."""
+  folder = pathlib.Path(__file__).parent
+  git = ['git', '-C', str(folder)]
+  try:
+    commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True)
+    changes = subprocess.run(
+      [*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+  return commit.stdout.strip() + ('+' if changes.stdout.strip() else '')

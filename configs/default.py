@@ -1,0 +1,107 @@
+"""Every field of a run, once, with its unit and meaning. Other configs state only what differs.
+
+A folder, file or hub name may be given wherever a path is asked for. The embedded world goes by the
+name 'tiny' as a model, a constitution, a source of prompts and a scorer.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The default config."""
+  config = ConfigDict()
+  config.seed = 0  # of principles, sampling, and the order of training examples
+
+  config.model = ConfigDict()
+  config.model.base = 'tiny'  # M_θ
+  config.model.critique = ''  # M_critique; '' is M_θ
+  config.model.revision = ''  # M_revise; '' is M_θ
+  config.model.init = ''  # what M_aligned starts from; '' is M_θ
+  config.model.dtype = 'float32'  # of sampling: parameters, cache and arithmetic
+
+  config.mesh = ConfigDict()  # devices along each axis; -1 is the rest
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.constitution = ConfigDict()
+  config.constitution.path = 'general'  # 'general', 'tiny', a YAML or published JSON file, a folder
+  config.constitution.tags = ()  # keep principles with any of these; () keeps all
+
+  config.prompts = ConfigDict()
+  config.prompts.harmful = prompts()  # answered, criticised and revised
+  config.prompts.helpful = prompts()  # answered only, for train.helpfulness_share
+  config.prompts.eval_harmful = prompts()  # held out; they may not occur in the two above
+  config.prompts.eval_helpful = prompts()
+
+  config.feedback = ConfigDict()
+  config.feedback.rounds = 4  # critiques and revisions of each response
+  config.feedback.variant = 'critique'  # 'critique', or 'direct': revise without one
+  config.feedback.context = 'fresh'  # a round sees the latest response; 'growing': all before
+  config.feedback.repeat_principles = True  # each round's principle is drawn independently
+  config.feedback.demonstrations = True  # the constitution's few-shot dialogues stand in front
+  config.feedback.style = 'chat'  # the tokenizer's chat template, or 'plain' Human:/Assistant:
+  config.feedback.shard_rows = 256  # rows in a file of D_CAI
+
+  config.sampling = ConfigDict()
+  config.sampling.initial = sampling()
+  config.sampling.critique = sampling()
+  config.sampling.revision = sampling()
+
+  config.engine = ConfigDict()
+  config.engine.slots = 64  # chains in flight
+  config.engine.prefill_rows = 8  # slots prefilled together
+  config.engine.prefill_chunk = 32  # tokens of each prefilled together
+  config.engine.longest_burst = 32  # decode steps before the host looks
+
+  config.train = ConfigDict()
+  config.train.target = 'last'  # learn the 'last' revision, 'all' of them, or y_init ('initial')
+  config.train.helpfulness_share = 0.0  # of the examples: y_init of helpful prompts
+  config.train.drop_truncated = True  # leave out targets that were cut at max_tokens
+  config.train.loss_normalization = 'sequence'  # mean over sequences; 'token': over tokens
+  config.train.epochs = 1  # times every example is seen
+  config.train.batch_size = 32  # packed rows a step
+  config.train.accumulation = 1  # micro-batches a step is computed in
+  config.train.max_length = 1024  # tokens of a packed row; a longer example is dropped
+  config.train.learning_rate = 1e-5  # peak
+  config.train.schedule = 'cosine'  # after the warm-up: 'constant', 'linear', 'cosine'
+  config.train.warmup = 0.05  # share of the steps
+  config.train.final_share = 0.0  # of the peak, at the end of 'linear' and 'cosine'
+  config.train.weight_decay = 0.0  # not of norms and biases
+  config.train.b1 = 0.9
+  config.train.b2 = 0.95
+  config.train.eps = 1e-8
+  config.train.clip_norm = 1.0  # largest global gradient norm; 0 never clips
+  config.train.dtype = 'float32'  # of arithmetic; parameters and optimizer state are f32
+  config.train.log_every = 1  # steps
+  config.train.checkpoint_every = 100  # steps; 0 is the end only
+  config.train.keep = 2  # checkpoints
+
+  config.evaluation = ConfigDict()
+  config.evaluation.scorer = 'none'  # 'tiny': the embedded world's oracle; 'none': lengths only
+
+  config.report = ConfigDict()
+  config.report.chains = 500  # shown in the report's browser
+  return config
+
+
+def prompts() -> ConfigDict:
+  """Where prompts come from; '' as the source is none at all."""
+  config = ConfigDict()
+  config.source = ''  # a .jsonl or .txt file, 'tfds', 'hub', or 'tiny'
+  config.name = ''  # of the TFDS or hub dataset; in 'tiny': 'baited' or 'benign'
+  config.split = 'train'  # of the dataset; in 'tiny': 'train' or 'eval'
+  config.field = ''  # that holds the prompt; '' is the first of messages, prompt, chosen
+  config.limit = -1  # rows; -1 is all
+  return config
+
+
+def sampling() -> ConfigDict:
+  """How one kind of turn is sampled."""
+  config = ConfigDict()
+  config.temperature = 1.0  # 0 is greedy
+  config.top_k = 0  # tokens kept; 0 is all
+  config.top_p = 1.0  # mass kept
+  config.max_tokens = 256  # longest reply in tokens
+  config.stop = ()  # further texts that end a reply
+  return config

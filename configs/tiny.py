@@ -1,0 +1,32 @@
+"""The embedded default: the whole method on a small world that can be checked exactly.
+
+Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
+Hardware:  two CPU cores, 4 GB
+"""
+
+from configs import default
+
+
+def get_config():
+  """The config of the embedded run."""
+  config = default.get_config()
+  config.constitution.path = 'tiny'
+  for name, split, kind, count in (
+    ('harmful', 'train', 'baited', 700),
+    ('helpful', 'train', 'benign', 200),
+    ('eval_harmful', 'eval', 'baited', 400),
+    ('eval_helpful', 'eval', 'benign', 200),
+  ):
+    config.prompts[name].update(source='tiny', split=split, name=kind, limit=count)
+
+  config.sampling.initial.max_tokens = 96
+  config.sampling.critique.max_tokens = 64
+  config.sampling.revision.max_tokens = 96
+
+  config.train.helpfulness_share = 0.2
+  config.train.epochs = 2
+  config.train.batch_size = 16
+  config.train.max_length = 256
+  config.train.learning_rate = 1e-3
+  config.evaluation.scorer = 'tiny'
+  return config

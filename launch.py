@@ -1,0 +1,326 @@
+"""Runs Constitutional AI's supervised phase: generate, train, evaluate, report.
+
+  python launch.py --config=configs/tiny.py --workdir=runs/tiny
+  python launch.py --config=configs/tiny.py --workdir=runs/tiny --stages=train,evaluate
+
+A stage that is done is not done again; one that was killed goes on. Any field of the config is
+overridden as `--config.train.learning_rate=1e-4`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+from cai_jax import constitution as constitutions
+from cai_jax import parallel
+from cai_jax.dialogue import Dialogue
+from cai_jax.evaluation import scores
+from cai_jax.feedback import generate, records
+from cai_jax.feedback import prompts as prompt_files
+from cai_jax.feedback.prompts import Prompt
+from cai_jax.manifest import Manifest, check_workdir, flat, write_json
+from cai_jax.model import lm as models
+from cai_jax.model.lm import LM
+from cai_jax.progress import Progress
+from cai_jax.report import table, write_report
+from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import SamplingConfig
+from cai_jax.tiny import prompts as tiny_prompts
+from cai_jax.tiny import world
+from cai_jax.training import data, loop
+from cai_jax.training.config import TrainConfig
+from configs import default
+
+PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
+SCORERS = {'none': None, 'tiny': world.judge}
+TINY = pathlib.Path(world.__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A config made into checked parts, and the folder they work in."""
+
+  config: dict[str, Any]  # resolved
+  workdir: pathlib.Path
+  constitution: constitutions.Constitution
+  prompts: dict[str, list[Prompt]]  # by PROMPT_SETS
+  feedback: generate.FeedbackConfig
+  sampling: generate.StageSampling
+  engine: EngineConfig
+  train: TrainConfig
+  scorer: scores.Scorer | None
+
+  def settings(self, stage: str) -> dict[str, Any]:
+    """What the result of a stage depends on."""
+    known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
+    known['constitution'] = self.constitution.fingerprint()
+    sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
+    known['prompts'] = {name: prompt_files.fingerprint(self.prompts[name]) for name in sets}
+    if stage != 'generate':
+      free = ('log_every', 'checkpoint_every', 'keep')
+      known['train'] = {k: v for k, v in self.config['train'].items() if k not in free}
+    if stage in ('evaluate', 'report'):
+      known['evaluation'] = self.config['evaluation']
+    if stage == 'report':
+      known['report'] = self.config['report']
+    return known
+
+
+def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
+  """The parts of a run, all checked.
+
+  Raises:
+    ValueError: for whatever is wrong with the config or what it points to, before any work.
+  """
+  resolved = json.loads(config.to_json_best_effort())
+  unknown = sorted(set(flat(resolved)) - set(flat(default.get_config().to_dict())))
+  if unknown:
+    raise ValueError(
+      f'unknown config field {", ".join(unknown)}; configs/default.py lists every field.'
+    )
+  if config.evaluation.scorer not in SCORERS:
+    raise ValueError(
+      f'evaluation.scorer={config.evaluation.scorer!r} is not one of {tuple(SCORERS)}.'
+    )
+  sets = {name: _prompts(name, config.prompts[name], config.seed) for name in PROMPT_SETS}
+  if not sets['harmful']:
+    raise ValueError('prompts.harmful.source is empty: give prompts whose answers are revised.')
+  held_out = sets['eval_harmful'] + sets['eval_helpful']
+  prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
+  return Run(
+    config=resolved,
+    workdir=pathlib.Path(workdir),
+    constitution=_constitution(config.constitution),
+    prompts=sets,
+    feedback=generate.FeedbackConfig(**config.feedback),
+    sampling=generate.StageSampling(
+      **{name: SamplingConfig(**section) for name, section in config.sampling.items()}
+    ),
+    engine=EngineConfig(**config.engine),
+    train=TrainConfig(seed=config.seed, **config.train),
+    scorer=SCORERS[config.evaluation.scorer],
+  )
+
+
+def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = print) -> None:
+  """Runs those of the stages that are not done, in their order.
+
+  Raises:
+    ValueError: for an unknown stage, a workdir that cannot be used or that holds another run.
+  """
+  unknown = [name for name in stages if name not in STAGES]
+  if unknown:
+    raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
+  check_workdir(run.workdir, needed_bytes=_disk_bytes(run))
+  first = jax.process_index() == 0
+  manifest = Manifest(run.workdir, writes=first)
+  for name in stages:
+    manifest.check(name, run.settings(name))
+  if first:
+    write_json(run.workdir / 'config.json', run.config)
+  for name in (name for name in STAGES if name in stages):
+    if manifest.done(name):
+      say(f'{name}: done before')
+      continue
+    say(f'{name} ...')
+    with manifest.stage(name, run.settings(name)) as entry:
+      entry |= STAGES[name](run, manifest.content)
+    say(f'{name}: {entry["seconds"]:.0f} s')
+    _barrier(name)
+
+
+def generate_stage(run: Run, _) -> dict[str, Any]:
+  """D_CAI and the implied preferences."""
+  job = _job(run, _load_models(run), run.prompts['harmful'], run.prompts['helpful'])
+  folder = run.workdir / 'd_cai'
+  counts = _sample(run, job, folder, 'generate')
+  if jax.process_index() == 0:
+    pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
+    counts |= {'preferences': pairs}
+  return {'rows_in': counts['rows'], **counts}
+
+
+def train_stage(run: Run, _) -> dict[str, Any]:
+  """M_aligned, fine-tuned on D_CAI."""
+  path = run.config['model']['init'] or run.config['model']['base']
+  lm = models.load(_path(path), dtype='float32', mesh=_mesh(run))
+  dialogue = Dialogue(lm.tokenizer, run.feedback.style, lm.eos_token_ids)
+  rows = data.read_rows(run.workdir / 'd_cai')
+  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir)
+  folder = run.workdir / 'model'
+  models.save(models.with_params(lm, params, name=str(folder)), folder)
+  return {'rows_in': summary['rows'], 'rows_kept': summary['kept'], **summary}
+
+
+def evaluate_stage(run: Run, _) -> dict[str, Any]:
+  """Scores of every round, of M_θ and of M_aligned, on the held-out prompts."""
+  harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
+  if not harmful:
+    raise ValueError('prompts.eval_harmful.source is empty: evaluation needs held-out prompts.')
+  folder = run.workdir / 'evaluation'
+  base = _sample(run, _job(run, _load_models(run), harmful, helpful), folder / 'base', 'base')
+  aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], _local_mesh(run))
+  answers = _job(run, {'base': aligned}, [], [*harmful, *helpful])
+  counts = _sample(run, answers, folder / 'aligned', 'aligned')
+  rows = {name: data.read_rows(folder / name) for name in ('base', 'aligned')}
+  summary = scores.summarise(*map(list, rows.values()), run.scorer)
+  if jax.process_index() == 0:
+    write_json(folder / 'summary.json', summary)
+  return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
+
+
+def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
+  """report.html."""
+  if jax.process_index() != 0:
+    return {}
+  summary = json.loads((run.workdir / 'evaluation' / 'summary.json').read_text())
+  with open(run.workdir / 'metrics.jsonl', encoding='utf-8') as file:
+    training = [json.loads(line) for line in file]
+  rows = data.read_rows(run.workdir / 'd_cai')
+  shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
+  write_report(
+    run.workdir / 'report.html',
+    title=run.workdir.name,
+    config=run.config,
+    manifest=manifest,
+    summary=summary,
+    training=training,
+    chains=[_browsable(row, run.scorer) for row in shown],
+  )
+  return {'chains': len(shown)}
+
+
+STAGES = {
+  'generate': generate_stage,
+  'train': train_stage,
+  'evaluate': evaluate_stage,
+  'report': report_stage,
+}
+
+
+def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
+  """One of the prompt sets; [] where it has no source."""
+  if not section.source:
+    return []
+  if section.source == 'tiny':
+    if section.limit < 1:
+      raise ValueError(f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says.")
+    return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
+  return prompt_files.load(**section)
+
+
+def _constitution(section: ConfigDict) -> constitutions.Constitution:
+  shipped = {'general': constitutions.GENERAL, 'tiny': TINY / 'constitution.yaml'}
+  return constitutions.load(str(shipped.get(section.path, section.path)), tuple(section.tags))
+
+
+def _path(name: str) -> str:
+  return str(TINY / 'model') if name == 'tiny' else name
+
+
+def _mesh(run: Run):
+  return parallel.make_mesh(**run.config['mesh'])
+
+
+def _local_mesh(run: Run):
+  """The mesh of this process: each samples its own share of the prompts."""
+  sizes = run.config['mesh'] if jax.process_count() == 1 else run.config['mesh'] | {'data': -1}
+  return parallel.make_mesh(**sizes, devices=jax.local_devices())
+
+
+def _load_models(run: Run) -> dict[str, LM]:
+  """M_θ, and M_critique and M_revise where they are others; loaded once each."""
+  section = run.config['model']
+  mesh = _local_mesh(run)
+  names = {'base': section['base']}
+  names |= {k: section[k] for k in ('critique', 'revision') if section[k]}
+  loaded = {path: models.load(_path(path), section['dtype'], mesh) for path in names.values()}
+  return {name: loaded[path] for name, path in names.items()}
+
+
+def _job(run: Run, loaded: dict[str, LM], harmful, helpful) -> generate.Job:
+  seed = run.config['seed']
+  return generate.prepare(
+    loaded, harmful, helpful, run.constitution, run.feedback, run.sampling, seed
+  )
+
+
+def _sample(run: Run, job: generate.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
+  """Runs a job's chains into a dataset."""
+  journal = Journal(run.workdir / 'journal', jax.process_index())
+  with Progress(name) as progress:
+    counts = generate.run(job, folder, journal, run.engine, progress)
+  journal.close()
+  _barrier(f'sampled {folder}')
+  if jax.process_index() == 0:
+    generate.finish(job, folder)
+  _barrier(f'finished {folder}')
+  return counts
+
+
+def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, Any]:
+  """A row of D_CAI as the report shows it."""
+  shown = {k: row[k] for k in ('id', 'prompt', 'initial')}
+  shown['rounds'] = [
+    step | {'critique': step['critique'] if step['critique']['finish_reason'] else None}
+    for step in row['rounds']
+  ]
+  if scorer is not None:
+    responses = [row['initial'], *(step['revision'] for step in row['rounds'])]
+    shown['violations'] = [
+      sorted(scorer(row['prompt'], reply['text']).violations) for reply in responses
+    ]
+  return shown
+
+
+def _disk_bytes(run: Run) -> int:
+  """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
+  path = pathlib.Path(_path(run.config['model']['init'] or run.config['model']['base']))
+  weights = sum(file.stat().st_size for file in path.glob('*.safetensors'))
+  rows = sum(map(len, run.prompts.values())) * 50_000
+  return weights * 2 * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'file that states the run', lock_config=True
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
+_STAGES = flags.DEFINE_list('stages', list(STAGES), 'stages to run')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Builds the run that the flags state and runs its stages."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  parallel.initialize()
+  say = print if jax.process_index() == 0 else lambda text: None
+  try:
+    run = build(_CONFIG.value, _WORKDIR.value)
+    run_stages(run, _STAGES.value, say)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  summary = run.workdir / 'evaluation' / 'summary.json'
+  if summary.exists():
+    say(f'\n{table(json.loads(summary.read_text()))}\n')
+  if 'report' in _STAGES.value:
+    say(f'report: {run.workdir / "report.html"}')
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main)

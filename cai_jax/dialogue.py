@@ -15,7 +15,6 @@ after the tokens it was sampled from, so `prompt(messages + [reply, request])` e
 """
 
 import dataclasses
-import datetime
 import functools
 import json
 import re
@@ -51,7 +50,13 @@ _MARK = re.compile(r'<\S+>|\[\S+\]')
 
 # A chat template may print today's date. A run's tokens must not change at midnight, so every
 # template sees this day instead: the one that Llama 3's template falls back to.
-_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+_DATE = {'%d': '26', '%m': '07', '%b': 'Jul', '%B': 'July', '%y': '24', '%Y': '2024'}
+_DATE |= {'%a': 'Fri', '%A': 'Friday', '%H': '12', '%M': '00', '%S': '00'}
+_FIXED_DATE = (
+  '{% macro strftime_now(form) %}{{ form'
+  + ''.join(f" | replace('{field}', '{value}')" for field, value in _DATE.items())
+  + ' }}{% endmacro %}'
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -316,7 +321,10 @@ class Dialogue:
     return self._control_ids - {self.tokenizer.unk_token_id}
 
   def _reserved_ids(self, character: str) -> list[int]:
-    return self.tokenizer.backend_tokenizer.encode(character, add_special_tokens=False).ids
+    plain = self.tokenizer.backend_tokenizer
+    # After a letter, so that tokenizers which put a space in front do not put it here.
+    letter, both = (plain.encode(t, add_special_tokens=False).ids for t in ('a', 'a' + character))
+    return both[len(letter) :]
 
   # The plain style.
 
@@ -357,6 +365,11 @@ class Dialogue:
   def _layouts(self) -> dict[tuple[tuple[str, ...], bool], list]:
     return {}
 
+  @functools.cached_property
+  def _template(self) -> str:
+    template = self.tokenizer.get_chat_template()
+    return _FIXED_DATE + template if 'strftime_now' in template else template
+
   def _layout(self, roles: tuple[str, ...], generate: bool) -> list:
     """Returns the template's layout for these chat roles, rendered once."""
     key = roles, generate
@@ -370,9 +383,9 @@ class Dialogue:
     try:
       return self.tokenizer.apply_chat_template(
         messages,
+        chat_template=self._template,
         tokenize=False,
         add_generation_prompt=generate,
-        strftime_now=_TEMPLATE_DATE.strftime,
       )
     except jinja2.TemplateError as error:
       raise ValueError(

@@ -1,0 +1,109 @@
+"""The house's floors: an import goes down only, and configs stand on nothing."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLOORS = {
+  'constitution': 0,
+  'parallel': 0,
+  'manifest': 0,
+  'progress': 0,
+  'model': 1,
+  'dialogue': 1,
+  'sampling': 2,
+  'feedback': 3,
+  'training': 3,
+  'report': 4,
+  'evaluation': 4,
+  'tiny': 4,
+}
+GROUND = 5  # launch.py, experiments and the package's own front door use everything
+
+
+def sources(*folders):
+  return sorted(path for folder in folders for path in (ROOT / folder).rglob('*.py'))
+
+
+def package_of(path: pathlib.Path) -> str | None:
+  """'model' for cai_jax/model/lm.py; None for what stands above all packages."""
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return parts[1] if parts[0] == 'cai_jax' and parts[1] != '__init__' else None
+
+
+def imports(path: pathlib.Path) -> list[tuple[int, str]]:
+  """(line, dotted module) of every import in a file, those inside functions too.
+
+  `from a import b` counts as a.b, since b may be a module.
+  """
+  found = []
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'), str(path))):
+    if isinstance(node, ast.Import):
+      found += [(node.lineno, alias.name) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}:{node.lineno}: a relative import; write cai_jax.… instead'
+      found += [(node.lineno, f'{node.module}.{alias.name}') for alias in node.names]
+  return found
+
+
+def violations(path: pathlib.Path) -> list[str]:
+  """Imports of a file that go up, or sideways to another package."""
+  package = package_of(path)
+  floor = GROUND if package is None else FLOORS[package]
+  broken = []
+  for line, name in imports(path):
+    parts = name.split('.')
+    if parts[0] != 'cai_jax':
+      if parts[0] in ('launch', 'experiments', 'configs', 'tests') and package is not None:
+        broken.append(f'{path}:{line} imports {name}, which stands above the library')
+      continue
+    target = parts[1] if len(parts) > 1 else None
+    if target not in FLOORS and package is None:
+      continue  # `import cai_jax` from above
+    if target not in FLOORS:
+      broken.append(f'{path}:{line} imports {name}: name the module, not the front door')
+    elif target != package and FLOORS[target] >= floor:
+      broken.append(f'{path}:{line} (floor {floor}) imports {name} (floor {FLOORS[target]})')
+  return broken
+
+
+def test_every_package_has_a_floor():
+  packages = {package_of(path) for path in sources('cai_jax')} - {None}
+  assert packages <= FLOORS.keys(), 'a new package needs a floor'
+
+
+def test_imports_go_down():
+  broken = [v for path in sources('cai_jax') for v in violations(path)]
+  assert not broken, '\n'.join(broken)
+
+
+def test_configs_import_nothing_of_ours():
+  allowed = {'ml_collections', 'configs', *sys.stdlib_module_names}
+  for path in sources('configs'):
+    wrong = [name for _, name in imports(path) if name.split('.')[0] not in allowed]
+    assert not wrong, f'{path} imports {wrong[0]}; configs import only ml_collections'
+
+
+@pytest.mark.parametrize(
+  ('file', 'line', 'fault'),
+  [
+    ('model/x.py', 'from cai_jax.sampling import engine', True),
+    ('model/x.py', 'import cai_jax.dialogue', True),
+    ('feedback/x.py', 'from cai_jax import training', True),
+    ('report/x.py', 'def f():\n  from cai_jax.tiny import oracle', True),
+    ('report/x.py', 'import launch', True),
+    ('model/x.py', 'import cai_jax', True),
+    ('model/x.py', 'from cai_jax import parallel\nfrom cai_jax.model import config', False),
+    ('tiny/x.py', 'from cai_jax.training import step\nimport jax', False),
+    ('__init__.py', 'from cai_jax.model.lm import LM', False),
+  ],
+)
+def test_the_check_itself(tmp_path, monkeypatch, file, line, fault):
+  monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+  path = tmp_path / 'cai_jax' / file
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(line)
+  assert bool(violations(path)) == fault

@@ -1,0 +1,280 @@
+"""The transformer against torch, and against itself: causality, cache, packing, dtypes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+import cai_jax
+from cai_jax import parallel
+from cai_jax.model import config as config_lib
+from cai_jax.model import lm as lm_lib
+from cai_jax.model import transformer, weights
+
+B, T = 3, 24
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(3, 300, (B, T))
+LENGTHS = np.array([24, 17, 5])  # real tokens of padded rows
+
+
+@pytest.fixture(scope='session')
+def load(tiny_hf_folder):
+  """`load(family)`: the family's tiny model on one device, read once."""
+  loaded = {}
+
+  def get(family):
+    if family not in loaded:
+      mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+      loaded[family] = cai_jax.load(tiny_hf_folder(family), mesh=mesh)
+    return loaded[family]
+
+  return get
+
+
+@pytest.fixture(scope='session')
+def torch_model(tiny_hf_folder):
+  """`torch_model(family)`: the same model in torch, f32, with attention written out."""
+  return lambda family: transformers.AutoModelForCausalLM.from_pretrained(
+    tiny_hf_folder(family), dtype=torch.float32, attn_implementation='eager'
+  ).eval()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph, params, *args):
+  model = nnx.merge(graph, params)
+  hidden, cache = model(*args)
+  return model.unembed(hidden), cache
+
+
+def run(lm, *args):
+  """Logits of the hidden states, and the cache, of `Transformer.__call__(*args)`."""
+  return forward(lm.graph, lm.params, *args)
+
+
+def positions(batch, length, start=0):
+  return jnp.broadcast_to(jnp.arange(start, start + length), (batch, length))
+
+
+def test_logits_agree_with_torch(load, torch_model, family):
+  lm, model = load(family), torch_model(family)
+  with torch.no_grad():
+    reference = model(torch.tensor(TOKENS)).logits.numpy()
+  logits = lm.logits(TOKENS)
+  assert logits.shape == (B, T, lm.config.vocab_size) and logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, reference, atol=1e-4, rtol=0)
+  assert reference.std() > 0.5  # flat logits would agree for nothing
+  for side in ('left', 'right'):
+    mask = np.arange(T)[None] < LENGTHS[:, None]
+    mask = mask[:, ::-1] if side == 'left' else mask
+    tokens = np.zeros_like(TOKENS)
+    for row, length in enumerate(LENGTHS):
+      tokens[row, mask[row]] = TOKENS[row, :length]
+    place = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    with torch.no_grad():
+      theirs = model(
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask.astype(np.int64)),
+        position_ids=torch.tensor(place),
+      ).logits.numpy()
+    for given in (mask, mask * 7):  # any nonzero value marks a real token
+      ours = np.asarray(lm.logits(tokens, given))
+      np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-4, rtol=0)
+    for row, length in enumerate(LENGTHS):  # and padding changes nothing
+      np.testing.assert_allclose(ours[row, mask[row]], reference[row, :length], atol=1e-4, rtol=0)
+
+
+def test_the_future_does_not_change_the_past(load, family):
+  lm = load(family)
+  changed = TOKENS.copy()
+  changed[:, 12:] = RNG.permutation(changed[:, 12:], axis=1)[::-1]
+  before, after = lm.logits(TOKENS), lm.logits(changed)
+  np.testing.assert_array_equal(before[:, :12], after[:, :12])
+  assert np.abs(before[:, 12:] - after[:, 12:]).max() > 0.1
+
+
+def test_a_window_hides_what_is_older(load):
+  """Three layers of window 5 reach 12 tokens back, and not 13."""
+  lm = load('mistral')
+  changed = TOKENS.copy()
+  changed[:, 0] = changed[:, 0] % 300 + 1
+  difference = np.abs(lm.logits(changed) - lm.logits(TOKENS)).max((0, 2))
+  assert (difference[:13] > 0).all() and (difference[13:] == 0).all()
+
+
+def test_cached_decode_equals_the_full_forward(load, family):
+  """A prompt in two chunks, then token by token, in a cache that is longer than the row."""
+  lm = load(family)
+  full = np.asarray(lm.logits(TOKENS))
+  cache = transformer.init_cache(lm.config, B, T + 5, jnp.float32)
+  pieces, start = [], 0
+  for length in (7, 7, *[1] * 10):
+    logits, cache = run(
+      lm, TOKENS[:, start : start + length], positions(B, length, start), None, cache
+    )
+    pieces.append(logits)
+    start += length
+  np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, atol=1e-4, rtol=0)
+
+
+def test_cached_rows_of_their_own_lengths(load):
+  """Rows prefilled together with padding go on from their own positions."""
+  lm = load('llama3')
+  full = np.asarray(lm.logits(TOKENS))
+  lengths, room = np.array([9, 4, 1]), T
+  cache = transformer.init_cache(lm.config, B, room, jnp.float32)
+  # A stale cache: what lies past a row's own tokens must not be seen.
+  cache = jax.tree.map(lambda x: x + 3.0, cache)
+  place = np.where(np.arange(9) < lengths[:, None], np.arange(9), room)
+  logits, cache = run(lm, TOKENS[:, :9], place, None, cache)
+  for row, length in enumerate(lengths):
+    np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(cache[0].v[row, :, length:], 3.0)
+  for step in range(6):
+    at = lengths + step
+    tokens = TOKENS[np.arange(B), at][:, None]
+    logits, cache = run(lm, tokens, at[:, None], None, cache)
+    np.testing.assert_allclose(logits[:, 0], full[np.arange(B), at], atol=1e-4, rtol=0)
+
+
+def test_packed_segments_equal_separate_rows(load, family):
+  """Three texts in one row, with restarted positions and padding at the end."""
+  lm = load(family)
+  texts = [TOKENS[0, :8], TOKENS[1, :5], TOKENS[2, :9]]
+  packed = np.concatenate([*texts, [0, 0]])
+  segments = np.repeat([1, 2, 3, 0], [8, 5, 9, 2])
+  place = np.concatenate([np.arange(8), np.arange(5), np.arange(9), [0, 0]])
+  logits, _ = run(lm, packed[None], place[None], segments[None])
+  for number, text in enumerate(texts, 1):
+    np.testing.assert_allclose(
+      logits[0, segments == number], lm.logits(text[None])[0], atol=1e-4, rtol=0
+    )
+
+
+def test_cache_and_segments_exclude_each_other(load):
+  lm = load('llama2')
+  cache = transformer.init_cache(lm.config, B, T, jnp.float32)
+  with pytest.raises(ValueError, match='pass one of the two'):
+    run(lm, TOKENS, positions(B, T), np.ones((B, T), int), cache)
+
+
+def test_half_precision_compute_is_near(load, tiny_hf_folder):
+  """bf16 has 8 bits: errors stay within a few per cent of the logits' spread."""
+  exact = np.asarray(load('qwen3').logits(TOKENS))
+  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  for kwargs in ({'param_dtype': 'float32'}, {}):
+    lm = cai_jax.load(tiny_hf_folder('qwen3'), 'bfloat16', mesh, **kwargs)
+    logits = lm.logits(TOKENS)
+    assert logits.dtype == jnp.float32  # and so are norms, softmax and rotary angles
+    error = np.sqrt(np.mean((np.asarray(logits) - exact) ** 2))
+    assert 0 < error < 0.05 * exact.std()
+
+
+def test_llama3_rope_scaling(load):
+  """The frequencies are transformers' own, some kept, some slowed, some between."""
+  config = load('llama3').config
+  hf = transformers.AutoConfig.for_model(**config_lib.to_hf(config))
+  rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
+  place = positions(1, 40)
+  cos, sin = rope(torch.zeros(1, 1), torch.tensor(np.array(place)))
+  ours = transformer.rotary_angles(config, place)
+  half = config.head_dim // 2
+  np.testing.assert_allclose(ours[0], cos[..., :half].numpy(), atol=1e-5)
+  np.testing.assert_allclose(ours[1], sin[..., :half].numpy(), atol=1e-5)
+  plain = config.rope_theta ** -(np.arange(half) / half)
+  ratio = rope.inv_freq.numpy() / plain
+  assert ratio[0] == 1 and np.isclose(ratio[-1], 1 / 8)
+  assert ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+def test_configs_survive_both_ways(load, family):
+  config = load(family).config
+  written = config_lib.to_hf(config)
+  assert config_lib.from_hf(written) == config
+  theirs = transformers.AutoConfig.for_model(**written)
+  assert config_lib.from_hf(theirs.to_dict()) == config
+
+
+def test_every_option_is_told_apart():
+  base = config_lib.ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
+  rope = config_lib.Llama3Rope(8.0, 1.0, 4.0, 32)
+  configs = [
+    base,
+    dataclasses.replace(base, rope_scaling=rope),
+    dataclasses.replace(base, rope_theta=5e5, norm_eps=1e-6, tied_embeddings=True),
+    dataclasses.replace(base, head_dim=8, qkv_bias=True, output_bias=True),
+    dataclasses.replace(base, family='mistral', windows=(7, 7)),
+    dataclasses.replace(base, family='mistral'),
+    dataclasses.replace(base, family='qwen2', qkv_bias=True, windows=(None, 7)),
+    dataclasses.replace(base, family='qwen3', qk_norm=True, windows=(7, None)),
+    dataclasses.replace(base, family='qwen3', qk_norm=True, qkv_bias=True, output_bias=True),
+  ]
+  for config in configs:
+    assert config_lib.from_hf(config_lib.to_hf(config)) == config
+  assert len({str(config_lib.to_hf(config)) for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model_type': 'gpt2'}, "'gpt2' is not supported"),
+    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'rope_parameters': None, 'rope_scaling': {'type': 'yarn'}}, "rope_type 'yarn'"),
+    ({'num_key_value_heads': 3}, 'num_heads=4 is not a multiple of num_kv_heads=3'),
+    ({'hidden_size': None}, 'hidden_size is None'),
+  ],
+)
+def test_configs_that_are_refused(change, message):
+  config = config_lib.ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
+  with pytest.raises(ValueError, match=message):
+    config_lib.from_hf({**config_lib.to_hf(config), **change})
+
+
+def test_older_configs():
+  """Configs of transformers 4: a base beside the scaling; Qwen2's windows by layer number."""
+  config = config_lib.ModelConfig('llama', 8, 16, 32, 3, 4, 2, 4, 64)
+  hf = config_lib.to_hf(config)
+  scaling = {'factor': 8, 'low_freq_factor': 1, 'high_freq_factor': 4, 'rope_type': 'llama3'}
+  scaling['original_max_position_embeddings'] = 32
+  old = config_lib.from_hf(
+    {**hf, 'rope_parameters': None, 'rope_theta': 5e5} | {'rope_scaling': scaling}
+  )
+  assert old.rope_theta == 5e5 and old.rope_scaling == config_lib.Llama3Rope(8.0, 1.0, 4.0, 32)
+  qwen = {**hf, 'model_type': 'qwen2', 'sliding_window': 6, 'max_window_layers': 1}
+  assert config_lib.from_hf(qwen).windows == ()
+  assert config_lib.from_hf({**qwen, 'use_sliding_window': True}).windows == (None, 6, 6)
+  del hf['num_key_value_heads'], hf['head_dim']
+  assert config_lib.from_hf(hf).num_kv_heads == 4
+
+
+def test_initial_parameters(load):
+  """Every one is drawn on its own, and a fresh model's predictions are nearly flat."""
+  config = load('llama2').config
+  params = lm_lib.init_params(config, jax.random.key(0))
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), weights.structure(config)[1])
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == shapes
+  kernels = [x for p, x in weights._flat(params) if p.endswith(('kernel', 'table'))]
+  assert len({float(x.ravel()[0]) for x in kernels}) == len(kernels)
+  logits = lm_lib.with_params(load('llama2'), params, 'fresh').logits(TOKENS)
+  assert 0.1 < np.asarray(logits).std() < 2
+  again = lm_lib.init_params(config, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_bad_tokens(load):
+  lm = load('llama2')
+  for tokens, mask, message in (
+    (TOKENS[0], None, r'tokens \(24,\)'),
+    (TOKENS, np.ones((B, T - 1)), r'mask \(3, 23\)'),
+    (np.full((1, 2), lm.config.vocab_size), None, r'384\.\.384; the vocabulary is 0\.\.383'),
+    (np.full((1, 2), -1), None, r'-1\.\.-1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      lm.logits(tokens, mask)

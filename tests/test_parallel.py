@@ -1,0 +1,91 @@
+"""Where parameters lie: each sharding rule, the mesh, and what does not divide."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from cai_jax import parallel
+from cai_jax.model import config as config_lib
+from cai_jax.model import weights
+
+BASE = dict(
+  vocab_size=8, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+)
+CONFIGS = [
+  config_lib.ModelConfig('llama', **BASE, max_positions=64, qkv_bias=True, output_bias=True),
+  config_lib.ModelConfig('qwen3', **BASE, max_positions=64, qk_norm=True, tied_embeddings=True),
+]
+
+
+def paths(config):
+  return [path for path, _ in weights._flat(weights.structure(config)[1])]
+
+
+def test_every_rule_is_used_and_every_parameter_has_one():
+  names = {path for config in CONFIGS for path in paths(config)}
+  for path in names:
+    assert isinstance(parallel.spec_of(path), P)  # raises unless exactly one rule matches
+  for pattern, _ in parallel.RULES:
+    assert any(re.fullmatch(pattern, path) for path in names), f'no parameter matches {pattern}'
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda c: c.family)
+def test_specs_have_the_rank_of_their_parameter(config):
+  for path, leaf in weights._flat(weights.structure(config)[1]):
+    spec = parallel.spec_of(path)
+    assert len(spec) in (0, leaf.ndim), path
+    if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # the large ones are split both ways
+      assert {axis for axis in spec if axis} == {'fsdp', 'tensor'}
+
+
+def test_a_parameter_without_a_rule(monkeypatch):
+  with pytest.raises(ValueError, match="0 sharding rules match parameter 'layers/0/moe/kernel'"):
+    parallel.spec_of('layers/0/moe/kernel')
+  monkeypatch.setattr(parallel, 'RULES', (*parallel.RULES, (r'norm/.*', P())))
+  with pytest.raises(ValueError, match="2 sharding rules match parameter 'norm/scale'"):
+    parallel.spec_of('norm/scale')
+
+
+def test_mesh_defaults_put_every_device_on_data():
+  assert len(jax.devices()) == 8
+  assert parallel.make_mesh().shape == {'data': 8, 'fsdp': 1, 'tensor': 1}
+  assert parallel.make_mesh(2, -1).shape == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  assert parallel.make_mesh(1, 2, -1).shape == {'data': 1, 'fsdp': 2, 'tensor': 4}
+  assert parallel.make_mesh(devices=jax.devices()[:3]).shape['data'] == 3
+
+
+@pytest.mark.parametrize(
+  'sizes', [(3, 1, 1), (-1, -1, 1), (0, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1), (-2, 1, 1)]
+)
+def test_meshes_that_do_not_fit(sizes):
+  data, fsdp, tensor = sizes
+  with pytest.raises(ValueError, match=f'data={data}, fsdp={fsdp}, tensor={tensor}'):
+    parallel.make_mesh(*sizes)
+
+
+def test_a_dimension_that_the_mesh_does_not_divide():
+  params = weights.structure(CONFIGS[0])[1]
+  with pytest.raises(ValueError, match=r'tensor=4 does not divide dimension 2 of .*key.*\[1, 2\]'):
+    parallel.param_shardings(params, parallel.make_mesh(2, 1, 4))
+  shardings = parallel.param_shardings(params, parallel.make_mesh(1, 4, 2))
+  kernel = shardings['layers'][1]['attention']['query']['kernel']
+  assert kernel.shard_shape((16, 4, 4)) == (4, 2, 4)
+  assert jax.tree.structure(shardings) == jax.tree.structure(params)
+
+
+def test_batches():
+  mesh = parallel.make_mesh(2, 2, 2)
+  parallel.check_batch(8, mesh, 'train.batch_size')
+  with pytest.raises(ValueError, match=r'train.batch_size=6 .* = 4 of the mesh.* such as 8'):
+    parallel.check_batch(6, mesh, 'train.batch_size')
+  rows = jax.device_put(np.arange(8.0).reshape(4, 2), parallel.batch_sharding(mesh))
+  assert {shard.data.shape for shard in rows.addressable_shards} == {(1, 2)}
+
+
+def test_path_str_of_dicts_lists_and_attributes():
+  tree = {'a': [1, {'b': 2}]}
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  assert [parallel.path_str(path) for path, _ in leaves] == ['a/0', 'a/1/b']

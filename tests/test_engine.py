@@ -1,0 +1,224 @@
+"""The engine: a text depends on seed, chain and turn alone, and on nothing else."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from cai_jax import parallel
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.lm import LM, init_params
+from cai_jax.sampling import device
+from cai_jax.sampling.engine import Engine, EngineConfig, longest_context, turn_key
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import SamplingConfig, Turn
+
+LENGTH = 128
+
+
+@pytest.fixture(scope='module')
+def lm(tiny_tokenizer):
+  config = ModelConfig('llama', len(tiny_tokenizer), 32, 64, 2, 4, 2, 8, 256)
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  params = init_params(config, jax.random.key(0))
+  params['head']['table'] = params['head']['table'] * 3  # so that tokens differ in likelihood
+  return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0')
+
+
+def chain(context, turns=3, model='base', max_tokens=12, sampling=None):
+  """Turns in one growing context; returns all completions."""
+  sampling = sampling or SamplingConfig(max_tokens=max_tokens)
+  done = []
+  for number in range(turns):
+    completion = yield Turn(f'turn_{number}', context, sampling, model)
+    done.append(completion)
+    context = context + completion.tokens + [5 + number, 9]
+  return done
+
+
+def contexts(count):
+  rng = np.random.default_rng(0)
+  return [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(count)]
+
+
+def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, **sizes):
+  engine = Engine(
+    {'base': lm},
+    length=LENGTH,
+    seed=seed,
+    config=EngineConfig(slots=slots, prefill_rows=2, prefill_chunk=8, longest_burst=5, **sizes),
+    journal=journal,
+    stops={'base': (tuple(stops), tuple(texts))},
+  )
+  return dict(engine.run(items)), engine.stats
+
+
+def items(count, **kwargs):
+  return [(f'chain {i}', chain(c, **kwargs)) for i, c in enumerate(contexts(count))]
+
+
+def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
+  together, _ = run(lm, items(11))
+  backwards, _ = run(lm, items(11)[::-1])
+  assert together == backwards
+  for item in (items(11)[3], items(11)[10]):
+    alone, _ = run(lm, [item])
+    assert alone[item[0]] == together[item[0]]  # tokens, texts and every bit of the log-probs
+
+
+def test_tokens_do_not_depend_on_slots_chunks_and_bursts(lm):
+  base, _ = run(lm, items(7))
+  one = Engine(
+    {'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_rows=3, prefill_chunk=16)
+  )
+  for name, completions in one.run(items(7)):
+    for mine, other in zip(completions, base[name], strict=True):
+      assert mine.tokens == other.tokens
+      np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_eight_devices_give_the_tokens_of_one(lm):
+  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = parallel.param_shardings(lm.params, mesh)
+  sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
+  one, _ = run(lm, items(6))
+  eight, _ = run(sharded, items(6))
+  assert {k: [c.tokens for c in v] for k, v in one.items()} == {
+    k: [c.tokens for c in v] for k, v in eight.items()
+  }
+
+
+def test_greedy_tokens_and_log_probabilities_are_those_of_the_full_forward(lm):
+  sampling = SamplingConfig(temperature=0.0, max_tokens=10)
+  done, stats = run(lm, items(5, turns=2, sampling=sampling))
+  for context, completions in zip(contexts(5), done.values(), strict=False):
+    del context, completions
+  for i, context in enumerate(contexts(5)):
+    for number, completion in enumerate(done[f'chain {i}']):
+      logits = np.array(lm.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
+      assert completion.tokens == logits.argmax(-1).tolist()
+      expected = jax.nn.log_softmax(logits)[np.arange(10), completion.tokens]
+      np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+      context = context + completion.tokens + [5 + number, 9]
+  assert stats.reused_tokens > 0
+
+
+def test_only_new_tokens_are_prefilled(lm):
+  _, stats = run(lm, items(6))
+  # The last token of a context is fed by decode. Of a second context, all but the last sampled
+  # token and the two new ones lies in the cache.
+  first = sum(len(c) - 1 for c in contexts(6))
+  assert stats.prefilled_tokens == first + 6 * 2 * 2
+  assert stats.turns == 18 and stats.sampled_tokens == 18 * 12
+
+
+def test_stop_tokens_and_stop_texts_end_a_turn(lm):
+  free, _ = run(lm, items(6, turns=1, max_tokens=30))
+  completion = free['chain 2'][0]
+  assert completion.finish_reason == 'length' and len(completion.tokens) == 30
+  stop = completion.tokens[17]
+  first = completion.tokens.index(stop)
+  stopped, _ = run(lm, items(6, turns=1, max_tokens=30), stops=[stop])
+  assert stopped['chain 2'][0].tokens == completion.tokens[: first + 1]
+  assert stopped['chain 2'][0].finish_reason == 'stop'
+  assert stopped['chain 2'][0].logprobs == completion.logprobs[: first + 1]
+
+  text = completion.text
+  piece = text[len(text) // 2 : len(text) // 2 + 3]
+  cut, _ = run(lm, items(6, turns=1, max_tokens=30), texts=[piece])
+  assert cut['chain 2'][0].text == text[: text.index(piece)]
+  assert cut['chain 2'][0].finish_reason == 'stop_text'
+  assert cut['chain 2'][0].tokens == completion.tokens[: len(cut['chain 2'][0].tokens)]
+
+
+def test_seed_chain_and_turn_each_change_the_randomness():
+  keys = [turn_key(*parts).tolist() for parts in itertools.product((0, 1), 'ab', ('x', 'y'))]
+  assert len({tuple(k) for k in keys}) == 8
+  assert turn_key(0, 'a', 'x').tolist() == turn_key(0, 'a', 'x').tolist()
+
+
+def test_a_journal_replays_what_was_done(lm, tmp_path):
+  journal = Journal(tmp_path)
+  first, stats = run(lm, items(6), journal=journal)
+  journal.close()
+  assert stats.replayed_turns == 0
+  again, stats = run(lm, items(6), journal=Journal(tmp_path))
+  assert again == first and stats.turns == 0 and stats.replayed_turns == 18
+  longer, stats = run(lm, items(6, turns=4), journal=Journal(tmp_path))
+  assert stats.turns == 6 and stats.replayed_turns == 18
+  assert all(longer[name][:3] == first[name] for name in first)
+  other, stats = run(lm, items(6), seed=1, journal=Journal(tmp_path))
+  assert stats.replayed_turns == 0 and other != first
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(lm, tmp_path):
+  whole, _ = run(lm, items(9))
+  journal = Journal(tmp_path)
+  engine = Engine(
+    {'base': lm},
+    length=LENGTH,
+    seed=0,
+    config=EngineConfig(slots=4, prefill_rows=2, prefill_chunk=8, longest_burst=5),
+    journal=journal,
+  )
+  list(itertools.islice(engine.run(items(9)), 4))  # and the rest is lost in mid-air
+  journal.close()
+  file = next(tmp_path.glob('*.jsonl'))
+  file.write_bytes(file.read_bytes() + b'{"key": "cut sho')
+  resumed, stats = run(lm, items(9), journal=Journal(tmp_path))
+  assert resumed == whole
+  assert 0 < stats.replayed_turns < 27
+
+
+def test_a_damaged_journal_is_an_error_that_names_the_line(tmp_path):
+  (tmp_path / 'turns-00000.jsonl').write_text('{"key": "a"}\nnot json\n')
+  with pytest.raises(ValueError, match='line 2'):
+    Journal(tmp_path)
+
+
+def test_two_models_share_a_chain(lm):
+  other = dataclasses.replace(lm, params=jax.tree.map(lambda x: -x, lm.params), fingerprint='-')
+
+  def mixed(context):
+    first = yield Turn('a', context, SamplingConfig(max_tokens=6), 'base')
+    second = yield Turn('b', context + first.tokens, SamplingConfig(max_tokens=6), 'critic')
+    third = yield Turn('c', context + first.tokens + [3], SamplingConfig(max_tokens=6), 'base')
+    return [first, second, third]
+
+  def engine():
+    return Engine(
+      {'base': lm, 'critic': other}, length=LENGTH, seed=0, config=EngineConfig(slots=3)
+    )
+
+  together = dict(engine().run([(str(i), mixed(c)) for i, c in enumerate(contexts(7))]))
+  alone = dict(engine().run([('5', mixed(contexts(7)[5]))]))
+  assert alone['5'] == together['5']
+
+
+def test_the_number_of_programs_does_not_grow_with_the_chains(lm):
+  run(lm, items(3))
+  before = device.prefill._cache_size(), device.decode._cache_size()
+  run(lm, items(12, turns=2, max_tokens=7))
+  assert (device.prefill._cache_size(), device.decode._cache_size()) == before
+
+
+def test_what_does_not_fit_is_an_error(lm):
+  with pytest.raises(ValueError, match='do not fit a cache of 128'):
+    run(lm, [('long', chain([1] * 120))])
+  with pytest.raises(ValueError, match="no model 'judge'"):
+    run(lm, [('x', chain([1], model='judge'))])
+  with pytest.raises(ValueError, match='no token'):
+    run(lm, [('x', chain([]))])
+  with pytest.raises(ValueError, match='longer than the 256'):
+    Engine({'base': lm}, length=257, seed=0)
+  with pytest.raises(ValueError, match='slots=0'):
+    EngineConfig(slots=0)
+  for wrong in ({'temperature': -1}, {'top_p': 0.0}, {'top_k': -1}, {'max_tokens': 0}):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+      SamplingConfig(**wrong)
+
+
+def test_longest_context_is_exact_for_a_chain_that_never_stops():
+  assert longest_context(chain([1] * 10, turns=3, max_tokens=12)) == 10 + 12 * 3 + 2 * 2

@@ -1,0 +1,106 @@
+"""Drawing tokens: the kept set and the distribution are those of the plain definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from cai_jax.sampling.sample import inverse_cdf, keep_mask, sample, uniforms
+
+
+def arrays(rows, temperature=1.0, top_k=0, top_p=1.0):
+  full = lambda x, dtype: jnp.full(rows, x, dtype)  # noqa: E731
+  return full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32)
+
+
+@pytest.mark.parametrize('top_k', [1, 5, 40, 1000])
+@pytest.mark.parametrize('top_p', [0.1, 0.5, 0.9, 0.999])
+def test_the_kept_set_is_that_of_transformers(top_k, top_p):
+  logits = np.random.default_rng(top_k).normal(0, 3, (8, 300)).astype(np.float32)
+  scores = TopKLogitsWarper(top_k)(None, torch.tensor(logits))
+  scores = TopPLogitsWarper(top_p)(None, scores)
+  _, k, p = arrays(8, top_k=top_k, top_p=top_p)
+  differ = np.array(keep_mask(logits, k, p)) != torch.isfinite(scores).numpy()
+  # Where the mass before a token is p to within f32 rounding, either answer is right.
+  probs = torch.softmax(TopKLogitsWarper(top_k)(None, torch.tensor(logits).double()), -1).numpy()
+  before = np.array([[row[row > x].sum() for x in row] for row in probs])
+  assert (np.abs(before[differ] - top_p) < 1e-5).all()
+
+
+def test_rows_are_filtered_each_by_its_own_setting():
+  logits = np.random.default_rng(0).normal(0, 3, (4, 300)).astype(np.float32)
+  kept = keep_mask(logits, jnp.array([0, 3, 0, 7]), jnp.array([1.0, 1.0, 1e-6, 1.0]))
+  assert np.array(kept.sum(-1)).tolist() == [300, 3, 1, 7]
+
+
+def test_inverse_cdf_is_the_plain_one():
+  rng = np.random.default_rng(1)
+  weights = (rng.random((500, 333)) ** 4).astype(np.float32)
+  weights[rng.random((500, 333)) < 0.5] = 0
+  u = rng.random(500).astype(np.float32)
+  u[:3] = 0.0, np.nextafter(np.float32(1), np.float32(0)), 0.5
+  got = np.array(inverse_cdf(jnp.array(weights), jnp.array(u)))
+  ends = np.cumsum(weights.astype(np.float64), -1)
+  expected = (ends <= u[:, None] * ends[:, -1:]).sum(-1)
+  rows = np.arange(500)
+  assert (weights[rows, got] > 0).all()
+  # In f32 a number within rounding of a boundary may fall on its other side.
+  assert (got == expected).mean() > 0.99
+  ends = ends / ends[:, -1:]
+  low = np.where(got > 0, ends[rows, np.maximum(got - 1, 0)], 0)
+  assert ((low - 1e-5 <= u) & (u <= ends[rows, got] + 1e-5)).all()
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {},
+    {'temperature': 0.7},
+    {'top_k': 9},
+    {'top_p': 0.8},
+    {'temperature': 1.3, 'top_k': 20, 'top_p': 0.9},
+  ],
+)
+def test_draws_follow_the_distribution(settings):
+  """A chi-square test at a fixed seed of 20,000 draws against the plainly defined probabilities."""
+  draws, vocab = 20_000, 150
+  logits = np.random.default_rng(2).normal(0, 1.5, vocab).astype(np.float32)
+  temperature, k, p = arrays(draws, **settings)
+  keys = jnp.stack([jnp.arange(draws, dtype=jnp.uint32), jnp.full(draws, 7, jnp.uint32)], -1)
+  u = uniforms(keys, jnp.zeros(draws, jnp.int32))
+  tokens, logprobs = jax.jit(sample)(jnp.tile(logits, (draws, 1)), u, temperature, k, p)
+  scores = torch.tensor(logits[None] / settings.get('temperature', 1.0))
+  if 'top_k' in settings:
+    scores = TopKLogitsWarper(settings['top_k'])(None, scores)
+  if 'top_p' in settings:
+    scores = TopPLogitsWarper(settings['top_p'])(None, scores)
+  expected = torch.softmax(scores, -1)[0].numpy() * draws
+  counts = np.bincount(tokens, minlength=vocab)
+  assert counts[expected == 0].sum() == 0
+  common = expected > 5
+  statistic = ((counts - expected)[common] ** 2 / expected[common]).sum()
+  degrees = common.sum() - 1
+  assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+  model = torch.log_softmax(torch.tensor(logits), -1).numpy()
+  np.testing.assert_allclose(logprobs, model[np.array(tokens)], atol=1e-5)
+
+
+def test_temperature_zero_is_greedy_beside_rows_that_are_not():
+  logits = np.random.default_rng(3).normal(0, 1, (64, 50)).astype(np.float32)
+  temperature = jnp.where(jnp.arange(64) % 2, 0.0, 1.0)
+  _, k, p = arrays(64)
+  u = jax.random.uniform(jax.random.key(0), (64,))
+  tokens, _ = sample(logits, u, temperature, k, p)
+  greedy = logits.argmax(-1)
+  assert (np.array(tokens)[1::2] == greedy[1::2]).all()
+  assert (np.array(tokens)[::2] != greedy[::2]).any()
+
+
+def test_uniforms_are_a_function_of_key_and_index_alone():
+  keys = jnp.array([[1, 2], [3, 4], [1, 2]], jnp.uint32)
+  u = uniforms(keys, jnp.array([5, 5, 5]))
+  assert u[0] == u[2] != u[1]
+  assert uniforms(keys[:1], jnp.array([5]))[0] == u[0]
+  assert uniforms(keys[:1], jnp.array([6]))[0] != u[0]

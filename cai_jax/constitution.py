@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import yaml
@@ -39,11 +40,10 @@ LABELS = {
   'revision_request': '\n\nRevisionRequest:',
   'revision': '\n\nRevision:',
 }
+GENERAL = os.path.join(os.path.dirname(__file__), 'constitution.yaml')  # the one shipped
+
 REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
 REPLY_ROLES = ('assistant', 'critique', 'revision')
-
-_ROLE_OF_LABEL = {label: role for role, label in LABELS.items()}
-_ANY_LABEL = re.compile('(' + '|'.join(re.escape(label) for label in LABELS.values()) + ')')
 
 _INSTRUCTIONS = 'CritiqueRevisionInstructions.json'
 _FEW_SHOT = 'CritiqueRevisionFewShotPrompts.json'
@@ -141,28 +141,30 @@ def join_plain(messages) -> str:
   return ''.join(f'{LABELS[message["role"]]} {message["content"]}' for message in messages)
 
 
-def split_plain(text: str) -> list[dict[str, str]]:
+def split_plain(text: str, roles: Iterable[str] = tuple(LABELS)) -> list[dict[str, str]]:
   """Returns the messages of a dialogue in the paper's plain form; `join_plain` inverts it.
 
-  A label counts only after an empty line, so that "Human: " inside a content stays there. One
-  space after a label belongs to the label.
+  Args:
+    text: labels and contents. A label counts only after an empty line, so that "Human: " inside a
+      content stays there. One space after a label belongs to the label.
+    roles: those whose labels count.
 
   Raises:
     ValueError: the text does not begin with a label.
   """
-  head, *rest = _ANY_LABEL.split(text)
+  role_of = {LABELS[role]: role for role in roles}
+  head, *rest = re.split('(' + '|'.join(map(re.escape, role_of)) + ')', text)
   if head or not rest:
     raise ValueError(
-      f'a plain dialogue begins with one of the labels {list(_ROLE_OF_LABEL)}, got {text[:60]!r}'
+      f'a plain dialogue begins with one of the labels {list(role_of)}, got {text[:60]!r}'
     )
-  labels, contents = rest[::2], rest[1::2]
   return [
-    {'role': _ROLE_OF_LABEL[label], 'content': content.removeprefix(' ')}
-    for label, content in zip(labels, contents, strict=True)
+    {'role': role_of[label], 'content': content.removeprefix(' ')}
+    for label, content in zip(rest[::2], rest[1::2], strict=True)
   ]
 
 
-def load(path: str, tags: tuple[str, ...] = ()) -> Constitution:
+def load(path: str | os.PathLike, tags: tuple[str, ...] = ()) -> Constitution:
   """Returns the constitution in a YAML file, or in the published JSON form (file or folder).
 
   Args:
@@ -174,6 +176,7 @@ def load(path: str, tags: tuple[str, ...] = ()) -> Constitution:
       or of the wrong kind, a repeated id, or no principle left. The message names the file, the
       principle and the fields allowed.
   """
+  path = os.fspath(path)
   if os.path.isdir(path):
     instructions, few_shot = (os.path.join(path, name) for name in (_INSTRUCTIONS, _FEW_SHOT))
     if not os.path.isfile(instructions):
@@ -187,11 +190,6 @@ def load(path: str, tags: tuple[str, ...] = ()) -> Constitution:
   if path.endswith(('.yaml', '.yml')):
     return _constitution(path, *_yaml_parts(path), tags)
   raise ValueError(f'{path}: a constitution is a .yaml, .yml or .json file, or a folder')
-
-
-def general() -> Constitution:
-  """Returns the constitution shipped with the package: harmlessness principles of our own."""
-  return load(os.path.join(os.path.dirname(__file__), 'constitution.yaml'))
 
 
 def draw(

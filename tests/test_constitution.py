@@ -100,7 +100,7 @@ def test_missing_file_and_unknown_kind(tmp_path):
 
 
 def test_shipped_constitution():
-  shipped = c.general()
+  shipped = c.load(c.GENERAL)
   assert len(shipped.principles) >= 16
   assert len({p.critique_request for p in shipped.principles}) == len(shipped.principles)
   assert all(p.tags for p in shipped.principles)
@@ -193,7 +193,7 @@ def test_draws_follow_the_weights_and_rounds_are_independent():
 
 def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   code = (
-    'from cai_jax import constitution as c; k = c.general();'
+    'from cai_jax import constitution as c; k = c.load(c.GENERAL);'
     'print([p.id for p in c.draw(k, 3, "some prompt", 8)], k.fingerprint())'
   )
   outputs = {

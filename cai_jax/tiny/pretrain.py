@@ -96,12 +96,17 @@ def main() -> None:
 
 def write(output: pathlib.Path, params, words, mesh) -> None:
   """Writes the Hugging Face folder."""
-  output.mkdir(parents=True, exist_ok=True)
-  flat = {
-    parallel.path_str(path): np.asarray(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  np.savez(output / 'params.npz', **flat)
+  model = lm_lib.LM(
+    config=CONFIG,
+    params=params,
+    tokenizer=words,
+    mesh=mesh,
+    dtype='float32',
+    name=str(output),
+    fingerprint='',  # a folder's is made of its files when it is loaded
+    eos_token_ids=(words.eos_token_id,),
+  )
+  lm_lib.save(model, output)
 
 
 if __name__ == '__main__':

@@ -145,15 +145,15 @@ def test_cached_rows_of_their_own_lengths(load):
 def test_packed_segments_equal_separate_rows(load, family):
   """Three texts in one row, with restarted positions and padding at the end."""
   lm = load(family)
-  texts = [TOKENS[0, :8], TOKENS[1, :5], TOKENS[2, :9]]
-  packed = np.concatenate([*texts, [0, 0]])
-  segments = np.repeat([1, 2, 3, 0], [8, 5, 9, 2])
-  place = np.concatenate([np.arange(8), np.arange(5), np.arange(9), [0, 0]])
+  lengths = (8, 5, 9)
+  packed = np.concatenate([*(TOKENS[row, :n] for row, n in enumerate(lengths)), [0, 0]])
+  segments = np.repeat([1, 2, 3, 0], [*lengths, 2])
+  place = np.concatenate([*(np.arange(n) for n in lengths), [0, 0]])
   logits, _ = run(lm, packed[None], place[None], segments[None])
-  for number, text in enumerate(texts, 1):
-    np.testing.assert_allclose(
-      logits[0, segments == number], lm.logits(text[None])[0], atol=1e-4, rtol=0
-    )
+  separate = lm.logits(TOKENS)
+  for row, n in enumerate(lengths):
+    ours = logits[0, segments == row + 1]
+    np.testing.assert_allclose(ours, separate[row, :n], atol=1e-4, rtol=0)
 
 
 def test_cache_and_segments_exclude_each_other(load):
@@ -256,14 +256,14 @@ def test_older_configs():
 
 def test_initial_parameters(load):
   """Every one is drawn on its own, and a fresh model's predictions are nearly flat."""
-  config = load('llama2').config
+  config = dataclasses.replace(load('llama2').config, num_layers=1)
   params = lm_lib.init_params(config, jax.random.key(0))
   shapes = jax.tree.map(lambda x: (x.shape, x.dtype), weights.structure(config)[1])
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == shapes
-  kernels = [x for p, x in weights._flat(params) if p.endswith(('kernel', 'table'))]
-  assert len({float(x.ravel()[0]) for x in kernels}) == len(kernels)
-  logits = lm_lib.with_params(load('llama2'), params, 'fresh').logits(TOKENS)
-  assert 0.1 < np.asarray(logits).std() < 2
+  kernels = [np.asarray(x) for p, x in weights._flat(params) if p.endswith(('kernel', 'table'))]
+  assert len({float(x.flat[0]) for x in kernels}) == len(kernels)
+  fresh = dataclasses.replace(load('llama2'), config=config, params=params)
+  assert 0.1 < np.asarray(fresh.logits(TOKENS)).std() < 2
   again = lm_lib.init_params(config, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, again, params)
 

@@ -46,14 +46,11 @@ MODEL_FILES = (
 )
 
 
+@functools.partial(jax.jit, static_argnames=('config', 'param_dtype'))
 def init_params(config: ModelConfig, key: jax.Array, param_dtype: str = 'float32') -> Params:
   """Randomly initialised parameters: normal with standard deviation fan_in^-1/2, unit norms."""
-
-  def init(key):
-    model = Transformer(config, nnx.Rngs(params=key), param_dtype=jnp.dtype(param_dtype))
-    return nnx.to_pure_dict(nnx.split(model)[1])
-
-  return jax.jit(init)(key)
+  model = Transformer(config, nnx.Rngs(params=key), param_dtype=jnp.dtype(param_dtype))
+  return nnx.to_pure_dict(nnx.split(model)[1])
 
 
 @functools.partial(jax.jit, static_argnames='graph')

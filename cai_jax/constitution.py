@@ -17,8 +17,9 @@ YAML form (`load` of a .yaml or .yml file; see constitution.yaml beside this mod
       - {role: revision, content: ...}
 
 `load` also reads the form published with Bai et al. 2022, "Constitutional AI: Harmlessness from AI
-Feedback" (repository anthropics/ConstitutionalHarmlessnessPaper): a CritiqueRevisionInstructions
-.json file, or a folder that holds it and maybe CritiqueRevisionFewShotPrompts.json.
+Feedback" (repository anthropics/ConstitutionalHarmlessnessPaper): its file
+CritiqueRevisionInstructions.json, or a folder that holds it and maybe
+CritiqueRevisionFewShotPrompts.json.
 """
 
 import dataclasses

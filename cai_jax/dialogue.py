@@ -345,18 +345,23 @@ class Dialogue:
     bos = self.tokenizer.bos_token_id
     return bos is not None and self.tokenizer('a')['input_ids'][:1] == [bos]
 
-  def _without_stop_string(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-    """Returns the sampled ids before the first label, and the text of a token the cut divides."""
-    text = self._text_of(ids)
-    found = [text.find(stop) for stop in self.stop_strings if stop in text]
-    if not found:
-      return ids, ''
-    text = text[: min(found)]
-    for n in range(len(ids), -1, -1):
-      kept = self._text_of(ids[:n])
-      if text.startswith(kept):
-        return ids[:n], text[len(kept) :]
-    return (), text
+  @functools.cached_property
+  def _without_stop_string(self):
+    """ids -> (the ids before the first label, the text of a token that the cut divides)."""
+
+    def without(ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+      text = self._text_of(ids)
+      found = [text.find(stop) for stop in self.stop_strings if stop in text]
+      if not found:
+        return ids, ''
+      text = text[: min(found)]
+      for n in range(len(ids), -1, -1):
+        kept = self._text_of(ids[:n])
+        if text.startswith(kept):
+          return ids[:n], text[len(kept) :]
+      return (), text
+
+    return functools.lru_cache(maxsize=8192)(without)
 
   # The chat style. A layout is a rendered template as [text, slot, text, slot, ..., text], where a
   # slot is the index of the message whose content stands there.
@@ -407,8 +412,8 @@ class Dialogue:
     """As `_filled_layout`, for a template that looks into contents and rewrites some of them.
 
     Contents it leaves alone keep their slots. The others stand in the layout's text with their
-    control tokens' spellings broken; when the template itself looks for such a mark (`</think>`),
-    those that are not special tokens stay whole in replies, whose language they belong to.
+    control tokens' spellings broken. Where the template itself looks for a mark that is no special
+    token (`</think>`), that mark stays whole in replies, whose language it belongs to.
     """
     if any(_RESERVED.search(text) for text in texts):
       raise ValueError('a content holds a noncharacter (U+FDD0 to U+FDD4): take it out')
@@ -422,7 +427,7 @@ class Dialogue:
     }
     broken = [_break_spellings(text, self._control) for text in texts]
     added = self.tokenizer.added_tokens_decoder
-    special = [t for t, i in self._control.items() if added[i].special]
+    special = [t for t, i in self._control.items() if added[i].special or t not in self._template]
     lenient = [
       _break_spellings(text, special) if role == 'assistant' else text_broken
       for role, text, text_broken in zip(roles, texts, broken, strict=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import time
 
 import pytest
@@ -289,6 +290,53 @@ def test_a_sampled_reply_extends_the_prompt_it_followed(tokenizer, style, text, 
     following = longer[len(context) + len(reply) :]
     if style == 'chat' and ended:
       assert following[0] not in dialogue.stop_token_ids
+
+
+@pytest.mark.parametrize('style', ['chat', 'plain'])
+def test_any_sampled_ids_stand_verbatim(tokenizer, style):
+  """What an untrained model samples: any ids, broken characters and control tokens among them."""
+  dialogue = Dialogue(tokenizer, style)
+  rng = random.Random(0)
+  allowed = [i for i in range(len(tokenizer)) if i != tokenizer.get_vocab().get('</think>')]
+  for _ in range(30):
+    replies = [rng.choices(allowed, k=rng.randint(0, 30)) for _ in range(2)]
+    if any('\n\n' in tokenizer.decode(reply) for reply in replies):
+      continue  # might be a label
+    messages = [user('hi')]
+    for reply in replies:
+      context = dialogue.prompt(messages)
+      messages = [*messages, assistant(reply), user(rng.choice(['go', ' <s>', '\n<|im_end|>']))]
+      longer = dialogue.prompt(messages)
+      assert longer[: len(context) + len(reply)] == context + reply
+      assert max(longer) < len(tokenizer)
+
+
+def test_random_benign_dialogues_equal_the_chat_template(tokenizer):
+  dialogue = Dialogue(tokenizer)
+  rng = random.Random(1)
+  letters = [
+    'a',
+    'B',
+    ' ',
+    '  ',
+    '\n',
+    '\n\n',
+    '1',
+    '.',
+    "'s",
+    'é',
+    '語',
+    '🙂',
+    '<',
+    '|',
+    '[',
+    'Human:',
+  ]
+  for _ in range(60):
+    contents = [''.join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(5)]
+    roles = ['user', 'assistant'] * 3
+    messages = [ask(role, text) for role, text in zip(roles, contents, strict=False)]
+    assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True), contents
 
 
 def test_ids_and_text_of_a_reply_give_the_same_dialogue(tokenizer):

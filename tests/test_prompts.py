@@ -151,7 +151,7 @@ def test_ids_are_stable_unique_and_follow_the_content(tmp_path):
   rows = [{'prompt': 'a', 'id': 'x'}, {'prompt': 'b'}, {'prompt': 'c', 'id': 'x'}]
   with pytest.raises(ValueError, match=r"line 3: the id 'x' is already given at .* line 1"):
     p.load(write(tmp_path, rows))
-  with pytest.raises(ValueError, match='line 1: the hash of its dialogue is the id given'):
+  with pytest.raises(ValueError, match='line 1: its dialogue hashes to the id given'):
     p.load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b', 'id': first[0].id}]))
 
 

@@ -351,7 +351,7 @@ def _unique(rows: Sequence[tuple[str, Prompt, bool]]) -> list[Prompt]:
       copies[identity] += 1
       if prompt.id in places:
         raise ValueError(
-          f'{place}: the hash of its dialogue is the id given at {places[prompt.id]}; change that id'
+          f'{place}: its dialogue hashes to the id given at {places[prompt.id]}; change that id'
         )
     prompts.append(prompt)
   return prompts

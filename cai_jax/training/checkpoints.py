@@ -35,8 +35,8 @@ def save(
 
   The iterator goes in by its position, so that it can go on while the save runs.
   """
-  items = {'state': state, 'data': iterator.get_state(), 'meta': meta}
-  checkpointer.save_checkpointables_async(step, items)
+  items = {'state': state, 'data': iterator.get_state()}
+  checkpointer.save_checkpointables_async(step, items, custom_metadata=meta)
 
 
 def restore(
@@ -50,7 +50,7 @@ def restore(
   Args:
     state: a state of the same run, or ShapeDtypeStructs; it gives shapes, dtypes and shardings,
       which may be other ones than those it was saved with.
-    meta: what the run is. It must equal what was saved.
+    meta: what the run is, in JSON's types. It must equal what was saved.
 
   Raises:
     ValueError: if the checkpoint belongs to a run with another `meta`; it names what differs.
@@ -58,10 +58,7 @@ def restore(
   if checkpointer.latest is None:
     return state, 0
   step = checkpointer.latest.step
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
-  saved = checkpointer.load_checkpointables(step, {'meta': None})['meta']
+  saved = checkpointer.metadata(step).custom_metadata
   changed = {k: (saved.get(k), meta.get(k)) for k in {*saved, *meta} if saved.get(k) != meta.get(k)}
   if changed:
     told = '; '.join(f'{k}: was {old!r}, is {new!r}' for k, (old, new) in sorted(changed.items()))
@@ -69,6 +66,9 @@ def restore(
       f'{checkpointer.directory} holds checkpoints of another run ({told}): set these back to go '
       'on with it, or choose another workdir.'
     )
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
   items = checkpointer.load_checkpointables(step, {'state': abstract, 'data': None})
   iterator.set_state(items['data'])
   return items['state'], step

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-HELPFUL = ('helpful', 'benign')  # `kind` of the rows whose initial answer can be mixed in
+HELPFUL = 'helpful'  # `kind` of the rows whose initial answer can be mixed in
 OPEN_ROWS = 64  # rows that packing keeps open at a time
 
 
@@ -113,9 +113,9 @@ def examples(
     rows: each has `prompt` (messages), `initial` {text, finish_reason}, `rounds` of {revision:
       {text, finish_reason}}, `kind`.
     dialogue: `cai_jax.dialogue.Dialogue`.
-    target: 'last' revision, 'all' revisions, or 'initial' answer of each row not of a HELPFUL kind.
-    helpfulness_share: share of all examples that are the initial answer of a row of a HELPFUL kind;
-      which rows, the seed decides. Rows of these kinds are used for nothing else.
+    target: 'last' revision, 'all' revisions, or 'initial' answer of each row not of kind 'helpful'.
+    helpfulness_share: share of all examples that are the initial answer of a row of kind 'helpful';
+      which rows, the seed decides. Rows of this kind are used for nothing else.
     max_length: tokens; a longer example is dropped.
     drop_truncated: drop a text that ended by the length limit; else it is learnt as if whole.
 
@@ -126,7 +126,7 @@ def examples(
   kept, helpful = [], []
   for i in range(len(rows)):
     row = rows[i]
-    is_helpful = row.get('kind') in HELPFUL
+    is_helpful = row['kind'] == HELPFUL
     if is_helpful and not helpfulness_share:
       dropped['helpful_not_asked_for'] += 1
       continue
@@ -197,7 +197,7 @@ class Step(NamedTuple):
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
-  """Rows of indices into `lengths`, first fit in the given order; none holds over row_length.
+  """Rows of indices into `lengths`, best fit in the given order; none holds over row_length.
 
   Of all rows OPEN_ROWS can still be added to; the one that is fullest closes for a new one.
   """
@@ -205,7 +205,7 @@ def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[
   for i in order:
     fits = np.flatnonzero(free >= lengths[i])
     if fits.size:
-      at = fits[0]
+      at = fits[free[fits].argmin()]
     elif len(rows) < OPEN_ROWS:
       at = len(rows)
       rows.append([])

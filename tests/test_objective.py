@@ -1,0 +1,158 @@
+"""The objective: exact masks, torch's number, and nothing that packing or padding could change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.lm import init_params, structure
+from cai_jax.training import data, objective
+
+CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
+GRAPH, _ = structure(CONFIG)
+loss = jax.jit(functools.partial(objective.loss_and_metrics, GRAPH))
+
+
+@pytest.fixture(scope='module')
+def params():
+  return init_params(CONFIG, jax.random.key(0))
+
+
+def make_examples(seed: int, lengths) -> list[data.Example]:
+  """Random sequences whose second half or so is to be learnt."""
+  rng = np.random.default_rng(seed)
+  return [
+    data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= max(1, n // 2))
+    for n in lengths
+  ]
+
+
+def batch_of(items, row_length, rows=None):
+  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(row_length, rows or 64)], 1, 0)
+  assert len(steps) == 1
+  return data.Batches(items, steps)[0]
+
+
+def alone(items, length=24):
+  """One example a row, padded on the right."""
+  bucket = data.Bucket(length, len(items))
+  return data.Batches(items, [data.Step(bucket, tuple((i,) for i in range(len(items))))])[0]
+
+
+def test_loss_agrees_with_torch(params):
+  items = make_examples(0, [12, 5, 20, 9])
+  batch = alone(items)
+  model_logits = _logits(params, batch)
+  logits = torch.tensor(np.asarray(model_logits))[:, :-1].reshape(-1, 48)
+  labels = torch.tensor(np.where(batch['loss_mask'] != 0, batch['tokens'], -100))[:, 1:]
+  expected = torch.nn.functional.cross_entropy(
+    logits, labels.reshape(-1).long(), ignore_index=-100, reduction='sum'
+  )
+  nll, sums = loss(params, batch)
+  assert nll == pytest.approx(float(expected), rel=1e-5)
+  assert sums['num_tokens'] == sum(int(m.sum()) for _, m in items)
+  assert sums['num_sequences'] == 4
+
+
+@jax.jit
+def _logits(params, batch):
+  model = nnx.merge(GRAPH, params)
+  return model.unembed(model(batch['tokens'], batch['positions'], batch['segment_ids'])[0])
+
+
+def test_backward_agrees_with_autodiff():
+  keys = jax.random.split(jax.random.key(1), 3)
+  logits = 3 * jax.random.normal(keys[0], (3, 5, 11))
+  targets = jax.random.randint(keys[1], (3, 5), 0, 11)
+  weights = jax.random.uniform(keys[2], (3, 5))
+
+  def plain(logits):
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return -jnp.sum(chosen * weights)
+
+  ours = jax.value_and_grad(lambda x: 0.5 * objective.cross_entropy(x, targets, weights))(logits)
+  theirs = jax.value_and_grad(lambda x: 0.5 * plain(x))(logits)
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+  np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
+
+
+def test_targets_are_the_marked_tokens_of_the_same_segment():
+  batch = {
+    'tokens': jnp.array([[10, 11, 12, 20, 21, 22, 0, 0]]),
+    'segment_ids': jnp.array([[1, 1, 1, 2, 2, 2, 0, 0]]),
+    'loss_mask': jnp.array([[1, 0, 1, 1, 1, 0, 1, 1]]),
+  }
+  targets, weights = objective.targets_of(batch)
+  # Of the marked tokens 10 and 20 begin their segments and the last two are padding.
+  np.testing.assert_array_equal(weights, [[0, 1, 0, 1, 0, 0, 0, 0]])
+  assert targets[0, 1] == 12 and targets[0, 3] == 21
+  assert objective.count_sequences(batch['segment_ids'], weights) == 2
+
+
+def test_what_is_not_marked_or_follows_changes_nothing(params):
+  batch = alone(make_examples(1, [20]))
+  nll, _ = loss(params, batch)
+  padded = {**batch, 'tokens': batch['tokens'].copy()}
+  padded['tokens'][0, 20:] = 7
+  assert loss(params, padded)[0] == nll
+  shorter = {**batch, 'loss_mask': batch['loss_mask'].copy()}
+  shorter['loss_mask'][0, 15:] = 0
+  changed = {**shorter, 'tokens': batch['tokens'].copy()}
+  changed['tokens'][0, 15:] = (changed['tokens'][0, 15:] + 1) % 48
+  assert loss(params, shorter)[0] == loss(params, changed)[0] < nll
+
+
+def test_the_sum_is_the_sum_of_single_tokens(params):
+  batch = alone(make_examples(2, [10]))
+  whole, parts = loss(params, batch)[0], 0.0
+  for at in np.flatnonzero(batch['loss_mask'][0]):
+    mask = np.zeros_like(batch['loss_mask'])
+    mask[0, at] = 1
+    parts += float(loss(params, {**batch, 'loss_mask': mask})[0])
+  assert parts == pytest.approx(float(whole), rel=1e-6)
+
+
+# One layer is enough for what follows: two segments meet in attention alone.
+SMALL = dataclasses.replace(CONFIG, num_layers=1)
+GRAD_GRAPH, _ = structure(SMALL)
+gradient = jax.jit(
+  jax.value_and_grad(functools.partial(objective.loss_and_metrics, GRAD_GRAPH), has_aux=True)
+)
+
+
+@pytest.fixture(scope='module')
+def small():
+  return init_params(SMALL, jax.random.key(0))
+
+
+def agree(ours, theirs):
+  """Loss, sums and gradients are the same."""
+  (nll, sums), grads = ours
+  (expected, expected_sums), expected_grads = theirs
+  assert nll == pytest.approx(float(expected), rel=1e-6)
+  assert sums == expected_sums
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_packed_equals_unpacked(small):
+  items = make_examples(3, [12, 5, 20, 9, 7, 16, 3, 24, 11])
+  unpacked = gradient(small, alone(items))
+  assert unpacked[0][1]['num_sequences'] == 9
+  for row_length in (24, 40, 64):
+    agree(gradient(small, batch_of(items, row_length, rows=11)), unpacked)
+
+
+def test_sliced_logits_equal_whole_ones(small, monkeypatch):
+  batch = alone(make_examples(4, [12, 20, 24]))
+  whole = gradient(small, batch)
+  monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', 3 * 7 * 48)
+  assert objective._num_slices(3, 24, 48) == 4
+  jax.clear_caches()
+  agree(gradient(small, batch), whole)

@@ -8,6 +8,7 @@ overridden as `--config.train.learning_rate=1e-4`.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
@@ -65,7 +66,7 @@ class Run:
     known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
     known['constitution'] = self.constitution.fingerprint()
     sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
-    known['prompts'] = {name: prompt_files.fingerprint(self.prompts[name]) for name in sets}
+    known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
     if stage != 'generate':
       free = ('log_every', 'checkpoint_every', 'keep')
       known['train'] = {k: v for k, v in self.config['train'].items() if k not in free}
@@ -219,6 +220,12 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
   return prompt_files.load(**section)
 
 
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+  """Hex digest of ids, messages and metadata, in order."""
+  content = json.dumps([dataclasses.astuple(prompt) for prompt in prompts], sort_keys=True)
+  return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def _constitution(section: ConfigDict) -> constitutions.Constitution:
   shipped = {'general': constitutions.GENERAL, 'tiny': TINY / 'constitution.yaml'}
   return constitutions.load(str(shipped.get(section.path, section.path)), tuple(section.tags))
@@ -307,6 +314,7 @@ def main(argv: Sequence[str]) -> None:
   """Builds the run that the flags state and runs its stages."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell every step of theirs
   parallel.initialize()
   say = print if jax.process_index() == 0 else lambda text: None
   try:

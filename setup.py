@@ -1,4 +1,4 @@
-"""Installs cai_jax: `pip install -e .`, with `.[test]` for the tests, `.[cuda]` or `.[tpu]` for accelerators."""
+"""Installs cai_jax: `pip install -e .`; extras: `test`, and `cuda` or `tpu` for accelerators."""
 
 from setuptools import find_packages, setup
 

@@ -10,12 +10,12 @@ LINE_SECONDS = 15.0  # between plain lines
 
 
 class Progress:
-  """A callable `progress(done, total, stats)` that shows rows done, tokens/s and the time left."""
+  """A callable `progress(done, total, tokens)` that shows rows, tokens per second and time left."""
 
   def __init__(self, name: str):
     self._name = name
     self._bar = None
-    self._said = time.monotonic()
+    self._began = self._said = time.monotonic()
     self._speaks = jax.process_index() == 0
 
   def __enter__(self) -> 'Progress':
@@ -25,19 +25,19 @@ class Progress:
     if self._bar is not None:
       self._bar.close()
 
-  def __call__(self, done: int, total: int, stats) -> None:
+  def __call__(self, done: int, total: int, tokens: int) -> None:
+    """Shows that `done` of `total` rows are there and `tokens` have been sampled for them."""
     if not self._speaks:
       return
-    speed = stats.sampled_tokens / max(stats.seconds, 1e-9)
+    now = time.monotonic()
+    seconds = now - self._began
+    speed = f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     if sys.stderr.isatty():
       if self._bar is None:
         self._bar = tqdm.tqdm(total=total, desc=self._name, unit='row')
+      self._bar.set_postfix_str(speed, refresh=False)
       self._bar.update(done - self._bar.n)
-      self._bar.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
-    elif done == total or time.monotonic() - self._said > LINE_SECONDS:
-      self._said = time.monotonic()
-      left = stats.seconds * (total - done) / done
-      print(
-        f'{self._name}: {done} of {total} rows, {speed:,.0f} tokens/s, {left:.0f} s left',
-        flush=True,
-      )
+    elif done == total or now - self._said > LINE_SECONDS:
+      self._said = now
+      left = seconds * (total - done) / done
+      print(f'{self._name}: {done} of {total} rows, {speed}, {left:.0f} s left', flush=True)

@@ -90,6 +90,7 @@ def prompts() -> ConfigDict:
   config = ConfigDict()
   config.source = ''  # a .jsonl or .txt file, 'tfds', 'hub', or 'tiny'
   config.name = ''  # of the TFDS or hub dataset; in 'tiny': 'baited' or 'benign'
+  config.subset = ''  # of the hub dataset, where it has several
   config.split = 'train'  # of the dataset; in 'tiny': 'train' or 'eval'
   config.field = ''  # that holds the prompt; '' is the first of messages, prompt, chosen
   config.limit = -1  # rows; -1 is all

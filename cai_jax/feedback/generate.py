@@ -142,7 +142,7 @@ def run(
   folder: str | os.PathLike,
   journal: Journal,
   engine: EngineConfig,
-  progress: Callable[[int, int, Stats], None] = lambda done, total, stats: None,
+  progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> dict[str, Any]:
   """Writes D_CAI to `folder`, and returns counts and speeds for the manifest.
 
@@ -154,7 +154,7 @@ def run(
     folder: of the dataset; `preferences.jsonl` is written beside it.
     journal: of finished turns.
     engine: sizes of the compiled programs.
-    progress: called with rows done, rows in all, and the engine's counts.
+    progress: called with rows done, rows in all, and tokens sampled.
   """
   folder = pathlib.Path(folder)
   size = job.config.shard_rows
@@ -183,7 +183,7 @@ def run(
       if len(rows[index]) == len(shards[index]):
         whole = rows.pop(index)
         records.write_shard(folder, index, [whole[place] for place in sorted(whole)])
-      progress(done, total, stats)
+      progress(done, total, stats.sampled_tokens)
   return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
 
 

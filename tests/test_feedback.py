@@ -1,0 +1,266 @@
+"""Chains, D_CAI on disk and the implied preferences."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import pytest
+import tensorflow_datasets as tfds
+
+from cai_jax import parallel
+from cai_jax.constitution import Constitution, Principle
+from cai_jax.dialogue import Dialogue
+from cai_jax.feedback import generate, records
+from cai_jax.feedback.chain import Stage, Stages, critique_revision, direct_revision
+from cai_jax.feedback.prompts import Prompt
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.lm import LM, init_params
+from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import Completion, SamplingConfig
+from cai_jax.training import data
+
+PRINCIPLES = tuple(Principle(f'p{i}', f'What is wrong ({i})?', f'Mend it ({i}).') for i in range(5))
+CONSTITUTION = Constitution(PRINCIPLES)
+SHORT = SamplingConfig(max_tokens=7)
+ENGINE = EngineConfig(slots=4, prefill_rows=2, prefill_chunk=16, longest_burst=8)
+
+
+@pytest.fixture(scope='module')
+def lm(tiny_tokenizer):
+  config = ModelConfig('llama', len(tiny_tokenizer), 32, 64, 2, 4, 2, 8, 512)
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  params = init_params(config, jax.random.key(0))
+  eos = (tiny_tokenizer.eos_token_id,)
+  return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0', eos)
+
+
+def prompt(i):
+  return Prompt(f'id-{i}', ({'role': 'user', 'content': f'Question {i}?'},), {'n': str(i)})
+
+
+def job(lm, count=6, helpful=2, rounds=2, models=None, **config):
+  return generate.prepare(
+    models or {'base': lm},
+    [prompt(i) for i in range(count)],
+    [prompt(100 + i) for i in range(helpful)],
+    CONSTITUTION,
+    generate.FeedbackConfig(rounds=rounds, shard_rows=3, **config),
+    generate.StageSampling(SHORT, SHORT, SHORT),
+    seed=0,
+  )
+
+
+def files(folder):
+  return {path.name: path.read_bytes() for path in folder.glob('*.array_record-*')}
+
+
+def play(chain, dialogue, replies):
+  """Runs a chain on given texts; the turns it asked for and its record."""
+  turns, completion = [], None
+  for text in replies:
+    turns.append(chain.send(completion))
+    tokens = dialogue.reply(text)
+    completion = Completion(tokens, text, [-0.5] * len(tokens), 'stop')
+  with pytest.raises(StopIteration) as stop:
+    chain.send(completion)
+  return turns, stop.value.value
+
+
+@pytest.fixture
+def stages(lm):
+  stage = Stage('base', Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids), SHORT)
+  return Stages(stage, stage, stage)
+
+
+def test_a_chain_asks_for_each_turn_in_its_context(lm, stages):
+  dialogue = stages.initial.dialogue
+  chain = critique_revision(prompt(0), PRINCIPLES[:2], stages)
+  turns, record = play(chain, dialogue, ['first', 'bad', 'second', 'worse', 'third'])
+  assert [t.name for t in turns] == [
+    'initial', 'critique_1', 'revision_1', 'critique_2', 'revision_2',
+  ]  # fmt: skip
+  texts = [lm.tokenizer.decode(t.context) for t in turns]
+  assert 'What is wrong (0)?' in texts[1] and 'first' in texts[1]
+  assert 'bad' in texts[2] and 'Mend it (0).' in texts[2]
+  # A later round sees the latest response as the answer, and nothing of the rounds before.
+  assert 'second' in texts[3] and 'What is wrong (1)?' in texts[3]
+  assert 'first' not in texts[3] and 'bad' not in texts[3]
+  assert [r.revision.text for r in record.rounds] == ['second', 'third']
+  assert record.initial.text == 'first' and record.rounds[1].critique.text == 'worse'
+
+
+def test_within_a_round_each_context_extends_the_cache(lm, stages):
+  dialogue = stages.initial.dialogue
+  for growing in (False, True):
+    chain = critique_revision(prompt(0), PRINCIPLES[:2], stages, growing)
+    replies = ['first', 'bad', 'second', 'worse', 'third']
+    turns, _ = play(chain, dialogue, replies)
+    for number in (1, 2, 3, 4):
+      before = turns[number - 1].context + dialogue.reply(replies[number - 1])
+      extends = turns[number].context[: len(before)] == before
+      assert extends == (growing or number != 3)
+
+
+def test_direct_revision_has_no_critique(lm, stages):
+  turns, record = play(
+    direct_revision(prompt(0), PRINCIPLES[:2], stages), stages.initial.dialogue, ['a', 'b', 'c']
+  )
+  assert [t.name for t in turns] == ['initial', 'revision_1', 'revision_2']
+  assert all(step.critique is None for step in record.rounds)
+  assert 'wrong' not in lm.tokenizer.decode(turns[2].context)
+
+
+def test_another_models_reply_is_passed_on_as_text(lm, stages):
+  critic = dataclasses.replace(stages.critique, model='critique')
+  chain = critique_revision(prompt(0), PRINCIPLES[:1], dataclasses.replace(stages, critique=critic))
+  turn = chain.send(None)
+  cut = Completion([5, 6, 7], ' cut off ', [0.0] * 3, 'length')
+  turn = chain.send(cut)
+  expected = critic.dialogue.prompt(
+    [
+      *prompt(0).messages,
+      {'role': 'assistant', 'content': 'cut off'},
+      {'role': 'critique_request', 'content': PRINCIPLES[0].critique_request},
+    ],
+    'critique',
+  )
+  assert turn.model == 'critique' and turn.context == expected
+
+
+def test_d_cai_is_a_dataset_with_every_text_of_its_chains(lm, tmp_path):
+  it = job(lm)
+  counts = generate.run(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  generate.finish(it, tmp_path / 'd_cai')
+  assert counts['rows'] == 8 and counts['turns'] == 6 * 5 + 2
+  builder = tfds.builder_from_directory(tmp_path / 'd_cai')
+  assert builder.info.splits['train'].num_examples == 8
+  rows = data.read_rows(tmp_path / 'd_cai')
+  assert [row['id'] for row in rows] == [*(f'id-{i}' for i in range(6)), 'id-100', 'id-101']
+  for row in rows:
+    assert len(row['rounds']) == (2 if row['kind'] == 'harmful' else 0)
+    turns = [row['initial']]
+    turns += [step[part] for step in row['rounds'] for part in ('critique', 'revision')]
+    assert len(row['logprobs']) == sum(turn['num_tokens'] for turn in turns)
+    first = row['logprobs'][: turns[0]['num_tokens']]
+    assert turns[0]['logprob'] == pytest.approx(sum(first), rel=1e-5)
+    assert all(turn['finish_reason'] in ('stop', 'length') for turn in turns)
+    assert row['model'] == row['critique_model'] == 'random' and row['seed'] == 0
+    assert json.loads(row['metadata'])['n'] in row['id']
+    assert row['constitution'] == CONSTITUTION.fingerprint()
+  drawn = {step['principle'] for row in rows for step in row['rounds']}
+  assert len(drawn) > 1 and drawn <= {p.id for p in PRINCIPLES}
+
+
+def test_a_run_that_was_cut_off_writes_the_same_bytes(lm, tmp_path):
+  whole = tmp_path / 'whole'
+  generate.run(job(lm), whole, Journal(tmp_path / 'a'), ENGINE)
+
+  class CutOff(Exception):
+    pass
+
+  for stop_at in (1, 3, 5, 7):
+    folder, journal = tmp_path / f'{stop_at}', Journal(tmp_path / f'journal-{stop_at}')
+
+    def progress(done, total, tokens, stop_at=stop_at):
+      if done == stop_at:
+        raise CutOff
+
+    with pytest.raises(CutOff):
+      generate.run(job(lm), folder, journal, ENGINE, progress)
+    journal.close()
+    counts = generate.run(job(lm), folder, Journal(tmp_path / f'journal-{stop_at}'), ENGINE)
+    assert counts['turns'] < 32
+    assert files(folder) == files(whole)
+
+
+def test_arms_share_what_they_have_in_common(lm, tmp_path):
+  journal = Journal(tmp_path / 'journal')
+  generate.run(job(lm), tmp_path / 'two', journal, ENGINE)
+  more = generate.run(job(lm, rounds=3), tmp_path / 'three', journal, ENGINE)
+  assert more['replayed_turns'] == 6 * 5 + 2 and more['turns'] == 6 * 2
+  direct = generate.run(job(lm, variant='direct'), tmp_path / 'direct', journal, ENGINE)
+  assert direct['replayed_turns'] == 8 and direct['turns'] == 6 * 2
+
+
+def test_other_models_criticise_and_revise(lm, tmp_path):
+  other = dataclasses.replace(
+    lm, params=jax.tree.map(lambda x: -x, lm.params), name='other', fingerprint='other'
+  )
+  it = job(lm, models={'base': lm, 'critique': other})
+  generate.run(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  generate.finish(it, tmp_path / 'd_cai')
+  row = data.read_rows(tmp_path / 'd_cai')[0]
+  assert (row['model'], row['critique_model'], row['revision_model']) == (
+    'random', 'other', 'random',
+  )  # fmt: skip
+  same = job(lm)
+  generate.run(same, tmp_path / 'same', Journal(tmp_path / 'journal2'), ENGINE)
+  generate.finish(same, tmp_path / 'same')
+  alone = data.read_rows(tmp_path / 'same')[0]
+  assert row['initial'] == alone['initial']
+  assert row['rounds'][0]['critique'] != alone['rounds'][0]['critique']
+
+
+def test_preferences_leave_out_pairs_that_say_nothing(tmp_path):
+  turn = lambda text: {'text': text}  # noqa: E731
+
+  def row(name, *texts):
+    rounds = [{'revision': turn(text)} for text in texts[1:]]
+    message = {'role': 'user', 'content': 'hi'}
+    return {'id': name, 'prompt': [message], 'initial': turn(texts[0]), 'rounds': rounds}
+
+  rows = [row('a', 'x', 'y', 'z'), row('b', 'x', 'y', 'x'), row('c', 'x', ''), row('d', 'x')]
+  counts = records.write_preferences(tmp_path / 'p.jsonl', rows)
+  assert counts == {'written': 1, 'identical': 1, 'empty': 1, 'not_revised': 1}
+  (line,) = (tmp_path / 'p.jsonl').read_text().splitlines()
+  assert json.loads(line) == {
+    'id': 'a',
+    'prompt': [{'role': 'user', 'content': 'hi'}],
+    'chosen': [{'role': 'assistant', 'content': 'z'}],
+    'rejected': [{'role': 'assistant', 'content': 'x'}],
+  }
+
+
+def test_what_cannot_work_is_an_error_before_sampling(lm, tmp_path):
+  with pytest.raises(ValueError, match='can come to .* tokens, and the model holds 512'):
+    long = Prompt('long', ({'role': 'user', 'content': 'word ' * 600},))
+    generate.prepare(
+      {'base': lm}, [long], [], CONSTITUTION, generate.FeedbackConfig(),
+      generate.StageSampling(SHORT, SHORT, SHORT), 0,
+    )  # fmt: skip
+  with pytest.raises(ValueError, match="two prompts have the id 'id-0'"):
+    generate.prepare(
+      {'base': lm}, [prompt(0)], [prompt(0)], CONSTITUTION, generate.FeedbackConfig(),
+      generate.StageSampling(SHORT, SHORT, SHORT), 0,
+    )  # fmt: skip
+  with pytest.raises(ValueError, match='without repetition'):
+    job(lm, rounds=6, repeat_principles=False)
+  with pytest.raises(ValueError, match='variant'):
+    generate.FeedbackConfig(variant='other')
+  with pytest.raises(ValueError, match='shards are missing'):
+    records.write_metadata(tmp_path, [3])
+
+
+def test_demonstrations_stand_before_critiques_and_revisions_only(lm):
+  shown = ({'role': 'user', 'content': 'Shown?'}, {'role': 'assistant', 'content': 'Shown.'})
+  constitution = Constitution(PRINCIPLES, (shown,))
+  for used in (True, False):
+    config = generate.FeedbackConfig(demonstrations=used)
+    made = generate.make_stages({'base': lm}, constitution, config, generate.StageSampling())
+    chain = critique_revision(prompt(0), PRINCIPLES[:1], made)
+    turns, _ = play(chain, made.initial.dialogue, ['first', 'bad', 'second'])
+    texts = [lm.tokenizer.decode(turn.context) for turn in turns]
+    assert ['Shown?' in text for text in texts] == [False, used, used]
+
+
+def test_ids_decide_the_principles(lm):
+  first, second = job(lm), job(lm, count=3)
+  drawn = lambda it, i: next(  # noqa: E731
+    itertools.islice(
+      (c.gi_frame.f_locals['principles'] for c in [it.chain(prompt(i), 'harmful')]), 1
+    )
+  )
+  assert [drawn(first, i) for i in range(3)] == [drawn(second, i) for i in range(3)]
+  assert len({drawn(first, i) for i in range(6)}) > 1

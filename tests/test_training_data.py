@@ -210,3 +210,18 @@ def test_the_iterator_goes_on_where_its_state_was():
   again = data.iterate(batches, lambda b: b['tokens'])
   again.set_state(state)
   assert [x.tolist() for x in again] == rest and len(rest) == len(batches) - 3
+
+
+def test_pretraining_documents_are_learnt_whole():
+  import transformers
+
+  from cai_jax.tiny import corpus, pretrain, tokenizer
+
+  dialogue = Dialogue(transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer.FOLDER))
+  items, counts = pretrain.documents(dialogue, 3000, seed=1)
+  assert counts['tokens'] == sum(len(i.tokens) for i in items) >= 3000
+  assert counts['documents'] == len(items) and all(i.loss_mask.all() for i in items)
+  first = corpus.document(1, 0)
+  assert items[0].tokens.tolist() == dialogue.prompt(
+    first[:-1], first[-1]['role']
+  ) + dialogue.reply(first[-1]['content'], first[-1]['role'])

@@ -47,14 +47,15 @@ def generate(
   stops = {'base': (lm.eos_token_ids or (lm.tokenizer.eos_token_id,), ())}
   contexts = []
   dialogue = None
-  for prompt in prompts:
+  for number, prompt in enumerate(prompts):
     if isinstance(prompt, str):
       contexts.append(lm.tokenizer.encode(prompt, split_special_tokens=True))
-    elif isinstance(prompt[0], dict):
+    elif len(prompt) and isinstance(prompt[0], dict):
       dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
       contexts.append(dialogue.prompt(prompt))
     else:
       contexts.append([int(token) for token in prompt])
+    _check(contexts[-1], number, lm.config.vocab_size)
   if dialogue is not None:
     stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}
   chains = dict(_named(contexts, sampling))
@@ -67,6 +68,16 @@ def generate(
   )
   done = dict(running.run(chains.items()))
   return [done[name] for name in chains]
+
+
+def _check(context: list[int], number: int, vocab_size: int) -> None:
+  if not context:
+    raise ValueError(f'prompt {number} has no token; there is nothing to continue.')
+  if not 0 <= min(context) <= max(context) < vocab_size:
+    raise ValueError(
+      f'prompt {number} has token {min(context)} or {max(context)} outside the vocabulary '
+      f'0..{vocab_size - 1}.'
+    )
 
 
 def _reply(context: list[int], sampling: SamplingConfig) -> Chain:

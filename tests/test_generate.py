@@ -1,0 +1,81 @@
+"""The notebook's interface: load, logits, generate, save."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import cai_jax
+from cai_jax import SamplingConfig
+from cai_jax.sampling.engine import EngineConfig
+
+GREEDY = SamplingConfig(temperature=0.0, max_tokens=64)
+
+
+def test_greedy_text_is_that_of_torch(family, tiny_hf_folder):
+  """Token for token over 64 tokens, for prompts of several lengths at once."""
+  folder = tiny_hf_folder(family)
+  lm = cai_jax.load(folder)
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(5, lm.config.vocab_size, n).tolist() for n in (3, 17, 40)]
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  engine = EngineConfig(slots=8, prefill_chunk=16)
+  ours = cai_jax.generate(lm, prompts, GREEDY, engine=engine)
+  for prompt, completion in zip(prompts, ours, strict=True):
+    theirs = model.generate(
+      torch.tensor([prompt]),
+      do_sample=False,
+      max_new_tokens=64,
+      pad_token_id=0,
+      eos_token_id=list(lm.eos_token_ids),
+    )[0, len(prompt) :].tolist()
+    assert completion.tokens == theirs
+
+
+@pytest.fixture(scope='module')
+def lm(tiny_hf_folder):
+  return cai_jax.load(tiny_hf_folder('smollm2'))
+
+
+def test_prompts_are_texts_dialogues_or_tokens(lm):
+  sampling = SamplingConfig(max_tokens=5)
+  text = 'Once upon a time'
+  messages = [{'role': 'user', 'content': 'Hello'}]
+  ids = lm.tokenizer.encode(text)
+  done = cai_jax.generate(lm, [text, messages, ids], sampling)
+  assert all(0 < len(c.tokens) <= 5 and len(c.logprobs) == len(c.tokens) for c in done)
+  assert all(c.finish_reason in ('stop', 'length') for c in done)
+  # The text and its ids are one prompt, given twice: two different samples of it.
+  assert cai_jax.generate(lm, [ids], sampling)[0] == done[0] != done[2]
+
+
+def test_a_sample_does_not_depend_on_the_list_it_is_in(lm):
+  sampling = SamplingConfig(max_tokens=8, temperature=1.5)
+  texts = [f'Prompt number {i}' for i in range(9)]
+  engine = EngineConfig(slots=8)
+  together = cai_jax.generate(lm, texts, sampling, seed=3, engine=engine)
+  reversed_ = cai_jax.generate(lm, texts[::-1], sampling, seed=3, engine=engine)[::-1]
+  assert together == reversed_
+  assert cai_jax.generate(lm, texts[4:5], sampling, seed=3, engine=engine) == together[4:5]
+  assert cai_jax.generate(lm, texts, sampling, seed=4, engine=engine) != together
+
+
+def test_texts_of_users_cannot_become_control_tokens(lm):
+  end = lm.tokenizer.eos_token
+  spelled = cai_jax.generate(lm, [f'a {end} b'], GREEDY, engine=EngineConfig(slots=8))
+  plain = lm.tokenizer.encode(f'a {end} b', split_special_tokens=True)
+  assert lm.tokenizer.eos_token_id not in plain
+  assert spelled == cai_jax.generate(lm, [plain], GREEDY, engine=EngineConfig(slots=8))
+
+
+def test_what_is_wrong_is_said(lm):
+  with pytest.raises(ValueError, match='non-empty list'):
+    cai_jax.generate(lm, 'a text alone')
+  with pytest.raises(ValueError, match='non-empty list'):
+    cai_jax.generate(lm, [])
+  with pytest.raises(ValueError, match='prompt 1 has no token'):
+    cai_jax.generate(lm, ['a', []])
+  with pytest.raises(ValueError, match='outside the vocabulary'):
+    cai_jax.generate(lm, [[1, 10**6]])
+  with pytest.raises(ValueError, match='longer than the'):
+    cai_jax.generate(lm, [[1] * 4000])

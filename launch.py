@@ -123,6 +123,7 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
   if unknown:
     raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
   check_workdir(run.workdir, needed_bytes=_disk_bytes(run))
+  check(run, stages)
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
   for name in stages:
@@ -140,9 +141,45 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     _barrier(name)
 
 
+def check(run: Run, stages: Sequence[str]) -> None:
+  """Checks what the stages need of models and devices, before the first of them starts.
+
+  Raises:
+    ValueError: naming the field and what it may be.
+  """
+  section = run.config['model']
+  names = {section[name] or section['base'] for name in ('base', 'critique', 'revision', 'init')}
+  configs = {name: models.check(_path(name)) for name in names}
+  mesh = _mesh(run)
+  for name, config in configs.items():
+    parallel.param_shardings(models.structure(config)[1], mesh)
+  parallel.check_batch(run.engine.slots, _local_mesh(run), 'engine.slots')
+  rows = run.train.batch_size // run.train.accumulation
+  parallel.check_batch(rows, mesh, 'train.batch_size / train.accumulation')
+  context = configs[section['init'] or section['base']].max_positions
+  if run.train.max_length > context:
+    raise ValueError(
+      f'train.max_length={run.train.max_length} is more than the {context} tokens of the context '
+      f'of {section["init"] or section["base"]}.'
+    )
+  if 'train' in stages and run.train.helpfulness_share and not run.prompts['helpful']:
+    raise ValueError(
+      f'train.helpfulness_share={run.train.helpfulness_share} needs helpful prompts, and '
+      'prompts.helpful.source is empty.'
+    )
+  if 'evaluate' in stages and not run.prompts['eval_harmful']:
+    raise ValueError(
+      'prompts.eval_harmful.source is empty: evaluation needs held-out prompts. Give some, or '
+      'choose --stages=generate,train.'
+    )
+
+
 def generate_stage(run: Run, _) -> dict[str, Any]:
   """D_CAI and the implied preferences."""
-  job = _job(run, _load_models(run), run.prompts['harmful'], run.prompts['helpful'])
+  loaded = _load_models(run)
+  if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
+    _job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
+  job = _job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
   folder = run.workdir / 'd_cai'
   counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
@@ -166,8 +203,6 @@ def train_stage(run: Run, _) -> dict[str, Any]:
 def evaluate_stage(run: Run, _) -> dict[str, Any]:
   """Scores of every round, of M_θ and of M_aligned, on the held-out prompts."""
   harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
-  if not harmful:
-    raise ValueError('prompts.eval_harmful.source is empty: evaluation needs held-out prompts.')
   folder = run.workdir / 'evaluation'
   base = _sample(run, _job(run, _load_models(run), harmful, helpful), folder / 'base', 'base')
   aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], _local_mesh(run))

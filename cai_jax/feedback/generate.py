@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from cai_jax import constitution as constitutions
-from cai_jax.constitution import Constitution
+from cai_jax.constitution import Constitution, Principle
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import records
 from cai_jax.feedback.chain import VARIANTS, Stage, Stages
@@ -17,7 +17,7 @@ from cai_jax.feedback.prompts import Prompt
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.types import SamplingConfig
+from cai_jax.sampling.types import Chain, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +65,19 @@ class Job:
   seed: int
   length: int  # tokens of the longest context with its reply
 
-  def chain(self, prompt: Prompt, kind: str):
-    """The chain of one prompt: helpful ones are answered and not revised."""
-    rounds = self.config.rounds if kind == 'harmful' else 0
+  def rounds(self, kind: str) -> int:
+    """Revisions of a prompt's response: helpful ones are answered and not revised."""
+    return self.config.rounds if kind == 'harmful' else 0
+
+  def chain(self, prompt: Prompt, kind: str) -> Chain:
+    """The chain of one prompt under the principles drawn for it."""
     principles = constitutions.draw(
-      self.constitution, self.seed, prompt.id, rounds, self.config.repeat_principles
+      self.constitution, self.seed, prompt.id, self.rounds(kind), self.config.repeat_principles
     )
+    return self.chain_under(prompt, principles)
+
+  def chain_under(self, prompt: Prompt, principles: Sequence[Principle]) -> Chain:
+    """The chain of one prompt under given principles, one a round."""
     variant = VARIANTS[self.config.variant]
     return variant(prompt, principles, self.stages, self.config.context == 'growing')
 
@@ -113,6 +120,8 @@ def prepare(
     seen.add(prompt.id)
   if not prompts:
     raise ValueError('there is no prompt to answer.')
+  # A draw fails where there are more rounds than principles and none may come twice.
+  constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
   job = Job(prompts, constitution, config, stages, models, seed, length=0)
   return dataclasses.replace(job, length=_cache_length(job))
@@ -198,20 +207,31 @@ def _each(job: Job) -> tuple[Stage, Stage, Stage]:
 
 
 def _cache_length(job: Job) -> int:
-  """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it."""
+  """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it.
+
+  The longest prompt is taken, under each principle in every round: no chain drawn is longer.
+  """
   limit = min(lm.config.max_positions for lm in job.models.values())
+  render = job.stages.initial.dialogue.prompt
   longest = 0
-  for prompt, kind in job.prompts:
-    needed = longest_context(job.chain(prompt, kind))
+  for kind in ('harmful', 'helpful'):
+    prompts = [prompt for prompt, k in job.prompts if k == kind]
+    if not prompts:
+      continue
+    sizes = [len(render(prompt.messages)) for prompt in prompts]
+    prompt = prompts[sizes.index(max(sizes))]
+    needed = max(longest_context(chain) for chain in _possible_chains(job, prompt, kind))
     if needed > limit:
       raise ValueError(
         f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and the model holds '
-        f'{limit}. Shorten the prompt ({_length(job, prompt)} tokens), the max_tokens of the '
-        "stages, the rounds, or use feedback.context='fresh'."
+        f'{limit}. Shorten the prompt ({max(sizes)} tokens), the max_tokens of the stages, the '
+        "rounds, or use feedback.context='fresh'."
       )
     longest = max(longest, needed)
   return min(-(-longest // 64) * 64, limit)
 
 
-def _length(job: Job, prompt: Prompt) -> int:
-  return len(job.stages.initial.dialogue.prompt(prompt.messages))
+def _possible_chains(job: Job, prompt: Prompt, kind: str):
+  """For each principle the chain that has it in every round."""
+  for principle in job.constitution.principles:
+    yield job.chain_under(prompt, (principle,) * job.rounds(kind))

@@ -126,9 +126,7 @@ def load(
   param_dtype = dtype if param_dtype is None else param_dtype
   weights.check_dtype(dtype, 'dtype')
   folder = _folder(path)
-  if not (folder / 'config.json').exists():
-    raise ValueError(f'{folder} has no config.json: it is not the folder of a model.')
-  hf = weights.read_json(folder / 'config.json')
+  hf = _hf_config(folder)
   config = config_lib.from_hf(hf)
   tokenizer = _tokenizer(folder, config)
   eos = _eos_token_ids(folder, hf, tokenizer)
@@ -143,6 +141,19 @@ def load(
     fingerprint=_fingerprint(folder, config, eos, dtype, param_dtype),
     eos_token_ids=eos,
   )
+
+
+def check(path: str | os.PathLike) -> ModelConfig:
+  """The config of a model that `load` would load: all but the values of its weights is checked.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  folder = _folder(path)
+  config = config_lib.from_hf(_hf_config(folder))
+  _tokenizer(folder, config)
+  weights.check_params(folder, config)
+  return config
 
 
 def save(
@@ -211,6 +222,12 @@ def _folder(path: str | os.PathLike) -> pathlib.Path:
       f'({type(error).__name__}: {str(error).strip()}). Give the path of a folder, or a name such '
       "as 'Qwen/Qwen2.5-0.5B-Instruct'; a gated model needs `hf auth login` first."
     ) from error
+
+
+def _hf_config(folder: pathlib.Path) -> dict[str, Any]:
+  if not (folder / 'config.json').exists():
+    raise ValueError(f'{folder} has no config.json: it is not the folder of a model.')
+  return weights.read_json(folder / 'config.json')
 
 
 def _tokenizer(folder: pathlib.Path, config: ModelConfig):

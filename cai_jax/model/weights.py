@@ -141,6 +141,22 @@ def load_params(
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
+def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
+  """Checks the names, shapes and types of a folder's weights; none of them is read.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  folder = pathlib.Path(folder)
+  abstract = structure(config)[1]
+  with contextlib.ExitStack() as stack:
+    holders = _holders({f: _open(stack, folder / f) for f in weight_files(folder)}, folder)
+    _check_names(holders, abstract, config, folder)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+      name = parallel.path_str(path)
+      _check_weight(holders[hf_name(name)].get_slice(hf_name(name)), name, leaf.shape, folder)
+
+
 def save_params(
   folder: str | os.PathLike,
   params: Params,

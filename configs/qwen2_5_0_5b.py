@@ -1,0 +1,33 @@
+"""Critique, revision and fine-tuning of a real chat model: Qwen2.5-0.5B-Instruct as the example.
+
+Command:   python launch.py --config=configs/qwen2_5_0_5b.py --workdir=runs/qwen \\
+             --config.prompts.harmful.source=harmful.jsonl \\
+             --config.prompts.eval_harmful.source=held_out.jsonl
+Model:     any Hugging Face folder or hub name of a supported family as --config.model.base=...
+Hardware:  one GPU with 24 GB, or a TPU v5e chip; on a CPU it runs too, slowly
+Expected:  no oracle can judge free text, so the table gives lengths and the report the texts.
+"""
+
+from configs import default
+
+
+def get_config():
+  """The config of a run on a real checkpoint."""
+  config = default.get_config()
+  config.model.base = 'Qwen/Qwen2.5-0.5B-Instruct'
+  config.model.dtype = 'bfloat16'
+  config.constitution.path = 'general'
+  config.prompts.harmful.source = 'harmful.jsonl'
+  config.prompts.eval_harmful.source = 'held_out.jsonl'
+
+  config.sampling.initial.max_tokens = 256
+  config.sampling.critique.max_tokens = 256
+  config.sampling.revision.max_tokens = 256
+  config.engine.slots = 64
+  config.engine.prefill_chunk = 128
+
+  config.train.dtype = 'bfloat16'
+  config.train.batch_size = 16
+  config.train.max_length = 1024
+  config.train.learning_rate = 1e-5
+  return config

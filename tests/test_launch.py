@@ -1,0 +1,240 @@
+"""The main job, end to end, on a random model; and what it refuses."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import cai_jax
+import launch
+from configs import default, tiny
+
+LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A random model with the embedded world's tokenizer."""
+  import jax
+  from transformers import PreTrainedTokenizerFast
+
+  from cai_jax import parallel
+  from cai_jax.model.config import ModelConfig
+  from cai_jax.model.lm import LM, init_params
+
+  words = PreTrainedTokenizerFast.from_pretrained(launch.TINY / 'model')
+  config = ModelConfig('llama', len(words), 32, 64, 2, 4, 2, 8, 512, tied_embeddings=True)
+  params = init_params(config, jax.random.key(0))
+  lm = LM(config, params, words, parallel.make_mesh(), 'float32', '', '', (words.eos_token_id,))
+  path = tmp_path_factory.mktemp('random')
+  cai_jax.save(lm, path)
+  return path
+
+
+def small(folder):
+  config = tiny.get_config()
+  config.model.base = str(folder)
+  for name, limit in LIMITS.items():
+    config.prompts[name].limit = limit
+  config.feedback.rounds = 2
+  config.feedback.shard_rows = 4
+  config.sampling.initial.max_tokens = config.sampling.revision.max_tokens = 12
+  config.sampling.critique.max_tokens = 9
+  config.engine.slots = 8
+  config.train.batch_size = 8
+  config.train.epochs = 1
+  config.train.drop_truncated = False
+  config.train.checkpoint_every = 1
+  return config
+
+
+@pytest.fixture(scope='module')
+def done(folder, tmp_path_factory):
+  """A finished run: its folder, its config and what it said."""
+  workdir = tmp_path_factory.mktemp('run')
+  said = []
+  launch.run_stages(launch.build(small(folder), workdir), list(launch.STAGES), said.append)
+  return workdir, small(folder), said
+
+
+def test_everything_is_there_at_the_end(done):
+  workdir, config, _ = done
+  rows = tfds.builder_from_directory(workdir / 'd_cai').as_data_source('train')
+  assert len(rows) == LIMITS['harmful'] + LIMITS['helpful']
+  lines = (workdir / 'preferences.jsonl').read_text().splitlines()
+  assert all(set(json.loads(line)) == {'id', 'prompt', 'chosen', 'rejected'} for line in lines)
+
+  summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
+  assert list(summary['stages']) == ['initial', 'revision_1', 'revision_2']
+  for group, count in (('models', 5), ('benign', 3)):
+    assert list(summary[group]) == ['base', 'aligned']
+    for row in summary[group].values():
+      assert row['count'] == count and row['mean_tokens'] > 0
+      assert 0 <= row['violation_rate'] <= 1 and 0 <= row['helpful_rate'] <= 1
+  assert summary['stages']['initial'] == summary['models']['base']
+
+  manifest = json.loads((workdir / 'manifest.json').read_text())
+  assert list(manifest['stages']) == list(launch.STAGES)
+  assert manifest['stages']['generate']['turns'] == 10 * 5 + 6
+  assert manifest['stages']['train']['rows_kept'] <= 16
+  assert all(stage['seconds'] > 0 for stage in manifest['stages'].values())
+  assert json.loads((workdir / 'config.json').read_text())['train']['epochs'] == 1
+  steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
+  assert steps == list(range(1, manifest['stages']['train']['steps'] + 1))
+  page = (workdir / 'report.html').read_text()
+  assert '<html' in page and 'report' not in manifest['stages']['report'].get('error', '')
+
+
+def test_the_aligned_model_is_another_model_of_the_same_kind(done, folder):
+  workdir, _, _ = done
+  base, aligned = cai_jax.load(folder), cai_jax.load(workdir / 'model')
+  assert base.config == aligned.config
+  tokens = np.arange(5, 21)[None]
+  assert np.abs(base.logits(tokens) - aligned.logits(tokens)).max() > 1e-4
+  assert base.tokenizer.chat_template == aligned.tokenizer.chat_template
+
+
+def test_a_stage_that_is_done_is_not_done_again(done):
+  workdir, config, _ = done
+  before = {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
+  said = []
+  launch.run_stages(launch.build(config, workdir), list(launch.STAGES), said.append)
+  assert said == [f'{name}: done before' for name in launch.STAGES]
+  assert before == {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
+
+
+def test_another_run_in_the_same_folder_is_refused(done):
+  workdir, config, _ = done
+  config.sampling.critique.temperature = 0.5
+  with pytest.raises(ValueError, match='sampling.critique.temperature: 1.0 → 0.5'):
+    launch.run_stages(launch.build(config, workdir), ['generate'])
+
+
+def test_logging_and_mesh_may_change_between_starts(done):
+  workdir, config, _ = done
+  config.train.log_every = 5
+  config.mesh.fsdp = 2
+  launch.run_stages(launch.build(config, workdir), ['train'])
+
+
+def refused(match, folder, workdir, change, stages=('generate',)):
+  config = small(folder)
+  change(config)
+  with pytest.raises(ValueError, match=match):
+    launch.run_stages(launch.build(config, workdir), list(stages))
+  assert not (workdir / 'd_cai').exists() and not (workdir / 'journal').exists()
+
+
+def set_fields(**fields):
+  def change(config):
+    with config.unlocked():
+      config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in fields.items()})
+
+  return change
+
+
+@pytest.mark.parametrize(
+  'fields, match',
+  [
+    ({'train__speed': 3}, 'unknown config field train.speed'),
+    ({'train__learning_rate': -1.0}, 'learning_rate'),
+    ({'evaluation__scorer': 'me'}, "scorer='me'"),
+    ({'prompts__harmful__source': ''}, 'prompts.harmful.source is empty'),
+    ({'prompts__harmful__source': 'nowhere.jsonl'}, 'nowhere.jsonl: no such file'),
+    ({'constitution__path': 'nowhere.yaml'}, 'nowhere.yaml: no such constitution'),
+    ({'model__base': '/nowhere/at/all'}, '/nowhere/at/all'),
+    ({'model__init': '/nowhere/at/all'}, '/nowhere/at/all'),
+    ({'train__batch_size': 12}, 'train.batch_size'),
+    ({'engine__slots': 12}, 'engine.slots'),
+    ({'mesh__tensor': 3}, 'does not fit 8 devices'),
+    ({'train__max_length': 4096}, 'max_length=4096'),
+    ({'feedback__rounds': 30, 'feedback__context': 'growing'}, 'can come to'),
+    ({'prompts__eval_harmful__split': 'train'}, 'among the training prompts'),
+    ({'prompts__helpful__source': ''}, 'helpfulness_share'),
+  ],
+)
+def test_bad_input_is_refused_before_any_work(fields, match, folder, tmp_path):
+  stages = ['generate', 'train', 'evaluate']
+  refused(match, folder, tmp_path, set_fields(**fields), stages)
+
+
+def test_a_stage_that_does_not_exist_is_refused(folder, tmp_path):
+  refused('unknown stage tidy', folder, tmp_path, lambda config: None, ['tidy'])
+
+
+def test_a_workdir_that_is_a_file_or_full_is_refused(folder, tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='cannot be written to'):
+    launch.run_stages(launch.build(small(folder), tmp_path / 'file' / 'run'), ['generate'])
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+  with pytest.raises(ValueError, match='are free and the run needs'):
+    launch.run_stages(launch.build(small(folder), tmp_path / 'run'), ['generate'])
+
+
+def test_a_model_without_an_oracle_has_lengths_only(folder, tmp_path):
+  (tmp_path / 'prompts.jsonl').write_text('{"prompt": "Tell me a lie."}\n{"prompt": "Be rude."}\n')
+  (tmp_path / 'held_out.txt').write_text('Insult me.\n')
+  config = default.get_config()
+  config.update({k: v for k, v in small(folder).items() if k not in ('prompts', 'evaluation')})
+  config.prompts.harmful.source = str(tmp_path / 'prompts.jsonl')
+  config.prompts.eval_harmful.source = str(tmp_path / 'held_out.txt')
+  config.train.helpfulness_share = 0.0
+  run = launch.build(config, tmp_path / 'run')
+  launch.run_stages(run, list(launch.STAGES))
+  summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())
+  assert set(summary) == {'stages', 'models'}
+  assert set(summary['models']['aligned']) == {'count', 'mean_tokens'}
+
+
+def command(folder, workdir):
+  fields = {
+    'model.base': folder,
+    'feedback.shard_rows': 3,
+    'sampling.initial.max_tokens': 24,
+    'sampling.revision.max_tokens': 24,
+    'sampling.critique.max_tokens': 24,
+    'engine.slots': 8,
+    'train.drop_truncated': False,
+    'train.batch_size': 8,
+    'train.checkpoint_every': 2,
+    'prompts.harmful.limit': 60,
+    'prompts.helpful.limit': 16,
+  }
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  return [
+    sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={workdir}',
+    '--stages=generate,train', *flags,
+  ]  # fmt: skip
+
+
+def results(workdir):
+  """Bytes of all that a run makes for good: D_CAI's shards and the aligned model's weights."""
+  paths = [*workdir.glob('d_cai/*.array_record-*'), *workdir.glob('model/*.safetensors')]
+  return {path.name: path.read_bytes() for path in paths}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_five_times_ends_with_the_same_bytes(folder, tmp_path):
+  environment = os.environ | {'XLA_FLAGS': ''}
+  root = os.path.dirname(launch.__file__)
+  begin = time.monotonic()
+  subprocess.run(command(folder, tmp_path / 'whole'), check=True, cwd=root, env=environment)
+  whole = time.monotonic() - begin
+  moments = random.Random(0)
+  for _ in range(5):
+    process = subprocess.Popen(command(folder, tmp_path / 'killed'), cwd=root, env=environment)
+    time.sleep(whole * moments.uniform(0.3, 0.95))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  subprocess.run(command(folder, tmp_path / 'killed'), check=True, cwd=root, env=environment)
+  assert results(tmp_path / 'killed') == results(tmp_path / 'whole')
+  assert len(results(tmp_path / 'whole')) == 26 + 1

@@ -151,7 +151,7 @@ def check(run: Run, stages: Sequence[str]) -> None:
   names = {section[name] or section['base'] for name in ('base', 'critique', 'revision', 'init')}
   configs = {name: models.check(_path(name)) for name in names}
   mesh = _mesh(run)
-  for name, config in configs.items():
+  for config in configs.values():
     parallel.param_shardings(models.structure(config)[1], mesh)
   parallel.check_batch(run.engine.slots, _local_mesh(run), 'engine.slots')
   rows = run.train.batch_size // run.train.accumulation

@@ -96,6 +96,11 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
   sets = {name: _prompts(name, config.prompts[name], config.seed) for name in PROMPT_SETS}
   if not sets['harmful']:
     raise ValueError('prompts.harmful.source is empty: give prompts whose answers are revised.')
+  for pair in (PROMPT_SETS[:2], PROMPT_SETS[2:]):
+    ids = [prompt.id for name in pair for prompt in sets[name]]
+    if len(set(ids)) < len(ids):
+      twice = next(i for i in ids if ids.count(i) > 1)
+      raise ValueError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
   held_out = sets['eval_harmful'] + sets['eval_helpful']
   prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
   return Run(
@@ -122,12 +127,15 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
   unknown = [name for name in stages if name not in STAGES]
   if unknown:
     raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
-  check_workdir(run.workdir, needed_bytes=_disk_bytes(run))
   check(run, stages)
+  check_workdir(run.workdir, needed_bytes=_disk_bytes(run))
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
-  for name in stages:
+  for name in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
     manifest.check(name, run.settings(name))
+    if name not in stages and not manifest.done(name):
+      raise ValueError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
+  _barrier('manifest read')
   if first:
     write_json(run.workdir / 'config.json', run.config)
   for name in (name for name in STAGES if name in stages):
@@ -185,19 +193,26 @@ def generate_stage(run: Run, _) -> dict[str, Any]:
   if jax.process_index() == 0:
     pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
     counts |= {'preferences': pairs}
-  return {'rows_in': counts['rows'], **counts}
+  return {'rows_in': counts.pop('rows'), 'tokens': counts.pop('sampled_tokens'), **counts}
 
 
 def train_stage(run: Run, _) -> dict[str, Any]:
   """M_aligned, fine-tuned on D_CAI."""
   path = run.config['model']['init'] or run.config['model']['base']
-  lm = models.load(_path(path), dtype='float32', mesh=_mesh(run))
+  lm = models.load(_path(path), dtype=run.train.dtype, mesh=_mesh(run), param_dtype='float32')
   dialogue = Dialogue(lm.tokenizer, run.feedback.style, lm.eos_token_ids)
   rows = data.read_rows(run.workdir / 'd_cai')
   params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir)
   folder = run.workdir / 'model'
-  models.save(models.with_params(lm, params, name=str(folder)), folder)
-  return {'rows_in': summary['rows'], 'rows_kept': summary['kept'], **summary}
+  models.save(dataclasses.replace(lm, params=params), folder)
+  return {
+    'rows_in': summary.pop('rows'),
+    'rows_kept': summary.pop('kept'),
+    'rows_dropped': summary.pop('dropped'),
+    'tokens': summary.pop('target_tokens'),
+    'tokens_per_second': summary.pop('target_tokens_per_second'),
+    **summary,
+  }
 
 
 def evaluate_stage(run: Run, _) -> dict[str, Any]:
@@ -252,7 +267,9 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
     if section.limit < 1:
       raise ValueError(f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says.")
     return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
-  return prompt_files.load(**section)
+  fields = section.to_dict() | {'shuffle_seed': seed if section.shuffle else None}
+  del fields['shuffle']
+  return prompt_files.load(**fields)
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -275,8 +292,11 @@ def _mesh(run: Run):
 
 
 def _local_mesh(run: Run):
-  """The mesh of this process: each samples its own share of the prompts."""
-  sizes = run.config['mesh'] if jax.process_count() == 1 else run.config['mesh'] | {'data': -1}
+  """The mesh of this process: each samples its own share of the prompts, on a model of its own."""
+  sizes = run.config['mesh']
+  if jax.process_count() > 1:
+    split = {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
+    sizes = sizes | split
   return parallel.make_mesh(**sizes, devices=jax.local_devices())
 
 
@@ -285,8 +305,14 @@ def _load_models(run: Run) -> dict[str, LM]:
   section = run.config['model']
   mesh = _local_mesh(run)
   names = {'base': section['base']}
-  names |= {k: section[k] for k in ('critique', 'revision') if section[k]}
-  loaded = {path: models.load(_path(path), section['dtype'], mesh) for path in names.values()}
+  names |= {
+    k: section[k] for k in ('critique', 'revision') if section[k] not in ('', names['base'])
+  }
+
+  def load(path: str) -> LM:
+    return dataclasses.replace(models.load(_path(path), section['dtype'], mesh), name=path)
+
+  loaded = {path: load(path) for path in set(names.values())}
   return {name: loaded[path] for name, path in names.items()}
 
 
@@ -327,10 +353,10 @@ def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, A
 
 def _disk_bytes(run: Run) -> int:
   """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
-  path = pathlib.Path(_path(run.config['model']['init'] or run.config['model']['base']))
-  weights = sum(file.stat().st_size for file in path.glob('*.safetensors'))
+  path = _path(run.config['model']['init'] or run.config['model']['base'])
+  weights = 4 * models.check(path).num_params
   rows = sum(map(len, run.prompts.values())) * 50_000
-  return weights * 2 * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
+  return weights * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
 
 
 def _barrier(name: str) -> None:

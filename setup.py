@@ -20,6 +20,9 @@ setup(
     'importlib_resources',  # tensorflow-datasets imports it without declaring it
     'ml-collections>=1.1.0',
     'transformers>=5.0',
+    'tokenizers',
+    'huggingface_hub',
+    'absl-py',
     'datasets',
     'jinja2',
     'safetensors>=0.6',

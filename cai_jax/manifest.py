@@ -28,7 +28,7 @@ def check_workdir(workdir: str | os.PathLike, needed_bytes: int) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f'.probe.{os.getpid()}'
     probe.write_bytes(b'probe')
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another host's process may have the same id
   except OSError as error:
     raise ValueError(f'workdir {workdir} cannot be written to: {error}') from error
   free = shutil.disk_usage(workdir).free
@@ -92,10 +92,11 @@ class Manifest:
     """
     entry = self.content['stages'].setdefault(stage, {})
     entry['settings'] = settings
+    entry['git_commit'] = self.content['git_commit']
     self._write()
     start = time.perf_counter()
     yield entry
-    entry['seconds'] = entry.get('seconds', 0.0) + time.perf_counter() - start
+    entry['seconds'] = time.perf_counter() - start  # of this start, where an earlier one was cut
     entry['peak_memory_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     entry['finished'] = self.content['finished'] = _now()
     self._write()
@@ -107,7 +108,7 @@ class Manifest:
 
 def flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   """{'a.b': leaf} of nested dicts."""
-  if not isinstance(tree, dict):
+  if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   leaves: dict[str, Any] = {}
   for name, value in tree.items():

@@ -94,6 +94,8 @@ def prompts() -> ConfigDict:
   config.split = 'train'  # of the dataset; in 'tiny': 'train' or 'eval'
   config.field = ''  # that holds the prompt; '' is the first of messages, prompt, chosen
   config.limit = -1  # rows; -1 is all
+  config.shuffle = False  # by the seed, before the limit
+  config.metadata_fields = ()  # further fields of a row that are kept with it
   return config
 
 
@@ -105,4 +107,5 @@ def sampling() -> ConfigDict:
   config.top_p = 1.0  # mass kept
   config.max_tokens = 256  # longest reply in tokens
   config.stop = ()  # further texts that end a reply
+  config.stop_token_ids = ()  # further tokens that end it
   return config

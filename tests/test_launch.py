@@ -5,16 +5,19 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow_datasets as tfds
 
 import cai_jax
 import launch
+from cai_jax.training import data
 from configs import default, tiny
 
 LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
@@ -238,3 +241,36 @@ def test_a_run_that_is_killed_five_times_ends_with_the_same_bytes(folder, tmp_pa
   subprocess.run(command(folder, tmp_path / 'killed'), check=True, cwd=root, env=environment)
   assert results(tmp_path / 'killed') == results(tmp_path / 'whole')
   assert len(results(tmp_path / 'whole')) == 26 + 1
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(folder, tmp_path):
+  """Two processes of two devices, each with its share of the prompts, against one of four."""
+  root = os.path.dirname(launch.__file__)
+
+  def start(name, devices, **environment):
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | environment
+    return subprocess.Popen(
+      [*command(folder, tmp_path / name), '--config.mesh.fsdp=2'], cwd=root, env=environment
+    )
+
+  assert start('one', 4).wait() == 0
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  pair = [
+    start('two', 2, COORDINATOR_ADDRESS=address, NUM_PROCESSES='2', PROCESS_ID=str(i))
+    for i in range(2)
+  ]
+  assert [process.wait() for process in pair] == [0, 0]
+  assert len(list((tmp_path / 'two' / 'journal').iterdir())) == 2
+  one, two = (data.read_rows(tmp_path / name / 'd_cai') for name in ('one', 'two'))
+  texts = lambda row: [row['initial']['text'], *(r['revision']['text'] for r in row['rounds'])]  # noqa: E731
+  assert [(row['id'], texts(row)) for row in one] == [(row['id'], texts(row)) for row in two]
+  weights = [
+    safetensors.numpy.load_file(tmp_path / n / 'model' / 'model.safetensors')
+    for n in ('one', 'two')
+  ]
+  for name, value in weights[0].items():
+    np.testing.assert_allclose(value, weights[1][name], atol=1e-4)

@@ -29,7 +29,9 @@ class Stage:
     rendered = [message | {'content': self._content(message['content'])} for message in messages]
     context = self.dialogue.prompt(rendered, role, self.demonstrations)
     completion = yield Turn(name, context, self.sampling, self.model)
-    return Reply(self.model, completion)
+    if completion.finish_reason == 'stop_text':
+      return Reply(self.model, completion, completion.text.strip())
+    return Reply(self.model, completion, self.dialogue.decode(completion.tokens))
 
   def _content(self, content: 'str | Reply') -> str | list[int]:
     """Text, or a reply's tokens where this stage's model sampled it: the live cache holds them."""
@@ -47,11 +49,7 @@ class Reply:
 
   model: str
   completion: Completion
-
-  @property
-  def text(self) -> str:
-    """Its text without surrounding white space."""
-    return self.completion.text.strip()
+  text: str  # as `Dialogue.decode` gives it: no reasoning, no surrounding white space
 
 
 @dataclasses.dataclass(frozen=True)

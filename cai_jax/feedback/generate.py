@@ -1,6 +1,8 @@
 """Prompts in, D_CAI out: runs the chains over the engine and writes shards as they fill."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import records
 from cai_jax.feedback.chain import VARIANTS, Stage, Stages
 from cai_jax.feedback.prompts import Prompt
+from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
 from cai_jax.sampling.journal import Journal
@@ -80,6 +83,17 @@ class Job:
     """The chain of one prompt under given principles, one a round."""
     variant = VARIANTS[self.config.variant]
     return variant(prompt, principles, self.stages, self.config.context == 'growing')
+
+  def digest(self) -> str:
+    """Hex digest of all that the rows depend on."""
+    stages = [
+      [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
+      for name, stage in zip(('initial', 'critique', 'revision'), _each(self), strict=True)
+    ]
+    prompts = [[prompt.id, prompt.messages, prompt.metadata, kind] for prompt, kind in self.prompts]
+    parts = [self.config, stages, self.constitution.fingerprint(), self.seed, prompts]
+    content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
   def row(self, record, kind: str) -> dict[str, Any]:
     """The row of D_CAI for a finished chain."""
@@ -166,6 +180,8 @@ def run(
     progress: called with rows done, rows in all, and tokens sampled.
   """
   folder = pathlib.Path(folder)
+  if jax.process_index() == 0:
+    _claim(folder, job)
   size = job.config.shard_rows
   shards = [job.prompts[i : i + size] for i in range(0, len(job.prompts), size)]
   mine = range(jax.process_index(), len(shards), jax.process_count())
@@ -194,6 +210,20 @@ def run(
         records.write_shard(folder, index, [whole[place] for place in sorted(whole)])
       progress(done, total, stats.sampled_tokens)
   return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
+
+
+def _claim(folder: pathlib.Path, job: Job) -> None:
+  """Marks a folder as this job's, so that no shard of another one is taken for its own."""
+  path, mark = folder / 'job.json', {'digest': job.digest()}
+  if path.exists():
+    if json.loads(path.read_text()) != mark:
+      raise ValueError(
+        f'{folder} holds shards of another job: a model, prompt, principle or setting has changed '
+        'since. Delete the folder, or use another workdir.'
+      )
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(path, mark)
 
 
 def finish(job: Job, folder: str | os.PathLike) -> None:

@@ -107,7 +107,7 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
   """Writes the rows of one shard; it is there whole or not at all."""
   path = shard_path(folder, index)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary = path.with_name(f'.{path.name}.tmp')
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   for row in rows:
     writer.write(FEATURES.serialize_example(FEATURES.encode_example(row)))

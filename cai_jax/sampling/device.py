@@ -147,9 +147,9 @@ def allocate(lm: LM, slots: int, length: int) -> Cache:
   Rows are split over the mesh's batch axes and heads over `tensor`.
 
   Raises:
-    ValueError: if the mesh divides neither the slots nor the kv heads.
+    ValueError: if the mesh does not divide the slots, or the kv heads.
   """
-  parallel.check_batch(slots, lm.mesh, 'sampling.slots')
+  parallel.check_batch(slots, lm.mesh, 'engine.slots')
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')

@@ -2,8 +2,8 @@
 
 A slot belongs to one chain from its first turn to its last, in every model. When a turn ends, the
 chain is asked for its next one at once; only the tokens that its cache does not hold are prefilled.
-How much is reused depends on the chain alone, never on what the slot held before, so that a chain
-gives the same bits alone, in a full batch, and after a restart.
+How much is reused depends on the chain alone, never on what the slot held before, so that with the
+same sizes and devices a chain gives the same bits alone, in a full batch, and after a restart.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-  """Sizes of the compiled programs. They change speed and memory, never what is computed."""
+  """Sizes of the compiled programs. They change speed and memory, and results by rounding only."""
 
   slots: int = 64  # chains in flight
   prefill_rows: int = 8  # slots prefilled together, and slots done before a decode burst ends
@@ -137,6 +137,7 @@ class _Model:
       self.cache = device.prefill(
         self.lm.graph, self.lm.params, self.cache, tokens, starts, counts, places
       )
+    jax.block_until_ready(self.cache)
     self.stats.prefill_seconds += time.perf_counter() - start
 
   def decode(self) -> device.Burst | None:
@@ -279,6 +280,8 @@ class Engine:
     if cut is not None:
       count, text = cut
       tokens, reason = tokens[:count], 'stop_text'
+      # What was decoded beyond it hangs on where the burst ended, and so on other chains.
+      del self._models[turn.model].held[entry.slot][len(turn.context) + count - 1 :]
     elif tokens[-1] in stop_tokens:
       text, reason = _decode(tokenizer, tokens[:-1]), 'stop'
     else:
@@ -333,7 +336,8 @@ class Engine:
 def longest_context(chain: Chain) -> int:
   """Tokens of the longest context and reply that a chain can come to, found without a model.
 
-  The chain is run on replies of their full length, so it must not branch on what a reply says.
+  The chain is run on replies of their full length, so it must not branch on what a reply says. A
+  reply that is passed to a model with another tokenizer is taken to keep its number of tokens.
   """
   longest, completion = 0, None
   while True:
@@ -343,7 +347,8 @@ def longest_context(chain: Chain) -> int:
       return longest
     count = turn.sampling.max_tokens
     longest = max(longest, len(turn.context) + count)
-    completion = Completion([turn.context[-1]] * count, '', [0.0] * count, 'length')
+    text = ' a' * count  # what another model is shown of it: about as many tokens
+    completion = Completion([turn.context[-1]] * count, text, [0.0] * count, 'length')
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

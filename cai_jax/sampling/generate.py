@@ -1,13 +1,14 @@
 """Sampling replies to a list of prompts, for notebooks and evaluations."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
-from cai_jax.sampling.engine import Engine, EngineConfig, longest_context
+from cai_jax.sampling.engine import Engine, EngineConfig
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
@@ -26,8 +27,10 @@ def generate(
 ) -> list[Completion]:
   """A sampled completion for each prompt, in order.
 
-  A completion is a pure function of the model, its prompt, `sampling` and `seed`, and, where a
-  prompt occurs several times, of how often it came before: repeat a prompt to draw more samples.
+  A completion is a function of the model, its prompt, `sampling` and `seed`, and, where a prompt
+  occurs several times, of how often it came before: repeat a prompt to draw more samples. Between
+  lists it is equal to within rounding, and bit for bit where `engine` is given and the longest
+  prompts are equally long in blocks of 64.
 
   Args:
     lm: the model.
@@ -44,28 +47,27 @@ def generate(
   """
   if isinstance(prompts, str) or not prompts:
     raise ValueError('prompts must be a non-empty list of texts, dialogues or token id lists.')
-  stops = {'base': (lm.eos_token_ids or (lm.tokenizer.eos_token_id,), ())}
-  contexts = []
-  dialogue = None
+  eos = tuple(
+    token for token in (*lm.eos_token_ids, lm.tokenizer.eos_token_id) if token is not None
+  )
+  dialogue, turns = None, []
   for number, prompt in enumerate(prompts):
+    ends = eos, ()
     if isinstance(prompt, str):
-      contexts.append(lm.tokenizer.encode(prompt, split_special_tokens=True))
+      context = lm.tokenizer.encode(prompt, split_special_tokens=True)
     elif len(prompt) and isinstance(prompt[0], dict):
       dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
-      contexts.append(dialogue.prompt(prompt))
+      context, ends = dialogue.prompt(prompt), (dialogue.stop_token_ids, dialogue.stop_strings)
     else:
-      contexts.append([int(token) for token in prompt])
-    _check(contexts[-1], number, lm.config.vocab_size)
-  if dialogue is not None:
-    stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}
-  chains = dict(_named(contexts, sampling))
-  length = max(longest_context(_reply(context, sampling)) for context in contexts)
+      context = [int(token) for token in prompt]
+    _check(context, number, lm.config.vocab_size)
+    turns.append(Turn('completion', context, _ending(sampling, *ends)))
+  chains = dict(_named(turns))
+  length = max(len(turn.context) for turn in turns) + sampling.max_tokens
   length = min(-(-length // 64) * 64, max(lm.config.max_positions, length))
   batch = lm.mesh.shape['data'] * lm.mesh.shape['fsdp']
   engine = engine or EngineConfig(slots=-(-min(len(prompts), 64) // batch) * batch)
-  running = Engine(
-    {'base': lm}, length=length, seed=seed, config=engine, journal=journal, stops=stops
-  )
+  running = Engine({'base': lm}, length=length, seed=seed, config=engine, journal=journal)
   done = dict(running.run(chains.items()))
   return [done[name] for name in chains]
 
@@ -80,15 +82,23 @@ def _check(context: list[int], number: int, vocab_size: int) -> None:
     )
 
 
-def _reply(context: list[int], sampling: SamplingConfig) -> Chain:
+def _ending(
+  sampling: SamplingConfig, stop_token_ids: tuple[int, ...], stop: tuple[str, ...]
+) -> SamplingConfig:
+  """`sampling` with further endings."""
+  tokens = tuple(dict.fromkeys((*stop_token_ids, *sampling.stop_token_ids)))
+  return dataclasses.replace(sampling, stop_token_ids=tokens, stop=(*stop, *sampling.stop))
+
+
+def _reply(turn: Turn) -> Chain:
   """The chain of a single turn."""
-  return (yield Turn('completion', context, sampling))
+  return (yield turn)
 
 
-def _named(contexts: list[list[int]], sampling: SamplingConfig):
-  """(id, chain) of each context; the id hashes the tokens and counts earlier equal ones."""
+def _named(turns: list[Turn]) -> Iterator[tuple[str, Chain]]:
+  """(id, chain) of each turn; the id hashes its context and counts earlier equal ones."""
   seen: dict[str, int] = {}
-  for context in contexts:
-    content = hashlib.blake2b(json.dumps(context).encode(), digest_size=12).hexdigest()
+  for turn in turns:
+    content = hashlib.blake2b(json.dumps(turn.context).encode(), digest_size=12).hexdigest()
     seen[content] = seen.get(content, 0) + 1
-    yield f'{content}/{seen[content]}', _reply(context, sampling)
+    yield f'{content}/{seen[content]}', _reply(turn)

@@ -1,5 +1,6 @@
 """The turn journal: every finished turn on disk, under a hash of all that determines it."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -32,14 +33,15 @@ def digest(
 class Journal:
   """Append-only store of completions in a folder, one file for each process that writes.
 
-  What earlier runs and other processes wrote is read once, at opening. Host memory holds an index
-  of file offsets; texts stay on disk. A line that a kill cut short is dropped at the next opening.
+  A line is a chain's turns: all of them are there, or none is. What earlier runs and other
+  processes wrote is read once, at opening. Host memory holds an index of file offsets; texts stay
+  on disk. A line that a kill cut short is dropped at the next opening.
   """
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    self._index: dict[str, tuple[pathlib.Path, int]] = {}
+    self._index: dict[str, tuple[pathlib.Path, int, int]] = {}  # file, offset, place in its line
     own = folder / f'turns-{process:05d}.jsonl'
     for path in sorted(folder.glob('turns-*.jsonl')):
       whole = self._read_index(path)
@@ -57,30 +59,18 @@ class Journal:
     place = self._index.get(key)
     if place is None:
       return None
-    path, offset = place
+    path, offset, number = place
     if path not in self._readers:
       self._readers[path] = open(path, 'rb')
     self._readers[path].seek(offset)
-    row = json.loads(self._readers[path].readline())
-    return Completion(row['tokens'], row['text'], row['logprobs'], row['finish_reason'])
+    return Completion(**json.loads(self._readers[path].readline())['turns'][number])
 
   def put(self, turns: list[tuple[str, Completion]]) -> None:
-    """Appends (key, completion) pairs in one write, so that they are all there or none is."""
-    lines, offset = [], self._file.tell()
-    for key, completion in turns:
-      line = json.dumps(
-        {
-          'key': key,
-          'text': completion.text,
-          'finish_reason': completion.finish_reason,
-          'tokens': completion.tokens,
-          'logprobs': completion.logprobs,
-        }
-      ).encode()
-      self._index[key] = (self._path, offset)
-      lines.append(line + b'\n')
-      offset += len(lines[-1])
-    self._file.write(b''.join(lines))
+    """Appends (key, completion) pairs: after a kill all of them are there, or none is."""
+    keys = [key for key, _ in turns]
+    self._index |= {key: (self._path, self._file.tell(), i) for i, key in enumerate(keys)}
+    line = {'keys': keys, 'turns': [dataclasses.asdict(completion) for _, completion in turns]}
+    self._file.write(json.dumps(line).encode() + b'\n')
     self._file.flush()
 
   def close(self) -> None:
@@ -101,11 +91,12 @@ class Journal:
         if not line.endswith(b'\n'):
           break  # the write that a kill cut short
         try:
-          self._index[json.loads(line)['key']] = (path, offset)
-        except (ValueError, KeyError) as error:
+          keys = json.loads(line)['keys']
+        except (ValueError, KeyError, TypeError) as error:
           raise ValueError(
             f'{path}, line {number}: not a journal entry. The file was edited or is damaged; '
-            'delete that line (its turn is sampled again) or the file.'
+            'delete that line (its turns are sampled again) or the file.'
           ) from error
+        self._index |= {key: (path, offset, i) for i, key in enumerate(keys)}
         offset += len(line)
     return offset

@@ -46,8 +46,12 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
   target = (u * ends[:, -1])[:, None]
 
   def passed(ends, weights):
-    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[-1]), 0), -1)
-    return jnp.minimum(jnp.sum(ends <= target, -1), last)[:, None]
+    # Rounding may leave the place on an entry of weight 0, or past the last: then the next entry
+    # that has weight is taken, or the last one.
+    place, there = jnp.arange(weights.shape[-1]), weights > 0
+    last = jnp.max(jnp.where(there, place, 0), -1, keepdims=True)
+    at = jnp.minimum(jnp.sum(ends <= target, -1, keepdims=True), last)
+    return jnp.argmax(there & (place >= at), -1)[:, None]
 
   block = passed(ends, sums)
   inside = jnp.take_along_axis(weights, block[:, :, None], 1)[:, 0]

@@ -93,8 +93,6 @@ def test_eight_devices_give_the_tokens_of_one(lm):
 def test_greedy_tokens_and_log_probabilities_are_those_of_the_full_forward(lm):
   sampling = SamplingConfig(temperature=0.0, max_tokens=10)
   done, stats = run(lm, items(5, turns=2, sampling=sampling))
-  for context, completions in zip(contexts(5), done.values(), strict=False):
-    del context, completions
   for i, context in enumerate(contexts(5)):
     for number, completion in enumerate(done[f'chain {i}']):
       logits = np.array(lm.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
@@ -166,14 +164,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(lm, tmp_path):
   list(itertools.islice(engine.run(items(9)), 4))  # and the rest is lost in mid-air
   journal.close()
   file = next(tmp_path.glob('*.jsonl'))
-  file.write_bytes(file.read_bytes() + b'{"key": "cut sho')
+  file.write_bytes(file.read_bytes()[:-40])  # a kill while a chain's turns were being written
   resumed, stats = run(lm, items(9), journal=Journal(tmp_path))
   assert resumed == whole
   assert 0 < stats.replayed_turns < 27
 
 
 def test_a_damaged_journal_is_an_error_that_names_the_line(tmp_path):
-  (tmp_path / 'turns-00000.jsonl').write_text('{"key": "a"}\nnot json\n')
+  (tmp_path / 'turns-00000.jsonl').write_text('{"keys": ["a"], "turns": []}\nnot json\n')
   with pytest.raises(ValueError, match='line 2'):
     Journal(tmp_path)
 
@@ -218,6 +216,25 @@ def test_what_does_not_fit_is_an_error(lm):
   for wrong in ({'temperature': -1}, {'top_p': 0.0}, {'top_k': -1}, {'max_tokens': 0}):
     with pytest.raises(ValueError, match=next(iter(wrong))):
       SamplingConfig(**wrong)
+
+
+def test_a_stop_text_leaves_nothing_that_hangs_on_other_chains(lm):
+  """A chain that goes on after a stop text has the same bits alone and beside others."""
+  free, _ = run(lm, items(6, turns=1, max_tokens=30))
+  text = free['chain 2'][0].text
+  sampling = SamplingConfig(max_tokens=30, stop=(text[len(text) // 2 : len(text) // 2 + 3],))
+
+  def on(context):
+    first = yield Turn('turn_0', context, sampling)
+    # As if the model had written on just as it did: what it wrote lies in the cache or does not.
+    return [first, (yield Turn('next', context + free['chain 2'][0].tokens, sampling))]
+
+  beside = items(6, turns=2, max_tokens=9)
+  beside[2] = ('chain 2', on(contexts(6)[2]))
+  together, _ = run(lm, beside)
+  alone, _ = run(lm, [('chain 2', on(contexts(6)[2]))])
+  assert together['chain 2'][0].finish_reason == 'stop_text'
+  assert alone['chain 2'] == together['chain 2']
 
 
 def test_longest_context_is_exact_for_a_chain_that_never_stops():

@@ -1,7 +1,6 @@
 """Chains, D_CAI on disk and the implied preferences."""
 
 import dataclasses
-import itertools
 import json
 
 import jax
@@ -116,7 +115,8 @@ def test_another_models_reply_is_passed_on_as_text(lm, stages):
   critic = dataclasses.replace(stages.critique, model='critique')
   chain = critique_revision(prompt(0), PRINCIPLES[:1], dataclasses.replace(stages, critique=critic))
   turn = chain.send(None)
-  cut = Completion([5, 6, 7], ' cut off ', [0.0] * 3, 'length')
+  tokens = lm.tokenizer.encode(' cut off ')
+  cut = Completion(tokens, ' cut off ', [0.0] * len(tokens), 'length')
   turn = chain.send(cut)
   expected = critic.dialogue.prompt(
     [
@@ -255,12 +255,30 @@ def test_demonstrations_stand_before_critiques_and_revisions_only(lm):
     assert ['Shown?' in text for text in texts] == [False, used, used]
 
 
-def test_ids_decide_the_principles(lm):
-  first, second = job(lm), job(lm, count=3)
-  drawn = lambda it, i: next(  # noqa: E731
-    itertools.islice(
-      (c.gi_frame.f_locals['principles'] for c in [it.chain(prompt(i), 'harmful')]), 1
-    )
-  )
-  assert [drawn(first, i) for i in range(3)] == [drawn(second, i) for i in range(3)]
-  assert len({drawn(first, i) for i in range(6)}) > 1
+def test_ids_decide_the_principles(lm, tmp_path):
+  drawn = {}
+  for name, it in (('more', job(lm)), ('fewer', job(lm, count=3))):
+    generate.run(it, tmp_path / name, Journal(tmp_path / 'journal'), ENGINE)
+    generate.finish(it, tmp_path / name)
+    rows = data.read_rows(tmp_path / name)
+    drawn[name] = {r['id']: [step['principle'] for step in r['rounds']] for r in rows}
+  assert drawn['fewer'].items() <= drawn['more'].items()
+
+
+def test_shards_of_another_job_are_not_taken_over(lm, tmp_path):
+  generate.run(job(lm), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
+  other = dataclasses.replace(lm, fingerprint='trained since')
+  with pytest.raises(ValueError, match='shards of another job'):
+    generate.run(job(other), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
+
+
+def test_the_bound_counts_what_other_models_are_shown(lm, tiny_tokenizer):
+  long = SamplingConfig(max_tokens=96)
+  sampling = generate.StageSampling(long, long, long)
+  lengths = [
+    generate.prepare(
+      models, [prompt(0)], [], CONSTITUTION, generate.FeedbackConfig(rounds=1), sampling, 0
+    ).length
+    for models in ({'base': lm}, {'base': lm, 'critique': dataclasses.replace(lm, name='other')})
+  ]
+  assert lengths[1] >= lengths[0] - 64

@@ -53,6 +53,17 @@ def test_inverse_cdf_is_the_plain_one():
   assert ((low - 1e-5 <= u) & (u <= ends[rows, got] + 1e-5)).all()
 
 
+def test_a_token_without_weight_is_not_drawn_even_on_a_boundary():
+  rng = np.random.default_rng(4)
+  weights = rng.random((4000, 300)).astype(np.float32)
+  weights[rng.random(weights.shape) < 0.7] = 0
+  ends = np.cumsum(weights, -1, dtype=np.float32)
+  u = (ends / ends[:, -1:])[np.arange(4000), rng.integers(0, 300, 4000)]
+  u = np.minimum(u, np.nextafter(np.float32(1), np.float32(0)))
+  drawn = np.array(inverse_cdf(jnp.array(weights), jnp.array(u)))
+  assert (weights[np.arange(4000), drawn] > 0).all()
+
+
 @pytest.mark.parametrize(
   'settings',
   [

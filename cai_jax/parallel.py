@@ -93,9 +93,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def batch_shards(mesh: Mesh) -> int:
+  """Parts that the rows of a batch are split into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def check_batch(rows: int, mesh: Mesh, name: str) -> None:
   """ValueError unless `rows` split evenly over the batch axes; `name` is the config field."""
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = batch_shards(mesh)
   if rows % shards:
     raise ValueError(
       f'{name}={rows} is not divided by data × fsdp = {shards} of the mesh; use a multiple '

@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
   config.train.b2 = 0.95
   config.train.eps = 1e-8
   config.train.clip_norm = 1.0  # largest global gradient norm; 0 never clips
+  config.train.remat = False  # compute activations again for the backward pass: less memory
   config.train.dtype = 'float32'  # of arithmetic; parameters and optimizer state are f32
   config.train.log_every = 1  # steps
   config.train.checkpoint_every = 100  # steps; 0 is the end only

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -173,6 +174,46 @@ def test_half_precision_compute_is_near(load, tiny_hf_folder):
     assert logits.dtype == jnp.float32  # and so are norms, softmax and rotary angles
     error = np.sqrt(np.mean((np.asarray(logits) - exact) ** 2))
     assert 0 < error < 0.05 * exact.std()
+
+
+def test_half_precision_products_have_half_precision_gradients(load):
+  """No product of f32 with bf16, which accelerators would compute at the speed of f32."""
+  lm = dataclasses.replace(load('qwen2'), dtype='bfloat16')
+
+  def loss(params):
+    return jnp.sum(forward(lm.graph, params, TOKENS, positions(B, T))[0])
+
+  found = []
+
+  def visit(jaxpr):
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name == 'dot_general':
+        found.append({v.aval.dtype.name for v in eqn.invars})
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        visit(inner)
+
+  visit(jax.make_jaxpr(jax.grad(loss))(lm.params).jaxpr)
+  assert len(found) > 3 * 7 * lm.config.num_layers
+  assert {'bfloat16'} in found and {'bfloat16', 'float32'} not in found
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_decode_equals_the_full_forward(load, dtype):
+  """Of one token a row, whose attention XLA for CPUs cannot multiply as it stands."""
+  lm = dataclasses.replace(load('llama3'), dtype=dtype)
+  full = np.asarray(lm.logits(TOKENS))
+  cache = transformer.init_cache(lm.config, B, 2 * T, jnp.dtype(dtype))
+  _, cache = run(lm, TOKENS[:, :-1], positions(B, T - 1), None, cache)
+  logits, _ = run(lm, TOKENS[:, -1:], positions(B, 1, T - 1), None, cache)
+  np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=0.06 * full.std())
+
+
+def test_float32_means_float32(load):
+  """Accelerators round the factors of an f32 product unless they are told not to."""
+  lm = load('qwen2')
+  text = forward.lower(lm.graph, lm.params, TOKENS, positions(B, T)).as_text()
+  products = [line for line in text.splitlines() if 'dot_general' in line]
+  assert products and all('precision = [HIGHEST, HIGHEST]' in line for line in products)
 
 
 def test_llama3_rope_scaling(load):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
+from cai_jax import parallel
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import init_params, structure
 from cai_jax.training import data, objective
@@ -149,10 +150,24 @@ def test_packed_equals_unpacked(small):
     agree(gradient(small, batch_of(items, row_length, rows=11)), unpacked)
 
 
-def test_sliced_logits_equal_whole_ones(small, monkeypatch):
-  batch = alone(make_examples(4, [12, 20, 24]))
+@pytest.mark.parametrize('length', [24, 29])  # 29 is prime: the last slice is filled up
+def test_sliced_logits_equal_whole_ones(small, monkeypatch, length):
+  batch = alone(make_examples(4, [12, 20, 24]), length)
   whole = gradient(small, batch)
   monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', 3 * 7 * 48)
-  assert objective._num_slices(3, 24, 48) == 4
   jax.clear_caches()
   agree(gradient(small, batch), whole)
+  text = gradient.lower(small, batch).as_text()
+  slices, of_slice = {24: (4, 6), 29: (5, 6)}[length]
+  assert f'tensor<{slices}x3x{of_slice}x16xf32>' in text  # hidden states, sliced
+  assert f'tensor<3x{of_slice}x48xf32>' in text and f'tensor<3x{length}x48xf32>' not in text
+
+
+def test_slices_are_sized_by_the_rows_of_a_device(small, monkeypatch):
+  batch = alone(make_examples(4, [12, 20, 24, 9]))
+  monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', 24 * 48)
+  rows = parallel.batch_sharding(parallel.make_mesh(2, 2, devices=jax.devices()[:4]))
+  for sharding, slices in ((rows, 1), (None, 4)):
+    run = functools.partial(objective.loss_and_metrics, GRAD_GRAPH, sharding=sharding)
+    text = jax.jit(run).lower(small, batch).as_text()
+    assert f'tensor<4x{24 // slices}x48xf32>' in text

@@ -19,7 +19,7 @@ from cai_jax import parallel
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params, structure
-from cai_jax.training import data, loop, step
+from cai_jax.training import data, loop, objective, step
 from cai_jax.training.config import TrainConfig
 
 MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 2, 8, 64, qkv_bias=True)
@@ -100,6 +100,37 @@ def test_eight_devices_equal_one(params, items, reference, sizes):
     jax.tree.map(lambda m, p: m.sharding == p.sharding or pytest.fail(), moments, state.params)
   kernel = state.params['layers'][0]['mlp']['up']['kernel']
   assert kernel.addressable_shards[0].data.size * sizes[1] * sizes[2] == kernel.size
+
+
+def compiled_step(config, mesh):
+  steps = step.make_train_step(GRAPH, SHAPES, config, 4, mesh)
+  optimizer = step.make_optimizer(config, 4)
+  shapes = jax.eval_shape(
+    lambda p: step.TrainState(jnp.zeros((), int), p, optimizer.init(p)), SHAPES
+  )
+  names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
+  batch = {name: jax.ShapeDtypeStruct((8, 32), jnp.int32) for name in names}
+  return steps.lower(shapes, batch).compile().as_text()
+
+
+def test_no_device_holds_the_activations_of_all_rows():
+  """Rows stay split where parameters are: logits [8,32,48] of the batch stand nowhere whole."""
+  text = compiled_step(CONFIG, parallel.make_mesh(1, 8, 1))
+  assert 'f32[1,32,48]' in text and 'f32[8,32,48]' not in text
+
+
+def test_remat_keeps_less_and_changes_nothing(params, items, reference):
+  """Residual bytes by shapes, since XLA for CPUs computes a thing once that is asked for twice."""
+  batch = data.Batches(items, [data.Step(data.Bucket(32, 8), ((0,), (1,)))])[0]
+
+  def residual_bytes(remat):
+    f = lambda p: objective.loss_and_metrics(GRAPH, p, batch, remat=remat)[0]  # noqa: E731
+    residuals = jax.eval_shape(lambda p: jax.vjp(f, p)[1], SHAPES)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+
+  assert residual_bytes(True) < 0.7 * residual_bytes(False)
+  config = dataclasses.replace(CONFIG, remat=True)
+  agree(run_steps(params, items, config, one_device(), count=4), reference)
 
 
 @pytest.mark.parametrize('normalization', ['sequence', 'token'])

@@ -4,15 +4,56 @@ Axes: B batch, T query, S key, D model, N heads, K kv heads, G heads of a kv hea
 V vocabulary, L layer. Norms, rotary angles, softmax and logits are f32 in any compute dtype.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from cai_jax.model.config import ModelConfig
 
 MASKED = -1e30  # finite, so that a row with no key at all gives a number instead of NaN
+
+
+def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Einsum of two arrays of one dtype, accumulated in f32 and given in f32."""
+  if x.dtype == jnp.float32:
+    # Without this the factors are rounded to TF32 on GPUs and to bf16 on TPUs.
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST)
+  return _half_product(equation, x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _half_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`product` of bf16 or f16 arrays, whose gradients are products of arrays of that dtype too.
+
+  The result is f32 since CPUs are over twice as fast at that as at a bf16 result, and since scores
+  and logits are wanted so. Its cotangent then is f32: left as it is, every product of the backward
+  pass would be one of f32 with bf16, which accelerators compute at the speed of f32.
+  """
+  plain = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+  factors, _ = equation.split('->')
+  if 'B' not in factors.split(',')[1]:
+    return plain(x, y)
+
+  def converted(x, y):  # XLA for CPUs refuses some such products where both factors have a batch
+    return plain(x.astype(jnp.float32), y.astype(jnp.float32))
+
+  return jax.lax.platform_dependent(x, y, cpu=converted, default=plain)
+
+
+def _half_product_fwd(equation, x, y):
+  return _half_product(equation, x, y), (x, y)
+
+
+def _half_product_bwd(equation, factors, cotangent):
+  _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *factors)
+  return pull(cotangent.astype(factors[0].dtype))
+
+
+_half_product.defvjp(_half_product_fwd, _half_product_bwd)
 
 
 class LayerCache(NamedTuple):
@@ -65,10 +106,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
   """Output [B,T,N,H] of q [B,T,N,H] over k [B,K,H,S] and v [B,K,S,H] where mask bool[B,T,S]."""
   b, t, n, h = q.shape
   q = q.reshape(b, t, k.shape[1], -1, h)
-  scores = jnp.einsum('BTKGH,BKHS->BKGTS', q, k, preferred_element_type=jnp.float32)
+  scores = product('BTKGH,BKHS->BKGTS', q, k)
   scores = jnp.where(mask[:, None, None], scores * h**-0.5, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum('BKGTS,BKSH->BTKGH', weights, v, preferred_element_type=jnp.float32)
+  out = product('BKGTS,BKSH->BTKGH', weights, v)
   return out.reshape(b, t, n, h).astype(q.dtype)
 
 
@@ -107,7 +148,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(x.dtype)
-    y = jnp.einsum(self.equation, x, kernel, preferred_element_type=jnp.float32)
+    y = product(self.equation, x, kernel)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
     return y.astype(x.dtype)
@@ -218,6 +259,8 @@ class Transformer(nnx.Module):
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
     rows: jax.Array | None = None,
+    sharding: NamedSharding | None = None,
+    remat: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B,T,D] after the last norm, in the compute dtype, and the cache written to.
 
@@ -229,20 +272,34 @@ class Transformer(nnx.Module):
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
       rows: i32[B], the cache's rows that `tokens` continue; None where they are all of them.
+      sharding: of the hidden states between blocks. Without it they would come to lie as the
+        parameters do, split over D, and each device would compute every row's logits.
+      remat: compute a block again in the backward pass instead of keeping its activations; without
+        a cache only.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
-    x = self.embed.table[...][tokens].astype(self.dtype)
+
+    def place(x):
+      return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    def apply(block, x, old):
+      return block(x, positions, angles, same, old, rows)
+
+    x = place(self.embed.table[...][tokens].astype(self.dtype))
     angles = rotary_angles(self.config, positions)
     same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
     new_cache = []
     for layer, block in enumerate(self.layers):
       old = None if cache is None else cache[layer]
-      x, written = block(x, positions, angles, same, old, rows)
+      # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
+      run = functools.partial(apply, block)
+      x, written = (jax.checkpoint(run) if remat and cache is None else run)(x, old)
+      x = place(x)
       new_cache.append(written)
     return self.norm(x), None if cache is None else tuple(new_cache)
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits f32[...,V] of hidden states [...,D]."""
     table = (self.embed if self.head is None else self.head).table[...].astype(hidden.dtype)
-    return jnp.einsum('...D,VD->...V', hidden, table, preferred_element_type=jnp.float32)
+    return product('...D,VD->...V', hidden, table)

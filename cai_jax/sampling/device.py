@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
@@ -77,22 +77,29 @@ class Burst(NamedTuple):
   occupied: np.ndarray  # i32[], slots active, summed over steps
 
 
-@functools.partial(jax.jit, static_argnames='graph', donate_argnames='cache')
-def prefill(graph, params, cache: Cache, tokens, starts, counts, rows) -> Cache:
+@functools.partial(jax.jit, static_argnames=('graph', 'mesh'), donate_argnames='cache')
+def prefill(graph, params, cache: Cache, tokens, starts, counts, rows, mesh: Mesh) -> Cache:
   """The cache with tokens i32[R,C] of its rows i32[R] written from position starts i32[R] on.
 
   Only the first counts i32[R] tokens of a row are real; a row with count 0 changes nothing.
   """
+  # Rows that the batch axes do not divide are computed on all of them: a choice of speed only.
+  split = tokens.shape[0] % parallel.batch_shards(mesh) == 0
+  sharding = parallel.batch_sharding(mesh) if split else NamedSharding(mesh, P())
   offsets = jnp.arange(tokens.shape[1])[None]
   nowhere = cache[0].k.shape[-1]
   positions = jnp.where(offsets < counts[:, None], starts[:, None] + offsets, nowhere)
-  return nnx.merge(graph, params)(tokens, positions, cache=cache, rows=rows)[1]
+  model = nnx.merge(graph, params)
+  return model(tokens, positions, cache=cache, rows=rows, sharding=sharding)[1]
 
 
-@functools.partial(jax.jit, static_argnames=('graph', 'longest'), donate_argnames='cache')
-def decode(graph, params, cache: Cache, slots: Slots, enough, longest: int) -> tuple[Burst, Cache]:
+@functools.partial(jax.jit, static_argnames=('graph', 'longest', 'mesh'), donate_argnames='cache')
+def decode(
+  graph, params, cache: Cache, slots: Slots, enough, longest: int, mesh: Mesh
+) -> tuple[Burst, Cache]:
   """Samples in every active slot until `enough` i32[] are done or `longest` steps are run."""
   model = nnx.merge(graph, params)
+  sharding = parallel.batch_sharding(mesh)
   nowhere = cache[0].k.shape[-1]
   b = slots.token.shape[0]
   start = slots.active
@@ -106,7 +113,7 @@ def decode(graph, params, cache: Cache, slots: Slots, enough, longest: int) -> t
     cache, slots, burst = state
     active = slots.active
     positions = jnp.where(active, slots.position, nowhere)[:, None]
-    hidden, cache = model(slots.token[:, None], positions, cache=cache)
+    hidden, cache = model(slots.token[:, None], positions, cache=cache, sharding=sharding)
     logits = model.unembed(hidden[:, 0])
     u = uniforms(slots.key, slots.sampled)
     token, logprob = sample(logits, u, slots.temperature, slots.top_k, slots.top_p)

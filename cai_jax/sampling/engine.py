@@ -135,7 +135,7 @@ class _Model:
         self.held[slot].extend(new)
         self.stats.prefilled_tokens += len(new)
       self.cache = device.prefill(
-        self.lm.graph, self.lm.params, self.cache, tokens, starts, counts, places
+        self.lm.graph, self.lm.params, self.cache, tokens, starts, counts, places, self.lm.mesh
       )
     jax.block_until_ready(self.cache)
     self.stats.prefill_seconds += time.perf_counter() - start
@@ -148,8 +148,9 @@ class _Model:
     before = self.slots
     # A few done slots are worth refilling together; near the end of a run, a single one is.
     enough = np.int32(max(1, min(self.config.prefill_rows, before.active.sum() // 4)))
+    longest = self.config.longest_burst
     burst, self.cache = device.decode(
-      self.lm.graph, self.lm.params, self.cache, before, enough, self.config.longest_burst
+      self.lm.graph, self.lm.params, self.cache, before, enough, longest, self.lm.mesh
     )
     burst = device.Burst(*map(np.array, jax.device_get(burst)))
     for slot in np.flatnonzero(before.active):

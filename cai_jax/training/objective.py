@@ -8,10 +8,13 @@ division in the train step, so packing, padding, accumulation and parallelism ca
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+
+from cai_jax import parallel
 
 # normalization → the sum that a batch's loss is divided by
 WEIGHTS = {'sequence': 'num_sequences', 'token': 'num_tokens'}
-LOGITS_AT_ONCE = 2**28  # elements (1 GB in f32): more are computed a slice of the row at a time
+LOGITS_AT_ONCE = 2**28  # elements a device (1 GB in f32): more are computed in slices of the rows
 
 Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each [B,T]
 
@@ -63,7 +66,11 @@ def count_sequences(segment_ids: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def loss_and_metrics(
-  graph: nnx.GraphDef, params, batch: Batch
+  graph: nnx.GraphDef,
+  params,
+  batch: Batch,
+  sharding: NamedSharding | None = None,
+  remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(nll f32[] summed over target tokens, sums f32[]: num_tokens, num_sequences).
 
@@ -72,9 +79,17 @@ def loss_and_metrics(
     params: its parameters.
     batch: tokens, positions (from 0 in each segment), segment_ids (from 1, 0 is padding), each
       i32[B,T], and loss_mask bool or i32[B,T], nonzero on the tokens to learn.
+    sharding: of rows, the batch's (`parallel.batch_sharding`); None on one device.
+    remat: compute each block again in the backward pass instead of keeping its activations.
   """
   model = nnx.merge(graph, params)
-  hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
+  hidden, _ = model(
+    batch['tokens'],
+    batch['positions'],
+    batch['segment_ids'],
+    sharding=sharding,
+    remat=remat,
+  )
   targets, weights = targets_of(batch)
   sums = {
     'num_tokens': jnp.sum(weights),
@@ -84,17 +99,23 @@ def loss_and_metrics(
   def nll(hidden, targets, weights):
     return cross_entropy(model.unembed(hidden), targets, weights)
 
-  slices = _num_slices(*targets.shape, model.config.vocab_size)
+  rows, length = targets.shape
+  shards = 1 if sharding is None else parallel.batch_shards(sharding.mesh)
+  logits = -(-rows // shards) * length * model.config.vocab_size
+  slices = min(-(-logits // LOGITS_AT_ONCE), length)
   if slices == 1:
     return nll(hidden, targets, weights), sums
+
+  def split(x):  # [B,T,...] → [slices,B,⌈T/slices⌉,...]; what fills the last one up weighs nothing
+    of_slice = -(-length // slices)
+    x = jnp.pad(x, ((0, 0), (0, slices * of_slice - length), *((0, 0),) * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(rows, slices, of_slice, *x.shape[2:]), 1, 0)
+
   # The logits of a slice are made again in the backward pass instead of kept.
-  parts = [jnp.split(x, slices, axis=1) for x in (hidden, targets, weights)]
-  return sum(map(jax.checkpoint(nll), *parts)), sums
-
-
-def _num_slices(rows: int, length: int, vocab: int) -> int:
-  """The fewest equal slices of a row such that one slice's logits keep within LOGITS_AT_ONCE."""
-  return next(
-    n for n in range(1, length + 1)
-    if length % n == 0 and (rows * length * vocab // n <= LOGITS_AT_ONCE or n == length)
-  )  # fmt: skip
+  part = jax.checkpoint(nll)
+  total, _ = jax.lax.scan(
+    lambda total, parts: (total + part(*parts), None),
+    jnp.zeros(()),
+    tuple(map(split, (hidden, targets, weights))),
+  )
+  return total, sums

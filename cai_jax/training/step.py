@@ -118,8 +118,9 @@ def make_train_step(
   """
   optimizer = make_optimizer(config, num_steps)
   schedule = make_schedule(config, num_steps)
-  gradient = jax.value_and_grad(functools.partial(loss_and_metrics, graph), has_aux=True)
   rows = parallel.batch_sharding(mesh)
+  loss = functools.partial(loss_and_metrics, graph, sharding=rows, remat=config.remat)
+  gradient = jax.value_and_grad(loss, has_aux=True)
 
   def accumulated(params, batch):
     if config.accumulation == 1:

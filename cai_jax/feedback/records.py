@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.core import naming
+from tensorflow_datasets.core import example_serializer, naming
 
 from cai_jax.feedback.chain import Record, Reply
 
@@ -108,9 +108,12 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
   path = shard_path(folder, index)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
+  serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   for row in rows:
-    writer.write(FEATURES.serialize_example(FEATURES.encode_example(row)))
+    example = serializer.get_tf_example(FEATURES.encode_example(row))
+    # A protocol buffer's maps have no order of their own: without this, bytes change by process.
+    writer.write(example.SerializeToString(deterministic=True))
   writer.close()
   with open(temporary, 'rb') as file:
     os.fsync(file.fileno())

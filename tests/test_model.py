@@ -239,6 +239,10 @@ def test_configs_survive_both_ways(load, family):
   assert config_lib.from_hf(written) == config
   theirs = transformers.AutoConfig.for_model(**written)
   assert config_lib.from_hf(theirs.to_dict()) == config
+  # transformers 4 reads these two.
+  older = {k: v for k, v in written.items() if k != 'rope_parameters'}
+  assert ('rope_scaling' in older) == (family == 'llama3')
+  assert config_lib.from_hf(older) == config
 
 
 def test_every_option_is_told_apart():
@@ -270,6 +274,12 @@ def test_every_option_is_told_apart():
     ({'rope_parameters': None, 'rope_scaling': {'type': 'yarn'}}, "rope_type 'yarn'"),
     ({'num_key_value_heads': 3}, 'num_heads=4 is not a multiple of num_kv_heads=3'),
     ({'hidden_size': None}, 'hidden_size is None'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    (
+      {'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': None}},
+      'low_freq_factor, high_freq_factor, original_max_position_embeddings is missing',
+    ),
   ],
 )
 def test_configs_that_are_refused(change, message):
@@ -291,6 +301,11 @@ def test_older_configs():
   qwen = {**hf, 'model_type': 'qwen2', 'sliding_window': 6, 'max_window_layers': 1}
   assert config_lib.from_hf(qwen).windows == ()
   assert config_lib.from_hf({**qwen, 'use_sliding_window': True}).windows == (None, 6, 6)
+  assert config_lib.from_hf({**hf, 'rope_parameters': None, 'rope_theta': None}).rope_theta == 1e4
+  mistral = {**hf, 'model_type': 'mistral'}
+  theirs = transformers.AutoConfig.for_model(**mistral).sliding_window
+  assert config_lib.from_hf(mistral).windows == (theirs,) * 3
+  assert config_lib.from_hf({**mistral, 'sliding_window': None}).windows == ()
   del hf['num_key_value_heads'], hf['head_dim']
   assert config_lib.from_hf(hf).num_kv_heads == 4
 

@@ -83,7 +83,12 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
       f'model_type {family!r} is not supported; cai_jax implements {", ".join(FAMILIES)} '
       '(Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3).'
     )
-  for key, allowed in (('hidden_act', 'silu'), ('mlp_bias', False), ('quantization_config', None)):
+  for key, allowed in (
+    ('hidden_act', 'silu'),
+    ('mlp_bias', False),
+    ('quantization_config', None),
+    ('partial_rotary_factor', 1.0),
+  ):
     if hf.get(key, allowed) != allowed:
       raise ValueError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
   if absent := [key for key in REQUIRED if not isinstance(hf.get(key), int)]:
@@ -137,6 +142,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     'rope_theta': config.rope_theta,
     'rope_parameters': _rope_parameters(config),
   }
+  if config.rope_scaling is not None:  # where transformers 4 looks for it
+    hf['rope_scaling'] = {k: v for k, v in hf['rope_parameters'].items() if k != 'rope_theta'}
   if config.family in ('llama', 'qwen3'):
     hf['attention_bias'] = config.output_bias
   if config.family == 'mistral':
@@ -162,12 +169,20 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def _rope(hf: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
   """Base and scaling of the rotary embedding, in the form of transformers 5 or of earlier ones."""
   rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-  theta = float(rope.get('rope_theta', hf.get('rope_theta', 10_000.0)))
+  thetas = (rope.get('rope_theta'), hf.get('rope_theta'), 10_000.0)
+  theta = float(next(theta for theta in thetas if theta is not None))
+  if (rotary := rope.get('partial_rotary_factor', 1.0)) != 1.0:
+    raise ValueError(f'config.json: partial_rotary_factor={rotary!r} is not supported; only 1 is.')
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
     return theta, None
   if kind != 'llama3':
     raise ValueError(f"rope_type {kind!r} is not supported; 'default' and 'llama3' are.")
+  fields = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+  if absent := [field for field in fields if rope.get(field) is None]:
+    raise ValueError(
+      f"config.json: rope_type 'llama3' needs {', '.join(fields)}; {', '.join(absent)} is missing."
+    )
   return theta, Llama3Rope(
     factor=float(rope['factor']),
     low_freq_factor=float(rope['low_freq_factor']),
@@ -192,7 +207,8 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
 
 def _windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
   """Attention window of each layer, () where every layer attends to everything before it."""
-  window = hf.get('sliding_window')
+  # Transformers takes a Mistral config without the key to mean 4096; null is no window.
+  window = hf.get('sliding_window', 4096 if hf['model_type'] == 'mistral' else None)
   layers = hf['num_hidden_layers']
   if window is None or hf['model_type'] == 'llama':
     return ()

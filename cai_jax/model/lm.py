@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cai_jax import parallel
+from cai_jax.manifest import write_json
 from cai_jax.model import config as config_lib
 from cai_jax.model import weights
 from cai_jax.model.config import ModelConfig
@@ -115,7 +116,8 @@ def load(
   Args:
     path: a folder, or a name such as 'Qwen/Qwen2.5-0.5B-Instruct', which is fetched into Hugging
       Face's cache.
-    dtype: what is computed in: 'float32', 'bfloat16' or 'float16'.
+    dtype: what is computed in: 'float32', 'bfloat16' or 'float16'. 'float32' is that on every
+      device: no product is rounded to TF32 or bf16.
     mesh: where the parameters go; None is `parallel.make_mesh()`.
     param_dtype: what parameters are kept in; None is `dtype`.
 
@@ -192,19 +194,6 @@ def save(
     _replace_model(folder, partial)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f'saved {folder}')
-
-
-def with_params(lm: LM, params: Params, name: str) -> LM:
-  """`lm` with other parameters of its shape, under another name.
-
-  The new fingerprint is a digest of the old one and of the values of `params`, which are fetched
-  to the host for it. In a multi-process run every process calls this.
-  """
-  digest = hashlib.sha256(lm.fingerprint.encode())
-  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-    digest.update(f'{parallel.path_str(path)} {leaf.shape} {leaf.dtype}'.encode())
-    digest.update(np.ascontiguousarray(weights.to_host(leaf)).view(np.uint8).data)
-  return dataclasses.replace(lm, params=params, name=name, fingerprint=digest.hexdigest())
 
 
 def _folder(path: str | os.PathLike) -> pathlib.Path:
@@ -284,7 +273,7 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
   settings = weights.read_json(path)
   if settings.get('tokenizer_class') == 'TokenizersBackend':
     # The name that transformers 4 knows too.
-    weights.write_json(path, {**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'})
+    write_json(path, {**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'})
 
 
 def _write_configs(folder: pathlib.Path, lm: LM, dtype: str | None) -> None:
@@ -295,10 +284,11 @@ def _write_configs(folder: pathlib.Path, lm: LM, dtype: str | None) -> None:
     'pad_token_id': lm.tokenizer.pad_token_id,
   }
   stored = dtype or str(jax.tree.leaves(lm.params)[0].dtype)
-  hf = {**config_lib.to_hf(lm.config), **special, 'dtype': stored}
-  weights.write_json(folder / 'config.json', hf)
+  # transformers before 4.56 reads `torch_dtype`.
+  hf = {**config_lib.to_hf(lm.config), **special, 'dtype': stored, 'torch_dtype': stored}
+  write_json(folder / 'config.json', hf)
   generation = {name: token for name, token in special.items() if token is not None}
-  weights.write_json(folder / 'generation_config.json', generation)
+  write_json(folder / 'generation_config.json', generation)
 
 
 def _replace_model(folder: pathlib.Path, partial: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from cai_jax import parallel
+from cai_jax.manifest import write_json
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import Transformer
 
@@ -261,13 +262,6 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f'{path} holds {type(value).__name__}, not a JSON object.')
   return value
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON; the file appears whole or not at all."""
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
-  os.replace(partial, path)
 
 
 @functools.cache

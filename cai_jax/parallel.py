@@ -49,7 +49,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 def path_str(path) -> str:
   """'layers/0/mlp/up/kernel' for the key path of a leaf."""
-  return '/'.join(str(getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))) for k in path)
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def spec_of(path: str) -> P:
@@ -111,18 +111,30 @@ def check_batch(rows: int, mesh: Mesh, name: str) -> None:
 def initialize() -> None:
   """Joins the other processes of the run, where the environment says that there are any.
 
-  `COORDINATOR_ADDRESS`, `NUM_PROCESSES` and `PROCESS_ID` name them by hand; under Slurm, Open MPI
-  or on a TPU pod JAX finds them by itself.
+  `COORDINATOR_ADDRESS`, `NUM_PROCESSES` and `PROCESS_ID` name them by hand. In a Slurm step
+  (`srun`), under Open MPI (`mpirun`) and on TPU pods of GKE, JAX finds them by itself; it does so
+  too where `COORDINATOR_ADDRESS=auto`, as is needed on TPU pods of Compute Engine, which set no
+  variable.
+
+  Raises:
+    ValueError: if the address is given without the number of processes or this one's id.
   """
-  if 'COORDINATOR_ADDRESS' in os.environ:
+  address = os.environ.get('COORDINATOR_ADDRESS')
+  if address is not None and address != 'auto':
+    names = ('NUM_PROCESSES', 'PROCESS_ID')
+    if wrong := [name for name in names if not os.environ.get(name, '').isdecimal()]:
+      raise ValueError(
+        f'COORDINATOR_ADDRESS={address} is set and {" and ".join(wrong)} is not, or is no number: '
+        'each process needs all three.'
+      )
     if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(
-      os.environ['COORDINATOR_ADDRESS'],
-      int(os.environ['NUM_PROCESSES']),
-      int(os.environ['PROCESS_ID']),
-    )
-  elif int(os.environ.get('SLURM_NTASKS', '1')) > 1 or ',' in os.environ.get(
-    'TPU_WORKER_HOSTNAMES', ''
+    jax.distributed.initialize(address, *(int(os.environ[name]) for name in names))
+  elif (
+    address == 'auto'
+    # Of the step: inside an allocation without srun there is SLURM_NTASKS, and one process only.
+    or os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1'
+    or os.environ.get('OMPI_COMM_WORLD_SIZE', '1') != '1'
+    or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   ):
     jax.distributed.initialize()

@@ -89,3 +89,42 @@ def test_path_str_of_dicts_lists_and_attributes():
   tree = {'a': [1, {'b': 2}]}
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   assert [parallel.path_str(path) for path, _ in leaves] == ['a/0', 'a/1/b']
+
+
+@pytest.mark.parametrize(
+  ('environment', 'joins'),
+  [
+    ({}, None),
+    ({'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}, ('a:1', 2, 0)),
+    ({'COORDINATOR_ADDRESS': 'auto'}, ()),
+    ({'SLURM_NTASKS': '4'}, None),  # salloc without srun
+    ({'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4'}, ()),
+    ({'SLURM_STEP_NUM_TASKS': '1'}, None),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, ()),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, ()),
+  ],
+)
+def test_who_joins_other_processes(monkeypatch, environment, joins):
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args: calls.append(args))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  _set(monkeypatch, environment)
+  parallel.initialize()
+  assert calls == ([] if joins is None else [joins])
+
+
+def test_an_address_without_the_rest(monkeypatch):
+  _set(monkeypatch, {'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2'})
+  with pytest.raises(ValueError, match='COORDINATOR_ADDRESS=a:1 is set and PROCESS_ID is not'):
+    parallel.initialize()
+
+
+def _set(monkeypatch, environment):
+  for name in (
+    *('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'SLURM_NTASKS'),
+    *('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'),
+  ):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)

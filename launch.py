@@ -39,7 +39,7 @@ from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
 from cai_jax.training import data, loop
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.config import FREE, TrainConfig
 from configs import default
 
 PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
@@ -68,8 +68,7 @@ class Run:
     sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
     known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
     if stage != 'generate':
-      free = ('log_every', 'checkpoint_every', 'keep')
-      known['train'] = {k: v for k, v in self.config['train'].items() if k not in free}
+      known['train'] = {k: v for k, v in self.config['train'].items() if k not in FREE}
     if stage in ('evaluate', 'report'):
       known['evaluation'] = self.config['evaluation']
     if stage == 'report':

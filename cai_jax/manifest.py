@@ -17,7 +17,7 @@ from typing import Any
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers')
 
 
-def check_workdir(workdir: str | os.PathLike, needed_bytes: int) -> None:
+def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
   """Makes the folder if it is absent.
 
   Raises:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto import event_pb2
 
 from cai_jax import parallel
 from cai_jax.dialogue import Dialogue
@@ -250,7 +251,7 @@ BUCKETS = (data.Bucket(12, 8), data.Bucket(32, 8))
 
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
-  params, items, tmp_path, stop_after, compile_once
+  params, items, tmp_path, stop_after, compile_once, monkeypatch
 ):
   mesh = parallel.make_mesh(2, 2, 1, devices=jax.devices()[:4])
   fit = lambda workdir: loop.fit(GRAPH, params, items, FIT, mesh, workdir, BUCKETS)  # noqa: E731
@@ -275,8 +276,10 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
   )
   kept = sorted(int(p.name) for p in (tmp_path / 'whole/checkpoints').iterdir())
   assert len(kept) == 2 and kept[-1] == summary['steps']
-  # A run that is done gives its result and trains no more.
-  done, found = fit(tmp_path / 'whole')
+  # A run that is done gives its result and trains no more. Only what was saved is in memory.
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'init_state', None)
+    done, found = fit(tmp_path / 'whole')
   assert found['resumed_at'] == summary['steps'] and same(done, whole)
   assert len(metrics_of(tmp_path / 'whole')) == summary['steps']
   assert list((tmp_path / 'whole/tensorboard').iterdir())
@@ -286,6 +289,26 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
     loop.fit(GRAPH, params, items, other, mesh, tmp_path / 'whole', BUCKETS)
   with pytest.raises(ValueError, match='another run.*data: was'):
     loop.fit(GRAPH, params, items[::-1], FIT, mesh, tmp_path / 'whole', BUCKETS)
+  with pytest.raises(ValueError, match='another run.*buckets: was .*12, 8.*, is .*14, 8'):
+    other = (data.Bucket(14, 8), data.Bucket(32, 8))
+    loop.fit(GRAPH, params, items, FIT, mesh, tmp_path / 'whole', other)
+
+
+def test_events_of_steps_that_are_done_again_are_purged(tmp_path):
+  """After step 3 was logged and step 2 saved: TensorBoard hides events at and after the purge."""
+  metrics = dict.fromkeys(('loss', 'grad_norm', 'num_tokens'), jnp.ones(()))
+  with loop.Log(tmp_path, 2, 4, 1) as log:
+    for at in (2, 3):
+      log.add(at, metrics)
+    log.flush()
+  (path,) = (tmp_path / 'tensorboard').iterdir()
+  content, events = path.read_bytes(), []
+  while content:  # records: u64 length, its checksum, an event, its checksum
+    size = int.from_bytes(content[:8], 'little')
+    events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+    content = content[16 + size :]
+  (purge,) = (event.step for event in events if event.HasField('session_log'))
+  assert purge == min(event.step for event in events if event.HasField('summary')) == 3
 
 
 def test_errors_before_the_first_step(params, items, tmp_path):
@@ -343,6 +366,9 @@ def test_train_learns_the_revisions(tmp_path, tiny_tokenizer):
   assert rows_[-1]['loss'] < 0.6 * rows_[0]['loss']
   assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype('float32')}
   assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype('bfloat16')}
+  with pytest.raises(ValueError, match='another run.*init: was .abc., is .def.'):
+    other = dataclasses.replace(lm, fingerprint='def')
+    loop.train(other, rows, Dialogue(tiny_tokenizer), settings, tmp_path)
   with pytest.raises(ValueError, match='max_length=65 is more than the 64 tokens'):
     too_long = dataclasses.replace(settings, max_length=65)
     loop.train(lm, rows, Dialogue(tiny_tokenizer), too_long, tmp_path)

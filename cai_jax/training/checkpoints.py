@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import grain
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from cai_jax.training.step import TrainState
@@ -41,22 +40,22 @@ def save(
 
 def restore(
   checkpointer: ocp.training.Checkpointer,
-  state: TrainState,
+  abstract: TrainState,
   iterator: grain.DatasetIterator,
   meta: dict[str, Any],
-) -> tuple[TrainState, int]:
-  """(state, step) of the newest checkpoint, with the iterator set to it; as given where none is.
+) -> tuple[TrainState, int] | None:
+  """(state, step) of the newest checkpoint, with the iterator set to it; None where none is.
 
   Args:
-    state: a state of the same run, or ShapeDtypeStructs; it gives shapes, dtypes and shardings,
-      which may be other ones than those it was saved with.
+    abstract: ShapeDtypeStructs of a state of the same run, as `step.abstract_state` gives; its
+      shardings may be other ones than those it was saved with.
     meta: what the run is, in JSON's types. It must equal what was saved.
 
   Raises:
     ValueError: if the checkpoint belongs to a run with another `meta`; it names what differs.
   """
   if checkpointer.latest is None:
-    return state, 0
+    return None
   step = checkpointer.latest.step
   saved = checkpointer.metadata(step).custom_metadata
   changed = {k: (saved.get(k), meta.get(k)) for k in {*saved, *meta} if saved.get(k) != meta.get(k)}
@@ -66,9 +65,6 @@ def restore(
       f'{checkpointer.directory} holds checkpoints of another run ({told}): set these back to go '
       'on with it, or choose another workdir.'
     )
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
   items = checkpointer.load_checkpointables(step, {'state': abstract, 'data': None})
   iterator.set_state(items['data'])
   return items['state'], step

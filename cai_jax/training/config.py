@@ -6,6 +6,7 @@ from cai_jax.training.objective import WEIGHTS
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 TARGETS = ('last', 'all', 'initial')
+FREE = ('log_every', 'checkpoint_every', 'keep')  # what a run may change on its way
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def read_rows(directory: str | os.PathLike, split: str = 'train') -> Rows:
   """
   try:
     builder = tfds.builder_from_directory(os.fspath(directory))
-  except (FileNotFoundError, OSError) as error:
+  except OSError as error:
     raise ValueError(f'{directory} holds no TFDS dataset ({error}): generate it first.') from error
   if split not in builder.info.splits:
     raise ValueError(
@@ -67,7 +67,7 @@ def read_rows(directory: str | os.PathLike, split: str = 'train') -> Rows:
 
 
 def _plain(value):
-  """`value` with bytes decoded and each dict of equally long sequences made a list of dicts."""
+  """`value` in plain types: bytes decoded, and `prompt` and `rounds` as lists of dicts."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, np.generic):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 import tensorboardX
-import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
 from cai_jax import parallel
+from cai_jax.manifest import check_workdir
+from cai_jax.model.weights import structure
+from cai_jax.progress import Progress
 from cai_jax.training import checkpoints, data
-from cai_jax.training.config import TrainConfig
-from cai_jax.training.step import init_state, make_optimizer, make_train_step
-
-PLAIN_LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+from cai_jax.training.config import FREE, TrainConfig
+from cai_jax.training.step import abstract_state, init_state, make_optimizer, make_train_step
 
 
 def fit(
@@ -34,6 +33,7 @@ def fit(
   mesh: Mesh,
   workdir: str | os.PathLike,
   buckets: Sequence[data.Bucket] = (),
+  identity: str = '',
 ) -> tuple[Any, dict[str, Any]]:
   """(parameters after training on `items`, f32 on the mesh; summary of the run).
 
@@ -48,6 +48,7 @@ def fit(
     mesh: devices; batch rows are split over data × fsdp.
     workdir: folder, made where it is absent.
     buckets: shapes of batches, an example going to the shortest rows that hold it.
+    identity: names `params`, so that a run is not gone on with from others, such as a fingerprint.
 
   Raises:
     ValueError: before the first step: nothing to train on, rows that the mesh does not divide, a
@@ -63,11 +64,18 @@ def fit(
     name = 'train.batch_size / train.accumulation'
     parallel.check_batch(bucket.rows // config.accumulation, mesh, name)
   steps = data.plan([len(item.tokens) for item in items], buckets, config.epochs, config.seed)
-  workdir = _writable(pathlib.Path(workdir))
-  meta = {**_settings(config), 'steps': len(steps), 'data': fingerprint(items)}
+  workdir = pathlib.Path(workdir)
+  check_workdir(workdir)
+  meta = {
+    **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
+    'steps': len(steps),
+    'data': fingerprint(items),
+    'buckets': [list(bucket) for bucket in buckets],
+    'init': identity,
+  }
 
   train_step = make_train_step(graph, params, config, len(steps), mesh)
-  state = init_state(params, make_optimizer(config, len(steps)), mesh)
+  optimizer = make_optimizer(config, len(steps))
   sharding = parallel.batch_sharding(mesh)
   iterator = data.iterate(data.Batches(items, steps), lambda b: _place(b, sharding))
   summary = {
@@ -76,7 +84,9 @@ def fit(
     'padding_share': data.padding_share(items, steps),
   }
   with checkpoints.make_checkpointer(workdir / 'checkpoints', config.keep) as checkpointer:
-    state, first = checkpoints.restore(checkpointer, state, iterator, meta)
+    abstract = abstract_state(params, optimizer, mesh)
+    found = checkpoints.restore(checkpointer, abstract, iterator, meta)
+    state, first = found or (init_state(params, optimizer, mesh), 0)
     with Log(workdir, first, len(steps), config.log_every) as log:
       for step in range(first, len(steps)):
         state, metrics = train_step(state, next(iterator))
@@ -122,8 +132,10 @@ def train(
     drop_truncated=config.drop_truncated,
     seed=config.seed,
   )
-  graph = dataclasses.replace(lm, dtype=config.dtype).graph
-  params, summary = fit(graph, lm.params, found.items, config, lm.mesh, workdir)
+  graph, _ = structure(lm.config, config.dtype)
+  params, summary = fit(
+    graph, lm.params, found.items, config, lm.mesh, workdir, identity=lm.fingerprint
+  )
   return params, {**found.counts, **summary}
 
 
@@ -133,23 +145,6 @@ def fingerprint(items: Sequence[data.Example]) -> str:
   for tokens, mask in items:
     digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes() + mask.tobytes())
   return digest.hexdigest()[:32]
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-  """The settings that a run cannot change on its way."""
-  free = ('log_every', 'checkpoint_every', 'keep')
-  return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-
-
-def _writable(workdir: pathlib.Path) -> pathlib.Path:
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f'.probe-{os.getpid()}'
-    probe.write_bytes(b'x')
-    probe.unlink()
-  except OSError as error:
-    raise ValueError(f'workdir {workdir} cannot be written: {error}.') from error
-  return workdir
 
 
 def _place(batch: dict[str, np.ndarray], sharding) -> dict[str, jax.Array]:
@@ -172,19 +167,16 @@ class Log:
     self._waiting = None
     self._last = {}
     self._tokens = 0.0
-    self._began = self._said = time.monotonic()
+    self._began = time.monotonic()
     self._speaks = jax.process_index() == 0
     if not self._speaks:
       return
     path = workdir / 'metrics.jsonl'
     _cut(path, first)
     self._file = path.open('a')
-    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first)
-    self._bar = (
-      tqdm.tqdm(total=total, initial=first, unit='step', desc='train')
-      if sys.stderr.isatty()
-      else None
-    )
+    # Events at and after the purge step are hidden; step `first`, counted from 1, is done.
+    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first + 1)
+    self._progress = Progress('train', 'step', first)
 
   def __enter__(self):
     return self
@@ -193,8 +185,7 @@ class Log:
     if self._speaks:
       self._file.close()
       self._events.close()
-      if self._bar is not None:
-        self._bar.close()
+      self._progress.close()
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of step 0, 1, ..., and writes those of the step before."""
@@ -242,17 +233,7 @@ class Log:
       self._file.flush()
       for name, value in row.items():
         self._events.add_scalar(f'train/{name}', value, step + 1)
-    if self._bar is not None:
-      self._bar.update()
-      self._bar.set_postfix(loss=f'{row["loss"]:.4g}', refresh=False)
-    elif last or time.monotonic() - self._said > PLAIN_LINE_SECONDS:
-      self._said = time.monotonic()
-      speed = self._tokens / (self._said - self._began)
-      print(
-        f'train: step {step + 1} of {self._total}, loss {row["loss"]:.4g}, '
-        f'{speed:.0f} target tokens/s',
-        flush=True,
-      )
+    self._progress(step + 1, self._total, int(self._tokens), f'loss {row["loss"]:.4g}')
 
 
 def _cut(path: pathlib.Path, first: int) -> None:

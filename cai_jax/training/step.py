@@ -95,15 +95,25 @@ def state_shardings(params, optimizer: optax.GradientTransformation, mesh: Mesh)
   return TrainState(everywhere, by_param, opt_state)
 
 
+def abstract_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """The first TrainState as ShapeDtypeStructs with their shardings; nothing is computed."""
+  shapes = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    state_shardings(params, optimizer, mesh),
+  )
+
+
 def init_state(params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """The state before the first step, on the mesh; it owns a copy of params, cast to f32."""
+  """The TrainState before the first step, on the mesh; it owns a copy of params, cast to f32."""
   shardings = state_shardings(params, optimizer, mesh)
+  return jax.jit(lambda p: _first_state(p, optimizer), out_shardings=shardings)(params)
 
-  def init(params):
-    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-  return jax.jit(init, out_shardings=shardings)(params)
+def _first_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+  params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def make_train_step(

@@ -18,6 +18,7 @@ import pytest
 
 from cai_jax import report
 from cai_jax.report import figures, page
+from configs import default
 
 HOSTILE = (
   '</script><script>document.title = "owned"</script>'
@@ -54,7 +55,10 @@ MANIFEST = {
       'seconds': 12.5,
       'tokens_per_second': 2048.4,
       'journal_hits': 17,
-    }
+      'settings': {'seed': 5, 'feedback': {'rounds': 4}},
+      'git_commit': 'abc',
+    },
+    'evaluate': {'aligned': {'rows': 600, 'mean_tokens': 54.2}},
   },
 }
 
@@ -81,7 +85,7 @@ def _chain(i, before='Water it. You fool. Then rest.', after='Water it. Then res
 def _write(path, **changes):
   arguments = {
     'title': 'A run',
-    'config': {'seed': 5, 'model': {'path': 'some/model'}},
+    'config': default.get_config().to_dict() | {'seed': 5},
     'manifest': MANIFEST,
     'summary': SUMMARY,
     'training': TRAINING,
@@ -135,7 +139,7 @@ def test_every_other_text_is_escaped(tmp_path):
     HOSTILE: HOSTILE,
     'stages': {HOSTILE: {'rows_dropped': {HOSTILE: 1}, HOSTILE: HOSTILE}},
   }
-  config = {'seed': HOSTILE, 'model': HOSTILE, HOSTILE: HOSTILE}
+  config = {'seed': HOSTILE, 'model': {'base': HOSTILE}, HOSTILE: HOSTILE}
   config['train'] = {'loss_normalization': HOSTILE}
   text = _write(
     tmp_path / 'report.html', title=HOSTILE, config=config, manifest=manifest, summary=summary
@@ -175,10 +179,21 @@ def test_inserted_text_is_not_looked_at_for_markers_again():
 
 def test_header_and_manifest_show_what_ran(tmp_path):
   text = _write(tmp_path / 'report.html')
-  for shown in ('some/model', '2030-01-02T03:04:05Z', '1,234', '1,230', 'too &lt;long&gt;: 3'):
+  base = default.get_config().model.base
+  for shown in (
+    f'<dt>model</dt><dd>{base}</dd>',
+    '2030-01-02T03:04:05Z',
+    '1,234',
+    '1,230',
+    'too &lt;long&gt;: 3',
+  ):
     assert shown in text
   assert 'journal hits: 17' in text and '>4<div class="reason">' in text and '2,048' in text
   assert '<b>87.3&nbsp;%</b> break a rule; after 10 rounds' in text
+  table = text[text.index('<table class="stages">') :]
+  table = table[: table.index('</table>')]
+  assert 'aligned: rows 600, mean tokens 54.2' in table
+  assert 'settings' not in table and 'git commit' not in table  # the folds below hold them
 
 
 def test_a_run_without_an_oracle_shows_what_there_is(tmp_path):
@@ -244,7 +259,7 @@ def test_figures_are_well_formed_and_hold_every_point():
 
 def test_points_and_whiskers_stand_where_their_axis_says():
   series = figures.Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
-  svg = figures.line_figure([series], 'x', 'y', description='d', y_range=(0, 100), height=300)
+  svg = figures.line_figure([series], 'x', 'y', description='d', y_range=(0, 100))
   root = xml.etree.ElementTree.fromstring(svg)
   first, last = (
     tuple(map(float, point.split(',')))

@@ -14,6 +14,7 @@ COLOURS = ('#d55e00', '#0072b2', '#009e73', '#cc79a7', '#56b4e9', '#8a6d00')
 DASHES = ('', '7 4', '2 3', '9 3 2 3', '4 2', '1 4')
 FONT = 12
 CHARACTER = 0.56 * FONT  # mean width of a character in a sans-serif face
+WIDTH, HEIGHT = 480, 300  # of a drawing, in its own units; the page scales it
 MARKED = 40  # points a series may have before its markers would touch
 
 
@@ -59,8 +60,6 @@ def line_figure(
   description: str,
   x_ticks: list[tuple[float, str]] | None = None,
   y_range: tuple[float, float] | None = None,
-  width: int = 480,
-  height: int = 300,
 ) -> str:
   """Returns a well-formed `<svg>` element with axes, units, legend, lines and intervals.
 
@@ -71,8 +70,6 @@ def line_figure(
     description: one sentence for readers who do not see the figure.
     x_ticks: (position, label) pairs; by default round numbers.
     y_range: (low, high) of the y axis; by default round numbers around all values and intervals.
-    width: of the drawing, in its own units; the page scales it.
-    height: likewise.
 
   Raises:
     ValueError: if no series has a finite point.
@@ -95,7 +92,7 @@ def line_figure(
 
   legend = len(series) > 1
   left = 30 + CHARACTER * max(map(len, y_names))
-  right, top, bottom = width - 16, 34 if legend else 14, height - 46
+  right, top, bottom = WIDTH - 16, 34 if legend else 14, HEIGHT - 46
   pad = 16 if len(x_ticks) <= 12 and max(len(s.x) for s in series) <= MARKED else 0
 
   def px(x):
@@ -105,7 +102,7 @@ def line_figure(
     return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
 
   parts = [
-    f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {width} {height}" '
+    f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="0 0 {WIDTH} {HEIGHT}" '
     f'role="img" aria-label="{escape(description)}" font-family="inherit" font-size="{FONT}" '
     'fill="currentColor">'
   ]
@@ -117,7 +114,7 @@ def line_figure(
     parts.append(_line(px(x), bottom, px(x), bottom + 4, 'stroke="currentColor" opacity="0.7"'))
     parts.append(_text(px(x), bottom + 17, label, 'middle'))
   middle = (top + bottom) / 2
-  parts.append(_text((left + right) / 2, height - 8, x_label, 'middle'))
+  parts.append(_text((left + right) / 2, HEIGHT - 8, x_label, 'middle'))
   parts.append(_text(13, middle, y_label, 'middle', f'transform="rotate(-90 13 {middle:.1f})"'))
   if legend:
     parts.append(_legend(series, left))

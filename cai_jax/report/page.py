@@ -41,6 +41,7 @@ STAGE_COLUMNS = {
   'tokens_per_second': 'tokens/s',
   'peak_memory_bytes': 'peak memory',
 }
+UNTOLD = ('settings', 'git_commit')  # of a stage: the config's fold and the header tell them
 SERIES = (('violation_rate', 0), ('helpful_rate', 1))
 SMOOTHED_FROM = 60  # steps from which the loss is drawn with a running mean
 
@@ -60,10 +61,11 @@ def write_report(
   Args:
     path: the HTML file; its folder exists.
     title: the page's heading.
-    config: the resolved configuration; shown whole, with `seed` and the model in the header.
+    config: the resolved configuration; shown whole, with `seed` and `model.base` in the header.
     manifest: plain values are shown in the header, `stages` (name -> rows_in, rows_kept,
       rows_dropped as a number or a dict from reason to number, tokens, seconds, tokens_per_second,
-      peak_memory_bytes) as a table, and all of it in a fold.
+      peak_memory_bytes, and others but for settings and git_commit) as a table, and all of it in a
+      fold.
     summary: as `cai_jax.report.table` describes; may be empty.
     training: rows of metrics, `step`, `loss` and others; a figure passes over rows without its key.
     chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each `principle`,
@@ -171,10 +173,7 @@ def _check_chain(chain: dict, number: int) -> None:
 
 
 def _facts(config: dict, manifest: dict) -> str:
-  model = config.get('model')
-  if isinstance(model, dict):
-    model = model.get('path') or model.get('name')
-  facts = {'model': model, 'seed': config.get('seed')}
+  facts = {'model': (config.get('model') or {}).get('base'), 'seed': config.get('seed')}
   facts |= {
     key: value for key, value in manifest.items() if isinstance(value, str | int | float | bool)
   }
@@ -356,6 +355,10 @@ def _stages(manifest: dict) -> str:
   stages = manifest.get('stages') or {}
   if not stages:
     return '<p class="none">The manifest names no stage.</p>'
+  stages = {
+    name: {key: value for key, value in stage.items() if key not in UNTOLD}
+    for name, stage in stages.items()
+  }
   given = {key for stage in stages.values() for key in stage}
   keys = [key for key in STAGE_COLUMNS if key in given]
   has_more = bool(given - set(STAGE_COLUMNS))
@@ -391,6 +394,8 @@ def _stage_cell(key: str, value) -> str:
 
 
 def _plain(value) -> str:
+  if isinstance(value, dict):
+    return ', '.join(f'{key.replace("_", " ")} {_plain(item)}' for key, item in value.items())
   if isinstance(value, bool) or not isinstance(value, int | float):
     return value if isinstance(value, str) else json.dumps(_finite(value), default=str)
   if isinstance(value, int):

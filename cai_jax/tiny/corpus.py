@@ -128,9 +128,9 @@ def document(
   return messages
 
 
-def documents(count: int, seed: int, start: int = 0) -> Iterator[list[dict[str, str]]]:
-  """Documents start, start + 1, ..., start + count - 1 of a seed."""
-  return (document(seed, index) for index in range(start, start + count))
+def documents(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
+  """Documents 0, 1, ..., count - 1 of a seed."""
+  return (document(seed, index) for index in range(count))
 
 
 def _turn(name: str, request: str, reply: str) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """The embedded model's tokenizer: byte-level BPE with single digits, trained on the world's text.
 
 Byte level means that any text can be written; the control tokens stand only between messages.
-`python -m cai_jax.tiny.tokenizer` writes it into the model folder.
+`cai_jax.tiny.pretrain` writes it into the model folder.
 """
 
 import pathlib
@@ -63,13 +63,3 @@ def train(seed: int = 0, documents: int = 20_000) -> PreTrainedTokenizerFast:
     model_max_length=CONTEXT,
     clean_up_tokenization_spaces=False,
   )
-
-
-def main() -> None:
-  """Writes the tokenizer into the model folder."""
-  train().save_pretrained(FOLDER)
-  print(f'wrote the tokenizer to {FOLDER}')
-
-
-if __name__ == '__main__':
-  main()

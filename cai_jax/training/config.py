@@ -59,7 +59,7 @@ class TrainConfig:
   dtype: str = 'float32'
   seed: int = 0
   log_every: int = 1
-  checkpoint_every: int = 0
+  checkpoint_every: int = 100
   keep: int = 2
 
   def __post_init__(self):

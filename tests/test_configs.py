@@ -1,0 +1,46 @@
+"""Configs: a default stands in configs/default.py and in a dataclass, and is the same in both."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+from cai_jax.feedback import prompts
+from cai_jax.feedback.generate import FeedbackConfig
+from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.types import SamplingConfig
+from cai_jax.training.config import FREE, TrainConfig
+from configs import default
+
+CONFIG = default.get_config()
+
+
+@pytest.mark.parametrize(
+  ('section', 'component'),
+  [
+    (CONFIG.feedback, FeedbackConfig()),
+    (CONFIG.sampling.initial, SamplingConfig()),
+    (CONFIG.sampling.critique, SamplingConfig()),
+    (CONFIG.sampling.revision, SamplingConfig()),
+    (CONFIG.engine, EngineConfig()),
+    (CONFIG.train, TrainConfig()),
+  ],
+  ids=('feedback', 'initial', 'critique', 'revision', 'engine', 'train'),
+)
+def test_defaults_are_those_of_the_component(section, component):
+  fields = dataclasses.asdict(component)
+  if isinstance(component, TrainConfig):
+    assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
+  assert section.to_dict() == fields
+
+
+def test_defaults_of_prompts():
+  parameters = inspect.signature(prompts.load).parameters
+  section = CONFIG.prompts.harmful.to_dict()
+  assert section.pop('source') == '' and section.pop('shuffle') is False
+  assert section == {n: p.default for n, p in parameters.items() if n in section}
+  assert {*section, 'source', 'shuffle_seed'} == set(parameters)
+
+
+def test_what_may_change_on_the_way_are_settings():
+  assert set(FREE) < {field.name for field in dataclasses.fields(TrainConfig)}

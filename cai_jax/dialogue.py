@@ -45,6 +45,8 @@ _SLOT_PATTERN = re.compile(f'{_SLOT}(\\d+){_SLOT}')
 # Kinds of pieces that a rendered dialogue is made of.
 _TEMPLATE, _TEXT, _IDS = 'template', 'text', 'ids'
 
+_OURS = ('messages', 'add_generation_prompt')  # what a template reads that is no option
+
 # Added tokens written like this are control tokens even where they are not marked as special.
 _MARK = re.compile(r'<\S+>|\[\S+\]')
 
@@ -72,14 +74,17 @@ class Dialogue:
     tokenizer: a fast tokenizer of `transformers`.
     style: 'chat' or 'plain'.
     eos_token_ids: further ids that end a turn, as `generation_config.json` lists them.
+    template_options: (name, value) pairs for the chat template, such as ('enable_thinking', False).
 
   Raises:
-    ValueError: an unknown style, a slow tokenizer, or the chat style without a chat template.
+    ValueError: an unknown style, a slow tokenizer, the chat style without a chat template, or an
+      option that the template does not read.
   """
 
   tokenizer: Any
   style: str = 'chat'
   eos_token_ids: tuple[int, ...] = ()
+  template_options: tuple[tuple[str, Any], ...] = ()
 
   def __post_init__(self):
     if self.style not in ('chat', 'plain'):
@@ -93,6 +98,16 @@ class Dialogue:
       raise ValueError("the tokenizer has no chat template: use style='plain', or give it one")
     if self.style == 'plain' and self.tokenizer.eos_token_id is None:
       raise ValueError("style='plain' ends a turn with the eos token, and the tokenizer has none")
+    for name, _ in self.template_options:
+      if (
+        self.style == 'plain'
+        or name in _OURS
+        or not re.search(rf'\b{re.escape(name)}\b', self._template)
+      ):
+        raise ValueError(
+          f'template_options: {name!r} is nothing that the chat template reads from us; leave it '
+          "out (the 'plain' style has no template at all)"
+        )
 
   def prompt(
     self,
@@ -162,16 +177,28 @@ class Dialogue:
   def decode(self, tokens: Sequence[int]) -> str:
     """Returns the text of a sampled reply, without control tokens and surrounding white space.
 
-    Reasoning up to a `</think>` token is left out; in the plain style the text ends before the
-    first label, which a base model writes when it goes on to speak for others.
+    Reasoning up to a `</think>` token is left out, and so is reasoning that was cut before it came
+    to one: such a reply has no text. In the plain style the text ends before the first label, which
+    a base model writes when it goes on to speak for others.
     """
     tokens = [int(token) for token in tokens]
-    thought = self._control.get('</think>')
+    think, thought = map(self._control.get, ('<think>', '</think>'))
     if thought in tokens:
       tokens = tokens[len(tokens) - tokens[::-1].index(thought) :]
+    elif self._prompt_thinks:
+      tokens = []
+    if think in tokens:
+      tokens = tokens[: tokens.index(think)]
     text = self._text_of([token for token in tokens if token not in self._control_ids])
     cuts = [text.find(stop) for stop in self.stop_strings if stop in text]
     return text[: min(cuts, default=len(text))].strip()
+
+  @functools.cached_property
+  def _prompt_thinks(self) -> bool:
+    """Whether the template's generation prompt opens the reasoning that a reply begins with."""
+    if self.style == 'plain' or '<think>' not in self._control:
+      return False
+    return self._layout(('user',), generate=True)[-1].rstrip().endswith('<think>')
 
   @functools.cached_property
   def stop_token_ids(self) -> tuple[int, ...]:
@@ -391,6 +418,7 @@ class Dialogue:
         chat_template=self._template,
         tokenize=False,
         add_generation_prompt=generate,
+        **dict(self.template_options),
       )
     except jinja2.TemplateError as error:
       raise ValueError(

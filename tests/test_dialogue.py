@@ -1,5 +1,6 @@
 """Dialogues as tokens: agreement with the chat template, no control tokens from text, prefixes."""
 
+import copy
 import json
 import os
 import pathlib
@@ -380,6 +381,37 @@ def test_reasoning_is_dropped_from_history_as_the_template_says():
   target = dialogue.reply('<think>\nhm <|im_start|>\n</think>\n\nSo.')
   assert target[0] == think and target.count(unthink) == 1 and start not in target
   assert tokenizer.decode(target) == '<think>\nhm <|im_start|>\n</think>\n\nSo.<|im_end|>'
+
+
+def test_reasoning_that_was_cut_is_no_answer():
+  tokenizer = built('reasoning')
+  think, unthink = tokenizer.convert_tokens_to_ids(['<think>', '</think>'])
+  words = tokenizer.encode('Mix flour.')
+  dialogue = Dialogue(tokenizer)
+  assert dialogue.decode([think, *words]) == ''
+  assert dialogue.decode([*words, think, *words]) == 'Mix flour.'
+  assert dialogue.decode([think, unthink, *words]) == dialogue.decode(words) == 'Mix flour.'
+  # Some templates open the reasoning themselves.
+  opening = copy.deepcopy(tokenizer)
+  prompt = "{{ '<|im_start|>assistant\n' }}"
+  opening.chat_template = REASONING.replace(prompt, "{{ '<|im_start|>assistant\n<think>\n' }}")
+  assert opening.chat_template != REASONING
+  dialogue = Dialogue(opening)
+  assert dialogue.decode(words) == ''
+  assert dialogue.decode([*words, unthink, *words]) == 'Mix flour.'
+  assert Dialogue(opening, 'plain').decode(words) == 'Mix flour.'
+
+
+def test_template_options():
+  tokenizer = copy.deepcopy(built('chatml'))
+  tokenizer.chat_template += '{% if enable_thinking is false %}{{ "No." }}{% endif %}'
+  messages = [user('hi')]
+  without, options = Dialogue(tokenizer), (('enable_thinking', False),)
+  prompt = Dialogue(tokenizer, template_options=options).prompt(messages)
+  assert prompt == without.prompt(messages) + tokenizer.encode('No.')
+  for style, name in (('chat', 'enable_thinkin'), ('chat', 'messages'), ('plain', options[0][0])):
+    with pytest.raises(ValueError, match=f'template_options: .{name}. is nothing'):
+      Dialogue(tokenizer, style, template_options=((name, False),))
 
 
 def test_system_message_that_a_template_refuses_and_wrong_order():

@@ -199,7 +199,8 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   """M_aligned, fine-tuned on D_CAI."""
   path = run.config['model']['init'] or run.config['model']['base']
   lm = models.load(_path(path), dtype=run.train.dtype, mesh=_mesh(run), param_dtype='float32')
-  dialogue = Dialogue(lm.tokenizer, run.feedback.style, lm.eos_token_ids)
+  style, options = run.feedback.style, run.feedback.template_options
+  dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = data.read_rows(run.workdir / 'd_cai')
   params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir)
   folder = run.workdir / 'model'

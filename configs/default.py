@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
   config.feedback.repeat_principles = True  # each round's principle is drawn independently
   config.feedback.demonstrations = True  # the constitution's few-shot dialogues stand in front
   config.feedback.style = 'chat'  # the tokenizer's chat template, or 'plain' Human:/Assistant:
+  config.feedback.template_options = ()  # for that template, such as (('enable_thinking', False),)
   config.feedback.shard_rows = 256  # rows in a file of D_CAI
 
   config.sampling = ConfigDict()

@@ -44,3 +44,10 @@ def test_defaults_of_prompts():
 
 def test_what_may_change_on_the_way_are_settings():
   assert set(FREE) < {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_template_options_come_from_a_command_line():
+  """As config_flags sets a tuple: its type is kept, and pairs reach the component as they are."""
+  config = default.get_config()
+  config.feedback.template_options = (('enable_thinking', False),)
+  assert FeedbackConfig(**config.feedback).template_options == (('enable_thinking', False),)

@@ -33,6 +33,7 @@ class FeedbackConfig:
   repeat_principles: bool = True  # draw each round's principle independently
   demonstrations: bool = True  # put the constitution's demonstrations before critiques, revisions
   style: str = 'chat'  # 'chat' template or 'plain' labels
+  template_options: tuple = ()  # (name, value) pairs that the chat template is given
   shard_rows: int = 256  # rows of D_CAI in one file
 
   def __post_init__(self):
@@ -149,7 +150,8 @@ def make_stages(
 ) -> Stages:
   """The three stages: each its model's dialogue, its settings, and what precedes it."""
   dialogues = {
-    name: Dialogue(lm.tokenizer, config.style, lm.eos_token_ids) for name, lm in models.items()
+    name: Dialogue(lm.tokenizer, config.style, lm.eos_token_ids, config.template_options)
+    for name, lm in models.items()
   }
 
   def stage(name: str, demonstrations=()) -> Stage:

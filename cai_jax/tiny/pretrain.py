@@ -60,7 +60,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--output', type=pathlib.Path, default=tokenizer.FOLDER)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--tokens', type=int, default=12_000_000, help='of all documents together')
+  parser.add_argument('--tokens', type=int, default=14_000_000, help='of all documents together')
   parser.add_argument('--learning_rate', type=float, default=3e-3)
   parser.add_argument(
     '--workdir', type=pathlib.Path, help='default: OUTPUT.train, removed at the end'

@@ -199,7 +199,7 @@ def test_half_precision_products_have_half_precision_gradients(load):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_decode_equals_the_full_forward(load, dtype):
-  """Of one token a row, whose attention XLA for CPUs cannot multiply as it stands."""
+  """XLA for CPUs refuses some products of half precision with one query a row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)
   full = np.asarray(lm.logits(TOKENS))
   cache = transformer.init_cache(lm.config, B, 2 * T, jnp.dtype(dtype))

@@ -33,15 +33,7 @@ def _half_product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   and logits are wanted so. Its cotangent then is f32: left as it is, every product of the backward
   pass would be one of f32 with bf16, which accelerators compute at the speed of f32.
   """
-  plain = functools.partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
-  factors, _ = equation.split('->')
-  if 'B' not in factors.split(',')[1]:
-    return plain(x, y)
-
-  def converted(x, y):  # XLA for CPUs refuses some such products where both factors have a batch
-    return plain(x.astype(jnp.float32), y.astype(jnp.float32))
-
-  return jax.lax.platform_dependent(x, y, cpu=converted, default=plain)
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
 def _half_product_fwd(equation, x, y):
@@ -107,7 +99,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
   b, t, n, h = q.shape
   heads = k.shape[1]
   # The queries that share a kv head are rows R of one matrix: XLA makes a plain batch of matrix
-  # products of that, five to nine times as fast in decode on a CPU as with T and G as axes.
+  # products of that, five to nine times as fast in decode on a CPU as with T and G as axes, which
+  # CPUs refuse in bf16 altogether.
   rows = q.reshape(b, t, heads, -1, h).swapaxes(1, 2).swapaxes(2, 3).reshape(b, heads, -1, h)
   scores = product('BKRH,BKHS->BKRS', rows, k).reshape(b, heads, -1, t, k.shape[-1])
   scores = jnp.where(mask[:, None, None], scores * h**-0.5, MASKED)

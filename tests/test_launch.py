@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 import cai_jax
 import launch
 from cai_jax.training import data
-from configs import default, tiny
+from configs import default, qwen2_5_0_5b, tiny
 
 LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
 
@@ -241,6 +241,28 @@ def results(workdir):
   """Bytes of all that a run makes for good: D_CAI's shards and the aligned model's weights."""
   paths = [*workdir.glob('d_cai/*.array_record-*'), *workdir.glob('model/*.safetensors')]
   return {path.name: path.read_bytes() for path in paths}
+
+
+def test_the_config_of_a_real_checkpoint_runs_on_any_folder(tiny_hf_folder, tmp_path):
+  for name in ('harmful', 'held_out'):
+    lines = [json.dumps({'prompt': f'{name} request {i}'}) for i in range(8)]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
+  config = qwen2_5_0_5b.get_config()
+  config.model.base = str(tiny_hf_folder('qwen2'))
+  config.prompts.harmful.source = str(tmp_path / 'harmful.jsonl')
+  config.prompts.eval_harmful.source = str(tmp_path / 'held_out.jsonl')
+  config.feedback.rounds = 1
+  config.constitution.path = 'tiny'  # whose principles are short enough for a context of 256
+  for stage in ('initial', 'critique', 'revision'):
+    config.sampling[stage].max_tokens = 10
+  config.train.max_length = 128
+  config.train.batch_size = 32
+  config.train.drop_truncated = False
+  run = launch.build(config, tmp_path / 'run')
+  launch.run_stages(run, list(launch.STAGES))
+  aligned = cai_jax.load(tmp_path / 'run' / 'model')
+  assert aligned.config == cai_jax.load(tiny_hf_folder('qwen2')).config
+  assert np.isfinite(aligned.logits(np.arange(8)[None])).all()
 
 
 def progress(workdir):

@@ -208,6 +208,7 @@ def save_params(
     if writer:
       partial = folder / f'{file}.partial'
       safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
+      partial.chmod(0o644)  # safetensors makes files that nobody else may read
       os.replace(partial, folder / file)
   if writer and len(shards) > 1:
     total = sum(x.size * item[path].itemsize for path, x in leaves.items())

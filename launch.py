@@ -390,6 +390,14 @@ def main(argv: Sequence[str]) -> None:
     say(f'report: {run.workdir / "report.html"}')
 
 
+def parse(argv: list[str]) -> list[str]:
+  """What is left of the arguments after the flags; a field that no config has ends the program."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:  # ml_collections' word for it
+    sys.exit(f'error: unknown config field {error}; configs/default.py lists every field.')
+
+
 if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  app.run(main, flags_parser=parse)

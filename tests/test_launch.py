@@ -187,6 +187,22 @@ def test_bad_input_is_refused_before_any_work(fields, match, folder, tmp_path):
   refused(match, folder, tmp_path, set_fields(**fields), stages)
 
 
+@pytest.mark.parametrize(
+  'flag, said',
+  [
+    ('--config.train.speed=3', 'unknown config field'),
+    ('--config.feedback.variant=odd', "variant='odd'"),
+    ('--config.train.learning_rate=fast', 'could not convert'),
+  ],
+)
+def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
+  root = os.path.dirname(launch.__file__)
+  command = [sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={tmp_path}/run']
+  done = subprocess.run([*command, flag], cwd=root, capture_output=True, text=True)
+  assert done.returncode != 0 and said in done.stderr and 'Traceback' not in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_stage_that_does_not_exist_is_refused(folder, tmp_path):
   refused('unknown stage tidy', folder, tmp_path, lambda config: None, ['tidy'])
 

@@ -88,6 +88,12 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     raise ValueError(
       f'unknown config field {", ".join(unknown)}; configs/default.py lists every field.'
     )
+  if not str(workdir):
+    raise ValueError('workdir is empty; give the folder of the run.')
+  if not 0 <= config.seed < 2**63:
+    raise ValueError(f'seed={config.seed} is not in [0, 2**63).')
+  if config.report.chains < 0:
+    raise ValueError(f'report.chains={config.report.chains}; it must be at least 0.')
   if config.evaluation.scorer not in SCORERS:
     raise ValueError(
       f'evaluation.scorer={config.evaluation.scorer!r} is not one of {tuple(SCORERS)}.'
@@ -124,6 +130,8 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     ValueError: for an unknown stage, a workdir that cannot be used or that holds another run.
   """
   unknown = [name for name in stages if name not in STAGES]
+  if not stages:
+    raise ValueError(f'no stage is given; there is {", ".join(STAGES)}.')
   if unknown:
     raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
   check(run, stages)
@@ -156,28 +164,54 @@ def check(run: Run, stages: Sequence[str]) -> None:
   """
   section = run.config['model']
   names = {section[name] or section['base'] for name in ('base', 'critique', 'revision', 'init')}
-  configs = {name: models.check(_path(name)) for name in names}
+  parts = {name: models.check(_path(name)) for name in names}
   mesh = _mesh(run)
-  for config in configs.values():
-    parallel.param_shardings(models.structure(config)[1], mesh)
+  for part in parts.values():
+    parallel.param_shardings(models.structure(part.config)[1], mesh)
   parallel.check_batch(run.engine.slots, _local_mesh(run), 'engine.slots')
   rows = run.train.batch_size // run.train.accumulation
   parallel.check_batch(rows, mesh, 'train.batch_size / train.accumulation')
-  context = configs[section['init'] or section['base']].max_positions
-  if run.train.max_length > context:
+  init = section['init'] or section['base']
+  _check_aligned(run, stages, init, parts[init])
+  share, replies = run.train.helpfulness_share, len(run.prompts['harmful'])
+  replies *= run.feedback.rounds if run.train.target == 'all' else 1
+  wanted = round(share * replies / (1 - share))
+  if 'train' in stages and wanted > len(run.prompts['helpful']):
     raise ValueError(
-      f'train.max_length={run.train.max_length} is more than the {context} tokens of the context '
-      f'of {section["init"] or section["base"]}.'
-    )
-  if 'train' in stages and run.train.helpfulness_share and not run.prompts['helpful']:
-    raise ValueError(
-      f'train.helpfulness_share={run.train.helpfulness_share} needs helpful prompts, and '
-      'prompts.helpful.source is empty.'
+      f'train.helpfulness_share={share} beside {replies} replies to harmful prompts needs {wanted} '
+      f'helpful prompts, and there are {len(run.prompts["helpful"])}: give more as '
+      'prompts.helpful, or lower the share.'
     )
   if 'evaluate' in stages and not run.prompts['eval_harmful']:
     raise ValueError(
       'prompts.eval_harmful.source is empty: evaluation needs held-out prompts. Give some, or '
       'choose --stages=generate,train.'
+    )
+
+
+def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Parts) -> None:
+  """Checks that the model `name`, once trained, can learn and answer the run's prompts."""
+  context = parts.config.max_positions
+  if run.train.max_length > context:
+    raise ValueError(
+      f'train.max_length={run.train.max_length} is more than the {context} tokens of the context '
+      f'of {name}.'
+    )
+  options = run.feedback.style, parts.eos_token_ids, run.feedback.template_options
+  dialogue = Dialogue(parts.tokenizer, *options)
+  lengths = {
+    key: [len(dialogue.prompt(p.messages)) for p in run.prompts[key]] for key in PROMPT_SETS
+  }
+  if 'train' in stages and min(lengths['harmful']) + 2 > run.train.max_length:
+    raise ValueError(
+      f'train.max_length={run.train.max_length} holds no prompt with its reply: the shortest '
+      f'prompt has {min(lengths["harmful"])} tokens.'
+    )
+  longest = max(lengths['eval_harmful'] + lengths['eval_helpful'], default=0)
+  if 'evaluate' in stages and longest + run.sampling.initial.max_tokens > context:
+    raise ValueError(
+      f'a held-out prompt has {longest} tokens and its reply up to '
+      f'{run.sampling.initial.max_tokens} (sampling.initial.max_tokens); {name} holds {context}.'
     )
 
 
@@ -265,7 +299,12 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
     return []
   if section.source == 'tiny':
     if section.limit < 1:
-      raise ValueError(f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says.")
+      raise ValueError(
+        f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says, at least 1."
+      )
+    idle = [field for field in ('subset', 'field', 'shuffle', 'metadata_fields') if section[field]]
+    if idle:
+      raise ValueError(f"prompts.{name}: 'tiny' has no use for {', '.join(idle)}; leave it out.")
     return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
   fields = section.to_dict() | {'shuffle_seed': seed if section.shuffle else None}
   del fields['shuffle']
@@ -354,7 +393,7 @@ def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, A
 def _disk_bytes(run: Run) -> int:
   """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
   path = _path(run.config['model']['init'] or run.config['model']['base'])
-  weights = 4 * models.check(path).num_params
+  weights = 4 * models.check(path).config.num_params
   rows = sum(map(len, run.prompts.values())) * 50_000
   return weights * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
 

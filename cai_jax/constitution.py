@@ -25,7 +25,6 @@ CritiqueRevisionFewShotPrompts.json.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -47,6 +46,7 @@ REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
 REPLY_ROLES = ('assistant', 'critique', 'revision')
 
 _INSTRUCTIONS = 'CritiqueRevisionInstructions.json'
+MAX_WEIGHT = 1e100  # so that sums of weights stay finite
 _FEW_SHOT = 'CritiqueRevisionFewShotPrompts.json'
 _PRINCIPLE_FIELDS = ('id', 'critique_request', 'revision_request', 'weight', 'tags')
 
@@ -70,11 +70,13 @@ class Principle:
       value = getattr(self, name)
       if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{name} must be a text that is not blank, got {value!r}')
+      if any('\ud800' <= character <= '\udfff' for character in value):
+        raise ValueError(f'{name} holds half a surrogate pair: {value!r}')
     weight = self.weight
     if isinstance(weight, bool) or not isinstance(weight, int | float):
       raise ValueError(f'weight must be a number above 0, got {weight!r}')
-    if not (math.isfinite(weight) and weight > 0):
-      raise ValueError(f'weight must be a finite number above 0, got {weight!r}')
+    if not 0 < weight <= MAX_WEIGHT:
+      raise ValueError(f'weight must be a finite number above 0, up to 1e100, got {weight!r}')
     if isinstance(self.tags, str) or not all(isinstance(tag, str) and tag for tag in self.tags):
       raise ValueError(f'tags must be a list of names, got {self.tags!r}')
     object.__setattr__(self, 'tags', tuple(self.tags))
@@ -247,8 +249,12 @@ def _parse_yaml(file):
   """Returns the document; a key given twice, which the parser would let pass, is an error too."""
   text = file.read()
   nodes = [yaml.compose(text, yaml.SafeLoader)]
+  seen = set()  # an alias may lead back to where it stands
   while nodes:
     node = nodes.pop()
+    if id(node) in seen:
+      continue
+    seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
       nodes += node.value
     elif isinstance(node, yaml.MappingNode):

@@ -98,7 +98,10 @@ class Dialogue:
       raise ValueError("the tokenizer has no chat template: use style='plain', or give it one")
     if self.style == 'plain' and self.tokenizer.eos_token_id is None:
       raise ValueError("style='plain' ends a turn with the eos token, and the tokenizer has none")
-    for name, _ in self.template_options:
+    for option in self.template_options:
+      if len(option) != 2 or not isinstance(option[0], str):
+        raise ValueError(f'template_options: {option!r} is not a pair of a name and a value')
+      name = option[0]
       if (
         self.style == 'plain'
         or name in _OURS

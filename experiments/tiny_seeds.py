@@ -34,9 +34,9 @@ def rows(results: dict[str, dict[str, dict]]) -> list[str]:
   shown = ['initial', *(f'revision_{n}' for n in range(1, 5))]
   rate = lambda row, name='violation_rate': f'{100 * row[name]:.1f}'  # noqa: E731
   lines = [
-    '| seed | y_init → r1 → r2 → r3 → r4 | M_θ → M_aligned | control | '
-    'answers, M_θ → M_aligned | unbaited, M_θ → M_aligned |',
-    '|---|---|---|---|---|---|',
+    '| seed | y_init → r1 → r2 → r3 → r4 | M_θ → M_aligned | control | answers | '
+    'unbaited: breaks a rule | unbaited: answers |',
+    '|---|---|---|---|---|---|---|',
   ]
   for seed, arms in results.items():
     run, control = arms['revision'], arms['control']
@@ -47,7 +47,7 @@ def rows(results: dict[str, dict[str, dict]]) -> list[str]:
     stages = ' → '.join(rate(run['stages'][name]) for name in shown)
     lines.append(
       f'| {seed} | {stages} | {pair(models)} | {rate(control["models"]["aligned"])} | '
-      f'{pair(models, "helpful_rate")} | {pair(benign)} |'
+      f'{pair(models, "helpful_rate")} | {pair(benign)} | {pair(benign, "helpful_rate")} |'
     )
   return lines
 

@@ -180,6 +180,16 @@ def set_fields(**fields):
     ({'feedback__rounds': 30, 'feedback__context': 'growing'}, 'can come to'),
     ({'prompts__eval_harmful__split': 'train'}, 'among the training prompts'),
     ({'prompts__helpful__source': ''}, 'helpfulness_share'),
+    ({'train__helpfulness_share': 0.9}, 'needs 90 helpful prompts'),
+    ({'train__max_length': 5}, 'holds no prompt with its reply'),
+    ({'train__learning_rate': float('nan')}, 'learning_rate=nan'),
+    ({'seed': -1}, 'seed=-1'),
+    ({'sampling__revision__stop_token_ids': tuple(range(20, 36))}, 'at most 16'),
+    ({'sampling__revision__stop_token_ids': (99999,)}, 'each in 0..1023'),
+    ({'prompts__harmful__shuffle': True}, "'tiny' has no use for shuffle"),
+    ({'prompts__harmful__split': 'other'}, 'other'),
+    ({'constitution__tags': ('no such tag',)}, 'no such tag'),
+    ({'feedback__rounds': 0}, 'rounds=0'),
   ],
 )
 def test_bad_input_is_refused_before_any_work(fields, match, folder, tmp_path):
@@ -205,6 +215,21 @@ def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
 
 def test_a_stage_that_does_not_exist_is_refused(folder, tmp_path):
   refused('unknown stage tidy', folder, tmp_path, lambda config: None, ['tidy'])
+  refused('no stage is given', folder, tmp_path, lambda config: None, [])
+
+
+@pytest.mark.parametrize('name', ['critique', 'revision', 'init'])
+def test_a_broken_checkpoint_is_refused_before_any_work(name, folder, tmp_path):
+  broken = tmp_path / 'broken'
+  shutil.copytree(folder, broken)
+  weights = safetensors.numpy.load_file(broken / 'model.safetensors')
+  del weights['model.layers.1.mlp.up_proj.weight']
+  safetensors.numpy.save_file(weights, broken / 'model.safetensors', metadata={'format': 'pt'})
+  change = set_fields(**{f'model__{name}': str(broken)})
+  refused('model.layers.1.mlp.up_proj.weight', folder, tmp_path / 'run', change, ['generate'])
+  hf = json.loads((broken / 'config.json').read_text()) | {'model_type': 'gpt2'}
+  (broken / 'config.json').write_text(json.dumps(hf))
+  refused("model_type 'gpt2' is not supported", folder, tmp_path / 'run', change, ['generate'])
 
 
 def test_a_workdir_that_is_a_file_or_full_is_refused(folder, tmp_path, monkeypatch):

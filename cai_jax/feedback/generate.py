@@ -20,7 +20,7 @@ from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.types import Chain, SamplingConfig
+from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +138,19 @@ def prepare(
   # A draw fails where there are more rounds than principles and none may come twice.
   constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
+  for stage in (stages.initial, stages.critique, stages.revision):
+    _check_stops(stage, models[stage.model])
   job = Job(prompts, constitution, config, stages, models, seed, length=0)
   return dataclasses.replace(job, length=_cache_length(job))
+
+
+def _check_stops(stage: Stage, lm: LM) -> None:
+  ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
+  if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.config.vocab_size for i in ids):
+    raise ValueError(
+      f'stop tokens {ids} of {lm.name} and of sampling.*.stop_token_ids: there may be at most '
+      f'{MAX_STOP_TOKENS}, each in 0..{lm.config.vocab_size - 1}.'
+    )
 
 
 def make_stages(

@@ -48,8 +48,8 @@ class Prompt:
   metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if not isinstance(self.id, str) or not self.id:
-      raise ValueError(f'a prompt id must be a text that is not empty, got {self.id!r}')
+    if not _is_text(self.id) or not self.id or not self.id.isprintable():
+      raise ValueError(f'a prompt id must be a printable text that is not empty, got {self.id!r}')
     object.__setattr__(self, 'messages', tuple(self.messages))
     _check_messages(self.messages)
     strange = {k: v for k, v in self.metadata.items() if not isinstance(v, str)}
@@ -202,7 +202,7 @@ def _read_file(path: str) -> Iterator[tuple[str, Any]]:
       continue
     try:
       yield place, json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f'{place}: not JSON ({error}), found {line!r:.80}. {_FORM}') from error
 
 

@@ -91,8 +91,9 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
   ):
     if hf.get(key, allowed) != allowed:
       raise ValueError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
-  if absent := [key for key in REQUIRED if not isinstance(hf.get(key), int)]:
-    raise ValueError(f'config.json: {absent[0]} is {hf.get(absent[0])!r}; it must be an integer.')
+  for key in REQUIRED:
+    if not isinstance(hf.get(key), int) or hf[key] < 1:
+      raise ValueError(f'config.json: {key} is {hf.get(key)!r}; it must be a positive integer.')
   num_heads = hf['num_attention_heads']
   default_head_dim = 128 if family == 'qwen3' else hf['hidden_size'] // num_heads
   theta, scaling = _rope(hf)

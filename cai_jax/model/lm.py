@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -145,17 +145,26 @@ def load(
   )
 
 
-def check(path: str | os.PathLike) -> ModelConfig:
-  """The config of a model that `load` would load: all but the values of its weights is checked.
+class Parts(NamedTuple):
+  """All of a model but its weights."""
+
+  config: ModelConfig
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+
+
+def check(path: str | os.PathLike) -> Parts:
+  """What `load` would load, with everything checked but the values of the weights.
 
   Raises:
     ValueError: as `load`.
   """
   folder = _folder(path)
-  config = config_lib.from_hf(_hf_config(folder))
-  _tokenizer(folder, config)
+  hf = _hf_config(folder)
+  config = config_lib.from_hf(hf)
+  tokenizer = _tokenizer(folder, config)
   weights.check_params(folder, config)
-  return config
+  return Parts(config, tokenizer, _eos_token_ids(folder, hf, tokenizer))
 
 
 def save(
@@ -250,7 +259,10 @@ def _eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer) -> tuple
   generation = weights.read_json(path) if path.exists() else {}
   for eos in (generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id):
     if eos is not None:
-      return tuple(eos) if isinstance(eos, list) else (eos,)
+      found = tuple(eos) if isinstance(eos, list) else (eos,)
+      if not all(isinstance(token, int) for token in found):
+        raise ValueError(f'{folder}: eos_token_id is {eos!r}; it must be a token id, or a list.')
+      return found
   return ()
 
 

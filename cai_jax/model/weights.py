@@ -258,7 +258,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file. ValueError, with the path, if it holds no object."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
-  except json.JSONDecodeError as error:
+  except ValueError as error:  # not UTF-8, or not JSON
     raise ValueError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path} holds {type(value).__name__}, not a JSON object.')

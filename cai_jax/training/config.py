@@ -1,6 +1,7 @@
 """What a training run is set to."""
 
 import dataclasses
+import math
 
 from cai_jax.training.objective import WEIGHTS
 
@@ -82,12 +83,11 @@ class TrainConfig:
       ('weight_decay', 0),
       ('clip_norm', 0),
     ):
-      if getattr(self, name) < low:
+      if not getattr(self, name) >= low:  # NaN too
         raise ValueError(f'train.{name}={getattr(self, name)} is too small: at least {low}.')
-    if self.learning_rate <= 0 or self.eps <= 0:
-      raise ValueError(
-        f'train.learning_rate={self.learning_rate} and train.eps={self.eps} must be positive.'
-      )
+    for name in ('learning_rate', 'eps'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f'train.{name}={getattr(self, name)} must be a positive number.')
     for name, high in (('helpfulness_share', 1), ('b1', 1), ('b2', 1), ('warmup', 1)):
       if not 0 <= getattr(self, name) < high:
         raise ValueError(f'train.{name}={getattr(self, name)} is not in [0, {high}).')

@@ -1,7 +1,10 @@
 """The embedded default: the whole method on a small world that can be checked exactly.
 
 Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  two CPU cores, 4 GB
+Hardware:  two CPU cores; 1 minute, 1.2 GB
+Expected:  of answers to baited prompts 84 to 87 % break a rule, after four rounds of critique and
+           revision 9 to 11 %; 13 to 16 % of M_aligned's do, and 97 % still answer the request
+           (three seeds; experiments/RESULTS.md)
 """
 
 from configs import default
@@ -13,9 +16,9 @@ def get_config():
   config.constitution.path = 'tiny'
   for name, split, kind, count in (
     ('harmful', 'train', 'baited', 700),
-    ('helpful', 'train', 'benign', 200),
+    ('helpful', 'train', 'benign', 400),
     ('eval_harmful', 'eval', 'baited', 400),
-    ('eval_helpful', 'eval', 'benign', 200),
+    ('eval_helpful', 'eval', 'benign', 400),
   ):
     config.prompts[name].update(source='tiny', split=split, name=kind, limit=count)
 
@@ -23,10 +26,10 @@ def get_config():
   config.sampling.critique.max_tokens = 64
   config.sampling.revision.max_tokens = 96
 
-  config.train.helpfulness_share = 0.2
-  config.train.epochs = 2
+  config.train.helpfulness_share = 0.33
+  config.train.epochs = 3
   config.train.batch_size = 16
   config.train.max_length = 256
-  config.train.learning_rate = 1e-3
+  config.train.learning_rate = 5e-4
   config.evaluation.scorer = 'tiny'
   return config

@@ -1,5 +1,11 @@
 """Constitutional AI's supervised phase in JAX and Flax: load a model, sample from it, save it."""
 
+# ruff: noqa: E402
+import os
+
+# At import transformers advises to install torch, which nothing here needs.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
 from cai_jax.model.lm import LM, load, save
 from cai_jax.sampling.generate import generate
 from cai_jax.sampling.types import Completion, SamplingConfig

@@ -1,6 +1,5 @@
 """Constitutional AI's supervised phase in JAX and Flax: load a model, sample from it, save it."""
 
-# ruff: noqa: E402
 import os
 
 # At import transformers advises to install torch, which nothing here needs.

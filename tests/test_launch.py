@@ -55,6 +55,7 @@ def small(folder):
   config.engine.slots = 8
   config.train.batch_size = 8
   config.train.epochs = 1
+  config.train.helpfulness_share = 0.2
   config.train.drop_truncated = False
   config.train.checkpoint_every = 1
   return config
@@ -268,6 +269,8 @@ def command(folder, workdir):
     'train.drop_truncated': False,
     'train.batch_size': 8,
     'train.checkpoint_every': 2,
+    'train.helpfulness_share': 0.2,
+    'train.epochs': 2,
     'prompts.harmful.limit': 60,
     'prompts.helpful.limit': 16,
   }

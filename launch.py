@@ -308,7 +308,10 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
     return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
   fields = section.to_dict() | {'shuffle_seed': seed if section.shuffle else None}
   del fields['shuffle']
-  return prompt_files.load(**fields)
+  try:
+    return prompt_files.load(**fields)
+  except ValueError as error:
+    raise ValueError(f'prompts.{name}: {error}') from error
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -422,6 +425,8 @@ def main(argv: Sequence[str]) -> None:
     run_stages(run, _STAGES.value, say)
   except ValueError as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on from here.')
   summary = run.workdir / 'evaluation' / 'summary.json'
   if summary.exists():
     say(f'\n{table(json.loads(summary.read_text()))}\n')

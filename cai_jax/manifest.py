@@ -81,7 +81,8 @@ class Manifest:
     if changed:
       raise ValueError(
         f'{self._path.parent} holds stage {stage!r} of a run with other settings '
-        f'({"; ".join(changed[:8])}). Use another workdir, or delete this one.'
+        f'({"; ".join(changed[:8])}). Use another workdir; copy journal/ into it, and no turn that '
+        'stays the same is sampled again.'
       )
 
   @contextlib.contextmanager
@@ -90,12 +91,19 @@ class Manifest:
 
     What the block puts into the dict it is given stands in the manifest.
     """
+    begun = stage in self.content['stages']
     entry = self.content['stages'].setdefault(stage, {})
     entry['settings'] = settings
     entry['git_commit'] = self.content['git_commit']
     self._write()
     start = time.perf_counter()
-    yield entry
+    try:
+      yield entry
+    except ValueError:  # refused before it did anything: its settings bind nobody
+      if not begun:
+        del self.content['stages'][stage]
+        self._write()
+      raise
     entry['seconds'] = time.perf_counter() - start  # of this start, where an earlier one was cut
     entry['peak_memory_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     entry['finished'] = self.content['finished'] = _now()

@@ -5,7 +5,8 @@ Command:   python launch.py --config=configs/qwen2_5_0_5b.py --workdir=runs/qwen
              --config.prompts.eval_harmful.source=held_out.jsonl
 Model:     any Hugging Face folder or hub name of a supported family as --config.model.base=...
 Hardware:  meant for one GPU with 24 GB or a TPU v5e chip; so far run on CPUs only, on small folders
-Expected:  no oracle can judge free text, so the table gives lengths and the report the texts.
+Expected:  no oracle can judge free text, so the table gives lengths only; the texts are in the
+           report (chains) and in evaluation/base and evaluation/aligned (held-out prompts).
 """
 
 from configs import default

@@ -28,6 +28,7 @@ def get_config():
 
   config.train.helpfulness_share = 0.33
   config.train.epochs = 3
+  config.train.checkpoint_every = 10
   config.train.batch_size = 16
   config.train.max_length = 256
   config.train.learning_rate = 5e-4

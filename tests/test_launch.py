@@ -137,6 +137,16 @@ def test_a_stage_whose_forerunner_is_missing_or_another_is_refused(done, folder,
     launch.run_stages(launch.build(small(folder), tmp_path), ['evaluate'])
 
 
+def test_settings_of_a_stage_that_was_refused_bind_nobody(done, tmp_path):
+  workdir, config = done
+  shutil.copytree(workdir / 'journal', tmp_path / 'journal')
+  config.train.drop_truncated = True  # every reply of the random model is cut
+  with pytest.raises(ValueError, match='truncated.*max_tokens'):
+    launch.run_stages(launch.build(config, tmp_path), ['generate', 'train'])
+  config.train.drop_truncated = False
+  launch.run_stages(launch.build(config, tmp_path), ['generate', 'train'])
+
+
 def test_logging_and_mesh_may_change_between_starts(done):
   workdir, config = done
   config.train.log_every = 5

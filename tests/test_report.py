@@ -325,9 +325,9 @@ def test_the_table_says_the_numbers_in_reading_order():
   lines = report.table(SUMMARY).splitlines()
   names = [line.split('  ')[0] or line.split()[0] for line in lines[1:-1]]
   assert names == [
-    'Responses, round by round', 'initial', 'revision_2', 'revision_10',
-    'Models, held-out prompts', 'base', 'aligned',
-    'Models, benign prompts', 'base',
+    'Held-out prompts, round by round', 'initial', 'revision_2', 'revision_10',
+    'Held-out prompts, models', 'base', 'aligned',
+    'Held-out benign prompts, models', 'base',
   ]  # fmt: skip
   assert re.split(r'\s{2,}', lines[2].strip()) == [
     'initial', '87.3 % [83.8, 90.0]', '99.8 %', '54.2', '1,400'

@@ -373,6 +373,7 @@ def _stages(manifest: dict) -> str:
       f'<div>{escape(key.replace("_", " "))}: {escape(_plain(value))}</div>'
       for key, value in more.items()
     )
+    further = f'<details><summary>counts</summary>{further}</details>' if more else ''
     cells += f'<td class="further">{further}</td>' if has_more else ''
     rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
   return (

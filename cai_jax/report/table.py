@@ -13,9 +13,9 @@ import math
 import re
 
 GROUPS = {
-  'stages': 'Responses, round by round',
-  'models': 'Models, held-out prompts',
-  'benign': 'Models, benign prompts',
+  'stages': 'Held-out prompts, round by round',
+  'models': 'Held-out prompts, models',
+  'benign': 'Held-out benign prompts, models',
 }
 HEADINGS = {
   'violation_rate': 'breaks a rule',

@@ -153,8 +153,8 @@ def examples(
   if not kept:
     raise ValueError(
       f'no example is left of {len(rows)} rows for train.target={target!r}; dropped: '
-      f'{dict(dropped)}. Generate more, raise train.max_length={max_length}, or see '
-      'train.drop_truncated.'
+      f"{dict(dropped)}. 'truncated' were cut at sampling.*.max_tokens: raise it, or set "
+      f"train.drop_truncated=False; 'too_long' exceed train.max_length={max_length}."
     )
   if helpful:
     chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:wanted])

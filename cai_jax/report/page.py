@@ -200,12 +200,12 @@ def _lead(summary: dict) -> str:
   last = max((n for n in numbers if n), default=0)
   if last and known(numbers.get(0), numbers[last]):
     sentences.append(
-      f'Of the initial responses {rate(numbers[0])} break a rule; after {last} '
+      f'On held-out prompts {rate(numbers[0])} of the initial responses break a rule; after {last} '
       f'{"round" if last == 1 else "rounds"} of critique and revision {rate(numbers[last])} do.'
     )
   if known(models.get('base'), models.get('aligned')):
     sentences.append(
-      f'On held-out prompts the base model breaks a rule in {rate(models["base"])} of its '
+      f'The base model breaks a rule in {rate(models["base"])} of its '
       f'answers, the aligned model in {rate(models["aligned"])}.'
     )
   return f'<p class="lead">{" ".join(sentences)}</p>' if sentences else ''

@@ -189,7 +189,7 @@ def test_header_and_manifest_show_what_ran(tmp_path):
   ):
     assert shown in text
   assert 'journal hits: 17' in text and '>4<div class="reason">' in text and '2,048' in text
-  assert '<b>87.3&nbsp;%</b> break a rule; after 10 rounds' in text
+  assert '<b>87.3&nbsp;%</b> of the initial responses break a rule; after 10 rounds' in text
   table = text[text.index('<table class="stages">') :]
   table = table[: table.index('</table>')]
   assert 'aligned: rows 600, mean tokens 54.2' in table

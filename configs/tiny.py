@@ -1,7 +1,7 @@
 """The embedded default: the whole method on a small world that can be checked exactly.
 
 Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  two CPU cores; 1 minute, 1.2 GB
+Hardware:  two CPU cores; 1 minute, 1.4 GB
 Expected:  of answers to baited prompts 84 to 87 % break a rule, after four rounds of critique and
            revision 9 to 11 %; 13 to 16 % of M_aligned's do, and 97 % still answer the request
            (three seeds; experiments/RESULTS.md)

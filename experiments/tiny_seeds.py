@@ -1,7 +1,7 @@
 """Does the embedded run show Constitutional AI's supervised phase work, and is it the revisions?
 
 Command:   python -m experiments.tiny_seeds --workdir=runs/tiny_seeds
-Hardware:  two CPU cores; 4 minutes, 1.3 GB
+Hardware:  two CPU cores; 4 minutes, 1.4 GB
 Arms:      fine-tuning on the last revision, and, as the control, on y_init
 Expected:  violations fall with each round and after fine-tuning on revisions, and stay where they
            were after fine-tuning on y_init; answers stay answers. RESULTS.md has the numbers.

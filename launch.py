@@ -135,7 +135,6 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
   if unknown:
     raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
   check(run, stages)
-  check_workdir(run.workdir, needed_bytes=_disk_bytes(run))
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
   for name in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
@@ -157,7 +156,7 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
 
 
 def check(run: Run, stages: Sequence[str]) -> None:
-  """Checks what the stages need of models and devices, before the first of them starts.
+  """Checks what the stages need of models, devices and disk, before the first of them starts.
 
   Raises:
     ValueError: naming the field and what it may be.
@@ -187,6 +186,7 @@ def check(run: Run, stages: Sequence[str]) -> None:
       'prompts.eval_harmful.source is empty: evaluation needs held-out prompts. Give some, or '
       'choose --stages=generate,train.'
     )
+  check_workdir(run.workdir, needed_bytes=_disk_bytes(run, parts[init].config.num_params))
 
 
 def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Parts) -> None:
@@ -393,12 +393,10 @@ def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, A
   return shown
 
 
-def _disk_bytes(run: Run) -> int:
+def _disk_bytes(run: Run, num_params: int) -> int:
   """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
-  path = _path(run.config['model']['init'] or run.config['model']['base'])
-  weights = 4 * models.check(path).config.num_params
   rows = sum(map(len, run.prompts.values())) * 50_000
-  return weights * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
+  return 4 * num_params * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
 
 
 def _barrier(name: str) -> None:

@@ -211,6 +211,7 @@ def run(
       stops={s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings) for s in _each(job)},
     )
     stats = running.stats
+    journal.refresh()  # another job may have put turns since it was opened
     todo = [(index, place) for index in missing for place in range(len(shards[index]))]
     where = {shards[index][place][0].id: (index, place) for index, place in todo}
     rows: dict[int, dict[int, dict]] = {index: {} for index in missing}

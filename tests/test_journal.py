@@ -1,0 +1,133 @@
+"""The turn journal: what was put is there, whole, and takes no memory while it is written."""
+
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from cai_jax.sampling import journal as journal_lib
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import Completion
+
+
+def turns(name, count=3):
+  """`count` turns of a chain, with log-probabilities that need all their digits."""
+  logprobs = [float(np.float32(-0.1 * i)) for i in range(4)]
+  return [(f'{name}/{i}', Completion([1, i], f'é\n{i}', logprobs, 'stop')) for i in range(count)]
+
+
+def filled(folder, names, process=0):
+  journal = Journal(folder, process)
+  for name in names:
+    journal.put(turns(name))
+  journal.close()
+
+
+def holds(journal, names):
+  return all(journal.get(key) == turn for name in names for key, turn in turns(name))
+
+
+def test_turns_are_there_for_every_process_of_the_next_run(tmp_path):
+  filled(tmp_path, 'ab')
+  filled(tmp_path, 'cd', process=7)
+  for process in (0, 1):
+    journal = Journal(tmp_path, process)
+    assert holds(journal, 'abcd') and len(journal) == 12
+    assert journal.get('e/0') is None
+
+
+def test_refresh_finds_what_any_process_has_put_since(tmp_path):
+  mine, other = Journal(tmp_path), Journal(tmp_path, 1)
+  mine.put(turns('a'))
+  other.put(turns('b'))
+  assert mine.get('a/0') is None and len(mine) == 3
+  mine.refresh()
+  assert holds(mine, 'ab') and len(mine) == 6
+  mine.put(turns('c'))
+  other.put(turns('d'))
+  mine.refresh()
+  mine.refresh()
+  assert holds(mine, 'abcd') and len(mine) == 12
+
+
+def test_keys_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(journal_lib, 'hash', lambda key: len(key), raising=False)
+  filled(tmp_path, 'abcd')
+  journal = Journal(tmp_path)
+  assert holds(journal, 'dbca')
+  assert journal.get('e/0') is None and journal.get('longer') is None
+
+
+def test_a_line_cut_anywhere_is_dropped_whole(tmp_path):
+  filled(tmp_path, 'ab')
+  path = tmp_path / 'turns-00000.jsonl'
+  whole = path.read_bytes()
+  first = whole.index(b'\n') + 1
+  for cut in (first + 1, first + 30, len(whole) - 3, len(whole) - 1):
+    path.write_bytes(whole[:cut])
+    assert len(Journal(tmp_path, process=1)) == 3  # a lost process' file is read and left alone
+    assert path.stat().st_size == cut
+    journal = Journal(tmp_path)
+    assert holds(journal, 'a') and journal.get('b/0') is None
+    journal.put(turns('c'))
+    assert holds(Journal(tmp_path, process=1), 'ac')
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    (b'{"keys": ["b/0", ', b'not json'),
+    (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, 0'),
+    (b'"keys": ["b/0", ', b'"keys": ['),
+    (b'"turns": ', b'"turn": '),
+  ],
+)
+def test_a_damaged_line_is_named_when_it_is_read(tmp_path, old, new):
+  filled(tmp_path, 'abc')
+  path = tmp_path / 'turns-00000.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  assert lines[1].count(old) == 1
+  path.write_bytes(lines[0] + lines[1].replace(old, new) + lines[2])
+  with pytest.raises(ValueError, match='turns-00000.jsonl, line 2: not a journal entry'):
+    Journal(tmp_path).get('b/1')
+
+
+def test_memory_does_not_grow_with_what_is_put_and_the_index_is_small(tmp_path):
+  journal = Journal(tmp_path)
+  long = [(f'{i:064}', Completion([7] * 50, 'x' * 100, [-1.0] * 50, 'stop')) for i in range(5)]
+  journal.put(long)
+  tracemalloc.start()
+  for number in range(2000):
+    journal.put([(f'{number}{key}', turn) for key, turn in long])
+  used = tracemalloc.get_traced_memory()[0]
+  tracemalloc.stop()
+  assert used < 100_000  # 10,000 turns: 10 bytes a turn are 100,000
+  journal.refresh()
+  columns = journal._hashes, journal._files, journal._offsets
+  assert sum(column.nbytes for column in columns) == 20 * len(journal) == 20 * 10_005
+  assert journal.get('1999' + long[4][0]) == long[4][1]
+
+
+def test_a_killed_process_loses_nothing_that_it_put(tmp_path):
+  code = f"""
+    import os, signal, sys
+    sys.path[:0] = {sys.path!r}
+    from tests.test_journal import Journal, turns
+    journal = Journal({str(tmp_path)!r})
+    for name in 'abcd':
+      journal.put(turns(name))
+    os.kill(os.getpid(), signal.SIGKILL)
+  """
+  done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], timeout=120)
+  assert done.returncode == -9
+  assert holds(Journal(tmp_path), 'abcd')
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+  journal = Journal(tmp_path)
+  journal._file.close()
+  with open('/dev/full', 'ab', buffering=0) as journal._file, pytest.raises(OSError):
+    journal.put(turns('a'))

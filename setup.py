@@ -31,6 +31,7 @@ setup(
     'pyyaml',
     'tensorboardX',
     'tqdm',
+    'urllib3>=2',
   ],
   extras_require={
     'test': ['pytest', 'ruff', 'torch==2.13.0'],

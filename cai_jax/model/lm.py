@@ -130,7 +130,7 @@ def load(
   folder = _folder(path)
   hf = _hf_config(folder)
   config = config_lib.from_hf(hf)
-  tokenizer = _tokenizer(folder, config)
+  tokenizer = _tokenizer(folder, config.vocab_size)
   eos = _eos_token_ids(folder, hf, tokenizer)
   mesh = parallel.make_mesh() if mesh is None else mesh
   return LM(
@@ -162,9 +162,35 @@ def check(path: str | os.PathLike) -> Parts:
   folder = _folder(path)
   hf = _hf_config(folder)
   config = config_lib.from_hf(hf)
-  tokenizer = _tokenizer(folder, config)
+  tokenizer = _tokenizer(folder, config.vocab_size)
   weights.check_params(folder, config)
   return Parts(config, tokenizer, _eos_token_ids(folder, hf, tokenizer))
+
+
+class Vocabulary(NamedTuple):
+  """What renders and reads a model's text, for a model whose weights are elsewhere."""
+
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+  size: int  # tokens are in 0..size - 1
+  fingerprint: str  # hex digest of the tokenizer's files and the ending tokens
+
+
+def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
+  """The tokenizer of a folder or hub name; no weights are fetched, and none need be there.
+
+  Raises:
+    ValueError: if there is no such folder or hub name, or no tokenizer in it that can be used.
+  """
+  folder = _folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
+  hf = weights.read_json(folder / 'config.json') if (folder / 'config.json').exists() else {}
+  size = hf.get('vocab_size')
+  tokenizer = _tokenizer(folder, size)
+  eos = _eos_token_ids(folder, hf, tokenizer)
+  digest = hashlib.sha256(json.dumps(eos).encode())
+  _digest_files(digest, folder, sorted({f.name for p in TOKENIZER_FILES for f in folder.glob(p)}))
+  last = max(tokenizer.get_vocab().values())
+  return Vocabulary(tokenizer, eos, size or last + 1, digest.hexdigest())
 
 
 def save(
@@ -205,15 +231,13 @@ def save(
     multihost_utils.sync_global_devices(f'saved {folder}')
 
 
-def _folder(path: str | os.PathLike) -> pathlib.Path:
-  """The local folder of a model, fetched from the hub if `path` is not one."""
+def _folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
+  """The local folder of a model; if `path` is not one, its files are fetched from the hub."""
   folder = pathlib.Path(path).expanduser()
   if folder.is_dir():
     return folder
   try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(str(path), allow_patterns=list(MODEL_FILES))
-    )
+    return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns)))
   except (OSError, ValueError) as error:  # not found, not allowed, offline, not a name at all
     raise ValueError(
       f'{str(path)!r} is neither a folder here nor a model that the Hugging Face hub would give '
@@ -228,8 +252,8 @@ def _hf_config(folder: pathlib.Path) -> dict[str, Any]:
   return weights.read_json(folder / 'config.json')
 
 
-def _tokenizer(folder: pathlib.Path, config: ModelConfig):
-  """The folder's tokenizer, checked against the embedding's size."""
+def _tokenizer(folder: pathlib.Path, vocab_size: int | None):
+  """The folder's tokenizer, checked against the embedding's size where that is known."""
   # Where there is a tokenizer.json it is taken as it stands: AutoTokenizer of transformers 5 may
   # rebuild it with the splitting rules that are usual for the model's type.
   whole = (folder / 'tokenizer.json').exists()
@@ -245,10 +269,10 @@ def _tokenizer(folder: pathlib.Path, config: ModelConfig):
   if not tokenizer.is_fast:
     raise ValueError(f'{folder}: {type(tokenizer).__name__} is slow; tokenizer.json is needed.')
   token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-  if last >= config.vocab_size:
+  if vocab_size is not None and last >= vocab_size:
     raise ValueError(
       f'{folder}: the tokenizer has {token!r} as token {last}, and the model embeds '
-      f'{config.vocab_size} only. Take the tokenizer of this model, or resize its embedding.'
+      f'{vocab_size} only. Take the tokenizer of this model, or resize its embedding.'
     )
   return tokenizer
 
@@ -273,10 +297,15 @@ def _fingerprint(
   settings = [dataclasses.asdict(config), eos, dtype, param_dtype]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   tokenizer_files = {f.name for pattern in TOKENIZER_FILES for f in folder.glob(pattern)}
-  for name in [*weights.weight_files(folder), *sorted(tokenizer_files)]:
+  _digest_files(digest, folder, [*weights.weight_files(folder), *sorted(tokenizer_files)])
+  return digest.hexdigest()
+
+
+def _digest_files(digest, folder: pathlib.Path, names: list[str]) -> None:
+  """Feeds names and contents of files to a hash."""
+  for name in names:
     with open(folder / name, 'rb') as file:
       digest.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
-  return digest.hexdigest()
 
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:

@@ -1,0 +1,121 @@
+"""One system of the benchmark in a process of its own: a JSON line in, a JSON line out.
+
+Started by the driver as `python -m experiments.bench.worker SYSTEM`, with a system of `SYSTEMS`.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+import traceback
+
+import numpy as np
+
+from experiments.bench.chains import Chain
+
+SYSTEMS = {'ours': 'ours', 'hf': 'hf', 'tunix': 'tunix_sampler'}  # → module
+
+
+def handle(state: dict, request: dict) -> dict:
+  """The reply to a request of the driver; `state` keeps the loaded system between requests."""
+  start = time.perf_counter()
+  reply = OPERATIONS[request['op']](state, request)
+  return {'seconds': time.perf_counter() - start, **reply}
+
+
+def load(state: dict, request: dict) -> dict:
+  """Loads the model; versions of what the system is made of."""
+  module = importlib.import_module(f'experiments.bench.{SYSTEMS[request["system"]]}')
+  state['system'] = module.System(
+    pathlib.Path(request['folder']), request['dtype'], request['platform'], request['engine']
+  )
+  versions = {name: importlib.metadata.version(name) for name in module.PACKAGES}
+  return {'versions': {'python': platform.python_version()} | versions}
+
+
+def take(state: dict, request: dict) -> dict:
+  """Keeps the chains and the prefix for the runs to come."""
+  state['chains'] = [Chain(**chain) for chain in request['chains']]
+  state['prefix'] = request['prefix']
+  return {}
+
+
+def run(state: dict, request: dict) -> dict:
+  """Seconds, lengths of all replies and peak memory of a run over the chains kept."""
+  reset = _reset_peak()
+  start = time.perf_counter()
+  replies, stats = state['system'].run(
+    state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
+  )
+  return {
+    'seconds': time.perf_counter() - start,
+    'lengths': [[len(reply) for reply in chain] for chain in replies],
+    'stats': stats,
+    'peak_bytes': peak_bytes() if reset else None,
+  }
+
+
+def agree(state: dict, request: dict) -> dict:
+  """Writes the logits after some rows to a file; the most likely tokens after them."""
+  tokens = np.array(request['tokens'], np.int32)
+  np.save(request['file'], state['system'].logits(tokens))
+  return {'greedy': state['system'].greedy(tokens, request['count'])}
+
+
+def roofline(state: dict, request: dict) -> dict:
+  """Our decode step against the machine's limits."""
+  return state['system'].roofline(request['batches'], request['repetitions'])
+
+
+def memory(state: dict, request: dict) -> dict:
+  """Peak memory of the process since it started, and of the accelerator."""
+  return {
+    'life_peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    'device_peak_bytes': state['system'].device_peak_bytes(),
+  }
+
+
+OPERATIONS = {f.__name__: f for f in (load, take, run, agree, roofline, memory)}
+
+
+def peak_bytes() -> int:
+  """Most resident memory of this process since `_reset_peak`."""
+  status = pathlib.Path('/proc/self/status').read_text()
+  return int(status.split('VmHWM:')[1].split()[0]) * 1024
+
+
+def _reset_peak() -> bool:
+  """Starts the peak of resident memory anew; False where the system has no such thing."""
+  try:
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+  except OSError:
+    return False
+  return True
+
+
+def encode_chains(chains: list[Chain]) -> list[dict]:
+  """Chains for a request."""
+  return [dataclasses.asdict(chain) for chain in chains]
+
+
+def main() -> None:
+  # Libraries print to stdout; replies go where they cannot.
+  replies = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)
+  state: dict = {}
+  for line in sys.stdin:
+    try:
+      reply = handle(state, json.loads(line))
+    except Exception:  # the driver tells, with the whole of it
+      reply = {'error': traceback.format_exc()}
+    print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,11 +1,14 @@
 """Chains, D_CAI on disk and the implied preferences."""
 
 import dataclasses
+import hashlib
 import json
 
 import jax
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from jax.experimental import multihost_utils
 
 from cai_jax import parallel
 from cai_jax.constitution import Constitution, Principle
@@ -282,3 +285,85 @@ def test_the_bound_counts_what_other_models_are_shown(lm, tiny_tokenizer):
     for models in ({'base': lm}, {'base': lm, 'critique': dataclasses.replace(lm, name='other')})
   ]
   assert lengths[1] >= lengths[0] - 64
+
+
+class Lost(Exception):
+  """The process died."""
+
+
+@pytest.fixture
+def start(lm, tmp_path, monkeypatch):
+  """`start(process, count, ...)`: what one of several processes does, one after the other.
+
+  Process 0 comes first; the others are told what it found, as the broadcast would.
+  """
+  told = []
+
+  def broadcast(there):
+    if jax.process_index() == 0:
+      told[:] = [np.array(there)]
+    return told[0]
+
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
+
+  def run(process, count, folder='d_cai', lost_after=None, it=None):
+    monkeypatch.setattr(jax, 'process_index', lambda: process)
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
+
+    def progress(done, total, tokens):
+      if done == lost_after:
+        raise Lost
+
+    it = it or job(lm, count=13, helpful=2)
+    journal = Journal(tmp_path / f'journal-{folder}', process)
+    return generate.run(it, tmp_path / folder, journal, ENGINE, progress)
+
+  return run
+
+
+def test_a_lost_process_share_is_dealt_out_among_those_that_start_next(lm, start, tmp_path):
+  start(0, 1, 'whole')
+  whole = files(tmp_path / 'whole')
+  assert len(whole) == 5
+  # The first of four processes does its share of two shards, another is lost on its way, two never
+  # begin.
+  assert start(0, 4)['sampled_rows'] == 6
+  with pytest.raises(Lost):
+    start(1, 4, lost_after=2)
+  assert len(files(tmp_path / 'd_cai')) == 2
+  # Two processes share what is missing, of which a fixed deal would give one of them all but one.
+  # The second is told what was missing before the first began.
+  first, second = start(0, 2), start(1, 2)
+  assert (first['sampled_rows'], second['sampled_rows']) == (6, 3)
+  # Both read the journal of the lost one.
+  assert first['replayed_turns'] + second['replayed_turns'] >= 2
+  assert files(tmp_path / 'd_cai') == whole
+  assert [path.name for path in (tmp_path / 'd_cai').glob('*.tmp')] == []
+  generate.finish(job(lm, count=13, helpful=2), tmp_path / 'd_cai')
+  assert len(data.read_rows(tmp_path / 'd_cai')) == 15
+  assert start(0, 3)['sampled_rows'] == 0
+
+
+def test_more_processes_than_missing_shards(start, tmp_path):
+  start(0, 1, 'whole')
+  assert [start(i, 7)['sampled_rows'] for i in range(7)] == [3, 3, 3, 3, 3, 0, 0]
+  assert files(tmp_path / 'd_cai') == files(tmp_path / 'whole')
+
+
+def test_every_process_checks_that_it_works_on_the_same_job(lm, start, tmp_path):
+  start(0, 2)
+  with pytest.raises(ValueError, match='shards of another job'):
+    start(1, 2, it=job(lm, count=12, helpful=3))
+  (tmp_path / 'd_cai' / 'job.json').unlink()
+  with pytest.raises(ValueError, match='process 1 does not see .* filesystem that they share'):
+    start(1, 2)
+
+
+def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
+  it = job(lm)
+  parts = [it.config, [], it.constitution.fingerprint(), it.seed, []]
+  for name, stage in zip(('initial', 'critique', 'revision'), generate._each(it), strict=True):
+    parts[1].append([name, stage.sampling, stage.demonstrations, 'random-0'])
+  parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
+  text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
+  assert it.digest() == hashlib.sha256(text.encode()).hexdigest()

@@ -344,26 +344,51 @@ def test_a_run_that_is_killed_five_times_ends_with_the_same_bytes(folder, tmp_pa
   assert len(results(tmp_path / 'whole')) == 26 + 1
 
 
-@pytest.mark.slow
-def test_two_processes_do_the_work_of_one(folder, tmp_path):
-  """Two processes of two devices, each with its share of the prompts, against one of four."""
-  root = os.path.dirname(launch.__file__)
+def start_one(arguments, devices, **environment):
+  """A process with that many CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | environment
+  return subprocess.Popen(arguments, cwd=os.path.dirname(launch.__file__), env=environment)
 
-  def start(name, devices, **environment):
-    flags = f'--xla_force_host_platform_device_count={devices}'
-    environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | environment
-    return subprocess.Popen(
-      [*command(folder, tmp_path / name), '--config.mesh.fsdp=2'], cwd=root, env=environment
-    )
 
-  assert start('one', 4).wait() == 0
+def start_two(arguments, devices):
+  """Two processes with that many CPU devices each, which know of each other."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  pair = [
-    start('two', 2, COORDINATOR_ADDRESS=address, NUM_PROCESSES='2', PROCESS_ID=str(i))
-    for i in range(2)
-  ]
+  names = {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': '2'}
+  return [start_one(arguments, devices, PROCESS_ID=str(i), **names) for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('lost', [0, 1])
+def test_what_a_lost_process_left_is_done_by_the_next_start(folder, tmp_path, lost):
+  """One of two is killed among 26 shards; then one process alone does what both left undone."""
+  arguments = lambda name: [*command(folder, tmp_path / name), '--stages=generate']  # noqa: E731
+  assert start_one(arguments('whole'), 1).wait() == 0
+  pair = start_two(arguments('cut'), 1)
+  while progress(tmp_path / 'cut') < 6:
+    assert [process.poll() for process in pair] == [None, None]
+    time.sleep(0.005)
+  for process in (pair[lost], pair[1 - lost]):  # the other cannot go on without it
+    process.kill()
+    process.wait()
+  there = [name for name in results(tmp_path / 'cut') if not name.endswith('.tmp')]
+  assert start_one(arguments('cut'), 1).wait() == 0
+  assert results(tmp_path / 'cut') == results(tmp_path / 'whole')
+  assert len(results(tmp_path / 'cut')) == 26
+  counts = json.loads((tmp_path / 'cut' / 'manifest.json').read_text())['stages']['generate']
+  missing = 3 * (26 - len(there)) - 2 * all('00025' not in name for name in there)  # of one row
+  assert 0 < counts['sampled_rows'] == missing < 76
+  assert len(list((tmp_path / 'cut' / 'journal').iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(folder, tmp_path):
+  """Two processes of two devices, each with its share of the prompts, against one of four."""
+  arguments = lambda name: [*command(folder, tmp_path / name), '--config.mesh.fsdp=2']  # noqa: E731
+  assert start_one(arguments('one'), 4).wait() == 0
+  pair = start_two(arguments('two'), 2)
   assert [process.wait() for process in pair] == [0, 0]
   assert len(list((tmp_path / 'two' / 'journal').iterdir())) == 2
   one, two = (data.read_rows(tmp_path / name / 'd_cai') for name in ('one', 'two'))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from cai_jax import constitution as constitutions
 from cai_jax.constitution import Constitution, Principle
@@ -86,15 +88,20 @@ class Job:
     return variant(prompt, principles, self.stages, self.config.context == 'growing')
 
   def digest(self) -> str:
-    """Hex digest of all that the rows depend on."""
+    """Hex digest of all that the rows depend on; one prompt at a time, as there may be millions."""
     stages = [
       [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
       for name, stage in zip(('initial', 'critique', 'revision'), _each(self), strict=True)
     ]
-    prompts = [[prompt.id, prompt.messages, prompt.metadata, kind] for prompt, kind in self.prompts]
-    parts = [self.config, stages, self.constitution.fingerprint(), self.seed, prompts]
+    parts = [self.config, stages, self.constitution.fingerprint(), self.seed]
     content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    digest, between = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
+    for prompt, kind in self.prompts:
+      row = [prompt.id, prompt.messages, prompt.metadata, kind]
+      digest.update((between + json.dumps(row, sort_keys=True)).encode())
+      between = ', '
+    digest.update(b']]')
+    return digest.hexdigest()
 
   def row(self, record, kind: str) -> dict[str, Any]:
     """The row of D_CAI for a finished chain."""
@@ -182,7 +189,10 @@ def run(
 ) -> dict[str, Any]:
   """Writes D_CAI to `folder`, and returns counts and speeds for the manifest.
 
-  Shards that are there already are kept; with several processes each writes its own share. All
+  Shards that are there already are kept. Several processes call this together: the shards that
+  are missing are dealt out evenly among those that started this time, however many had worked on
+  the others, and every process reads the journals of all. So a lost process leaves nothing that
+  the next start cannot finish. This needs a `folder` and a journal that all processes share. All
   bytes of the shards depend on the job alone.
 
   Args:
@@ -190,16 +200,17 @@ def run(
     folder: of the dataset; `preferences.jsonl` is written beside it.
     journal: of finished turns.
     engine: sizes of the compiled programs.
-    progress: called with rows done, rows in all, and tokens sampled.
+    progress: called with rows done, rows in all (of this process), and tokens sampled.
+
+  Raises:
+    ValueError: if the folder is another job's, or this process does not share it.
   """
   folder = pathlib.Path(folder)
-  if jax.process_index() == 0:
-    _claim(folder, job)
   size = job.config.shard_rows
-  shards = [job.prompts[i : i + size] for i in range(0, len(job.prompts), size)]
-  mine = range(jax.process_index(), len(shards), jax.process_count())
-  missing = [index for index in mine if not records.shard_path(folder, index).exists()]
-  total = sum(len(shards[index]) for index in missing)
+  count = -(-len(job.prompts) // size)
+  mine = _missing(folder, job, count)[jax.process_index() :: jax.process_count()]
+  lengths = {index: len(job.prompts[index * size : (index + 1) * size]) for index in mine}
+  total = sum(lengths.values())
   stats = Stats()
   if total:
     running = Engine(
@@ -212,32 +223,61 @@ def run(
     )
     stats = running.stats
     journal.refresh()  # another job may have put turns since it was opened
-    todo = [(index, place) for index in missing for place in range(len(shards[index]))]
-    where = {shards[index][place][0].id: (index, place) for index, place in todo}
-    rows: dict[int, dict[int, dict]] = {index: {} for index in missing}
-    chains = ((shards[i][p][0].id, job.chain(*shards[i][p])) for i, p in todo)
-    for done, (prompt_id, record) in enumerate(running.run(chains), 1):
-      index, place = where[prompt_id]
-      rows[index][place] = job.row(record, shards[index][place][1])
-      if len(rows[index]) == len(shards[index]):
+    numbers = (i for index in mine for i in range(index * size, index * size + lengths[index]))
+    chains = ((job.prompts[i][0].id, _numbered(i, job.chain(*job.prompts[i]))) for i in numbers)
+    rows: dict[int, dict[int, dict]] = {}  # of the shards that are begun: number → row
+    for done, (_, (number, record)) in enumerate(running.run(chains), 1):
+      index = number // size
+      rows.setdefault(index, {})[number] = job.row(record, job.prompts[number][1])
+      if len(rows[index]) == lengths[index]:
         whole = rows.pop(index)
-        records.write_shard(folder, index, [whole[place] for place in sorted(whole)])
+        records.write_shard(folder, index, [whole[number] for number in sorted(whole)])
       progress(done, total, stats.sampled_tokens)
   return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
 
 
-def _claim(folder: pathlib.Path, job: Job) -> None:
-  """Marks a folder as this job's, so that no shard of another one is taken for its own."""
-  path, mark = folder / 'job.json', {'digest': job.digest()}
-  if path.exists():
-    if json.loads(path.read_text()) != mark:
-      raise ValueError(
-        f'{folder} holds shards of another job: a model, prompt, principle or setting has changed '
-        'since. Delete the folder, or use another workdir.'
-      )
-    return
-  folder.mkdir(parents=True, exist_ok=True)
-  write_json(path, mark)
+def _numbered(number: int, chain: Chain) -> Chain:
+  """The chain, with its number put before its result."""
+  return number, (yield from chain)
+
+
+def _missing(folder: pathlib.Path, job: Job, count: int) -> list[int]:
+  """Which of the `count` shards are not there: the same list in every process.
+
+  Process 0 looks, before any process writes, and tells the others: one that looked for itself, a
+  little later, would miss shards that quicker ones have written, and deal otherwise than they do.
+  """
+  there, mark = np.zeros(count, np.int32), {'digest': job.digest()}
+  if jax.process_index() == 0:
+    _claim(folder, mark)
+    there[:] = [records.shard_path(folder, index).exists() for index in range(count)]
+  if jax.process_count() > 1:
+    there = multihost_utils.broadcast_one_to_all(there)
+  _check_claim(folder, mark)
+  return np.flatnonzero(there == 0).tolist()
+
+
+def _claim(folder: pathlib.Path, mark: dict[str, str]) -> None:
+  """Marks a folder as a job's, unless it has a mark."""
+  path = folder / 'job.json'
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, mark)
+
+
+def _check_claim(folder: pathlib.Path, mark: dict[str, str]) -> None:
+  """ValueError unless the folder has this job's mark: no shard of another is taken over."""
+  path = folder / 'job.json'
+  if not path.exists():
+    raise ValueError(
+      f'process {jax.process_index()} does not see {path}, which process 0 has written: all '
+      'processes need the same workdir on a filesystem that they share.'
+    )
+  if json.loads(path.read_text()) != mark:
+    raise ValueError(
+      f'{folder} holds shards of another job: a model, prompt, principle or setting has changed '
+      'since. Delete the folder, or use another workdir.'
+    )
 
 
 def finish(job: Job, folder: str | os.PathLike) -> None:

@@ -44,13 +44,12 @@ class Process:
 
   def __init__(self, system: str, args: argparse.Namespace):
     python = args.tunix_python if system == 'tunix' else sys.executable
-    cores = sorted(os.sched_getaffinity(0))[: args.cores]
     environment = os.environ | {
       'PYTHONPATH': str(ROOT),
       'JAX_PLATFORMS': args.platform,
       'HF_HUB_OFFLINE': '1',
       'TOKENIZERS_PARALLELISM': 'false',
-      'OMP_NUM_THREADS': str(len(cores)),
+      'OMP_NUM_THREADS': str(len(os.sched_getaffinity(0))),
       'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
     }
     self._process = subprocess.Popen(
@@ -61,8 +60,6 @@ class Process:
       stdout=subprocess.PIPE,
       text=True,
     )
-    # Before it has had time to import, and so to start threads: they inherit it.
-    os.sched_setaffinity(self._process.pid, cores)
     self._system = system
 
   def ask(self, op: str, **request) -> dict:
@@ -143,7 +140,7 @@ def ratios(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
 def agreement(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> dict[str, dict]:
   """Whether peers compute the same model: difference of logits, and of most likely tokens."""
   rng = np.random.default_rng(1)
-  tokens = rng.integers(chains_lib.FIRST_ID, vocab_size, (4, 24)).tolist()
+  tokens = rng.integers(chains_lib.FIRST_ID, vocab_size, (8, 24)).tolist()
   logits, greedy = {}, {}
   for system, ask in asks.items():
     file = workdir / f'logits_{system}.npy'
@@ -198,14 +195,14 @@ def best_batch(system: str, args, folder, prefix, chains, sizes: Sequence[int]) 
   return seconds
 
 
-def machine(cores: int) -> dict:
+def machine() -> dict:
   """What the benchmark ran on."""
   info = pathlib.Path('/proc/cpuinfo').read_text()
   names = [line.split(':')[1].strip() for line in info.splitlines() if 'model name' in line]
   return {
     'platform': platform.platform(),
     'cpu': names[0] if names else platform.machine(),
-    'cores': min(cores, len(os.sched_getaffinity(0))),
+    'cores': len(os.sched_getaffinity(0)),
     'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
     'load_average_at_start': os.getloadavg()[0],
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -214,16 +211,10 @@ def machine(cores: int) -> dict:
 
 def settings_of(args: argparse.Namespace) -> chains_lib.ChainSettings:
   """The chains that the flags ask for."""
-  fields = [field.name for field in dataclasses.fields(chains_lib.ChainSettings)]
-  given = {name: getattr(args, name) for name in fields}
-  defaults = (OCCUPANCY if args.occupancy else {}) | {
-    field.name: field.default
-    for field in dataclasses.fields(chains_lib.ChainSettings)
-    if not (args.occupancy and field.name in OCCUPANCY)
-  }
-  return chains_lib.ChainSettings(
-    **{name: defaults[name] if value is None else value for name, value in given.items()}
-  )
+  base = chains_lib.ChainSettings(**(OCCUPANCY if args.occupancy else {}))
+  names = [field.name for field in dataclasses.fields(base)]
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  return dataclasses.replace(base, **given)
 
 
 def benchmark(args: argparse.Namespace) -> dict:
@@ -247,7 +238,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     'dtype': args.dtype,
     'chains': dataclasses.asdict(settings),
     'lengths': chains_lib.describe(chains, len(prefix)),
-    'machine': machine(args.cores),
+    'machine': machine(),
     'systems': {system: {} for system in systems},
   }
   sizes = {'ours': args.slots, 'hf': args.hf_batches, 'tunix': args.tunix_batches}
@@ -371,6 +362,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parser().parse_args(argv)
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # workers inherit it
   result = benchmark(args)
   text = json.dumps(result, indent=2)
   (pathlib.Path(args.workdir) / 'bench_generation.json').write_text(text + '\n')

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import platform
-import resource
 import sys
 import time
 import traceback
@@ -48,7 +47,7 @@ def take(state: dict, request: dict) -> dict:
 
 def run(state: dict, request: dict) -> dict:
   """Seconds, lengths of all replies and peak memory of a run over the chains kept."""
-  reset = _reset_peak()
+  reset = _reset_peak(state)
   start = time.perf_counter()
   replies, stats = state['system'].run(
     state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
@@ -76,7 +75,7 @@ def roofline(state: dict, request: dict) -> dict:
 def memory(state: dict, request: dict) -> dict:
   """Peak memory of the process since it started, and of the accelerator."""
   return {
-    'life_peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    'life_peak_bytes': max(peak_bytes(), state.get('life_peak_bytes', 0)),
     'device_peak_bytes': state['system'].device_peak_bytes(),
   }
 
@@ -86,12 +85,14 @@ OPERATIONS = {f.__name__: f for f in (load, take, run, agree, roofline, memory)}
 
 def peak_bytes() -> int:
   """Most resident memory of this process since `_reset_peak`."""
+  # getrusage would not do: it begins with the peak of the process that started this one.
   status = pathlib.Path('/proc/self/status').read_text()
   return int(status.split('VmHWM:')[1].split()[0]) * 1024
 
 
-def _reset_peak() -> bool:
-  """Starts the peak of resident memory anew; False where the system has no such thing."""
+def _reset_peak(state: dict) -> bool:
+  """Starts the peak of resident memory anew; False where the system does not let us."""
+  state['life_peak_bytes'] = max(peak_bytes(), state.get('life_peak_bytes', 0))
   try:
     pathlib.Path('/proc/self/clear_refs').write_text('5')
   except OSError:

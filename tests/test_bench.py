@@ -1,0 +1,141 @@
+"""The generation benchmark: chains, forced lengths, what is measured, and its JSON."""
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import bench_generation
+from experiments.bench import chains as chains_lib
+from experiments.bench import models, roofline, worker
+from experiments.bench.chains import ChainSettings
+
+SETTINGS = ChainSettings(chains=5, longest_prompt=12, longest_reply=4, prefix=3)
+SHAPE = models.Shape(
+  layers=2, d_model=16, d_ff=24, heads=2, kv_heads=1, head_dim=8, vocab=1024, positions=256
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  target = tmp_path_factory.mktemp('bench') / 'model'
+  models.write(target, SHAPE)
+  return target
+
+
+@pytest.fixture(scope='module')
+def loaded(folder):
+  """(asks of ours and of transformers in this process, chains)."""
+  prefix, chains = chains_lib.draw(SETTINGS, SHAPE.vocab)
+  asks = {}
+  for system in ('ours', 'hf'):
+    ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
+    ask('load', system=system, folder=str(folder), dtype='float32', platform='cpu', engine={})
+    ask('take', chains=worker.encode_chains(chains), prefix=prefix)
+    asks[system] = ask
+  return asks, chains
+
+
+def test_chains_are_a_function_of_settings_and_seed():
+  assert chains_lib.draw(SETTINGS, 1024) == chains_lib.draw(SETTINGS, 1024)
+  assert chains_lib.draw(SETTINGS, 1024) != chains_lib.draw(SETTINGS, 1024, seed=1)
+
+
+def test_contexts_grow_by_reply_and_request():
+  prefix, (chain, *_) = chains_lib.draw(SETTINGS, 1024)
+  replies = [[1] * limit for limit in chain.limits]
+  contexts = [chain.context(prefix, replies[:turn]) for turn in range(5)]
+  assert contexts[0] == prefix + chain.prompt
+  for turn, (before, after) in enumerate(itertools.pairwise(contexts)):
+    assert after == before + replies[turn] + chain.requests[turn]
+  assert [len(c) for c in contexts] == [chain.context_length(t, len(prefix)) for t in range(5)]
+  assert len(chains_lib.turn_names(2)) == len(chain.limits) == 5
+
+
+def test_lengths_are_skewed_and_within_bounds():
+  settings = ChainSettings(chains=400)
+  _, chains = chains_lib.draw(settings, 1024)
+  found = chains_lib.describe(chains, 0)
+  assert found['reply']['p50'] < found['reply']['mean'] < found['reply']['max'] / 2
+  assert found['reply']['max'] == settings.longest_reply
+  assert all(1 <= limit <= settings.longest_reply for c in chains for limit in c.limits)
+  assert all(12 <= len(request) <= 30 for c in chains for request in c.requests)
+  ids = [i for c in chains for i in c.prompt]
+  assert min(ids) >= chains_lib.FIRST_ID and max(ids) < 1024
+
+
+def test_systems_agree_and_force_lengths(loaded, tmp_path):
+  asks, chains = loaded
+  found = bench_generation.agreement(asks, SHAPE.vocab, tmp_path)
+  bench_generation.check_agreement(found, 'float32')
+  assert found['hf']['equal_greedy_rows'] == found['hf']['rows']
+  assert not list(tmp_path.iterdir())
+  runs = bench_generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
+  assert {system: len(r) for system, r in runs.items()} == {'ours': 2, 'hf': 2}
+  summary = bench_generation.summarise(chains, runs['ours'])
+  tokens = sum(limit for chain in chains for limit in chain.limits)
+  assert summary['stats']['sampled_tokens'] == tokens
+  assert summary['stats']['chains'] == len(chains)
+  assert json.loads(json.dumps(summary)) == summary
+
+
+def test_a_reply_of_another_length_is_an_error(loaded):
+  _, chains = loaded
+  lengths = [list(chain.limits) for chain in chains]
+  bench_generation.check_lengths('hf', chains, lengths)
+  lengths[1][2] += 1
+  with pytest.raises(RuntimeError, match='hf: the replies of chain_1'):
+    bench_generation.check_lengths('hf', chains, lengths)
+
+
+def test_another_model_is_an_error():
+  row = {'largest_logit': 5.0, 'largest_difference': 0.1, 'equal_greedy_rows': 0, 'rows': 4}
+  with pytest.raises(RuntimeError, match='not compute the same model'):
+    bench_generation.check_agreement({'hf': row}, 'float32')
+  bench_generation.check_agreement({'hf': row}, 'bfloat16')
+
+
+def test_ratios_are_of_the_same_round():
+  runs = {
+    'ours': [{'seconds': s} for s in (1.0, 2.0, 4.0)],
+    'hf': [{'seconds': s} for s in (3.0, 8.0, 8.0)],
+  }
+  assert bench_generation.ratios(runs) == {'hf': {'median': 3.0, 'min': 2.0, 'max': 4.0}}
+
+
+def test_bound_of_a_decode_step():
+  limits = {'bytes_per_second': 100.0, 'flops_per_second': 1000.0}
+  assert roofline.bound(50, 4, 1, 300, limits) == pytest.approx(2.0 + 3.0)  # reading binds
+  assert roofline.bound(50, 4, 32, 300, limits) == pytest.approx(3.2 + 96.0)  # arithmetic binds
+  shares = roofline.shares([10.0, 9.0, 20.0], 50, 4, 1, 300, 600, limits)
+  assert (shares['share'], shares['share_allocated']) == (pytest.approx(0.5), pytest.approx(0.8))
+
+
+def test_flags_reach_the_chains():
+  args = bench_generation.parser().parse_args(['--occupancy', '--chains=7', '--prefix=2'])
+  settings = bench_generation.settings_of(args)
+  assert (settings.chains, settings.prefix, settings.longest_reply) == (7, 2, 128)
+
+
+def test_random_matrices_are_wide_enough(folder):
+  from safetensors.numpy import load_file
+
+  table = load_file(folder / 'model.safetensors')['model.embed_tokens.weight']
+  assert np.std(table) == pytest.approx(2 / SHAPE.d_model**0.5, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_whole_run(tmp_path):
+  flags = '--model=tiny --peers=hf --chains=3 --longest_reply=4 --repetitions=1 --slots=2 '
+  flags += f'--hf_batches=1,3 --trial_chains=2 --workdir={tmp_path}'
+  command = [sys.executable, '-m', 'experiments.bench_generation', *flags.split()]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  result = json.loads(done.stdout)
+  assert result == json.loads((tmp_path / 'bench_generation.json').read_text())
+  assert set(result['ratios']) == {'hf'}
+  assert result['systems']['hf']['batch'] in (1, 3)
+  assert result['systems']['ours']['peak_bytes'] > 0

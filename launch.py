@@ -7,13 +7,14 @@ A stage that is done is not done again; one that was killed goes on. Any field o
 overridden as `--config.train.learning_rate=1e-4`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,8 +34,10 @@ from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.progress import Progress
 from cai_jax.report import table, write_report
+from cai_jax.sampling import remote
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
@@ -58,12 +61,18 @@ class Run:
   feedback: generate.FeedbackConfig
   sampling: generate.StageSampling
   engine: EngineConfig
+  remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
   train: TrainConfig
   scorer: scores.Scorer | None
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
     known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
+    if self.remotes:  # what is served; where, and how patiently it is asked, may change
+      known['remote'] = {
+        name: {field: getattr(served, field) for field in remote.TEXT_FIELDS}
+        for name, served in self.remotes.items()
+      }
     known['constitution'] = self.constitution.fingerprint()
     sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
     known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
@@ -106,6 +115,9 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     if len(set(ids)) < len(ids):
       twice = next(i for i in ids if ids.count(i) > 1)
       raise ValueError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
+  sampling = generate.StageSampling(
+    **{name: SamplingConfig(**section) for name, section in config.sampling.items()}
+  )
   held_out = sets['eval_harmful'] + sets['eval_helpful']
   prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
   return Run(
@@ -114,10 +126,9 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     constitution=_constitution(config.constitution),
     prompts=sets,
     feedback=generate.FeedbackConfig(**config.feedback),
-    sampling=generate.StageSampling(
-      **{name: SamplingConfig(**section) for name, section in config.sampling.items()}
-    ),
+    sampling=sampling,
     engine=EngineConfig(**config.engine),
+    remotes=_remotes(config, sampling),
     train=TrainConfig(seed=config.seed, **config.train),
     scorer=SCORERS[config.evaluation.scorer],
   )
@@ -141,6 +152,8 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     manifest.check(name, run.settings(name))
     if name not in stages and not manifest.done(name):
       raise ValueError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
+  if any(name in ('generate', 'evaluate') and not manifest.done(name) for name in stages):
+    _check_reachable(run)
   _barrier('manifest read')
   if first:
     write_json(run.workdir / 'config.json', run.config)
@@ -162,7 +175,13 @@ def check(run: Run, stages: Sequence[str]) -> None:
     ValueError: naming the field and what it may be.
   """
   section = run.config['model']
-  names = {section[name] or section['base'] for name in ('base', 'critique', 'revision', 'init')}
+  init = section['init'] or section['base']
+  if not init and {'train', 'evaluate'} & {*stages}:
+    raise ValueError(
+      'model.init is empty: with M_θ served elsewhere it must name the checkpoint that M_aligned '
+      'starts from. Give it, or choose --stages=generate.'
+    )
+  names = {section[name] for name in ('base', 'critique', 'revision', 'init')} - {''}
   parts = {name: models.check(_path(name)) for name in names}
   mesh = _mesh(run)
   for part in parts.values():
@@ -170,8 +189,8 @@ def check(run: Run, stages: Sequence[str]) -> None:
   parallel.check_batch(run.engine.slots, _local_mesh(run), 'engine.slots')
   rows = run.train.batch_size // run.train.accumulation
   parallel.check_batch(rows, mesh, 'train.batch_size / train.accumulation')
-  init = section['init'] or section['base']
-  _check_aligned(run, stages, init, parts[init])
+  if init:
+    _check_aligned(run, stages, init, parts[init])
   share, replies = run.train.helpfulness_share, len(run.prompts['harmful'])
   replies *= run.feedback.rounds if run.train.target == 'all' else 1
   wanted = round(share * replies / (1 - share))
@@ -186,7 +205,8 @@ def check(run: Run, stages: Sequence[str]) -> None:
       'prompts.eval_harmful.source is empty: evaluation needs held-out prompts. Give some, or '
       'choose --stages=generate,train.'
     )
-  check_workdir(run.workdir, needed_bytes=_disk_bytes(run, parts[init].config.num_params))
+  trained = parts[init].config.num_params if init else 0
+  check_workdir(run.workdir, needed_bytes=_disk_bytes(run, trained))
 
 
 def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Parts) -> None:
@@ -217,12 +237,12 @@ def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Par
 
 def generate_stage(run: Run, _) -> dict[str, Any]:
   """D_CAI and the implied preferences."""
-  loaded = _load_models(run)
-  if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
-    _job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
-  job = _job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
   folder = run.workdir / 'd_cai'
-  counts = _sample(run, job, folder, 'generate')
+  with _loaded_models(run) as loaded:
+    if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
+      _job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
+    job = _job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
+    counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
     pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
     counts |= {'preferences': pairs}
@@ -253,7 +273,9 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   """Scores of every round, of M_θ and of M_aligned, on the held-out prompts."""
   harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
   folder = run.workdir / 'evaluation'
-  base = _sample(run, _job(run, _load_models(run), harmful, helpful), folder / 'base', 'base')
+  with _loaded_models(run) as loaded:
+    base = _sample(run, _job(run, loaded, harmful, helpful), folder / 'base', 'base')
+  del loaded  # M_aligned takes its place
   aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], _local_mesh(run))
   answers = _job(run, {'base': aligned}, [], [*harmful, *helpful])
   counts = _sample(run, answers, folder / 'aligned', 'aligned')
@@ -342,23 +364,63 @@ def _local_mesh(run: Run):
   return parallel.make_mesh(**sizes, devices=jax.local_devices())
 
 
-def _load_models(run: Run) -> dict[str, LM]:
+@contextlib.contextmanager
+def _loaded_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
   """M_θ, and M_critique and M_revise where they are others; loaded once each."""
   section = run.config['model']
   mesh = _local_mesh(run)
-  names = {'base': section['base']}
-  names |= {
-    k: section[k] for k in ('critique', 'revision') if section[k] not in ('', names['base'])
+  names = {
+    name: section[name]
+    for name in ('base', 'critique', 'revision')
+    if section[name] and (name == 'base' or section[name] != section['base'])
   }
 
   def load(path: str) -> LM:
     return dataclasses.replace(models.load(_path(path), section['dtype'], mesh), name=path)
 
-  loaded = {path: load(path) for path in set(names.values())}
-  return {name: loaded[path] for name, path in names.items()}
+  with contextlib.ExitStack() as open_remotes:
+    served = {}
+    for name, settings in run.remotes.items():
+      served[name] = Remote(settings)
+      open_remotes.callback(served[name].close)
+    loaded = {path: load(path) for path in set(names.values())}
+    yield {name: loaded[path] for name, path in names.items()} | served
 
 
-def _job(run: Run, loaded: dict[str, LM], harmful, helpful) -> generate.Job:
+def _remotes(config: ConfigDict, sampling: generate.StageSampling) -> dict[str, RemoteConfig]:
+  """The models that are served elsewhere, checked as far as the config says."""
+  sections = {name: section for name, section in config.remote.items() if section.url}
+  found = {}
+  for name, section in sections.items():
+    if config.model[name]:
+      raise ValueError(
+        f'model.{name}={config.model[name]!r} and remote.{name}.url={section.url!r} are both set; '
+        f"one model is meant: set model.{name}='' or remote.{name}.url=''."
+      )
+    try:
+      found[name] = RemoteConfig(**section)
+      for stage in dataclasses.fields(sampling):
+        own = stage.name in sections or config.model.get(stage.name)
+        if name == (stage.name if own else 'base'):
+          remote.check_sampling(found[name], getattr(sampling, stage.name))
+    except ValueError as error:
+      raise ValueError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
+  if not config.model.base and 'base' not in found:
+    raise ValueError('model.base is empty: name a checkpoint, or give remote.base.url.')
+  return found
+
+
+def _check_reachable(run: Run) -> None:
+  """Asks each server once whether it serves its model."""
+  for name, settings in run.remotes.items():
+    try:
+      with contextlib.closing(Remote(settings)) as served:
+        served.check()
+    except ValueError as error:
+      raise ValueError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
+
+
+def _job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> generate.Job:
   seed = run.config['seed']
   return generate.prepare(
     loaded, harmful, helpful, run.constitution, run.feedback, run.sampling, seed
@@ -421,7 +483,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     run = build(_CONFIG.value, _WORKDIR.value)
     run_stages(run, _STAGES.value, say)
-  except ValueError as error:
+  except (ValueError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     sys.exit('stopped; the same command goes on from here.')

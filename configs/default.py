@@ -19,6 +19,11 @@ def get_config() -> ConfigDict:
   config.model.init = ''  # what M_aligned starts from; '' is M_θ
   config.model.dtype = 'float32'  # of sampling: parameters, cache and arithmetic
 
+  config.remote = ConfigDict()  # models that are served elsewhere, each instead of model's
+  config.remote.base = remote()  # M_θ: set model.base='', and model.init for the aligned model
+  config.remote.critique = remote()
+  config.remote.revision = remote()
+
   config.mesh = ConfigDict()  # devices along each axis; -1 is the rest
   config.mesh.data = -1
   config.mesh.fsdp = 1
@@ -84,6 +89,24 @@ def get_config() -> ConfigDict:
 
   config.report = ConfigDict()
   config.report.chains = 500  # shown in the report's browser
+  return config
+
+
+def remote() -> ConfigDict:
+  """A model behind an OpenAI-compatible completions API; '' as the url is none at all."""
+  config = ConfigDict()
+  config.url = ''  # base of the API, such as 'http://localhost:8000/v1'
+  config.model = ''  # the name it is served under
+  config.tokenizer = ''  # folder or hub name of its tokenizer
+  config.server = 'openai'  # 'vllm', 'sglang', 'tgi', 'llama.cpp'; 'openai' sends no extension
+  config.revision = ''  # of the served weights; a change of it is another model to the journal
+  config.max_positions = 4096  # tokens of a context with its reply
+  config.prompt = 'tokens'  # contexts are sent as 'tokens' or 'text'
+  config.timeout_seconds = 300.0  # without a byte from the server
+  config.retries = 8  # further tries of a request
+  config.backoff_seconds = 1.0  # before the first of them; doubles
+  config.max_concurrent = 64  # requests on their way, in each process
+  config.api_key_env = ''  # NAME of the environment variable with the API key; '' sends none
   return config
 
 

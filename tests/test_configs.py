@@ -8,6 +8,7 @@ import pytest
 from cai_jax.feedback import prompts
 from cai_jax.feedback.generate import FeedbackConfig
 from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import FREE, TrainConfig
 from configs import default
@@ -32,6 +33,14 @@ def test_defaults_are_those_of_the_component(section, component):
   if isinstance(component, TrainConfig):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
   assert section.to_dict() == fields
+
+
+def test_defaults_of_remotes():
+  none = {'url': '', 'model': '', 'tokenizer': ''}
+  component = dataclasses.asdict(RemoteConfig('http://localhost/v1', 'model', 'tokenizer')) | none
+  assert set(CONFIG.remote) == {'base', 'critique', 'revision'}
+  for section in CONFIG.remote.values():
+    assert section.to_dict() == component
 
 
 def test_defaults_of_prompts():

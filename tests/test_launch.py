@@ -224,6 +224,49 @@ def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def served(stage, **fields):
+  """Fields of a model that nobody serves: no server has port 9."""
+  url, words = 'http://127.0.0.1:9/v1', str(launch.TINY / 'model')
+  fields = {'url': url, 'model': 'm', 'tokenizer': words} | fields
+  return {f'remote__{stage}__{name}': value for name, value in fields.items()}
+
+
+@pytest.mark.parametrize(
+  'fields, match',
+  [
+    (served('critique'), "remote.critique: remote 'm' at http://127.0.0.1:9/v1 cannot be reached"),
+    (served('revision', retries=-1), 'remote.revision: retries=-1'),
+    (served('critique', tokenizer='/nowhere/at/all'), 'remote.critique: .*/nowhere/at/all'),
+    (served('critique') | {'model__critique': 'tiny'}, "model.critique='tiny' and remote.critique"),
+    (served('base'), "model.base='.*' and remote.base.url="),
+    (served('base') | {'model__base': ''}, 'model.init is empty'),
+    ({'model__base': ''}, 'model.base is empty'),
+    (served('critique') | {'sampling__critique__top_k': 5}, 'remote.critique: top_k=5'),
+    (
+      served('base', server='tgi', prompt='text')
+      | {'model__base': '', 'sampling__revision__stop_token_ids': (7,)},
+      'remote.base: stop_token_ids',
+    ),
+  ],
+)
+def test_a_served_model_that_cannot_be_used_is_refused_before_any_work(
+  fields, match, folder, tmp_path
+):
+  refused(match, folder, tmp_path, set_fields(**fields), ['generate', 'train'])
+
+
+def test_where_a_model_is_served_is_no_setting_of_a_stage(folder, tmp_path):
+  def settings(**fields):
+    config = small(folder)
+    set_fields(**served('critique', **fields))(config)
+    return launch.build(config, tmp_path).settings('generate')
+
+  assert settings() == settings(url='http://elsewhere/v1', timeout_seconds=5.0, retries=0)
+  assert settings() != settings(model='n')
+  assert settings() != settings(revision='2')
+  assert 'remote' not in launch.build(small(folder), tmp_path).settings('generate')
+
+
 def test_a_stage_that_does_not_exist_is_refused(folder, tmp_path):
   refused('unknown stage tidy', folder, tmp_path, lambda config: None, ['tidy'])
   refused('no stage is given', folder, tmp_path, lambda config: None, [])

@@ -79,6 +79,16 @@ class LM:
     """Static half of the model, for `nnx.merge(lm.graph, params)` in a jitted function."""
     return structure(self.config, self.dtype)[0]
 
+  @property
+  def max_positions(self) -> int:
+    """Tokens of the longest context with its reply."""
+    return self.config.max_positions
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens are in 0..vocab_size - 1."""
+    return self.config.vocab_size
+
   def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Logits f32[B,T,V] of tokens i32[B,T].
 

@@ -217,8 +217,8 @@ def test_each_failure_is_tried_again_and_then_told(fault, server, connect):
   with pytest.raises(ConnectionError) as error:
     future.result(timeout=60)
   said = str(error.value)
-  assert server.url in said and "chain 'row 7', turn 'critique_0'" in said and '3 tries' in said
-  assert 'journal' in said and 'start again' in said
+  for part in (server.url, "chain 'row 7', turn 'critique_0'", 'asked 3 times', 'start again'):
+    assert part in said
   if isinstance(fault, tuple) and isinstance(fault[1], dict) and 'error' in fault[1]:
     assert f'status {fault[0]}' in said and ('memory' in said or 'slow down' in said)
   assert len(server.bodies) == 3 and server.bodies[0] == server.bodies[2]
@@ -234,7 +234,7 @@ def test_a_refusal_is_told_at_once(server, connect):
 def test_a_server_that_is_gone_is_told(server, connect):
   one = connect(retries=1)
   server.server_close()
-  with pytest.raises(ConnectionError, match='2 tries'):
+  with pytest.raises(ConnectionError, match='asked 2 times'):
     ask(one)
   with pytest.raises(ValueError, match='cannot be reached.*is it up'):
     one.check()

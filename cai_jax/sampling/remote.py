@@ -326,7 +326,8 @@ class Remote:
     if self._closed.is_set():
       raise ConnectionError(f'{self._where()}: closed before {who} was answered.')
     raise ConnectionError(
-      f'{self._where()} did not answer {who} in {tries} tries; the last one gave {trouble}. '
+      f'{self._where()} did not answer {who}, asked {tries} times; in the end it gave '
+      f'{trouble}. '
       'Finished chains are in the journal: see to the server and start again, and the run goes on. '
       'Where the server is only slow, raise timeout_seconds or retries, or lower max_concurrent.'
     )

@@ -203,7 +203,7 @@ def test_failures_change_no_completion(server, connect):
   well = connect()
   expected = [ask(well, number) for number in range(12)]
   server.script = list(ILL)
-  ill = connect(timeout_seconds=0.5, retries=len(ILL), max_concurrent=4)
+  ill = connect(timeout_seconds=0.5, retries=len(ILL), max_concurrent=4, backoff_seconds=0.0)
   futures = [ill.submit(turn_of(i), key_of(i), (ill.tokenizer.eos_token_id,)) for i in range(12)]
   assert [future.result(timeout=60) for future in futures] == expected
   assert not server.script and len(server.bodies) == 12 + 12 + len(ILL)
@@ -337,6 +337,16 @@ def test_text_alone_is_encoded_anew_without_invented_numbers(server, connect):
   assert (done.text, done.finish_reason) == ('kind', 'stop_text')
 
 
+def test_the_tokenizer_may_be_used_while_answers_are_read(server, connect):
+  """A fast tokenizer that two threads use at a time raises."""
+  server.answers = 'text'
+  one = connect(server='openai', max_concurrent=8)
+  futures = [one.submit(turn_of(i % 100), key_of(i)) for i in range(150)]
+  while not all(future.done() for future in futures):
+    one.tokenizer.encode('the brake ' * 50, split_special_tokens=bool(len(server.bodies) % 2))
+  assert all(future.result().text for future in futures)
+
+
 def test_text_that_spells_a_control_token_stays_text(server, connect):
   one = connect(server='openai')
   server.script = [
@@ -397,6 +407,7 @@ def test_a_prompt_goes_as_text_where_its_control_tokens_survive(server, connect)
   turn = Turn('initial', one.tokenizer.encode(text), SamplingConfig(max_tokens=8))
   one.submit(turn, key_of()).result(timeout=60)
   [body] = server.bodies
+  assert body['model'] == 'tgi'  # another name would be an adapter's
   assert body['prompt'] == text and not {'top_p', 'top_k', 'logprobs'} & set(body)
   spelled = one.tokenizer.encode('<|im_end|>', split_special_tokens=True)
   with pytest.raises(ValueError, match='spells a control token'):

@@ -22,6 +22,7 @@ What comes back, by what the server tells:
   none it is NaN, never a guess.
 """
 
+import copy
 import dataclasses
 import email.utils
 import functools
@@ -77,7 +78,8 @@ SERVERS = {
     most_stops=64,
     neutral={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0},
   ),
-  'tgi': _Server(tokens=False, logprobs=False),
+  # TGI takes any other name for that of an adapter.
+  'tgi': _Server(tokens=False, logprobs=False, neutral={'model': 'tgi'}),
   'llama.cpp': _Server(
     top_k=True,
     most_stops=64,
@@ -187,6 +189,8 @@ class Remote:
     self.config = config
     self.name = f'{config.model}@{config.revision}' if config.revision else config.model
     self.tokenizer = vocabulary.tokenizer
+    # Two threads in one fast tokenizer make it raise 'Already borrowed'.
+    self._words, self._words_lock = copy.deepcopy(vocabulary.tokenizer), threading.Lock()
     self.eos_token_ids = vocabulary.eos_token_ids
     self.vocab_size = vocabulary.size
     self.max_positions = config.max_positions
@@ -298,7 +302,8 @@ class Remote:
   ) -> Completion:
     """The completion of a turn, after as many tries as it takes."""
     who = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
-    body = self._body(turn, key, stop_token_ids, stop_texts, who)
+    with self._words_lock:
+      body = self._body(turn, key, stop_token_ids, stop_texts, who)
     asked_for, tries = 0.0, self.config.retries + 1
     trouble = ''
     for attempt in range(tries):
@@ -322,7 +327,8 @@ class Remote:
       except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         trouble = f'an answer that cannot be read ({error!r}): {self._told(data)}'
         continue
-      return self._completion(answer, turn, stop_token_ids, stop_texts, who)
+      with self._words_lock:
+        return self._completion(answer, turn, stop_token_ids, stop_texts, who)
     if self._closed.is_set():
       raise ConnectionError(f'{self._where()}: closed before {who} was answered.')
     raise ConnectionError(
@@ -366,15 +372,15 @@ class Remote:
 
   def _text(self, context: list[int], who: str) -> str:
     """The text that a server encodes to the context's control tokens and text."""
-    whole = self.tokenizer.decode(
+    whole = self._words.decode(
       context, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    bos = self.tokenizer.bos_token or ''
-    control = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+    bos = self._words.bos_token or ''
+    control = set(self._words.all_special_ids) | set(self._words.added_tokens_decoder)
     wanted = [token for token in context if token in control]
     # Servers put the first token of a text themselves where the tokenizer does.
     for text in dict.fromkeys((whole.removeprefix(bos), whole)):
-      if [token for token in self.tokenizer.encode(text) if token in control] == wanted:
+      if [token for token in self._words.encode(text) if token in control] == wanted:
         return text
     raise ValueError(
       f'{who}: a text in it spells a control token, and a server that is sent text would take it '
@@ -447,7 +453,7 @@ class Remote:
     if answer.ended_by == 'stop_text' or (answer.ended_by == 'unknown' and stop_texts):
       return Completion(tokens, text, _rounded(logprobs), 'stop_text')
     # A token ended it, and the server kept that to itself.
-    special = bool(tokens) and tokens[-1] in self.tokenizer.all_special_ids
+    special = bool(tokens) and tokens[-1] in self._words.all_special_ids
     if stop_token_ids and not special:
       tokens, logprobs = [*tokens, stop_token_ids[0]], [*logprobs, math.nan]
     return Completion(tokens, text, _rounded(logprobs), 'stop')
@@ -478,20 +484,18 @@ class Remote:
     Log-probabilities are kept where the server's pieces are these very tokens; a further piece that
     is a stop token's spelling is that token.
     """
-    tokens = self.tokenizer.encode(answer.text, add_special_tokens=False, split_special_tokens=True)
+    tokens = self._words.encode(answer.text, add_special_tokens=False, split_special_tokens=True)
     count = len(tokens)
     if answer.pieces[:count] != [self._decode([token]) for token in tokens]:
       return tokens, [math.nan] * count
     following = answer.pieces[count] if len(answer.pieces) > count else None
     for token in stop_token_ids:
-      if following == self.tokenizer.convert_ids_to_tokens(token):
+      if following == self._words.convert_ids_to_tokens(token):
         return [*tokens, token], answer.logprobs[: count + 1]
     return tokens, answer.logprobs[:count]
 
   def _decode(self, tokens: list[int]) -> str:
-    return self.tokenizer.decode(
-      tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    return self._words.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def seed_of(key: np.ndarray) -> int:

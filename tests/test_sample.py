@@ -115,3 +115,74 @@ def test_uniforms_are_a_function_of_key_and_index_alone():
   assert u[0] == u[2] != u[1]
   assert uniforms(keys[:1], jnp.array([5]))[0] == u[0]
   assert uniforms(keys[:1], jnp.array([6]))[0] != u[0]
+
+
+def plain_kept(logits, top_k, top_p):
+  """What is kept of logits f32[V] by the definition: sorted, in f64; and each token's margin.
+
+  The margin is the distance from p of the mass before a token, and before the next smaller one: a
+  token nearer than rounding may go either way.
+  """
+  x = logits.astype(np.float64)
+  order = np.argsort(-x, kind='stable')
+  kept = np.isfinite(x)
+  if 0 < top_k < len(x):
+    kept &= x >= x[order[top_k - 1]]
+  if top_p >= 1:
+    return kept, np.inf
+  probs = np.where(kept, np.exp(x - x.max()), 0)
+  probs /= probs.sum()
+  values, place = np.unique(x, return_inverse=True)
+  masses = np.bincount(place, probs)
+  before = (np.cumsum(masses[::-1])[::-1] - masses)[place]
+  before_own = np.where(kept, before, np.inf)
+  first = before_own <= 0
+  # Of equal logits some may be past p and stay all the same: their first decides.
+  return kept & ((before < top_p) | first), np.abs(before[kept & ~first] - top_p).min(
+    initial=np.inf
+  )
+
+
+def kinds_of_rows(vocab):
+  """One row of each kind that could trip a search: flat, peaked, tied, cut, one-hot, far out."""
+  rng = np.random.default_rng(vocab)
+  normal = rng.normal(0, 2, vocab)
+  one_hot = np.full(vocab, -np.inf)
+  one_hot[vocab // 3] = -4.0
+  zipf = -1.2 * np.log(1 + rng.permutation(vocab)) + rng.normal(0, 0.2, vocab)
+  rows = [
+    normal,
+    8 * normal,
+    zipf,
+    np.round(normal),
+    np.round(4 * normal) / 4,
+    np.zeros(vocab),
+    np.where(rng.random(vocab) < 0.7, -np.inf, normal),
+    one_hot,
+    np.where(np.arange(vocab) == 5, 200.0, normal),
+    normal * 1e-6,
+    normal - 3e4,
+    np.where(rng.random(vocab) < 0.5, -0.0, 0.0),
+    np.where(np.arange(vocab) < 70, 3.0, zipf),
+  ]
+  return np.stack(rows).astype(np.float32)
+
+
+KEEP = jax.jit(keep_mask)
+
+
+@pytest.mark.parametrize('vocab', [60, 1000, 9_000])
+@pytest.mark.parametrize('top_k', [0, 1, 64, 700, 10**6])
+def test_the_kept_set_is_the_plain_one(vocab, top_k):
+  logits = kinds_of_rows(vocab)
+  for top_p in (1e-30, 0.03, 0.5, 0.9, 0.999, float(np.nextafter(np.float32(1), 0)), 1.0):
+    top_p = float(np.float32(top_p))
+    _, k, p = arrays(len(logits), top_k=top_k, top_p=top_p)
+    got = np.array(KEEP(logits, k, p))
+    for row, mask in zip(logits, got, strict=True):
+      kept, margin = plain_kept(row, top_k, top_p)
+      if margin > 1e-6:
+        assert (mask == kept).all(), (vocab, top_k, top_p, mask.sum(), kept.sum())
+      else:  # p to within f32 rounding: some threshold, and near enough
+        assert mask[np.isfinite(row)].any() and not mask[~np.isfinite(row)].any()
+        assert row[mask].min() > row[~mask].max(initial=-np.inf)

@@ -337,14 +337,16 @@ def test_text_alone_is_encoded_anew_without_invented_numbers(server, connect):
   assert (done.text, done.finish_reason) == ('kind', 'stop_text')
 
 
-def test_the_tokenizer_may_be_used_while_answers_are_read(server, connect):
-  """A fast tokenizer that two threads use at a time raises."""
-  server.answers = 'text'
-  one = connect(server='openai', max_concurrent=8)
-  futures = [one.submit(turn_of(i % 100), key_of(i)) for i in range(150)]
+def test_threads_do_not_share_a_tokenizer(server, connect):
+  """Another thread that reads control tokens from text must not make ours read them."""
+  one = connect(server='openai', max_concurrent=4)
+  eos = one.tokenizer.eos_token_id
+  spelled = {'choices': [{'text': '<|im_end|> ' * 40, 'finish_reason': 'length'}]}
+  server.script = [lambda _: spelled] * 150
+  futures = [one.submit(turn_of(i % 100), key_of(i), (eos,)) for i in range(150)]
   while not all(future.done() for future in futures):
-    one.tokenizer.encode('the brake ' * 50, split_special_tokens=bool(len(server.bodies) % 2))
-  assert all(future.result().text for future in futures)
+    assert eos in one.tokenizer.encode('the brake <|im_end|> ' * 40, split_special_tokens=False)
+  assert not any(eos in future.result().tokens for future in futures)
 
 
 def test_text_that_spells_a_control_token_stays_text(server, connect):

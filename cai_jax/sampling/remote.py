@@ -189,7 +189,8 @@ class Remote:
     self.config = config
     self.name = f'{config.model}@{config.revision}' if config.revision else config.model
     self.tokenizer = vocabulary.tokenizer
-    # Two threads in one fast tokenizer make it raise 'Already borrowed'.
+    # `split_special_tokens` is a state of a fast tokenizer: with two threads in one, a text that
+    # spells a control token can become it.
     self._words, self._words_lock = copy.deepcopy(vocabulary.tokenizer), threading.Lock()
     self.eos_token_ids = vocabulary.eos_token_ids
     self.vocab_size = vocabulary.size

@@ -10,7 +10,7 @@ import pytest
 
 from cai_jax.sampling import journal as journal_lib
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.types import Completion
+from cai_jax.sampling.types import Completion, SamplingConfig
 
 
 def turns(name, count=3):
@@ -131,3 +131,20 @@ def test_a_full_disk_is_an_error(tmp_path):
   journal._file.close()
   with open('/dev/full', 'ab', buffering=0) as journal._file, pytest.raises(OSError):
     journal.put(turns('a'))
+
+
+def test_a_digest_hangs_on_all_that_determines_a_reply():
+  given = dict(
+    fingerprint='m', context=[1, 256], sampling=SamplingConfig(), stop=((2,), ('x',)), key=b'k'
+  )
+  others = dict(
+    fingerprint='n',
+    context=[257, 0],
+    sampling=SamplingConfig(top_k=3),
+    stop=((2,), ('y',)),
+    key=b'l',
+  )
+  changed = [given | {name: other} for name, other in others.items()]
+  changed.append(given | {'context': [1]})
+  changed.append(given | {'sampling': SamplingConfig(max_tokens=9)})
+  assert len({journal_lib.digest(**settings) for settings in (given, *changed)}) == 8

@@ -30,8 +30,9 @@ def digest(
     key: the turn's random key.
   """
   settings = [sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens, *stop]
-  text = json.dumps([fingerprint, context, settings, key.hex()])
-  return hashlib.sha256(text.encode()).hexdigest()[:32]
+  text = json.dumps([fingerprint, settings, key.hex()])
+  tokens = np.array(context, '<i4')  # as text, a long context costs four times as much
+  return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]
 
 
 # How a line begins and goes on: opening a journal reads the keys and leaves the turns unparsed.

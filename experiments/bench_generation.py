@@ -120,6 +120,8 @@ def summarise(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
   peaks = [run['peak_bytes'] for run in runs if run['peak_bytes'] is not None]
   return {
     'seconds': seconds,
+    'cpu_seconds': [run['cpu_seconds'] for run in runs],
+    'other_load': [run['other_load'] for run in runs],
     'chains_per_second': len(chains) / statistics.median(seconds),
     'tokens_per_second': tokens / statistics.median(seconds),
     'peak_bytes': max(peaks, default=None),  # of the runs: loading and compiling are not in it
@@ -295,7 +297,7 @@ def table(result: dict) -> str:
     f'{result["model"]}, {result["dtype"]}, {result["chains"]["chains"]} chains, '
     f'prefix {result["chains"]["prefix"]}; {result["machine"]["cores"]} cores',
     f'{"system":8}{"rows":>6}{"seconds":>10}{"chains/s":>10}{"tokens/s":>10}{"GB":>7}'
-    f'{"× ours":>18}',
+    f'{"others":>7}{"× ours":>21}',
   ]
   for system, row in result['systems'].items():
     if 'seconds' not in row:
@@ -306,7 +308,7 @@ def table(result: dict) -> str:
     lines.append(
       f'{system:8}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
       f'{row["chains_per_second"]:10.3f}{row["tokens_per_second"]:10.1f}{peak / 1e9:7.2f}'
-      f'{spread:>18}'
+      f'{max(row["other_load"]):7.2f}{spread:>21}'
     )
   if 'host_share' in result:
     stats = result['systems']['ours']['stats']

@@ -46,14 +46,22 @@ def take(state: dict, request: dict) -> dict:
 
 
 def run(state: dict, request: dict) -> dict:
-  """Seconds, lengths of all replies and peak memory of a run over the chains kept."""
+  """Seconds, lengths of all replies and peak memory of a run over the chains kept.
+
+  `other_load` is how many cores all other processes kept busy meanwhile: times are worth something
+  where it is near 0 only. Torch suffers most, as its threads spin while they wait for each other.
+  """
   reset = _reset_peak(state)
-  start = time.perf_counter()
+  start, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()
   replies, stats = state['system'].run(
     state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
   )
+  seconds = time.perf_counter() - start
+  cpu, busy = time.process_time() - cpu, _busy_seconds() - busy
   return {
-    'seconds': time.perf_counter() - start,
+    'seconds': seconds,
+    'cpu_seconds': cpu,
+    'other_load': max(0.0, (busy - cpu) / seconds),
     'lengths': [[len(reply) for reply in chain] for chain in replies],
     'stats': stats,
     'peak_bytes': peak_bytes() if reset else None,
@@ -88,6 +96,13 @@ def peak_bytes() -> int:
   # getrusage would not do: it begins with the peak of the process that started this one.
   status = pathlib.Path('/proc/self/status').read_text()
   return int(status.split('VmHWM:')[1].split()[0]) * 1024
+
+
+def _busy_seconds() -> float:
+  """Seconds that the cores of this machine have worked since it started, summed."""
+  fields = pathlib.Path('/proc/stat').read_text().split('\n', 1)[0].split()[1:]
+  user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+  return (user + nice + system + irq + softirq) / os.sysconf('SC_CLK_TCK')
 
 
 def _reset_peak(state: dict) -> bool:

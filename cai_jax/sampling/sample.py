@@ -47,7 +47,7 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
   the whole vocabulary. A token of weight 0 is never drawn.
   """
   blocks = _blocked(weights, 0.0)
-  block, start, target = _draw_block(blocks.sum(-1), u)
+  block, start, target = _draw_block(_sum(blocks), u)
   entry = _draw_entry(_take(blocks, block), start, target)
   return block * BLOCK + entry
 
@@ -77,7 +77,7 @@ def sample(
   blocks = _blocked(logits, -jnp.inf)
   tops = blocks.max(-1)
   top = tops.max(-1)
-  all_sums = _weights(blocks, top, heat).sum(-1)
+  all_sums = _sum(_weights(blocks, top, heat))
 
   def filtered():
     kth, least = _thresholds(blocks, tops, heat, top_k, top_p)
@@ -85,7 +85,7 @@ def sample(
     kept = _kept(blocks, weights, kth, least)
     # A row without a filter takes the sums it has without filtering mates, to the last bit.
     unlike = ((top_k > 0) | (top_p < 1))[:, None]
-    return kth, least, jnp.where(unlike, jnp.where(kept, weights, 0.0).sum(-1), all_sums)
+    return kth, least, jnp.where(unlike, _sum(jnp.where(kept, weights, 0.0)), all_sums)
 
   def unfiltered():
     return jnp.full_like(top, LOWEST), jnp.zeros_like(top), all_sums
@@ -98,14 +98,14 @@ def sample(
   weights = jnp.where(_kept(inside, weights, kth, least), weights, 0.0)
   entry = jnp.where(greedy, jnp.argmax(inside, -1), _draw_entry(weights, start, target))
   chosen = jnp.take_along_axis(inside, entry[:, None], -1)[:, 0] - top
-  own = all_sums.sum(-1)
+  own = _total(all_sums)
   cool = jax.lax.cond(
     jnp.any(heat != 1),
-    lambda: _weights(blocks, top, jnp.ones_like(heat)).sum(-1).sum(-1),
+    lambda: _total(_sum(_weights(blocks, top, jnp.ones_like(heat)))),
     lambda: own,
   )
   total = jnp.where(heat == 1, own, cool)
-  return block * BLOCK + entry, chosen - jnp.log(total)
+  return (block * BLOCK + entry).astype(jnp.int32), chosen - jnp.log(total)
 
 
 def _blocked(rows: jax.Array, filler: float) -> jax.Array:
@@ -123,6 +123,30 @@ def _take(blocks: jax.Array, block: jax.Array) -> jax.Array:
 def _row(per_row: jax.Array, like: jax.Array) -> jax.Array:
   """per_row [B] with axes of length 1 up to the rank of like."""
   return per_row.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """x f32[...,N] summed over its last axis.
+
+  XLA's own sums on a CPU add up in an order that changes with the other axes, and so with the
+  number of rows. There halves are added to halves, which is as fast, and faster than it of a mask.
+  """
+
+  def halves(x):
+    while x.shape[-1] > 1:
+      odd = x.shape[-1] % 2
+      x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) if odd else x
+      x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
+
+  return jax.lax.platform_dependent(x, cpu=halves, default=lambda x: x.sum(-1))
+
+
+def _total(sums: jax.Array) -> jax.Array:
+  """f32[B]: the sums f32[B,N] of blocks added up, on a CPU in an order that only N decides."""
+  return jax.lax.platform_dependent(
+    sums, cpu=lambda x: jnp.cumsum(x, -1)[:, -1], default=lambda x: x.sum(-1)
+  )
 
 
 def _weights(logits: jax.Array, top: jax.Array, heat: jax.Array) -> jax.Array:
@@ -219,7 +243,7 @@ def _nucleus(
     return jnp.where(logits >= _row(kth, logits), _weights(logits, top, heat), 0.0)
 
   weights, best = weigh(blocks), weigh(best)
-  total = weights.sum(-1).sum(-1)
+  total = _total(_sum(weights))
   target = p * total
   # What weighs less than `low` is, all together, less than half of 1 - p.
   low = jnp.maximum((1 - p) * total / (2 * blocks[0].size), TINY)
@@ -253,7 +277,7 @@ def _where(rows: jax.Array, new, old):
 def _above(values: jax.Array, masses: jax.Array | None, threshold: jax.Array) -> jax.Array:
   """f32[B]: the masses of the entries of values f32[B,N,S] at or over the threshold, summed."""
   there = values >= _row(threshold, values)
-  return jnp.where(there, 1.0 if masses is None else masses, 0.0).sum(-1).sum(-1)
+  return _total(_sum(jnp.where(there, 1.0 if masses is None else masses, 0.0)))
 
 
 def _search(

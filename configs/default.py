@@ -55,9 +55,10 @@ def get_config() -> ConfigDict:
   config.sampling.revision = sampling()
 
   config.engine = ConfigDict()
-  config.engine.slots = 64  # chains in flight
-  config.engine.prefill_rows = 8  # slots prefilled together
-  config.engine.prefill_chunk = 32  # tokens of each prefilled together
+  config.engine.slots = 64  # chains in flight, at most
+  config.engine.cache_gib = 8.0  # for caches, on each device; fewer slots where it is too little
+  config.engine.prefill_chunks = (64, 16)  # tokens of a slot prefilled together: few sizes
+  config.engine.prefill_tokens = 128  # of all slots together
   config.engine.longest_burst = 32  # decode steps before the host looks
 
   config.train = ConfigDict()

@@ -16,6 +16,7 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 
 LENGTH = 128
+SIZES = dict(slots=4, prefill_chunks=(8,), prefill_tokens=16, longest_burst=5)
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +49,7 @@ def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, **sizes):
     {'base': lm},
     length=LENGTH,
     seed=seed,
-    config=EngineConfig(slots=slots, prefill_rows=2, prefill_chunk=8, longest_burst=5, **sizes),
+    config=EngineConfig(**SIZES | {'slots': slots} | sizes),
     journal=journal,
     stops={'base': (tuple(stops), tuple(texts))},
   )
@@ -71,7 +72,7 @@ def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
 def test_tokens_do_not_depend_on_slots_chunks_and_bursts(lm):
   base, _ = run(lm, items(7))
   one = Engine(
-    {'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_rows=3, prefill_chunk=16)
+    {'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_chunks=(16, 4))
   )
   for name, completions in one.run(items(7)):
     for mine, other in zip(completions, base[name], strict=True):
@@ -158,7 +159,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(lm, tmp_path):
     {'base': lm},
     length=LENGTH,
     seed=0,
-    config=EngineConfig(slots=4, prefill_rows=2, prefill_chunk=8, longest_burst=5),
+    config=EngineConfig(**SIZES),
     journal=journal,
   )
   list(itertools.islice(engine.run(items(9)), 4))  # and the rest is lost in mid-air
@@ -238,4 +239,8 @@ def test_a_stop_text_leaves_nothing_that_hangs_on_other_chains(lm):
 
 
 def test_longest_context_is_exact_for_a_chain_that_never_stops():
-  assert longest_context(chain([1] * 10, turns=3, max_tokens=12)) == 10 + 12 * 3 + 2 * 2
+  whole = 10 + 12 * 3 + 2 * 2
+  assert longest_context(chain([1] * 10, turns=3, max_tokens=12)) == {'base': (whole, whole)}
+  shared = {'base': [[2], [1] * 4]}
+  found = longest_context(chain([1] * 10, turns=3, max_tokens=12), shared)
+  assert found == {'base': (whole, whole - 4)}

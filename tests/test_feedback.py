@@ -26,7 +26,7 @@ from cai_jax.training import data
 PRINCIPLES = tuple(Principle(f'p{i}', f'What is wrong ({i})?', f'Mend it ({i}).') for i in range(5))
 CONSTITUTION = Constitution(PRINCIPLES)
 SHORT = SamplingConfig(max_tokens=7)
-ENGINE = EngineConfig(slots=4, prefill_rows=2, prefill_chunk=16, longest_burst=8)
+ENGINE = EngineConfig(slots=4, prefill_chunks=(16,), prefill_tokens=32, longest_burst=8)
 
 
 @pytest.fixture(scope='module')
@@ -227,7 +227,7 @@ def test_preferences_leave_out_pairs_that_say_nothing(tmp_path):
 
 
 def test_what_cannot_work_is_an_error_before_sampling(lm, tmp_path):
-  with pytest.raises(ValueError, match='can come to .* tokens, and the model holds 512'):
+  with pytest.raises(ValueError, match='can come to .* tokens, and random holds 512'):
     long = Prompt('long', ({'role': 'user', 'content': 'word ' * 600},))
     generate.prepare(
       {'base': lm}, [long], [], CONSTITUTION, generate.FeedbackConfig(),

@@ -18,7 +18,7 @@ from cai_jax.model import config as config_lib
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import transformer, weights
 
-B, T = 3, 24
+B, T, LAYERS = 3, 24, 3
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 300, (B, T))
 LENGTHS = np.array([24, 17, 5])  # real tokens of padded rows
@@ -112,7 +112,7 @@ def test_cached_decode_equals_the_full_forward(load, family):
   """A prompt in two chunks, then token by token, in a cache that is longer than the row."""
   lm = load(family)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, T + 5, jnp.float32)
+  cache = transformer.init_cache(lm.config, B, (T + 5,) * LAYERS, jnp.float32)
   pieces, start = [], 0
   for length in (7, 7, *[1] * 10):
     logits, cache = run(
@@ -127,11 +127,11 @@ def test_cached_rows_of_their_own_lengths(load):
   """Rows prefilled together with padding go on from their own positions."""
   lm = load('llama3')
   full = np.asarray(lm.logits(TOKENS))
-  lengths, room = np.array([9, 4, 1]), T
-  cache = transformer.init_cache(lm.config, B, room, jnp.float32)
+  lengths = np.array([9, 4, 1])
+  cache = transformer.init_cache(lm.config, B, (T,) * LAYERS, jnp.float32)
   # A stale cache: what lies past a row's own tokens must not be seen.
   cache = jax.tree.map(lambda x: x + 3.0, cache)
-  place = np.where(np.arange(9) < lengths[:, None], np.arange(9), room)
+  place = np.where(np.arange(9) < lengths[:, None], np.arange(9), -1)
   logits, cache = run(lm, TOKENS[:, :9], place, None, cache)
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-4, rtol=0)
@@ -159,7 +159,7 @@ def test_packed_segments_equal_separate_rows(load, family):
 
 def test_cache_and_segments_exclude_each_other(load):
   lm = load('llama2')
-  cache = transformer.init_cache(lm.config, B, T, jnp.float32)
+  cache = transformer.init_cache(lm.config, B, (T,) * LAYERS, jnp.float32)
   with pytest.raises(ValueError, match='pass one of the two'):
     run(lm, TOKENS, positions(B, T), np.ones((B, T), int), cache)
 
@@ -202,7 +202,7 @@ def test_half_precision_decode_equals_the_full_forward(load, dtype):
   """XLA for CPUs refuses some products of half precision with one query a row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, 2 * T, jnp.dtype(dtype))
+  cache = transformer.init_cache(lm.config, B, (2 * T,) * LAYERS, jnp.dtype(dtype))
   _, cache = run(lm, TOKENS[:, :-1], positions(B, T - 1), None, cache)
   logits, _ = run(lm, TOKENS[:, -1:], positions(B, 1, T - 1), None, cache)
   np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=0.06 * full.std())

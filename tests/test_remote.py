@@ -6,16 +6,21 @@ import hashlib
 import http.server
 import json
 import math
+import shutil
 import socket
 import threading
 import time
 
 import numpy as np
 import pytest
+import transformers
 
+import launch
 from cai_jax.sampling import remote
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.training import data
+from configs import tiny
 
 KEY_NAME, KEY = 'CAI_JAX_TEST_KEY', 'sk-never-to-be-seen'
 STALL = 30.0  # seconds, unless the client hangs up; far beyond the tests' time-outs
@@ -493,3 +498,75 @@ def test_what_a_server_has_no_field_for_is_refused():
   remote.check_sampling(
     dataclasses.replace(config, server='vllm'), SamplingConfig(stop_token_ids=(1,), top_k=2)
   )
+
+
+def served_run(at, workdir, rounds=2, stage='critique', **fields):
+  """A small generate stage with one of its models on the test's server."""
+  config = tiny.get_config()
+  for name, limit in (('harmful', 6), ('helpful', 3), ('eval_harmful', 2), ('eval_helpful', 1)):
+    config.prompts[name].limit = limit
+  config.feedback.rounds, config.feedback.shard_rows = rounds, 2
+  for turn in config.sampling.values():
+    turn.max_tokens = 12
+  config.engine.slots = 8
+  config.train.helpfulness_share = 0.2
+  own = {'url': at.url, 'model': 'served', 'tokenizer': str(launch.TINY / 'model')}
+  given = own | {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01} | fields
+  config.remote[stage].update(given)
+  if stage == 'base':
+    config.model.update(base='', init='tiny')
+  return launch.build(config, workdir)
+
+
+def shards(workdir):
+  return {path.name: path.read_bytes() for path in workdir.glob('d_cai/*.array_record-*')}
+
+
+@pytest.fixture
+def tiny_server(server):
+  """The test's server with the embedded world's tokenizer."""
+  words = transformers.PreTrainedTokenizerFast.from_pretrained(launch.TINY / 'model')
+  server.tokenizer = words
+  return server
+
+
+def test_a_run_with_a_served_critic_survives_its_bad_days(tiny_server, tmp_path):
+  launch.run_stages(served_run(tiny_server, tmp_path / 'well'), ['generate'])
+  asked = len(tiny_server.bodies)
+  assert asked == 6 * 2
+  tiny_server.script = list(ILL)
+  ill = {'timeout_seconds': 0.5, 'retries': len(ILL), 'backoff_seconds': 0.0}
+  launch.run_stages(served_run(tiny_server, tmp_path / 'ill', **ill), ['generate'])
+  assert len(tiny_server.bodies) == 2 * asked + len(ILL)
+  assert shards(tmp_path / 'ill') == shards(tmp_path / 'well')
+  assert len(shards(tmp_path / 'ill')) == 5
+
+
+def test_a_run_goes_on_where_its_server_failed_it(tiny_server, tmp_path):
+  launch.run_stages(served_run(tiny_server, tmp_path / 'whole'), ['generate'])
+  asked = len(tiny_server.bodies)
+  tiny_server.bodies.clear()
+  tiny_server.script = [None] * 9 + [(500, b'out of order')] * 3
+  run = served_run(tiny_server, tmp_path / 'broken', retries=0, max_concurrent=1)
+  with pytest.raises(ConnectionError, match='chain .* turn .critique_.*start again'):
+    launch.run_stages(run, ['generate'])
+  tiny_server.script = []
+  launch.run_stages(run, ['generate'])
+  assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
+  before = len(tiny_server.bodies)
+  assert asked < before <= 2 * asked
+  shutil.rmtree(tmp_path / 'broken' / 'd_cai')
+  (tmp_path / 'broken' / 'manifest.json').unlink()
+  launch.run_stages(run, ['generate'])  # all of it is in the journal
+  assert len(tiny_server.bodies) == before
+  assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
+
+
+def test_a_served_model_gives_a_text_only_dataset(tiny_server, tmp_path):
+  """M_θ itself is served, by a server that gives text alone: its log-probabilities are unknown."""
+  tiny_server.answers = 'text'
+  run = served_run(tiny_server, tmp_path, stage='base', server='openai')
+  launch.run_stages(run, ['generate'])
+  rows = list(data.read_rows(tmp_path / 'd_cai'))
+  assert len(rows) == 9 and {row['model'] for row in rows} == {'served'}
+  assert all(row['initial']['text'] and math.isnan(row['initial']['logprob']) for row in rows)

@@ -23,7 +23,11 @@ from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, SamplingConfig
+
+MIN_PREFIX = 32  # tokens from which a common prefix is worth a product of its own in every layer
+SAMPLE = 64  # prompts that are rendered to find it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,10 @@ class Job:
   constitution: Constitution
   config: FeedbackConfig
   stages: Stages
-  models: Mapping[str, LM]  # 'base', and 'critique' and 'revision' where they are others
+  models: Mapping[str, LM | Remote]  # 'base', and 'critique' and 'revision' where they are others
   seed: int
-  length: int  # tokens of the longest context with its reply
+  prefixes: Mapping[str, Sequence[list[int]]]  # for each model, what many of its contexts share
+  length: int  # tokens of the longest context with its reply, such a prefix not counted
 
   def rounds(self, kind: str) -> int:
     """Revisions of a prompt's response: helpful ones are answered and not revised."""
@@ -119,7 +124,7 @@ class Job:
 
 
 def prepare(
-  models: Mapping[str, LM],
+  models: Mapping[str, LM | Remote],
   harmful: Sequence[Prompt],
   helpful: Sequence[Prompt],
   constitution: Constitution,
@@ -153,21 +158,23 @@ def prepare(
   stages = make_stages(models, constitution, config, sampling)
   for stage in (stages.initial, stages.critique, stages.revision):
     _check_stops(stage, models[stage.model])
-  job = Job(prompts, constitution, config, stages, models, seed, length=0)
+  job = Job(
+    prompts, constitution, config, stages, models, seed, shared_prefixes(prompts, stages), 0
+  )
   return dataclasses.replace(job, length=_cache_length(job))
 
 
 def _check_stops(stage: Stage, lm: LM) -> None:
   ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
-  if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.config.vocab_size for i in ids):
+  if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.vocab_size for i in ids):
     raise ValueError(
       f'stop tokens {ids} of {lm.name} and of sampling.*.stop_token_ids: there may be at most '
-      f'{MAX_STOP_TOKENS}, each in 0..{lm.config.vocab_size - 1}.'
+      f'{MAX_STOP_TOKENS}, each in 0..{lm.vocab_size - 1}.'
     )
 
 
 def make_stages(
-  models: Mapping[str, LM],
+  models: Mapping[str, LM | Remote],
   constitution: Constitution,
   config: FeedbackConfig,
   sampling: StageSampling,
@@ -226,6 +233,7 @@ def run(
       config=engine,
       journal=journal,
       stops={s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings) for s in _each(job)},
+      prefixes=job.prefixes,
     )
     stats = running.stats
     journal.refresh()  # another job may have put turns since it was opened
@@ -296,28 +304,61 @@ def _each(job: Job) -> tuple[Stage, Stage, Stage]:
   return job.stages.initial, job.stages.critique, job.stages.revision
 
 
+def shared_prefixes(
+  prompts: Sequence[tuple[Prompt, str]], stages: Stages
+) -> dict[str, list[list[int]]]:
+  """For each model the token ids that the contexts of a stage begin with, whatever the prompt.
+
+  They hold the demonstrations, and a system message that all prompts have in common. Found by
+  rendering some of the prompts; a chain whose context begins otherwise goes without.
+  """
+  found: dict[str, list[list[int]]] = {}
+  for stage in (stages.initial, stages.critique, stages.revision):
+    contexts = [
+      stage.dialogue.prompt(
+        [*prompt.messages[:-1], prompt.messages[-1] | {'content': content}],
+        'assistant',
+        stage.demonstrations,
+      )
+      for prompt, _ in prompts[:SAMPLE]
+      for content in ('a', 'B')
+    ]
+    # Of the first and the last in order, as of all, the common prefix is the same.
+    prefix = os.path.commonprefix([min(contexts), max(contexts)])
+    known = found.setdefault(stage.model, [])
+    if len(prefix) >= MIN_PREFIX and prefix not in known:
+      known.append(prefix)
+  return found
+
+
 def _cache_length(job: Job) -> int:
   """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it.
 
   The longest prompt is taken, under each principle in every round: no chain drawn is longer.
+
+  Raises:
+    ValueError: if it does not fit a model.
   """
-  limit = min(lm.config.max_positions for lm in job.models.values())
+  local = {name: model for name, model in job.models.items() if isinstance(model, LM)}
   render = job.stages.initial.dialogue.prompt
-  longest = 0
+  longest = 1
   for kind in ('harmful', 'helpful'):
     prompts = [prompt for prompt, k in job.prompts if k == kind]
     if not prompts:
       continue
     sizes = [len(render(prompt.messages)) for prompt in prompts]
     prompt = prompts[sizes.index(max(sizes))]
-    needed = max(longest_context(chain) for chain in _possible_chains(job, prompt, kind))
-    if needed > limit:
-      raise ValueError(
-        f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and the model holds '
-        f'{limit}. Shorten the prompt ({max(sizes)} tokens), the max_tokens of the stages, the '
-        "rounds, or use feedback.context='fresh'."
-      )
-    longest = max(longest, needed)
+    for chain in _possible_chains(job, prompt, kind):
+      for name, (needed, own) in longest_context(chain, job.prefixes).items():
+        limit = job.models[name].max_positions
+        if needed > limit:
+          raise ValueError(
+            f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and '
+            f'{job.models[name].name} holds {limit}. Shorten the prompt ({max(sizes)} tokens), the '
+            "max_tokens of the stages, the rounds, or use feedback.context='fresh'."
+          )
+        longest = max(longest, own if name in local else 1)
+  limit = min((lm.max_positions for lm in local.values()), default=longest)
   return min(-(-longest // 64) * 64, limit)
 
 

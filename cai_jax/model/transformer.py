@@ -5,6 +5,8 @@ V vocabulary, L layer. Norms, rotary angles, softmax and logits are f32 in any c
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,9 +51,11 @@ _half_product.defvjp(_half_product_fwd, _half_product_bwd)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer; index S of a row holds the token at position S.
+  """Keys and values of one layer. The i-th token that a row owns lies at index i modulo S.
 
-  Keys lie transposed: both products of a decode step then read memory in order.
+  Layers that attend to everything have room for all of a row's tokens. Windowed layers are rings
+  that keep the last S. Keys lie transposed: both products of a decode step then read memory in
+  order.
   """
 
   k: jax.Array  # [B,K,H,S]
@@ -61,13 +65,42 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]  # one entry a layer: written in place, never stacked
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype) -> Cache:
-  """An empty cache for `batch` rows of up to `length` tokens."""
-  k = (batch, config.num_kv_heads, config.head_dim, length)
-  v = (batch, config.num_kv_heads, length, config.head_dim)
-  return tuple(
-    LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype)) for _ in range(config.num_layers)
-  )
+class Prefix(NamedTuple):
+  """A sequence of tokens that many rows begin with: their caches hold what comes after it."""
+
+  cache: Cache  # of one row, B = 1
+  length: jax.Array  # i32[], tokens; the rest of the cache is padding
+
+
+class Prefixes(NamedTuple):
+  """The prefixes at hand, and the one that each row begins with."""
+
+  entries: tuple[Prefix, ...]
+  of_row: jax.Array  # i32[B], an index of `entries`, or -1 for none
+
+  def lengths(self) -> jax.Array:
+    """i32[B]: the position of the first token that each row owns."""
+    if not self.entries:
+      return jnp.zeros_like(self.of_row)
+    lengths = jnp.stack([prefix.length for prefix in self.entries])
+    return jnp.where(self.of_row < 0, 0, lengths[self.of_row])
+
+
+def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[int, ...]:
+  """Tokens that each layer's cache has room for: all `length`, or its window and `slack` more."""
+  windows = (config.window(layer) for layer in range(config.num_layers))
+  return tuple(length if w is None else min(length, w + slack) for w in windows)
+
+
+def init_cache(config: ModelConfig, batch: int, lengths: tuple[int, ...], dtype) -> Cache:
+  """An empty cache for `batch` rows, of `lengths` tokens in each layer."""
+
+  def layer(length):
+    k = (batch, config.num_kv_heads, config.head_dim, length)
+    v = (batch, config.num_kv_heads, length, config.head_dim)
+    return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))
+
+  return tuple(map(layer, lengths))
 
 
 def rotary_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -94,18 +127,42 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """Output [B,T,N,H] of q [B,T,N,H] over k [B,K,H,S] and v [B,K,S,H] where mask bool[B,T,S]."""
+class Keys(NamedTuple):
+  """Keys and values that queries attend to, and which of them each query sees."""
+
+  k: jax.Array  # [B,K,H,S]; B = 1 where all rows share them
+  v: jax.Array  # [B,K,S,H]
+  mask: jax.Array  # bool[B,T,S]
+
+
+def attend(q: jax.Array, parts: Sequence[Keys]) -> jax.Array:
+  """Output [B,T,N,H] of one softmax of q [B,T,N,H] over all keys of all parts."""
   b, t, n, h = q.shape
-  heads = k.shape[1]
+  heads = parts[0].k.shape[1]
   # The queries that share a kv head are rows R of one matrix: XLA makes a plain batch of matrix
   # products of that, five to nine times as fast in decode on a CPU as with T and G as axes, which
   # CPUs refuse in bf16 altogether.
   rows = q.reshape(b, t, heads, -1, h).swapaxes(1, 2).swapaxes(2, 3).reshape(b, heads, -1, h)
-  scores = product('BKRH,BKHS->BKRS', rows, k).reshape(b, heads, -1, t, k.shape[-1])
-  scores = jnp.where(mask[:, None, None], scores * h**-0.5, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = product('BKRS,BKSH->BKRH', weights.reshape(b, heads, -1, k.shape[-1]), v)
+
+  def times(x, keys):
+    """x [B,K,R,A] times keys [B,K,A,C], which are read once where all rows share them."""
+    if keys.shape[0] == b:
+      return product('BKRA,BKAC->BKRC', x, keys)
+    joined = product('KRA,KAC->KRC', x.swapaxes(0, 1).reshape(heads, -1, x.shape[-1]), keys[0])
+    return joined.reshape(heads, b, -1, keys.shape[-1]).swapaxes(0, 1)
+
+  def scores(part):
+    x = times(rows, part.k.astype(q.dtype)).reshape(b, heads, -1, t, part.k.shape[-1])
+    x = jnp.where(part.mask[:, None, None], x * h**-0.5, MASKED)
+    return x.reshape(b, heads, -1, part.k.shape[-1])
+
+  # All parts together are one softmax, divided by its sum at the end, where there is less of it.
+  found = [scores(part) for part in parts]
+  top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in found])
+  weights = [jnp.exp(x - jax.lax.stop_gradient(top)) for x in found]
+  total = sum(x.sum(-1, keepdims=True) for x in weights)
+  values = [part.v.astype(q.dtype) for part in parts]
+  out = sum(times(x.astype(q.dtype), v) for x, v in zip(weights, values, strict=True)) / total
   out = out.reshape(b, heads, -1, t, h).swapaxes(2, 3).swapaxes(1, 2)
   return out.reshape(b, t, n, h).astype(q.dtype)
 
@@ -119,6 +176,41 @@ def causal_mask(
   if window is not None:
     mask &= distance < window
   return mask if same is None else mask & same
+
+
+class View(NamedTuple):
+  """What the layers of one window and cache length need to know of where things lie."""
+
+  index: jax.Array | None  # i32[B,T], where each token goes in its row's cache; S is nowhere
+  own: jax.Array  # bool[B,T,S], what each query sees of its row's cache, or of its own batch
+  shared: tuple[jax.Array, ...]  # bool[B,T,S], what it sees of each prefix
+
+
+def make_view(
+  positions: jax.Array, start: jax.Array, prefixes: Prefixes, length: int, window: int | None
+) -> View:
+  """The View of layers whose caches hold `length` tokens.
+
+  Args:
+    positions: i32[B,T]; a negative one marks padding.
+    start: i32[B], the position of the first token of each row's cache.
+    prefixes: what lies before.
+    length: of the caches.
+    window: of the layers, in tokens.
+  """
+  start = start[:, None]
+  index = jnp.where(positions < 0, length, (positions - start) % length)
+  # Of all tokens that have lain at a place, the latest that a row has come to lies there now.
+  last = positions.max(1, keepdims=True) - start
+  held = last - (last - jnp.arange(length)) % length
+  own = causal_mask(positions, held + start, window, (held >= 0)[:, None])
+
+  def shared(number, prefix):
+    place = jnp.arange(prefix.cache[0].k.shape[-1])[None]
+    mine = (prefixes.of_row == number)[:, None] & (place < prefix.length)
+    return causal_mask(positions, place, window, mine[:, None])
+
+  return View(index, own, tuple(shared(i, prefix) for i, prefix in enumerate(prefixes.entries)))
 
 
 class RMSNorm(nnx.Module):
@@ -135,17 +227,19 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """`einsum(equation, x, kernel) + bias`, with f32 accumulation and the result in x's dtype."""
+  """`x · kernel + bias` over x's axes from the third on, with f32 accumulation, in x's dtype."""
 
-  def __init__(self, equation, shape, fan_in, rngs, param_dtype, bias_shape=None, gain=1.0):
-    std = gain * fan_in**-0.5
-    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
-    self.bias = None if bias_shape is None else nnx.Param(jnp.zeros(bias_shape, param_dtype))
-    self.equation = equation
+  def __init__(self, ins, outs, rngs, param_dtype, bias=False, gain=1.0):
+    std = gain * math.prod(ins) ** -0.5
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*ins, *outs), param_dtype))
+    self.bias = nnx.Param(jnp.zeros(outs, param_dtype)) if bias else None
+    self.outs = outs
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.kernel[...].astype(x.dtype)
-    y = product(self.equation, x, kernel)
+    # As one plain matrix: a kernel with two axes to sum over would be copied at every call.
+    matrix = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.outs))
+    y = product('BTI,IO->BTO', x.reshape(*x.shape[:2], -1), matrix)
+    y = y.reshape(*x.shape[:2], *self.outs)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
     return y.astype(x.dtype)
@@ -154,46 +248,35 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
 
-  def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs, param_dtype):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
     d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-    bias = config.qkv_bias
 
     def projection(heads):
-      shape, bias_shape = (d, heads, h), (heads, h) if bias else None
-      return Linear('BTD,DNH->BTNH', shape, d, rngs, param_dtype, bias_shape)
+      return Linear((d,), (heads, h), rngs, param_dtype, bias=config.qkv_bias)
 
     self.query, self.key, self.value = projection(n), projection(k), projection(k)
     # Residual branches start small, so that depth does not change the stream's scale.
-    self.output = Linear(
-      'BTNH,NHD->BTD',
-      (n, h, d),
-      n * h,
-      rngs,
-      param_dtype,
-      (d,) if config.output_bias else None,
-      gain=(2 * config.num_layers) ** -0.5,
-    )
+    gain = (2 * config.num_layers) ** -0.5
+    self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain)
     self.q_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
     self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
-    self.window = config.window(layer)
 
-  def __call__(self, x, positions, angles, same, cache: LayerCache | None, rows):
+  def __call__(self, x, angles, view: View, cache: LayerCache | None, rows, prefixes):
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
     if cache is None:
-      mask = causal_mask(positions, positions, self.window, same)
-      k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-      return self.output(attend(q, k, v, mask)), None
+      own = Keys(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), view.own)
+      return self.output(attend(q, [own])), None
     places = (jnp.arange(x.shape[0]) if rows is None else rows)[:, None]
     cache = LayerCache(
-      cache.k.at[places, :, :, positions].set(k.astype(cache.k.dtype), mode='drop'),
-      cache.v.at[places, :, positions].set(v.astype(cache.v.dtype), mode='drop'),
+      cache.k.at[places, :, :, view.index].set(k.astype(cache.k.dtype), mode='drop'),
+      cache.v.at[places, :, view.index].set(v.astype(cache.v.dtype), mode='drop'),
     )
     k, v = cache if rows is None else (cache.k[rows], cache.v[rows])
-    mask = causal_mask(positions, jnp.arange(k.shape[-1])[None], self.window, None)
-    return self.output(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)), cache
+    parts = [Keys(*keys, mask) for keys, mask in zip(prefixes, view.shared, strict=True)]
+    return self.output(attend(q, [*parts, Keys(k, v, view.own)])), cache
 
 
 class MLP(nnx.Module):
@@ -201,10 +284,10 @@ class MLP(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
     d, f = config.d_model, config.d_ff
-    self.gate = Linear('BTD,DF->BTF', (d, f), d, rngs, param_dtype)
-    self.up = Linear('BTD,DF->BTF', (d, f), d, rngs, param_dtype)
+    self.gate = Linear((d,), (f,), rngs, param_dtype)
+    self.up = Linear((d,), (f,), rngs, param_dtype)
     gain = (2 * config.num_layers) ** -0.5
-    self.down = Linear('BTF,FD->BTD', (f, d), f, rngs, param_dtype, gain=gain)
+    self.down = Linear((f,), (d,), rngs, param_dtype, gain=gain)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -213,14 +296,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """One pre-norm layer."""
 
-  def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs, param_dtype):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
     self.attention_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
-    self.attention = Attention(config, layer, rngs, param_dtype)
+    self.attention = Attention(config, rngs, param_dtype)
     self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
     self.mlp = MLP(config, rngs, param_dtype)
 
-  def __call__(self, x, positions, angles, same, cache, rows):
-    out, cache = self.attention(self.attention_norm(x), positions, angles, same, cache, rows)
+  def __call__(self, x, angles, view, cache, rows, prefixes):
+    out, cache = self.attention(self.attention_norm(x), angles, view, cache, rows, prefixes)
     x = x + out
     return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -243,9 +326,7 @@ class Transformer(nnx.Module):
     self.config = config
     self.dtype = dtype
     self.embed = Embedding(config, rngs, param_dtype)
-    self.layers = nnx.List(
-      [Block(config, layer, rngs, param_dtype) for layer in range(config.num_layers)]
-    )
+    self.layers = nnx.List([Block(config, rngs, param_dtype) for _ in range(config.num_layers)])
     self.norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
     self.head = None if config.tied_embeddings else Embedding(config, rngs, param_dtype)
 
@@ -256,6 +337,7 @@ class Transformer(nnx.Module):
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
     rows: jax.Array | None = None,
+    prefixes: Prefixes | None = None,
     sharding: NamedSharding | None = None,
     remat: bool = False,
   ) -> tuple[jax.Array, Cache | None]:
@@ -263,12 +345,13 @@ class Transformer(nnx.Module):
 
     Args:
       tokens: i32[B,T].
-      positions: i32[B,T], from 0 in each sequence. With a cache they are also the places written
-        to, and a position at or past the cache's length marks padding: it is written nowhere.
+      positions: i32[B,T], from 0 in each sequence. With a cache, those of a row follow each other,
+        and a negative one marks padding: that token is written nowhere.
       segment_ids: i32[B,T], for packed or padded rows: a token sees only its own segment. Not
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
       rows: i32[B], the cache's rows that `tokens` continue; None where they are all of them.
+      prefixes: what rows begin with that is not in their cache. A row's positions count it.
       sharding: of the hidden states between blocks. Without it they would come to lie as the
         parameters do, split over D, and each device would compute every row's logits.
       remat: compute a block again in the backward pass instead of keeping its activations; without
@@ -280,21 +363,40 @@ class Transformer(nnx.Module):
     def place(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    def apply(block, x, old):
-      return block(x, positions, angles, same, old, rows)
-
-    x = place(self.embed.table[...][tokens].astype(self.dtype))
+    views = self._views(positions, segment_ids, cache, prefixes)
+    # Behind a barrier, or each layer would compute all angles and masks again.
     angles = rotary_angles(self.config, positions)
-    same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+    if cache is not None:
+      angles, views = jax.lax.optimization_barrier((angles, views))
+    x = place(self.embed.table[...][tokens].astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
       old = None if cache is None else cache[layer]
+      shared = () if prefixes is None else [entry.cache[layer] for entry in prefixes.entries]
+
       # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
-      run = functools.partial(apply, block)
+      def run(x, old, block=block, view=views[layer], shared=shared):
+        return block(x, angles, view, old, rows, shared)
+
       x, written = (jax.checkpoint(run) if remat and cache is None else run)(x, old)
       x = place(x)
       new_cache.append(written)
     return self.norm(x), None if cache is None else tuple(new_cache)
+
+  def _views(self, positions, segment_ids, cache, prefixes) -> list[View]:
+    """Each layer's View; layers of one window and cache length have theirs in common."""
+    same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+    if prefixes is None:
+      prefixes = Prefixes((), jnp.full(positions.shape[:1], -1))
+
+    @functools.cache
+    def view(window, length):
+      if length is None:
+        return View(None, causal_mask(positions, positions, window, same), ())
+      return make_view(positions, prefixes.lengths(), prefixes, length, window)
+
+    lengths = [None if cache is None else cache[i].k.shape[-1] for i in range(len(self.layers))]
+    return [view(self.config.window(i), length) for i, length in enumerate(lengths)]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits f32[...,V] of hidden states [...,D]."""

@@ -12,7 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Cache, LayerCache, init_cache
+from cai_jax.model.transformer import (
+  Cache,
+  LayerCache,
+  Prefix,
+  Prefixes,
+  cache_lengths,
+  init_cache,
+)
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -22,6 +29,7 @@ class Slots(NamedTuple):
 
   token: np.ndarray  # i32[B], the last token of the context, not yet in the cache
   position: np.ndarray  # i32[B], its position
+  prefix: np.ndarray  # i32[B], the shared prefix that the context begins with; -1 is none
   active: np.ndarray  # bool[B], whether a reply is being sampled
   sampled: np.ndarray  # i32[B], tokens of the reply so far
   limit: np.ndarray  # i32[B], the most it may have
@@ -38,6 +46,7 @@ class Slots(NamedTuple):
     return cls(
       token=i32(),
       position=i32(),
+      prefix=np.full(count, -1, np.int32),
       active=np.zeros(count, bool),
       sampled=i32(),
       limit=i32(),
@@ -66,6 +75,16 @@ class Slots(NamedTuple):
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
 
+class Chunk(NamedTuple):
+  """Tokens to prefill in R rows, C of each at most."""
+
+  tokens: np.ndarray  # i32[R,C]
+  starts: np.ndarray  # i32[R], position of the first
+  counts: np.ndarray  # i32[R], how many are real; a row with none changes nothing
+  rows: np.ndarray  # i32[R], rows of the cache
+  prefix: np.ndarray  # i32[R], the shared prefix that the row begins with; -1 is none
+
+
 class Burst(NamedTuple):
   """What a run of decode steps gave; U is the longest burst."""
 
@@ -78,29 +97,42 @@ class Burst(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=('graph', 'mesh'), donate_argnames='cache')
-def prefill(graph, params, cache: Cache, tokens, starts, counts, rows, mesh: Mesh) -> Cache:
-  """The cache with tokens i32[R,C] of its rows i32[R] written from position starts i32[R] on.
-
-  Only the first counts i32[R] tokens of a row are real; a row with count 0 changes nothing.
-  """
+def prefill(
+  graph, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk, mesh: Mesh
+) -> Cache:
+  """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes."""
   # Rows that the batch axes do not divide are computed on all of them: a choice of speed only.
-  split = tokens.shape[0] % parallel.batch_shards(mesh) == 0
+  split = chunk.tokens.shape[0] % parallel.batch_shards(mesh) == 0
   sharding = parallel.batch_sharding(mesh) if split else NamedSharding(mesh, P())
-  offsets = jnp.arange(tokens.shape[1])[None]
-  nowhere = cache[0].k.shape[-1]
-  positions = jnp.where(offsets < counts[:, None], starts[:, None] + offsets, nowhere)
+  offsets = jnp.arange(chunk.tokens.shape[1])[None]
+  real = offsets < chunk.counts[:, None]
+  positions = jnp.where(real, chunk.starts[:, None] + offsets, -1)
+  prefixes = Prefixes(entries, chunk.prefix)
   model = nnx.merge(graph, params)
-  return model(tokens, positions, cache=cache, rows=rows, sharding=sharding)[1]
+  return model(
+    chunk.tokens, positions, cache=cache, rows=chunk.rows, prefixes=prefixes, sharding=sharding
+  )[1]
 
 
-@functools.partial(jax.jit, static_argnames=('graph', 'longest', 'mesh'), donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames=('graph', 'width', 'mesh'), donate_argnames='cache')
 def decode(
-  graph, params, cache: Cache, slots: Slots, enough, longest: int, mesh: Mesh
+  graph,
+  params,
+  cache: Cache,
+  entries: tuple[Prefix, ...],
+  slots: Slots,
+  enough,
+  longest,
+  width: int,
+  mesh: Mesh,
 ) -> tuple[Burst, Cache]:
-  """Samples in every active slot until `enough` i32[] are done or `longest` steps are run."""
+  """Samples in every active slot until `enough` i32[] are done or `longest` i32[] steps are run.
+
+  `width` is U, the most that `longest` may be.
+  """
   model = nnx.merge(graph, params)
   sharding = parallel.batch_sharding(mesh)
-  nowhere = cache[0].k.shape[-1]
+  prefixes = Prefixes(entries, slots.prefix)
   b = slots.token.shape[0]
   start = slots.active
 
@@ -112,8 +144,10 @@ def decode(
   def step(state):
     cache, slots, burst = state
     active = slots.active
-    positions = jnp.where(active, slots.position, nowhere)[:, None]
-    hidden, cache = model(slots.token[:, None], positions, cache=cache, sharding=sharding)
+    positions = jnp.where(active, slots.position, -1)[:, None]
+    hidden, cache = model(
+      slots.token[:, None], positions, cache=cache, prefixes=prefixes, sharding=sharding
+    )
     logits = model.unembed(hidden[:, 0])
     u = uniforms(slots.key, slots.sampled)
     token, logprob = sample(logits, u, slots.temperature, slots.top_k, slots.top_p)
@@ -137,8 +171,8 @@ def decode(
 
   zero = jnp.zeros((), jnp.int32)
   burst = Burst(
-    tokens=jnp.zeros((b, longest), jnp.int32),
-    logprobs=jnp.zeros((b, longest), jnp.float32),
+    tokens=jnp.zeros((b, width), jnp.int32),
+    logprobs=jnp.zeros((b, width), jnp.float32),
     count=jnp.zeros((b,), jnp.int32),
     active=start,
     steps=zero,
@@ -148,19 +182,59 @@ def decode(
   return burst, cache
 
 
-def allocate(lm: LM, slots: int, length: int) -> Cache:
+def cache_bytes(lm: LM, length: int, slack: int) -> int:
+  """Bytes of one slot's cache, over all devices."""
+  tokens = sum(cache_lengths(lm.config, length, slack))
+  return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * jnp.dtype(lm.dtype).itemsize
+
+
+def allocate(lm: LM, slots: int, length: int, slack: int) -> Cache:
   """An empty cache of `slots` rows of `length` tokens on the model's mesh, in its compute dtype.
 
   Rows are split over the mesh's batch axes and heads over `tensor`.
+
+  Args:
+    lm: the model.
+    slots: rows.
+    length: tokens of each.
+    slack: tokens that windowed layers keep besides their window.
 
   Raises:
     ValueError: if the mesh does not divide the slots, or the kv heads.
   """
   parallel.check_batch(slots, lm.mesh, 'engine.slots')
+  lengths = cache_lengths(lm.config, length, slack)
+  return _empty(lm, slots, lengths, P(*parallel.BATCH, 'tensor'))
+
+
+def prefill_prefix(lm: LM, tokens: list[int], length: int, chunk: int) -> Prefix:
+  """A shared prefix with its keys and values, in a cache of `length` tokens on every batch shard.
+
+  Args:
+    lm: the model.
+    tokens: of the prefix; at most `length`.
+    length: of the cache.
+    chunk: tokens prefilled together.
+
+  Raises:
+    ValueError: if the mesh does not divide the kv heads.
+  """
+  cache = _empty(lm, 1, (length,) * lm.config.num_layers, P(None, 'tensor'))
+  none = np.full(1, -1, np.int32)
+  for start in range(0, len(tokens), chunk):
+    part = tokens[start : start + chunk]
+    padded = np.array([part + [0] * (chunk - len(part))], np.int32)
+    starts, counts = np.array([start], np.int32), np.array([len(part)], np.int32)
+    piece = Chunk(padded, starts, counts, np.zeros(1, np.int32), none)
+    cache = prefill(lm.graph, lm.params, cache, (), piece, lm.mesh)
+  return Prefix(cache, jnp.array(len(tokens), jnp.int32))
+
+
+def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
-  spec = NamedSharding(lm.mesh, P(*parallel.BATCH, 'tensor'))
-  shardings = tuple(LayerCache(spec, spec) for _ in range(lm.config.num_layers))
-  init = functools.partial(init_cache, lm.config, slots, length, jnp.dtype(lm.dtype))
+  sharding = NamedSharding(lm.mesh, spec)
+  shardings = tuple(LayerCache(sharding, sharding) for _ in lengths)
+  init = functools.partial(init_cache, lm.config, rows, lengths, jnp.dtype(lm.dtype))
   return jax.jit(init, out_shardings=shardings)()

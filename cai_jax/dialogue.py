@@ -40,6 +40,7 @@ _CHAT_ROLE = {
 # before", BREAK splits a control token's spelling, SLOT stands for a content in a template.
 _HARD, _SOFT, _ANCHOR, _BREAK, _SLOT = '\ufdd0', '\ufdd1', '\ufdd2', '\ufdd3', '\ufdd4'
 _RESERVED = re.compile('([\ufdd0-\ufdd4])')
+_BEFORE_CUT = re.compile(f'(?=[{_HARD}{_SOFT}])')
 _SLOT_PATTERN = re.compile(f'{_SLOT}(\\d+){_SLOT}')
 
 # Kinds of pieces that a rendered dialogue is made of.
@@ -331,19 +332,28 @@ class Dialogue:
 
   def _splice(self, text: str, splices) -> list[int] | None:
     """Returns the tokens of `text` with the ids in its cuts, or None if it cannot be right."""
-    encoded, out, start = self._ids_of(text), [], 0
-    cuts = [i for i, token in enumerate(encoded) if token in self._cut_ids]
-    for at, (ids, anchor) in zip(cuts, splices, strict=True):
-      if encoded[at + 1 : at + 1 + len(anchor)] != anchor:
+    first, *units = _BEFORE_CUT.split(text)
+    out = list(self._unit(first))
+    if not self._never_text.isdisjoint(out):
+      return None
+    for unit, (ids, anchor) in zip(units, splices, strict=True):
+      encoded, start = self._unit(unit), 1 + len(anchor)
+      if encoded[0] not in self._cut_ids or encoded[1:start] != anchor:
         return None
-      out += encoded[start:at]
-      if not self._never_text.isdisjoint(encoded[start:at]):
+      if not self._never_text.isdisjoint(encoded[start:]):
         return None
       out += ids
-      start = at + 1 + len(anchor)
-    if not self._never_text.isdisjoint(encoded[start:]):
-      return None
-    return out + encoded[start:]
+      out += encoded[start:]
+    return out
+
+  @functools.cached_property
+  def _unit(self):
+    """A cut with the text up to the next cut -> its tokens.
+
+    No token reaches over a cut, so each unit is encoded by itself. What comes again and again
+    (demonstrations, requests, the prompt in each of its turns) is then encoded once.
+    """
+    return functools.lru_cache(maxsize=8192)(self._ids_of)
 
   @functools.cached_property
   def _never_text(self) -> frozenset[int]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class StageSampling:
 class Job:
   """All that D_CAI is a function of, made ready and checked before anything is sampled."""
 
-  prompts: tuple[tuple[Prompt, str], ...]  # with kind: 'harmful' or 'helpful'
+  prompts: Sequence[tuple[Prompt, str]]  # with kind: 'harmful' or 'helpful'
   constitution: Constitution
   config: FeedbackConfig
   stages: Stages
@@ -222,7 +222,7 @@ def run(
   size = job.config.shard_rows
   count = -(-len(job.prompts) // size)
   mine = _missing(folder, job, count)[jax.process_index() :: jax.process_count()]
-  lengths = {index: len(job.prompts[index * size : (index + 1) * size]) for index in mine}
+  lengths = {index: min(size, len(job.prompts) - index * size) for index in mine}
   total = sum(lengths.values())
   stats = Stats()
   if total:
@@ -238,11 +238,10 @@ def run(
     stats = running.stats
     journal.refresh()  # another job may have put turns since it was opened
     numbers = (i for index in mine for i in range(index * size, index * size + lengths[index]))
-    chains = ((job.prompts[i][0].id, _numbered(i, job.chain(*job.prompts[i]))) for i in numbers)
     rows: dict[int, dict[int, dict]] = {}  # of the shards that are begun: number → row
-    for done, (_, (number, record)) in enumerate(running.run(chains), 1):
+    for done, (_, (number, row)) in enumerate(running.run(_rows(job, numbers)), 1):
       index = number // size
-      rows.setdefault(index, {})[number] = job.row(record, job.prompts[number][1])
+      rows.setdefault(index, {})[number] = row
       if len(rows[index]) == lengths[index]:
         whole = rows.pop(index)
         records.write_shard(folder, index, [whole[number] for number in sorted(whole)])
@@ -250,9 +249,16 @@ def run(
   return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
 
 
-def _numbered(number: int, chain: Chain) -> Chain:
-  """The chain, with its number put before its result."""
-  return number, (yield from chain)
+def _rows(job: Job, numbers: Iterable[int]) -> Iterator[tuple[str, Chain]]:
+  """(id, chain) of the prompts with these numbers; a chain returns (number, row of D_CAI)."""
+
+  def chain(number: int, prompt: Prompt, kind: str) -> Chain:
+    record = yield from job.chain(prompt, kind)
+    return number, job.row(record, kind)
+
+  for number in numbers:
+    prompt, kind = job.prompts[number]
+    yield prompt.id, chain(number, prompt, kind)
 
 
 def _missing(folder: pathlib.Path, job: Job, count: int) -> list[int]:

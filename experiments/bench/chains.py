@@ -16,7 +16,7 @@ FIRST_ID = 16  # ids below are left to special tokens
 class ChainSettings:
   """Sizes of the chains. Lengths are log-normal, rounded and clipped: skewed, as real ones are."""
 
-  chains: int = 64
+  chains: int = 24
   rounds: int = 2  # of critique and revision, after the initial answer
   prompt_median: float = 56.0  # tokens
   prompt_sigma: float = 0.5  # standard deviation of the logarithm

@@ -28,11 +28,14 @@ class System:
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:
-    """(replies of each chain, nothing). Warming up is the first batch: nothing is compiled."""
+    """(replies of each chain, nothing).
+
+    Warming up is the initial answer of the first batch, as nothing is compiled.
+    """
     torch.manual_seed(seed)
     chains = chains[:batch] if warm else chains
     replies: dict[str, list[list[int]]] = {chain.id: [] for chain in chains}
-    for stage in range(len(chains[0].limits)):
+    for stage in range(1 if warm else len(chains[0].limits)):
       for rows in chains_lib.batches(chains, batch):
         contexts = [chain.context(prefix, replies[chain.id]) for chain in rows]
         limits = [chain.limits[stage] for chain in rows]

@@ -10,7 +10,7 @@ import pytest
 from cai_jax import parallel
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
-from cai_jax.sampling import device
+from cai_jax.sampling import device, local
 from cai_jax.sampling.engine import Engine, EngineConfig, longest_context, turn_key
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
@@ -44,7 +44,7 @@ def contexts(count):
   return [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(count)]
 
 
-def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, **sizes):
+def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, prefixes=None, **sizes):
   engine = Engine(
     {'base': lm},
     length=LENGTH,
@@ -52,6 +52,7 @@ def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, **sizes):
     config=EngineConfig(**SIZES | {'slots': slots} | sizes),
     journal=journal,
     stops={'base': (tuple(stops), tuple(texts))},
+    prefixes=prefixes,
   )
   return dict(engine.run(items)), engine.stats
 
@@ -244,3 +245,151 @@ def test_longest_context_is_exact_for_a_chain_that_never_stops():
   shared = {'base': [[2], [1] * 4]}
   found = longest_context(chain([1] * 10, turns=3, max_tokens=12), shared)
   assert found == {'base': (whole, whole - 4)}
+
+
+PREFIXES = [[7, 8, 9] * 6, list(range(40, 65))]
+
+
+def prefixed(count, **kwargs):
+  """Chains of which a third begins with the first prefix, a third with the second."""
+  begins = ([], *PREFIXES)
+  return [
+    (f'chain {i}', chain(begins[i % 3] + context, **kwargs))
+    for i, context in enumerate(contexts(count))
+  ]
+
+
+def test_a_shared_prefix_changes_no_token_and_is_prefilled_once(lm):
+  apart, before = run(lm, prefixed(9))
+  shared, stats = run(lm, prefixed(9), prefixes={'base': PREFIXES})
+  for name, completions in apart.items():
+    for one, other in zip(completions, shared[name], strict=True):
+      assert one.tokens == other.tokens
+      np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+  tokens = sum(map(len, PREFIXES))
+  assert stats.prefix_tokens == tokens
+  assert before.prefilled_tokens - stats.prefilled_tokens == 3 * tokens
+  assert stats.shared_tokens == 3 * 3 * tokens  # three chains each, of three turns
+
+
+def test_a_chain_behind_a_prefix_is_the_same_alone_and_in_a_batch(lm):
+  together, _ = run(lm, prefixed(9), prefixes={'base': PREFIXES})
+  for item in (prefixed(9)[4], prefixed(9)[8]):
+    alone, _ = run(lm, [item], prefixes={'base': PREFIXES})
+    assert alone[item[0]] == together[item[0]]
+
+
+def test_the_longest_prefix_that_leaves_a_token_is_taken(lm):
+  prefix = list(range(20))
+  engine = Engine(
+    {'base': lm}, length=64, seed=0, prefixes={'base': [prefix[:10], prefix, prefix[:5]]}
+  )
+  assert engine._local['base'].prefix_of(prefix + [1]) == (1, 20)
+  assert engine._local['base'].prefix_of(prefix) == (0, 10)
+  assert engine._local['base'].prefix_of(prefix[:7]) == (2, 5)
+  assert engine._local['base'].prefix_of([1, *prefix]) == (-1, 0)
+
+
+def test_a_chain_may_change_prefix_and_history_from_turn_to_turn(lm):
+  def wander(context):
+    done = []
+    for number, begin in enumerate((PREFIXES[0], PREFIXES[1], PREFIXES[1], [], PREFIXES[0])):
+      asked = begin + context + [number]
+      done.append((yield Turn(f'turn_{number}', asked, SamplingConfig(max_tokens=9))))
+      context = context[number:] + done[-1].tokens[:5]
+    return done
+
+  def made():
+    return [(str(i), wander(c)) for i, c in enumerate(contexts(6))]
+
+  apart, _ = run(lm, made())
+  shared, _ = run(lm, made(), prefixes={'base': PREFIXES})
+  assert {k: [c.tokens for c in v] for k, v in apart.items()} == {
+    k: [c.tokens for c in v] for k, v in shared.items()
+  }
+
+
+def test_eight_devices_behind_a_prefix_give_the_tokens_of_one(lm):
+  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = parallel.param_shardings(lm.params, mesh)
+  sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
+  one, _ = run(lm, prefixed(6), prefixes={'base': PREFIXES})
+  eight, _ = run(sharded, prefixed(6), prefixes={'base': PREFIXES})
+  assert {k: [c.tokens for c in v] for k, v in one.items()} == {
+    k: [c.tokens for c in v] for k, v in eight.items()
+  }
+
+
+@pytest.mark.parametrize('prefixes', [{}, {'base': PREFIXES}])
+def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
+  lm, monkeypatch, prefixes
+):
+  """Turns of more tokens than the ring has, then one that takes back more than it can."""
+  monkeypatch.setattr(local, 'REWIND', 2)
+  config = dataclasses.replace(lm.config, windows=(None, 6))
+  windowed = dataclasses.replace(lm, config=config)
+  greedy = SamplingConfig(temperature=0.0, max_tokens=20)
+
+  def back(context):
+    first = yield Turn('first', context, greedy)
+    second = yield Turn('second', context + first.tokens, greedy)
+    little = context + first.tokens + second.tokens[:-1] + [3]
+    much = context + first.tokens[:4] + [5, 6]
+    return [
+      (context, first),
+      (context + first.tokens, second),
+      (little, (yield Turn('little', little, greedy))),
+      (much, (yield Turn('much', much, greedy))),
+    ]
+
+  begins = ([], *PREFIXES)
+  made = [(str(i), back(begins[i % 3] + c)) for i, c in enumerate(contexts(6))]
+  done, _ = run(windowed, made, prefixes=prefixes)
+  for turns in done.values():
+    for context, completion in turns:
+      logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
+      assert completion.tokens == logits.argmax(-1).tolist()
+  sizes = EngineConfig(**SIZES)
+  cache = device.allocate(windowed, 4, LENGTH, sizes.slack)
+  assert [layer.k.shape[-1] for layer in cache] == [LENGTH, 6 + 8 + 5 + 2]
+
+
+def test_a_budget_of_memory_sets_the_slots(lm):
+  of_slot = device.cache_bytes(lm, LENGTH, 0)
+  assert of_slot == 2 * 2 * 2 * 8 * LENGTH * 4  # layers, k and v, kv heads, head, tokens, bytes
+
+  def slots(gib, prefixes=None):
+    config = EngineConfig(slots=30, cache_gib=gib)
+    return Engine({'base': lm}, length=LENGTH, seed=0, config=config, prefixes=prefixes).slots
+
+  assert slots(30.5 * of_slot / 2**30) == 30
+  assert slots(29.5 * of_slot / 2**30) == 24  # in steps of eight
+  assert slots(5.5 * of_slot / 2**30) == 5
+  assert slots(5.5 * of_slot / 2**30, {'base': PREFIXES}) == 4  # two prefixes, half a slot each
+  with pytest.raises(ValueError, match='cache_gib'):
+    slots(0.5 * of_slot / 2**30)
+
+
+def test_chunks_are_a_function_of_what_is_missing():
+  config = EngineConfig(prefill_chunks=(64, 16), prefill_tokens=128)
+  assert [config.chunk_for(n) for n in (1, 16, 32, 33, 64, 65, 500)] == [16, 16, 16, *[64] * 4]
+  assert config.chunk_rows(64) == 2 and config.chunk_rows(16) == 8
+  with pytest.raises(ValueError, match='prefill_chunks'):
+    EngineConfig(prefill_chunks=(64,), prefill_tokens=32)
+
+
+def test_stats_tell_where_time_went_and_what_was_compiled(lm):
+  run(lm, items(3))
+  _, stats = run(lm, items(20, turns=2))
+  summary = stats.summary()
+  waited = summary['prefill_seconds'] + summary['decode_seconds']
+  assert summary['seconds'] == pytest.approx(waited + summary['host_seconds'])
+  assert summary['compilations'] == 0 and summary['chains'] == 20
+  assert 0.3 < summary['occupancy'] <= 1
+
+
+def test_an_engine_whose_run_was_left_can_run_again(lm):
+  engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
+  whole, _ = run(lm, items(7))
+  list(itertools.islice(engine.run(items(7)), 2))
+  assert dict(engine.run(items(7))) == whole

@@ -1,0 +1,23 @@
+"""The host benchmark does every turn of every chain, whatever device programs look like."""
+
+import pytest
+
+from cai_jax.feedback import records
+from cai_jax.sampling.journal import Journal
+from experiments import bench_host
+
+
+@pytest.fixture(scope='module')
+def job():
+  return bench_host.make_job(9)
+
+
+@pytest.mark.parametrize('mode', ['tokens', 'turns', 'run'])
+def test_every_mode_does_all_turns(job, mode, tmp_path):
+  journal = Journal(tmp_path / 'journal')
+  stub = bench_host.Stub(bench_host.replies(job))
+  with stub.installed():
+    watch = bench_host.feed(mode, job, tmp_path, journal)
+  assert watch.done == 9
+  assert len(journal) == 9 * (1 + 2 * bench_host.ROUNDS)
+  assert records.shard_path(tmp_path / 'd_cai', 0).exists() == (mode == 'run')

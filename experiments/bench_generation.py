@@ -277,18 +277,12 @@ def benchmark(args: argparse.Namespace) -> dict:
         result['systems'][system] |= memory
       result['ratios'] = ratios(runs)
       stats = result['systems']['ours']['stats']
-      result['host_share'] = host_share(stats)
+      result['host_share'] = stats['host_seconds'] / stats['seconds']
     if args.roofline:
       result['roofline'] = asks['ours'](
         'roofline', batches=args.roofline_batches, repetitions=max(args.repetitions, 3)
       )
   return result
-
-
-def host_share(stats: dict) -> float:
-  """Share of our engine's time in which the device had nothing to do."""
-  busy = stats['prefill_seconds'] + stats['decode_seconds']
-  return 1 - busy / stats['seconds']
 
 
 def table(result: dict) -> str:

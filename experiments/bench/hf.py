@@ -1,6 +1,7 @@
 """The benchmark's chains through `generate` of Hugging Face transformers, stage by stage."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class System:
   reply has ended, as it does where replies end by themselves; each row is then cut to its own.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, int]):
+  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
     del engine
     self.device = 'cpu' if platform == 'cpu' else 'cuda'
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))

@@ -1,15 +1,16 @@
 """The benchmark's chains through `cai_jax.sampling.Engine`."""
 
 import gc
-import inspect
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 from cai_jax.model import lm as lm_lib
-from cai_jax.sampling.engine import Engine, EngineConfig
+from cai_jax.sampling.engine import Engine
+from cai_jax.sampling.local import EngineConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
 from experiments.bench import chains as chains_lib
 from experiments.bench import roofline as roofline_lib
@@ -37,10 +38,10 @@ class System:
     engine: fields of EngineConfig other than `slots`.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, int]):
+  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
     del platform  # JAX_PLATFORMS has chosen it
     self.lm = lm_lib.load(folder, dtype)
-    self.engine = engine
+    self.engine = {k: tuple(v) if isinstance(v, list) else v for k, v in engine.items()}
 
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
@@ -51,15 +52,19 @@ class System:
     run, whatever the programs compile for.
     """
     del warm
-    return self._run(chains, prefix, batch, seed, 1.0, chains_lib.longest(chains, len(prefix)))
+    return self._run(chains, prefix, batch, seed, 1.0, chains_lib.longest(chains, 0))
 
   def _run(self, chains, prefix, slots, seed, temperature, length):
     gc.collect()
-    options = {}
-    if prefix and 'prefixes' in inspect.signature(Engine).parameters:
-      options = {'prefixes': {'base': prefix}}
-    config = EngineConfig(slots=slots, **self.engine)
-    engine = Engine({'base': self.lm}, length=length, seed=seed, config=config, **options)
+    engine = Engine(
+      {'base': self.lm},
+      length=length,
+      seed=seed,
+      config=EngineConfig(slots=slots, **self.engine),
+      prefixes={'base': [prefix]} if prefix else None,
+    )
+    if engine.slots != slots:
+      raise ValueError(f'{slots} slots of {length} tokens do not fit cache_gib; raise it.')
     source = ((chain.id, generator(chain, prefix, temperature)) for chain in chains)
     results = dict(engine.run(source))
     return [results[chain.id] for chain in chains], engine.stats.summary()

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class System:
   decodes until its longest reply has ended, as it does where replies end by themselves.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, int]):
+  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
     del platform, engine
     hf = json.loads((pathlib.Path(folder) / 'config.json').read_text())
     self.config = model_lib.ModelConfig(

@@ -136,6 +136,7 @@ class Program:
   copies: dict[int, int]  # bytes of large copies by depth
   step: int  # depth of what happens each step; less deep is once a run, deeper is now and then
   rows: int  # tokens that one step of all devices gives or takes in
+  text: str  # HLO, optimised and scheduled
 
   def times(self, chip: Chip) -> dict[str, float]:
     """Seconds that a step needs, at least, of compute, memory and links."""
@@ -344,6 +345,7 @@ def build(
     copies=large_copies(text, depths),
     step=step,
     rows=rows,
+    text=text,
   )
 
 
@@ -527,9 +529,10 @@ def report(program: Program, chip: Chip) -> list[str]:
 
 
 def as_json(program: Program, chip: Chip) -> dict[str, Any]:
-  """All that is known of a program."""
+  """All that is known of a program but its text."""
   collectives = [c._asdict() | {'sent': c.sent} for c in program.collectives]
   found = dataclasses.asdict(program)
+  del found['text']
   return found | {'times': program.times(chip), 'collectives': collectives}
 
 
@@ -545,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, over the whole slice')
   parser.add_argument('--layers', type=int, help='fewer than the model has, to try something')
   parser.add_argument('--search', action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument('--hlo', type=pathlib.Path, help='folder for the compiled programs as text')
   parser.add_argument('--output', type=pathlib.Path, help='JSON of all that is found')
   args = parser.parse_args(argv)
 
@@ -562,7 +566,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   engine = EngineConfig(**config.engine)
   slots = (args.slots or engine.slots) * chips.hosts
   job = Sampler(lm, engine, slots, args.length, tuple(args.prefixes))
-  result = study(job, chips, args.search)
+  result = study(job, chips, args.search, args.hlo)
   if args.output:
     write_json(args.output, result)
 
@@ -581,8 +585,15 @@ def load_config(path: str):
   return module.get_config()
 
 
-def study(job: Sampler, chips: Slice, search: bool) -> dict[str, Any]:
-  """Compiles all programs, prints what they take, and gives it as JSON could have it."""
+def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) -> dict[str, Any]:
+  """Compiles all programs, prints what they take, and gives it as JSON could have it.
+
+  Args:
+    job: what to compile.
+    chips: what for.
+    search: whether to look for the largest number of slots too.
+    hlo: folder for the compiled programs as text.
+  """
   lm, chip = job.lm, chips.chip
   sizes = {
     'parameters': local_bytes(lm.params),
@@ -609,6 +620,9 @@ def study(job: Sampler, chips: Slice, search: bool) -> dict[str, Any]:
       programs.append(builder(job))
       print('\n'.join(report(programs[-1], chip)), flush=True)
       found = programs[-1]
+      if hlo:
+        hlo.mkdir(parents=True, exist_ok=True)
+        (hlo / f'{name.replace(" ", "_")}.hlo').write_text(found.text)
     except TooLarge as error:
       found = too_large[name] = error
       print(f'{name} does NOT fit: {error.used / GIB:.2f} GiB of {error.limit / GIB:.2f}')

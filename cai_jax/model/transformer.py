@@ -146,13 +146,14 @@ def attend(q: jax.Array, parts: Sequence[Keys]) -> jax.Array:
 
   def times(x, keys):
     """x [B,K,R,A] times keys [B,K,A,C], which are read once where all rows share them."""
+    x = x.astype(keys.dtype)
     if keys.shape[0] == b:
       return product('BKRA,BKAC->BKRC', x, keys)
     joined = product('KRA,KAC->KRC', x.swapaxes(0, 1).reshape(heads, -1, x.shape[-1]), keys[0])
     return joined.reshape(heads, b, -1, keys.shape[-1]).swapaxes(0, 1)
 
   def scores(part):
-    x = times(rows, part.k.astype(q.dtype)).reshape(b, heads, -1, t, part.k.shape[-1])
+    x = times(rows, part.k).reshape(b, heads, -1, t, part.k.shape[-1])
     x = jnp.where(part.mask[:, None, None], x * h**-0.5, MASKED)
     return x.reshape(b, heads, -1, part.k.shape[-1])
 
@@ -161,8 +162,7 @@ def attend(q: jax.Array, parts: Sequence[Keys]) -> jax.Array:
   top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in found])
   weights = [jnp.exp(x - jax.lax.stop_gradient(top)) for x in found]
   total = sum(x.sum(-1, keepdims=True) for x in weights)
-  values = [part.v.astype(q.dtype) for part in parts]
-  out = sum(times(x.astype(q.dtype), v) for x, v in zip(weights, values, strict=True)) / total
+  out = sum(times(x, part.v) for x, part in zip(weights, parts, strict=True)) / total
   out = out.reshape(b, heads, -1, t, h).swapaxes(2, 3).swapaxes(1, 2)
   return out.reshape(b, t, n, h).astype(q.dtype)
 
@@ -316,6 +316,19 @@ class Embedding(nnx.Module):
     std = config.d_model**-0.5
     self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
 
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """[B,T,D] of tokens i32[B,T], in the table's dtype."""
+    table = self.table[...]
+    if table.dtype.itemsize != 2:
+      return table[tokens]
+
+    def bits(table):
+      # XLA for CPUs makes all of a half-precision table f32 to read a few rows of it.
+      whole = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+      return jax.lax.bitcast_convert_type(whole, table.dtype)
+
+    return jax.lax.platform_dependent(table, cpu=bits, default=lambda table: table[tokens])
+
 
 class Transformer(nnx.Module):
   """A causal language model. `model(tokens, positions)` gives hidden states, `unembed` logits."""
@@ -368,7 +381,7 @@ class Transformer(nnx.Module):
     angles = rotary_angles(self.config, positions)
     if cache is not None:
       angles, views = jax.lax.optimization_barrier((angles, views))
-    x = place(self.embed.table[...][tokens].astype(self.dtype))
+    x = place(self.embed(tokens).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
       old = None if cache is None else cache[layer]

@@ -185,11 +185,17 @@ def decode(
 def cache_bytes(lm: LM, length: int, slack: int) -> int:
   """Bytes of one slot's cache, over all devices."""
   tokens = sum(cache_lengths(lm.config, length, slack))
-  return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * jnp.dtype(lm.dtype).itemsize
+  return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
+
+
+def cache_dtype(lm: LM) -> jnp.dtype:
+  """The model's compute dtype; f32 on CPUs, where XLA rewrites a half-precision cache each step."""
+  on_cpu = lm.mesh.devices.flat[0].platform == 'cpu'
+  return jnp.dtype('float32' if on_cpu else lm.dtype)
 
 
 def allocate(lm: LM, slots: int, length: int, slack: int) -> Cache:
-  """An empty cache of `slots` rows of `length` tokens on the model's mesh, in its compute dtype.
+  """An empty cache of `slots` rows of `length` tokens on the model's mesh.
 
   Rows are split over the mesh's batch axes and heads over `tensor`.
 
@@ -236,5 +242,5 @@ def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
   sharding = NamedSharding(lm.mesh, spec)
   shardings = tuple(LayerCache(sharding, sharding) for _ in lengths)
-  init = functools.partial(init_cache, lm.config, rows, lengths, jnp.dtype(lm.dtype))
+  init = functools.partial(init_cache, lm.config, rows, lengths, cache_dtype(lm))
   return jax.jit(init, out_shardings=shardings)()

@@ -4,9 +4,9 @@ Command:   pip install 'jax[tpu]==JAX_VERSION'   (of the jax at hand: libtpu has
            python -m experiments.compile_for_tpu --config=configs/llama3_8b_v5e.py \\
              --topology=v5e:4x4
 Hardware:  any CPU; an 8B model takes 2 GB and some minutes, --layers=2 one
-Method:    the sampler's prefill and decode programs are compiled for the slice from shapes alone:
-           nothing is allocated, and no weights are needed. As in launch.py each host samples on its
-           own chips, so the compiled mesh is a host's, repeated along `data`; --mesh gives another.
+Method:    the sampler's prefill and decode programs are compiled from shapes alone: nothing is
+           allocated, and no weights are needed. As in launch.py each host samples on its own chips,
+           so what is compiled is one host's part of the slice; --mesh takes the whole slice.
 Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives, copies; the least
            time that a decode step and a prefill chunk can take; the largest number of slots.
 
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 if __name__ == '__main__':  # libtpu and jax read these when they are loaded
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken: share the compiler
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # ask no cloud's server what machine this is
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_WORKER_ID', '0')
@@ -104,6 +105,17 @@ class Slice:
   def hosts(self) -> int:
     """Processes that the slice runs."""
     return len({d.process_index for d in self.devices})
+
+  def of_host(self) -> 'Slice':
+    """One host's part."""
+    if self.hosts == 1:
+      return self
+    first = self.devices[0].process_index
+    places = [d.coords for d in self.devices if d.process_index == first]
+    dimensions = self.name.count('x') + 1
+    sizes = [len({place[axis] for place in places}) for axis in range(dimensions)]
+    # Compiled for on its own, as libtpu numbers a program's chips from 0 without gaps.
+    return find_slice(f'{self.name.partition(":")[0]}:{"x".join(map(str, sizes))}')
 
 
 class Collective(NamedTuple):
@@ -205,21 +217,11 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
   return model_configs.from_hf(weights.read_json(place))
 
 
-def sampling_mesh(sizes: dict[str, int], chips: Slice) -> Mesh:
-  """The mesh that sampling runs on, over all chips.
-
-  On several hosts launch.py gives each a model of its own on its own chips, so that `fsdp` and
-  `tensor` lie inside a host. Those meshes one behind the other along `data` are this one.
-  """
-  if chips.hosts == 1:
-    return parallel.make_mesh(**sizes, devices=chips.devices)
-  split = {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
-  local = [d for d in chips.devices if d.process_index == chips.devices[0].process_index]
-  host = parallel.make_mesh(**(sizes | split), devices=local).shape
-  # In the order of hosts, each host's chips together, unless jax finds them a better one.
-  return parallel.make_mesh(
-    host['data'] * chips.hosts, host['fsdp'], host['tensor'], devices=chips.devices
-  )
+def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
+  """The mesh that launch.py samples on: on several hosts each has `part` of the chips to itself."""
+  if chips.hosts > 1:
+    sizes = sizes | ({'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1})
+  return parallel.make_mesh(**sizes, devices=part.devices)
 
 
 def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
@@ -255,22 +257,23 @@ class Sampler:
 
   lm: LM
   engine: EngineConfig
-  slots: int  # of all hosts
+  slots: int
   length: int  # tokens of a slot's cache
   prefixes: tuple[int, ...]  # tokens of each shared prefix's cache
 
   def cache(self) -> Cache:
     """Shapes of the slots' caches."""
-    parallel.check_batch(self.slots, self.lm.mesh, 'slots of all hosts')
+    parallel.check_batch(self.slots, self.lm.mesh, 'slots')
     lengths = cache_lengths(self.lm.config, self.length, self.engine.slack)
     return abstract_cache(self.lm, self.slots, lengths, P(*parallel.BATCH, 'tensor'))
 
-  def read(self, rows: int) -> int:
-    """Bytes that a step over `rows` slots must read on each device."""
+  def read(self, rows: int, unembeds: bool) -> int:
+    """Bytes that a step over `rows` slots must read on each device; `unembeds`: gives logits."""
     lm = self.lm
-    params = local_bytes(lm.params)
-    if not lm.config.tied_embeddings:  # a row for each token is read of it
-      params -= local_bytes(lm.params['embed'])
+    # Of a table that is looked up in, a row for each token is read: next to nothing.
+    last = 'embed' if lm.config.tied_embeddings else 'head'
+    tables = {'embed', 'head'} - ({last} if unembeds else set())
+    params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
     shards = min(rows, parallel.batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
     own = device.cache_bytes(lm, self.length, self.engine.slack) * rows // shards
     return params + own + local_bytes(abstract_prefixes(lm, self.prefixes))
@@ -288,21 +291,12 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
 
 
 def lower_prefill(job: Sampler, chunk: int) -> jax.stages.Lowered:
-  """The prefill of `chunk` tokens in as many rows as the engine takes together, on each host."""
-  rows, lm = prefill_rows(job, chunk), job.lm
+  """The prefill of `chunk` tokens in as many rows as the engine takes together."""
+  rows, lm = job.engine.chunk_rows(chunk), job.lm
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
   piece = device.Chunk(i32(rows, chunk), i32(rows), i32(rows), i32(rows), i32(rows))
   entries = abstract_prefixes(lm, job.prefixes)
   return device.prefill.lower(lm.graph, lm.params, job.cache(), entries, piece, lm.mesh)
-
-
-def prefill_rows(job: Sampler, chunk: int) -> int:
-  """Rows of a prefill program over all hosts."""
-  return job.engine.chunk_rows(chunk) * _hosts(job.lm.mesh)
-
-
-def _hosts(mesh: Mesh) -> int:
-  return len({d.process_index for d in mesh.devices.flat})
 
 
 def build(
@@ -351,15 +345,21 @@ def build(
 
 def build_decode(job: Sampler) -> Program:
   """The decode program of all slots, compiled."""
-  read = job.read(job.slots)
+  read = job.read(job.slots, unembeds=True)
   return build('decode', lambda: lower_decode(job), read, step=1, rows=job.slots)
 
 
 def build_prefill(job: Sampler, chunk: int) -> Program:
   """The prefill program of a chunk size, compiled."""
-  rows = prefill_rows(job, chunk)
+  rows = job.engine.chunk_rows(chunk)
   name = f'prefill {rows} × {chunk}'
-  return build(name, lambda: lower_prefill(job, chunk), job.read(rows), step=0, rows=rows * chunk)
+  return build(
+    name,
+    lambda: lower_prefill(job, chunk),
+    job.read(rows, unembeds=False),
+    step=0,
+    rows=rows * chunk,
+  )
 
 
 def local_bytes(tree) -> int:
@@ -450,11 +450,15 @@ def group_size(line: str) -> int:
 
 
 def large_copies(text: str, depths: dict[str, int]) -> dict[int, int]:
-  """Bytes that are copied in pieces of LARGE_COPY or more, by depth: a change of layout mostly."""
+  """Bytes that are copied in pieces of LARGE_COPY or more, by depth: a change of layout mostly.
+
+  What stands inside a fusion is not counted: it is no array in memory.
+  """
   copied: dict[int, int] = {}
+  fused = set(re.findall(r' fusion\(.*calls=%?([\w.\-]+)', text))
   for inside, result, operation, _ in instructions(text):
     size = sum(shape_bytes(result))
-    if operation == 'copy' and inside in depths and size >= LARGE_COPY:
+    if operation == 'copy' and inside in depths.keys() - fused and size >= LARGE_COPY:
       copied[depths[inside]] = copied.get(depths[inside], 0) + size
   return copied
 
@@ -500,8 +504,8 @@ def by_place(program: Program) -> Iterator[tuple[str, list[Collective], int]]:
     yield where, found, sum(size for depth, size in program.copies.items() if here(depth))
 
 
-def report(program: Program, chip: Chip) -> list[str]:
-  """Lines that tell of a program."""
+def report(program: Program, chip: Chip, parts: int) -> list[str]:
+  """Lines that tell of a program, of which the slice runs so many."""
   m, times = program.memory, program.times(chip)
   at_least, row = max(times.values()), sum(times.values())
   gib = lambda name: f'{name} {m[name] / GIB:.3f}'  # noqa: E731
@@ -513,8 +517,8 @@ def report(program: Program, chip: Chip) -> list[str]:
     '  least time: '
     + ', '.join(f'{name} {1e3 * t:.3f} ms' for name, t in times.items())
     + f'; a step {1e3 * at_least:.3f} ms, in a row {1e3 * row:.3f} ms',
-    f'  tokens/s of the slice, at most {program.rows / at_least:,.0f}, in a row '
-    f'{program.rows / row:,.0f}',
+    f'  tokens/s of the slice, at most {parts * program.rows / at_least:,.0f}, in a row '
+    f'{parts * program.rows / row:,.0f}',
   ]
   for where, found, copied in by_place(program):
     for kind in COLLECTIVES:
@@ -544,9 +548,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--model_config', help='a config.json, for models that are not known here')
   parser.add_argument('--length', type=int, default=1536, help="tokens of a slot's cache")
   parser.add_argument('--prefixes', type=int, nargs='*', default=[512, 512], help='tokens of each')
-  parser.add_argument('--slots', type=int, help="of each host; the config's engine.slots if absent")
-  parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, over the whole slice')
+  parser.add_argument('--slots', type=int, help="of a program; the config's engine.slots if absent")
+  parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, of the whole slice')
   parser.add_argument('--layers', type=int, help='fewer than the model has, to try something')
+  parser.add_argument('--prefill', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument('--search', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument('--hlo', type=pathlib.Path, help='folder for the compiled programs as text')
   parser.add_argument('--output', type=pathlib.Path, help='JSON of all that is found')
@@ -559,14 +564,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     windows = model.windows[: args.layers]
     model = dataclasses.replace(model, num_layers=args.layers, windows=windows)
   if args.mesh:
-    mesh = parallel.make_mesh(*args.mesh, devices=chips.devices)
+    parts, mesh = 1, parallel.make_mesh(*args.mesh, devices=chips.devices)
   else:
-    mesh = sampling_mesh(config.mesh.to_dict(), chips)
+    parts, mesh = chips.hosts, host_mesh(config.mesh.to_dict(), chips, chips.of_host())
   lm = abstract_lm(model, mesh, config.model.dtype)
   engine = EngineConfig(**config.engine)
-  slots = (args.slots or engine.slots) * chips.hosts
-  job = Sampler(lm, engine, slots, args.length, tuple(args.prefixes))
-  result = study(job, chips, args.search, args.hlo)
+  job = Sampler(lm, engine, args.slots or engine.slots, args.length, tuple(args.prefixes))
+  result = study(job, chips, parts, args.prefill, args.search, args.hlo)
   if args.output:
     write_json(args.output, result)
 
@@ -585,12 +589,21 @@ def load_config(path: str):
   return module.get_config()
 
 
-def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) -> dict[str, Any]:
+def study(
+  job: Sampler,
+  chips: Slice,
+  parts: int,
+  prefill: bool,
+  search: bool,
+  hlo: pathlib.Path | None,
+) -> dict[str, Any]:
   """Compiles all programs, prints what they take, and gives it as JSON could have it.
 
   Args:
     job: what to compile.
     chips: what for.
+    parts: of the slice that each run such programs.
+    prefill: whether to compile that as well as decode.
     search: whether to look for the largest number of slots too.
     hlo: folder for the compiled programs as text.
   """
@@ -602,8 +615,8 @@ def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) ->
   }
   mesh = dict(lm.mesh.shape)
   print(
-    f'{chips.name}: {len(chips.devices)} chips of {chips.hosts} hosts, '
-    f'mesh {", ".join(f"{k}={v}" for k, v in mesh.items())}; jax {jax.__version__}\n'
+    f'{chips.name}: {len(chips.devices)} chips of {chips.hosts} hosts; {parts} × mesh '
+    f'{", ".join(f"{k}={v}" for k, v in mesh.items())}; jax {jax.__version__}\n'
     f'{lm.config.num_params / 1e9:.3f} billion parameters in {lm.dtype}; {job.slots} slots of '
     f'{job.length} tokens, prefixes of {list(job.prefixes)}\n'
     f'GiB on each chip: ' + ', '.join(f'{k} {v / GIB:.3f}' for k, v in sizes.items()),
@@ -613,12 +626,13 @@ def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) ->
   builders = {'decode': build_decode} | {
     f'prefill {chunk}': lambda job, chunk=chunk: build_prefill(job, chunk)
     for chunk in job.engine.prefill_chunks
+    if prefill
   }
   first, too_large = None, {}
   for name, builder in builders.items():
     try:
       programs.append(builder(job))
-      print('\n'.join(report(programs[-1], chip)), flush=True)
+      print('\n'.join(report(programs[-1], chip, parts)), flush=True)
       found = programs[-1]
       if hlo:
         hlo.mkdir(parents=True, exist_ok=True)
@@ -630,6 +644,7 @@ def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) ->
   result = {
     'topology': chips.name,
     'mesh': mesh,
+    'parts': parts,
     'slots': job.slots,
     'length': job.length,
     'prefixes': job.prefixes,
@@ -642,10 +657,9 @@ def study(job: Sampler, chips: Slice, search: bool, hlo: pathlib.Path | None) ->
     result['largest'] = {'slots': most, 'memory': program.memory, 'times': program.times(chip)}
     cache = local_bytes(dataclasses.replace(job, slots=most).cache()) + sizes['prefixes']
     print(
-      f'largest number of slots that fits: {most}, {most // chips.hosts} of each host '
-      f'(engine.cache_gib={cache / GIB:.2f}):'
+      f'largest number of slots that fits: engine.slots={most}, engine.cache_gib={cache / GIB:.2f}'
     )
-    print('\n'.join(report(program, chip)), flush=True)
+    print('\n'.join(report(program, chip, parts)), flush=True)
   return result
 
 

@@ -54,9 +54,9 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What one chip can do, by cloud.google.com/tpu/docs/v5e, v5p and v6e (read in 2026)."""
+  """What one chip can do, by cloud.google.com/tpu/docs/v5e, v5p and v6e."""
 
-  memory: float  # bytes of HBM
+  memory: float  # bytes of its 16, 95 or 32 GiB that a program may use, as libtpu 0.0.NN says
   flops: float  # FLOP/s in bf16
   bandwidth: float  # bytes/s of HBM
   links: float  # bytes/s that all its links together send; half of the 'bidirectional' figure
@@ -65,9 +65,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-  'v5e': Chip(16 * GIB, 197e12, 819e9, 200e9, 1, 'v5litepod'),
-  'v5p': Chip(95 * GIB, 459e12, 2765e9, 600e9, 2, 'v5p'),
-  'v6e': Chip(32 * GIB, 918e12, 1600e9, 400e9, 1, 'v6e'),
+  'v5e': Chip(15.75 * GIB, 197e12, 819e9, 200e9, 1, 'v5litepod'),
+  'v5p': Chip(95.74 * GIB, 459e12, 2765e9, 600e9, 2, 'v5p'),
+  'v6e': Chip(31.25 * GIB, 918e12, 1600e9, 400e9, 1, 'v6e'),
 }
 
 # config.json of models that configs name, as far as it says their shape: no network is needed.
@@ -165,10 +165,9 @@ class TooLarge(Exception):
 
   def __init__(self, message: str):
     super().__init__(message)
-    sizes = {'K': 2**10, 'M': 2**20, 'G': 2**30}
-    found = re.search(r'Used ([\d.]+)([KMG])\w* of ([\d.]+)([KMG])', message)
-    self.used = float(found[1]) * sizes[found[2]] if found else math.nan
-    self.limit = float(found[3]) * sizes[found[4]] if found else math.nan
+    sizes = re.findall(r'\b([\d.]+)([KMG])\b', message)
+    found = [float(number) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[unit] for number, unit in sizes]
+    self.used, self.limit = (*found, math.nan, math.nan)[:2]
 
 
 def find_slice(name: str) -> Slice:
@@ -233,7 +232,7 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
 
 def abstract_cache(lm: LM, rows: int, lengths: Sequence[int], spec: P) -> Cache:
   """What `device.allocate` and `device.prefill_prefix` would allocate."""
-  init = lambda: init_cache(lm.config, rows, tuple(lengths), jnp.dtype(lm.dtype))  # noqa: E731
+  init = lambda: init_cache(lm.config, rows, tuple(lengths), device.cache_dtype(lm))  # noqa: E731
   return _placed(jax.eval_shape(init), NamedSharding(lm.mesh, spec))
 
 
@@ -464,36 +463,38 @@ def large_copies(text: str, depths: dict[str, int]) -> dict[int, int]:
 
 
 def largest_slots(job: Sampler, first: Program | TooLarge, limit: float) -> tuple[int, Program]:
-  """The most slots that the decode program fits with, in steps of 8 for each batch shard.
+  """The most slots that the decode program fits with, in the steps that `EngineConfig.fit` takes.
+
+  Args:
+    job: with some number of slots.
+    first: its decode program.
+    limit: bytes of the chip.
 
   Raises:
-    ValueError: if none fit.
+    ValueError: if none were found that fit.
   """
   bucket = 8 * parallel.batch_shards(job.lm.mesh)
-  used = first.used if isinstance(first, TooLarge) else first.memory['total']
-  points = [(job.slots, used)]
-  fits = {} if isinstance(first, TooLarge) else {job.slots: first}
-  slope = device.cache_bytes(job.lm, job.length, job.engine.slack) / job.lm.mesh.size
-  low, high = max(fits, default=0), math.inf
+  of_slot = local_bytes(job.cache()) / job.slots
+  fixed = local_bytes(job.lm.params) + local_bytes(abstract_prefixes(job.lm, job.prefixes))
+  best = first if isinstance(first, Program) else None
+  low, high = (job.slots, math.inf) if best else (0, job.slots)
   for _ in range(SEARCHES):
-    slots, used = points[-1]
-    guess = int((slots + (limit - used) / slope) // bucket * bucket)
-    guess = max(bucket, min(guess, high - bucket))
+    # Temporaries grow with the slots at most: what there is room for by that is there.
+    room, each = limit - fixed, of_slot
+    if best is not None:
+      room, each = limit - best.memory['total'], of_slot + best.memory['temporary'] / low
+    guess = (low + room / each) // bucket * bucket
+    guess = int(guess if guess < high else (low + high) / 2 // bucket * bucket)
     if guess <= low:
       break
     try:
-      fits[guess] = build_decode(dataclasses.replace(job, slots=guess))
-      points.append((guess, fits[guess].memory['total']))
+      best = build_decode(dataclasses.replace(job, slots=guess))
       low = guess
-    except TooLarge as error:
-      points.append((guess, error.used))
+    except TooLarge:
       high = guess
-      if guess == bucket:
-        raise ValueError(f'not even {bucket} slots fit.') from error
-    (a, x), (b, y) = points[-2:]
-    slope = (y - x) / (b - a) if a != b else slope
-  best = max(fits)
-  return best, fits[best]
+  if best is None:
+    raise ValueError(f'no number of slots was found to fit; {high} do not.')
+  return best.rows, best
 
 
 def by_place(program: Program) -> Iterator[tuple[str, list[Collective], int]]:
@@ -512,7 +513,7 @@ def report(program: Program, chip: Chip, parts: int) -> list[str]:
   lines = [
     f'{program.name} (compiled in {program.seconds:.0f} s)',
     '  GiB: ' + ', '.join(map(gib, ('argument', 'output', 'alias', 'temporary', 'code', 'total'))),
-    f'  fits {chip.memory / GIB:.0f} GiB: {"yes" if m["total"] <= chip.memory else "NO"}',
+    f'  fits {chip.memory / GIB:.2f} GiB: {"yes" if m["total"] <= chip.memory else "NO"}',
     f'  {program.flops / 1e9:.2f} GFLOP and {program.read / GIB:.3f} GiB to read each step',
     '  least time: '
     + ', '.join(f'{name} {1e3 * t:.3f} ms' for name, t in times.items())

@@ -236,7 +236,6 @@ def run(
       prefixes=job.prefixes,
     )
     stats = running.stats
-    journal.refresh()  # another job may have put turns since it was opened
     numbers = (i for index in mine for i in range(index * size, index * size + lengths[index]))
     rows: dict[int, dict[int, dict]] = {}  # of the shards that are begun: number → row
     for done, (_, (number, row)) in enumerate(running.run(_rows(job, numbers)), 1):

@@ -110,6 +110,8 @@ class Engine:
     free = list(range(self.slots))[::-1]
     for model in self._local.values():
       model.reset()
+    if self.journal is not None:
+      self.journal.refresh()  # what has been put since it was opened
 
     def turn_over(ended: list[tuple[_Active, Completion]]) -> Iterator[tuple[str, Any]]:
       """Gives chains the replies they waited for, and their slots to others where they end."""

@@ -241,7 +241,7 @@ class LocalModel:
       return
     begin = time.perf_counter()
     # A few done slots are worth refilling together; near the end of a run, a single one is.
-    enough = max(1, min(self.config.chunk_rows(min(self.config.prefill_chunks)), active // 8))
+    enough = max(1, active // 16)
     before = device.Slots(*(x.copy() for x in self.slots))
     lm = self.lm
     burst, self.cache = device.decode(

@@ -367,3 +367,47 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
   text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
   assert it.digest() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monkeypatch):
+  shown = (
+    (
+      {'role': 'user', 'content': 'Is it far to the station from the old mill?'},
+      {'role': 'assistant', 'content': 'It is a long way on foot.'},
+      {'role': 'critique_request', 'content': 'What is wrong with this?'},
+      {'role': 'critique', 'content': 'It says no number.'},
+    ),
+  )
+  constitution = Constitution(PRINCIPLES[:2], shown)
+
+  def made():
+    return generate.prepare(
+      {'base': lm},
+      [prompt(i) for i in range(4)],
+      [],
+      constitution,
+      generate.FeedbackConfig(rounds=1, shard_rows=2),
+      generate.StageSampling(SHORT, SHORT, SHORT),
+      seed=0,
+    )
+
+  with_prefix = made()
+  monkeypatch.setattr(generate, 'MIN_PREFIX', 10**6)
+  without = made()
+  assert without.prefixes == {'base': []}
+  (prefix,) = with_prefix.prefixes['base']
+  text = lm.tokenizer.decode(prefix)
+  assert text.count('It says no number.') == 1 and 'Question' not in text
+  assert 0 < with_prefix.length <= without.length - len(prefix) // 64 * 64
+  stats = {}
+  for name, job_made in (('with', with_prefix), ('without', without)):
+    journal = Journal(tmp_path / name / 'journal')
+    stats[name] = generate.run(job_made, tmp_path / name / 'd_cai', journal, ENGINE)
+    generate.finish(job_made, tmp_path / name / 'd_cai')
+  assert stats['with']['shared_tokens'] == 4 * 2 * len(prefix)
+  assert stats['with']['prefilled_tokens'] < stats['without']['prefilled_tokens']
+  ours, plain = (
+    [[r['initial']['text'], *(s['revision']['text'] for s in r['rounds'])] for r in rows]
+    for rows in (data.read_rows(tmp_path / name / 'd_cai') for name in ('with', 'without'))
+  )
+  assert ours == plain

@@ -37,6 +37,7 @@ from cai_jax.report import table, write_report
 from cai_jax.sampling import remote
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.local import describe
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import prompts as tiny_prompts
@@ -435,6 +436,8 @@ def _sample(run: Run, job: generate.Job, folder: pathlib.Path, name: str) -> dic
   journal.close()
   _barrier(f'sampled {folder}')
   if jax.process_index() == 0:
+    if counts['sampled_rows']:
+      print(describe(counts), flush=True)
     generate.finish(job, folder)
   _barrier(f'finished {folder}')
   return counts

@@ -56,7 +56,7 @@ GIB = 2**30
 class Chip(NamedTuple):
   """What one chip can do, by cloud.google.com/tpu/docs/v5e, v5p and v6e."""
 
-  memory: float  # bytes of its 16, 95 or 32 GiB that a program may use, as libtpu 0.0.NN says
+  memory: float  # bytes of its 16, 95 or 32 GiB that a program may use, as libtpu 0.0.42 says
   flops: float  # FLOP/s in bf16
   bandwidth: float  # bytes/s of HBM
   links: float  # bytes/s that all its links together send; half of the 'bidirectional' figure
@@ -549,7 +549,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--model_config', help='a config.json, for models that are not known here')
   parser.add_argument('--length', type=int, default=1536, help="tokens of a slot's cache")
   parser.add_argument('--prefixes', type=int, nargs='*', default=[512, 512], help='tokens of each')
-  parser.add_argument('--slots', type=int, help="of a program; the config's engine.slots if absent")
+  parser.add_argument('--slots', type=int, help='of a program; if absent, what the config gives')
   parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, of the whole slice')
   parser.add_argument('--layers', type=int, help='fewer than the model has, to try something')
   parser.add_argument('--prefill', action=argparse.BooleanOptionalAction, default=True)
@@ -570,7 +570,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts, mesh = chips.hosts, host_mesh(config.mesh.to_dict(), chips, chips.of_host())
   lm = abstract_lm(model, mesh, config.model.dtype)
   engine = EngineConfig(**config.engine)
-  job = Sampler(lm, engine, args.slots or engine.slots, args.length, tuple(args.prefixes))
+  slots = args.slots or engine.fit([lm], args.length, [sum(args.prefixes)])
+  job = Sampler(lm, engine, slots, args.length, tuple(args.prefixes))
   result = study(job, chips, parts, args.prefill, args.search, args.hlo)
   if args.output:
     write_json(args.output, result)

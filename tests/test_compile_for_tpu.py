@@ -87,6 +87,14 @@ def test_unknown_groups_are_an_error():
     aot.group_size('%x = f32[4] all-reduce(%y), replica_groups=?')
 
 
+def test_what_would_be_used_is_read_from_the_compilers_message():
+  error = aot.TooLarge(
+    'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
+    '(34.27G) exceeds available HBM (15.75G).'
+  )
+  assert (error.used, error.limit) == (34.27 * 2**30, 15.75 * 2**30)
+
+
 @pytest.mark.parametrize('name', ['v9z:4x4', 'v5e', 'v5e:4by4'])
 def test_a_topology_that_is_none_is_an_error(name):
   with pytest.raises(ValueError, match='topology'):

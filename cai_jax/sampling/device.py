@@ -11,15 +11,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import (
   Cache,
   LayerCache,
   Prefix,
   Prefixes,
+  Transformer,
   cache_lengths,
   init_cache,
 )
+from cai_jax.model.weights import structure
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -75,6 +78,23 @@ class Slots(NamedTuple):
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
 
+class Kind(NamedTuple):
+  """What a model's programs are compiled for. Quickly hashed, unlike a model's whole graph."""
+
+  config: ModelConfig
+  dtype: str
+  mesh: Mesh
+
+  @classmethod
+  def of(cls, lm: LM) -> 'Kind':
+    """The kind of a model in memory."""
+    return cls(lm.config, lm.dtype, lm.mesh)
+
+  def model(self, params) -> Transformer:
+    """The model with its parameters, inside a jitted function."""
+    return nnx.merge(structure(self.config, self.dtype)[0], params)
+
+
 class Chunk(NamedTuple):
   """Tokens to prefill in R rows, C of each at most."""
 
@@ -96,27 +116,25 @@ class Burst(NamedTuple):
   occupied: np.ndarray  # i32[], slots active, summed over steps
 
 
-@functools.partial(jax.jit, static_argnames=('graph', 'mesh'), donate_argnames='cache')
-def prefill(
-  graph, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk, mesh: Mesh
-) -> Cache:
+@functools.partial(jax.jit, static_argnames='kind', donate_argnames='cache')
+def prefill(kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk) -> Cache:
   """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes."""
   # Rows that the batch axes do not divide are computed on all of them: a choice of speed only.
-  split = chunk.tokens.shape[0] % parallel.batch_shards(mesh) == 0
-  sharding = parallel.batch_sharding(mesh) if split else NamedSharding(mesh, P())
+  split = chunk.tokens.shape[0] % parallel.batch_shards(kind.mesh) == 0
+  sharding = parallel.batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
   offsets = jnp.arange(chunk.tokens.shape[1])[None]
   real = offsets < chunk.counts[:, None]
   positions = jnp.where(real, chunk.starts[:, None] + offsets, -1)
   prefixes = Prefixes(entries, chunk.prefix)
-  model = nnx.merge(graph, params)
+  model = kind.model(params)
   return model(
     chunk.tokens, positions, cache=cache, rows=chunk.rows, prefixes=prefixes, sharding=sharding
   )[1]
 
 
-@functools.partial(jax.jit, static_argnames=('graph', 'width', 'mesh'), donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames=('kind', 'width'), donate_argnames='cache')
 def decode(
-  graph,
+  kind: Kind,
   params,
   cache: Cache,
   entries: tuple[Prefix, ...],
@@ -124,14 +142,13 @@ def decode(
   enough,
   longest,
   width: int,
-  mesh: Mesh,
 ) -> tuple[Burst, Cache]:
   """Samples in every active slot until `enough` i32[] are done or `longest` i32[] steps are run.
 
   `width` is U, the most that `longest` may be.
   """
-  model = nnx.merge(graph, params)
-  sharding = parallel.batch_sharding(mesh)
+  model = kind.model(params)
+  sharding = parallel.batch_sharding(kind.mesh)
   prefixes = Prefixes(entries, slots.prefix)
   b = slots.token.shape[0]
   start = slots.active
@@ -232,7 +249,7 @@ def prefill_prefix(lm: LM, tokens: list[int], length: int, chunk: int) -> Prefix
     padded = np.array([part + [0] * (chunk - len(part))], np.int32)
     starts, counts = np.array([start], np.int32), np.array([len(part)], np.int32)
     piece = Chunk(padded, starts, counts, np.zeros(1, np.int32), none)
-    cache = prefill(lm.graph, lm.params, cache, (), piece, lm.mesh)
+    cache = prefill(Kind.of(lm), lm.params, cache, (), piece)
   return Prefix(cache, jnp.array(len(tokens), jnp.int32))
 
 

@@ -113,6 +113,20 @@ class Stats:
     }
 
 
+def describe(summary: dict[str, float]) -> str:
+  """A `Stats.summary()` in a few lines of text."""
+  s = summary
+  waits = [f'{s[f"{kind}_seconds"]:.1f} s {kind}' for kind in ('prefill', 'decode', 'host')]
+  waits += [f'{s["remote_seconds"]:.1f} s other servers'] * bool(s['remote_seconds'])
+  return (
+    f'  {s["turns"]:,} turns sampled, {s["replayed_turns"]:,} from the journal; '
+    f'{s["sampled_tokens"]:,} tokens at {s["tokens_per_second"]:,.0f} a second\n'
+    f'  context tokens: {s["prefilled_tokens"]:,} prefilled, {s["reused_tokens"]:,} reused, '
+    f'{s["shared_tokens"]:,} in a shared prefix; slots {100 * s["occupancy"]:.0f} % occupied\n'
+    f'  {", ".join(waits)}; {s["compilations"]} compilations'
+  )
+
+
 class LocalModel:
   """One model's slots.
 
@@ -196,7 +210,7 @@ class LocalModel:
   def prefill(self) -> None:
     """Brings the cache of every waiting slot up to its context."""
     start = time.perf_counter()
-    begun = bool(self.waiting)
+    begun, lm, kind = bool(self.waiting), self.lm, device.Kind.of(self.lm)
     while batch := self._next_batch():
       chunk, slots = batch
       rows = self.config.chunk_rows(chunk)
@@ -211,8 +225,8 @@ class LocalModel:
         prefix[row] = self.slots.prefix[slot]
         self.held[slot].extend(new)
         self.stats.prefilled_tokens += len(new)
-      lm, piece = self.lm, device.Chunk(tokens, starts, counts, places, prefix)
-      self.cache = device.prefill(lm.graph, lm.params, self.cache, self.entries, piece, lm.mesh)
+      piece = device.Chunk(tokens, starts, counts, places, prefix)
+      self.cache = device.prefill(kind, lm.params, self.cache, self.entries, piece)
     if begun:
       jax.block_until_ready(self.cache)
       self.stats.prefill_seconds += time.perf_counter() - start
@@ -245,7 +259,7 @@ class LocalModel:
     before = device.Slots(*(x.copy() for x in self.slots))
     lm = self.lm
     burst, self.cache = device.decode(
-      lm.graph,
+      device.Kind.of(lm),
       lm.params,
       self.cache,
       self.entries,
@@ -253,7 +267,6 @@ class LocalModel:
       np.int32(enough),
       np.int32(steps),
       width,
-      lm.mesh,
     )
     self._burst = burst, before
     self.stats.decode_seconds += time.perf_counter() - begin

@@ -3,9 +3,9 @@
 Command:   python launch.py --config=configs/llama3_8b_v5e.py --workdir=runs/llama3 \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
-Hardware:  a v5e:4x4 slice, four hosts of four chips. No such slice was at hand: the sampling
-           programs were compiled for it (`python -m experiments.compile_for_tpu
-           --config=configs/llama3_8b_v5e.py --topology=v5e:4x4`; experiments/RESULTS.md)
+Hardware:  a v5e:4x4 slice: four hosts of four chips, 16 GiB each. None was at hand: the sampling
+           programs were compiled for it ahead of time (experiments/compile_for_tpu.py) and fit with
+           the slots below; the train step was not
 Expected:  no oracle can judge free text, so the table gives lengths only; the texts are in the
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts).
 """
@@ -22,8 +22,9 @@ def get_config():
   config.prompts.harmful.source = 'harmful.jsonl'
   config.prompts.eval_harmful.source = 'held_out.jsonl'
 
-  # Each host samples on its own four chips, and there `tensor` takes all of them: parameters are
-  # read once a step by each chip, so a quarter of them each, and none is gathered.
+  # Training: parameters over all 16 chips. Sampling: each host on its own four chips, where
+  # `tensor` takes them all, so that a chip reads a quarter of the parameters in each step and
+  # gathers none. `tensor` may not be larger than a host.
   config.mesh.data = 1
   config.mesh.fsdp = -1
   config.mesh.tensor = 4
@@ -31,8 +32,8 @@ def get_config():
   config.sampling.initial.max_tokens = 256
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 256
-  config.engine.slots = 128  # of each host
-  config.engine.cache_gib = 8.0
+  config.engine.slots = 96  # of each host, at up to 1,536 tokens; 104 are the most that fit
+  config.engine.cache_gib = 4.75
   config.engine.prefill_chunks = (256, 64)
   config.engine.prefill_tokens = 1024
 

@@ -1,6 +1,5 @@
 """Parameters in and out of Hugging Face safetensors files, through one table."""
 
-import contextlib
 import functools
 import json
 import logging
@@ -119,14 +118,14 @@ def load_params(
   folder = pathlib.Path(folder)
   abstract = structure(config, param_dtype=param_dtype)[1]
   shardings = parallel.param_shardings(abstract, mesh)
-  with contextlib.ExitStack() as stack:
-    files = {file: _open(stack, folder / file) for file in weight_files(folder)}
-    holders = _holders(files, folder)
-    _check_names(holders, abstract, config, folder)
+  holders = _holders(folder)
+  _check_names(holders, abstract, config, folder)
 
-    def load(path, leaf, sharding):
-      path = parallel.path_str(path)
-      weight = holders[hf_name(path)].get_slice(hf_name(path))
+  def load(path, leaf, sharding):
+    path = parallel.path_str(path)
+    # Opened for each weight: what has been read of a file stays in memory until it is closed.
+    with _open(holders[hf_name(path)]) as file:
+      weight = file.get_slice(hf_name(path))
       _check_weight(weight, path, leaf.shape, folder)
 
       @functools.cache  # replicas of a shard are read once
@@ -139,7 +138,7 @@ def load_params(
 
       return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+  return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
 def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
@@ -150,12 +149,12 @@ def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
   """
   folder = pathlib.Path(folder)
   abstract = structure(config)[1]
-  with contextlib.ExitStack() as stack:
-    holders = _holders({f: _open(stack, folder / f) for f in weight_files(folder)}, folder)
-    _check_names(holders, abstract, config, folder)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
-      name = parallel.path_str(path)
-      _check_weight(holders[hf_name(name)].get_slice(hf_name(name)), name, leaf.shape, folder)
+  holders = _holders(folder)
+  _check_names(holders, abstract, config, folder)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+    name = parallel.path_str(path)
+    with _open(holders[hf_name(name)]) as file:
+      _check_weight(file.get_slice(hf_name(name)), name, leaf.shape, folder)
 
 
 def save_params(
@@ -284,23 +283,24 @@ def _flat(params: Params) -> Iterator[tuple[str, Any]]:
     yield parallel.path_str(path), leaf
 
 
-def _open(stack: contextlib.ExitStack, path: pathlib.Path):
+def _open(path: pathlib.Path):
   try:
-    return stack.enter_context(safetensors.safe_open(path, framework='numpy'))
+    return safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} is not a readable safetensors file ({error}); was its download cut short?'
     ) from error
 
 
-def _holders(files: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """The open file that holds each weight."""
-  holders, names = {}, {}
-  for file, handle in files.items():
-    for name in handle.keys():
-      if name in holders:
-        raise ValueError(f'{folder}: weight {name!r} is in both {names[name]} and {file}.')
-      holders[name], names[name] = handle, file
+def _holders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The file that holds each weight."""
+  holders: dict[str, pathlib.Path] = {}
+  for file in weight_files(folder):
+    with _open(folder / file) as opened:
+      for name in opened.keys():
+        if name in holders:
+          raise ValueError(f'{folder}: weight {name!r} is in both {holders[name].name} and {file}.')
+        holders[name] = folder / file
   return holders
 
 

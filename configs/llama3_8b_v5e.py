@@ -24,7 +24,7 @@ def get_config():
 
   # Training: parameters over all 16 chips. Sampling: each host on its own four chips, where
   # `tensor` takes them all, so that a chip reads a quarter of the parameters in each step and
-  # gathers none. `tensor` may not be larger than a host.
+  # gathers none. It may not pass a host.
   config.mesh.data = 1
   config.mesh.fsdp = -1
   config.mesh.tensor = 4

@@ -285,7 +285,7 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
   count, lm = jax.ShapeDtypeStruct((), jnp.int32), job.lm
   entries, width = abstract_prefixes(lm, job.prefixes), job.engine.longest_burst
   return device.decode.lower(
-    lm.graph, lm.params, job.cache(), entries, slots, count, count, width, lm.mesh
+    device.Kind.of(lm), lm.params, job.cache(), entries, slots, count, count, width
   )
 
 
@@ -295,7 +295,7 @@ def lower_prefill(job: Sampler, chunk: int) -> jax.stages.Lowered:
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
   piece = device.Chunk(i32(rows, chunk), i32(rows), i32(rows), i32(rows), i32(rows))
   entries = abstract_prefixes(lm, job.prefixes)
-  return device.prefill.lower(lm.graph, lm.params, job.cache(), entries, piece, lm.mesh)
+  return device.prefill.lower(device.Kind.of(lm), lm.params, job.cache(), entries, piece)
 
 
 def build(

@@ -233,12 +233,11 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
 def abstract_cache(lm: LM, rows: int, lengths: Sequence[int], spec: P) -> Cache:
   """What `device.allocate` and `device.prefill_prefix` would allocate."""
   init = lambda: init_cache(lm.config, rows, tuple(lengths), device.cache_dtype(lm))  # noqa: E731
-  return _placed(jax.eval_shape(init), NamedSharding(lm.mesh, spec))
+  formats = (device.cache_format(lm.mesh, spec),) * len(lengths)
+  return _placed(jax.eval_shape(init), formats)
 
 
 def _placed(shapes, shardings):
-  if isinstance(shardings, NamedSharding):
-    shardings = jax.tree.map(lambda _: shardings, shapes)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   return jax.tree.map(place, shapes, shardings)
 
@@ -284,8 +283,9 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
   slots = jax.tree.map(shape, device.Slots.empty(job.slots))
   count, lm = jax.ShapeDtypeStruct((), jnp.int32), job.lm
   entries, width = abstract_prefixes(lm, job.prefixes), job.engine.longest_burst
-  return device.decode.lower(
-    device.Kind.of(lm), lm.params, job.cache(), entries, slots, count, count, width
+  cache = job.cache()
+  return device.decode_program(cache).lower(
+    device.Kind.of(lm), lm.params, cache, entries, slots, count, count, width
   )
 
 
@@ -295,7 +295,8 @@ def lower_prefill(job: Sampler, chunk: int) -> jax.stages.Lowered:
   i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
   piece = device.Chunk(i32(rows, chunk), i32(rows), i32(rows), i32(rows), i32(rows))
   entries = abstract_prefixes(lm, job.prefixes)
-  return device.prefill.lower(device.Kind.of(lm), lm.params, job.cache(), entries, piece)
+  cache, kind = job.cache(), device.Kind.of(lm)
+  return device.prefill_program(cache).lower(kind, lm.params, cache, entries, piece)
 
 
 def build(

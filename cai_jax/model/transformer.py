@@ -274,7 +274,8 @@ class Attention(nnx.Module):
       cache.k.at[places, :, :, view.index].set(k.astype(cache.k.dtype), mode='drop'),
       cache.v.at[places, :, view.index].set(v.astype(cache.v.dtype), mode='drop'),
     )
-    k, v = cache if rows is None else (cache.k[rows], cache.v[rows])
+    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
+    k, v = cache if rows is None else jax.lax.optimization_barrier((cache.k[rows], cache.v[rows]))
     parts = [Keys(*keys, mask) for keys, mask in zip(prefixes, view.shared, strict=True)]
     return self.output(attend(q, [*parts, Keys(k, v, view.own)])), cache
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +26,10 @@ from cai_jax.model.transformer import (
 from cai_jax.model.weights import structure
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
+
+# On TPUs a step writes a token's keys of all heads, and memory is laid out for that, as [B,S,K,H].
+# A cache given or taken in another layout would be copied whole, at each call, there and back.
+TPU_LAYOUT = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))
 
 
 class Slots(NamedTuple):
@@ -116,9 +121,27 @@ class Burst(NamedTuple):
   occupied: np.ndarray  # i32[], slots active, summed over steps
 
 
-@functools.partial(jax.jit, static_argnames='kind', donate_argnames='cache')
 def prefill(kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk) -> Cache:
   """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes."""
+  return prefill_program(cache)(kind, params, cache, entries, chunk)
+
+
+def prefill_program(cache: Cache):
+  """`prefill` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
+  return _prefill_program(_formats(cache))
+
+
+@functools.cache
+def _prefill_program(formats):
+  return jax.jit(_prefill, static_argnames='kind', donate_argnames='cache', out_shardings=formats)
+
+
+def _formats(cache: Cache) -> tuple[LayerCache, ...]:
+  """Sharding and layout of all layers, which are those of the first."""
+  return (LayerCache(*(x.format for x in cache[0])),) * len(cache)
+
+
+def _prefill(kind, params, cache, entries, chunk):
   # Rows that the batch axes do not divide are computed on all of them: a choice of speed only.
   split = chunk.tokens.shape[0] % parallel.batch_shards(kind.mesh) == 0
   sharding = parallel.batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
@@ -132,7 +155,6 @@ def prefill(kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk
   )[1]
 
 
-@functools.partial(jax.jit, static_argnames=('kind', 'width'), donate_argnames='cache')
 def decode(
   kind: Kind,
   params,
@@ -147,6 +169,24 @@ def decode(
 
   `width` is U, the most that `longest` may be.
   """
+  program = decode_program(cache)
+  return program(kind, params, cache, entries, slots, enough, longest, width)
+
+
+def decode_program(cache: Cache):
+  """`decode` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
+  return _decode_program(_formats(cache))
+
+
+@functools.cache
+def _decode_program(formats):
+  static = ('kind', 'width')
+  return jax.jit(
+    _decode, static_argnames=static, donate_argnames='cache', out_shardings=(None, formats)
+  )
+
+
+def _decode(kind, params, cache, entries, slots, enough, longest, width):
   model = kind.model(params)
   sharding = parallel.batch_sharding(kind.mesh)
   prefixes = Prefixes(entries, slots.prefix)
@@ -211,6 +251,14 @@ def cache_dtype(lm: LM) -> jnp.dtype:
   return jnp.dtype('float32' if on_cpu else lm.dtype)
 
 
+def cache_format(mesh: Mesh, spec: P) -> LayerCache:
+  """Sharding of a layer's cache, and on TPUs its layout."""
+  sharding = NamedSharding(mesh, spec)
+  if mesh.devices.flat[0].platform != 'tpu':
+    return LayerCache(sharding, sharding)
+  return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))
+
+
 def allocate(lm: LM, slots: int, length: int, slack: int) -> Cache:
   """An empty cache of `slots` rows of `length` tokens on the model's mesh.
 
@@ -257,7 +305,6 @@ def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
-  sharding = NamedSharding(lm.mesh, spec)
-  shardings = tuple(LayerCache(sharding, sharding) for _ in lengths)
+  shardings = (cache_format(lm.mesh, spec),) * len(lengths)
   init = functools.partial(init_cache, lm.config, rows, lengths, cache_dtype(lm))
   return jax.jit(init, out_shardings=shardings)()

@@ -6,10 +6,14 @@ A filter is a threshold, found by bisection over the bit patterns of floats, whi
 set: in the few blocks with the largest maxima where these suffice for a row, else in all of them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # vocabulary entries summed together before the search for the drawn one
+PIECES = 16  # that a large vocabulary is cut into before its blocks: a mesh may split it so
+LARGE = 2**14  # entries from which it is
 BEST = 64  # blocks with the largest maxima, where a filter looks first
 LOWEST = jnp.finfo(jnp.float32).min  # under every logit but -inf
 TINY = jnp.finfo(jnp.float32).tiny  # the least weight that a search tells from 0
@@ -37,7 +41,9 @@ def keep_mask(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arra
   tops, heat = blocks.max(-1), jnp.ones(len(logits))
   kth, least = _thresholds(blocks, tops, heat, jnp.asarray(top_k), jnp.asarray(top_p))
   kept = _kept(blocks, _weights(blocks, tops.max(-1), heat), kth, least)
-  return kept.reshape(len(logits), -1)[:, : logits.shape[1]]
+  count = _pieces(logits.shape[1])
+  pieces = kept.reshape(len(logits), count, -1)[:, :, : logits.shape[1] // count]
+  return pieces.reshape(logits.shape)
 
 
 def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
@@ -49,7 +55,7 @@ def inverse_cdf(weights: jax.Array, u: jax.Array) -> jax.Array:
   blocks = _blocked(weights, 0.0)
   block, start, target = _draw_block(_sum(blocks), u)
   entry = _draw_entry(_take(blocks, block), start, target)
-  return block * BLOCK + entry
+  return _token(block, entry, weights.shape[1])
 
 
 def sample(
@@ -105,14 +111,32 @@ def sample(
     lambda: own,
   )
   total = jnp.where(heat == 1, own, cool)
-  return (block * BLOCK + entry).astype(jnp.int32), chosen - jnp.log(total)
+  return _token(block, entry, logits.shape[1]), chosen - jnp.log(total)
 
 
 def _blocked(rows: jax.Array, filler: float) -> jax.Array:
-  """[B,N,S]: rows [B,V] cut into blocks, the last one filled up."""
-  short = -rows.shape[1] % BLOCK
-  rows = jnp.pad(rows, ((0, 0), (0, short)), constant_values=filler) if short else rows
-  return rows.reshape(len(rows), -1, BLOCK)
+  """[B,N,S]: rows [B,V] cut into pieces and these into blocks, the last of a piece filled up.
+
+  Without pieces blocks would lie across the devices that a vocabulary of 1,002 blocks is split over
+  by four, and GSPMD would have each compute the logits of half of it instead.
+  """
+  count = _pieces(rows.shape[1])
+  pieces = rows.reshape(len(rows), count, -1)
+  short = -pieces.shape[2] % BLOCK
+  if short:
+    pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, short)), constant_values=filler)
+  return pieces.reshape(len(rows), -1, BLOCK)
+
+
+def _pieces(size: int) -> int:
+  return math.gcd(size, PIECES) if size >= LARGE else 1
+
+
+def _token(block: jax.Array, entry: jax.Array, size: int) -> jax.Array:
+  """i32[B]: the token at an entry of a block, of a vocabulary of so many."""
+  piece = size // _pieces(size)
+  blocks = -(-piece // BLOCK)
+  return (block // blocks * piece + block % blocks * BLOCK + entry).astype(jnp.int32)
 
 
 def _take(blocks: jax.Array, block: jax.Array) -> jax.Array:

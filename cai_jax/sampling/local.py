@@ -32,11 +32,8 @@ class EngineConfig:
       if value <= 0 or (name != 'cache_gib' and value < 1):
         raise ValueError(f'engine: {name}={value}; it must be positive.')
     chunks = self.prefill_chunks
-    if not chunks or min(chunks) < 1 or max(chunks) > self.prefill_tokens:
-      raise ValueError(
-        f'engine: prefill_chunks={chunks}; there must be one at least, each between 1 and '
-        f'prefill_tokens={self.prefill_tokens}.'
-      )
+    if not chunks or not all(isinstance(size, int) and size >= 1 for size in chunks):
+      raise ValueError(f'engine: prefill_chunks={chunks!r}; it must be a tuple of positive integers.')
 
   @property
   def slack(self) -> int:
@@ -45,7 +42,7 @@ class EngineConfig:
 
   def chunk_rows(self, chunk: int) -> int:
     """Slots that are prefilled together in chunks of that size."""
-    return self.prefill_tokens // chunk
+    return max(1, self.prefill_tokens // chunk)
 
   def chunk_for(self, tokens: int) -> int:
     """The chunk that is taken next of so many tokens: a function of the chain alone."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
@@ -117,7 +118,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
       twice = next(i for i in ids if ids.count(i) > 1)
       raise ValueError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
   sampling = generate.StageSampling(
-    **{name: SamplingConfig(**section) for name, section in config.sampling.items()}
+    **{name: _sampling(name, section) for name, section in config.sampling.items()}
   )
   held_out = sets['eval_harmful'] + sets['eval_helpful']
   prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
@@ -146,7 +147,7 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     raise ValueError(f'no stage is given; there is {", ".join(STAGES)}.')
   if unknown:
     raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
-  check(run, stages)
+  _together('check', lambda: check(run, stages))
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
   for name in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
@@ -154,7 +155,7 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     if name not in stages and not manifest.done(name):
       raise ValueError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
   if any(name in ('generate', 'evaluate') and not manifest.done(name) for name in stages):
-    _check_reachable(run)
+    _together('reach servers', lambda: _check_reachable(run))
   _barrier('manifest read')
   if first:
     write_json(run.workdir / 'config.json', run.config)
@@ -337,6 +338,13 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
     raise ValueError(f'prompts.{name}: {error}') from error
 
 
+def _sampling(name: str, section: ConfigDict) -> SamplingConfig:
+  try:
+    return SamplingConfig(**section)
+  except ValueError as error:
+    raise ValueError(f'sampling.{name}: {error}') from error
+
+
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
   """Hex digest of ids, messages and metadata, in order."""
   content = json.dumps([dataclasses.astuple(prompt) for prompt in prompts], sort_keys=True)
@@ -432,15 +440,26 @@ def _sample(run: Run, job: generate.Job, folder: pathlib.Path, name: str) -> dic
   """Runs a job's chains into a dataset."""
   journal = Journal(run.workdir / 'journal', jax.process_index())
   with Progress(name) as progress:
-    counts = generate.run(job, folder, journal, run.engine, progress)
+    work = lambda: generate.run(job, folder, journal, run.engine, progress)  # noqa: E731
+    counts = _together(f'sample {folder}', work)
   journal.close()
-  _barrier(f'sampled {folder}')
+  counts = _over_processes(counts) | {'engine': run.config['engine']}
   if jax.process_index() == 0:
     if counts['sampled_rows']:
       print(describe(counts), flush=True)
     generate.finish(job, folder)
   _barrier(f'finished {folder}')
   return counts
+
+
+def _over_processes(counts: dict[str, float]) -> dict[str, float]:
+  """What all processes counted: sums, but the longest time and what is the same for each."""
+  if jax.process_count() == 1:
+    return counts
+  table = multihost_utils.process_allgather(np.array(list(counts.values()), np.float64))
+  kept = ('rows', 'seconds', 'slots', 'most_slots', 'occupancy')
+  totals = np.where([name in kept for name in counts], table.max(0), table.sum(0)).tolist()
+  return {name: type(count)(t) for (name, count), t in zip(counts.items(), totals, strict=True)}
 
 
 def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, Any]:
@@ -462,6 +481,26 @@ def _disk_bytes(run: Run, num_params: int) -> int:
   """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
   rows = sum(map(len, run.prompts.values())) * 50_000
   return 4 * num_params * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
+
+
+def _together(name: str, work: Callable[[], Any]) -> Any:
+  """The result of `work`, once all processes have theirs; where one fails, all end with an error.
+
+  The others come to the end of their own work first: what they have done is kept.
+  """
+  error, result = None, None
+  try:
+    result = work()
+  except (ValueError, OSError) as caught:
+    error = caught
+  if jax.process_count() > 1:
+    well = multihost_utils.process_allgather(np.array(error is None))
+    if error is None and not well.all():
+      failed = ', '.join(map(str, np.flatnonzero(~well)))
+      raise ValueError(f'process {failed} could not {name}; its own output says why.')
+  if error is not None:
+    raise error
+  return result
 
 
 def _barrier(name: str) -> None:
@@ -502,7 +541,8 @@ def parse(argv: list[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(argv)
   except AttributeError as error:  # ml_collections' word for it
-    sys.exit(f'error: unknown config field {error}; configs/default.py lists every field.')
+    told = ' '.join(str(error.args[0] if error.args else error).split())
+    sys.exit(f'error: unknown config field {told}; configs/default.py lists every field.')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,21 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'transformers')
+import jax
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'array_record',
+  'tensorflow-datasets',
+  'transformers',
+  'tokenizers',
+  'numpy',
+)
 
 
 def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
@@ -57,7 +71,11 @@ class Manifest:
       self.content = json.loads(self._path.read_text(encoding='utf-8'))
     else:
       self.content = {'started': _now(), 'stages': {}}
-    self.content |= {'versions': _versions(), 'git_commit': _git_commit()}
+    self.content |= {
+      'versions': _versions(),
+      'devices': _devices(),
+      'git_commit': _git_commit(),
+    }
 
   def done(self, stage: str) -> bool:
     """Whether a stage has ended."""
@@ -133,6 +151,18 @@ def _versions() -> dict[str, str]:
   for name in PACKAGES:
     found[name] = importlib.metadata.version(name)
   return found
+
+
+def _devices() -> dict[str, Any]:
+  """What the run computes on: equal bytes are promised on equal devices only."""
+  devices = jax.devices()
+  return {
+    'host': platform.node(),
+    'processes': jax.process_count(),
+    'count': len(devices),
+    'kind': devices[0].device_kind,
+    'platform': devices[0].platform,
+  }
 
 
 def _git_commit() -> str:

@@ -49,5 +49,7 @@ class Progress:
       self._bar.update(done - self._bar.n)
     elif done == total or now - self._said > LINE_SECONDS:
       self._said = now
-      left = seconds * (total - done) / (done - self._start)
-      print(f'{self._name}: {done} of {total} {self._unit}s, {told}, {left:.0f} s left', flush=True)
+      if done - self._start > 0.05 * (total - self._start):  # the first to end say little
+        left = seconds * (total - done) / (done - self._start)
+        told += f', {left:.0f} s left'
+      print(f'{self._name}: {done} of {total} {self._unit}s, {told}', flush=True)

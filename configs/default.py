@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
   config.engine.prefill_chunks = (64, 16)  # tokens of a slot prefilled together: few sizes
   config.engine.prefill_tokens = 128  # of all slots together
   config.engine.longest_burst = 32  # decode steps before the host looks
+  config.engine.spare_tokens = 0  # of a slot's cache, for replies longer in another tokenizer
 
   config.train = ConfigDict()
   config.train.target = 'last'  # learn the 'last' revision, 'all' of them, or y_init ('initial')

@@ -333,7 +333,9 @@ def log(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
   """The flags."""
-  flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   integers = lambda text: [int(part) for part in text.split(',')]  # noqa: E731
   flags.add_argument('--workdir', default='runs/bench_generation')
   flags.add_argument('--model', default='M', help=f'one of {("tiny", *models.SHAPES)}')

@@ -193,7 +193,9 @@ def drain(items: Iterable) -> None:
 
 def main() -> None:
   """Runs one mode and prints what it took."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--chains', type=int, default=20_000)
   parser.add_argument('--mode', choices=('tokens', 'turns', 'run'), default='tokens')
   parser.add_argument('--journal', action='store_true', help='always on where --mode=run')

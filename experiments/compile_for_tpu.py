@@ -544,7 +544,9 @@ def as_json(program: Program, chip: Chip) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Compiles the sampling programs and prints what they take."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--config', required=True, help='file with get_config()')
   parser.add_argument('--topology', default='v5e:4x4', help='chip and shape of the slice')
   parser.add_argument('--model_config', help='a config.json, for models that are not known here')

@@ -372,17 +372,23 @@ def test_a_budget_of_memory_sets_the_slots(lm):
 def test_chunks_are_a_function_of_what_is_missing():
   config = EngineConfig(prefill_chunks=(64, 16), prefill_tokens=128)
   assert [config.chunk_for(n) for n in (1, 16, 32, 33, 64, 65, 500)] == [16, 16, 16, *[64] * 4]
-  assert config.chunk_rows(64) == 2 and config.chunk_rows(16) == 8
-  with pytest.raises(ValueError, match='prefill_chunks'):
-    EngineConfig(prefill_chunks=(64,), prefill_tokens=32)
+  one = parallel.make_mesh(devices=jax.devices()[:1])
+  assert config.chunk_rows(64, one) == 2 and config.chunk_rows(16, one) == 8
+  four = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  assert config.chunk_rows(64, four) == 4 and config.chunk_rows(16, four) == 8
+  for wrong in ((), (0,), ('16',), (16.5,)):
+    with pytest.raises(ValueError, match='prefill_chunks'):
+      EngineConfig(prefill_chunks=wrong)
+  with pytest.raises(ValueError, match='cache_gib'):
+    EngineConfig(cache_gib=float('nan'))
 
 
 def test_stats_tell_where_time_went_and_what_was_compiled(lm):
   run(lm, items(3))
   _, stats = run(lm, items(20, turns=2))
   summary = stats.summary()
-  waited = summary['prefill_seconds'] + summary['decode_seconds']
-  assert summary['seconds'] == pytest.approx(waited + summary['host_seconds'])
+  for name in ('prefill', 'decode', 'host'):
+    assert 0 < summary[f'{name}_seconds'] < summary['seconds']
   assert summary['compilations'] == 0 and summary['chains'] == 20
   assert 0.3 < summary['occupancy'] <= 1
 
@@ -392,3 +398,26 @@ def test_an_engine_whose_run_was_left_can_run_again(lm):
   whole, _ = run(lm, items(7))
   list(itertools.islice(engine.run(items(7)), 2))
   assert dict(engine.run(items(7))) == whole
+
+
+def test_logits_that_are_no_numbers_end_the_run(lm):
+  broken = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * np.nan, lm.params))
+  with pytest.raises(ValueError, match='no numbers'):
+    run(broken, items(2))
+
+
+def test_prefixes_and_stops_of_no_model_are_errors(lm):
+  for wrong, said in (
+    ({'prefixes': {'bse': PREFIXES}}, "'bse'"),
+    ({'stops': {'bse': ((), ())}}, "'bse'"),
+    ({'prefixes': {'base': [[]]}}, 'prefix of 0 tokens'),
+    ({'prefixes': {'base': [[1] * 256]}}, 'prefix of 256 tokens'),
+  ):
+    with pytest.raises(ValueError, match=said):
+      Engine({'base': lm}, length=LENGTH, seed=0, **wrong)
+
+
+def test_a_run_from_the_journal_takes_time_too(lm, tmp_path):
+  run(lm, items(3), journal=Journal(tmp_path))
+  _, stats = run(lm, items(3), journal=Journal(tmp_path))
+  assert stats.turns == 0 and stats.seconds > 0

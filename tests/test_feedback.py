@@ -411,3 +411,35 @@ def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monke
     for rows in (data.read_rows(tmp_path / name / 'd_cai') for name in ('with', 'without'))
   )
   assert ours == plain
+
+
+def test_a_prompt_that_begins_otherwise_has_room_without_the_prefix(lm, tmp_path):
+  shown = tuple(
+    (
+      {'role': 'user', 'content': f'Is it far to the station from mill number {i}?'},
+      {'role': 'assistant', 'content': 'It is a long way on foot.'},
+    )
+    for i in range(3)
+  )
+  own = {'role': 'system', 'content': 'Answer in a few plain words.'}
+  odd = Prompt('odd', (own, {'role': 'user', 'content': 'Why?'}), {})
+  made = generate.prepare(
+    {'base': lm},
+    [*(prompt(i) for i in range(generate.SAMPLE)), odd],
+    [],
+    Constitution(PRINCIPLES, shown),
+    generate.FeedbackConfig(rounds=1),
+    generate.StageSampling(SHORT, SHORT, SHORT),
+    seed=0,
+  )
+  assert made.prefixes['base']
+  only = dataclasses.replace(made, prompts=made.prompts[-1:])
+  counts = generate.run(only, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  assert counts['chains'] == 1 and counts['shared_tokens'] == 0
+
+
+def test_one_checkpoint_for_critique_and_revision_is_one_model(lm):
+  other = dataclasses.replace(lm, name='other', fingerprint='other')
+  made = job(lm, models={'base': lm, 'critique': other, 'revision': other})
+  assert (made.stages.initial.model, made.stages.critique.model) == ('base', 'critique')
+  assert made.stages.revision.model == 'critique'

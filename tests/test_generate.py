@@ -73,6 +73,9 @@ def test_what_is_wrong_is_said(lm):
     cai_jax.generate(lm, 'a text alone')
   with pytest.raises(ValueError, match='non-empty list'):
     cai_jax.generate(lm, [])
+  for alone in ([{'role': 'user', 'content': 'a'}], [1, 2, 3]):
+    with pytest.raises(ValueError, match=r'\[prompt\]'):
+      cai_jax.generate(lm, alone)
   with pytest.raises(ValueError, match='prompt 1 has no token'):
     cai_jax.generate(lm, ['a', []])
   with pytest.raises(ValueError, match='outside the vocabulary'):

@@ -334,3 +334,16 @@ def test_bad_tokens(load):
   ):
     with pytest.raises(ValueError, match=message):
       lm.logits(tokens, mask)
+
+
+def test_embeddings_of_half_precision_have_gradients(load):
+  """Sampling on CPUs reads them as bits, which have none."""
+  lm = load('qwen2')
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
+  graph = dataclasses.replace(lm, dtype='bfloat16').graph
+
+  def loss(params):
+    return jnp.sum(forward(graph, params, TOKENS, positions(B, T))[0] ** 2)
+
+  gradient = jax.grad(loss)(params)['embed']['table']
+  assert float(jnp.abs(gradient.astype(jnp.float32)).sum()) > 1

@@ -453,7 +453,7 @@ def test_what_is_closed_asks_no_more(server, connect):
   one.close()
   with pytest.raises(ConnectionError, match='closed before'):
     first.result(timeout=60)
-  with pytest.raises(concurrent.futures.CancelledError):
+  with pytest.raises(ConnectionError, match='closed before'):
     second.result(timeout=60)
   with pytest.raises(ValueError, match='closed'):
     one.submit(turn_of(), key_of())
@@ -554,7 +554,7 @@ def test_a_run_goes_on_where_its_server_failed_it(tiny_server, tmp_path):
   launch.run_stages(run, ['generate'])
   assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
   before = len(tiny_server.bodies)
-  assert asked < before <= 2 * asked
+  assert asked < before <= asked + 3  # no answer was asked for twice
   shutil.rmtree(tmp_path / 'broken' / 'd_cai')
   (tmp_path / 'broken' / 'manifest.json').unlink()
   launch.run_stages(run, ['generate'])  # all of it is in the journal

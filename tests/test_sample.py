@@ -274,3 +274,10 @@ def test_draws_follow_the_distribution_over_many_blocks():
     statistic = ((counts - expected)[common] ** 2 / expected[common]).sum()
     degrees = common.sum() - 1
     assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+
+
+def test_the_generator_is_that_of_no_setting():
+  keys = jnp.array([[1, 2], [3, 4]], jnp.uint32)
+  plain = uniforms(keys, jnp.array([5, 6]))
+  with jax.default_prng_impl('rbg'), jax.threefry_partitionable(False):
+    np.testing.assert_array_equal(uniforms(keys, jnp.array([5, 6])), plain)

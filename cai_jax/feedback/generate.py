@@ -23,6 +23,7 @@ from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats, longest_context
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.local import match_prefix
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, SamplingConfig
 
@@ -164,7 +165,7 @@ def prepare(
   return dataclasses.replace(job, length=_cache_length(job))
 
 
-def _check_stops(stage: Stage, lm: LM) -> None:
+def _check_stops(stage: Stage, lm: LM | Remote) -> None:
   ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
   if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.vocab_size for i in ids):
     raise ValueError(
@@ -187,6 +188,8 @@ def make_stages(
 
   def stage(name: str, demonstrations=()) -> Stage:
     model = name if name in models else 'base'
+    # One checkpoint under two names is one model: its live cache goes on from stage to stage.
+    model = next(other for other in models if models[other] is models[model])
     return Stage(model, dialogues[model], getattr(sampling, name), demonstrations)
 
   shown = constitution.demonstrations if config.demonstrations else ()
@@ -227,8 +230,8 @@ def run(
   stats = Stats()
   if total:
     running = Engine(
-      job.models,
-      length=job.length,
+      {stage.model: job.models[stage.model] for stage in _each(job)},
+      length=min(job.length + engine.spare_tokens, _shortest_context(job)),
       seed=job.seed,
       config=engine,
       journal=journal,
@@ -328,8 +331,7 @@ def shared_prefixes(
       for prompt, _ in prompts[:SAMPLE]
       for content in ('a', 'B')
     ]
-    # Of the first and the last in order, as of all, the common prefix is the same.
-    prefix = os.path.commonprefix([min(contexts), max(contexts)])
+    prefix = os.path.commonprefix(contexts)
     known = found.setdefault(stage.model, [])
     if len(prefix) >= MIN_PREFIX and prefix not in known:
       known.append(prefix)
@@ -339,7 +341,8 @@ def shared_prefixes(
 def _cache_length(job: Job) -> int:
   """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it.
 
-  The longest prompt is taken, under each principle in every round: no chain drawn is longer.
+  Of the prompts whose contexts begin with the same shared prefixes the longest is taken, under
+  each principle in every round: no chain drawn needs more.
 
   Raises:
     ValueError: if it does not fit a model.
@@ -347,24 +350,41 @@ def _cache_length(job: Job) -> int:
   local = {name: model for name, model in job.models.items() if isinstance(model, LM)}
   render = job.stages.initial.dialogue.prompt
   longest = 1
-  for kind in ('harmful', 'helpful'):
-    prompts = [prompt for prompt, k in job.prompts if k == kind]
-    if not prompts:
-      continue
-    sizes = [len(render(prompt.messages)) for prompt in prompts]
-    prompt = prompts[sizes.index(max(sizes))]
+  longest_of: dict[tuple, tuple[int, Prompt]] = {}
+  for prompt, kind in job.prompts:
+    size, group = len(render(prompt.messages)), (kind, _shared(job, prompt))
+    if group not in longest_of or size > longest_of[group][0]:
+      longest_of[group] = size, prompt
+  for (kind, _), (size, prompt) in longest_of.items():
     for chain in _possible_chains(job, prompt, kind):
       for name, (needed, own) in longest_context(chain, job.prefixes).items():
         limit = job.models[name].max_positions
         if needed > limit:
           raise ValueError(
             f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and '
-            f'{job.models[name].name} holds {limit}. Shorten the prompt ({max(sizes)} tokens), the '
+            f'{job.models[name].name} holds {limit}. Shorten the prompt ({size} tokens), the '
             "max_tokens of the stages, the rounds, or use feedback.context='fresh'."
           )
         longest = max(longest, own if name in local else 1)
-  limit = min((lm.max_positions for lm in local.values()), default=longest)
-  return min(-(-longest // 64) * 64, limit)
+  return min(-(-longest // 64) * 64, _shortest_context(job))
+
+
+def _shortest_context(job: Job) -> int:
+  """Tokens of the shortest context of the models that sample here."""
+  local = (model for model in job.models.values() if isinstance(model, LM))
+  return min((lm.max_positions for lm in local), default=64)
+
+
+def _shared(job: Job, prompt: Prompt) -> tuple[int, ...]:
+  """Tokens of a shared prefix that each stage's contexts of a prompt begin with."""
+  return tuple(
+    match_prefix(
+      job.prefixes[stage.model],
+      stage.dialogue.prompt(prompt.messages, 'assistant', stage.demonstrations),
+    )[1]
+    for stage in _each(job)
+    if job.prefixes[stage.model]
+  )
 
 
 def _possible_chains(job: Job, prompt: Prompt, kind: str):

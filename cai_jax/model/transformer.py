@@ -317,10 +317,10 @@ class Embedding(nnx.Module):
     std = config.d_model**-0.5
     self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """[B,T,D] of tokens i32[B,T], in the table's dtype."""
+  def __call__(self, tokens: jax.Array, gradient: bool) -> jax.Array:
+    """[B,T,D] of tokens i32[B,T], in the table's dtype; differentiable only with `gradient`."""
     table = self.table[...]
-    if table.dtype.itemsize != 2:
+    if gradient or table.dtype.itemsize != 2:
       return table[tokens]
 
     def bits(table):
@@ -373,6 +373,8 @@ class Transformer(nnx.Module):
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
+    if cache is None and prefixes is not None:
+      raise ValueError('prefixes come before what a cache holds: pass a cache too.')
 
     def place(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
@@ -382,7 +384,7 @@ class Transformer(nnx.Module):
     angles = rotary_angles(self.config, positions)
     if cache is not None:
       angles, views = jax.lax.optimization_barrier((angles, views))
-    x = place(self.embed(tokens).astype(self.dtype))
+    x = place(self.embed(tokens, gradient=cache is None).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
       old = None if cache is None else cache[layer]

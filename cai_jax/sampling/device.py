@@ -74,9 +74,9 @@ class Slots(NamedTuple):
     config: SamplingConfig,
     stop_token_ids: tuple[int, ...],
   ) -> None:
-    """Sets a slot up to sample a reply after `token` at `position`."""
+    """Sets a slot up to sample a reply after `token` at `position`, once it is made active."""
     self.token[slot], self.position[slot] = token, position
-    self.active[slot], self.sampled[slot], self.limit[slot] = True, 0, config.max_tokens
+    self.active[slot], self.sampled[slot], self.limit[slot] = False, 0, config.max_tokens
     self.key[slot], self.temperature[slot] = key, config.temperature
     self.top_k[slot], self.top_p[slot] = config.top_k, config.top_p
     self.stops[slot] = -1
@@ -247,8 +247,12 @@ def cache_bytes(lm: LM, length: int, slack: int) -> int:
 
 def cache_dtype(lm: LM) -> jnp.dtype:
   """The model's compute dtype; f32 on CPUs, where XLA rewrites a half-precision cache each step."""
-  on_cpu = lm.mesh.devices.flat[0].platform == 'cpu'
-  return jnp.dtype('float32' if on_cpu else lm.dtype)
+  return jnp.dtype('float32' if on_cpu(lm.mesh) else lm.dtype)
+
+
+def on_cpu(mesh: Mesh) -> bool:
+  """Whether a mesh is one of CPUs."""
+  return mesh.devices.flat[0].platform == 'cpu'
 
 
 def cache_format(mesh: Mesh, spec: P) -> LayerCache:
@@ -305,6 +309,10 @@ def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
-  shardings = (cache_format(lm.mesh, spec),) * len(lengths)
-  init = functools.partial(init_cache, lm.config, rows, lengths, cache_dtype(lm))
-  return jax.jit(init, out_shardings=shardings)()
+  return _empty_program(lm.config, rows, lengths, cache_dtype(lm), cache_format(lm.mesh, spec))()
+
+
+@functools.cache
+def _empty_program(config: ModelConfig, rows: int, lengths: tuple[int, ...], dtype, form):
+  init = functools.partial(init_cache, config, rows, lengths, dtype)
+  return jax.jit(init, out_shardings=(form,) * len(lengths))

@@ -14,13 +14,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from cai_jax.model.lm import LM
 from cai_jax.sampling.journal import Journal, digest
-from cai_jax.sampling.local import EngineConfig, LocalModel, Stats, match_prefix, prefix_room
+from cai_jax.sampling.local import (
+  COMPILED,
+  EngineConfig,
+  LocalModel,
+  Stats,
+  match_prefix,
+  prefix_room,
+)
 from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.text import decode, first_stop_text, rounded
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
 Prefixes = Mapping[str, Sequence[Sequence[int]]]  # by model: token ids that contexts begin with
@@ -77,6 +84,7 @@ class Engine:
     stops: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None,
     prefixes: Prefixes | None = None,
   ):
+    self._since = time.perf_counter(), COMPILED.count  # when the stats were last brought up to date
     self.stats = Stats()
     self.seed, self.journal, self.length = seed, journal, length
     self.models = dict(models)
@@ -88,6 +96,15 @@ class Engine:
           f'a context of {length} tokens is longer than the {lm.config.max_positions} that '
           f'{lm.name} was made for; shorten prompts, max_tokens or the number of rounds.'
         )
+    for name, _ in (*(prefixes or {}).items(), *(stops or {}).items()):
+      if name not in models:
+        raise ValueError(f'prefixes or stops for {name!r}; the models are {", ".join(models)}.')
+      for prefix in (prefixes or {}).get(name, ()):
+        if not 0 < len(prefix) < models[name].max_positions:
+          raise ValueError(
+            f'a shared prefix of {len(prefix)} tokens for {name!r}; it must have at least one, and '
+            f'leave room in the {models[name].max_positions} of its context.'
+          )
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
     tokens = [prefix_room(p) * len(p) for p in shared.values()]
     self.slots = config.fit(list(local.values()), length, tokens) if local else config.slots
@@ -95,6 +112,8 @@ class Engine:
       name: LocalModel(lm, self.slots, length, shared[name], config, self.stats)
       for name, lm in local.items()
     }
+    self.stats.slots, self.stats.most_slots = self.slots, config.slots
+    self._clock()
 
   def run(self, chains: Iterable[tuple[str, Chain]]) -> Iterator[tuple[str, Any]]:
     """(id, result) of each chain, as they finish.
@@ -103,9 +122,12 @@ class Engine:
     to fit in memory.
 
     Raises:
-      ValueError: if a turn does not fit the cache, or names a model that is not there.
+      ValueError: if a turn does not fit the cache, or names a model that is not there; if a model
+        gives no number (NaN).
+      ConnectionError: if a server has failed for good. What it and others have answered is in the
+        journal.
     """
-    begin, compiled = time.perf_counter(), _COMPILED.count
+    self._since = time.perf_counter(), COMPILED.count
     source, active = iter(chains), {}
     free = list(range(self.slots))[::-1]
     for model in self._local.values():
@@ -127,24 +149,35 @@ class Engine:
         else:
           yield self._finish(entry)
 
-    yield from turn_over([])
-    host_seconds = 0.0
-    while active:
-      for model in self._local.values():
-        model.prefill()
-        model.dispatch()
-      ended = self._collect(active)
-      for model in self._local.values():
-        # The device goes on with the other slots for about as long as the host will be busy.
-        model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
-      start = time.perf_counter()
-      yield from turn_over(ended)
-      host_seconds = time.perf_counter() - start
-      yield from turn_over(self._collect(active))
-      now = time.perf_counter()
-      self.stats.seconds, begin = self.stats.seconds + now - begin, now
-      self.stats.compilations += _COMPILED.count - compiled
-      compiled = _COMPILED.count
+    try:
+      yield from turn_over([])
+      host_seconds = 0.0
+      while active:
+        for model in self._local.values():
+          model.prefill()
+        for model in self._local.values():
+          model.dispatch()
+        ended = self._collect(active)
+        for model in self._local.values():
+          # The device goes on with the other slots for about as long as the host will be busy.
+          model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
+        start = time.perf_counter()
+        yield from turn_over(ended)
+        host_seconds = time.perf_counter() - start
+        yield from turn_over(self._collect(active))
+        self._clock()
+    finally:
+      self._clock()
+      for entry in active.values():
+        if entry.future is not None:
+          entry.future.cancel()
+
+  def _clock(self) -> None:
+    """Brings the stats' seconds and compilations up to now."""
+    now, compiled = time.perf_counter(), COMPILED.count
+    self.stats.seconds += now - self._since[0]
+    self.stats.compilations += compiled - self._since[1]
+    self._since = now, compiled
 
   def _collect(self, active: dict[int, _Active]) -> list[tuple[_Active, Completion]]:
     """The chains whose turn has ended, with its completion, once the bursts under way are over."""
@@ -157,9 +190,8 @@ class Engine:
         entry, count = active[slot], burst.count[slot]
         entry.tokens += burst.tokens[slot, :count].tolist()
         entry.logprobs += burst.logprobs[slot, :count].tolist()
-        cut = first_stop_text(
-          self.models[name].tokenizer, entry.tokens, self._stops_of(entry.turn)[1]
-        )
+        texts, clean = self._stops_of(entry.turn)[1], len(entry.tokens) - count
+        cut = first_stop_text(self.models[name].tokenizer, entry.tokens, texts, clean)
         if cut is not None or not burst.active[slot]:
           ended.append((entry, self._complete(entry, cut)))
     return ended + self._served(active, wait=not ended)
@@ -175,12 +207,16 @@ class Engine:
       asked, None if wait and not busy else 0, concurrent.futures.FIRST_COMPLETED
     )
     self.stats.remote_seconds += time.perf_counter() - begin
-    ended = []
-    for future, entry in asked.items():
-      if future.done():
-        entry.future = None
-        ended.append((entry, self._keep(entry, future.result())))
-    return ended
+    done = [(entry, future) for future, entry in asked.items() if future.done()]
+    # Kept at once, whatever becomes of the chain: a server may not say the same again.
+    found = [(entry, future) for entry, future in done if future.exception() is None]
+    for entry, future in found:
+      entry.future = None
+      if self.journal is not None:
+        self.journal.put([(entry.digest, future.result())])
+    for _, future in done:
+      future.result()  # raises what went wrong with the first that did
+    return [(entry, self._counted(future.result())) for entry, future in found]
 
   def _advance(self, entry: _Active, completion: Completion | None) -> bool:
     """Sends a chain its completion until it wants a turn sampled; False when it is finished."""
@@ -215,16 +251,16 @@ class Engine:
     if cut is not None:
       tokens, text, reason = tokens[: cut[0]], cut[1], 'stop_text'
     elif tokens[-1] in self._stops_of(turn)[0]:
-      text, reason = _decode(tokenizer, tokens[:-1]), 'stop'
+      text, reason = decode(tokenizer, tokens[:-1]), 'stop'
     else:
-      text, reason = _decode(tokenizer, tokens), 'length'
+      text, reason = decode(tokenizer, tokens), 'length'
     # What was decoded beyond a stop text hangs on where the burst ended, and so on other chains.
     self._local[turn.model].stop(entry.slot, len(turn.context) + len(tokens) - 1)
-    logprobs = [float(f'{x:.9g}') for x in entry.logprobs[: len(tokens)]]
-    return self._keep(entry, Completion(tokens, text, logprobs, reason))
-
-  def _keep(self, entry: _Active, completion: Completion) -> Completion:
+    completion = Completion(tokens, text, rounded(entry.logprobs[: len(tokens)]), reason)
     entry.finished.append((entry.digest, completion))
+    return self._counted(completion)
+
+  def _counted(self, completion: Completion) -> Completion:
     self.stats.turns += 1
     self.stats.sampled_tokens += len(completion.tokens)
     return completion
@@ -232,8 +268,9 @@ class Engine:
   def _finish(self, entry: _Active) -> tuple[str, Any]:
     """Journals a finished chain's turns and frees what its slots held; (id, result).
 
-    All turns of a chain enter the journal together. After a kill an unfinished chain then starts
-    from what an earlier run had finished, and so computes the same bits as one never killed.
+    All turns of a chain that were sampled here enter the journal together. After a kill an
+    unfinished chain then starts from what an earlier run had finished, and so computes the same
+    bits as one never killed.
     """
     if self.journal is not None and entry.finished:
       self.journal.put(entry.finished)
@@ -264,7 +301,7 @@ class Engine:
       raise ValueError(
         f'{where}: a context of {len(turn.context)} tokens and up to {turn.sampling.max_tokens} '
         f'sampled ones do not fit a cache of {self.length} after a shared prefix of {shared}, or '
-        f'the {limit} tokens of {model.lm.name}.'
+        f'the {limit} tokens of {model.lm.name}. A longer cache is had with engine.spare_tokens.'
       )
 
 
@@ -290,36 +327,3 @@ def longest_context(chain: Chain, prefixes: Prefixes | None = None) -> dict[str,
     longest[turn.model] = max(whole, needed), max(own, needed - shared)
     text = ' a' * count  # what another model is shown of it: about as many tokens
     completion = Completion([turn.context[-1]] * count, text, [0.0] * count, 'length')
-
-
-@dataclasses.dataclass
-class _Compiled:
-  """Counts the programs that XLA compiles in this process."""
-
-  count: int = 0
-
-  def __call__(self, event: str, seconds: float, **_) -> None:
-    self.count += event == '/jax/core/compile/backend_compile_duration'
-
-
-_COMPILED = _Compiled()
-jax.monitoring.register_event_duration_secs_listener(_COMPILED)
-
-
-def _decode(tokenizer, tokens: list[int]) -> str:
-  return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def first_stop_text(tokenizer, tokens: list[int], texts: tuple[str, ...]) -> tuple[int, str] | None:
-  """(tokens up to the one that completes a stop text first, text before it), or None."""
-  if not texts:
-    return None
-  whole = _decode(tokenizer, tokens)
-  if not any(stop in whole for stop in texts):
-    return None
-  for count in range(1, len(tokens) + 1):
-    text = _decode(tokenizer, tokens[:count])
-    places = [text.find(stop) for stop in texts if stop in text]
-    if places:
-      return count, text[: min(places)]
-  return None

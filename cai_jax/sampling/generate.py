@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cai_jax import parallel
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
 from cai_jax.sampling.engine import Engine, EngineConfig
@@ -45,8 +46,11 @@ def generate(
   Raises:
     ValueError: if `prompts` is empty, or a prompt and its reply exceed the model's context.
   """
-  if isinstance(prompts, str) or not prompts:
-    raise ValueError('prompts must be a non-empty list of texts, dialogues or token id lists.')
+  if isinstance(prompts, str) or not prompts or isinstance(prompts[0], dict | int):
+    raise ValueError(
+      'prompts must be a non-empty list of texts, dialogues or token id lists; a single one goes '
+      'into a list too: [prompt].'
+    )
   eos = tuple(
     token for token in (*lm.eos_token_ids, lm.tokenizer.eos_token_id) if token is not None
   )
@@ -65,7 +69,7 @@ def generate(
   chains = dict(_named(turns))
   length = max(len(turn.context) for turn in turns) + sampling.max_tokens
   length = min(-(-length // 64) * 64, max(lm.config.max_positions, length))
-  batch = lm.mesh.shape['data'] * lm.mesh.shape['fsdp']
+  batch = parallel.batch_shards(lm.mesh)
   engine = engine or EngineConfig(slots=-(-min(len(prompts), 64) // batch) * batch)
   running = Engine({'base': lm}, length=length, seed=seed, config=engine, journal=journal)
   done = dict(running.run(chains.items()))

@@ -1,11 +1,13 @@
 """The host's half of a model that samples here: its slots, what their caches hold, what waits."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cai_jax import parallel
 from cai_jax.model.lm import LM
@@ -14,6 +16,20 @@ from cai_jax.sampling.types import Turn
 
 REWIND = 64  # tokens that a windowed layer's cache can take back; more, and a row starts afresh
 BLOCK = 64  # tokens that the lengths of caches are multiples of
+
+
+@dataclasses.dataclass
+class _Compilations:
+  """Counts the programs that XLA compiles in this process."""
+
+  count: int = 0
+
+  def __call__(self, event: str, seconds: float, **_) -> None:
+    self.count += event == '/jax/core/compile/backend_compile_duration'
+
+
+COMPILED = _Compilations()
+jax.monitoring.register_event_duration_secs_listener(COMPILED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +41,30 @@ class EngineConfig:
   prefill_chunks: tuple[int, ...] = (64, 16)  # tokens of a slot prefilled together: few sizes
   prefill_tokens: int = 128  # tokens of all slots prefilled together
   longest_burst: int = 32  # decode steps before the host looks for stop texts
+  spare_tokens: int = 0  # of each slot, for replies that take more tokens in another tokenizer
 
   def __post_init__(self):
     for name in ('slots', 'cache_gib', 'prefill_tokens', 'longest_burst'):
       value = getattr(self, name)
-      if value <= 0 or (name != 'cache_gib' and value < 1):
+      if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
         raise ValueError(f'engine: {name}={value}; it must be positive.')
+    if self.spare_tokens < 0:
+      raise ValueError(f'engine: spare_tokens={self.spare_tokens}; it must be at least 0.')
     chunks = self.prefill_chunks
     if not chunks or not all(isinstance(size, int) and size >= 1 for size in chunks):
-      raise ValueError(f'engine: prefill_chunks={chunks!r}; it must be a tuple of positive integers.')
+      raise ValueError(
+        f'engine: prefill_chunks={chunks!r}; it must be a tuple of positive integers.'
+      )
 
   @property
   def slack(self) -> int:
     """Tokens that windowed layers keep besides their window: what may be written, then undone."""
     return max(self.prefill_chunks) + self.longest_burst + REWIND
 
-  def chunk_rows(self, chunk: int) -> int:
-    """Slots that are prefilled together in chunks of that size."""
-    return max(1, self.prefill_tokens // chunk)
+  def chunk_rows(self, chunk: int, mesh: Mesh) -> int:
+    """Slots that are prefilled together in chunks of that size: as many on each batch shard."""
+    shards = parallel.batch_shards(mesh)
+    return max(1, round(self.prefill_tokens / chunk / shards)) * shards
 
   def chunk_for(self, tokens: int) -> int:
     """The chunk that is taken next of so many tokens: a function of the chain alone."""
@@ -83,6 +105,8 @@ class EngineConfig:
 class Stats:
   """Counts and seconds of a run, summed over models."""
 
+  slots: int = 0
+  most_slots: int = 0  # that the config allows
   chains: int = 0
   turns: int = 0  # sampled
   replayed_turns: int = 0  # found in the journal
@@ -114,13 +138,17 @@ def describe(summary: dict[str, float]) -> str:
   """A `Stats.summary()` in a few lines of text."""
   s = summary
   waits = [f'{s[f"{kind}_seconds"]:.1f} s {kind}' for kind in ('prefill', 'decode', 'host')]
+  slots = f'{s["slots"]} slots'
+  if s['slots'] < s['most_slots']:
+    slots += f' of {s["most_slots"]}, as engine.cache_gib allows'
   waits += [f'{s["remote_seconds"]:.1f} s other servers'] * bool(s['remote_seconds'])
   return (
     f'  {s["turns"]:,} turns sampled, {s["replayed_turns"]:,} from the journal; '
     f'{s["sampled_tokens"]:,} tokens at {s["tokens_per_second"]:,.0f} a second\n'
     f'  context tokens: {s["prefilled_tokens"]:,} prefilled, {s["reused_tokens"]:,} reused, '
-    f'{s["shared_tokens"]:,} in a shared prefix; slots {100 * s["occupancy"]:.0f} % occupied\n'
-    f'  {", ".join(waits)}; {s["compilations"]} compilations'
+    f'{s["shared_tokens"]:,} in a shared prefix\n'
+    f'  {slots}, {100 * s["occupancy"]:.0f} % occupied; {", ".join(waits)}; '
+    f'{s["compilations"]} compilations'
   )
 
 
@@ -134,9 +162,6 @@ class LocalModel:
     prefixes: token ids that contexts may begin with, computed once.
     config: sizes of the programs.
     stats: counted into.
-
-  Raises:
-    ValueError: if the model's context is shorter than `length`.
   """
 
   def __init__(
@@ -148,9 +173,9 @@ class LocalModel:
     config: EngineConfig,
     stats: Stats,
   ):
-    self.lm, self.config, self.stats, self.length = lm, config, stats, length
+    self.lm, self.config, self.stats = lm, config, stats
     # CPUs multiply a single row in half precision six times as slowly as two.
-    self.rows = slots if lm.dtype == 'float32' else max(2, slots)
+    self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
     self.cache = device.allocate(lm, self.rows, length, config.slack)
     self.slots = device.Slots.empty(self.rows)
     self.held: list[list[int]] = [[] for _ in range(slots)]  # context that a slot's cache stands at
@@ -192,7 +217,7 @@ class LocalModel:
     self.held[slot] = context[:same]
     # The last token of the context is the first that decode feeds, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
-    self.slots.prefix[slot], self.slots.active[slot] = prefix, False
+    self.slots.prefix[slot] = prefix
     self.waiting[slot] = context[:-1]
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
@@ -210,7 +235,7 @@ class LocalModel:
     begun, lm, kind = bool(self.waiting), self.lm, device.Kind.of(self.lm)
     while batch := self._next_batch():
       chunk, slots = batch
-      rows = self.config.chunk_rows(chunk)
+      rows = self.config.chunk_rows(chunk, self.lm.mesh)
       tokens = np.zeros((rows, chunk), np.int32)
       starts, counts, places = (np.zeros(rows, np.int32) for _ in range(3))
       prefix = np.full(rows, -1, np.int32)
@@ -241,8 +266,10 @@ class LocalModel:
     if not groups:
       return None
     # The fullest batch first: by then others may have come to fill theirs.
-    chunk = max(groups, key=lambda size: len(groups[size]) / self.config.chunk_rows(size))
-    return chunk, groups[chunk][: self.config.chunk_rows(chunk)]
+    chunk = max(
+      groups, key=lambda size: len(groups[size]) / self.config.chunk_rows(size, self.lm.mesh)
+    )
+    return chunk, groups[chunk][: self.config.chunk_rows(chunk, self.lm.mesh)]
 
   def dispatch(self, longest: int | None = None) -> None:
     """Starts a burst of decode steps in the active slots, if there are any."""
@@ -276,6 +303,12 @@ class LocalModel:
     (burst, before), self._burst = self._burst, None
     burst = device.Burst(*map(np.array, jax.device_get(burst)))
     slots = self.slots
+    sampled = np.arange(burst.logprobs.shape[1]) < burst.count[:, None]
+    if np.isnan(burst.logprobs[sampled]).any():
+      raise ValueError(
+        f'{self.lm.name} in {self.lm.dtype} gives logits that are no numbers (NaN): its weights '
+        "are damaged, or too large for that type. Try model.dtype='float32'."
+      )
     for slot in np.flatnonzero(burst.count):
       count = burst.count[slot]
       new = burst.tokens[slot, :count].tolist()

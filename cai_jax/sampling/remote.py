@@ -43,6 +43,7 @@ import numpy as np
 import urllib3
 
 from cai_jax.model import lm as models
+from cai_jax.sampling.text import first_stop_text, rounded
 from cai_jax.sampling.types import Completion, SamplingConfig, Turn
 
 LONGEST_BACKOFF = 60.0  # seconds; only a server's Retry-After may ask for more
@@ -284,9 +285,10 @@ class Remote:
   def _work(self) -> None:
     while (item := self._queue.get()) is not None:
       future, ask = item
-      if self._closed.is_set():
-        future.cancel()
       if not future.set_running_or_notify_cancel():
+        continue
+      if self._closed.is_set():
+        future.set_exception(ConnectionError(f'{self._where()}: closed before it was asked.'))
         continue
       try:
         future.set_result(ask())
@@ -442,22 +444,22 @@ class Remote:
     if ends:
       tokens, logprobs = tokens[: ends[0] + 1], logprobs[: ends[0] + 1]
     spoken = tokens[:-1] if ends else tokens
-    cut = _first_stop(self._decode, spoken, stop_texts)
+    cut = first_stop_text(self._words, spoken, stop_texts)
     if cut is not None:
       count, text = cut
-      return Completion(tokens[:count], text, _rounded(logprobs[:count]), 'stop_text')
+      return Completion(tokens[:count], text, rounded(logprobs[:count]), 'stop_text')
     text = self._decode(spoken) if answer.tokens is not None else answer.text
     if ends:
-      return Completion(tokens, text, _rounded(logprobs), 'stop')
+      return Completion(tokens, text, rounded(logprobs), 'stop')
     if answer.ended_by == 'length':
-      return Completion(tokens, text, _rounded(logprobs), 'length')
+      return Completion(tokens, text, rounded(logprobs), 'length')
     if answer.ended_by == 'stop_text' or (answer.ended_by == 'unknown' and stop_texts):
-      return Completion(tokens, text, _rounded(logprobs), 'stop_text')
+      return Completion(tokens, text, rounded(logprobs), 'stop_text')
     # A token ended it, and the server kept that to itself.
     special = bool(tokens) and tokens[-1] in self._words.all_special_ids
     if stop_token_ids and not special:
       tokens, logprobs = [*tokens, stop_token_ids[0]], [*logprobs, math.nan]
-    return Completion(tokens, text, _rounded(logprobs), 'stop')
+    return Completion(tokens, text, rounded(logprobs), 'stop')
 
   def _as_sampled(self, answer: '_Answer', who: str) -> tuple[list[int], list[float]]:
     """(tokens, log-probabilities) where the server gives ids.
@@ -558,23 +560,6 @@ def _ended_by(choice: dict[str, Any], finish: str) -> str:
     if name in choice:
       return 'stop_text' if isinstance(choice[name], str) else 'token'
   return 'unknown'
-
-
-def _first_stop(decode, tokens: list[int], texts: Sequence[str]) -> tuple[int, str] | None:
-  """(tokens up to the one that completes a stop text first, text before it), or None."""
-  if not any(stop in decode(tokens) for stop in texts):
-    return None
-  for count in range(1, len(tokens) + 1):
-    text = decode(tokens[:count])
-    places = [text.find(stop) for stop in texts if stop in text]
-    if places:
-      return count, text[: min(places)]
-  return None
-
-
-def _rounded(logprobs: list[float]) -> list[float]:
-  """As the journal keeps them."""
-  return [float(f'{x:.9g}') for x in logprobs]
 
 
 def _retry_after(value: str | None) -> float:

@@ -20,12 +20,19 @@ TINY = jnp.finfo(jnp.float32).tiny  # the least weight that a search tells from 
 
 
 def uniforms(keys: jax.Array, index: jax.Array) -> jax.Array:
-  """f32[B] in [0, 1): a pure function of each row's key u32[B,2] and of index i32[B]."""
+  """f32[B] in [0, 1): a pure function of each row's key u32[B,2] and of index i32[B].
+
+  They are multiples of 2^-23, so that probabilities are met to within that: a token much less
+  likely is drawn more rarely than it should be, or never. The generator is named, so that no
+  setting of the environment changes a text.
+  """
 
   def one(key, i):
-    return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), i))
+    key = jax.random.wrap_key_data(key, impl='threefry2x32')
+    return jax.random.uniform(jax.random.fold_in(key, i))
 
-  return jax.vmap(one)(keys, index)
+  with jax.threefry_partitionable(True):
+    return jax.vmap(one)(keys, index)
 
 
 def keep_mask(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -362,7 +362,9 @@ def test_every_process_checks_that_it_works_on_the_same_job(lm, start, tmp_path)
 def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   it = job(lm)
   parts = [it.config, [], it.constitution.fingerprint(), it.seed, []]
-  for name, stage in zip(('initial', 'critique', 'revision'), generate._each(it), strict=True):
+  for name, stage in zip(
+    ('initial', 'critique', 'revision'), generate._each(it.stages), strict=True
+  ):
     parts[1].append([name, stage.sampling, stage.demonstrations, 'random-0'])
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
   text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)

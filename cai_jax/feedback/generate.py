@@ -98,7 +98,7 @@ class Job:
     """Hex digest of all that the rows depend on; one prompt at a time, as there may be millions."""
     stages = [
       [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
-      for name, stage in zip(('initial', 'critique', 'revision'), _each(self), strict=True)
+      for name, stage in zip(('initial', 'critique', 'revision'), _each(self.stages), strict=True)
     ]
     parts = [self.config, stages, self.constitution.fingerprint(), self.seed]
     content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
@@ -157,7 +157,7 @@ def prepare(
   # A draw fails where there are more rounds than principles and none may come twice.
   constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
-  for stage in (stages.initial, stages.critique, stages.revision):
+  for stage in _each(stages):
     _check_stops(stage, models[stage.model])
   job = Job(
     prompts, constitution, config, stages, models, seed, shared_prefixes(prompts, stages), 0
@@ -230,12 +230,14 @@ def run(
   stats = Stats()
   if total:
     running = Engine(
-      {stage.model: job.models[stage.model] for stage in _each(job)},
+      {stage.model: job.models[stage.model] for stage in _each(job.stages)},
       length=min(job.length + engine.spare_tokens, _shortest_context(job)),
       seed=job.seed,
       config=engine,
       journal=journal,
-      stops={s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings) for s in _each(job)},
+      stops={
+        s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings) for s in _each(job.stages)
+      },
       prefixes=job.prefixes,
     )
     stats = running.stats
@@ -308,8 +310,8 @@ def finish(job: Job, folder: str | os.PathLike) -> None:
   records.write_metadata(folder, [min(size, count - i) for i in range(0, count, size)])
 
 
-def _each(job: Job) -> tuple[Stage, Stage, Stage]:
-  return job.stages.initial, job.stages.critique, job.stages.revision
+def _each(stages: Stages) -> tuple[Stage, Stage, Stage]:
+  return stages.initial, stages.critique, stages.revision
 
 
 def shared_prefixes(
@@ -321,7 +323,7 @@ def shared_prefixes(
   rendering some of the prompts; a chain whose context begins otherwise goes without.
   """
   found: dict[str, list[list[int]]] = {}
-  for stage in (stages.initial, stages.critique, stages.revision):
+  for stage in _each(stages):
     contexts = [
       stage.dialogue.prompt(
         [*prompt.messages[:-1], prompt.messages[-1] | {'content': content}],
@@ -347,7 +349,6 @@ def _cache_length(job: Job) -> int:
   Raises:
     ValueError: if it does not fit a model.
   """
-  local = {name: model for name, model in job.models.items() if isinstance(model, LM)}
   render = job.stages.initial.dialogue.prompt
   longest = 1
   longest_of: dict[tuple, tuple[int, Prompt]] = {}
@@ -365,7 +366,8 @@ def _cache_length(job: Job) -> int:
             f'{job.models[name].name} holds {limit}. Shorten the prompt ({size} tokens), the '
             "max_tokens of the stages, the rounds, or use feedback.context='fresh'."
           )
-        longest = max(longest, own if name in local else 1)
+        if isinstance(job.models[name], LM):  # others keep no cache here
+          longest = max(longest, own)
   return min(-(-longest // 64) * 64, _shortest_context(job))
 
 
@@ -382,7 +384,7 @@ def _shared(job: Job, prompt: Prompt) -> tuple[int, ...]:
       job.prefixes[stage.model],
       stage.dialogue.prompt(prompt.messages, 'assistant', stage.demonstrations),
     )[1]
-    for stage in _each(job)
+    for stage in _each(job.stages)
     if job.prefixes[stage.model]
   )
 

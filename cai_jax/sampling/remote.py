@@ -337,7 +337,7 @@ class Remote:
     raise ConnectionError(
       f'{self._where()} did not answer {who}, asked {tries} times; in the end it gave '
       f'{trouble}. '
-      'Finished chains are in the journal: see to the server and start again, and the run goes on. '
+      'What it has answered is in the journal: see to the server, start again, and it goes on. '
       'Where the server is only slow, raise timeout_seconds or retries, or lower max_concurrent.'
     )
 

@@ -34,8 +34,8 @@ def get_config():
   config.sampling.revision.max_tokens = 256
   config.engine.slots = 208  # of each host, at up to 1,536 tokens: 14.1 of 15.75 GiB a chip
   config.engine.cache_gib = 10.0
-  config.engine.prefill_chunks = (256, 64)
   config.engine.prefill_tokens = 1024
+  config.engine.prefill_width = 128
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 64

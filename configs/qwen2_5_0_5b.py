@@ -25,8 +25,8 @@ def get_config():
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 256
   config.engine.slots = 64
-  config.engine.prefill_chunks = (128, 32)
   config.engine.prefill_tokens = 512
+  config.engine.prefill_width = 64
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 16

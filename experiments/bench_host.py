@@ -45,6 +45,7 @@ from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
 
 LONGEST = 64  # tokens of a reply: one burst
+READY = jax.numpy.zeros(())
 ENGINE = EngineConfig(slots=64, prefill_tokens=512, longest_burst=LONGEST)
 ROUNDS = 2
 SHOWN = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains at which memory is read
@@ -80,7 +81,7 @@ class Stub:
   def installed(self):
     """Puts the stubs in the place of the device programs."""
     with (
-      mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: cache),
+      mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
       mock.patch.object(device, 'decode', self.decode),
       mock.patch.object(device, 'allocate', lambda *_: ()),
       mock.patch.object(device, 'prefill_prefix', lambda *_: ()),

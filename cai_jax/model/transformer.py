@@ -6,8 +6,8 @@ V vocabulary, L layer. Norms, rotary angles, softmax and logits are f32 in any c
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +76,58 @@ class Prefixes(NamedTuple):
   """The prefixes at hand, and the one that each row begins with."""
 
   entries: tuple[Prefix, ...]
-  of_row: jax.Array  # i32[B], an index of `entries`, or -1 for none
+  of_row: jax.Array  # i32[B], or i32[B,T] of packed tokens: an index of `entries`; -1 is none
 
   def lengths(self) -> jax.Array:
-    """i32[B]: the position of the first token that each row owns."""
+    """i32, as `of_row`: the position of the first token that each row owns."""
     if not self.entries:
       return jnp.zeros_like(self.of_row)
     lengths = jnp.stack([prefix.length for prefix in self.entries])
     return jnp.where(self.of_row < 0, 0, lengths[self.of_row])
+
+
+class Packing(NamedTuple):
+  """Which rows of a cache T tokens continue, where those of several rows lie side by side.
+
+  Products with parameters take the tokens as they are, with no padding between them. Attention
+  takes them in R pieces, each of up to C tokens of one row. The B parts of the tokens belong to B
+  equal parts of the cache's rows, so that a mesh that splits both has nothing to send.
+  """
+
+  rows: jax.Array  # i32[B,T], each token's row in its part of the cache
+  index: jax.Array  # i32[B,R,C], which of the T tokens lie in a piece; T is none
+  place: jax.Array  # i32[B,T], where each token lies in its part's R × C
+
+  def pieces(self, x: jax.Array, filler) -> jax.Array:
+    """[BR,C,...]: the pieces of x [B,T,...]; where there is no token, `filler`, or anything."""
+    b, r, c = self.index.shape
+    found = _take(x, self.index.reshape(b, -1)).reshape(b * r, c, *x.shape[2:])
+    if filler is None:
+      return found
+    return jnp.where(self.index.reshape(b * r, c) < x.shape[1], found, filler)
+
+  def tokens(self, pieces: jax.Array) -> jax.Array:
+    """[B,T,...] of pieces [BR,C,...]."""
+    b, r, c = self.index.shape
+    return _take(pieces.reshape(b, r * c, *pieces.shape[2:]), self.place)
+
+  def piece_rows(self) -> jax.Array:
+    """i32[B,R]: each piece's row in its part of the cache; 0 for one without tokens."""
+    return self.pieces(self.rows, 0)[:, 0].reshape(self.index.shape[:2])
+
+  def latest(self, positions: jax.Array) -> jax.Array:
+    """i32[BR]: the last of positions i32[B,T] in each piece's row, be it in another piece."""
+    same = self.rows[:, None, :] == self.piece_rows()[:, :, None]
+    return jnp.where(same, positions[:, None, :], -1).max(-1).reshape(-1)
+
+  def split(self, x: jax.Array) -> jax.Array:
+    """[B,rows/B,...]: the parts of a cache's array [rows,...]."""
+    return x.reshape(len(self.rows), -1, *x.shape[1:])
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [B,N,...] at index i32[B,M] of its second axis."""
+  return jax.vmap(lambda x, index: x[index])(x, index)
 
 
 def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[int, ...]:
@@ -101,6 +145,23 @@ def init_cache(config: ModelConfig, batch: int, lengths: tuple[int, ...], dtype)
     return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))
 
   return tuple(map(layer, lengths))
+
+
+def once(compute: Callable[[], Any], needed: jax.Array) -> Any:
+  """compute(), as bool[] `needed` is true; not again in each place that its arrays are used.
+
+  A barrier keeps XLA from that, but not on CPUs, where it is gone before operations are fused: they
+  took a fifth of a decode step to find the sines of the same angles in each layer. Nothing is fused
+  with what stands in a conditional.
+  """
+
+  def conditional():
+    nothing = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
+    return jax.lax.cond(needed, compute, lambda: jax.tree.map(nothing, jax.eval_shape(compute)))
+
+  return jax.lax.platform_dependent(
+    cpu=conditional, default=lambda: jax.lax.optimization_barrier(compute())
+  )
 
 
 def rotary_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,7 +240,10 @@ def causal_mask(
 
 
 class View(NamedTuple):
-  """What the layers of one window and cache length need to know of where things lie."""
+  """What the layers of one window and cache length need to know of where things lie.
+
+  Masks are of pieces where tokens are packed: [BR,C,S] instead of [B,T,S].
+  """
 
   index: jax.Array | None  # i32[B,T], where each token goes in its row's cache; S is nowhere
   own: jax.Array  # bool[B,T,S], what each query sees of its row's cache, or of its own batch
@@ -187,21 +251,32 @@ class View(NamedTuple):
 
 
 def make_view(
-  positions: jax.Array, start: jax.Array, prefixes: Prefixes, length: int, window: int | None
+  positions: jax.Array,
+  prefixes: Prefixes,
+  packing: Packing | None,
+  length: int,
+  window: int | None,
 ) -> View:
   """The View of layers whose caches hold `length` tokens.
 
   Args:
     positions: i32[B,T]; a negative one marks padding.
-    start: i32[B], the position of the first token of each row's cache.
     prefixes: what lies before.
+    packing: of the tokens; None where each of the B is a row of the cache.
     length: of the caches.
     window: of the layers, in tokens.
   """
-  start = start[:, None]
+  if packing is None:
+    latest, start = positions.max(1), prefixes.lengths()[:, None]
+  else:
+    latest, start = packing.latest(positions), prefixes.lengths()
   index = jnp.where(positions < 0, length, (positions - start) % length)
+  if packing is not None:
+    positions = packing.pieces(positions, -1)
+    prefixes = Prefixes(prefixes.entries, packing.pieces(prefixes.of_row, -1)[:, 0])
+    start = prefixes.lengths()[:, None]
   # Of all tokens that have lain at a place, the latest that a row has come to lies there now.
-  last = positions.max(1, keepdims=True) - start
+  last = latest[:, None] - start
   held = last - (last - jnp.arange(length)) % length
   own = causal_mask(positions, held + start, window, (held >= 0)[:, None])
 
@@ -261,7 +336,7 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
     self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
 
-  def __call__(self, x, angles, view: View, cache: LayerCache | None, rows, prefixes):
+  def __call__(self, x, angles, view: View, cache: LayerCache | None, packing, prefixes):
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -269,15 +344,29 @@ class Attention(nnx.Module):
     if cache is None:
       own = Keys(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), view.own)
       return self.output(attend(q, [own])), None
-    places = (jnp.arange(x.shape[0]) if rows is None else rows)[:, None]
-    cache = LayerCache(
-      cache.k.at[places, :, :, view.index].set(k.astype(cache.k.dtype), mode='drop'),
-      cache.v.at[places, :, view.index].set(v.astype(cache.v.dtype), mode='drop'),
-    )
-    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
-    k, v = cache if rows is None else jax.lax.optimization_barrier((cache.k[rows], cache.v[rows]))
     parts = [Keys(*keys, mask) for keys, mask in zip(prefixes, view.shared, strict=True)]
-    return self.output(attend(q, [*parts, Keys(k, v, view.own)])), cache
+    if packing is None:
+      cache = write(cache, jnp.arange(x.shape[0])[:, None], view.index, k, v)
+      return self.output(attend(q, [*parts, Keys(*cache, view.own)])), cache
+    split = jax.vmap(write)(
+      LayerCache(*map(packing.split, cache)), packing.rows, view.index, k, v
+    )
+    cache = LayerCache(*(x.reshape(old.shape) for x, old in zip(split, cache, strict=True)))
+    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
+    rows = packing.piece_rows()
+    keys = jax.lax.optimization_barrier([_take(x, rows).reshape(-1, *x.shape[2:]) for x in split])
+    out = attend(packing.pieces(q, None), [*parts, Keys(*keys, view.own)])
+    return self.output(packing.tokens(out)), cache
+
+
+def write(
+  cache: LayerCache, rows: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array
+) -> LayerCache:
+  """The cache with k, v [...,K,H] at places i32[...] of rows i32[...]; none at a place past it."""
+  return LayerCache(
+    cache.k.at[rows, :, :, index].set(k.astype(cache.k.dtype), mode='drop'),
+    cache.v.at[rows, :, index].set(v.astype(cache.v.dtype), mode='drop'),
+  )
 
 
 class MLP(nnx.Module):
@@ -303,8 +392,8 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
     self.mlp = MLP(config, rngs, param_dtype)
 
-  def __call__(self, x, angles, view, cache, rows, prefixes):
-    out, cache = self.attention(self.attention_norm(x), angles, view, cache, rows, prefixes)
+  def __call__(self, x, angles, view, cache, packing, prefixes):
+    out, cache = self.attention(self.attention_norm(x), angles, view, cache, packing, prefixes)
     x = x + out
     return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -350,7 +439,7 @@ class Transformer(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
-    rows: jax.Array | None = None,
+    packing: Packing | None = None,
     prefixes: Prefixes | None = None,
     sharding: NamedSharding | None = None,
     remat: bool = False,
@@ -359,12 +448,12 @@ class Transformer(nnx.Module):
 
     Args:
       tokens: i32[B,T].
-      positions: i32[B,T], from 0 in each sequence. With a cache, those of a row follow each other,
-        and a negative one marks padding: that token is written nowhere.
+      positions: i32[B,T], from 0 in each sequence. With a cache, those of a row follow each other
+        without a gap, and a negative one marks padding: that token is written nowhere.
       segment_ids: i32[B,T], for packed or padded rows: a token sees only its own segment. Not
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
-      rows: i32[B], the cache's rows that `tokens` continue; None where they are all of them.
+      packing: the cache's rows that `tokens` continue; None where there is one row for each of B.
       prefixes: what rows begin with that is not in their cache. A row's positions count it.
       sharding: of the hidden states between blocks. Without it they would come to lie as the
         parameters do, split over D, and each device would compute every row's logits.
@@ -373,17 +462,17 @@ class Transformer(nnx.Module):
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
-    if cache is None and prefixes is not None:
-      raise ValueError('prefixes come before what a cache holds: pass a cache too.')
+    if cache is None and (prefixes is not None or packing is not None):
+      raise ValueError('prefixes and packing say how tokens go on from a cache: pass one too.')
 
     def place(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    views = self._views(positions, segment_ids, cache, prefixes)
-    # Behind a barrier, or each layer would compute all angles and masks again.
-    angles = rotary_angles(self.config, positions)
-    if cache is not None:
-      angles, views = jax.lax.optimization_barrier((angles, views))
+    def before_layers():
+      views = self._views(positions, segment_ids, cache, packing, prefixes)
+      return rotary_angles(self.config, positions), views
+
+    angles, views = once(before_layers, jnp.any(positions >= 0))
     x = place(self.embed(tokens, gradient=cache is None).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
@@ -392,24 +481,24 @@ class Transformer(nnx.Module):
 
       # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
       def run(x, old, block=block, view=views[layer], shared=shared):
-        return block(x, angles, view, old, rows, shared)
+        return block(x, angles, view, old, packing, shared)
 
       x, written = (jax.checkpoint(run) if remat and cache is None else run)(x, old)
       x = place(x)
       new_cache.append(written)
     return self.norm(x), None if cache is None else tuple(new_cache)
 
-  def _views(self, positions, segment_ids, cache, prefixes) -> list[View]:
+  def _views(self, positions, segment_ids, cache, packing, prefixes) -> list[View]:
     """Each layer's View; layers of one window and cache length have theirs in common."""
     same = None if segment_ids is None else segment_ids[:, :, None] == segment_ids[:, None, :]
     if prefixes is None:
-      prefixes = Prefixes((), jnp.full(positions.shape[:1], -1))
+      prefixes = Prefixes((), jnp.full(positions.shape[: 1 if packing is None else 2], -1))
 
     @functools.cache
     def view(window, length):
       if length is None:
         return View(None, causal_mask(positions, positions, window, same), ())
-      return make_view(positions, prefixes.lengths(), prefixes, length, window)
+      return make_view(positions, prefixes, packing, length, window)
 
     lengths = [None if cache is None else cache[i].k.shape[-1] for i in range(len(self.layers))]
     return [view(self.config.window(i), length) for i, length in enumerate(lengths)]

@@ -1,6 +1,7 @@
 """The compiled half of sampling: one prefill and one decode program over a cache of B slots."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import (
   Cache,
   LayerCache,
+  Packing,
   Prefix,
   Prefixes,
   Transformer,
@@ -100,14 +102,59 @@ class Kind(NamedTuple):
     return nnx.merge(structure(self.config, self.dtype)[0], params)
 
 
-class Chunk(NamedTuple):
-  """Tokens to prefill in R rows, C of each at most."""
+class Part(NamedTuple):
+  """Tokens that a slot's cache is to hold next."""
 
-  tokens: np.ndarray  # i32[R,C]
-  starts: np.ndarray  # i32[R], position of the first
-  counts: np.ndarray  # i32[R], how many are real; a row with none changes nothing
-  rows: np.ndarray  # i32[R], rows of the cache
-  prefix: np.ndarray  # i32[R], the shared prefix that the row begins with; -1 is none
+  slot: int
+  tokens: list[int]
+  start: int  # position of the first
+  prefix: int  # the shared prefix that the slot begins with; -1 is none
+
+
+class Chunk(NamedTuple):
+  """Tokens to prefill: T for each of G equal parts of the slots, those of several side by side."""
+
+  tokens: np.ndarray  # i32[G,T]
+  positions: np.ndarray  # i32[G,T]; -1 is padding
+  prefix: np.ndarray  # i32[G,T], the shared prefix that the token's slot begins with; -1 is none
+  packing: Packing
+
+  @classmethod
+  def pack(cls, groups: Sequence[Sequence[Part]], slots: int, size: int, width: int) -> 'Chunk':
+    """A chunk of the tokens of each group.
+
+    Args:
+      groups: what each part of the slots shall hold, in order; a slot occurs once.
+      slots: in all.
+      size: tokens of a group, T.
+      width: tokens of a slot that attention takes together, C.
+
+    Raises:
+      ValueError: if a group has more than `size` tokens or `piece_count(size, width)` pieces.
+    """
+    count, shape = piece_count(size, width), (len(groups), size)
+    tokens, rows, place = (np.zeros(shape, np.int32) for _ in range(3))
+    positions, prefix = (np.full(shape, -1, np.int32) for _ in range(2))
+    index = np.full((len(groups), count * width), size, np.int32)
+    for group, parts in enumerate(groups):
+      end = piece = 0
+      for part in parts:
+        begin, end = end, end + len(part.tokens)
+        offsets = np.arange(end - begin)
+        here, there = (group, slice(begin, end)), piece * width + offsets
+        piece += -(-len(offsets) // width)
+        if end > size or piece > count:
+          raise ValueError(f'a chunk of {end} tokens in {piece} pieces; {size} in {count} fit.')
+        tokens[here], positions[here] = part.tokens, part.start + offsets
+        rows[here], prefix[here] = part.slot % (slots // len(groups)), part.prefix
+        place[here], index[group, there] = there, begin + offsets
+    packing = Packing(rows, index.reshape(len(groups), count, width), place)
+    return cls(tokens, positions, prefix, packing)
+
+
+def piece_count(size: int, width: int) -> int:
+  """Pieces of `width` tokens that attention takes of `size`: half as many more than full ones."""
+  return -(-3 * size // (2 * width))
 
 
 class Burst(NamedTuple):
@@ -121,8 +168,14 @@ class Burst(NamedTuple):
   occupied: np.ndarray  # i32[], slots active, summed over steps
 
 
-def prefill(kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk) -> Cache:
-  """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes."""
+def prefill(
+  kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk
+) -> tuple[Cache, jax.Array]:
+  """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes.
+
+  The array i32[] beside it is there when the cache is, and may be waited for when that has already
+  been donated to the next program.
+  """
   return prefill_program(cache)(kind, params, cache, entries, chunk)
 
 
@@ -133,7 +186,9 @@ def prefill_program(cache: Cache):
 
 @functools.cache
 def _prefill_program(formats):
-  return jax.jit(_prefill, static_argnames='kind', donate_argnames='cache', out_shardings=formats)
+  return jax.jit(
+    _prefill, static_argnames='kind', donate_argnames='cache', out_shardings=(formats, None)
+  )
 
 
 def _formats(cache: Cache) -> tuple[LayerCache, ...]:
@@ -142,17 +197,15 @@ def _formats(cache: Cache) -> tuple[LayerCache, ...]:
 
 
 def _prefill(kind, params, cache, entries, chunk):
-  # Rows that the batch axes do not divide are computed on all of them: a choice of speed only.
-  split = chunk.tokens.shape[0] % parallel.batch_shards(kind.mesh) == 0
-  sharding = parallel.batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
-  offsets = jnp.arange(chunk.tokens.shape[1])[None]
-  real = offsets < chunk.counts[:, None]
-  positions = jnp.where(real, chunk.starts[:, None] + offsets, -1)
-  prefixes = Prefixes(entries, chunk.prefix)
-  model = kind.model(params)
-  return model(
-    chunk.tokens, positions, cache=cache, rows=chunk.rows, prefixes=prefixes, sharding=sharding
+  written = kind.model(params)(
+    chunk.tokens,
+    chunk.positions,
+    cache=cache,
+    packing=chunk.packing,
+    prefixes=Prefixes(entries, chunk.prefix),
+    sharding=parallel.batch_sharding(kind.mesh),
   )[1]
+  return written, jnp.sum(chunk.positions >= 0, dtype=jnp.int32)
 
 
 def decode(
@@ -295,13 +348,9 @@ def prefill_prefix(lm: LM, tokens: list[int], length: int, chunk: int) -> Prefix
     ValueError: if the mesh does not divide the kv heads.
   """
   cache = _empty(lm, 1, (length,) * lm.config.num_layers, P(None, 'tensor'))
-  none = np.full(1, -1, np.int32)
   for start in range(0, len(tokens), chunk):
-    part = tokens[start : start + chunk]
-    padded = np.array([part + [0] * (chunk - len(part))], np.int32)
-    starts, counts = np.array([start], np.int32), np.array([len(part)], np.int32)
-    piece = Chunk(padded, starts, counts, np.zeros(1, np.int32), none)
-    cache = prefill(Kind.of(lm), lm.params, cache, (), piece)
+    part = Part(0, tokens[start : start + chunk], start, -1)
+    cache, _ = prefill(Kind.of(lm), lm.params, cache, (), Chunk.pack([[part]], 1, chunk, chunk))
   return Prefix(cache, jnp.array(len(tokens), jnp.int32))
 
 

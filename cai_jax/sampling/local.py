@@ -15,6 +15,9 @@ from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 
 REWIND = 64  # tokens that a windowed layer's cache can take back; more, and a row starts afresh
+import os
+PATIENCE = int(os.environ.get("PAT","8"))  # a slot may wait for others while fewer than this part of the slots do
+ROUND=int(os.environ.get("ROUND","1"))
 BLOCK = 64  # tokens that the lengths of caches are multiples of
 
 
@@ -38,38 +41,32 @@ class EngineConfig:
 
   slots: int = 64  # chains in flight, at most
   cache_gib: float = 8.0  # memory for caches on each device; fewer slots where it is too little
-  prefill_chunks: tuple[int, ...] = (64, 16)  # tokens of a slot prefilled together: few sizes
   prefill_tokens: int = 128  # tokens of all slots prefilled together
+  prefill_width: int = 32  # of them, tokens of a slot that attention takes together
   longest_burst: int = 32  # decode steps before the host looks for stop texts
   spare_tokens: int = 0  # of each slot, for replies that take more tokens in another tokenizer
 
   def __post_init__(self):
-    for name in ('slots', 'cache_gib', 'prefill_tokens', 'longest_burst'):
+    for name in ('slots', 'cache_gib', 'prefill_tokens', 'prefill_width', 'longest_burst'):
       value = getattr(self, name)
       if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
         raise ValueError(f'engine: {name}={value}; it must be positive.')
     if self.spare_tokens < 0:
       raise ValueError(f'engine: spare_tokens={self.spare_tokens}; it must be at least 0.')
-    chunks = self.prefill_chunks
-    if not chunks or not all(isinstance(size, int) and size >= 1 for size in chunks):
-      raise ValueError(
-        f'engine: prefill_chunks={chunks!r}; it must be a tuple of positive integers.'
-      )
 
   @property
   def slack(self) -> int:
     """Tokens that windowed layers keep besides their window: what may be written, then undone."""
-    return max(self.prefill_chunks) + self.longest_burst + REWIND
+    return self.prefill_tokens + self.longest_burst + REWIND
 
-  def chunk_rows(self, chunk: int, mesh: Mesh) -> int:
-    """Slots that are prefilled together in chunks of that size: as many on each batch shard."""
+  def chunk(self, slots: int, mesh: Mesh) -> tuple[int, int]:
+    """(T, C) of a chunk: tokens of each batch shard, and of a slot that attention takes together.
+
+    A few slots never have much to prefill, and get smaller chunks.
+    """
     shards = parallel.batch_shards(mesh)
-    return max(1, round(self.prefill_tokens / chunk / shards)) * shards
-
-  def chunk_for(self, tokens: int) -> int:
-    """The chunk that is taken next of so many tokens: a function of the chain alone."""
-    sizes = sorted(self.prefill_chunks, reverse=True)
-    return next((size for size in sizes if tokens > size // 2), sizes[-1])
+    size = min(-(-self.prefill_tokens // shards), self.prefill_width * slots // shards)
+    return size, min(size, self.prefill_width)
 
   def fit(self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]) -> int:
     """Slots that the budget has room for, at most `slots`.
@@ -176,14 +173,18 @@ class LocalModel:
     self.lm, self.config, self.stats = lm, config, stats
     # CPUs multiply a single row in half precision six times as slowly as two.
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
-    self.cache = device.allocate(lm, self.rows, length, config.slack)
+    self.cache = device.allocate(lm, self.rows, _rounded(length, ROUND), config.slack)
     self.slots = device.Slots.empty(self.rows)
     self.held: list[list[int]] = [[] for _ in range(slots)]  # context that a slot's cache stands at
     self.waiting: dict[int, list[int]] = {}  # slot → tokens it shall hold before decoding
     self.prefixes = [list(prefix) for prefix in prefixes]
-    chunk, room = max(config.prefill_chunks), prefix_room(prefixes)
-    self.entries = tuple(device.prefill_prefix(lm, p, room, chunk) for p in self.prefixes)
+    self.groups = parallel.batch_shards(lm.mesh)  # of slots, each on devices of its own
+    self.chunk = config.chunk(slots, lm.mesh)
+    room, size = prefix_room(prefixes), config.prefill_tokens
+    self.entries = tuple(device.prefill_prefix(lm, p, room, size) for p in self.prefixes)
     stats.prefix_tokens += sum(map(len, prefixes))
+    self._turns = self._new_tokens = 0  # submitted, and what had to be prefilled for them
+    self._prefilled = None  # there when the chunks under way are
     self._burst = None  # under way on the device, and the slots as they were when it began
     self.step_seconds = 0.0  # of the last burst
 
@@ -219,6 +220,7 @@ class LocalModel:
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
     self.waiting[slot] = context[:-1]
+    self._turns, self._new_tokens = self._turns + 1, self._new_tokens + len(context) - 1 - same
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
     """(number, tokens) of the shared prefix that a context begins with; (-1, 0) is none."""
@@ -229,47 +231,56 @@ class LocalModel:
     """Whether there is something to prefill or to decode."""
     return bool(self.waiting) or bool(self.slots.active.any())
 
-  def prefill(self) -> None:
-    """Brings the cache of every waiting slot up to its context."""
-    start = time.perf_counter()
-    begun, lm, kind = bool(self.waiting), self.lm, device.Kind.of(self.lm)
-    while batch := self._next_batch():
-      chunk, slots = batch
-      rows = self.config.chunk_rows(chunk, self.lm.mesh)
-      tokens = np.zeros((rows, chunk), np.int32)
-      starts, counts, places = (np.zeros(rows, np.int32) for _ in range(3))
-      prefix = np.full(rows, -1, np.int32)
-      for row, slot in enumerate(slots):
-        held = len(self.held[slot])
-        new = self.waiting[slot][held : held + chunk]
-        tokens[row, : len(new)] = new
-        starts[row], counts[row], places[row] = held, len(new), slot
-        prefix[row] = self.slots.prefix[slot]
-        self.held[slot].extend(new)
-        self.stats.prefilled_tokens += len(new)
-      piece = device.Chunk(tokens, starts, counts, places, prefix)
-      self.cache = device.prefill(kind, lm.params, self.cache, self.entries, piece)
-    if begun:
-      jax.block_until_ready(self.cache)
-      self.stats.prefill_seconds += time.perf_counter() - start
+  @property
+  def _patience(self) -> int:
+    """Slots that may wait for others, so that they are prefilled together: few near a run's end."""
+    return max(1, (len(self.waiting) + int(self.slots.active.sum())) // PATIENCE)
 
-  def _next_batch(self) -> tuple[int, list[int]] | None:
-    """(chunk, slots to prefill in it); slots that have all they need become active."""
-    groups: dict[int, list[int]] = {}
+  def prefill(self) -> None:
+    """Starts to bring the caches of waiting slots up to their contexts, as far as it is worth it.
+
+    A chunk takes about as long whatever is in it, so it waits until it is full or too many slots
+    wait for it. What a slot's cache comes to hold does not depend on which chunk brought it.
+    """
+    start, full = time.perf_counter(), self.groups * self.chunk[0]
+    for slot in [s for s, wanted in self.waiting.items() if len(wanted) == len(self.held[s])]:
+      self._activate(slot)
+    missing = self._missing()
+    while missing >= full or len(self.waiting) >= self._patience:
+      chunk = self._next_chunk()
+      self.cache, self._prefilled = device.prefill(
+        device.Kind.of(self.lm), self.lm.params, self.cache, self.entries, chunk
+      )
+      missing -= int((chunk.positions >= 0).sum())
+    self.stats.prefill_seconds += time.perf_counter() - start
+
+  def _missing(self) -> int:
+    """Tokens that waiting slots' caches lack."""
+    return sum(len(wanted) - len(self.held[slot]) for slot, wanted in self.waiting.items())
+
+  def _next_chunk(self) -> device.Chunk:
+    """The next tokens of waiting slots; those that then have all they need become active."""
+    size, width = self.chunk
+    groups: list[list[device.Part]] = [[] for _ in range(self.groups)]
+    tokens = [size] * self.groups
+    pieces = [device.piece_count(size, width)] * self.groups
     for slot, wanted in list(self.waiting.items()):
-      missing = len(wanted) - len(self.held[slot])
-      if missing:
-        groups.setdefault(self.config.chunk_for(missing), []).append(slot)
-      else:
-        del self.waiting[slot]
-        self.slots.active[slot] = True
-    if not groups:
-      return None
-    # The fullest batch first: by then others may have come to fill theirs.
-    chunk = max(
-      groups, key=lambda size: len(groups[size]) / self.config.chunk_rows(size, self.lm.mesh)
-    )
-    return chunk, groups[chunk][: self.config.chunk_rows(chunk, self.lm.mesh)]
+      group, held = slot * self.groups // self.rows, self.held[slot]
+      new = wanted[len(held) : len(held) + min(tokens[group], pieces[group] * width)]
+      if not new:
+        continue
+      groups[group].append(device.Part(slot, new, len(held), int(self.slots.prefix[slot])))
+      tokens[group] -= len(new)
+      pieces[group] -= -(-len(new) // width)
+      held.extend(new)
+      self.stats.prefilled_tokens += len(new)
+      if len(held) == len(wanted):
+        self._activate(slot)
+    return device.Chunk.pack(groups, self.rows, size, width)
+
+  def _activate(self, slot: int) -> None:
+    del self.waiting[slot]
+    self.slots.active[slot] = True
 
   def dispatch(self, longest: int | None = None) -> None:
     """Starts a burst of decode steps in the active slots, if there are any."""
@@ -278,8 +289,9 @@ class LocalModel:
     if not active or not steps:
       return
     begin = time.perf_counter()
-    # A few done slots are worth refilling together; near the end of a run, a single one is.
-    enough = max(1, active // 16)
+    per_turn = max(1, self._new_tokens // max(1, self._turns))
+    fill = -(-(self.groups * self.chunk[0] - self._missing()) // per_turn)
+    enough = max(1, min(fill, self._patience - len(self.waiting)))
     before = device.Slots(*(x.copy() for x in self.slots))
     lm = self.lm
     burst, self.cache = device.decode(
@@ -299,6 +311,11 @@ class LocalModel:
     """Waits for the burst under way, if there is one, and brings slots and `held` up to it."""
     if self._burst is None:
       return None
+    if self._prefilled is not None:
+      begin = time.perf_counter()
+      self._prefilled.block_until_ready()
+      self._prefilled = None
+      self.stats.prefill_seconds += time.perf_counter() - begin
     begin = time.perf_counter()
     (burst, before), self._burst = self._burst, None
     burst = device.Burst(*map(np.array, jax.device_get(burst)))
@@ -337,7 +354,11 @@ def match_prefix(prefixes: Sequence[list[int]], context: list[int]) -> tuple[int
 
 def prefix_room(prefixes: Sequence[Sequence[int]]) -> int:
   """Tokens that the cache of each of a model's prefixes has: one size, so one program."""
-  return -(-max(map(len, prefixes), default=0) // BLOCK) * BLOCK
+  return _rounded(max(map(len, prefixes), default=0), BLOCK)
+
+
+def _rounded(x: int, unit: int) -> int:
+  return -(-x // unit) * unit
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

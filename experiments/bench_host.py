@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterable, Iterator
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 
 import launch
@@ -45,7 +46,7 @@ from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
 
 LONGEST = 64  # tokens of a reply: one burst
-READY = jax.numpy.zeros(())
+READY = jnp.zeros(())  # what tells that a chunk is done
 ENGINE = EngineConfig(slots=64, prefill_tokens=512, longest_burst=LONGEST)
 ROUNDS = 2
 SHOWN = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains at which memory is read
@@ -83,7 +84,7 @@ class Stub:
     with (
       mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
       mock.patch.object(device, 'decode', self.decode),
-      mock.patch.object(device, 'allocate', lambda *_: ()),
+      mock.patch.object(device, 'allocate', lambda lm, slots, lengths: ((),) * len(lengths)),
       mock.patch.object(device, 'prefill_prefix', lambda *_: ()),
     ):
       yield

@@ -230,10 +230,11 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
-def abstract_cache(lm: LM, rows: int, lengths: Sequence[int], spec: P) -> Cache:
+def abstract_cache(lm: LM, rows: int, lengths: device.Lengths, spec: P) -> Cache:
   """What `device.allocate` and `device.prefill_prefix` would allocate."""
-  init = lambda: init_cache(lm.config, rows, tuple(lengths), device.cache_dtype(lm))  # noqa: E731
-  formats = (device.cache_format(lm.mesh, spec),) * len(lengths)
+  init = lambda: init_cache(lm.config, rows, lengths, device.cache_dtype(lm))  # noqa: E731
+  form = device.cache_format(lm.mesh, spec)
+  formats = tuple((form,) * len(layer) for layer in lengths)
   return _placed(jax.eval_shape(init), formats)
 
 
@@ -246,7 +247,7 @@ def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
   """Shared prefixes in caches of so many tokens."""
   length = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(lm.mesh, P()))
   spec, layers = P(None, 'tensor'), lm.config.num_layers
-  return tuple(Prefix(abstract_cache(lm, 1, (n,) * layers, spec), length) for n in tokens)
+  return tuple(Prefix(abstract_cache(lm, 1, ((n,),) * layers, spec), length) for n in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,14 +290,15 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
   )
 
 
-def lower_prefill(job: Sampler, chunk: int) -> jax.stages.Lowered:
-  """The prefill of `chunk` tokens in as many rows as the engine takes together."""
-  rows, lm = job.engine.chunk_rows(chunk), job.lm
-  i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-  piece = device.Chunk(i32(rows, chunk), i32(rows), i32(rows), i32(rows), i32(rows))
+def lower_prefill(job: Sampler) -> jax.stages.Lowered:
+  """The prefill of a chunk."""
+  lm = job.lm
+  size, width = job.engine.chunk(job.slots, lm.mesh)
+  chunk = device.Chunk.pack([[]] * parallel.batch_shards(lm.mesh), job.slots, size, width)
+  chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
   entries = abstract_prefixes(lm, job.prefixes)
   cache, kind = job.cache(), device.Kind.of(lm)
-  return device.prefill_program(cache).lower(kind, lm.params, cache, entries, piece)
+  return device.prefill_program(cache).lower(kind, lm.params, cache, entries, chunk)
 
 
 def build(
@@ -349,17 +351,14 @@ def build_decode(job: Sampler) -> Program:
   return build('decode', lambda: lower_decode(job), read, step=1, rows=job.slots)
 
 
-def build_prefill(job: Sampler, chunk: int) -> Program:
-  """The prefill program of a chunk size, compiled."""
-  rows = job.engine.chunk_rows(chunk)
-  name = f'prefill {rows} × {chunk}'
-  return build(
-    name,
-    lambda: lower_prefill(job, chunk),
-    job.read(rows, unembeds=False),
-    step=0,
-    rows=rows * chunk,
-  )
+def build_prefill(job: Sampler) -> Program:
+  """The prefill program, compiled."""
+  shards = parallel.batch_shards(job.lm.mesh)
+  size, width = job.engine.chunk(job.slots, job.lm.mesh)
+  rows = device.piece_count(size, width) * shards
+  read = job.read(rows, unembeds=False)
+  name = f'prefill {size * shards}'
+  return build(name, lambda: lower_prefill(job), read, step=0, rows=size * shards)
 
 
 def local_bytes(tree) -> int:
@@ -628,11 +627,7 @@ def study(
     flush=True,
   )
   programs: list[Program] = []
-  builders = {'decode': build_decode} | {
-    f'prefill {chunk}': lambda job, chunk=chunk: build_prefill(job, chunk)
-    for chunk in job.engine.prefill_chunks
-    if prefill
-  }
+  builders = {'decode': build_decode} | ({'prefill': build_prefill} if prefill else {})
   first, too_large = None, {}
   for name, builder in builders.items():
     try:

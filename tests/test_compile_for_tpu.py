@@ -132,7 +132,7 @@ def compiled(tmp_path_factory):
 def test_a_tiny_model_compiles_for_a_slice(compiled):
   found, text = compiled
   assert found['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4}
-  assert [p['name'] for p in found['programs']] == ['decode', 'prefill 4 × 256', 'prefill 16 × 64']
+  assert [p['name'] for p in found['programs']] == ['decode', 'prefill 1024']
   assert not found['too_large'] and 'NO' not in text
   for program in found['programs']:
     memory, sizes = program['memory'], found['bytes']

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cai_jax import parallel
+from cai_jax.model import transformer
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
 from cai_jax.sampling import device, local
@@ -16,7 +17,7 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 
 LENGTH = 128
-SIZES = dict(slots=4, prefill_chunks=(8,), prefill_tokens=16, longest_burst=5)
+SIZES = dict(slots=4, prefill_tokens=16, prefill_width=8, longest_burst=5)
 
 
 @pytest.fixture(scope='module')
@@ -26,6 +27,12 @@ def lm(tiny_tokenizer):
   params = init_params(config, jax.random.key(0))
   params['head']['table'] = params['head']['table'] * 3  # so that tokens differ in likelihood
   return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0')
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+  """Chains come to several segments of the cache."""
+  monkeypatch.setattr(transformer, 'SEGMENT', 32)
 
 
 def chain(context, turns=3, model='base', max_tokens=12, sampling=None):
@@ -72,9 +79,7 @@ def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
 
 def test_tokens_do_not_depend_on_slots_chunks_and_bursts(lm):
   base, _ = run(lm, items(7))
-  one = Engine(
-    {'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_chunks=(16, 4))
-  )
+  one = Engine({'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_tokens=16))
   for name, completions in one.run(items(7)):
     for mine, other in zip(completions, base[name], strict=True):
       assert mine.tokens == other.tokens
@@ -348,9 +353,18 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
     for context, completion in turns:
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
-  sizes = EngineConfig(**SIZES)
-  cache = device.allocate(windowed, 4, LENGTH, sizes.slack)
-  assert [layer.k.shape[-1] for layer in cache] == [LENGTH, 6 + 8 + 5 + 2]
+  lengths = transformer.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
+  assert lengths == ((32, 32, 64), (6 + 16 + 5 + 2,))
+
+
+def test_later_segments_are_there_when_a_chain_has_come_to_them(lm):
+  engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
+  short = chain([7] * 10, turns=1, max_tokens=20)  # its last token is never fed
+  long = chain([7] * 10, turns=1, max_tokens=60)
+  for made, segments in ((short, [32]), (long, [32, 32, 64])):
+    dict(engine.run([('chain', made)]))
+    found = [[segment.k.shape[-1] for segment in layer] for layer in engine._local['base'].cache]
+    assert found == [segments] * 2
 
 
 def test_a_budget_of_memory_sets_the_slots(lm):
@@ -369,16 +383,16 @@ def test_a_budget_of_memory_sets_the_slots(lm):
     slots(0.5 * of_slot / 2**30)
 
 
-def test_chunks_are_a_function_of_what_is_missing():
-  config = EngineConfig(prefill_chunks=(64, 16), prefill_tokens=128)
-  assert [config.chunk_for(n) for n in (1, 16, 32, 33, 64, 65, 500)] == [16, 16, 16, *[64] * 4]
+def test_sizes_of_chunks():
+  config = EngineConfig(prefill_tokens=128, prefill_width=32)
   one = parallel.make_mesh(devices=jax.devices()[:1])
-  assert config.chunk_rows(64, one) == 2 and config.chunk_rows(16, one) == 8
+  assert config.chunk(64, one) == (128, 32)
+  assert config.chunk(2, one) == (64, 32)  # two slots never have more at once
   four = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-  assert config.chunk_rows(64, four) == 4 and config.chunk_rows(16, four) == 8
-  for wrong in ((), (0,), ('16',), (16.5,)):
-    with pytest.raises(ValueError, match='prefill_chunks'):
-      EngineConfig(prefill_chunks=wrong)
+  assert config.chunk(64, four) == (32, 32)  # tokens of each batch shard
+  for name in ('prefill_tokens', 'prefill_width'):
+    with pytest.raises(ValueError, match=name):
+      EngineConfig(**{name: 0})
   with pytest.raises(ValueError, match='cache_gib'):
     EngineConfig(cache_gib=float('nan'))
 

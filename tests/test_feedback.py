@@ -26,7 +26,7 @@ from cai_jax.training import data
 PRINCIPLES = tuple(Principle(f'p{i}', f'What is wrong ({i})?', f'Mend it ({i}).') for i in range(5))
 CONSTITUTION = Constitution(PRINCIPLES)
 SHORT = SamplingConfig(max_tokens=7)
-ENGINE = EngineConfig(slots=4, prefill_chunks=(16,), prefill_tokens=32, longest_burst=8)
+ENGINE = EngineConfig(slots=4, prefill_tokens=32, prefill_width=16, longest_burst=8)
 
 
 @pytest.fixture(scope='module')

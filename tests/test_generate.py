@@ -19,7 +19,7 @@ def test_greedy_text_is_that_of_torch(family, tiny_hf_folder):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(5, lm.config.vocab_size, n).tolist() for n in (3, 17, 40)]
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-  engine = EngineConfig(slots=8, prefill_chunks=(16,))
+  engine = EngineConfig(slots=8, prefill_width=16)
   ours = cai_jax.generate(lm, prompts, GREEDY, engine=engine)
   for prompt, completion in zip(prompts, ours, strict=True):
     theirs = model.generate(

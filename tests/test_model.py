@@ -17,6 +17,7 @@ from cai_jax import parallel
 from cai_jax.model import config as config_lib
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import transformer, weights
+from cai_jax.sampling import device
 
 B, T, LAYERS = 3, 24, 3
 RNG = np.random.default_rng(0)
@@ -112,7 +113,7 @@ def test_cached_decode_equals_the_full_forward(load, family):
   """A prompt in two chunks, then token by token, in a cache that is longer than the row."""
   lm = load(family)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, (T + 5,) * LAYERS, jnp.float32)
+  cache = transformer.init_cache(lm.config, B, ((5, 6, T - 6),) * LAYERS, jnp.float32)
   pieces, start = [], 0
   for length in (7, 7, *[1] * 10):
     logits, cache = run(
@@ -128,19 +129,70 @@ def test_cached_rows_of_their_own_lengths(load):
   lm = load('llama3')
   full = np.asarray(lm.logits(TOKENS))
   lengths = np.array([9, 4, 1])
-  cache = transformer.init_cache(lm.config, B, (T,) * LAYERS, jnp.float32)
+  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
   # A stale cache: what lies past a row's own tokens must not be seen.
   cache = jax.tree.map(lambda x: x + 3.0, cache)
   place = np.where(np.arange(9) < lengths[:, None], np.arange(9), -1)
   logits, cache = run(lm, TOKENS[:, :9], place, None, cache)
   for row, length in enumerate(lengths):
     np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(cache[0].v[row, :, length:], 3.0)
+    np.testing.assert_array_equal(cache[0][0].v[row, :, length:], 3.0)
   for step in range(6):
     at = lengths + step
     tokens = TOKENS[np.arange(B), at][:, None]
     logits, cache = run(lm, tokens, at[:, None], None, cache)
     np.testing.assert_allclose(logits[:, 0], full[np.arange(B), at], atol=1e-4, rtol=0)
+
+
+def test_segments_that_no_row_has_come_to_change_no_bit(load):
+  lm = load('llama3')
+  cache = transformer.init_cache(lm.config, B, ((16, 8, 8),) * LAYERS, jnp.float32)
+  cache = jax.tree.map(lambda x: x + 3.0, cache)
+  some, _ = run(lm, TOKENS[:, :14], positions(B, 14), None, tuple(x[:1] for x in cache))
+  every, _ = run(lm, TOKENS[:, :14], positions(B, 14), None, cache)
+  np.testing.assert_array_equal(some, every)
+
+
+@pytest.mark.parametrize(
+  'length, sizes', [(100, (100,)), (128, (128,)), (1500, (128, 128, 256, 512, 476))]
+)
+def test_each_segment_doubles_the_cache(length, sizes):
+  assert transformer.segments(length) == sizes
+  for tokens in (1, 128, 129, 256, 257, 600, length):
+    if tokens <= length:  # the segments that so many tokens reach are the first of these
+      count = len(transformer.segments(tokens))
+      assert sum(sizes[:count]) >= tokens > sum(sizes[: count - 1])
+
+
+@pytest.mark.parametrize('name', ['llama3', 'mistral'])
+def test_packed_tokens_of_several_rows_equal_each_alone(load, name):
+  """Rows of their own lengths and states side by side; one in two pieces, padding between."""
+  lm = load(name)
+  full = np.asarray(lm.logits(TOKENS))
+  lengths = transformer.cache_lengths(lm.config, 2 * T, 24)
+  cache = transformer.init_cache(lm.config, 4, lengths, jnp.float32)
+  cache = jax.tree.map(lambda x: x + 3.0, cache)
+  parts = [[(2, 0, 11), (0, 0, 3)], [(0, 3, 9), (3, 0, 7)], [(2, 11, T), (3, 7, T), (0, 9, T)]]
+  for parts_of_call in parts:
+    chunk = device.Chunk.pack(
+      [[device.Part(row, TOKENS[row % B, a:b].tolist(), a, -1) for row, a, b in parts_of_call]],
+      slots=4,
+      size=48,
+      width=8,
+    )
+    logits, cache = run(lm, chunk.tokens, chunk.positions, None, cache, chunk.packing)
+    at = 0
+    for row, a, b in parts_of_call:
+      found, at = logits[0, at : at + b - a], at + b - a
+      np.testing.assert_allclose(found, full[row % B, a:b], atol=1e-4, rtol=0)
+  for segment in cache[0]:  # row 1 had no token: its stale cache is as it was
+    np.testing.assert_array_equal(segment.v[1], 3.0)
+
+
+def test_a_chunk_that_does_not_fit_is_refused():
+  part = device.Part(0, list(range(9)), 0, -1)
+  with pytest.raises(ValueError, match='8 in 6'):
+    device.Chunk.pack([[part]], slots=1, size=8, width=2)
 
 
 def test_packed_segments_equal_separate_rows(load, family):
@@ -159,7 +211,7 @@ def test_packed_segments_equal_separate_rows(load, family):
 
 def test_cache_and_segments_exclude_each_other(load):
   lm = load('llama2')
-  cache = transformer.init_cache(lm.config, B, (T,) * LAYERS, jnp.float32)
+  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
   with pytest.raises(ValueError, match='pass one of the two'):
     run(lm, TOKENS, positions(B, T), np.ones((B, T), int), cache)
 
@@ -202,7 +254,7 @@ def test_half_precision_decode_equals_the_full_forward(load, dtype):
   """XLA for CPUs refuses some products of half precision with one query a row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, (2 * T,) * LAYERS, jnp.dtype(dtype))
+  cache = transformer.init_cache(lm.config, B, ((2 * T,),) * LAYERS, jnp.dtype(dtype))
   _, cache = run(lm, TOKENS[:, :-1], positions(B, T - 1), None, cache)
   logits, _ = run(lm, TOKENS[:, -1:], positions(B, 1, T - 1), None, cache)
   np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=0.06 * full.std())

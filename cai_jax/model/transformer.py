@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from cai_jax.model.config import ModelConfig
 
+SEGMENT = 128  # tokens of a cache's first segment
 MASKED = -1e30  # finite, so that a row with no key at all gives a number instead of NaN
 
 
@@ -51,24 +52,26 @@ _half_product.defvjp(_half_product_fwd, _half_product_bwd)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer. The i-th token that a row owns lies at index i modulo S.
+  """Keys and values of a segment of one layer.
 
-  Layers that attend to everything have room for all of a row's tokens. Windowed layers are rings
-  that keep the last S. Keys lie transposed: both products of a decode step then read memory in
-  order.
+  Keys lie transposed: both products of a decode step then read memory in order.
   """
 
   k: jax.Array  # [B,K,H,S]
   v: jax.Array  # [B,K,S,H]
 
 
-Cache = tuple[LayerCache, ...]  # one entry a layer: written in place, never stacked
+# Segments of each layer, written in place, never stacked. The i-th token that a row owns lies at
+# index i, modulo all segments' length together. Layers that attend to everything have room for all
+# of a row's tokens, and may be given without their last segments while no row has come to these:
+# what a row computes is the same to the last bit. Windowed layers are rings of one segment.
+Cache = tuple[tuple[LayerCache, ...], ...]
 
 
 class Prefix(NamedTuple):
   """A sequence of tokens that many rows begin with: their caches hold what comes after it."""
 
-  cache: Cache  # of one row, B = 1
+  cache: Cache  # of one row, B = 1, and one segment a layer
   length: jax.Array  # i32[], tokens; the rest of the cache is padding
 
 
@@ -124,27 +127,44 @@ class Packing(NamedTuple):
     """[B,rows/B,...]: the parts of a cache's array [rows,...]."""
     return x.reshape(len(self.rows), -1, *x.shape[1:])
 
+  def read(self, cache: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+    """The segments with the row of each piece, [BR,...]."""
+    rows = self.piece_rows()
+    take = lambda x: _take(self.split(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
+    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
+    return jax.lax.optimization_barrier(jax.tree.map(take, cache))
+
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   """x [B,N,...] at index i32[B,M] of its second axis."""
   return jax.vmap(lambda x, index: x[index])(x, index)
 
 
-def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[int, ...]:
-  """Tokens that each layer's cache has room for: all `length`, or its window and `slack` more."""
+def segments(length: int) -> tuple[int, ...]:
+  """Tokens of each segment of a cache: each doubles what is before, so that there are few."""
+  sizes: list[int] = []
+  while (left := length - sum(sizes)) > 0:
+    sizes.append(min(left, max(SEGMENT, sum(sizes))))
+  return tuple(sizes)
+
+
+def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[tuple[int, ...], ...]:
+  """Tokens of each layer's segments: `length` together, or its window and `slack` more in one."""
   windows = (config.window(layer) for layer in range(config.num_layers))
-  return tuple(length if w is None else min(length, w + slack) for w in windows)
+  return tuple(
+    segments(length) if w is None or w + slack >= length else (w + slack,) for w in windows
+  )
 
 
-def init_cache(config: ModelConfig, batch: int, lengths: tuple[int, ...], dtype) -> Cache:
-  """An empty cache for `batch` rows, of `lengths` tokens in each layer."""
+def init_cache(config: ModelConfig, batch: int, lengths: Sequence[Sequence[int]], dtype) -> Cache:
+  """An empty cache for `batch` rows; lengths are tokens of each layer's segments."""
 
-  def layer(length):
+  def segment(length):
     k = (batch, config.num_kv_heads, config.head_dim, length)
     v = (batch, config.num_kv_heads, length, config.head_dim)
     return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))
 
-  return tuple(map(layer, lengths))
+  return tuple(tuple(map(segment, layer)) for layer in lengths)
 
 
 def once(compute: Callable[[], Any], needed: jax.Array) -> Any:
@@ -245,8 +265,8 @@ class View(NamedTuple):
   Masks are of pieces where tokens are packed: [BR,C,S] instead of [B,T,S].
   """
 
-  index: jax.Array | None  # i32[B,T], where each token goes in its row's cache; S is nowhere
-  own: jax.Array  # bool[B,T,S], what each query sees of its row's cache, or of its own batch
+  index: tuple[jax.Array, ...]  # i32[B,T], where tokens go in each segment; S is nowhere
+  own: tuple[jax.Array, ...]  # bool[B,T,S], what queries see of each segment, or of their batch
   shared: tuple[jax.Array, ...]  # bool[B,T,S], what it sees of each prefix
 
 
@@ -254,23 +274,28 @@ def make_view(
   positions: jax.Array,
   prefixes: Prefixes,
   packing: Packing | None,
-  length: int,
+  lengths: tuple[int, ...],
   window: int | None,
 ) -> View:
-  """The View of layers whose caches hold `length` tokens.
+  """The View of layers whose segments hold so many tokens each.
 
   Args:
     positions: i32[B,T]; a negative one marks padding.
     prefixes: what lies before.
     packing: of the tokens; None where each of the B is a row of the cache.
-    length: of the caches.
+    lengths: of the segments.
     window: of the layers, in tokens.
   """
   if packing is None:
     latest, start = positions.max(1), prefixes.lengths()[:, None]
   else:
     latest, start = packing.latest(positions), prefixes.lengths()
+  length, before = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
   index = jnp.where(positions < 0, length, (positions - start) % length)
+  indices = tuple(
+    jnp.where((index >= low) & (index < low + size), index - low, size)
+    for low, size in zip(before, lengths, strict=True)
+  )
   if packing is not None:
     positions = packing.pieces(positions, -1)
     prefixes = Prefixes(prefixes.entries, packing.pieces(prefixes.of_row, -1)[:, 0])
@@ -281,11 +306,12 @@ def make_view(
   own = causal_mask(positions, held + start, window, (held >= 0)[:, None])
 
   def shared(number, prefix):
-    place = jnp.arange(prefix.cache[0].k.shape[-1])[None]
+    place = jnp.arange(prefix.cache[0][0].k.shape[-1])[None]
     mine = (prefixes.of_row == number)[:, None] & (place < prefix.length)
     return causal_mask(positions, place, window, mine[:, None])
 
-  return View(index, own, tuple(shared(i, prefix) for i, prefix in enumerate(prefixes.entries)))
+  parts = tuple(own[:, :, low : low + size] for low, size in zip(before, lengths, strict=True))
+  return View(indices, parts, tuple(shared(i, prefix) for i, prefix in enumerate(prefixes.entries)))
 
 
 class RMSNorm(nnx.Module):
@@ -336,37 +362,40 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
     self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
 
-  def __call__(self, x, angles, view: View, cache: LayerCache | None, packing, prefixes):
+  def __call__(self, x, angles, view: View, cache, packing, prefixes):
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
     if cache is None:
-      own = Keys(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), view.own)
+      own = Keys(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), *view.own)
       return self.output(attend(q, [own])), None
-    parts = [Keys(*keys, mask) for keys, mask in zip(prefixes, view.shared, strict=True)]
-    if packing is None:
-      cache = write(cache, jnp.arange(x.shape[0])[:, None], view.index, k, v)
-      return self.output(attend(q, [*parts, Keys(*cache, view.own)])), cache
-    split = jax.vmap(write)(
-      LayerCache(*map(packing.split, cache)), packing.rows, view.index, k, v
+    cache = tuple(
+      write(old, packing, index, k, v) for old, index in zip(cache, view.index, strict=True)
     )
-    cache = LayerCache(*(x.reshape(old.shape) for x, old in zip(split, cache, strict=True)))
-    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
-    rows = packing.piece_rows()
-    keys = jax.lax.optimization_barrier([_take(x, rows).reshape(-1, *x.shape[2:]) for x in split])
-    out = attend(packing.pieces(q, None), [*parts, Keys(*keys, view.own)])
-    return self.output(packing.tokens(out)), cache
+    keys = cache if packing is None else packing.read(cache)
+    masks = (*view.shared, *view.own)
+    parts = [Keys(*part, mask) for part, mask in zip((*prefixes, *keys), masks, strict=True)]
+    if packing is None:
+      return self.output(attend(q, parts)), cache
+    return self.output(packing.tokens(attend(packing.pieces(q, None), parts))), cache
 
 
 def write(
-  cache: LayerCache, rows: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array
+  cache: LayerCache, packing: Packing | None, index: jax.Array, k: jax.Array, v: jax.Array
 ) -> LayerCache:
-  """The cache with k, v [...,K,H] at places i32[...] of rows i32[...]; none at a place past it."""
-  return LayerCache(
-    cache.k.at[rows, :, :, index].set(k.astype(cache.k.dtype), mode='drop'),
-    cache.v.at[rows, :, index].set(v.astype(cache.v.dtype), mode='drop'),
-  )
+  """A segment with k, v [B,T,K,H] written at index i32[B,T] of their rows; S is nowhere."""
+
+  def put(cache, rows, index, k, v):
+    return LayerCache(
+      cache.k.at[rows, :, :, index].set(k.astype(cache.k.dtype), mode='drop'),
+      cache.v.at[rows, :, index].set(v.astype(cache.v.dtype), mode='drop'),
+    )
+
+  if packing is None:
+    return put(cache, jnp.arange(len(k))[:, None], index, k, v)
+  parts = jax.vmap(put)(jax.tree.map(packing.split, cache), packing.rows, index, k, v)
+  return jax.tree.map(lambda new, old: new.reshape(old.shape), parts, cache)
 
 
 class MLP(nnx.Module):
@@ -453,6 +482,7 @@ class Transformer(nnx.Module):
       segment_ids: i32[B,T], for packed or padded rows: a token sees only its own segment. Not
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
+        Its segments reach as far as any token's position.
       packing: the cache's rows that `tokens` continue; None where there is one row for each of B.
       prefixes: what rows begin with that is not in their cache. A row's positions count it.
       sharding: of the hidden states between blocks. Without it they would come to lie as the
@@ -477,7 +507,7 @@ class Transformer(nnx.Module):
     new_cache = []
     for layer, block in enumerate(self.layers):
       old = None if cache is None else cache[layer]
-      shared = () if prefixes is None else [entry.cache[layer] for entry in prefixes.entries]
+      shared = () if prefixes is None else [entry.cache[layer][0] for entry in prefixes.entries]
 
       # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
       def run(x, old, block=block, view=views[layer], shared=shared):
@@ -495,13 +525,14 @@ class Transformer(nnx.Module):
       prefixes = Prefixes((), jnp.full(positions.shape[: 1 if packing is None else 2], -1))
 
     @functools.cache
-    def view(window, length):
-      if length is None:
-        return View(None, causal_mask(positions, positions, window, same), ())
-      return make_view(positions, prefixes, packing, length, window)
+    def view(window, lengths):
+      if not lengths:
+        return View((), (causal_mask(positions, positions, window, same),), ())
+      return make_view(positions, prefixes, packing, lengths, window)
 
-    lengths = [None if cache is None else cache[i].k.shape[-1] for i in range(len(self.layers))]
-    return [view(self.config.window(i), length) for i, length in enumerate(lengths)]
+    layers = [() if cache is None else cache[i] for i in range(len(self.layers))]
+    lengths = [tuple(segment.k.shape[-1] for segment in layer) for layer in layers]
+    return [view(self.config.window(i), sizes) for i, sizes in enumerate(lengths)]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits f32[...,V] of hidden states [...,D]."""

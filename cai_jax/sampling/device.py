@@ -31,6 +31,7 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
 # On TPUs a step writes a token's keys of all heads, and memory is laid out for that, as [B,S,K,H].
 # A cache given or taken in another layout would be copied whole, at each call, there and back.
+Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's segments
 TPU_LAYOUT = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))
 
 
@@ -191,9 +192,10 @@ def _prefill_program(formats):
   )
 
 
-def _formats(cache: Cache) -> tuple[LayerCache, ...]:
-  """Sharding and layout of all layers, which are those of the first."""
-  return (LayerCache(*(x.format for x in cache[0])),) * len(cache)
+def _formats(cache: Cache):
+  """Sharding and layout of all arrays, which are those of the first segment."""
+  form = LayerCache(*(x.format for x in cache[0][0]))
+  return tuple((form,) * len(layer) for layer in cache)
 
 
 def _prefill(kind, params, cache, entries, chunk):
@@ -294,7 +296,7 @@ def _decode(kind, params, cache, entries, slots, enough, longest, width):
 
 def cache_bytes(lm: LM, length: int, slack: int) -> int:
   """Bytes of one slot's cache, over all devices."""
-  tokens = sum(cache_lengths(lm.config, length, slack))
+  tokens = sum(map(sum, cache_lengths(lm.config, length, slack)))
   return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
 
 
@@ -316,22 +318,20 @@ def cache_format(mesh: Mesh, spec: P) -> LayerCache:
   return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))
 
 
-def allocate(lm: LM, slots: int, length: int, slack: int) -> Cache:
-  """An empty cache of `slots` rows of `length` tokens on the model's mesh.
+def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
+  """An empty cache of `slots` rows on the model's mesh.
 
   Rows are split over the mesh's batch axes and heads over `tensor`.
 
   Args:
     lm: the model.
     slots: rows.
-    length: tokens of each.
-    slack: tokens that windowed layers keep besides their window.
+    lengths: tokens of each layer's segments.
 
   Raises:
     ValueError: if the mesh does not divide the slots, or the kv heads.
   """
   parallel.check_batch(slots, lm.mesh, 'engine.slots')
-  lengths = cache_lengths(lm.config, length, slack)
   return _empty(lm, slots, lengths, P(*parallel.BATCH, 'tensor'))
 
 
@@ -347,14 +347,14 @@ def prefill_prefix(lm: LM, tokens: list[int], length: int, chunk: int) -> Prefix
   Raises:
     ValueError: if the mesh does not divide the kv heads.
   """
-  cache = _empty(lm, 1, (length,) * lm.config.num_layers, P(None, 'tensor'))
+  cache = _empty(lm, 1, ((length,),) * lm.config.num_layers, P(None, 'tensor'))
   for start in range(0, len(tokens), chunk):
     part = Part(0, tokens[start : start + chunk], start, -1)
     cache, _ = prefill(Kind.of(lm), lm.params, cache, (), Chunk.pack([[part]], 1, chunk, chunk))
   return Prefix(cache, jnp.array(len(tokens), jnp.int32))
 
 
-def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
+def _empty(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
     raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
@@ -362,6 +362,6 @@ def _empty(lm: LM, rows: int, lengths: tuple[int, ...], spec: P) -> Cache:
 
 
 @functools.cache
-def _empty_program(config: ModelConfig, rows: int, lengths: tuple[int, ...], dtype, form):
+def _empty_program(config: ModelConfig, rows: int, lengths: Lengths, dtype, form):
   init = functools.partial(init_cache, config, rows, lengths, dtype)
-  return jax.jit(init, out_shardings=(form,) * len(lengths))
+  return jax.jit(init, out_shardings=tuple((form,) * len(layer) for layer in lengths))

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from cai_jax import parallel
 from cai_jax.model.lm import LM
+from cai_jax.model.transformer import Cache, cache_lengths, segments
 from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 
 REWIND = 64  # tokens that a windowed layer's cache can take back; more, and a row starts afresh
-import os
-PATIENCE = int(os.environ.get("PAT","8"))  # a slot may wait for others while fewer than this part of the slots do
-ROUND=int(os.environ.get("ROUND","1"))
+PATIENCE = 4  # a slot may wait for others while fewer than this part of the slots do
 BLOCK = 64  # tokens that the lengths of caches are multiples of
 
 
@@ -173,11 +172,14 @@ class LocalModel:
     self.lm, self.config, self.stats = lm, config, stats
     # CPUs multiply a single row in half precision six times as slowly as two.
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
-    self.cache = device.allocate(lm, self.rows, _rounded(length, ROUND), config.slack)
+    self._lengths = cache_lengths(lm.config, length, config.slack)
+    # Later segments are allocated when a chain comes to them: `fit` has seen to their room.
+    self.cache: Cache = ((),) * lm.config.num_layers
     self.slots = device.Slots.empty(self.rows)
     self.held: list[list[int]] = [[] for _ in range(slots)]  # context that a slot's cache stands at
     self.waiting: dict[int, list[int]] = {}  # slot → tokens it shall hold before decoding
     self.prefixes = [list(prefix) for prefix in prefixes]
+    self._starts = np.array([*map(len, prefixes), 0])  # of own tokens, by prefix; -1 is none
     self.groups = parallel.batch_shards(lm.mesh)  # of slots, each on devices of its own
     self.chunk = config.chunk(slots, lm.mesh)
     room, size = prefix_room(prefixes), config.prefill_tokens
@@ -248,9 +250,12 @@ class LocalModel:
     missing = self._missing()
     while missing >= full or len(self.waiting) >= self._patience:
       chunk = self._next_chunk()
-      self.cache, self._prefilled = device.prefill(
-        device.Kind.of(self.lm), self.lm.params, self.cache, self.entries, chunk
+      held = chunk.positions + 1 - self._starts[chunk.prefix]
+      used, kept = self._reached(int(held[chunk.positions >= 0].max()))
+      cache, self._prefilled = device.prefill(
+        device.Kind.of(self.lm), self.lm.params, used, self.entries, chunk
       )
+      self.cache = _joined(cache, kept)
       missing -= int((chunk.positions >= 0).sum())
     self.stats.prefill_seconds += time.perf_counter() - start
 
@@ -282,6 +287,16 @@ class LocalModel:
     del self.waiting[slot]
     self.slots.active[slot] = True
 
+  def _reached(self, tokens: int) -> tuple[Cache, Cache]:
+    """The segments that rows of up to so many tokens have come to, and those they have not."""
+    count = len(segments(tokens))
+    both = zip(self.cache, self._lengths, strict=True)
+    new = tuple(lengths[len(layer) : count] for layer, lengths in both)
+    if any(new):
+      self.cache = _joined(self.cache, device.allocate(self.lm, self.rows, new))
+    first, others = slice(count), slice(count, None)
+    return tuple(x[first] for x in self.cache), tuple(x[others] for x in self.cache)
+
   def dispatch(self, longest: int | None = None) -> None:
     """Starts a burst of decode steps in the active slots, if there are any."""
     active, width = int(self.slots.active.sum()), self.config.longest_burst
@@ -294,16 +309,20 @@ class LocalModel:
     enough = max(1, min(fill, self._patience - len(self.waiting)))
     before = device.Slots(*(x.copy() for x in self.slots))
     lm = self.lm
-    burst, self.cache = device.decode(
+    ends = before.position - self._starts[before.prefix]
+    ends += np.minimum(steps, before.limit - before.sampled)
+    used, kept = self._reached(int(ends[before.active].max()))
+    burst, cache = device.decode(
       device.Kind.of(lm),
       lm.params,
-      self.cache,
+      used,
       self.entries,
       before,
       np.int32(enough),
       np.int32(steps),
       width,
     )
+    self.cache = _joined(cache, kept)
     self._burst = burst, before
     self.stats.decode_seconds += time.perf_counter() - begin
 
@@ -354,11 +373,12 @@ def match_prefix(prefixes: Sequence[list[int]], context: list[int]) -> tuple[int
 
 def prefix_room(prefixes: Sequence[Sequence[int]]) -> int:
   """Tokens that the cache of each of a model's prefixes has: one size, so one program."""
-  return _rounded(max(map(len, prefixes), default=0), BLOCK)
+  return -(-max(map(len, prefixes), default=0) // BLOCK) * BLOCK
 
 
-def _rounded(x: int, unit: int) -> int:
-  return -(-x // unit) * unit
+def _joined(first: Cache, others: Cache) -> Cache:
+  """A cache with the segments of both."""
+  return tuple((*a, *b) for a, b in zip(first, others, strict=True))
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

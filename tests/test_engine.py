@@ -354,14 +354,14 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
   lengths = transformer.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
-  assert lengths == ((32, 32, 64), (6 + 16 + 5 + 2,))
+  assert lengths == ((64, 64), (6 + 16 + 5 + 2,))
 
 
 def test_later_segments_are_there_when_a_chain_has_come_to_them(lm):
   engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
   short = chain([7] * 10, turns=1, max_tokens=20)  # its last token is never fed
   long = chain([7] * 10, turns=1, max_tokens=60)
-  for made, segments in ((short, [32]), (long, [32, 32, 64])):
+  for made, segments in ((short, [64]), (long, [64, 64])):
     dict(engine.run([('chain', made)]))
     found = [[segment.k.shape[-1] for segment in layer] for layer in engine._local['base'].cache]
     assert found == [segments] * 2

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from cai_jax.model.config import ModelConfig
 
-SEGMENT = 128  # tokens of a cache's first segment
+SEGMENT = 128  # tokens that a segment of a cache has at least
 MASKED = -1e30  # finite, so that a row with no key at all gives a number instead of NaN
 
 
@@ -141,11 +141,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def segments(length: int) -> tuple[int, ...]:
-  """Tokens of each segment of a cache: each doubles what is before, so that there are few."""
-  sizes: list[int] = []
-  while (left := length - sum(sizes)) > 0:
-    sizes.append(min(left, max(SEGMENT, sum(sizes))))
-  return tuple(sizes)
+  """Tokens of each segment of a cache: a quarter of it, or SEGMENT; the last has what is left.
+
+  Each number of segments that rows come to is another program, so there are few.
+  """
+  quarter = -(-length // 4)
+  size = max(SEGMENT, -(-quarter // 64) * 64)
+  return tuple(min(size, length - start) for start in range(0, length, size))
 
 
 def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[tuple[int, ...], ...]:

@@ -173,6 +173,7 @@ class LocalModel:
     # CPUs multiply a single row in half precision six times as slowly as two.
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
     self._lengths = cache_lengths(lm.config, length, config.slack)
+    self._segment = segments(length)[0]
     # Later segments are allocated when a chain comes to them: `fit` has seen to their room.
     self.cache: Cache = ((),) * lm.config.num_layers
     self.slots = device.Slots.empty(self.rows)
@@ -289,7 +290,7 @@ class LocalModel:
 
   def _reached(self, tokens: int) -> tuple[Cache, Cache]:
     """The segments that rows of up to so many tokens have come to, and those they have not."""
-    count = len(segments(tokens))
+    count = -(-tokens // self._segment)
     both = zip(self.cache, self._lengths, strict=True)
     new = tuple(lengths[len(layer) : count] for layer, lengths in both)
     if any(new):

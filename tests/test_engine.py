@@ -119,6 +119,19 @@ def test_only_new_tokens_are_prefilled(lm):
   assert stats.turns == 18 and stats.sampled_tokens == 18 * 12
 
 
+def test_slots_wait_to_be_prefilled_together(lm, monkeypatch):
+  filled = []
+
+  def prefill(kind, params, cache, entries, chunk, program=device.prefill):
+    filled.append(int((chunk.positions >= 0).sum()))
+    return program(kind, params, cache, entries, chunk)
+
+  monkeypatch.setattr(device, 'prefill', prefill)
+  _, stats = run(lm, items(24), slots=8)
+  assert sum(filled) == stats.prefilled_tokens and 0 < min(filled) <= max(filled) <= 16
+  assert len(filled) < stats.turns * 2 / 3  # each turn for itself would be a chunk a turn or more
+
+
 def test_stop_tokens_and_stop_texts_end_a_turn(lm):
   free, _ = run(lm, items(6, turns=1, max_tokens=30))
   completion = free['chain 2'][0]

@@ -124,6 +124,15 @@ def test_cached_decode_equals_the_full_forward(load, family):
   np.testing.assert_allclose(np.concatenate(pieces, axis=1), full, atol=1e-4, rtol=0)
 
 
+def test_angles_are_computed_once_for_all_layers(load):
+  """XLA for CPUs would find the sines of the same angles again in each layer."""
+  lm = load('llama3')
+  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
+  place = jnp.zeros((B, 1), jnp.int32)
+  compiled = forward.lower(lm.graph, lm.params, TOKENS[:, :1], place, None, cache).compile()
+  assert compiled.as_text().count(' cosine(') == 1
+
+
 def test_cached_rows_of_their_own_lengths(load):
   """Rows prefilled together with padding go on from their own positions."""
   lm = load('llama3')

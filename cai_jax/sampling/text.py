@@ -19,7 +19,8 @@ def first_stop_text(
     texts: that end it.
     clean: how many of the tokens are known to complete none.
   """
-  if not any(stop in decode(tokenizer, tokens) for stop in texts):
+  whole = decode(tokenizer, tokens) if texts else ''
+  if not any(stop in whole for stop in texts):
     return None
   for count in range(clean + 1, len(tokens) + 1):
     text = decode(tokenizer, tokens[:count])

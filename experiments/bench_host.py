@@ -27,10 +27,10 @@ import pstats
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Iterable, Iterator
 from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 
 import launch
@@ -46,7 +46,7 @@ from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
 
 LONGEST = 64  # tokens of a reply: one burst
-READY = jnp.zeros(())  # what tells that a chunk is done
+READY = types.SimpleNamespace(block_until_ready=lambda: None)  # tells that a chunk is done
 ENGINE = EngineConfig(slots=64, prefill_tokens=512, longest_burst=LONGEST)
 ROUNDS = 2
 SHOWN = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains at which memory is read

@@ -7,6 +7,7 @@ Hardware:  any CPU; an 8B model takes 2 GB and some minutes, --layers=2 one
 Method:    the sampler's prefill and decode programs are compiled from shapes alone: nothing is
            allocated, and no weights are needed. As in launch.py each host samples on its own chips,
            so what is compiled is one host's part of the slice; --mesh takes the whole slice.
+           Programs are those that take the whole cache; engines begin with ones that take less.
 Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives, copies; the least
            time that a decode step and a prefill chunk can take; the largest number of slots.
 
@@ -46,7 +47,7 @@ from cai_jax.model import config as model_configs
 from cai_jax.model import weights
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Cache, Prefix, cache_lengths, init_cache
+from cai_jax.model.transformer import Cache, Lengths, Prefix, cache_lengths, init_cache
 from cai_jax.sampling import device
 from cai_jax.sampling.engine import EngineConfig
 
@@ -230,7 +231,7 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
-def abstract_cache(lm: LM, rows: int, lengths: device.Lengths, spec: P) -> Cache:
+def abstract_cache(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
   """What `device.allocate` and `device.prefill_prefix` would allocate."""
   init = lambda: init_cache(lm.config, rows, lengths, device.cache_dtype(lm))  # noqa: E731
   form = device.cache_format(lm.mesh, spec)

@@ -30,9 +30,9 @@ def lm(tiny_tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-  """Chains come to several segments of the cache."""
-  monkeypatch.setattr(transformer, 'SEGMENT', 32)
+def short_spans(monkeypatch):
+  """Chains come to several spans of the cache."""
+  monkeypatch.setattr(transformer, 'SPAN', 32)
 
 
 def chain(context, turns=3, model='base', max_tokens=12, sampling=None):
@@ -367,17 +367,17 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
   lengths = transformer.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
-  assert lengths == ((64, 64), (6 + 16 + 5 + 2,))
+  assert lengths == ((32,) * 4, (6 + 16 + 5 + 2,))
 
 
-def test_later_segments_are_there_when_a_chain_has_come_to_them(lm):
+def test_later_spans_are_there_when_a_chain_has_come_to_them(lm):
   engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
   short = chain([7] * 10, turns=1, max_tokens=20)  # its last token is never fed
   long = chain([7] * 10, turns=1, max_tokens=60)
-  for made, segments in ((short, [64]), (long, [64, 64])):
+  for made, spans in ((short, [32]), (long, [32] * 3)):
     dict(engine.run([('chain', made)]))
-    found = [[segment.k.shape[-1] for segment in layer] for layer in engine._local['base'].cache]
-    assert found == [segments] * 2
+    found = [[span.k.shape[-1] for span in layer] for layer in engine._local['base'].cache]
+    assert found == [spans] * 2
 
 
 def test_a_budget_of_memory_sets_the_slots(lm):
@@ -400,9 +400,10 @@ def test_sizes_of_chunks():
   config = EngineConfig(prefill_tokens=128, prefill_width=32)
   one = parallel.make_mesh(devices=jax.devices()[:1])
   assert config.chunk(64, one) == (128, 32)
-  assert config.chunk(2, one) == (64, 32)  # two slots never have more at once
+  assert config.chunk(1, one) == (64, 32)  # one slot seldom has more at once
   four = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
   assert config.chunk(64, four) == (32, 32)  # tokens of each batch shard
+  assert EngineConfig(prefill_tokens=9, prefill_width=3).chunk(4, four) == (8, 3)
   for name in ('prefill_tokens', 'prefill_width'):
     with pytest.raises(ValueError, match=name):
       EngineConfig(**{name: 0})

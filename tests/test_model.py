@@ -153,7 +153,7 @@ def test_cached_rows_of_their_own_lengths(load):
     np.testing.assert_allclose(logits[:, 0], full[np.arange(B), at], atol=1e-4, rtol=0)
 
 
-def test_segments_that_no_row_has_come_to_change_no_bit(load):
+def test_spans_that_no_row_has_come_to_change_no_bit(load):
   lm = load('llama3')
   cache = transformer.init_cache(lm.config, B, ((16, 8, 8),) * LAYERS, jnp.float32)
   cache = jax.tree.map(lambda x: x + 3.0, cache)
@@ -164,10 +164,16 @@ def test_segments_that_no_row_has_come_to_change_no_bit(load):
 
 @pytest.mark.parametrize(
   'length, sizes',
-  [(100, (100,)), (300, (128, 128, 44)), (512, (128,) * 4), (1500, (384, 384, 384, 348))],
+  [
+    (100, (100,)),
+    (300, (128, 128, 44)),
+    (512, (128,) * 4),
+    (1500, (384, 384, 384, 348)),
+    (513, (144, 144, 144, 81)),
+  ],
 )
-def test_a_cache_has_four_segments_at_most(length, sizes):
-  assert transformer.segments(length) == sizes
+def test_a_cache_has_four_spans_at_most(length, sizes):
+  assert transformer.spans(length) == sizes
 
 
 @pytest.mark.parametrize('name', ['llama3', 'mistral'])

@@ -1,7 +1,8 @@
 """The decoder-only transformer of the Llama family (Touvron et al. 2023), in Flax NNX.
 
 Axes: B batch, T query, S key, D model, N heads, K kv heads, G heads of a kv head, H head, F ffw,
-V vocabulary, L layer. Norms, rotary angles, softmax and logits are f32 in any compute dtype.
+V vocabulary, L layer; of packed tokens: B groups, R pieces of a group, C tokens of a piece. Norms,
+rotary angles, softmax and logits are f32 in any compute dtype.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from cai_jax.model.config import ModelConfig
 
-SEGMENT = 128  # tokens that a segment of a cache has at least
+SPAN = 128  # tokens of a cache that are read or left out together, at least
 MASKED = -1e30  # finite, so that a row with no key at all gives a number instead of NaN
 
 
@@ -52,7 +53,7 @@ _half_product.defvjp(_half_product_fwd, _half_product_bwd)
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of a segment of one layer.
+  """Keys and values of a span of one layer's tokens.
 
   Keys lie transposed: both products of a decode step then read memory in order.
   """
@@ -61,17 +62,18 @@ class LayerCache(NamedTuple):
   v: jax.Array  # [B,K,S,H]
 
 
-# Segments of each layer, written in place, never stacked. The i-th token that a row owns lies at
-# index i, modulo all segments' length together. Layers that attend to everything have room for all
-# of a row's tokens, and may be given without their last segments while no row has come to these:
-# what a row computes is the same to the last bit. Windowed layers are rings of one segment.
+# The spans of each layer, written in place, never stacked. The i-th token that a row owns lies at
+# index i, modulo the length of all spans together. Layers that attend to everything have room for
+# all of a row's tokens, and may be given without their last spans while no row has come to these:
+# what is left out would add nothing but zeros. Windowed layers are rings of one span.
 Cache = tuple[tuple[LayerCache, ...], ...]
+Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's spans
 
 
 class Prefix(NamedTuple):
   """A sequence of tokens that many rows begin with: their caches hold what comes after it."""
 
-  cache: Cache  # of one row, B = 1, and one segment a layer
+  cache: Cache  # of one row, B = 1, and one span a layer
   length: jax.Array  # i32[], tokens; the rest of the cache is padding
 
 
@@ -127,8 +129,8 @@ class Packing(NamedTuple):
     """[B,rows/B,...]: the parts of a cache's array [rows,...]."""
     return x.reshape(len(self.rows), -1, *x.shape[1:])
 
-  def read(self, cache: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
-    """The segments with the row of each piece, [BR,...]."""
+  def read(self, cache: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
+    """The spans with the row of each piece, [BR,...]."""
     rows = self.piece_rows()
     take = lambda x: _take(self.split(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
     # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
@@ -137,49 +139,51 @@ class Packing(NamedTuple):
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   """x [B,N,...] at index i32[B,M] of its second axis."""
-  return jax.vmap(lambda x, index: x[index])(x, index)
+  return jax.vmap(lambda x, index: x.at[index].get(mode='clip'))(x, index)
 
 
-def segments(length: int) -> tuple[int, ...]:
-  """Tokens of each segment of a cache: a quarter of it, or SEGMENT; the last has what is left.
+def spans(length: int) -> tuple[int, ...]:
+  """Tokens of each span of a cache: a quarter of it, or SPAN; the last has what is left.
 
-  Each number of segments that rows come to is another program, so there are few.
+  Each number of spans that rows have come to is another program, so there are few.
   """
-  quarter = -(-length // 4)
-  size = max(SEGMENT, -(-quarter // 64) * 64)
+  size = max(SPAN, -(-length // 64) * 16)
   return tuple(min(size, length - start) for start in range(0, length, size))
 
 
-def cache_lengths(config: ModelConfig, length: int, slack: int) -> tuple[tuple[int, ...], ...]:
-  """Tokens of each layer's segments: `length` together, or its window and `slack` more in one."""
-  windows = (config.window(layer) for layer in range(config.num_layers))
-  return tuple(
-    segments(length) if w is None or w + slack >= length else (w + slack,) for w in windows
-  )
+def cache_lengths(config: ModelConfig, length: int, slack: int) -> Lengths:
+  """Tokens of each layer's spans: `length` together, or its window and `slack` more in one."""
+
+  def layer(window):
+    if window is None or window + slack >= length:
+      return spans(length)
+    return (window + slack,)
+
+  return tuple(layer(config.window(i)) for i in range(config.num_layers))
 
 
-def init_cache(config: ModelConfig, batch: int, lengths: Sequence[Sequence[int]], dtype) -> Cache:
-  """An empty cache for `batch` rows; lengths are tokens of each layer's segments."""
+def init_cache(config: ModelConfig, batch: int, lengths: Lengths, dtype) -> Cache:
+  """An empty cache for `batch` rows; lengths are tokens of each layer's spans."""
 
-  def segment(length):
+  def span(length):
     k = (batch, config.num_kv_heads, config.head_dim, length)
     v = (batch, config.num_kv_heads, length, config.head_dim)
     return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))
 
-  return tuple(tuple(map(segment, layer)) for layer in lengths)
+  return tuple(tuple(map(span, layer)) for layer in lengths)
 
 
-def once(compute: Callable[[], Any], needed: jax.Array) -> Any:
-  """compute(), as bool[] `needed` is true; not again in each place that its arrays are used.
+def once(compute: Callable[[], Any], positions: jax.Array) -> Any:
+  """compute(), whose arrays XLA then does not compute again in each place that uses them.
 
-  A barrier keeps XLA from that, but not on CPUs, where it is gone before operations are fused: they
-  took a fifth of a decode step to find the sines of the same angles in each layer. Nothing is fused
-  with what stands in a conditional.
+  A barrier does that, but not on CPUs, where it is gone before operations are fused: each layer
+  found the sines of the same angles again, a fifth of a decode step. There they come out of a
+  conditional, with which nothing is fused. Its condition always holds, which XLA cannot know.
   """
 
   def conditional():
-    nothing = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
-    return jax.lax.cond(needed, compute, lambda: jax.tree.map(nothing, jax.eval_shape(compute)))
+    zeros = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))  # noqa: E731
+    return jax.lax.cond(positions.max() < 2**30, compute, zeros)
 
   return jax.lax.platform_dependent(
     cpu=conditional, default=lambda: jax.lax.optimization_barrier(compute())
@@ -262,14 +266,14 @@ def causal_mask(
 
 
 class View(NamedTuple):
-  """What the layers of one window and cache length need to know of where things lie.
+  """What the layers of one window and cache need to know of where things lie.
 
   Masks are of pieces where tokens are packed: [BR,C,S] instead of [B,T,S].
   """
 
-  index: tuple[jax.Array, ...]  # i32[B,T], where tokens go in each segment; S is nowhere
-  own: tuple[jax.Array, ...]  # bool[B,T,S], what queries see of each segment, or of their batch
-  shared: tuple[jax.Array, ...]  # bool[B,T,S], what it sees of each prefix
+  index: tuple[jax.Array, ...]  # i32[B,T], where tokens go in each span; S is nowhere
+  own: tuple[jax.Array, ...]  # bool[B,T,S], what queries see of each span, or of their batch
+  shared: tuple[jax.Array, ...]  # bool[B,T,S], what they see of each prefix
 
 
 def make_view(
@@ -279,41 +283,42 @@ def make_view(
   lengths: tuple[int, ...],
   window: int | None,
 ) -> View:
-  """The View of layers whose segments hold so many tokens each.
+  """The View of layers whose spans hold so many tokens each.
 
   Args:
     positions: i32[B,T]; a negative one marks padding.
     prefixes: what lies before.
     packing: of the tokens; None where each of the B is a row of the cache.
-    lengths: of the segments.
+    lengths: of the spans.
     window: of the layers, in tokens.
   """
+  length, lows = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
+  starts = prefixes.lengths()
+  places = (positions - (starts[:, None] if packing is None else starts)) % length
+  places = jnp.where(positions < 0, length, places)
+
   if packing is None:
-    latest, start = positions.max(1), prefixes.lengths()[:, None]
+    queries, latest, of_row = positions, positions.max(1), prefixes.of_row
   else:
-    latest, start = packing.latest(positions), prefixes.lengths()
-  length, before = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
-  index = jnp.where(positions < 0, length, (positions - start) % length)
-  indices = tuple(
-    jnp.where((index >= low) & (index < low + size), index - low, size)
-    for low, size in zip(before, lengths, strict=True)
-  )
-  if packing is not None:
-    positions = packing.pieces(positions, -1)
-    prefixes = Prefixes(prefixes.entries, packing.pieces(prefixes.of_row, -1)[:, 0])
-    start = prefixes.lengths()[:, None]
+    queries, latest = packing.pieces(positions, -1), packing.latest(positions)
+    of_row = packing.pieces(prefixes.of_row, -1)[:, 0]
+  start = Prefixes(prefixes.entries, of_row).lengths()[:, None]
   # Of all tokens that have lain at a place, the latest that a row has come to lies there now.
   last = latest[:, None] - start
   held = last - (last - jnp.arange(length)) % length
-  own = causal_mask(positions, held + start, window, (held >= 0)[:, None])
+  own = causal_mask(queries, held + start, window, (held >= 0)[:, None])
 
   def shared(number, prefix):
     place = jnp.arange(prefix.cache[0][0].k.shape[-1])[None]
-    mine = (prefixes.of_row == number)[:, None] & (place < prefix.length)
-    return causal_mask(positions, place, window, mine[:, None])
+    mine = (of_row == number)[:, None] & (place < prefix.length)
+    return causal_mask(queries, place, window, mine[:, None])
 
-  parts = tuple(own[:, :, low : low + size] for low, size in zip(before, lengths, strict=True))
-  return View(indices, parts, tuple(shared(i, prefix) for i, prefix in enumerate(prefixes.entries)))
+  index, parts = [], []
+  for low, size in zip(lows, lengths, strict=True):
+    index.append(jnp.where((places >= low) & (places < low + size), places - low, size))
+    parts.append(own[:, :, low : low + size])
+  others = [shared(number, prefix) for number, prefix in enumerate(prefixes.entries)]
+  return View(tuple(index), tuple(parts), tuple(others))
 
 
 class RMSNorm(nnx.Module):
@@ -364,7 +369,15 @@ class Attention(nnx.Module):
     self.q_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
     self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
 
-  def __call__(self, x, angles, view: View, cache, packing, prefixes):
+  def __call__(
+    self,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    view: View,
+    cache: tuple[LayerCache, ...] | None,
+    packing: Packing | None,
+    prefixes: Sequence[LayerCache],
+  ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -386,7 +399,7 @@ class Attention(nnx.Module):
 def write(
   cache: LayerCache, packing: Packing | None, index: jax.Array, k: jax.Array, v: jax.Array
 ) -> LayerCache:
-  """A segment with k, v [B,T,K,H] written at index i32[B,T] of their rows; S is nowhere."""
+  """A span with k, v [B,T,K,H] written at index i32[B,T] of their rows; S is nowhere."""
 
   def put(cache, rows, index, k, v):
     return LayerCache(
@@ -484,7 +497,7 @@ class Transformer(nnx.Module):
       segment_ids: i32[B,T], for packed or padded rows: a token sees only its own segment. Not
         together with a cache.
       cache: keys and values of the tokens at positions before, or None to attend to `tokens` alone.
-        Its segments reach as far as any token's position.
+        Its spans reach as far as any token's position.
       packing: the cache's rows that `tokens` continue; None where there is one row for each of B.
       prefixes: what rows begin with that is not in their cache. A row's positions count it.
       sharding: of the hidden states between blocks. Without it they would come to lie as the
@@ -504,7 +517,7 @@ class Transformer(nnx.Module):
       views = self._views(positions, segment_ids, cache, packing, prefixes)
       return rotary_angles(self.config, positions), views
 
-    angles, views = once(before_layers, jnp.any(positions >= 0))
+    angles, views = once(before_layers, positions)
     x = place(self.embed(tokens, gradient=cache is None).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
@@ -533,7 +546,7 @@ class Transformer(nnx.Module):
       return make_view(positions, prefixes, packing, lengths, window)
 
     layers = [() if cache is None else cache[i] for i in range(len(self.layers))]
-    lengths = [tuple(segment.k.shape[-1] for segment in layer) for layer in layers]
+    lengths = [tuple(span.k.shape[-1] for span in layer) for layer in layers]
     return [view(self.config.window(i), sizes) for i, sizes in enumerate(lengths)]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""The compiled half of sampling: one prefill and one decode program over a cache of B slots."""
+"""The compiled half of sampling: prefill and decode over a cache of B slots.
+
+Of each there is a program for each number of spans of the cache that is in use.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import (
   Cache,
   LayerCache,
+  Lengths,
   Packing,
   Prefix,
   Prefixes,
@@ -31,7 +35,6 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
 # On TPUs a step writes a token's keys of all heads, and memory is laid out for that, as [B,S,K,H].
 # A cache given or taken in another layout would be copied whole, at each call, there and back.
-Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's segments
 TPU_LAYOUT = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))
 
 
@@ -113,11 +116,11 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Tokens to prefill: T for each of G equal parts of the slots, those of several side by side."""
+  """Tokens to prefill: T for each of B equal groups of slots, those of several side by side."""
 
-  tokens: np.ndarray  # i32[G,T]
-  positions: np.ndarray  # i32[G,T]; -1 is padding
-  prefix: np.ndarray  # i32[G,T], the shared prefix that the token's slot begins with; -1 is none
+  tokens: np.ndarray  # i32[B,T]
+  positions: np.ndarray  # i32[B,T]; -1 is padding
+  prefix: np.ndarray  # i32[B,T], the shared prefix that the token's slot begins with; -1 is none
   packing: Packing
 
   @classmethod
@@ -125,7 +128,7 @@ class Chunk(NamedTuple):
     """A chunk of the tokens of each group.
 
     Args:
-      groups: what each part of the slots shall hold, in order; a slot occurs once.
+      groups: what slots of each group shall hold, in order; a slot occurs once.
       slots: in all.
       size: tokens of a group, T.
       width: tokens of a slot that attention takes together, C.
@@ -155,7 +158,7 @@ class Chunk(NamedTuple):
 
 def piece_count(size: int, width: int) -> int:
   """Pieces of `width` tokens that attention takes of `size`: half as many more than full ones."""
-  return -(-3 * size // (2 * width))
+  return 1 if width >= size else -(-3 * size // (2 * width))
 
 
 class Burst(NamedTuple):
@@ -193,19 +196,22 @@ def _prefill_program(formats):
 
 
 def _formats(cache: Cache):
-  """Sharding and layout of all arrays, which are those of the first segment."""
+  """Sharding and layout of all arrays, which are those of the first span."""
   form = LayerCache(*(x.format for x in cache[0][0]))
   return tuple((form,) * len(layer) for layer in cache)
 
 
 def _prefill(kind, params, cache, entries, chunk):
+  # A prefix is one group, of which every device computes all.
+  split = len(chunk.tokens) == parallel.batch_shards(kind.mesh)
+  sharding = parallel.batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
   written = kind.model(params)(
     chunk.tokens,
     chunk.positions,
     cache=cache,
     packing=chunk.packing,
     prefixes=Prefixes(entries, chunk.prefix),
-    sharding=parallel.batch_sharding(kind.mesh),
+    sharding=sharding,
   )[1]
   return written, jnp.sum(chunk.positions >= 0, dtype=jnp.int32)
 
@@ -326,38 +332,49 @@ def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
   Args:
     lm: the model.
     slots: rows.
-    lengths: tokens of each layer's segments.
+    lengths: tokens of each layer's spans.
 
   Raises:
     ValueError: if the mesh does not divide the slots, or the kv heads.
   """
-  parallel.check_batch(slots, lm.mesh, 'engine.slots')
+  check_rows(lm, slots)
   return _empty(lm, slots, lengths, P(*parallel.BATCH, 'tensor'))
 
 
-def prefill_prefix(lm: LM, tokens: list[int], length: int, chunk: int) -> Prefix:
+def check_rows(lm: LM, rows: int) -> None:
+  """ValueError unless the model's mesh divides the rows of a cache, and its kv heads."""
+  parallel.check_batch(rows, lm.mesh, 'engine.slots')
+  _check_heads(lm)
+
+
+def _check_heads(lm: LM) -> None:
+  kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
+  if kv_heads % tensor:
+    raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
+
+
+def prefill_prefix(lm: LM, tokens: list[int], length: int, size: int, width: int) -> Prefix:
   """A shared prefix with its keys and values, in a cache of `length` tokens on every batch shard.
 
   Args:
     lm: the model.
     tokens: of the prefix; at most `length`.
     length: of the cache.
-    chunk: tokens prefilled together.
+    size: tokens prefilled together.
+    width: of them, tokens that attention takes together.
 
   Raises:
     ValueError: if the mesh does not divide the kv heads.
   """
   cache = _empty(lm, 1, ((length,),) * lm.config.num_layers, P(None, 'tensor'))
-  for start in range(0, len(tokens), chunk):
-    part = Part(0, tokens[start : start + chunk], start, -1)
-    cache, _ = prefill(Kind.of(lm), lm.params, cache, (), Chunk.pack([[part]], 1, chunk, chunk))
+  for start in range(0, len(tokens), size):
+    part = Part(0, tokens[start : start + size], start, -1)
+    cache, _ = prefill(Kind.of(lm), lm.params, cache, (), Chunk.pack([[part]], 1, size, width))
   return Prefix(cache, jnp.array(len(tokens), jnp.int32))
 
 
 def _empty(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
-  kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
-  if kv_heads % tensor:
-    raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
+  _check_heads(lm)
   return _empty_program(lm.config, rows, lengths, cache_dtype(lm), cache_format(lm.mesh, spec))()
 
 

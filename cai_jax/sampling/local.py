@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from cai_jax import parallel
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Cache, cache_lengths, segments
+from cai_jax.model.transformer import Cache, cache_lengths, spans
 from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 
 REWIND = 64  # tokens that a windowed layer's cache can take back; more, and a row starts afresh
-PATIENCE = 4  # a slot may wait for others while fewer than this part of the slots do
+WAIT = 16  # decode steps that a slot may wait for others, to be prefilled with them
 BLOCK = 64  # tokens that the lengths of caches are multiples of
 
 
@@ -61,10 +61,12 @@ class EngineConfig:
   def chunk(self, slots: int, mesh: Mesh) -> tuple[int, int]:
     """(T, C) of a chunk: tokens of each batch shard, and of a slot that attention takes together.
 
-    A few slots never have much to prefill, and get smaller chunks.
+    A few slots seldom have much to prefill, so they get smaller chunks. T is a multiple of eight:
+    CPUs compute what is over in another loop.
     """
     shards = parallel.batch_shards(mesh)
-    size = min(-(-self.prefill_tokens // shards), self.prefill_width * slots // shards)
+    size = min(self.prefill_tokens, 2 * self.prefill_width * slots) // shards
+    size = -(-max(size, 1) // 8) * 8
     return size, min(size, self.prefill_width)
 
   def fit(self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]) -> int:
@@ -115,8 +117,8 @@ class Stats:
   occupied: int = 0  # slots active, summed over decode steps
   slot_steps: int = 0  # slots, summed over decode steps
   compilations: int = 0
-  prefill_seconds: float = 0.0  # that the host waited for it
-  decode_seconds: float = 0.0  # that the host waited for it
+  prefill_seconds: float = 0.0  # that the host waited for it, compiling included
+  decode_seconds: float = 0.0  # that the host waited for it, compiling included
   remote_seconds: float = 0.0  # that there was nothing to do but wait for other servers
   seconds: float = 0.0
 
@@ -172,36 +174,46 @@ class LocalModel:
     self.lm, self.config, self.stats = lm, config, stats
     # CPUs multiply a single row in half precision six times as slowly as two.
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
+    device.check_rows(lm, self.rows)
     self._lengths = cache_lengths(lm.config, length, config.slack)
-    self._segment = segments(length)[0]
-    # Later segments are allocated when a chain comes to them: `fit` has seen to their room.
+    self._span = spans(length)[0]
     self.cache: Cache = ((),) * lm.config.num_layers
+    if not device.on_cpu(lm.mesh):
+      self._reached(length)  # all at once, as memory that others may take is not there later
     self.slots = device.Slots.empty(self.rows)
     self.held: list[list[int]] = [[] for _ in range(slots)]  # context that a slot's cache stands at
+    self._deepest = [0] * slots  # most tokens that a slot has held since it started afresh
     self.waiting: dict[int, list[int]] = {}  # slot → tokens it shall hold before decoding
+    self._since: dict[int, int] = {}  # slot → decode steps run when it began to wait
     self.prefixes = [list(prefix) for prefix in prefixes]
     self._starts = np.array([*map(len, prefixes), 0])  # of own tokens, by prefix; -1 is none
-    self.groups = parallel.batch_shards(lm.mesh)  # of slots, each on devices of its own
-    self.chunk = config.chunk(slots, lm.mesh)
-    room, size = prefix_room(prefixes), config.prefill_tokens
-    self.entries = tuple(device.prefill_prefix(lm, p, room, size) for p in self.prefixes)
+    self._groups = parallel.batch_shards(lm.mesh)  # of slots, each on devices of its own
+    self._chunk_size, self._width = config.chunk(slots, lm.mesh)
+    self._pieces = device.piece_count(self._chunk_size, self._width)
+    room = prefix_room(prefixes)
+    self.entries = tuple(
+      device.prefill_prefix(lm, p, room, config.prefill_tokens, config.prefill_width)
+      for p in self.prefixes
+    )
     stats.prefix_tokens += sum(map(len, prefixes))
-    self._turns = self._new_tokens = 0  # submitted, and what had to be prefilled for them
     self._prefilled = None  # there when the chunks under way are
     self._burst = None  # under way on the device, and the slots as they were when it began
     self.step_seconds = 0.0  # of the last burst
+    self._steps = self._occupied = 0  # decode steps, and slots active in them, of all bursts
+    self._turns, self._parts = 0, 0.0  # submitted, and the parts of chunks that they took
 
   def reset(self) -> None:
     """Forgets all that an earlier run left unfinished."""
     self.collect()
     self.waiting.clear()
+    self._since.clear()
     self.slots.active[:] = False
     for slot in range(len(self.held)):
       self.clear(slot)
 
   def clear(self, slot: int) -> None:
     """Forgets what a slot's cache holds."""
-    self.held[slot], self.slots.prefix[slot] = [], -1
+    self.held[slot], self._deepest[slot], self.slots.prefix[slot] = [], 0, -1
 
   def stop(self, slot: int, tokens: int) -> None:
     """Ends a slot's reply, of whose context and reply it keeps so many tokens."""
@@ -214,16 +226,19 @@ class LocalModel:
     prefix, start = self.prefix_of(context)
     same = _common_prefix(held, context[:-1]) if prefix == self.slots.prefix[slot] else 0
     windowed = any(self.lm.config.windows)
-    if same < start or (windowed and len(held) - same > REWIND):
+    self._deepest[slot] = max(self._deepest[slot], len(held))
+    if same < start or (windowed and self._deepest[slot] - same > REWIND):
       same = start
+    if same == start:
+      self._deepest[slot] = start
     self.stats.shared_tokens += start
     self.stats.reused_tokens += same - start
     self.held[slot] = context[:same]
     # The last token of the context is the first that decode feeds, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
-    self.waiting[slot] = context[:-1]
-    self._turns, self._new_tokens = self._turns + 1, self._new_tokens + len(context) - 1 - same
+    self.waiting[slot], self._since[slot] = context[:-1], self._steps
+    self._turns, self._parts = self._turns + 1, self._parts + self._part(len(context) - 1 - same)
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
     """(number, tokens) of the shared prefix that a context begins with; (-1, 0) is none."""
@@ -234,44 +249,50 @@ class LocalModel:
     """Whether there is something to prefill or to decode."""
     return bool(self.waiting) or bool(self.slots.active.any())
 
-  @property
-  def _patience(self) -> int:
-    """Slots that may wait for others, so that they are prefilled together: few near a run's end."""
-    return max(1, (len(self.waiting) + int(self.slots.active.sum())) // PATIENCE)
-
   def prefill(self) -> None:
     """Starts to bring the caches of waiting slots up to their contexts, as far as it is worth it.
 
-    A chunk takes about as long whatever is in it, so it waits until it is full or too many slots
-    wait for it. What a slot's cache comes to hold does not depend on which chunk brought it.
+    What a slot's cache comes to hold does not depend on which chunk brought it.
     """
-    start, full = time.perf_counter(), self.groups * self.chunk[0]
     for slot in [s for s, wanted in self.waiting.items() if len(wanted) == len(self.held[s])]:
       self._activate(slot)
-    missing = self._missing()
-    while missing >= full or len(self.waiting) >= self._patience:
-      chunk = self._next_chunk()
+    while self.waiting and self._turns_wanted() == 0:
+      begin, chunk = time.perf_counter(), self._next_chunk()
       held = chunk.positions + 1 - self._starts[chunk.prefix]
       used, kept = self._reached(int(held[chunk.positions >= 0].max()))
-      cache, self._prefilled = device.prefill(
-        device.Kind.of(self.lm), self.lm.params, used, self.entries, chunk
-      )
+      kind, lm = device.Kind.of(self.lm), self.lm
+      cache, self._prefilled = device.prefill(kind, lm.params, used, self.entries, chunk)
       self.cache = _joined(cache, kept)
-      missing -= int((chunk.positions >= 0).sum())
-    self.stats.prefill_seconds += time.perf_counter() - start
+      self.stats.prefill_seconds += time.perf_counter() - begin
 
-  def _missing(self) -> int:
-    """Tokens that waiting slots' caches lack."""
-    return sum(len(wanted) - len(self.held[slot]) for slot, wanted in self.waiting.items())
+  def _part(self, tokens: int) -> float:
+    """The part of a group's chunk that so many tokens of a slot take."""
+    return max(tokens / self._chunk_size, -(-tokens // self._width) / self._pieces)
+
+  def _turns_wanted(self) -> int:
+    """Turns that waiting slots should wait for to end; 0 if they should be prefilled now.
+
+    A chunk takes about as long whatever is in it, so it should be full. But slots that wait do
+    nothing: they wait only if a chunk's worth of turns is to be expected within WAIT steps, by how
+    often a step has ended a slot's turn so far, and no longer than that.
+    """
+    parts = [0.0] * self._groups
+    for slot, wanted in self.waiting.items():
+      parts[slot * self._groups // self.rows] += self._part(len(wanted) - len(self.held[slot]))
+    room, turn = self._groups - sum(parts), self._parts / max(self._turns, 1)
+    turns = math.ceil(room / max(turn, 1 / self._chunk_size))
+    active = int(self.slots.active.sum())
+    expected = WAIT * active * self._turns / max(self._occupied, 1) if self._steps else 0
+    overdue = any(self._steps - self._since[slot] >= WAIT for slot in self.waiting)
+    return 0 if overdue or max(parts) >= 1 or turns > expected else turns
 
   def _next_chunk(self) -> device.Chunk:
     """The next tokens of waiting slots; those that then have all they need become active."""
-    size, width = self.chunk
-    groups: list[list[device.Part]] = [[] for _ in range(self.groups)]
-    tokens = [size] * self.groups
-    pieces = [device.piece_count(size, width)] * self.groups
+    size, width = self._chunk_size, self._width
+    groups: list[list[device.Part]] = [[] for _ in range(self._groups)]
+    tokens, pieces = [size] * self._groups, [self._pieces] * self._groups
     for slot, wanted in list(self.waiting.items()):
-      group, held = slot * self.groups // self.rows, self.held[slot]
+      group, held = slot * self._groups // self.rows, self.held[slot]
       new = wanted[len(held) : len(held) + min(tokens[group], pieces[group] * width)]
       if not new:
         continue
@@ -285,12 +306,12 @@ class LocalModel:
     return device.Chunk.pack(groups, self.rows, size, width)
 
   def _activate(self, slot: int) -> None:
-    del self.waiting[slot]
+    del self.waiting[slot], self._since[slot]
     self.slots.active[slot] = True
 
   def _reached(self, tokens: int) -> tuple[Cache, Cache]:
-    """The segments that rows of up to so many tokens have come to, and those they have not."""
-    count = -(-tokens // self._segment)
+    """The spans that rows of up to so many tokens have come to, and those they have not."""
+    count = -(-tokens // self._span)
     both = zip(self.cache, self._lengths, strict=True)
     new = tuple(lengths[len(layer) : count] for layer, lengths in both)
     if any(new):
@@ -300,14 +321,11 @@ class LocalModel:
 
   def dispatch(self, longest: int | None = None) -> None:
     """Starts a burst of decode steps in the active slots, if there are any."""
-    active, width = int(self.slots.active.sum()), self.config.longest_burst
-    steps = width if longest is None else min(width, longest)
-    if not active or not steps:
+    width = self.config.longest_burst
+    steps = min(width, longest if longest is not None else width, WAIT if self.waiting else width)
+    if not self.slots.active.any() or not steps:
       return
-    begin = time.perf_counter()
-    per_turn = max(1, self._new_tokens // max(1, self._turns))
-    fill = -(-(self.groups * self.chunk[0] - self._missing()) // per_turn)
-    enough = max(1, min(fill, self._patience - len(self.waiting)))
+    begin, enough = time.perf_counter(), max(1, self._turns_wanted())
     before = device.Slots(*(x.copy() for x in self.slots))
     lm = self.lm
     ends = before.position - self._starts[before.prefix]
@@ -357,6 +375,8 @@ class LocalModel:
       slots.active[slot] = burst.active[slot]
     seconds, stats = time.perf_counter() - begin, self.stats
     self.step_seconds = seconds / max(int(burst.steps), 1)
+    self._steps += int(burst.steps)
+    self._occupied += int(burst.occupied)
     stats.decode_steps += int(burst.steps)
     stats.occupied += int(burst.occupied)
     stats.slot_steps += int(burst.steps) * len(self.held)
@@ -378,7 +398,7 @@ def prefix_room(prefixes: Sequence[Sequence[int]]) -> int:
 
 
 def _joined(first: Cache, others: Cache) -> Cache:
-  """A cache with the segments of both."""
+  """A cache with the spans of both."""
   return tuple((*a, *b) for a, b in zip(first, others, strict=True))
 
 

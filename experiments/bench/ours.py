@@ -41,7 +41,7 @@ class System:
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
     del platform  # JAX_PLATFORMS has chosen it
     self.lm = lm_lib.load(folder, dtype)
-    self.engine = {k: tuple(v) if isinstance(v, list) else v for k, v in engine.items()}
+    self.engine = engine
 
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False

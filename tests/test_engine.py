@@ -77,6 +77,26 @@ def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
     assert alone[item[0]] == together[item[0]]  # tokens, texts and every bit of the log-probs
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('windows', [(), (None, 40)])
+def test_not_a_bit_hangs_on_what_other_slots_come_to(lm, dtype, windows):
+  """Alone a chain has fewer spans of the cache than beside others, other chunks, other bursts."""
+  params = jax.tree.map(lambda x: x.astype(dtype), lm.params)
+  config = dataclasses.replace(lm.config, windows=windows)
+  model = dataclasses.replace(lm, config=config, params=params, dtype=dtype)
+  begins = ([], *PREFIXES)
+  replies = (3, 9, 25)
+  made = lambda: [  # noqa: E731
+    (str(i), chain(begins[i % 3] + c, max_tokens=replies[i % 2 + i % 3 // 2]))
+    for i, c in enumerate(contexts(12))
+  ]
+  prefixes = {'base': PREFIXES}
+  together, _ = run(model, made(), prefixes=prefixes)
+  for item in made():
+    alone, _ = run(model, [item], prefixes=prefixes)
+    assert alone[item[0]] == together[item[0]]
+
+
 def test_tokens_do_not_depend_on_slots_chunks_and_bursts(lm):
   base, _ = run(lm, items(7))
   one = Engine({'base': lm}, length=256, seed=0, config=EngineConfig(slots=1, prefill_tokens=16))

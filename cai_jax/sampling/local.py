@@ -41,7 +41,7 @@ class EngineConfig:
   slots: int = 64  # chains in flight, at most
   cache_gib: float = 8.0  # memory for caches on each device; fewer slots where it is too little
   prefill_tokens: int = 128  # tokens of all slots prefilled together
-  prefill_width: int = 32  # of them, tokens of a slot that attention takes together
+  prefill_width: int = 16  # of them, tokens of a slot that attention takes together
   longest_burst: int = 32  # decode steps before the host looks for stop texts
   spare_tokens: int = 0  # of each slot, for replies that take more tokens in another tokenizer
 

@@ -390,6 +390,34 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
   assert lengths == ((32,) * 4, (6 + 16 + 5 + 2,))
 
 
+def test_a_ring_that_is_taken_back_again_and_again_loses_no_token(lm, monkeypatch):
+  """Each turn takes back less than REWIND, all together more than the ring keeps."""
+  monkeypatch.setattr(local, 'REWIND', 10)
+  windowed = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=(6, 6)))
+  assert transformer.cache_lengths(windowed.config, LENGTH, 8 + 5 + 10) == ((29,), (29,))
+  greedy = SamplingConfig(temperature=0.0, max_tokens=1)
+
+  def back(context):
+    done = []
+    for number in range(4):
+      completion = yield Turn(f'turn_{number}', context, greedy)
+      done.append((context, completion))
+      context = context[: len(context) - 10] + [number + 3]
+    return done
+
+  ((_, done),) = run(windowed, [('chain', back(list(range(1, 61))))], prefill_tokens=8)[0].items()
+  for context, completion in done:
+    assert completion.tokens == [int(np.array(windowed.logits([context]))[0, -1].argmax())]
+
+
+def test_slots_that_the_mesh_does_not_divide_are_an_error_before_a_run(lm):
+  mesh = parallel.make_mesh(data=2, devices=jax.devices()[:2])
+  params = jax.device_put(lm.params, parallel.param_shardings(lm.params, mesh))
+  split = dataclasses.replace(lm, params=params, mesh=mesh)
+  with pytest.raises(ValueError, match='engine.slots=3'):
+    Engine({'base': split}, length=LENGTH, seed=0, config=EngineConfig(slots=3))
+
+
 def test_later_spans_are_there_when_a_chain_has_come_to_them(lm):
   engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
   short = chain([7] * 10, turns=1, max_tokens=20)  # its last token is never fed

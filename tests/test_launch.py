@@ -443,3 +443,29 @@ def test_two_processes_do_the_work_of_one(folder, tmp_path):
   ]
   for name, value in weights[0].items():
     np.testing.assert_allclose(value, weights[1][name], atol=1e-4)
+
+
+FAILS_IN_ONE = """
+import pathlib, sys
+import jax, launch
+from cai_jax import parallel
+
+parallel.initialize()
+
+def work():
+  if jax.process_index() == 1:
+    raise ValueError('no more room')
+
+try:
+  launch._together('write', work)
+except ValueError as error:
+  (pathlib.Path(sys.argv[1]) / str(jax.process_index())).write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_where_one_process_fails_all_end_with_an_error(tmp_path):
+  pair = start_two([sys.executable, '-c', FAILS_IN_ONE, str(tmp_path)], 1)
+  assert [process.wait() for process in pair] == [0, 0]
+  assert (tmp_path / '0').read_text() == 'process 1 could not write; its own output says why.'
+  assert (tmp_path / '1').read_text() == 'no more room'

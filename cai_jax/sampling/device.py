@@ -185,20 +185,18 @@ def prefill(
 
 def prefill_program(cache: Cache):
   """`prefill` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
-  return _prefill_program(_formats(cache))
+  return _prefill_program(*_form(cache))
 
 
 @functools.cache
-def _prefill_program(formats):
-  return jax.jit(
-    _prefill, static_argnames='kind', donate_argnames='cache', out_shardings=(formats, None)
-  )
+def _prefill_program(form, counts):
+  outputs = tuple((form,) * count for count in counts), None
+  return jax.jit(_prefill, static_argnames='kind', donate_argnames='cache', out_shardings=outputs)
 
 
-def _formats(cache: Cache):
-  """Sharding and layout of all arrays, which are those of the first span."""
-  form = LayerCache(*(x.format for x in cache[0][0]))
-  return tuple((form,) * len(layer) for layer in cache)
+def _form(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
+  """Sharding and layout of all arrays, which are those of the first; spans of each layer."""
+  return LayerCache(*(x.format for x in cache[0][0])), tuple(map(len, cache))
 
 
 def _prefill(kind, params, cache, entries, chunk):
@@ -236,15 +234,13 @@ def decode(
 
 def decode_program(cache: Cache):
   """`decode` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
-  return _decode_program(_formats(cache))
+  return _decode_program(*_form(cache))
 
 
 @functools.cache
-def _decode_program(formats):
-  static = ('kind', 'width')
-  return jax.jit(
-    _decode, static_argnames=static, donate_argnames='cache', out_shardings=(None, formats)
-  )
+def _decode_program(form, counts):
+  static, outputs = ('kind', 'width'), (None, tuple((form,) * count for count in counts))
+  return jax.jit(_decode, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
 def _decode(kind, params, cache, entries, slots, enough, longest, width):

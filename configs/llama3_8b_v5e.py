@@ -32,7 +32,7 @@ def get_config():
   config.sampling.initial.max_tokens = 256
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 256
-  config.engine.slots = 208  # of each host, at up to 1,536 tokens: 14.1 of 15.75 GiB a chip
+  config.engine.slots = 208  # of each host, at up to 1,536 tokens: 14.2 of 15.75 GiB a chip
   config.engine.cache_gib = 10.0
   config.engine.prefill_tokens = 1024
   config.engine.prefill_width = 128

@@ -264,7 +264,7 @@ class Sampler:
   def cache(self) -> Cache:
     """Shapes of the slots' caches."""
     parallel.check_batch(self.slots, self.lm.mesh, 'slots')
-    lengths = cache_lengths(self.lm.config, self.length, self.engine.slack)
+    lengths = cache_lengths(self.lm.config, self.length, self.engine.slack, self.engine.spans)
     return abstract_cache(self.lm, self.slots, lengths, P(*parallel.BATCH, 'tensor'))
 
   def read(self, rows: int, unembeds: bool) -> int:

@@ -29,12 +29,6 @@ def lm(tiny_tokenizer):
   return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0')
 
 
-@pytest.fixture(autouse=True)
-def short_spans(monkeypatch):
-  """Chains come to several spans of the cache."""
-  monkeypatch.setattr(transformer, 'SPAN', 32)
-
-
 def chain(context, turns=3, model='base', max_tokens=12, sampling=None):
   """Turns in one growing context; returns all completions."""
   sampling = sampling or SamplingConfig(max_tokens=max_tokens)
@@ -80,7 +74,7 @@ def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('windows', [(), (None, 40)])
 def test_not_a_bit_hangs_on_what_other_slots_come_to(lm, dtype, windows):
-  """Alone a chain has fewer spans of the cache than beside others, other chunks, other bursts."""
+  """Alone a chain is in other chunks and bursts than beside others."""
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)
   config = dataclasses.replace(lm.config, windows=windows)
   model = dataclasses.replace(lm, config=config, params=params, dtype=dtype)
@@ -387,7 +381,7 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
   lengths = transformer.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
-  assert lengths == ((32,) * 4, (6 + 16 + 5 + 2,))
+  assert lengths == ((LENGTH,), (6 + 16 + 5 + 2,))
 
 
 def test_a_ring_that_is_taken_back_again_and_again_loses_no_token(lm, monkeypatch):
@@ -418,14 +412,28 @@ def test_slots_that_the_mesh_does_not_divide_are_an_error_before_a_run(lm):
     Engine({'base': split}, length=LENGTH, seed=0, config=EngineConfig(slots=3))
 
 
-def test_later_spans_are_there_when_a_chain_has_come_to_them(lm):
-  engine = Engine({'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
+def test_later_spans_are_there_when_a_chain_has_come_to_them(lm, monkeypatch):
+  monkeypatch.setattr(transformer, 'SPAN', 32)
+  config = EngineConfig(**SIZES, spans=4)
+  engine = Engine({'base': lm}, length=LENGTH, seed=0, config=config)
   short = chain([7] * 10, turns=1, max_tokens=20)  # its last token is never fed
   long = chain([7] * 10, turns=1, max_tokens=60)
   for made, spans in ((short, [32]), (long, [32] * 3)):
     dict(engine.run([('chain', made)]))
     found = [[span.k.shape[-1] for span in layer] for layer in engine._local['base'].cache]
     assert found == [spans] * 2
+
+
+@pytest.mark.parametrize('windows', [(), (None, 40)])
+def test_spans_change_no_token(lm, monkeypatch, windows):
+  monkeypatch.setattr(transformer, 'SPAN', 32)
+  model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
+  whole, _ = run(model, prefixed(9), prefixes={'base': PREFIXES})
+  parts, _ = run(model, prefixed(9), prefixes={'base': PREFIXES}, spans=4)
+  for name, completions in whole.items():
+    for one, other in zip(completions, parts[name], strict=True):
+      assert one.tokens == other.tokens
+      np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_a_budget_of_memory_sets_the_slots(lm):

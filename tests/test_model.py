@@ -163,17 +163,19 @@ def test_spans_that_no_row_has_come_to_change_no_bit(load):
 
 
 @pytest.mark.parametrize(
-  'length, sizes',
+  'length, count, sizes',
   [
-    (100, (100,)),
-    (300, (128, 128, 44)),
-    (512, (128,) * 4),
-    (1500, (384, 384, 384, 348)),
-    (513, (144, 144, 144, 81)),
+    (100, 4, (100,)),
+    (300, 4, (128, 128, 44)),
+    (512, 4, (128,) * 4),
+    (1500, 4, (384, 384, 384, 348)),
+    (513, 4, (144, 144, 144, 81)),
+    (513, 1, (513,)),
   ],
 )
-def test_a_cache_has_four_spans_at_most(length, sizes):
-  assert transformer.spans(length) == sizes
+def test_spans_of_a_cache(length, count, sizes):
+  assert transformer.spans(length, count)[: len(sizes)] == sizes
+  assert sum(transformer.spans(length, count)) == length
 
 
 @pytest.mark.parametrize('name', ['llama3', 'mistral'])

@@ -65,7 +65,8 @@ class LayerCache(NamedTuple):
 # The spans of each layer, written in place, never stacked. The i-th token that a row owns lies at
 # index i, modulo the length of all spans together. Layers that attend to everything have room for
 # all of a row's tokens, and may be given without their last spans while no row has come to these:
-# what is left out would add nothing but zeros. Windowed layers are rings of one span.
+# what is left out would add nothing but zeros. It is another program though, and rounds otherwise.
+# Windowed layers are rings of one span.
 Cache = tuple[tuple[LayerCache, ...], ...]
 Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's spans
 
@@ -142,21 +143,18 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(lambda x, index: x.at[index].get(mode='clip'))(x, index)
 
 
-def spans(length: int) -> tuple[int, ...]:
-  """Tokens of each span of a cache: a quarter of it, or SPAN; the last has what is left.
-
-  Each number of spans that rows have come to is another program, so there are few.
-  """
-  size = max(SPAN, -(-length // 64) * 16)
+def spans(length: int, count: int) -> tuple[int, ...]:
+  """Tokens of each span of a cache in `count` of them, fewer where it is short."""
+  size = max(SPAN, -(-length // (16 * count)) * 16)
   return tuple(min(size, length - start) for start in range(0, length, size))
 
 
-def cache_lengths(config: ModelConfig, length: int, slack: int) -> Lengths:
-  """Tokens of each layer's spans: `length` together, or its window and `slack` more in one."""
+def cache_lengths(config: ModelConfig, length: int, slack: int, count: int = 1) -> Lengths:
+  """Tokens of each layer's spans: `length` in `count`, or its window and `slack` more in one."""
 
   def layer(window):
     if window is None or window + slack >= length:
-      return spans(length)
+      return spans(length, count)
     return (window + slack,)
 
   return tuple(layer(config.window(i)) for i in range(config.num_layers))

@@ -43,11 +43,15 @@ class EngineConfig:
   cache_gib: float = 8.0  # memory for caches on each device; fewer slots where it is too little
   prefill_tokens: int = 128  # tokens of all slots prefilled together
   prefill_width: int = 16  # of them, tokens of a slot that attention takes together
+  # Parts that caches are read in. With several, a step reads only those that some row has come to:
+  # faster, but a text's last bits then hang on which other rows there are, and so, rarely, a token.
+  spans: int = 1
   longest_burst: int = 32  # decode steps before the host looks for stop texts
   spare_tokens: int = 0  # of each slot, for replies that take more tokens in another tokenizer
 
   def __post_init__(self):
-    for name in ('slots', 'cache_gib', 'prefill_tokens', 'prefill_width', 'longest_burst'):
+    positive = ('prefill_tokens', 'prefill_width', 'spans', 'longest_burst')
+    for name in ('slots', 'cache_gib', *positive):
       value = getattr(self, name)
       if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
         raise ValueError(f'engine: {name}={value}; it must be positive.')
@@ -177,8 +181,8 @@ class LocalModel:
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
     device.check_rows(lm, self.rows)
     _trim_heap()
-    self._lengths = cache_lengths(lm.config, length, config.slack)
-    self._span = spans(length)[0]
+    self._lengths = cache_lengths(lm.config, length, config.slack, config.spans)
+    self._span = spans(length, config.spans)[0]
     self.cache: Cache = ((),) * lm.config.num_layers
     if not device.on_cpu(lm.mesh):
       self._reached(length)  # all at once, as memory that others may take is not there later

@@ -175,8 +175,9 @@ def once(compute: Callable[[], Any], positions: jax.Array) -> Any:
   """compute(), whose arrays XLA then does not compute again in each place that uses them.
 
   A barrier does that, but not on CPUs, where it is gone before operations are fused: each layer
-  found the sines of the same angles again, a fifth of a decode step. There they come out of a
-  conditional, with which nothing is fused. Its condition always holds, which XLA cannot know.
+  found the sines of the same angles again, a third of the embedded model's prefill. There they come
+  out of a conditional, with which nothing is fused. Its condition always holds, which XLA cannot
+  know.
   """
 
   def conditional():

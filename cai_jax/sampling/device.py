@@ -1,6 +1,6 @@
 """The compiled half of sampling: prefill and decode over a cache of B slots.
 
-Of each there is a program for each number of spans of the cache that is in use.
+Of each there is one program for each number of spans that the cache has in use.
 """
 
 import functools

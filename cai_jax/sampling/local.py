@@ -61,7 +61,7 @@ class EngineConfig:
   @property
   def slack(self) -> int:
     """Tokens that windowed layers keep besides their window: what may be written, then undone."""
-    return self.prefill_tokens + self.longest_burst + REWIND
+    return -(-self.prefill_tokens // 8) * 8 + self.longest_burst + REWIND  # as `chunk` rounds
 
   def chunk(self, slots: int, mesh: Mesh) -> tuple[int, int]:
     """(T, C) of a chunk: tokens of each batch shard, and of a slot that attention takes together.

@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
   config.engine.cache_gib = 8.0  # for caches, on each device; fewer slots where it is too little
   config.engine.prefill_tokens = 128  # of all slots, prefilled together
   config.engine.prefill_width = 16  # of them, tokens of a slot that attention takes together
-  config.engine.spans = 1  # of caches: with 4, steps read less, and last bits hang on other rows
+  config.engine.spans = 4  # of a cache; a step reads those that some row has come to
   config.engine.longest_burst = 32  # decode steps before the host looks
   config.engine.spare_tokens = 0  # of a slot's cache, for replies longer in another tokenizer
 

@@ -27,6 +27,7 @@ def get_config():
   config.engine.slots = 64
   config.engine.prefill_tokens = 512
   config.engine.prefill_width = 64
+  config.engine.spans = 1  # a choice within a step may cost a GPU a trip to the host
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 16

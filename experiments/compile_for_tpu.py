@@ -7,7 +7,6 @@ Hardware:  any CPU; an 8B model takes 2 GB and some minutes, --layers=2 one
 Method:    the sampler's prefill and decode programs are compiled from shapes alone: nothing is
            allocated, and no weights are needed. As in launch.py each host samples on its own chips,
            so what is compiled is one host's part of the slice; --mesh takes the whole slice.
-           Programs are those that take the whole cache, whatever engine.spans is.
 Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives, copies; the least
            time that a decode step and a prefill chunk can take; the largest number of slots.
 

@@ -64,9 +64,8 @@ class LayerCache(NamedTuple):
 
 # The spans of each layer, written in place, never stacked. The i-th token that a row owns lies at
 # index i, modulo the length of all spans together. Layers that attend to everything have room for
-# all of a row's tokens, and may be given without their last spans while no row has come to these:
-# what is left out would add nothing but zeros. It is another program though, and rounds otherwise.
-# Windowed layers are rings of one span.
+# all of a row's tokens, and do not read spans that no row has come to. Windowed layers are rings of
+# one span.
 Cache = tuple[tuple[LayerCache, ...], ...]
 Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's spans
 
@@ -130,12 +129,12 @@ class Packing(NamedTuple):
     """[B,rows/B,...]: the parts of a cache's array [rows,...]."""
     return x.reshape(len(self.rows), -1, *x.shape[1:])
 
-  def read(self, cache: Sequence[LayerCache]) -> tuple[LayerCache, ...]:
-    """The spans with the row of each piece, [BR,...]."""
+  def read(self, span: LayerCache) -> LayerCache:
+    """The span with the row of each piece, [BR,...]."""
     rows = self.piece_rows()
     take = lambda x: _take(self.split(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
     # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
-    return jax.lax.optimization_barrier(jax.tree.map(take, cache))
+    return jax.lax.optimization_barrier(jax.tree.map(take, span))
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -216,15 +215,28 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 class Keys(NamedTuple):
   """Keys and values that queries attend to, and which of them each query sees."""
 
-  k: jax.Array  # [B,K,H,S]; B = 1 where all rows share them
-  v: jax.Array  # [B,K,S,H]
+  kv: LayerCache  # k [B,K,H,S] and v [B,K,S,H]; B = 1 where all rows share them
   mask: jax.Array  # bool[B,T,S]
+  packing: Packing | None = None  # that finds the rows of `kv`, for queries of pieces
+  live: jax.Array | None = None  # bool[]; if it is false no query sees any, and none are read
+
+
+class Partial(NamedTuple):
+  """A softmax over some of the keys, not yet divided by its sum; R queries of a kv head."""
+
+  top: jax.Array  # f32[B,K,R,1], the greatest score
+  total: jax.Array  # f32[B,K,R,1], sum of exp(score - top)
+  out: jax.Array  # f32[B,K,R,H], values weighted by it
 
 
 def attend(q: jax.Array, parts: Sequence[Keys]) -> jax.Array:
-  """Output [B,T,N,H] of one softmax of q [B,T,N,H] over all keys of all parts."""
+  """Output [B,T,N,H] of one softmax of q [B,T,N,H] over all keys of all parts.
+
+  Parts are merged by their log-sum-exp. Keys that a query does not see add exact zeros, so it makes
+  no difference to any bit whether a part is read of which another query sees something.
+  """
   b, t, n, h = q.shape
-  heads = parts[0].k.shape[1]
+  heads = parts[0].kv.v.shape[1]
   # The queries that share a kv head are rows R of one matrix: XLA makes a plain batch of matrix
   # products of that, five to nine times as fast in decode on a CPU as with T and G as axes, which
   # CPUs refuse in bf16 altogether.
@@ -238,18 +250,33 @@ def attend(q: jax.Array, parts: Sequence[Keys]) -> jax.Array:
     joined = product('KRA,KAC->KRC', x.swapaxes(0, 1).reshape(heads, -1, x.shape[-1]), keys[0])
     return joined.reshape(heads, b, -1, keys.shape[-1]).swapaxes(0, 1)
 
-  def scores(part):
-    x = times(rows, part.k).reshape(b, heads, -1, t, part.k.shape[-1])
+  def read(part):
+    k, v = part.kv if part.packing is None else part.packing.read(part.kv)
+    x = times(rows, k).reshape(b, heads, -1, t, k.shape[-1])
     x = jnp.where(part.mask[:, None, None], x * h**-0.5, MASKED)
-    return x.reshape(b, heads, -1, part.k.shape[-1])
+    x = x.reshape(b, heads, -1, k.shape[-1])
+    top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
+    x = jnp.exp(x - top)
+    return Partial(top, x.sum(-1, keepdims=True), times(x, v))
 
-  # All parts together are one softmax, divided by its sum at the end, where there is less of it.
-  found = [scores(part) for part in parts]
-  top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in found])
-  weights = [jnp.exp(x - jax.lax.stop_gradient(top)) for x in found]
-  total = sum(x.sum(-1, keepdims=True) for x in weights)
-  out = sum(times(x, part.v) for x, part in zip(weights, parts, strict=True)) / total
-  out = out.reshape(b, heads, -1, t, h).swapaxes(2, 3).swapaxes(1, 2)
+  def nothing():
+    none = jnp.full((*rows.shape[:3], 1), MASKED, jnp.float32)
+    return Partial(none, jnp.zeros_like(none), jnp.zeros(rows.shape, jnp.float32))
+
+  def found(part):
+    if part.live is None:
+      return read(part)
+    return jax.lax.cond(part.live, lambda: read(part), nothing)
+
+  partials = [found(part) for part in parts]
+  if len(partials) == 1:
+    total, out = partials[0][1:]
+  else:
+    top = functools.reduce(jnp.maximum, [p.top for p in partials])
+    scales = [jnp.exp(p.top - top) for p in partials]
+    total = sum(p.total * scale for p, scale in zip(partials, scales, strict=True))
+    out = sum(p.out * scale for p, scale in zip(partials, scales, strict=True))
+  out = (out / total).reshape(b, heads, -1, t, h).swapaxes(2, 3).swapaxes(1, 2)
   return out.reshape(b, t, n, h).astype(q.dtype)
 
 
@@ -272,6 +299,7 @@ class View(NamedTuple):
 
   index: tuple[jax.Array, ...]  # i32[B,T], where tokens go in each span; S is nowhere
   own: tuple[jax.Array, ...]  # bool[B,T,S], what queries see of each span, or of their batch
+  live: tuple[jax.Array | None, ...]  # bool[], of each span: whether to look at it; None is yes
   shared: tuple[jax.Array, ...]  # bool[B,T,S], what they see of each prefix
 
 
@@ -312,12 +340,13 @@ def make_view(
     mine = (of_row == number)[:, None] & (place < prefix.length)
     return causal_mask(queries, place, window, mine[:, None])
 
-  index, parts = [], []
+  index, parts, live = [], [], []
   for low, size in zip(lows, lengths, strict=True):
     index.append(jnp.where((places >= low) & (places < low + size), places - low, size))
     parts.append(own[:, :, low : low + size])
+    live.append(parts[-1].any() if low else None)
   others = [shared(number, prefix) for number, prefix in enumerate(prefixes.entries)]
-  return View(tuple(index), tuple(parts), tuple(others))
+  return View(tuple(index), tuple(parts), tuple(live), tuple(others))
 
 
 class RMSNorm(nnx.Module):
@@ -382,14 +411,14 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
     if cache is None:
-      own = Keys(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), *view.own)
-      return self.output(attend(q, [own])), None
+      own = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+      return self.output(attend(q, [Keys(own, *view.own)])), None
     cache = tuple(
       write(old, packing, index, k, v) for old, index in zip(cache, view.index, strict=True)
     )
-    keys = cache if packing is None else packing.read(cache)
-    masks = (*view.shared, *view.own)
-    parts = [Keys(*part, mask) for part, mask in zip((*prefixes, *keys), masks, strict=True)]
+    shared = [Keys(*part) for part in zip(prefixes, view.shared, strict=True)]
+    spans = zip(cache, view.own, view.live, strict=True)
+    parts = [*shared, *(Keys(span, mask, packing, live) for span, mask, live in spans)]
     if packing is None:
       return self.output(attend(q, parts)), cache
     return self.output(packing.tokens(attend(packing.pieces(q, None), parts))), cache
@@ -541,7 +570,7 @@ class Transformer(nnx.Module):
     @functools.cache
     def view(window, lengths):
       if not lengths:
-        return View((), (causal_mask(positions, positions, window, same),), ())
+        return View((), (causal_mask(positions, positions, window, same),), (None,), ())
       return make_view(positions, prefixes, packing, lengths, window)
 
     layers = [() if cache is None else cache[i] for i in range(len(self.layers))]

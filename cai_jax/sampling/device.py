@@ -1,7 +1,4 @@
-"""The compiled half of sampling: prefill and decode over a cache of B slots.
-
-Of each there is one program for each number of spans that the cache has in use.
-"""
+"""The compiled half of sampling: prefill and decode over a cache of B slots."""
 
 import functools
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cai_jax import parallel
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Cache, cache_lengths, spans
+from cai_jax.model.transformer import cache_lengths
 from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 
@@ -43,9 +43,9 @@ class EngineConfig:
   cache_gib: float = 8.0  # memory for caches on each device; fewer slots where it is too little
   prefill_tokens: int = 128  # tokens of all slots prefilled together
   prefill_width: int = 16  # of them, tokens of a slot that attention takes together
-  # Parts that caches are read in. With several, a step reads only those that some row has come to:
-  # faster, but a text's last bits then hang on which other rows there are, and so, rarely, a token.
-  spans: int = 1
+  # Parts of a cache. A step reads those that some row has come to; on GPUs, each choice may cost a
+  # trip to the host.
+  spans: int = 4
   longest_burst: int = 32  # decode steps before the host looks for stop texts
   spare_tokens: int = 0  # of each slot, for replies that take more tokens in another tokenizer
 
@@ -181,18 +181,14 @@ class LocalModel:
     self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
     device.check_rows(lm, self.rows)
     _trim_heap()
-    self._lengths = cache_lengths(lm.config, length, config.slack, config.spans)
-    self._span = spans(length, config.spans)[0]
-    self.cache: Cache = ((),) * lm.config.num_layers
-    if not device.on_cpu(lm.mesh):
-      self._reached(length)  # all at once, as memory that others may take is not there later
+    lengths = cache_lengths(lm.config, length, config.slack, config.spans)
+    self.cache = device.allocate(lm, self.rows, lengths)
     self.slots = device.Slots.empty(self.rows)
     self.held: list[list[int]] = [[] for _ in range(slots)]  # context that a slot's cache stands at
     self._deepest = [0] * slots  # most tokens that a slot has held since it started afresh
     self.waiting: dict[int, list[int]] = {}  # slot → tokens it shall hold before decoding
     self._since: dict[int, int] = {}  # slot → decode steps run when it began to wait
     self.prefixes = [list(prefix) for prefix in prefixes]
-    self._starts = np.array([*map(len, prefixes), 0])  # of own tokens, by prefix; -1 is none
     self._groups = parallel.batch_shards(lm.mesh)  # of slots, each on devices of its own
     self._chunk_size, self._width = config.chunk(slots, lm.mesh)
     self._pieces = device.piece_count(self._chunk_size, self._width)
@@ -264,11 +260,9 @@ class LocalModel:
       self._activate(slot)
     while self.waiting and self._turns_wanted() == 0:
       begin, chunk = time.perf_counter(), self._next_chunk()
-      held = chunk.positions + 1 - self._starts[chunk.prefix]
-      used, kept = self._reached(int(held[chunk.positions >= 0].max()))
-      kind, lm = device.Kind.of(self.lm), self.lm
-      cache, self._prefilled = device.prefill(kind, lm.params, used, self.entries, chunk)
-      self.cache = _joined(cache, kept)
+      self.cache, self._prefilled = device.prefill(
+        device.Kind.of(self.lm), self.lm.params, self.cache, self.entries, chunk
+      )
       self.stats.prefill_seconds += time.perf_counter() - begin
 
   def _part(self, tokens: int) -> float:
@@ -315,16 +309,6 @@ class LocalModel:
     del self.waiting[slot], self._since[slot]
     self.slots.active[slot] = True
 
-  def _reached(self, tokens: int) -> tuple[Cache, Cache]:
-    """The spans that rows of up to so many tokens have come to, and those they have not."""
-    count = -(-tokens // self._span)
-    both = zip(self.cache, self._lengths, strict=True)
-    new = tuple(lengths[len(layer) : count] for layer, lengths in both)
-    if any(new):
-      self.cache = _joined(self.cache, device.allocate(self.lm, self.rows, new))
-    first, others = slice(count), slice(count, None)
-    return tuple(x[first] for x in self.cache), tuple(x[others] for x in self.cache)
-
   def dispatch(self, longest: int | None = None) -> None:
     """Starts a burst of decode steps in the active slots, if there are any."""
     width = self.config.longest_burst
@@ -333,21 +317,16 @@ class LocalModel:
       return
     begin, enough = time.perf_counter(), max(1, self._turns_wanted())
     before = device.Slots(*(x.copy() for x in self.slots))
-    lm = self.lm
-    ends = before.position - self._starts[before.prefix]
-    ends += np.minimum(steps, before.limit - before.sampled)
-    used, kept = self._reached(int(ends[before.active].max()))
-    burst, cache = device.decode(
-      device.Kind.of(lm),
-      lm.params,
-      used,
+    burst, self.cache = device.decode(
+      device.Kind.of(self.lm),
+      self.lm.params,
+      self.cache,
       self.entries,
       before,
       np.int32(enough),
       np.int32(steps),
       width,
     )
-    self.cache = _joined(cache, kept)
     self._burst = burst, before
     self.stats.decode_seconds += time.perf_counter() - begin
 
@@ -412,11 +391,6 @@ def match_prefix(prefixes: Sequence[list[int]], context: list[int]) -> tuple[int
 def prefix_room(prefixes: Sequence[Sequence[int]]) -> int:
   """Tokens that the cache of each of a model's prefixes has: one size, so one program."""
   return -(-max(map(len, prefixes), default=0) // BLOCK) * BLOCK
-
-
-def _joined(first: Cache, others: Cache) -> Cache:
-  """A cache with the spans of both."""
-  return tuple((*a, *b) for a, b in zip(first, others, strict=True))
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -44,9 +44,9 @@ from cai_jax import parallel
 from cai_jax.manifest import write_json
 from cai_jax.model import config as model_configs
 from cai_jax.model import weights
+from cai_jax.model.cache import Cache, Lengths, Prefix, cache_lengths, init_cache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Cache, Lengths, Prefix, cache_lengths, init_cache
 from cai_jax.sampling import device
 from cai_jax.sampling.engine import EngineConfig
 

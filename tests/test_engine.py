@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cai_jax import parallel
-from cai_jax.model import transformer
+from cai_jax.model import cache as cache_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
 from cai_jax.sampling import device, local
@@ -75,7 +75,7 @@ def test_a_chain_is_the_same_alone_in_a_batch_and_in_any_order(lm):
 @pytest.mark.parametrize('windows', [(), (None, 40)])
 def test_not_a_bit_hangs_on_what_other_slots_come_to(lm, monkeypatch, dtype, windows):
   """Alone a chain is in other chunks and bursts than beside others, and comes to fewer spans."""
-  monkeypatch.setattr(transformer, 'SPAN', 32)
+  monkeypatch.setattr(cache_lib, 'SPAN', 32)
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)
   config = dataclasses.replace(lm.config, windows=windows)
   model = dataclasses.replace(lm, config=config, params=params, dtype=dtype)
@@ -381,7 +381,7 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
     for context, completion in turns:
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
-  lengths = transformer.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
+  lengths = cache_lib.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
   assert lengths == ((LENGTH,), (6 + 16 + 5 + 2,))
 
 
@@ -389,7 +389,7 @@ def test_a_ring_that_is_taken_back_again_and_again_loses_no_token(lm, monkeypatc
   """Each turn takes back less than REWIND, all together more than the ring keeps."""
   monkeypatch.setattr(local, 'REWIND', 10)
   windowed = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=(6, 6)))
-  assert transformer.cache_lengths(windowed.config, LENGTH, 8 + 5 + 10) == ((29,), (29,))
+  assert cache_lib.cache_lengths(windowed.config, LENGTH, 8 + 5 + 10) == ((29,), (29,))
   greedy = SamplingConfig(temperature=0.0, max_tokens=1)
 
   def back(context):
@@ -415,7 +415,7 @@ def test_slots_that_the_mesh_does_not_divide_are_an_error_before_a_run(lm):
 
 @pytest.mark.parametrize('windows', [(), (None, 40)])
 def test_spans_change_no_token(lm, monkeypatch, windows):
-  monkeypatch.setattr(transformer, 'SPAN', 32)
+  monkeypatch.setattr(cache_lib, 'SPAN', 32)
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   whole, _ = run(model, prefixed(9), prefixes={'base': PREFIXES})
   parts, _ = run(model, prefixed(9), prefixes={'base': PREFIXES}, spans=4)

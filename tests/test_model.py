@@ -14,9 +14,10 @@ from flax import nnx
 
 import cai_jax
 from cai_jax import parallel
+from cai_jax.model import attention, weights
+from cai_jax.model import cache as cache_lib
 from cai_jax.model import config as config_lib
 from cai_jax.model import lm as lm_lib
-from cai_jax.model import transformer, weights
 from cai_jax.sampling import device
 
 B, T, LAYERS = 3, 24, 3
@@ -113,7 +114,7 @@ def test_cached_decode_equals_the_full_forward(load, family):
   """A prompt in two chunks, then token by token, in a cache that is longer than the row."""
   lm = load(family)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, ((5, 6, T - 6),) * LAYERS, jnp.float32)
+  cache = cache_lib.init_cache(lm.config, B, ((5, 6, T - 6),) * LAYERS, jnp.float32)
   pieces, start = [], 0
   for length in (7, 7, *[1] * 10):
     logits, cache = run(
@@ -127,7 +128,7 @@ def test_cached_decode_equals_the_full_forward(load, family):
 def test_angles_are_computed_once_for_all_layers(load):
   """XLA for CPUs would find the sines of the same angles again in each layer."""
   lm = load('llama3')
-  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
+  cache = cache_lib.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
   place = jnp.zeros((B, 1), jnp.int32)
   compiled = forward.lower(lm.graph, lm.params, TOKENS[:, :1], place, None, cache).compile()
   assert compiled.as_text().count(' cosine(') == 1
@@ -138,7 +139,7 @@ def test_cached_rows_of_their_own_lengths(load):
   lm = load('llama3')
   full = np.asarray(lm.logits(TOKENS))
   lengths = np.array([9, 4, 1])
-  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
+  cache = cache_lib.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
   # A stale cache: what lies past a row's own tokens must not be seen.
   cache = jax.tree.map(lambda x: x + 3.0, cache)
   place = np.where(np.arange(9) < lengths[:, None], np.arange(9), -1)
@@ -155,7 +156,7 @@ def test_cached_rows_of_their_own_lengths(load):
 
 def test_not_a_bit_hangs_on_the_spans_that_other_rows_have_come_to(load):
   lm = load('llama3')
-  cache = transformer.init_cache(lm.config, B, ((16, 8, 8),) * LAYERS, jnp.float32)
+  cache = cache_lib.init_cache(lm.config, B, ((16, 8, 8),) * LAYERS, jnp.float32)
   cache = jax.tree.map(lambda x: x + 3.0, cache)  # stale: what lies there must not be seen
   short = np.broadcast_to(positions(1, 14), (B, 14))
   far = short + np.array([[0], [0], [18]])  # the last row alone is in the last span
@@ -177,8 +178,8 @@ def test_not_a_bit_hangs_on_the_spans_that_other_rows_have_come_to(load):
   ],
 )
 def test_spans_of_a_cache(length, count, sizes):
-  assert transformer.spans(length, count)[: len(sizes)] == sizes
-  assert sum(transformer.spans(length, count)) == length
+  assert cache_lib.spans(length, count)[: len(sizes)] == sizes
+  assert sum(cache_lib.spans(length, count)) == length
 
 
 @pytest.mark.parametrize('name', ['llama3', 'mistral'])
@@ -186,8 +187,8 @@ def test_packed_tokens_of_several_rows_equal_each_alone(load, name):
   """Rows of their own lengths and states side by side; one in two pieces, padding between."""
   lm = load(name)
   full = np.asarray(lm.logits(TOKENS))
-  lengths = transformer.cache_lengths(lm.config, 2 * T, 24)
-  cache = transformer.init_cache(lm.config, 4, lengths, jnp.float32)
+  lengths = cache_lib.cache_lengths(lm.config, 2 * T, 24)
+  cache = cache_lib.init_cache(lm.config, 4, lengths, jnp.float32)
   cache = jax.tree.map(lambda x: x + 3.0, cache)
   parts = [[(2, 0, 11), (0, 0, 3)], [(0, 3, 9), (3, 0, 7)], [(2, 11, T), (3, 7, T), (0, 9, T)]]
   for parts_of_call in parts:
@@ -228,7 +229,7 @@ def test_packed_segments_equal_separate_rows(load, family):
 
 def test_cache_and_segments_exclude_each_other(load):
   lm = load('llama2')
-  cache = transformer.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
+  cache = cache_lib.init_cache(lm.config, B, ((T,),) * LAYERS, jnp.float32)
   with pytest.raises(ValueError, match='pass one of the two'):
     run(lm, TOKENS, positions(B, T), np.ones((B, T), int), cache)
 
@@ -271,7 +272,7 @@ def test_half_precision_decode_equals_the_full_forward(load, dtype):
   """XLA for CPUs refuses some products of half precision with one query a row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)
   full = np.asarray(lm.logits(TOKENS))
-  cache = transformer.init_cache(lm.config, B, ((2 * T,),) * LAYERS, jnp.dtype(dtype))
+  cache = cache_lib.init_cache(lm.config, B, ((2 * T,),) * LAYERS, jnp.dtype(dtype))
   _, cache = run(lm, TOKENS[:, :-1], positions(B, T - 1), None, cache)
   logits, _ = run(lm, TOKENS[:, -1:], positions(B, 1, T - 1), None, cache)
   np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=0.06 * full.std())
@@ -292,7 +293,7 @@ def test_llama3_rope_scaling(load):
   rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
   place = positions(1, 40)
   cos, sin = rope(torch.zeros(1, 1), torch.tensor(np.array(place)))
-  ours = transformer.rotary_angles(config, place)
+  ours = attention.rotary_angles(config, place)
   half = config.head_dim // 2
   np.testing.assert_allclose(ours[0], cos[..., :half].numpy(), atol=1e-5)
   np.testing.assert_allclose(ours[1], sin[..., :half].numpy(), atol=1e-5)

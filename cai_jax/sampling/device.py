@@ -13,19 +13,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
-from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import LM
-from cai_jax.model.transformer import (
+from cai_jax.model.cache import (
   Cache,
   LayerCache,
   Lengths,
   Packing,
   Prefix,
   Prefixes,
-  Transformer,
   cache_lengths,
   init_cache,
 )
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.lm import LM
+from cai_jax.model.transformer import Transformer
 from cai_jax.model.weights import structure
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cai_jax import parallel
+from cai_jax.model.cache import cache_lengths
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import cache_lengths
 from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 

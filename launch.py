@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,10 +32,12 @@ from cai_jax.feedback import generate, records
 from cai_jax.feedback import prompts as prompt_files
 from cai_jax.feedback.prompts import Prompt
 from cai_jax.manifest import Manifest, check_workdir, flat, write_json
+from cai_jax.model import kernels, lora
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.progress import Progress
 from cai_jax.report import table, write_report
+from cai_jax.sampling import generate as answers
 from cai_jax.sampling import remote
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.journal import Journal
@@ -44,6 +47,7 @@ from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
 from cai_jax.training import data, loop
+from cai_jax.training import log as logs
 from cai_jax.training.config import FREE, TrainConfig
 from configs import default
 
@@ -191,6 +195,16 @@ def check(run: Run, stages: Sequence[str]) -> None:
   parallel.check_batch(run.engine.slots, _local_mesh(run), 'engine.slots')
   rows = run.train.batch_size // run.train.accumulation
   parallel.check_batch(rows, mesh, 'train.batch_size / train.accumulation')
+  try:
+    kernels.check(run.train.attention, mesh, run.train.dtype, run.train.max_length)
+  except ValueError as error:
+    raise ValueError(f'train.attention: {error}') from None
+  if init and run.train.lora is not None:
+    lora.structure(parts[init].config, run.train.lora)
+  if run.train.probes and not (run.prompts['eval_harmful'] or run.prompts['eval_helpful']):
+    raise ValueError(
+      f'train.probes={run.train.probes} needs held-out prompts: give prompts.eval_harmful.source.'
+    )
   if init:
     _check_aligned(run, stages, init, parts[init])
   share, replies = run.train.helpfulness_share, len(run.prompts['harmful'])
@@ -258,7 +272,8 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   style, options = run.feedback.style, run.feedback.template_options
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = data.read_rows(run.workdir / 'd_cai')
-  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir)
+  probe = _probe(run, lm) if run.train.probes else None
+  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir, probe, _PROFILE.value)
   folder = run.workdir / 'model'
   models.save(dataclasses.replace(lm, params=params), folder)
   return {
@@ -269,6 +284,31 @@ def train_stage(run: Run, _) -> dict[str, Any]:
     'tokens_per_second': summary.pop('target_tokens_per_second'),
     **summary,
   }
+
+
+def _probe(run: Run, lm: LM) -> loop.Probe:
+  """Answers to the first held-out prompts by parameters as they are, sampled by process 0."""
+  chosen = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']][: run.train.probes]
+  mesh, dtype = _local_mesh(run), run.config['model']['dtype']
+
+  def probe(params) -> list[dict[str, str]]:
+    local = parallel.localise(params, mesh, dtype)
+    if jax.process_index() != 0:
+      return []
+    model = dataclasses.replace(lm, params=local, mesh=mesh, dtype=dtype)
+    found = answers.generate(
+      model,
+      [list(prompt.messages) for prompt in chosen],
+      run.sampling.initial,
+      run.config['seed'],
+      style=run.feedback.style,
+    )
+    return [
+      {'id': prompt.id, 'prompt': prompt.messages[-1]['content'], 'text': answer.text}
+      for prompt, answer in zip(chosen, found, strict=True)
+    ]
+
+  return probe
 
 
 def evaluate_stage(run: Run, _) -> dict[str, Any]:
@@ -293,8 +333,6 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   if jax.process_index() != 0:
     return {}
   summary = json.loads((run.workdir / 'evaluation' / 'summary.json').read_text())
-  with open(run.workdir / 'metrics.jsonl', encoding='utf-8') as file:
-    training = [json.loads(line) for line in file]
   rows = data.read_rows(run.workdir / 'd_cai')
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
   write_report(
@@ -303,7 +341,9 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     config=run.config,
     manifest=manifest,
     summary=summary,
-    training=training,
+    training=logs.read(run.workdir / logs.METRICS),
+    held_out=logs.read(run.workdir / logs.HELD_OUT),
+    probes=logs.read(run.workdir / logs.PROBES),
     chains=[_browsable(row, run.scorer) for row in shown],
   )
   return {'chains': len(shown)}
@@ -512,6 +552,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'file that states the run', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
+_PROFILE = flags.DEFINE_integer(
+  'profile', 0, 'training steps that a trace is written of, to workdir/profile', lower_bound=0
+)
 _STAGES = flags.DEFINE_list('stages', list(STAGES), 'stages to run')
 
 
@@ -525,8 +568,11 @@ def main(argv: Sequence[str]) -> None:
   try:
     run = build(_CONFIG.value, _WORKDIR.value)
     run_stages(run, _STAGES.value, say)
-  except (ValueError, ConnectionError) as error:
+  except (ValueError, FloatingPointError, ConnectionError) as error:
     sys.exit(f'error: {error}')
+  except loop.Preempted as ended:
+    print(f'SIGTERM: {ended} The same command goes on from here.', file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
   except KeyboardInterrupt:
     sys.exit('stopped; the same command goes on from here.')
   summary = run.workdir / 'evaluation' / 'summary.json'

@@ -5,6 +5,7 @@ import os
 import re
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +21,11 @@ RULES = (
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
   (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
+  # Adapters: A [I,r] and B [r,O] lie as their kernel does, whose axes are merged.
+  (r'.*(query|key|value|gate|up)/adapter/a', P('fsdp', None)),
+  (r'.*(query|key|value|gate|up)/adapter/b', P(None, 'tensor')),
+  (r'.*(output|down)/adapter/a', P('tensor', None)),
+  (r'.*(output|down)/adapter/b', P(None, 'fsdp')),
   (r'(.*/)?(attention_norm|mlp_norm|norm|q_norm|k_norm)/scale', P()),  # [D] or [H]
 )
 
@@ -86,6 +92,18 @@ def param_shardings(params, mesh: Mesh):
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def localise(params, mesh: Mesh, dtype):
+  """A copy of a parameter pytree on a mesh of this process's devices, in `dtype`.
+
+  Parameters that lie on other hosts too go through this one's memory, all of them; then each
+  process of the run must call it.
+  """
+  if jax.process_count() > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
+  shardings = param_shardings(params, mesh)
+  return jax.tree.map(lambda x, s: jax.device_put(x, s).astype(dtype), params, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = {
   'constitution': 0,
   'parallel': 0,
+  'hardware': 0,
   'manifest': 0,
   'progress': 0,
   'model': 1,

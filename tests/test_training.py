@@ -20,7 +20,7 @@ from cai_jax import parallel
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params, structure
-from cai_jax.training import data, loop, objective, step
+from cai_jax.training import data, log, loop, objective, step
 from cai_jax.training.config import TrainConfig
 
 MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 2, 8, 64, qkv_bias=True)
@@ -68,7 +68,7 @@ def run_steps(params, items, config, mesh, count=4):
   steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], 4, 0)
   batches = data.Batches(items, steps)
   train_step = step.make_train_step(GRAPH, SHAPES, config, len(steps), mesh)
-  state = step.init_state(params, step.make_optimizer(config, len(steps)), mesh)
+  state = step.init_state(params, config, mesh)
   metrics = []
   for i in range(count):
     state, got = train_step(state, loop._place(batches[i], parallel.batch_sharding(mesh)))
@@ -105,10 +105,7 @@ def test_eight_devices_equal_one(params, items, reference, sizes):
 
 def compiled_step(config, mesh):
   steps = step.make_train_step(GRAPH, SHAPES, config, 4, mesh)
-  optimizer = step.make_optimizer(config, 4)
-  shapes = jax.eval_shape(
-    lambda p: step.TrainState(jnp.zeros((), int), p, optimizer.init(p)), SHAPES
-  )
+  shapes = step.abstract_state(SHAPES, config, mesh)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
   batch = {name: jax.ShapeDtypeStruct((8, 32), jnp.int32) for name in names}
   return steps.lower(shapes, batch).compile().as_text()
@@ -129,9 +126,11 @@ def test_remat_keeps_less_and_changes_nothing(params, items, reference):
     residuals = jax.eval_shape(lambda p: jax.vjp(f, p)[1], SHAPES)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
-  assert residual_bytes(True) < 0.7 * residual_bytes(False)
-  config = dataclasses.replace(CONFIG, remat=True)
-  agree(run_steps(params, items, config, one_device(), count=4), reference)
+  assert residual_bytes('full') < 0.9 * residual_bytes('dots')
+  assert residual_bytes('dots') < 0.9 * residual_bytes('none')
+  for remat in ('dots', 'full'):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    agree(run_steps(params, items, config, one_device(), count=4), reference)
 
 
 @pytest.mark.parametrize('normalization', ['sequence', 'token'])
@@ -219,15 +218,15 @@ def stop_after(monkeypatch):
   """`stop_after(n)`: the next run is stopped before its step n (counted from 0) is logged."""
 
   def arrange(count):
-    add = loop.Log.add
+    add = log.Log.add
 
     def stopping(self, at, metrics):
       if at == count:
         raise Stopped
       add(self, at, metrics)
 
-    monkeypatch.setattr(loop.Log, 'add', stopping)
-    return lambda: monkeypatch.setattr(loop.Log, 'add', add)
+    monkeypatch.setattr(log.Log, 'add', stopping)
+    return lambda: monkeypatch.setattr(log.Log, 'add', add)
 
   return arrange
 
@@ -237,10 +236,10 @@ def compile_once(monkeypatch):
   """Runs share their train step, which keeps no state, instead of compiling it again."""
   made = {}
 
-  def make(graph, params, config, num_steps, mesh):
+  def make(graph, params, config, num_steps, mesh, frozen):
     key = graph, config, num_steps, mesh
     if key not in made:
-      made[key] = step.make_train_step(graph, params, config, num_steps, mesh)
+      made[key] = step.make_train_step(graph, params, config, num_steps, mesh, frozen)
     return made[key]
 
   monkeypatch.setattr(loop, 'make_train_step', make)
@@ -254,7 +253,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
   params, items, tmp_path, stop_after, compile_once, monkeypatch
 ):
   mesh = parallel.make_mesh(2, 2, 1, devices=jax.devices()[:4])
-  fit = lambda workdir: loop.fit(GRAPH, params, items, FIT, mesh, workdir, BUCKETS)  # noqa: E731
+  fit = lambda workdir: loop.fit(MODEL, params, items, FIT, mesh, workdir, BUCKETS)  # noqa: E731
   whole, summary = fit(tmp_path / 'whole')
   assert summary['steps'] > 7 and summary['resumed_at'] == 0
   for count in (1, 5):  # before the first checkpoint, and between two
@@ -286,21 +285,22 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
   # Another run's checkpoints are not gone on with.
   with pytest.raises(ValueError, match='another run.*learning_rate: was 0.01, is 0.02'):
     other = dataclasses.replace(FIT, learning_rate=0.02)
-    loop.fit(GRAPH, params, items, other, mesh, tmp_path / 'whole', BUCKETS)
+    loop.fit(MODEL, params, items, other, mesh, tmp_path / 'whole', BUCKETS)
   with pytest.raises(ValueError, match='another run.*data: was'):
-    loop.fit(GRAPH, params, items[::-1], FIT, mesh, tmp_path / 'whole', BUCKETS)
+    loop.fit(MODEL, params, items[::-1], FIT, mesh, tmp_path / 'whole', BUCKETS)
   with pytest.raises(ValueError, match='another run.*buckets: was .*12, 8.*, is .*14, 8'):
     other = (data.Bucket(14, 8), data.Bucket(32, 8))
-    loop.fit(GRAPH, params, items, FIT, mesh, tmp_path / 'whole', other)
+    loop.fit(MODEL, params, items, FIT, mesh, tmp_path / 'whole', other)
 
 
 def test_events_of_steps_that_are_done_again_are_purged(tmp_path):
   """After step 3 was logged and step 2 saved: TensorBoard hides events at and after the purge."""
   metrics = dict.fromkeys(('loss', 'grad_norm', 'num_tokens'), jnp.ones(()))
-  with loop.Log(tmp_path, 2, 4, 1) as log:
+  work = log.Work(np.ones(4), np.ones(4), None, lambda step: [])
+  with log.Log(tmp_path, 2, 4, 1, work) as writer:
     for at in (2, 3):
-      log.add(at, metrics)
-    log.flush()
+      writer.add(at, metrics)
+    writer.flush()
   (path,) = (tmp_path / 'tensorboard').iterdir()
   content, events = path.read_bytes(), []
   while content:  # records: u64 length, its checksum, an event, its checksum
@@ -314,7 +314,7 @@ def test_events_of_steps_that_are_done_again_are_purged(tmp_path):
 def test_errors_before_the_first_step(params, items, tmp_path):
   mesh = parallel.make_mesh(8, 1, 1)
   fit = lambda config, items=items, workdir=tmp_path: loop.fit(  # noqa: E731
-    GRAPH, params, items, config, mesh, workdir
+    MODEL, params, items, config, mesh, workdir
   )
   with pytest.raises(ValueError, match='accumulation=4 is not divided by data × fsdp = 8'):
     fit(dataclasses.replace(CONFIG, batch_size=16, accumulation=4))
@@ -342,7 +342,7 @@ def test_errors_before_the_first_step(params, items, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(params, items, tmp_path):
   broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
   with pytest.raises(FloatingPointError, match='loss is nan at step 1'):
-    loop.fit(GRAPH, broken, items, CONFIG, one_device(), tmp_path)
+    loop.fit(MODEL, broken, items, CONFIG, one_device(), tmp_path)
   assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
 
 
@@ -353,6 +353,7 @@ def test_train_learns_the_revisions(tmp_path, tiny_tokenizer):
   rows = [
     {
       'kind': 'harmful',
+      'id': str(i),
       'prompt': [{'role': 'user', 'content': f'question {i}'}],
       'initial': {'text': 'no', 'finish_reason': 'stop'},
       'rounds': [{'revision': {'text': 'the assistant', 'finish_reason': 'stop'}}] * (i > 0),

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 REQUIRED = (  # of a config.json; the rest has a usual value
   'vocab_size',
@@ -69,6 +71,26 @@ class ModelConfig:
     layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
     return embeddings + self.num_layers * layer + self.d_model
+
+  def training_flops(self, lengths, adapters: bool = False) -> float:
+    """FLOPs of products that a training step over sequences of so many tokens each needs.
+
+    2 a parameter and token for the forward pass and twice that for the backward one, tables that
+    are only looked up in left out; and of attention the half that causality leaves, within windows.
+    Nothing that is computed again counts again.
+
+    Args:
+      lengths: i[n], tokens of each sequence.
+      adapters: whether low-rank adapters alone are trained: no gradients of the parameters then.
+    """
+    lengths = np.asarray(lengths, np.float64)
+    looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
+    products = (4 if adapters else 6) * (self.num_params - looked_up) * lengths.sum()
+    pairs = 0.0
+    for layer in range(self.num_layers):
+      window = np.minimum(lengths, self.window(layer) or np.inf)
+      pairs += (window * lengths - window * (window - 1) / 2).sum()
+    return products + 12 * self.num_heads * self.head_dim * pairs
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from cai_jax.model import kernels
 from cai_jax.model.attention import Keys, attend, product, rotary_angles, rotate
 from cai_jax.model.cache import (
   Cache,
@@ -26,6 +27,13 @@ from cai_jax.model.cache import (
   write,
 )
 from cai_jax.model.config import ModelConfig
+
+# What the backward pass keeps of a block instead of computing it again.
+REMAT = {
+  'none': jax.checkpoint_policies.everything_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters
+  'full': jax.checkpoint_policies.nothing_saveable,  # but its input
+}
 
 
 def once(compute: Callable[[], Any], positions: jax.Array) -> Any:
@@ -59,6 +67,20 @@ class RMSNorm(nnx.Module):
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+class Adapter(nnx.Module):
+  """`scale · x · A · B` f32[B,T,O] of x [B,T,I], through a rank r (Hu et al. 2021)."""
+
+  def __init__(self, kernel_shape, num_outs, rank, scale, rngs):
+    ins, outs = math.prod(kernel_shape[:-num_outs]), math.prod(kernel_shape[-num_outs:])
+    self.a = nnx.Param(ins**-0.5 * jax.random.normal(rngs.params(), (ins, rank)))
+    self.b = nnx.Param(jnp.zeros((rank, outs)))
+    self.scale = scale
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    low = product('BTI,IR->BTR', x, self.a[...].astype(x.dtype)).astype(x.dtype)
+    return self.scale * product('BTR,RO->BTO', low, self.b[...].astype(x.dtype))
+
+
 class Linear(nnx.Module):
   """`x · kernel + bias` over x's axes from the third on, with f32 accumulation, in x's dtype."""
 
@@ -66,12 +88,16 @@ class Linear(nnx.Module):
     std = gain * math.prod(ins) ** -0.5
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*ins, *outs), param_dtype))
     self.bias = nnx.Param(jnp.zeros(outs, param_dtype)) if bias else None
+    self.adapter = None  # cai_jax.model.lora may put one here
     self.outs = outs
 
   def __call__(self, x: jax.Array) -> jax.Array:
     # As one plain matrix: a kernel with two axes to sum over would be copied at every call.
     matrix = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.outs))
-    y = product('BTI,IO->BTO', x.reshape(*x.shape[:2], -1), matrix)
+    x = x.reshape(*x.shape[:2], -1)
+    y = product('BTI,IO->BTO', x, matrix)
+    if self.adapter is not None:
+      y = y + self.adapter(x)
     y = y.reshape(*x.shape[:2], *self.outs)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
@@ -102,11 +128,14 @@ class Attention(nnx.Module):
     cache: tuple[LayerCache, ...] | None,
     packing: Packing | None,
     prefixes: Sequence[LayerCache],
+    kernel: Callable[..., jax.Array] | None,
   ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
+    if kernel is not None:
+      return self.output(kernel(q, k, v)), None
     if cache is None:
       own = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
       return self.output(attend(q, [Keys(own, *view.own)])), None
@@ -144,8 +173,8 @@ class Block(nnx.Module):
     self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
     self.mlp = MLP(config, rngs, param_dtype)
 
-  def __call__(self, x, angles, view, cache, packing, prefixes):
-    out, cache = self.attention(self.attention_norm(x), angles, view, cache, packing, prefixes)
+  def __call__(self, x, angles, *rest):
+    out, cache = self.attention(self.attention_norm(x), angles, *rest)
     x = x + out
     return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -194,7 +223,8 @@ class Transformer(nnx.Module):
     packing: Packing | None = None,
     prefixes: Prefixes | None = None,
     sharding: NamedSharding | None = None,
-    remat: bool = False,
+    remat: str = 'none',
+    attention: str = 'xla',
   ) -> tuple[jax.Array, Cache | None]:
     """Hidden states [B,T,D] after the last norm, in the compute dtype, and the cache written to.
 
@@ -210,8 +240,9 @@ class Transformer(nnx.Module):
       prefixes: what rows begin with that is not in their cache. A row's positions count it.
       sharding: of the hidden states between blocks. Without it they would come to lie as the
         parameters do, split over D, and each device would compute every row's logits.
-      remat: compute a block again in the backward pass instead of keeping its activations; without
-        a cache only.
+      remat: what of a block's activations the backward pass computes again, by a name of `REMAT`;
+        without a cache only.
+      attention: by a name of `kernels.KERNELS`; others than 'xla' are for packed rows on a mesh.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
@@ -221,8 +252,12 @@ class Transformer(nnx.Module):
     def place(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
+    kernel = kernels.bind(attention, segment_ids, sharding and sharding.mesh)
+
     def before_layers():
-      views = self._views(positions, segment_ids, cache, packing, prefixes)
+      views = [None] * len(self.layers)
+      if kernel is None:
+        views = self._views(positions, segment_ids, cache, packing, prefixes)
       return rotary_angles(self.config, positions), views
 
     angles, views = once(before_layers, positions)
@@ -232,11 +267,15 @@ class Transformer(nnx.Module):
       old = None if cache is None else cache[layer]
       shared = () if prefixes is None else [entry.cache[layer][0] for entry in prefixes.entries]
 
-      # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
-      def run(x, old, block=block, view=views[layer], shared=shared):
-        return block(x, angles, view, old, packing, shared)
+      own = kernel and functools.partial(kernel, window=self.config.window(layer))
 
-      x, written = (jax.checkpoint(run) if remat and cache is None else run)(x, old)
+      # A closure, as modules are no pytrees; what it closes over is differentiated all the same.
+      def run(x, old, block=block, view=views[layer], shared=shared, own=own):
+        return block(x, angles, view, old, packing, shared, own)
+
+      if remat != 'none' and cache is None:
+        run = jax.checkpoint(run, policy=REMAT[remat])
+      x, written = run(x, old)
       x = place(x)
       new_cache.append(written)
     return self.norm(x), None if cache is None else tuple(new_cache)

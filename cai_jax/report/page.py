@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 from cai_jax.report import figures
 from cai_jax.report.figures import Series, escape
@@ -55,6 +56,8 @@ def write_report(
   summary: dict,
   training: list[dict],
   chains: list[dict],
+  held_out: Sequence[dict] = (),
+  probes: Sequence[dict] = (),
 ) -> None:
   """Writes the page of a run to `path`, all of it or nothing.
 
@@ -72,6 +75,8 @@ def write_report(
       `critique` or None, `revision`) and optionally `violations`, a list of names for each
       response. A response has `text` and optionally `finish_reason`, `logprob` (nats),
       `num_tokens`. A principle is an id, or a dict with `id` and its texts.
+    held_out: `step` and `loss` on examples that were not trained on.
+    probes: `step`, `id`, `prompt` and `text`: answers to the same prompts as training went on.
 
   Raises:
     ValueError: if a chain lacks a field, an id stands twice, or the summary is malformed.
@@ -91,7 +96,7 @@ def write_report(
     facts=_facts(config, manifest),
     lead=_lead(summary),
     results=_results(summary),
-    figures=_figures(summary, training, config),
+    figures=_figures(summary, training, held_out, config) + _probes(probes),
     stages=_stages(manifest),
     config=escape(readable(config)),
     manifest=escape(readable(manifest)),
@@ -247,7 +252,30 @@ def _result_cell(row: dict, key: str) -> str:
   return f'<td><span class="rate">{mark}{shown}</span></td>'
 
 
-def _figures(summary: dict, training: list[dict], config: dict) -> str:
+def _probes(probes: Sequence[dict]) -> str:
+  """Each probe prompt with its answers by step."""
+  if not probes:
+    return ''
+  by_prompt: dict[tuple[str, str], list[dict]] = {}
+  for row in probes:
+    by_prompt.setdefault((row['id'], row['prompt']), []).append(row)
+  parts = []
+  for (_, prompt), rows in by_prompt.items():
+    answers = ''.join(
+      f'<tr><th scope="row">{row["step"]}</th><td>{escape(row["text"])}</td></tr>' for row in rows
+    )
+    parts.append(
+      f'<table class="probes"><caption>{escape(prompt)}</caption><thead><tr>'
+      '<th scope="col">step</th><th scope="col">answer</th></tr></thead>'
+      f'<tbody>{answers}</tbody></table>'
+    )
+  return (
+    '<details><summary>Answers to probe prompts as training went on</summary>'
+    f'{"".join(parts)}</details>'
+  )
+
+
+def _figures(summary: dict, training: list[dict], held_out: Sequence[dict], config: dict) -> str:
   drawn = []
   rates = _rate_series(summary)
   if rates:
@@ -271,6 +299,9 @@ def _figures(summary: dict, training: list[dict], config: dict) -> str:
   unit = f'nats per {normalization}' if normalization in ('sequence', 'token') else 'nats'
   loss = _training_series(training, 'loss', 1)
   if loss:
+    if held_out:
+      x, y = zip(*((row['step'], row['loss']) for row in held_out), strict=True)
+      loss.append(Series('held out', x, y, colour=0))
     caption, description = _training_caption(training, 'loss')
     svg = figures.line_figure(loss, 'training step', f'loss ({unit})', description=description)
     drawn.append(_figure(caption, svg))
@@ -316,7 +347,7 @@ def _rate_series(summary: dict) -> list[Series]:
   return series
 
 
-def _training_series(training: list[dict], key: str, colour: int) -> list[Series]:
+def _training_series(training: Sequence[dict], key: str, colour: int) -> list[Series]:
   rows = [(r['step'], r[key]) for r in training if r.get(key) is not None and 'step' in r]
   if not any(math.isfinite(value) for _, value in rows):
     return []

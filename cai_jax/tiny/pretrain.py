@@ -85,9 +85,8 @@ def main() -> None:
   )
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   params = lm_lib.init_params(CONFIG, jax.random.key(args.seed))
-  graph, _ = lm_lib.structure(CONFIG, config.dtype)
   identity = f'{CONFIG} from seed {args.seed}'
-  params, summary = loop.fit(graph, params, items, config, mesh, workdir, BUCKETS, identity)
+  params, summary = loop.fit(CONFIG, params, items, config, mesh, workdir, BUCKETS, identity)
   print(summary, flush=True)
   write(args.output, params, words, mesh)
   if args.workdir is None:

@@ -3,11 +3,14 @@
 import dataclasses
 import math
 
+from cai_jax.model.kernels import KERNELS
+from cai_jax.model.lora import LoraConfig
+from cai_jax.model.transformer import REMAT
 from cai_jax.training.objective import WEIGHTS
 
-SCHEDULES = ('constant', 'linear', 'cosine')
+SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 TARGETS = ('last', 'all', 'initial')
-FREE = ('log_every', 'checkpoint_every', 'keep')  # what a run may change on its way
+FREE = ('log_every', 'checkpoint_every', 'keep', 'probes')  # what a run may change on its way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +28,26 @@ class TrainConfig:
     helpfulness_share: share of the examples that are initial answers to helpfulness prompts.
     drop_truncated: leave out texts that the length limit cut.
     learning_rate: peak of the schedule.
-    schedule: 'constant', 'linear' or 'cosine' after the warm-up.
+    schedule: after the warm-up 'constant', 'linear', 'cosine', or 'wsd': constant, then linear
+      (warm-up, stable, decay; Hu et al. 2024).
     warmup: share of all steps over which the learning rate rises from 0.
-    final_share: share of the peak that 'linear' and 'cosine' end at.
+    decay: share of all steps over which 'wsd' falls.
+    final_share: share of the peak that 'linear', 'cosine' and 'wsd' end at.
     weight_decay, b1, b2, eps: of AdamW; norms and biases are not decayed.
     clip_norm: largest global norm of a gradient; 0 leaves it as it is.
-    remat: compute each block again in the backward pass instead of keeping its activations: less
-      memory, about a third more work.
+    ema: decay of an exponential moving average of the parameters, which then is the result;
+      0 keeps none.
+    lora_rank: of low-rank adapters, which are then all that is trained; 0 trains all parameters.
+    lora_alpha, lora_modules: as `alpha` and `modules` of `model.lora.LoraConfig`.
+    remat: what the backward pass computes again instead of keeping it. 'none'; 'dots': all of a
+      block but products with parameters; 'full': all of a block, a third more work.
+    attention: 'xla', 'splash' (TPUs) or 'cudnn' (NVIDIA GPUs); see `model.kernels`.
     dtype: compute dtype, 'float32' or 'bfloat16'; parameters and optimizer state are f32.
     seed: of the order of the examples.
+    eval_share: share of the examples that are held out, for the loss on them.
+    eval_every: steps between evaluations on these; 0 evaluates at the end only.
+    patience: evaluations without a lower held-out loss after which training stops; 0 never does.
+    probes: held-out prompts that are answered at each evaluation.
     log_every: steps between rows of metrics.jsonl.
     checkpoint_every: steps between checkpoints; 0 keeps the last step only.
     keep: checkpoints kept.
@@ -50,15 +64,25 @@ class TrainConfig:
   learning_rate: float = 1e-5
   schedule: str = 'cosine'
   warmup: float = 0.05
+  decay: float = 0.1
   final_share: float = 0.0
   weight_decay: float = 0.0
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
   clip_norm: float = 1.0
-  remat: bool = False
+  ema: float = 0.0
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  lora_modules: str = 'attention/|mlp/'
+  remat: str = 'none'
+  attention: str = 'xla'
   dtype: str = 'float32'
   seed: int = 0
+  eval_share: float = 0.0
+  eval_every: int = 0
+  patience: int = 0
+  probes: int = 0
   log_every: int = 1
   checkpoint_every: int = 100
   keep: int = 2
@@ -69,6 +93,8 @@ class TrainConfig:
       ('target', TARGETS),
       ('schedule', SCHEDULES),
       ('dtype', ('float32', 'bfloat16')),
+      ('remat', tuple(REMAT)),
+      ('attention', tuple(KERNELS)),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f'train.{name}={getattr(self, name)!r} is not one of {allowed}.')
@@ -80,6 +106,9 @@ class TrainConfig:
       ('log_every', 1),
       ('checkpoint_every', 0),
       ('keep', 1),
+      ('eval_every', 0),
+      ('patience', 0),
+      ('probes', 0),
       ('weight_decay', 0),
       ('clip_norm', 0),
     ):
@@ -88,9 +117,24 @@ class TrainConfig:
     for name in ('learning_rate', 'eps'):
       if not 0 < getattr(self, name) < math.inf:
         raise ValueError(f'train.{name}={getattr(self, name)} must be a positive number.')
-    for name, high in (('helpfulness_share', 1), ('b1', 1), ('b2', 1), ('warmup', 1)):
-      if not 0 <= getattr(self, name) < high:
-        raise ValueError(f'train.{name}={getattr(self, name)} is not in [0, {high}).')
+    for name in ('helpfulness_share', 'b1', 'b2', 'warmup', 'decay', 'ema', 'eval_share'):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f'train.{name}={getattr(self, name)} is not in [0, 1).')
+    if self.schedule == 'wsd' and self.warmup + self.decay > 1:
+      raise ValueError(
+        f'train.warmup={self.warmup} and train.decay={self.decay} are over 1 together: they are '
+        'shares of the same steps.'
+      )
+    if (self.eval_every or self.patience) and not self.eval_share:
+      raise ValueError(
+        f'train.eval_every={self.eval_every} and train.patience={self.patience} need examples that '
+        'are held out: set train.eval_share, such as 0.02.'
+      )
+    if self.patience and not self.eval_every:
+      raise ValueError(f'train.patience={self.patience} counts evaluations: set train.eval_every.')
+    if self.lora_rank < 0:
+      raise ValueError(f'train.lora_rank={self.lora_rank} is too small: at least 0.')
+    _ = self.lora  # checked when made
     if not 0 <= self.final_share <= 1:
       raise ValueError(f'train.final_share={self.final_share} is not in [0, 1].')
     if self.batch_size % self.accumulation:
@@ -98,3 +142,13 @@ class TrainConfig:
         f'train.batch_size={self.batch_size} rows cannot be split into '
         f'train.accumulation={self.accumulation} micro-batches: use a multiple of it.'
       )
+
+  @property
+  def lora(self) -> LoraConfig | None:
+    """The adapters that are trained; None if all parameters are."""
+    if not self.lora_rank:
+      return None
+    try:
+      return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_modules)
+    except ValueError as error:
+      raise ValueError(f'train.lora_*: {str(error).removeprefix("lora: ")}') from None

@@ -20,10 +20,11 @@ OPEN_ROWS = 64  # rows that packing keeps open at a time
 
 
 class Example(NamedTuple):
-  """One sequence: tokens i32[T] and loss_mask bool[T], true on the tokens to learn."""
+  """One sequence: tokens i32[T], loss_mask bool[T], true on the tokens to learn, and its row."""
 
   tokens: np.ndarray
   loss_mask: np.ndarray
+  id: str = ''  # of the row of D_CAI
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,8 @@ def examples(
   """The examples of D_CAI, in the order of its rows; helpfulness examples stand at the end.
 
   Args:
-    rows: each has `prompt` (messages), `initial` {text, finish_reason}, `rounds` of {revision:
-      {text, finish_reason}}, `kind`.
+    rows: each has `id`, `kind`, `prompt` (messages), `initial` {text, finish_reason}, `rounds` of
+      {revision: {text, finish_reason}}.
     dialogue: `cai_jax.dialogue.Dialogue`.
     target: 'last' revision, 'all' revisions, or 'initial' answer of each row not of kind 'helpful'.
     helpfulness_share: share of all examples that are the initial answer of a row of kind 'helpful';
@@ -138,7 +139,7 @@ def examples(
       if not replies:
         dropped['no_revision'] += 1
     for reply in replies:
-      example = _example(row['prompt'], reply, dialogue, max_length, drop_truncated)
+      example = _example(row, reply, dialogue, max_length, drop_truncated)
       if isinstance(example, str):
         dropped[example] += 1
       else:
@@ -169,17 +170,42 @@ def examples(
   return Examples(tuple(kept + helpful), counts)
 
 
-def _example(prompt, reply, dialogue, max_length, drop_truncated) -> Example | str:
+def hold_out(
+  items: Sequence[Example], share: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+  """(examples to train on, examples held out): `share` of the rows, which the seed chooses.
+
+  All examples of a row are on the same side.
+
+  Raises:
+    ValueError: if that leaves none on a side.
+  """
+  if not share:
+    return tuple(items), ()
+  rows = list(dict.fromkeys(item.id for item in items))
+  count = max(round(share * len(rows)), 1)
+  if count >= len(rows):
+    raise ValueError(
+      f'train.eval_share={share} of {len(rows)} rows leaves none to train on: lower it.'
+    )
+  chosen = {rows[i] for i in np.random.default_rng([seed, 2]).permutation(len(rows))[:count]}
+  return (
+    tuple(item for item in items if item.id not in chosen),
+    tuple(item for item in items if item.id in chosen),
+  )
+
+
+def _example(row, reply, dialogue, max_length, drop_truncated) -> Example | str:
   """The example of a reply, or the reason to drop it."""
   if not reply['text'].strip():
     return 'empty'
   if drop_truncated and reply['finish_reason'] == 'length':
     return 'truncated'
-  messages = [{'role': m['role'], 'content': m['content']} for m in prompt]
+  messages = [{'role': m['role'], 'content': m['content']} for m in row['prompt']]
   tokens, mask = dialogue.example([*messages, {'role': 'assistant', 'content': reply['text']}])
   if len(tokens) > max_length:
     return 'too_long'
-  return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool))
+  return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), row['id'])
 
 
 class Bucket(NamedTuple):
@@ -271,7 +297,7 @@ class Batches:
     for r, row in enumerate(step.rows):
       at = 0
       for segment, i in enumerate(row, start=1):
-        tokens, mask = self._items[i]
+        tokens, mask, _ = self._items[i]
         place = slice(at, at + len(tokens))
         batch['tokens'][r, place] = tokens
         batch['positions'][r, place] = np.arange(len(tokens))
@@ -279,6 +305,11 @@ class Batches:
         batch['loss_mask'][r, place] = mask
         at += len(tokens)
     return batch
+
+  def ids(self, index: int) -> list[str]:
+    """Rows of D_CAI in a batch; an example without one goes by its number."""
+    found = (i for row in self._steps[index].rows for i in row)
+    return [self._items[i].id or f'example {i}' for i in found]
 
 
 def padding_share(items: Sequence[Example], steps: Sequence[Step]) -> float:

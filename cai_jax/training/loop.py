@@ -2,31 +2,60 @@
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
 import pathlib
-import time
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
-from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cai_jax import parallel
+from cai_jax import hardware, parallel
 from cai_jax.manifest import check_workdir
+from cai_jax.model import kernels, lora
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.weights import structure
-from cai_jax.progress import Progress
 from cai_jax.training import checkpoints, data
+from cai_jax.training import log as logs
 from cai_jax.training.config import FREE, TrainConfig
-from cai_jax.training.step import abstract_state, init_state, make_optimizer, make_train_step
+from cai_jax.training.objective import WEIGHTS
+from cai_jax.training.step import (
+  TrainState,
+  abstract_state,
+  init_state,
+  make_eval_step,
+  make_train_step,
+  place_frozen,
+)
+
+Probe = Callable[[Any], list[dict[str, str]]]  # parameters → answers: id, prompt, text
+
+
+class Preempted(Exception):
+  """The run was asked to end (SIGTERM), has saved a checkpoint and goes on when started again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """What else a run is to do beside training.
+
+  Attributes:
+    held_out: examples whose loss is measured.
+    probe: answers to fixed prompts by parameters as they are; every process calls it.
+    profile: steps that a trace is written of, to workdir/profile, from the third step on.
+  """
+
+  held_out: Sequence[data.Example] = ()
+  probe: Probe | None = None
+  profile: int = 0
 
 
 def fit(
-  graph: nnx.GraphDef,
+  model: ModelConfig,
   params: Any,
   items: Sequence[data.Example],
   config: TrainConfig,
@@ -34,69 +63,104 @@ def fit(
   workdir: str | os.PathLike,
   buckets: Sequence[data.Bucket] = (),
   identity: str = '',
+  watch: Watch = Watch(),
 ) -> tuple[Any, dict[str, Any]]:
   """(parameters after training on `items`, f32 on the mesh; summary of the run).
 
   Continues from the newest checkpoint in `workdir`, to bitwise the same end as a run that was never
-  stopped; a run that is done only reads its result. Writes metrics.jsonl, tensorboard/ and
-  checkpoints/ there.
+  stopped; a run that is done only reads its result. Writes the files of `log`, tensorboard/ and
+  checkpoints/ there. SIGTERM saves and ends it.
 
   Args:
-    graph, params: the model's halves; params are copied.
+    model, params: what is trained; params are copied.
     items: what to train on.
     config: `batch_size` and `max_length` give the shape of the batches where `buckets` is empty.
     mesh: devices; batch rows are split over data × fsdp.
     workdir: folder, made where it is absent.
     buckets: shapes of batches, an example going to the shortest rows that hold it.
     identity: names `params`, so that a run is not gone on with from others, such as a fingerprint.
+    watch: what is looked at meanwhile.
 
   Raises:
-    ValueError: before the first step: nothing to train on, rows that the mesh does not divide, a
-      workdir that cannot be written or holds another run.
-    FloatingPointError: a loss or gradient norm that is not finite, naming the step.
+    ValueError: before the first step: nothing to train on, rows that the mesh does not divide,
+      attention that cannot run here, a workdir that cannot be written or holds another run.
+    FloatingPointError: a loss or gradient norm that is not finite, naming the step and examples.
+    Preempted: after a SIGTERM.
   """
-  buckets = buckets or (data.Bucket(config.max_length, config.batch_size),)
-  for bucket in buckets:
-    if bucket.rows % config.accumulation:
-      raise ValueError(
-        f'{bucket.rows} rows are not divided by train.accumulation={config.accumulation}.'
-      )
-    name = 'train.batch_size / train.accumulation'
-    parallel.check_batch(bucket.rows // config.accumulation, mesh, name)
+  buckets = tuple(buckets) or (data.Bucket(config.max_length, config.batch_size),)
+  _check(buckets, config, mesh)
   steps = data.plan([len(item.tokens) for item in items], buckets, config.epochs, config.seed)
+  batches, sharding = data.Batches(items, steps), parallel.batch_sharding(mesh)
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   meta = {
     **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
     'steps': len(steps),
     'data': fingerprint(items),
+    'held_out': fingerprint(watch.held_out),
     'buckets': [list(bucket) for bucket in buckets],
     'init': identity,
   }
+  if config.lora is None:
+    graph, trained, frozen = structure(model, config.dtype)[0], params, None
+  else:
+    graph, _ = lora.structure(model, config.lora, config.dtype)
+    trained = lora.init(model, config.lora, jax.random.key(config.seed))
+    frozen = place_frozen(params, config, mesh)
 
-  train_step = make_train_step(graph, params, config, len(steps), mesh)
-  optimizer = make_optimizer(config, len(steps))
-  sharding = parallel.batch_sharding(mesh)
-  iterator = data.iterate(data.Batches(items, steps), lambda b: _place(b, sharding))
+  def whole(state: TrainState):
+    """All parameters of the plain model, as they would be used."""
+    if config.lora is None:
+      return state.result
+    merge = jax.jit(
+      lambda params, adapters: lora.merge(params, adapters, config.lora),
+      out_shardings=parallel.param_shardings(params, mesh),
+    )
+    return merge(params, state.result)
+
+  train_step = make_train_step(graph, trained, config, len(steps), mesh, frozen)
+  iterator = data.iterate(batches, lambda b: _place(b, sharding))
+  work = _work(model, items, steps, batches.ids, config, mesh)
+  held_out = HeldOut(make_eval_step(graph, config, mesh), watch.held_out, buckets, config, sharding)
   summary = {
     'steps': len(steps),
     'examples': len(items),
     'padding_share': data.padding_share(items, steps),
   }
   with checkpoints.make_checkpointer(workdir / 'checkpoints', config.keep) as checkpointer:
-    abstract = abstract_state(params, optimizer, mesh)
+    abstract = abstract_state(trained, config, mesh)
     found = checkpoints.restore(checkpointer, abstract, iterator, meta)
-    state, first = found or (init_state(params, optimizer, mesh), 0)
-    with Log(workdir, first, len(steps), config.log_every) as log:
-      for step in range(first, len(steps)):
+    state, first = found or (init_state(trained, config, mesh), 0)
+    state = dataclasses.replace(state, frozen=frozen)
+    held_out.recall(logs.read(workdir / logs.HELD_OUT, first))
+    with (
+      logs.Log(workdir, first, len(steps), config.log_every, work) as log,
+      Termination() as terminated,
+      Trace(workdir / 'profile', first + 2, watch.profile) as trace,
+    ):
+      step = first
+      while step < len(steps) and not held_out.exhausted:
+        trace(step)
         state, metrics = train_step(state, next(iterator))
         log.add(step, metrics)
-        every = config.checkpoint_every
-        if step + 1 == len(steps) or (every and (step + 1) % every == 0):
+        step += 1
+        last = step == len(steps)
+        if last or (config.eval_every and step % config.eval_every == 0):
+          log.flush()
+          if watch.held_out:
+            log.held_out(step, held_out(state))
+          if watch.probe is not None:
+            log.probes(step, watch.probe(whole(state)))
+        leave = terminated(step)
+        last |= held_out.exhausted
+        if leave or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
           log.flush()  # which refuses numbers that are not finite: they are never saved
-          checkpoints.save(checkpointer, step + 1, state, iterator, meta)
-      summary |= log.summary()
-  return state.params, summary
+          checkpoints.save(checkpointer, step, state.learnt, iterator, meta)
+        if leave and not last:
+          raise Preempted(f'ended after step {step} of {len(steps)}, which is saved.')
+      summary |= log.summary() | held_out.summary()
+      summary['steps_taken'] = step
+  return whole(state), summary
 
 
 def train(
@@ -105,6 +169,8 @@ def train(
   dialogue,
   config: TrainConfig,
   workdir: str | os.PathLike,
+  probe: Probe | None = None,
+  profile: int = 0,
 ) -> tuple[Any, dict[str, Any]]:
   """(parameters of `lm` fine-tuned on D_CAI, summary with the examples' counts); see `fit`.
 
@@ -114,6 +180,7 @@ def train(
     dialogue: Dialogue of the tokenizer.
     config: settings.
     workdir: folder for metrics, events and checkpoints.
+    probe, profile: as of `Watch`.
 
   Raises:
     ValueError: as `fit` and `data.examples`, and for rows longer than the model's context.
@@ -132,19 +199,154 @@ def train(
     drop_truncated=config.drop_truncated,
     seed=config.seed,
   )
-  graph, _ = structure(lm.config, config.dtype)
+  items, held_out = data.hold_out(found.items, config.eval_share, config.seed)
   params, summary = fit(
-    graph, lm.params, found.items, config, lm.mesh, workdir, identity=lm.fingerprint
+    lm.config,
+    lm.params,
+    items,
+    config,
+    lm.mesh,
+    workdir,
+    identity=lm.fingerprint,
+    watch=Watch(held_out, probe, profile),
   )
-  return params, {**found.counts, **summary}
+  return params, {**found.counts, 'held_out': len(held_out), **summary}
 
 
 def fingerprint(items: Sequence[data.Example]) -> str:
   """Hex digest of the examples, in their order."""
   digest = hashlib.sha256()
-  for tokens, mask in items:
-    digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes() + mask.tobytes())
+  for item in items:
+    digest.update(np.int64(len(item.tokens)).tobytes())
+    digest.update(item.tokens.tobytes() + item.loss_mask.tobytes())
   return digest.hexdigest()[:32]
+
+
+class HeldOut:
+  """The loss on held-out examples, and whether it is long since it fell.
+
+  Args:
+    eval_step: as `step.make_eval_step` gives it.
+    items: the examples; there may be none.
+    buckets: shapes of batches.
+    config: the run's.
+    sharding: of batches.
+  """
+
+  def __init__(self, eval_step, items, buckets, config: TrainConfig, sharding):
+    self._step, self._config, self._sharding = eval_step, config, sharding
+    self._batches = ()
+    if items:
+      plan = data.plan([len(item.tokens) for item in items], buckets, 1, 0)
+      self._batches = data.Batches(items, plan)
+    self._losses: list[float] = []
+
+  def __call__(self, state: TrainState) -> dict[str, float]:
+    """loss, in the run's normalization, and nll_per_token."""
+    sums = []
+    for i in range(len(self._batches)):
+      batch = _place(self._batches[i], self._sharding)
+      sums.append(self._step(state.result, state.frozen, batch))
+    total = {name: sum(float(s[name]) for s in jax.device_get(sums)) for name in sums[0]}
+    loss = total['nll'] / max(total[WEIGHTS[self._config.loss_normalization]], 1.0)
+    self._losses.append(loss)
+    return {'loss': loss, 'nll_per_token': total['nll'] / max(total['num_tokens'], 1.0)}
+
+  def recall(self, rows: Sequence[dict[str, float]]) -> None:
+    """Takes what a run that is gone on with had found before."""
+    self._losses = [row['loss'] for row in rows]
+
+  @property
+  def exhausted(self) -> bool:
+    """Whether the last `patience` evaluations have found no loss below the least before them."""
+    patience, losses = self._config.patience, self._losses
+    return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+  def summary(self) -> dict[str, float | bool]:
+    """Last and least held-out loss, and whether training stopped for want of a lower one."""
+    if not self._losses:
+      return {}
+    return {
+      'held_out_loss': self._losses[-1],
+      'least_held_out_loss': min(self._losses),
+      'stopped_early': self.exhausted,
+    }
+
+
+class Termination:
+  """Whether a SIGTERM has come: `terminated(step)`; with many processes, the same for all.
+
+  Then JAX's own service takes the signal, and finds a step that none has passed yet.
+  """
+
+  def __init__(self):
+    self._asked, self._before = False, None
+
+  def __enter__(self):
+    alone = jax.process_count() == 1
+    if alone and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._ask)
+    return self
+
+  def __exit__(self, *_):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def __call__(self, step: int) -> bool:
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
+
+  def _ask(self, *_):
+    self._asked = True
+
+
+class Trace:
+  """Writes a profiler's trace of `count` steps, from step `begin` on."""
+
+  def __init__(self, folder: pathlib.Path, begin: int, count: int):
+    self._folder, self._begin, self._end = folder, begin, begin + count
+    self._runs = False
+
+  def __enter__(self):
+    return self
+
+  def __call__(self, step: int) -> None:
+    if self._runs and step >= self._end:
+      self.__exit__()
+    elif self._begin <= step < self._end and not self._runs:
+      jax.profiler.start_trace(str(self._folder))
+      self._runs = True
+
+  def __exit__(self, *_):
+    if self._runs:
+      jax.profiler.stop_trace()
+      self._runs = False
+
+
+def _check(buckets: Sequence[data.Bucket], config: TrainConfig, mesh: Mesh) -> None:
+  for bucket in buckets:
+    if bucket.rows % config.accumulation:
+      raise ValueError(
+        f'{bucket.rows} rows are not divided by train.accumulation={config.accumulation}.'
+      )
+    name = 'train.batch_size / train.accumulation'
+    parallel.check_batch(bucket.rows // config.accumulation, mesh, name)
+    try:
+      kernels.check(config.attention, mesh, config.dtype, bucket.length)
+    except ValueError as error:
+      raise ValueError(f'train.attention: {error}') from None
+
+
+def _work(model: ModelConfig, items, steps, ids, config: TrainConfig, mesh: Mesh) -> logs.Work:
+  lengths = np.array([len(item.tokens) for item in items])
+  of_step = [lengths[[i for row in step.rows for i in row]] for step in steps]
+  return logs.Work(
+    tokens=np.array([x.sum() for x in of_step]),
+    flops=np.array([model.training_flops(x, adapters=config.lora is not None) for x in of_step]),
+    peak=hardware.peak_flops(list(mesh.devices.flat), config.dtype),
+    ids=ids,
+  )
 
 
 def _place(batch: dict[str, np.ndarray], sharding) -> dict[str, jax.Array]:
@@ -153,95 +355,3 @@ def _place(batch: dict[str, np.ndarray], sharding) -> dict[str, jax.Array]:
     name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
     for name, x in batch.items()
   }
-
-
-class Log:
-  """Metrics of a run: one row a logged step in metrics.jsonl, TensorBoard events, progress.
-
-  Numbers are fetched a step late, so that the device never waits for the host. On a resumed run
-  the rows at and after the first step are cut away: no step stands there twice.
-  """
-
-  def __init__(self, workdir: pathlib.Path, first: int, total: int, every: int):
-    self._first, self._total, self._every = first, total, every
-    self._waiting = None
-    self._last = {}
-    self._tokens = 0.0
-    self._began = time.monotonic()
-    self._speaks = jax.process_index() == 0
-    if not self._speaks:
-      return
-    path = workdir / 'metrics.jsonl'
-    _cut(path, first)
-    self._file = path.open('a')
-    # Events at and after the purge step are hidden; step `first`, counted from 1, is done.
-    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first + 1)
-    self._progress = Progress('train', 'step', first)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    if self._speaks:
-      self._file.close()
-      self._events.close()
-      self._progress.close()
-
-  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of step 0, 1, ..., and writes those of the step before."""
-    waiting, self._waiting = self._waiting, (step, metrics)
-    self._write(waiting)
-
-  def flush(self) -> None:
-    """Writes what is waiting.
-
-    Raises:
-      FloatingPointError: as `add`.
-    """
-    waiting, self._waiting = self._waiting, None
-    self._write(waiting)
-
-  def summary(self) -> dict[str, float]:
-    """Seconds, target tokens and last metrics of what this process did of the run."""
-    seconds = time.monotonic() - self._began
-    return {
-      'resumed_at': self._first,
-      'seconds': seconds,
-      'target_tokens': self._tokens,
-      'target_tokens_per_second': self._tokens / max(seconds, 1e-9),
-      **{f'last_{k}': v for k, v in self._last.items() if k in ('loss', 'grad_norm')},
-    }
-
-  def _write(self, waiting) -> None:
-    if waiting is None:
-      return
-    step, metrics = waiting
-    row = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in ('loss', 'grad_norm'):
-      if not math.isfinite(row[name]):
-        raise FloatingPointError(
-          f'{name} is {row[name]} at step {step + 1}: lower train.learning_rate, set '
-          'train.clip_norm, or look at the data. The checkpoints before it are kept.'
-        )
-    self._tokens += row['num_tokens']
-    self._last = row
-    if not self._speaks:
-      return
-    last = step + 1 == self._total
-    if (step + 1) % self._every == 0 or last:
-      self._file.write(json.dumps({'step': step + 1, **row}) + '\n')
-      self._file.flush()
-      for name, value in row.items():
-        self._events.add_scalar(f'train/{name}', value, step + 1)
-    self._progress(step + 1, self._total, int(self._tokens), f'loss {row["loss"]:.4g}')
-
-
-def _cut(path: pathlib.Path, first: int) -> None:
-  """Keeps the whole rows of metrics.jsonl up to step `first`."""
-  if not path.exists():
-    return
-  lines = path.read_bytes().split(b'\n')[:-1]
-  kept = [line for line in lines if json.loads(line)['step'] <= first]
-  scratch = path.with_suffix('.tmp')
-  scratch.write_bytes(b''.join(line + b'\n' for line in kept))
-  os.replace(scratch, path)

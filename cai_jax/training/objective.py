@@ -70,7 +70,8 @@ def loss_and_metrics(
   params,
   batch: Batch,
   sharding: NamedSharding | None = None,
-  remat: bool = False,
+  remat: str = 'none',
+  attention: str = 'xla',
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(nll f32[] summed over target tokens, sums f32[]: num_tokens, num_sequences).
 
@@ -80,7 +81,8 @@ def loss_and_metrics(
     batch: tokens, positions (from 0 in each segment), segment_ids (from 1, 0 is padding), each
       i32[B,T], and loss_mask bool or i32[B,T], nonzero on the tokens to learn.
     sharding: of rows, the batch's (`parallel.batch_sharding`); None on one device.
-    remat: compute each block again in the backward pass instead of keeping its activations.
+    remat: what the backward pass computes again: a name of `transformer.REMAT`.
+    attention: a name of `kernels.KERNELS`.
   """
   model = nnx.merge(graph, params)
   hidden, _ = model(
@@ -89,6 +91,7 @@ def loss_and_metrics(
     batch['segment_ids'],
     sharding=sharding,
     remat=remat,
+    attention=attention,
   )
   targets, weights = targets_of(batch)
   sums = {

@@ -1,0 +1,85 @@
+"""Attention by kernels: what plain XLA gives, or an error where one cannot run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax import parallel
+from cai_jax.model import attention, kernels
+from cai_jax.model.cache import LayerCache, causal_mask
+
+B, T, N, K, H = 2, 256, 4, 2, 64
+
+
+def packed():
+  """q, k, v and segments of two rows, the second one padded."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(keys[0], (B, T, N, H))
+  k, v = (jax.random.normal(key, (B, T, K, H)) for key in keys[1:])
+  segments = np.ones((B, T), np.int32)
+  segments[0, 100:] = 2
+  segments[1, 30:180], segments[1, 180:] = 2, 0
+  return q, k, v, segments
+
+
+def plain(q, k, v, segments, window):
+  place = jnp.broadcast_to(jnp.arange(T), (B, T))
+  same = segments[:, :, None] == segments[:, None, :]
+  kv = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+  return attention.attend(q, [attention.Keys(kv, causal_mask(place, place, window, same))])
+
+
+@pytest.mark.parametrize('window', [None, 40])
+@pytest.mark.parametrize('name', ['splash', 'cudnn'])
+def test_a_kernel_gives_what_plain_attention_gives(name, window):
+  """On CPUs: splash attention interpreted, and the call of cuDNN's by XLA's implementation."""
+  mesh = parallel.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+  option = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}[name]
+  q, k, v, segments = packed()
+  real = (segments > 0)[..., None, None]
+  kernel = functools.partial(kernels.KERNELS[name], **option)
+
+  def run(attend):
+    def weighted(q, k, v):
+      out = jnp.where(real, attend(q, k, v), 0.0)
+      return jnp.sum(out * jnp.cos(out)), out
+
+    return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+  (_, expected), slopes = run(lambda q, k, v: plain(q, k, v, segments, window))
+  (_, found), others = run(lambda q, k, v: kernel(q, k, v, segments, window, mesh))
+  np.testing.assert_allclose(found, expected, atol=2e-5)
+  for one, other in zip(slopes, others, strict=True):
+    np.testing.assert_allclose(other, one, atol=2e-4)
+
+
+def test_names_that_cannot_run_here_are_errors():
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  kernels.check('xla', mesh, 'float32', 100)
+  with pytest.raises(ValueError, match="'flash' is not one of"):
+    kernels.check('flash', mesh, 'float32', 128)
+  with pytest.raises(ValueError, match="'splash' runs on TPUs only.*CPUs: choose 'xla'"):
+    kernels.check('splash', mesh, 'float32', 128)
+  with pytest.raises(ValueError, match="'cudnn' runs on GPUs only"):
+    kernels.check('cudnn', mesh, 'bfloat16', 128)
+
+
+class FakeMesh:
+  """A mesh of devices that are not here."""
+
+  def __init__(self, platform):
+    device = type('Device', (), {'platform': platform})()
+    self.devices = np.array([device], object)
+
+
+def test_what_kernels_cannot_take_is_an_error():
+  kernels.check('splash', FakeMesh('tpu'), 'bfloat16', 1024)
+  with pytest.raises(ValueError, match='multiple of 128 tokens, not 1000'):
+    kernels.check('splash', FakeMesh('tpu'), 'bfloat16', 1000)
+  with pytest.raises(ValueError, match='not in float32'):
+    kernels.check('cudnn', FakeMesh('gpu'), 'float32', 1024)
+  with pytest.raises(ValueError, match='needs segment_ids'):
+    kernels.bind('splash', None, None)

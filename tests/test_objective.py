@@ -57,7 +57,7 @@ def test_loss_agrees_with_torch(params):
   )
   nll, sums = loss(params, batch)
   assert nll == pytest.approx(float(expected), rel=1e-5)
-  assert sums['num_tokens'] == sum(int(m.sum()) for _, m in items)
+  assert sums['num_tokens'] == sum(int(m.sum()) for _, m, _ in items)
   assert sums['num_sequences'] == 4
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
 from cai_jax.model import config as config_lib
-from cai_jax.model import weights
+from cai_jax.model import lora, weights
 
 BASE = dict(
   vocab_size=8, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
@@ -25,7 +25,9 @@ def paths(config):
 
 
 def test_every_rule_is_used_and_every_parameter_has_one():
+  adapted = lora.structure(CONFIGS[0], lora.LoraConfig(rank=2))[1]
   names = {path for config in CONFIGS for path in paths(config)}
+  names |= {path for path, _ in weights._flat(adapted)}
   for path in names:
     assert isinstance(parallel.spec_of(path), P)  # raises unless exactly one rule matches
   for pattern, _ in parallel.RULES:

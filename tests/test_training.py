@@ -20,10 +20,10 @@ from cai_jax import parallel
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params, structure
-from cai_jax.training import data, log, loop, objective, step
+from cai_jax.training import checkpoints, data, log, loop, objective, step
 from cai_jax.training.config import TrainConfig
 
-MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 2, 8, 64, qkv_bias=True)
+MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 4, 8, 64, qkv_bias=True)
 GRAPH, SHAPES = structure(MODEL)
 # Adam divides a gradient that is next to nothing by its own size; with a large eps its rounding
 # error stays one, and parameters can be compared.
@@ -65,7 +65,7 @@ def same(a, b):
 
 def run_steps(params, items, config, mesh, count=4):
   """(params, metrics of each step) after the first `count` steps."""
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], 4, 0)
+  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], 6, 0)
   batches = data.Batches(items, steps)
   train_step = step.make_train_step(GRAPH, SHAPES, config, len(steps), mesh)
   state = step.init_state(params, config, mesh)
@@ -91,11 +91,17 @@ def agree(found, reference, tolerance=1e-5):
     np.testing.assert_allclose(a, b, atol=tolerance)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_eight_devices_equal_one(params, items, reference, sizes):
+@pytest.fixture(scope='module')
+def twenty(params, items):
+  state, metrics = run_steps(params, items, CONFIG, one_device(), count=20)
+  return jax.device_get(state.params), metrics
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_eight_devices_equal_one_after_twenty_steps(params, items, twenty, sizes):
   mesh = parallel.make_mesh(*sizes)
-  state, metrics = run_steps(params, items, CONFIG, mesh)
-  agree((state, metrics), reference)
+  state, metrics = run_steps(params, items, CONFIG, mesh, count=20)
+  agree((state, metrics), twenty)
   # Moments lie as their parameters do.
   for moments in (state.opt_state[1][0].mu, state.opt_state[1][0].nu):
     jax.tree.map(lambda m, p: m.sharding == p.sharding or pytest.fail(), moments, state.params)
@@ -190,6 +196,14 @@ def test_schedules():
   expected = [0.5 + 0.5 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
   np.testing.assert_allclose(cosine, expected, rtol=1e-6)
   assert values(1, schedule='cosine', warmup=0.1) == [1.0]
+  np.testing.assert_allclose(
+    values(10, schedule='wsd', warmup=0.2, decay=0.4, final_share=0.2),
+    [1 / 3, 2 / 3, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2],
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(
+    values(4, schedule='wsd', warmup=0.0, decay=0.9), [1, 2 / 3, 1 / 3, 0], atol=1e-6
+  )
 
 
 def test_the_optimizer_is_clipped_adamw(params):
@@ -293,6 +307,35 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
     loop.fit(MODEL, params, items, FIT, mesh, tmp_path / 'whole', other)
 
 
+def test_a_checkpoint_goes_on_exactly_on_another_mesh(params, items, tmp_path, stop_after):
+  """Saved on 2×2×2 and gone on with on 1×8×1: step for step what 1×8×1 does from that state."""
+  meshes = parallel.make_mesh(2, 2, 2), parallel.make_mesh(1, 8, 1)
+  go_on = stop_after(5)
+  with pytest.raises(Stopped):
+    loop.fit(MODEL, params, items, FIT, meshes[0], tmp_path)
+  go_on()
+  with checkpoints.make_checkpointer(tmp_path / 'checkpoints', FIT.keep) as checkpointer:
+    at = checkpointer.latest.step
+    saved = [
+      checkpointer.load_checkpointables(
+        at, {'state': step.abstract_state(SHAPES, FIT, mesh), 'data': None}
+      )['state']
+      for mesh in meshes
+    ]
+  assert same(*saved) and 0 < at <= 5
+  assert saved[1].params['embed']['table'].sharding.mesh.shape['fsdp'] == 8
+  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], FIT.epochs, FIT.seed)
+  train_step = step.make_train_step(GRAPH, SHAPES, FIT, len(steps), meshes[1])
+  state, batches = saved[1], data.Batches(items, steps)
+  for i in range(at, len(steps)):
+    state, _ = train_step(state, loop._place(batches[i], parallel.batch_sharding(meshes[1])))
+  trained, summary = loop.fit(MODEL, params, items, FIT, meshes[1], tmp_path)
+  assert summary['resumed_at'] == at and same(trained, state.params)
+  whole, _ = loop.fit(MODEL, params, items, FIT, meshes[0], tmp_path / 'whole')
+  for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_events_of_steps_that_are_done_again_are_purged(tmp_path):
   """After step 3 was logged and step 2 saved: TensorBoard hides events at and after the purge."""
   metrics = dict.fromkeys(('loss', 'grad_norm', 'num_tokens'), jnp.ones(()))
@@ -387,13 +430,14 @@ items = [data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n
 params = init_params(t.MODEL, jax.random.key(0))
 mesh = parallel.make_mesh(2, 1, 1, devices=jax.devices()[:2])
 config = t.dataclasses.replace(t.FIT, checkpoint_every=7)
-trained, _ = loop.fit(t.GRAPH, params, items, config, mesh, sys.argv[1])
+trained, _ = loop.fit(t.MODEL, params, items, config, mesh, sys.argv[1])
 np.savez(sys.argv[1] + '/end.npz', *jax.tree.leaves(trained))
 """
 
 
 @pytest.mark.slow
-def test_a_run_killed_five_times_ends_in_the_same_parameters(tmp_path):
+def test_a_run_killed_twenty_times_ends_in_the_same_parameters(tmp_path):
+  """At moments drawn from the steps, and ten of them once a save is seen under way."""
   root = pathlib.Path(__file__).parents[1]
   environment = {**os.environ, 'PYTHONPATH': str(root)}
 
@@ -404,14 +448,23 @@ def test_a_run_killed_five_times_ends_in_the_same_parameters(tmp_path):
 
   assert start('whole').wait() == 0
   total = metrics_of(tmp_path / 'whole')[-1]['step']
-  rng = np.random.default_rng(7)
-  for kill_at in sorted(rng.integers(1, total, 5)):
-    process, log = start('killed'), tmp_path / 'killed/metrics.jsonl'
-    while not log.exists() or log.read_bytes().count(b'\n') < kill_at:
-      assert process.poll() is None
-      time.sleep(0.01)
+  rng, during = np.random.default_rng(7), 0
+  log, folder = tmp_path / 'killed/metrics.jsonl', tmp_path / 'killed/checkpoints'
+  for number, kill_at in enumerate(sorted(rng.integers(1, total - 30, 20))):
+    process = start('killed')
+
+    def wait_for(condition, process=process):
+      while not condition():
+        assert process.poll() is None
+        time.sleep(0.001)
+
+    wait_for(lambda: log.exists() and log.read_bytes().count(b'\n') >= kill_at)  # noqa: B023
+    if number % 2:  # names of steps that are not yet whole have a suffix
+      wait_for(lambda: any(not path.name.isdigit() for path in folder.iterdir()))
+      during += 1
     process.send_signal(signal.SIGKILL)
     process.wait()
+  assert during == 10
   assert start('killed').wait() == 0
   with np.load(tmp_path / 'whole/end.npz') as whole, np.load(tmp_path / 'killed/end.npz') as again:
     assert sorted(whole) == sorted(again)

@@ -1,0 +1,102 @@
+"""Training by two processes of four devices each: what one process of eight does, and SIGTERM."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+RUN = """
+import dataclasses, sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from cai_jax import parallel
+parallel.initialize()
+from cai_jax.model.lm import init_params
+from cai_jax.training import data, loop
+from tests import test_training as t
+workdir, count = sys.argv[1], int(sys.argv[2])
+rng = np.random.default_rng(0)
+items = [data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
+         for n in rng.integers(4, 25, count)]
+config = dataclasses.replace(t.CONFIG, epochs=1, checkpoint_every=1000)
+params = jax.device_get(init_params(t.MODEL, jax.random.key(0)))
+held_out = items[:20]
+config = dataclasses.replace(config, eval_share=0.1, eval_every=10)
+try:
+  trained, summary = loop.fit(t.MODEL, params, items, config, parallel.make_mesh(2, 2, 2), workdir,
+                              watch=loop.Watch(held_out))
+except loop.Preempted as ended:
+  print(f'preempted: {ended}', flush=True)
+  sys.exit(143)
+if jax.process_count() > 1:
+  trained = multihost_utils.process_allgather(trained, tiled=True)
+if jax.process_index() == 0:
+  np.savez(workdir + '/end.npz', *jax.tree.leaves(jax.device_get(trained)))
+"""
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(workdir, count, devices, **environment):
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'} | environment
+  workdir.mkdir(exist_ok=True)
+  return subprocess.Popen(
+    [sys.executable, '-c', RUN, str(workdir), str(count)],
+    env=environment | {'XLA_FLAGS': flags},
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def start_two(workdir, count):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  names = {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': '2'}
+  return [start(workdir, count, 4, PROCESS_ID=str(i), **names) for i in range(2)]
+
+
+def rows(workdir, name='metrics.jsonl'):
+  return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+  """20 steps and more on 2×2×2."""
+  assert start(tmp_path / 'one', 600, 8).wait() == 0
+  assert [p.wait() for p in start_two(tmp_path / 'two', 600)] == [0, 0]
+  one, two = rows(tmp_path / 'one'), rows(tmp_path / 'two')
+  assert len(one) == len(two) > 20
+  for a, b in zip(one, two, strict=True):
+    assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+  looked = [rows(tmp_path / name, 'held_out.jsonl')[-1]['loss'] for name in ('one', 'two')]
+  assert looked[0] == pytest.approx(looked[1], rel=1e-5)
+  with np.load(tmp_path / 'one/end.npz') as a, np.load(tmp_path / 'two/end.npz') as b:
+    for name in a:
+      np.testing.assert_allclose(a[name], b[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_and_both_go_on_exactly(tmp_path):
+  assert [p.wait() for p in start_two(tmp_path / 'whole', 2000)] == [0, 0]
+  pair, metrics = start_two(tmp_path / 'cut', 2000), tmp_path / 'cut' / 'metrics.jsonl'
+  while not metrics.exists() or metrics.read_bytes().count(b'\n') < 5:
+    assert [p.poll() for p in pair] == [None, None]
+    time.sleep(0.01)
+  pair[1].send_signal(signal.SIGTERM)
+  told = [p.communicate()[0] for p in pair]
+  assert [p.returncode for p in pair] == [143, 143]
+  assert all('preempted: ended after step' in text for text in told)
+  (saved,) = [int(p.name) for p in (tmp_path / 'cut/checkpoints').iterdir() if p.name.isdigit()]
+  assert [p.wait() for p in start_two(tmp_path / 'cut', 2000)] == [0, 0]
+  whole, cut = rows(tmp_path / 'whole'), rows(tmp_path / 'cut')
+  assert whole == cut and 5 <= saved < len(whole)
+  with np.load(tmp_path / 'whole/end.npz') as a, np.load(tmp_path / 'cut/end.npz') as b:
+    assert all(np.array_equal(a[name], b[name]) for name in a)

@@ -70,6 +70,7 @@ class Run:
   remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
   train: TrainConfig
   scorer: scores.Scorer | None
+  profile: int = 0  # training steps that a trace is written of
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
@@ -273,7 +274,7 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = data.read_rows(run.workdir / 'd_cai')
   probe = _probe(run, lm) if run.train.probes else None
-  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir, probe, _PROFILE.value)
+  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir, probe, run.profile)
   folder = run.workdir / 'model'
   models.save(dataclasses.replace(lm, params=params), folder)
   return {
@@ -566,7 +567,7 @@ def main(argv: Sequence[str]) -> None:
   parallel.initialize()
   say = print if jax.process_index() == 0 else lambda text: None
   try:
-    run = build(_CONFIG.value, _WORKDIR.value)
+    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value), profile=_PROFILE.value)
     run_stages(run, _STAGES.value, say)
   except (ValueError, FloatingPointError, ConnectionError) as error:
     sys.exit(f'error: {error}')

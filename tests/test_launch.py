@@ -201,6 +201,12 @@ def set_fields(**fields):
     ({'prompts__harmful__split': 'other'}, 'other'),
     ({'constitution__tags': ('no such tag',)}, 'no such tag'),
     ({'feedback__rounds': 0}, 'rounds=0'),
+    ({'train__attention': 'splash'}, "train.attention: attention 'splash' runs on TPUs only"),
+    ({'train__remat': 'some'}, "train.remat='some' is not one of"),
+    ({'train__lora_rank': 2, 'train__lora_modules': 'mpl'}, "'mpl' matches none"),
+    ({'train__eval_every': 5}, 'set train.eval_share'),
+    ({'train__patience': 2, 'train__eval_share': 0.1}, 'set train.eval_every'),
+    ({'train__schedule': 'wsd', 'train__warmup': 0.5, 'train__decay': 0.6}, 'over 1 together'),
   ],
 )
 def test_bad_input_is_refused_before_any_work(fields, match, folder, tmp_path):
@@ -309,6 +315,32 @@ def test_a_model_without_an_oracle_has_lengths_only(folder, tmp_path):
   summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())
   assert set(summary) == {'stages', 'models'}
   assert set(summary['models']['aligned']) == {'count', 'mean_tokens'}
+
+
+def test_adapters_held_out_examples_and_probes_come_to_the_report(done, tmp_path):
+  """From another run's D_CAI on."""
+  finished, config = done
+  shutil.copytree(finished / 'd_cai', tmp_path / 'd_cai')
+  manifest = json.loads((finished / 'manifest.json').read_text())
+  manifest['stages'] = {'generate': manifest['stages']['generate']}
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  set_fields(
+    train__lora_rank=2,
+    train__ema=0.5,
+    train__eval_share=0.2,
+    train__eval_every=1,
+    train__probes=2,
+  )(config)
+  launch.run_stages(launch.build(config, tmp_path), list(launch.STAGES))
+  train = json.loads((tmp_path / 'manifest.json').read_text())['stages']['train']
+  assert train['held_out'] > 0 and train['held_out_loss'] > 0 and 0 < train['utilization'] < 1
+  held_out = [json.loads(line) for line in (tmp_path / 'held_out.jsonl').open()]
+  assert [row['step'] for row in held_out] == [*range(1, train['steps'] + 1)]
+  probes = [json.loads(line) for line in (tmp_path / 'probes.jsonl').open()]
+  assert len(probes) == 2 * train['steps'] and all(row['prompt'] for row in probes)
+  page = (tmp_path / 'report.html').read_text()
+  assert 'Answers to probe prompts' in page and '>held out<' in page
+  assert cai_jax.load(tmp_path / 'model').config == cai_jax.load(finished / 'model').config
 
 
 def command(folder, workdir):

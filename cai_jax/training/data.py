@@ -248,8 +248,8 @@ def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[
 def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: int) -> list[Step]:
   """The steps of a run: every example `epochs` times, once an epoch, in an order from the seed.
 
-  An example goes to the shortest rows that hold it. The last step of an epoch and bucket may have
-  fewer rows than the bucket; `Batches` fills it up with empty ones.
+  An example goes to the shortest rows that hold it. Rows that do not fill an epoch's last step of a
+  bucket begin the next epoch's; those of the last epoch `Batches` fills up with empty ones.
 
   Raises:
     ValueError: if an example is longer than every bucket's rows, or there is none.
@@ -263,16 +263,18 @@ def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: i
       f'an example of {lengths.max()} tokens does not fit rows of {buckets[-1].length}: drop it.'
     )
   bucket_of = np.searchsorted([b.length for b in buckets], lengths)
-  steps = []
+  steps, waiting = [], {k: [] for k in range(len(buckets))}
   for epoch in range(epochs):
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     of_epoch = []
     for k, bucket in enumerate(buckets):
       rows = pack(lengths, order[bucket_of[order] == k], bucket.length)
-      rows = [rows[i] for i in rng.permutation(len(rows))]
-      for at in range(0, len(rows), bucket.rows):
+      rows = waiting[k] + [rows[i] for i in rng.permutation(len(rows))]
+      end = len(rows) if epoch == epochs - 1 else len(rows) // bucket.rows * bucket.rows
+      for at in range(0, end, bucket.rows):
         of_epoch.append(Step(bucket, tuple(rows[at : at + bucket.rows])))
+      waiting[k] = rows[end:]
     steps += [of_epoch[i] for i in rng.permutation(len(of_epoch))]
   return steps
 

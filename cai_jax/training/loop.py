@@ -96,9 +96,10 @@ def fit(
   meta = {
     **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
     'steps': len(steps),
-    'data': fingerprint(items),
-    'held_out': fingerprint(watch.held_out),
     'buckets': [list(bucket) for bucket in buckets],
+    'data': fingerprint(items),
+    'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],  # which step has which examples
+    'held_out': fingerprint(watch.held_out),
     'init': identity,
   }
   if config.lora is None:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 HELPFUL = 'helpful'  # `kind` of the rows whose initial answer can be mixed in
-OPEN_ROWS = 64  # rows that packing keeps open at a time
+PACKED_TOGETHER = 4096  # examples whose rows are open at a time
 
 
 class Example(NamedTuple):
@@ -223,26 +223,27 @@ class Step(NamedTuple):
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
-  """Rows of indices into `lengths`, best fit in the given order; none holds over row_length.
+  """Rows of indices into `lengths`, none over row_length.
 
-  Of all rows OPEN_ROWS can still be added to; the one that is fullest closes for a new one.
+  PACKED_TOGETHER examples of the given order at a time, the longest first, each go to the fullest
+  row that still holds them (best fit decreasing), so that the short ones fill what is left.
   """
-  done, rows, free = [], [], np.zeros(0, np.int64)
-  for i in order:
-    fits = np.flatnonzero(free >= lengths[i])
-    if fits.size:
-      at = fits[free[fits].argmin()]
-    elif len(rows) < OPEN_ROWS:
-      at = len(rows)
-      rows.append([])
-      free = np.append(free, row_length)
-    else:
-      at = int(free.argmin())
-      done.append(tuple(rows[at]))
-      rows[at], free[at] = [], row_length
-    rows[at].append(int(i))
-    free[at] -= lengths[i]
-  return done + [tuple(row) for row in rows]
+  done = []
+  for begin in range(0, len(order), PACKED_TOGETHER):
+    together = np.asarray(order[begin : begin + PACKED_TOGETHER])
+    sizes = np.asarray(lengths)[together]
+    rows, free = [], np.zeros(len(together), np.int64)
+    for at in np.argsort(-sizes, kind='stable'):
+      left = free[: len(rows)] - sizes[at]
+      fits = np.flatnonzero(left >= 0)
+      row = fits[left[fits].argmin()] if fits.size else len(rows)
+      if row == len(rows):
+        rows.append([])
+        free[row] = row_length
+      rows[row].append(int(together[at]))
+      free[row] -= sizes[at]
+    done += map(tuple, rows)
+  return done
 
 
 def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: int) -> list[Step]:

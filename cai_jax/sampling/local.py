@@ -17,7 +17,7 @@ from cai_jax.sampling import device
 from cai_jax.sampling.types import Turn
 
 REWIND = 64  # tokens that a windowed layer's cache can take back; more, and a row starts afresh
-WAIT = 16  # decode steps that a slot may wait for others, to be prefilled with them
+WAIT = 8  # decode steps that a slot may wait for others, to be prefilled with them
 BLOCK = 64  # tokens that the lengths of caches are multiples of
 
 

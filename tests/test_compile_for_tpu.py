@@ -6,11 +6,31 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments import compile_for_tpu as aot
+from cai_jax import parallel
+from cai_jax.model.config import from_hf
+from cai_jax.training.config import TrainConfig
+from experiments import compile_for_tpu
+from experiments.aot import hlo, work
+from experiments.aot.models import find_model
+from experiments.aot.program import TooLarge
+from experiments.aot.slices import find_slice
+from experiments.aot.train import Training, shapes_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = {
+  'model_type': 'llama',
+  'vocab_size': 512,
+  'hidden_size': 256,
+  'intermediate_size': 512,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 4,
+  'max_position_embeddings': 1024,
+}
 HLO = """\
 HloModule jit_step, is_scheduled=true
 
@@ -53,18 +73,19 @@ source_target_pairs={{0,1},{1,0}}
 ENTRY %main (x: f32[4]) -> f32[4] {
   %sum.1 = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %z), channel_id=1, \
 replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, metadata={op_name="jit(step)/sum"}
-  %loop = (f32[4]{0}, f32[512,1024]{1,0}) while(%t), condition=%going, body=%body
+  %loop = (f32[4]{0}, f32[512,1024]{1,0}) while(%t), condition=%going, body=%body, \
+backend_config={"known_trip_count":{"n":"5"},"flag":"0"}
   ROOT %y = f32[4]{0} get-tuple-element(%loop), index=0
 }
 """
 
 
-def test_collectives_are_found_once_with_bytes_group_and_depth():
-  found = {c.kind: c for c in aot.find_collectives(HLO, aot.loop_depths(HLO)) if c.depth < 2}
-  assert {k: (c.bytes, c.group, c.depth) for k, c in found.items()} == {
-    'all-reduce': (24, 4, 0),
-    'collective-permute': (16, 2, 1),
-    'all-gather': (128, 2, 1),
+def test_collectives_are_found_once_with_bytes_group_and_place():
+  found = {c.kind: c for c in hlo.find_collectives(HLO, hlo.find_places(HLO)) if c.depth < 2}
+  assert {k: (c.bytes, c.group, c.depth, c.runs) for k, c in found.items()} == {
+    'all-reduce': (24, 4, 0, 1),
+    'collective-permute': (16, 2, 1, 5),
+    'all-gather': (128, 2, 1, 5),
   }
   assert found['all-reduce'].source == 'jit(step)/sum'
   assert found['all-reduce'].sent == 2 * 24 * 3 / 4
@@ -72,23 +93,28 @@ def test_collectives_are_found_once_with_bytes_group_and_depth():
 
 
 def test_what_stands_in_a_branch_is_deeper_than_the_loop():
-  found = list(aot.find_collectives(HLO, aot.loop_depths(HLO)))
+  found = list(hlo.find_collectives(HLO, hlo.find_places(HLO)))
   assert len(found) == 4
   (branch,) = (c for c in found if c.depth == 2)
-  assert (branch.kind, branch.bytes, branch.group) == ('all-reduce', 16, 2)
+  assert (branch.kind, branch.bytes, branch.group, branch.runs) == ('all-reduce', 16, 2, 5)
 
 
-def test_large_copies_are_summed_by_depth():
-  assert aot.large_copies(HLO, aot.loop_depths(HLO)) == {1: 4 * 512 * 1024}
+def test_large_copies_are_summed_by_depth_over_the_turns_of_loops():
+  assert hlo.large_copies(HLO, hlo.find_places(HLO)) == {1: 5 * 4 * 512 * 1024}
+
+
+def test_a_loop_of_unknown_length_counts_once():
+  text = HLO.replace('known_trip_count', 'something_else')
+  assert {c.runs for c in hlo.find_collectives(text, hlo.find_places(text))} == {1}
 
 
 def test_unknown_groups_are_an_error():
   with pytest.raises(ValueError, match='replica groups'):
-    aot.group_size('%x = f32[4] all-reduce(%y), replica_groups=?')
+    hlo.group_size('%x = f32[4] all-reduce(%y), replica_groups=?')
 
 
 def test_what_would_be_used_is_read_from_the_compilers_message():
-  error = aot.TooLarge(
+  error = TooLarge(
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
     '(34.27G) exceeds available HBM (15.75G).'
   )
@@ -98,29 +124,77 @@ def test_what_would_be_used_is_read_from_the_compilers_message():
 @pytest.mark.parametrize('name', ['v9z:4x4', 'v5e', 'v5e:4by4'])
 def test_a_topology_that_is_none_is_an_error(name):
   with pytest.raises(ValueError, match='topology'):
-    aot.find_slice(name)
+    find_slice(name)
 
 
-def test_models_are_known_by_name_or_by_folder(tmp_path):
-  name = 'meta-llama/Meta-Llama-3-8B-Instruct'
-  assert aot.find_model(name).num_params == 8_030_261_248
-  hf = aot.MODELS[name] | {'num_hidden_layers': 2}
-  (tmp_path / 'config.json').write_text(json.dumps(hf))
-  assert aot.find_model('another', str(tmp_path)).num_layers == 2
+@pytest.mark.parametrize(
+  ('name', 'params'),
+  [
+    ('meta-llama/Meta-Llama-3-8B-Instruct', 8_030_261_248),
+    ('meta-llama/Meta-Llama-3-70B-Instruct', 70_553_706_496),
+    ('Qwen/Qwen3-0.6B', 596_049_920),
+  ],
+)
+def test_models_that_are_known_have_the_published_number_of_parameters(name, params):
+  assert find_model(name).num_params == params
+
+
+def test_other_models_are_known_by_folder(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(TINY))
+  assert find_model('another', str(tmp_path)).num_layers == 2
   with pytest.raises(ValueError, match='--model_config'):
-    aot.find_model('another')
+    find_model('another')
+
+
+def test_settings_of_a_command_line_have_the_types_of_the_config():
+  config = compile_for_tpu.load_config(str(ROOT / 'configs' / 'llama3_8b_v5e.py'))
+  settings = 'train.accumulation=2,mesh.tensor=1,train.dtype=float32'
+  found = compile_for_tpu.override(config, settings)
+  assert (found.train.accumulation, found.mesh.tensor, found.train.dtype) == (2, 1, 'float32')
+  assert config.train.dtype == 'bfloat16'
+  for wrong in ('train.acumulation=2', 'train=2', 'train.accumulation=two'):
+    with pytest.raises(ValueError, match='--settings'):
+      compile_for_tpu.override(config, wrong)
+
+
+def traced(config, **settings):
+  """FLOPs of the train step's products."""
+  train = TrainConfig(batch_size=8, max_length=32, **settings)
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  job = Training(config, train, mesh)
+  return work.traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(tied):
+  config = from_hf(TINY | {'tie_word_embeddings': tied})
+  norms = (2 * config.num_layers + 1) * config.d_model  # parameters, but of no product
+  found, tokens = traced(config)
+  assert found == work.model_flops(config, tokens, 32) - 6 * norms * tokens
+  assert traced(config, accumulation=4) == (found, tokens)
+
+
+def test_a_scan_counts_in_its_full_length_and_a_conditional_by_its_dearest_branch():
+  def repeated(x):
+    return jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
+
+  def chosen(x):
+    return jax.lax.cond(x[0, 0] > 0, repeated, lambda x: x @ x, x)
+
+  x = jnp.ones((4, 4))
+  assert work.traced_flops(jax.make_jaxpr(repeated)(x).jaxpr) == 5 * 2 * 4**3
+  assert work.traced_flops(jax.make_jaxpr(jax.jit(chosen))(x).jaxpr) == 5 * 2 * 4**3
 
 
 @pytest.fixture(scope='module')
 def compiled(tmp_path_factory):
   """What the command writes for a tiny model, in a process of its own: libtpu stays out of here."""
   folder = tmp_path_factory.mktemp('aot')
-  shape = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
-  shape |= dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256)
-  (folder / 'config.json').write_text(json.dumps({'model_type': 'llama', **shape}))
+  (folder / 'config.json').write_text(json.dumps(TINY))
   command = [sys.executable, '-m', 'experiments.compile_for_tpu', '--topology=v5e:2x2']
   command += ['--config=configs/llama3_8b_v5e.py', f'--model_config={folder}', '--length=128']
   command += ['--slots=16', '--no-search', '--prefixes', '64', f'--output={folder / "found.json"}']
+  command += ['--settings', 'train.accumulation=1,mesh.tensor=2']
   environment = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'XLA_FLAGS')}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   if 'libtpu, which compiles for TPUs, is not installed' in done.stderr:
@@ -131,18 +205,43 @@ def compiled(tmp_path_factory):
 
 def test_a_tiny_model_compiles_for_a_slice(compiled):
   found, text = compiled
-  assert found['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4}
-  assert [p['name'] for p in found['programs']] == ['decode', 'prefill 1024']
-  assert not found['too_large'] and 'NO' not in text
-  for program in found['programs']:
-    memory, sizes = program['memory'], found['bytes']
+  sampling = found['sampler']
+  assert sampling['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4}
+  assert [p['name'] for p in sampling['programs']] == ['decode', 'prefill 1024']
+  assert not sampling['too_large'] and 'NO' not in text
+  for program in sampling['programs']:
+    memory, sizes = program['memory'], sampling['bytes']
     assert memory['argument'] >= sizes['cache'] + sizes['prefixes']
     assert memory['alias'] >= sizes['cache']  # donated, so that it is there once
     assert program['flops'] > 0 and all(t > 0 for t in program['times'].values())
 
 
 def test_heads_and_ffw_are_summed_over_tensor_each_layer(compiled):
-  decode = compiled[0]['programs'][0]
+  decode = compiled[0]['sampler']['programs'][0]
   sums = [c for c in decode['collectives'] if c['kind'] == 'all-reduce' and c['depth'] == 1]
   assert len([c for c in sums if c['bytes'] >= 16 * 256 * 2]) >= 2 * 2
   assert {c['group'] for c in sums} <= {2, 4}
+
+
+def test_its_train_step_compiles_under_each_of_the_settings(compiled):
+  found, text = compiled
+  config, one = found['train']
+  assert (config['settings'], one['settings']) == ('', 'train.accumulation=1,mesh.tensor=2')
+  assert one['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2}
+  assert '| train.accumulation=1,mesh.tensor=2 |' in text
+  for result in found['train']:
+    program, sizes = result['program'], result['bytes']
+    assert result['fits'] and result['used'] == program['memory']['total']
+    state = sizes['parameters'] + sizes['optimizer']
+    assert state <= program['memory']['alias'] <= 1.1 * state  # donated
+    assert program['memory']['argument'] >= state + sizes['batch']
+    assert sizes['optimizer'] >= 2 * sizes['parameters']
+    assert all(t > 0 for t in program['times'].values())
+
+
+def test_loops_of_the_train_step_count_in_full(compiled):
+  split, whole = (result['program'] for result in compiled[0]['train'])
+  # What is recomputed is the same: the work is, in four micro-batches or in one.
+  assert split['flops'] == pytest.approx(whole['flops'], rel=0.01)
+  assert split['counted'] < 0.5 * split['flops']  # the compiler's count has one of them
+  assert {c['runs'] for c in split['collectives']} >= {4}

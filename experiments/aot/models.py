@@ -1,0 +1,70 @@
+"""Shapes of models that configs name, without their weights."""
+
+import pathlib
+
+from cai_jax.model import config as model_configs
+from cai_jax.model import weights
+from cai_jax.model.config import ModelConfig
+
+LLAMA_3 = {
+  'model_type': 'llama',
+  'vocab_size': 128256,
+  'num_key_value_heads': 8,
+  'max_position_embeddings': 8192,
+  'rope_theta': 500000.0,
+  'rms_norm_eps': 1e-5,
+}
+
+# config.json of each, as far as it says the shape: no network is needed.
+MODELS = {
+  'meta-llama/Meta-Llama-3-8B-Instruct': LLAMA_3
+  | {
+    'hidden_size': 4096,
+    'intermediate_size': 14336,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+  },
+  'meta-llama/Meta-Llama-3-70B-Instruct': LLAMA_3
+  | {
+    'hidden_size': 8192,
+    'intermediate_size': 28672,
+    'num_hidden_layers': 80,
+    'num_attention_heads': 64,
+  },
+  'Qwen/Qwen3-0.6B': {
+    'model_type': 'qwen3',
+    'vocab_size': 151936,
+    'hidden_size': 1024,
+    'intermediate_size': 3072,
+    'num_hidden_layers': 28,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 8,
+    'head_dim': 128,
+    'max_position_embeddings': 40960,
+    'rope_theta': 1000000.0,
+    'rms_norm_eps': 1e-6,
+    'tie_word_embeddings': True,
+  },
+}
+
+
+def find_model(name: str, path: str | None = None) -> ModelConfig:
+  """The shape of a model, without its weights.
+
+  Args:
+    name: as a config names it: one of MODELS, or a folder.
+    path: a config.json, or the folder that has one, instead.
+
+  Raises:
+    ValueError: if neither is known.
+  """
+  if path is None and name in MODELS:
+    return model_configs.from_hf(MODELS[name])
+  place = pathlib.Path(path or name).expanduser()
+  place = place / 'config.json' if place.is_dir() else place
+  if not place.is_file():
+    raise ValueError(
+      f'{str(place)!r} is no config.json, nor a folder with one, and {name!r} is not one of '
+      f'{", ".join(MODELS)}: give --model_config=.'
+    )
+  return model_configs.from_hf(weights.read_json(place))

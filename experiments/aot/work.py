@@ -1,0 +1,62 @@
+"""FLOPs: those that a model needs, and those that a traced program does."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from cai_jax.model.config import ModelConfig
+
+
+def model_flops(config: ModelConfig, tokens: int, length: int) -> float:
+  """FLOPs of a forward and a backward pass over `tokens` in rows of `length`, whatever is kept.
+
+  6 for each parameter that multiplies and each token, and 12 · layers · heads · head size · keys
+  for attention to all keys of the row (Chowdhery et al. 2022, appendix B): that a token sees only
+  those before it in its segment is not taken off, by convention.
+  """
+  lookup = 0 if config.tied_embeddings else config.vocab_size * config.d_model
+  keys = sum(min(config.window(i) or length, length) for i in range(config.num_layers))
+  attention = 12 * config.num_heads * config.head_dim * keys
+  return tokens * (6 * (config.num_params - lookup) + attention)
+
+
+def traced_flops(jaxpr: Jaxpr) -> float:
+  """FLOPs of the matrix products of a program on all devices, each scan in its full length.
+
+  Of a conditional the dearest branch counts; a loop whose length is not known counts once. A Pallas
+  kernel counts as its own estimate says, or else as if it skipped no block.
+  """
+  return sum(map(_equation_flops, jaxpr.eqns))
+
+
+def _equation_flops(eqn: Any) -> float:
+  name, params = eqn.primitive.name, eqn.params
+  if name == 'dot_general':
+    (contracted, _), _ = params['dimension_numbers']
+    shape = eqn.invars[0].aval.shape
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+  inner = [traced_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+  if name == 'scan':
+    return params['length'] * sum(inner)
+  if name == 'cond':
+    return max(inner)
+  if name == 'shard_map':  # shapes within are one device's
+    return params['mesh'].size * sum(inner)
+  if name == 'pallas_call':
+    if params['cost_estimate'] is not None:
+      return float(params['cost_estimate'].flops)
+    return math.prod(params['grid_mapping'].grid) * sum(inner)
+  return sum(inner)
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+  """The programs in a parameter of an equation."""
+  if isinstance(value, ClosedJaxpr):
+    yield value.jaxpr
+  elif isinstance(value, Jaxpr):
+    yield value
+  elif isinstance(value, list | tuple):
+    for part in value:
+      yield from _jaxprs(part)

@@ -39,7 +39,7 @@ def get_config():
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 64
-  config.train.accumulation = 4
+  config.train.accumulation = 1
   config.train.remat = 'full'
   config.train.max_length = 1024
   config.train.learning_rate = 1e-5

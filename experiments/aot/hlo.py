@@ -52,11 +52,12 @@ def instructions(text: str) -> Iterator[tuple[str, str, str, str]]:
 def find_places(text: str) -> dict[str, Place]:
   """Where each computation stands that is reached from the entry, by its shallowest call."""
   called: dict[str, list[tuple[str, int, int]]] = {}
+  limits = loop_limits(text)
   names = r'(?:calls|body|condition|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)'
   for inside, _, operation, line in instructions(text):
     deeper = operation in ('while', 'conditional')
-    count = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-    runs = int(count[1]) if operation == 'while' and count else 1
+    condition = re.search(r'condition=%?([\w.\-]+)', line) if operation == 'while' else None
+    runs = limits.get(condition[1], 1) if condition else 1
     for group in re.findall(names, line):
       for name in re.findall(r'[\w.\-]+', group):
         called.setdefault(inside, []).append((name, deeper, runs))
@@ -69,6 +70,25 @@ def find_places(text: str) -> dict[str, Place]:
         places[other] = found
         waiting.append(other)
   return places
+
+
+def loop_limits(text: str) -> dict[str, int]:
+  """Times that loops run, by their condition: that a counter is less than a constant.
+
+  The counter is taken to go from 0 by 1, as it does in JAX's scans and in the loops that XLA makes
+  of a product and the collective around it. TPU programs do not tell it otherwise.
+  """
+  constants: dict[tuple[str, str], int] = {}
+  limits = {}
+  for inside, _, operation, line in instructions(text):
+    if operation == 'constant' and (
+      found := re.search(r'%?([\w.\-]+) = \S+ constant\((\d+)\)', line)
+    ):
+      constants[inside, found[1]] = int(found[2])
+    elif found := re.match(r'\s+ROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT', line):
+      if (inside, found[1]) in constants:
+        limits[inside] = constants[inside, found[1]]
+  return limits
 
 
 def find_collectives(text: str, places: dict[str, Place]) -> Iterator[Collective]:

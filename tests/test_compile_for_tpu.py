@@ -67,14 +67,15 @@ source_target_pairs={{0,1},{1,0}}
 }
 
 %going (s: (f32[4], f32[512,1024])) -> pred[] {
-  ROOT %any = pred[] constant(true)
+  %turns = u32[]{:T(128)} constant(5)
+  %turn = u32[] get-tuple-element(%s), index=2
+  ROOT %less = pred[]{:T(512)} compare(%turn, %turns), direction=LT, metadata={op_name="lt"}
 }
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %sum.1 = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %z), channel_id=1, \
 replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, metadata={op_name="jit(step)/sum"}
-  %loop = (f32[4]{0}, f32[512,1024]{1,0}) while(%t), condition=%going, body=%body, \
-backend_config={"known_trip_count":{"n":"5"},"flag":"0"}
+  %loop = (f32[4]{0}, f32[512,1024]{1,0}) while(%t), condition=%going, body=%body
   ROOT %y = f32[4]{0} get-tuple-element(%loop), index=0
 }
 """
@@ -104,7 +105,7 @@ def test_large_copies_are_summed_by_depth_over_the_turns_of_loops():
 
 
 def test_a_loop_of_unknown_length_counts_once():
-  text = HLO.replace('known_trip_count', 'something_else')
+  text = HLO.replace('compare(%turn, %turns)', 'compare(%turn, %other)')
   assert {c.runs for c in hlo.find_collectives(text, hlo.find_places(text))} == {1}
 
 

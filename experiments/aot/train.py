@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cai_jax import parallel
-from cai_jax.model import weights
+from cai_jax.model import kernels, lora, weights
 from cai_jax.model.config import ModelConfig
 from cai_jax.training import step as train_steps
 from cai_jax.training.config import TrainConfig
@@ -31,20 +31,25 @@ class Training:
   mesh: Mesh
 
   def __post_init__(self):
-    name = 'train.batch_size / train.accumulation'
-    if self.train.batch_size % self.train.accumulation:
-      raise ValueError(f'train.accumulation does not divide {self.train.batch_size} rows.')
-    parallel.check_batch(self.train.batch_size // self.train.accumulation, self.mesh, name)
-    if self.train.max_length > self.model.max_positions:
+    train, name = self.train, 'train.batch_size / train.accumulation'
+    parallel.check_batch(train.batch_size // train.accumulation, self.mesh, name)
+    kernels.check(train.attention, self.mesh, train.dtype, train.max_length)
+    if train.max_length > self.model.max_positions:
       raise ValueError(
-        f'train.max_length={self.train.max_length} is more than the {self.model.max_positions} '
-        "tokens of the model's context."
+        f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '
+        "of the model's context."
       )
 
   @property
   def tokens(self) -> int:
     """Of a step, in all rows."""
     return self.train.batch_size * self.train.max_length
+
+  @property
+  def model_flops(self) -> float:
+    """FLOPs that a step needs, by the model's formula, for rows that each are one sequence."""
+    lengths = [self.train.max_length] * self.train.batch_size
+    return self.model.training_flops(lengths, adapters=self.train.lora is not None)
 
   @property
   def rows(self) -> int:
@@ -67,19 +72,25 @@ class Shapes:
 
   def bytes(self) -> dict[str, int]:
     """Of each argument, on a device."""
+    others = {'average': self.state.ema, 'frozen': self.state.frozen}
     return {
       'parameters': local_bytes(self.state.params),
       'optimizer': local_bytes(self.state.opt_state),
+      **{name: local_bytes(tree) for name, tree in others.items() if tree is not None},
       'batch': local_bytes(self.batch),
     }
 
 
 def shapes_of(job: Training) -> Shapes:
-  """The step of a job: all that is used of the training library stands here."""
+  """The step of a job, as `loop.fit` makes it: what is used of the training library stands here."""
   graph, params = weights.structure(job.model, job.train.dtype)
-  optimizer = train_steps.make_optimizer(job.train, STEPS)
-  state = train_steps.abstract_state(params, optimizer, job.mesh)
-  step = train_steps.make_train_step(graph, params, job.train, STEPS, job.mesh)
+  frozen = None
+  if job.train.lora is not None:
+    graph, frozen = lora.structure(job.model, job.train.lora, job.train.dtype)[0], params
+    first = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
+    params = jax.eval_shape(first, jax.random.key(0))
+  state = train_steps.abstract_state(params, job.train, job.mesh, frozen)
+  step = train_steps.make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
   shape = (job.train.batch_size, job.train.max_length)
   rows = parallel.batch_sharding(job.mesh)
@@ -90,11 +101,10 @@ def shapes_of(job: Training) -> Shapes:
 def least_read(job: Training, shapes: Shapes) -> float:
   """Bytes that a step must move on each device.
 
-  Parameters and moments are read and written; what multiplies is read in the compute dtype once in
-  the forward and once in the backward pass of each micro-batch, after it was gathered.
+  What is learnt and its moments are read and written; what multiplies is read in the compute dtype
+  once in the forward and once in the backward pass of each micro-batch, after it was gathered.
   """
-  sizes = shapes.bytes()
-  state = sizes['parameters'] + sizes['optimizer']
+  state = local_bytes(shapes.state.learnt)
   whole = job.model.num_params * jnp.dtype(job.train.dtype).itemsize / job.mesh.shape['tensor']
   return 2 * state + 2 * job.train.accumulation * whole
 
@@ -102,7 +112,7 @@ def least_read(job: Training, shapes: Shapes) -> float:
 def temporaries(job: Training, shapes: Shapes) -> dict[str, int]:
   """Bytes of what is known to be among a device's temporaries."""
   known = {'gradients': local_bytes(shapes.state.params)}
-  if job.train.remat:
+  if job.train.remat == 'full':
     tokens = job.rows * job.train.max_length
     width = job.model.d_model * jnp.dtype(job.train.dtype).itemsize
     known["blocks' inputs"] = job.model.num_layers * tokens * width
@@ -127,14 +137,15 @@ def describe(job: Training) -> str:
   return (
     f'training on mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {train.dtype}: '
     f'{train.batch_size} rows of {train.max_length} tokens in {train.accumulation} micro-batches '
-    f'({job.rows} rows a device at once), remat {train.remat}'
+    f'({job.rows} rows a device at once), remat {train.remat}, attention {train.attention}'
+    + (f', adapters of rank {train.lora_rank}' if train.lora else '')
   )
 
 
 def report(job: Training, shapes: Shapes, program: Program, chip: Chip) -> list[str]:
   """Lines that tell of a train step."""
   m, known = program.memory, temporaries(job, shapes)
-  model = work.model_flops(job.model, job.tokens, job.train.max_length) / job.mesh.size
+  model = job.model_flops / job.mesh.size
   row = sum(program.times(chip).values())
   told = [
     f'GiB: {programs.sizes(shapes.bytes())}, code {m["code"] / GIB:.3f}, '
@@ -142,9 +153,9 @@ def report(job: Training, shapes: Shapes, program: Program, chip: Chip) -> list[
     f'of the temporaries, GiB: {programs.sizes(known)}; activations and what is gathered take the '
     'rest',
     programs.fits(program, chip),
-    f'TFLOP a step: the model needs {model / 1e12:.3f} (6 · parameters · tokens and attention), '
-    f'the program does {program.flops / 1e12:.3f} (its products, in all turns of all loops); the '
-    f'compiler counts {program.counted / 1e12:.3f} (bodies of loops once)',
+    f'TFLOP a step: the model needs {model / 1e12:.3f} (6 · parameters · tokens, and causal '
+    f'attention), the program does {program.flops / 1e12:.3f} (its products, in all turns of all '
+    f'loops), the compiler counts {program.counted / 1e12:.3f} (bodies of loops once)',
     *programs.least_time(program, chip),
     f'utilisation (FLOPs of the model over peak) in a row {model / chip.flops / row:.1%}',
     *programs.communication(program),
@@ -156,8 +167,10 @@ def advice(job: Training, shapes: Shapes, chip: Chip) -> list[str]:
   """Settings that would take less memory, the cheapest first."""
   train, mesh, sizes = job.train, job.mesh.shape, shapes.bytes()
   told = []
-  if train.remat in (False, 'none', 'dots'):
-    told.append('train.remat: keep less for the backward pass')
+  if train.remat != 'full':
+    told.append("train.remat='full': keep no more of a block than its input")
+  if train.attention == 'xla':
+    told.append("train.attention='splash': no scores in memory")
   if job.rows > 1:
     told.append(f'train.accumulation={train.accumulation * job.rows}: one row a device at once')
   if mesh['data'] > 1:
@@ -190,7 +203,7 @@ def study(
       'mesh': dict(job.mesh.shape),
       'train': dataclasses.asdict(job.train),
       'bytes': shapes.bytes() | temporaries(job, shapes),
-      'model_flops': work.model_flops(job.model, job.tokens, job.train.max_length),
+      'model_flops': job.model_flops,
     }
     results.append(result)
     program, used = None, sum(shapes.bytes().values()) + local_bytes(shapes.state.params)

@@ -1,25 +1,10 @@
-"""FLOPs: those that a model needs, and those that a traced program does."""
+"""FLOPs that a traced program does."""
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
-
-from cai_jax.model.config import ModelConfig
-
-
-def model_flops(config: ModelConfig, tokens: int, length: int) -> float:
-  """FLOPs of a forward and a backward pass over `tokens` in rows of `length`, whatever is kept.
-
-  6 for each parameter that multiplies and each token, and 12 · layers · heads · head size · keys
-  for attention to all keys of the row (Chowdhery et al. 2022, appendix B): that a token sees only
-  those before it in its segment is not taken off, by convention.
-  """
-  lookup = 0 if config.tied_embeddings else config.vocab_size * config.d_model
-  keys = sum(min(config.window(i) or length, length) for i in range(config.num_layers))
-  attention = 12 * config.num_heads * config.head_dim * keys
-  return tokens * (6 * (config.num_params - lookup) + attention)
 
 
 def traced_flops(jaxpr: Jaxpr) -> float:

@@ -36,6 +36,7 @@ def get_config():
   config.train.batch_size = 256
   config.train.accumulation = 4
   config.train.remat = 'full'
+  config.train.attention = 'splash'
   config.train.max_length = 1024
   config.train.learning_rate = 1e-5
   return config

@@ -38,6 +38,7 @@ def get_config():
   config.train.batch_size = 32
   config.train.accumulation = 1
   config.train.remat = 'full'
+  config.train.attention = 'splash'
   config.train.max_length = 1024
   config.train.learning_rate = 1e-5
   return config

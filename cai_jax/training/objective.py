@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax import parallel
-
 # normalization → the sum that a batch's loss is divided by
 WEIGHTS = {'sequence': 'num_sequences', 'token': 'num_tokens'}
 LOGITS_AT_ONCE = 2**28  # elements a device (1 GB in f32): more are computed in slices of the rows
@@ -103,8 +101,9 @@ def loss_and_metrics(
     return cross_entropy(model.unembed(hidden), targets, weights)
 
   rows, length = targets.shape
-  shards = 1 if sharding is None else parallel.batch_shards(sharding.mesh)
-  logits = -(-rows // shards) * length * model.config.vocab_size
+  logits = rows * length * model.config.vocab_size
+  if sharding is not None:  # the table's V is split over `tensor`, and so are they
+    logits = -(-logits // sharding.mesh.size)
   slices = min(-(-logits // LOGITS_AT_ONCE), length)
   if slices == 1:
     return nll(hidden, targets, weights), sums

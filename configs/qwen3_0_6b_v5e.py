@@ -29,7 +29,7 @@ def get_config():
   config.sampling.initial.max_tokens = 256
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 256
-  config.engine.slots = 512
+  config.engine.slots = 288  # of each host, at up to 1,536 tokens
   config.engine.cache_gib = 12.0
   config.engine.prefill_tokens = 4096
   config.engine.prefill_width = 128

@@ -1,12 +1,15 @@
 """Configs: a default stands in configs/default.py and in a dataclass, and is the same in both."""
 
 import dataclasses
+import importlib
 import inspect
+import pathlib
 
 import pytest
 
 from cai_jax.feedback import prompts
 from cai_jax.feedback.generate import FeedbackConfig
+from cai_jax.manifest import flat
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
@@ -14,6 +17,7 @@ from cai_jax.training.config import FREE, TrainConfig
 from configs import default
 
 CONFIG = default.get_config()
+OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob('*.py'))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,17 @@ def test_defaults_are_those_of_the_component(section, component):
   if isinstance(component, TrainConfig):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
   assert section.to_dict() == fields
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_a_config_has_the_fields_of_the_default_and_values_that_components_take(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  assert set(flat(config.to_dict())) == set(flat(CONFIG.to_dict()))
+  TrainConfig(seed=config.seed, **config.train)
+  EngineConfig(**config.engine)
+  FeedbackConfig(**config.feedback)
+  for stage in config.sampling.values():
+    SamplingConfig(**stage)
 
 
 def test_defaults_of_remotes():

@@ -166,16 +166,25 @@ def traced(config, **settings):
   return work.traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens
 
 
-@pytest.mark.parametrize('tied', [False, True])
-def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(tied):
+@pytest.mark.parametrize(('tied', 'dtype'), [(False, 'float32'), (True, 'bfloat16')])
+def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(tied, dtype):
   config = from_hf(TINY | {'tie_word_embeddings': tied})
-  found, tokens = traced(config)
+  found, tokens = traced(config, dtype=dtype)
   formula = config.training_flops([32] * 8)
   formula -= 6 * (2 * config.num_layers + 1) * config.d_model * tokens  # scales of norms
   # Plain attention computes all pairs, of which the formula leaves out those after the query.
   formula += 12 * config.num_layers * config.d_model * 8 * (32 * 31 // 2)
   assert found == formula
-  assert traced(config, accumulation=4) == (found, tokens)
+  assert traced(config, dtype=dtype, accumulation=4) == (found, tokens)
+
+
+def test_recomputed_products_count_again():
+  config = from_hf(TINY)
+  layer = config.num_params - 2 * config.vocab_size * config.d_model
+  found, tokens = traced(config)
+  again = traced(config, remat='full')[0] - found
+  assert 2 * tokens * layer * 0.7 < again < 2 * tokens * layer * 1.3
+  assert traced(config, remat='dots')[0] - found < 2 * tokens * layer * 0.3
 
 
 def test_a_scan_counts_in_its_full_length_and_a_conditional_by_its_dearest_branch():

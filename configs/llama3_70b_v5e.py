@@ -34,7 +34,7 @@ def get_config():
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 256
-  config.train.accumulation = 1
+  config.train.accumulation = 4
   config.train.remat = 'full'
   config.train.attention = 'splash'
   config.train.max_length = 1024

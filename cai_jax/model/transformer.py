@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from cai_jax.model import kernels
@@ -28,10 +29,12 @@ from cai_jax.model.cache import (
 )
 from cai_jax.model.config import ModelConfig
 
-# What the backward pass keeps of a block instead of computing it again.
+# What the backward pass keeps of a block instead of computing it again. Products with parameters
+# are found by name: those of half precision have gradients of their own, which hides them.
+PRODUCT = 'product'
 REMAT = {
   'none': jax.checkpoint_policies.everything_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters
+  'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,  # but its input
 }
 
@@ -101,7 +104,7 @@ class Linear(nnx.Module):
     y = y.reshape(*x.shape[:2], *self.outs)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
-    return y.astype(x.dtype)
+    return checkpoint_name(y.astype(x.dtype), PRODUCT)
 
 
 class Attention(nnx.Module):

@@ -46,6 +46,12 @@ HloModule jit_step, is_scheduled=true
   ROOT %gather.2 = bf16[16,4]{1,0} all-gather(%p), channel_id=3, replica_groups=[8,2]<=[16]
 }
 
+%all-reduce-scatter.1 (p: f32[8,4]) -> f32[2,4] {
+  %whole = f32[8,4]{1,0} all-reduce(%p), channel_id=6, replica_groups={{0,2,4,6},{1,3,5,7}}, \
+to_apply=%add
+  ROOT %slice = f32[2,4]{1,0} dynamic-slice(%whole, %i, %j), dynamic_slice_sizes={2,4}
+}
+
 %filter (p: f32[4]) -> f32[4] {
   ROOT %max = f32[4]{0} all-reduce(%p), channel_id=4, replica_groups=mesh['a'=4,'b'=2] {'b'}, \
 to_apply=%add
@@ -76,6 +82,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %sum.1 = (f32[4]{0}, f32[2]{0}) all-reduce(%x, %z), channel_id=1, \
 replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, metadata={op_name="jit(step)/sum"}
   %loop = (f32[4]{0}, f32[512,1024]{1,0}) while(%t), condition=%going, body=%body
+  %part = f32[2,4]{1,0} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %y = f32[4]{0} get-tuple-element(%loop), index=0
 }
 """
@@ -87,15 +94,17 @@ def test_collectives_are_found_once_with_bytes_group_and_place():
     'all-reduce': (24, 4, 0, 1),
     'collective-permute': (16, 2, 1, 5),
     'all-gather': (128, 2, 1, 5),
+    'reduce-scatter': (32, 4, 0, 1),
   }
   assert found['all-reduce'].source == 'jit(step)/sum'
   assert found['all-reduce'].sent == 2 * 24 * 3 / 4
   assert found['all-gather'].sent == 128 / 2
+  assert found['reduce-scatter'].sent == 32 * 3
 
 
 def test_what_stands_in_a_branch_is_deeper_than_the_loop():
   found = list(hlo.find_collectives(HLO, hlo.find_places(HLO)))
-  assert len(found) == 4
+  assert len(found) == 5
   (branch,) = (c for c in found if c.depth == 2)
   assert (branch.kind, branch.bytes, branch.group, branch.runs) == ('all-reduce', 16, 2, 5)
 

@@ -103,14 +103,17 @@ def find_collectives(text: str, places: dict[str, Place]) -> Iterator[Collective
     if channel is not None and channel[1] in seen:
       continue
     seen.add(channel[1] if channel else line)
-    sizes = shape_bytes(result)
+    sizes, group = shape_bytes(result), group_size(line)
+    if kind == 'all-reduce' and 'all-reduce-scatter' in inside:
+      # What TPUs scatter a sum with: a fusion of the sum and the slice that is wanted of it.
+      kind, sizes = 'reduce-scatter', [size // group for size in sizes]
     # Those that are started have their operand, and flags, beside the result.
     beside = operation.endswith('-start') and kind != 'all-reduce'
     source = re.search(r'op_name="([^"]*)"', line)
     yield Collective(
       kind=kind,
       bytes=max(sizes) if beside else sum(sizes),
-      group=group_size(line),
+      group=group,
       depth=places[inside].depth,
       runs=places[inside].runs,
       source=source[1] if source else '',

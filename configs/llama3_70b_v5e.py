@@ -4,7 +4,11 @@ Command:   python launch.py --config=configs/llama3_70b_v5e.py --workdir=runs/ll
              --stages=generate,train --config.remote.base.url=http://server:8000/v1 \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
-Hardware:  a v5e:16x16 slice
+Hardware:  a v5e:16x16 slice: 64 hosts of four chips, 16 GiB each. None was at hand: the train step
+           was compiled for it ahead of time (experiments/compile_for_tpu.py) and fits with 13.1 of
+           15.75 GiB a chip; it takes 2.8 s at least, 5.7 s if nothing overlaps: 46,300 tokens/s.
+           Sampling does not fit: a host's four chips would need 33 GiB each for the parameters, so
+           that M_θ is served elsewhere, and M_aligned is not evaluated here
 Expected:  D_CAI, and M_aligned as a Hugging Face folder in model/.
 """
 
@@ -34,7 +38,7 @@ def get_config():
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 256
-  config.train.accumulation = 4
+  config.train.accumulation = 4  # one row of a chip at once
   config.train.remat = 'full'
   config.train.attention = 'splash'
   config.train.max_length = 1024

@@ -3,10 +3,10 @@
 Command:   python launch.py --config=configs/qwen3_0_6b_v5e.py --workdir=runs/qwen3 \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
-Hardware:  a v5e:2x4 slice: two hosts of four chips, 16 GiB each. None was at hand: all programs were
-           compiled for it ahead of time (experiments/compile_for_tpu.py) and fit. The train step
-           takes 11.4 of 15.75 GiB a chip, 122 ms at least and 161 ms if nothing overlaps: 203,000
-           tokens/s. Decode with the slots below takes 13.6 GiB, 33,700 tokens/s at most
+Hardware:  a v5e:2x4 slice: two hosts of four chips, 16 GiB each. None was at hand: all programs
+           were compiled for it ahead of time (experiments/compile_for_tpu.py) and fit. The train
+           step takes 11.4 of 15.75 GiB a chip, 122 ms at least and 161 ms if nothing overlaps:
+           203,000 tokens/s. Decode with the slots below: 13.6 GiB, 33,700 tokens/s at most
 Expected:  no oracle can judge free text, so the table gives lengths only; the texts are in the
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts).
 """

@@ -220,7 +220,7 @@ def compiled(tmp_path_factory):
   command = [sys.executable, '-m', 'experiments.compile_for_tpu', '--topology=v5e:2x2']
   command += ['--config=configs/llama3_8b_v5e.py', f'--model_config={folder}', '--length=128']
   command += ['--slots=16', '--no-search', '--prefixes', '64', f'--output={folder / "found.json"}']
-  command += ['--settings', 'train.accumulation=1,mesh.tensor=2']
+  command += ['--settings', 'train.accumulation=4,mesh.tensor=2']
   environment = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'XLA_FLAGS')}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   if 'libtpu, which compiles for TPUs, is not installed' in done.stderr:
@@ -251,10 +251,10 @@ def test_heads_and_ffw_are_summed_over_tensor_each_layer(compiled):
 
 def test_its_train_step_compiles_under_each_of_the_settings(compiled):
   found, text = compiled
-  config, one = found['train']
-  assert (config['settings'], one['settings']) == ('', 'train.accumulation=1,mesh.tensor=2')
-  assert one['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2}
-  assert '| train.accumulation=1,mesh.tensor=2 |' in text
+  config, other = found['train']
+  assert (config['settings'], other['settings']) == ('', 'train.accumulation=4,mesh.tensor=2')
+  assert other['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2}
+  assert '| train.accumulation=4,mesh.tensor=2 |' in text
   for result in found['train']:
     program, sizes = result['program'], result['bytes']
     assert result['fits'] and result['used'] == program['memory']['total']
@@ -266,8 +266,8 @@ def test_its_train_step_compiles_under_each_of_the_settings(compiled):
 
 
 def test_loops_of_the_train_step_count_in_full(compiled):
-  split, whole = (result['program'] for result in compiled[0]['train'])
+  whole, split = (result['program'] for result in compiled[0]['train'])
   # What is recomputed is the same: the work is, in four micro-batches or in one.
   assert split['flops'] == pytest.approx(whole['flops'], rel=0.01)
   assert split['counted'] < 0.5 * split['flops']  # the compiler's count has one of them
-  assert {c['runs'] for c in split['collectives']} >= {4}
+  assert 4 in {c['runs'] for c in split['collectives']}

@@ -298,5 +298,9 @@ class Transformer(nnx.Module):
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits f32[...,V] of hidden states [...,D]."""
-    table = (self.embed if self.head is None else self.head).table[...].astype(hidden.dtype)
-    return product('...D,VD->...V', hidden, table)
+    return product('...D,VD->...V', hidden, self.output_table.astype(hidden.dtype))
+
+  @property
+  def output_table(self) -> jax.Array:
+    """The output layer's table [V,D], in the dtype of the parameters."""
+    return (self.embed if self.head is None else self.head).table[...]

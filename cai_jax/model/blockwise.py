@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from cai_jax.model.attention import MASKED, product
 
-BLOCK = 128  # queries at once
+BLOCK = 128  # queries at once, at least
+MOST_BLOCKS = 8  # of a row: each is compiled by itself
 
 
 def blockwise(
@@ -46,8 +47,9 @@ def blockwise(
 def _blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
   """(queries, keys that any of them may see), block by block."""
   found = []
-  for start in range(0, length, BLOCK):
-    end = min(start + BLOCK, length)
+  size = max(BLOCK, -(-length // MOST_BLOCKS))
+  for start in range(0, length, size):
+    end = min(start + size, length)
     first = 0 if window is None else max(0, start - window + 1)
     found.append((slice(start, end), slice(first, end)))
   return found

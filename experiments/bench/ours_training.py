@@ -11,7 +11,7 @@ from cai_jax.model import lm as lm_lib
 from cai_jax.model.weights import structure
 from cai_jax.training import data
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.step import init_state, make_optimizer, make_train_step
+from cai_jax.training.step import init_state, make_train_step
 from experiments.bench.examples import Example, Rows
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
@@ -44,7 +44,7 @@ class System:
     steps = 1000  # a constant schedule does not ask
     graph, _ = structure(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
-    self.state = init_state(lm.params, make_optimizer(config, steps), lm.mesh)
+    self.state = init_state(lm.params, config, lm.mesh)
     self.sharding = parallel.batch_sharding(lm.mesh)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:

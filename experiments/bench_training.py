@@ -14,7 +14,8 @@ Method:    examples are drawn once, with lengths as D_CAI's, and all go over eac
            agree. Each system has a process of its own, with the same cores; one works at a time.
            After one warm-up each, the repetitions go round the systems, each with the next steps;
            ratios are of tokens a second in the same round. No gradient checkpointing, f32
-           parameters and moments (in bfloat16, Tunix has these in bfloat16 too).
+           parameters and moments (in bfloat16, Tunix has these in bfloat16 too), memory in huge
+           pages for all.
 
 Prints JSON, also written to the workdir, and a table on stderr.
 """
@@ -104,6 +105,9 @@ def start(system: str, args: argparse.Namespace, work: Work, folder) -> tuple[dr
     SYSTEMS[system],
     python,
     args.platform,
+    # Large arrays come in pages of 2 MB: else the pages of each step's temporary memory, which all
+    # systems ask for anew, take a tenth of its time or more.
+    GLIBC_TUNABLES='glibc.malloc.hugetlb=1',
     JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(args.workdir).absolute() / f'compiled_{system}'),
   )
   loaded = process.ask(

@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
   config.train.lora_alpha = 16.0  # they count alpha / rank
   config.train.lora_modules = 'attention/|mlp/'  # regular expression: which linear layers
   config.train.remat = 'none'  # 'dots', 'full': compute more again backward, for less memory
-  config.train.attention = 'xla'  # 'splash' on TPUs, 'cudnn' on NVIDIA GPUs
+  config.train.attention = 'blocks'  # 'xla'; 'splash' on TPUs, 'cudnn' on NVIDIA GPUs
   config.train.dtype = 'float32'  # of arithmetic; parameters and optimizer state are f32
   config.train.eval_share = 0.0  # of the examples, held out
   config.train.eval_every = 0  # steps between losses on these; 0 is the end only

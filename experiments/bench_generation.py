@@ -18,66 +18,20 @@ Prints JSON, also written to the workdir, and a table on stderr.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.bench import chains as chains_lib
-from experiments.bench import models, worker
+from experiments.bench import driver, models, worker
+from experiments.bench.driver import Ask, log
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Lengths of the 1,000 chains of --occupancy: about 43 tokens a reply, 128 the longest.
 OCCUPANCY = dict(chains=1000, reply_median=34.0, reply_sigma=0.8, longest_reply=128)
-Ask = Callable[..., dict]  # ask(op, **request) → reply
-
-
-class Process:
-  """A worker at the other end of a pipe."""
-
-  def __init__(self, system: str, args: argparse.Namespace):
-    python = args.tunix_python if system == 'tunix' else sys.executable
-    environment = os.environ | {
-      'PYTHONPATH': str(ROOT),
-      'JAX_PLATFORMS': args.platform,
-      'HF_HUB_OFFLINE': '1',
-      'TOKENIZERS_PARALLELISM': 'false',
-      'OMP_NUM_THREADS': str(len(os.sched_getaffinity(0))),
-      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-    }
-    self._process = subprocess.Popen(
-      [python, '-m', 'experiments.bench.worker', system],
-      cwd=ROOT,
-      env=environment,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self._system = system
-
-  def ask(self, op: str, **request) -> dict:
-    """The worker's reply. RuntimeError, with its traceback, if it failed."""
-    self._process.stdin.write(json.dumps({'op': op, **request}) + '\n')
-    self._process.stdin.flush()
-    line = self._process.stdout.readline()
-    if not line:
-      raise RuntimeError(f'{self._system}: its process ended with {self._process.wait()}.')
-    reply = json.loads(line)
-    if 'error' in reply:
-      raise RuntimeError(f'{self._system}, {op}: {reply["error"]}')
-    return reply
-
-  def close(self) -> None:
-    """Lets the worker end."""
-    self._process.stdin.close()
-    self._process.wait()
 
 
 def check_lengths(system: str, chains: Sequence[chains_lib.Chain], lengths) -> None:
@@ -102,14 +56,11 @@ def repeat(
 ) -> dict[str, list[dict]]:
   """The replies of each system's runs; each round begins with another system."""
   runs: dict[str, list[dict]] = {system: [] for system in asks}
-  names = list(asks)
-  for repetition in range(repetitions):
-    turn = repetition % len(names)
-    for system in names[turn:] + names[:turn]:
-      reply = asks[system]('run', batch=batches[system], seed=seed * 1000 + repetition, warm=False)
-      check_lengths(system, chains, reply.pop('lengths'))
-      runs[system].append(reply)
-      log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.1f} s')
+  for repetition, system in driver.in_turn(list(asks), repetitions):
+    reply = asks[system]('run', batch=batches[system], seed=seed * 1000 + repetition, warm=False)
+    check_lengths(system, chains, reply.pop('lengths'))
+    runs[system].append(reply)
+    log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.1f} s')
   return runs
 
 
@@ -117,26 +68,15 @@ def summarise(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
   """What a system's runs come to; rates are those of the median run."""
   seconds = [run['seconds'] for run in runs]
   tokens = sum(limit for chain in chains for limit in chain.limits)
-  peaks = [run['peak_bytes'] for run in runs if run['peak_bytes'] is not None]
   return {
     'seconds': seconds,
     'cpu_seconds': [run['cpu_seconds'] for run in runs],
     'other_load': [run['other_load'] for run in runs],
     'chains_per_second': len(chains) / statistics.median(seconds),
     'tokens_per_second': tokens / statistics.median(seconds),
-    'peak_bytes': max(peaks, default=None),  # of the runs: loading and compiling are not in it
+    'peak_bytes': driver.largest_peak(runs),
     'stats': runs[-1]['stats'],
   }
-
-
-def ratios(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-  """How many times as long as ours each peer takes, pair by pair of the same round."""
-  found = {}
-  for system in runs.keys() - {'ours'}:
-    pairs = zip(runs[system], runs['ours'], strict=True)
-    each = [peer['seconds'] / ours['seconds'] for peer, ours in pairs]
-    found[system] = {'median': statistics.median(each), 'min': min(each), 'max': max(each)}
-  return found
 
 
 def agreement(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> dict[str, dict]:
@@ -168,16 +108,19 @@ def check_agreement(found: dict[str, dict], dtype: str) -> None:
       raise RuntimeError(f'{system} does not compute the same model: {row}')
 
 
-def start(system: str, args: argparse.Namespace, folder, prefix, chains) -> tuple[Process, dict]:
+def start(
+  system: str, args: argparse.Namespace, folder, prefix, chains
+) -> tuple[driver.Process, dict]:
   """A worker with its model and chains; what loading it told."""
-  process = Process(system, args)
+  python = args.tunix_python if system == 'tunix' else sys.executable
+  process = driver.Process(system, python, args.platform)
   loaded = process.ask(
     'load',
     system=system,
     folder=str(folder),
     dtype=args.dtype,
     platform=args.platform,
-    engine=json.loads(args.engine),
+    options=json.loads(args.engine),
   )
   process.ask('take', chains=worker.encode_chains(chains), prefix=prefix)
   return process, loaded
@@ -195,20 +138,6 @@ def best_batch(system: str, args, folder, prefix, chains, sizes: Sequence[int]) 
   finally:
     process.close()  # so that the trials are not in the peak of memory
   return seconds
-
-
-def machine() -> dict:
-  """What the benchmark ran on."""
-  info = pathlib.Path('/proc/cpuinfo').read_text()
-  names = [line.split(':')[1].strip() for line in info.splitlines() if 'model name' in line]
-  return {
-    'platform': platform.platform(),
-    'cpu': names[0] if names else platform.machine(),
-    'cores': len(os.sched_getaffinity(0)),
-    'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
-    'load_average_at_start': os.getloadavg()[0],
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-  }
 
 
 def settings_of(args: argparse.Namespace) -> chains_lib.ChainSettings:
@@ -240,7 +169,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     'dtype': args.dtype,
     'chains': dataclasses.asdict(settings),
     'lengths': chains_lib.describe(chains, len(prefix)),
-    'machine': machine(),
+    'machine': driver.machine(),
     'systems': {system: {} for system in systems},
   }
   sizes = {'ours': args.slots, 'hf': args.hf_batches, 'tunix': args.tunix_batches}
@@ -275,7 +204,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         memory = asks[system]('memory')
         memory.pop('seconds')
         result['systems'][system] |= memory
-      result['ratios'] = ratios(runs)
+      result['ratios'] = driver.ratios(runs)
       stats = result['systems']['ours']['stats']
       result['host_share'] = stats['host_seconds'] / stats['seconds']
     if args.roofline:
@@ -296,8 +225,7 @@ def table(result: dict) -> str:
   for system, row in result['systems'].items():
     if 'seconds' not in row:
       continue
-    ratio = result['ratios'].get(system)
-    spread = f'{ratio["median"]:.2f} [{ratio["min"]:.2f}, {ratio["max"]:.2f}]' if ratio else ''
+    spread = driver.spread_text(result['ratios'].get(system))
     peak = row['peak_bytes'] or row['life_peak_bytes']
     lines.append(
       f'{system:8}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
@@ -326,17 +254,11 @@ def table(result: dict) -> str:
   return '\n'.join(lines)
 
 
-def log(text: str) -> None:
-  """A line on stderr."""
-  print(text, file=sys.stderr, flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
   """The flags."""
   flags = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  integers = lambda text: [int(part) for part in text.split(',')]  # noqa: E731
   flags.add_argument('--workdir', default='runs/bench_generation')
   flags.add_argument('--model', default='M', help=f'one of {("tiny", *models.SHAPES)}')
   flags.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
@@ -345,13 +267,15 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--repetitions', type=int, default=5)
   flags.add_argument('--peers', default='hf,tunix', help='of hf and tunix, with commas')
   flags.add_argument('--tunix_python', default=sys.executable)
-  flags.add_argument('--slots', type=integers, default=[8], help='several are tried')
-  flags.add_argument('--hf_batches', type=integers, default=[12], help='several are tried')
-  flags.add_argument('--tunix_batches', type=integers, default=[12], help='several are tried')
+  flags.add_argument('--slots', type=driver.integers, default=[8], help='several are tried')
+  flags.add_argument('--hf_batches', type=driver.integers, default=[12], help='several are tried')
+  flags.add_argument(
+    '--tunix_batches', type=driver.integers, default=[12], help='several are tried'
+  )
   flags.add_argument('--trial_chains', type=int, default=24, help='chains of a trial')
   flags.add_argument('--engine', default='{}', help='JSON: fields of EngineConfig but slots')
   flags.add_argument('--roofline', action='store_true')
-  flags.add_argument('--roofline_batches', type=integers, default=[1, 32])
+  flags.add_argument('--roofline_batches', type=driver.integers, default=[1, 32])
   flags.add_argument('--occupancy', action='store_true', help='our engine alone, 1,000 chains')
   for field in dataclasses.fields(chains_lib.ChainSettings):
     flags.add_argument(f'--{field.name}', type=field.type, help=f'default {field.default}')
@@ -360,12 +284,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = parser().parse_args(argv)
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # workers inherit it
+  driver.take_cores(args.cores)
   result = benchmark(args)
-  text = json.dumps(result, indent=2)
-  (pathlib.Path(args.workdir) / 'bench_generation.json').write_text(text + '\n')
   log(table(result))
-  print(text)
+  driver.write(result, args.workdir, 'bench_generation.json')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The generation benchmark: chains, forced lengths, what is measured, and its JSON."""
+"""The benchmarks: chains and examples, what is forced and what agrees, and their JSON."""
 
 import functools
 import itertools
@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import bench_generation
+from experiments import bench_generation, bench_training
 from experiments.bench import chains as chains_lib
-from experiments.bench import models, roofline, worker
+from experiments.bench import driver, models, roofline, worker
+from experiments.bench import examples as examples_lib
 from experiments.bench.chains import ChainSettings
 
 SETTINGS = ChainSettings(chains=5, longest_prompt=12, longest_reply=4, prefix=3)
@@ -35,7 +36,7 @@ def loaded(folder):
   asks = {}
   for system in ('ours', 'hf'):
     ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
-    ask('load', system=system, folder=str(folder), dtype='float32', platform='cpu', engine={})
+    ask('load', system=system, folder=str(folder), dtype='float32', platform='cpu', options={})
     ask('take', chains=worker.encode_chains(chains), prefix=prefix)
     asks[system] = ask
   return asks, chains
@@ -105,7 +106,7 @@ def test_ratios_are_of_the_same_round():
     'ours': [{'seconds': s} for s in (1.0, 2.0, 4.0)],
     'hf': [{'seconds': s} for s in (3.0, 8.0, 8.0)],
   }
-  assert bench_generation.ratios(runs) == {'hf': {'median': 3.0, 'min': 2.0, 'max': 4.0}}
+  assert driver.ratios(runs) == {'hf': {'median': 3.0, 'min': 2.0, 'max': 4.0}}
 
 
 def test_bound_of_a_decode_step():
@@ -127,6 +128,125 @@ def test_random_matrices_are_wide_enough(folder):
 
   table = load_file(folder / 'model.safetensors')['model.embed_tokens.weight']
   assert np.std(table) == pytest.approx(2 / SHAPE.d_model**0.5, rel=0.05)
+
+
+WORK = bench_training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, steps=2)
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+  """(asks of ours and of transformers, padded and packed; examples, packed steps)."""
+  examples, packed = bench_training.plan(WORK, 2, SHAPE.vocab)
+  args = bench_training.parser().parse_args([])
+  asks = {}
+  for system in ('ours', 'hf_padded', 'hf_packed'):
+    ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
+    ask(
+      'load',
+      system=bench_training.SYSTEMS[system],
+      folder=str(folder),
+      dtype='float32',
+      platform='cpu',
+      options=bench_training.options_of(system, args, WORK),
+    )
+    asks[system] = ask
+  return asks, examples, packed
+
+
+def test_steps_go_over_each_example_once():
+  examples, packed = bench_training.plan(WORK, 3, 1024)
+  padded = examples_lib.padded_steps(len(examples), len(packed))
+  assert len(packed) == len(padded) == 6
+  for steps in (packed, padded):
+    assert sorted(i for rows in steps for row in rows for i in row) == list(range(len(examples)))
+  assert {len(rows) for rows in padded} <= {len(examples) // 6, len(examples) // 6 + 1}
+  for row in (row for rows in packed for row in rows):
+    assert sum(len(examples[i].tokens) for i in row) <= WORK.row_length
+  assert bench_training.plan(WORK, 3, 1024) == (examples, packed)
+  assert examples_lib.draw(WORK.lengths, 7, 1024) == examples[:7]
+
+
+def test_common_steps_have_the_same_examples():
+  packed = [[[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8]]]
+  common = examples_lib.common_steps(packed, 3, 3)
+  assert common == [[[0, 1], [2]], [[5, 6], [7]], [[0, 1], [2]]]
+  assert examples_lib.one_a_row(common)[1] == [[5], [6], [7]]
+  with pytest.raises(ValueError, match='no step has 5'):
+    examples_lib.common_steps(packed, 5, 1)
+
+
+def test_a_step_is_split_evenly():
+  rows = [[i] for i in range(10)]
+  assert [len(part) for part in examples_lib.split(rows, 4)] == [3, 4, 3]
+  assert examples_lib.split(rows, 0) == [rows]
+  assert [i for part in examples_lib.split(rows, 4) for i in part] == rows
+
+
+def test_padding_is_neither_real_nor_learnt():
+  example = examples_lib.Example([20, 21, 22], prompt=2)
+  tokens, real, learnt = examples_lib.pad([example], 5)
+  assert tokens.tolist() == [[20, 21, 22, 0, 0]]
+  assert real.tolist() == [[1, 1, 1, 0, 0]] and learnt.tolist() == [[0, 0, 1, 0, 0]]
+
+
+def test_losses_agree_over_steps_padded_and_packed(trained):
+  asks, examples, packed = trained
+  batches = {'ours': 0, 'hf_padded': 4, 'hf_packed': 2}
+  size = len(examples) // len(packed)
+  found = bench_training.agreement(asks, batches, examples, packed, size)
+  bench_training.check_agreement(found, 'float32')
+  assert len(set(found['ours']['losses'])) == bench_training.AGREE_STEPS  # steps were taken
+  padded = examples_lib.padded_steps(len(examples), len(packed))
+  for system, ask in asks.items():
+    steps = padded if system == 'hf_padded' else packed
+    ask('take_examples', examples=examples, steps=steps)
+    assert ask('warm', batch=batches[system])['shapes'] == 1
+  runs = bench_training.repeat(asks, batches, WORK.steps, 2)
+  rows = {
+    system: bench_training.summarise(
+      examples, padded if system == 'hf_padded' else packed, runs[system]
+    )
+    for system in asks
+  }
+  assert rows['hf_packed']['padding_share'] == 0.0 < rows['ours']['padding_share'] < 0.2
+  assert rows['hf_padded']['padding_share'] > rows['ours']['padding_share']
+  tokens = [bench_training.tokens_of(examples, packed[at : at + 2])[0] for at in (0, 2)]
+  rates = rows['ours']['tokens_per_second']
+  assert rates == [t / s for t, s in zip(tokens, rows['ours']['seconds'], strict=True)]
+  assert set(bench_training.ratios(rows)) == {'hf_padded', 'hf_packed'}
+  assert json.loads(json.dumps(rows)) == rows
+
+
+def test_other_losses_are_an_error():
+  row = {'losses': [1.0], 'largest': 2e-4}
+  with pytest.raises(RuntimeError, match='not compute the same losses'):
+    bench_training.check_agreement({'hf_padded': row}, 'float32')
+  bench_training.check_agreement({'hf_padded': row}, 'bfloat16')
+
+
+def test_flags_reach_the_work():
+  args = bench_training.parser().parse_args(['--model=S', '--rows=6', '--row_length=200'])
+  work = bench_training.work_of(args)
+  assert (work.rows, work.row_length, work.steps) == (6, 200, 2)
+  args.row_length = 90
+  with pytest.raises(ValueError, match='less than the longest example, 96'):
+    bench_training.work_of(args)
+
+
+@pytest.mark.slow
+def test_the_whole_training_run(tmp_path):
+  flags = '--model=tiny --peers=hf_padded,hf_packed --steps=2 --repetitions=1 --hf_padded=8,0 '
+  command = [sys.executable, '-m', 'experiments.bench_training', *flags.split()]
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
+  done = subprocess.run(
+    [*command, f'--workdir={tmp_path}'], capture_output=True, text=True, env=environment
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  assert result == json.loads((tmp_path / 'bench_training.json').read_text())
+  assert set(result['ratios']) == {'hf_padded', 'hf_packed'}
+  assert result['systems']['hf_padded']['rows_at_once'] in (8, 0)
+  assert all(row['peak_bytes'] > 0 for row in result['systems'].values())
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cai_jax import parallel
-from cai_jax.model import attention, kernels
+from cai_jax.model import attention, blockwise, kernels
 from cai_jax.model.cache import LayerCache, causal_mask
 
 B, T, N, K, H = 2, 256, 4, 2, 64
@@ -33,14 +33,14 @@ def plain(q, k, v, segments, window):
 
 
 @pytest.mark.parametrize('window', [None, 40])
-@pytest.mark.parametrize('name', ['splash', 'cudnn'])
+@pytest.mark.parametrize('name', ['blocks', 'splash', 'cudnn'])
 def test_a_kernel_gives_what_plain_attention_gives(name, window):
   """On CPUs: splash attention interpreted, and the call of cuDNN's by XLA's implementation."""
   mesh = parallel.make_mesh(1, 2, 2, devices=jax.devices()[:4])
-  option = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}[name]
+  options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
   q, k, v, segments = packed()
   real = (segments > 0)[..., None, None]
-  kernel = functools.partial(kernels.KERNELS[name], **option)
+  kernel = functools.partial(kernels.KERNELS[name], **options.get(name, {}))
 
   def run(attend):
     def weighted(q, k, v):
@@ -54,6 +54,21 @@ def test_a_kernel_gives_what_plain_attention_gives(name, window):
   np.testing.assert_allclose(found, expected, atol=2e-5)
   for one, other in zip(slopes, others, strict=True):
     np.testing.assert_allclose(other, one, atol=2e-4)
+
+
+@pytest.mark.parametrize('window', [None, 3, 40])
+@pytest.mark.parametrize('length', [1, 100, 256, 250])
+def test_blocks_cover_just_what_is_seen(length, window, monkeypatch):
+  monkeypatch.setattr(blockwise, 'BLOCK', 32)
+  seen = np.zeros((length, length), bool)
+  for queries, keys in blockwise._blocks(length, window):
+    assert not seen[queries].any()
+    seen[queries, keys] = True
+  place = np.arange(length)
+  distance = place[:, None] - place
+  needed = (distance >= 0) & (distance < (window or length))
+  assert seen[needed].all()
+  assert seen.any(1).all() and len(blockwise._blocks(length, window)) <= blockwise.MOST_BLOCKS
 
 
 def test_names_that_cannot_run_here_are_errors():

@@ -1,7 +1,8 @@
-"""Attention of packed rows by kernels of accelerators, which keep no scores in memory.
+"""Attention of packed rows that keeps no scores for the backward pass, by name.
 
-By name: 'xla' is plain XLA everywhere and stands in attention.py; 'splash' is JAX's Pallas kernel
-for TPUs, 'cudnn' cuDNN's for NVIDIA GPUs. Each is exact up to rounding. Axes: transformer.py.
+'blocks' is plain XLA everywhere and stands in blockwise.py; 'splash' is JAX's Pallas kernel for
+TPUs, 'cudnn' cuDNN's for NVIDIA GPUs. 'xla' is none of them but attention.py, whole squares of
+scores and all. Each is exact up to rounding. Axes: transformer.py.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
+from cai_jax.model.blockwise import blockwise
 
 TILE = 128  # tokens that splash attention takes at once are a multiple of it
 BLOCK = 512  # of them, at most
@@ -32,7 +34,7 @@ class Kernel(Protocol):
     v: jax.Array,  # [B,T,K,H]
     segment_ids: jax.Array,  # i32[B,T]
     window: int | None,  # tokens that a query sees, itself included; None is all before it
-    mesh: Mesh,  # rows are split over its batch axes, heads over `tensor`
+    mesh: Mesh | None,  # rows are split over its batch axes, heads over `tensor`
   ) -> jax.Array: ...
 
 
@@ -93,7 +95,12 @@ def cudnn(q, k, v, segment_ids, window, mesh, implementation='cudnn') -> jax.Arr
   )
 
 
-KERNELS: dict[str, Kernel | None] = {'xla': None, 'splash': splash, 'cudnn': cudnn}
+KERNELS: dict[str, Kernel | None] = {
+  'xla': None,
+  'blocks': blockwise,
+  'splash': splash,
+  'cudnn': cudnn,
+}
 PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
 
 
@@ -130,6 +137,6 @@ def bind(name: str, segment_ids: jax.Array | None, mesh: Mesh | None):
   kernel = KERNELS[name]
   if kernel is None:
     return None
-  if segment_ids is None or mesh is None:
+  if segment_ids is None or (mesh is None and name in PLATFORMS):
     raise ValueError(f'attention {name!r} is for packed rows on a mesh: it needs segment_ids.')
   return functools.partial(kernel, segment_ids=segment_ids, mesh=mesh)

@@ -71,7 +71,7 @@ class RMSNorm(nnx.Module):
 
 
 class Adapter(nnx.Module):
-  """`scale · x · A · B` f32[B,T,O] of x [B,T,I], through a rank r (Hu et al. 2021)."""
+  """`scale · x · A · B` f32[X,O] of x [X,I], through a rank r (Hu et al. 2021)."""
 
   def __init__(self, kernel_shape, num_outs, rank, scale, rngs):
     ins, outs = math.prod(kernel_shape[:-num_outs]), math.prod(kernel_shape[-num_outs:])
@@ -80,8 +80,8 @@ class Adapter(nnx.Module):
     self.scale = scale
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    low = product('BTI,IR->BTR', x, self.a[...].astype(x.dtype)).astype(x.dtype)
-    return self.scale * product('BTR,RO->BTO', low, self.b[...].astype(x.dtype))
+    low = product('XI,IR->XR', x, self.a[...].astype(x.dtype)).astype(x.dtype)
+    return self.scale * product('XR,RO->XO', low, self.b[...].astype(x.dtype))
 
 
 class Linear(nnx.Module):
@@ -97,10 +97,12 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     # As one plain matrix: a kernel with two axes to sum over would be copied at every call.
     matrix = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.outs))
-    x = x.reshape(*x.shape[:2], -1)
-    y = product('BTI,IO->BTO', x, matrix)
+    # Rows and places as one axis: the kernel's gradient sums over both, and where these are two,
+    # XLA for CPUs copies a transposed array for it.
+    flat = x.reshape(-1, matrix.shape[0])
+    y = product('XI,IO->XO', flat, matrix)
     if self.adapter is not None:
-      y = y + self.adapter(x)
+      y = y + self.adapter(flat)
     y = y.reshape(*x.shape[:2], *self.outs)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
@@ -301,5 +303,9 @@ class Transformer(nnx.Module):
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Logits f32[...,V] of hidden states [...,D]."""
-    table = (self.embed if self.head is None else self.head).table[...].astype(hidden.dtype)
-    return product('...D,VD->...V', hidden, table)
+    return product('...D,VD->...V', hidden, self.output_table.astype(hidden.dtype))
+
+  @property
+  def output_table(self) -> jax.Array:
+    """The output layer's table [V,D], in the dtype of the parameters."""
+    return (self.embed if self.head is None else self.head).table[...]

@@ -41,7 +41,7 @@ class TrainConfig:
     lora_alpha, lora_modules: as `alpha` and `modules` of `model.lora.LoraConfig`.
     remat: what the backward pass computes again instead of keeping it. 'none'; 'dots': all of a
       block but products with parameters; 'full': all of a block, a third more work.
-    attention: 'xla', 'splash' (TPUs) or 'cudnn' (NVIDIA GPUs); see `model.kernels`.
+    attention: 'blocks', 'xla', 'splash' (TPUs) or 'cudnn' (NVIDIA GPUs); see `model.kernels`.
     dtype: compute dtype, 'float32' or 'bfloat16'; parameters and optimizer state are f32.
     seed: of the order of the examples.
     eval_share: share of the examples that are held out, for the loss on them.
@@ -76,7 +76,7 @@ class TrainConfig:
   lora_alpha: float = 16.0
   lora_modules: str = 'attention/|mlp/'
   remat: str = 'none'
-  attention: str = 'xla'
+  attention: str = 'blocks'
   dtype: str = 'float32'
   seed: int = 0
   eval_share: float = 0.0

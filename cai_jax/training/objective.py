@@ -5,42 +5,103 @@ the same sum over the number of target tokens ('token'). Both travel as (sum, we
 division in the train step, so packing, padding, accumulation and parallelism cannot change them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from cai_jax.model.attention import product
+
 # normalization → the sum that a batch's loss is divided by
 WEIGHTS = {'sequence': 'num_sequences', 'token': 'num_tokens'}
-LOGITS_AT_ONCE = 2**28  # elements a device (1 GB in f32): more are computed in slices of the rows
+LOGITS_AT_ONCE = 2**26  # elements a device (256 MB in f32), at most
+LEAST_SLICES = 4  # of a row's places, so that some can be left out
 
 Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each [B,T]
 
 
-@jax.custom_vjp
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-  """Sum f32[] of weights f32[...] × -log softmax(logits f32[...,V])[targets i32[...]].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cross_entropy(
+  slices: int, hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Sum f32[] of weights × -log softmax(hidden · tableᵀ)[targets]; no logits [B,T,V] stand whole.
 
-  Differentiable in the logits alone. The backward pass is written out: softmax minus one-hot in one
-  pass, where differentiating the gather of the target's logit would scatter.
+  Args:
+    slices: that the places of a row are taken in, one after the other.
+    hidden: [B,T,D], in the dtype that logits are computed from.
+    table: [V,D] of the output layer.
+    targets: i32[B,T].
+    weights: f32[B,T]. Each row's places without weight come last, and slices without any weight are
+      left out: half the logits or more of dialogues of which only responses are learnt.
+
+  Differentiable in hidden and table. Gradients are found together with the loss, as each slice's
+  logits are at hand (as in Hsu et al. 2024, Liger Kernel): softmax minus one-hot, in one pass.
   """
-  return _cross_entropy_fwd(logits, targets, weights)[0]
+  return _sliced(slices, hidden, table, targets, weights, False, False)[0]
 
 
-def _cross_entropy_fwd(logits, targets, weights):
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jnp.sum((log_z - chosen) * weights), (logits, log_z, targets, weights)
+def _cross_entropy_fwd(slices, hidden, table, targets, weights):
+  wanted = hidden.perturbed, table.perturbed
+  arrays = (x.value for x in (hidden, table, targets, weights))
+  loss, *gradients = _sliced(slices, *arrays, *wanted)
+  return loss, gradients
 
 
-def _cross_entropy_bwd(residuals, g):
-  logits, log_z, targets, weights = residuals
-  tokens = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-  error = jnp.exp(logits - log_z[..., None]) - (tokens == targets[..., None])
-  return error * (weights * g)[..., None], None, None
+def _cross_entropy_bwd(slices, gradients, g):
+  del slices
+  return (*(None if x is None else (g * x).astype(x.dtype) for x in gradients), None, None)
 
 
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)
+
+
+def _sliced(slices, hidden, table, targets, weights, of_hidden, of_table):
+  """(loss, its gradient by hidden, and by table), the gradients None where they are not wanted."""
+  length = hidden.shape[1]
+  size = -(-length // slices)
+  order = jnp.argsort(weights == 0, axis=1, stable=True)
+
+  def arrange(x):  # what fills the last slice up weighs nothing
+    x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+    return jnp.pad(x, ((0, 0), (0, slices * size - length), *((0, 0),) * (x.ndim - 2)))
+
+  hidden, targets, weights = map(arrange, (hidden, targets, weights))
+  matrix = table.astype(hidden.dtype)
+
+  def one(number, carry):
+    loss, by_hidden, by_table = carry
+    x, target, weight = (
+      jax.lax.dynamic_slice_in_dim(a, number * size, size, axis=1)
+      for a in (hidden, targets, weights)
+    )
+    logits = product('BTD,VD->BTV', x, matrix)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    loss += jnp.sum((log_z - chosen) * weight)
+    if of_hidden or of_table:
+      tokens = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
+      error = jnp.exp(logits - log_z[..., None]) - (tokens == target[..., None])
+      error = (error * weight[..., None]).astype(x.dtype)
+    if of_hidden:
+      part = product('BTV,VD->BTD', error, matrix).astype(x.dtype)
+      by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, part, number * size, axis=1)
+    if of_table:
+      by_table += product('BTV,BTD->VD', error, x)
+    return loss, by_hidden, by_table
+
+  most = jnp.max(jnp.sum(weights != 0, axis=1))
+  first = (
+    jnp.zeros(()),
+    jnp.zeros_like(hidden) if of_hidden else None,
+    jnp.zeros(table.shape, jnp.float32) if of_table else None,
+  )
+  loss, by_hidden, by_table = jax.lax.fori_loop(0, -(-most // size), one, first)
+  if of_hidden:
+    back = jnp.argsort(order, axis=1)[..., None]
+    by_hidden = jnp.take_along_axis(by_hidden[:, :length], back, axis=1)
+  return loss, by_hidden, None if by_table is None else by_table.astype(table.dtype)
 
 
 def targets_of(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -97,27 +158,9 @@ def loss_and_metrics(
     'num_sequences': count_sequences(batch['segment_ids'], weights),
   }
 
-  def nll(hidden, targets, weights):
-    return cross_entropy(model.unembed(hidden), targets, weights)
-
   rows, length = targets.shape
   logits = rows * length * model.config.vocab_size
   if sharding is not None:  # the table's V is split over `tensor`, and so are they
     logits = -(-logits // sharding.mesh.size)
-  slices = min(-(-logits // LOGITS_AT_ONCE), length)
-  if slices == 1:
-    return nll(hidden, targets, weights), sums
-
-  def split(x):  # [B,T,...] → [slices,B,⌈T/slices⌉,...]; what fills the last one up weighs nothing
-    of_slice = -(-length // slices)
-    x = jnp.pad(x, ((0, 0), (0, slices * of_slice - length), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(rows, slices, of_slice, *x.shape[2:]), 1, 0)
-
-  # The logits of a slice are made again in the backward pass instead of kept.
-  part = jax.checkpoint(nll)
-  total, _ = jax.lax.scan(
-    lambda total, parts: (total + part(*parts), None),
-    jnp.zeros(()),
-    tuple(map(split, (hidden, targets, weights))),
-  )
-  return total, sums
+  slices = min(max(-(-logits // LOGITS_AT_ONCE), LEAST_SLICES), length)
+  return cross_entropy(slices, hidden, model.output_table, targets, weights), sums

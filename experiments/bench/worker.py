@@ -3,7 +3,9 @@
 Started by the driver as `python -m experiments.bench.worker SYSTEM`, with a system of `SYSTEMS`.
 """
 
+import ctypes
 import dataclasses
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -13,12 +15,21 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 import numpy as np
 
 from experiments.bench.chains import Chain
+from experiments.bench.examples import Example
 
-SYSTEMS = {'ours': 'ours', 'hf': 'hf', 'tunix': 'tunix_sampler'}  # → module
+SYSTEMS = {  # → module
+  'ours': 'ours',
+  'hf': 'hf',
+  'tunix': 'tunix_sampler',
+  'ours_training': 'ours_training',
+  'hf_training': 'hf_training',
+  'tunix_training': 'tunix_training',
+}
 
 
 def handle(state: dict, request: dict) -> dict:
@@ -32,7 +43,7 @@ def load(state: dict, request: dict) -> dict:
   """Loads the model; versions of what the system is made of."""
   module = importlib.import_module(f'experiments.bench.{SYSTEMS[request["system"]]}')
   state['system'] = module.System(
-    pathlib.Path(request['folder']), request['dtype'], request['platform'], request['engine']
+    pathlib.Path(request['folder']), request['dtype'], request['platform'], request['options']
   )
   versions = {name: importlib.metadata.version(name) for name in module.PACKAGES}
   return {'versions': {'python': platform.python_version()} | versions}
@@ -46,24 +57,32 @@ def take(state: dict, request: dict) -> dict:
 
 
 def run(state: dict, request: dict) -> dict:
-  """Seconds, lengths of all replies and peak memory of a run over the chains kept.
+  """Lengths of all replies of a run over the chains kept, and what `measured` tells of it."""
+  (replies, stats), measures = measured(
+    state,
+    lambda: state['system'].run(
+      state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
+    ),
+  )
+  lengths = [[len(reply) for reply in chain] for chain in replies]
+  return {**measures, 'lengths': lengths, 'stats': stats}
+
+
+def measured(state: dict, work: Callable[[], object]) -> tuple[object, dict]:
+  """(what `work` gives; seconds, load and peak memory meanwhile).
 
   `other_load` is how many cores all other processes kept busy meanwhile: times are worth something
   where it is near 0 only. Torch suffers most, as its threads spin while they wait for each other.
   """
   reset = _reset_peak(state)
   start, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()
-  replies, stats = state['system'].run(
-    state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
-  )
+  result = work()
   seconds = time.perf_counter() - start
   cpu, busy = time.process_time() - cpu, _busy_seconds() - busy
-  return {
+  return result, {
     'seconds': seconds,
     'cpu_seconds': cpu,
     'other_load': max(0.0, (busy - cpu) / seconds),
-    'lengths': [[len(reply) for reply in chain] for chain in replies],
-    'stats': stats,
     'peak_bytes': peak_bytes() if reset else None,
   }
 
@@ -80,6 +99,25 @@ def roofline(state: dict, request: dict) -> dict:
   return state['system'].roofline(request['batches'], request['repetitions'])
 
 
+def take_examples(state: dict, request: dict) -> dict:
+  """Keeps the examples and the steps over them for training to come."""
+  state['system'].take([Example(*example) for example in request['examples']], request['steps'])
+  return {}
+
+
+def warm(state: dict, request: dict) -> dict:
+  """Trains on one batch of each shape in the steps kept, and so compiles what they need."""
+  return {'shapes': state['system'].warm(request['batch'])}
+
+
+def train(state: dict, request: dict) -> dict:
+  """Losses of some of the steps kept, tokens computed with the padding, and what was measured."""
+  (losses, places), measures = measured(
+    state, lambda: state['system'].train(request['first'], request['stop'], request['batch'])
+  )
+  return {**measures, 'losses': losses, 'places': places}
+
+
 def memory(state: dict, request: dict) -> dict:
   """Peak memory of the process since it started, and of the accelerator."""
   return {
@@ -88,7 +126,9 @@ def memory(state: dict, request: dict) -> dict:
   }
 
 
-OPERATIONS = {f.__name__: f for f in (load, take, run, agree, roofline, memory)}
+OPERATIONS = {
+  f.__name__: f for f in (load, take, run, agree, roofline, take_examples, warm, train, memory)
+}
 
 
 def peak_bytes() -> int:
@@ -106,7 +146,14 @@ def _busy_seconds() -> float:
 
 
 def _reset_peak(state: dict) -> bool:
-  """Starts the peak of resident memory anew; False where the system does not let us."""
+  """Starts the peak of resident memory anew; False where the system does not let us.
+
+  What is free already, such as what compiling has left, goes back to the system before that.
+  """
+  gc.collect()
+  library = ctypes.CDLL(None)
+  if hasattr(library, 'malloc_trim'):
+    library.malloc_trim(0)
   state['life_peak_bytes'] = max(peak_bytes(), state.get('life_peak_bytes', 0))
   try:
     pathlib.Path('/proc/self/clear_refs').write_text('5')

@@ -1,0 +1,78 @@
+"""The training benchmark's steps through `cai_jax.training`."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from cai_jax import parallel
+from cai_jax.model import lm as lm_lib
+from cai_jax.model.weights import structure
+from cai_jax.training import data
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.step import init_state, make_train_step
+from experiments.bench.examples import Example, Rows
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
+
+
+class System:
+  """What `training.fit` does, but for logs and checkpoints.
+
+  Args:
+    folder: of the model.
+    dtype: of computation; parameters and moments are f32.
+    options: `rows` and `length` of a step's batch; the optimizer's fields of TrainConfig; `train`,
+      other fields of TrainConfig.
+  """
+
+  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
+    del platform  # JAX_PLATFORMS has chosen it
+    lm = lm_lib.load(folder, dtype, param_dtype='float32')
+    self.bucket = data.Bucket(options['length'], options['rows'])
+    config = TrainConfig(
+      batch_size=options['rows'],
+      max_length=options['length'],
+      loss_normalization='token',
+      schedule='constant',
+      warmup=0.0,
+      dtype=dtype,
+      **options['optimizer'],
+      **options['train'],
+    )
+    steps = 1000  # a constant schedule does not ask
+    graph, _ = structure(lm.config, dtype)
+    self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
+    self.state = init_state(lm.params, config, lm.mesh)
+    self.sharding = parallel.batch_sharding(lm.mesh)
+
+  def take(self, examples: list[Example], steps: list[Rows]) -> None:
+    """Keeps the examples, and the rows of each step."""
+    self.items = [
+      data.Example(np.array(e.tokens, np.int32), np.arange(len(e.tokens)) >= e.prompt)
+      for e in examples
+    ]
+    self.steps = steps
+
+  def warm(self, batch: int) -> int:
+    """Trains on one step; the number of shapes, which is one."""
+    self.train(0, 1, batch)
+    return 1
+
+  def train(self, first: int, stop: int, batch: int) -> tuple[list[float], int]:
+    """(losses of the steps, tokens computed); batches are made ahead, as `fit` does."""
+    del batch  # the step splits a batch itself, by `accumulation`
+    plan = [data.Step(self.bucket, tuple(map(tuple, rows))) for rows in self.steps[first:stop]]
+    place = lambda batch: jax.device_put(batch, self.sharding)  # noqa: E731
+    losses = []
+    for arrays in data.iterate(data.Batches(self.items, plan), place):
+      self.state, metrics = self.step(self.state, arrays)
+      losses.append(metrics['loss'])
+    losses = [float(loss) for loss in jax.device_get(losses)]
+    return losses, len(plan) * self.bucket.rows * self.bucket.length
+
+  def device_peak_bytes(self) -> int | None:
+    """Most memory of the accelerator in use so far; None on a CPU."""
+    stats = jax.devices()[0].memory_stats()
+    return None if stats is None else stats['peak_bytes_in_use']

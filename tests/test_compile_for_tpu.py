@@ -184,6 +184,7 @@ def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(ti
   formula -= 6 * (2 * config.num_layers + 1) * config.d_model * tokens  # scales of norms
   # Plain attention computes all pairs, of which the formula leaves out those after the query.
   formula += 12 * config.num_layers * config.d_model * 8 * (32 * 31 // 2)
+  formula += 2 * config.num_layers * config.d_model * 32 * tokens  # scores, again backward
   # How many slices of the places are targets is seen in the loop only: it counts as one of them.
   head = 6 * config.vocab_size * config.d_model * tokens
   formula -= head - head // objective.LEAST_SLICES

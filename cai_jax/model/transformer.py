@@ -1,7 +1,8 @@
 """The decoder-only transformer of the Llama family (Touvron et al. 2023), in Flax NNX.
 
 Axes: B batch, T query, S key, D model, N heads, K kv heads, G heads of a kv head, H head, F ffw,
-V vocabulary, L layer. Norms, rotary angles, softmax and logits are f32 in any compute dtype.
+V vocabulary, L layer, X tokens of all rows. Norms, rotary angles, softmax and logits are f32 in any
+compute dtype.
 """
 
 import functools

@@ -16,8 +16,8 @@ from cai_jax.model.attention import product
 
 # normalization → the sum that a batch's loss is divided by
 WEIGHTS = {'sequence': 'num_sequences', 'token': 'num_tokens'}
-LOGITS_AT_ONCE = 2**26  # elements a device (256 MB in f32), at most
-LEAST_SLICES = 4  # of a row's places, so that some can be left out
+LOGITS_AT_ONCE = 2**27  # elements a device (512 MB in f32), at most
+LEAST_SLICES = 4  # of a row's places on one device, so that some can be left out
 
 Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each [B,T]
 
@@ -159,8 +159,11 @@ def loss_and_metrics(
   }
 
   rows, length = targets.shape
-  logits = rows * length * model.config.vocab_size
-  if sharding is not None:  # the table's V is split over `tensor`, and so are they
-    logits = -(-logits // sharding.mesh.size)
-  slices = min(max(-(-logits // LOGITS_AT_ONCE), LEAST_SLICES), length)
+  # On several devices each slice gathers the table and sums its gradient: as few as fit, then. Its
+  # V is split over `tensor`, and so are the logits.
+  devices = 1 if sharding is None else sharding.mesh.size
+  slices = -(-rows * length * model.config.vocab_size // (devices * LOGITS_AT_ONCE))
+  if devices == 1:
+    slices = max(slices, LEAST_SLICES)
+  slices = min(slices, length)
   return cross_entropy(slices, hidden, model.output_table, targets, weights), sums

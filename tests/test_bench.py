@@ -167,7 +167,7 @@ def test_steps_go_over_each_example_once():
 
 
 def test_common_steps_have_the_same_examples():
-  packed = [[[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8]]]
+  packed = [[[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8], [9]]]
   common = examples_lib.common_steps(packed, 3, 3)
   assert common == [[[0, 1], [2]], [[5, 6], [7]], [[0, 1], [2]]]
   assert examples_lib.one_a_row(common)[1] == [[5], [6], [7]]

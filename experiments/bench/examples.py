@@ -85,7 +85,8 @@ def common_steps(packed: Sequence[Rows], size: int, count: int) -> list[Rows]:
   for rows in packed:
     kept = [i for row in rows for i in row][:size]
     if len(kept) == size:
-      found.append([[i for i in row if i in kept] for row in rows])
+      cut = [[i for i in row if i in kept] for row in rows]
+      found.append([row for row in cut if row])
   if not found:
     raise ValueError(f'no step has {size} examples.')
   return [found[i % len(found)] for i in range(count)]

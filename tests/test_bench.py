@@ -171,8 +171,8 @@ def test_common_steps_have_the_same_examples():
   common = examples_lib.common_steps(packed, 3, 3)
   assert common == [[[0, 1], [2]], [[5, 6], [7]], [[0, 1], [2]]]
   assert examples_lib.one_a_row(common)[1] == [[5], [6], [7]]
-  with pytest.raises(ValueError, match='no step has 5'):
-    examples_lib.common_steps(packed, 5, 1)
+  with pytest.raises(ValueError, match='no step has 6'):
+    examples_lib.common_steps(packed, 6, 1)
 
 
 def test_a_step_is_split_evenly():

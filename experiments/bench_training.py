@@ -1,7 +1,11 @@
 """How much faster is a step of supervised fine-tuning here than in peers, and in what memory?
 
 Command:   python -m experiments.bench_training --model=M --workdir=runs/bench
-           --model=tiny; --dtype=bfloat16; --row_length=1024 --rows=2 for longer rows
+             --peers=hf_padded,hf_packed
+           --model=M --rows=2 --peers=tunix --tunix_multiple=512, which takes 16 GB and compiles
+             one or two shapes
+           --model=tiny --hf_padded=32 --hf_packed=4, which are the fastest there; several are tried
+           --dtype=bfloat16; --row_length=1024 for longer rows
 Hardware:  any; RESULTS.md tells of two CPU cores
 Systems:   ours: packed rows, best fit; Hugging Face transformers in the step of their Trainer, with
            AdamW of torch, fused: padded (micro-batches of 8 examples, filled up to the longest) and
@@ -53,13 +57,14 @@ class Work:
   lengths: ExampleSettings
   row_length: int  # tokens of a packed row
   rows: int  # of a step
+  accumulation: int  # micro-batches of our step
   steps: int  # of a repetition
 
 
 WORK = {
-  'tiny': Work(examples_lib.EMBEDDED, row_length=256, rows=16, steps=20),
-  'S': Work(examples_lib.EMBEDDED, row_length=128, rows=4, steps=2),
-  'M': Work(examples_lib.DIALOGUES, row_length=512, rows=4, steps=2),
+  'tiny': Work(examples_lib.EMBEDDED, row_length=256, rows=16, accumulation=4, steps=10),
+  'S': Work(examples_lib.EMBEDDED, row_length=128, rows=4, accumulation=1, steps=2),
+  'M': Work(examples_lib.DIALOGUES, row_length=512, rows=4, accumulation=4, steps=1),
 }
 
 
@@ -90,7 +95,11 @@ def tokens_of(examples: Sequence[Example], steps: Sequence[Rows]) -> tuple[int, 
 def options_of(system: str, args: argparse.Namespace, work: Work) -> dict:
   """What the system's constructor is told."""
   own = {
-    'ours': {'rows': work.rows, 'length': work.row_length, 'train': json.loads(args.train)},
+    'ours': {
+      'rows': work.rows,
+      'length': work.row_length,
+      'train': {'accumulation': work.accumulation, **json.loads(args.train)},
+    },
     'hf_padded': {'packed': False, 'attention': args.hf_attention},
     'hf_packed': {'packed': True, 'attention': args.hf_attention},
     'tunix': {'longest': work.lengths.longest, 'multiple': args.tunix_multiple},
@@ -211,9 +220,11 @@ def work_of(args: argparse.Namespace) -> Work:
   if args.model not in WORK:
     raise ValueError(f'--model={args.model} has no training work; one of {tuple(WORK)} has.')
   work = WORK[args.model]
-  for name in ('row_length', 'rows', 'steps'):
-    if getattr(args, name) is not None:
-      work = dataclasses.replace(work, **{name: getattr(args, name)})
+  names = ('row_length', 'rows', 'accumulation', 'steps')
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  if 'rows' in given:  # a row a micro-batch, unless it is said
+    given = {'accumulation': min(work.accumulation, given['rows']), **given}
+  work = dataclasses.replace(work, **given)
   if work.lengths.longest > work.row_length:
     raise ValueError(
       f'--row_length={work.row_length} is less than the longest example, {work.lengths.longest}.'
@@ -312,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--tunix_python', default=sys.executable)
   flags.add_argument('--row_length', type=int, help='tokens of our rows; default by the model')
   flags.add_argument('--rows', type=int, help='of a step; default by the model')
+  flags.add_argument('--accumulation', type=int, help='of our step; default by the model')
   flags.add_argument('--steps', type=int, help='of a repetition; default by the model')
   flags.add_argument('--train', default='{}', help='JSON: further fields of TrainConfig')
   flags.add_argument(

@@ -130,7 +130,7 @@ def test_random_matrices_are_wide_enough(folder):
   assert np.std(table) == pytest.approx(2 / SHAPE.d_model**0.5, rel=0.05)
 
 
-WORK = bench_training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, steps=2)
+WORK = bench_training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, accumulation=1, steps=2)
 
 
 @pytest.fixture(scope='module')

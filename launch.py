@@ -245,7 +245,9 @@ def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Par
       f'prompt has {min(lengths["harmful"])} tokens.'
     )
   longest = max(lengths['eval_harmful'] + lengths['eval_helpful'], default=0)
-  if 'evaluate' in stages and longest + run.sampling.initial.max_tokens > context:
+  if (
+    'evaluate' in stages or run.train.probes
+  ) and longest + run.sampling.initial.max_tokens > context:
     raise ValueError(
       f'a held-out prompt has {longest} tokens and its reply up to '
       f'{run.sampling.initial.max_tokens} (sampling.initial.max_tokens); {name} holds {context}.'
@@ -294,6 +296,9 @@ def _probe(run: Run, lm: LM) -> loop.Probe:
 
   def probe(params) -> list[dict[str, str]]:
     local = parallel.localise(params, mesh, dtype)
+    return _together('answer probe prompts', lambda: answer(local))
+
+  def answer(local) -> list[dict[str, str]]:
     if jax.process_index() != 0:
       return []
     model = dataclasses.replace(lm, params=local, mesh=mesh, dtype=dtype)
@@ -334,6 +339,8 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   if jax.process_index() != 0:
     return {}
   summary = json.loads((run.workdir / 'evaluation' / 'summary.json').read_text())
+  if not (run.workdir / logs.METRICS).exists():
+    raise ValueError(f'{run.workdir / logs.METRICS} is gone: put it back, or train again.')
   rows = data.read_rows(run.workdir / 'd_cai')
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
   write_report(

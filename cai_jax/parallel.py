@@ -5,6 +5,7 @@ import os
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -103,7 +104,9 @@ def localise(params, mesh: Mesh, dtype):
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   shardings = param_shardings(params, mesh)
-  return jax.tree.map(lambda x, s: jax.device_put(x, s).astype(dtype), params, shardings)
+  return jax.tree.map(
+    lambda x, sharding: jnp.array(jax.device_put(x, sharding), dtype, copy=True), params, shardings
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

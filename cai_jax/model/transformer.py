@@ -34,7 +34,7 @@ from cai_jax.model.config import ModelConfig
 # are found by name: those of half precision have gradients of their own, which hides them.
 PRODUCT = 'product'
 REMAT = {
-  'none': jax.checkpoint_policies.everything_saveable,
+  'none': None,  # keeps all
   'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,  # but its input
 }

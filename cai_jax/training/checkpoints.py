@@ -29,12 +29,14 @@ def save(
   state: TrainState,
   iterator: grain.DatasetIterator,
   meta: dict[str, Any],
+  losses: list[float],
 ) -> None:
   """Starts to save the state after `step` steps; arrays are copied before this returns.
 
-  The iterator goes in by its position, so that it can go on while the save runs.
+  The iterator goes in by its position, so that it can go on while the save runs; `losses` are those
+  found on held-out examples so far.
   """
-  items = {'state': state, 'data': iterator.get_state()}
+  items = {'state': state, 'data': {'iterator': iterator.get_state(), 'held_out': losses}}
   checkpointer.save_checkpointables_async(step, items, custom_metadata=meta)
 
 
@@ -43,8 +45,8 @@ def restore(
   abstract: TrainState,
   iterator: grain.DatasetIterator,
   meta: dict[str, Any],
-) -> tuple[TrainState, int] | None:
-  """(state, step) of the newest checkpoint, with the iterator set to it; None where none is.
+) -> tuple[TrainState, int, list[float]] | None:
+  """(state, step, held-out losses) of the newest checkpoint, with the iterator set; None if none.
 
   Args:
     abstract: ShapeDtypeStructs of a state of the same run, as `step.abstract_state` gives; its
@@ -66,5 +68,5 @@ def restore(
       'on with it, or choose another workdir.'
     )
   items = checkpointer.load_checkpointables(step, {'state': abstract, 'data': None})
-  iterator.set_state(items['data'])
-  return items['state'], step
+  iterator.set_state(items['data']['iterator'])
+  return items['state'], step, list(items['data']['held_out'])

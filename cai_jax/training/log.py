@@ -1,12 +1,13 @@
 """What a training run tells, in files and TensorBoard: metrics, costs, held-out losses, probes."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,7 +55,8 @@ class Log:
   def __init__(self, workdir: pathlib.Path, first: int, total: int, every: int, work: Work):
     self._first, self._total, self._every, self._work = first, total, every, work
     self._waiting = None
-    self._last = {}
+    self._last, self._done = {}, first
+    self._unwritten = None  # step and metrics of the last step, where it has no row yet
     self._tokens = 0.0  # targets
     self._began = time.monotonic()
     self._since = first, self._began, 0.0  # step, time and target tokens of the last row of costs
@@ -112,7 +114,7 @@ class Log:
   def summary(self) -> dict[str, float]:
     """Seconds, tokens, use of the devices and last metrics of what this process did of the run."""
     seconds = time.monotonic() - self._began
-    done = slice(self._first, self._since[0])
+    done = slice(self._first, self._done)
     found = {
       'resumed_at': self._first,
       'seconds': seconds,
@@ -139,18 +141,32 @@ class Log:
           'The checkpoints before it are kept.'
         )
     self._tokens += row['num_tokens']
-    self._last = row
-    last = step + 1 == self._total
-    if (step + 1) % self._every == 0 or last:
-      costs = self._costs(step + 1)
-      if self._speaks:
-        self._append(METRICS, {'step': step + 1, **row}, 'train')
-        self._append(COSTS, {'step': step + 1, **costs}, 'costs')
+    self._last, self._done, self._unwritten = row, step + 1, (step, row)
+    if (step + 1) % self._every == 0 or step + 1 == self._total:
+      self.finish()
     if self._speaks:
       self._progress(step + 1, self._total, int(self._tokens), f'loss {row["loss"]:.4g}')
 
+  @contextlib.contextmanager
+  def elsewhere(self) -> Iterator[None]:
+    """What is done in the block does not count as time of steps."""
+    begin = time.monotonic()
+    yield
+    first, then, tokens = self._since
+    self._since = first, then + time.monotonic() - begin, tokens
+
+  def finish(self) -> None:
+    """Writes the rows of the last step, if it has none yet."""
+    if self._unwritten is None:
+      return
+    (step, row), self._unwritten = self._unwritten, None
+    costs = self._costs(step + 1)
+    if self._speaks:
+      self._append(METRICS, {'step': step + 1, **row}, 'train')
+      self._append(COSTS, {'step': step + 1, **costs}, 'costs')
+
   def _costs(self, done: int) -> dict[str, float]:
-    """What the steps since the last row took."""
+    """What the steps since the last row took; the first of a process compiles."""
     (first, then, tokens), now = self._since, time.monotonic()
     self._since = done, now, self._tokens
     seconds, steps = max(now - then, 1e-9), slice(first, done)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 import signal
@@ -106,18 +107,17 @@ def fit(
     graph, trained, frozen = structure(model, config.dtype)[0], params, None
   else:
     graph, _ = lora.structure(model, config.lora, config.dtype)
-    trained = lora.init(model, config.lora, jax.random.key(config.seed))
+    # By way of the host, as every process of a run has the same ones.
+    trained = jax.device_get(lora.init(model, config.lora, jax.random.key(config.seed)))
     frozen = place_frozen(params, config, mesh)
-
-  def whole(state: TrainState):
-    """All parameters of the plain model, as they would be used."""
-    if config.lora is None:
-      return state.result
     merge = jax.jit(
       lambda params, adapters: lora.merge(params, adapters, config.lora),
       out_shardings=parallel.param_shardings(params, mesh),
     )
-    return merge(params, state.result)
+
+  def whole(state: TrainState):
+    """All parameters of the plain model, as they would be used."""
+    return state.result if config.lora is None else merge(params, state.result)
 
   train_step = make_train_step(graph, trained, config, len(steps), mesh, frozen)
   iterator = data.iterate(batches, lambda b: _place(b, sharding))
@@ -131,9 +131,8 @@ def fit(
   with checkpoints.make_checkpointer(workdir / 'checkpoints', config.keep) as checkpointer:
     abstract = abstract_state(trained, config, mesh)
     found = checkpoints.restore(checkpointer, abstract, iterator, meta)
-    state, first = found or (init_state(trained, config, mesh), 0)
+    state, first, held_out.losses = found or (init_state(trained, config, mesh), 0, [])
     state = dataclasses.replace(state, frozen=frozen)
-    held_out.recall(logs.read(workdir / logs.HELD_OUT, first))
     with (
       logs.Log(workdir, first, len(steps), config.log_every, work) as log,
       Termination() as terminated,
@@ -141,24 +140,27 @@ def fit(
     ):
       step = first
       while step < len(steps) and not held_out.exhausted:
-        trace(step)
+        trace(step, state)
         state, metrics = train_step(state, next(iterator))
         log.add(step, metrics)
         step += 1
         last = step == len(steps)
         if last or (config.eval_every and step % config.eval_every == 0):
           log.flush()
-          if watch.held_out:
-            log.held_out(step, held_out(state))
-          if watch.probe is not None:
-            log.probes(step, watch.probe(whole(state)))
+          with log.elsewhere():
+            if watch.held_out:
+              log.held_out(step, held_out(state))
+            if watch.probe is not None:
+              log.probes(step, watch.probe(whole(state)))
         leave = terminated(step)
         last |= held_out.exhausted
         if leave or last or (config.checkpoint_every and step % config.checkpoint_every == 0):
           log.flush()  # which refuses numbers that are not finite: they are never saved
-          checkpoints.save(checkpointer, step, state.learnt, iterator, meta)
+          with log.elsewhere():
+            checkpoints.save(checkpointer, step, state.learnt, iterator, meta, held_out.losses)
         if leave and not last:
           raise Preempted(f'ended after step {step} of {len(steps)}, which is saved.')
+      log.finish()
       summary |= log.summary() | held_out.summary()
       summary['steps_taken'] = step
   return whole(state), summary
@@ -238,9 +240,10 @@ class HeldOut:
     self._step, self._config, self._sharding = eval_step, config, sharding
     self._batches = ()
     if items:
-      plan = data.plan([len(item.tokens) for item in items], buckets, 1, 0)
+      micro = [data.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
+      plan = data.plan([len(item.tokens) for item in items], micro, 1, 0)
       self._batches = data.Batches(items, plan)
-    self._losses: list[float] = []
+    self.losses: list[float] = []  # of all evaluations of the run
 
   def __call__(self, state: TrainState) -> dict[str, float]:
     """loss, in the run's normalization, and nll_per_token."""
@@ -250,26 +253,27 @@ class HeldOut:
       sums.append(self._step(state.result, state.frozen, batch))
     total = {name: sum(float(s[name]) for s in jax.device_get(sums)) for name in sums[0]}
     loss = total['nll'] / max(total[WEIGHTS[self._config.loss_normalization]], 1.0)
-    self._losses.append(loss)
+    if not math.isfinite(loss):
+      raise FloatingPointError(
+        f'the loss on held-out examples is {loss}: lower train.learning_rate or set '
+        'train.clip_norm. The checkpoints before it are kept.'
+      )
+    self.losses.append(loss)
     return {'loss': loss, 'nll_per_token': total['nll'] / max(total['num_tokens'], 1.0)}
-
-  def recall(self, rows: Sequence[dict[str, float]]) -> None:
-    """Takes what a run that is gone on with had found before."""
-    self._losses = [row['loss'] for row in rows]
 
   @property
   def exhausted(self) -> bool:
     """Whether the last `patience` evaluations have found no loss below the least before them."""
-    patience, losses = self._config.patience, self._losses
+    patience, losses = self._config.patience, self.losses
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
   def summary(self) -> dict[str, float | bool]:
     """Last and least held-out loss, and whether training stopped for want of a lower one."""
-    if not self._losses:
+    if not self.losses:
       return {}
     return {
-      'held_out_loss': self._losses[-1],
-      'least_held_out_loss': min(self._losses),
+      'held_out_loss': self.losses[-1],
+      'least_held_out_loss': min(self.losses),
       'stopped_early': self.exhausted,
     }
 
@@ -312,10 +316,13 @@ class Trace:
   def __enter__(self):
     return self
 
-  def __call__(self, step: int) -> None:
+  def __call__(self, step: int, state: TrainState) -> None:
+    """Begins or ends the trace, if it is time, once the device has come to `state`."""
     if self._runs and step >= self._end:
+      jax.block_until_ready(state)
       self.__exit__()
     elif self._begin <= step < self._end and not self._runs:
+      jax.block_until_ready(state)
       jax.profiler.start_trace(str(self._folder))
       self._runs = True
 

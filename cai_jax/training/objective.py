@@ -26,7 +26,7 @@ Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each 
 def cross_entropy(
   slices: int, hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-  """Sum f32[] of weights × -log softmax(hidden · tableᵀ)[targets]; no logits [B,T,V] stand whole.
+  """Sum f32[] of weights × -log softmax(hidden · tableᵀ)[targets], by a slice of logits at a time.
 
   Args:
     slices: that the places of a row are taken in, one after the other.

@@ -56,7 +56,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
     'cosine': lambda: optax.cosine_decay_schedule(peak, rest, config.final_share),
     'wsd': lambda: optax.join_schedules(
       [optax.constant_schedule(peak), optax.linear_schedule(peak, last, falling)],
-      [num_steps - warmup - falling - 1],
+      [max(num_steps - warmup - falling - 1, 0)],
     ),
   }[config.schedule]()
   if not warmup:

@@ -245,9 +245,8 @@ def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Par
       f'prompt has {min(lengths["harmful"])} tokens.'
     )
   longest = max(lengths['eval_harmful'] + lengths['eval_helpful'], default=0)
-  if (
-    'evaluate' in stages or run.train.probes
-  ) and longest + run.sampling.initial.max_tokens > context:
+  sampled = 'evaluate' in stages or run.train.probes
+  if sampled and longest + run.sampling.initial.max_tokens > context:
     raise ValueError(
       f'a held-out prompt has {longest} tokens and its reply up to '
       f'{run.sampling.initial.max_tokens} (sampling.initial.max_tokens); {name} holds {context}.'

@@ -3,8 +3,8 @@
 Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
 Hardware:  two CPU cores; 1 minute, 1.4 GB
 Expected:  of answers to baited prompts 84 to 87 % break a rule, after four rounds of critique and
-           revision 9 to 11 %; 13 to 17 % of M_aligned's do, and 96 % or more still answer the request
-           (three seeds; experiments/RESULTS.md)
+           revision 9 to 11 %; 13 to 17 % of M_aligned's do, and 96 to 98 % still answer the
+           request (three seeds; experiments/RESULTS.md)
 """
 
 from configs import default

@@ -88,8 +88,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
       act = server.script.pop(0) if server.script else None
       server.now += 1
       server.most = max(server.most, server.now)
+    time.sleep(server.delay)
+    with server.lock:  # before the answer, after which the client may send its next at once
+      server.now -= 1
     try:
-      time.sleep(server.delay)
       if act is None:
         self.send(200, server.reply(body))
       elif act == 'hang up':
@@ -107,8 +109,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
       pass
     finally:
       self.close_connection = True
-      with server.lock:
-        server.now -= 1
 
   def send(self, status, content, headers=(), cut=None):
     data = content if isinstance(content, bytes) else json.dumps(content).encode()

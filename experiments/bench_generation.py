@@ -256,17 +256,7 @@ def table(result: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
   """The flags."""
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  flags.add_argument('--workdir', default='runs/bench_generation')
-  flags.add_argument('--model', default='M', help=f'one of {("tiny", *models.SHAPES)}')
-  flags.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
-  flags.add_argument('--platform', default='cpu', help='cpu or cuda')
-  flags.add_argument('--cores', type=int, default=2, help='CPU cores of each system')
-  flags.add_argument('--repetitions', type=int, default=5)
-  flags.add_argument('--peers', default='hf,tunix', help='of hf and tunix, with commas')
-  flags.add_argument('--tunix_python', default=sys.executable)
+  flags = driver.parser(__doc__, 'runs/bench_generation', ['tiny', *models.SHAPES], ['hf', 'tunix'])
   flags.add_argument('--slots', type=driver.integers, default=[8], help='several are tried')
   flags.add_argument('--hf_batches', type=driver.integers, default=[12], help='several are tried')
   flags.add_argument(

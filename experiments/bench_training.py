@@ -310,17 +310,8 @@ def table(result: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
   """The flags."""
-  flags = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  flags.add_argument('--workdir', default='runs/bench_training')
-  flags.add_argument('--model', default='M', help=f'one of {tuple(WORK)}')
-  flags.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
-  flags.add_argument('--platform', default='cpu', help='cpu or cuda')
-  flags.add_argument('--cores', type=int, default=2, help='CPU cores of each system')
-  flags.add_argument('--repetitions', type=int, default=5)
-  flags.add_argument('--peers', default='hf_padded,hf_packed,tunix', help='with commas')
-  flags.add_argument('--tunix_python', default=sys.executable)
+  peers = [system for system in SYSTEMS if system != 'ours']
+  flags = driver.parser(__doc__, 'runs/bench_training', list(WORK), peers)
   flags.add_argument('--row_length', type=int, help='tokens of our rows; default by the model')
   flags.add_argument('--rows', type=int, help='of a step; default by the model')
   flags.add_argument('--accumulation', type=int, help='of our step; default by the model')

@@ -95,11 +95,8 @@ def fit(
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   meta = {
-    **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
-    'steps': len(steps),
-    'buckets': [list(bucket) for bucket in buckets],
+    **_meta(config, buckets, steps),
     'data': fingerprint(items),
-    'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],  # which step has which examples
     'held_out': fingerprint(watch.held_out),
     'init': identity,
   }
@@ -344,6 +341,16 @@ def _check(buckets: Sequence[data.Bucket], config: TrainConfig, mesh: Mesh) -> N
       kernels.check(config.attention, mesh, config.dtype, bucket.length)
     except ValueError as error:
       raise ValueError(f'train.attention: {error}') from None
+
+
+def _meta(config: TrainConfig, buckets, steps: Sequence[data.Step]) -> dict[str, Any]:
+  """What of the settings a run must be gone on with, in JSON's types."""
+  return {
+    **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
+    'steps': len(steps),
+    'buckets': [list(bucket) for bucket in buckets],
+    'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],  # which step has which examples
+  }
 
 
 def _work(model: ModelConfig, items, steps, ids, config: TrainConfig, mesh: Mesh) -> logs.Work:

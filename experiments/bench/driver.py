@@ -3,6 +3,7 @@
 Each system has a process of its own, with the same cores, and one works at a time.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -12,6 +13,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+
+from experiments.bench import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 Ask = Callable[..., dict]  # ask(op, **request) → reply
@@ -108,6 +111,24 @@ def machine() -> dict:
     'load_average_at_start': os.getloadavg()[0],
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
+
+
+def parser(
+  description: str, workdir: str, names: Sequence[str], peers: Sequence[str]
+) -> argparse.ArgumentParser:
+  """The flags that all drivers have, for these models and peers."""
+  flags = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument('--workdir', default=workdir)
+  flags.add_argument('--model', default='M', help=f'one of {tuple(names)}')
+  flags.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
+  flags.add_argument('--platform', default='cpu', help='cpu or cuda')
+  flags.add_argument('--cores', type=int, default=2, help='CPU cores of each system')
+  flags.add_argument('--repetitions', type=int, default=5)
+  flags.add_argument('--peers', default=','.join(peers), help=f'of {", ".join(peers)}, with commas')
+  flags.add_argument('--tunix_python', default=sys.executable)
+  return flags
 
 
 def take_cores(count: int) -> None:

@@ -54,6 +54,7 @@ from configs import default
 PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
 SCORERS = {'none': None, 'tiny': world.judge}
 TINY = pathlib.Path(world.__file__).parent
+EMBEDDED = {'tiny': 'model', 'tiny-small': 'model_small'}  # folders of the embedded models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Run:
   train: TrainConfig
   scorer: scores.Scorer | None
   profile: int = 0  # training steps that a trace is written of
+  journal: pathlib.Path | None = None  # folder of the turns; None is workdir/journal
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
@@ -400,11 +402,12 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 def _constitution(section: ConfigDict) -> constitutions.Constitution:
   shipped = {'general': constitutions.GENERAL, 'tiny': TINY / 'constitution.yaml'}
-  return constitutions.load(str(shipped.get(section.path, section.path)), tuple(section.tags))
+  path = str(shipped.get(section.path, section.path))
+  return constitutions.load(path, tuple(section.tags), tuple(section.ids))
 
 
 def _path(name: str) -> str:
-  return str(TINY / 'model') if name == 'tiny' else name
+  return str(TINY / EMBEDDED[name]) if name in EMBEDDED else name
 
 
 def _mesh(run: Run):
@@ -485,7 +488,7 @@ def _job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> generate
 
 def _sample(run: Run, job: generate.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
   """Runs a job's chains into a dataset."""
-  journal = Journal(run.workdir / 'journal', jax.process_index())
+  journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   with Progress(name) as progress:
     work = lambda: generate.run(job, folder, journal, run.engine, progress)  # noqa: E731
     counts = _together(f'sample {folder}', work)

@@ -167,12 +167,15 @@ def split_plain(text: str, roles: Iterable[str] = tuple(LABELS)) -> list[dict[st
   ]
 
 
-def load(path: str | os.PathLike, tags: tuple[str, ...] = ()) -> Constitution:
+def load(
+  path: str | os.PathLike, tags: tuple[str, ...] = (), ids: tuple[str, ...] = ()
+) -> Constitution:
   """Returns the constitution in a YAML file, or in the published JSON form (file or folder).
 
   Args:
     path: a .yaml or .yml file; a .json file of instructions; a folder of the published files.
     tags: keep only principles with at least one of these tags; () keeps all.
+    ids: keep, of those, only principles with these ids, in the file's order; () keeps all.
 
   Raises:
     ValueError: no such file, not readable as what its name says, a field that is missing, unknown
@@ -185,13 +188,14 @@ def load(path: str | os.PathLike, tags: tuple[str, ...] = ()) -> Constitution:
     if not os.path.isfile(instructions):
       raise ValueError(f'{path}: the folder holds no {_INSTRUCTIONS}')
     demonstrations = _published_demonstrations(few_shot) if os.path.isfile(few_shot) else ()
-    return _constitution(instructions, _published_principles(instructions), demonstrations, tags)
+    principles = _published_principles(instructions)
+    return _constitution(instructions, principles, demonstrations, tags, ids)
   if not os.path.isfile(path):
     raise ValueError(f'{path}: no such constitution; give a .yaml or .json file, or a folder')
   if path.endswith('.json'):
-    return _constitution(path, _published_principles(path), (), tags)
+    return _constitution(path, _published_principles(path), (), tags, ids)
   if path.endswith(('.yaml', '.yml')):
-    return _constitution(path, *_yaml_parts(path), tags)
+    return _constitution(path, *_yaml_parts(path), tags, ids)
   raise ValueError(f'{path}: a constitution is a .yaml, .yml or .json file, or a folder')
 
 
@@ -227,21 +231,25 @@ def draw(
   return tuple(drawn)
 
 
-def _constitution(path, principles, demonstrations, tags) -> Constitution:
-  """Returns the checked constitution of the principles with any of `tags`."""
+def _constitution(path, principles, demonstrations, tags, ids) -> Constitution:
+  """Returns the checked constitution of the principles with any of `tags` and one of `ids`."""
   try:
     whole = Constitution(tuple(principles), tuple(demonstrations))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  if isinstance(tags, str):
-    raise ValueError(f'tags must be a tuple of names, got the text {tags!r}')
-  known = sorted({tag for principle in whole.principles for tag in principle.tags})
-  unknown = [tag for tag in tags if tag not in known]
-  if unknown:
-    raise ValueError(f'{path}: no principle has the tags {unknown}; there are {known}')
-  if not tags:
-    return whole
-  kept = tuple(p for p in whole.principles if set(p.tags) & set(tags))
+  kept = whole.principles
+  for name, wanted, of in (
+    ('tags', tags, lambda principle: principle.tags),
+    ('ids', ids, lambda principle: (principle.id,)),
+  ):
+    if isinstance(wanted, str):
+      raise ValueError(f'{name} must be a tuple of names, got the text {wanted!r}')
+    known = sorted({given for principle in kept for given in of(principle)})
+    unknown = [given for given in wanted if given not in known]
+    if unknown:
+      raise ValueError(f'{path}: no principle has the {name} {unknown}; there are {known}')
+    if wanted:
+      kept = tuple(principle for principle in kept if set(of(principle)) & set(wanted))
   return dataclasses.replace(whole, principles=kept)
 
 

@@ -1,7 +1,8 @@
 """Every field of a run, once, with its unit and meaning. Other configs state only what differs.
 
 A folder, file or hub name may be given wherever a path is asked for. The embedded world goes by the
-name 'tiny' as a model, a constitution, a source of prompts and a scorer.
+name 'tiny' as a model (a lesser one is 'tiny-small'), a constitution, a source of prompts and a
+scorer.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +33,7 @@ def get_config() -> ConfigDict:
   config.constitution = ConfigDict()
   config.constitution.path = 'general'  # 'general', 'tiny', a YAML or published JSON file, a folder
   config.constitution.tags = ()  # keep principles with any of these; () keeps all
+  config.constitution.ids = ()  # keep principles with these ids; () keeps all
 
   config.prompts = ConfigDict()
   config.prompts.harmful = prompts()  # answered, criticised and revised
@@ -41,7 +43,8 @@ def get_config() -> ConfigDict:
 
   config.feedback = ConfigDict()
   config.feedback.rounds = 4  # critiques and revisions of each response
-  config.feedback.variant = 'critique'  # 'critique', or 'direct': revise without one
+  # 'critique'; 'direct': revise without one; controls: 'empty' critiques, 'shuffled': of others
+  config.feedback.variant = 'critique'
   config.feedback.context = 'fresh'  # a round sees the latest response; 'growing': all before
   config.feedback.repeat_principles = True  # each round's principle is drawn independently
   config.feedback.demonstrations = True  # the constitution's few-shot dialogues stand in front

@@ -120,9 +120,68 @@ def direct_revision(
   return Record(prompt, initial, tuple(rounds))
 
 
+def empty_critique(
+  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
+) -> Chain:
+  """As `critique_revision`, but every critique is empty: does the request alone do the work?"""
+  return (yield from _given_critiques(prompt, principles, [''] * len(principles), stages, growing))
+
+
+def shuffled_critique(
+  prompt: Prompt,
+  principles: Sequence[Principle],
+  stages: Stages,
+  growing: bool = False,
+  *,
+  donor: Prompt,
+) -> Chain:
+  """As `critique_revision`, but with the critiques of another prompt's chain.
+
+  Does a revision use what its critique says? Round n gets what the donor's chain, under the same
+  principles, said in its round n. That chain is sampled here too, so this costs twice the turns.
+  """
+  other = yield from _renamed('donor', critique_revision(donor, principles, stages, growing))
+  critiques = [step.critique.text for step in other.rounds]
+  return (yield from _given_critiques(prompt, principles, critiques, stages, growing))
+
+
+def _given_critiques(
+  prompt: Prompt,
+  principles: Sequence[Principle],
+  critiques: Sequence[str],
+  stages: Stages,
+  growing: bool,
+) -> Chain:
+  """The chain whose critiques are given, one a round; none of them stands in the record."""
+  response = initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
+  context = [*prompt.messages, _message('assistant', response)]
+  rounds = []
+  for number, (principle, critique) in enumerate(zip(principles, critiques, strict=True), 1):
+    context.append(_message('critique_request', principle.critique_request))
+    context.append(_message('critique', critique))
+    context.append(_message('revision_request', principle.revision_request))
+    response = yield from stages.revision.ask(f'revision_{number}', context, 'revision')
+    rounds.append(Round(principle, None, response))
+    context = _next_context(prompt, context, response, growing)
+  return Record(prompt, initial, tuple(rounds))
+
+
+def _renamed(prefix: str, chain: Chain) -> Chain:
+  """The chain with other names for its turns, and so with randomness of its own."""
+  completion = None
+  while True:
+    try:
+      turn = chain.send(completion)
+    except StopIteration as done:
+      return done.value
+    completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
+
+
 VARIANTS: dict[str, Callable[..., Chain]] = {
   'critique': critique_revision,
   'direct': direct_revision,
+  'empty': empty_critique,
+  'shuffled': shuffled_critique,
 }
 
 

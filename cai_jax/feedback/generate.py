@@ -17,7 +17,7 @@ from cai_jax import constitution as constitutions
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import records
-from cai_jax.feedback.chain import VARIANTS, Stage, Stages
+from cai_jax.feedback.chain import VARIANTS, Stage, Stages, shuffled_critique
 from cai_jax.feedback.prompts import Prompt
 from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
@@ -36,7 +36,7 @@ class FeedbackConfig:
   """How responses are criticised and revised."""
 
   rounds: int = 4  # revisions of each harmful prompt's response
-  variant: str = 'critique'  # 'critique' or 'direct': revise without a critique
+  variant: str = 'critique'  # of `chain.VARIANTS`
   context: str = 'fresh'  # a round sees the latest response ('fresh') or all before ('growing')
   repeat_principles: bool = True  # draw each round's principle independently
   demonstrations: bool = True  # put the constitution's demonstrations before critiques, revisions
@@ -92,7 +92,14 @@ class Job:
   def chain_under(self, prompt: Prompt, principles: Sequence[Principle]) -> Chain:
     """The chain of one prompt under given principles, one a round."""
     variant = VARIANTS[self.config.variant]
-    return variant(prompt, principles, self.stages, self.config.context == 'growing')
+    more = {'donor': self._donors[prompt.id]} if variant is shuffled_critique and principles else {}
+    return variant(prompt, principles, self.stages, self.config.context == 'growing', **more)
+
+  @functools.cached_property
+  def _donors(self) -> dict[str, Prompt]:
+    """For each prompt that is revised the next of them, and for the last the first."""
+    harmful = [prompt for prompt, kind in self.prompts if kind == 'harmful']
+    return {p.id: d for p, d in zip(harmful, harmful[1:] + harmful[:1], strict=True)}
 
   def digest(self) -> str:
     """Hex digest of all that the rows depend on; one prompt at a time, as there may be millions."""

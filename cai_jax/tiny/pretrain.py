@@ -1,11 +1,12 @@
 """Makes the embedded model again: `python -m cai_jax.tiny.pretrain`.
 
-A Llama of 0.92 M parameters learns the documents of the embedded world from their first token to
+A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world from their first token to
 their last, with nothing but the text: no oracle, no labels. The result is an ordinary Hugging Face
 folder. A killed run goes on from its last checkpoint when started again with the same arguments.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 import time
@@ -33,6 +34,9 @@ CONFIG = ModelConfig(
   max_positions=tokenizer.CONTEXT,
   tied_embeddings=True,
 )
+# The lesser size is there to compare sizes with (experiments/model_size.py).
+SMALL = dataclasses.replace(CONFIG, d_model=64, d_ff=192, num_layers=3, head_dim=16)
+SIZES = {'base': CONFIG, 'small': SMALL}
 # Attention costs a row's length squared, and most documents are short: 4,096 tokens a step in rows
 # that fit them closely is the fastest on two cores.
 BUCKETS = (data.Bucket(128, 32), data.Bucket(384, 11))
@@ -58,7 +62,8 @@ def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[data.Exa
 def main() -> None:
   """Trains the tokenizer and the model and writes the folder."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--output', type=pathlib.Path, default=tokenizer.FOLDER)
+  parser.add_argument('--output', type=pathlib.Path, help="default: the package's own folder")
+  parser.add_argument('--size', choices=tuple(SIZES), default='base', help='of the model')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--tokens', type=int, default=14_000_000, help='of all documents together')
   parser.add_argument('--learning_rate', type=float, default=3e-3)
@@ -66,7 +71,10 @@ def main() -> None:
     '--workdir', type=pathlib.Path, help='default: OUTPUT.train, removed at the end'
   )
   args = parser.parse_args()
-  workdir = args.workdir or args.output.with_name(args.output.name + '.train')
+  architecture = SIZES[args.size]
+  own = tokenizer.FOLDER if args.size == 'base' else tokenizer.FOLDER.with_name('model_small')
+  output = args.output or own
+  workdir = args.workdir or output.with_name(output.name + '.train')
 
   began = time.monotonic()
   words = tokenizer.train()
@@ -84,20 +92,20 @@ def main() -> None:
     max_length=BUCKETS[-1].length,
   )
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  params = lm_lib.init_params(CONFIG, jax.random.key(args.seed))
-  identity = f'{CONFIG} from seed {args.seed}'
-  params, summary = loop.fit(CONFIG, params, items, config, mesh, workdir, BUCKETS, identity)
+  params = lm_lib.init_params(architecture, jax.random.key(args.seed))
+  identity = f'{architecture} from seed {args.seed}'
+  params, summary = loop.fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
   print(summary, flush=True)
-  write(args.output, params, words, mesh)
+  write(output, params, words, mesh, architecture)
   if args.workdir is None:
     shutil.rmtree(workdir)
-  print(f'wrote {args.output} after {time.monotonic() - began:.0f} s', flush=True)
+  print(f'wrote {output} after {time.monotonic() - began:.0f} s', flush=True)
 
 
-def write(output: pathlib.Path, params, words, mesh) -> None:
+def write(output: pathlib.Path, params, words, mesh, config: ModelConfig = CONFIG) -> None:
   """Writes the Hugging Face folder."""
   model = lm_lib.LM(
-    config=CONFIG,
+    config=config,
     params=params,
     tokenizer=words,
     mesh=mesh,

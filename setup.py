@@ -8,7 +8,9 @@ setup(
   description="Constitutional AI's supervised phase in JAX and Flax",
   python_requires='>=3.11',
   packages=find_packages(include=['cai_jax', 'cai_jax.*']),
-  package_data={'cai_jax': ['*.yaml', 'tiny/*.yaml', 'tiny/model/*', 'tiny/model_small/*', 'report/*.html']},
+  package_data={
+    'cai_jax': ['*.yaml', 'tiny/*.yaml', 'tiny/model/*', 'tiny/model_small/*', 'report/*.html']
+  },
   install_requires=[
     'jax>=0.10.2',
     'flax>=0.12.8',

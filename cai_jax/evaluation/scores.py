@@ -39,17 +39,36 @@ def bootstrap_interval(
   return float(low), float(high)
 
 
+def measures(
+  prompts: Sequence[Sequence[Mapping[str, str]]],
+  turns: Sequence[Mapping[str, Any]],
+  scorer: Scorer | None,
+) -> dict[str, list[float]]:
+  """What is measured of each response, by name: one number a response, in their order.
+
+  Args:
+    prompts: the messages that each turn answers.
+    turns: with `text` and `num_tokens`, as rows of D_CAI hold them.
+    scorer: judges a response; None leaves its rates out.
+
+  Returns:
+    `mean_tokens` and, with a scorer, `violation_rate` and `helpful_rate` (0 or 1).
+  """
+  found: dict[str, list[float]] = {}
+  if scorer is not None:
+    verdicts = [scorer(p, turn['text']) for p, turn in zip(prompts, turns, strict=True)]
+    found['violation_rate'] = [float(bool(v.violations)) for v in verdicts]
+    found['helpful_rate'] = [float(v.helpful) for v in verdicts]
+  found['mean_tokens'] = [float(turn['num_tokens']) for turn in turns]
+  return found
+
+
 def score(
   prompts: Sequence[Sequence[Mapping[str, str]]],
   turns: Sequence[Mapping[str, Any]],
   scorer: Scorer | None,
 ) -> dict[str, Any]:
-  """Count and mean length of responses, and their rates where there is a scorer.
-
-  Args:
-    prompts: the messages that each turn answers.
-    turns: with `text` and `num_tokens`, as rows of D_CAI hold them.
-    scorer: judges a response; None leaves the rates out.
+  """Count of the responses and the mean of each of their `measures`.
 
   Returns:
     `count`, `mean_tokens`, and with a scorer `violation_rate` and `helpful_rate` (shares of the
@@ -60,19 +79,11 @@ def score(
   """
   if not turns:
     raise ValueError('there is no response to score.')
-  result: dict[str, Any] = {
-    'count': len(turns),
-    'mean_tokens': float(np.mean([turn['num_tokens'] for turn in turns])),
-  }
-  if scorer is None:
-    return result
-  verdicts = [scorer(p, turn['text']) for p, turn in zip(prompts, turns, strict=True)]
-  for name, values in (
-    ('violation_rate', [float(bool(v.violations)) for v in verdicts]),
-    ('helpful_rate', [float(v.helpful) for v in verdicts]),
-  ):
+  result: dict[str, Any] = {'count': len(turns)}
+  for name, values in measures(prompts, turns, scorer).items():
     result[name] = float(np.mean(values))
-    result[f'{name}_interval'] = list(bootstrap_interval(values))
+    if name.endswith('_rate'):
+      result[f'{name}_interval'] = list(bootstrap_interval(values))
   return result
 
 

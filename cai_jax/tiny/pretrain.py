@@ -1,8 +1,9 @@
 """Makes the embedded model again: `python -m cai_jax.tiny.pretrain`.
 
-A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world from their first token to
-their last, with nothing but the text: no oracle, no labels. The result is an ordinary Hugging Face
-folder. A killed run goes on from its last checkpoint when started again with the same arguments.
+A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world
+from first token to last, with nothing but the text: no oracle, no labels. The result is a Hugging
+Face folder. A killed run goes on from its last checkpoint when started again with the same
+arguments.
 """
 
 import argparse

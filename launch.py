@@ -94,8 +94,15 @@ class Run:
     return known
 
 
-def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
+def build(
+  config: ConfigDict, workdir: str | os.PathLike, journal: pathlib.Path | None = None
+) -> Run:
   """The parts of a run, all checked.
+
+  Args:
+    config: with every field of configs/default.py.
+    workdir: folder of the run.
+    journal: folder of sampled turns, which runs may share; None is workdir/journal.
 
   Raises:
     ValueError: for whatever is wrong with the config or what it points to, before any work.
@@ -140,6 +147,7 @@ def build(config: ConfigDict, workdir: str | os.PathLike) -> Run:
     remotes=_remotes(config, sampling),
     train=TrainConfig(seed=config.seed, **config.train),
     scorer=SCORERS[config.evaluation.scorer],
+    journal=journal,
   )
 
 
@@ -191,7 +199,7 @@ def check(run: Run, stages: Sequence[str]) -> None:
       'starts from. Give it, or choose --stages=generate.'
     )
   names = {section[name] for name in ('base', 'critique', 'revision', 'init')} - {''}
-  parts = {name: models.check(_path(name)) for name in names}
+  parts = {name: models.check(model_path(name)) for name in names}
   mesh = _mesh(run)
   for part in parts.values():
     parallel.param_shardings(models.structure(part.config)[1], mesh)
@@ -258,10 +266,10 @@ def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Par
 def generate_stage(run: Run, _) -> dict[str, Any]:
   """D_CAI and the implied preferences."""
   folder = run.workdir / 'd_cai'
-  with _loaded_models(run) as loaded:
+  with loaded_models(run) as loaded:
     if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
-      _job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
-    job = _job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
+      prepare_job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
+    job = prepare_job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
     counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
     pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
@@ -272,7 +280,7 @@ def generate_stage(run: Run, _) -> dict[str, Any]:
 def train_stage(run: Run, _) -> dict[str, Any]:
   """M_aligned, fine-tuned on D_CAI."""
   path = run.config['model']['init'] or run.config['model']['base']
-  lm = models.load(_path(path), dtype=run.train.dtype, mesh=_mesh(run), param_dtype='float32')
+  lm = models.load(model_path(path), dtype=run.train.dtype, mesh=_mesh(run), param_dtype='float32')
   style, options = run.feedback.style, run.feedback.template_options
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = data.read_rows(run.workdir / 'd_cai')
@@ -322,11 +330,11 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   """Scores of every round, of M_θ and of M_aligned, on the held-out prompts."""
   harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
   folder = run.workdir / 'evaluation'
-  with _loaded_models(run) as loaded:
-    base = _sample(run, _job(run, loaded, harmful, helpful), folder / 'base', 'base')
+  with loaded_models(run) as loaded:
+    base = _sample(run, prepare_job(run, loaded, harmful, helpful), folder / 'base', 'base')
   del loaded  # M_aligned takes its place
   aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], _local_mesh(run))
-  answers = _job(run, {'base': aligned}, [], [*harmful, *helpful])
+  answers = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
   counts = _sample(run, answers, folder / 'aligned', 'aligned')
   rows = {name: data.read_rows(folder / name) for name in ('base', 'aligned')}
   summary = scores.summarise(*map(list, rows.values()), run.scorer)
@@ -353,7 +361,7 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     training=logs.read(run.workdir / logs.METRICS),
     held_out=logs.read(run.workdir / logs.HELD_OUT),
     probes=logs.read(run.workdir / logs.PROBES),
-    chains=[_browsable(row, run.scorer) for row in shown],
+    chains=[browsable(row, run.scorer) for row in shown],
   )
   return {'chains': len(shown)}
 
@@ -406,7 +414,8 @@ def _constitution(section: ConfigDict) -> constitutions.Constitution:
   return constitutions.load(path, tuple(section.tags), tuple(section.ids))
 
 
-def _path(name: str) -> str:
+def model_path(name: str) -> str:
+  """The folder or hub name that a model's name stands for."""
   return str(TINY / EMBEDDED[name]) if name in EMBEDDED else name
 
 
@@ -424,7 +433,7 @@ def _local_mesh(run: Run):
 
 
 @contextlib.contextmanager
-def _loaded_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
+def loaded_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
   """M_θ, and M_critique and M_revise where they are others; loaded once each."""
   section = run.config['model']
   mesh = _local_mesh(run)
@@ -435,7 +444,7 @@ def _loaded_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
   }
 
   def load(path: str) -> LM:
-    return dataclasses.replace(models.load(_path(path), section['dtype'], mesh), name=path)
+    return dataclasses.replace(models.load(model_path(path), section['dtype'], mesh), name=path)
 
   with contextlib.ExitStack() as open_remotes:
     served = {}
@@ -479,7 +488,8 @@ def _check_reachable(run: Run) -> None:
       raise ValueError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
 
 
-def _job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> generate.Job:
+def prepare_job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> generate.Job:
+  """The chains of harmful prompts and answers to helpful ones by the loaded models."""
   seed = run.config['seed']
   return generate.prepare(
     loaded, harmful, helpful, run.constitution, run.feedback, run.sampling, seed
@@ -512,7 +522,7 @@ def _over_processes(counts: dict[str, float]) -> dict[str, float]:
   return {name: type(count)(t) for (name, count), t in zip(counts.items(), totals, strict=True)}
 
 
-def _browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, Any]:
+def browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, Any]:
   """A row of D_CAI as the report shows it."""
   shown = {k: row[k] for k in ('id', 'prompt', 'initial')}
   shown['rounds'] = [

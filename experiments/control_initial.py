@@ -1,0 +1,31 @@
+"""Is it the revisions, or fine-tuning itself? SFT on y_init as the control.
+
+Paper:     none of Bai et al. 2022's; a model that learns its own answers should stay as it is
+Command:   python -m experiments.run --experiment=experiments/control_initial.py --workdir=runs/lab
+Hardware:  two CPU cores; 5 minutes, 1.6 GB
+Arms:      M_θ; fine-tuned on y_init; fine-tuned on the last revision. The two share all samples
+Expected:  the control's difference to M_θ has an interval that holds zero, or nearly; that of
+           the revisions is far from it (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+
+def get_experiment() -> Experiment:
+  """The arms: M_θ and the two targets."""
+  arms = {
+    'M_θ': Arm({'train.target': 'last'}, 'base'),
+    'SFT on y_init': Arm({'train.target': 'initial'}),
+    'SFT on the last revision': Arm({'train.target': 'last'}),
+  }
+  figures = tuple(
+    {
+      'kind': 'arms',
+      'caption': f'Answers to held-out {told} prompts',
+      'group': group,
+      'metrics': ['violation_rate', 'helpful_rate'],
+      'arms': list(arms),
+    }
+    for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
+  )
+  return Experiment(arms=arms, reference='M_θ', figures=figures)

@@ -1,0 +1,61 @@
+r"""Does a revision need a critique, and does it use what the critique says?
+
+Paper:     Bai et al. 2022, Figure 7: critiqued revisions are more harmless than direct ones for
+           small models, and alike for large ones. The two controls are ours
+Command:   python -m experiments.run --workdir=runs/lab \
+             --experiment=experiments/critique_vs_direct.py
+Hardware:  two CPU cores; 4 minutes, 1.4 GB
+Arms:      critiqued; direct (no critique asked for); shuffled (the critiques of another prompt's
+           chain); empty (a critique is asked for, and is empty). All share y_init
+Expected:  in the embedded world critiqued revisions leave the fewest violations. What direct,
+           shuffled and empty leave is reported as it is (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+VARIANTS = {
+  'critiqued': 'critique',
+  'direct': 'direct',
+  'shuffled critiques': 'shuffled',
+  'empty critiques': 'empty',
+}
+ROUNDS = 4
+
+
+def get_experiment() -> Experiment:
+  """The arms: four ways to revise, scored after the first and after the last round."""
+  arms = {'initial': Arm(response='initial')}
+  for number in range(1, ROUNDS + 1):
+    for name, variant in VARIANTS.items():
+      arms[f'{name}, {number}'] = Arm({'feedback.variant': variant}, f'revision_{number}')
+  lines = [
+    {
+      'name': name,
+      'metric': 'violation_rate',
+      'arms': ['initial', *(f'{name}, {n}' for n in range(1, ROUNDS + 1))],
+      'x': list(range(ROUNDS + 1)),
+    }
+    for name in VARIANTS
+  ]
+  return Experiment(
+    arms=arms,
+    reference=f'critiqued, {ROUNDS}',
+    overrides={'feedback.rounds': ROUNDS},
+    figures=(
+      {
+        'kind': 'line',
+        'caption': 'Responses that break a rule, with and without critiques (as Figure 7)',
+        'group': 'harmful',
+        'x_label': 'number of revisions',
+        'y_label': 'share of responses (%)',
+        'series': lines,
+      },
+      {
+        'kind': 'arms',
+        'caption': 'After the last round',
+        'group': 'harmful',
+        'metrics': ['violation_rate', 'helpful_rate'],
+        'arms': [f'{name}, {ROUNDS}' for name in VARIANTS],
+      },
+    ),
+  )

@@ -1,0 +1,41 @@
+"""Do larger models criticise and revise better? The same chains by models of other sizes.
+
+Paper:     Bai et al. 2022, Figures 5 and 7 show several sizes up to 52 B parameters
+Command:   python -m experiments.run --experiment=experiments/model_size.py --workdir=runs/lab
+           python -m experiments.run --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \
+             --experiment=experiments/model_size.py:Qwen/Qwen2.5-0.5B,Qwen/Qwen2.5-1.5B
+Hardware:  two CPU cores; 7 minutes, 1.6 GB
+Arms:      for each model y_init, the last revision, and M_aligned. Models answer with the same
+           random numbers, and otherwise each in its own way
+Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) copies worse what a
+           critique names, so its revisions leave more violations and lose more answers (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+EMBEDDED = 'tiny-small,tiny'
+RESPONSES = {'initial': 'base', 'aligned': 'aligned'}
+
+
+def get_experiment(models: str = EMBEDDED) -> Experiment:
+  """The arms of a list of models: embedded names, folders or hub names, set apart by commas."""
+  names = [name.strip() for name in models.split(',') if name.strip()]
+  arms = {
+    f'{name}: {told}': Arm({'model.base': name}, response)
+    for name in names
+    for told, response in RESPONSES.items()
+  }
+  return Experiment(
+    arms=arms,
+    reference=f'{names[-1]}: initial',
+    figures=tuple(
+      {
+        'kind': 'arms',
+        'caption': f'Answers to held-out {told} prompts before and after fine-tuning',
+        'group': group,
+        'metrics': ['violation_rate', 'helpful_rate'],
+        'arms': list(arms),
+      }
+      for group, told in (('harmful', 'harmful'), ('helpful', 'benign'))
+    ),
+  )

@@ -1,0 +1,192 @@
+"""Scores of an experiment's arms from the rows that its runs wrote, with paired differences."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cai_jax.evaluation import compare, scores
+from cai_jax.manifest import flat
+from cai_jax.training import data
+from experiments.experiment import TRAINED, Arm, Experiment, overridden, run_name
+
+KINDS = ('harmful', 'helpful')
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+  """The responses of an arm to the prompts of one kind, by seed and prompt id."""
+
+  prompts: Mapping[int, Mapping[str, list[dict[str, str]]]]
+  turns: Mapping[int, Mapping[str, dict[str, Any]]]
+
+  def measured(self, scorer: scores.Scorer | None) -> dict[str, compare.Values]:
+    """Measure → seed → prompt id → value."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for seed, turns in self.turns.items():
+      prompts = self.prompts[seed]
+      columns = scores.measures(list(prompts.values()), list(turns.values()), scorer)
+      columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
+      for name, values in columns.items():
+        found.setdefault(name, {})[seed] = dict(zip(turns, values, strict=True))
+    return found
+
+
+def responses(arm: Arm, workdirs: Mapping[int, pathlib.Path], kind: str) -> Responses | None:
+  """An arm's responses; None where its runs have fewer than two prompts of the kind.
+
+  Args:
+    arm: what is scored.
+    workdirs: of its runs, by seed.
+    kind: 'harmful' or 'helpful'; of helpful prompts D_CAI holds the initial response alone.
+
+  Raises:
+    ValueError: if a run has no such revision.
+  """
+  prompts, turns = {}, {}
+  for seed, workdir in workdirs.items():
+    rows = [row for row in _rows(arm, workdir) if row['kind'] == kind]
+    prompts[seed] = {row['id']: row['prompt'] for row in rows}
+    turns[seed] = {row['id']: _response(arm.response, row) for row in rows}
+  return Responses(prompts, turns) if all(len(t) > 1 for t in turns.values()) else None
+
+
+def _rows(arm: Arm, workdir: pathlib.Path) -> Sequence[Mapping[str, Any]]:
+  if arm.response not in TRAINED:
+    return [row for row in data.read_rows(workdir / 'd_cai') if row['rounds']]
+  kinds = {row['id']: row['kind'] for row in data.read_rows(workdir / 'evaluation' / 'base')}
+  rows = data.read_rows(workdir / 'evaluation' / arm.response)
+  # To M_aligned's run all prompts are to be answered and not revised: kinds are those of M_θ's.
+  return [row | {'kind': kinds[row['id']]} for row in rows]
+
+
+def _response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+  if name in ('initial', *TRAINED):
+    return row['initial']
+  number = len(row['rounds']) if name == 'last' else int(name.removeprefix('revision_'))
+  if number > len(row['rounds']):
+    raise ValueError(f'{name} is asked for, and the run has {len(row["rounds"])} rounds.')
+  return row['rounds'][number - 1]['revision']
+
+
+def collect(
+  experiment: Experiment,
+  name: str,
+  docstring: str,
+  workdirs: Mapping[str, Mapping[int, pathlib.Path]],
+  scorer: scores.Scorer | None,
+  config,
+) -> dict[str, Any]:
+  """The results of an experiment as `cai_jax.report.write_experiment` takes them.
+
+  Args:
+    experiment: the arms.
+    name, docstring: of its file.
+    workdirs: arm → seed → folder of its run.
+    scorer: judges a response, or None.
+    config: the base config.
+
+  Raises:
+    ValueError: if an arm answers other prompts than the reference.
+  """
+  measured = {
+    arm: {
+      kind: found.measured(scorer)
+      for kind in KINDS
+      if (found := responses(experiment.arms[arm], workdirs[arm], kind)) is not None
+    }
+    for arm in experiment.arms
+  }
+  reference = measured[experiment.reference]
+  arms = {}
+  for arm, settings in experiment.arms.items():
+    groups = {}
+    for kind, columns in measured[arm].items():
+      groups[kind] = _group(columns)
+      if arm != experiment.reference and kind in reference:
+        groups[kind]['differences'] = {
+          metric: _told(compare.paired_difference(values, reference[kind][metric]))
+          for metric, values in columns.items()
+        }
+    arms[arm] = {
+      'response': settings.response,
+      'overrides': dict(settings.overrides),
+      'facts': dict(settings.facts),
+      'groups': groups,
+    }
+  seed_of = {folder: seed for seeds in workdirs.values() for seed, folder in seeds.items()}
+  metrics = list(dict.fromkeys(m for found in measured.values() for g in found.values() for m in g))
+  return {
+    'name': name,
+    'title': docstring.splitlines()[0] if docstring else name,
+    'docstring': docstring,
+    'base': experiment.base,
+    'seeds': list(experiment.seeds),
+    'reference': experiment.reference,
+    'metrics': metrics,
+    'arms': arms,
+    'figures': [dict(figure) for figure in experiment.figures],
+    'config_differences': _config_differences(experiment, config),
+    'costs': [row for folder, seed in seed_of.items() for row in costs(folder, seed)],
+    'notes': [],
+  }
+
+
+def _group(columns: Mapping[str, compare.Values]) -> dict[str, Any]:
+  count = sum(map(len, next(iter(columns.values())).values()))
+  metrics = {}
+  for name, values in columns.items():
+    by_seed = {str(s): sum(found.values()) / len(found) for s, found in values.items()}
+    metrics[name] = _told(compare.mean(values)) | {'by_seed': by_seed}
+  return {'count': count, 'metrics': metrics}
+
+
+def _told(estimate: compare.Estimate) -> dict[str, Any]:
+  return {'value': estimate.value, 'interval': [estimate.low, estimate.high]}
+
+
+def _config_differences(experiment: Experiment, config) -> dict[str, dict[str, Any]]:
+  """Field → arm → value, of the fields in which an arm differs from the base config."""
+  base = flat(config.to_dict())
+  found: dict[str, dict[str, Any]] = {}
+  of = {
+    arm: flat(overridden(config, experiment.settings(arm, experiment.seeds[0])).to_dict())
+    for arm in experiment.arms
+  }
+  for field, value in base.items():
+    if field != 'seed' and any(fields[field] != value for fields in of.values()):
+      found[field] = {arm: fields[field] for arm, fields in of.items()}
+  return found
+
+
+def costs(workdir: pathlib.Path, seed: int) -> list[dict[str, Any]]:
+  """What each stage of a run that is done sampled, found in the journal, and took."""
+  manifest = json.loads((workdir / 'manifest.json').read_text(encoding='utf-8'))
+  found = []
+  for stage, entry in manifest['stages'].items():
+    jobs = [entry[job] for job in ('base', 'aligned') if job in entry] or [entry]
+    found.append(
+      {
+        'run': workdir.name,
+        'seed': seed,
+        'stage': stage,
+        'turns': sum(job.get('turns', 0) for job in jobs),
+        'reused_turns': sum(job.get('replayed_turns', 0) for job in jobs),
+        'tokens': sum(job.get('sampled_tokens', job.get('tokens', 0)) for job in jobs),
+        'seconds': entry['seconds'],
+        'peak_memory_bytes': entry['peak_memory_bytes'],
+      }
+    )
+  return found
+
+
+def workdirs_of(experiment: Experiment, folder: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
+  """Arm → seed → the folder of its run; arms of equal settings have the same."""
+  return {
+    arm: {
+      seed: folder / run_name(experiment.base, experiment.settings(arm, seed))
+      for seed in experiment.seeds
+    }
+    for arm in experiment.arms
+  }

@@ -1,0 +1,47 @@
+"""Does every further revision help? Score of y_init and of revisions 1 to 4.
+
+Paper:     Bai et al. 2022, Figure 5: harmlessness rises with each revision, most with the first,
+           and helpfulness falls a little
+Command:   python -m experiments.run --experiment=experiments/revisions.py --workdir=runs/lab
+Hardware:  two CPU cores; 1 minute, 1.4 GB
+Arms:      one chain of four rounds, scored after each: the same prompts, so each step is paired
+Expected:  in the embedded world violations fall with each round, each time by less; answers stay
+           answers but for a point or two (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+ROUNDS = 4
+
+
+def get_experiment() -> Experiment:
+  """The arms: y_init and each revision."""
+  arms = {'initial': Arm(response='initial')}
+  arms |= {f'revision {n}': Arm(response=f'revision_{n}') for n in range(1, ROUNDS + 1)}
+  places = {'arms': list(arms), 'x': list(range(ROUNDS + 1))}
+  return Experiment(
+    arms=arms,
+    reference='initial',
+    overrides={'feedback.rounds': ROUNDS},
+    figures=(
+      {
+        'kind': 'line',
+        'caption': 'Responses to baited prompts after each revision (as Figure 5 of the paper)',
+        'group': 'harmful',
+        'x_label': 'number of revisions',
+        'y_label': 'share of responses (%)',
+        'series': [
+          {'name': 'breaks a rule', 'metric': 'violation_rate', **places},
+          {'name': 'still answers', 'metric': 'helpful_rate', **places},
+        ],
+      },
+      {
+        'kind': 'line',
+        'caption': 'Length of the responses',
+        'group': 'harmful',
+        'x_label': 'number of revisions',
+        'y_label': 'tokens',
+        'series': [{'name': 'tokens', 'metric': 'mean_tokens', **places}],
+      },
+    ),
+  )

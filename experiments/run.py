@@ -1,0 +1,144 @@
+"""Runs an experiment: every arm with every seed, its figures and its report.
+
+  python -m experiments.run --experiment=experiments/revisions.py --workdir=runs/lab
+
+Runs lie in WORKDIR/runs under names of their settings, and all sampled turns in WORKDIR/journal, so
+arms share what they have in common, with each other and with other experiments in the same workdir;
+a run that is done is not done again, and one that was killed goes on. The results are in
+WORKDIR/NAME: results.json, report.html, and each figure as an .svg file.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Mapping
+
+import launch
+from cai_jax.manifest import Manifest, check_workdir, write_json
+from cai_jax.report import experiment_table, write_experiment, write_figures
+from cai_jax.training import data
+from experiments import estimate, results
+from experiments import experiment as experiments
+from experiments.experiment import Experiment
+
+
+def planned(
+  experiment: Experiment, config, workdir: pathlib.Path
+) -> dict[pathlib.Path, tuple[launch.Run, tuple[str, ...]]]:
+  """The runs of an experiment with their stages, by folder, a seed's after another's; all checked.
+
+  Raises:
+    ValueError: for whatever is wrong with an arm, before any work.
+  """
+  folders = results.workdirs_of(experiment, workdir / 'runs')
+  found: dict[pathlib.Path, tuple[launch.Run, tuple[str, ...]]] = {}
+  for seed, arm in itertools.product(experiment.seeds, experiment.arms):
+    folder, needed = folders[arm][seed], experiment.arms[arm].stages
+    if folder in found:
+      found[folder] = found[folder][0], max(found[folder][1], needed, key=len)
+      continue
+    settings = experiments.overridden(config, experiment.settings(arm, seed))
+    try:
+      run = launch.build(settings, folder, journal=workdir / 'journal')
+    except ValueError as error:
+      raise ValueError(f'arm {arm!r}: {error}') from error
+    found[folder] = run, needed
+  return found
+
+
+def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
+  """Runs what the options ask for and writes the results.
+
+  Raises:
+    ValueError: for an unknown experiment, arm or field, and as `launch.build`.
+  """
+  name, docstring, experiment = experiments.load(spec)
+  if options.arms:
+    experiment = experiment.only(options.arms)
+  changes = {'base': options.config or experiment.base, 'seeds': tuple(options.seeds or ())}
+  experiment = dataclasses.replace(experiment, **{k: v for k, v in changes.items() if v})
+  config = experiments.base_config(experiment.base)
+  runs = planned(experiment, config, workdir)
+  if options.dry_run:
+    print(estimate.describe(name, runs, estimate.Known(workdir)))
+    return
+  check_workdir(workdir)
+  known = estimate.Known(workdir)
+  counts = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
+  for number, (folder, (settings, stages)) in enumerate(runs.items(), 1):
+    print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
+    done = [stage for stage in stages if Manifest(folder).done(stage)]
+    launch.run_stages(settings, stages)
+    known.add(estimate.turns(settings, stages))
+    costs = [
+      row for row in results.costs(folder, settings.config['seed']) if row['stage'] not in done
+    ]
+    counts['runs'] += bool(costs)
+    for row in costs:
+      for key in ('turns', 'reused_turns', 'seconds'):
+        counts[key] += row[key]
+  folders = results.workdirs_of(experiment, workdir / 'runs')
+  scorer = next(iter(runs.values()))[0].scorer
+  found = results.collect(experiment, name, docstring, folders, scorer, config)
+  output = workdir / name
+  output.mkdir(parents=True, exist_ok=True)
+  write_json(output / 'results.json', found)
+  write_figures(output, found)
+  chains = browsable(experiment, folders, scorer, config.report.chains)
+  write_experiment(output / 'report.html', found, chains)
+  print(
+    f'\n{experiment_table(found)}\n\n{counts["runs"]} of {len(runs)} runs had work left: '
+    f'{counts["turns"]:,} turns sampled, {counts["reused_turns"]:,} taken from the journal, '
+    f'{counts["seconds"] / 60:.1f} minutes\nreport: {output / "report.html"}'
+  )
+
+
+def browsable(
+  experiment: Experiment,
+  folders: Mapping[str, Mapping[int, pathlib.Path]],
+  scorer,
+  count: int,
+) -> list[dict]:
+  """Chains of the first seed's runs for the report, about `count` in all, each with its arm."""
+  seed = experiment.seeds[0]
+  sources: dict[pathlib.Path, list[str]] = {}
+  for arm, settings in experiment.arms.items():
+    trained = settings.response in experiments.TRAINED
+    source = f'evaluation/{settings.response}' if trained else 'd_cai'
+    sources.setdefault(folders[arm][seed] / source, []).append(arm)
+  chains = []
+  for folder, arms in sources.items():
+    rows = data.read_rows(folder)
+    for number in range(min(len(rows), count // len(sources))):
+      chain = launch.browsable(rows[number], scorer)
+      told = ', '.join(arms)
+      chains.append(chain | {'arm': told, 'id': f'{chain["id"]} ({told})'})
+  return chains
+
+
+def main() -> None:
+  """Reads the flags."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--experiment', required=True, help='file, maybe with :text for it')
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--arms', type=lambda text: text.split(','), help='some of them, by comma')
+  parser.add_argument('--seeds', type=lambda text: [int(s) for s in text.split(',')])
+  parser.add_argument('--config', help="another base config than the experiment's")
+  parser.add_argument(
+    '--dry_run', action='store_true', help='tell what would be done, and what it would take'
+  )
+  options = parser.parse_args()
+  try:
+    run(options.experiment, options.workdir, options)
+  except (ValueError, FloatingPointError, ConnectionError) as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    sys.exit('stopped; the same command goes on from here.')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,39 @@
+"""How many revisions should be learnt from? SL-CAI-n: fine-tuned on revisions up to the n-th.
+
+Paper:     Bai et al. 2022, section 3.4: models fine-tuned on all revisions up to the n-th, n =
+           1..4, grow more harmless with n
+Command:   python -m experiments.run --experiment=experiments/sl_cai_n.py --workdir=runs/lab
+Hardware:  two CPU cores; 12 minutes, 1.6 GB
+Arms:      M_θ, and n = 1..4. Chains of n rounds begin as those of more do, so no turn is sampled
+           twice. Every arm trains for the same number of epochs: more revisions are more steps
+Expected:  violations of M_aligned on held-out prompts fall with n (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+ROUNDS = (1, 2, 3, 4)
+
+
+def get_experiment() -> Experiment:
+  """The arms: M_θ and SL-CAI-n."""
+  runs = {n: {'feedback.rounds': n, 'train.target': 'all'} for n in ROUNDS}
+  arms = {'M_θ': Arm(runs[ROUNDS[-1]], 'base')}
+  arms |= {f'SL-CAI-{n}': Arm(overrides) for n, overrides in runs.items()}
+  places = {'arms': list(arms), 'x': [0, *ROUNDS]}
+  rates = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
+  figure = {'kind': 'line', 'x_label': 'n', 'y_label': 'share of answers (%)'}
+  return Experiment(
+    arms=arms,
+    reference='M_θ',
+    # The same share for all, of which the 400 helpful prompts suffice for the most revisions.
+    overrides={'train.helpfulness_share': 0.125},
+    figures=tuple(
+      figure
+      | {
+        'caption': f'Answers to held-out {told} prompts of models that learnt n revisions',
+        'group': group,
+        'series': [{'name': name, 'metric': metric, **places} for name, metric in rates],
+      }
+      for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
+    ),
+  )

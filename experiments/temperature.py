@@ -1,0 +1,49 @@
+"""How hot should critiques and revisions be sampled?
+
+Paper:     Bai et al. 2022 sample all at temperature 1 and show no other
+Command:   python -m experiments.run --experiment=experiments/temperature.py --workdir=runs/lab
+Hardware:  two CPU cores; 5 minutes, 1.4 GB
+Arms:      temperatures 0 to 1.5 of critique and revision together; y_init is sampled at 1 in all
+           and so is the same
+Expected:  cooler turns copy more exactly: fewer violations, and more answers kept. What diversity
+           loses by it is reported as it is (RESULTS.md)
+"""
+
+from experiments.experiment import Arm, Experiment
+
+TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
+
+
+def get_experiment() -> Experiment:
+  """The arms: y_init and the last revision by temperature."""
+  names = {heat: f'temperature {heat:g}' for heat in TEMPERATURES}
+  arms = {'initial': Arm({'sampling.critique.temperature': 1.0}, 'initial')}
+  arms |= {
+    name: Arm(
+      {'sampling.critique.temperature': heat, 'sampling.revision.temperature': heat}, 'last'
+    )
+    for heat, name in names.items()
+  }
+  places = {'arms': list(names.values()), 'x': list(TEMPERATURES)}
+  figure = {'kind': 'line', 'group': 'harmful', 'x_label': 'temperature of critique and revision'}
+  return Experiment(
+    arms=arms,
+    reference=names[1.0],
+    figures=(
+      figure
+      | {
+        'caption': 'After four rounds, by temperature',
+        'y_label': 'share of responses (%)',
+        'series': [
+          {'name': 'breaks a rule', 'metric': 'violation_rate', **places},
+          {'name': 'still answers', 'metric': 'helpful_rate', **places},
+        ],
+      },
+      figure
+      | {
+        'caption': 'Diversity of the last revisions',
+        'y_label': '1 - similarity of word pairs to other responses',
+        'series': [{'name': 'diversity', 'metric': 'diversity', **places}],
+      },
+    ),
+  )

@@ -61,7 +61,9 @@ _NOTHING = re.compile(
   |\b(?:no|not|without|n['’]t)\b(?:\ \w+){0,5}\ (?:harm\w*|issues?|problems?|concerns?|objection\w*)
   |\b(?:not|n['’]t)\b(?:\ \w+){0,2}\ (?:harmful|offensive|unethical|toxic|dangerous|racist|sexist)
   |\b(?:non-?harmful|harmless|no\ (?:changes?|revisions?)\ (?:is|are)\ needed)
+  |\bno\ (?:critiques?|criticisms?|complaints?)\b
   |\b(?:good|great|excellent|perfect|fantastic|wonderful|solid)\ job
+  |\bresponded\ (?:\w+\ ){0,4}(?:perfectly|appropriate(?:ly)?|correctly|compassionate|thoughtful)
   |\b(?:good|great|excellent|perfect|fantastic|ideal|wonderful|appropriate|thoughtful|correct)\b
     [^.;:]{0,40}\b(?:response|answer|advice|reply)
   |\b(?:response|answer|advice|reply)\ (?:is|was|seems|seemed|looks)\b[^.;:]{0,40}
@@ -69,10 +71,12 @@ _NOTHING = re.compile(
   re.VERBOSE | re.IGNORECASE,
 )
 _RESERVED = re.compile(
-  r"""\b(?:however|although|though|but|except|unless|nevertheless|still|only|slight(?:ly)?|
-    could|should|would|might|may|can|lacks?|fail(?:s|ed)|instead|better|improve[ds]?|
-    recommend\w*|implie[sd]|assumes?|suggest(?:s|ed)?\ that|did\ not\ (?:explicitly|mention)|
-    did(?:n['’]t|\ not)\ (?:explicitly|mention|address))\b""",
+  r"""\b(?:however|although|though|but|except|unless|nevertheless|lacks?|fail(?:s|ed)|improved?
+    |the\ only|slight(?:ly)?|instead|recommend\w*|implie[sd]|assumes?|a\ (?:bit|little)
+    |(?:assistant|response|answer|reply|it|this|they|i|you|one)
+      (?:\ also)?\ (?:could|should|would|might|may)
+    |(?:could|should|might|may)\ (?:also|have|be|imply|want)
+    |(?:did|does)(?:n['’]t|\ not)\ (?:explicitly|clearly|mention|address))\b""",
   re.VERBOSE | re.IGNORECASE,
 )
 # Rules of dashes, rows of dots and long numbers are no loops: the unit begins with another sign.
@@ -105,9 +109,7 @@ def references(
     demonstrations: dialogues of {'role', 'content'} messages, a request and a reply in turn.
   """
   requests = {
-    name: tuple(
-      grams(found, LEAK) for found in map(words, texts) if len(found) >= SHORT_LEAK
-    )
+    name: tuple(grams(found, LEAK) for found in map(words, texts) if len(found) >= SHORT_LEAK)
     for name, texts in principles.items()
   }
   replies = [words(message['content']) for shown in demonstrations for message in shown[1::2]]
@@ -214,9 +216,9 @@ def repeats(text: str, found: Sequence[str]) -> bool:
     return False
   counts = collections.Counter(zip(found, found[1:], found[2:], strict=False))
   most = max(counts.values())
-  return (
-    most > 1 and 3 * most > LOOP_SHARE * len(found)
-  ) or len(counts) < LOOP_DISTINCT * counts.total()
+  return (most > 1 and 3 * most > LOOP_SHARE * len(found)) or len(
+    counts
+  ) < LOOP_DISTINCT * counts.total()
 
 
 def leaks_request(found: Sequence[str], principle: str, known: References) -> bool:

@@ -25,7 +25,6 @@ FLAGS = {
   'repetition': 'runs in a loop of words or characters',
   'demonstration': 'a copy, or nearly, of a reply in a few-shot demonstration',
 }
-OF_INITIAL = ('empty', 'truncated', 'preamble', 'role_marker', 'repetition', 'demonstration')
 OF_REFERENCES = ('principle_leak', 'demonstration')  # that only `References` can tell
 
 NEAR = 0.95  # of two responses' words: 2 × matches / (words of both)
@@ -55,18 +54,19 @@ _PREAMBLE = re.compile(
   )""",
   re.VERBOSE | re.IGNORECASE,
 )
+_BAD = r'(?:harm\w*|wrong|offensive|unethical|problematic|illegal|toxic|dangerous|racist|sexist)'
 _NOTHING = re.compile(
-  r"""\b(?:nothing|not\ anything|n['’]t\ (?:see|find)\ anything)\ (?:\w+\ )?
-      (?:wrong|harmful|offensive|unethical|problematic|illegal|objectionable)
-  |\b(?:no|not|without|n['’]t)\b(?:\ \w+){0,5}\ (?:harm\w*|issues?|problems?|concerns?|objection\w*)
-  |\b(?:not|n['’]t)\b(?:\ \w+){0,2}\ (?:harmful|offensive|unethical|toxic|dangerous|racist|sexist)
+  rf"""\bnothing\ (?:\w+\ )?{_BAD}
+  |\b(?:no|without)\ (?:\w+\ ){{0,3}}(?:harm\w*|issues?|problems?|concerns?|objection\w*)
+  |(?:\bnot|n['’]t)\ (?:(?:see|find|make|contain|cause|seem|appear|say|to|be|any|anything|particularly
+    |especially|really|overtly|at\ all)\ )*{_BAD}
   |\b(?:non-?harmful|harmless|no\ (?:changes?|revisions?)\ (?:is|are)\ needed)
   |\bno\ (?:critiques?|criticisms?|complaints?)\b
   |\b(?:good|great|excellent|perfect|fantastic|wonderful|solid)\ job
-  |\bresponded\ (?:\w+\ ){0,4}(?:perfectly|appropriate(?:ly)?|correctly|compassionate|thoughtful)
+  |\bresponded\ (?:\w+\ ){{0,4}}(?:perfectly|appropriate(?:ly)?|correctly|compassionate|thoughtful)
   |\b(?:good|great|excellent|perfect|fantastic|ideal|wonderful|appropriate|thoughtful|correct)\b
-    [^.;:]{0,40}\b(?:response|answer|advice|reply)
-  |\b(?:response|answer|advice|reply)\ (?:is|was|seems|seemed|looks)\b[^.;:]{0,40}
+    [^.;:]{{0,40}}\b(?:response|answer|advice|reply)
+  |\b(?:response|answer|advice|reply)\ (?:is|was|seems|seemed|looks)\b[^.;:]{{0,40}}
     \b(?:good|great|excellent|perfect|fine|appropriate|reasonable|thoughtful|correct)""",
   re.VERBOSE | re.IGNORECASE,
 )
@@ -76,7 +76,7 @@ _RESERVED = re.compile(
     |(?:assistant|response|answer|reply|it|this|they|i|you|one)
       (?:\ also)?\ (?:could|should|would|might|may)
     |(?:could|should|might|may)\ (?:also|have|be|imply|want)
-    |(?:did|does)(?:n['’]t|\ not)\ (?:explicitly|clearly|mention|address))\b""",
+    |(?:did|does)(?:n['’]t|\ not)\ (?:explicitly|clearly|mention|address|warn))\b""",
   re.VERBOSE | re.IGNORECASE,
 )
 # Rules of dashes, rows of dots and long numbers are no loops: the unit begins with another sign.

@@ -29,7 +29,7 @@ class TrainConfig:
     helpfulness_share: share of the examples that are initial answers to helpfulness prompts.
     drop_truncated: leave out texts that the length limit cut.
     filters: names of `quality.FLAGS`; a text with any of these is left out, and counted under the
-      first. An initial answer has only those of `quality.OF_INITIAL`.
+      first. An initial answer has none that compares with a response, critique or request.
     learning_rate: peak of the schedule.
     schedule: after the warm-up 'constant', 'linear', 'cosine', or 'wsd': constant, then linear
       (warm-up, stable, decay; Hu et al. 2024).

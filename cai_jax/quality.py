@@ -58,8 +58,8 @@ _BAD = r'(?:harm\w*|wrong|offensive|unethical|problematic|illegal|toxic|dangerou
 _NOTHING = re.compile(
   rf"""\bnothing\ (?:\w+\ )?{_BAD}
   |\b(?:no|without)\ (?:\w+\ ){{0,3}}(?:harm\w*|issues?|problems?|concerns?|objection\w*)
-  |(?:\bnot|n['’]t)\ (?:(?:see|find|make|contain|cause|seem|appear|say|to|be|any|anything|particularly
-    |especially|really|overtly|at\ all)\ )*{_BAD}
+  |(?:\bnot|n['’]t)\ (?:(?:see|find|make|contain|cause|seem|appear|say|to|be|any|anything
+    |particularly|especially|really|overtly|at\ all)\ )*{_BAD}
   |\b(?:non-?harmful|harmless|no\ (?:changes?|revisions?)\ (?:is|are)\ needed)
   |\bno\ (?:critiques?|criticisms?|complaints?)\b
   |\b(?:good|great|excellent|perfect|fantastic|wonderful|solid)\ job

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, config_flags
 
 from cai_jax import constitution as constitutions
-from cai_jax import parallel
+from cai_jax import parallel, quality
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import scores
 from cai_jax.feedback import generate, records
@@ -77,6 +77,7 @@ class Run:
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
     known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
+    known['feedback'] = {k: v for k, v in known['feedback'].items() if k not in generate.FREE}
     if self.remotes:  # what is served; where, and how patiently it is asked, may change
       known['remote'] = {
         name: {field: getattr(served, field) for field in remote.TEXT_FIELDS}
@@ -134,6 +135,13 @@ def build(
   sampling = generate.StageSampling(
     **{name: _sampling(name, section) for name, section in config.sampling.items()}
   )
+  if config.feedback.helpful_samples > 1 and not sampling.initial.temperature:
+    raise ValueError(
+      f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '
+      'at sampling.initial.temperature=0: raise it, or sample once.'
+    )
+  if config.report.published:
+    _published(config.report.published)
   held_out = sets['eval_harmful'] + sets['eval_helpful']
   prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
   return Run(
@@ -221,11 +229,12 @@ def check(run: Run, stages: Sequence[str]) -> None:
   share, replies = run.train.helpfulness_share, len(run.prompts['harmful'])
   replies *= run.feedback.rounds if run.train.target == 'all' else 1
   wanted = round(share * replies / (1 - share))
-  if 'train' in stages and wanted > len(run.prompts['helpful']):
+  samples = run.feedback.helpful_samples
+  if 'train' in stages and wanted > samples * len(run.prompts['helpful']):
     raise ValueError(
       f'train.helpfulness_share={share} beside {replies} replies to harmful prompts needs {wanted} '
-      f'helpful prompts, and there are {len(run.prompts["helpful"])}: give more as '
-      'prompts.helpful, or lower the share.'
+      f'helpful prompts, and there are {len(run.prompts["helpful"])}, each answered '
+      f'feedback.helpful_samples={samples} times: give more as prompts.helpful, or lower the share.'
     )
   if 'evaluate' in stages and not run.prompts['eval_harmful']:
     raise ValueError(
@@ -264,17 +273,64 @@ def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Par
 
 
 def generate_stage(run: Run, _) -> dict[str, Any]:
-  """D_CAI and the implied preferences."""
+  """D_CAI, the implied preferences, and what the revisions are like."""
   folder = run.workdir / 'd_cai'
   with loaded_models(run) as loaded:
     if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
       prepare_job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
-    job = prepare_job(run, loaded, run.prompts['harmful'], run.prompts['helpful'])
+    helpful = generate.several(run.prompts['helpful'], run.feedback.helpful_samples)
+    job = prepare_job(run, loaded, run.prompts['harmful'], helpful)
     counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
     pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
     counts |= {'preferences': pairs}
+  _together('keep feedback.max_rate', lambda: _check_quality(run, folder))
   return {'rows_in': counts.pop('rows'), 'tokens': counts.pop('sampled_tokens'), **counts}
+
+
+def _check_quality(run: Run, folder: pathlib.Path) -> None:
+  """Writes quality.json and prints its table, in process 0.
+
+  Raises:
+    ValueError: if a rate is above its limit in feedback.max_rate.
+  """
+  if jax.process_index() != 0:
+    return
+  summary, published = quality.summarise(data.read_rows(folder), _references(run)), None
+  path = run.config['report']['published']
+  if path:
+    published = _published(path)
+  both = {'d_cai': summary} | ({'published': published} if path else {})
+  write_json(run.workdir / 'quality.json', both)
+  print(quality.describe(summary, published), flush=True)
+  over = quality.over(summary, run.feedback.max_rate)
+  if over:
+    raise ValueError(
+      f'feedback.max_rate is exceeded ({"; ".join(over)}). All rows are kept in {folder}, the '
+      'rates of each round in quality.json. Look at the rows; then raise the limit and start again '
+      'in the same workdir, where nothing is sampled again, and leave the rows out of training by '
+      'train.filters if you want; or change the prompts, principles, models or sampling in '
+      'another.'
+    )
+
+
+def _references(run: Run) -> quality.References:
+  """What revisions may have been copied from."""
+  requests = {p.id: (p.critique_request, p.revision_request) for p in run.constitution.principles}
+  return quality.references(requests, run.constitution.demonstrations)
+
+
+def _published(path: str) -> dict[str, Any]:
+  """The summary of a file of the paper's samples.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  try:
+    rows, principles = quality.published_rows(path)
+  except ValueError as error:
+    raise ValueError(f'report.published: {error}') from error
+  return quality.summarise(rows, quality.references(principles))
 
 
 def train_stage(run: Run, _) -> dict[str, Any]:
@@ -285,7 +341,9 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = data.read_rows(run.workdir / 'd_cai')
   probe = _probe(run, lm) if run.train.probes else None
-  params, summary = loop.train(lm, rows, dialogue, run.train, run.workdir, probe, run.profile)
+  params, summary = loop.train(
+    lm, rows, dialogue, run.train, run.workdir, probe, run.profile, _references(run)
+  )
   folder = run.workdir / 'model'
   models.save(dataclasses.replace(lm, params=params), folder)
   return {

@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
   config.feedback.style = 'chat'  # the tokenizer's chat template, or 'plain' Human:/Assistant:
   config.feedback.template_options = ()  # for that template, such as (('enable_thinking', False),)
   config.feedback.shard_rows = 256  # rows in a file of D_CAI
+  config.feedback.helpful_samples = 1  # responses to each helpful prompt
+  config.feedback.max_rate = max_rate()  # of defects; above one the generate stage fails
 
   config.sampling = ConfigDict()
   config.sampling.initial = sampling()
@@ -70,6 +72,7 @@ def get_config() -> ConfigDict:
   config.train.target = 'last'  # learn the 'last' revision, 'all' of them, or y_init ('initial')
   config.train.helpfulness_share = 0.0  # of the examples: y_init of helpful prompts
   config.train.drop_truncated = True  # leave out targets that were cut at max_tokens
+  config.train.filters = ()  # and those with any of these defects, names as in max_rate
   config.train.loss_normalization = 'sequence'  # mean over sequences; 'token': over tokens
   config.train.epochs = 1  # times every example is seen
   config.train.batch_size = 32  # packed rows a step
@@ -105,6 +108,23 @@ def get_config() -> ConfigDict:
 
   config.report = ConfigDict()
   config.report.chains = 500  # shown in the report's browser
+  config.report.published = ''  # a *_SLMADISON.jsonl file; its defects stand beside ours
+  return config
+
+
+def max_rate() -> ConfigDict:
+  """The largest share of the revisions that may have a defect; 1 sets no limit."""
+  config = ConfigDict()
+  config.empty = 1.0  # nothing but white space
+  config.truncated = 1.0  # cut at max_tokens
+  config.identical = 1.0  # the response before it
+  config.near_identical = 1.0  # nearly that: 0.95 alike by words
+  config.preamble = 1.0  # 'Here is the revised response:'
+  config.role_marker = 1.0  # 'Human:', '<|user|>'
+  config.principle_leak = 1.0  # 8 words in a row of what was asked for
+  config.no_finding = 1.0  # its critique finds nothing wrong
+  config.repetition = 1.0  # a loop of words or characters
+  config.demonstration = 1.0  # a copy of a few-shot demonstration's reply
   return config
 
 

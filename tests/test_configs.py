@@ -7,6 +7,8 @@ import pathlib
 
 import pytest
 
+import launch
+from cai_jax import quality
 from cai_jax.feedback import prompts
 from cai_jax.feedback.generate import FeedbackConfig
 from cai_jax.manifest import flat
@@ -14,7 +16,7 @@ from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import FREE, TrainConfig
-from configs import default
+from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()
 OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob('*.py'))
@@ -75,3 +77,37 @@ def test_template_options_come_from_a_command_line():
   config = default.get_config()
   config.feedback.template_options = (('enable_thinking', False),)
   assert FeedbackConfig(**config.feedback).template_options == (('enable_thinking', False),)
+
+
+def test_limits_are_of_all_defects():
+  assert CONFIG.feedback.max_rate.to_dict() == dict.fromkeys(quality.FLAGS, 1.0)
+  with pytest.raises(ValueError, match=r'max_rate.odd=0.5; .*preamble'):
+    FeedbackConfig(max_rate={'odd': 0.5})
+  with pytest.raises(ValueError, match=r'max_rate.preamble=5'):
+    FeedbackConfig(max_rate={'preamble': 5})
+
+
+@pytest.mark.parametrize('filters', [('odd',), 'preamble'])
+def test_filters_are_names_of_defects(filters):
+  with pytest.raises(ValueError, match='train.filters=.*must be a tuple of names of .*preamble'):
+    TrainConfig(filters=filters)
+
+
+def test_the_papers_recipe_is_built_and_has_its_counts(data_dir, tmp_path):
+  config = bai2022_sl_cai.get_config()
+  harmful, helpful = config.prompts.harmful.limit, config.prompts.helpful.limit
+  assert (harmful, helpful) == (182_831, 135_296)
+  share = config.train.helpfulness_share
+  revisions = harmful * config.feedback.rounds
+  assert (
+    round(share * revisions / (1 - share)) == 270_592 == config.feedback.helpful_samples * helpful
+  )
+  for name in ('harmful', 'helpful', 'eval_harmful'):
+    source = tmp_path / f'{name}.txt'
+    source.write_text(f'The {name} one.\nThe {name} other.\n')
+    config.prompts[name].source = str(source)
+  config.constitution.path = str(data_dir('cai_paper') / 'prompts')
+  run = launch.build(config, tmp_path / 'run')
+  assert len(run.constitution.principles) == 16 and len(run.constitution.demonstrations) == 5
+  assert [len(run.prompts[name]) for name in ('harmful', 'helpful')] == [2, 2]
+  assert {s.temperature for s in (run.sampling.initial, run.sampling.critique)} == {1.0}

@@ -361,7 +361,9 @@ def test_every_process_checks_that_it_works_on_the_same_job(lm, start, tmp_path)
 
 def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   it = job(lm)
-  parts = [it.config, [], it.constitution.fingerprint(), it.seed, []]
+  config = dataclasses.asdict(it.config)
+  del config['max_rate']  # no row depends on it
+  parts = [config, [], it.constitution.fingerprint(), it.seed, []]
   for name, stage in zip(
     ('initial', 'critique', 'revision'), generate._each(it.stages), strict=True
   ):
@@ -369,6 +371,14 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
   text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
   assert it.digest() == hashlib.sha256(text.encode()).hexdigest()
+  assert it.digest() == job(lm, max_rate={'preamble': 0.5}).digest()
+
+
+def test_prompts_that_are_answered_several_times_have_ids_of_their_own():
+  prompts = generate.several([prompt(0), prompt(1)], 3)
+  assert [p.id for p in prompts] == ['id-0', 'id-0/2', 'id-0/3', 'id-1', 'id-1/2', 'id-1/3']
+  assert {p.messages[0]['content'] for p in prompts[:3]} == {'Question 0?'}
+  assert generate.several([prompt(0)], 1) == [prompt(0)]
 
 
 def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ FLOORS = {
   'hardware': 0,
   'manifest': 0,
   'progress': 0,
+  'quality': 0,
   'model': 1,
   'dialogue': 1,
   'sampling': 2,

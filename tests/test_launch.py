@@ -147,6 +147,34 @@ def test_settings_of_a_stage_that_was_refused_bind_nobody(done, tmp_path):
   launch.run_stages(launch.build(config, tmp_path), ['generate', 'train'])
 
 
+def test_too_many_defects_end_the_run_and_a_raised_limit_goes_on_with_its_rows(
+  folder, tmp_path, capsys
+):
+  config = small(folder)
+  config.feedback.helpful_samples = 2
+  config.feedback.max_rate.truncated = 0.5  # nearly every reply of the random model is cut
+  with pytest.raises(ValueError, match=r'max_rate is exceeded \(truncated: .* limit 0.5\).*kept'):
+    launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  assert 'truncated' in capsys.readouterr().out
+  rates = json.loads((tmp_path / 'quality.json').read_text())
+  assert set(rates) == {'d_cai'} and rates['d_cai']['revisions'] == 2 * LIMITS['harmful']
+  assert rates['d_cai']['flags']['truncated']['rate'] > 0.5
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('d_cai/*.array_record*')}
+
+  config.feedback.max_rate.truncated = 1.0
+  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob('d_cai/*.array_record*')}
+  entry = json.loads((tmp_path / 'manifest.json').read_text())['stages']['generate']
+  assert entry['sampled_rows'] == 0
+  config.feedback.max_rate.truncated = 0.9  # no setting of what is done
+  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+
+  rows = [row for row in data.read_rows(tmp_path / 'd_cai') if row['kind'] == 'helpful']
+  assert len(rows) == 2 * LIMITS['helpful'] == len({row['id'] for row in rows})
+  pairs = {row['id']: row['initial']['text'] for row in rows}
+  assert all(pairs[name] != pairs[f'{name}/2'] for name in pairs if not name.endswith('/2'))
+
+
 def test_logging_and_mesh_may_change_between_starts(done):
   workdir, config = done
   config.train.log_every = 5
@@ -175,6 +203,15 @@ def set_fields(**fields):
   [
     ({'train__speed': 3}, 'unknown config field train.speed'),
     ({'train__learning_rate': -1.0}, 'learning_rate'),
+    ({'train__filters': ('odd',)}, "train.filters=.'odd',. must be a tuple of names"),
+    ({'feedback__max_rate__odd': 0.5}, 'unknown config field feedback.max_rate.odd'),
+    ({'feedback__max_rate__empty': 1.5}, 'max_rate.empty=1.5'),
+    ({'feedback__helpful_samples': 0}, 'helpful_samples=0'),
+    (
+      {'feedback__helpful_samples': 2, 'sampling__initial__temperature': 0.0},
+      'helpful_samples=2 answers would all be the same',
+    ),
+    ({'report__published': 'nowhere.jsonl'}, 'report.published: nowhere.jsonl: not readable'),
     ({'evaluation__scorer': 'me'}, "scorer='me'"),
     ({'prompts__harmful__source': ''}, 'prompts.harmful.source is empty'),
     (

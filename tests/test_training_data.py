@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from cai_jax import quality
 from cai_jax.dialogue import Dialogue
 from cai_jax.training import data
 
@@ -72,6 +73,53 @@ def test_drops_are_counted_by_reason(dialogue):
   }
   kept = data.examples(rows, dialogue, max_length=64, drop_truncated=False)
   assert kept.counts['kept'] == 2 and 'truncated' not in kept.counts['dropped']
+
+
+def test_filters_leave_out_what_has_a_defect_and_count_its_first(dialogue):
+  rows = [row(i) for i in range(4)] + [row(i, 0, 'helpful') for i in range(4, 7)]
+  rows[0]['rounds'][1]['revision']['text'] = 'revised0 0'  # as the round before
+  rows[1]['rounds'][0]['revision']['text'] = "Here's my revised response: be kind."
+  rows[2]['rounds'][1]['revision']['text'] = 'Human: be kind'
+  rows[2]['rounds'][1]['revision']['finish_reason'] = 'length'
+  rows[3]['initial']['text'] = 'Human: no'
+  rows[4]['initial']['text'] = 'Human: yes'
+  before = [str(row) for row in rows]
+  filters = ('truncated', 'role_marker', 'identical', 'preamble')
+
+  def get(**options):
+    found = data.examples(rows, dialogue, filters=filters, **options)
+    return targets(dialogue, found), found.counts['dropped']
+
+  texts, dropped = get(target='last', helpfulness_share=0.25)
+  assert texts[:2] == ['revised1 1', 'revised1 3'] and texts[2:] in (['first 5'], ['first 6'])
+  assert dropped == {
+    'filtered_identical': 1,
+    'filtered_role_marker': 1,
+    'filtered_truncated': 1,
+    'helpful_beyond_share': 1,
+  }
+  texts, dropped = get(target='all')
+  assert texts == ['revised0 0', 'revised1 1', 'revised0 2', 'revised0 3', 'revised1 3']
+  assert dropped == {
+    'filtered_identical': 1,
+    'filtered_preamble': 1,
+    'filtered_truncated': 1,
+    'helpful_not_asked_for': 3,
+  }
+  texts, dropped = get(target='initial')
+  assert texts == ['first 0', 'first 1', 'first 2'] and dropped['filtered_role_marker'] == 1
+  assert before == [str(row) for row in rows]
+
+
+def test_filters_that_need_the_constitution_are_told_by_it(dialogue):
+  rows = [row(0), row(1, text='Please point out all that is wrong or rude in it')]
+  with pytest.raises(ValueError, match='principle_leak is told by the principles'):
+    data.examples(rows, dialogue, filters=['principle_leak'])
+  known = quality.references({'p': ('Point out all that is wrong or rude in it.', 'Mend it.')})
+  found = data.examples(rows, dialogue, filters=['principle_leak'], known=known)
+  assert found.counts['dropped'] == {'filtered_principle_leak': 1}
+  with pytest.raises(ValueError, match="'filtered_' have a defect of train.filters"):
+    data.examples(rows[1:], dialogue, filters=['principle_leak'], known=known)
 
 
 def test_helpfulness_share_is_of_all_examples(dialogue):

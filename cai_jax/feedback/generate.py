@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cai_jax import constitution as constitutions
+from cai_jax import quality
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import records
@@ -29,6 +30,7 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, SamplingConfig
 
 MIN_PREFIX = 32  # tokens from which a common prefix is worth a product of its own in every layer
 SAMPLE = 64  # prompts that are rendered to find it
+FREE = ('max_rate',)  # of FeedbackConfig: what no row depends on, so a run may change it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,10 @@ class FeedbackConfig:
   style: str = 'chat'  # 'chat' template or 'plain' labels
   template_options: tuple = ()  # (name, value) pairs that the chat template is given
   shard_rows: int = 256  # rows of D_CAI in one file
+  helpful_samples: int = 1  # responses to each helpful prompt
+  max_rate: Mapping[str, float] = dataclasses.field(  # of the revisions, by quality.FLAGS
+    default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0)
+  )
 
   def __post_init__(self):
     checks = (
@@ -50,10 +56,18 @@ class FeedbackConfig:
       ('variant', self.variant in VARIANTS, f'one of {tuple(VARIANTS)}'),
       ('context', self.context in ('fresh', 'growing'), "'fresh' or 'growing'"),
       ('shard_rows', self.shard_rows >= 1, 'at least 1'),
+      ('helpful_samples', self.helpful_samples >= 1, 'at least 1'),
     )
     for name, fine, allowed in checks:
       if not fine:
         raise ValueError(f'feedback: {name}={getattr(self, name)!r}; it must be {allowed}.')
+    object.__setattr__(self, 'max_rate', dict(self.max_rate))
+    for name, rate in self.max_rate.items():
+      if name not in quality.FLAGS or not 0 <= rate <= 1:
+        raise ValueError(
+          f'feedback: max_rate.{name}={rate!r}; it must be a rate in [0, 1] of one of '
+          f'{tuple(quality.FLAGS)}.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +121,8 @@ class Job:
       [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
       for name, stage in zip(('initial', 'critique', 'revision'), _each(self.stages), strict=True)
     ]
-    parts = [self.config, stages, self.constitution.fingerprint(), self.seed]
+    config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+    parts = [config, stages, self.constitution.fingerprint(), self.seed]
     content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
     digest, between = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
     for prompt, kind in self.prompts:
@@ -129,6 +144,15 @@ class Job:
   def _constitution_id(self) -> str:
     """Hashing the constitution again for each row took a quarter of the host's time."""
     return self.constitution.fingerprint()
+
+
+def several(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
+  """Each prompt `samples` times, to be answered as often: as 'id', 'id/2', 'id/3', ..."""
+  return [
+    dataclasses.replace(prompt, id=f'{prompt.id}/{n}') if n > 1 else prompt
+    for prompt in prompts
+    for n in range(1, samples + 1)
+  ]
 
 
 def prepare(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from cai_jax import quality
 from cai_jax.model.kernels import KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
@@ -27,6 +28,8 @@ class TrainConfig:
     target: 'last' revision, 'all' revisions (each an example), or 'initial' answer (a control).
     helpfulness_share: share of the examples that are initial answers to helpfulness prompts.
     drop_truncated: leave out texts that the length limit cut.
+    filters: names of `quality.FLAGS`; a text with any of these is left out, and counted under the
+      first. An initial answer has none that compares with a response, critique or request.
     learning_rate: peak of the schedule.
     schedule: after the warm-up 'constant', 'linear', 'cosine', or 'wsd': constant, then linear
       (warm-up, stable, decay; Hu et al. 2024).
@@ -61,6 +64,7 @@ class TrainConfig:
   target: str = 'last'
   helpfulness_share: float = 0.0
   drop_truncated: bool = True
+  filters: tuple[str, ...] = ()
   learning_rate: float = 1e-5
   schedule: str = 'cosine'
   warmup: float = 0.05
@@ -98,6 +102,11 @@ class TrainConfig:
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f'train.{name}={getattr(self, name)!r} is not one of {allowed}.')
+    unknown = [name for name in self.filters if name not in quality.FLAGS]
+    if unknown or isinstance(self.filters, str):
+      raise ValueError(
+        f'train.filters={self.filters!r} must be a tuple of names of {tuple(quality.FLAGS)}.'
+      )
     for name, low in (
       ('epochs', 1),
       ('batch_size', 1),

@@ -15,6 +15,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from cai_jax import quality
+
 HELPFUL = 'helpful'  # `kind` of the rows whose initial answer can be mixed in
 PACKED_TOGETHER = 4096  # examples whose rows are open at a time
 
@@ -106,6 +108,8 @@ def examples(
   helpfulness_share: float = 0.0,
   max_length: int = 1024,
   drop_truncated: bool = True,
+  filters: Sequence[str] = (),
+  known: quality.References | None = None,
   seed: int = 0,
 ) -> Examples:
   """The examples of D_CAI, in the order of its rows; helpfulness examples stand at the end.
@@ -119,10 +123,20 @@ def examples(
       which rows, the seed decides. Rows of this kind are used for nothing else.
     max_length: tokens; a longer example is dropped.
     drop_truncated: drop a text that ended by the length limit; else it is learnt as if whole.
+    filters: names of `quality.FLAGS`; a text with any of them is dropped as 'filtered_' + the first
+      of those it has, in the order given. The rows stay as they are.
+    known: the constitution's `quality.references`, for the filters that need them.
 
   Raises:
-    ValueError: if no example is left, or too few for the helpfulness share.
+    ValueError: if no example is left, or too few for the helpfulness share; if a filter needs
+      `known`.
   """
+  needing = [name for name in filters if name in quality.OF_REFERENCES]
+  if needing and known is None:
+    raise ValueError(
+      f'train.filters: {", ".join(needing)} is told by the principles and demonstrations: give '
+      "`known`, the constitution's quality.references."
+    )
   dropped = collections.Counter()
   kept, helpful = [], []
   for i in range(len(rows)):
@@ -132,14 +146,17 @@ def examples(
       dropped['helpful_not_asked_for'] += 1
       continue
     if is_helpful or target == 'initial':
-      replies = [row['initial']]
+      rounds = [-1]  # y_init
     else:
-      replies = [r['revision'] for r in row['rounds']]
-      replies = replies[-1:] if target == 'last' else replies
-      if not replies:
+      rounds = list(range(len(row['rounds'])))
+      rounds = rounds[-1:] if target == 'last' else rounds
+      if not rounds:
         dropped['no_revision'] += 1
-    for reply in replies:
-      example = _example(row, reply, dialogue, max_length, drop_truncated)
+    for at in rounds:
+      reply = row['initial'] if at < 0 else row['rounds'][at]['revision']
+      example = _filtered(row, at, filters, known) or _example(
+        row, reply, dialogue, max_length, drop_truncated
+      )
       if isinstance(example, str):
         dropped[example] += 1
       else:
@@ -155,7 +172,8 @@ def examples(
     raise ValueError(
       f'no example is left of {len(rows)} rows for train.target={target!r}; dropped: '
       f"{dict(dropped)}. 'truncated' were cut at sampling.*.max_tokens: raise it, or set "
-      f"train.drop_truncated=False; 'too_long' exceed train.max_length={max_length}."
+      f"train.drop_truncated=False; 'too_long' exceed train.max_length={max_length}; 'filtered_' "
+      f'have a defect of train.filters={tuple(filters)}.'
     )
   if helpful:
     chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:wanted])
@@ -193,6 +211,12 @@ def hold_out(
     tuple(item for item in items if item.id not in chosen),
     tuple(item for item in items if item.id in chosen),
   )
+
+
+def _filtered(row, at: int, filters: Sequence[str], known) -> str | None:
+  """The reason to filter out the revision of a round (-1: y_init), if there is one."""
+  found = quality.row_flags(row, at, known) if filters else ()
+  return next((f'filtered_{name}' for name in filters if name in found), None)
 
 
 def _example(row, reply, dialogue, max_length, drop_truncated) -> Example | str:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cai_jax import hardware, parallel
+from cai_jax import hardware, parallel, quality
 from cai_jax.manifest import check_workdir
 from cai_jax.model import kernels, lora
 from cai_jax.model.config import ModelConfig
@@ -171,6 +171,7 @@ def train(
   workdir: str | os.PathLike,
   probe: Probe | None = None,
   profile: int = 0,
+  known: quality.References | None = None,
 ) -> tuple[Any, dict[str, Any]]:
   """(parameters of `lm` fine-tuned on D_CAI, summary with the examples' counts); see `fit`.
 
@@ -181,6 +182,7 @@ def train(
     config: settings.
     workdir: folder for metrics, events and checkpoints.
     probe, profile: as of `Watch`.
+    known: the constitution's `quality.references`, for `config.filters`.
 
   Raises:
     ValueError: as `fit` and `data.examples`, and for rows longer than the model's context.
@@ -197,6 +199,8 @@ def train(
     helpfulness_share=config.helpfulness_share,
     max_length=config.max_length,
     drop_truncated=config.drop_truncated,
+    filters=config.filters,
+    known=known,
     seed=config.seed,
   )
   items, held_out = data.hold_out(found.items, config.eval_share, config.seed)
@@ -347,6 +351,7 @@ def _meta(config: TrainConfig, buckets, steps: Sequence[data.Step]) -> dict[str,
   """What of the settings a run must be gone on with, in JSON's types."""
   return {
     **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
+    'filters': list(config.filters),
     'steps': len(steps),
     'buckets': [list(bucket) for bucket in buckets],
     'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],  # which step has which examples

@@ -1,0 +1,280 @@
+"""Defects of revisions: each rule on what it is for and on what it must let pass, and the rates."""
+
+import json
+
+import pytest
+
+from cai_jax import quality
+
+PROMPT = [{'role': 'user', 'content': 'Should I hurt him?'}]
+LONG = ' '.join(f'word{i}' for i in range(40))
+REQUESTS = (
+  "Identify specific ways in which the assistant's last response is harmful to anyone.",
+  'Please rewrite this response.',
+)
+KNOWN = quality.references(
+  {'p': REQUESTS, 'q': ('Say what is wrong.', 'Mend it now')},
+  [
+    [
+      {'role': 'user', 'content': 'What would you like to talk about on this fine day, friend?'},
+      {'role': 'assistant', 'content': 'I would like to talk about birds and trees and the sea.'},
+    ]
+  ],
+)
+
+
+def reply(text, finish='stop'):
+  return {'text': text, 'finish_reason': finish}
+
+
+def found(
+  text, before='No, hurting him is wrong.', critique='It is rude.', finish='stop', **options
+):
+  options = dict(prompt=PROMPT, principle='p', known=KNOWN) | options
+  return quality.flags(
+    previous=reply(before), critique=reply(critique), revision=reply(text, finish), **options
+  )
+
+
+def test_a_good_revision_has_no_flag():
+  assert found('Please do not: talk to him instead, and tell him what hurt you.') == set()
+
+
+def test_every_flag_is_named_by_some_text():
+  copy = 'I would like to talk about birds and trees and the sea.'
+  leak = 'I name specific ways in which the assistant’s last response is harmful to anyone.'
+  cases = {
+    'empty': found(' \n'),
+    'truncated': found('Please do', finish='length'),
+    'identical': found('No, hurting him is wrong. ', 'No, hurting him is wrong.'),
+    'near_identical': found(LONG + '.', LONG),
+    'preamble': found('Here is the revised response: do not.'),
+    'role_marker': found('Do not.\n\nHuman: but why?'),
+    'principle_leak': found(leak.replace('’', "'")),
+    'no_finding': found('Do not.', critique='I see nothing wrong here.'),
+    'repetition': found('ha ha ha ha ha ha ha ha ha'),
+    'demonstration': found(copy),
+  }
+  assert cases.keys() == quality.FLAGS.keys()
+  assert all(flags == {name} for name, flags in cases.items()), cases
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    "Sure, here's a revised version of my answer:\n\nDo not.",
+    '**Revised response:** Do not.',
+    '"Revised Response": Do not.',
+    'I have revised the response so that it is kind. Do not.',
+    "Certainly! Here's how I would rewrite it: do not.",
+    'Here’s an improved version:\nDo not.',
+    'I rewrote my response: do not.',
+    'My revised answer is: do not.',
+    'The following is a rewritten reply.\nDo not.',
+  ],
+)
+def test_preambles(text):
+  assert found(text) == {'preamble'}
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    "Sure, here's a recipe for bread: flour, water, salt.",
+    'Here are a few ways to calm down: breathe, walk, sleep.',
+    'I would not do that. A revised law forbids it.',
+    'The law was revised in 1990, and here is a new version of it.',
+    'Improved sleep and exercise can help you.',
+    'I edit books. An edited volume takes a year.',
+    'The revised statute says that it is a crime.',
+  ],
+)
+def test_no_preambles(text):
+  assert 'preamble' not in found(text)
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'Assistant: do not.',
+    'Do not.\n**Critique:** fine',
+    'Do not. RevisionRequest: and now',
+    'Do not.<|im_end|>',
+    'Do not. [/INST]',
+    'Do not.<end_of_turn>',
+    'Do not.\n\n<|user|> why',
+    'Do not.\nRevistionRequest: again',
+  ],
+)
+def test_role_markers(text):
+  assert found(text) == {'role_marker'}
+  assert found(text, prompt=[{'role': 'user', 'content': f'Say "{text}"'}]) == set()
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'To be a human: that is hard.',
+    'I am an AI assistant: I cannot.',
+    'Read the book Being Human: A Life.',
+    'Use a < b | c > d.',
+    'A critique: it is dull.',
+  ],
+)
+def test_no_role_markers(text):
+  assert found(text) == set()
+
+
+@pytest.mark.parametrize(
+  ('critique', 'nothing'),
+  [
+    ('I see nothing wrong here.', True),
+    ('There is no harmful content in the response.', True),
+    ("The assistant's response is not harmful.", True),
+    ('No issues at all!', True),
+    ('The assistant gave an excellent response. Good job!', True),
+    ("I don't see anything harmful in this.", True),
+    ('The answer doesn’t seem to be dangerous.', True),
+    ('', True),
+    ("It doesn't say that this is harmful.", False),
+    ('It says: You fool. That is an insult.', False),
+    ('The response is harmful, as it names a person.', False),
+    ('The response is good, but it could be kinder.', False),
+    ('There is nothing harmful here. However, it lacks empathy.', False),
+    ('The assistant should have said that stealing is illegal.', False),
+  ],
+)
+def test_critiques_that_find_nothing(critique, nothing):
+  assert quality.finds_nothing(reply(critique)) == nothing
+
+
+def test_a_critique_that_was_not_asked_for_finds_no_nothing():
+  assert not quality.finds_nothing(reply('', finish=''))
+
+
+@pytest.mark.parametrize(
+  ('text', 'loops'),
+  [
+    ('I am so sorry. ' * 12, True),
+    (' '.join(f'long{i}' for i in range(25)) + ' ' + 'and on it goes ' * 9, True),
+    ((LONG + ' ') * 3, True),
+    ('🙂🙂🙂🙂🙂🙂🙂🙂', True),
+    ('No!!!!!!!!!!', True),
+    (LONG, False),
+    ('I am so sorry. ' * 3, False),
+    ('Title\n------------------------\nText', False),
+    ('It costs 1000000000000 or 10,000,000,000.', False),
+    ('Chapter 1 .............. 7', False),
+  ],
+)
+def test_loops(text, loops):
+  assert quality.repeats(text, quality.words(text)) == loops
+
+
+def test_similarity_is_by_words_in_their_order():
+  before = quality.words(LONG)
+  assert quality.alike(before, [*before[:20], 'new', *before[20:]])
+  assert not quality.alike(before, before[:35])
+  assert not quality.alike(before, before[::-1])
+  assert not quality.alike([], [])
+
+
+def test_a_leak_is_eight_words_or_a_whole_request_of_five():
+  request = 'one two three four five six seven eight nine'
+  known = quality.references({'p': (request, 'mend all of this now'), 'q': ('Be very kind.', 'x')})
+  leaks = lambda text, name='p': quality.leaks_request(quality.words(text), name, known)  # noqa: E731
+  assert leaks('So two, three four five six seven eight nine.')
+  assert not leaks('So three four five six seven eight nine.')
+  assert leaks('I will mend all of this now!') and not leaks('I will mend all of this')
+  assert not leaks('Be very kind.', 'q')
+  with pytest.raises(ValueError, match="'r' is none of .*'p', 'q'"):
+    leaks('anything', 'r')
+
+
+def test_an_initial_response_has_no_flag_of_a_round():
+  row = {'prompt': PROMPT, 'initial': reply('Human: no', 'length'), 'rounds': []}
+  assert quality.row_flags(row, -1, KNOWN) == {'truncated', 'role_marker'}
+
+
+def rows():
+  def row(i, initial, *revisions):
+    steps = [
+      {'principle': name, 'critique': reply(critique), 'revision': reply(text)}
+      for name, critique, text in revisions
+    ]
+    return {'id': str(i), 'prompt': PROMPT, 'initial': reply(initial), 'rounds': steps}
+
+  return [
+    row(0, 'one two', ('p', 'Rude.', 'one two three'), ('q', 'Rude.', 'be good')),
+    row(1, 'one two', ('p', 'No issues.', 'one two'), ('p', 'Rude.', 'be good')),
+    row(2, 'one two', ('q', 'Rude.', 'Human: four'), ('q', 'Rude.', '')),
+    row(3, 'helpful'),
+  ]
+
+
+def test_the_summary_counts_by_round():
+  summary = json.loads(json.dumps(quality.summarise(rows(), KNOWN)))
+  assert (summary['rows'], summary['revisions']) == (4, 6)
+  flags = summary['flags']
+  assert flags.keys() == quality.FLAGS.keys()
+  assert flags['identical'] == {'count': 1, 'rate': 1 / 6, 'counts': [1, 0], 'rates': [1 / 3, 0.0]}
+  assert flags['empty']['counts'] == [0, 1] and flags['role_marker']['counts'] == [1, 0]
+  assert flags['no_finding']['counts'] == [1, 0]
+  assert summary['rounds'][0] == {
+    'revisions': 3, 'mean_words': 7 / 3, 'mean_ratio': pytest.approx(3.5 / 3),
+  }  # fmt: skip
+  assert summary['rounds'][1]['mean_words'] == pytest.approx(4 / 3)
+  assert summary['initial_words'] == 2
+  assert summary['principles'] == {'p': [2, 1], 'q': [1, 2]}
+  assert summary['duplicates'] == {'count': 2, 'rate': 2 / 3}
+
+
+def test_limits():
+  summary = quality.summarise(rows(), KNOWN)
+  assert quality.over(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
+  told = quality.over(summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble': 0.0})
+  assert told == ['identical: 0.1667 of the revisions, limit 0.1']
+
+
+def test_the_table_has_another_beside():
+  summary, other = quality.summarise(rows(), KNOWN), quality.summarise(rows()[:1], KNOWN)
+  lines = quality.describe(summary, other).splitlines()
+  assert lines[0].split()[-1] == 'published'
+  table = {line.split()[0]: line.split()[1:] for line in lines}
+  assert table['identical'] == ['16.7', '33.3', '0.0', '0.0']
+  assert len(lines) == len(quality.FLAGS) + 4
+  assert len(quality.describe(summary).splitlines()) == len(lines)
+
+
+def test_a_summary_without_revisions():
+  summary = quality.summarise(rows()[3:], KNOWN)
+  assert summary['revisions'] == 0 and summary['initial_words'] is None
+  assert quality.describe(summary)
+
+
+def test_published_samples_that_are_none(tmp_path):
+  with pytest.raises(ValueError, match='not readable'):
+    quality.published_rows(tmp_path / 'nowhere.jsonl')
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"prompt": "hello"}\n')
+  with pytest.raises(ValueError, match=r'x.jsonl, line 1: no sample with rl_prompt'):
+    quality.published_rows(path)
+
+
+def test_the_papers_samples(data_dir):
+  path = data_dir('cai_paper') / 'samples' / 'PALMS_SLMADISON.jsonl'
+  published, principles = quality.published_rows(path)
+  known = quality.references(principles)
+  summary = quality.summarise(published, known)
+  assert (summary['rows'], summary['revisions'], len(principles)) == (40, 160, 16)
+  assert published[2]['prompt'] == [
+    {'role': 'user', 'content': 'Which essential oils should I use for a kidney infection?'}
+  ]
+  assert all(not text.endswith('Critique:') for pair in principles.values() for text in pair)
+  # Read by eye: one revision is the response before it, and none speaks of itself or has a label.
+  assert quality.row_flags(published[31], 2, known) == {'identical', 'no_finding'}
+  assert summary['flags']['identical']['count'] == 1
+  for name in ('empty', 'preamble', 'role_marker', 'principle_leak', 'repetition'):
+    assert summary['flags'][name]['count'] == 0
+  assert 'near_identical' in quality.row_flags(published[16], 1, known)  # but for one space
+  assert quality.row_flags(published[0], 0, known) == set()

@@ -178,6 +178,24 @@ class Dialogue:
     context = self.prompt(messages[:-1], role)
     return context + target, [0] * len(context) + [1] * len(target)
 
+  def conversation(self, messages: Sequence[Message]) -> list[int]:
+    """Returns the tokens of a whole dialogue that ends with a reply, as reward models read it.
+
+    In the chat style these are the tokens of `apply_chat_template` without a generation prompt:
+    what the template writes after the reply (a line break after ChatML's end token) is there too.
+
+    Raises:
+      ValueError: the last message is no reply; as `prompt`.
+    """
+    if not messages or messages[-1]['role'] not in REPLY_ROLES:
+      roles = [message['role'] for message in messages]
+      raise ValueError(f'a conversation must end with a reply {REPLY_ROLES}, got the roles {roles}')
+    _check_roles(messages[:-1], messages[-1]['role'])
+    if self.style == 'plain':
+      end = (_IDS, (self.tokenizer.eos_token_id,))
+      return self._encode([*self._plain_pieces(messages), end])
+    return self._encode(self._chat_pieces(messages, generate=False))
+
   def decode(self, tokens: Sequence[int]) -> str:
     """Returns the text of a sampled reply, without control tokens and surrounding white space.
 
@@ -485,14 +503,16 @@ class Dialogue:
       f"followed (roles {list(roles)}); take these out of the contents, or use style='plain'"
     )
 
-  def _chat_pieces(self, messages: Sequence[Message]) -> list[tuple[str, Any]]:
-    """Returns the pieces of the dialogue with the generation prompt at their end."""
+  def _chat_pieces(
+    self, messages: Sequence[Message], generate: bool = True
+  ) -> list[tuple[str, Any]]:
+    """Returns the pieces of the dialogue, with the generation prompt at their end or without."""
     roles = tuple(_CHAT_ROLE[message['role']] for message in messages)
     contents = [
       m['content'] if isinstance(m['content'], str) else _as_ids(m['content']) for m in messages
     ]
     texts = [c if isinstance(c, str) else self._spoken(c) for c in contents]
-    layout, taken = self._filled_layout(roles, texts, generate=True)
+    layout, taken = self._filled_layout(roles, texts, generate)
     pieces = [(_TEMPLATE, layout[0])]
     for at in range(1, len(layout), 2):
       content, following = contents[layout[at]], layout[at + 1]

@@ -141,15 +141,19 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
   )
 
 
+def architecture(config: ModelConfig, task: str) -> str:
+  """Transformers' class of a model for a task, such as 'LlamaForCausalLM' for 'CausalLM'."""
+  return f'{config.family.capitalize()}For{task}'
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
   """The Hugging Face `config.json` of a model, such that `from_hf(to_hf(c)) == c`.
 
   Raises:
     ValueError: for a model that no config of its family describes.
   """
-  architecture = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
   hf = {
-    'architectures': [f'{architecture[config.family]}ForCausalLM'],
+    'architectures': [architecture(config, 'CausalLM')],
     'model_type': config.family,
     'vocab_size': config.vocab_size,
     'hidden_size': config.d_model,

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
   'chat_template.json',
   '*.jinja',
 )
+SCORE = 'score.weight'  # a classifier's head, as transformers names it
 # All that is fetched from a hub, and all that an export may replace. No pickle, no Python.
 MODEL_FILES = (
   'config.json',
@@ -155,6 +156,62 @@ def load(
   )
 
 
+class Classifier(NamedTuple):
+  """A decoder with a linear head over its last hidden state, in place of one over the vocabulary.
+
+  Its parameters are those of a model with tied embeddings: there is no output table.
+  """
+
+  config: ModelConfig
+  params: Params
+  score: np.ndarray  # f32[C,D], the head; C is the number of labels
+  labels: tuple[str, ...]
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+  pad_token_id: int | None  # of config.json
+  mesh: Mesh
+
+
+def load_classifier(
+  path: str | os.PathLike, dtype: str = 'float32', mesh: Mesh | None = None
+) -> Classifier:
+  """The sequence-classification checkpoint in a Hugging Face folder or of a hub name.
+
+  That is a `LlamaForSequenceClassification`, `Qwen3ForSequenceClassification` or the like: a
+  decoder of a family that is supported, and `score.weight` [labels, D] without a bias.
+
+  Args:
+    path, mesh: as of `load`.
+    dtype: what parameters are kept in.
+
+  Raises:
+    ValueError: as `load`; for a checkpoint of another architecture or with weights beside these.
+  """
+  weights.check_dtype(dtype, 'dtype')
+  folder = _folder(path)
+  hf = _hf_config(folder)
+  config = dataclasses.replace(config_lib.from_hf(hf), tied_embeddings=True)
+  architectures = hf.get('architectures')
+  if architectures != [(allowed := config_lib.architecture(config, 'SequenceClassification'))]:
+    raise ValueError(
+      f'{folder}: architectures is {architectures} in config.json; a reward model or classifier '
+      f'has [{allowed!r}] there. Other heads and poolings are not implemented.'
+    )
+  labels = _labels(hf, folder)
+  tokenizer = _tokenizer(folder, config.vocab_size)
+  mesh = parallel.make_mesh() if mesh is None else mesh
+  return Classifier(
+    config=config,
+    params=weights.load_params(folder, config, mesh, dtype, others=(SCORE,)),
+    score=weights.load_weight(folder, SCORE, (len(labels), config.d_model)),
+    labels=labels,
+    tokenizer=tokenizer,
+    eos_token_ids=_eos_token_ids(folder, hf, tokenizer),
+    pad_token_id=hf.get('pad_token_id'),
+    mesh=mesh,
+  )
+
+
 class Parts(NamedTuple):
   """All of a model but its weights."""
 
@@ -260,6 +317,16 @@ def _hf_config(folder: pathlib.Path) -> dict[str, Any]:
   if not (folder / 'config.json').exists():
     raise ValueError(f'{folder} has no config.json: it is not the folder of a model.')
   return weights.read_json(folder / 'config.json')
+
+
+def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
+  """Names of a classifier's labels, in order; transformers writes none where they are two."""
+  names = hf.get('id2label')
+  if names is None:
+    return tuple(f'LABEL_{i}' for i in range(hf.get('num_labels', 2)))
+  if not isinstance(names, dict) or {*names} != {str(i) for i in range(len(names))} or not names:
+    raise ValueError(f'{folder}: id2label is {names!r} in config.json; it must name labels 0, 1, …')
+  return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def _tokenizer(folder: pathlib.Path, vocab_size: int | None):

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -100,7 +100,11 @@ def to_hf_layout(path: str, x: np.ndarray) -> np.ndarray:
 
 
 def load_params(
-  folder: str | os.PathLike, config: ModelConfig, mesh: Mesh, param_dtype: str = 'float32'
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  mesh: Mesh,
+  param_dtype: str = 'float32',
+  others: Collection[str] = (),
 ) -> Params:
   """Parameters of a Hugging Face folder, each read straight into its shards on `mesh`.
 
@@ -109,6 +113,7 @@ def load_params(
     config: the model's.
     mesh: where the parameters go, as `parallel.RULES` says.
     param_dtype: of the result: 'float32', 'bfloat16' or 'float16', whatever the files hold.
+    others: weights that the files must hold beside the model's, for `load_weight` to read.
 
   Raises:
     ValueError: for a weight that is missing, unused or of another shape or type, naming it; for an
@@ -119,14 +124,14 @@ def load_params(
   abstract = structure(config, param_dtype=param_dtype)[1]
   shardings = parallel.param_shardings(abstract, mesh)
   holders = _holders(folder)
-  _check_names(holders, abstract, config, folder)
+  _check_names(holders, abstract, config, folder, others)
 
   def load(path, leaf, sharding):
     path = parallel.path_str(path)
     # Opened for each weight: what has been read of a file stays in memory until it is closed.
     with _open(holders[hf_name(path)]) as file:
       weight = file.get_slice(hf_name(path))
-      _check_weight(weight, path, leaf.shape, folder)
+      _check_weight(weight, hf_name(path), hf_shape(path, leaf.shape), folder)
 
       @functools.cache  # replicas of a shard are read once
       def read(starts, stops):
@@ -139,6 +144,21 @@ def load_params(
       return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """One weight f32[*shape] of a Hugging Face folder, by its name there, such as 'score.weight'.
+
+  Raises:
+    ValueError: if it is missing, or of another shape or type; for an unreadable file.
+  """
+  folder = pathlib.Path(folder)
+  holders = _holders(folder)
+  if name not in holders:
+    raise ValueError(f'{folder}: weight {name!r} is missing.')
+  with _open(holders[name]) as file:
+    _check_weight(file.get_slice(name), name, shape, folder)
+    return file.get_tensor(name).astype(np.float32)
 
 
 def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
@@ -154,7 +174,8 @@ def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
   for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
     name = parallel.path_str(path)
     with _open(holders[hf_name(name)]) as file:
-      _check_weight(file.get_slice(hf_name(name)), name, leaf.shape, folder)
+      weight = file.get_slice(hf_name(name))
+      _check_weight(weight, hf_name(name), hf_shape(name, leaf.shape), folder)
 
 
 def save_params(
@@ -304,15 +325,21 @@ def _holders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   return holders
 
 
-def _check_names(holders, abstract: Params, config: ModelConfig, folder: pathlib.Path) -> None:
-  needed = {hf_name(path) for path, _ in _flat(abstract)}
+def _check_names(
+  holders,
+  abstract: Params,
+  config: ModelConfig,
+  folder: pathlib.Path,
+  others: Collection[str] = (),
+) -> None:
+  needed = {hf_name(path) for path, _ in _flat(abstract)} | set(others)
   if missing := sorted(needed - holders.keys()):
     raise ValueError(
       f'{folder}: weight {missing[0]!r} is missing ({len(missing)} of {len(needed)} are). The '
       f'files must hold every weight of a {config.family} model as its config.json describes it.'
     )
   unused = sorted(n for n in holders.keys() - needed if not n.endswith('rotary_emb.inv_freq'))
-  if config.tied_embeddings and 'lm_head.weight' in unused:
+  if config.tied_embeddings and not others and 'lm_head.weight' in unused:
     log.info('%s: lm_head.weight is not read: the config ties it to the embedding.', folder)
     unused.remove('lm_head.weight')
   if unused:
@@ -322,15 +349,12 @@ def _check_names(holders, abstract: Params, config: ModelConfig, folder: pathlib
     )
 
 
-def _check_weight(weight, path: str, shape: tuple[int, ...], folder: pathlib.Path) -> None:
-  expected = hf_shape(path, shape)
-  if (found := tuple(weight.get_shape())) != expected:
-    raise ValueError(
-      f'{folder}: weight {hf_name(path)!r} has shape {found}; config.json asks for {expected}.'
-    )
+def _check_weight(weight, name: str, shape: tuple[int, ...], folder: pathlib.Path) -> None:
+  if (found := tuple(weight.get_shape())) != shape:
+    raise ValueError(f'{folder}: weight {name!r} has shape {found}; config.json asks for {shape}.')
   if weight.get_dtype() not in FILE_DTYPES:
     raise ValueError(
-      f'{folder}: weight {hf_name(path)!r} is {weight.get_dtype()}; {FILE_DTYPES} can be read. '
+      f'{folder}: weight {name!r} is {weight.get_dtype()}; {FILE_DTYPES} can be read. '
       'Quantised checkpoints are not supported: use the original.'
     )
 

@@ -68,7 +68,8 @@ def _chains(run: launch.Run, names: Sequence[str], model: str) -> dict[str, Turn
   ]
   found = {}
   for name in names:
-    count, prompts = len(run.prompts[name]), settings['prompts'][name]
+    samples = run.feedback.helpful_samples if name == 'helpful' else 1
+    count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]
     limits = {k: getattr(run.sampling, k).max_tokens for k in ('initial', 'critique', 'revision')}
     found[_digest([answered, prompts])] = Turns(count, limits['initial'])
     if model != 'base' or name.endswith('helpful'):

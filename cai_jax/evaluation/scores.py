@@ -1,6 +1,7 @@
 """Rates over prompts, each with its bootstrap interval."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ class Verdict(Protocol):
 
 
 Scorer = Callable[[Sequence[Mapping[str, str]], str], Verdict]  # of a prompt's messages and a text
+# Of the messages of prompts and a text for each: a number for each. A share's name ends in `_rate`.
+Measure = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], list[float]]
 
 
 def bootstrap_interval(
@@ -43,6 +46,7 @@ def measures(
   prompts: Sequence[Sequence[Mapping[str, str]]],
   turns: Sequence[Mapping[str, Any]],
   scorer: Scorer | None,
+  further: Mapping[str, Measure] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
   """What is measured of each response, by name: one number a response, in their order.
 
@@ -50,9 +54,10 @@ def measures(
     prompts: the messages that each turn answers.
     turns: with `text` and `num_tokens`, as rows of D_CAI hold them.
     scorer: judges a response; None leaves its rates out.
+    further: measures by name, such as `suite.measures` gives.
 
   Returns:
-    `mean_tokens` and, with a scorer, `violation_rate` and `helpful_rate` (0 or 1).
+    `mean_tokens`, with a scorer `violation_rate` and `helpful_rate` (0 or 1), and those further.
   """
   found: dict[str, list[float]] = {}
   if scorer is not None:
@@ -60,19 +65,21 @@ def measures(
     found['violation_rate'] = [float(bool(v.violations)) for v in verdicts]
     found['helpful_rate'] = [float(v.helpful) for v in verdicts]
   found['mean_tokens'] = [float(turn['num_tokens']) for turn in turns]
-  return found
+  texts = [turn['text'] for turn in turns]
+  return found | {name: measure(prompts, texts) for name, measure in further.items()}
 
 
 def score(
   prompts: Sequence[Sequence[Mapping[str, str]]],
   turns: Sequence[Mapping[str, Any]],
   scorer: Scorer | None,
+  further: Mapping[str, Measure] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Count of the responses and the mean of each of their `measures`.
 
   Returns:
     `count`, `mean_tokens`, and with a scorer `violation_rate` and `helpful_rate` (shares of the
-    responses), each with its 95 % `_interval` [low, high].
+    responses), and those further; each `_rate` with its 95 % `_interval` [low, high].
 
   Raises:
     ValueError: if there is nothing to score.
@@ -80,7 +87,7 @@ def score(
   if not turns:
     raise ValueError('there is no response to score.')
   result: dict[str, Any] = {'count': len(turns)}
-  for name, values in measures(prompts, turns, scorer).items():
+  for name, values in measures(prompts, turns, scorer, further).items():
     result[name] = float(np.mean(values))
     if name.endswith('_rate'):
       result[f'{name}_interval'] = list(bootstrap_interval(values))
@@ -88,7 +95,10 @@ def score(
 
 
 def summarise(
-  base: Iterable[Mapping[str, Any]], aligned: Iterable[Mapping[str, Any]], scorer: Scorer | None
+  base: Iterable[Mapping[str, Any]],
+  aligned: Iterable[Mapping[str, Any]],
+  scorer: Scorer | None,
+  further: Mapping[str, Measure] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
   """The summary of a run from rows of two models on the same held-out prompts.
 
@@ -96,6 +106,7 @@ def summarise(
     base: rows of M_θ's chains: harmful prompts with their rounds, helpful ones without.
     aligned: rows of M_aligned's answers to the same prompts.
     scorer: judges a response, or None.
+    further: measures, as `measures` takes them.
 
   Returns:
     `stages` (initial, revision_1, ...) and `models` (base, aligned) over harmful prompts, and
@@ -117,11 +128,11 @@ def summarise(
       'base': [row['initial'] for row in rows],
       'aligned': [aligned[row['id']]['initial'] for row in rows],
     }
-    scores = {name: score(prompts, turns, scorer) for name, turns in answers.items()}
+    scores = {name: score(prompts, turns, scorer, further) for name, turns in answers.items()}
     if kind == 'harmful':
       summary['stages'] = {'initial': scores['base']}
       for number in range(min(len(row['rounds']) for row in rows)):
         turns = [row['rounds'][number]['revision'] for row in rows]
-        summary['stages'][f'revision_{number + 1}'] = score(prompts, turns, scorer)
+        summary['stages'][f'revision_{number + 1}'] = score(prompts, turns, scorer, further)
     summary[group] = scores
   return summary

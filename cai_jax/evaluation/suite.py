@@ -1,0 +1,132 @@
+"""The evaluations of a run that its config names, beside the scores of its responses."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from cai_jax.dialogue import Dialogue
+from cai_jax.evaluation import multiple_choice, refusal, reward
+from cai_jax.evaluation.likelihood import perplexity
+from cai_jax.evaluation.scores import Measure
+from cai_jax.model.lm import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """Which evaluations a run has.
+
+  Attributes:
+    scorer: the embedded world's oracle ('tiny'), or 'none'.
+    refusal: who says whether a response refuses: 'none', 'rules', or the folder or hub name of a
+      sequence-classification checkpoint.
+    refusal_label: of that checkpoint, the label that means it; '' where it has a single one.
+    reward_model: folder or hub name of a sequence-classification checkpoint; '' is none.
+    reward_label: of that checkpoint, the label whose logit is the score; '' where it has one.
+    multiple_choice: files of questions in the published form.
+    swap: ask those with their two options exchanged, too.
+    judge: a model that is asked which answer is better, M_aligned's or M_θ's; '' is none. 'base'
+      is M_θ itself.
+    loss: nats of held-out prompts' last revisions, under M_θ and under M_aligned.
+
+  Raises:
+    ValueError: for a file of questions that cannot be read.
+  """
+
+  scorer: str = 'none'
+  refusal: str = 'none'
+  refusal_label: str = ''
+  reward_model: str = ''
+  reward_label: str = ''
+  multiple_choice: tuple[str, ...] = ()
+  swap: bool = False
+  judge: str = ''
+  loss: bool = True
+
+  def __post_init__(self):
+    if isinstance(self.multiple_choice, str):
+      raise ValueError(
+        f'evaluation.multiple_choice={self.multiple_choice!r} is a text; give a tuple of files.'
+      )
+    for path in self.multiple_choice:
+      try:
+        multiple_choice.read(path)
+      except ValueError as error:
+        raise ValueError(f'evaluation.multiple_choice: {error}') from error
+
+
+def measures(config: EvaluationConfig, dtype: str, mesh: Mesh, style: str) -> dict[str, Measure]:
+  """What is measured of each response besides the scorer's verdict, by name.
+
+  `refusal_rate` (0 or 1) and `reward` (the reward model's logit), where the config names who says.
+
+  Args:
+    config: of the run.
+    dtype, mesh, style: of the models that say, as `reward.load` takes them.
+
+  Raises:
+    ValueError: if a checkpoint cannot be loaded, or has no such label.
+  """
+  found: dict[str, Measure] = {}
+  if config.refusal != 'none':
+    classifier = refusal.rules
+    if config.refusal != 'rules':
+      label = config.refusal_label or None
+      classifier = refusal.from_checkpoint(config.refusal, label, dtype, mesh, style)
+    found['refusal_rate'] = lambda prompts, texts: [
+      float(p >= 0.5) for p in classifier(prompts, texts)
+    ]
+  if config.reward_model:
+    model = reward.load(config.reward_model, dtype, mesh, style)
+    model.label_index(config.reward_label or None)
+    found['reward'] = lambda prompts, texts: model.scores(
+      [
+        [*prompt, {'role': 'assistant', 'content': text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+      ],
+      config.reward_label or None,
+    )
+  return found
+
+
+def of_model(
+  config: EvaluationConfig,
+  lm: LM,
+  rows: Sequence[Mapping[str, Any]],
+  dialogue: Dialogue,
+) -> dict[str, Any]:
+  """What a model knows, told by log-probabilities: its questions' results and its held-out loss.
+
+  Args:
+    config: of the run.
+    lm: the model.
+    rows: of M_θ's chains over held-out prompts; the last revisions are what the loss is of.
+    dialogue: renders for the model.
+
+  Returns:
+    `multiple_choice`: file name → results; `loss`: as `likelihood.perplexity` gives it, where some
+    row has a revision that is not empty.
+  """
+  found: dict[str, Any] = {'multiple_choice': {}}
+  for path in config.multiple_choice:
+    result = multiple_choice.evaluate(lm, multiple_choice.read(path), swap=config.swap)
+    found['multiple_choice'][os.path.basename(path)] = result
+  pairs = [
+    _pair(dialogue, row)
+    for row in rows
+    if row['rounds'] and row['rounds'][-1]['revision']['text'].strip()
+  ]
+  pairs = [pair for pair in pairs if sum(map(len, pair)) <= lm.max_positions]
+  if config.loss and pairs:
+    found['loss'] = perplexity(lm, pairs)
+  return found
+
+
+def _pair(dialogue: Dialogue, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+  """(tokens of the prompt, of the last revision with the token that ends it)."""
+  reply = {'role': 'assistant', 'content': row['rounds'][-1]['revision']['text']}
+  tokens, mask = dialogue.example([*row['prompt'], reply])
+  start = list(mask).index(True)
+  return list(tokens[:start]), list(tokens[start:])

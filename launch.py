@@ -27,7 +27,8 @@ from ml_collections import ConfigDict, config_flags
 from cai_jax import constitution as constitutions
 from cai_jax import parallel, quality
 from cai_jax.dialogue import Dialogue
-from cai_jax.evaluation import scores
+from cai_jax.evaluation import scores, suite
+from cai_jax.evaluation.suite import EvaluationConfig
 from cai_jax.feedback import generate, records
 from cai_jax.feedback import prompts as prompt_files
 from cai_jax.feedback.prompts import Prompt
@@ -70,9 +71,14 @@ class Run:
   engine: EngineConfig
   remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
   train: TrainConfig
-  scorer: scores.Scorer | None
+  evaluation: EvaluationConfig
   profile: int = 0  # training steps that a trace is written of
   journal: pathlib.Path | None = None  # folder of the turns; None is workdir/journal
+
+  @property
+  def scorer(self) -> scores.Scorer | None:
+    """Who judges a response."""
+    return SCORERS[self.evaluation.scorer]
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
@@ -124,6 +130,11 @@ def build(
     raise ValueError(
       f'evaluation.scorer={config.evaluation.scorer!r} is not one of {tuple(SCORERS)}.'
     )
+  if config.evaluation.judge == 'base' and not config.model.base:
+    raise ValueError(
+      "evaluation.judge='base' needs M_θ here, and it is served elsewhere: name a model."
+    )
+  evaluation = EvaluationConfig(**config.evaluation)
   sets = {name: _prompts(name, config.prompts[name], config.seed) for name in PROMPT_SETS}
   if not sets['harmful']:
     raise ValueError('prompts.harmful.source is empty: give prompts whose answers are revised.')
@@ -154,7 +165,7 @@ def build(
     engine=EngineConfig(**config.engine),
     remotes=_remotes(config, sampling),
     train=TrainConfig(seed=config.seed, **config.train),
-    scorer=SCORERS[config.evaluation.scorer],
+    evaluation=evaluation,
     journal=journal,
   )
 
@@ -388,17 +399,42 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   """Scores of every round, of M_θ and of M_aligned, on the held-out prompts."""
   harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
   folder = run.workdir / 'evaluation'
+  told = {}
   with loaded_models(run) as loaded:
     base = _sample(run, prepare_job(run, loaded, harmful, helpful), folder / 'base', 'base')
+    rows = {'base': list(data.read_rows(folder / 'base'))}
+    if isinstance(loaded['base'], LM):
+      told['base'] = _of_model(run, loaded['base'], rows['base'])
   del loaded  # M_aligned takes its place
   aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], _local_mesh(run))
   answers = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
   counts = _sample(run, answers, folder / 'aligned', 'aligned')
-  rows = {name: data.read_rows(folder / name) for name in ('base', 'aligned')}
-  summary = scores.summarise(*map(list, rows.values()), run.scorer)
+  rows['aligned'] = list(data.read_rows(folder / 'aligned'))
+  told['aligned'] = _of_model(run, aligned, rows['base'])
+  del aligned
   if jax.process_index() == 0:
+    summary = scores.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
+    write_json(folder / 'models.json', told)
     write_json(folder / 'summary.json', summary)
   return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
+
+
+def measures(run: Run) -> dict[str, scores.Measure]:
+  """What is measured of each response besides the scorer's verdict; models for it are loaded."""
+  dtype, style = run.config['model']['dtype'], run.feedback.style
+  return suite.measures(run.evaluation, dtype, _local_mesh(run), style)
+
+
+def _of_model(run: Run, lm: LM, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """What a model's log-probabilities tell, by process 0."""
+
+  def ask() -> dict[str, Any]:
+    if jax.process_index() != 0:
+      return {}
+    options = run.feedback.style, lm.eos_token_ids, run.feedback.template_options
+    return suite.of_model(run.evaluation, lm, rows, Dialogue(lm.tokenizer, *options))
+
+  return _together('evaluate a model', ask)
 
 
 def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:

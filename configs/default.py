@@ -105,6 +105,14 @@ def get_config() -> ConfigDict:
 
   config.evaluation = ConfigDict()
   config.evaluation.scorer = 'none'  # 'tiny': the embedded world's oracle; 'none': lengths only
+  config.evaluation.refusal = 'none'  # 'rules', or a classifier's checkpoint: which answers refuse
+  config.evaluation.refusal_label = ''  # of that checkpoint, where it has several
+  config.evaluation.reward_model = ''  # sequence-classification checkpoint that scores responses
+  config.evaluation.reward_label = ''  # of that checkpoint, where it has several
+  config.evaluation.multiple_choice = ()  # files of {prompt, corrects, incorrects} a line
+  config.evaluation.swap = False  # ask those with their two options exchanged, too
+  config.evaluation.judge = ''  # model that compares M_aligned's answers with M_θ's; 'base' is M_θ
+  config.evaluation.loss = True  # nats of held-out prompts' last revisions
 
   config.report = ConfigDict()
   config.report.chains = 500  # shown in the report's browser

@@ -161,6 +161,12 @@ def overridden(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
   return config
 
 
+def changed(config: ConfigDict, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of the settings that the config does not have anyway, and the seed."""
+  base = flat(config.to_dict())
+  return {k: v for k, v in settings.items() if k == 'seed' or k not in base or base[k] != v}
+
+
 def run_name(base: str, settings: Mapping[str, Any]) -> str:
   """The folder's name of a run: equal settings of equal configs have one run, in any experiment."""
   told = [f'{field.split(".")[-1]}={_told(value)}' for field, value in sorted(settings.items())]

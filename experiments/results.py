@@ -6,10 +6,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from cai_jax.evaluation import compare, scores
 from cai_jax.manifest import flat
 from cai_jax.training import data
-from experiments.experiment import TRAINED, Arm, Experiment, overridden, run_name
+from experiments.experiment import TRAINED, Arm, Experiment, changed, overridden, run_name
 
 KINDS = ('harmful', 'helpful')
 
@@ -21,12 +23,14 @@ class Responses:
   prompts: Mapping[int, Mapping[str, list[dict[str, str]]]]
   turns: Mapping[int, Mapping[str, dict[str, Any]]]
 
-  def measured(self, scorer: scores.Scorer | None) -> dict[str, compare.Values]:
+  def measured(
+    self, scorer: scores.Scorer | None, further: Mapping[str, scores.Measure]
+  ) -> dict[str, compare.Values]:
     """Measure → seed → prompt id → value."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for seed, turns in self.turns.items():
       prompts = self.prompts[seed]
-      columns = scores.measures(list(prompts.values()), list(turns.values()), scorer)
+      columns = scores.measures(list(prompts.values()), list(turns.values()), scorer, further)
       columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
       for name, values in columns.items():
         found.setdefault(name, {})[seed] = dict(zip(turns, values, strict=True))
@@ -76,7 +80,8 @@ def collect(
   docstring: str,
   workdirs: Mapping[str, Mapping[int, pathlib.Path]],
   scorer: scores.Scorer | None,
-  config,
+  further: Mapping[str, scores.Measure],
+  config: ConfigDict,
 ) -> dict[str, Any]:
   """The results of an experiment as `cai_jax.report.write_experiment` takes them.
 
@@ -85,6 +90,7 @@ def collect(
     name, docstring: of its file.
     workdirs: arm → seed → folder of its run.
     scorer: judges a response, or None.
+    further: measures beside the scorer's, by name.
     config: the base config.
 
   Raises:
@@ -92,7 +98,7 @@ def collect(
   """
   measured = {
     arm: {
-      kind: found.measured(scorer)
+      kind: found.measured(scorer, further)
       for kind in KINDS
       if (found := responses(experiment.arms[arm], workdirs[arm], kind)) is not None
     }
@@ -181,11 +187,13 @@ def costs(workdir: pathlib.Path, seed: int) -> list[dict[str, Any]]:
   return found
 
 
-def workdirs_of(experiment: Experiment, folder: pathlib.Path) -> dict[str, dict[int, pathlib.Path]]:
+def workdirs_of(
+  experiment: Experiment, folder: pathlib.Path, config: ConfigDict
+) -> dict[str, dict[int, pathlib.Path]]:
   """Arm → seed → the folder of its run; arms of equal settings have the same."""
   return {
     arm: {
-      seed: folder / run_name(experiment.base, experiment.settings(arm, seed))
+      seed: folder / run_name(experiment.base, changed(config, experiment.settings(arm, seed)))
       for seed in experiment.seeds
     }
     for arm in experiment.arms

@@ -32,7 +32,7 @@ def planned(
   Raises:
     ValueError: for whatever is wrong with an arm, before any work.
   """
-  folders = results.workdirs_of(experiment, workdir / 'runs')
+  folders = results.workdirs_of(experiment, workdir / 'runs', config)
   found: dict[pathlib.Path, tuple[launch.Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
     folder, needed = folders[arm][seed], experiment.arms[arm].stages
@@ -79,14 +79,16 @@ def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
     for row in costs:
       for key in ('turns', 'reused_turns', 'seconds'):
         counts[key] += row[key]
-  folders = results.workdirs_of(experiment, workdir / 'runs')
-  scorer = next(iter(runs.values()))[0].scorer
-  found = results.collect(experiment, name, docstring, folders, scorer, config)
+  folders = results.workdirs_of(experiment, workdir / 'runs', config)
+  first = next(iter(runs.values()))[0]
+  found = results.collect(
+    experiment, name, docstring, folders, first.scorer, launch.measures(first), config
+  )
   output = workdir / name
   output.mkdir(parents=True, exist_ok=True)
   write_json(output / 'results.json', found)
   write_figures(output, found)
-  chains = browsable(experiment, folders, scorer, config.report.chains)
+  chains = browsable(experiment, folders, first.scorer, config.report.chains)
   write_experiment(output / 'report.html', found, chains)
   print(
     f'\n{experiment_table(found)}\n\n{counts["runs"]} of {len(runs)} runs had work left: '

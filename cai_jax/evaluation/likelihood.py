@@ -74,7 +74,7 @@ def log_likelihoods(
       values[order[i]] = float(value)
   if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
     raise ValueError(
-      f'pair {bad[0]} (and {len(bad) - 1} more) has the log-likelihood {values[bad[0]]}: the logits '
+      f'pair {bad[0]} (and {len(bad) - 1} more) has the log-likelihood {values[bad[0]]}: logits '
       f'of {lm.name} are not finite. Check its weights, or load it with dtype="float32".'
     )
   return values
@@ -179,7 +179,7 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _bucket(length: int, most: int) -> int:
-  """Length that a row is padded to: 32, 48, 64, 96, 128, ...; two in each octave, `most` at most."""
+  """Length that a row is padded to: 32, 48, 64, 96, 128, ..., two an octave; `most` at most."""
   power = max(SHORTEST, 1 << (length - 1).bit_length())
   short = power * 3 // 4
   return min(short if SHORTEST <= short and length <= short else power, most)

@@ -5,6 +5,7 @@ right-padded, which a causal model cannot see.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -74,8 +75,8 @@ def log_likelihoods(
       values[order[i]] = float(value)
   if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
     raise ValueError(
-      f'pair {bad[0]} (and {len(bad) - 1} more) has the log-likelihood {values[bad[0]]}: logits '
-      f'of {lm.name} are not finite. Check its weights, or load it with dtype="float32".'
+      f'pair {bad[0]} (and {len(bad) - 1} more) has the log-likelihood {values[bad[0]]}: logits of '
+      f'{lm.name} are not finite. Check its weights, or load it with dtype="float32".'
     )
   return values
 
@@ -186,22 +187,20 @@ def _bucket(length: int, most: int) -> int:
 
 
 def _batches(lengths: list[int], lm: LM, batch_tokens: int):
-  """(rows, padded length, range of indices) of each batch of rows with these ascending lengths.
+  """(rows, padded length, indices) of each batch of rows with these ascending lengths.
 
   Rows are a power of two times the mesh's batch shards, or as many as `batch_tokens` allows: few
   shapes to compile, whatever the number of pairs.
   """
   shards = parallel.batch_shards(lm.mesh)
   sizes = [_bucket(length, lm.max_positions) for length in lengths]
-  start = 0
-  while start < len(sizes):
-    length = sizes[start]
-    same = sizes.count(length) + sizes.index(length) - start  # left of this bucket
+  for length, group in itertools.groupby(range(len(sizes)), key=sizes.__getitem__):
+    left = list(group)
     most = max(1, batch_tokens // (length * shards))
-    rows = shards * min(most, 1 << (-(-same // shards) - 1).bit_length())
-    stop = start + min(rows, same)
-    yield rows, length, range(start, stop)
-    start = stop
+    while left:
+      rows = shards * min(most, 1 << (-(-len(left) // shards) - 1).bit_length())
+      yield rows, length, left[:rows]
+      left = left[rows:]
 
 
 def _places(lm: LM, rows: int, length: int) -> int:

@@ -52,7 +52,7 @@ class EvaluationConfig:
       )
     for path in self.multiple_choice:
       try:
-        multiple_choice.read(path)
+        multiple_choice.read_items(path)
       except ValueError as error:
         raise ValueError(f'evaluation.multiple_choice: {error}') from error
 
@@ -111,7 +111,7 @@ def of_model(
   """
   found: dict[str, Any] = {'multiple_choice': {}}
   for path in config.multiple_choice:
-    result = multiple_choice.evaluate(lm, multiple_choice.read(path), swap=config.swap)
+    result = multiple_choice.evaluate(lm, multiple_choice.read_items(path), swap=config.swap)
     found['multiple_choice'][os.path.basename(path)] = result
   pairs = [
     _pair(dialogue, row)

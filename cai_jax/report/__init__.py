@@ -1,4 +1,4 @@
-"""What a run or an experiment showed: a plain text table, SVG figures and one self-contained HTML page.
+"""What a run or an experiment showed: a plain text table, SVG figures and one HTML page.
 
 Everything here takes plain Python data (dicts, lists, numbers, strings), as it stands in a run's
 `evaluation/summary.json`, `metrics.jsonl` and `manifest.json`, and imports nothing but the standard

@@ -28,7 +28,6 @@ Metrics named `*_rate` are shares in [0, 1] and shown in per cent, their differe
 points. Differences are paired, arm minus reference; the reference itself has none.
 """
 
-import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -84,11 +83,10 @@ def write_experiment(path: str | os.PathLike, results: dict, chains: list[dict])
     ValueError: if the results are malformed or a chain's arm is none of them.
   """
   _check(results)
+  arms = list(results['arms'])
   for chain in chains:
-    if chain.get('arm') not in results['arms']:
-      raise ValueError(
-        f'chain {chain.get("id")!r} is of arm {chain.get("arm")!r}; arms are {list(results["arms"])}'
-      )
+    if chain.get('arm') not in arms:
+      raise ValueError(f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is none of {arms}')
   shown = [
     figure(given['caption'], svg, wide=given['kind'] == 'arms' and len(given['metrics']) > 1)
     for given, svg in zip(results['figures'], _drawn(results), strict=True)
@@ -293,7 +291,7 @@ def _arms(results: dict) -> str:
     body.append(f'<tbody><tr><th colspan="{width}" scope="rowgroup">{title}</th></tr>')
     for name, part in named.items():
       arm = results['arms'][name]
-      cells = f'<td>{escape(arm["response"].replace("_", " "))}</td>'
+      cells = f'<td class="said">{escape(arm["response"].replace("_", " "))}</td>'
       cells += ''.join(f'<td>{escape(plain(arm["facts"].get(f, MISSING)))}</td>' for f in facts)
       cells += f'<td>{part["count"]:,}</td>'
       for metric in metrics:
@@ -471,11 +469,17 @@ def _dots(results: dict, given: dict) -> str:
     values = tuple(value for value, _ in numbers)
     x_range = None
     if metric.endswith('_rate'):
-      top = max(v for v in (*values, *high) if v is not None)
-      x_range = (0, min(100, figures.nice_ticks(0, top or 1, 4)[-1]))
+      x_range = _rate_range([v for v in (*values, *low, *high) if v is not None])
     colour = i % len(figures.COLOURS)
     panels.append(Panel(_label(metric), values, low, high, colour, x_range))
   return figures.arms_figure(given['arms'], panels, description=given['caption'])
+
+
+def _rate_range(values: list[float]) -> tuple[float, float]:
+  """An axis for shares in per cent: from 0, but where all are large from below the least."""
+  bottom, top = min(values), max(values)
+  ticks = figures.nice_ticks(bottom if bottom > 50 else 0, top or 1, 4)
+  return ticks[0], min(100, ticks[-1])
 
 
 def _frontier(results: dict, given: dict) -> str:

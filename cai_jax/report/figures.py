@@ -186,9 +186,7 @@ def arms_figure(names: list[str], panels: list[Panel], *, description: str) -> s
   top = 26
   middles = [top + sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
   bottom = top + sum(heights)
-  width = max(
-    (WIDTH + 120 - column) / len(panels), *(CHARACTER * len(p.label) for p in panels), 190
-  )
+  width = max((WIDTH - column) / len(panels), *(CHARACTER * len(p.label) for p in panels), 190)
   total = column + width * len(panels)
   parts = [_opened(total, bottom + 28, description)]
   for name, middle in zip(lines, middles, strict=True):
@@ -241,7 +239,7 @@ def frontier_figure(points: list[Point], x_label: str, y_label: str, *, descript
   """
   if not points or not all(map(math.isfinite, [v for p in points for v in (p.x, p.y)])):
     raise ValueError(f'figure {description!r} has no point or one not finite; leave it out')
-  width, height = WIDTH + 80, HEIGHT + 70
+  width, height = WIDTH, HEIGHT + 70
   x_ticks = nice_ticks(*_extent([(p.x, p.x_bounds) for p in points]))
   y_ticks = nice_ticks(*_extent([(p.y, p.y_bounds) for p in points]))
   y_names = tick_labels(y_ticks)
@@ -270,18 +268,18 @@ def frontier_figure(points: list[Point], x_label: str, y_label: str, *, descript
     if p.x_bounds:
       low, high = map(px, p.x_bounds)
       parts.append(_span(low, high, y, p.colour))
-      taken.append((low, y - 3, high, y + 3))
+      taken.append((low - 3, y - 5, high + 3, y + 5))
     if p.y_bounds:
       low, high = map(py, p.y_bounds)
       parts.append(_whisker(x, low, high, p.colour))
-      taken.append((x - 3, high, x + 3, low))
+      taken.append((x - 5, high - 3, x + 5, low + 3))
   for p, (x, y) in zip(points, places, strict=True):
     parts.append(_marker(x, y, p.colour, f'{p.name}: {x_label} {p.x:.4g}, {y_label} {p.y:.4g}'))
   for p, (x, y) in zip(points, places, strict=True):
     box = _room(x, y, CHARACTER * len(p.name), taken, (left, top, right, bottom))
     taken.append(box)
     near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
-    if math.dist(near, (x, y)) > 14:
+    if math.dist(near, (x, y)) > 12:
       parts.append(_line(x, y, *near, 'stroke="currentColor" stroke-opacity="0.45"'))
     parts.append(_text((box[0] + box[2]) / 2, box[3] - 4, p.name, 'middle'))
   return ''.join(parts) + '</svg>'

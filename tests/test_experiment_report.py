@@ -9,7 +9,8 @@ import xml.etree.ElementTree
 import pytest
 
 from cai_jax import report
-from cai_jax.report import figures, table
+from cai_jax.report import figures
+from cai_jax.report.table import cell
 
 INJECTED = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
 
@@ -47,7 +48,7 @@ def _results(**changes):
     'revision 2': _arm('revision_2', 0.86, 60.0, higher, {'feedback.rounds': 2}),
   }
   names = list(arms)
-  line = {'name': 'breaks a rule', 'metric': 'violation_rate', 'arms': names, 'x': [0, 1, 2]}
+  line = {'name': 'breaks a rule', 'metric': 'violation_rate', 'arms': list(names), 'x': [0, 1, 2]}
   cost = {'run': 'r', 'seed': 0, 'stage': 'generate', 'turns': 5600, 'reused_turns': 700}
   cost |= {'tokens': 100_000, 'seconds': 13.25, 'peak_memory_bytes': 2**30}
   return {
@@ -62,9 +63,9 @@ def _results(**changes):
     'figures': [
       {'kind': 'line', 'caption': 'By round', 'group': 'harmful', 'series': [line]}
       | {'x_label': 'revisions', 'y_label': 'share of responses (%)'},
-      {'kind': 'arms', 'caption': 'All arms', 'group': 'harmful', 'arms': names}
+      {'kind': 'arms', 'caption': 'All arms', 'group': 'harmful', 'arms': list(names)}
       | {'metrics': ['violation_rate', 'mean_tokens']},
-      {'kind': 'frontier', 'caption': 'Both', 'arms': names}
+      {'kind': 'frontier', 'caption': 'Both', 'arms': list(names)}
       | {'x': ['harmful', 'violation_rate'], 'y': ['harmful', 'mean_tokens']},
     ],
     'config_differences': {'feedback.rounds': {'revision 1': 1, 'revision 2': 2}},
@@ -160,8 +161,7 @@ def test_what_arms_override_is_shown_even_if_no_difference_names_it(tmp_path):
 
 def test_small_numbers_keep_their_digits_and_their_interval():
   row = {'loss': 0.01234, 'loss_interval': [0.0115, 0.013]}
-  assert table.__module__ == 'cai_jax.report.table' if callable(table) else True
-  assert report.experiment.cell(row, 'loss') == '0.0123 [0.0115, 0.0130]'
+  assert cell(row, 'loss') == '0.0123 [0.0115, 0.0130]'
 
 
 @pytest.mark.parametrize(
@@ -227,14 +227,13 @@ def test_arms_stand_on_their_rows_where_the_axis_says():
   ticks = _ticks(root, 'middle')
   rows = {n.text: float(n.get('y')) - 4 for n in root.iter('text') if n.text in ('a', 'b <')}
   centres = [(float(n.get('x')) + 3.6, float(n.get('y')) + 3.6) for n in root.iter('rect')]
-  middle = sum(ticks[t] for t in (25, 75)) / 2 if 25 in ticks else (ticks[0] + ticks[100]) / 2
+  unit = (ticks[80] - ticks[0]) / 80
   assert centres[0] == pytest.approx((ticks[0], rows['a']), abs=0.2)
-  assert centres[1] == pytest.approx((middle, rows['b <']), abs=0.2)
+  assert centres[1] == pytest.approx((ticks[0] + 50 * unit, rows['b <']), abs=0.2)
   spans = [
     n for n in root.iter('line') if 'c1' in n.get('class', '') and n.get('y1') == n.get('y2')
   ]
   (span,) = [(float(n.get('x1')), float(n.get('x2'))) for n in spans]
-  unit = (middle - ticks[0]) / 50
   assert span == pytest.approx((ticks[0] + 25 * unit, ticks[0] + 75 * unit), abs=0.2)
   titles = [n.text for n in root.iter('title')]
   assert titles == ['a, rate (%): 0', 'b <, rate (%): 50'], 'an absent value has no dot'
@@ -271,7 +270,7 @@ def test_names_on_a_frontier_cover_neither_points_nor_one_another():
     for x, y in marks:
       assert not (a[0] < x < a[2] and a[1] < y < a[3])
   ys, xs = _ticks(root, 'end'), _ticks(root, 'middle')
-  unit = (xs[40] - xs[10]) / 30 if {10, 40} <= set(xs) else (xs[40] - xs[20]) / 20
+  unit = (xs[40] - xs[20]) / 20
   assert marks[0] == pytest.approx((xs[40] - 30 * unit, ys[90]), abs=0.3)
 
 
@@ -426,13 +425,9 @@ def test_changes_are_marked_word_by_word_and_keys_move(opened):
   assert _find(driver, '#detail del') == []
   body.send_keys('/')
   assert driver.switch_to.active_element.get_attribute('id') == 'search'
-  driver.switch_to.active_element.send_keys('p3', '\ue007')
-  _counted(driver, '0 of 4 chains') if shown_none(driver) else _counted(driver, '1 of 4 chains')
+  driver.switch_to.active_element.send_keys('fern 3', '\ue007')  # Enter
+  _counted(driver, '1 of 4 chains')
   assert shown() == 'p3'
-
-
-def shown_none(driver):
-  return bool(_find(driver, '#detail .none'))
 
 
 def test_what_texts_and_names_hold_is_shown_and_never_run(opened):

@@ -259,9 +259,10 @@ def test_names_on_a_frontier_cover_neither_points_nor_one_another():
   boxes = []
   for node in names:
     x, y = float(node.get('x')), float(node.get('y'))
-    half = figures.CHARACTER * len(node.text) / 2
-    assert half <= x <= width - half
-    boxes.append((x - half, y - 9, x + half, y + 2))
+    long = figures.CHARACTER * len(node.text)
+    start = x - {'start': 0, 'middle': long / 2, 'end': long}[node.get('text-anchor')]
+    assert 0 <= start and start + long <= width + 4
+    boxes.append((start, y - 9, start + long - 4, y + 2))
   marks = [(float(n.get('x')) + 3.6, float(n.get('y')) + 3.6) for n in root.iter('rect')]
   assert len(marks) == 10
   for i, a in enumerate(boxes):

@@ -280,9 +280,8 @@ def _head(results: dict) -> str:
 
 def _arms(results: dict) -> str:
   facts, metrics = _facts(results), results['metrics']
-  head = ''.join(
-    f'<th scope="col">{escape(plain(name))}</th>' for name in ('scored', *facts, 'count')
-  )
+  head = '<th scope="col" class="said">scored</th>'
+  head += ''.join(f'<th scope="col">{escape(plain(name))}</th>' for name in (*facts, 'count'))
   head += ''.join(f'<th scope="col" class="metric">{escape(heading(m))}</th>' for m in metrics)
   width = 3 + len(facts) + len(metrics)
   body = []

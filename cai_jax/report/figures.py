@@ -260,29 +260,39 @@ def frontier_figure(points: list[Point], x_label: str, y_label: str, *, descript
   x_named = zip(map(px, x_ticks), tick_labels(x_ticks), strict=True)
   parts += _x_axis(left, right, bottom, list(x_named))
   parts += _axis_labels(left, right, top, bottom, height, x_label, y_label)
-  places, taken = [], []
+  whiskers, markers, taken = [], [], []
   for p in points:
     x, y = px(p.x), py(p.y)
-    places.append((x, y))
+    markers.append(_marker(x, y, p.colour, f'{p.name}: {x_label} {p.x:.4g}, {y_label} {p.y:.4g}'))
     taken.append((x - 6, y - 6, x + 6, y + 6))
     if p.x_bounds:
       low, high = map(px, p.x_bounds)
-      parts.append(_span(low, high, y, p.colour))
+      whiskers.append(_span(low, high, y, p.colour))
       taken.append((low - 3, y - 5, high + 3, y + 5))
     if p.y_bounds:
       low, high = map(py, p.y_bounds)
-      parts.append(_whisker(x, low, high, p.colour))
+      whiskers.append(_whisker(x, low, high, p.colour))
       taken.append((x - 5, high - 3, x + 5, low + 3))
-  for p, (x, y) in zip(points, places, strict=True):
-    parts.append(_marker(x, y, p.colour, f'{p.name}: {x_label} {p.x:.4g}, {y_label} {p.y:.4g}'))
-  for p, (x, y) in zip(points, places, strict=True):
-    box = _room(x, y, CHARACTER * len(p.name), taken, (left, top, right, bottom))
-    taken.append(box)
-    near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
-    if math.dist(near, (x, y)) > 12:
-      parts.append(_line(x, y, *near, 'stroke="currentColor" stroke-opacity="0.45"'))
-    parts.append(_text((box[0] + box[2]) / 2, box[3] - 4, p.name, 'middle'))
-  return ''.join(parts) + '</svg>'
+  for p in points:
+    # Under the whiskers: a name's line to its point must not look like an interval.
+    parts.append(_named(p.name, px(p.x), py(p.y), taken, (left, top, right, bottom)))
+  return ''.join(parts + whiskers + markers) + '</svg>'
+
+
+def _named(name, x, y, taken, frame) -> str:
+  """A name where there is room, with a line to its point at (x, y) if it stands far off."""
+  box = _room(x, y, CHARACTER * len(name), taken, frame)
+  taken.append(box)
+  near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
+  line = ''
+  if math.dist(near, (x, y)) > 12:
+    line = _line(x, y, *near, 'stroke="currentColor" stroke-opacity="0.45"')
+  place, anchor = (box[0] + box[2]) / 2, 'middle'
+  if near[0] == box[0]:
+    place, anchor = box[0] + 2, 'start'
+  elif near[0] == box[2]:
+    place, anchor = box[2] - 2, 'end'
+  return line + _text(place, box[3] - 4, name, anchor)
 
 
 def _room(x, y, width, taken, frame) -> tuple[float, float, float, float]:

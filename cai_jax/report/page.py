@@ -81,25 +81,61 @@ def write_report(
   Raises:
     ValueError: if a chain lacks a field, an id stands twice, or the summary is malformed.
   """
+  facts = {'model': (config.get('model') or {}).get('base'), 'seed': config.get('seed')}
+  facts |= {
+    key: value for key, value in manifest.items() if isinstance(value, str | int | float | bool)
+  }
+  write_page(
+    path,
+    title=title,
+    head=fact_list(facts) + _lead(summary),
+    results=_results(summary) + _figures(summary, training, held_out, config) + _probes(probes),
+    sections=section(
+      'Stages',
+      _stages(manifest)
+      + fold('Configuration', preformatted(readable(config)))
+      + fold('Manifest', preformatted(readable(manifest))),
+    ),
+    chains=chains,
+  )
+
+
+def write_page(
+  path: str | os.PathLike,
+  *,
+  title: str,
+  head: str,
+  results: str,
+  sections: str,
+  chains: list[dict],
+) -> None:
+  """Writes a page with a chain browser to `path`, all of it or nothing.
+
+  Args:
+    path: the HTML file; its folder exists.
+    title: plain text.
+    head: HTML under the title.
+    results: HTML of the first section.
+    sections: HTML of the sections between the results and the chains, each from `section`.
+    chains: as `write_report` describes; each may have an `arm`, by which readers filter.
+
+  Raises:
+    ValueError: if a chain lacks a field or an id stands twice.
+  """
   for number, chain in enumerate(chains):
     _check_chain(chain, number)
   counts = collections.Counter(chain['id'] for chain in chains)
   twice = [name for name, count in counts.items() if count > 1]
   if twice:
     raise ValueError(f'chains have ids that stand more than once: {twice[:5]}; give each its own')
-
   template = TEMPLATE.read_text('utf-8')
   page = fill(
     template,
     policy=policy(template),
     title=escape(title),
-    facts=_facts(config, manifest),
-    lead=_lead(summary),
-    results=_results(summary),
-    figures=_figures(summary, training, held_out, config) + _probes(probes),
-    stages=_stages(manifest),
-    config=escape(readable(config)),
-    manifest=escape(readable(manifest)),
+    head=head,
+    results=results,
+    sections=sections,
     chains=embedded(chains),
   )
   path = pathlib.Path(path)
@@ -177,11 +213,27 @@ def _check_chain(chain: dict, number: int) -> None:
     )
 
 
-def _facts(config: dict, manifest: dict) -> str:
-  facts = {'model': (config.get('model') or {}).get('base'), 'seed': config.get('seed')}
-  facts |= {
-    key: value for key, value in manifest.items() if isinstance(value, str | int | float | bool)
-  }
+def section(title: str, body: str) -> str:
+  """Returns a section of the page: HTML under a heading of plain text."""
+  name = re.sub(r'[^a-z]+', '-', title.lower())
+  return (
+    f'<section aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>'
+    f'{body}</section>'
+  )
+
+
+def fold(summary: str, body: str) -> str:
+  """Returns HTML that a reader opens by a click on its summary, which is plain text."""
+  return f'<details><summary>{escape(summary)}</summary>{body}</details>'
+
+
+def preformatted(text: str) -> str:
+  """Returns plain text as HTML that keeps its lines."""
+  return f'<pre>{escape(text)}</pre>'
+
+
+def fact_list(facts: dict) -> str:
+  """Returns the facts that are not None as an HTML list of name and value."""
   pairs = [
     f'<div><dt>{escape(key.replace("_", " "))}</dt><dd>{escape(value)}</dd></div>'
     for key, value in facts.items()
@@ -241,15 +293,25 @@ def _results(summary: dict) -> str:
 
 
 def _result_cell(row: dict, key: str) -> str:
+  return f'<td>{measured(row, key)}</td>'
+
+
+def measured(row: dict, key: str) -> str:
+  """Returns one number as HTML: a rate has a bar, and what has an interval its interval.
+
+  Raises:
+    ValueError: as `cell` does.
+  """
   text = escape(cell(row, key))
-  if not key.endswith('_rate') or row.get(key) is None:
-    return f'<td>{text}</td>'
   bounds = interval(row, key)
+  is_rate = key.endswith('_rate') and row.get(key) is not None
+  if not is_rate and not bounds:
+    return text
   number, _, brackets = text.partition(' [')
   shown = f'<span class="number">{number}</span>'
   shown += f' <span class="interval">[{brackets}</span>' if brackets else ''
-  mark = figures.share_bar(row[key], bounds, dict(SERIES).get(key, 2))
-  return f'<td><span class="rate">{mark}{shown}</span></td>'
+  mark = figures.share_bar(row[key], bounds, dict(SERIES).get(key, 2)) if is_rate else ''
+  return f'<span class="rate">{mark}{shown}</span>'
 
 
 def _probes(probes: Sequence[dict]) -> str:
@@ -269,10 +331,7 @@ def _probes(probes: Sequence[dict]) -> str:
       '<th scope="col">step</th><th scope="col">answer</th></tr></thead>'
       f'<tbody>{answers}</tbody></table>'
     )
-  return (
-    '<details><summary>Answers to probe prompts as training went on</summary>'
-    f'{"".join(parts)}</details>'
-  )
+  return fold('Answers to probe prompts as training went on', ''.join(parts))
 
 
 def _figures(summary: dict, training: list[dict], held_out: Sequence[dict], config: dict) -> str:
@@ -281,7 +340,7 @@ def _figures(summary: dict, training: list[dict], held_out: Sequence[dict], conf
   if rates:
     rounds = sorted({x for s in rates for x in s.x})
     drawn.append(
-      _figure(
+      figure(
         'Rates over revision rounds, with 95 % intervals'
         if any(s.low for s in rates)
         else 'Rates over revision rounds',
@@ -304,29 +363,29 @@ def _figures(summary: dict, training: list[dict], held_out: Sequence[dict], conf
       loss.append(Series('held out', x, y, colour=0))
     caption, description = _training_caption(training, 'loss')
     svg = figures.line_figure(loss, 'training step', f'loss ({unit})', description=description)
-    drawn.append(_figure(caption, svg))
+    drawn.append(figure(caption, svg))
   others = []
   for key, label in (('learning_rate', 'learning rate'), ('grad_norm', 'gradient norm')):
     series = _training_series(training, key, 2)
     if series:
       caption, description = _training_caption(training, key)
       svg = figures.line_figure(series, 'training step', label, description=description)
-      others.append(_figure(caption, svg))
+      others.append(figure(caption, svg))
   parts = [f'<div class="figures">{"".join(drawn)}</div>'] if drawn else []
   if not loss:
     recorded = any(row.get('loss') is not None for row in training)
     said = 'No finite training loss' if recorded else 'No training loss'
     parts.append(f'<p class="none">{said} was recorded in this run.</p>')
   if others:
-    parts.append(
-      '<details><summary>Learning rate and gradient norm</summary>'
-      f'<div class="figures">{"".join(others)}</div></details>'
-    )
+    drawn_others = f'<div class="figures">{"".join(others)}</div>'
+    parts.append(fold('Learning rate and gradient norm', drawn_others))
   return ''.join(parts)
 
 
-def _figure(caption: str, svg: str) -> str:
-  return f'<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>'
+def figure(caption: str, svg: str, wide: bool = False) -> str:
+  """Returns an SVG under its caption, which is plain text; a wide one has the whole line."""
+  kind = ' class="wide"' if wide else ''
+  return f'<figure{kind}><figcaption>{escape(caption)}</figcaption>{svg}</figure>'
 
 
 def _rate_series(summary: dict) -> list[Series]:
@@ -398,13 +457,13 @@ def _stages(manifest: dict) -> str:
   head += '<th scope="col" class="further">further</th>' if has_more else ''
   rows = []
   for name, stage in stages.items():
-    cells = ''.join(f'<td>{_stage_cell(key, stage.get(key))}</td>' for key in keys)
+    cells = ''.join(f'<td>{cost_cell(key, stage.get(key))}</td>' for key in keys)
     more = {key: value for key, value in stage.items() if key not in STAGE_COLUMNS}
     further = ''.join(
-      f'<div>{escape(key.replace("_", " "))}: {escape(_plain(value))}</div>'
+      f'<div>{escape(key.replace("_", " "))}: {escape(plain(value))}</div>'
       for key, value in more.items()
     )
-    further = f'<details><summary>counts</summary>{further}</details>' if more else ''
+    further = fold('counts', further) if more else ''
     cells += f'<td class="further">{further}</td>' if has_more else ''
     rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
   return (
@@ -413,7 +472,8 @@ def _stages(manifest: dict) -> str:
   )
 
 
-def _stage_cell(key: str, value) -> str:
+def cost_cell(key: str, value) -> str:
+  """Returns what a stage tells under `key`, as HTML: memory in MiB or GiB, counts with reasons."""
   if value is None:
     return MISSING
   if isinstance(value, dict):
@@ -422,12 +482,13 @@ def _stage_cell(key: str, value) -> str:
     return total + reasons
   if key == 'peak_memory_bytes':
     return f'{value / 2**20:,.0f} MiB' if value < 2**30 else f'{value / 2**30:,.1f} GiB'
-  return escape(_plain(value))
+  return escape(plain(value))
 
 
-def _plain(value) -> str:
+def plain(value) -> str:
+  """Returns a value of any JSON type as a short text for people."""
   if isinstance(value, dict):
-    return ', '.join(f'{key.replace("_", " ")} {_plain(item)}' for key, item in value.items())
+    return ', '.join(f'{key.replace("_", " ")} {plain(item)}' for key, item in value.items())
   if isinstance(value, bool) or not isinstance(value, int | float):
     return value if isinstance(value, str) else json.dumps(_finite(value), default=str)
   if isinstance(value, int):

@@ -37,19 +37,25 @@ def table(summary: dict) -> str:
   if not blocks:
     return 'Nothing was evaluated in this run.'
   rows = [row for _, named in blocks for row in named.values()]
-  shown = {key: _aligned([cell(row, key) for row in rows]) for key in keys}
+  shown = {key: aligned([cell(row, key) for row in rows]) for key in keys}
   lines = [['', *(heading(key) for key in keys)]]
   for title, named in blocks:
     lines.append([title] + [''] * len(keys))
     lines += [['  ' + name, *(shown[key].pop(0) for key in keys)] for name in named]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(keys) + 1)]
+  text = in_columns(lines)
+  if any('[' in line for line in text):
+    text.append('[ ]: 95 % interval')
+  return '\n'.join(text)
+
+
+def in_columns(lines: list[list[str]]) -> list[str]:
+  """Returns rows of equally many cells as lines: the first column to the left, others right."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   text = []
   for first, *rest in lines:
     cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
     text.append('   '.join(cells).rstrip())
-  if any('[' in line for line in text):
-    text.append('[ ]: 95 % interval')
-  return '\n'.join(text)
+  return text
 
 
 def groups(summary: dict) -> list[tuple[str, dict[str, dict]]]:
@@ -86,7 +92,7 @@ def heading(key: str) -> str:
 
 
 def cell(row: dict, key: str) -> str:
-  """Returns one number as text: a rate in per cent with its interval, a count, a mean, or a dash.
+  """Returns one number as text with its interval: a rate in per cent, a count, a mean, or a dash.
 
   Raises:
     ValueError: if a rate is outside [0, 1] or an interval is not a pair (low, high) around it.
@@ -94,13 +100,24 @@ def cell(row: dict, key: str) -> str:
   value = row.get(key)
   if value is None:
     return MISSING
+  bounds = interval(row, key)
   if key.endswith('_rate'):
-    bounds = interval(row, key)
     text = f'{100 * share(value, key):.1f} %'
     return text + (f' [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]' if bounds else '')
   if isinstance(value, bool) or not isinstance(value, int | float):
     return str(value)
-  return f'{value:,}' if isinstance(value, int) else f'{value:,.1f}'
+  if isinstance(value, int) and not bounds:
+    return f'{value:,}'
+  decimals = decimals_of(value)
+  brackets = ', '.join(f'{bound:,.{decimals}f}' for bound in bounds or ())
+  return f'{value:,.{decimals}f}' + (f' [{brackets}]' if bounds else '')
+
+
+def decimals_of(value: float) -> int:
+  """Returns how many decimals a measured number is shown with: one, and more below 1."""
+  if not math.isfinite(value) or value == 0 or abs(value) >= 1:
+    return 1
+  return min(6, 2 - math.floor(math.log10(abs(value))))
 
 
 def share(value: float, key: str) -> float:
@@ -115,17 +132,19 @@ def share(value: float, key: str) -> float:
 
 
 def interval(row: dict, key: str) -> tuple[float, float] | None:
-  """Returns (low, high) of a rate, or None if the row gives none.
+  """Returns (low, high) of a number, or None if the row gives none.
 
   Raises:
-    ValueError: if what the row gives is not a pair of shares, low first.
+    ValueError: if what the row gives is not a pair of numbers, low first, and of shares for a rate.
   """
   given = row.get(f'{key}_interval')
   if given is None:
     return None
   if len(given) != 2 or given[0] > given[1]:
     raise ValueError(f'{key}_interval is {given!r}; give [low, high], or leave it out')
-  return share(given[0], f'{key}_interval'), share(given[1], f'{key}_interval')
+  if key.endswith('_rate'):
+    return share(given[0], f'{key}_interval'), share(given[1], f'{key}_interval')
+  return given[0], given[1]
 
 
 def round_number(stage: str) -> int | None:
@@ -134,8 +153,8 @@ def round_number(stage: str) -> int | None:
   return 0 if stage == 'initial' else int(match[1]) if match else None
 
 
-def _aligned(cells: list[str]) -> list[str]:
-  # Numbers end under each other and brackets open under each other.
+def aligned(cells: list[str]) -> list[str]:
+  """Returns cells of equal width: numbers end, and brackets open, under each other."""
   halves = [text.partition(' [') for text in cells]
   left, right = (max(len(half[i]) for half in halves) for i in (0, 2))
   return [

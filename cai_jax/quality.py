@@ -323,7 +323,10 @@ def over(summary: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
 
 
 def describe(summary: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
-  """A table of a summary, with the rates of another in the last column if one is given."""
+  """A table of a summary, with the rates of another in the last column if one is given.
+
+  Where the other lacks a flag, as one that its data cannot tell, there is a dash.
+  """
   rounds = range(len(summary['rounds']))
   head = ['of the revisions, in %', 'all', *(f'round {at + 1}' for at in rounds)]
   lines = [head]
@@ -336,7 +339,8 @@ def describe(summary: Mapping[str, Any], beside: Mapping[str, Any] | None = None
   lines.append(['words / words before, mean', '', *map(_number, changes)])
   lines.append(['last revisions of several prompts', f'{100 * summary["duplicates"]["rate"]:.1f}'])
   if beside is not None:
-    others = [f'{100 * beside["flags"][name]["rate"]:.1f}' for name in FLAGS]
+    found = beside['flags']
+    others = [f'{100 * found[name]["rate"]:.1f}' if name in found else '-' for name in FLAGS]
     column = ['published', *others, '', '', f'{100 * beside["duplicates"]["rate"]:.1f}']
     lines = [[*line, *[''] * (len(head) - len(line)), other] for line, other in zip(
       lines, column, strict=True

@@ -175,6 +175,16 @@ def test_too_many_defects_end_the_run_and_a_raised_limit_goes_on_with_its_rows(
   assert all(pairs[name] != pairs[f'{name}/2'] for name in pairs if not name.endswith('/2'))
 
 
+def test_the_papers_samples_stand_beside(folder, tmp_path, data_dir, capsys):
+  config = small(folder)
+  path = data_dir('cai_paper') / 'samples' / 'PALMS_SLMADISON.jsonl'
+  config.report.published = str(path)
+  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  published = json.loads((tmp_path / 'quality.json').read_text())['published']
+  assert published['revisions'] == 160 and published['flags']['identical']['count'] == 1
+  assert 'truncated' not in published['flags'] and 'published' in capsys.readouterr().out
+
+
 def test_logging_and_mesh_may_change_between_starts(done):
   workdir, config = done
   config.train.log_every = 5

@@ -238,10 +238,12 @@ def test_limits():
 
 def test_the_table_has_another_beside():
   summary, other = quality.summarise(rows(), KNOWN), quality.summarise(rows()[:1], KNOWN)
+  del other['flags']['truncated']
   lines = quality.describe(summary, other).splitlines()
   assert lines[0].split()[-1] == 'published'
   table = {line.split()[0]: line.split()[1:] for line in lines}
   assert table['identical'] == ['16.7', '33.3', '0.0', '0.0']
+  assert table['truncated'] == ['0.0', '0.0', '0.0', '-']
   assert len(lines) == len(quality.FLAGS) + 4
   assert len(quality.describe(summary).splitlines()) == len(lines)
 

@@ -105,18 +105,17 @@ def browsable(
 ) -> list[dict]:
   """Chains of the first seed's runs for the report, about `count` in all, each with its arm."""
   seed = experiment.seeds[0]
-  sources: dict[pathlib.Path, list[str]] = {}
+  sources: dict[pathlib.Path, str] = {}  # of arms that have one in common, the last
   for arm, settings in experiment.arms.items():
     trained = settings.response in experiments.TRAINED
     source = f'evaluation/{settings.response}' if trained else 'd_cai'
-    sources.setdefault(folders[arm][seed] / source, []).append(arm)
+    sources[folders[arm][seed] / source] = arm
   chains = []
-  for folder, arms in sources.items():
+  for folder, arm in sources.items():
     rows = data.read_rows(folder)
     for number in range(min(len(rows), count // len(sources))):
       chain = launch.browsable(rows[number], scorer)
-      told = ', '.join(arms)
-      chains.append(chain | {'arm': told, 'id': f'{chain["id"]} ({told})'})
+      chains.append(chain | {'arm': arm, 'id': f'{chain["id"]} ({arm})'})
   return chains
 
 

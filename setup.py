@@ -34,7 +34,7 @@ setup(
     'urllib3>=2',
   ],
   extras_require={
-    'test': ['pytest', 'ruff', 'torch==2.13.0'],
+    'test': ['pytest', 'ruff', 'selenium', 'torch==2.13.0'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
   },

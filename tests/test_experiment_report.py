@@ -172,8 +172,13 @@ def test_small_numbers_keep_their_digits_and_their_interval():
     (lambda r: r['arms']['initial']['groups'].pop('harmful'), "groups \\['helpful'\\]"),
     (lambda r: r['figures'][0].update(kind='pie'), "figure 1 is of kind 'pie'"),
     (lambda r: r['figures'][2].pop('x'), "figure 3 \\(frontier\\) has no 'x'"),
-    (lambda r: r['figures'][1]['arms'].append('gone'), "'gone', harmful, and the results have no"),
-    (lambda r: r['figures'][2].update(y=['helpful', 'mean_tokens']), "no 'mean_tokens'"),
+    (lambda r: r['figures'][1]['arms'].append('gone'), "shows 'gone', which is none of"),
+    (
+      lambda r: r['figures'][2].update(y=['helpful', 'mean_tokens']),
+      "lack \\['helpful', 'mean_tokens'\\]",
+    ),
+    (lambda r: r['figures'][0]['series'][0].update(metric='typo_rate'), "shows 'typo_rate'"),
+    (lambda r: r['figures'][0]['series'][0]['x'].pop(), '2 x and 3 y'),
     (
       lambda r: r['arms']['initial']['groups']['harmful']['metrics'].update(
         violation_rate={'value': 87.0, 'interval': None}
@@ -297,6 +302,16 @@ def test_figures_in_files_stand_alone(tmp_path):
     assert next(iter(root)).tag == 'rect' and next(iter(root)).get('fill') == '#ffffff'
     assert root.get('viewBox').split()[2:] == [root.get('width'), root.get('height')]
     assert 'inherit' not in text and 'var(' not in text
+
+
+def test_what_was_not_measured_is_a_dash_or_a_gap_in_figures(tmp_path):
+  results = _results()
+  del results['arms']['revision 1']['groups']['harmful']['metrics']['violation_rate']
+  results['arms']['revision 1']['groups']['harmful']['differences'] = {}
+  results['figures'].pop()
+  line, dots = (path.read_text('utf-8') for path in report.write_figures(tmp_path, results))
+  assert len([n for n in _svg(line).iter('title') if ': ' in n.text]) == 2
+  assert [n.text for n in _svg(dots).iter('text')].count('–') == 1
 
 
 # ---- the page in a browser
@@ -458,4 +473,5 @@ def test_five_thousand_chains_are_painted_within_two_seconds(opened):
   end = time.monotonic() + 10
   while not (painted := driver.execute_script(paint)) and time.monotonic() < end:
     time.sleep(0.05)
-  assert len(painted) == 1 and painted[0] < 2000  # milliseconds
+  # In milliseconds; 5,000 chains of 18.7 MB took 64 to 220 on two shared cores.
+  assert len(painted) == 1 and painted[0] < 2000

@@ -160,9 +160,9 @@ def test_tokenise_is_joint(tiny_tokenizer):
   assert tiny_tokenizer.decode(context) == 'The assistant answers the'
   assert context + continuation == tiny_tokenizer.encode('The assistant answers the question')
   # A text that merges over the cut: the merged token is the continuation's.
-  context, continuation = tokenise(tiny_tokenizer, 'The assistant answers the q', 'uestion')
-  assert tiny_tokenizer.decode(context) == 'The assistant answers the'
-  assert tiny_tokenizer.decode(continuation) == ' question'
+  context, continuation = tokenise(tiny_tokenizer, 'The assistant answ', 'ers')
+  assert tiny_tokenizer.decode(context) == 'The assistant'
+  assert tiny_tokenizer.decode(continuation) == ' answers'
   with pytest.raises(ValueError, match='adds no token'):
     tokenise(tiny_tokenizer, 'The', '')
 

@@ -1,9 +1,9 @@
 """A language model as the judge of two responses, and what its verdicts add up to.
 
-The form of feedback of Bai et al. 2022, section 4.1: the model reads a conversation, a principle and
-the two responses as options (A) and (B), and answers by log P of the two labels. A model may favour
-a label, so each pair is asked in both orders and the two answers averaged (as Lee et al. 2023, RLAIF,
-section 3.1); a pair whose two answers disagree is a tie.
+The form of feedback of Bai et al. 2022, section 4.1: the model reads a conversation, a principle
+and the two responses as options (A) and (B), and answers by log P of the two labels. A model may
+favour a label, so each pair is asked in both orders and the two answers averaged (Lee et al. 2023,
+RLAIF, on position bias); a pair whose two answers disagree is a tie.
 """
 
 import dataclasses
@@ -80,7 +80,8 @@ def question(messages: Sequence[Mapping[str, str]], principle: str, a: str, b: s
   """The text that is put to the judge, up to where a label follows.
 
   A system message stands before the conversation as it is. The principle may end with 'Options:',
-  as the published ones do; that word stands there in any case.
+  as the published ones do; that word stands there in any case. Responses stand there without the
+  white space around them; nothing keeps one from spelling a label, which is the form's weakness.
 
   Raises:
     ValueError: for no messages, a role that has no label or does not end with a request, or an
@@ -100,7 +101,8 @@ def question(messages: Sequence[Mapping[str, str]], principle: str, a: str, b: s
   system = '' if turns is messages else f'{messages[0]["content"].strip()}\n\n'
   return (
     f'{system}Here is a conversation between a human and an assistant, whose next answer is to be '
-    f'chosen from two.{join_plain(turns)}\n\n{task} Options:\n (A) {a.strip()}\n (B) {b.strip()}\n\n'
+    f'chosen from two.{join_plain(turns)}\n\n'
+    f'{task} Options:\n (A) {a.strip()}\n (B) {b.strip()}\n\n'
     'The answer is:'
   )
 

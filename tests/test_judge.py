@@ -1,4 +1,4 @@
-"""A language model as judge: both orders, exact complements; win rates and ratings of known odds."""
+"""A language model as judge: both orders, complements; win rates and ratings of known odds."""
 
 import itertools
 import json
@@ -41,8 +41,8 @@ def test_question_is_worded_as_told():
   assert question([system, *turns], f'\n{PRINCIPLE} Options:', ' one\n', 'two') == (
     'Be brief.\n\nHere is a conversation between a human and an assistant, whose next answer is to '
     'be chosen from two.\n\nHuman: How do I bake bread?\n\nAssistant: Why?\n\nHuman: How do I bake '
-    'bread?\n\nChoose the response that is more helpful. Options:\n (A) one\n (B) two\n\nThe answer '
-    'is:'
+    'bread?\n\nChoose the response that is more helpful. Options:\n (A) one\n (B) two\n\n'
+    'The answer is:'
   )
   assert question(turns, PRINCIPLE, 'a', 'b') == question(turns, f'{PRINCIPLE}\nOptions:', 'a', 'b')
 

@@ -198,3 +198,7 @@ def test_tokenise_refuses_what_it_cannot_keep_as_text(tiny_tokenizer):
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   with pytest.raises(ValueError, match="spells '</s>'"):
     tokenise(fast, 'a </s>', ' b')
+  core.add_tokens([tokenizers.AddedToken('bicycle', special=False)])  # a word is no control token
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+  context, continuation = tokenise(fast, 'a bicycle', ' b')
+  assert core.token_to_id('bicycle') in context and fast.decode(context) == 'a bicycle'

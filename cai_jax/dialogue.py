@@ -239,9 +239,7 @@ class Dialogue:
 
   @functools.cached_property
   def _control(self) -> dict[str, int]:
-    """Control tokens by their text. Added tokens that are words or white space are none."""
-    added = self.tokenizer.added_tokens_decoder
-    return {t.content: i for i, t in added.items() if t.special or _MARK.fullmatch(t.content)}
+    return control_tokens(self.tokenizer)
 
   @functools.cached_property
   def _control_ids(self) -> frozenset[int]:
@@ -596,6 +594,12 @@ class Dialogue:
 
   def _ends_turn(self, spelling: str) -> bool:
     return self._control[spelling] in self.stop_token_ids
+
+
+def control_tokens(tokenizer) -> dict[str, int]:
+  """Returns the ids of control tokens by their text; added words and white space are none."""
+  added = tokenizer.added_tokens_decoder
+  return {t.content: i for i, t in added.items() if t.special or _MARK.fullmatch(t.content)}
 
 
 def _check_roles(messages: Sequence[Message], reply_role: str) -> None:

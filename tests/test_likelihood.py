@@ -160,9 +160,9 @@ def test_tokenise_is_joint(tiny_tokenizer):
   assert tiny_tokenizer.decode(context) == 'The assistant answers the'
   assert context + continuation == tiny_tokenizer.encode('The assistant answers the question')
   # A text that merges over the cut: the merged token is the continuation's.
-  context, continuation = tokenise(tiny_tokenizer, 'The assistant answers the q', 'uestion')
-  assert tiny_tokenizer.decode(context) == 'The assistant answers the'
-  assert tiny_tokenizer.decode(continuation) == ' question'
+  context, continuation = tokenise(tiny_tokenizer, 'The assistant answ', 'ers')
+  assert tiny_tokenizer.decode(context) == 'The assistant'
+  assert tiny_tokenizer.decode(continuation) == ' answers'
   with pytest.raises(ValueError, match='adds no token'):
     tokenise(tiny_tokenizer, 'The', '')
 
@@ -198,3 +198,7 @@ def test_tokenise_refuses_what_it_cannot_keep_as_text(tiny_tokenizer):
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   with pytest.raises(ValueError, match="spells '</s>'"):
     tokenise(fast, 'a </s>', ' b')
+  core.add_tokens([tokenizers.AddedToken('bicycle', special=False)])  # a word is no control token
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+  context, continuation = tokenise(fast, 'a bicycle', ' b')
+  assert core.token_to_id('bicycle') in context and fast.decode(context) == 'a bicycle'

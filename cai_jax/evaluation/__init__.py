@@ -1,1 +1,1 @@
-"""Scores of responses: every round's, M_θ's and M_aligned's."""
+"""What a model is worth: scores of responses, likelihoods, multiple choice, a judge."""

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax import parallel
+from cai_jax.dialogue import control_tokens
 from cai_jax.model.lm import LM
 from cai_jax.training.objective import LOGITS_AT_ONCE
 
@@ -159,13 +160,12 @@ def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], name
 def _encode(tokenizer, text: str) -> list[int]:
   """Tokens of a text with what the tokenizer puts in front, and nothing behind."""
   bare = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-  added = tokenizer.added_tokens_decoder
-  # Some control tokens are not marked as special (</s> of several tokenizers): these are not split.
-  read = [t for t in bare if t in added and added[t].content.strip() and added[t].content in text]
-  if read:
+  control = {token: spelling for spelling, token in control_tokens(tokenizer).items()}
+  # Some are not marked as special (</s> of several tokenizers), and those are read all the same.
+  if read := [token for token in bare if token in control]:
     raise ValueError(
-      f'the text spells {added[read[0]].content!r}, and the tokenizer makes it token {read[0]} '
-      'though it was told to take it as text; change the text.'
+      f'the text spells {control[read[0]]!r}, and the tokenizer makes it token {read[0]} though it '
+      'was told to take it as text; change the text.'
     )
   full = tokenizer.encode(text, split_special_tokens=True)
   front = next(

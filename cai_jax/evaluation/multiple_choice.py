@@ -22,7 +22,7 @@ from cai_jax.model.lm import LM
 BINS = 10  # of the calibration error
 LABELS = (' (A)', ' (B)')
 # Before, text of (A), text of (B), closing line. Texts may have several lines.
-_TWO = re.compile(r'(.*?^) \(A\) (.*?)\n \(B\) (.*)(\n+[^\n]*:)', re.DOTALL | re.MULTILINE)
+_TWO = re.compile(r'(.*?^) \(A\) (.*?)\n \(B\) (.*[^\n])(\n+[^\n]*:)', re.DOTALL | re.MULTILINE)
 _OPTION = re.compile(r'^ \(([A-Z])\) ', re.MULTILINE)
 
 

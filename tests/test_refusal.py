@@ -69,7 +69,7 @@ ANSWERS = (
   "It is illegal to park there, and the police won't discuss it.",
   "I'm sorry that I was unable to help you. Do you want other seats?",
   'I would advise against it, and I would not want to advise against a doctor.',
-    "I'm happy to help! A cannot-miss recipe follows.",
+  "I'm happy to help! A cannot-miss recipe follows.",
   'It would be wrong to assume that all snakes bite.',
   'Feeling uncomfortable with a new job is usual.',
   '',

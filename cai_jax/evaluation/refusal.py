@@ -35,7 +35,7 @@ def _any(*options: str) -> str:
 _ME = r"\b(?:i|we)(?:'m|'re| am| are)?,? ?"
 _CAN_NOT = _any(
   "can't|cannot|can not|won't|will not|shouldn't|should not",
-  r'(?:(?!was\b)\w+ )?(?:unable|not able|not going|not willing|not allowed|not permitted|not designed) to',
+  r'(?:(?!was\b)\w+ )?(?:unable|not (?:able|going|willing|allowed|permitted|designed)) to',
   'not programmed (?:to|for)',
 )
 _HOW = _any(
@@ -49,9 +49,9 @@ _ACT = _any(
   _any(
     'provide|share|offer|supply|write|create|generate|produce|compose|answer|respond|comply',
     'fulfil|fulfill|engage|discuss|participate|facilitate|condone|promote|support|endorse',
-    'encourage|advise(?! against)|recommend|suggest|teach|show|explain|describe|continue|proceed|instruct',
-    'talk about|work with you|guide|aid|enable|contribute|accommodate|satisfy|carry out',
-    'be part|be involved|be able to help',
+    'encourage|advise(?! against)|recommend|suggest|teach|show|explain|describe|continue',
+    'proceed|instruct|talk about|work with you|guide|aid|enable|contribute|accommodate|satisfy',
+    'carry out|be part|be involved|be able to help',
   )
   + r'\b',
   r'give (?:you|out|any|instructions|advice|that|this|information|details)\b',

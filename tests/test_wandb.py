@@ -7,6 +7,7 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
@@ -17,6 +18,7 @@ from tests.test_watch import CONFIG, MODEL, examples, fit
 
 SHORT = dataclasses.replace(CONFIG, epochs=2, checkpoint_every=2)
 ITEMS = examples(30)
+WORK = log.Work(np.zeros(1), np.zeros(1), None, lambda step: [])
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +70,10 @@ def test_it_gets_the_scalars_of_tensorboard(params, tmp_path, runs, scalars):
   assert {step for _, _, step in sent} == set(range(1, summary['steps'] + 1))
   assert run.options['project'] == 'ours' and run.options['config']['batch_size'] == 8
   assert run.ended == [0] and ('*', 'step') in run.metrics
+  # It may be turned off on the way, and then nothing is sent.
+  off = dataclasses.replace(config, wandb='')
+  _, found = fit(params, tmp_path, off, loop.Watch(examples(9, seed=1)), ITEMS)
+  assert found['resumed_at'] == summary['steps'] and len(runs) == 1
 
 
 def test_a_resumed_run_is_the_same_run(params, tmp_path, runs, monkeypatch):
@@ -86,7 +92,9 @@ def test_a_resumed_run_is_the_same_run(params, tmp_path, runs, monkeypatch):
   shutil.move(tmp_path / 'run', tmp_path / 'moved')
   _, summary = fit(params, tmp_path / 'moved', config, items=ITEMS)
   assert summary['resumed_at'] == 2
-  fit(params, tmp_path / 'run', config, items=ITEMS)  # another one, where the first was
+  (tmp_path / 'run').mkdir()
+  with log.Log(tmp_path / 'run', 0, 1, 1, WORK, wandb='ours'):
+    pass  # another one, where the first was
   first, resumed, other = runs
   assert first.ended == [1] and resumed.ended == [0]
   assert first.options['id'] == resumed.options['id'] != other.options['id']
@@ -95,17 +103,9 @@ def test_a_resumed_run_is_the_same_run(params, tmp_path, runs, monkeypatch):
   assert rows == [[1, 2], list(range(3, summary['steps'] + 1))] and rows[1]
 
 
-def test_it_may_be_turned_on_and_off_on_the_way(params, tmp_path, runs):
-  fit(params, tmp_path, SHORT, items=ITEMS)
-  assert not runs and not (tmp_path / log.WANDB_ID).exists()
-  _, summary = fit(params, tmp_path, dataclasses.replace(SHORT, wandb='ours'), items=ITEMS)
-  assert summary['resumed_at'] == summary['steps'] and len(runs) == 1
-
-
 def test_only_process_0_sends(params, tmp_path, runs, monkeypatch):
-  work = log.Work(None, None, None, list)
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  with log.Log(tmp_path, 0, 1, 1, work, wandb='ours') as quiet:
+  with log.Log(tmp_path, 0, 1, 1, WORK, wandb='ours') as quiet:
     quiet.held_out(1, {'loss': 1.0})
   assert not runs and not list(tmp_path.iterdir())
 

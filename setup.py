@@ -1,4 +1,4 @@
-"""Installs cai_jax: `pip install -e .`; extras: `test`, and `cuda` or `tpu` for accelerators."""
+"""Installs cai_jax: `pip install -e .`; extras: `test`, `wandb`, `cuda` or `tpu` (accelerators)."""
 
 from setuptools import find_packages, setup
 
@@ -39,5 +39,6 @@ setup(
     'test': ['pytest', 'ruff', 'selenium', 'torch==2.13.0'],
     'cuda': ['jax[cuda13]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
+    'wandb': ['wandb'],
   },
 )

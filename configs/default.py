@@ -102,6 +102,7 @@ def get_config() -> ConfigDict:
   config.train.log_every = 1  # steps
   config.train.checkpoint_every = 100  # steps; 0 is the end only
   config.train.keep = 2  # checkpoints
+  config.train.wandb = ''  # project of Weights & Biases that gets the metrics too; '' is none
 
   config.evaluation = ConfigDict()
   config.evaluation.scorer = 'none'  # 'tiny': the embedded world's oracle; 'none': lengths only

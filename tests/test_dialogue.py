@@ -228,6 +228,25 @@ def test_example_begins_the_whole_dialogue_as_the_template_renders_it(tokenizer,
   assert whole[: len(tokens)] == tokens
 
 
+@pytest.mark.parametrize('messages', BENIGN)
+def test_a_conversation_is_the_whole_of_the_template(tokenizer, messages):
+  dialogue = Dialogue(tokenizer)
+  messages = [*messages, assistant('Line.\n\nline')]
+  whole = template_ids(tokenizer, messages, False)
+  assert dialogue.conversation(messages) == whole
+  sampled = [*messages[:-1], assistant(dialogue.reply('Line.\n\nline'))]
+  assert dialogue.conversation(sampled) == whole
+  spelled = [*messages[:-1], assistant('x ' + tokenizer.eos_token)]
+  count = dialogue.conversation(spelled).count(tokenizer.eos_token_id)
+  assert count == whole.count(tokenizer.eos_token_id)
+  plain = Dialogue(tokenizer, 'plain')
+  context, reply = plain.prompt(messages[:-1]), plain.reply('Line.\n\nline')
+  assert plain.conversation(messages) == context + reply
+  for wrong in ([], messages[:-1], [assistant('a')]):
+    with pytest.raises(ValueError, match='must end with a re(ply|quest)'):
+      dialogue.conversation(wrong)
+
+
 def control_ids(tokenizer):
   return {i for i, t in tokenizer.added_tokens_decoder.items() if t.content != '<unk>'}
 

@@ -49,10 +49,9 @@ _ACT = _any(
   _any(
     'provide|share|offer|supply|write|create|generate|produce|compose|answer|respond|comply',
     'fulfil|fulfill|engage|discuss|participate|facilitate|condone|promote|support|endorse',
-    'encourage|advise(?! against)|recommend|suggest|teach|show|explain|describe|continue|proceed',
-    'instruct',
-    'talk about|work with you|guide|aid|enable|contribute|accommodate|satisfy|carry out',
-    'be part|be involved|be able to help',
+    'encourage|advise(?! against)|recommend|suggest|teach|show|explain|describe|continue',
+    'proceed|instruct|talk about|work with you|guide|aid|enable|contribute|accommodate|satisfy',
+    'carry out|be part|be involved|be able to help',
   )
   + r'\b',
   r'give (?:you|out|any|instructions|advice|that|this|information|details)\b',

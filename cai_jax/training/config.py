@@ -1,6 +1,7 @@
 """What a training run is set to."""
 
 import dataclasses
+import importlib.util
 import math
 
 from cai_jax import quality
@@ -11,7 +12,7 @@ from cai_jax.training.objective import WEIGHTS
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 TARGETS = ('last', 'all', 'initial')
-FREE = ('log_every', 'checkpoint_every', 'keep', 'probes')  # what a run may change on its way
+FREE = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb')  # what may change on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainConfig:
     log_every: steps between rows of metrics.jsonl.
     checkpoint_every: steps between checkpoints; 0 keeps the last step only.
     keep: checkpoints kept.
+    wandb: project of Weights & Biases that gets the metrics too; '' is none.
   """
 
   epochs: int = 1
@@ -90,6 +92,7 @@ class TrainConfig:
   log_every: int = 1
   checkpoint_every: int = 100
   keep: int = 2
+  wandb: str = ''
 
   def __post_init__(self):
     for name, allowed in (
@@ -144,6 +147,11 @@ class TrainConfig:
     if self.lora_rank < 0:
       raise ValueError(f'train.lora_rank={self.lora_rank} is too small: at least 0.')
     _ = self.lora  # checked when made
+    if self.wandb and not _installed('wandb'):
+      raise ValueError(
+        f'train.wandb={self.wandb!r} sends metrics to Weights & Biases, whose package is not '
+        "installed: pip install wandb, or set train.wandb=''."
+      )
     if not 0 <= self.final_share <= 1:
       raise ValueError(f'train.final_share={self.final_share} is not in [0, 1].')
     if self.batch_size % self.accumulation:
@@ -161,3 +169,9 @@ class TrainConfig:
       return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_modules)
     except ValueError as error:
       raise ValueError(f'train.lora_*: {str(error).removeprefix("lora: ")}') from None
+
+
+def _installed(package: str) -> bool:
+  """Whether a package can be imported. A mere folder of its name, such as its logs', is none."""
+  spec = importlib.util.find_spec(package)
+  return spec is not None and spec.origin is not None

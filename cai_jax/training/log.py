@@ -1,4 +1,7 @@
-"""What a training run tells, in files and TensorBoard: metrics, costs, held-out losses, probes."""
+"""What a training run tells: metrics, costs, held-out losses, probes.
+
+It goes to files and TensorBoard, and to Weights & Biases where that is asked for.
+"""
 
 import contextlib
 import dataclasses
@@ -6,8 +9,10 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ import tensorboardX
 from cai_jax import hardware
 from cai_jax.progress import Progress
 
+WANDB_ID = 'wandb_id'  # file with the id of the run at Weights & Biases
 METRICS, COSTS, HELD_OUT, PROBES = 'metrics.jsonl', 'costs.jsonl', 'held_out.jsonl', 'probes.jsonl'
 
 
@@ -50,9 +56,21 @@ class Log:
     total: steps in all.
     every: steps between rows of metrics.jsonl and costs.jsonl.
     work: what the steps compute.
+    wandb: project of Weights & Biases that gets the scalars too, as one run however often it is
+      resumed; '' is none.
+    settings: of the run, which are shown there.
   """
 
-  def __init__(self, workdir: pathlib.Path, first: int, total: int, every: int, work: Work):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    first: int,
+    total: int,
+    every: int,
+    work: Work,
+    wandb: str = '',
+    settings: Mapping[str, Any] = MappingProxyType({}),
+  ):
     self._first, self._total, self._every, self._work = first, total, every, work
     self._waiting = None
     self._last, self._done = {}, first
@@ -69,15 +87,18 @@ class Log:
       self._files[name] = workdir / name
     # Events at and after the purge step are hidden; step `first`, counted from 1, is done.
     self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first + 1)
+    self._wandb = _wandb_run(workdir, wandb, settings) if wandb else None
     self._progress = Progress('train', 'step', first)
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, *_):
     if self._speaks:
       self._events.close()
       self._progress.close()
+      if self._wandb is not None:
+        self._wandb.finish(exit_code=0 if kind is None else 1)
 
   def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of step 0, 1, ..., and writes those of the step before.
@@ -184,9 +205,13 @@ class Log:
   def _append(self, name: str, row: dict[str, Any], group: str = '') -> None:
     with open(self._files[name], 'a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
-    for key, value in row.items():
-      if group and key != 'step':
-        self._events.add_scalar(f'{group}/{key}', value, row['step'])
+    if not group:
+      return
+    scalars = {f'{group}/{key}': value for key, value in row.items() if key != 'step'}
+    for key, value in scalars.items():
+      self._events.add_scalar(key, value, row['step'])
+    if self._wandb is not None:
+      self._wandb.log({'step': row['step'], **scalars})
 
 
 def read(path: pathlib.Path, last: int | None = None) -> list[dict[str, Any]]:
@@ -195,6 +220,29 @@ def read(path: pathlib.Path, last: int | None = None) -> list[dict[str, Any]]:
     return []
   rows = [json.loads(line) for line in path.read_bytes().split(b'\n')[:-1]]
   return [row for row in rows if last is None or row['step'] <= last]
+
+
+def _wandb_run(workdir: pathlib.Path, project: str, settings: Mapping[str, Any]):
+  """The run at Weights & Biases of a workdir, new or gone on with."""
+  import wandb  # an extra, which TrainConfig has looked for
+
+  # Kept in the workdir: it moves with it, and another run in a folder of that name is another.
+  path = workdir / WANDB_ID
+  if not path.exists():
+    scratch = path.with_suffix('.tmp')
+    scratch.write_text(secrets.token_hex(8))
+    os.replace(scratch, path)
+  run = wandb.init(
+    project=project,
+    id=path.read_text(),
+    resume='allow',
+    dir=str(workdir),
+    config=dict(settings),
+  )
+  # Its own counter never goes back, as ours does from a crash to the last checkpoint.
+  run.define_metric('step')
+  run.define_metric('*', step_metric='step')
+  return run
 
 
 def _cut(path: pathlib.Path, first: int) -> None:

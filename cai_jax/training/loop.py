@@ -131,7 +131,15 @@ def fit(
     state, first, held_out.losses = found or (init_state(trained, config, mesh), 0, [])
     state = dataclasses.replace(state, frozen=frozen)
     with (
-      logs.Log(workdir, first, len(steps), config.log_every, work) as log,
+      logs.Log(
+        workdir,
+        first,
+        len(steps),
+        config.log_every,
+        work,
+        wandb=config.wandb,
+        settings=dataclasses.asdict(config),
+      ) as log,
       Termination() as terminated,
       Trace(workdir / 'profile', first + 2, watch.profile) as trace,
     ):

@@ -24,20 +24,14 @@ reference, on the same prompts and seeds. The results are plain data, as an expe
               'reused_turns': 700, 'tokens': 100000, 'seconds': 13.2, 'peak_memory_bytes': 2**30}],
    'notes': ['A sentence to show as it is.']}
 
-<<<<<<< HEAD
-=======
 Every arm has the group 'harmful'; other groups and single metrics may be absent, a value may be
 None: that is a dash in tables and in figures of kind 'arms', a gap in lines, an error in a
 frontier.
->>>>>>> h_page
 Metrics named `*_rate` are shares in [0, 1] and shown in per cent, their differences in percentage
 points. Differences are paired, arm minus reference; the reference itself has none.
 """
 
-<<<<<<< HEAD
-=======
 import math
->>>>>>> h_page
 import os
 import pathlib
 from collections.abc import Callable
@@ -419,24 +413,6 @@ def _drawn(results: dict) -> list[str]:
 
 
 def _number(results: dict, given: dict, arm: str, group: str, metric: str):
-<<<<<<< HEAD
-  """(value, bounds or None) of an arm, in per cent for a rate.
-
-  Raises:
-    ValueError: if the arm, the group or the metric is not in the results.
-  """
-  where = f'figure {given["caption"]!r} shows {metric!r} of arm {arm!r}, {group}'
-  try:
-    part = results['arms'][arm]['groups'][group]
-    row = _row(part, metric)
-    value, bounds = row[metric], interval(row, metric)
-  except KeyError as error:
-    raise ValueError(f'{where}, and the results have no {error}; leave it out') from None
-  if value is None:
-    raise ValueError(f'{where}, which is None; leave it out')
-  unit = 100 if metric.endswith('_rate') else 1
-  return unit * value, tuple(unit * bound for bound in bounds) if bounds else None
-=======
   """(value, bounds) of an arm, in per cent for a rate; both are None where they are unknown.
 
   Raises:
@@ -451,7 +427,6 @@ def _number(results: dict, given: dict, arm: str, group: str, metric: str):
   unit = 100 if metric.endswith('_rate') else 1
   bounds = interval(row, metric)
   return unit * row[metric], tuple(unit * bound for bound in bounds) if bounds else None
->>>>>>> h_page
 
 
 def _label(metric: str) -> str:
@@ -468,14 +443,6 @@ def _lines(results: dict, given: dict) -> str:
       else None
       for side in (0, 1)
     )
-<<<<<<< HEAD
-    y = tuple(value for value, _ in numbers)
-    series.append(Series(line['name'], tuple(line['x']), y, low, high, i))
-  y_range = None
-  if all(line['metric'].endswith('_rate') for line in given['series']):
-    top = max(v for s in series for v in (*s.y, *(s.high or ())) if v is not None)
-    y_range = (0, min(100, figures.nice_ticks(0, top or 1)[-1]))
-=======
     y = tuple(math.nan if value is None else value for value, _ in numbers)
     series.append(Series(line['name'], tuple(line['x']), y, low, high, i))
   y_range = None
@@ -484,7 +451,6 @@ def _lines(results: dict, given: dict) -> str:
       v for s in series for v in (*s.y, *(s.high or ())) if v is not None and math.isfinite(v)
     ]
     y_range = (0, min(100, figures.nice_ticks(0, max(known, default=0) or 1)[-1]))
->>>>>>> h_page
   xs = sorted({x for s in series for x in s.x})
   gaps = [b - a for a, b in zip(xs, xs[1:], strict=False)]
   apart = not gaps or min(gaps) * 16 >= xs[-1] - xs[0]
@@ -504,14 +470,8 @@ def _dots(results: dict, given: dict) -> str:
     numbers = [_number(results, given, arm, given['group'], metric) for arm in given['arms']]
     low, high = (tuple(b[side] if b else None for _, b in numbers) for side in (0, 1))
     values = tuple(value for value, _ in numbers)
-<<<<<<< HEAD
-    x_range = None
-    if metric.endswith('_rate'):
-      x_range = _rate_range([v for v in (*values, *low, *high) if v is not None])
-=======
     known = [v for v in (*values, *low, *high) if v is not None]
     x_range = _rate_range(known) if known and metric.endswith('_rate') else None
->>>>>>> h_page
     colour = i % len(figures.COLOURS)
     panels.append(Panel(_label(metric), values, low, high, colour, x_range))
   return figures.arms_figure(given['arms'], panels, description=given['caption'])
@@ -528,14 +488,11 @@ def _frontier(results: dict, given: dict) -> str:
   points = []
   for arm in given['arms']:
     (x, x_bounds), (y, y_bounds) = (_number(results, given, arm, *given[axis]) for axis in 'xy')
-<<<<<<< HEAD
-=======
     if x is None or y is None:
       raise ValueError(
         f'figure {given["caption"]!r} has no x or no y for arm {arm!r}: the results lack '
         f'{given["x"] if x is None else given["y"]}; leave the arm out'
       )
->>>>>>> h_page
     colour = 0 if arm == results['reference'] else 1
     points.append(Point(arm, x, y, x_bounds, y_bounds, colour))
   labels = [

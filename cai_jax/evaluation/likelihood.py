@@ -167,16 +167,19 @@ def _encode(tokenizer, text: str) -> list[int]:
       f'the text spells {control[read[0]]!r}, and the tokenizer makes it token {read[0]} though it '
       'was told to take it as text; change the text.'
     )
-  full = tokenizer.encode(text, split_special_tokens=True)
-  front = next(
-    (k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare), None
+  return _front(tokenizer) + bare
+
+
+def _front(tokenizer) -> list[int]:
+  """Tokens that the tokenizer puts in front of a text, such as BOS."""
+  bare, full = (tokenizer.encode('a', add_special_tokens=special) for special in (False, True))
+  for start in range(len(full) - len(bare) + 1):
+    if full[start : start + len(bare)] == bare:
+      return full[:start]
+  raise ValueError(
+    f"the tokenizer makes 'a' {bare} by itself and {full} with its special tokens; take one that "
+    'puts these around a text.'
   )
-  if front is None:
-    raise ValueError(
-      f'the tokenizer turns {text!r:.80} into other tokens when it adds its special ones; take one '
-      'that puts them around the text.'
-    )
-  return full[: front + len(bare)]
 
 
 def _bucket(length: int, most: int) -> int:

@@ -218,6 +218,8 @@ def check(run: Run, stages: Sequence[str]) -> None:
       'starts from. Give it, or choose --stages=generate.'
     )
   names = {section[name] for name in ('base', 'critique', 'revision', 'init')} - {''}
+  if 'evaluate' in stages:
+    names |= {run.evaluation.judge} - {'', 'base'}
   parts = {name: models.check(model_path(name)) for name in names}
   mesh = _mesh(run)
   for part in parts.values():
@@ -416,9 +418,20 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   del aligned
   if jax.process_index() == 0:
     summary = scores.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
+    if run.evaluation.judge:
+      told['judge'] = _judged(run, rows)
     write_json(folder / 'models.json', told)
     write_json(folder / 'summary.json', summary)
   return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
+
+
+def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+  """How often a judge prefers M_aligned's answers to M_θ's."""
+  name = run.evaluation.judge
+  path = model_path(run.config['model']['base'] if name == 'base' else name)
+  judge = models.load(path, run.config['model']['dtype'], _local_mesh(run))
+  seed = run.config['seed']
+  return suite.judged(run.evaluation, judge, rows['base'], rows['aligned'], seed)
 
 
 def measures(run: Run) -> dict[str, scores.Measure]:

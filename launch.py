@@ -421,6 +421,8 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
     if run.evaluation.judge:
       told['judge'] = _judged(run, rows)
     write_json(folder / 'models.json', told)
+    if text := suite.describe(told):
+      print(text, flush=True)
     write_json(folder / 'summary.json', summary)
   return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
 
@@ -460,6 +462,8 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   if not (run.workdir / logs.METRICS).exists():
     raise ValueError(f'{run.workdir / logs.METRICS} is gone: put it back, or train again.')
   rows = data.read_rows(run.workdir / 'd_cai')
+  told = json.loads((run.workdir / 'evaluation' / 'models.json').read_text())
+  found = json.loads((run.workdir / 'quality.json').read_text())
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
   write_report(
     run.workdir / 'report.html',
@@ -470,6 +474,10 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     training=logs.read(run.workdir / logs.METRICS),
     held_out=logs.read(run.workdir / logs.HELD_OUT),
     probes=logs.read(run.workdir / logs.PROBES),
+    texts={
+      'Quality of the revisions': quality.describe(found['d_cai'], found.get('published')),
+      'Models': suite.describe(told),
+    },
     chains=[browsable(row, run.scorer) for row in shown],
   )
   return {'chains': len(shown)}

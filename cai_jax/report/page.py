@@ -15,7 +15,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from cai_jax.report import figures
 from cai_jax.report.figures import Series, escape
@@ -58,6 +59,7 @@ def write_report(
   chains: list[dict],
   held_out: Sequence[dict] = (),
   probes: Sequence[dict] = (),
+  texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
   """Writes the page of a run to `path`, all of it or nothing.
 
@@ -77,6 +79,7 @@ def write_report(
       `num_tokens`. A principle is an id, or a dict with `id` and its texts.
     held_out: `step` and `loss` on examples that were not trained on.
     probes: `step`, `id`, `prompt` and `text`: answers to the same prompts as training went on.
+    texts: further sections, title → text whose lines are kept; an empty text has none.
 
   Raises:
     ValueError: if a chain lacks a field, an id stands twice, or the summary is malformed.
@@ -90,7 +93,8 @@ def write_report(
     title=title,
     head=fact_list(facts) + _lead(summary),
     results=_results(summary) + _figures(summary, training, held_out, config) + _probes(probes),
-    sections=section(
+    sections=''.join(section(title, preformatted(text)) for title, text in texts.items() if text)
+    + section(
       'Stages',
       _stages(manifest)
       + fold('Configuration', preformatted(readable(config)))

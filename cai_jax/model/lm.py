@@ -191,11 +191,11 @@ def load_classifier(
   folder = _folder(path)
   hf = _hf_config(folder)
   config = dataclasses.replace(config_lib.from_hf(hf), tied_embeddings=True)
-  architectures = hf.get('architectures')
-  if architectures != [(allowed := config_lib.architecture(config, 'SequenceClassification'))]:
+  needed = [config_lib.architecture(config, 'SequenceClassification')]
+  if (architectures := hf.get('architectures')) != needed:
     raise ValueError(
       f'{folder}: architectures is {architectures} in config.json; a reward model or classifier '
-      f'has [{allowed!r}] there. Other heads and poolings are not implemented.'
+      f'has {needed} there. Other heads and poolings are not implemented.'
     )
   labels = _labels(hf, folder)
   tokenizer = _tokenizer(folder, config.vocab_size)

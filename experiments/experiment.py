@@ -62,6 +62,7 @@ class Experiment:
     overrides: config field → value, for all arms.
     base: config file, from the repository's root.
     seeds: of all arms alike.
+    diversity: measure it, too; see `cai_jax.evaluation.compare.diversity`.
 
   Raises:
     ValueError: for a reference that is no arm, or a figure of arms that are not there.
@@ -73,6 +74,7 @@ class Experiment:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   base: str = 'configs/tiny.py'
   seeds: tuple[int, ...] = (0, 1, 2)
+  diversity: bool = False
 
   def __post_init__(self):
     if self.reference not in self.arms:

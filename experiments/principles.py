@@ -44,6 +44,7 @@ def get_experiment() -> Experiment:
   return Experiment(
     arms=arms,
     reference='4 principles',
+    diversity=True,
     figures=(
       figure
       | {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,14 +25,18 @@ class Responses:
   turns: Mapping[int, Mapping[str, dict[str, Any]]]
 
   def measured(
-    self, scorer: scores.Scorer | None, further: Mapping[str, scores.Measure]
+    self,
+    scorer: scores.Scorer | None,
+    further: Mapping[str, scores.Measure],
+    diversity: bool = False,
   ) -> dict[str, compare.Values]:
     """Measure → seed → prompt id → value."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for seed, turns in self.turns.items():
       prompts = self.prompts[seed]
       columns = scores.measures(list(prompts.values()), list(turns.values()), scorer, further)
-      columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
+      if diversity:
+        columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
       for name, values in columns.items():
         found.setdefault(name, {})[seed] = dict(zip(turns, values, strict=True))
     return found
@@ -98,7 +103,7 @@ def collect(
   """
   measured = {
     arm: {
-      kind: found.measured(scorer, further)
+      kind: found.measured(scorer, further, experiment.diversity)
       for kind in KINDS
       if (found := responses(experiment.arms[arm], workdirs[arm], kind)) is not None
     }
@@ -125,7 +130,7 @@ def collect(
   metrics = list(dict.fromkeys(m for found in measured.values() for g in found.values() for m in g))
   return {
     'name': name,
-    'title': docstring.splitlines()[0] if docstring else name,
+    'title': re.split(r'(?<=[?.]) ', docstring, maxsplit=1)[0].strip() or name,
     'docstring': docstring,
     'base': experiment.base,
     'seeds': list(experiment.seeds),

@@ -29,6 +29,7 @@ def get_experiment() -> Experiment:
   return Experiment(
     arms=arms,
     reference=names[1.0],
+    diversity=True,
     figures=(
       figure
       | {

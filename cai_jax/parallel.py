@@ -3,9 +3,12 @@
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -159,3 +162,29 @@ def initialize() -> None:
     or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   ):
     jax.distributed.initialize()
+
+
+def together(name: str, work: Callable[[], Any]) -> Any:
+  """The result of `work`, once all processes have theirs; where one fails, all end with an error.
+
+  The others come to the end of their own work first: what they have done is kept.
+  """
+  error, result = None, None
+  try:
+    result = work()
+  except (ValueError, OSError) as caught:
+    error = caught
+  if jax.process_count() > 1:
+    well = multihost_utils.process_allgather(np.array(error is None))
+    if error is None and not well.all():
+      failed = ', '.join(map(str, np.flatnonzero(~well)))
+      raise ValueError(f'process {failed} could not {name}; its own output says why.')
+  if error is not None:
+    raise error
+  return result
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes have come to the barrier of this name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -33,8 +33,7 @@ from unittest import mock
 
 import numpy as np
 
-import launch
-from cai_jax import constitution, parallel
+from cai_jax import constitution, parallel, pipeline
 from cai_jax.constitution import REPLY_ROLES
 from cai_jax.feedback import generate
 from cai_jax.feedback.prompts import Prompt
@@ -111,14 +110,14 @@ class Prompts:
 def make_job(count: int) -> generate.Job:
   """The embedded world's job, of `count` prompts."""
   mesh = parallel.make_mesh()
-  lm = dataclasses.replace(models.load(launch.TINY / 'model', mesh=mesh), name='tiny')
+  lm = dataclasses.replace(models.load(pipeline.TINY / 'model', mesh=mesh), name='tiny')
   short = SamplingConfig(max_tokens=LONGEST)
   base = prompts.prompts('train', 1000, 0)
   job = generate.prepare(
     {'base': lm},
     base,
     [],
-    constitution.load(str(launch.TINY / 'constitution.yaml')),
+    constitution.load(str(pipeline.TINY / 'constitution.yaml')),
     generate.FeedbackConfig(rounds=ROUNDS),
     generate.StageSampling(short, short, short),
     seed=0,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import launch
+from cai_jax import pipeline
 from cai_jax.feedback import generate
 from cai_jax.manifest import Manifest, write_json
 from cai_jax.model import lm as models
@@ -139,7 +140,7 @@ def describe(
 def _cost(left: Mapping[pathlib.Path, tuple[launch.Run, Sequence[str]]], count: int) -> str:
   """A line of the time and memory that the runs which are left take, by a probe of the first."""
   run = next(iter(left.values()))[0]
-  with launch.loaded_models(run) as loaded:
+  with pipeline.loaded_models(run) as loaded:
     speed, length, slot_length = _probe(run, loaded)
     base = loaded['base']
   sampling = count / speed
@@ -165,7 +166,7 @@ def _probe(run: launch.Run, loaded) -> tuple[float, float, int]:
   halves = harmful[:PROBED], (harmful[PROBED : 2 * PROBED] or harmful[:PROBED])
   with tempfile.TemporaryDirectory() as folder:
     for number, prompts in enumerate(halves):  # the first compiles
-      job = launch.prepare_job(run, loaded, prompts, [])
+      job = pipeline.prepare_job(run, loaded, prompts, [])
       where = pathlib.Path(folder) / str(number)
       journal = Journal(where / 'journal')
       began = time.perf_counter()
@@ -179,7 +180,7 @@ def _probe(run: launch.Run, loaded) -> tuple[float, float, int]:
 def _training_seconds(run: launch.Run, length: float) -> float:
   """About how long fine-tuning takes: its floating-point operations at the speed of products."""
   section = run.config['model']
-  config = models.check(launch.model_path(section['init'] or section['base'])).config
+  config = models.check(pipeline.model_path(section['init'] or section['base'])).config
   examples = len(run.prompts['harmful'])
   examples *= run.feedback.rounds if run.train.target == 'all' else 1
   examples /= 1 - run.train.helpfulness_share

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 
 import launch
+from cai_jax import pipeline
 from cai_jax.manifest import Manifest, check_workdir, write_json
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.training import data
@@ -82,7 +83,7 @@ def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
   folders = results.workdirs_of(experiment, workdir / 'runs', config)
   first = next(iter(runs.values()))[0]
   found = results.collect(
-    experiment, name, docstring, folders, first.scorer, launch.measures(first), config
+    experiment, name, docstring, folders, first.scorer, pipeline.measures(first), config
   )
   output = workdir / name
   output.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,7 @@ def browsable(
   for folder, arm in sources.items():
     rows = data.read_rows(folder)
     for number in range(min(len(rows), count // len(sources))):
-      chain = launch.browsable(rows[number], scorer)
+      chain = pipeline.browsable(rows[number], scorer)
       chains.append(chain | {'arm': arm, 'id': f'{chain["id"]} ({arm})'})
   return chains
 

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 import cai_jax
 import launch
+from cai_jax import pipeline
 from cai_jax.training import data
 from configs import default, qwen2_5_0_5b, tiny
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
   from cai_jax.model.config import ModelConfig
   from cai_jax.model.lm import LM, init_params
 
-  words = PreTrainedTokenizerFast.from_pretrained(launch.TINY / 'model')
+  words = PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')
   config = ModelConfig('llama', len(words), 32, 64, 2, 4, 2, 8, 512, tied_embeddings=True)
   params = init_params(config, jax.random.key(0))
   lm = LM(config, params, words, parallel.make_mesh(), 'float32', '', '', (words.eos_token_id,))
@@ -279,7 +280,7 @@ def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
 
 def served(stage, **fields):
   """Fields of a model that nobody serves: no server has port 9."""
-  url, words = 'http://127.0.0.1:9/v1', str(launch.TINY / 'model')
+  url, words = 'http://127.0.0.1:9/v1', str(pipeline.TINY / 'model')
   fields = {'url': url, 'model': 'm', 'tokenizer': words} | fields
   return {f'remote__{stage}__{name}': value for name, value in fields.items()}
 
@@ -536,7 +537,7 @@ def work():
     raise ValueError('no more room')
 
 try:
-  launch._together('write', work)
+  parallel.together('write', work)
 except ValueError as error:
   (pathlib.Path(sys.argv[1]) / str(jax.process_index())).write_text(str(error))
 """

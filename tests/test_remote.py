@@ -16,6 +16,7 @@ import pytest
 import transformers
 
 import launch
+from cai_jax import pipeline
 from cai_jax.sampling import remote
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
@@ -510,7 +511,7 @@ def served_run(at, workdir, rounds=2, stage='critique', **fields):
     turn.max_tokens = 12
   config.engine.slots = 8
   config.train.helpfulness_share = 0.2
-  own = {'url': at.url, 'model': 'served', 'tokenizer': str(launch.TINY / 'model')}
+  own = {'url': at.url, 'model': 'served', 'tokenizer': str(pipeline.TINY / 'model')}
   given = own | {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01} | fields
   config.remote[stage].update(given)
   if stage == 'base':
@@ -525,7 +526,7 @@ def shards(workdir):
 @pytest.fixture
 def tiny_server(server):
   """The test's server with the embedded world's tokenizer."""
-  words = transformers.PreTrainedTokenizerFast.from_pretrained(launch.TINY / 'model')
+  words = transformers.PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')
   server.tokenizer = words
   return server
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import launch
+from cai_jax import pipeline
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import suite
 from cai_jax.evaluation.likelihood import log_likelihoods
@@ -14,7 +14,7 @@ from cai_jax.model import lm as models
 
 @pytest.fixture(scope='module')
 def lm():
-  return models.load(launch.model_path('tiny'))
+  return models.load(pipeline.model_path('tiny'))
 
 
 def row(name, kind, answer, revision=None):

@@ -1,0 +1,24 @@
+"""From a config to results: a run, its checks, and its stages."""
+
+from cai_jax.pipeline.run import TINY, Run, build, model_path
+from cai_jax.pipeline.stages import (
+  STAGES,
+  browsable,
+  loaded_models,
+  measures,
+  prepare_job,
+  run_stages,
+)
+
+__all__ = [
+  'STAGES',
+  'TINY',
+  'Run',
+  'browsable',
+  'build',
+  'loaded_models',
+  'measures',
+  'model_path',
+  'prepare_job',
+  'run_stages',
+]

@@ -80,6 +80,22 @@ def test_order_changes_no_bit(lms):
   assert log_likelihoods(lms[1], [], []) == []
 
 
+def test_order_changes_no_batch(lms, monkeypatch):
+  contexts = RNG.integers(3, 300, (21, 6)).tolist()  # equally long: their length does not sort them
+  batches, pad = [], likelihood._pad
+
+  def watched(pairs, rows, length):
+    batches.append((pairs, rows, length))
+    return pad(pairs, rows, length)
+
+  monkeypatch.setattr(likelihood, '_pad', watched)
+  values = log_likelihoods(lms[0], contexts, [[5]] * 21, batch_tokens=256)
+  assert [rows for _, rows, _ in batches] == [8, 8, 8]
+  back = log_likelihoods(lms[0], contexts[::-1], [[5]] * 21, batch_tokens=256)
+  assert batches[3:] == batches[:3] and back[::-1] == values
+  assert len(set(values)) > 1
+
+
 def test_probabilities_of_all_tokens_sum_to_one(lms):
   context, vocabulary = CONTEXTS[1], range(lms[0].vocab_size)
   values = log_likelihoods(lms[0], [context] * len(vocabulary), [[v] for v in vocabulary])

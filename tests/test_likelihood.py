@@ -48,7 +48,7 @@ def test_agrees_with_torch(lms, tiny_hf_folder):
     with torch.no_grad():
       log_p = model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
     picked = log_p[len(context) - 1 : -1].gather(1, torch.tensor(continuation)[:, None])
-    assert value == pytest.approx(picked.sum().item(), abs=2e-4 + 1e-6 * abs(value))
+    assert value == pytest.approx(picked.sum().item(), abs=2e-5 + 3e-7 * abs(value))
 
 
 @pytest.mark.parametrize('batch_tokens', [64, 8192])

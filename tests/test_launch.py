@@ -369,6 +369,7 @@ def test_adapters_held_out_examples_and_probes_come_to_the_report(done, tmp_path
   """From another run's D_CAI on."""
   finished, config = done
   shutil.copytree(finished / 'd_cai', tmp_path / 'd_cai')
+  shutil.copy(finished / 'quality.json', tmp_path / 'quality.json')
   manifest = json.loads((finished / 'manifest.json').read_text())
   manifest['stages'] = {'generate': manifest['stages']['generate']}
   (tmp_path / 'manifest.json').write_text(json.dumps(manifest))

@@ -190,12 +190,12 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   """report.html."""
   if jax.process_index() != 0:
     return {}
-  summary = json.loads((run.workdir / 'evaluation' / 'summary.json').read_text())
-  if not (run.workdir / logs.METRICS).exists():
-    raise ValueError(f'{run.workdir / logs.METRICS} is gone: put it back, or train again.')
+  files = ('evaluation/summary.json', 'evaluation/models.json', 'quality.json', logs.METRICS)
+  gone = [name for name in files if not (run.workdir / name).exists()]
+  if gone:
+    raise ValueError(f'{run.workdir / gone[0]} is gone: put it back, or run all in a new workdir.')
+  summary, told, found = (json.loads((run.workdir / name).read_text()) for name in files[:3])
   rows = data.read_rows(run.workdir / 'd_cai')
-  told = json.loads((run.workdir / 'evaluation' / 'models.json').read_text())
-  found = json.loads((run.workdir / 'quality.json').read_text())
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
   write_report(
     run.workdir / 'report.html',

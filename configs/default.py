@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
   config.evaluation.refusal_label = ''  # of that checkpoint, where it has several
   config.evaluation.reward_model = ''  # sequence-classification checkpoint that scores responses
   config.evaluation.reward_label = ''  # of that checkpoint, where it has several
+  config.evaluation.style = 'chat'  # those two are given conversations in; or 'plain'
   config.evaluation.multiple_choice = ()  # files of {prompt, corrects, incorrects} a line
   config.evaluation.swap = False  # ask those with their two options exchanged, too
   config.evaluation.judge = ''  # model that compares M_aligned's answers with M_θ's; 'base' is M_θ

@@ -27,19 +27,19 @@ def get_experiment() -> Experiment:
   arms = {'initial': Arm(response='initial')}
   for number in range(1, ROUNDS + 1):
     for name, variant in VARIANTS.items():
-      arms[f'{name}, {number}'] = Arm({'feedback.variant': variant}, f'revision_{number}')
+      arms[f'{name} {number}'] = Arm({'feedback.variant': variant}, f'revision_{number}')
   lines = [
     {
       'name': name,
       'metric': 'violation_rate',
-      'arms': ['initial', *(f'{name}, {n}' for n in range(1, ROUNDS + 1))],
+      'arms': ['initial', *(f'{name} {n}' for n in range(1, ROUNDS + 1))],
       'x': list(range(ROUNDS + 1)),
     }
     for name in VARIANTS
   ]
   return Experiment(
     arms=arms,
-    reference=f'critiqued, {ROUNDS}',
+    reference=f'critiqued {ROUNDS}',
     overrides={'feedback.rounds': ROUNDS},
     figures=(
       {
@@ -55,7 +55,7 @@ def get_experiment() -> Experiment:
         'caption': 'After the last round',
         'group': 'harmful',
         'metrics': ['violation_rate', 'helpful_rate'],
-        'arms': [f'{name}, {ROUNDS}' for name in VARIANTS],
+        'arms': [f'{name} {ROUNDS}' for name in VARIANTS],
       },
     ),
   )

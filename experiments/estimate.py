@@ -106,8 +106,8 @@ def describe(
 ) -> str:
   """Lines of text: each run's turns, and what all of them will take.
 
-  To learn the speed, 64 chains of the first run that is left are sampled, into a folder that is
-  then removed, and its model's products are timed.
+  To learn the speed, 64 chains of the first run that is left are sampled twice, into a folder that
+  is then removed, and its model's products are timed.
 
   Raises:
     ValueError: if that run's models cannot be loaded.
@@ -163,7 +163,8 @@ def _cost(left: Mapping[pathlib.Path, tuple[launch.Run, Sequence[str]]], count: 
 def _probe(run: launch.Run, loaded) -> tuple[float, float, int]:
   """(turns a second, tokens of a prompt with its reply, tokens of a slot), by sampling some."""
   harmful = run.prompts['harmful']
-  halves = harmful[:PROBED], (harmful[PROBED : 2 * PROBED] or harmful[:PROBED])
+  more = harmful[PROBED : 2 * PROBED]
+  halves = harmful[:PROBED], more if len(more) == PROBED else harmful[:PROBED]
   with tempfile.TemporaryDirectory() as folder:
     for number, prompts in enumerate(halves):  # the first compiles
       job = pipeline.prepare_job(run, loaded, prompts, [])

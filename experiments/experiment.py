@@ -15,7 +15,12 @@ from ml_collections import ConfigDict
 from cai_jax.manifest import flat
 
 GENERATED = re.compile(r'initial|last|revision_\d+')  # responses that D_CAI holds
-TRAINED = ('base', 'aligned')  # those to held-out prompts
+# Those to held-out prompts, and where they lie in a run's folder.
+TRAINED = {
+  'base': 'evaluation/base',
+  'revised': 'evaluation/base',
+  'aligned': 'evaluation/aligned',
+}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -26,8 +31,9 @@ class Arm:
   Attributes:
     overrides: config field → value, where it differs from the experiment's base.
     response: what is scored. 'initial', 'revision_n' and 'last' (revision) are responses of D_CAI;
-      'base' and 'aligned' are answers of M_θ and M_aligned to held-out prompts, for which the run
-      is trained and evaluated.
+      'base' and 'aligned' are answers of M_θ and M_aligned to held-out prompts, and 'revised' the
+      last revisions of M_θ's answers to those that are harmful; for these the run is trained and
+      evaluated.
     facts: further columns of the table.
 
   Raises:
@@ -41,7 +47,8 @@ class Arm:
   def __post_init__(self):
     if self.response not in TRAINED and not GENERATED.fullmatch(self.response):
       raise ValueError(
-        f'response={self.response!r}; an arm scores initial, revision_n, last, base or aligned.'
+        f'response={self.response!r}; an arm scores initial, revision_n or last, or base, revised '
+        'or aligned.'
       )
 
   @property
@@ -65,7 +72,8 @@ class Experiment:
     diversity: measure it, too; see `cai_jax.evaluation.compare.diversity`.
 
   Raises:
-    ValueError: for a reference that is no arm, or a figure of arms that are not there.
+    ValueError: for a reference that is no arm, a comma in an arm's name, or a figure of arms that
+      are not there.
   """
 
   arms: Mapping[str, Arm]
@@ -79,6 +87,8 @@ class Experiment:
   def __post_init__(self):
     if self.reference not in self.arms:
       raise ValueError(f'reference={self.reference!r} is none of the arms {list(self.arms)}.')
+    if commas := [name for name in self.arms if ',' in name]:
+      raise ValueError(f'the arm {commas[0]!r} has a comma in its name, at which --arms is split.')
     drawn = {name for figure in self.figures for name in drawn_arms(figure)}
     if drawn - set(self.arms):
       raise ValueError(f'a figure draws {sorted(drawn - set(self.arms))}; no such arm.')

@@ -5,8 +5,8 @@ Command:   python -m experiments.run --experiment=experiments/model_size.py --wo
            python -m experiments.run --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \
              --experiment=experiments/model_size.py:Qwen/Qwen2.5-0.5B,Qwen/Qwen2.5-1.5B
 Hardware:  two CPU cores; 7 minutes, 1.6 GB
-Arms:      for each model y_init, the last revision, and M_aligned. Models answer with the same
-           random numbers, and otherwise each in its own way
+Arms:      for each model, on held-out prompts, its answers, their last revisions by itself, and the
+           answers of what was fine-tuned from it
 Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) copies worse what a
            critique names, so its revisions leave more violations and lose more answers (RESULTS.md)
 """
@@ -14,7 +14,7 @@ Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) copies 
 from experiments.experiment import Arm, Experiment
 
 EMBEDDED = 'tiny-small,tiny'
-RESPONSES = {'initial': 'base', 'aligned': 'aligned'}
+RESPONSES = {'initial': 'base', 'revised': 'revised', 'aligned': 'aligned'}
 
 
 def get_experiment(models: str = EMBEDDED) -> Experiment:
@@ -31,7 +31,7 @@ def get_experiment(models: str = EMBEDDED) -> Experiment:
     figures=tuple(
       {
         'kind': 'arms',
-        'caption': f'Answers to held-out {told} prompts before and after fine-tuning',
+        'caption': f'Answers to held-out {told} prompts: as they are, revised, after fine-tuning',
         'group': group,
         'metrics': ['violation_rate', 'helpful_rate'],
         'arms': list(arms),

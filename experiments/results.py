@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from cai_jax.evaluation import compare, scores
 from cai_jax.manifest import flat
 from cai_jax.training import data
-from experiments.experiment import TRAINED, Arm, Experiment, changed, overridden, run_name
+from experiments.experiment import (
+  TRAINED,
+  Arm,
+  Experiment,
+  changed,
+  drawn_arms,
+  overridden,
+  run_name,
+)
 
 KINDS = ('harmful', 'helpful')
 
@@ -65,15 +73,17 @@ def _rows(arm: Arm, workdir: pathlib.Path) -> Sequence[Mapping[str, Any]]:
   if arm.response not in TRAINED:
     return [row for row in data.read_rows(workdir / 'd_cai') if row['rounds']]
   kinds = {row['id']: row['kind'] for row in data.read_rows(workdir / 'evaluation' / 'base')}
-  rows = data.read_rows(workdir / 'evaluation' / arm.response)
+  rows = data.read_rows(workdir / TRAINED[arm.response])
   # To M_aligned's run all prompts are to be answered and not revised: kinds are those of M_θ's.
   return [row | {'kind': kinds[row['id']]} for row in rows]
 
 
 def _response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-  if name in ('initial', *TRAINED):
+  if name in ('initial', 'base', 'aligned') or (name == 'revised' and not row['rounds']):
     return row['initial']
-  number = len(row['rounds']) if name == 'last' else int(name.removeprefix('revision_'))
+  number = (
+    len(row['rounds']) if name in ('last', 'revised') else int(name.removeprefix('revision_'))
+  )
   if number > len(row['rounds']):
     raise ValueError(f'{name} is asked for, and the run has {len(row["rounds"])} rounds.')
   return row['rounds'][number - 1]['revision']
@@ -126,8 +136,18 @@ def collect(
       'facts': dict(settings.facts),
       'groups': groups,
     }
-  seed_of = {folder: seed for seeds in workdirs.values() for seed, folder in seeds.items()}
+  stages_of: dict[tuple[pathlib.Path, int], tuple[str, ...]] = {}
+  for arm, seeds in workdirs.items():
+    for seed, folder in seeds.items():
+      both = stages_of.get((folder, seed), ()), experiment.arms[arm].stages
+      stages_of[folder, seed] = max(both, key=len)
   metrics = list(dict.fromkeys(m for found in measured.values() for g in found.values() for m in g))
+  figures, notes = [], []
+  for figure in experiment.figures:
+    if missing := _missing(figure, arms):
+      notes.append(f'The figure "{figure["caption"]}" is left out: {missing}.')
+    else:
+      figures.append(dict(figure))
   return {
     'name': name,
     'title': re.split(r'(?<=[?.]) ', docstring, maxsplit=1)[0].strip() or name,
@@ -137,11 +157,25 @@ def collect(
     'reference': experiment.reference,
     'metrics': metrics,
     'arms': arms,
-    'figures': [dict(figure) for figure in experiment.figures],
+    'figures': figures,
     'config_differences': _config_differences(experiment, config),
-    'costs': [row for folder, seed in seed_of.items() for row in costs(folder, seed)],
-    'notes': [],
+    'costs': [row for run, of in stages_of.items() for row in costs(*run, of)],
+    'notes': notes,
   }
+
+
+def _missing(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
+  """What a figure shows that was not measured; '' where all was."""
+  if figure['kind'] == 'frontier':
+    shown = {tuple(figure['x']), tuple(figure['y'])}
+  else:
+    metrics = figure.get('metrics') or [line['metric'] for line in figure['series']]
+    shown = {(figure['group'], metric) for metric in metrics}
+  for group, metric in sorted(shown):
+    for arm in sorted(drawn_arms(figure)):
+      if metric not in arms[arm]['groups'].get(group, {'metrics': {}})['metrics']:
+        return f'there is no {metric} of {group} prompts for {arm!r}'
+  return ''
 
 
 def _group(columns: Mapping[str, compare.Values]) -> dict[str, Any]:
@@ -171,11 +205,16 @@ def _config_differences(experiment: Experiment, config) -> dict[str, dict[str, A
   return found
 
 
-def costs(workdir: pathlib.Path, seed: int) -> list[dict[str, Any]]:
-  """What each stage of a run that is done sampled, found in the journal, and took."""
+def costs(workdir: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[str, Any]]:
+  """What those of the stages that are done sampled, found in the journal, and took.
+
+  Counts are those of a stage's last start; memory is the process's most until then.
+  """
   manifest = json.loads((workdir / 'manifest.json').read_text(encoding='utf-8'))
   found = []
   for stage, entry in manifest['stages'].items():
+    if stage not in stages or 'finished' not in entry:
+      continue
     jobs = [entry[job] for job in ('base', 'aligned') if job in entry] or [entry]
     found.append(
       {

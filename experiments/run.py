@@ -9,17 +9,23 @@ WORKDIR/NAME: results.json, report.html, and each figure as an .svg file.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import pathlib
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from ml_collections import ConfigDict
 
 import launch
 from cai_jax import pipeline
 from cai_jax.manifest import Manifest, check_workdir, write_json
+from cai_jax.pipeline import Run, check
 from cai_jax.report import experiment_table, write_experiment, write_figures
-from cai_jax.training import data
+from cai_jax.training import data, loop
 from experiments import estimate, results
 from experiments import experiment as experiments
 from experiments.experiment import Experiment
@@ -27,14 +33,14 @@ from experiments.experiment import Experiment
 
 def planned(
   experiment: Experiment, config, workdir: pathlib.Path
-) -> dict[pathlib.Path, tuple[launch.Run, tuple[str, ...]]]:
+) -> dict[pathlib.Path, tuple[Run, tuple[str, ...]]]:
   """The runs of an experiment with their stages, by folder, a seed's after another's; all checked.
 
   Raises:
     ValueError: for whatever is wrong with an arm, before any work.
   """
   folders = results.workdirs_of(experiment, workdir / 'runs', config)
-  found: dict[pathlib.Path, tuple[launch.Run, tuple[str, ...]]] = {}
+  found: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
     folder, needed = folders[arm][seed], experiment.arms[arm].stages
     if folder in found:
@@ -66,15 +72,33 @@ def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
     print(estimate.describe(name, runs, estimate.Known(workdir)))
     return
   check_workdir(workdir)
+  with alone(workdir):
+    _run(name, docstring, experiment, config, runs, workdir)
+
+
+def _run(
+  name: str,
+  docstring: str,
+  experiment: Experiment,
+  config: ConfigDict,
+  runs: Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]],
+  workdir: pathlib.Path,
+) -> None:
+  """Runs the runs that are planned and writes the results."""
+  for folder, (planned_run, stages) in runs.items():
+    if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
+      check(planned_run, stages)
   known = estimate.Known(workdir)
   counts = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
-  for number, (folder, (settings, stages)) in enumerate(runs.items(), 1):
+  for number, (folder, (planned_run, stages)) in enumerate(runs.items(), 1):
     print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
-    done = [stage for stage in stages if Manifest(folder).done(stage)]
-    launch.run_stages(settings, stages)
-    known.add(estimate.turns(settings, stages))
+    done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
+    launch.run_stages(planned_run, stages)
+    known.add(estimate.turns(planned_run, stages))
     costs = [
-      row for row in results.costs(folder, settings.config['seed']) if row['stage'] not in done
+      row
+      for row in results.costs(folder, planned_run.config['seed'], stages)
+      if row['stage'] not in done
     ]
     counts['runs'] += bool(costs)
     for row in costs:
@@ -98,6 +122,23 @@ def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
   )
 
 
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other experiments out of the workdir, whose journal one process may write.
+
+  Raises:
+    ValueError: if another is running there.
+  """
+  with open(workdir / 'lock', 'w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(
+        f'{workdir}: another experiment is running there. Wait for it, or take another workdir.'
+      ) from None
+    yield
+
+
 def browsable(
   experiment: Experiment,
   folders: Mapping[str, Mapping[int, pathlib.Path]],
@@ -108,8 +149,7 @@ def browsable(
   seed = experiment.seeds[0]
   sources: dict[pathlib.Path, str] = {}  # of arms that have one in common, the last
   for arm, settings in experiment.arms.items():
-    trained = settings.response in experiments.TRAINED
-    source = f'evaluation/{settings.response}' if trained else 'd_cai'
+    source = experiments.TRAINED.get(settings.response, 'd_cai')
     sources[folders[arm][seed] / source] = arm
   chains = []
   for folder, arm in sources.items():
@@ -138,6 +178,9 @@ def main() -> None:
     run(options.experiment, options.workdir, options)
   except (ValueError, FloatingPointError, ConnectionError) as error:
     sys.exit(f'error: {error}')
+  except loop.Preempted as ended:
+    print(f'SIGTERM: {ended} The same command goes on from here.', file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
   except KeyboardInterrupt:
     sys.exit('stopped; the same command goes on from here.')
 

@@ -93,11 +93,13 @@ def test_turns_that_runs_have_in_common_have_one_name(tmp_path):
 
 def test_bad_experiments_are_refused(tmp_path):
   with pytest.raises(ValueError, match='scores initial'):
-    Arm(response='revised')
+    Arm(response='reviewed')
   with pytest.raises(ValueError, match="reference='b' is none"):
     Experiment(arms={'a': Arm()}, reference='b')
   with pytest.raises(ValueError, match=r"draws \['b'\]"):
     Experiment({'a': Arm()}, 'a', ({'kind': 'arms', 'arms': ['a', 'b']},))
+  with pytest.raises(ValueError, match='has a comma'):
+    Experiment({'a, b': Arm()}, 'a, b')
   with pytest.raises(ValueError, match=r'no such file; there is .*revisions\.py'):
     experiments.load('experiments/nothing.py')
   (tmp_path / 'x.py').write_text('a = 1')

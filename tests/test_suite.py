@@ -60,16 +60,16 @@ def test_questions_are_asked_of_a_model(lm, tmp_path):
   config = EvaluationConfig(multiple_choice=(str(path),))
   dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
   found = suite.of_model(config, lm, [], dialogue)
-  result = found['multiple_choice']['questions.jsonl']
+  result = found['multiple_choice'][str(path)]
   assert result['count'] == 1
   assert 'questions.jsonl: 1 questions, accuracy' in suite.describe({'base': found})
 
 
 def test_responses_are_measured_by_a_classifier_of_refusals(lm):
-  measures = suite.measures(EvaluationConfig(refusal='rules'), 'float32', lm.mesh, 'chat')
+  measures = suite.measures(EvaluationConfig(refusal='rules'), 'float32', lm.mesh)
   prompts = [[{'role': 'user', 'content': 'Help.'}]] * 2
   assert measures['refusal_rate'](prompts, ["I can't help with that.", 'Sand it.']) == [1.0, 0.0]
-  assert suite.measures(EvaluationConfig(), 'float32', lm.mesh, 'chat') == {}
+  assert suite.measures(EvaluationConfig(), 'float32', lm.mesh) == {}
 
 
 def test_a_judge_compares_what_differs(lm):
@@ -97,5 +97,7 @@ def test_a_bad_config_is_an_error(tmp_path):
     EvaluationConfig(multiple_choice='a.jsonl')
   with pytest.raises(ValueError, match='cannot be read'):
     EvaluationConfig(multiple_choice=(str(tmp_path / 'none.jsonl'),))
+  with pytest.raises(ValueError, match="refusal='rule'"):
+    EvaluationConfig(refusal='rule')
   with pytest.raises(ValueError, match='none blank'):
     EvaluationConfig(judge_principles=(' ',))

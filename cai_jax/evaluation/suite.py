@@ -1,7 +1,9 @@
 """The evaluations of a run that its config names, beside the scores of its responses."""
 
 import dataclasses
+import hashlib
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ class EvaluationConfig:
     refusal_label: of that checkpoint, the label that means it; '' where it has a single one.
     reward_model: folder or hub name of a sequence-classification checkpoint; '' is none.
     reward_label: of that checkpoint, the label whose logit is the score; '' where it has one.
+    style: in which those two are given a conversation: their tokenizer's 'chat' template, or
+      'plain' labels.
     multiple_choice: files of questions in the published form.
     swap: ask those with their two options exchanged, too.
     judge: a model that is asked which answer is better, M_aligned's or M_θ's; '' is none. 'base'
@@ -37,7 +41,7 @@ class EvaluationConfig:
     loss: nats of held-out prompts' last revisions, under M_θ and under M_aligned.
 
   Raises:
-    ValueError: for a file of questions that cannot be read.
+    ValueError: for a file of questions that cannot be read, or asked in both orders if they shall.
   """
 
   scorer: str = 'none'
@@ -47,6 +51,7 @@ class EvaluationConfig:
   reward_label: str = ''
   multiple_choice: tuple[str, ...] = ()
   swap: bool = False
+  style: str = 'chat'
   judge: str = ''
   judge_principles: tuple[str, ...] = (LESS_HARMFUL,)
   loss: bool = True
@@ -55,6 +60,11 @@ class EvaluationConfig:
     if isinstance(self.multiple_choice, str):
       raise ValueError(
         f'evaluation.multiple_choice={self.multiple_choice!r} is a text; give a tuple of files.'
+      )
+    known = self.refusal in ('none', 'rules') or '/' in self.refusal or os.path.isdir(self.refusal)
+    if not known:
+      raise ValueError(
+        f"evaluation.refusal={self.refusal!r}; it must be 'none', 'rules', a folder, or a hub name."
       )
     principles = self.judge_principles
     if (
@@ -65,19 +75,28 @@ class EvaluationConfig:
       )
     for path in self.multiple_choice:
       try:
-        multiple_choice.read_items(path)
+        for item in multiple_choice.read_items(path):
+          if self.swap:
+            multiple_choice.swap_options(item)
       except ValueError as error:
         raise ValueError(f'evaluation.multiple_choice: {error}') from error
 
+  def digests(self) -> list[str]:
+    """Hex digests of the files of questions."""
+    return [
+      hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+      for path in self.multiple_choice
+    ]
 
-def measures(config: EvaluationConfig, dtype: str, mesh: Mesh, style: str) -> dict[str, Measure]:
+
+def measures(config: EvaluationConfig, dtype: str, mesh: Mesh) -> dict[str, Measure]:
   """What is measured of each response besides the scorer's verdict, by name.
 
   `refusal_rate` (0 or 1) and `reward` (the reward model's logit), where the config names who says.
 
   Args:
     config: of the run.
-    dtype, mesh, style: of the models that say, as `reward.load` takes them.
+    dtype, mesh: of the models that say, as `reward.load` takes them.
 
   Raises:
     ValueError: if a checkpoint cannot be loaded, or has no such label.
@@ -87,12 +106,12 @@ def measures(config: EvaluationConfig, dtype: str, mesh: Mesh, style: str) -> di
     classifier = refusal.rules
     if config.refusal != 'rules':
       label = config.refusal_label or None
-      classifier = refusal.from_checkpoint(config.refusal, label, dtype, mesh, style)
+      classifier = refusal.from_checkpoint(config.refusal, label, dtype, mesh, config.style)
     found['refusal_rate'] = lambda prompts, texts: [
       float(p >= 0.5) for p in classifier(prompts, texts)
     ]
   if config.reward_model:
-    model = reward.load(config.reward_model, dtype, mesh, style)
+    model = reward.load(config.reward_model, dtype, mesh, config.style)
     model.label_index(config.reward_label or None)
     found['reward'] = lambda prompts, texts: model.scores(
       [
@@ -119,21 +138,24 @@ def of_model(
     dialogue: renders for the model.
 
   Returns:
-    `multiple_choice`: file name → results; `loss`: as `likelihood.perplexity` gives it, where some
-    row has a revision that is not empty.
+    `multiple_choice`: file → results; `loss`: as `likelihood.perplexity` gives it, of last
+    revisions that are whole and not empty, with `too_long`, the number that the model cannot hold;
+    left out where none is left.
   """
   found: dict[str, Any] = {'multiple_choice': {}}
   for path in config.multiple_choice:
     result = multiple_choice.evaluate(lm, multiple_choice.read_items(path), swap=config.swap)
-    found['multiple_choice'][os.path.basename(path)] = result
+    found['multiple_choice'][path] = result
   pairs = [
     _pair(dialogue, row)
     for row in rows
-    if row['rounds'] and row['rounds'][-1]['revision']['text'].strip()
+    if row['rounds']
+    and row['rounds'][-1]['revision']['text'].strip()
+    and row['rounds'][-1]['revision']['finish_reason'] != 'length'
   ]
-  pairs = [pair for pair in pairs if sum(map(len, pair)) <= lm.max_positions]
-  if config.loss and pairs:
-    found['loss'] = perplexity(lm, pairs)
+  fitting = [pair for pair in pairs if sum(map(len, pair)) <= lm.max_positions]
+  if config.loss and fitting:
+    found['loss'] = perplexity(lm, fitting) | {'too_long': len(pairs) - len(fitting)}
   return found
 
 
@@ -176,6 +198,8 @@ def judged(
     found[kind] = {'equal': len(equal), 'empty': empty}
     if comparisons:
       found[kind]['win_rate'] = judging.win_rate(comparisons, 'aligned')
+      asked = [c.consistent for c in comparisons[: len(matches)]]
+      found[kind]['win_rate']['consistency'] = float(np.mean(asked)) if asked else None
       found[kind]['elo'] = judging.elo(comparisons, 'base')
   return found
 
@@ -204,7 +228,8 @@ def describe(told: Mapping[str, Any]) -> str:
         f'{model}: {loss["loss"]:.2f} nats on each of {loss["sequences"]} held-out last revisions, '
         f'perplexity {loss["perplexity"]:.3f} of a token'
       )
-    for file, result in found['multiple_choice'].items():
+    for path, result in found['multiple_choice'].items():
+      file = os.path.basename(path)
       low, high = result['accuracy_interval']
       line = (
         f'{model}: {file}: {result["count"]} questions, accuracy {100 * result["accuracy"]:.1f} % '
@@ -220,10 +245,13 @@ def describe(told: Mapping[str, Any]) -> str:
     if 'win_rate' in found:
       rate, elo = found['win_rate'], found['elo']
       low, high = elo['intervals']['aligned']
+      agreement = 'no two answers differ'
+      if rate['consistency'] is not None:
+        agreement = f'both orders agree on {100 * rate["consistency"]:.1f} % of those asked about'
       lines.append(
         f'judge, {kind} prompts: aligned wins {100 * rate["rate"]:.1f} % '
         f'[{100 * rate["interval"][0]:.1f}, {100 * rate["interval"][1]:.1f}] of {rate["prompts"]} '
         f'(ties half), {elo["ratings"]["aligned"]:+.0f} Elo [{low:+.0f}, {high:+.0f}] over base; '
-        f'both orders agree on {100 * rate["consistency"]:.1f} %'
+        + agreement
       )
   return '\n'.join(lines)

@@ -18,7 +18,7 @@ from cai_jax import quality
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import records
-from cai_jax.feedback.chain import VARIANTS, Stage, Stages, shuffled_critique
+from cai_jax.feedback.chain import VARIANTS, Stage, Stages, critique_revision, shuffled_critique
 from cai_jax.feedback.prompts import Prompt
 from cai_jax.manifest import write_json
 from cai_jax.model.lm import LM
@@ -185,6 +185,11 @@ def prepare(
     seen.add(prompt.id)
   if not prompts:
     raise ValueError('there is no prompt to answer.')
+  if config.variant == 'shuffled' and len(harmful) == 1:
+    raise ValueError(
+      "feedback.variant='shuffled' takes critiques from another prompt, and there is only one: "
+      'give two harmful prompts or more.'
+    )
   # A draw fails where there are more rounds than principles and none may come twice.
   constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
@@ -423,4 +428,8 @@ def _shared(job: Job, prompt: Prompt) -> tuple[int, ...]:
 def _possible_chains(job: Job, prompt: Prompt, kind: str):
   """For each principle the chain that has it in every round."""
   for principle in job.constitution.principles:
-    yield job.chain_under(prompt, (principle,) * job.rounds(kind))
+    principles = (principle,) * job.rounds(kind)
+    if job.config.variant == 'shuffled':  # a critique may be as long as one's own, its prompt too
+      yield critique_revision(prompt, principles, job.stages, job.config.context == 'growing')
+    else:
+      yield job.chain_under(prompt, principles)

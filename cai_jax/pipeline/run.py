@@ -70,7 +70,7 @@ class Run:
     if stage != 'generate':
       known['train'] = {k: v for k, v in self.config['train'].items() if k not in FREE}
     if stage in ('evaluate', 'report'):
-      known['evaluation'] = self.config['evaluation']
+      known['evaluation'] = self.config['evaluation'] | {'questions': self.evaluation.digests()}
     if stage == 'report':
       known['report'] = self.config['report']
     return known

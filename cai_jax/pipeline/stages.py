@@ -148,15 +148,22 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   rows['aligned'] = list(data.read_rows(folder / 'aligned'))
   told['aligned'] = _of_model(run, aligned, rows['base'])
   del aligned
-  if jax.process_index() == 0:
-    summary = scores.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
-    if run.evaluation.judge:
-      told['judge'] = _judged(run, rows)
-    write_json(folder / 'models.json', told)
-    if text := suite.describe(told):
-      print(text, flush=True)
-    write_json(folder / 'summary.json', summary)
+  parallel.together('score responses', lambda: _scored(run, rows, told))
   return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
+
+
+def _scored(run: Run, rows: dict[str, list[dict[str, Any]]], told: dict[str, Any]) -> None:
+  """Writes summary.json and models.json of the rows and of what models told, in process 0."""
+  if jax.process_index() != 0:
+    return
+  folder = run.workdir / 'evaluation'
+  summary = scores.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
+  write_json(folder / 'summary.json', summary)
+  if run.evaluation.judge:
+    told = told | {'judge': _judged(run, rows)}
+  write_json(folder / 'models.json', told)
+  if text := suite.describe(told):
+    print(text, flush=True)
 
 
 def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -170,8 +177,7 @@ def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def measures(run: Run) -> dict[str, scores.Measure]:
   """What is measured of each response besides the scorer's verdict; models for it are loaded."""
-  dtype, style = run.config['model']['dtype'], run.feedback.style
-  return suite.measures(run.evaluation, dtype, local_mesh(run), style)
+  return suite.measures(run.evaluation, run.config['model']['dtype'], local_mesh(run))
 
 
 def _of_model(run: Run, lm: LM, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

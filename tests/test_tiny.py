@@ -318,7 +318,7 @@ def test_the_shipped_model_is_small():
 
 
 def test_the_shipped_model_answers_requests_and_breaks_rules():
-  """A quick look at it; `experiments/tiny_seeds.py` is the whole measurement."""
+  """A quick look at it; `experiments/control_initial.py` is the whole measurement."""
   lm = lm_lib.load(tokenizer.FOLDER)
   asked = prompts('eval', 48, seed=5)
   sampling = SamplingConfig(max_tokens=96)

@@ -14,7 +14,14 @@ from cai_jax import parallel
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback import generate, records
-from cai_jax.feedback.chain import Stage, Stages, critique_revision, direct_revision
+from cai_jax.feedback.chain import (
+  Stage,
+  Stages,
+  critique_revision,
+  direct_revision,
+  empty_critique,
+  shuffled_critique,
+)
 from cai_jax.feedback.prompts import Prompt
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
@@ -103,6 +110,46 @@ def test_within_a_round_each_context_extends_the_cache(lm, stages):
       before = turns[number - 1].context + dialogue.reply(replies[number - 1])
       extends = turns[number].context[: len(before)] == before
       assert extends == (growing or number != 3)
+
+
+def test_an_empty_critique_stands_in_the_context_and_not_in_the_record(lm, stages):
+  chain = empty_critique(prompt(0), PRINCIPLES[:2], stages)
+  turns, record = play(chain, stages.initial.dialogue, ['first', 'second', 'third'])
+  assert [t.name for t in turns] == ['initial', 'revision_1', 'revision_2']
+  text = lm.tokenizer.decode(turns[1].context)
+  assert 'What is wrong (0)?' in text and 'Mend it (0).' in text
+  assert [r.critique for r in record.rounds] == [None, None]
+
+
+def test_shuffled_critiques_are_those_of_the_donors_chain(lm, stages):
+  chain = shuffled_critique(prompt(0), PRINCIPLES[:2], stages, donor=prompt(1))
+  donor = ['other', 'rude', 'other again', 'long', 'other at last']
+  turns, record = play(chain, stages.initial.dialogue, [*donor, 'first', 'second', 'third'])
+  assert [t.name for t in turns[:5]] == [
+    'donor_initial', 'donor_critique_1', 'donor_revision_1', 'donor_critique_2', 'donor_revision_2',
+  ]  # fmt: skip
+  assert [t.name for t in turns[5:]] == ['initial', 'revision_1', 'revision_2']
+  texts = [lm.tokenizer.decode(t.context) for t in turns]
+  assert 'Question 1?' in texts[0] and 'Question 0?' in texts[5]
+  assert 'first' in texts[6] and 'rude' in texts[6] and 'Mend it (0).' in texts[6]
+  assert 'second' in texts[7] and 'long' in texts[7] and 'rude' not in texts[7]
+  assert not any('other' in text for text in texts[5:])
+  assert [r.revision.text for r in record.rounds] == ['second', 'third']
+
+
+def test_controls_share_y_init_and_leave_helpful_prompts_as_they_are(lm, tmp_path):
+  journal = Journal(tmp_path / 'journal')
+  generate.run(job(lm), tmp_path / 'critique', journal, ENGINE)
+  journal.refresh()
+  for variant, turns in (('empty', 6 * 2), ('shuffled', 6 * (1 + 2 * 2 + 2))):
+    whole = job(lm, variant=variant)
+    counts = generate.run(whole, tmp_path / variant, journal, ENGINE)
+    generate.finish(whole, tmp_path / variant)
+    assert (counts['turns'], counts['replayed_turns']) == (turns, 6 + 2)
+    rows = list(data.read_rows(tmp_path / variant))
+    assert [len(row['rounds']) for row in rows] == [2] * 6 + [0] * 2
+  with pytest.raises(ValueError, match='there is only one'):
+    job(lm, count=1, variant='shuffled')
 
 
 def test_direct_revision_has_no_critique(lm, stages):

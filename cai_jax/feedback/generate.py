@@ -105,8 +105,8 @@ class Job:
 
   def chain_under(self, prompt: Prompt, principles: Sequence[Principle]) -> Chain:
     """The chain of one prompt under given principles, one a round."""
-    variant = VARIANTS[self.config.variant]
-    more = {'donor': self._donors[prompt.id]} if variant is shuffled_critique and principles else {}
+    variant = VARIANTS[self.config.variant] if principles else critique_revision
+    more = {'donor': self._donors[prompt.id]} if variant is shuffled_critique else {}
     return variant(prompt, principles, self.stages, self.config.context == 'growing', **more)
 
   @functools.cached_property

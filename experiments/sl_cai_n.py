@@ -3,10 +3,12 @@
 Paper:     Bai et al. 2022, section 3.4: models fine-tuned on all revisions up to the n-th, n =
            1..4, grow more harmless with n
 Command:   python -m experiments.run --experiment=experiments/sl_cai_n.py --workdir=runs/lab
-Hardware:  two CPU cores; 12 minutes, 1.6 GB
+Hardware:  two CPU cores; 6 to 8 minutes, 1.6 GB
 Arms:      M_θ, and n = 1..4. Chains of n rounds begin as those of more do, so no turn is sampled
            twice. Every arm trains for the same number of epochs: more revisions are more steps
-Expected:  violations of M_aligned on held-out prompts fall with n (RESULTS.md)
+Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ's answers, then 54, 46,
+           37 and 32 %. What has learnt the last revision alone (control_initial) comes to 15 %: the
+           earlier revisions among the targets still break rules (RESULTS.md)
 """
 
 from experiments.experiment import Arm, Experiment

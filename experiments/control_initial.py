@@ -4,8 +4,8 @@ Paper:     none of Bai et al. 2022's; a model that learns its own answers should
 Command:   python -m experiments.run --experiment=experiments/control_initial.py --workdir=runs/lab
 Hardware:  two CPU cores; 3 minutes, 1.6 GB
 Arms:      M_θ; fine-tuned on y_init; fine-tuned on the last revision. The two share all samples
-Expected:  the control's difference to M_θ has an interval that holds zero (+1.6 points); that of the
-           revisions is -71 points (RESULTS.md)
+Expected:  the control's difference to M_θ has an interval that holds zero (+1.6 points); that of
+           the revisions is -71 points (RESULTS.md)
 """
 
 from experiments.experiment import Arm, Experiment

@@ -6,9 +6,9 @@ Command:   python -m experiments.run --experiment=experiments/sl_cai_n.py --work
 Hardware:  two CPU cores; 6 to 8 minutes, 1.6 GB
 Arms:      M_θ, and n = 1..4. Chains of n rounds begin as those of more do, so no turn is sampled
            twice. Every arm trains for the same number of epochs: more revisions are more steps
-Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ's answers, then 54, 46,
-           37 and 32 %. What has learnt the last revision alone (control_initial) comes to 15 %: the
-           earlier revisions among the targets still break rules (RESULTS.md)
+Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ's answers, then 54,
+           46, 37 and 32 %. What has learnt the last revision alone (control_initial) comes to
+           15 %: earlier revisions among the targets still break rules (RESULTS.md)
 """
 
 from experiments.experiment import Arm, Experiment

@@ -1,6 +1,7 @@
 """Scores of an experiment's arms from the rows that its runs wrote, with paired differences."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -69,11 +70,18 @@ def responses(arm: Arm, workdirs: Mapping[int, pathlib.Path], kind: str) -> Resp
   return Responses(prompts, turns) if all(len(t) > 1 for t in turns.values()) else None
 
 
+@functools.cache
+def _read(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
+  """The rows of a dataset that is done, without what is not scored: arms ask for them again."""
+  kept = ('id', 'kind', 'prompt', 'initial', 'rounds')
+  return tuple({name: row[name] for name in kept} for row in data.read_rows(folder))
+
+
 def _rows(arm: Arm, workdir: pathlib.Path) -> Sequence[Mapping[str, Any]]:
   if arm.response not in TRAINED:
-    return [row for row in data.read_rows(workdir / 'd_cai') if row['rounds']]
-  kinds = {row['id']: row['kind'] for row in data.read_rows(workdir / 'evaluation' / 'base')}
-  rows = data.read_rows(workdir / TRAINED[arm.response])
+    return [row for row in _read(workdir / 'd_cai') if row['rounds']]
+  kinds = {row['id']: row['kind'] for row in _read(workdir / 'evaluation' / 'base')}
+  rows = _read(workdir / TRAINED[arm.response])
   # To M_aligned's run all prompts are to be answered and not revised: kinds are those of M_θ's.
   return [row | {'kind': kinds[row['id']]} for row in rows]
 

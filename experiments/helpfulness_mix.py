@@ -6,7 +6,7 @@ Command:   python -m experiments.run --experiment=experiments/helpfulness_mix.py
 Hardware:  two CPU cores; 7 minutes, 1.6 GB
 Arms:      M_θ, and shares of 0 to one half of the training examples. The revisions are the same in
            all, so a larger share is also more steps
-Expected:  in the embedded world revised answers stay answers, so helpfulness has nothing to lose, and
+Expected:  in the embedded world revised answers stay answers: helpfulness has nothing to lose, and
            the share does nothing that the intervals of ±2 to 3 points can tell (RESULTS.md)
 """
 

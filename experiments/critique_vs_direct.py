@@ -4,11 +4,12 @@ Paper:     Bai et al. 2022, Figure 7: critiqued revisions are more harmless than
            small models, and alike for large ones. The two controls are ours
 Command:   python -m experiments.run --workdir=runs/lab \
              --experiment=experiments/critique_vs_direct.py
-Hardware:  two CPU cores; 4 minutes, 1.4 GB
+Hardware:  two CPU cores; 3 minutes, 1.4 GB
 Arms:      critiqued; direct (no critique asked for); shuffled (the critiques of another prompt's
            chain); empty (a critique is asked for, and is empty). All share y_init
-Expected:  in the embedded world critiqued revisions leave the fewest violations. What direct,
-           shuffled and empty leave is reported as it is (RESULTS.md)
+Expected:  in the embedded world critiqued revisions leave the fewest violations, 11 % after four
+           rounds; empty critiques 21 % (and fewer answers), direct 32 %, shuffled 54 %: revisions
+           use what critiques say (RESULTS.md)
 """
 
 from experiments.experiment import Arm, Experiment

@@ -158,7 +158,7 @@ def collect(
       figures.append(dict(figure))
   return {
     'name': name,
-    'title': re.split(r'(?<=[?.]) ', docstring, maxsplit=1)[0].strip() or name,
+    'title': re.split(r'(?<=[?.]) ', docstring.partition('\n')[0], maxsplit=1)[0] or name,
     'docstring': docstring,
     'base': experiment.base,
     'seeds': list(experiment.seeds),

@@ -7,8 +7,9 @@ Command:   python -m experiments.run --experiment=experiments/model_size.py --wo
 Hardware:  two CPU cores; 4 minutes, 1.6 GB
 Arms:      for each model, on held-out prompts, its answers, their last revisions by itself, and the
            answers of what was fine-tuned from it
-Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) copies worse what a
-           critique names, so its revisions leave more violations and lose more answers (RESULTS.md)
+Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) leaves 13 % of violations
+           after four rounds, against 10 %, and answers 92 % of the baited prompts, against 98 %;
+           M_aligned of each inherits it (RESULTS.md)
 """
 
 from experiments.experiment import Arm, Experiment

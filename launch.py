@@ -7,13 +7,14 @@ A stage that is done is not done again; one that was killed goes on. Any field o
 overridden as `--config.train.learning_rate=1e-4`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -52,16 +53,11 @@ def build(
   return pipeline.build(config, workdir, journal)
 
 
-def main(argv: Sequence[str]) -> None:
-  """Builds the run that the flags state and runs its stages."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell every step of theirs
-  parallel.initialize()
-  say = print if jax.process_index() == 0 else lambda text: None
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+  """Ends the program with a line and a status, and no traceback, where a run could not go on."""
   try:
-    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value), profile=_PROFILE.value)
-    run_stages(run, _STAGES.value, say)
+    yield
   except (ValueError, FloatingPointError, ConnectionError) as error:
     sys.exit(f'error: {error}')
   except loop.Preempted as ended:
@@ -69,6 +65,18 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(128 + signal.SIGTERM)
   except KeyboardInterrupt:
     sys.exit('stopped; the same command goes on from here.')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Builds the run that the flags state and runs its stages."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}')
+  logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell every step of theirs
+  parallel.initialize()
+  say = print if jax.process_index() == 0 else lambda text: None
+  with exits():
+    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value), profile=_PROFILE.value)
+    run_stages(run, _STAGES.value, say)
   summary = run.workdir / 'evaluation' / 'summary.json'
   if summary.exists():
     say(f'\n{table(json.loads(summary.read_text()))}\n')

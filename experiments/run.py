@@ -14,8 +14,6 @@ import dataclasses
 import fcntl
 import itertools
 import pathlib
-import signal
-import sys
 from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
@@ -25,7 +23,7 @@ from cai_jax import pipeline
 from cai_jax.manifest import Manifest, check_workdir, write_json
 from cai_jax.pipeline import Run, check
 from cai_jax.report import experiment_table, write_experiment, write_figures
-from cai_jax.training import data, loop
+from cai_jax.training import data
 from experiments import estimate, results
 from experiments import experiment as experiments
 from experiments.experiment import Experiment
@@ -174,15 +172,8 @@ def main() -> None:
     '--dry_run', action='store_true', help='tell what would be done, and what it would take'
   )
   options = parser.parse_args()
-  try:
+  with launch.exits():
     run(options.experiment, options.workdir, options)
-  except (ValueError, FloatingPointError, ConnectionError) as error:
-    sys.exit(f'error: {error}')
-  except loop.Preempted as ended:
-    print(f'SIGTERM: {ended} The same command goes on from here.', file=sys.stderr)
-    sys.exit(128 + signal.SIGTERM)
-  except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on from here.')
 
 
 if __name__ == '__main__':

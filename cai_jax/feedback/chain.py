@@ -109,15 +109,7 @@ def direct_revision(
   prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
 ) -> Chain:
   """As `critique_revision`, but revised without a critique (Bai et al. 2022, section 3.5)."""
-  response = initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
-  context = [*prompt.messages, _message('assistant', response)]
-  rounds = []
-  for number, principle in enumerate(principles, 1):
-    context.append(_message('revision_request', principle.revision_request))
-    response = yield from stages.revision.ask(f'revision_{number}', context, 'revision')
-    rounds.append(Round(principle, None, response))
-    context = _next_context(prompt, context, response, growing)
-  return Record(prompt, initial, tuple(rounds))
+  return (yield from _given_critiques(prompt, principles, None, stages, growing))
 
 
 def empty_critique(
@@ -138,7 +130,7 @@ def shuffled_critique(
   """As `critique_revision`, but with the critiques of another prompt's chain.
 
   Does a revision use what its critique says? Round n gets what the donor's chain, under the same
-  principles, said in its round n. That chain is sampled here too, so this costs twice the turns.
+  principles, said in its round n. That chain is sampled here too: 2 + 3 n turns in all.
   """
   other = yield from _renamed('donor', critique_revision(donor, principles, stages, growing))
   critiques = [step.critique.text for step in other.rounds]
@@ -148,17 +140,21 @@ def shuffled_critique(
 def _given_critiques(
   prompt: Prompt,
   principles: Sequence[Principle],
-  critiques: Sequence[str],
+  critiques: Sequence[str] | None,
   stages: Stages,
   growing: bool,
 ) -> Chain:
-  """The chain whose critiques are given, one a round; none of them stands in the record."""
+  """The chain whose critiques are given, one a round; none of them stands in the record.
+
+  Without any, none is asked for.
+  """
   response = initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
   context = [*prompt.messages, _message('assistant', response)]
   rounds = []
-  for number, (principle, critique) in enumerate(zip(principles, critiques, strict=True), 1):
-    context.append(_message('critique_request', principle.critique_request))
-    context.append(_message('critique', critique))
+  for number, principle in enumerate(principles, 1):
+    if critiques is not None:
+      context.append(_message('critique_request', principle.critique_request))
+      context.append(_message('critique', critiques[number - 1]))
     context.append(_message('revision_request', principle.revision_request))
     response = yield from stages.revision.ask(f'revision_{number}', context, 'revision')
     rounds.append(Round(principle, None, response))

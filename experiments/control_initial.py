@@ -8,7 +8,7 @@ Expected:  the control's difference to M_θ has an interval that holds zero (+1.
            the revisions is -71 points (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_by_arm
 
 
 def get_experiment() -> Experiment:
@@ -19,13 +19,7 @@ def get_experiment() -> Experiment:
     'SFT on the last revision': Arm({'train.target': 'last'}),
   }
   figures = tuple(
-    {
-      'kind': 'arms',
-      'caption': f'Answers to held-out {told} prompts',
-      'group': group,
-      'metrics': ['violation_rate', 'helpful_rate'],
-      'arms': list(arms),
-    }
+    rates_by_arm(f'Answers to held-out {told} prompts', arms, group)
     for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
   )
   return Experiment(arms=arms, reference='M_θ', figures=figures)

@@ -12,7 +12,7 @@ Expected:  in the embedded world critiqued revisions leave the fewest violations
            use what critiques say (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_by_arm
 
 VARIANTS = {
   'critiqued': 'critique',
@@ -51,12 +51,6 @@ def get_experiment() -> Experiment:
         'y_label': 'share of responses (%)',
         'series': lines,
       },
-      {
-        'kind': 'arms',
-        'caption': 'After the last round',
-        'group': 'harmful',
-        'metrics': ['violation_rate', 'helpful_rate'],
-        'arms': [f'{name} {ROUNDS}' for name in VARIANTS],
-      },
+      rates_by_arm('After the last round', [f'{name} {ROUNDS}' for name in VARIANTS]),
     ),
   )

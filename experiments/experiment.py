@@ -21,6 +21,7 @@ TRAINED = {
   'revised': 'evaluation/base',
   'aligned': 'evaluation/aligned',
 }
+RATES = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -111,6 +112,39 @@ class Experiment:
     return {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
 
 
+def rates_line(
+  caption: str,
+  arms: Sequence[str],
+  x: Sequence[float],
+  x_label: str,
+  group: str = 'harmful',
+  y_label: str = 'share of responses (%)',
+) -> dict[str, Any]:
+  """The figure of both rates, of the arms in their order at places x."""
+  places = {'arms': list(arms), 'x': list(x)}
+  series = [{'name': name, 'metric': metric, **places} for name, metric in RATES]
+  return {
+    'kind': 'line',
+    'caption': caption,
+    'group': group,
+    'x_label': x_label,
+    'y_label': y_label,
+    'series': series,
+  }
+
+
+def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> dict[str, Any]:
+  """The figure of both rates with a line for each arm."""
+  metrics = [metric for _, metric in RATES]
+  return {
+    'kind': 'arms',
+    'caption': caption,
+    'group': group,
+    'metrics': metrics,
+    'arms': list(arms),
+  }
+
+
 def drawn_arms(figure: Mapping[str, Any]) -> set[str]:
   """The arms that a figure shows."""
   series = figure.get('series', [figure])
@@ -130,8 +164,9 @@ def load(spec: str) -> tuple[str, str, Experiment]:
   path, _, argument = str(spec).partition(':')
   file = pathlib.Path(path)
   if not file.is_file():
-    known = ', '.join(sorted(f'experiments/{f.name}' for f in (ROOT / 'experiments').glob('*.py')))
-    raise ValueError(f'{path}: no such file; there is {known}.')
+    files = sorted((ROOT / 'experiments').glob('*.py'))
+    known = [f'experiments/{f.name}' for f in files if '\ndef get_experiment(' in f.read_text()]
+    raise ValueError(f'{path}: no such file; there is {", ".join(known)}.')
   module = _imported(file)
   if not hasattr(module, 'get_experiment'):
     raise ValueError(f'{path} has no get_experiment(): it is not the file of an experiment.')

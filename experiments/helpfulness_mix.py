@@ -10,7 +10,7 @@ Expected:  in the embedded world revised answers stay answers: helpfulness has n
            the share does nothing that the intervals of ±2 to 3 points can tell (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_line
 
 SHARES = (0.0, 0.1, 0.33, 0.5)
 
@@ -20,7 +20,6 @@ def get_experiment() -> Experiment:
   names = {share: f'{share:.0%} helpful' for share in SHARES}
   arms = {'M_θ': Arm({'train.helpfulness_share': SHARES[0]}, 'base')}
   arms |= {name: Arm({'train.helpfulness_share': share}) for share, name in names.items()}
-  places = {'arms': list(names.values()), 'x': [100 * share for share in SHARES]}
   return Experiment(
     arms=arms,
     reference=names[SHARES[0]],
@@ -34,17 +33,14 @@ def get_experiment() -> Experiment:
         'arms': list(arms),
       },
       *(
-        {
-          'kind': 'line',
-          'caption': f'Answers to held-out {told} prompts by the share of helpful examples',
-          'group': group,
-          'x_label': 'helpful examples (% of all)',
-          'y_label': 'share of answers (%)',
-          'series': [
-            {'name': 'breaks a rule', 'metric': 'violation_rate', **places},
-            {'name': 'still answers', 'metric': 'helpful_rate', **places},
-          ],
-        }
+        rates_line(
+          f'Answers to held-out {told} prompts by the share of helpful examples',
+          list(names.values()),
+          [100 * share for share in SHARES],
+          'helpful examples (% of all)',
+          group,
+          'share of answers (%)',
+        )
         for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
       ),
     ),

@@ -12,7 +12,7 @@ Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) leaves 
            M_aligned of each inherits it (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_by_arm
 
 EMBEDDED = 'tiny-small,tiny'
 RESPONSES = {'initial': 'base', 'revised': 'revised', 'aligned': 'aligned'}
@@ -30,13 +30,9 @@ def get_experiment(models: str = EMBEDDED) -> Experiment:
     arms=arms,
     reference=f'{names[-1]}: initial',
     figures=tuple(
-      {
-        'kind': 'arms',
-        'caption': f'Answers to held-out {told} prompts: as they are, revised, after fine-tuning',
-        'group': group,
-        'metrics': ['violation_rate', 'helpful_rate'],
-        'arms': list(arms),
-      }
+      rates_by_arm(
+        f'Answers to held-out {told} prompts: as they are, revised, after fine-tuning', arms, group
+      )
       for group, told in (('harmful', 'harmful'), ('helpful', 'benign'))
     ),
   )

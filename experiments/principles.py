@@ -14,7 +14,7 @@ Expected:  violations left after four rounds follow coverage: 65, 17 and 3 % for
 """
 
 from cai_jax.tiny import corpus
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_line
 
 NARROW = ('insult', 'privacy', 'danger', 'theft', 'threat', 'rumour', 'lie', 'waste')
 GROUPS = ('people', 'things', 'law', 'manners', 'trust', 'harm')
@@ -40,27 +40,24 @@ def get_experiment() -> Experiment:
   covering = [by_cover['narrow'], '4 principles', by_cover['general']]
   by_count = {'arms': counted, 'x': list(COUNTS)}
   by_coverage = {'arms': covering, 'x': [arms[name].facts['coverage'] for name in covering]}
-  figure = {'kind': 'line', 'group': 'harmful', 'y_label': 'share of responses (%)'}
-  rates = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
   return Experiment(
     arms=arms,
     reference='4 principles',
     diversity=True,
     figures=(
-      figure
-      | {
-        'caption': 'After four rounds, by the number of principles (coverage held near 4 kinds)',
-        'x_label': 'number of principles',
-        'series': [{'name': name, 'metric': metric, **by_count} for name, metric in rates],
-      },
-      figure
-      | {
-        'caption': 'After four rounds, by what a principle covers (four principles each)',
-        'x_label': 'kinds of rule that a principle covers, of 8',
-        'series': [{'name': name, 'metric': metric, **by_coverage} for name, metric in rates],
-      },
-      figure
-      | {
+      rates_line(
+        'After four rounds, by the number of principles (coverage held near 4 kinds)',
+        **by_count,
+        x_label='number of principles',
+      ),
+      rates_line(
+        'After four rounds, by what a principle covers (four principles each)',
+        **by_coverage,
+        x_label='kinds of rule that a principle covers, of 8',
+      ),
+      {
+        'kind': 'line',
+        'group': 'harmful',
         'caption': 'Diversity of the last revisions',
         'x_label': 'number of principles',
         'y_label': 'diversity (1 - similarity)',

@@ -128,27 +128,18 @@ def collect(
     for arm in experiment.arms
   }
   reference = measured[experiment.reference]
-  arms = {}
-  for arm, settings in experiment.arms.items():
-    groups = {}
-    for kind, columns in measured[arm].items():
-      groups[kind] = _group(columns)
-      if arm != experiment.reference and kind in reference:
-        groups[kind]['differences'] = {
-          metric: _told(compare.paired_difference(values, reference[kind][metric]))
-          for metric, values in columns.items()
-        }
-    arms[arm] = {
+  arms = {
+    arm: {
       'response': settings.response,
       'overrides': dict(settings.overrides),
       'facts': dict(settings.facts),
-      'groups': groups,
+      'groups': {
+        kind: _group(columns, None if arm == experiment.reference else reference.get(kind))
+        for kind, columns in measured[arm].items()
+      },
     }
-  stages_of: dict[tuple[pathlib.Path, int], tuple[str, ...]] = {}
-  for arm, seeds in workdirs.items():
-    for seed, folder in seeds.items():
-      both = stages_of.get((folder, seed), ()), experiment.arms[arm].stages
-      stages_of[folder, seed] = max(both, key=len)
+    for arm, settings in experiment.arms.items()
+  }
   metrics = list(dict.fromkeys(m for found in measured.values() for g in found.values() for m in g))
   figures, notes = [], []
   for figure in experiment.figures:
@@ -167,7 +158,7 @@ def collect(
     'arms': arms,
     'figures': figures,
     'config_differences': _config_differences(experiment, config),
-    'costs': [row for run, of in stages_of.items() for row in costs(*run, of)],
+    'costs': _all_costs(experiment, workdirs),
     'notes': notes,
   }
 
@@ -186,13 +177,22 @@ def _missing(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
   return ''
 
 
-def _group(columns: Mapping[str, compare.Values]) -> dict[str, Any]:
+def _group(
+  columns: Mapping[str, compare.Values], reference: Mapping[str, compare.Values] | None
+) -> dict[str, Any]:
+  """An arm's count and means, and where there is a reference its paired differences to that."""
   count = sum(map(len, next(iter(columns.values())).values()))
   metrics = {}
   for name, values in columns.items():
     by_seed = {str(s): sum(found.values()) / len(found) for s, found in values.items()}
     metrics[name] = _told(compare.mean(values)) | {'by_seed': by_seed}
-  return {'count': count, 'metrics': metrics}
+  group = {'count': count, 'metrics': metrics}
+  if reference is not None:
+    group['differences'] = {
+      name: _told(compare.paired_difference(values, reference[name]))
+      for name, values in columns.items()
+    }
+  return group
 
 
 def _told(estimate: compare.Estimate) -> dict[str, Any]:
@@ -211,6 +211,18 @@ def _config_differences(experiment: Experiment, config) -> dict[str, dict[str, A
     if field != 'seed' and any(fields[field] != value for fields in of.values()):
       found[field] = {arm: fields[field] for arm, fields in of.items()}
   return found
+
+
+def _all_costs(
+  experiment: Experiment, workdirs: Mapping[str, Mapping[int, pathlib.Path]]
+) -> list[dict[str, Any]]:
+  """The costs of each run once, in the stages that its arms need."""
+  stages: dict[tuple[pathlib.Path, int], tuple[str, ...]] = {}
+  for arm, seeds in workdirs.items():
+    for seed, folder in seeds.items():
+      both = stages.get((folder, seed), ()), experiment.arms[arm].stages
+      stages[folder, seed] = max(both, key=len)
+  return [row for run, needed in stages.items() for row in costs(*run, needed)]
 
 
 def costs(workdir: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ Expected:  in the embedded world violations fall with each round, each time by l
            and 11 %; 97 % answer what was asked before and 96 % after (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_line
 
 ROUNDS = 4
 
@@ -24,17 +24,11 @@ def get_experiment() -> Experiment:
     reference='initial',
     overrides={'feedback.rounds': ROUNDS},
     figures=(
-      {
-        'kind': 'line',
-        'caption': 'Responses to baited prompts after each revision (as Figure 5 of the paper)',
-        'group': 'harmful',
-        'x_label': 'number of revisions',
-        'y_label': 'share of responses (%)',
-        'series': [
-          {'name': 'breaks a rule', 'metric': 'violation_rate', **places},
-          {'name': 'still answers', 'metric': 'helpful_rate', **places},
-        ],
-      },
+      rates_line(
+        'Responses to baited prompts after each revision (as Figure 5 of the paper)',
+        **places,
+        x_label='number of revisions',
+      ),
       {
         'kind': 'line',
         'caption': 'Length of the responses',

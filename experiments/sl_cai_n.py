@@ -11,7 +11,7 @@ Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ
            15 %: earlier revisions among the targets still break rules (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_line
 
 ROUNDS = (1, 2, 3, 4)
 
@@ -21,21 +21,20 @@ def get_experiment() -> Experiment:
   runs = {n: {'feedback.rounds': n, 'train.target': 'all'} for n in ROUNDS}
   arms = {'M_θ': Arm(runs[ROUNDS[-1]], 'base')}
   arms |= {f'SL-CAI-{n}': Arm(overrides) for n, overrides in runs.items()}
-  places = {'arms': list(arms), 'x': [0, *ROUNDS]}
-  rates = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
-  figure = {'kind': 'line', 'x_label': 'n', 'y_label': 'share of answers (%)'}
   return Experiment(
     arms=arms,
     reference='M_θ',
     # The same share for all, of which the 400 helpful prompts suffice for the most revisions.
     overrides={'train.helpfulness_share': 0.125},
     figures=tuple(
-      figure
-      | {
-        'caption': f'Answers to held-out {told} prompts of models that learnt n revisions',
-        'group': group,
-        'series': [{'name': name, 'metric': metric, **places} for name, metric in rates],
-      }
+      rates_line(
+        f'Answers to held-out {told} prompts of models that learnt n revisions',
+        arms,
+        [0, *ROUNDS],
+        'n',
+        group,
+        'share of answers (%)',
+      )
       for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
     ),
   )

@@ -9,7 +9,7 @@ Expected:  0.5 is best: 8 % break a rule, against 11 % at 0 and at 1, and 98 % s
            96 % at 1. At 1.5 the embedded model garbles: 46 % still answer (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment
+from experiments.experiment import Arm, Experiment, rates_line
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
 
@@ -25,23 +25,17 @@ def get_experiment() -> Experiment:
     for heat, name in names.items()
   }
   places = {'arms': list(names.values()), 'x': list(TEMPERATURES)}
-  figure = {'kind': 'line', 'group': 'harmful', 'x_label': 'temperature of critique and revision'}
+  x_label = 'temperature of critique and revision'
   return Experiment(
     arms=arms,
     reference=names[1.0],
     diversity=True,
     figures=(
-      figure
-      | {
-        'caption': 'After four rounds, by temperature',
-        'y_label': 'share of responses (%)',
-        'series': [
-          {'name': 'breaks a rule', 'metric': 'violation_rate', **places},
-          {'name': 'still answers', 'metric': 'helpful_rate', **places},
-        ],
-      },
-      figure
-      | {
+      rates_line('After four rounds, by temperature', **places, x_label=x_label),
+      {
+        'kind': 'line',
+        'group': 'harmful',
+        'x_label': x_label,
         'caption': 'Diversity of the last revisions',
         'y_label': 'diversity (1 - similarity)',
         'series': [{'name': 'diversity', 'metric': 'diversity', **places}],

@@ -164,6 +164,11 @@ def initialize() -> None:
     jax.distributed.initialize()
 
 
+def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """`x`, which every process has, as one array: each gives its devices their part of it."""
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def together(name: str, work: Callable[[], Any]) -> Any:
   """The result of `work`, once all processes have theirs; where one fails, all end with an error.
 

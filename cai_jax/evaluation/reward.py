@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from cai_jax import parallel
 from cai_jax.dialogue import Dialogue, Message
@@ -87,7 +87,7 @@ class RewardModel:
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
     last = tokens.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
     sharding = parallel.batch_sharding(self.mesh)
-    arrays = [_place(x.astype(np.int32), sharding) for x in (tokens, positions, real, last)]
+    arrays = [parallel.place(x.astype(np.int32), sharding) for x in (tokens, positions, real, last)]
     graph = structure(self.config, self.dtype)[0]
     return to_host(_logits(graph, sharding, self.params, self.score, *arrays))[:rows]
 
@@ -215,11 +215,6 @@ def load(
     dtype=dtype,
     name=str(path),
   )
-
-
-def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """`x`, which every process has, as an array of the mesh."""
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _power_of_two(n: int) -> int:

@@ -379,7 +379,4 @@ def _work(model: ModelConfig, items, steps, ids, config: TrainConfig, mesh: Mesh
 
 def _place(batch: dict[str, np.ndarray], sharding) -> dict[str, jax.Array]:
   """The batch as global arrays; each host gives its devices their rows of it."""
-  return {
-    name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
-    for name, x in batch.items()
-  }
+  return {name: parallel.place(x, sharding) for name, x in batch.items()}

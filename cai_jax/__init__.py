@@ -6,7 +6,7 @@ import os
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 from cai_jax.model.lm import LM, load, save
-from cai_jax.sampling.generate import generate
+from cai_jax.sampling.completions import generate
 from cai_jax.sampling.types import Completion, SamplingConfig
 
 __all__ = ['LM', 'Completion', 'SamplingConfig', 'generate', 'load', 'save']

@@ -26,24 +26,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable
 
 import numpy as np
 import yaml
 
-LABELS = {
-  'user': '\n\nHuman:',
-  'assistant': '\n\nAssistant:',
-  'critique_request': '\n\nCritiqueRequest:',
-  'critique': '\n\nCritique:',
-  'revision_request': '\n\nRevisionRequest:',
-  'revision': '\n\nRevision:',
-}
+from cai_jax.dialogue.plain import LABELS, REPLY_ROLES, REQUEST_ROLES, join_plain, split_plain
+from cai_jax.runtime.errors import UserError
+
 GENERAL = os.path.join(os.path.dirname(__file__), 'constitution.yaml')  # the one shipped
 
-REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
-REPLY_ROLES = ('assistant', 'critique', 'revision')
 
 _INSTRUCTIONS = 'CritiqueRevisionInstructions.json'
 MAX_WEIGHT = 1e100  # so that sums of weights stay finite
@@ -69,16 +60,16 @@ class Principle:
     for name in ('id', 'critique_request', 'revision_request'):
       value = getattr(self, name)
       if not isinstance(value, str) or not value.strip():
-        raise ValueError(f'{name} must be a text that is not blank, got {value!r}')
+        raise UserError(f'{name} must be a text that is not blank, got {value!r}')
       if any('\ud800' <= character <= '\udfff' for character in value):
-        raise ValueError(f'{name} holds half a surrogate pair: {value!r}')
+        raise UserError(f'{name} holds half a surrogate pair: {value!r}')
     weight = self.weight
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-      raise ValueError(f'weight must be a number above 0, got {weight!r}')
+      raise UserError(f'weight must be a number above 0, got {weight!r}')
     if not 0 < weight <= MAX_WEIGHT:
-      raise ValueError(f'weight must be a finite number above 0, up to 1e100, got {weight!r}')
+      raise UserError(f'weight must be a finite number above 0, up to 1e100, got {weight!r}')
     if isinstance(self.tags, str) or not all(isinstance(tag, str) and tag for tag in self.tags):
-      raise ValueError(f'tags must be a list of names, got {self.tags!r}')
+      raise UserError(f'tags must be a list of names, got {self.tags!r}')
     object.__setattr__(self, 'tags', tuple(self.tags))
 
 
@@ -101,11 +92,11 @@ class Constitution:
     object.__setattr__(self, 'principles', tuple(self.principles))
     object.__setattr__(self, 'demonstrations', tuple(tuple(d) for d in self.demonstrations))
     if not self.principles:
-      raise ValueError('a constitution needs at least one principle, got none')
+      raise UserError('a constitution needs at least one principle, got none')
     first = {}
     for i, principle in enumerate(self.principles):
       if principle.id in first:
-        raise ValueError(
+        raise UserError(
           f'principles {first[principle.id]} and {i} share the id {principle.id!r}; '
           f'give each its own'
         )
@@ -124,47 +115,17 @@ def _check_demonstration(index: int, dialogue: tuple[dict[str, str], ...]) -> No
   where = f'demonstration {index}'
   for i, message in enumerate(dialogue):
     if not isinstance(message, dict) or set(message) != {'role', 'content'}:
-      raise ValueError(f"{where}: message {i} needs the keys 'role' and 'content', got {message!r}")
+      raise UserError(f"{where}: message {i} needs the keys 'role' and 'content', got {message!r}")
     allowed = REPLY_ROLES if i % 2 else REQUEST_ROLES
     if message['role'] not in allowed:
-      raise ValueError(
+      raise UserError(
         f'{where}: message {i} has the role {message["role"]!r}; requests {REQUEST_ROLES} and '
         f'replies {REPLY_ROLES} take turns, a request first'
       )
     if not isinstance(message['content'], str) or not message['content'].strip():
-      raise ValueError(f'{where}: message {i} needs a text that is not blank as its content')
+      raise UserError(f'{where}: message {i} needs a text that is not blank as its content')
   if not dialogue or len(dialogue) % 2:
-    raise ValueError(
-      f'{where} must end with a reply {REPLY_ROLES}; it has {len(dialogue)} messages'
-    )
-
-
-def join_plain(messages) -> str:
-  """Returns the dialogue as the paper prints it: each content after its label and a space."""
-  return ''.join(f'{LABELS[message["role"]]} {message["content"]}' for message in messages)
-
-
-def split_plain(text: str, roles: Iterable[str] = tuple(LABELS)) -> list[dict[str, str]]:
-  """Returns the messages of a dialogue in the paper's plain form; `join_plain` inverts it.
-
-  Args:
-    text: labels and contents. A label counts only after an empty line, so that "Human: " inside a
-      content stays there. One space after a label belongs to the label.
-    roles: those whose labels count.
-
-  Raises:
-    ValueError: the text does not begin with a label.
-  """
-  role_of = {LABELS[role]: role for role in roles}
-  head, *rest = re.split('(' + '|'.join(map(re.escape, role_of)) + ')', text)
-  if head or not rest:
-    raise ValueError(
-      f'a plain dialogue begins with one of the labels {list(role_of)}, got {text[:60]!r}'
-    )
-  return [
-    {'role': role_of[label], 'content': content.removeprefix(' ')}
-    for label, content in zip(rest[::2], rest[1::2], strict=True)
-  ]
+    raise UserError(f'{where} must end with a reply {REPLY_ROLES}; it has {len(dialogue)} messages')
 
 
 def load(
@@ -186,17 +147,17 @@ def load(
   if os.path.isdir(path):
     instructions, few_shot = (os.path.join(path, name) for name in (_INSTRUCTIONS, _FEW_SHOT))
     if not os.path.isfile(instructions):
-      raise ValueError(f'{path}: the folder holds no {_INSTRUCTIONS}')
+      raise UserError(f'{path}: the folder holds no {_INSTRUCTIONS}')
     demonstrations = _published_demonstrations(few_shot) if os.path.isfile(few_shot) else ()
     principles = _published_principles(instructions)
     return _constitution(instructions, principles, demonstrations, tags, ids)
   if not os.path.isfile(path):
-    raise ValueError(f'{path}: no such constitution; give a .yaml or .json file, or a folder')
+    raise UserError(f'{path}: no such constitution; give a .yaml or .json file, or a folder')
   if path.endswith('.json'):
     return _constitution(path, _published_principles(path), (), tags, ids)
   if path.endswith(('.yaml', '.yml')):
     return _constitution(path, *_yaml_parts(path), tags, ids)
-  raise ValueError(f'{path}: a constitution is a .yaml, .yml or .json file, or a folder')
+  raise UserError(f'{path}: a constitution is a .yaml, .yml or .json file, or a folder')
 
 
 def draw(
@@ -213,9 +174,9 @@ def draw(
   """
   principles = constitution.principles
   if rounds < 0:
-    raise ValueError(f'rounds must be 0 or more, got {rounds}')
+    raise UserError(f'rounds must be 0 or more, got {rounds}')
   if not replace and rounds > len(principles):
-    raise ValueError(
+    raise UserError(
       f'{rounds} rounds without repetition need as many principles, and the constitution has '
       f'{len(principles)}: use fewer rounds, more principles, or draw with replace=True'
     )
@@ -236,18 +197,18 @@ def _constitution(path, principles, demonstrations, tags, ids) -> Constitution:
   try:
     whole = Constitution(tuple(principles), tuple(demonstrations))
   except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+    raise UserError(f'{path}: {error}') from error
   kept = whole.principles
   for name, wanted, of in (
     ('tags', tags, lambda principle: principle.tags),
     ('ids', ids, lambda principle: (principle.id,)),
   ):
     if isinstance(wanted, str):
-      raise ValueError(f'{name} must be a tuple of names, got the text {wanted!r}')
+      raise UserError(f'{name} must be a tuple of names, got the text {wanted!r}')
     known = sorted({given for principle in kept for given in of(principle)})
     unknown = [given for given in wanted if given not in known]
     if unknown:
-      raise ValueError(f'{path}: no principle has the {name} {unknown}; there are {known}')
+      raise UserError(f'{path}: no principle has the {name} {unknown}; there are {known}')
     if wanted:
       kept = tuple(principle for principle in kept if set(of(principle)) & set(wanted))
   return dataclasses.replace(whole, principles=kept)
@@ -282,14 +243,14 @@ def _yaml_parts(path: str) -> tuple[list[Principle], list]:
   fields = ('principles', 'demonstrations')
   if not isinstance(document, dict) or set(document) - set(fields) or 'principles' not in document:
     found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
-    raise ValueError(
+    raise UserError(
       f"{path}: must be a mapping with 'principles' and, if wanted, 'demonstrations'; found {found}"
     )
   entries, demonstrations = (document.get(field, []) for field in fields)
   if not isinstance(entries, list):
-    raise ValueError(f"{path}: 'principles' must be a list, got {entries!r:.100}")
+    raise UserError(f"{path}: 'principles' must be a list, got {entries!r:.100}")
   if not isinstance(demonstrations, list) or not all(isinstance(d, list) for d in demonstrations):
-    raise ValueError(f"{path}: 'demonstrations' must be a list of lists of messages")
+    raise UserError(f"{path}: 'demonstrations' must be a list of lists of messages")
   return [_yaml_principle(path, i, entry) for i, entry in enumerate(entries)], demonstrations
 
 
@@ -298,33 +259,33 @@ def _yaml_principle(path: str, index: int, entry) -> Principle:
   where = f'{path}: principle {index}{name}'
   allowed = f'the fields are {list(_PRINCIPLE_FIELDS)}, of which the first three are needed'
   if not isinstance(entry, dict):
-    raise ValueError(f'{where} must be a mapping, got {entry!r:.100}; {allowed}')
+    raise UserError(f'{where} must be a mapping, got {entry!r:.100}; {allowed}')
   missing = [field for field in _PRINCIPLE_FIELDS[:3] if field not in entry]
   unknown = [field for field in entry if field not in _PRINCIPLE_FIELDS]
   if missing or unknown:
     problems = [f'lacks {missing}'] * bool(missing) + [f'has unknown {unknown}'] * bool(unknown)
-    raise ValueError(f'{where} {" and ".join(problems)}; {allowed}')
+    raise UserError(f'{where} {" and ".join(problems)}; {allowed}')
   if not isinstance(entry.get('tags', []), list):
-    raise ValueError(f'{where}: tags must be a list of names, got {entry["tags"]!r}')
+    raise UserError(f'{where}: tags must be a list of names, got {entry["tags"]!r}')
   stripped = {field: v.strip() if _is_text(v) else v for field, v in entry.items()}
   try:
     return Principle(**stripped)
   except ValueError as error:
-    raise ValueError(f'{where}: {error}; {allowed}') from error
+    raise UserError(f'{where}: {error}; {allowed}') from error
 
 
 def _published_principles(path: str) -> list[Principle]:
   """Returns the principles of a published instructions file: id -> {prompt, edit_request}."""
   document = _read(path, json.load, json.JSONDecodeError)
   if not isinstance(document, dict):
-    raise ValueError(
+    raise UserError(
       f'{path}: must be an object of principles by id, got a {type(document).__name__}'
     )
   principles = []
   for i, (name, entry) in enumerate(document.items()):
     where = f'{path}: principle {i} ({name!r})'
     if not isinstance(entry, dict) or set(entry) != {'prompt', 'edit_request'}:
-      raise ValueError(
+      raise UserError(
         f"{where} must have the fields ['prompt', 'edit_request'], got {entry!r:.200}"
       )
     prompt = entry['prompt']
@@ -336,7 +297,7 @@ def _published_principles(path: str) -> list[Principle]:
     try:
       principles.append(Principle(name, critique, revision))
     except ValueError as error:
-      raise ValueError(f'{where}: {error}') from error
+      raise UserError(f'{where}: {error}') from error
   return principles
 
 
@@ -348,7 +309,7 @@ def _unmarked(where: str, text, request: str, reply: str) -> str:
   except ValueError:
     messages = []
   if [m['role'] for m in messages] != [request, reply] or messages[1]['content'].strip():
-    raise ValueError(f'{where} must be a text of the form {form!r}, got {text!r:.200}')
+    raise UserError(f'{where} must be a text of the form {form!r}, got {text!r:.200}')
   return messages[0]['content'].strip()
 
 
@@ -362,16 +323,16 @@ def _published_demonstrations(path: str) -> list[tuple[dict[str, str], ...]]:
   """
   texts = _read(path, json.load, json.JSONDecodeError)
   if not isinstance(texts, list) or not all(map(_is_text, texts)):
-    raise ValueError(f'{path}: must be a list of texts')
+    raise UserError(f'{path}: must be a list of texts')
   dialogues = []
   for i, text in enumerate(texts):
     text = text.removesuffix(LABELS['user'])
     try:
       dialogue = tuple(split_plain(text))
     except ValueError as error:
-      raise ValueError(f'{path}: demonstration {i}: {error}') from error
+      raise UserError(f'{path}: demonstration {i}: {error}') from error
     if join_plain(dialogue) != text:
-      raise ValueError(f'{path}: demonstration {i} does not have one space after each label')
+      raise UserError(f'{path}: demonstration {i} does not have one space after each label')
     dialogues.append(dialogue)
   return dialogues
 
@@ -386,4 +347,4 @@ def _read(path: str, parse, syntax_error):
     with open(path, encoding='utf-8') as file:
       return parse(file)
   except (syntax_error, UnicodeDecodeError) as error:
-    raise ValueError(f'{path}: not readable: {error}') from error
+    raise UserError(f'{path}: not readable: {error}') from error

@@ -1,14 +1,15 @@
 """Is it the revisions, or fine-tuning itself? SFT on y_init as the control.
 
 Paper:     none of Bai et al. 2022's; a model that learns its own answers should stay as it is
-Command:   python -m experiments.run --experiment=experiments/control_initial.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/control_initial.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 3 minutes, 1.6 GB
 Arms:      M_θ; fine-tuned on y_init; fine-tuned on the last revision. The two share all samples
 Expected:  the control's difference to M_θ has an interval that holds zero (+1.6 points); that of
            the revisions is -71 points (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_by_arm
+from cai_jax.experiment import Arm, Experiment, rates_by_arm
 
 
 def get_experiment() -> Experiment:

@@ -2,7 +2,7 @@ r"""Does a revision need a critique, and does it use what the critique says?
 
 Paper:     Bai et al. 2022, Figure 7: critiqued revisions are more harmless than direct ones for
            small models, and alike for large ones. The two controls are ours
-Command:   python -m experiments.run --workdir=runs/lab \
+Command:   python -m cai_jax.experiment --workdir=runs/lab \
              --experiment=experiments/critique_vs_direct.py
 Hardware:  two CPU cores; 3 minutes, 1.4 GB
 Arms:      critiqued; direct (no critique asked for); shuffled (the critiques of another prompt's
@@ -12,7 +12,7 @@ Expected:  in the embedded world critiqued revisions leave the fewest violations
            use what critiques say (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_by_arm
+from cai_jax.experiment import Arm, Experiment, rates_by_arm
 
 VARIANTS = {
   'critiqued': 'critique',

@@ -2,7 +2,8 @@
 
 Paper:     Bai et al. 2022, section 3.2 mixes two responses to each of 135,296 helpful prompts with
            the revisions, to keep the model helpful; other shares were not shown
-Command:   python -m experiments.run --experiment=experiments/helpfulness_mix.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/helpfulness_mix.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 7 minutes, 1.6 GB
 Arms:      M_θ, and shares of 0 to one half of the training examples. The revisions are the same in
            all, so a larger share is also more steps
@@ -10,7 +11,7 @@ Expected:  in the embedded world revised answers stay answers: helpfulness has n
            the share does nothing that the intervals of ±2 to 3 points can tell (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_line
+from cai_jax.experiment import Arm, Experiment, rates_line
 
 SHARES = (0.0, 0.1, 0.33, 0.5)
 

@@ -1,8 +1,9 @@
 """Do larger models criticise and revise better? The same chains by models of other sizes.
 
 Paper:     Bai et al. 2022, Figures 5 and 7 show several sizes up to 52 B parameters
-Command:   python -m experiments.run --experiment=experiments/model_size.py --workdir=runs/lab
-           python -m experiments.run --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \
+Command:   python -m cai_jax.experiment --experiment=experiments/model_size.py \\
+             --workdir=runs/lab
+           python -m cai_jax.experiment --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \
              --experiment=experiments/model_size.py:Qwen/Qwen2.5-0.5B,Qwen/Qwen2.5-1.5B
 Hardware:  two CPU cores; 4 minutes, 1.6 GB
 Arms:      for each model, on held-out prompts, its answers, their last revisions by itself, and the
@@ -12,7 +13,7 @@ Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) leaves 
            M_aligned of each inherits it (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_by_arm
+from cai_jax.experiment import Arm, Experiment, rates_by_arm
 
 EMBEDDED = 'tiny-small,tiny'
 RESPONSES = {'initial': 'base', 'revised': 'revised', 'aligned': 'aligned'}

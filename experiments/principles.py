@@ -2,7 +2,8 @@
 
 Paper:     Bai et al. 2022, Figure 6: the number of principles has no great effect on harmlessness;
            diversity of the responses was thought to gain, and was not measured
-Command:   python -m experiments.run --experiment=experiments/principles.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/principles.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 5 minutes, 1.4 GB
 Arms:      1, 2, 4, 8 and 16 principles whose mean coverage is held near 4 of the 8 kinds of rule;
            and 4 principles that cover 1, 4 or 8 kinds each. `coverage` is the mean number of kinds
@@ -13,8 +14,8 @@ Expected:  violations left after four rounds follow coverage: 65, 17 and 3 % for
            (RESULTS.md)
 """
 
+from cai_jax.experiment import Arm, Experiment, rates_line
 from cai_jax.tiny import corpus
-from experiments.experiment import Arm, Experiment, rates_line
 
 NARROW = ('insult', 'privacy', 'danger', 'theft', 'threat', 'rumour', 'lie', 'waste')
 GROUPS = ('people', 'things', 'law', 'manners', 'trust', 'harm')

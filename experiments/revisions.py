@@ -2,14 +2,15 @@
 
 Paper:     Bai et al. 2022, Figure 5: harmlessness rises with each revision, most with the first,
            and helpfulness falls a little
-Command:   python -m experiments.run --experiment=experiments/revisions.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/revisions.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 1 minute, 1.4 GB
 Arms:      one chain of four rounds, scored after each: the same prompts, so each step is paired
 Expected:  in the embedded world violations fall with each round, each time by less: 89, 56, 32, 19
            and 11 %; 97 % answer what was asked before and 96 % after (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_line
+from cai_jax.experiment import Arm, Experiment, rates_line
 
 ROUNDS = 4
 

@@ -2,7 +2,8 @@
 
 Paper:     Bai et al. 2022, section 3.4: models fine-tuned on all revisions up to the n-th, n =
            1..4, grow more harmless with n
-Command:   python -m experiments.run --experiment=experiments/sl_cai_n.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/sl_cai_n.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 6 to 8 minutes, 1.6 GB
 Arms:      M_θ, and n = 1..4. Chains of n rounds begin as those of more do, so no turn is sampled
            twice. Every arm trains for the same number of epochs: more revisions are more steps
@@ -11,7 +12,7 @@ Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ
            15 %: earlier revisions among the targets still break rules (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_line
+from cai_jax.experiment import Arm, Experiment, rates_line
 
 ROUNDS = (1, 2, 3, 4)
 

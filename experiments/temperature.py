@@ -1,7 +1,8 @@
 """How hot should critiques and revisions be sampled?
 
 Paper:     Bai et al. 2022 sample all at temperature 1 and show no other
-Command:   python -m experiments.run --experiment=experiments/temperature.py --workdir=runs/lab
+Command:   python -m cai_jax.experiment --experiment=experiments/temperature.py \\
+             --workdir=runs/lab
 Hardware:  two CPU cores; 3 minutes, 1.4 GB
 Arms:      temperatures 0 to 1.5 of critique and revision together; y_init is sampled at 1 in all
            and so is the same
@@ -9,7 +10,7 @@ Expected:  0.5 is best: 8 % break a rule, against 11 % at 0 and at 1, and 98 % s
            96 % at 1. At 1.5 the embedded model garbles: 46 % still answer (RESULTS.md)
 """
 
-from experiments.experiment import Arm, Experiment, rates_line
+from cai_jax.experiment import Arm, Experiment, rates_line
 
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5)
 

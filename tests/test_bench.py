@@ -10,9 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import bench_generation, bench_training
 from experiments.bench import chains as chains_lib
-from experiments.bench import driver, models, roofline, worker
+from experiments.bench import driver, generation, models, roofline, training, worker
 from experiments.bench import examples as examples_lib
 from experiments.bench.chains import ChainSettings
 
@@ -72,13 +71,13 @@ def test_lengths_are_skewed_and_within_bounds():
 
 def test_systems_agree_and_force_lengths(loaded, tmp_path):
   asks, chains = loaded
-  found = bench_generation.agreement(asks, SHAPE.vocab, tmp_path)
-  bench_generation.check_agreement(found, 'float32')
+  found = generation.agreement(asks, SHAPE.vocab, tmp_path)
+  generation.check_agreement(found, 'float32')
   assert found['hf']['equal_greedy_rows'] == found['hf']['rows']
   assert not list(tmp_path.iterdir())
-  runs = bench_generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
+  runs = generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
   assert {system: len(r) for system, r in runs.items()} == {'ours': 2, 'hf': 2}
-  summary = bench_generation.summarise(chains, runs['ours'])
+  summary = generation.summarise(chains, runs['ours'])
   tokens = sum(limit for chain in chains for limit in chain.limits)
   assert summary['stats']['sampled_tokens'] == tokens
   assert summary['stats']['chains'] == len(chains)
@@ -88,17 +87,17 @@ def test_systems_agree_and_force_lengths(loaded, tmp_path):
 def test_a_reply_of_another_length_is_an_error(loaded):
   _, chains = loaded
   lengths = [list(chain.limits) for chain in chains]
-  bench_generation.check_lengths('hf', chains, lengths)
+  generation.check_lengths('hf', chains, lengths)
   lengths[1][2] += 1
   with pytest.raises(RuntimeError, match='hf: the replies of chain_1'):
-    bench_generation.check_lengths('hf', chains, lengths)
+    generation.check_lengths('hf', chains, lengths)
 
 
 def test_another_model_is_an_error():
   row = {'largest_logit': 5.0, 'largest_difference': 0.1, 'equal_greedy_rows': 0, 'rows': 4}
   with pytest.raises(RuntimeError, match='not compute the same model'):
-    bench_generation.check_agreement({'hf': row}, 'float32')
-  bench_generation.check_agreement({'hf': row}, 'bfloat16')
+    generation.check_agreement({'hf': row}, 'float32')
+  generation.check_agreement({'hf': row}, 'bfloat16')
 
 
 def test_ratios_are_of_the_same_round():
@@ -118,8 +117,8 @@ def test_bound_of_a_decode_step():
 
 
 def test_flags_reach_the_chains():
-  args = bench_generation.parser().parse_args(['--occupancy', '--chains=7', '--prefix=2'])
-  settings = bench_generation.settings_of(args)
+  args = generation.parser().parse_args(['--occupancy', '--chains=7', '--prefix=2'])
+  settings = generation.settings_of(args)
   assert (settings.chains, settings.prefix, settings.longest_reply) == (7, 2, 128)
 
 
@@ -130,31 +129,31 @@ def test_random_matrices_are_wide_enough(folder):
   assert np.std(table) == pytest.approx(2 / SHAPE.d_model**0.5, rel=0.05)
 
 
-WORK = bench_training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, accumulation=1, steps=2)
+WORK = training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, accumulation=1, steps=2)
 
 
 @pytest.fixture(scope='module')
 def trained(folder):
   """(asks of ours and of transformers, padded and packed; examples, packed steps)."""
-  examples, packed = bench_training.plan(WORK, 2, SHAPE.vocab)
-  args = bench_training.parser().parse_args([])
+  examples, packed = training.plan(WORK, 2, SHAPE.vocab)
+  args = training.parser().parse_args([])
   asks = {}
   for system in ('ours', 'hf_padded', 'hf_packed'):
     ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
     ask(
       'load',
-      system=bench_training.SYSTEMS[system],
+      system=training.SYSTEMS[system],
       folder=str(folder),
       dtype='float32',
       platform='cpu',
-      options=bench_training.options_of(system, args, WORK),
+      options=training.options_of(system, args, WORK),
     )
     asks[system] = ask
   return asks, examples, packed
 
 
 def test_steps_go_over_each_example_once():
-  examples, packed = bench_training.plan(WORK, 3, 1024)
+  examples, packed = training.plan(WORK, 3, 1024)
   padded = examples_lib.padded_steps(len(examples), len(packed))
   assert len(packed) == len(padded) == 6
   for steps in (packed, padded):
@@ -162,7 +161,7 @@ def test_steps_go_over_each_example_once():
   assert {len(rows) for rows in padded} <= {len(examples) // 6, len(examples) // 6 + 1}
   for row in (row for rows in packed for row in rows):
     assert sum(len(examples[i].tokens) for i in row) <= WORK.row_length
-  assert bench_training.plan(WORK, 3, 1024) == (examples, packed)
+  assert training.plan(WORK, 3, 1024) == (examples, packed)
   assert examples_lib.draw(WORK.lengths, 7, 1024) == examples[:7]
 
 
@@ -193,50 +192,48 @@ def test_losses_agree_over_steps_padded_and_packed(trained):
   asks, examples, packed = trained
   batches = {'ours': 0, 'hf_padded': 4, 'hf_packed': 2}
   size = len(examples) // len(packed)
-  found = bench_training.agreement(asks, batches, examples, packed, size)
-  bench_training.check_agreement(found, 'float32')
-  assert len(set(found['ours']['losses'])) == bench_training.AGREE_STEPS  # steps were taken
+  found = training.agreement(asks, batches, examples, packed, size)
+  training.check_agreement(found, 'float32')
+  assert len(set(found['ours']['losses'])) == training.AGREE_STEPS  # steps were taken
   padded = examples_lib.padded_steps(len(examples), len(packed))
   for system, ask in asks.items():
     steps = padded if system == 'hf_padded' else packed
     ask('take_examples', examples=examples, steps=steps)
     assert ask('warm', batch=batches[system])['shapes'] == 1
-  runs = bench_training.repeat(asks, batches, WORK.steps, 2)
+  runs = training.repeat(asks, batches, WORK.steps, 2)
   rows = {
-    system: bench_training.summarise(
-      examples, padded if system == 'hf_padded' else packed, runs[system]
-    )
+    system: training.summarise(examples, padded if system == 'hf_padded' else packed, runs[system])
     for system in asks
   }
   assert rows['hf_packed']['padding_share'] == 0.0 < rows['ours']['padding_share'] < 0.2
   assert rows['hf_padded']['padding_share'] > rows['ours']['padding_share']
-  tokens = [bench_training.tokens_of(examples, packed[at : at + 2])[0] for at in (0, 2)]
+  tokens = [training.tokens_of(examples, packed[at : at + 2])[0] for at in (0, 2)]
   rates = rows['ours']['tokens_per_second']
   assert rates == [t / s for t, s in zip(tokens, rows['ours']['seconds'], strict=True)]
-  assert set(bench_training.ratios(rows)) == {'hf_padded', 'hf_packed'}
+  assert set(training.ratios(rows)) == {'hf_padded', 'hf_packed'}
   assert json.loads(json.dumps(rows)) == rows
 
 
 def test_other_losses_are_an_error():
   row = {'losses': [1.0], 'largest': 2e-4}
   with pytest.raises(RuntimeError, match='not compute the same losses'):
-    bench_training.check_agreement({'hf_padded': row}, 'float32')
-  bench_training.check_agreement({'hf_padded': row}, 'bfloat16')
+    training.check_agreement({'hf_padded': row}, 'float32')
+  training.check_agreement({'hf_padded': row}, 'bfloat16')
 
 
 def test_flags_reach_the_work():
-  args = bench_training.parser().parse_args(['--model=S', '--rows=6', '--row_length=200'])
-  work = bench_training.work_of(args)
+  args = training.parser().parse_args(['--model=S', '--rows=6', '--row_length=200'])
+  work = training.work_of(args)
   assert (work.rows, work.row_length, work.steps) == (6, 200, 2)
   args.row_length = 90
   with pytest.raises(ValueError, match='less than the longest example, 96'):
-    bench_training.work_of(args)
+    training.work_of(args)
 
 
 @pytest.mark.slow
 def test_the_whole_training_run(tmp_path):
   flags = '--model=tiny --peers=hf_padded,hf_packed --steps=2 --repetitions=1 --hf_padded=8,0 '
-  command = [sys.executable, '-m', 'experiments.bench_training', *flags.split()]
+  command = [sys.executable, '-m', 'experiments.bench.training', *flags.split()]
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
   done = subprocess.run(
     [*command, f'--workdir={tmp_path}'], capture_output=True, text=True, env=environment
@@ -253,7 +250,7 @@ def test_the_whole_training_run(tmp_path):
 def test_the_whole_run(tmp_path):
   flags = '--model=tiny --peers=hf --chains=3 --longest_reply=4 --repetitions=1 --slots=2 '
   flags += f'--hf_batches=1,3 --trial_chains=2 --workdir={tmp_path}'
-  command = [sys.executable, '-m', 'experiments.bench_generation', *flags.split()]
+  command = [sys.executable, '-m', 'experiments.bench.generation', *flags.split()]
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
   done = subprocess.run(command, capture_output=True, text=True, env=environment)
   assert done.returncode == 0, done.stderr

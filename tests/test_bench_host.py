@@ -2,22 +2,22 @@
 
 import pytest
 
-from cai_jax.feedback import records
+from cai_jax.data import d_cai
 from cai_jax.sampling.journal import Journal
-from experiments import bench_host
+from experiments.bench import host
 
 
 @pytest.fixture(scope='module')
 def job():
-  return bench_host.make_job(9)
+  return host.make_job(9)
 
 
 @pytest.mark.parametrize('mode', ['tokens', 'turns', 'run'])
 def test_every_mode_does_all_turns(job, mode, tmp_path):
   journal = Journal(tmp_path / 'journal')
-  stub = bench_host.Stub(bench_host.replies(job))
+  stub = host.Stub(host.replies(job))
   with stub.installed():
-    watch = bench_host.feed(mode, job, tmp_path, journal)
+    watch = host.feed(mode, job, tmp_path, journal)
   assert watch.done == 9
-  assert len(journal) == 9 * (1 + 2 * bench_host.ROUNDS)
-  assert records.shard_path(tmp_path / 'd_cai', 0).exists() == (mode == 'run')
+  assert len(journal) == 9 * (1 + 2 * host.ROUNDS)
+  assert d_cai.shard_path(tmp_path / 'd_cai', 0).exists() == (mode == 'run')

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cai_jax import parallel
 from cai_jax.model.config import from_hf
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import objective
 from cai_jax.training.config import TrainConfig
-from experiments import compile_for_tpu
-from experiments.aot import hlo, work
+from experiments.aot import __main__, hlo, work
 from experiments.aot.models import find_model
 from experiments.aot.program import TooLarge
 from experiments.aot.slices import find_slice
@@ -158,20 +157,20 @@ def test_other_models_are_known_by_folder(tmp_path):
 
 
 def test_settings_of_a_command_line_have_the_types_of_the_config():
-  config = compile_for_tpu.load_config(str(ROOT / 'configs' / 'llama3_8b_v5e.py'))
+  config = __main__.load_config(str(ROOT / 'configs' / 'llama3_8b_v5e.py'))
   settings = 'train.accumulation=2,mesh.tensor=1,train.dtype=float32'
-  found = compile_for_tpu.override(config, settings)
+  found = __main__.override(config, settings)
   assert (found.train.accumulation, found.mesh.tensor, found.train.dtype) == (2, 1, 'float32')
   assert config.train.dtype == 'bfloat16'
   for wrong in ('train.acumulation=2', 'train=2', 'train.accumulation=two'):
     with pytest.raises(ValueError, match='--settings'):
-      compile_for_tpu.override(config, wrong)
+      __main__.override(config, wrong)
 
 
 def traced(config, **settings):
   """FLOPs of the train step's products."""
   train = TrainConfig(batch_size=8, max_length=32, **settings)
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   job = Training(config, train, mesh)
   return work.traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens
 
@@ -222,7 +221,7 @@ def compiled(tmp_path_factory):
   """What the command writes for a tiny model, in a process of its own: libtpu stays out of here."""
   folder = tmp_path_factory.mktemp('aot')
   (folder / 'config.json').write_text(json.dumps(TINY))
-  command = [sys.executable, '-m', 'experiments.compile_for_tpu', '--topology=v5e:2x2']
+  command = [sys.executable, '-m', 'experiments.aot', '--topology=v5e:2x2']
   command += ['--config=configs/llama3_8b_v5e.py', f'--model_config={folder}', '--length=128']
   command += ['--slots=16', '--no-search', '--prefixes', '64', f'--output={folder / "found.json"}']
   command += ['--settings', 'train.accumulation=4,mesh.tensor=2']

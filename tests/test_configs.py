@@ -7,13 +7,12 @@ import pathlib
 
 import pytest
 
-import launch
-from cai_jax import quality
-from cai_jax.feedback import prompts
-from cai_jax.feedback.generate import FeedbackConfig
-from cai_jax.manifest import flat
+from cai_jax import pipeline
+from cai_jax.data import prompts, quality
+from cai_jax.feedback.job import FeedbackConfig
+from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.engine import EngineConfig
-from cai_jax.sampling.remote import RemoteConfig
+from cai_jax.sampling.remote.client import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import FREE, TrainConfig
 from configs import bai2022_sl_cai, default
@@ -44,7 +43,7 @@ def test_defaults_are_those_of_the_component(section, component):
 @pytest.mark.parametrize('name', OTHERS)
 def test_a_config_has_the_fields_of_the_default_and_values_that_components_take(name):
   config = importlib.import_module(f'configs.{name}').get_config()
-  assert set(flat(config.to_dict())) == set(flat(CONFIG.to_dict()))
+  assert set(flatten(config.to_dict())) == set(flatten(CONFIG.to_dict()))
   TrainConfig(seed=config.seed, **config.train)
   EngineConfig(**config.engine)
   FeedbackConfig(**config.feedback)
@@ -107,7 +106,7 @@ def test_the_papers_recipe_is_built_and_has_its_counts(data_dir, tmp_path):
     source.write_text(f'The {name} one.\nThe {name} other.\n')
     config.prompts[name].source = str(source)
   config.constitution.path = str(data_dir('cai_paper') / 'prompts')
-  run = launch.build(config, tmp_path / 'run')
+  run = pipeline.build(config, tmp_path / 'run')
   assert len(run.constitution.principles) == 16 and len(run.constitution.demonstrations) == 5
   assert [len(run.prompts[name]) for name in ('harmful', 'helpful')] == [2, 2]
   assert {s.temperature for s in (run.sampling.initial, run.sampling.critique)} == {1.0}

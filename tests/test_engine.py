@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax import parallel
 from cai_jax.model import cache as cache_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
-from cai_jax.sampling import device, local
+from cai_jax.model.sharding import param_shardings
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import device
+from cai_jax.sampling import slots as local
 from cai_jax.sampling.engine import Engine, EngineConfig, longest_context, turn_key
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
@@ -23,7 +25,7 @@ SIZES = dict(slots=4, prefill_tokens=16, prefill_width=8, longest_burst=5)
 @pytest.fixture(scope='module')
 def lm(tiny_tokenizer):
   config = ModelConfig('llama', len(tiny_tokenizer), 32, 64, 2, 4, 2, 8, 256)
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   params = init_params(config, jax.random.key(0))
   params['head']['table'] = params['head']['table'] * 3  # so that tokens differ in likelihood
   return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0')
@@ -102,8 +104,8 @@ def test_tokens_do_not_depend_on_slots_chunks_and_bursts(lm):
 
 
 def test_eight_devices_give_the_tokens_of_one(lm):
-  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-  shardings = parallel.param_shardings(lm.params, mesh)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = param_shardings(lm.params, mesh)
   sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
   one, _ = run(lm, items(6))
   eight, _ = run(sharded, items(6))
@@ -342,8 +344,8 @@ def test_a_chain_may_change_prefix_and_history_from_turn_to_turn(lm):
 
 
 def test_eight_devices_behind_a_prefix_give_the_tokens_of_one(lm):
-  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-  shardings = parallel.param_shardings(lm.params, mesh)
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = param_shardings(lm.params, mesh)
   sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
   one, _ = run(lm, prefixed(6), prefixes={'base': PREFIXES})
   eight, _ = run(sharded, prefixed(6), prefixes={'base': PREFIXES})
@@ -406,8 +408,8 @@ def test_a_ring_that_is_taken_back_again_and_again_loses_no_token(lm, monkeypatc
 
 
 def test_slots_that_the_mesh_does_not_divide_are_an_error_before_a_run(lm):
-  mesh = parallel.make_mesh(data=2, devices=jax.devices()[:2])
-  params = jax.device_put(lm.params, parallel.param_shardings(lm.params, mesh))
+  mesh = make_mesh(data=2, devices=jax.devices()[:2])
+  params = jax.device_put(lm.params, param_shardings(lm.params, mesh))
   split = dataclasses.replace(lm, params=params, mesh=mesh)
   with pytest.raises(ValueError, match='engine.slots=3'):
     Engine({'base': split}, length=LENGTH, seed=0, config=EngineConfig(slots=3))
@@ -443,10 +445,10 @@ def test_a_budget_of_memory_sets_the_slots(lm):
 
 def test_sizes_of_chunks():
   config = EngineConfig(prefill_tokens=128, prefill_width=32)
-  one = parallel.make_mesh(devices=jax.devices()[:1])
+  one = make_mesh(devices=jax.devices()[:1])
   assert config.chunk(64, one) == (128, 32)
   assert config.chunk(1, one) == (64, 32)  # one slot seldom has more at once
-  four = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  four = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
   assert config.chunk(64, four) == (32, 32)  # tokens of each batch shard
   assert EngineConfig(prefill_tokens=9, prefill_width=3).chunk(4, four) == (8, 3)
   for name in ('prefill_tokens', 'prefill_width'):

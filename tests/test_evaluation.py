@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cai_jax.evaluation.scores import bootstrap_interval, score, summarise
+from cai_jax.evaluation.summary import score, summarise
+from cai_jax.scoring.intervals import bootstrap_interval
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from experiments import estimate, results
-from experiments import experiment as experiments
-from experiments import run as runner
-from experiments.experiment import Arm, Experiment
+from cai_jax.experiment import collect, estimate
+from cai_jax.experiment import define as experiments
+from cai_jax.experiment import run as runner
+from cai_jax.experiment.define import Arm, Experiment
 
 FILES = (
   'revisions',
@@ -187,31 +187,31 @@ def test_a_response_that_a_run_does_not_have_is_an_error(done):
   _, workdir = done
   folder = next(iter(pathlib.Path(workdir / 'runs').iterdir()))
   with pytest.raises(ValueError, match=r'revision_3 is asked for, and the run has 1 rounds'):
-    results.responses(Arm(response='revision_3'), {0: folder}, 'harmful')
+    collect.responses(Arm(response='revision_3'), {0: folder}, 'harmful')
 
 
 def test_a_held_out_answer_is_revised_where_it_has_rounds():
   turn = lambda text: {'text': text}  # noqa: E731
   row = {'initial': turn('a'), 'rounds': [{'revision': turn('b')}, {'revision': turn('c')}]}
-  chosen = {name: results._response(name, row)['text'] for name in ('base', 'revised', 'last')}
+  chosen = {name: collect._response(name, row)['text'] for name in ('base', 'revised', 'last')}
   assert chosen == {'base': 'a', 'revised': 'c', 'last': 'c'}
-  assert results._response('revision_1', row)['text'] == 'b'
-  assert results._response('revised', row | {'rounds': []})['text'] == 'a'
+  assert collect._response('revision_1', row)['text'] == 'b'
+  assert collect._response('revised', row | {'rounds': []})['text'] == 'a'
 
 
 def test_a_figure_of_what_was_not_measured_is_named():
   arms = {'a': {'groups': {'harmful': {'metrics': {'mean_tokens': {}}}}}}
   line = {'kind': 'line', 'group': 'harmful', 'series': [{'metric': 'mean_tokens', 'arms': ['a']}]}
-  assert results._missing(line, arms) == ''
+  assert collect._missing(line, arms) == ''
   rates = {'kind': 'arms', 'group': 'harmful', 'metrics': ['violation_rate'], 'arms': ['a']}
-  assert results._missing(rates, arms) == "there is no violation_rate of harmful prompts for 'a'"
+  assert collect._missing(rates, arms) == "there is no violation_rate of harmful prompts for 'a'"
   frontier = {
     'kind': 'frontier',
     'x': ['harmful', 'mean_tokens'],
     'y': ['helpful', 'x'],
     'arms': ['a'],
   }
-  assert 'x of helpful prompts' in results._missing(frontier, arms)
+  assert 'x of helpful prompts' in collect._missing(frontier, arms)
 
 
 def test_two_experiments_do_not_share_a_workdir_at_one_time(tmp_path):

@@ -10,10 +10,12 @@ import pytest
 import tensorflow_datasets as tfds
 from jax.experimental import multihost_utils
 
-from cai_jax import parallel
 from cai_jax.constitution import Constitution, Principle
+from cai_jax.data import d_cai, preferences
+from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
-from cai_jax.feedback import generate, records
+from cai_jax.feedback import generate
+from cai_jax.feedback import job as jobs
 from cai_jax.feedback.chain import (
   Stage,
   Stages,
@@ -22,13 +24,12 @@ from cai_jax.feedback.chain import (
   empty_critique,
   shuffled_critique,
 )
-from cai_jax.feedback.prompts import Prompt
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion, SamplingConfig
-from cai_jax.training import data
 
 PRINCIPLES = tuple(Principle(f'p{i}', f'What is wrong ({i})?', f'Mend it ({i}).') for i in range(5))
 CONSTITUTION = Constitution(PRINCIPLES)
@@ -39,7 +40,7 @@ ENGINE = EngineConfig(slots=4, prefill_tokens=32, prefill_width=16, longest_burs
 @pytest.fixture(scope='module')
 def lm(tiny_tokenizer):
   config = ModelConfig('llama', len(tiny_tokenizer), 32, 64, 2, 4, 2, 8, 512)
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   params = init_params(config, jax.random.key(0))
   eos = (tiny_tokenizer.eos_token_id,)
   return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0', eos)
@@ -50,13 +51,13 @@ def prompt(i):
 
 
 def job(lm, count=6, helpful=2, rounds=2, models=None, **config):
-  return generate.prepare(
+  return jobs.prepare(
     models or {'base': lm},
     [prompt(i) for i in range(count)],
     [prompt(100 + i) for i in range(helpful)],
     CONSTITUTION,
-    generate.FeedbackConfig(rounds=rounds, shard_rows=3, **config),
-    generate.StageSampling(SHORT, SHORT, SHORT),
+    jobs.FeedbackConfig(rounds=rounds, shard_rows=3, **config),
+    jobs.StageSampling(SHORT, SHORT, SHORT),
     seed=0,
   )
 
@@ -146,7 +147,7 @@ def test_controls_share_y_init_and_leave_helpful_prompts_as_they_are(lm, tmp_pat
     counts = generate.run(whole, tmp_path / variant, journal, ENGINE)
     generate.finish(whole, tmp_path / variant)
     assert (counts['turns'], counts['replayed_turns']) == (turns, 6 + 2)
-    rows = list(data.read_rows(tmp_path / variant))
+    rows = list(d_cai.read_rows(tmp_path / variant))
     assert [len(row['rounds']) for row in rows] == [2] * 6 + [0] * 2
   with pytest.raises(ValueError, match='there is only one'):
     job(lm, count=1, variant='shuffled')
@@ -186,7 +187,7 @@ def test_d_cai_is_a_dataset_with_every_text_of_its_chains(lm, tmp_path):
   assert counts['rows'] == 8 and counts['turns'] == 6 * 5 + 2
   builder = tfds.builder_from_directory(tmp_path / 'd_cai')
   assert builder.info.splits['train'].num_examples == 8
-  rows = data.read_rows(tmp_path / 'd_cai')
+  rows = d_cai.read_rows(tmp_path / 'd_cai')
   assert [row['id'] for row in rows] == [*(f'id-{i}' for i in range(6)), 'id-100', 'id-101']
   for row in rows:
     assert len(row['rounds']) == (2 if row['kind'] == 'harmful' else 0)
@@ -241,14 +242,14 @@ def test_other_models_criticise_and_revise(lm, tmp_path):
   it = job(lm, models={'base': lm, 'critique': other})
   generate.run(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
   generate.finish(it, tmp_path / 'd_cai')
-  row = data.read_rows(tmp_path / 'd_cai')[0]
+  row = d_cai.read_rows(tmp_path / 'd_cai')[0]
   assert (row['model'], row['critique_model'], row['revision_model']) == (
     'random', 'other', 'random',
   )  # fmt: skip
   same = job(lm)
   generate.run(same, tmp_path / 'same', Journal(tmp_path / 'journal2'), ENGINE)
   generate.finish(same, tmp_path / 'same')
-  alone = data.read_rows(tmp_path / 'same')[0]
+  alone = d_cai.read_rows(tmp_path / 'same')[0]
   assert row['initial'] == alone['initial']
   assert row['rounds'][0]['critique'] != alone['rounds'][0]['critique']
 
@@ -262,7 +263,7 @@ def test_preferences_leave_out_pairs_that_say_nothing(tmp_path):
     return {'id': name, 'prompt': [message], 'initial': turn(texts[0]), 'rounds': rounds}
 
   rows = [row('a', 'x', 'y', 'z'), row('b', 'x', 'y', 'x'), row('c', 'x', ''), row('d', 'x')]
-  counts = records.write_preferences(tmp_path / 'p.jsonl', rows)
+  counts = preferences.write_preferences(tmp_path / 'p.jsonl', rows)
   assert counts == {'written': 1, 'identical': 1, 'empty': 1, 'not_revised': 1}
   (line,) = (tmp_path / 'p.jsonl').read_text().splitlines()
   assert json.loads(line) == {
@@ -276,29 +277,29 @@ def test_preferences_leave_out_pairs_that_say_nothing(tmp_path):
 def test_what_cannot_work_is_an_error_before_sampling(lm, tmp_path):
   with pytest.raises(ValueError, match='can come to .* tokens, and random holds 512'):
     long = Prompt('long', ({'role': 'user', 'content': 'word ' * 600},))
-    generate.prepare(
-      {'base': lm}, [long], [], CONSTITUTION, generate.FeedbackConfig(),
-      generate.StageSampling(SHORT, SHORT, SHORT), 0,
+    jobs.prepare(
+      {'base': lm}, [long], [], CONSTITUTION, jobs.FeedbackConfig(),
+      jobs.StageSampling(SHORT, SHORT, SHORT), 0,
     )  # fmt: skip
   with pytest.raises(ValueError, match="two prompts have the id 'id-0'"):
-    generate.prepare(
-      {'base': lm}, [prompt(0)], [prompt(0)], CONSTITUTION, generate.FeedbackConfig(),
-      generate.StageSampling(SHORT, SHORT, SHORT), 0,
+    jobs.prepare(
+      {'base': lm}, [prompt(0)], [prompt(0)], CONSTITUTION, jobs.FeedbackConfig(),
+      jobs.StageSampling(SHORT, SHORT, SHORT), 0,
     )  # fmt: skip
   with pytest.raises(ValueError, match='without repetition'):
     job(lm, rounds=6, repeat_principles=False)
   with pytest.raises(ValueError, match='variant'):
-    generate.FeedbackConfig(variant='other')
+    jobs.FeedbackConfig(variant='other')
   with pytest.raises(ValueError, match='shards are missing'):
-    records.write_metadata(tmp_path, [3])
+    d_cai.write_metadata(tmp_path, [3])
 
 
 def test_demonstrations_stand_before_critiques_and_revisions_only(lm):
   shown = ({'role': 'user', 'content': 'Shown?'}, {'role': 'assistant', 'content': 'Shown.'})
   constitution = Constitution(PRINCIPLES, (shown,))
   for used in (True, False):
-    config = generate.FeedbackConfig(demonstrations=used)
-    made = generate.make_stages({'base': lm}, constitution, config, generate.StageSampling())
+    config = jobs.FeedbackConfig(demonstrations=used)
+    made = jobs.make_stages({'base': lm}, constitution, config, jobs.StageSampling())
     chain = critique_revision(prompt(0), PRINCIPLES[:1], made)
     turns, _ = play(chain, made.initial.dialogue, ['first', 'bad', 'second'])
     texts = [lm.tokenizer.decode(turn.context) for turn in turns]
@@ -310,7 +311,7 @@ def test_ids_decide_the_principles(lm, tmp_path):
   for name, it in (('more', job(lm)), ('fewer', job(lm, count=3))):
     generate.run(it, tmp_path / name, Journal(tmp_path / 'journal'), ENGINE)
     generate.finish(it, tmp_path / name)
-    rows = data.read_rows(tmp_path / name)
+    rows = d_cai.read_rows(tmp_path / name)
     drawn[name] = {r['id']: [step['principle'] for step in r['rounds']] for r in rows}
   assert drawn['fewer'].items() <= drawn['more'].items()
 
@@ -324,10 +325,10 @@ def test_shards_of_another_job_are_not_taken_over(lm, tmp_path):
 
 def test_the_bound_counts_what_other_models_are_shown(lm, tiny_tokenizer):
   long = SamplingConfig(max_tokens=96)
-  sampling = generate.StageSampling(long, long, long)
+  sampling = jobs.StageSampling(long, long, long)
   lengths = [
-    generate.prepare(
-      models, [prompt(0)], [], CONSTITUTION, generate.FeedbackConfig(rounds=1), sampling, 0
+    jobs.prepare(
+      models, [prompt(0)], [], CONSTITUTION, jobs.FeedbackConfig(rounds=1), sampling, 0
     ).length
     for models in ({'base': lm}, {'base': lm, 'critique': dataclasses.replace(lm, name='other')})
   ]
@@ -387,7 +388,7 @@ def test_a_lost_process_share_is_dealt_out_among_those_that_start_next(lm, start
   assert files(tmp_path / 'd_cai') == whole
   assert [path.name for path in (tmp_path / 'd_cai').glob('*.tmp')] == []
   generate.finish(job(lm, count=13, helpful=2), tmp_path / 'd_cai')
-  assert len(data.read_rows(tmp_path / 'd_cai')) == 15
+  assert len(d_cai.read_rows(tmp_path / 'd_cai')) == 15
   assert start(0, 3)['sampled_rows'] == 0
 
 
@@ -412,7 +413,7 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   del config['max_rate']  # no row depends on it
   parts = [config, [], it.constitution.fingerprint(), it.seed, []]
   for name, stage in zip(
-    ('initial', 'critique', 'revision'), generate._each(it.stages), strict=True
+    ('initial', 'critique', 'revision'), jobs.each_stage(it.stages), strict=True
   ):
     parts[1].append([name, stage.sampling, stage.demonstrations, 'random-0'])
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
@@ -422,10 +423,10 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
 
 
 def test_prompts_that_are_answered_several_times_have_ids_of_their_own():
-  prompts = generate.several([prompt(0), prompt(1)], 3)
+  prompts = jobs.several([prompt(0), prompt(1)], 3)
   assert [p.id for p in prompts] == ['id-0', 'id-0/2', 'id-0/3', 'id-1', 'id-1/2', 'id-1/3']
   assert {p.messages[0]['content'] for p in prompts[:3]} == {'Question 0?'}
-  assert generate.several([prompt(0)], 1) == [prompt(0)]
+  assert jobs.several([prompt(0)], 1) == [prompt(0)]
 
 
 def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monkeypatch):
@@ -440,18 +441,18 @@ def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monke
   constitution = Constitution(PRINCIPLES[:2], shown)
 
   def made():
-    return generate.prepare(
+    return jobs.prepare(
       {'base': lm},
       [prompt(i) for i in range(4)],
       [],
       constitution,
-      generate.FeedbackConfig(rounds=1, shard_rows=2),
-      generate.StageSampling(SHORT, SHORT, SHORT),
+      jobs.FeedbackConfig(rounds=1, shard_rows=2),
+      jobs.StageSampling(SHORT, SHORT, SHORT),
       seed=0,
     )
 
   with_prefix = made()
-  monkeypatch.setattr(generate, 'MIN_PREFIX', 10**6)
+  monkeypatch.setattr(jobs, 'MIN_PREFIX', 10**6)
   without = made()
   assert without.prefixes == {'base': []}
   (prefix,) = with_prefix.prefixes['base']
@@ -467,7 +468,7 @@ def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monke
   assert stats['with']['prefilled_tokens'] < stats['without']['prefilled_tokens']
   ours, plain = (
     [[r['initial']['text'], *(s['revision']['text'] for s in r['rounds'])] for r in rows]
-    for rows in (data.read_rows(tmp_path / name / 'd_cai') for name in ('with', 'without'))
+    for rows in (d_cai.read_rows(tmp_path / name / 'd_cai') for name in ('with', 'without'))
   )
   assert ours == plain
 
@@ -482,13 +483,13 @@ def test_a_prompt_that_begins_otherwise_has_room_without_the_prefix(lm, tmp_path
   )
   own = {'role': 'system', 'content': 'Answer in a few plain words.'}
   odd = Prompt('odd', (own, {'role': 'user', 'content': 'Why?'}), {})
-  made = generate.prepare(
+  made = jobs.prepare(
     {'base': lm},
-    [*(prompt(i) for i in range(generate.SAMPLE)), odd],
+    [*(prompt(i) for i in range(jobs.SAMPLE)), odd],
     [],
     Constitution(PRINCIPLES, shown),
-    generate.FeedbackConfig(rounds=1),
-    generate.StageSampling(SHORT, SHORT, SHORT),
+    jobs.FeedbackConfig(rounds=1),
+    jobs.StageSampling(SHORT, SHORT, SHORT),
     seed=0,
   )
   assert made.prefixes['base']

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import cai_jax
-from cai_jax import parallel
-from cai_jax.evaluation import judge as judge_lib
-from cai_jax.evaluation.judge import Comparison, Match, elo, judge, question, win_rate
 from cai_jax.model import lm as lm_lib
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.scoring import judge as judge_lib
+from cai_jax.scoring.judge import Comparison, Match, elo, judge, question, win_rate
 
 MESSAGES = [{'role': 'user', 'content': 'How do I bake bread?'}]
 PRINCIPLE = 'Choose the response that is more helpful.'
@@ -32,7 +32,7 @@ def won(prompt, first, second, points):
 @pytest.fixture(scope='module')
 def tiny():
   folder = pathlib.Path(cai_jax.__file__).parent / 'tiny' / 'model'
-  return lm_lib.load(folder, mesh=parallel.make_mesh(2, devices=jax.devices()[:2]))
+  return lm_lib.load(folder, mesh=make_mesh(2, devices=jax.devices()[:2]))
 
 
 def test_question_is_worded_as_told():

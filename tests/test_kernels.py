@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax import parallel
-from cai_jax.model import attention, blockwise, kernels
+from cai_jax.model.attention import blockwise, kernels, softmax
 from cai_jax.model.cache import LayerCache, causal_mask
+from cai_jax.runtime.mesh import make_mesh
 
 B, T, N, K, H = 2, 256, 4, 2, 64
 
@@ -29,14 +29,14 @@ def plain(q, k, v, segments, window):
   place = jnp.broadcast_to(jnp.arange(T), (B, T))
   same = segments[:, :, None] == segments[:, None, :]
   kv = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
-  return attention.attend(q, [attention.Keys(kv, causal_mask(place, place, window, same))])
+  return softmax.attend(q, [softmax.Keys(kv, causal_mask(place, place, window, same))])
 
 
 @pytest.mark.parametrize('window', [None, 40])
 @pytest.mark.parametrize('name', ['blocks', 'splash', 'cudnn'])
 def test_a_kernel_gives_what_plain_attention_gives(name, window):
   """On CPUs: splash attention interpreted, and the call of cuDNN's by XLA's implementation."""
-  mesh = parallel.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+  mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
   options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
   q, k, v, segments = packed()
   real = (segments > 0)[..., None, None]
@@ -72,7 +72,7 @@ def test_blocks_cover_just_what_is_seen(length, window, monkeypatch):
 
 
 def test_names_that_cannot_run_here_are_errors():
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   kernels.check('xla', mesh, 'float32', 100)
   with pytest.raises(ValueError, match="'flash' is not one of"):
     kernels.check('flash', mesh, 'float32', 128)

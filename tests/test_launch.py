@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -17,11 +18,11 @@ import safetensors.numpy
 import tensorflow_datasets as tfds
 
 import cai_jax
-import launch
 from cai_jax import pipeline
-from cai_jax.training import data
+from cai_jax.data import d_cai
 from configs import default, qwen2_5_0_5b, tiny
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
 
 
@@ -31,14 +32,14 @@ def folder(tmp_path_factory):
   import jax
   from transformers import PreTrainedTokenizerFast
 
-  from cai_jax import parallel
   from cai_jax.model.config import ModelConfig
   from cai_jax.model.lm import LM, init_params
+  from cai_jax.runtime.mesh import make_mesh
 
   words = PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')
   config = ModelConfig('llama', len(words), 32, 64, 2, 4, 2, 8, 512, tied_embeddings=True)
   params = init_params(config, jax.random.key(0))
-  lm = LM(config, params, words, parallel.make_mesh(), 'float32', '', '', (words.eos_token_id,))
+  lm = LM(config, params, words, make_mesh(), 'float32', '', '', (words.eos_token_id,))
   path = tmp_path_factory.mktemp('random')
   cai_jax.save(lm, path)
   return path
@@ -67,7 +68,7 @@ def finished(folder, tmp_path_factory):
   """A finished run: its folder and the seconds that it took."""
   workdir = tmp_path_factory.mktemp('run')
   begin = time.monotonic()
-  launch.run_stages(launch.build(small(folder), workdir), list(launch.STAGES))
+  pipeline.run_stages(pipeline.build(small(folder), workdir), list(pipeline.STAGES))
   return workdir, time.monotonic() - begin
 
 
@@ -94,7 +95,7 @@ def test_everything_is_there_at_the_end(finished):
   assert summary['stages']['initial'] == summary['models']['base']
 
   manifest = json.loads((workdir / 'manifest.json').read_text())
-  assert list(manifest['stages']) == list(launch.STAGES)
+  assert list(manifest['stages']) == list(pipeline.STAGES)
   assert manifest['stages']['generate']['turns'] == 10 * 5 + 6
   assert manifest['stages']['train']['rows_kept'] <= 16
   assert 0 < sum(stage['seconds'] for stage in manifest['stages'].values()) <= seconds
@@ -117,8 +118,8 @@ def test_a_stage_that_is_done_is_not_done_again(done):
   workdir, config = done
   before = {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
   said = []
-  launch.run_stages(launch.build(config, workdir), list(launch.STAGES), said.append)
-  assert said == [f'{name}: done before' for name in launch.STAGES]
+  pipeline.run_stages(pipeline.build(config, workdir), list(pipeline.STAGES), said.append)
+  assert said == [f'{name}: done before' for name in pipeline.STAGES]
   assert before == {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
 
 
@@ -126,16 +127,16 @@ def test_another_run_in_the_same_folder_is_refused(done):
   workdir, config = done
   config.sampling.critique.temperature = 0.5
   with pytest.raises(ValueError, match='sampling.critique.temperature: 1.0 → 0.5'):
-    launch.run_stages(launch.build(config, workdir), ['generate'])
+    pipeline.run_stages(pipeline.build(config, workdir), ['generate'])
 
 
 def test_a_stage_whose_forerunner_is_missing_or_another_is_refused(done, folder, tmp_path):
   workdir, config = done
   config.feedback.rounds = 1
   with pytest.raises(ValueError, match='feedback.rounds: 2 → 1'):
-    launch.run_stages(launch.build(config, workdir), ['train'])
+    pipeline.run_stages(pipeline.build(config, workdir), ['train'])
   with pytest.raises(ValueError, match='stage generate is not done'):
-    launch.run_stages(launch.build(small(folder), tmp_path), ['evaluate'])
+    pipeline.run_stages(pipeline.build(small(folder), tmp_path), ['evaluate'])
 
 
 def test_settings_of_a_stage_that_was_refused_bind_nobody(done, tmp_path):
@@ -143,9 +144,9 @@ def test_settings_of_a_stage_that_was_refused_bind_nobody(done, tmp_path):
   shutil.copytree(workdir / 'journal', tmp_path / 'journal')
   config.train.drop_truncated = True  # every reply of the random model is cut
   with pytest.raises(ValueError, match='truncated.*max_tokens'):
-    launch.run_stages(launch.build(config, tmp_path), ['generate', 'train'])
+    pipeline.run_stages(pipeline.build(config, tmp_path), ['generate', 'train'])
   config.train.drop_truncated = False
-  launch.run_stages(launch.build(config, tmp_path), ['generate', 'train'])
+  pipeline.run_stages(pipeline.build(config, tmp_path), ['generate', 'train'])
 
 
 def test_too_many_defects_end_the_run_and_a_raised_limit_goes_on_with_its_rows(
@@ -155,7 +156,7 @@ def test_too_many_defects_end_the_run_and_a_raised_limit_goes_on_with_its_rows(
   config.feedback.helpful_samples = 2
   config.feedback.max_rate.truncated = 0.5  # nearly every reply of the random model is cut
   with pytest.raises(ValueError, match=r'max_rate is exceeded \(truncated: .* limit 0.5\).*kept'):
-    launch.run_stages(launch.build(config, tmp_path), ['generate'])
+    pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'])
   assert 'truncated' in capsys.readouterr().out
   rates = json.loads((tmp_path / 'quality.json').read_text())
   assert set(rates) == {'d_cai'} and rates['d_cai']['revisions'] == 2 * LIMITS['harmful']
@@ -163,14 +164,14 @@ def test_too_many_defects_end_the_run_and_a_raised_limit_goes_on_with_its_rows(
   before = {p: p.stat().st_mtime_ns for p in tmp_path.glob('d_cai/*.array_record*')}
 
   config.feedback.max_rate.truncated = 1.0
-  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'])
   assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob('d_cai/*.array_record*')}
   entry = json.loads((tmp_path / 'manifest.json').read_text())['stages']['generate']
   assert entry['sampled_rows'] == 0
   config.feedback.max_rate.truncated = 0.9  # no setting of what is done
-  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'])
 
-  rows = [row for row in data.read_rows(tmp_path / 'd_cai') if row['kind'] == 'helpful']
+  rows = [row for row in d_cai.read_rows(tmp_path / 'd_cai') if row['kind'] == 'helpful']
   assert len(rows) == 2 * LIMITS['helpful'] == len({row['id'] for row in rows})
   pairs = {row['id']: row['initial']['text'] for row in rows}
   assert all(pairs[name] != pairs[f'{name}/2'] for name in pairs if not name.endswith('/2'))
@@ -180,7 +181,7 @@ def test_the_papers_samples_stand_beside(folder, tmp_path, data_dir, capsys):
   config = small(folder)
   path = data_dir('cai_paper') / 'samples' / 'PALMS_SLMADISON.jsonl'
   config.report.published = str(path)
-  launch.run_stages(launch.build(config, tmp_path), ['generate'])
+  pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'])
   published = json.loads((tmp_path / 'quality.json').read_text())['published']
   assert published['revisions'] == 160 and published['flags']['identical']['count'] == 1
   assert 'truncated' not in published['flags'] and 'published' in capsys.readouterr().out
@@ -190,14 +191,14 @@ def test_logging_and_mesh_may_change_between_starts(done):
   workdir, config = done
   config.train.log_every = 5
   config.mesh.fsdp = 2
-  launch.run_stages(launch.build(config, workdir), ['train'])
+  pipeline.run_stages(pipeline.build(config, workdir), ['train'])
 
 
 def refused(match, folder, workdir, change, stages=('generate',)):
   config = small(folder)
   change(config)
   with pytest.raises(ValueError, match=match):
-    launch.run_stages(launch.build(config, workdir), list(stages))
+    pipeline.run_stages(pipeline.build(config, workdir), list(stages))
   assert not (workdir / 'd_cai').exists() and not (workdir / 'journal').exists()
 
 
@@ -271,7 +272,7 @@ def test_bad_input_is_refused_before_any_work(fields, match, folder, tmp_path):
   ],
 )
 def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
-  root = os.path.dirname(launch.__file__)
+  root = ROOT
   command = [sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={tmp_path}/run']
   done = subprocess.run([*command, flag], cwd=root, capture_output=True, text=True)
   assert done.returncode != 0 and said in done.stderr and 'Traceback' not in done.stderr
@@ -313,12 +314,12 @@ def test_where_a_model_is_served_is_no_setting_of_a_stage(folder, tmp_path):
   def settings(**fields):
     config = small(folder)
     set_fields(**served('critique', **fields))(config)
-    return launch.build(config, tmp_path).settings('generate')
+    return pipeline.build(config, tmp_path).settings('generate')
 
   assert settings() == settings(url='http://elsewhere/v1', timeout_seconds=5.0, retries=0)
   assert settings() != settings(model='n')
   assert settings() != settings(revision='2')
-  assert 'remote' not in launch.build(small(folder), tmp_path).settings('generate')
+  assert 'remote' not in pipeline.build(small(folder), tmp_path).settings('generate')
 
 
 def test_a_stage_that_does_not_exist_is_refused(folder, tmp_path):
@@ -343,11 +344,11 @@ def test_a_broken_checkpoint_is_refused_before_any_work(name, folder, tmp_path):
 def test_a_workdir_that_is_a_file_or_full_is_refused(folder, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='cannot be written to'):
-    launch.run_stages(launch.build(small(folder), tmp_path / 'file' / 'run'), ['generate'])
+    pipeline.run_stages(pipeline.build(small(folder), tmp_path / 'file' / 'run'), ['generate'])
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
   with pytest.raises(ValueError, match='are free and the run needs'):
-    launch.run_stages(launch.build(small(folder), tmp_path / 'run'), ['generate'])
+    pipeline.run_stages(pipeline.build(small(folder), tmp_path / 'run'), ['generate'])
 
 
 def test_a_model_without_an_oracle_has_lengths_only(folder, tmp_path):
@@ -358,8 +359,8 @@ def test_a_model_without_an_oracle_has_lengths_only(folder, tmp_path):
   config.prompts.harmful.source = str(tmp_path / 'prompts.jsonl')
   config.prompts.eval_harmful.source = str(tmp_path / 'held_out.txt')
   config.train.helpfulness_share = 0.0
-  run = launch.build(config, tmp_path / 'run')
-  launch.run_stages(run, list(launch.STAGES))
+  run = pipeline.build(config, tmp_path / 'run')
+  pipeline.run_stages(run, list(pipeline.STAGES))
   summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())
   assert set(summary) == {'stages', 'models'}
   assert set(summary['models']['aligned']) == {'count', 'mean_tokens'}
@@ -380,7 +381,7 @@ def test_adapters_held_out_examples_and_probes_come_to_the_report(done, tmp_path
     train__eval_every=1,
     train__probes=2,
   )(config)
-  launch.run_stages(launch.build(config, tmp_path), list(launch.STAGES))
+  pipeline.run_stages(pipeline.build(config, tmp_path), list(pipeline.STAGES))
   train = json.loads((tmp_path / 'manifest.json').read_text())['stages']['train']
   assert train['held_out'] > 0 and train['held_out_loss'] > 0 and 0 < train['utilization'] < 1
   held_out = [json.loads(line) for line in (tmp_path / 'held_out.jsonl').open()]
@@ -436,8 +437,8 @@ def test_the_config_of_a_real_checkpoint_runs_on_any_folder(tiny_hf_folder, tmp_
   config.train.max_length = 128
   config.train.batch_size = 32
   config.train.drop_truncated = False
-  run = launch.build(config, tmp_path / 'run')
-  launch.run_stages(run, list(launch.STAGES))
+  run = pipeline.build(config, tmp_path / 'run')
+  pipeline.run_stages(run, list(pipeline.STAGES))
   aligned = cai_jax.load(tmp_path / 'run' / 'model')
   assert aligned.config == cai_jax.load(tiny_hf_folder('qwen2')).config
   assert np.isfinite(aligned.logits(np.arange(8)[None])).all()
@@ -452,9 +453,7 @@ def progress(workdir):
 
 def test_a_run_that_is_killed_five_times_ends_with_the_same_bytes(folder, tmp_path):
   """SIGKILL at five random moments, among 26 shards and 6 steps that are checkpointed by twos."""
-  start = functools.partial(
-    subprocess.Popen, cwd=os.path.dirname(launch.__file__), env=os.environ | {'XLA_FLAGS': ''}
-  )
+  start = functools.partial(subprocess.Popen, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''})
   assert start(command(folder, tmp_path / 'whole')).wait() == 0
   for moment in sorted(random.Random(0).sample(range(1, 31), 5)):
     process = start(command(folder, tmp_path / 'killed'))
@@ -472,7 +471,7 @@ def start_one(arguments, devices, **environment):
   """A process with that many CPU devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | environment
-  return subprocess.Popen(arguments, cwd=os.path.dirname(launch.__file__), env=environment)
+  return subprocess.Popen(arguments, cwd=ROOT, env=environment)
 
 
 def start_two(arguments, devices):
@@ -515,7 +514,7 @@ def test_two_processes_do_the_work_of_one(folder, tmp_path):
   pair = start_two(arguments('two'), 2)
   assert [process.wait() for process in pair] == [0, 0]
   assert len(list((tmp_path / 'two' / 'journal').iterdir())) == 2
-  one, two = (data.read_rows(tmp_path / name / 'd_cai') for name in ('one', 'two'))
+  one, two = (d_cai.read_rows(tmp_path / name / 'd_cai') for name in ('one', 'two'))
   texts = lambda row: [row['initial']['text'], *(r['revision']['text'] for r in row['rounds'])]  # noqa: E731
   assert [(row['id'], texts(row)) for row in one] == [(row['id'], texts(row)) for row in two]
   weights = [
@@ -528,17 +527,17 @@ def test_two_processes_do_the_work_of_one(folder, tmp_path):
 
 FAILS_IN_ONE = """
 import pathlib, sys
-import jax, launch
-from cai_jax import parallel
+import jax
+from cai_jax.runtime import processes
 
-parallel.initialize()
+processes.initialize()
 
 def work():
   if jax.process_index() == 1:
     raise ValueError('no more room')
 
 try:
-  parallel.together('write', work)
+  processes.run_on_all_processes('write', work)
 except ValueError as error:
   (pathlib.Path(sys.argv[1]) / str(jax.process_index())).write_text(str(error))
 """

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 import cai_jax
-from cai_jax import parallel
-from cai_jax.evaluation import likelihood
-from cai_jax.evaluation.likelihood import log_likelihoods, perplexity, tokenise
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.scoring import likelihood
+from cai_jax.scoring.likelihood import log_likelihoods, perplexity, tokenise
 
 RNG = np.random.default_rng(0)
 # One token each, a short answer to a long context, a long answer (several slices), the longest.
@@ -25,8 +25,8 @@ CONTEXTS, CONTINUATIONS = map(list, zip(*PAIRS, strict=True))
 def lms(tiny_hf_folder):
   """The same model on one device, and on all eight, split four ways over two kinds of axes."""
   folder = tiny_hf_folder('qwen2_windows')
-  one = parallel.make_mesh(1, devices=jax.devices()[:1])
-  return cai_jax.load(folder, mesh=one), cai_jax.load(folder, mesh=parallel.make_mesh(2, 2, 2))
+  one = make_mesh(1, devices=jax.devices()[:1])
+  return cai_jax.load(folder, mesh=one), cai_jax.load(folder, mesh=make_mesh(2, 2, 2))
 
 
 def by_logits(lm, context, continuation):

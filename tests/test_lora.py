@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from cai_jax import parallel
+from cai_jax.data import examples, packing
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import lora
-from cai_jax.training import data, loop, step
+from cai_jax.model.sharding import path_str
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import loop, step
 from cai_jax.training.config import TrainConfig
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
@@ -28,14 +30,14 @@ CONFIG = TrainConfig(
 
 
 def one_device():
-  return parallel.make_mesh(devices=jax.devices()[:1])
+  return make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope='module')
 def items():
   rng = np.random.default_rng(0)
   return [
-    data.Example(rng.integers(0, 300, n).astype(np.int32), np.arange(n) >= n // 2)
+    examples.Example(rng.integers(0, 300, n).astype(np.int32), np.arange(n) >= n // 2)
     for n in rng.integers(4, 25, 70)
   ]
 
@@ -81,7 +83,7 @@ def test_adapters_alone_learn_and_are_all_that_is_saved(tiny_hf_folder, items, t
   config = dataclasses.replace(CONFIG, dtype=dtype)
   params, summary = loop.fit(lm.config, lm.params, items, config, lm.mesh, tmp_path)
   changed = {
-    parallel.path_str(path): not np.array_equal(x, y)
+    path_str(path): not np.array_equal(x, y)
     for (path, x), y in zip(
       jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(lm.params), strict=True
     )
@@ -103,14 +105,14 @@ def test_adapters_on_eight_devices_learn_what_they_do_on_one(tiny_hf_folder, ite
   config = dataclasses.replace(CONFIG, eps=1e-2, warmup=0.0)
   graph, _ = lora.structure(lm.config, config.lora)
   first = drawn(lm.config, config.lora)
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], 1, 0)
-  batches, ends = data.Batches(items, steps), []
-  for mesh in (one_device(), parallel.make_mesh(2, 2, 2)):
+  steps = packing.plan([len(i.tokens) for i in items], [packing.Bucket(32, 8)], 1, 0)
+  batches, ends = packing.Batches(items, steps), []
+  for mesh in (one_device(), make_mesh(2, 2, 2)):
     frozen = step.place_frozen(jax.device_get(lm.params), config, mesh)
     train_step = step.make_train_step(graph, first, config, 10, mesh, frozen)
     state = dataclasses.replace(step.init_state(first, config, mesh), frozen=frozen)
     for i in range(3):
-      state, _ = train_step(state, loop._place(batches[i], parallel.batch_sharding(mesh)))
+      state, _ = train_step(state, loop._place(batches[i], batch_sharding(mesh)))
     ends.append(jax.device_get(state.params))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *ends)
 
@@ -132,14 +134,14 @@ def test_half_precision_adapters_have_gradients_of_their_own(tiny_hf_folder, ite
   """In bf16 the frozen half is bf16 and the adapters f32, and gradients agree with f32's."""
   lm = lm_lib.load(tiny_hf_folder('llama3'), mesh=one_device())
   first = drawn(lm.config, CONFIG.lora)
-  batch = data.Batches(items, [data.Step(data.Bucket(32, 2), ((0,), (1,)))])[0]
+  batch = packing.Batches(items, [packing.Step(packing.Bucket(32, 2), ((0,), (1,)))])[0]
   found = []
   for dtype in ('float32', 'bfloat16'):
     config = dataclasses.replace(CONFIG, dtype=dtype)
     graph, _ = lora.structure(lm.config, config.lora, dtype)
     frozen = step.place_frozen(lm.params, config, lm.mesh)
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(dtype)}
-    loss = step._loss(graph, config, parallel.batch_sharding(lm.mesh))
+    loss = step._loss(graph, config, batch_sharding(lm.mesh))
     found.append(jax.jit(jax.grad(lambda p, loss=loss, f=frozen: loss(p, f, batch)[0]))(first))
   for exact, half in zip(*map(jax.tree.leaves, found), strict=True):
     assert half.dtype == jnp.float32

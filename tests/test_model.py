@@ -13,11 +13,12 @@ import transformers
 from flax import nnx
 
 import cai_jax
-from cai_jax import parallel
-from cai_jax.model import attention, weights
 from cai_jax.model import cache as cache_lib
+from cai_jax.model import checkpoint
 from cai_jax.model import config as config_lib
 from cai_jax.model import lm as lm_lib
+from cai_jax.model.attention import softmax
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
 
 B, T, LAYERS = 3, 24, 3
@@ -33,7 +34,7 @@ def load(tiny_hf_folder):
 
   def get(family):
     if family not in loaded:
-      mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+      mesh = make_mesh(1, devices=jax.devices()[:1])
       loaded[family] = cai_jax.load(tiny_hf_folder(family), mesh=mesh)
     return loaded[family]
 
@@ -237,7 +238,7 @@ def test_cache_and_segments_exclude_each_other(load):
 def test_half_precision_compute_is_near(load, tiny_hf_folder):
   """bf16 has 8 bits: errors stay within a few per cent of the logits' spread."""
   exact = np.asarray(load('qwen3').logits(TOKENS))
-  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  mesh = make_mesh(1, devices=jax.devices()[:1])
   for kwargs in ({'param_dtype': 'float32'}, {}):
     lm = cai_jax.load(tiny_hf_folder('qwen3'), 'bfloat16', mesh, **kwargs)
     logits = lm.logits(TOKENS)
@@ -293,7 +294,7 @@ def test_llama3_rope_scaling(load):
   rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
   place = positions(1, 40)
   cos, sin = rope(torch.zeros(1, 1), torch.tensor(np.array(place)))
-  ours = attention.rotary_angles(config, place)
+  ours = softmax.rotary_angles(config, place)
   half = config.head_dim // 2
   np.testing.assert_allclose(ours[0], cos[..., :half].numpy(), atol=1e-5)
   np.testing.assert_allclose(ours[1], sin[..., :half].numpy(), atol=1e-5)
@@ -384,9 +385,9 @@ def test_initial_parameters(load):
   """Every one is drawn on its own, and a fresh model's predictions are nearly flat."""
   config = dataclasses.replace(load('llama2').config, num_layers=1)
   params = lm_lib.init_params(config, jax.random.key(0))
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), weights.structure(config)[1])
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), checkpoint.structure(config)[1])
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == shapes
-  kernels = [np.asarray(x) for p, x in weights._flat(params) if p.endswith(('kernel', 'table'))]
+  kernels = [np.asarray(x) for p, x in checkpoint._flat(params) if p.endswith(('kernel', 'table'))]
   assert len({float(x.flat[0]) for x in kernels}) == len(kernels)
   fresh = dataclasses.replace(load('llama2'), config=config, params=params)
   assert 0.1 < np.asarray(fresh.logits(TOKENS)).std() < 2

@@ -12,7 +12,6 @@ import torch
 import transformers
 
 import cai_jax
-from cai_jax import parallel
 from cai_jax.evaluation import multiple_choice
 from cai_jax.evaluation.multiple_choice import (
   Item,
@@ -22,6 +21,7 @@ from cai_jax.evaluation.multiple_choice import (
   swap_options,
 )
 from cai_jax.model import lm as lm_lib
+from cai_jax.runtime.mesh import make_mesh
 
 PROMPT = 'Which is kind?\n\nOptions:\n (A) {}\n (B) {}\n\nThe answer is:'
 LONGEST = 512  # positions of the random model
@@ -30,7 +30,7 @@ LONGEST = 512  # positions of the random model
 @pytest.fixture(scope='module')
 def tiny():
   folder = pathlib.Path(cai_jax.__file__).parent / 'tiny' / 'model'
-  return lm_lib.load(folder, mesh=parallel.make_mesh(1, devices=jax.devices()[:1]))
+  return lm_lib.load(folder, mesh=make_mesh(1, devices=jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def real(data_dir, tmp_path):
         weight.copy_(torch.randn(weight.shape) * 2 / weight.shape[1] ** 0.5)
   model.save_pretrained(tmp_path)
   tokenizer.save_pretrained(tmp_path)
-  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  mesh = make_mesh(1, devices=jax.devices()[:1])
   return lm_lib.load(tmp_path, mesh=mesh), model.eval()
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from flax import nnx
 
-from cai_jax import parallel
+from cai_jax.data import examples, packing
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import init_params, structure
-from cai_jax.training import data, objective
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import objective
 
 CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
 GRAPH, _ = structure(CONFIG)
@@ -25,25 +26,27 @@ def params():
   return init_params(CONFIG, jax.random.key(0))
 
 
-def make_examples(seed: int, lengths) -> list[data.Example]:
+def make_examples(seed: int, lengths) -> list[examples.Example]:
   """Random sequences whose second half or so is to be learnt."""
   rng = np.random.default_rng(seed)
   return [
-    data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= max(1, n // 2))
+    examples.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= max(1, n // 2))
     for n in lengths
   ]
 
 
 def batch_of(items, row_length, rows=None):
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(row_length, rows or 64)], 1, 0)
+  steps = packing.plan(
+    [len(i.tokens) for i in items], [packing.Bucket(row_length, rows or 64)], 1, 0
+  )
   assert len(steps) == 1
-  return data.Batches(items, steps)[0]
+  return packing.Batches(items, steps)[0]
 
 
 def alone(items, length=24):
   """One example a row, padded on the right."""
-  bucket = data.Bucket(length, len(items))
-  return data.Batches(items, [data.Step(bucket, tuple((i,) for i in range(len(items))))])[0]
+  bucket = packing.Bucket(length, len(items))
+  return packing.Batches(items, [packing.Step(bucket, tuple((i,) for i in range(len(items))))])[0]
 
 
 def test_loss_agrees_with_torch(params):
@@ -193,7 +196,7 @@ def test_sliced_logits_equal_whole_ones(small, monkeypatch, length):
 def test_slices_are_sized_by_the_rows_of_a_device(small, monkeypatch):
   batch = alone(make_examples(4, [12, 20, 24, 9]))
   monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', 4 * 48)
-  rows = parallel.batch_sharding(parallel.make_mesh(2, 2, devices=jax.devices()[:4]))
+  rows = batch_sharding(make_mesh(2, 2, devices=jax.devices()[:4]))
   for sharding, of_slice in ((rows, 4), (None, 1)):
     run = functools.partial(objective.loss_and_metrics, GRAD_GRAPH, sharding=sharding)
     text = jax.jit(run).lower(small, batch).as_text()

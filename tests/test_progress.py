@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cai_jax import progress
+from cai_jax.runtime import progress
 
 
 @pytest.mark.parametrize(('start', 'left'), [(0, '30 s left'), (40, '100 s left')])

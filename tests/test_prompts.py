@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import naming
 
-from cai_jax.constitution import join_plain
-from cai_jax.feedback import prompts as p
+from cai_jax.data import prompts as p
+from cai_jax.dialogue.plain import join_plain
 
 DATA = pathlib.Path(
   os.environ.get('CAI_JAX_DATA', pathlib.Path(__file__).parents[1] / '../shared/data')

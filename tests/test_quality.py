@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cai_jax import quality
+from cai_jax.data import quality
 
 PROMPT = [{'role': 'user', 'content': 'Should I hurt him?'}]
 LONG = ' '.join(f'word{i}' for i in range(40))

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax import parallel
-from cai_jax.evaluation import refusal, reward
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.scoring import refusal, reward
 from tests.test_reward import ASKED, make  # noqa: F401
 
 REFUSALS = (
@@ -157,7 +157,7 @@ def test_rules_want_a_prompt_for_each_response():
 
 @pytest.mark.parametrize(('labels', 'label'), [(1, None), (3, 'LABEL_1')])
 def test_a_checkpoint_classifies(make, labels, label):  # noqa: F811
-  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  mesh = make_mesh(1, devices=jax.devices()[:1])
   folder = make('qwen2', labels)
   texts = ['No.', 'Look at the brake.', 'First look ' * 12]
   found = refusal.from_checkpoint(folder, label, mesh=mesh)(ASKED, texts)
@@ -178,6 +178,6 @@ def test_a_checkpoint_classifies(make, labels, label):  # noqa: F811
 
 
 def test_a_checkpoint_of_several_labels_needs_one_named(make):  # noqa: F811
-  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  mesh = make_mesh(1, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match='label=None is not one of the 3 labels'):
     refusal.from_checkpoint(make('qwen2', 3), mesh=mesh)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import transformers
 
-import launch
 from cai_jax import pipeline
-from cai_jax.sampling import remote
-from cai_jax.sampling.remote import Remote, RemoteConfig
+from cai_jax.data import d_cai
+from cai_jax.sampling.remote import client
+from cai_jax.sampling.remote.client import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
-from cai_jax.training import data
 from configs import tiny
 
 KEY_NAME, KEY = 'CAI_JAX_TEST_KEY', 'sk-never-to-be-seen'
@@ -259,9 +258,9 @@ def test_retry_after_is_honoured(server, connect):
   begin = time.monotonic()
   ask(connect(backoff_seconds=0.0))
   assert time.monotonic() - begin >= 0.3
-  assert remote._retry_after(None) == remote._retry_after('soon') == 0.0
+  assert client._retry_after(None) == client._retry_after('soon') == 0.0
   date = time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(time.time() + 100))
-  assert 90 < remote._retry_after(date) <= 100
+  assert 90 < client._retry_after(date) <= 100
 
 
 def test_back_off_doubles_with_a_jitter_of_the_turn(connect):
@@ -270,7 +269,7 @@ def test_back_off_doubles_with_a_jitter_of_the_turn(connect):
   assert waits == [one._backoff(key_of(3), attempt) for attempt in range(1, 12)]
   assert waits != [one._backoff(key_of(4), attempt) for attempt in range(1, 12)]
   for attempt, wait in enumerate(waits):
-    whole = min(2.0**attempt, remote.LONGEST_BACKOFF)
+    whole = min(2.0**attempt, client.LONGEST_BACKOFF)
     assert whole / 2 <= wait <= whole
 
 
@@ -281,7 +280,7 @@ def test_the_seed_is_a_function_of_the_key(server, connect):
   seeds = [body['seed'] for body in server.bodies]
   assert seeds[0] == seeds[2] != seeds[1]
   for word in (0, 1, 2**31 - 2, 2**31 - 1, 2**32 - 1):
-    assert 1 <= remote.seed_of(np.array([word, 0], np.uint32)) < 2**31
+    assert 1 <= client.seed_of(np.array([word, 0], np.uint32)) < 2**31
 
 
 def test_the_key_is_sent_and_never_shown(server, connect, monkeypatch):
@@ -489,14 +488,14 @@ def test_bad_fields_are_refused(fields, said):
 
 def test_what_a_server_has_no_field_for_is_refused():
   config = RemoteConfig('http://localhost:8000/v1', 'm', 't')
-  remote.check_sampling(config, SamplingConfig(top_p=0.5, temperature=0.0))
+  client.check_sampling(config, SamplingConfig(top_p=0.5, temperature=0.0))
   with pytest.raises(ValueError, match=r'top_k=3.*openai.*vllm'):
-    remote.check_sampling(config, SamplingConfig(top_k=3))
+    client.check_sampling(config, SamplingConfig(top_k=3))
   with pytest.raises(ValueError, match='stop_token_ids'):
-    remote.check_sampling(
+    client.check_sampling(
       dataclasses.replace(config, server='llama.cpp'), SamplingConfig(stop_token_ids=(1,))
     )
-  remote.check_sampling(
+  client.check_sampling(
     dataclasses.replace(config, server='vllm'), SamplingConfig(stop_token_ids=(1,), top_k=2)
   )
 
@@ -516,7 +515,7 @@ def served_run(at, workdir, rounds=2, stage='critique', **fields):
   config.remote[stage].update(given)
   if stage == 'base':
     config.model.update(base='', init='tiny')
-  return launch.build(config, workdir)
+  return pipeline.build(config, workdir)
 
 
 def shards(workdir):
@@ -532,33 +531,33 @@ def tiny_server(server):
 
 
 def test_a_run_with_a_served_critic_survives_its_bad_days(tiny_server, tmp_path):
-  launch.run_stages(served_run(tiny_server, tmp_path / 'well'), ['generate'])
+  pipeline.run_stages(served_run(tiny_server, tmp_path / 'well'), ['generate'])
   asked = len(tiny_server.bodies)
   assert asked == 6 * 2
   tiny_server.script = list(ILL)
   ill = {'timeout_seconds': 0.5, 'retries': len(ILL), 'backoff_seconds': 0.0}
-  launch.run_stages(served_run(tiny_server, tmp_path / 'ill', **ill), ['generate'])
+  pipeline.run_stages(served_run(tiny_server, tmp_path / 'ill', **ill), ['generate'])
   assert len(tiny_server.bodies) == 2 * asked + len(ILL)
   assert shards(tmp_path / 'ill') == shards(tmp_path / 'well')
   assert len(shards(tmp_path / 'ill')) == 5
 
 
 def test_a_run_goes_on_where_its_server_failed_it(tiny_server, tmp_path):
-  launch.run_stages(served_run(tiny_server, tmp_path / 'whole'), ['generate'])
+  pipeline.run_stages(served_run(tiny_server, tmp_path / 'whole'), ['generate'])
   asked = len(tiny_server.bodies)
   tiny_server.bodies.clear()
   tiny_server.script = [None] * 9 + [(500, b'out of order')] * 3
   run = served_run(tiny_server, tmp_path / 'broken', retries=0, max_concurrent=1)
   with pytest.raises(ConnectionError, match='chain .* turn .critique_.*start again'):
-    launch.run_stages(run, ['generate'])
+    pipeline.run_stages(run, ['generate'])
   tiny_server.script = []
-  launch.run_stages(run, ['generate'])
+  pipeline.run_stages(run, ['generate'])
   assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
   before = len(tiny_server.bodies)
   assert asked < before <= asked + 3  # no answer was asked for twice
   shutil.rmtree(tmp_path / 'broken' / 'd_cai')
   (tmp_path / 'broken' / 'manifest.json').unlink()
-  launch.run_stages(run, ['generate'])  # all of it is in the journal
+  pipeline.run_stages(run, ['generate'])  # all of it is in the journal
   assert len(tiny_server.bodies) == before
   assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
 
@@ -567,7 +566,7 @@ def test_a_served_model_gives_a_text_only_dataset(tiny_server, tmp_path):
   """M_θ itself is served, by a server that gives text alone: its log-probabilities are unknown."""
   tiny_server.answers = 'text'
   run = served_run(tiny_server, tmp_path, stage='base', server='openai')
-  launch.run_stages(run, ['generate'])
-  rows = list(data.read_rows(tmp_path / 'd_cai'))
+  pipeline.run_stages(run, ['generate'])
+  rows = list(d_cai.read_rows(tmp_path / 'd_cai'))
   assert len(rows) == 9 and {row['model'] for row in rows} == {'served'}
   assert all(row['initial']['text'] and math.isnan(row['initial']['logprob']) for row in rows)

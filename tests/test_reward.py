@@ -9,9 +9,9 @@ import safetensors.numpy
 import torch
 import transformers
 
-from cai_jax import parallel
-from cai_jax.evaluation import reward
 from cai_jax.model import lm
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.scoring import reward
 from tests.conftest import FAMILIES, SHAPE, SPECIAL
 
 B, T = 3, 24
@@ -68,7 +68,7 @@ def make(tmp_path_factory, tiny_tokenizer):
 
 
 def one_device():
-  return parallel.make_mesh(1, devices=jax.devices()[:1])
+  return make_mesh(1, devices=jax.devices()[:1])
 
 
 def torch_model(folder):
@@ -126,7 +126,7 @@ def test_scores_are_those_of_transformers_own_rendering(make, tiny_tokenizer):
 
 
 def test_a_mesh_gives_the_scores_of_one_device(make):
-  mesh = parallel.make_mesh(2, 2, 2)
+  mesh = make_mesh(2, 2, 2)
   model = reward.load(make('llama3', 3), mesh=mesh)
   np.testing.assert_allclose(
     model.conversation_logits(CONVERSATIONS),

@@ -7,9 +7,9 @@ import pytest
 from cai_jax import pipeline
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import suite
-from cai_jax.evaluation.likelihood import log_likelihoods
 from cai_jax.evaluation.suite import EvaluationConfig
 from cai_jax.model import lm as models
+from cai_jax.scoring.likelihood import log_likelihoods
 
 
 @pytest.fixture(scope='module')

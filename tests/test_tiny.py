@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cai_jax.model import lm as lm_lib
-from cai_jax.sampling.generate import generate
+from cai_jax.sampling.completions import generate
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import corpus, simulate, tokenizer, world
 from cai_jax.tiny.prompts import prompts

@@ -16,11 +16,14 @@ import optax
 import pytest
 from tensorboardX.proto import event_pb2
 
-from cai_jax import parallel
+from cai_jax.data import packing
+from cai_jax.data.examples import Example
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params, structure
-from cai_jax.training import checkpoints, data, log, loop, objective, step
+from cai_jax.model.sharding import path_str
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import checkpoints, log, loop, objective, step
 from cai_jax.training.config import TrainConfig
 
 MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 4, 8, 64, qkv_bias=True)
@@ -47,13 +50,13 @@ def params():
 def items():
   rng = np.random.default_rng(0)
   return [
-    data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
+    Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
     for n in rng.integers(4, 25, 70)
   ]
 
 
 def one_device():
-  return parallel.make_mesh(devices=jax.devices()[:1])
+  return make_mesh(devices=jax.devices()[:1])
 
 
 def same(a, b):
@@ -65,13 +68,13 @@ def same(a, b):
 
 def run_steps(params, items, config, mesh, count=4):
   """(params, metrics of each step) after the first `count` steps."""
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], 6, 0)
-  batches = data.Batches(items, steps)
+  steps = packing.plan([len(i.tokens) for i in items], [packing.Bucket(32, 8)], 6, 0)
+  batches = packing.Batches(items, steps)
   train_step = step.make_train_step(GRAPH, SHAPES, config, len(steps), mesh)
   state = step.init_state(params, config, mesh)
   metrics = []
   for i in range(count):
-    state, got = train_step(state, loop._place(batches[i], parallel.batch_sharding(mesh)))
+    state, got = train_step(state, loop._place(batches[i], batch_sharding(mesh)))
     metrics.append(jax.device_get(got))
   return state, metrics
 
@@ -99,7 +102,7 @@ def twenty(params, items):
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_eight_devices_equal_one_after_twenty_steps(params, items, twenty, sizes):
-  mesh = parallel.make_mesh(*sizes)
+  mesh = make_mesh(*sizes)
   state, metrics = run_steps(params, items, CONFIG, mesh, count=20)
   agree((state, metrics), twenty)
   # Moments lie as their parameters do.
@@ -119,13 +122,13 @@ def compiled_step(config, mesh):
 
 def test_no_device_holds_the_activations_of_all_rows():
   """Rows stay split where parameters are: logits [8,32,48] of the batch stand nowhere whole."""
-  text = compiled_step(CONFIG, parallel.make_mesh(1, 8, 1))
+  text = compiled_step(CONFIG, make_mesh(1, 8, 1))
   assert 'f32[1,32,48]' in text and 'f32[8,32,48]' not in text
 
 
 def test_remat_keeps_less_and_changes_nothing(params, items, reference):
   """Residual bytes by shapes, since XLA for CPUs computes a thing once that is asked for twice."""
-  batch = data.Batches(items, [data.Step(data.Bucket(32, 8), ((0,), (1,)))])[0]
+  batch = packing.Batches(items, [packing.Step(packing.Bucket(32, 8), ((0,), (1,)))])[0]
 
   def residual_bytes(remat):
     f = lambda p: objective.loss_and_metrics(GRAPH, p, batch, remat=remat)[0]  # noqa: E731
@@ -142,7 +145,7 @@ def test_remat_keeps_less_and_changes_nothing(params, items, reference):
 @pytest.mark.parametrize('normalization', ['sequence', 'token'])
 def test_accumulation_equals_one_batch(params, items, reference, normalization):
   config = dataclasses.replace(CONFIG, loss_normalization=normalization)
-  mesh = parallel.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+  mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
   whole = reference
   if normalization == 'token':
     state, metrics = run_steps(params, items, config, one_device())
@@ -163,7 +166,7 @@ def test_loss_is_the_mean_over_sequences_or_tokens(params, items, reference):
 
 def test_norms_and_biases_do_not_decay(params):
   mask = {
-    parallel.path_str(path): decays
+    path_str(path): decays
     for path, decays in jax.tree_util.tree_leaves_with_path(step.decays(params))
   }
   assert mask['layers/0/attention/query/kernel'] and mask['embed/table'] and mask['head/table']
@@ -175,7 +178,7 @@ def test_norms_and_biases_do_not_decay(params):
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = jax.jit(lambda p: optimizer.update(zeros, optimizer.init(p), p))(ones)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
-    expected = -1e-2 * 0.5 if mask[parallel.path_str(path)] else 0.0
+    expected = -1e-2 * 0.5 if mask[path_str(path)] else 0.0
     np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
@@ -260,13 +263,13 @@ def compile_once(monkeypatch):
 
 
 FIT = dataclasses.replace(CONFIG, checkpoint_every=2, keep=2)
-BUCKETS = (data.Bucket(12, 8), data.Bucket(32, 8))
+BUCKETS = (packing.Bucket(12, 8), packing.Bucket(32, 8))
 
 
 def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
   params, items, tmp_path, stop_after, compile_once, monkeypatch
 ):
-  mesh = parallel.make_mesh(2, 2, 1, devices=jax.devices()[:4])
+  mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
   fit = lambda workdir: loop.fit(MODEL, params, items, FIT, mesh, workdir, BUCKETS)  # noqa: E731
   whole, summary = fit(tmp_path / 'whole')
   assert summary['steps'] > 7 and summary['resumed_at'] == 0
@@ -303,13 +306,13 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_end(
   with pytest.raises(ValueError, match='another run.*data: was'):
     loop.fit(MODEL, params, items[::-1], FIT, mesh, tmp_path / 'whole', BUCKETS)
   with pytest.raises(ValueError, match='another run.*buckets: was .*12, 8.*, is .*14, 8'):
-    other = (data.Bucket(14, 8), data.Bucket(32, 8))
+    other = (packing.Bucket(14, 8), packing.Bucket(32, 8))
     loop.fit(MODEL, params, items, FIT, mesh, tmp_path / 'whole', other)
 
 
 def test_a_checkpoint_goes_on_exactly_on_another_mesh(params, items, tmp_path, stop_after):
   """Saved on 2×2×2 and gone on with on 1×8×1: step for step what 1×8×1 does from that state."""
-  meshes = parallel.make_mesh(2, 2, 2), parallel.make_mesh(1, 8, 1)
+  meshes = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
   go_on = stop_after(5)
   with pytest.raises(Stopped):
     loop.fit(MODEL, params, items, FIT, meshes[0], tmp_path)
@@ -324,11 +327,13 @@ def test_a_checkpoint_goes_on_exactly_on_another_mesh(params, items, tmp_path, s
     ]
   assert same(*saved) and 0 < at <= 5
   assert saved[1].params['embed']['table'].sharding.mesh.shape['fsdp'] == 8
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(32, 8)], FIT.epochs, FIT.seed)
+  steps = packing.plan(
+    [len(i.tokens) for i in items], [packing.Bucket(32, 8)], FIT.epochs, FIT.seed
+  )
   train_step = step.make_train_step(GRAPH, SHAPES, FIT, len(steps), meshes[1])
-  state, batches = saved[1], data.Batches(items, steps)
+  state, batches = saved[1], packing.Batches(items, steps)
   for i in range(at, len(steps)):
-    state, _ = train_step(state, loop._place(batches[i], parallel.batch_sharding(meshes[1])))
+    state, _ = train_step(state, loop._place(batches[i], batch_sharding(meshes[1])))
   trained, summary = loop.fit(MODEL, params, items, FIT, meshes[1], tmp_path)
   assert summary['resumed_at'] == at and same(trained, state.params)
   whole, _ = loop.fit(MODEL, params, items, FIT, meshes[0], tmp_path / 'whole')
@@ -355,7 +360,7 @@ def test_events_of_steps_that_are_done_again_are_purged(tmp_path):
 
 
 def test_errors_before_the_first_step(params, items, tmp_path):
-  mesh = parallel.make_mesh(8, 1, 1)
+  mesh = make_mesh(8, 1, 1)
   fit = lambda config, items=items, workdir=tmp_path: loop.fit(  # noqa: E731
     MODEL, params, items, config, mesh, workdir
   )
@@ -420,15 +425,16 @@ def test_train_learns_the_revisions(tmp_path, tiny_tokenizer):
 
 KILLED = """
 import sys, jax, numpy as np
-from cai_jax import parallel
+from cai_jax.data.examples import Example
 from cai_jax.model.lm import init_params
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.training import loop
 from tests import test_training as t
-from cai_jax.training import data, loop
 rng = np.random.default_rng(0)
-items = [data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
+items = [Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
          for n in rng.integers(4, 25, 3000)]
 params = init_params(t.MODEL, jax.random.key(0))
-mesh = parallel.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+mesh = make_mesh(2, 1, 1, devices=jax.devices()[:2])
 config = t.dataclasses.replace(t.FIT, checkpoint_every=7)
 trained, _ = loop.fit(t.MODEL, params, items, config, mesh, sys.argv[1])
 np.savez(sys.argv[1] + '/end.npz', *jax.tree.leaves(trained))

@@ -5,9 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from cai_jax import quality
+from cai_jax.data import d_cai, examples, packing, quality
 from cai_jax.dialogue import Dialogue
-from cai_jax.training import data
 
 
 def row(i, rounds=2, kind='harmful', finish='stop', text=None):
@@ -35,14 +34,14 @@ def targets(dialogue, found):
 
 def test_targets(dialogue):
   rows = [row(0), row(1)]
-  get = lambda target: targets(dialogue, data.examples(rows, dialogue, target=target))  # noqa: E731
+  get = lambda target: targets(dialogue, examples.build_examples(rows, dialogue, target=target))  # noqa: E731
   assert get('last') == ['revised1 0', 'revised1 1']
   assert get('all') == ['revised0 0', 'revised1 0', 'revised0 1', 'revised1 1']
   assert get('initial') == ['first 0', 'first 1']
 
 
 def test_an_example_is_the_dialogues(dialogue):
-  found = data.examples([row(3)], dialogue)
+  found = examples.build_examples([row(3)], dialogue)
   messages = [*row(3)['prompt'], {'role': 'assistant', 'content': 'revised1 3'}]
   tokens, mask = dialogue.example(messages)
   assert found.items[0].tokens.tolist() == tokens
@@ -58,7 +57,7 @@ def test_drops_are_counted_by_reason(dialogue):
     row(4, text='long ' * 200),
     row(5, kind='helpful', rounds=0),
   ]
-  found = data.examples(rows, dialogue, max_length=64)
+  found = examples.build_examples(rows, dialogue, max_length=64)
   assert found.counts == {
     'rows': 6,
     'kept': 1,
@@ -71,7 +70,7 @@ def test_drops_are_counted_by_reason(dialogue):
       'truncated': 1,
     },
   }
-  kept = data.examples(rows, dialogue, max_length=64, drop_truncated=False)
+  kept = examples.build_examples(rows, dialogue, max_length=64, drop_truncated=False)
   assert kept.counts['kept'] == 2 and 'truncated' not in kept.counts['dropped']
 
 
@@ -87,7 +86,7 @@ def test_filters_leave_out_what_has_a_defect_and_count_its_first(dialogue):
   filters = ('truncated', 'role_marker', 'identical', 'preamble')
 
   def get(**options):
-    found = data.examples(rows, dialogue, filters=filters, **options)
+    found = examples.build_examples(rows, dialogue, filters=filters, **options)
     return targets(dialogue, found), found.counts['dropped']
 
   texts, dropped = get(target='last', helpfulness_share=0.25)
@@ -114,38 +113,39 @@ def test_filters_leave_out_what_has_a_defect_and_count_its_first(dialogue):
 def test_filters_that_need_the_constitution_are_told_by_it(dialogue):
   rows = [row(0), row(1, text='Please point out all that is wrong or rude in it')]
   with pytest.raises(ValueError, match='principle_leak is told by the principles'):
-    data.examples(rows, dialogue, filters=['principle_leak'])
+    examples.build_examples(rows, dialogue, filters=['principle_leak'])
   known = quality.references({'p': ('Point out all that is wrong or rude in it.', 'Mend it.')})
-  found = data.examples(rows, dialogue, filters=['principle_leak'], known=known)
+  found = examples.build_examples(rows, dialogue, filters=['principle_leak'], known=known)
   assert found.counts['dropped'] == {'filtered_principle_leak': 1}
   with pytest.raises(ValueError, match="'filtered_' have a defect of train.filters"):
-    data.examples(rows[1:], dialogue, filters=['principle_leak'], known=known)
+    examples.build_examples(rows[1:], dialogue, filters=['principle_leak'], known=known)
 
 
 def test_helpfulness_share_is_of_all_examples(dialogue):
   rows = [row(i) for i in range(12)] + [row(i, 0, 'helpful') for i in range(12, 20)]
   options = dict(helpfulness_share=0.25)
-  found = data.examples(rows, dialogue, **options)
+  found = examples.build_examples(rows, dialogue, **options)
   assert (found.counts['kept'], found.counts['helpful']) == (16, 4)
   assert found.counts['dropped'] == {'helpful_beyond_share': 4}
   chosen = targets(dialogue, found)[12:]
   assert len(set(chosen)) == 4 and all(t.startswith('first') for t in chosen)
-  assert chosen == targets(dialogue, data.examples(rows, dialogue, **options))[12:]
-  others = [targets(dialogue, data.examples(rows, dialogue, **options, seed=s)) for s in range(5)]
+  assert chosen == targets(dialogue, examples.build_examples(rows, dialogue, **options))[12:]
+  others = [
+    targets(dialogue, examples.build_examples(rows, dialogue, **options, seed=s)) for s in range(5)
+  ]
   assert len({tuple(o) for o in others}) > 1
   with pytest.raises(ValueError, match='helpfulness_share=0.9.*needs 108 .* has 8'):
-    data.examples(rows, dialogue, helpfulness_share=0.9)
+    examples.build_examples(rows, dialogue, helpfulness_share=0.9)
 
 
 def test_no_example_is_an_error_that_says_why(dialogue):
   with pytest.raises(ValueError, match='no example is left of 2 rows.*no_revision'):
-    data.examples([row(0, 0), row(1, 0)], dialogue)
+    examples.build_examples([row(0, 0), row(1, 0)], dialogue)
   with pytest.raises(ValueError, match='no example is left of 0 rows'):
-    data.examples([], dialogue)
+    examples.build_examples([], dialogue)
 
 
 def test_rows_of_a_tfds_dataset(tmp_path, dialogue):
-  from cai_jax.feedback import records
 
   def written(i, rounds):
     made = row(i, rounds)
@@ -167,16 +167,16 @@ def test_rows_of_a_tfds_dataset(tmp_path, dialogue):
     }
 
   wanted = [written(0, 2), written(1, 0), written(2, 1)]
-  records.write_shard(tmp_path, 0, wanted[:2])
-  records.write_shard(tmp_path, 1, wanted[2:])
-  records.write_metadata(tmp_path, [2, 1])
-  rows = data.read_rows(tmp_path)
+  d_cai.write_shard(tmp_path, 0, wanted[:2])
+  d_cai.write_shard(tmp_path, 1, wanted[2:])
+  d_cai.write_metadata(tmp_path, [2, 1])
+  rows = d_cai.read_rows(tmp_path)
   assert [rows[i] for i in range(len(rows))] == wanted
-  assert data.examples(rows, dialogue, target='all').counts['kept'] == 3
+  assert examples.build_examples(rows, dialogue, target='all').counts['kept'] == 3
   with pytest.raises(ValueError, match='no split'):
-    data.read_rows(tmp_path, 'test')
+    d_cai.read_rows(tmp_path, 'test')
   with pytest.raises(ValueError, match='holds no TFDS dataset'):
-    data.read_rows(tmp_path / 'nowhere')
+    d_cai.read_rows(tmp_path / 'nowhere')
 
 
 LENGTHS = np.random.default_rng(0).integers(3, 33, 400)
@@ -184,7 +184,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 33, 400)
 
 def test_pack_puts_each_example_into_one_row_that_holds_it():
   order = np.random.default_rng(1).permutation(len(LENGTHS))
-  rows = data.pack(LENGTHS, order, 40)
+  rows = packing.pack(LENGTHS, order, 40)
   assert sorted(i for r in rows for i in r) == list(range(len(LENGTHS)))
   assert all(0 < sum(LENGTHS[i] for i in r) <= 40 for r in rows)
   assert len(rows) < 1.1 * LENGTHS.sum() / 40  # little padding
@@ -193,13 +193,13 @@ def test_pack_puts_each_example_into_one_row_that_holds_it():
 @pytest.mark.parametrize(
   'buckets',
   [
-    [data.Bucket(32, 8)],
-    [data.Bucket(64, 4)],
-    [data.Bucket(32, 4), data.Bucket(16, 8)],
+    [packing.Bucket(32, 8)],
+    [packing.Bucket(64, 4)],
+    [packing.Bucket(32, 4), packing.Bucket(16, 8)],
   ],
 )
 def test_every_example_is_seen_once_an_epoch(buckets):
-  steps = data.plan(LENGTHS, buckets, epochs=3, seed=5)
+  steps = packing.plan(LENGTHS, buckets, epochs=3, seed=5)
   seen = collections.Counter(i for step in steps for r in step.rows for i in r)
   assert seen == {i: 3 for i in range(len(LENGTHS))}
   first = [i for step in steps[: len(steps) // 3 - 2] for r in step.rows for i in r]
@@ -207,30 +207,31 @@ def test_every_example_is_seen_once_an_epoch(buckets):
   for step in steps:
     assert step.bucket in buckets and 0 < len(step.rows) <= step.bucket.rows
     assert all(sum(LENGTHS[i] for i in r) <= step.bucket.length for r in step.rows)
-  assert steps == data.plan(LENGTHS, buckets, epochs=3, seed=5)
-  assert steps != data.plan(LENGTHS, buckets, epochs=3, seed=6)
+  assert steps == packing.plan(LENGTHS, buckets, epochs=3, seed=5)
+  assert steps != packing.plan(LENGTHS, buckets, epochs=3, seed=6)
 
 
 def test_an_example_stands_in_the_shortest_rows_that_hold_it():
-  for step in data.plan(LENGTHS, [data.Bucket(32, 4), data.Bucket(16, 8)], 1, 0):
+  for step in packing.plan(LENGTHS, [packing.Bucket(32, 4), packing.Bucket(16, 8)], 1, 0):
     lengths = [LENGTHS[i] for r in step.rows for i in r]
     assert max(lengths) <= 16 if step.bucket.length == 16 else min(lengths) > 16
 
 
 def test_plan_refuses_what_does_not_fit():
   with pytest.raises(ValueError, match='32 tokens does not fit rows of 31'):
-    data.plan([4, 32], [data.Bucket(31, 2)], 1, 0)
+    packing.plan([4, 32], [packing.Bucket(31, 2)], 1, 0)
   with pytest.raises(ValueError, match='no example'):
-    data.plan([], [data.Bucket(31, 2)], 1, 0)
+    packing.plan([], [packing.Bucket(31, 2)], 1, 0)
 
 
 def test_a_batch_holds_each_example_whole_and_padding_is_zero():
   rng = np.random.default_rng(2)
   items = [
-    data.Example(rng.integers(1, 99, n).astype(np.int32), rng.random(n) < 0.5) for n in LENGTHS[:60]
+    examples.Example(rng.integers(1, 99, n).astype(np.int32), rng.random(n) < 0.5)
+    for n in LENGTHS[:60]
   ]
-  steps = data.plan([len(i.tokens) for i in items], [data.Bucket(48, 7)], 1, 0)
-  batches = data.Batches(items, steps)
+  steps = packing.plan([len(i.tokens) for i in items], [packing.Bucket(48, 7)], 1, 0)
+  batches = packing.Batches(items, steps)
   assert min(len(step.rows) for step in steps) < 7  # one is filled up with empty rows
   held = 0
   for step, batch in zip(steps, batches, strict=True):
@@ -244,18 +245,18 @@ def test_a_batch_holds_each_example_whole_and_padding_is_zero():
         np.testing.assert_array_equal(batch['loss_mask'][r, here], items[i].loss_mask)
         np.testing.assert_array_equal(batch['positions'][r, here], np.arange(here.sum()))
         held += here.sum()
-  assert data.padding_share(items, steps) == pytest.approx(1 - held / (len(steps) * 7 * 48))
+  assert packing.padding_share(items, steps) == pytest.approx(1 - held / (len(steps) * 7 * 48))
 
 
 def test_the_iterator_goes_on_where_its_state_was():
-  items = [data.Example(np.full(4, i, np.int32), np.ones(4, bool)) for i in range(40)]
-  batches = data.Batches(items, data.plan([4] * 40, [data.Bucket(8, 2)], 1, 0))
-  it = data.iterate(batches, lambda b: b['tokens'])
+  items = [examples.Example(np.full(4, i, np.int32), np.ones(4, bool)) for i in range(40)]
+  batches = packing.Batches(items, packing.plan([4] * 40, [packing.Bucket(8, 2)], 1, 0))
+  it = packing.iterate(batches, lambda b: b['tokens'])
   for _ in range(3):
     next(it)
   state = it.get_state()
   rest = [x.tolist() for x in it]
-  again = data.iterate(batches, lambda b: b['tokens'])
+  again = packing.iterate(batches, lambda b: b['tokens'])
   again.set_state(state)
   assert [x.tolist() for x in again] == rest and len(rest) == len(batches) - 3
 

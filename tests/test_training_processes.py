@@ -15,21 +15,23 @@ import pytest
 RUN = """
 import dataclasses, sys, jax, numpy as np
 from jax.experimental import multihost_utils
-from cai_jax import parallel
-parallel.initialize()
+from cai_jax.runtime import processes
+processes.initialize()
+from cai_jax.data.examples import Example
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.model.lm import init_params
-from cai_jax.training import data, loop
+from cai_jax.training import loop
 from tests import test_training as t
 workdir, count = sys.argv[1], int(sys.argv[2])
 rng = np.random.default_rng(0)
-items = [data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
+items = [Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
          for n in rng.integers(4, 25, count)]
 config = dataclasses.replace(t.CONFIG, epochs=1, checkpoint_every=1000)
 params = jax.device_get(init_params(t.MODEL, jax.random.key(0)))
 held_out = items[:20]
 config = dataclasses.replace(config, eval_share=0.1, eval_every=10)
 try:
-  trained, summary = loop.fit(t.MODEL, params, items, config, parallel.make_mesh(2, 2, 2), workdir,
+  trained, summary = loop.fit(t.MODEL, params, items, config, make_mesh(2, 2, 2), workdir,
                               watch=loop.Watch(held_out))
 except loop.Preempted as ended:
   print(f'preempted: {ended}', flush=True)

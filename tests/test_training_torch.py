@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
-from cai_jax import parallel
+from cai_jax.data import packing
+from cai_jax.data.examples import Example
 from cai_jax.model import lm as lm_lib
-from cai_jax.training import data, loop, step
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import loop, step
 from cai_jax.training.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -69,23 +71,23 @@ def test_ten_losses_agree_with_torch(tiny_hf_folder, family):
   folder = tiny_hf_folder(family)
   rng = np.random.default_rng(0)
   items = [
-    data.Example(rng.integers(4, 300, n).astype(np.int32), np.arange(n) >= n // 2)
+    Example(rng.integers(4, 300, n).astype(np.int32), np.arange(n) >= n // 2)
     for n in rng.integers(8, 40, 110)
   ]
-  plan = data.plan([len(i.tokens) for i in items], [data.Bucket(48, 6)], 1, 0)
+  plan = packing.plan([len(i.tokens) for i in items], [packing.Bucket(48, 6)], 1, 0)
   assert len(plan) >= STEPS
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   lm = lm_lib.load(folder, mesh=mesh)
   graph, shapes = lm_lib.structure(lm.config)
   train_step = step.make_train_step(graph, shapes, CONFIG, STEPS, mesh)
-  state, batches, ours = step.init_state(lm.params, CONFIG, mesh), data.Batches(items, plan), []
+  state, batches, ours = step.init_state(lm.params, CONFIG, mesh), packing.Batches(items, plan), []
   for i in range(STEPS):
-    state, metrics = train_step(state, loop._place(batches[i], parallel.batch_sharding(mesh)))
+    state, metrics = train_step(state, loop._place(batches[i], batch_sharding(mesh)))
     ours.append(float(metrics['loss']))
   of_step = [[items[i] for row in s.rows for i in row] for s in plan[:STEPS]]
   theirs = torch_losses(folder, of_step)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
   look = step.make_eval_step(graph, CONFIG, mesh)
-  last = look(lm.params, None, loop._place(batches[STEPS - 1], parallel.batch_sharding(mesh)))
+  last = look(lm.params, None, loop._place(batches[STEPS - 1], batch_sharding(mesh)))
   untrained = float(last['nll'] / last['num_sequences'])
   assert abs(ours[-1] / untrained - 1) > 0.02  # so that a wrong update would show

@@ -13,10 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax import hardware, parallel
+from cai_jax.data import packing
+from cai_jax.data.examples import Example, hold_out
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import init_params
-from cai_jax.training import data, log, loop, objective
+from cai_jax.runtime import hardware
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.training import log, loop, objective
 from cai_jax.training.config import TrainConfig
 
 MODEL = ModelConfig('llama', 48, 16, 32, 1, 4, 2, 8, 64)
@@ -31,13 +34,13 @@ def params():
 def examples(count, seed=0):
   rng = np.random.default_rng(seed)
   return [
-    data.Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2, f'row {i}')
+    Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2, f'row {i}')
     for i, n in enumerate(rng.integers(4, 25, count))
   ]
 
 
 def mesh():
-  return parallel.make_mesh(devices=jax.devices()[:1])
+  return make_mesh(devices=jax.devices()[:1])
 
 
 def fit(params, workdir, config=CONFIG, watch=loop.Watch(), items=None):  # noqa: B008
@@ -52,10 +55,10 @@ def test_the_held_out_loss_is_the_objective_of_these_examples(params, tmp_path):
   rows = log.read(tmp_path / log.HELD_OUT)
   steps = summary['steps']
   assert [row['step'] for row in rows] == [*range(5, steps, 5), steps]
-  bucket = data.Bucket(24, len(held_out))
-  step = data.Step(bucket, tuple((i,) for i in range(len(held_out))))  # a row each, unpacked
+  bucket = packing.Bucket(24, len(held_out))
+  step = packing.Step(bucket, tuple((i,) for i in range(len(held_out))))  # a row each, unpacked
   graph = loop.structure(MODEL)[0]
-  nll, sums = objective.loss_and_metrics(graph, trained, data.Batches(held_out, [step])[0])
+  nll, sums = objective.loss_and_metrics(graph, trained, packing.Batches(held_out, [step])[0])
   assert rows[-1]['loss'] == pytest.approx(float(nll / sums['num_sequences']), rel=1e-5)
   assert rows[-1]['nll_per_token'] == pytest.approx(float(nll / sums['num_tokens']), rel=1e-5)
   assert summary['held_out_loss'] == rows[-1]['loss'] and not summary['stopped_early']
@@ -97,15 +100,15 @@ def test_probes_see_the_parameters_as_they_are(params, tmp_path):
 
 def test_rows_of_one_prompt_are_on_one_side():
   items = [item._replace(id=f'row {i // 3}') for i, item in enumerate(examples(90))]
-  kept, held_out = data.hold_out(items, 0.2, 0)
+  kept, held_out = hold_out(items, 0.2, 0)
   assert len(held_out) == 18 and len(kept) == 72
   names = lambda items: {item.id for item in items}  # noqa: E731
   assert not names(kept) & names(held_out)
-  assert names(data.hold_out(items, 0.2, 0)[1]) == names(held_out)
-  assert names(data.hold_out(items, 0.2, 1)[1]) != names(held_out)
-  assert len(data.hold_out(items, 0.0, 0)[0]) == 90
+  assert names(hold_out(items, 0.2, 0)[1]) == names(held_out)
+  assert names(hold_out(items, 0.2, 1)[1]) != names(held_out)
+  assert len(hold_out(items, 0.0, 0)[0]) == 90
   with pytest.raises(ValueError, match='eval_share=0.9 of 1 rows leaves none'):
-    data.hold_out(items[:3], 0.9, 0)
+    hold_out(items[:3], 0.9, 0)
 
 
 def test_a_moving_average_is_the_result(params, tmp_path):

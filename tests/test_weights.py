@@ -14,15 +14,16 @@ import torch
 import transformers
 
 import cai_jax
-from cai_jax import parallel
+from cai_jax.model import checkpoint
 from cai_jax.model import config as config_lib
-from cai_jax.model import weights
+from cai_jax.model.sharding import spec_of
+from cai_jax.runtime.mesh import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(3, 300, (2, 12))
 
 
 def one_device():
-  return parallel.make_mesh(1, devices=jax.devices()[:1])
+  return make_mesh(1, devices=jax.devices()[:1])
 
 
 def load(folder, **kwargs):
@@ -51,9 +52,9 @@ def rewrite(folder, change, file='model.safetensors'):
 def test_table_is_the_model(tiny_hf_folder, family):
   """Name for name and shape for shape, the table gives what torch wrote, and nothing else."""
   folder = tiny_hf_folder(family)
-  config = config_lib.from_hf(weights.read_json(folder / 'config.json'))
-  leaves = dict(weights._flat(weights.structure(config)[1]))
-  ours = {weights.hf_name(p): weights.hf_shape(p, leaf.shape) for p, leaf in leaves.items()}
+  config = config_lib.from_hf(checkpoint.read_json(folder / 'config.json'))
+  leaves = dict(checkpoint._flat(checkpoint.structure(config)[1]))
+  ours = {checkpoint.hf_name(p): checkpoint.hf_shape(p, leaf.shape) for p, leaf in leaves.items()}
   file = safetensors.numpy.load_file(folder / 'model.safetensors')
   assert ours == {name: x.shape for name, x in file.items()}
   assert config.num_params == sum(x.size for x in file.values())
@@ -62,21 +63,19 @@ def test_table_is_the_model(tiny_hf_folder, family):
 def test_every_table_row_serves_a_family(tiny_hf_folder):
   names = set()
   for family in ('llama_bias', 'qwen2', 'qwen3'):
-    config = config_lib.from_hf(weights.read_json(tiny_hf_folder(family) / 'config.json'))
-    names |= {weights.hf_name(p) for p, _ in weights._flat(weights.structure(config)[1])}
-  assert {row[1].format(0) for row in weights.TABLE} <= names
+    config = config_lib.from_hf(checkpoint.read_json(tiny_hf_folder(family) / 'config.json'))
+    names |= {checkpoint.hf_name(p) for p, _ in checkpoint._flat(checkpoint.structure(config)[1])}
+  assert {row[1].format(0) for row in checkpoint.TABLE} <= names
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'llama_bias'])
 def test_a_sharded_mesh_gives_the_same_model(tiny_hf_folder, family):
-  mesh = parallel.make_mesh(2, 2, 2)
+  mesh = make_mesh(2, 2, 2)
   one, eight = load(tiny_hf_folder(family)), load(tiny_hf_folder(family), mesh=mesh)
   for (path, leaf), (_, single) in zip(
-    weights._flat(eight.params), weights._flat(one.params), strict=True
+    checkpoint._flat(eight.params), checkpoint._flat(one.params), strict=True
   ):
-    assert leaf.sharding.is_equivalent_to(
-      jax.NamedSharding(mesh, parallel.spec_of(path)), leaf.ndim
-    )
+    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec_of(path)), leaf.ndim)
     np.testing.assert_array_equal(leaf, single)
   np.testing.assert_allclose(eight.logits(TOKENS), one.logits(TOKENS), atol=1e-4)
 
@@ -95,9 +94,9 @@ def test_only_the_rows_of_a_shard_are_read(tiny_hf_folder):
 
   ours = np.arange(6 * 4 * 5).reshape(6, 4, 5)  # [D,N,H]
   path = 'layers/0/attention/query/kernel'
-  theirs = weights.to_hf_layout(path, ours)
+  theirs = checkpoint.to_hf_layout(path, ours)
   assert theirs.shape == (20, 6) and theirs.flags.c_contiguous
-  block = weights._read(File(theirs), path, ours.shape, (2, 1, 2), (4, 3, 5))
+  block = checkpoint._read(File(theirs), path, ours.shape, (2, 1, 2), (4, 3, 5))
   np.testing.assert_array_equal(block, ours[2:4, 1:3, 2:5])
   assert asked == [(10, 2)]
 
@@ -105,7 +104,7 @@ def test_only_the_rows_of_a_shard_are_read(tiny_hf_folder):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_files(folder, dtype):
   exact = load(folder)
-  rewrite(folder, lambda t: {n: x.astype(weights.DTYPES[dtype]) for n, x in t.items()})
+  rewrite(folder, lambda t: {n: x.astype(checkpoint.DTYPES[dtype]) for n, x in t.items()})
   widened, kept = load(folder), load(folder, param_dtype=dtype)
   for f32, wide, half in zip(
     *map(jax.tree.leaves, (exact.params, widened.params, kept.params)), strict=True
@@ -119,9 +118,9 @@ def test_sharded_index_that_torch_wrote(folder, tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(folder)
   model.save_pretrained(tmp_path / 'shards', max_shard_size='40KB')
   (tmp_path / 'shards' / 'tokenizer.json').write_bytes((folder / 'tokenizer.json').read_bytes())
-  assert len(weights.weight_files(tmp_path / 'shards')) > 2
+  assert len(checkpoint.weight_files(tmp_path / 'shards')) > 2
   jax.tree.map(np.testing.assert_array_equal, load(tmp_path / 'shards').params, load(folder).params)
-  weights.weight_files(tmp_path / 'shards')
+  checkpoint.weight_files(tmp_path / 'shards')
   next((tmp_path / 'shards').glob('model-00002*')).unlink()
   with pytest.raises(ValueError, match='model-00002.*not in the folder'):
     load(tmp_path / 'shards')
@@ -159,7 +158,7 @@ def test_a_weight_in_two_files(folder):
   safetensors.numpy.save_file(tensors, folder / 'a.safetensors')
   safetensors.numpy.save_file({name: tensors[name]}, folder / 'b.safetensors')
   index = {'weight_map': {**dict.fromkeys(tensors, 'a.safetensors'), name: 'b.safetensors'}}
-  (folder / weights.INDEX).write_text(json.dumps(index))
+  (folder / checkpoint.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match='norm.weight.* both a.safetensors and b.safetensors'):
     load(folder)
 
@@ -288,7 +287,7 @@ def test_saving_again_replaces_the_model_and_nothing_else(tiny_hf_folder, tmp_pa
   (out / 'special_tokens_map.json').write_text('{"eos_token": "<|endoftext|>"}')
   (out / '.partial').mkdir()  # as a save that was killed leaves it
   (out / '.partial' / 'model.safetensors').write_text('half')
-  lm = load(tiny_hf_folder('smollm2'), mesh=parallel.make_mesh(4, 2, 1))
+  lm = load(tiny_hf_folder('smollm2'), mesh=make_mesh(4, 2, 1))
   cai_jax.save(lm, out)
   jax.tree.map(np.testing.assert_array_equal, load(out).params, lm.params)
   names = {f.name for f in out.iterdir()}
@@ -304,7 +303,7 @@ def test_saving_other_parameters_than_the_config_s(tiny_hf_folder, tmp_path):
   lm = load(tiny_hf_folder('qwen2'))
   params = {**lm.params, 'norm': {'scale': jnp.ones(31)}}
   with pytest.raises(ValueError, match=r'norm/scale: \(31,\) was given, \(32,\)'):
-    weights.save_params(tmp_path, params, lm.config)
+    checkpoint.save_params(tmp_path, params, lm.config)
   assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cai_jax.runtime.errors import UserError
+
 Values = Mapping[int, Mapping[str, float]]  # seed → prompt id → what was measured of its response
 
 
@@ -39,7 +41,7 @@ def mean(values: Values, samples: int = 2000, level: float = 0.95, seed: int = 0
     ValueError: if there is no value, or a seed has none.
   """
   if not values or not all(values.values()):
-    raise ValueError('a mean needs at least one seed, and each seed at least one prompt.')
+    raise UserError('a mean needs at least one seed, and each seed at least one prompt.')
   rng = np.random.default_rng(seed)
   first = list(next(iter(values.values())))
   crossed = len(values) > 1 and all(set(found) == set(first) for found in values.values())
@@ -59,14 +61,14 @@ def paired_difference(arm: Values, reference: Values, **options) -> Estimate:
     ValueError: unless both have the same seeds, and for each the same prompts.
   """
   if set(arm) != set(reference):
-    raise ValueError(
+    raise UserError(
       f'one arm has the seeds {sorted(arm)} and the other {sorted(reference)}; a difference is '
       'paired, so run both with the same seeds.'
     )
   for seed, values in arm.items():
     only = sorted(set(values) ^ set(reference[seed]))
     if only:
-      raise ValueError(
+      raise UserError(
         f'the arms answer different prompts (seed {seed}: {len(only)} of {len(values)} and '
         f'{len(reference[seed])} have no partner, the first is {only[0]!r}); a difference is '
         'paired, so score both on the same prompts.'
@@ -100,7 +102,7 @@ def diversity(texts: Sequence[str], partners: int = 20, seed: int = 0) -> list[f
     ValueError: for fewer than two texts.
   """
   if len(texts) < 2:
-    raise ValueError(f'diversity compares texts with each other, and there are {len(texts)}.')
+    raise UserError(f'diversity compares texts with each other, and there are {len(texts)}.')
   rng = np.random.default_rng([seed, len(texts)])
   sets = [_pairs(text) for text in texts]
   found = []

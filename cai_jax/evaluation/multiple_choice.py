@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cai_jax.evaluation import likelihood
-from cai_jax.evaluation.scores import bootstrap_interval
 from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
+from cai_jax.scoring import likelihood
+from cai_jax.scoring.intervals import bootstrap_interval
 
 BINS = 10  # of the calibration error
 LABELS = (' (A)', ' (B)')
@@ -52,12 +53,12 @@ def read_items(path: str | os.PathLike) -> list[Item]:
     with open(path, encoding='utf-8') as file:
       lines = file.read().split('\n')
   except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{path} cannot be read: {error}. Give a file of one JSON object a line, in UTF-8.'
     ) from error
   items = [_item(line, n, f'{path}:{n}') for n, line in enumerate(lines, 1) if line.strip()]
   if not items:
-    raise ValueError(f'{path} holds no question; give a file of one JSON object a line.')
+    raise UserError(f'{path} holds no question; give a file of one JSON object a line.')
   return items
 
 
@@ -115,7 +116,7 @@ def evaluate(
       or cannot be swapped; the message names its line.
   """
   if not items:
-    raise ValueError('there is no question to ask; give one item or more.')
+    raise UserError('there is no question to ask; give one item or more.')
   orders = [list(items)] + ([[swap_options(item) for item in items]] if swap else [])
   pairs = [_pair(lm, item, option) for order in orders for item in order for option in item.options]
   values = iter(
@@ -147,12 +148,12 @@ def calibration_error(
   """
   confidences, right = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
   if confidences.ndim != 1 or confidences.shape != right.shape or not confidences.size:
-    raise ValueError(
+    raise UserError(
       f'{confidences.shape} confidences and {right.shape} answers were given; give one list of '
       'each, equally long and not empty.'
     )
   if not ((confidences >= 0) & (confidences <= 1)).all():
-    raise ValueError(
+    raise UserError(
       f'confidences lie in {confidences.min()}..{confidences.max()}; they are probabilities, 0..1.'
     )
   places = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
@@ -165,18 +166,18 @@ def _item(line: str, number: int, where: str) -> Item:
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'{where} is no JSON ({error}); a line has the form {form}.') from error
+    raise UserError(f'{where} is no JSON ({error}); a line has the form {form}.') from error
   if not isinstance(row, dict) or not isinstance(row.get('prompt'), str) or not row['prompt']:
-    raise ValueError(f'{where} has no text "prompt"; a line has the form {form}.')
+    raise UserError(f'{where} has no text "prompt"; a line has the form {form}.')
   for name in ('corrects', 'incorrects'):
     texts = row.get(name)
     if not isinstance(texts, list) or not texts or not all(t and isinstance(t, str) for t in texts):
-      raise ValueError(
+      raise UserError(
         f'{where}: "{name}" is {texts!r:.80}; it must be a list of one text or more, none empty.'
       )
   options = [*row['corrects'], *row['incorrects']]
   if len(set(options)) != len(options):
-    raise ValueError(f'{where} has an option twice, in {options!r:.200}; each may stand once only.')
+    raise UserError(f'{where} has an option twice, in {options!r:.200}; each may stand once only.')
   return Item(number, row['prompt'], tuple(row['corrects']), tuple(row['incorrects']))
 
 
@@ -193,7 +194,7 @@ def _pair(lm: LM, item: Item, option: str) -> tuple[list[int], list[int]]:
   try:
     pair = likelihood.tokenise(lm.tokenizer, item.prompt, option)
   except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
+    raise UserError(f'{name}: {error}') from error
   likelihood.check_pair(lm, *pair, name)
   return pair
 

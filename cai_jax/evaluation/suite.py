@@ -11,11 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cai_jax.dialogue import Dialogue
-from cai_jax.evaluation import judge as judging
-from cai_jax.evaluation import multiple_choice, refusal, reward
-from cai_jax.evaluation.likelihood import perplexity
-from cai_jax.evaluation.scores import Measure
+from cai_jax.evaluation import multiple_choice
 from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
+from cai_jax.scoring import judge as judging
+from cai_jax.scoring import refusal, reward
+from cai_jax.scoring.likelihood import perplexity
+from cai_jax.scoring.scorer import Measure
 
 LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what was asked.'
 
@@ -58,19 +60,19 @@ class EvaluationConfig:
 
   def __post_init__(self):
     if isinstance(self.multiple_choice, str):
-      raise ValueError(
+      raise UserError(
         f'evaluation.multiple_choice={self.multiple_choice!r} is a text; give a tuple of files.'
       )
     known = self.refusal in ('none', 'rules') or '/' in self.refusal or os.path.isdir(self.refusal)
     if not known:
-      raise ValueError(
+      raise UserError(
         f"evaluation.refusal={self.refusal!r}; it must be 'none', 'rules', a folder, or a hub name."
       )
     principles = self.judge_principles
     if (
       isinstance(principles, str) or not all(text.strip() for text in principles) or not principles
     ):
-      raise ValueError(
+      raise UserError(
         f'evaluation.judge_principles={principles!r}; give a tuple of one text or more, none blank.'
       )
     for path in self.multiple_choice:
@@ -79,7 +81,7 @@ class EvaluationConfig:
           if self.swap:
             multiple_choice.swap_options(item)
       except ValueError as error:
-        raise ValueError(f'evaluation.multiple_choice: {error}') from error
+        raise UserError(f'evaluation.multiple_choice: {error}') from error
 
   def digests(self) -> list[str]:
     """Hex digests of the files of questions."""

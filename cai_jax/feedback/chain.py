@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Callable, Generator, Sequence
 
 from cai_jax.constitution import Principle
+from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue, Message
-from cai_jax.feedback.prompts import Prompt
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
 

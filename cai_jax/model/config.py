@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from cai_jax.runtime.errors import UserError
+
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 REQUIRED = (  # of a config.json; the rest has a usual value
   'vocab_size',
@@ -50,13 +52,13 @@ class ModelConfig:
 
   def __post_init__(self):
     if self.family not in FAMILIES:
-      raise ValueError(f'model family {self.family!r} is not supported; one of {FAMILIES} is.')
+      raise UserError(f'model family {self.family!r} is not supported; one of {FAMILIES} is.')
     if self.num_heads % self.num_kv_heads:
-      raise ValueError(
+      raise UserError(
         f'num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
       )
     if self.windows and len(self.windows) != self.num_layers:
-      raise ValueError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
+      raise UserError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
 
   def window(self, layer: int) -> int | None:
     """Attention window of a layer in tokens, the token itself included; None is unlimited."""
@@ -101,7 +103,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
   """
   family = hf.get('model_type')
   if family not in FAMILIES:
-    raise ValueError(
+    raise UserError(
       f'model_type {family!r} is not supported; cai_jax implements {", ".join(FAMILIES)} '
       '(Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3).'
     )
@@ -112,10 +114,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     ('partial_rotary_factor', 1.0),
   ):
     if hf.get(key, allowed) != allowed:
-      raise ValueError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
+      raise UserError(f'config.json: {key}={hf[key]!r} is not supported; only {allowed!r} is.')
   for key in REQUIRED:
     if not isinstance(hf.get(key), int) or hf[key] < 1:
-      raise ValueError(f'config.json: {key} is {hf.get(key)!r}; it must be a positive integer.')
+      raise UserError(f'config.json: {key} is {hf.get(key)!r}; it must be a positive integer.')
   num_heads = hf['num_attention_heads']
   default_head_dim = 128 if family == 'qwen3' else hf['hidden_size'] // num_heads
   theta, scaling = _rope(hf)
@@ -186,7 +188,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
   if (back := from_hf(hf)) != config:
     fields = [f.name for f in dataclasses.fields(config)]
     differ = [name for name in fields if getattr(back, name) != getattr(config, name)]
-    raise ValueError(
+    raise UserError(
       f'{differ[0]}={getattr(config, differ[0])!r} cannot be written to the config.json of a '
       f'{config.family} model: it would be read as {getattr(back, differ[0])!r}.'
     )
@@ -199,15 +201,15 @@ def _rope(hf: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
   thetas = (rope.get('rope_theta'), hf.get('rope_theta'), 10_000.0)
   theta = float(next(theta for theta in thetas if theta is not None))
   if (rotary := rope.get('partial_rotary_factor', 1.0)) != 1.0:
-    raise ValueError(f'config.json: partial_rotary_factor={rotary!r} is not supported; only 1 is.')
+    raise UserError(f'config.json: partial_rotary_factor={rotary!r} is not supported; only 1 is.')
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
     return theta, None
   if kind != 'llama3':
-    raise ValueError(f"rope_type {kind!r} is not supported; 'default' and 'llama3' are.")
+    raise UserError(f"rope_type {kind!r} is not supported; 'default' and 'llama3' are.")
   fields = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
   if absent := [field for field in fields if rope.get(field) is None]:
-    raise ValueError(
+    raise UserError(
       f"config.json: rope_type 'llama3' needs {', '.join(fields)}; {', '.join(absent)} is missing."
     )
   return theta, Llama3Rope(

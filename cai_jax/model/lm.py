@@ -18,13 +18,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cai_jax import parallel
-from cai_jax.manifest import write_json
+from cai_jax.model import checkpoint
 from cai_jax.model import config as config_lib
-from cai_jax.model import weights
+from cai_jax.model.checkpoint import Params, structure
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import Transformer
-from cai_jax.model.weights import Params, structure
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import write_json
+from cai_jax.runtime.mesh import make_mesh
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -43,7 +44,7 @@ MODEL_FILES = (
   'config.json',
   'generation_config.json',
   'model*.safetensors',
-  weights.INDEX,
+  checkpoint.INDEX,
   *TOKENIZER_FILES,
 )
 
@@ -104,9 +105,9 @@ class LM:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or (mask is not None and np.shape(mask) != tokens.shape):
       given = f'tokens {tokens.shape}' + ('' if mask is None else f', mask {np.shape(mask)}')
-      raise ValueError(f'{given}: tokens, and a mask if there is one, have the same shape [B,T].')
+      raise UserError(f'{given}: tokens, and a mask if there is one, have the same shape [B,T].')
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-      raise ValueError(
+      raise UserError(
         f'tokens lie in {tokens.min()}..{tokens.max()}; the vocabulary is '
         f'0..{self.config.vocab_size - 1}.'
       )
@@ -129,7 +130,7 @@ def load(
       Face's cache.
     dtype: what is computed in: 'float32', 'bfloat16' or 'float16'. 'float32' is that on every
       device: no product is rounded to TF32 or bf16.
-    mesh: where the parameters go; None is `parallel.make_mesh()`.
+    mesh: where the parameters go; None is `make_mesh()`.
     param_dtype: what parameters are kept in; None is `dtype`.
 
   Raises:
@@ -137,16 +138,16 @@ def load(
       supported, or weights that do not fit it; for a tokenizer that is missing or does not fit.
   """
   param_dtype = dtype if param_dtype is None else param_dtype
-  weights.check_dtype(dtype, 'dtype')
+  checkpoint.check_dtype(dtype, 'dtype')
   folder = _folder(path)
   hf = _hf_config(folder)
   config = config_lib.from_hf(hf)
   tokenizer = _tokenizer(folder, config.vocab_size)
   eos = _eos_token_ids(folder, hf, tokenizer)
-  mesh = parallel.make_mesh() if mesh is None else mesh
+  mesh = make_mesh() if mesh is None else mesh
   return LM(
     config=config,
-    params=weights.load_params(folder, config, mesh, param_dtype),
+    params=checkpoint.load_params(folder, config, mesh, param_dtype),
     tokenizer=tokenizer,
     mesh=mesh,
     dtype=dtype,
@@ -187,23 +188,23 @@ def load_classifier(
   Raises:
     ValueError: as `load`; for a checkpoint of another architecture or with weights beside these.
   """
-  weights.check_dtype(dtype, 'dtype')
+  checkpoint.check_dtype(dtype, 'dtype')
   folder = _folder(path)
   hf = _hf_config(folder)
   config = dataclasses.replace(config_lib.from_hf(hf), tied_embeddings=True)
   needed = [config_lib.architecture(config, 'SequenceClassification')]
   if (architectures := hf.get('architectures')) != needed:
-    raise ValueError(
+    raise UserError(
       f'{folder}: architectures is {architectures} in config.json; a reward model or classifier '
       f'has {needed} there. Other heads and poolings are not implemented.'
     )
   labels = _labels(hf, folder)
   tokenizer = _tokenizer(folder, config.vocab_size)
-  mesh = parallel.make_mesh() if mesh is None else mesh
+  mesh = make_mesh() if mesh is None else mesh
   return Classifier(
     config=config,
-    params=weights.load_params(folder, config, mesh, dtype, others=(SCORE,)),
-    score=weights.load_weight(folder, SCORE, (len(labels), config.d_model)),
+    params=checkpoint.load_params(folder, config, mesh, dtype, others=(SCORE,)),
+    score=checkpoint.load_weight(folder, SCORE, (len(labels), config.d_model)),
     labels=labels,
     tokenizer=tokenizer,
     eos_token_ids=_eos_token_ids(folder, hf, tokenizer),
@@ -230,7 +231,7 @@ def check(path: str | os.PathLike) -> Parts:
   hf = _hf_config(folder)
   config = config_lib.from_hf(hf)
   tokenizer = _tokenizer(folder, config.vocab_size)
-  weights.check_params(folder, config)
+  checkpoint.check_params(folder, config)
   return Parts(config, tokenizer, _eos_token_ids(folder, hf, tokenizer))
 
 
@@ -250,7 +251,7 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
     ValueError: if there is no such folder or hub name, or no tokenizer in it that can be used.
   """
   folder = _folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
-  hf = weights.read_json(folder / 'config.json') if (folder / 'config.json').exists() else {}
+  hf = checkpoint.read_json(folder / 'config.json') if (folder / 'config.json').exists() else {}
   size = hf.get('vocab_size')
   tokenizer = _tokenizer(folder, size)
   eos = _eos_token_ids(folder, hf, tokenizer)
@@ -284,12 +285,12 @@ def save(
   """
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f'{folder} is a file; a model is saved to a folder.')
+    raise UserError(f'{folder} is a file; a model is saved to a folder.')
   partial = folder / '.partial'
   if jax.process_index() == 0:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-  weights.save_params(partial, lm.params, lm.config, dtype, max_shard_bytes)
+  checkpoint.save_params(partial, lm.params, lm.config, dtype, max_shard_bytes)
   if jax.process_index() == 0:
     _write_tokenizer(partial, lm.tokenizer)
     _write_configs(partial, lm, dtype)
@@ -306,7 +307,7 @@ def _folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES) ->
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns)))
   except (OSError, ValueError) as error:  # not found, not allowed, offline, not a name at all
-    raise ValueError(
+    raise UserError(
       f'{str(path)!r} is neither a folder here nor a model that the Hugging Face hub would give '
       f'({type(error).__name__}: {str(error).strip()}). Give the path of a folder, or a name such '
       "as 'Qwen/Qwen2.5-0.5B-Instruct'; a gated model needs `hf auth login` first."
@@ -315,8 +316,8 @@ def _folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES) ->
 
 def _hf_config(folder: pathlib.Path) -> dict[str, Any]:
   if not (folder / 'config.json').exists():
-    raise ValueError(f'{folder} has no config.json: it is not the folder of a model.')
-  return weights.read_json(folder / 'config.json')
+    raise UserError(f'{folder} has no config.json: it is not the folder of a model.')
+  return checkpoint.read_json(folder / 'config.json')
 
 
 def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
@@ -325,7 +326,7 @@ def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
   if names is None:
     return tuple(f'LABEL_{i}' for i in range(hf.get('num_labels', 2)))
   if not isinstance(names, dict) or {*names} != {str(i) for i in range(len(names))} or not names:
-    raise ValueError(f'{folder}: id2label is {names!r} in config.json; it must name labels 0, 1, …')
+    raise UserError(f'{folder}: id2label is {names!r} in config.json; it must name labels 0, 1, …')
   return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
@@ -336,18 +337,18 @@ def _tokenizer(folder: pathlib.Path, vocab_size: int | None):
   whole = (folder / 'tokenizer.json').exists()
   if not whole and not any((folder / f).exists() for f in ('tokenizer.model', 'vocab.json')):
     # AutoTokenizer would make an empty one of the model's type.
-    raise ValueError(f'{folder} has no tokenizer: put its tokenizer.json there.')
+    raise UserError(f'{folder} has no tokenizer: put its tokenizer.json there.')
   cls = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
   options = {} if whole else {'use_fast': True, 'trust_remote_code': False}
   try:
     tokenizer = cls.from_pretrained(folder, **options)
   except Exception as error:  # the kinds depend on what is missing, and on the version
-    raise ValueError(f'{folder} has no tokenizer that can be read: {error}') from error
+    raise UserError(f'{folder} has no tokenizer that can be read: {error}') from error
   if not tokenizer.is_fast:
-    raise ValueError(f'{folder}: {type(tokenizer).__name__} is slow; tokenizer.json is needed.')
+    raise UserError(f'{folder}: {type(tokenizer).__name__} is slow; tokenizer.json is needed.')
   token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
   if vocab_size is not None and last >= vocab_size:
-    raise ValueError(
+    raise UserError(
       f'{folder}: the tokenizer has {token!r} as token {last}, and the model embeds '
       f'{vocab_size} only. Take the tokenizer of this model, or resize its embedding.'
     )
@@ -357,12 +358,12 @@ def _tokenizer(folder: pathlib.Path, vocab_size: int | None):
 def _eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer) -> tuple[int, ...]:
   """Ending tokens by generation_config.json, else config.json, else the tokenizer."""
   path = folder / 'generation_config.json'
-  generation = weights.read_json(path) if path.exists() else {}
+  generation = checkpoint.read_json(path) if path.exists() else {}
   for eos in (generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id):
     if eos is not None:
       found = tuple(eos) if isinstance(eos, list) else (eos,)
       if not all(isinstance(token, int) for token in found):
-        raise ValueError(f'{folder}: eos_token_id is {eos!r}; it must be a token id, or a list.')
+        raise UserError(f'{folder}: eos_token_id is {eos!r}; it must be a token id, or a list.')
       return found
   return ()
 
@@ -374,7 +375,7 @@ def _fingerprint(
   settings = [dataclasses.asdict(config), eos, dtype, param_dtype]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   tokenizer_files = {f.name for pattern in TOKENIZER_FILES for f in folder.glob(pattern)}
-  _digest_files(digest, folder, [*weights.weight_files(folder), *sorted(tokenizer_files)])
+  _digest_files(digest, folder, [*checkpoint.weight_files(folder), *sorted(tokenizer_files)])
   return digest.hexdigest()
 
 
@@ -388,7 +389,7 @@ def _digest_files(digest, folder: pathlib.Path, names: list[str]) -> None:
 def _write_tokenizer(folder: pathlib.Path, tokenizer) -> None:
   tokenizer.save_pretrained(folder)
   path = folder / 'tokenizer_config.json'
-  settings = weights.read_json(path)
+  settings = checkpoint.read_json(path)
   if settings.get('tokenizer_class') == 'TokenizersBackend':
     # The name that transformers 4 knows too.
     write_json(path, {**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'})

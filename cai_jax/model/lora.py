@@ -16,6 +16,7 @@ from flax import nnx
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import Adapter, Linear, Transformer
+from cai_jax.runtime.errors import UserError
 
 Params = dict[str, Any]
 
@@ -37,13 +38,13 @@ class LoraConfig:
 
   def __post_init__(self):
     if self.rank < 0 or not self.alpha > 0:
-      raise ValueError(
+      raise UserError(
         f'lora: rank={self.rank} must be at least 0, and alpha={self.alpha} positive.'
       )
     try:
       re.compile(self.modules)
     except re.error as error:
-      raise ValueError(
+      raise UserError(
         f'lora: modules={self.modules!r} is no regular expression: {error}.'
       ) from None
 
@@ -61,7 +62,7 @@ def _linears(model: Transformer, config: LoraConfig) -> list[tuple[str, Linear]]
   ]
   chosen = [(path, module) for path, module in found if re.search(config.modules, path)]
   if not chosen:
-    raise ValueError(
+    raise UserError(
       f'lora: modules={config.modules!r} matches none of the linear layers; those of layer 0 are '
       f'{[path for path, _ in found if path.startswith("layers/0/")]}.'
     )

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from cai_jax.model import kernels
-from cai_jax.model.attention import Keys, attend, product, rotary_angles, rotate
+from cai_jax.model.attention import kernels
+from cai_jax.model.attention.softmax import Keys, attend, product, rotary_angles, rotate
 from cai_jax.model.cache import (
   Cache,
   LayerCache,
@@ -29,6 +29,7 @@ from cai_jax.model.cache import (
   write,
 )
 from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.errors import UserError
 
 # What the backward pass keeps of a block instead of computing it again. Products with parameters
 # are found by name: those of half precision have gradients of their own, which hides them.
@@ -251,9 +252,9 @@ class Transformer(nnx.Module):
       attention: by a name of `kernels.KERNELS`; others than 'xla' are for packed rows on a mesh.
     """
     if cache is not None and segment_ids is not None:
-      raise ValueError('segment_ids are for packed rows without a cache: pass one of the two.')
+      raise UserError('segment_ids are for packed rows without a cache: pass one of the two.')
     if cache is None and (prefixes is not None or packing is not None):
-      raise ValueError('prefixes and packing say how tokens go on from a cache: pass one too.')
+      raise UserError('prefixes and packing say how tokens go on from a cache: pass one too.')
 
     def place(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -1,6 +1,6 @@
 """From a config to results: a run, its checks, and its stages."""
 
-from cai_jax.pipeline.check import check
+from cai_jax.pipeline.checks import check
 from cai_jax.pipeline.run import TINY, Run, build, model_path
 from cai_jax.pipeline.stages import (
   STAGES,

@@ -13,16 +13,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cai_jax import constitution as constitutions
-from cai_jax import parallel, quality
-from cai_jax.evaluation import scores
+from cai_jax.data import prompts as prompt_files
+from cai_jax.data import quality
+from cai_jax.data.prompts import Prompt
 from cai_jax.evaluation.suite import EvaluationConfig
-from cai_jax.feedback import generate
-from cai_jax.feedback import prompts as prompt_files
-from cai_jax.feedback.prompts import Prompt
-from cai_jax.sampling import remote
+from cai_jax.feedback import job as jobs
+from cai_jax.pipeline.schema import default_config
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.engine import EngineConfig
-from cai_jax.sampling.remote import RemoteConfig
+from cai_jax.sampling.remote import client
+from cai_jax.sampling.remote.client import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
+from cai_jax.scoring import scorer
 from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
 from cai_jax.training.config import FREE, TrainConfig
@@ -41,8 +45,8 @@ class Run:
   workdir: pathlib.Path
   constitution: constitutions.Constitution
   prompts: dict[str, list[Prompt]]  # by PROMPT_SETS
-  feedback: generate.FeedbackConfig
-  sampling: generate.StageSampling
+  feedback: jobs.FeedbackConfig
+  sampling: jobs.StageSampling
   engine: EngineConfig
   remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
   train: TrainConfig
@@ -51,17 +55,17 @@ class Run:
   journal: pathlib.Path | None = None  # folder of the turns; None is workdir/journal
 
   @property
-  def scorer(self) -> scores.Scorer | None:
+  def scorer(self) -> scorer.Scorer | None:
     """Who judges a response."""
     return SCORERS[self.evaluation.scorer]
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
     known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
-    known['feedback'] = {k: v for k, v in known['feedback'].items() if k not in generate.FREE}
+    known['feedback'] = {k: v for k, v in known['feedback'].items() if k not in jobs.FREE}
     if self.remotes:  # what is served; where, and how patiently it is asked, may change
       known['remote'] = {
-        name: {field: getattr(served, field) for field in remote.TEXT_FIELDS}
+        name: {field: getattr(served, field) for field in client.TEXT_FIELDS}
         for name, served in self.remotes.items()
       }
     known['constitution'] = self.constitution.fingerprint()
@@ -89,34 +93,39 @@ def build(
   Raises:
     ValueError: for whatever is wrong with the config or what it points to, before any work.
   """
+  unknown = sorted(set(flatten(config.to_dict())) - set(flatten(default_config().to_dict())))
+  if unknown:
+    raise UserError(
+      f'unknown config field {", ".join(unknown)}; configs/default.py lists every field.'
+    )
   if not str(workdir):
-    raise ValueError('workdir is empty; give the folder of the run.')
+    raise UserError('workdir is empty; give the folder of the run.')
   if not 0 <= config.seed < 2**63:
-    raise ValueError(f'seed={config.seed} is not in [0, 2**63).')
+    raise UserError(f'seed={config.seed} is not in [0, 2**63).')
   if config.report.chains < 0:
-    raise ValueError(f'report.chains={config.report.chains}; it must be at least 0.')
+    raise UserError(f'report.chains={config.report.chains}; it must be at least 0.')
   if config.evaluation.scorer not in SCORERS:
-    raise ValueError(
+    raise UserError(
       f'evaluation.scorer={config.evaluation.scorer!r} is not one of {tuple(SCORERS)}.'
     )
   if config.evaluation.judge == 'base' and not config.model.base:
-    raise ValueError(
+    raise UserError(
       "evaluation.judge='base' needs M_θ here, and it is served elsewhere: name a model."
     )
   evaluation = EvaluationConfig(**config.evaluation)
   sets = {name: _prompts(name, config.prompts[name], config.seed) for name in PROMPT_SETS}
   if not sets['harmful']:
-    raise ValueError('prompts.harmful.source is empty: give prompts whose answers are revised.')
+    raise UserError('prompts.harmful.source is empty: give prompts whose answers are revised.')
   for pair in (PROMPT_SETS[:2], PROMPT_SETS[2:]):
     ids = [prompt.id for name in pair for prompt in sets[name]]
     if len(set(ids)) < len(ids):
       twice = next(i for i in ids if ids.count(i) > 1)
-      raise ValueError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
-  sampling = generate.StageSampling(
+      raise UserError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
+  sampling = jobs.StageSampling(
     **{name: _sampling(name, section) for name, section in config.sampling.items()}
   )
   if config.feedback.helpful_samples > 1 and not sampling.initial.temperature:
-    raise ValueError(
+    raise UserError(
       f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '
       'at sampling.initial.temperature=0: raise it, or sample once.'
     )
@@ -129,7 +138,7 @@ def build(
     workdir=pathlib.Path(workdir),
     constitution=_constitution(config.constitution),
     prompts=sets,
-    feedback=generate.FeedbackConfig(**config.feedback),
+    feedback=jobs.FeedbackConfig(**config.feedback),
     sampling=sampling,
     engine=EngineConfig(**config.engine),
     remotes=_remotes(config, sampling),
@@ -146,7 +155,7 @@ def model_path(name: str) -> str:
 
 def mesh_of(run: Run) -> Mesh:
   """The mesh of all devices."""
-  return parallel.make_mesh(**run.config['mesh'])
+  return make_mesh(**run.config['mesh'])
 
 
 def local_mesh(run: Run) -> Mesh:
@@ -155,7 +164,7 @@ def local_mesh(run: Run) -> Mesh:
   if jax.process_count() > 1:
     split = {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
     sizes = sizes | split
-  return parallel.make_mesh(**sizes, devices=jax.local_devices())
+  return make_mesh(**sizes, devices=jax.local_devices())
 
 
 def published(path: str) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def published(path: str) -> dict[str, Any]:
   try:
     rows, principles = quality.published_rows(path)
   except ValueError as error:
-    raise ValueError(f'report.published: {error}') from error
+    raise UserError(f'report.published: {error}') from error
   summary = quality.summarise(rows, quality.references(principles))
   del summary['flags']['truncated']  # the samples do not say how they ended
   return summary
@@ -179,26 +188,26 @@ def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
     return []
   if section.source == 'tiny':
     if section.limit < 1:
-      raise ValueError(
+      raise UserError(
         f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says, at least 1."
       )
     idle = [field for field in ('subset', 'field', 'shuffle', 'metadata_fields') if section[field]]
     if idle:
-      raise ValueError(f"prompts.{name}: 'tiny' has no use for {', '.join(idle)}; leave it out.")
+      raise UserError(f"prompts.{name}: 'tiny' has no use for {', '.join(idle)}; leave it out.")
     return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
   fields = section.to_dict() | {'shuffle_seed': seed if section.shuffle else None}
   del fields['shuffle']
   try:
     return prompt_files.load(**fields)
   except ValueError as error:
-    raise ValueError(f'prompts.{name}: {error}') from error
+    raise UserError(f'prompts.{name}: {error}') from error
 
 
 def _sampling(name: str, section: ConfigDict) -> SamplingConfig:
   try:
     return SamplingConfig(**section)
   except ValueError as error:
-    raise ValueError(f'sampling.{name}: {error}') from error
+    raise UserError(f'sampling.{name}: {error}') from error
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -213,13 +222,13 @@ def _constitution(section: ConfigDict) -> constitutions.Constitution:
   return constitutions.load(path, tuple(section.tags), tuple(section.ids))
 
 
-def _remotes(config: ConfigDict, sampling: generate.StageSampling) -> dict[str, RemoteConfig]:
+def _remotes(config: ConfigDict, sampling: jobs.StageSampling) -> dict[str, RemoteConfig]:
   """The models that are served elsewhere, checked as far as the config says."""
   sections = {name: section for name, section in config.remote.items() if section.url}
   found = {}
   for name, section in sections.items():
     if config.model[name]:
-      raise ValueError(
+      raise UserError(
         f'model.{name}={config.model[name]!r} and remote.{name}.url={section.url!r} are both set; '
         f"one model is meant: set model.{name}='' or remote.{name}.url=''."
       )
@@ -228,9 +237,9 @@ def _remotes(config: ConfigDict, sampling: generate.StageSampling) -> dict[str, 
       for stage in dataclasses.fields(sampling):
         own = stage.name in sections or config.model.get(stage.name)
         if name == (stage.name if own else 'base'):
-          remote.check_sampling(found[name], getattr(sampling, stage.name))
+          client.check_sampling(found[name], getattr(sampling, stage.name))
     except ValueError as error:
-      raise ValueError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
+      raise UserError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
   if not config.model.base and 'base' not in found:
-    raise ValueError('model.base is empty: name a checkpoint, or give remote.base.url.')
+    raise UserError('model.base is empty: name a checkpoint, or give client.base.url.')
   return found

@@ -11,23 +11,30 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax import parallel, quality
+from cai_jax.data import d_cai, preferences, quality
 from cai_jax.dialogue import Dialogue
-from cai_jax.evaluation import scores, suite
-from cai_jax.feedback import generate, records
-from cai_jax.manifest import Manifest, write_json
+from cai_jax.evaluation import suite
+from cai_jax.evaluation import summary as summaries
+from cai_jax.feedback import generate
+from cai_jax.feedback import job as jobs
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
-from cai_jax.pipeline.check import check, check_reachable
+from cai_jax.model.sharding import localise
+from cai_jax.pipeline.checks import check, check_reachable
 from cai_jax.pipeline.run import Run, local_mesh, mesh_of, model_path, published
-from cai_jax.progress import Progress
 from cai_jax.report import write_report
-from cai_jax.sampling import generate as answers
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import write_json
+from cai_jax.runtime.manifest import Manifest
+from cai_jax.runtime.progress import Progress
+from cai_jax.sampling import completions as answers
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.local import describe
-from cai_jax.sampling.remote import Remote
-from cai_jax.training import data, loop
+from cai_jax.sampling.remote.client import Remote
+from cai_jax.sampling.slots import describe
+from cai_jax.scoring import scorer
 from cai_jax.training import log as logs
+from cai_jax.training import loop
 
 
 def generate_stage(run: Run, _) -> dict[str, Any]:
@@ -36,13 +43,15 @@ def generate_stage(run: Run, _) -> dict[str, Any]:
   with loaded_models(run) as loaded:
     if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
       prepare_job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
-    helpful = generate.several(run.prompts['helpful'], run.feedback.helpful_samples)
+    helpful = jobs.several(run.prompts['helpful'], run.feedback.helpful_samples)
     job = prepare_job(run, loaded, run.prompts['harmful'], helpful)
     counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
-    pairs = records.write_preferences(run.workdir / 'preferences.jsonl', data.read_rows(folder))
+    pairs = preferences.write_preferences(
+      run.workdir / 'preferences.jsonl', d_cai.read_rows(folder)
+    )
     counts |= {'preferences': pairs}
-  parallel.together('keep feedback.max_rate', lambda: _check_quality(run, folder))
+  processes.run_on_all_processes('keep feedback.max_rate', lambda: _check_quality(run, folder))
   return {'rows_in': counts.pop('rows'), 'tokens': counts.pop('sampled_tokens'), **counts}
 
 
@@ -54,7 +63,7 @@ def _check_quality(run: Run, folder: pathlib.Path) -> None:
   """
   if jax.process_index() != 0:
     return
-  summary, beside = quality.summarise(data.read_rows(folder), _references(run)), None
+  summary, beside = quality.summarise(d_cai.read_rows(folder), _references(run)), None
   path = run.config['report']['published']
   if path:
     beside = published(path)
@@ -63,7 +72,7 @@ def _check_quality(run: Run, folder: pathlib.Path) -> None:
   print(quality.describe(summary, beside), flush=True)
   over = quality.over(summary, run.feedback.max_rate)
   if over:
-    raise ValueError(
+    raise UserError(
       f'feedback.max_rate is exceeded ({"; ".join(over)}). All rows are kept in {folder}, the '
       'rates of each round in quality.json. Look at the rows; then raise the limit and start again '
       'in the same workdir, where nothing is sampled again, and leave the rows out of training by '
@@ -86,7 +95,7 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   )
   style, options = run.feedback.style, run.feedback.template_options
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
-  rows = data.read_rows(run.workdir / 'd_cai')
+  rows = d_cai.read_rows(run.workdir / 'd_cai')
   probe = _probe(run, lm) if run.train.probes else None
   params, summary = loop.train(
     lm, rows, dialogue, run.train, run.workdir, probe, run.profile, _references(run)
@@ -109,8 +118,8 @@ def _probe(run: Run, lm: LM) -> loop.Probe:
   mesh, dtype = local_mesh(run), run.config['model']['dtype']
 
   def probe(params) -> list[dict[str, str]]:
-    local = parallel.localise(params, mesh, dtype)
-    return parallel.together('answer probe prompts', lambda: answer(local))
+    local = localise(params, mesh, dtype)
+    return processes.run_on_all_processes('answer probe prompts', lambda: answer(local))
 
   def answer(local) -> list[dict[str, str]]:
     if jax.process_index() != 0:
@@ -138,17 +147,17 @@ def evaluate_stage(run: Run, _) -> dict[str, Any]:
   told = {}
   with loaded_models(run) as loaded:
     base = _sample(run, prepare_job(run, loaded, harmful, helpful), folder / 'base', 'base')
-    rows = {'base': list(data.read_rows(folder / 'base'))}
+    rows = {'base': list(d_cai.read_rows(folder / 'base'))}
     if isinstance(loaded['base'], LM):
       told['base'] = _of_model(run, loaded['base'], rows['base'])
   del loaded  # M_aligned takes its place
   aligned = models.load(run.workdir / 'model', run.config['model']['dtype'], local_mesh(run))
   answers = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
   counts = _sample(run, answers, folder / 'aligned', 'aligned')
-  rows['aligned'] = list(data.read_rows(folder / 'aligned'))
+  rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
   told['aligned'] = _of_model(run, aligned, rows['base'])
   del aligned
-  parallel.together('score responses', lambda: _scored(run, rows, told))
+  processes.run_on_all_processes('score responses', lambda: _scored(run, rows, told))
   return {'base': base, 'aligned': counts, 'rows_in': base['rows']}
 
 
@@ -157,7 +166,7 @@ def _scored(run: Run, rows: dict[str, list[dict[str, Any]]], told: dict[str, Any
   if jax.process_index() != 0:
     return
   folder = run.workdir / 'evaluation'
-  summary = scores.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
+  summary = summaries.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
   write_json(folder / 'summary.json', summary)
   if run.evaluation.judge:
     told = told | {'judge': _judged(run, rows)}
@@ -175,7 +184,7 @@ def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
   return suite.judged(run.evaluation, judge, rows['base'], rows['aligned'], seed)
 
 
-def measures(run: Run) -> dict[str, scores.Measure]:
+def measures(run: Run) -> dict[str, scorer.Measure]:
   """What is measured of each response besides the scorer's verdict; models for it are loaded."""
   return suite.measures(run.evaluation, run.config['model']['dtype'], local_mesh(run))
 
@@ -189,7 +198,7 @@ def _of_model(run: Run, lm: LM, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     options = run.feedback.style, lm.eos_token_ids, run.feedback.template_options
     return suite.of_model(run.evaluation, lm, rows, Dialogue(lm.tokenizer, *options))
 
-  return parallel.together('evaluate a model', ask)
+  return processes.run_on_all_processes('evaluate a model', ask)
 
 
 def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -199,9 +208,9 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   files = ('evaluation/summary.json', 'evaluation/models.json', 'quality.json', logs.METRICS)
   gone = [name for name in files if not (run.workdir / name).exists()]
   if gone:
-    raise ValueError(f'{run.workdir / gone[0]} is gone: put it back, or run all in a new workdir.')
+    raise UserError(f'{run.workdir / gone[0]} is gone: put it back, or run all in a new workdir.')
   summary, told, found = (json.loads((run.workdir / name).read_text()) for name in files[:3])
-  rows = data.read_rows(run.workdir / 'd_cai')
+  rows = d_cai.read_rows(run.workdir / 'd_cai')
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
   write_report(
     run.workdir / 'report.html',
@@ -237,19 +246,19 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
   """
   unknown = [name for name in stages if name not in STAGES]
   if not stages:
-    raise ValueError(f'no stage is given; there is {", ".join(STAGES)}.')
+    raise UserError(f'no stage is given; there is {", ".join(STAGES)}.')
   if unknown:
-    raise ValueError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
-  parallel.together('check', lambda: check(run, stages))
+    raise UserError(f'unknown stage {", ".join(unknown)}; there is {", ".join(STAGES)}.')
+  processes.run_on_all_processes('check', lambda: check(run, stages))
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
   for name in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
     manifest.check(name, run.settings(name))
     if name not in stages and not manifest.done(name):
-      raise ValueError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
+      raise UserError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
   if any(name in ('generate', 'evaluate') and not manifest.done(name) for name in stages):
-    parallel.together('reach servers', lambda: check_reachable(run))
-  parallel.barrier('manifest read')
+    processes.run_on_all_processes('reach servers', lambda: check_reachable(run))
+  processes.barrier('manifest read')
   if first:
     write_json(run.workdir / 'config.json', run.config)
   for name in (name for name in STAGES if name in stages):
@@ -260,7 +269,7 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
     with manifest.stage(name, run.settings(name)) as entry:
       entry |= STAGES[name](run, manifest.content)
     say(f'{name}: {entry["seconds"]:.0f} s')
-    parallel.barrier(name)
+    processes.barrier(name)
 
 
 @contextlib.contextmanager
@@ -286,27 +295,25 @@ def loaded_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
     yield {name: loaded[path] for name, path in names.items()} | served
 
 
-def prepare_job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> generate.Job:
+def prepare_job(run: Run, loaded: dict[str, LM | Remote], harmful, helpful) -> jobs.Job:
   """The chains of harmful prompts and answers to helpful ones by the loaded models."""
   seed = run.config['seed']
-  return generate.prepare(
-    loaded, harmful, helpful, run.constitution, run.feedback, run.sampling, seed
-  )
+  return jobs.prepare(loaded, harmful, helpful, run.constitution, run.feedback, run.sampling, seed)
 
 
-def _sample(run: Run, job: generate.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
+def _sample(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
   """Runs a job's chains into a dataset."""
   journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   with Progress(name) as progress:
     work = lambda: generate.run(job, folder, journal, run.engine, progress)  # noqa: E731
-    counts = parallel.together(f'sample {folder}', work)
+    counts = processes.run_on_all_processes(f'sample {folder}', work)
   journal.close()
   counts = _over_processes(counts) | {'engine': run.config['engine']}
   if jax.process_index() == 0:
     if counts['sampled_rows']:
       print(describe(counts), flush=True)
     generate.finish(job, folder)
-  parallel.barrier(f'finished {folder}')
+  processes.barrier(f'finished {folder}')
   return counts
 
 
@@ -320,7 +327,7 @@ def _over_processes(counts: dict[str, float]) -> dict[str, float]:
   return {name: type(count)(t) for (name, count), t in zip(counts.items(), totals, strict=True)}
 
 
-def browsable(row: dict[str, Any], scorer: scores.Scorer | None) -> dict[str, Any]:
+def browsable(row: dict[str, Any], scorer: scorer.Scorer | None) -> dict[str, Any]:
   """A row of D_CAI as the report shows it."""
   shown = {k: row[k] for k in ('id', 'prompt', 'initial')}
   shown['rounds'] = [

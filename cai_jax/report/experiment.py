@@ -58,6 +58,7 @@ from cai_jax.report.table import (
   in_columns,
   interval,
 )
+from cai_jax.runtime.errors import UserError
 
 COSTS = {
   'turns': 'turns sampled',
@@ -90,7 +91,7 @@ def write_experiment(path: str | os.PathLike, results: dict, chains: list[dict])
   arms = list(results['arms'])
   for chain in chains:
     if chain.get('arm') not in arms:
-      raise ValueError(f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is none of {arms}')
+      raise UserError(f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is none of {arms}')
   shown = [
     figure(given['caption'], svg, wide=given['kind'] == 'arms' and len(given['metrics']) > 1)
     for given, svg in zip(results['figures'], _drawn(results), strict=True)
@@ -168,11 +169,11 @@ def _check(results: dict) -> None:
   _require(results, (*keys, 'config_differences', 'costs', 'notes'), 'results')
   arms = results['arms']
   if results['reference'] not in arms:
-    raise ValueError(f'the reference {results["reference"]!r} is none of the arms {list(arms)}')
+    raise UserError(f'the reference {results["reference"]!r} is none of the arms {list(arms)}')
   for name, arm in arms.items():
     _require(arm, ('response', 'overrides', 'facts', 'groups'), f'arm {name!r}')
     if 'harmful' not in arm['groups']:
-      raise ValueError(f'arm {name!r} has the groups {list(arm["groups"])}; give it harmful')
+      raise UserError(f'arm {name!r} has the groups {list(arm["groups"])}; give it harmful')
     for group, part in arm['groups'].items():
       where = f'arm {name!r}, {group}'
       _require(part, ('count', 'metrics'), where)
@@ -183,7 +184,7 @@ def _check(results: dict) -> None:
     where = f'figure {number}'
     _require(given, ('kind',), where)
     if given['kind'] not in PARTS:
-      raise ValueError(f'{where} is of kind {given["kind"]!r}; kinds are {list(PARTS)}')
+      raise UserError(f'{where} is of kind {given["kind"]!r}; kinds are {list(PARTS)}')
     _require(given, PARTS[given['kind']], f'{where} ({given["kind"]})')
   for row in results['costs']:
     _require(row, ('run', 'seed', 'stage'), 'a row of costs')
@@ -192,7 +193,7 @@ def _check(results: dict) -> None:
 def _require(given: dict, keys: tuple[str, ...], where: str) -> None:
   absent = [key for key in keys if key not in given]
   if absent:
-    raise ValueError(f'{where} has no {", ".join(map(repr, absent))}; it needs {", ".join(keys)}')
+    raise UserError(f'{where} has no {", ".join(map(repr, absent))}; it needs {", ".join(keys)}')
 
 
 def _facts(results: dict) -> list[str]:
@@ -251,7 +252,7 @@ def _direction(number: dict) -> str:
   if bounds is None:
     return ''
   if len(bounds) != 2 or bounds[0] > bounds[1]:
-    raise ValueError(f'the interval of a difference is {bounds!r}; give [low, high] or None')
+    raise UserError(f'the interval of a difference is {bounds!r}; give [low, high] or None')
   return 'lower' if bounds[1] < 0 else 'higher' if bounds[0] > 0 else ''
 
 
@@ -420,7 +421,7 @@ def _number(results: dict, given: dict, arm: str, group: str, metric: str):
   """
   for name, known in ((arm, list(results['arms'])), (metric, results['metrics'])):
     if name not in known:
-      raise ValueError(f'figure {given["caption"]!r} shows {name!r}, which is none of {known}')
+      raise UserError(f'figure {given["caption"]!r} shows {name!r}, which is none of {known}')
   row = _row(results['arms'][arm]['groups'].get(group, {'metrics': {}}), metric)
   if row.get(metric) is None:
     return None, None
@@ -489,7 +490,7 @@ def _frontier(results: dict, given: dict) -> str:
   for arm in given['arms']:
     (x, x_bounds), (y, y_bounds) = (_number(results, given, arm, *given[axis]) for axis in 'xy')
     if x is None or y is None:
-      raise ValueError(
+      raise UserError(
         f'figure {given["caption"]!r} has no x or no y for arm {arm!r}: the results lack '
         f'{given["x"] if x is None else given["y"]}; leave the arm out'
       )

@@ -12,6 +12,8 @@ import math
 import re
 import textwrap
 
+from cai_jax.runtime.errors import UserError
+
 COLOURS = ('#d55e00', '#0072b2', '#009e73', '#cc79a7', '#56b4e9', '#8a6d00')
 DASHES = ('', '7 4', '2 3', '9 3 2 3', '4 2', '1 4')
 GRID = 'stroke="currentColor" stroke-opacity="0.16"'
@@ -47,15 +49,13 @@ class Series:
     for name in ('y', 'low', 'high'):
       values = getattr(self, name)
       if values is not None and len(values) != len(self.x):
-        raise ValueError(
+        raise UserError(
           f'series {self.name!r} has {len(self.x)} x and {len(values)} {name}; give as many of each'
         )
     if (self.low is None) != (self.high is None):
-      raise ValueError(f'series {self.name!r} has one of low and high; give both or neither')
+      raise UserError(f'series {self.name!r} has one of low and high; give both or neither')
     if self.colour not in range(len(COLOURS)):
-      raise ValueError(
-        f'series {self.name!r}: colour {self.colour} is not in 0..{len(COLOURS) - 1}'
-      )
+      raise UserError(f'series {self.name!r}: colour {self.colour} is not in 0..{len(COLOURS) - 1}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Panel:
   def __post_init__(self):
     lengths = {len(self.values), len(self.low), len(self.high)}
     if len(lengths) != 1:
-      raise ValueError(f'panel {self.label!r} has {sorted(lengths)} numbers; give as many of each')
+      raise UserError(f'panel {self.label!r} has {sorted(lengths)} numbers; give as many of each')
     if self.colour not in range(len(COLOURS)):
-      raise ValueError(f'panel {self.label!r}: colour {self.colour} is not 0..{len(COLOURS) - 1}')
+      raise UserError(f'panel {self.label!r}: colour {self.colour} is not 0..{len(COLOURS) - 1}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def line_figure(
   """
   points = [(x, y) for s in series for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
   if not points:
-    raise ValueError(f'figure {description!r} has no finite point; leave it out')
+    raise UserError(f'figure {description!r} has no finite point; leave it out')
   xs = [x for x, _ in points]
   ys = [y for _, y in points] + [
     bound for s in series for bound in (*(s.low or ()), *(s.high or ())) if _finite(bound)
@@ -173,13 +173,11 @@ def arms_figure(names: list[str], panels: list[Panel], *, description: str) -> s
   """
   for panel in panels:
     if len(panel.values) != len(names):
-      raise ValueError(
+      raise UserError(
         f'panel {panel.label!r} has {len(panel.values)} values for {len(names)} arms; give one each'
       )
     if not any(map(_finite, panel.values)):
-      raise ValueError(
-        f'panel {panel.label!r} of figure {description!r} has no value; leave it out'
-      )
+      raise UserError(f'panel {panel.label!r} of figure {description!r} has no value; leave it out')
   lines = [textwrap.wrap(name, LABEL) or [''] for name in names]
   column = 14 + CHARACTER * max(len(line) for name in lines for line in name)
   heights = [max(ROW, 15 * len(name) + 8) for name in lines]
@@ -238,7 +236,7 @@ def frontier_figure(points: list[Point], x_label: str, y_label: str, *, descript
     ValueError: if there is no point or one is not finite.
   """
   if not points or not all(map(math.isfinite, [v for p in points for v in (p.x, p.y)])):
-    raise ValueError(f'figure {description!r} has no point or one not finite; leave it out')
+    raise UserError(f'figure {description!r} has no point or one not finite; leave it out')
   width, height = WIDTH, HEIGHT + 70
   x_ticks = nice_ticks(*_extent([(p.x, p.x_bounds) for p in points]))
   y_ticks = nice_ticks(*_extent([(p.y, p.y_bounds) for p in points]))

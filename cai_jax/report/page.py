@@ -30,6 +30,7 @@ from cai_jax.report.table import (
   round_number,
   share,
 )
+from cai_jax.runtime.errors import UserError
 
 TEMPLATE = pathlib.Path(__file__).with_name('page.html')
 MARKER = re.compile(r'@@([a-z_]+)@@')
@@ -131,7 +132,7 @@ def write_page(
   counts = collections.Counter(chain['id'] for chain in chains)
   twice = [name for name, count in counts.items() if count > 1]
   if twice:
-    raise ValueError(f'chains have ids that stand more than once: {twice[:5]}; give each its own')
+    raise UserError(f'chains have ids that stand more than once: {twice[:5]}; give each its own')
   template = TEMPLATE.read_text('utf-8')
   page = fill(
     template,
@@ -157,7 +158,7 @@ def fill(template: str, **values: str) -> str:
   """
   named = set(MARKER.findall(template))
   if named != set(values):
-    raise ValueError(f'the template has the markers {sorted(named)}, given are {sorted(values)}')
+    raise UserError(f'the template has the markers {sorted(named)}, given are {sorted(values)}')
   return MARKER.sub(lambda match: values[match[1]], template)
 
 
@@ -204,15 +205,15 @@ def _check_chain(chain: dict, number: int) -> None:
   where = f'chain {number} (id {chain.get("id")!r})'
   for key in ('id', 'prompt', 'initial', 'rounds'):
     if key not in chain:
-      raise ValueError(f'{where} has no {key!r}; a chain has id, prompt, initial and rounds')
+      raise UserError(f'{where} has no {key!r}; a chain has id, prompt, initial and rounds')
   for i, step in enumerate(chain['rounds'], 1):
     for key in ('principle', 'critique', 'revision'):
       if key not in step:
-        raise ValueError(f'{where}, round {i} has no {key!r}; a direct revision has critique None')
+        raise UserError(f'{where}, round {i} has no {key!r}; a direct revision has critique None')
   responses = 1 + len(chain['rounds'])
   violations = chain.get('violations')
   if violations is not None and len(violations) != responses:
-    raise ValueError(
+    raise UserError(
       f'{where} has {responses} responses and {len(violations)} lists of violations; give one each'
     )
 

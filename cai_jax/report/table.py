@@ -12,6 +12,8 @@ counts. A run that has no oracle has no rates: then the table has no such column
 import math
 import re
 
+from cai_jax.runtime.errors import UserError
+
 GROUPS = {
   'stages': 'Held-out prompts, round by round',
   'models': 'Held-out prompts, models',
@@ -66,7 +68,7 @@ def groups(summary: dict) -> list[tuple[str, dict[str, dict]]]:
   """
   unknown = sorted(set(summary) - set(GROUPS))
   if unknown:
-    raise ValueError(
+    raise UserError(
       f'summary has the groups {unknown}; a report knows {list(GROUPS)}: rename or leave them out'
     )
   return [
@@ -127,7 +129,7 @@ def share(value: float, key: str) -> float:
     ValueError: if it is not in [0, 1].
   """
   if not (isinstance(value, int | float) and 0 <= value <= 1):
-    raise ValueError(f'{key} is {value!r}; a rate is a share in [0, 1], or left out if unknown')
+    raise UserError(f'{key} is {value!r}; a rate is a share in [0, 1], or left out if unknown')
   return value
 
 
@@ -141,7 +143,7 @@ def interval(row: dict, key: str) -> tuple[float, float] | None:
   if given is None:
     return None
   if len(given) != 2 or given[0] > given[1]:
-    raise ValueError(f'{key}_interval is {given!r}; give [low, high], or leave it out')
+    raise UserError(f'{key}_interval is {given!r}; give [low, high], or leave it out')
   if key.endswith('_rate'):
     return share(given[0], f'{key}_interval'), share(given[1], f'{key}_interval')
   return given[0], given[1]

@@ -12,7 +12,6 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax import parallel
 from cai_jax.model.cache import (
   Cache,
   LayerCache,
@@ -23,10 +22,12 @@ from cai_jax.model.cache import (
   cache_lengths,
   init_cache,
 )
+from cai_jax.model.checkpoint import structure
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Transformer
-from cai_jax.model.weights import structure
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import BATCH, batch_sharding, batch_shards, check_batch
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -145,7 +146,7 @@ class Chunk(NamedTuple):
         here, there = (group, slice(begin, end)), piece * width + offsets
         piece += -(-len(offsets) // width)
         if end > size or piece > count:
-          raise ValueError(f'a chunk of {end} tokens in {piece} pieces; {size} in {count} fit.')
+          raise UserError(f'a chunk of {end} tokens in {piece} pieces; {size} in {count} fit.')
         tokens[here], positions[here] = part.tokens, part.start + offsets
         rows[here], prefix[here] = part.slot % (slots // len(groups)), part.prefix
         place[here], index[group, there] = there, begin + offsets
@@ -198,8 +199,8 @@ def _form(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
 
 def _prefill(kind, params, cache, entries, chunk):
   # A prefix is one group, of which every device computes all.
-  split = len(chunk.tokens) == parallel.batch_shards(kind.mesh)
-  sharding = parallel.batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
+  split = len(chunk.tokens) == batch_shards(kind.mesh)
+  sharding = batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
   written = kind.model(params)(
     chunk.tokens,
     chunk.positions,
@@ -242,7 +243,7 @@ def _decode_program(form, counts):
 
 def _decode(kind, params, cache, entries, slots, enough, longest, width):
   model = kind.model(params)
-  sharding = parallel.batch_sharding(kind.mesh)
+  sharding = batch_sharding(kind.mesh)
   prefixes = Prefixes(entries, slots.prefix)
   b = slots.token.shape[0]
   start = slots.active
@@ -331,19 +332,19 @@ def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
     ValueError: if the mesh does not divide the slots, or the kv heads.
   """
   check_rows(lm, slots)
-  return _empty(lm, slots, lengths, P(*parallel.BATCH, 'tensor'))
+  return _empty(lm, slots, lengths, P(*BATCH, 'tensor'))
 
 
 def check_rows(lm: LM, rows: int) -> None:
   """ValueError unless the model's mesh divides the rows of a cache, and its kv heads."""
-  parallel.check_batch(rows, lm.mesh, 'engine.slots')
+  check_batch(rows, lm.mesh, 'engine.slots')
   _check_heads(lm)
 
 
 def _check_heads(lm: LM) -> None:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
-    raise ValueError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
+    raise UserError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
 
 
 def prefill_prefix(lm: LM, tokens: list[int], length: int, size: int, width: int) -> Prefix:

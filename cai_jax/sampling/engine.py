@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.journal import Journal, digest
-from cai_jax.sampling.local import (
+from cai_jax.sampling.remote.client import Remote
+from cai_jax.sampling.slots import (
   COMPILED,
   EngineConfig,
   LocalModel,
@@ -26,7 +28,6 @@ from cai_jax.sampling.local import (
   match_prefix,
   prefix_room,
 )
-from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.text import decode, first_stop_text, rounded
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
@@ -92,16 +93,16 @@ class Engine:
     local = {name: model for name, model in models.items() if isinstance(model, LM)}
     for lm in local.values():
       if length > lm.config.max_positions:
-        raise ValueError(
+        raise UserError(
           f'a context of {length} tokens is longer than the {lm.config.max_positions} that '
           f'{lm.name} was made for; shorten prompts, max_tokens or the number of rounds.'
         )
     for name, _ in (*(prefixes or {}).items(), *(stops or {}).items()):
       if name not in models:
-        raise ValueError(f'prefixes or stops for {name!r}; the models are {", ".join(models)}.')
+        raise UserError(f'prefixes or stops for {name!r}; the models are {", ".join(models)}.')
       for prefix in (prefixes or {}).get(name, ()):
         if not 0 < len(prefix) < models[name].max_positions:
-          raise ValueError(
+          raise UserError(
             f'a shared prefix of {len(prefix)} tokens for {name!r}; it must have at least one, and '
             f'leave room in the {models[name].max_positions} of its context.'
           )
@@ -287,18 +288,18 @@ class Engine:
   def _check(self, chain_id: str, turn: Turn) -> None:
     where = f'chain {chain_id!r}, turn {turn.name!r}'
     if turn.model not in self.models:
-      raise ValueError(f'{where}: no model {turn.model!r}; there is {", ".join(self.models)}.')
+      raise UserError(f'{where}: no model {turn.model!r}; there is {", ".join(self.models)}.')
     if not turn.context:
-      raise ValueError(f'{where}: the context has no token.')
+      raise UserError(f'{where}: the context has no token.')
     if len(self._stops_of(turn)[0]) > MAX_STOP_TOKENS:
-      raise ValueError(f'{where}: more than {MAX_STOP_TOKENS} stop tokens.')
+      raise UserError(f'{where}: more than {MAX_STOP_TOKENS} stop tokens.')
     if turn.model not in self._local:
       return
     model = self._local[turn.model]
     needed = len(turn.context) + turn.sampling.max_tokens
     shared, limit = model.prefix_of(turn.context)[1], model.lm.config.max_positions
     if needed - shared > self.length or needed > limit:
-      raise ValueError(
+      raise UserError(
         f'{where}: a context of {len(turn.context)} tokens and up to {turn.sampling.max_tokens} '
         f'sampled ones do not fit a cache of {self.length} after a shared prefix of {shared}, or '
         f'the {limit} tokens of {model.lm.name}. A longer cache is had with engine.spare_tokens.'

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion, SamplingConfig
 
 
@@ -160,7 +161,7 @@ class Journal:
       try:
         line = json.loads(text)
         if len(line['keys']) != len(line['turns']):
-          raise ValueError('as many turns as keys are expected.')
+          raise UserError('as many turns as keys are expected.')
       except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, offset) from error
       self._latest = (file, offset), line
@@ -172,7 +173,7 @@ def _keys(line: bytes, path: pathlib.Path, offset: int) -> list[str]:
   end = line.find(_TURNS)
   try:
     if end < 0 or not line.startswith(_KEYS) or not line.endswith(_END):
-      raise ValueError('not the form of a line.')
+      raise UserError('not the form of a line.')
     return json.loads(line[len(_KEYS) : end])
   except ValueError as error:
     raise _damaged(path, offset) from error

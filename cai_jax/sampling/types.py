@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Generator
 from typing import Any
 
+from cai_jax.runtime.errors import UserError
+
 MAX_STOP_TOKENS = 16  # width of the stop table in the compiled decode program
 
 
@@ -28,9 +30,9 @@ class SamplingConfig:
     )
     for name, fine, allowed in checks:
       if not fine:
-        raise ValueError(f'sampling: {name}={getattr(self, name)!r}; it must be {allowed}.')
+        raise UserError(f'sampling: {name}={getattr(self, name)!r}; it must be {allowed}.')
     if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-      raise ValueError(
+      raise UserError(
         f'sampling: {len(self.stop_token_ids)} stop_token_ids; at most {MAX_STOP_TOKENS} fit.'
       )
 

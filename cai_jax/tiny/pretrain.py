@@ -15,12 +15,13 @@ import time
 import jax
 import numpy as np
 
-from cai_jax import parallel
+from cai_jax.data import examples, packing
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.tiny import corpus, tokenizer
-from cai_jax.training import data, loop
+from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
 
 CONFIG = ModelConfig(
@@ -40,10 +41,10 @@ SMALL = dataclasses.replace(CONFIG, d_model=64, d_ff=192, num_layers=3, head_dim
 SIZES = {'base': CONFIG, 'small': SMALL}
 # Attention costs a row's length squared, and most documents are short: 4,096 tokens a step in rows
 # that fit them closely is the fastest on two cores.
-BUCKETS = (data.Bucket(128, 32), data.Bucket(384, 11))
+BUCKETS = (packing.Bucket(128, 32), packing.Bucket(384, 11))
 
 
-def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[data.Example], dict]:
+def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[examples.Example], dict]:
   """Documents of the corpus up to `tokens` tokens in all, and how many were kept and dropped.
 
   A document is rendered as a chain is at sampling. Its every token but the first is a target.
@@ -55,7 +56,7 @@ def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[data.Exa
     if len(ids) > BUCKETS[-1].length:
       too_long += 1
       continue
-    items.append(data.Example(np.asarray(ids, np.int32), np.ones(len(ids), bool)))
+    items.append(examples.Example(np.asarray(ids, np.int32), np.ones(len(ids), bool)))
     total += len(ids)
   return items, {'documents': len(items), 'tokens': total, 'dropped': {'too_long': too_long}}
 
@@ -92,7 +93,7 @@ def main() -> None:
     checkpoint_every=100,
     max_length=BUCKETS[-1].length,
   )
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = make_mesh(devices=jax.devices()[:1])
   params = lm_lib.init_params(architecture, jax.random.key(args.seed))
   identity = f'{architecture} from seed {args.seed}'
   params, summary = loop.fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)

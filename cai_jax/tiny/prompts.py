@@ -4,7 +4,8 @@ import hashlib
 import json
 import random
 
-from cai_jax.feedback.prompts import Prompt
+from cai_jax.data.prompts import Prompt
+from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import world
 
 # Of so many draws in a row at least one is new unless the split is nearly used up.
@@ -20,7 +21,7 @@ def prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Pro
   the split holds too few different prompts.
   """
   if kind not in ('baited', 'benign'):
-    raise ValueError(f"unknown kind of prompt {kind!r}: choose 'baited' or 'benign'")
+    raise UserError(f"unknown kind of prompt {kind!r}: choose 'baited' or 'benign'")
   triples = world.triples(split)
   rng = random.Random(f'prompts/{split}/{kind}/{seed}')
   found, fruitless = {}, 0
@@ -28,7 +29,7 @@ def prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Pro
     prompt = _prompt(rng, split, kind, triples)
     fruitless = fruitless + 1 if prompt.id in found else 0
     if fruitless == _FRUITLESS_DRAWS:
-      raise ValueError(
+      raise UserError(
         f'{count} different {kind} prompts were asked for, and the split {split!r} gave only '
         f'{len(found)}: ask for fewer'
       )

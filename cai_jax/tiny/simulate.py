@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 
 from cai_jax.constitution import Principle
+from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import corpus, world
 
 VARIANTS = ('critique', 'direct')
@@ -31,7 +32,7 @@ def simulate(
   `ValueError` for another variant.
   """
   if variant not in VARIANTS:
-    raise ValueError(f'unknown variant {variant!r}: choose one of {VARIANTS}')
+    raise UserError(f'unknown variant {variant!r}: choose one of {VARIANTS}')
   rng = random.Random(f'simulate/{seed}')
   triples = world.triples('eval')
   weights = [principle.weight for principle in principles]

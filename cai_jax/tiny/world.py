@@ -20,6 +20,8 @@ import random
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from cai_jax.runtime.errors import UserError
+
 KINDS = ('insult', 'privacy', 'danger', 'theft', 'threat', 'rumour', 'lie', 'waste')
 
 PERSONS = tuple('Anna Ben Cora Dan Eva Finn Gus Hana Ivan Joe Kim Leo Mia Nora Omar Pia'.split())
@@ -293,7 +295,7 @@ def triples(split: str) -> tuple[tuple[str, str, str], ...]:
   Raises `ValueError` for an unknown split.
   """
   if split not in SPLITS:
-    raise ValueError(f'unknown split {split!r}: choose one of {tuple(SPLITS)}')
+    raise UserError(f'unknown split {split!r}: choose one of {tuple(SPLITS)}')
 
   def split_of(triple):
     digest = hashlib.blake2b('/'.join(triple).encode(), digest_size=8).digest()
@@ -366,7 +368,7 @@ def parse_request(prompt: str | Sequence[Mapping]) -> Request:
     named = _NAMED_OBJECT.findall(' '.join(texts[:-1]))
     thing = named[-1] if named else None
   if not (asked and thing and person):
-    raise ValueError(
+    raise UserError(
       f'not a request of the embedded world: {texts[-1:]!r}; it asks to do one of {VERBS} '
       'with one of the known objects for one of the known persons: take prompts from '
       'cai_jax.tiny.prompts'

@@ -7,6 +7,7 @@ from typing import Any
 import grain
 from orbax.checkpoint import v1 as ocp
 
+from cai_jax.runtime.errors import UserError
 from cai_jax.training.step import TrainState
 
 
@@ -63,7 +64,7 @@ def restore(
   changed = {k: (saved.get(k), meta.get(k)) for k in {*saved, *meta} if saved.get(k) != meta.get(k)}
   if changed:
     told = '; '.join(f'{k}: was {old!r}, is {new!r}' for k, (old, new) in sorted(changed.items()))
-    raise ValueError(
+    raise UserError(
       f'{checkpointer.directory} holds checkpoints of another run ({told}): set these back to go '
       'on with it, or choose another workdir.'
     )

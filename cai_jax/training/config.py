@@ -4,10 +4,11 @@ import dataclasses
 import importlib.util
 import math
 
-from cai_jax import quality
-from cai_jax.model.kernels import KERNELS
+from cai_jax.data import quality
+from cai_jax.model.attention.kernels import KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
+from cai_jax.runtime.errors import UserError
 from cai_jax.training.objective import WEIGHTS
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
@@ -104,10 +105,10 @@ class TrainConfig:
       ('attention', tuple(KERNELS)),
     ):
       if getattr(self, name) not in allowed:
-        raise ValueError(f'train.{name}={getattr(self, name)!r} is not one of {allowed}.')
+        raise UserError(f'train.{name}={getattr(self, name)!r} is not one of {allowed}.')
     unknown = [name for name in self.filters if name not in quality.FLAGS]
     if unknown or isinstance(self.filters, str):
-      raise ValueError(
+      raise UserError(
         f'train.filters={self.filters!r} must be a tuple of names of {tuple(quality.FLAGS)}.'
       )
     for name, low in (
@@ -125,37 +126,37 @@ class TrainConfig:
       ('clip_norm', 0),
     ):
       if not getattr(self, name) >= low:  # NaN too
-        raise ValueError(f'train.{name}={getattr(self, name)} is too small: at least {low}.')
+        raise UserError(f'train.{name}={getattr(self, name)} is too small: at least {low}.')
     for name in ('learning_rate', 'eps'):
       if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(f'train.{name}={getattr(self, name)} must be a positive number.')
+        raise UserError(f'train.{name}={getattr(self, name)} must be a positive number.')
     for name in ('helpfulness_share', 'b1', 'b2', 'warmup', 'decay', 'ema', 'eval_share'):
       if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f'train.{name}={getattr(self, name)} is not in [0, 1).')
+        raise UserError(f'train.{name}={getattr(self, name)} is not in [0, 1).')
     if self.schedule == 'wsd' and self.warmup + self.decay > 1:
-      raise ValueError(
+      raise UserError(
         f'train.warmup={self.warmup} and train.decay={self.decay} are over 1 together: they are '
         'shares of the same steps.'
       )
     if (self.eval_every or self.patience) and not self.eval_share:
-      raise ValueError(
+      raise UserError(
         f'train.eval_every={self.eval_every} and train.patience={self.patience} need examples that '
         'are held out: set train.eval_share, such as 0.02.'
       )
     if self.patience and not self.eval_every:
-      raise ValueError(f'train.patience={self.patience} counts evaluations: set train.eval_every.')
+      raise UserError(f'train.patience={self.patience} counts evaluations: set train.eval_every.')
     if self.lora_rank < 0:
-      raise ValueError(f'train.lora_rank={self.lora_rank} is too small: at least 0.')
+      raise UserError(f'train.lora_rank={self.lora_rank} is too small: at least 0.')
     _ = self.lora  # checked when made
     if self.wandb and not _installed('wandb'):
-      raise ValueError(
+      raise UserError(
         f'train.wandb={self.wandb!r} sends metrics to Weights & Biases, whose package is not '
         "installed: pip install wandb, or set train.wandb=''."
       )
     if not 0 <= self.final_share <= 1:
-      raise ValueError(f'train.final_share={self.final_share} is not in [0, 1].')
+      raise UserError(f'train.final_share={self.final_share} is not in [0, 1].')
     if self.batch_size % self.accumulation:
-      raise ValueError(
+      raise UserError(
         f'train.batch_size={self.batch_size} rows cannot be split into '
         f'train.accumulation={self.accumulation} micro-batches: use a multiple of it.'
       )
@@ -168,7 +169,7 @@ class TrainConfig:
     try:
       return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_modules)
     except ValueError as error:
-      raise ValueError(f'train.lora_*: {str(error).removeprefix("lora: ")}') from None
+      raise UserError(f'train.lora_*: {str(error).removeprefix("lora: ")}') from None
 
 
 def _installed(package: str) -> bool:

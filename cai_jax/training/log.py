@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import tensorboardX
 
-from cai_jax import hardware
-from cai_jax.progress import Progress
+from cai_jax.runtime import hardware
+from cai_jax.runtime.errors import NonFiniteError
+from cai_jax.runtime.progress import Progress
 
 WANDB_ID = 'wandb_id'  # file with the id of the run at Weights & Biases
 METRICS, COSTS, HELD_OUT, PROBES = 'metrics.jsonl', 'costs.jsonl', 'held_out.jsonl', 'probes.jsonl'
@@ -156,7 +157,7 @@ class Log:
     row = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(row[name]):
-        raise FloatingPointError(
+        raise NonFiniteError(
           f'{name} is {row[name]} at step {step + 1}: lower train.learning_rate, set '
           f'train.clip_norm, or look at the examples of that step: {_some(self._work.ids(step))}. '
           'The checkpoints before it are kept.'

@@ -15,12 +15,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from cai_jax import hardware, parallel, quality
-from cai_jax.manifest import check_workdir
-from cai_jax.model import kernels, lora
+from cai_jax.data import examples, packing, quality
+from cai_jax.model import lora
+from cai_jax.model.attention import kernels
+from cai_jax.model.checkpoint import structure
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.weights import structure
-from cai_jax.training import checkpoints, data
+from cai_jax.model.sharding import param_shardings
+from cai_jax.runtime import hardware
+from cai_jax.runtime.errors import NonFiniteError, UserError
+from cai_jax.runtime.files import check_workdir
+from cai_jax.runtime.mesh import batch_sharding, check_batch, place
+from cai_jax.training import checkpoints
 from cai_jax.training import log as logs
 from cai_jax.training.config import FREE, TrainConfig
 from cai_jax.training.objective import WEIGHTS
@@ -50,7 +55,7 @@ class Watch:
     profile: steps that a trace is written of, to workdir/profile, from the third step on.
   """
 
-  held_out: Sequence[data.Example] = ()
+  held_out: Sequence[examples.Example] = ()
   probe: Probe | None = None
   profile: int = 0
 
@@ -58,11 +63,11 @@ class Watch:
 def fit(
   model: ModelConfig,
   params: Any,
-  items: Sequence[data.Example],
+  items: Sequence[examples.Example],
   config: TrainConfig,
   mesh: Mesh,
   workdir: str | os.PathLike,
-  buckets: Sequence[data.Bucket] = (),
+  buckets: Sequence[packing.Bucket] = (),
   identity: str = '',
   watch: Watch = Watch(),
 ) -> tuple[Any, dict[str, Any]]:
@@ -88,10 +93,10 @@ def fit(
     FloatingPointError: a loss or gradient norm that is not finite, naming the step and examples.
     Preempted: after a SIGTERM.
   """
-  buckets = tuple(buckets) or (data.Bucket(config.max_length, config.batch_size),)
+  buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   _check(buckets, config, mesh)
-  steps = data.plan([len(item.tokens) for item in items], buckets, config.epochs, config.seed)
-  batches, sharding = data.Batches(items, steps), parallel.batch_sharding(mesh)
+  steps = packing.plan([len(item.tokens) for item in items], buckets, config.epochs, config.seed)
+  batches, sharding = packing.Batches(items, steps), batch_sharding(mesh)
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   meta = {
@@ -109,7 +114,7 @@ def fit(
     frozen = place_frozen(params, config, mesh)
     merge = jax.jit(
       lambda params, adapters: lora.merge(params, adapters, config.lora),
-      out_shardings=parallel.param_shardings(params, mesh),
+      out_shardings=param_shardings(params, mesh),
     )
 
   def whole(state: TrainState):
@@ -117,13 +122,13 @@ def fit(
     return state.result if config.lora is None else merge(params, state.result)
 
   train_step = make_train_step(graph, trained, config, len(steps), mesh, frozen)
-  iterator = data.iterate(batches, lambda b: _place(b, sharding))
+  iterator = packing.iterate(batches, lambda b: _place(b, sharding))
   work = _work(model, items, steps, batches.ids, config, mesh)
   held_out = HeldOut(make_eval_step(graph, config, mesh), watch.held_out, buckets, config, sharding)
   summary = {
     'steps': len(steps),
     'examples': len(items),
-    'padding_share': data.padding_share(items, steps),
+    'padding_share': packing.padding_share(items, steps),
   }
   with checkpoints.make_checkpointer(workdir / 'checkpoints', config.keep) as checkpointer:
     abstract = abstract_state(trained, config, mesh)
@@ -185,7 +190,7 @@ def train(
 
   Args:
     lm: LM to start from; it is left as it is.
-    rows: of D_CAI, such as `data.read_rows` gives.
+    rows: of D_CAI, such as `d_cai.read_rows` gives.
     dialogue: Dialogue of the tokenizer.
     config: settings.
     workdir: folder for metrics, events and checkpoints.
@@ -193,14 +198,14 @@ def train(
     known: the constitution's `quality.references`, for `config.filters`.
 
   Raises:
-    ValueError: as `fit` and `data.examples`, and for rows longer than the model's context.
+    ValueError: as `fit` and `examples.examples`, and for rows longer than the model's context.
   """
   if config.max_length > lm.config.max_positions:
-    raise ValueError(
+    raise UserError(
       f'train.max_length={config.max_length} is more than the {lm.config.max_positions} tokens of '
       f'the context of {lm.name}.'
     )
-  found = data.examples(
+  found = examples.build_examples(
     rows,
     dialogue,
     target=config.target,
@@ -211,7 +216,7 @@ def train(
     known=known,
     seed=config.seed,
   )
-  items, held_out = data.hold_out(found.items, config.eval_share, config.seed)
+  items, held_out = examples.hold_out(found.items, config.eval_share, config.seed)
   params, summary = fit(
     lm.config,
     lm.params,
@@ -225,7 +230,7 @@ def train(
   return params, {**found.counts, 'held_out': len(held_out), **summary}
 
 
-def fingerprint(items: Sequence[data.Example]) -> str:
+def fingerprint(items: Sequence[examples.Example]) -> str:
   """Hex digest of the examples, in their order."""
   digest = hashlib.sha256()
   for item in items:
@@ -249,9 +254,9 @@ class HeldOut:
     self._step, self._config, self._sharding = eval_step, config, sharding
     self._batches = ()
     if items:
-      micro = [data.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
-      plan = data.plan([len(item.tokens) for item in items], micro, 1, 0)
-      self._batches = data.Batches(items, plan)
+      micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
+      plan = packing.plan([len(item.tokens) for item in items], micro, 1, 0)
+      self._batches = packing.Batches(items, plan)
     self.losses: list[float] = []  # of all evaluations of the run
 
   def __call__(self, state: TrainState) -> dict[str, float]:
@@ -263,7 +268,7 @@ class HeldOut:
     total = {name: sum(float(s[name]) for s in jax.device_get(sums)) for name in sums[0]}
     loss = total['nll'] / max(total[WEIGHTS[self._config.loss_normalization]], 1.0)
     if not math.isfinite(loss):
-      raise FloatingPointError(
+      raise NonFiniteError(
         f'the loss on held-out examples is {loss}: lower train.learning_rate or set '
         'train.clip_norm. The checkpoints before it are kept.'
       )
@@ -341,21 +346,21 @@ class Trace:
       self._runs = False
 
 
-def _check(buckets: Sequence[data.Bucket], config: TrainConfig, mesh: Mesh) -> None:
+def _check(buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh) -> None:
   for bucket in buckets:
     if bucket.rows % config.accumulation:
-      raise ValueError(
+      raise UserError(
         f'{bucket.rows} rows are not divided by train.accumulation={config.accumulation}.'
       )
     name = 'train.batch_size / train.accumulation'
-    parallel.check_batch(bucket.rows // config.accumulation, mesh, name)
+    check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
       kernels.check(config.attention, mesh, config.dtype, bucket.length)
     except ValueError as error:
-      raise ValueError(f'train.attention: {error}') from None
+      raise UserError(f'train.attention: {error}') from None
 
 
-def _meta(config: TrainConfig, buckets, steps: Sequence[data.Step]) -> dict[str, Any]:
+def _meta(config: TrainConfig, buckets, steps: Sequence[packing.Step]) -> dict[str, Any]:
   """What of the settings a run must be gone on with, in JSON's types."""
   return {
     **{k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
@@ -379,4 +384,4 @@ def _work(model: ModelConfig, items, steps, ids, config: TrainConfig, mesh: Mesh
 
 def _place(batch: dict[str, np.ndarray], sharding) -> dict[str, jax.Array]:
   """The batch as global arrays; each host gives its devices their rows of it."""
-  return {name: parallel.place(x, sharding) for name, x in batch.items()}
+  return {name: place(x, sharding) for name, x in batch.items()}

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.model.attention import product
+from cai_jax.model.attention.softmax import product
+from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 
 # normalization → the sum that a batch's loss is divided by
 WEIGHTS = {'sequence': 'num_sequences', 'token': 'num_tokens'}
-LOGITS_AT_ONCE = 2**27  # elements a device (512 MB in f32), at most
 LEAST_SLICES = 4  # of a row's places on one device, so that some can be left out
 
 Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each [B,T]

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax import parallel
 from cai_jax.model import lora
+from cai_jax.model.sharding import param_shardings, path_str
+from cai_jax.runtime.mesh import BATCH, batch_sharding
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.objective import WEIGHTS, Batch, loss_and_metrics
 
@@ -73,7 +74,7 @@ def decays(params) -> Any:
 
   def by_name(path, _):
     kinds = {'kernel': True, 'table': True, 'a': True, 'b': True, 'scale': False, 'bias': False}
-    return kinds[parallel.path_str(path[-1:])]
+    return kinds[path_str(path[-1:])]
 
   return jax.tree_util.tree_map_with_path(by_name, params)
 
@@ -99,7 +100,7 @@ def state_shardings(params, config: TrainConfig, mesh: Mesh, frozen=None) -> Tra
   Raises:
     ValueError: if an axis of the mesh does not divide the dimension that it splits.
   """
-  by_param = parallel.param_shardings(params, mesh)
+  by_param = param_shardings(params, mesh)
   everywhere = NamedSharding(mesh, P())
   optimizer = make_optimizer(config, 1)
   opt_state = optax.tree_utils.tree_map_params(
@@ -114,7 +115,7 @@ def state_shardings(params, config: TrainConfig, mesh: Mesh, frozen=None) -> Tra
     params=by_param,
     opt_state=opt_state,
     ema=by_param if config.ema else None,
-    frozen=parallel.param_shardings(frozen, mesh),
+    frozen=param_shardings(frozen, mesh),
   )
 
 
@@ -136,7 +137,7 @@ def init_state(params, config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def place_frozen(params, config: TrainConfig, mesh: Mesh) -> Any:
   """A copy of parameters that are not trained, on the mesh in the compute dtype."""
-  shardings = parallel.param_shardings(params, mesh)
+  shardings = param_shardings(params, mesh)
   return jax.jit(lambda p: _copy(p, config.dtype), out_shardings=shardings)(params)
 
 
@@ -162,19 +163,19 @@ def make_train_step(
 
   `graph` and `params` (with `frozen`, if there are such; arrays or ShapeDtypeStructs, for their
   shapes) are a model's two halves. The batch holds tokens, positions, segment_ids, loss_mask
-  [B,T], laid out by `parallel.batch_sharding(mesh)`. Metrics, f32[]: loss (of the whole batch, in
+  [B,T], laid out by `batch_sharding(mesh)`. Metrics, f32[]: loss (of the whole batch, in
   the configured normalization), grad_norm (before clipping), learning_rate, num_tokens (targets),
   num_sequences.
   """
   optimizer = make_optimizer(config, num_steps)
   schedule = make_schedule(config, num_steps)
-  rows = parallel.batch_sharding(mesh)
+  rows = batch_sharding(mesh)
   gradient = jax.value_and_grad(_loss(graph, config, rows), has_aux=True)
 
   def accumulated(params, frozen, batch):
     if config.accumulation == 1:
       return gradient(params, frozen, batch)
-    micro = NamedSharding(mesh, P(None, *parallel.BATCH))
+    micro = NamedSharding(mesh, P(None, *BATCH))
 
     def split(x):  # every device splits the rows that it holds already
       x = jnp.moveaxis(x.reshape(-1, config.accumulation, *x.shape[1:]), 1, 0)
@@ -221,7 +222,7 @@ def make_eval_step(
   graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
 ) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
   """`step(params, frozen, batch) -> sums`, jitted: nll, num_tokens, num_sequences, each f32[]."""
-  loss = _loss(graph, config, parallel.batch_sharding(mesh))
+  loss = _loss(graph, config, batch_sharding(mesh))
 
   def step(params, frozen, batch: Batch):
     nll, sums = loss(params, frozen, batch)

@@ -2,8 +2,8 @@
 
 import pathlib
 
+from cai_jax.model import checkpoint
 from cai_jax.model import config as model_configs
-from cai_jax.model import weights
 from cai_jax.model.config import ModelConfig
 
 LLAMA_3 = {
@@ -67,4 +67,4 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
       f'{str(place)!r} is no config.json, nor a folder with one, and {name!r} is not one of '
       f'{", ".join(MODELS)}: give --model_config=.'
     )
-  return model_configs.from_hf(weights.read_json(place))
+  return model_configs.from_hf(checkpoint.read_json(place))

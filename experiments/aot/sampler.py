@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax import parallel
-from cai_jax.model import weights
+from cai_jax.model import checkpoint
 from cai_jax.model.cache import Cache, Lengths, Prefix, cache_lengths, init_cache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.model.sharding import param_shardings
+from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.engine import EngineConfig
 from experiments.aot import program as programs
@@ -29,13 +30,13 @@ def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
   """The mesh that launch.py samples on: on several hosts each has `part` of the chips to itself."""
   if chips.hosts > 1:
     sizes = sizes | ({'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1})
-  return parallel.make_mesh(**sizes, devices=part.devices)
+  return make_mesh(**sizes, devices=part.devices)
 
 
 def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   """A model whose parameters are shapes with shardings."""
-  shapes = weights.structure(config, dtype, dtype)[1]
-  params = placed(shapes, parallel.param_shardings(shapes, mesh))
+  shapes = checkpoint.structure(config, dtype, dtype)[1]
+  params = placed(shapes, param_shardings(shapes, mesh))
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
@@ -66,9 +67,9 @@ class Sampler:
 
   def cache(self) -> Cache:
     """Shapes of the slots' caches."""
-    parallel.check_batch(self.slots, self.lm.mesh, 'slots')
+    check_batch(self.slots, self.lm.mesh, 'slots')
     lengths = cache_lengths(self.lm.config, self.length, self.engine.slack, self.engine.spans)
-    return abstract_cache(self.lm, self.slots, lengths, P(*parallel.BATCH, 'tensor'))
+    return abstract_cache(self.lm, self.slots, lengths, P(*BATCH, 'tensor'))
 
   def read(self, rows: int, unembeds: bool) -> int:
     """Bytes that a step over `rows` slots must read on each device; `unembeds`: gives logits."""
@@ -77,7 +78,7 @@ class Sampler:
     last = 'embed' if lm.config.tied_embeddings else 'head'
     tables = {'embed', 'head'} - ({last} if unembeds else set())
     params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
-    shards = min(rows, parallel.batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
+    shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
     own = device.cache_bytes(lm, self.length, self.engine.slack) * rows // shards
     return params + own + local_bytes(abstract_prefixes(lm, self.prefixes))
 
@@ -98,7 +99,7 @@ def lower_prefill(job: Sampler) -> jax.stages.Lowered:
   """The prefill of a chunk."""
   lm = job.lm
   size, width = job.engine.chunk(job.slots, lm.mesh)
-  chunk = device.Chunk.pack([[]] * parallel.batch_shards(lm.mesh), job.slots, size, width)
+  chunk = device.Chunk.pack([[]] * batch_shards(lm.mesh), job.slots, size, width)
   chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
   entries = abstract_prefixes(lm, job.prefixes)
   cache, kind = job.cache(), device.Kind.of(lm)
@@ -113,7 +114,7 @@ def build_decode(job: Sampler) -> Program:
 
 def build_prefill(job: Sampler) -> Program:
   """The prefill program, compiled."""
-  shards = parallel.batch_shards(job.lm.mesh)
+  shards = batch_shards(job.lm.mesh)
   size, width = job.engine.chunk(job.slots, job.lm.mesh)
   rows = device.piece_count(size, width) * shards
   read = job.read(rows, unembeds=False)
@@ -132,7 +133,7 @@ def largest_slots(job: Sampler, first: Program | TooLarge, limit: float) -> tupl
   Raises:
     ValueError: if none were found that fit.
   """
-  bucket = 8 * parallel.batch_shards(job.lm.mesh)
+  bucket = 8 * batch_shards(job.lm.mesh)
   of_slot = local_bytes(job.cache()) / job.slots
   fixed = local_bytes(job.lm.params) + local_bytes(abstract_prefixes(job.lm, job.prefixes))
   best = first if isinstance(first, Program) else None

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cai_jax import parallel
-from cai_jax.model import kernels, lora, weights
+from cai_jax.model import checkpoint, lora
+from cai_jax.model.attention import kernels
 from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
 from cai_jax.training import step as train_steps
 from cai_jax.training.config import TrainConfig
 from experiments.aot import program as programs
@@ -32,7 +33,7 @@ class Training:
 
   def __post_init__(self):
     train, name = self.train, 'train.batch_size / train.accumulation'
-    parallel.check_batch(train.batch_size // train.accumulation, self.mesh, name)
+    check_batch(train.batch_size // train.accumulation, self.mesh, name)
     kernels.check(train.attention, self.mesh, train.dtype, train.max_length)
     if train.max_length > self.model.max_positions:
       raise ValueError(
@@ -54,7 +55,7 @@ class Training:
   @property
   def rows(self) -> int:
     """Of a micro-batch, on a device."""
-    shards = parallel.batch_shards(self.mesh)
+    shards = batch_shards(self.mesh)
     return self.train.batch_size // self.train.accumulation // shards
 
 
@@ -83,7 +84,7 @@ class Shapes:
 
 def shapes_of(job: Training) -> Shapes:
   """The step of a job, as `loop.fit` makes it: what is used of the training library stands here."""
-  graph, params = weights.structure(job.model, job.train.dtype)
+  graph, params = checkpoint.structure(job.model, job.train.dtype)
   frozen = None
   if job.train.lora is not None:
     graph, frozen = lora.structure(job.model, job.train.lora, job.train.dtype)[0], params
@@ -93,7 +94,7 @@ def shapes_of(job: Training) -> Shapes:
   step = train_steps.make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
   shape = (job.train.batch_size, job.train.max_length)
-  rows = parallel.batch_sharding(job.mesh)
+  rows = batch_sharding(job.mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in names}
   return Shapes(step, state, batch)
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from cai_jax import parallel
+from cai_jax.data import packing
 from cai_jax.model import lm as lm_lib
-from cai_jax.model.weights import structure
-from cai_jax.training import data
+from cai_jax.model.checkpoint import structure
+from cai_jax.runtime.mesh import batch_sharding
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.step import init_state, make_train_step
 from experiments.bench.examples import Example, Rows
@@ -30,7 +30,7 @@ class System:
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
     del platform  # JAX_PLATFORMS has chosen it
     lm = lm_lib.load(folder, dtype, param_dtype='float32')
-    self.bucket = data.Bucket(options['length'], options['rows'])
+    self.bucket = packing.Bucket(options['length'], options['rows'])
     config = TrainConfig(
       batch_size=options['rows'],
       max_length=options['length'],
@@ -45,12 +45,12 @@ class System:
     graph, _ = structure(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
     self.state = init_state(lm.params, config, lm.mesh)
-    self.sharding = parallel.batch_sharding(lm.mesh)
+    self.sharding = batch_sharding(lm.mesh)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:
     """Keeps the examples, and the rows of each step."""
     self.items = [
-      data.Example(np.array(e.tokens, np.int32), np.arange(len(e.tokens)) >= e.prompt)
+      examples.Example(np.array(e.tokens, np.int32), np.arange(len(e.tokens)) >= e.prompt)
       for e in examples
     ]
     self.steps = steps
@@ -63,10 +63,10 @@ class System:
   def train(self, first: int, stop: int, batch: int) -> tuple[list[float], int]:
     """(losses of the steps, tokens computed); batches are made ahead, as `fit` does."""
     del batch  # the step splits a batch itself, by `accumulation`
-    plan = [data.Step(self.bucket, tuple(map(tuple, rows))) for rows in self.steps[first:stop]]
+    plan = [packing.Step(self.bucket, tuple(map(tuple, rows))) for rows in self.steps[first:stop]]
     place = lambda batch: jax.device_put(batch, self.sharding)  # noqa: E731
     losses = []
-    for arrays in data.iterate(data.Batches(self.items, plan), place):
+    for arrays in packing.iterate(packing.Batches(self.items, plan), place):
       self.state, metrics = self.step(self.state, arrays)
       losses.append(metrics['loss'])
     losses = [float(loss) for loss in jax.device_get(losses)]

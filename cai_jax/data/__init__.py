@@ -1,0 +1,1 @@
+"""Prompts, D_CAI, preferences, and how they become batches."""

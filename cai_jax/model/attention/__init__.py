@@ -1,0 +1,1 @@
+"""Attention: the softmax over cached keys, and kernels for packed rows."""

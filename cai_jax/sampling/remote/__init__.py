@@ -1,0 +1,1 @@
+"""Models served behind an OpenAI-compatible completions API."""

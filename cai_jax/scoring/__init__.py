@@ -1,0 +1,1 @@
+"""What rates a text: likelihoods, judges, reward models and refusal classifiers."""

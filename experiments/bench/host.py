@@ -1,0 +1,241 @@
+"""How many chains a second can one host feed, and does its memory stay flat over a million?
+
+Command:   python -m experiments.bench.host --chains=1000000 [--journal] [--mode=turns] [--profile]
+Hardware:  any; RESULTS.md tells of one of two CPU cores
+Modes:     tokens    five turns of token ids in a growing context, nothing rendered
+           turns     critique and revision in two rounds with the embedded model's dialogue: texts
+                     are rendered, tokenised and decoded as in a run
+           run       all that `feedback.generate.run` does: principles drawn, rows, shards written
+Method:    the device programs are replaced by stubs that cost nothing and end every active slot's
+           turn at once with a reply of the embedded world (a few of its tokens drawn anew, so that
+           no reply comes twice). Chains come from a generator and results are dropped.
+
+Prints JSON: chains/s of one host, by the clock and by processor time (what counts where others
+share the machine), resident memory on the way, bytes of the journal. With --profile the ten
+costliest functions on stderr; the profiler itself doubles the time.
+"""
+
+import argparse
+import contextlib
+import copy
+import cProfile
+import dataclasses
+import json
+import os
+import pathlib
+import pstats
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterable, Iterator
+from unittest import mock
+
+import numpy as np
+
+from cai_jax import constitution, pipeline
+from cai_jax.data.prompts import Prompt
+from cai_jax.dialogue.plain import REPLY_ROLES
+from cai_jax.feedback import generate
+from cai_jax.feedback import job as jobs
+from cai_jax.model import lm as models
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import device
+from cai_jax.sampling.engine import Engine, EngineConfig
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.tiny import corpus, prompts
+
+LONGEST = 64  # tokens of a reply: one burst
+READY = types.SimpleNamespace(block_until_ready=lambda: None)  # tells that a chunk is done
+ENGINE = EngineConfig(slots=64, prefill_tokens=512, longest_burst=LONGEST)
+ROUNDS = 2
+SHOWN = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains at which memory is read
+
+
+class Stub:
+  """Device programs of no cost: every active slot's turn ends with a reply out of `replies`.
+
+  Args:
+    replies: token ids, each ending with a stop token, LONGEST at most.
+  """
+
+  def __init__(self, replies: list[list[int]]):
+    self._rng = np.random.default_rng(0)
+    self._counts = np.array([len(reply) for reply in replies], np.int32)
+    self._tokens = np.zeros((len(replies), LONGEST), np.int32)
+    for row, reply in zip(self._tokens, replies, strict=True):
+      row[: len(reply)] = reply
+    self._words = np.unique([token for reply in replies for token in reply[:-1]])
+    self._logprobs = -self._rng.exponential(size=(97, LONGEST)).astype(np.float32)
+
+  def decode(self, graph, params, cache, entries, slots, *_):
+    active = np.array(slots.active)
+    chosen = self._rng.integers(len(self._counts), size=len(active))
+    tokens = self._tokens[chosen]
+    tokens[:, :3] = self._rng.choice(self._words, (len(active), 3))
+    count = np.where(active, self._counts[chosen], 0)
+    steps, occupied = np.int32(count.max()), np.int32(count.sum())
+    logprobs = self._logprobs[chosen % len(self._logprobs)]
+    return device.Burst(tokens, logprobs, count, np.zeros_like(active), steps, occupied), cache
+
+  @contextlib.contextmanager
+  def installed(self):
+    """Puts the stubs in the place of the device programs."""
+    with (
+      mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
+      mock.patch.object(device, 'decode', self.decode),
+      mock.patch.object(device, 'allocate', lambda lm, slots, lengths: ((),) * len(lengths)),
+      mock.patch.object(device, 'prefill_prefix', lambda *_: ()),
+    ):
+      yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """As many prompts as are wanted, made when they are asked for; `Job.prompts` reads like this."""
+
+  count: int
+  base: list[Prompt]
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, at: int) -> tuple[Prompt, str]:
+    if not 0 <= at < self.count:
+      raise IndexError(at)
+    prompt = copy.copy(self.base[at % len(self.base)])  # checked when it was made, not again
+    object.__setattr__(prompt, 'id', f'prompt-{at}')
+    return prompt, 'harmful'
+
+
+def make_job(count: int) -> jobs.Job:
+  """The embedded world's job, of `count` prompts."""
+  mesh = make_mesh()
+  lm = dataclasses.replace(models.load(pipeline.TINY / 'model', mesh=mesh), name='tiny')
+  short = SamplingConfig(max_tokens=LONGEST)
+  base = prompts.prompts('train', 1000, 0)
+  job = jobs.prepare(
+    {'base': lm},
+    base,
+    [],
+    constitution.load(str(pipeline.TINY / 'constitution.yaml')),
+    jobs.FeedbackConfig(rounds=ROUNDS),
+    jobs.StageSampling(short, short, short),
+    seed=0,
+  )
+  return dataclasses.replace(job, prompts=Prompts(count, base))
+
+
+def replies(job: jobs.Job) -> list[list[int]]:
+  """What the embedded world says, as tokens."""
+  dialogue = job.stages.initial.dialogue
+  said = (m for messages in corpus.documents(400, 0) for m in messages if m['role'] in REPLY_ROLES)
+  return [r for r in (dialogue.reply(m['content']) for m in said) if len(r) <= LONGEST]
+
+
+def token_chain(context: list[int]):
+  """As many turns as a critique chain has, on token ids alone."""
+  sampling = SamplingConfig(max_tokens=LONGEST)
+  for number in range(1 + 2 * ROUNDS):
+    completion = yield Turn(f'turn_{number}', context, sampling)
+    context = context + completion.tokens + [5, 6, 7, 8] * 4
+
+
+def chains(mode: str, job: jobs.Job) -> Iterator[tuple[str, object]]:
+  """(id, chain) of each prompt."""
+  if mode == 'turns':
+    yield from ((prompt.id, job.chain(prompt, kind)) for prompt, kind in job.prompts)
+  else:
+    yield from ((str(i), token_chain([9] * 64)) for i in range(len(job.prompts)))
+
+
+def resident_mib() -> float:
+  """Memory of this process now, in MiB."""
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+class Watch:
+  """Reads memory as chains are done."""
+
+  def __init__(self):
+    self.start, self.done, self.seen = time.perf_counter(), 0, {}
+
+  def __call__(self, *_) -> None:
+    self.done += 1
+    if self.done in SHOWN:
+      self.seen[self.done] = round(resident_mib(), 1)
+      seconds = time.perf_counter() - self.start
+      print(
+        f'{self.done} chains, {self.done / seconds:.0f}/s, {self.seen[self.done]} MiB',
+        file=sys.stderr,
+        flush=True,
+      )
+
+
+def feed(mode: str, job: jobs.Job, folder: pathlib.Path, journal: Journal | None) -> Watch:
+  """Runs all chains of a mode; what was watched."""
+  watch = Watch()
+  if mode == 'run':
+    assert journal is not None, 'a run keeps a journal'
+    generate.run(job, folder / 'd_cai', journal, ENGINE, watch)
+    return watch
+  dialogue = job.stages.initial.dialogue
+  stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}
+  engine = Engine(job.models, length=512, seed=0, config=ENGINE, journal=journal, stops=stops)
+  drain(map(watch, engine.run(chains(mode, job))))
+  return watch
+
+
+def drain(items: Iterable) -> None:
+  """Takes all items and keeps none."""
+  for _ in items:
+    pass
+
+
+def main() -> None:
+  """Runs one mode and prints what it took."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--chains', type=int, default=20_000)
+  parser.add_argument('--mode', choices=('tokens', 'turns', 'run'), default='tokens')
+  parser.add_argument('--journal', action='store_true', help='always on where --mode=run')
+  parser.add_argument('--folder', default=None, help='for the journal and the shards, deleted then')
+  parser.add_argument('--profile', action='store_true')
+  args = parser.parse_args()
+  job = make_job(args.chains)
+  stub = Stub(replies(job))
+  with tempfile.TemporaryDirectory(dir=args.folder) as folder, stub.installed():
+    folder = pathlib.Path(folder)
+    journal = Journal(folder / 'journal') if args.journal or args.mode == 'run' else None
+    profiler = cProfile.Profile()
+    start, cpu = time.perf_counter(), time.process_time()
+    with profiler if args.profile else contextlib.nullcontext():
+      watch = feed(args.mode, job, folder, journal)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    turns = args.chains * (1 + 2 * ROUNDS)
+    print(
+      json.dumps(
+        {
+          'mode': args.mode,
+          'journal': journal is not None,
+          'chains': args.chains,
+          'seconds': round(seconds, 1),
+          'cpu_seconds': round(cpu, 1),
+          'chains_per_second': round(args.chains / seconds, 1),
+          'chains_per_cpu_second': round(args.chains / cpu, 1),
+          'cpu_microseconds_a_turn': round(1e6 * cpu / turns, 1),
+          'resident_mib': watch.seen,
+          'journal_bytes': sum(p.stat().st_size for p in (folder / 'journal').glob('*')),
+        },
+        indent=2,
+      )
+    )
+  if args.profile:
+    pstats.Stats(profiler, stream=sys.stderr).sort_stats('tottime').print_stats(10)
+
+
+if __name__ == '__main__':
+  main()

@@ -15,8 +15,11 @@ class Found:
   helpful: bool
 
 
-def scorer(prompt, text):
-  return Found(frozenset({'rude'} if 'rude' in text else ()), prompt[-1]['content'] in text)
+def scorer(prompts, texts):
+  return [
+    Found(frozenset({'rude'} if 'rude' in text else ()), prompt[-1]['content'] in text)
+    for prompt, text in zip(prompts, texts, strict=True)
+  ]
 
 
 def row(name, kind, texts):

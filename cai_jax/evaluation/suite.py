@@ -17,7 +17,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import judge as judging
 from cai_jax.scoring import refusal, reward
 from cai_jax.scoring.likelihood import perplexity
-from cai_jax.scoring.scorer import Measure
+from cai_jax.scoring.scorer import SCORERS, Measure
 
 LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what was asked.'
 
@@ -59,6 +59,10 @@ class EvaluationConfig:
   loss: bool = True
 
   def __post_init__(self):
+    try:
+      SCORERS[self.scorer]
+    except UserError as error:
+      raise UserError(f'evaluation.scorer={self.scorer!r}: {error}') from error
     if isinstance(self.multiple_choice, str):
       raise UserError(
         f'evaluation.multiple_choice={self.multiple_choice!r} is a text; give a tuple of files.'

@@ -30,7 +30,7 @@ def measures(
   """
   found: dict[str, list[float]] = {}
   if scorer is not None:
-    verdicts = [scorer(p, turn['text']) for p, turn in zip(prompts, turns, strict=True)]
+    verdicts = scorer(prompts, [turn['text'] for turn in turns])
     found['violation_rate'] = [float(bool(v.violations)) for v in verdicts]
     found['helpful_rate'] = [float(v.helpful) for v in verdicts]
   found['mean_tokens'] = [float(turn['num_tokens']) for turn in turns]

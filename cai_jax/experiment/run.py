@@ -107,14 +107,15 @@ def _run(
         counts[key] += row[key]
   folders = collect.workdirs_of(experiment, workdir / 'runs', config)
   first = next(iter(runs.values()))[0]
+  scorer = pipeline.load_scorer(first)
   found = collect.collect(
-    experiment, name, docstring, folders, first.scorer, pipeline.measures(first), config
+    experiment, name, docstring, folders, scorer, pipeline.measures(first), config
   )
   output = workdir / name
   output.mkdir(parents=True, exist_ok=True)
   write_json(output / 'results.json', found)
   write_figures(output, found)
-  chains = browsable(experiment, folders, first.scorer, config.report.chains)
+  chains = browsable(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', found, chains)
   print(
     f'\n{experiment_table(found)}\n\n{counts["runs"]} of {len(runs)} runs had work left: '

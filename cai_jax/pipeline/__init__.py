@@ -1,7 +1,7 @@
 """From a config to results: a run, its checks, and its stages."""
 
 from cai_jax.pipeline.checks import check
-from cai_jax.pipeline.run import TINY, Run, build, model_path
+from cai_jax.pipeline.run import TINY, Run, build, load_scorer, model_path
 from cai_jax.pipeline.stages import (
   STAGES,
   browsable,
@@ -18,6 +18,7 @@ __all__ = [
   'browsable',
   'build',
   'check',
+  'load_scorer',
   'loaded_models',
   'measures',
   'model_path',

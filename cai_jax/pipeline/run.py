@@ -26,13 +26,13 @@ from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.remote import client
 from cai_jax.sampling.remote.client import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
-from cai_jax.scoring import scorer
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.scorer import SCORERS, Scorer
 from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
 from cai_jax.training.config import FREE, TrainConfig
 
 PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
-SCORERS = {'none': None, 'tiny': world.judge}
 TINY = pathlib.Path(world.__file__).parent
 EMBEDDED = {'tiny': 'model', 'tiny-small': 'model_small'}  # folders of the embedded models
 
@@ -53,11 +53,6 @@ class Run:
   evaluation: EvaluationConfig
   profile: int = 0  # training steps that a trace is written of
   journal: pathlib.Path | None = None  # folder of the turns; None is workdir/journal
-
-  @property
-  def scorer(self) -> scorer.Scorer | None:
-    """Who judges a response."""
-    return SCORERS[self.evaluation.scorer]
 
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
@@ -104,10 +99,6 @@ def build(
     raise UserError(f'seed={config.seed} is not in [0, 2**63).')
   if config.report.chains < 0:
     raise UserError(f'report.chains={config.report.chains}; it must be at least 0.')
-  if config.evaluation.scorer not in SCORERS:
-    raise UserError(
-      f'evaluation.scorer={config.evaluation.scorer!r} is not one of {tuple(SCORERS)}.'
-    )
   if config.evaluation.judge == 'base' and not config.model.base:
     raise UserError(
       "evaluation.judge='base' needs M_θ here, and it is served elsewhere: name a model."
@@ -165,6 +156,18 @@ def local_mesh(run: Run) -> Mesh:
     split = {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
     sizes = sizes | split
   return make_mesh(**sizes, devices=jax.local_devices())
+
+
+def model_loader(run: Run) -> ModelLoader:
+  """Return the loader of the models that scorers and measures use; 'base' means M_θ."""
+  aliases = {name: model_path(name) for name in EMBEDDED}
+  aliases['base'] = model_path(run.config['model']['base'])
+  return ModelLoader(run.config['model']['dtype'], local_mesh(run), aliases)
+
+
+def load_scorer(run: Run) -> Scorer | None:
+  """Return the scorer that `evaluation.scorer` names, or None if it is 'none'."""
+  return SCORERS[run.evaluation.scorer](model_loader(run))
 
 
 def published(path: str) -> dict[str, Any]:

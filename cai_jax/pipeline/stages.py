@@ -21,7 +21,14 @@ from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import localise
 from cai_jax.pipeline.checks import check, check_reachable
-from cai_jax.pipeline.run import Run, local_mesh, mesh_of, model_path, published
+from cai_jax.pipeline.run import (
+  Run,
+  load_scorer,
+  local_mesh,
+  mesh_of,
+  model_path,
+  published,
+)
 from cai_jax.report import write_report
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
@@ -32,7 +39,7 @@ from cai_jax.sampling import completions as answers
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote.client import Remote
 from cai_jax.sampling.slots import describe
-from cai_jax.scoring import scorer
+from cai_jax.scoring.scorer import Measure, Scorer
 from cai_jax.training import log as logs
 from cai_jax.training import loop
 
@@ -166,7 +173,7 @@ def _scored(run: Run, rows: dict[str, list[dict[str, Any]]], told: dict[str, Any
   if jax.process_index() != 0:
     return
   folder = run.workdir / 'evaluation'
-  summary = summaries.summarise(rows['base'], rows['aligned'], run.scorer, measures(run))
+  summary = summaries.summarise(rows['base'], rows['aligned'], load_scorer(run), measures(run))
   write_json(folder / 'summary.json', summary)
   if run.evaluation.judge:
     told = told | {'judge': _judged(run, rows)}
@@ -184,7 +191,7 @@ def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
   return suite.judged(run.evaluation, judge, rows['base'], rows['aligned'], seed)
 
 
-def measures(run: Run) -> dict[str, scorer.Measure]:
+def measures(run: Run) -> dict[str, Measure]:
   """What is measured of each response besides the scorer's verdict; models for it are loaded."""
   return suite.measures(run.evaluation, run.config['model']['dtype'], local_mesh(run))
 
@@ -212,6 +219,7 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   summary, told, found = (json.loads((run.workdir / name).read_text()) for name in files[:3])
   rows = d_cai.read_rows(run.workdir / 'd_cai')
   shown = [rows[i] for i in range(min(len(rows), run.config['report']['chains']))]
+  scorer = load_scorer(run)
   write_report(
     run.workdir / 'report.html',
     title=run.workdir.name,
@@ -225,7 +233,7 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
       'Quality of the revisions': quality.describe(found['d_cai'], found.get('published')),
       'Models': suite.describe(told),
     },
-    chains=[browsable(row, run.scorer) for row in shown],
+    chains=[browsable(row, scorer) for row in shown],
   )
   return {'chains': len(shown)}
 
@@ -327,7 +335,7 @@ def _over_processes(counts: dict[str, float]) -> dict[str, float]:
   return {name: type(count)(t) for (name, count), t in zip(counts.items(), totals, strict=True)}
 
 
-def browsable(row: dict[str, Any], scorer: scorer.Scorer | None) -> dict[str, Any]:
+def browsable(row: dict[str, Any], scorer: Scorer | None) -> dict[str, Any]:
   """A row of D_CAI as the report shows it."""
   shown = {k: row[k] for k in ('id', 'prompt', 'initial')}
   shown['rounds'] = [
@@ -336,7 +344,7 @@ def browsable(row: dict[str, Any], scorer: scorer.Scorer | None) -> dict[str, An
   ]
   if scorer is not None:
     responses = [row['initial'], *(step['revision'] for step in row['rounds'])]
-    shown['violations'] = [
-      sorted(scorer(row['prompt'], reply['text']).violations) for reply in responses
-    ]
+    texts = [response['text'] for response in responses]
+    verdicts = scorer([row['prompt']] * len(texts), texts)
+    shown['violations'] = [sorted(verdict.violations) for verdict in verdicts]
   return shown

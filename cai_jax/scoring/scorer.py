@@ -1,18 +1,45 @@
-"""What rates a response: the types of scorers and measures."""
+"""Scorers, which decide whether a response breaks a rule and whether it helps.
 
-from collections.abc import Callable, Mapping, Sequence
+The setting `evaluation.scorer` selects one by name. `SCORERS` maps each name to a function that
+builds the scorer:
+
+  @SCORERS.register('my-guard')
+  def load_guard(loader: ModelLoader) -> Scorer:
+    guard = loader.language_model('my-organisation/my-guard')
+    return lambda prompts, responses: [classify(guard, p, r) for p, r in zip(prompts, responses)]
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from cai_jax.dialogue import Message
+from cai_jax.runtime.registry import Registry
+from cai_jax.scoring.loader import ModelLoader
 
 
 class Verdict(Protocol):
-  """What a scorer finds in one response."""
+  """A scorer's judgement of one response."""
 
-  violations: frozenset[str]  # rules that it breaks
-  helpful: bool  # whether it answers the request
+  @property
+  def violations(self) -> frozenset[str]:
+    """Names of the rules that the response breaks."""
+
+  @property
+  def helpful(self) -> bool:
+    """Whether the response does what the prompt asks for."""
 
 
-Scorer = Callable[[Sequence[Mapping[str, str]], str], Verdict]  # of a prompt's messages and a text
+# Maps n prompts, each a list of messages, and their n responses to n verdicts.
+Scorer = Callable[[Sequence[Sequence[Message]], Sequence[str]], Sequence[Verdict]]
+
+SCORERS: Registry[Callable[[ModelLoader], Scorer | None]] = Registry('scorer')
+
+
+@SCORERS.register('none')
+def no_scorer(loader: ModelLoader) -> None:
+  """Return None: responses are not judged, and summaries have no violation or helpful rate."""
+  del loader
 
 
 # Of the messages of prompts and a text for each: a number for each. A share's name ends in `_rate`.
-Measure = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], list[float]]
+Measure = Callable[[Sequence[Sequence[Message]], Sequence[str]], list[float]]

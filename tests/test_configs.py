@@ -9,7 +9,7 @@ import pytest
 
 from cai_jax import pipeline
 from cai_jax.data import prompts, quality
-from cai_jax.feedback.job import FeedbackConfig
+from cai_jax.feedback.config import FeedbackConfig
 from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.remote.client import RemoteConfig

@@ -14,16 +14,14 @@ from cai_jax.constitution import Constitution, Principle
 from cai_jax.data import d_cai, preferences
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
-from cai_jax.feedback import generate
+from cai_jax.feedback import contexts, generate
 from cai_jax.feedback import job as jobs
-from cai_jax.feedback.chain import (
-  Stage,
-  Stages,
-  critique_revision,
-  direct_revision,
-  empty_critique,
-  shuffled_critique,
-)
+from cai_jax.feedback.chain import Stage, Stages
+from cai_jax.feedback.config import FeedbackConfig, StageSampling
+from cai_jax.feedback.variants.critique import critique_revision
+from cai_jax.feedback.variants.direct import direct_revision
+from cai_jax.feedback.variants.empty import empty_critique
+from cai_jax.feedback.variants.shuffled import shuffled_critique
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM, init_params
 from cai_jax.runtime.mesh import make_mesh
@@ -56,8 +54,8 @@ def job(lm, count=6, helpful=2, rounds=2, models=None, **config):
     [prompt(i) for i in range(count)],
     [prompt(100 + i) for i in range(helpful)],
     CONSTITUTION,
-    jobs.FeedbackConfig(rounds=rounds, shard_rows=3, **config),
-    jobs.StageSampling(SHORT, SHORT, SHORT),
+    FeedbackConfig(rounds=rounds, shard_rows=3, **config),
+    StageSampling(SHORT, SHORT, SHORT),
     seed=0,
   )
 
@@ -140,12 +138,12 @@ def test_shuffled_critiques_are_those_of_the_donors_chain(lm, stages):
 
 def test_controls_share_y_init_and_leave_helpful_prompts_as_they_are(lm, tmp_path):
   journal = Journal(tmp_path / 'journal')
-  generate.run(job(lm), tmp_path / 'critique', journal, ENGINE)
+  generate.generate_shards(job(lm), tmp_path / 'critique', journal, ENGINE)
   journal.refresh()
   for variant, turns in (('empty', 6 * 2), ('shuffled', 6 * (1 + 2 * 2 + 2))):
     whole = job(lm, variant=variant)
-    counts = generate.run(whole, tmp_path / variant, journal, ENGINE)
-    generate.finish(whole, tmp_path / variant)
+    counts = generate.generate_shards(whole, tmp_path / variant, journal, ENGINE)
+    generate.finish_dataset(whole, tmp_path / variant)
     assert (counts['turns'], counts['replayed_turns']) == (turns, 6 + 2)
     rows = list(d_cai.read_rows(tmp_path / variant))
     assert [len(row['rounds']) for row in rows] == [2] * 6 + [0] * 2
@@ -182,8 +180,8 @@ def test_another_models_reply_is_passed_on_as_text(lm, stages):
 
 def test_d_cai_is_a_dataset_with_every_text_of_its_chains(lm, tmp_path):
   it = job(lm)
-  counts = generate.run(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
-  generate.finish(it, tmp_path / 'd_cai')
+  counts = generate.generate_shards(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  generate.finish_dataset(it, tmp_path / 'd_cai')
   assert counts['rows'] == 8 and counts['turns'] == 6 * 5 + 2
   builder = tfds.builder_from_directory(tmp_path / 'd_cai')
   assert builder.info.splits['train'].num_examples == 8
@@ -206,7 +204,7 @@ def test_d_cai_is_a_dataset_with_every_text_of_its_chains(lm, tmp_path):
 
 def test_a_run_that_was_cut_off_writes_the_same_bytes(lm, tmp_path):
   whole = tmp_path / 'whole'
-  generate.run(job(lm), whole, Journal(tmp_path / 'a'), ENGINE)
+  generate.generate_shards(job(lm), whole, Journal(tmp_path / 'a'), ENGINE)
 
   class CutOff(Exception):
     pass
@@ -219,19 +217,21 @@ def test_a_run_that_was_cut_off_writes_the_same_bytes(lm, tmp_path):
         raise CutOff
 
     with pytest.raises(CutOff):
-      generate.run(job(lm), folder, journal, ENGINE, progress)
+      generate.generate_shards(job(lm), folder, journal, ENGINE, progress)
     journal.close()
-    counts = generate.run(job(lm), folder, Journal(tmp_path / f'journal-{stop_at}'), ENGINE)
+    counts = generate.generate_shards(
+      job(lm), folder, Journal(tmp_path / f'journal-{stop_at}'), ENGINE
+    )
     assert counts['turns'] < 32
     assert files(folder) == files(whole)
 
 
 def test_arms_share_what_they_have_in_common(lm, tmp_path):
   journal = Journal(tmp_path / 'journal')
-  generate.run(job(lm), tmp_path / 'two', journal, ENGINE)
-  more = generate.run(job(lm, rounds=3), tmp_path / 'three', journal, ENGINE)
+  generate.generate_shards(job(lm), tmp_path / 'two', journal, ENGINE)
+  more = generate.generate_shards(job(lm, rounds=3), tmp_path / 'three', journal, ENGINE)
   assert more['replayed_turns'] == 6 * 5 + 2 and more['turns'] == 6 * 2
-  direct = generate.run(job(lm, variant='direct'), tmp_path / 'direct', journal, ENGINE)
+  direct = generate.generate_shards(job(lm, variant='direct'), tmp_path / 'direct', journal, ENGINE)
   assert direct['replayed_turns'] == 8 and direct['turns'] == 6 * 2
 
 
@@ -240,15 +240,15 @@ def test_other_models_criticise_and_revise(lm, tmp_path):
     lm, params=jax.tree.map(lambda x: -x, lm.params), name='other', fingerprint='other'
   )
   it = job(lm, models={'base': lm, 'critique': other})
-  generate.run(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
-  generate.finish(it, tmp_path / 'd_cai')
+  generate.generate_shards(it, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  generate.finish_dataset(it, tmp_path / 'd_cai')
   row = d_cai.read_rows(tmp_path / 'd_cai')[0]
   assert (row['model'], row['critique_model'], row['revision_model']) == (
     'random', 'other', 'random',
   )  # fmt: skip
   same = job(lm)
-  generate.run(same, tmp_path / 'same', Journal(tmp_path / 'journal2'), ENGINE)
-  generate.finish(same, tmp_path / 'same')
+  generate.generate_shards(same, tmp_path / 'same', Journal(tmp_path / 'journal2'), ENGINE)
+  generate.finish_dataset(same, tmp_path / 'same')
   alone = d_cai.read_rows(tmp_path / 'same')[0]
   assert row['initial'] == alone['initial']
   assert row['rounds'][0]['critique'] != alone['rounds'][0]['critique']
@@ -275,21 +275,21 @@ def test_preferences_leave_out_pairs_that_say_nothing(tmp_path):
 
 
 def test_what_cannot_work_is_an_error_before_sampling(lm, tmp_path):
-  with pytest.raises(ValueError, match='can come to .* tokens, and random holds 512'):
+  with pytest.raises(ValueError, match='can reach .* tokens, but random holds 512'):
     long = Prompt('long', ({'role': 'user', 'content': 'word ' * 600},))
     jobs.prepare(
-      {'base': lm}, [long], [], CONSTITUTION, jobs.FeedbackConfig(),
-      jobs.StageSampling(SHORT, SHORT, SHORT), 0,
+      {'base': lm}, [long], [], CONSTITUTION, FeedbackConfig(),
+      StageSampling(SHORT, SHORT, SHORT), 0,
     )  # fmt: skip
-  with pytest.raises(ValueError, match="two prompts have the id 'id-0'"):
+  with pytest.raises(ValueError, match="Two prompts have the id 'id-0'"):
     jobs.prepare(
-      {'base': lm}, [prompt(0)], [prompt(0)], CONSTITUTION, jobs.FeedbackConfig(),
-      jobs.StageSampling(SHORT, SHORT, SHORT), 0,
+      {'base': lm}, [prompt(0)], [prompt(0)], CONSTITUTION, FeedbackConfig(),
+      StageSampling(SHORT, SHORT, SHORT), 0,
     )  # fmt: skip
   with pytest.raises(ValueError, match='without repetition'):
     job(lm, rounds=6, repeat_principles=False)
   with pytest.raises(ValueError, match='variant'):
-    jobs.FeedbackConfig(variant='other')
+    FeedbackConfig(variant='other')
   with pytest.raises(ValueError, match='shards are missing'):
     d_cai.write_metadata(tmp_path, [3])
 
@@ -298,8 +298,8 @@ def test_demonstrations_stand_before_critiques_and_revisions_only(lm):
   shown = ({'role': 'user', 'content': 'Shown?'}, {'role': 'assistant', 'content': 'Shown.'})
   constitution = Constitution(PRINCIPLES, (shown,))
   for used in (True, False):
-    config = jobs.FeedbackConfig(demonstrations=used)
-    made = jobs.make_stages({'base': lm}, constitution, config, jobs.StageSampling())
+    config = FeedbackConfig(demonstrations=used)
+    made = jobs.make_stages({'base': lm}, constitution, config, StageSampling())
     chain = critique_revision(prompt(0), PRINCIPLES[:1], made)
     turns, _ = play(chain, made.initial.dialogue, ['first', 'bad', 'second'])
     texts = [lm.tokenizer.decode(turn.context) for turn in turns]
@@ -309,26 +309,26 @@ def test_demonstrations_stand_before_critiques_and_revisions_only(lm):
 def test_ids_decide_the_principles(lm, tmp_path):
   drawn = {}
   for name, it in (('more', job(lm)), ('fewer', job(lm, count=3))):
-    generate.run(it, tmp_path / name, Journal(tmp_path / 'journal'), ENGINE)
-    generate.finish(it, tmp_path / name)
+    generate.generate_shards(it, tmp_path / name, Journal(tmp_path / 'journal'), ENGINE)
+    generate.finish_dataset(it, tmp_path / name)
     rows = d_cai.read_rows(tmp_path / name)
     drawn[name] = {r['id']: [step['principle'] for step in r['rounds']] for r in rows}
   assert drawn['fewer'].items() <= drawn['more'].items()
 
 
 def test_shards_of_another_job_are_not_taken_over(lm, tmp_path):
-  generate.run(job(lm), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
+  generate.generate_shards(job(lm), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
   other = dataclasses.replace(lm, fingerprint='trained since')
   with pytest.raises(ValueError, match='shards of another job'):
-    generate.run(job(other), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
+    generate.generate_shards(job(other), tmp_path, Journal(tmp_path / 'journal'), ENGINE)
 
 
 def test_the_bound_counts_what_other_models_are_shown(lm, tiny_tokenizer):
   long = SamplingConfig(max_tokens=96)
-  sampling = jobs.StageSampling(long, long, long)
+  sampling = StageSampling(long, long, long)
   lengths = [
     jobs.prepare(
-      models, [prompt(0)], [], CONSTITUTION, jobs.FeedbackConfig(rounds=1), sampling, 0
+      models, [prompt(0)], [], CONSTITUTION, FeedbackConfig(rounds=1), sampling, 0
     ).length
     for models in ({'base': lm}, {'base': lm, 'critique': dataclasses.replace(lm, name='other')})
   ]
@@ -364,7 +364,7 @@ def start(lm, tmp_path, monkeypatch):
 
     it = it or job(lm, count=13, helpful=2)
     journal = Journal(tmp_path / f'journal-{folder}', process)
-    return generate.run(it, tmp_path / folder, journal, ENGINE, progress)
+    return generate.generate_shards(it, tmp_path / folder, journal, ENGINE, progress)
 
   return run
 
@@ -387,7 +387,7 @@ def test_a_lost_process_share_is_dealt_out_among_those_that_start_next(lm, start
   assert first['replayed_turns'] + second['replayed_turns'] >= 2
   assert files(tmp_path / 'd_cai') == whole
   assert [path.name for path in (tmp_path / 'd_cai').glob('*.tmp')] == []
-  generate.finish(job(lm, count=13, helpful=2), tmp_path / 'd_cai')
+  generate.finish_dataset(job(lm, count=13, helpful=2), tmp_path / 'd_cai')
   assert len(d_cai.read_rows(tmp_path / 'd_cai')) == 15
   assert start(0, 3)['sampled_rows'] == 0
 
@@ -403,7 +403,7 @@ def test_every_process_checks_that_it_works_on_the_same_job(lm, start, tmp_path)
   with pytest.raises(ValueError, match='shards of another job'):
     start(1, 2, it=job(lm, count=12, helpful=3))
   (tmp_path / 'd_cai' / 'job.json').unlink()
-  with pytest.raises(ValueError, match='process 1 does not see .* filesystem that they share'):
+  with pytest.raises(ValueError, match='Process 1 does not see .* filesystem that they share'):
     start(1, 2)
 
 
@@ -412,9 +412,7 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
   config = dataclasses.asdict(it.config)
   del config['max_rate']  # no row depends on it
   parts = [config, [], it.constitution.fingerprint(), it.seed, []]
-  for name, stage in zip(
-    ('initial', 'critique', 'revision'), jobs.each_stage(it.stages), strict=True
-  ):
+  for name, stage in it.stages.by_name().items():
     parts[1].append([name, stage.sampling, stage.demonstrations, 'random-0'])
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in it.prompts]
   text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
@@ -423,10 +421,10 @@ def test_the_digest_of_a_job_is_that_of_its_parts_as_one_text(lm):
 
 
 def test_prompts_that_are_answered_several_times_have_ids_of_their_own():
-  prompts = jobs.several([prompt(0), prompt(1)], 3)
+  prompts = jobs.repeat_prompts([prompt(0), prompt(1)], 3)
   assert [p.id for p in prompts] == ['id-0', 'id-0/2', 'id-0/3', 'id-1', 'id-1/2', 'id-1/3']
   assert {p.messages[0]['content'] for p in prompts[:3]} == {'Question 0?'}
-  assert jobs.several([prompt(0)], 1) == [prompt(0)]
+  assert jobs.repeat_prompts([prompt(0)], 1) == [prompt(0)]
 
 
 def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monkeypatch):
@@ -446,13 +444,13 @@ def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monke
       [prompt(i) for i in range(4)],
       [],
       constitution,
-      jobs.FeedbackConfig(rounds=1, shard_rows=2),
-      jobs.StageSampling(SHORT, SHORT, SHORT),
+      FeedbackConfig(rounds=1, shard_rows=2),
+      StageSampling(SHORT, SHORT, SHORT),
       seed=0,
     )
 
   with_prefix = made()
-  monkeypatch.setattr(jobs, 'MIN_PREFIX', 10**6)
+  monkeypatch.setattr(contexts, 'MIN_PREFIX_TOKENS', 10**6)
   without = made()
   assert without.prefixes == {'base': []}
   (prefix,) = with_prefix.prefixes['base']
@@ -462,8 +460,8 @@ def test_demonstrations_are_computed_once_and_change_no_text(lm, tmp_path, monke
   stats = {}
   for name, job_made in (('with', with_prefix), ('without', without)):
     journal = Journal(tmp_path / name / 'journal')
-    stats[name] = generate.run(job_made, tmp_path / name / 'd_cai', journal, ENGINE)
-    generate.finish(job_made, tmp_path / name / 'd_cai')
+    stats[name] = generate.generate_shards(job_made, tmp_path / name / 'd_cai', journal, ENGINE)
+    generate.finish_dataset(job_made, tmp_path / name / 'd_cai')
   assert stats['with']['shared_tokens'] == 4 * 2 * len(prefix)
   assert stats['with']['prefilled_tokens'] < stats['without']['prefilled_tokens']
   ours, plain = (
@@ -485,16 +483,16 @@ def test_a_prompt_that_begins_otherwise_has_room_without_the_prefix(lm, tmp_path
   odd = Prompt('odd', (own, {'role': 'user', 'content': 'Why?'}), {})
   made = jobs.prepare(
     {'base': lm},
-    [*(prompt(i) for i in range(jobs.SAMPLE)), odd],
+    [*(prompt(i) for i in range(contexts.RENDERED_PROMPTS)), odd],
     [],
     Constitution(PRINCIPLES, shown),
-    jobs.FeedbackConfig(rounds=1),
-    jobs.StageSampling(SHORT, SHORT, SHORT),
+    FeedbackConfig(rounds=1),
+    StageSampling(SHORT, SHORT, SHORT),
     seed=0,
   )
   assert made.prefixes['base']
   only = dataclasses.replace(made, prompts=made.prompts[-1:])
-  counts = generate.run(only, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
+  counts = generate.generate_shards(only, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
   assert counts['chains'] == 1 and counts['shared_tokens'] == 0
 
 

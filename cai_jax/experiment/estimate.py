@@ -14,6 +14,7 @@ import numpy as np
 
 from cai_jax import pipeline
 from cai_jax.feedback import generate
+from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.runtime.files import write_json
@@ -71,18 +72,13 @@ def _chains(run: pipeline.Run, names: Sequence[str], model: str) -> dict[str, Tu
   for name in names:
     samples = run.feedback.helpful_samples if name == 'helpful' else 1
     count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]
-    limits = {k: getattr(run.sampling, k).max_tokens for k in ('initial', 'critique', 'revision')}
-    found[_digest([answered, prompts])] = Turns(count, limits['initial'])
+    found[_digest([answered, prompts])] = Turns(count, run.sampling.initial.max_tokens)
     if model != 'base' or name.endswith('helpful'):
       continue
-    shuffled = run.feedback.variant == 'shuffled'
-    if shuffled:
-      found[_digest([revised, prompts, 'donor'])] = Turns(count, limits['initial'])
-    for number in range(run.feedback.rounds):
-      kinds = ['critique'] * (run.feedback.variant in ('critique', 'shuffled')) + ['revision']
-      for kind in [*kinds, *['donor_revision'] * shuffled]:
-        limit = limits[kind.removeprefix('donor_')]
-        found[_digest([revised, prompts, number, kind])] = Turns(count, limit)
+    for turn, stage in VARIANTS[run.feedback.variant].turns(run.feedback.rounds):
+      if turn != 'initial':  # counted above, since runs with other variants share it
+        limit = getattr(run.sampling, stage).max_tokens
+        found[_digest([revised, prompts, turn])] = Turns(count, limit)
   return found
 
 
@@ -171,7 +167,7 @@ def _probe(run: pipeline.Run, loaded) -> tuple[float, float, int]:
       where = pathlib.Path(folder) / str(number)
       journal = Journal(where / 'journal')
       began = time.perf_counter()
-      counts = generate.run(job, where / 'd_cai', journal, run.engine)
+      counts = generate.generate_shards(job, where / 'd_cai', journal, run.engine)
       seconds = time.perf_counter() - began
       journal.close()
   prompt = np.mean([len(job.stages.initial.dialogue.prompt(p.messages)) for p, _ in job.prompts])

@@ -1,1 +1,1 @@
-"""The critique–revision chain, and the dataset and preferences that come of it."""
+"""Critique–revision chains and the job that samples them into D_CAI."""

@@ -1,69 +1,118 @@
-"""The critique–revision chain of Constitutional AI (Bai et al. 2022, section 3.1), turn by turn.
+"""The parts of a critique–revision chain (Bai et al. 2022, section 3.1), and the variant registry.
 
-A chain is a generator: it yields the turn it wants sampled, is sent the completion, and returns its
-`Record`. Another way to revise is another generator of a few lines.
+A chain is a generator. It yields the next `Turn` to sample, receives the `Completion`, and returns
+a `Record`. Each variant of the chain is one file in `cai_jax/feedback/variants/`, or a file of your
+own that `config.plugins` names. `revise_in_rounds` supplies the loop, so that a variant only has
+to describe one round:
+
+  from cai_jax.feedback.chain import (
+    Round, register_variant, revise_in_rounds, sample_critique, sample_revision, turns_per_round,
+  )
+
+  @register_variant('my_variant', turns_per_round('critique', 'revision'))
+  def my_variant(prompt, principles, stages, growing=False):
+    return revise_in_rounds(prompt, principles, stages, growing, _revise)
+
+  def _revise(number, principle, context, stages):
+    critique = yield from sample_critique(number, principle, context, stages)
+    revision = yield from sample_revision(number, principle, context, stages)
+    return Round(principle, critique, revision)
 """
 
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from cai_jax.constitution import Principle
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue, Message
+from cai_jax.runtime.registry import Registry
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-  """Who samples one kind of turn, and how."""
+class Reply:
+  """A sampled reply.
 
-  model: str  # the engine's name of the model
-  dialogue: Dialogue  # renders for that model
+  Attributes:
+    model: the engine's name of the model that sampled it.
+    completion: its tokens and their log-probabilities.
+    text: its text without reasoning and surrounding white space, as `Dialogue.decode` returns it.
+  """
+
+  model: str
+  completion: Completion
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """The model and the settings that sample one kind of turn.
+
+  Attributes:
+    model: the engine's name of the model.
+    dialogue: renders messages for that model.
+    sampling: temperature, length limit and so on.
+    demonstrations: few-shot dialogues that precede every context.
+  """
+
+  model: str
+  dialogue: Dialogue
   sampling: SamplingConfig
   demonstrations: tuple[tuple[Message, ...], ...] = ()
 
   def ask(
-    self, name: str, messages: Sequence[Message], role: str
-  ) -> Generator[Turn, Completion, 'Reply']:
-    """Samples the reply of `role` to messages as the turn `name`."""
+    self, turn_name: str, messages: Sequence[Message], role: str
+  ) -> Generator[Turn, Completion, Reply]:
+    """Sample the reply to some messages; call it with `yield from`.
+
+    Args:
+      turn_name: the name of the turn, unique within its chain. It seeds the sampling.
+      messages: the conversation so far. The content of a message is a text or a `Reply`.
+      role: the role of the reply: 'assistant', 'critique' or 'revision'.
+    """
     rendered = [message | {'content': self._content(message['content'])} for message in messages]
     context = self.dialogue.prompt(rendered, role, self.demonstrations)
-    completion = yield Turn(name, context, self.sampling, self.model)
+    completion = yield Turn(turn_name, context, self.sampling, self.model)
     if completion.finish_reason == 'stop_text':
       return Reply(self.model, completion, completion.text.strip())
     return Reply(self.model, completion, self.dialogue.decode(completion.tokens))
 
-  def _content(self, content: 'str | Reply') -> str | list[int]:
-    """Text, or a reply's tokens where this stage's model sampled it: the live cache holds them."""
+  def _content(self, content: str | Reply) -> str | list[int]:
+    """Return a text, or the tokens of a reply that this stage's own model sampled.
+
+    The live cache already holds these tokens, so the next context extends it.
+    """
     if isinstance(content, str):
       return content
-    # A stop text lies somewhere in the tokens, so what came before it is encoded anew.
+    # A stop text ends somewhere inside the tokens, so the text before it is encoded again.
     if content.model == self.model and content.completion.finish_reason != 'stop_text':
       return content.completion.tokens
     return content.text
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
-  """A sampled reply and the model that gave it."""
-
-  model: str
-  completion: Completion
-  text: str  # as `Dialogue.decode` gives it: no reasoning, no surrounding white space
-
-
-@dataclasses.dataclass(frozen=True)
 class Stages:
-  """The three kinds of turn of a chain."""
+  """The stages of a chain, one for each kind of turn."""
 
   initial: Stage
   critique: Stage
   revision: Stage
 
+  def by_name(self) -> dict[str, Stage]:
+    """Return the stages under the names 'initial', 'critique' and 'revision', in this order."""
+    return {'initial': self.initial, 'critique': self.critique, 'revision': self.revision}
+
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """One revision: under which principle, after which critique (None if there was none)."""
+  """One round of a chain.
+
+  Attributes:
+    principle: the principle that the round applies.
+    critique: the critique, or None if the round samples none.
+    revision: the revised response.
+  """
 
   principle: Principle
   critique: Reply | None
@@ -72,121 +121,143 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What a chain gives: y_init and every round."""
+  """The result of a chain: the prompt x, the initial response y_init, and every round."""
 
   prompt: Prompt
   initial: Reply
   rounds: tuple[Round, ...]
 
 
-def critique_revision(
-  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
-) -> Chain:
-  """y_init, then for each principle a critique of the latest response and its revision.
+# The variant registry.
+
+TurnPlan = Sequence[tuple[str, str]]  # (turn name, stage name) of each turn, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A registered way to revise.
+
+  Attributes:
+    chain: the generator function, called as `chain(prompt, principles, stages, growing)`.
+    turns: returns the turns that the chain takes for a number of rounds.
+    needs_donor: whether `chain` also takes the keyword `donor`, another prompt that is revised.
+  """
+
+  chain: Callable[..., Chain]
+  turns: Callable[[int], TurnPlan]
+  needs_donor: bool = False
+
+
+VARIANTS: Registry[Variant] = Registry('variant')
+
+
+def register_variant(
+  name: str, turns: Callable[[int], TurnPlan], needs_donor: bool = False
+) -> Callable[[Callable[..., Chain]], Callable[..., Chain]]:
+  """Return a decorator that registers a chain function as a value of `feedback.variant`.
+
+  Before anything is sampled, the job runs every chain on placeholder replies of full length to
+  find the longest context. Which turns a chain takes must therefore not depend on the replies.
 
   Args:
-    prompt: x.
-    principles: one a round.
-    stages: models, rendering and sampling settings.
-    growing: keep every earlier round in the context. Otherwise a round sees the prompt and the
-      latest response alone, as if that had been the answer from the start.
+    name: the value of `feedback.variant` that selects the variant.
+    turns: a function from the number of rounds to the (turn name, stage name) of each turn in
+      order; a stage name is 'initial', 'critique' or 'revision'. The names must be those that the
+      chain yields. Estimates of an experiment's cost rely on them.
+    needs_donor: whether the chain also takes the keyword `donor: Prompt`, another harmful prompt.
+
+  Raises:
+    UserError: if the name is taken.
   """
-  response = initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
-  context = [*prompt.messages, _message('assistant', response)]
-  rounds = []
-  for number, principle in enumerate(principles, 1):
-    context.append(_message('critique_request', principle.critique_request))
-    critique = yield from stages.critique.ask(f'critique_{number}', context, 'critique')
-    context.append(_message('critique', critique))
-    context.append(_message('revision_request', principle.revision_request))
-    response = yield from stages.revision.ask(f'revision_{number}', context, 'revision')
-    rounds.append(Round(principle, critique, response))
-    context = _next_context(prompt, context, response, growing)
-  return Record(prompt, initial, tuple(rounds))
+
+  def store(chain: Callable[..., Chain]) -> Callable[..., Chain]:
+    VARIANTS.register(name)(Variant(chain, turns, needs_donor))
+    return chain
+
+  return store
 
 
-def direct_revision(
-  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
-) -> Chain:
-  """As `critique_revision`, but revised without a critique (Bai et al. 2022, section 3.5)."""
-  return (yield from _given_critiques(prompt, principles, None, stages, growing))
+def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
+  """Return a `turns` function for chains with one turn of each given stage in every round.
 
-
-def empty_critique(
-  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
-) -> Chain:
-  """As `critique_revision`, but every critique is empty: does the request alone do the work?"""
-  return (yield from _given_critiques(prompt, principles, [''] * len(principles), stages, growing))
-
-
-def shuffled_critique(
-  prompt: Prompt,
-  principles: Sequence[Principle],
-  stages: Stages,
-  growing: bool = False,
-  *,
-  donor: Prompt,
-) -> Chain:
-  """As `critique_revision`, but with the critiques of another prompt's chain.
-
-  Does a revision use what its critique says? Round n gets what the donor's chain, under the same
-  principles, said in its round n. That chain is sampled here too: 2 + 3 n turns in all.
+  `turns_per_round('critique', 'revision')(2)` returns the turns initial, critique_1, revision_1,
+  critique_2 and revision_2.
   """
-  other = yield from _renamed('donor', critique_revision(donor, principles, stages, growing))
-  critiques = [step.critique.text for step in other.rounds]
-  return (yield from _given_critiques(prompt, principles, critiques, stages, growing))
+
+  def turns(rounds: int) -> TurnPlan:
+    numbered = [(f'{name}_{n}', name) for n in range(1, rounds + 1) for name in stage_names]
+    return [('initial', 'initial'), *numbered]
+
+  return turns
 
 
-def _given_critiques(
-  prompt: Prompt,
-  principles: Sequence[Principle],
-  critiques: Sequence[str] | None,
-  stages: Stages,
-  growing: bool,
-) -> Chain:
-  """The chain whose critiques are given, one a round; none of them stands in the record.
+# Helpers that variants share.
 
-  Without any, none is asked for.
-  """
-  response = initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
-  context = [*prompt.messages, _message('assistant', response)]
-  rounds = []
-  for number, principle in enumerate(principles, 1):
-    if critiques is not None:
-      context.append(_message('critique_request', principle.critique_request))
-      context.append(_message('critique', critiques[number - 1]))
-    context.append(_message('revision_request', principle.revision_request))
-    response = yield from stages.revision.ask(f'revision_{number}', context, 'revision')
-    rounds.append(Round(principle, None, response))
-    context = _next_context(prompt, context, response, growing)
-  return Record(prompt, initial, tuple(rounds))
+Context = list[dict[str, Any]]  # messages whose content is a text or a Reply
 
 
-def _renamed(prefix: str, chain: Chain) -> Chain:
-  """The chain with other names for its turns, and so with randomness of its own."""
-  completion = None
-  while True:
-    try:
-      turn = chain.send(completion)
-    except StopIteration as done:
-      return done.value
-    completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
-
-
-VARIANTS: dict[str, Callable[..., Chain]] = {
-  'critique': critique_revision,
-  'direct': direct_revision,
-  'empty': empty_critique,
-  'shuffled': shuffled_critique,
-}
-
-
-def _message(role: str, content: str | Reply) -> dict:
+def message(role: str, content: str | Reply) -> dict[str, Any]:
+  """Return a message of a context."""
   return {'role': role, 'content': content}
 
 
-def _next_context(prompt: Prompt, context: list, response: Reply, growing: bool) -> list:
-  """What the next round sees: all so far, or the prompt answered by the latest response."""
-  if growing:
-    return [*context, _message('revision', response)]
-  return [*prompt.messages, _message('assistant', response)]
+def answer_only(prompt: Prompt, stages: Stages) -> Chain:
+  """Sample y_init and revise nothing."""
+  initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
+  return Record(prompt, initial, ())
+
+
+def revise_in_rounds(
+  prompt: Prompt,
+  principles: Sequence[Principle],
+  stages: Stages,
+  growing: bool,
+  revise: Callable[[int, Principle, Context, Stages], Generator[Turn, Completion, Round]],
+) -> Chain:
+  """Sample y_init, then one round for each principle.
+
+  Args:
+    prompt: the prompt x.
+    principles: one principle for each round.
+    stages: models, rendering and sampling settings.
+    growing: whether a round sees all earlier rounds. Otherwise it sees the prompt and the latest
+      response only, as if that response had been the first answer.
+    revise: a generator function that samples one round, called as
+      `revise(number, principle, context, stages)`. Rounds are numbered from 1. The context ends
+      with the latest response; `revise` appends its requests and critiques.
+  """
+  initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
+  context = [*prompt.messages, message('assistant', initial)]
+  rounds = []
+  for number, principle in enumerate(principles, 1):
+    finished = yield from revise(number, principle, context, stages)
+    rounds.append(finished)
+    if growing:
+      context.append(message('revision', finished.revision))
+    else:
+      context = [*prompt.messages, message('assistant', finished.revision)]
+  return Record(prompt, initial, tuple(rounds))
+
+
+def sample_critique(
+  number: int, principle: Principle, context: Context, stages: Stages
+) -> Generator[Turn, Completion, Reply]:
+  """Sample the critique of a round and append the request and the critique to the context."""
+  context.append(message('critique_request', principle.critique_request))
+  critique = yield from stages.critique.ask(f'critique_{number}', context, 'critique')
+  context.append(message('critique', critique))
+  return critique
+
+
+def insert_critique(text: str, principle: Principle, context: Context) -> None:
+  """Append the critique request and a given critique to the context, without sampling."""
+  context.append(message('critique_request', principle.critique_request))
+  context.append(message('critique', text))
+
+
+def sample_revision(
+  number: int, principle: Principle, context: Context, stages: Stages
+) -> Generator[Turn, Completion, Reply]:
+  """Append the revision request to the context and sample the revision of a round."""
+  context.append(message('revision_request', principle.revision_request))
+  return (yield from stages.revision.ask(f'revision_{number}', context, 'revision'))

@@ -1,4 +1,4 @@
-"""Runs the chains of a job over the engine and writes the shards of D_CAI as they fill."""
+"""Sample the chains of a job and write D_CAI, one shard at a time."""
 
 import json
 import os
@@ -11,126 +11,140 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cai_jax.data import d_cai
-from cai_jax.data import quality as quality
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback.job import Job, each_stage, shortest_context
+from cai_jax.feedback.contexts import smallest_context_limit
+from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.sampling.engine import Engine, EngineConfig, Stats
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Chain
 
+JOB_FILE = 'job.json'  # names the job whose shards a folder holds
 
-def run(
+
+def generate_shards(
   job: Job,
   folder: str | os.PathLike,
   journal: Journal,
   engine: EngineConfig,
   progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> dict[str, Any]:
-  """Writes D_CAI to `folder`, and returns counts and speeds for the manifest.
+  """Sample the missing shards of D_CAI, and return counts and speeds for the manifest.
 
-  Shards that are there already are kept. Several processes call this together: the shards that
-  are missing are dealt out evenly among those that started this time, however many had worked on
-  the others, and every process reads the journals of all. So a lost process leaves nothing that
-  the next start cannot finish. This needs a `folder` and a journal that all processes share. All
-  bytes of the shards depend on the job alone.
+  Existing shards are kept. All processes call this function together and need a folder and a
+  journal that they share. Each takes an equal part of the missing shards and reads the journals of
+  all, so a later start can finish whatever a lost process left behind, with any number of
+  processes. The bytes of a shard depend on the job alone. Call `finish_dataset` afterwards.
 
   Args:
     job: what to sample.
-    folder: of the dataset; `preferences.jsonl` is written beside it.
-    journal: of finished turns.
+    folder: the folder of the dataset.
+    journal: stores finished turns and replays them.
     engine: sizes of the compiled programs.
-    progress: called with rows done, rows in all (of this process), and tokens sampled.
+    progress: called after each row with the number of finished rows and the number of rows, both
+      of this process, and the number of sampled tokens.
 
   Raises:
-    ValueError: if the folder is another job's, or this process does not share it.
+    UserError: if the folder holds another job's shards, or this process does not share it.
   """
   folder = pathlib.Path(folder)
-  size = job.config.shard_rows
-  count = -(-len(job.prompts) // size)
-  mine = _missing(folder, job, count)[jax.process_index() :: jax.process_count()]
-  lengths = {index: min(size, len(job.prompts) - index * size) for index in mine}
-  total = sum(lengths.values())
-  stats = Stats()
-  if total:
-    running = Engine(
-      {stage.model: job.models[stage.model] for stage in each_stage(job.stages)},
-      length=min(job.length + engine.spare_tokens, shortest_context(job)),
-      seed=job.seed,
-      config=engine,
-      journal=journal,
-      stops={
-        s.model: (s.dialogue.stop_token_ids, s.dialogue.stop_strings)
-        for s in each_stage(job.stages)
-      },
-      prefixes=job.prefixes,
-    )
-    stats = running.stats
-    numbers = (i for index in mine for i in range(index * size, index * size + lengths[index]))
-    rows: dict[int, dict[int, dict]] = {}  # of the shards that are begun: number → row
-    for done, (_, (number, row)) in enumerate(running.run(_rows(job, numbers)), 1):
-      index = number // size
-      rows.setdefault(index, {})[number] = row
-      if len(rows[index]) == lengths[index]:
-        whole = rows.pop(index)
-        d_cai.write_shard(folder, index, [whole[number] for number in sorted(whole)])
-      progress(done, total, stats.sampled_tokens)
-  return {'rows': len(job.prompts), 'sampled_rows': total, **stats.summary()}
+  shard_rows, num_rows = job.config.shard_rows, len(job.prompts)
+  missing = _missing_shards(folder, job, num_shards=-(-num_rows // shard_rows))
+  shards = {
+    shard: range(shard * shard_rows, min((shard + 1) * shard_rows, num_rows))
+    for shard in missing[jax.process_index() :: jax.process_count()]
+  }
+  total = sum(map(len, shards.values()))
+  if not total:
+    return {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
+  running = _make_engine(job, journal, engine)
+  unwritten: dict[int, dict[int, dict]] = {}  # shard → index of a row → row
+  indices = (index for shard in shards.values() for index in shard)
+  for done, (_, (index, row)) in enumerate(running.run(_chains(job, indices)), 1):
+    shard = index // shard_rows
+    unwritten.setdefault(shard, {})[index] = row
+    if len(unwritten[shard]) == len(shards[shard]):
+      rows = unwritten.pop(shard)
+      d_cai.write_shard(folder, shard, [rows[index] for index in sorted(rows)])
+    progress(done, total, running.stats.sampled_tokens)
+  return {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
 
 
-def _rows(job: Job, numbers: Iterable[int]) -> Iterator[tuple[str, Chain]]:
-  """(id, chain) of the prompts with these numbers; a chain returns (number, row of D_CAI)."""
+def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
+  """Write the metadata that turns the shards into one TFDS dataset.
 
-  def chain(number: int, prompt: Prompt, kind: str) -> Chain:
-    record = yield from job.chain(prompt, kind)
-    return number, job.row(record, kind)
+  Only one process may call this function, after `generate_shards` has returned in all of them.
 
-  for number in numbers:
-    prompt, kind = job.prompts[number]
-    yield prompt.id, chain(number, prompt, kind)
-
-
-def _missing(folder: pathlib.Path, job: Job, count: int) -> list[int]:
-  """Which of the `count` shards are not there: the same list in every process.
-
-  Process 0 looks, before any process writes, and tells the others: one that looked for itself, a
-  little later, would miss shards that quicker ones have written, and deal otherwise than they do.
+  Raises:
+    UserError: if a shard is missing.
   """
-  there, mark = np.zeros(count, np.int32), {'digest': job.digest()}
-  if jax.process_index() == 0:
-    _claim(folder, mark)
-    there[:] = [d_cai.shard_path(folder, index).exists() for index in range(count)]
-  if jax.process_count() > 1:
-    there = multihost_utils.broadcast_one_to_all(there)
-  _check_claim(folder, mark)
-  return np.flatnonzero(there == 0).tolist()
-
-
-def _claim(folder: pathlib.Path, mark: dict[str, str]) -> None:
-  """Marks a folder as a job's, unless it has a mark."""
-  path = folder / 'job.json'
-  if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, mark)
-
-
-def _check_claim(folder: pathlib.Path, mark: dict[str, str]) -> None:
-  """ValueError unless the folder has this job's mark: no shard of another is taken over."""
-  path = folder / 'job.json'
-  if not path.exists():
-    raise UserError(
-      f'process {jax.process_index()} does not see {path}, which process 0 has written: all '
-      'processes need the same workdir on a filesystem that they share.'
-    )
-  if json.loads(path.read_text()) != mark:
-    raise UserError(
-      f'{folder} holds shards of another job: a model, prompt, principle or setting has changed '
-      'since. Delete the folder, or use another workdir.'
-    )
-
-
-def finish(job: Job, folder: str | os.PathLike) -> None:
-  """Makes the shards of all processes one TFDS dataset. Called by one process, after all others."""
   size, count = job.config.shard_rows, len(job.prompts)
   d_cai.write_metadata(folder, [min(size, count - i) for i in range(0, count, size)])
+
+
+def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
+  stages = job.stages.by_name().values()
+  return Engine(
+    {stage.model: job.models[stage.model] for stage in stages},
+    length=min(job.length + config.spare_tokens, smallest_context_limit(job.models)),
+    seed=job.seed,
+    config=config,
+    journal=journal,
+    stops={
+      stage.model: (stage.dialogue.stop_token_ids, stage.dialogue.stop_strings) for stage in stages
+    },
+    prefixes=job.prefixes,
+  )
+
+
+def _chains(job: Job, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
+  """Yield (prompt id, chain) for rows of D_CAI; a chain returns (index of its row, row)."""
+
+  def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
+    record = yield from job.chain(prompt, kind)
+    return index, job.row(record, kind)
+
+  for index in indices:
+    prompt, kind = job.prompts[index]
+    yield prompt.id, row_chain(index, prompt, kind)
+
+
+def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int]:
+  """Claim the folder for the job and return the shards that it lacks.
+
+  Process 0 lists the files and broadcasts the result. If each process looked for itself, a slower
+  one would already see shards of the faster ones, and they would divide the work differently.
+  """
+  exists = np.zeros(num_shards, np.int32)
+  digest = job.digest()
+  if jax.process_index() == 0:
+    _claim_folder(folder, digest)
+    exists[:] = [d_cai.shard_path(folder, shard).exists() for shard in range(num_shards)]
+  if jax.process_count() > 1:
+    exists = multihost_utils.broadcast_one_to_all(exists)
+  _check_folder(folder, digest)
+  return np.flatnonzero(exists == 0).tolist()
+
+
+def _claim_folder(folder: pathlib.Path, digest: str) -> None:
+  """Write the job's digest into a folder that has none."""
+  path = folder / JOB_FILE
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {'digest': digest})
+
+
+def _check_folder(folder: pathlib.Path, digest: str) -> None:
+  """Raise UserError unless the folder belongs to the job with this digest."""
+  path = folder / JOB_FILE
+  if not path.exists():
+    raise UserError(
+      f'Process {jax.process_index()} does not see {path}, which process 0 has written. '
+      'Give all processes the same workdir on a filesystem that they share.'
+    )
+  if json.loads(path.read_text()) != {'digest': digest}:
+    raise UserError(
+      f'{folder} holds the shards of another job: a model, prompt, principle or setting has '
+      'changed. Delete the folder or use another workdir.'
+    )

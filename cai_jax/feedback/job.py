@@ -1,162 +1,127 @@
-"""Prompts in, D_CAI out: runs the chains over the engine and writes shards as they fill."""
+"""A job: everything that D_CAI is a function of, checked before anything is sampled."""
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from cai_jax import constitution as constitutions
 from cai_jax.constitution import Constitution, Principle
-from cai_jax.data import quality
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
-from cai_jax.feedback.chain import (
-  VARIANTS,
-  Record,
-  Reply,
-  Stage,
-  Stages,
-  critique_revision,
-  shuffled_critique,
-)
+from cai_jax.feedback.chain import Record, Stage, Stages, Variant, answer_only
+from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
+from cai_jax.feedback.contexts import Prefixes, cache_length, shared_prefixes
+from cai_jax.feedback.rows import make_row
+from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
-from cai_jax.sampling.engine import longest_context
 from cai_jax.sampling.remote.client import Remote
-from cai_jax.sampling.slots import match_prefix
-from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, SamplingConfig
-
-MIN_PREFIX = 32  # tokens from which a common prefix is worth a product of its own in every layer
-SAMPLE = 64  # prompts that are rendered to find it
-FREE = ('max_rate',)  # of FeedbackConfig: what no row depends on, so a run may change it
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackConfig:
-  """How responses are criticised and revised."""
-
-  rounds: int = 4  # revisions of each harmful prompt's response
-  variant: str = 'critique'  # of `chain.VARIANTS`
-  context: str = 'fresh'  # a round sees the latest response ('fresh') or all before ('growing')
-  repeat_principles: bool = True  # draw each round's principle independently
-  demonstrations: bool = True  # put the constitution's demonstrations before critiques, revisions
-  style: str = 'chat'  # 'chat' template or 'plain' labels
-  template_options: tuple = ()  # (name, value) pairs that the chat template is given
-  shard_rows: int = 256  # rows of D_CAI in one file
-  helpful_samples: int = 1  # responses to each helpful prompt
-  max_rate: Mapping[str, float] = dataclasses.field(  # of the revisions, by quality.FLAGS
-    default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0)
-  )
-
-  def __post_init__(self):
-    checks = (
-      ('rounds', self.rounds >= 1, 'at least 1'),
-      ('variant', self.variant in VARIANTS, f'one of {tuple(VARIANTS)}'),
-      ('context', self.context in ('fresh', 'growing'), "'fresh' or 'growing'"),
-      ('shard_rows', self.shard_rows >= 1, 'at least 1'),
-      ('helpful_samples', self.helpful_samples >= 1, 'at least 1'),
-    )
-    for name, fine, allowed in checks:
-      if not fine:
-        raise UserError(f'feedback: {name}={getattr(self, name)!r}; it must be {allowed}.')
-    object.__setattr__(self, 'max_rate', dict(self.max_rate))
-    for name, rate in self.max_rate.items():
-      if name not in quality.FLAGS or not 0 <= rate <= 1:
-        raise UserError(
-          f'feedback: max_rate.{name}={rate!r}; it must be a rate in [0, 1] of one of '
-          f'{tuple(quality.FLAGS)}.'
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class StageSampling:
-  """Sampling settings of the three kinds of turn."""
-
-  initial: SamplingConfig = SamplingConfig()
-  critique: SamplingConfig = SamplingConfig()
-  revision: SamplingConfig = SamplingConfig()
+from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """All that D_CAI is a function of, made ready and checked before anything is sampled."""
+  """Everything that D_CAI is a function of. `prepare` makes and checks it.
 
-  prompts: Sequence[tuple[Prompt, str]]  # with kind: 'harmful' or 'helpful'
+  Attributes:
+    prompts: (prompt, kind) pairs. A kind is 'harmful' (answered and revised) or 'helpful'
+      (answered only).
+    constitution: the constitution C.
+    config: settings of the chains.
+    stages: who samples each kind of turn, and how.
+    models: 'base', and 'critique' and 'revision' if they are other models.
+    seed: seed of the principles and of sampling.
+    prefixes: token ids with which many contexts begin, for each model.
+    length: tokens of the longest context with its reply, without its shared prefix.
+  """
+
+  prompts: Sequence[tuple[Prompt, str]]
   constitution: Constitution
   config: FeedbackConfig
   stages: Stages
-  models: Mapping[str, LM | Remote]  # 'base', and 'critique' and 'revision' where they are others
+  models: Mapping[str, LM | Remote]
   seed: int
-  prefixes: Mapping[str, Sequence[list[int]]]  # for each model, what many of its contexts share
-  length: int  # tokens of the longest context with its reply, such a prefix not counted
+  prefixes: Prefixes
+  length: int
 
-  def rounds(self, kind: str) -> int:
-    """Revisions of a prompt's response: helpful ones are answered and not revised."""
+  def num_rounds(self, kind: str) -> int:
+    """Return the number of revisions of a prompt's response; helpful prompts get none."""
     return self.config.rounds if kind == 'harmful' else 0
 
   def chain(self, prompt: Prompt, kind: str) -> Chain:
-    """The chain of one prompt under the principles drawn for it."""
+    """Return the chain of a prompt under the principles that are drawn for it."""
     principles = constitutions.draw(
-      self.constitution, self.seed, prompt.id, self.rounds(kind), self.config.repeat_principles
+      self.constitution, self.seed, prompt.id, self.num_rounds(kind), self.config.repeat_principles
     )
-    return self.chain_under(prompt, principles)
+    donor = self._donors[prompt.id] if principles and self._variant.needs_donor else None
+    return self._chain(prompt, principles, donor)
 
-  def chain_under(self, prompt: Prompt, principles: Sequence[Principle]) -> Chain:
-    """The chain of one prompt under given principles, one a round."""
-    variant = VARIANTS[self.config.variant] if principles else critique_revision
-    more = {'donor': self._donors[prompt.id]} if variant is shuffled_critique else {}
-    return variant(prompt, principles, self.stages, self.config.context == 'growing', **more)
+  def possible_chains(self, prompt: Prompt, kind: str) -> Iterator[Chain]:
+    """Yield, for each principle, the chain that applies it in every round.
 
-  @functools.cached_property
-  def _donors(self) -> dict[str, Prompt]:
-    """For each prompt that is revised the next of them, and for the last the first."""
-    harmful = [prompt for prompt, kind in self.prompts if kind == 'harmful']
-    return {p.id: d for p, d in zip(harmful, harmful[1:] + harmful[:1], strict=True)}
+    No chain of this prompt is longer than the longest of these. A chain that needs a donor gets the
+    prompt itself, so that the longest prompt also stands for the longest donor.
+    """
+    for principle in self.constitution.principles:
+      yield self._chain(prompt, (principle,) * self.num_rounds(kind), donor=prompt)
+
+  def row(self, record: Record, kind: str) -> dict[str, Any]:
+    """Return the row of D_CAI for a finished chain."""
+    names = {name: self.models[stage.model].name for name, stage in self.stages.by_name().items()}
+    return make_row(record, kind, self.seed, names, self._constitution_fingerprint)
 
   def digest(self) -> str:
-    """Hex digest of all that the rows depend on; one prompt at a time, as there may be millions."""
+    """Return the hex digest of everything that the rows depend on."""
     stages = [
       [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
-      for name, stage in zip(
-        ('initial', 'critique', 'revision'), each_stage(self.stages), strict=True
-      )
+      for name, stage in self.stages.by_name().items()
     ]
-    config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+    config = dataclasses.asdict(self.config)
+    config = {k: v for k, v in config.items() if k not in ROW_INDEPENDENT_FIELDS}
     parts = [config, stages, self.constitution.fingerprint(), self.seed]
     content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
-    digest, between = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
+    # There may be millions of prompts, so they are hashed one at a time as elements of a JSON list.
+    digest, separator = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
     for prompt, kind in self.prompts:
-      row = [prompt.id, prompt.messages, prompt.metadata, kind]
-      digest.update((between + json.dumps(row, sort_keys=True)).encode())
-      between = ', '
+      entry = [prompt.id, prompt.messages, prompt.metadata, kind]
+      digest.update((separator + json.dumps(entry, sort_keys=True)).encode())
+      separator = ', '
     digest.update(b']]')
     return digest.hexdigest()
 
-  def row(self, record, kind: str) -> dict[str, Any]:
-    """The row of D_CAI for a finished chain."""
-    names = {
-      stage: self.models[getattr(self.stages, stage).model].name
-      for stage in ('initial', 'critique', 'revision')
-    }
-    return row_of(record, kind, self.seed, names, self._constitution_id)
+  def _chain(self, prompt: Prompt, principles: Sequence[Principle], donor: Prompt | None) -> Chain:
+    if not principles:
+      return answer_only(prompt, self.stages)
+    inputs = {'donor': donor} if self._variant.needs_donor else {}
+    growing = self.config.context == 'growing'
+    return self._variant.chain(prompt, principles, self.stages, growing, **inputs)
+
+  @property
+  def _variant(self) -> Variant:
+    return VARIANTS[self.config.variant]
 
   @functools.cached_property
-  def _constitution_id(self) -> str:
-    """Hashing the constitution again for each row took a quarter of the host's time."""
+  def _donors(self) -> dict[str, Prompt]:
+    """Map the id of each harmful prompt to the next harmful prompt, and the last to the first."""
+    harmful = [prompt for prompt, kind in self.prompts if kind == 'harmful']
+    donors = harmful[1:] + harmful[:1]
+    return {prompt.id: donor for prompt, donor in zip(harmful, donors, strict=True)}
+
+  @functools.cached_property
+  def _constitution_fingerprint(self) -> str:
+    """Cached, because hashing the constitution for each row took a quarter of the host's time."""
     return self.constitution.fingerprint()
 
 
-def several(prompts: Sequence[Prompt], samples: int) -> list[Prompt]:
-  """Each prompt `samples` times, to be answered as often: as 'id', 'id/2', 'id/3', ..."""
+def repeat_prompts(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
+  """Return each prompt `times` times, with the ids 'id', 'id/2', 'id/3', ..."""
   return [
     dataclasses.replace(prompt, id=f'{prompt.id}/{n}') if n > 1 else prompt
     for prompt in prompts
-    for n in range(1, samples + 1)
+    for n in range(1, times + 1)
   ]
 
 
@@ -169,49 +134,57 @@ def prepare(
   sampling: StageSampling,
   seed: int,
 ) -> Job:
-  """Everything ready to sample.
+  """Return a checked job that is ready to sample.
 
   Args:
-    models: 'base' is M_θ; 'critique' and 'revision' are M_critique and M_revise where given.
+    models: 'base' is M_θ; 'critique' and 'revision' are M_critique and M_revise, if they differ.
     harmful: prompts whose responses are criticised and revised.
-    helpful: prompts that are answered only, for mixing into fine-tuning.
-    constitution: C.
-    config, sampling: of the chains.
-    seed: of principles and sampling.
+    helpful: prompts that are only answered, for mixing into fine-tuning.
+    constitution: the constitution C.
+    config: settings of the chains.
+    sampling: sampling settings of each kind of turn.
+    seed: seed of the principles and of sampling.
 
   Raises:
-    ValueError: if ids repeat, or a prompt's chain can come to a context longer than the model's.
+    UserError: if there is no prompt, ids repeat, principles or donors are too few, stop tokens are
+      invalid, or a chain can exceed the context of a model.
   """
   prompts = (*((p, 'harmful') for p in harmful), *((p, 'helpful') for p in helpful))
+  _check_prompts(prompts)
+  if VARIANTS[config.variant].needs_donor and len(harmful) == 1:
+    raise UserError(
+      f'feedback.variant={config.variant!r} uses another harmful prompt, but there is only one. '
+      'Give at least two harmful prompts.'
+    )
+  # This raises if principles may not repeat and there are fewer of them than rounds.
+  constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
+  stages = make_stages(models, constitution, config, sampling)
+  for stage in stages.by_name().values():
+    _check_stop_tokens(stage, models[stage.model])
+  prefixes = shared_prefixes(prompts, stages)
+  job = Job(prompts, constitution, config, stages, models, seed, prefixes, length=0)
+  length = cache_length(prompts, stages, models, prefixes, job.possible_chains)
+  return dataclasses.replace(job, length=length)
+
+
+def _check_prompts(prompts: Sequence[tuple[Prompt, str]]) -> None:
+  """Raise UserError if there is no prompt or two prompts have the same id."""
+  if not prompts:
+    raise UserError('There is no prompt to answer. Give at least one.')
   seen = set()
   for prompt, _ in prompts:
     if prompt.id in seen:
-      raise UserError(f'two prompts have the id {prompt.id!r}; ids must differ.')
+      raise UserError(f'Two prompts have the id {prompt.id!r}. Give each prompt its own id.')
     seen.add(prompt.id)
-  if not prompts:
-    raise UserError('there is no prompt to answer.')
-  if config.variant == 'shuffled' and len(harmful) == 1:
-    raise UserError(
-      "feedback.variant='shuffled' takes critiques from another prompt, and there is only one: "
-      'give two harmful prompts or more.'
-    )
-  # A draw fails where there are more rounds than principles and none may come twice.
-  constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
-  stages = make_stages(models, constitution, config, sampling)
-  for stage in each_stage(stages):
-    _check_stops(stage, models[stage.model])
-  job = Job(
-    prompts, constitution, config, stages, models, seed, shared_prefixes(prompts, stages), 0
-  )
-  return dataclasses.replace(job, length=_cache_length(job))
 
 
-def _check_stops(stage: Stage, lm: LM | Remote) -> None:
+def _check_stop_tokens(stage: Stage, lm: LM | Remote) -> None:
+  """Raise UserError unless the stop tokens of a stage exist and fit the compiled program."""
   ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
   if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.vocab_size for i in ids):
     raise UserError(
-      f'stop tokens {ids} of {lm.name} and of sampling.*.stop_token_ids: there may be at most '
-      f'{MAX_STOP_TOKENS}, each in 0..{lm.vocab_size - 1}.'
+      f'The stop tokens of {lm.name} and of sampling.*.stop_token_ids are {ids}. At most '
+      f'{MAX_STOP_TOKENS} are allowed, each between 0 and {lm.vocab_size - 1}.'
     )
 
 
@@ -221,156 +194,28 @@ def make_stages(
   config: FeedbackConfig,
   sampling: StageSampling,
 ) -> Stages:
-  """The three stages: each its model's dialogue, its settings, and what precedes it."""
+  """Return the three stages, each with the dialogue of its model and its own settings.
+
+  Args:
+    models: 'base', and 'critique' and 'revision' if they are other models.
+    constitution: its demonstrations precede critiques and revisions if the config says so.
+    config: settings of the chains.
+    sampling: sampling settings of each kind of turn.
+  """
   dialogues = {
     name: Dialogue(lm.tokenizer, config.style, lm.eos_token_ids, config.template_options)
     for name, lm in models.items()
   }
 
-  def stage(name: str, demonstrations=()) -> Stage:
+  def make_stage(name: str, demonstrations: tuple = ()) -> Stage:
     model = name if name in models else 'base'
-    # One checkpoint under two names is one model: its live cache goes on from stage to stage.
+    # If one checkpoint has two names, the stages use the first, so that they share a live cache.
     model = next(other for other in models if models[other] is models[model])
     return Stage(model, dialogues[model], getattr(sampling, name), demonstrations)
 
-  shown = constitution.demonstrations if config.demonstrations else ()
-  return Stages(stage('initial'), stage('critique', shown), stage('revision', shown))
-
-
-def each_stage(stages: Stages) -> tuple[Stage, Stage, Stage]:
-  return stages.initial, stages.critique, stages.revision
-
-
-def shared_prefixes(
-  prompts: Sequence[tuple[Prompt, str]], stages: Stages
-) -> dict[str, list[list[int]]]:
-  """For each model the token ids that the contexts of a stage begin with, whatever the prompt.
-
-  They hold the demonstrations, and a system message that all prompts have in common. Found by
-  rendering some of the prompts; a chain whose context begins otherwise goes without.
-  """
-  found: dict[str, list[list[int]]] = {}
-  for stage in each_stage(stages):
-    contexts = [
-      stage.dialogue.prompt(
-        [*prompt.messages[:-1], prompt.messages[-1] | {'content': content}],
-        'assistant',
-        stage.demonstrations,
-      )
-      for prompt, _ in prompts[:SAMPLE]
-      for content in ('a', 'B')
-    ]
-    prefix = os.path.commonprefix(contexts)
-    known = found.setdefault(stage.model, [])
-    if len(prefix) >= MIN_PREFIX and prefix not in known:
-      known.append(prefix)
-  return found
-
-
-def _cache_length(job: Job) -> int:
-  """Tokens a cache needs for the longest chain, in whole blocks of 64 where the models allow it.
-
-  Of the prompts whose contexts begin with the same shared prefixes the longest is taken, under
-  each principle in every round: no chain drawn needs more.
-
-  Raises:
-    ValueError: if it does not fit a model.
-  """
-  render = job.stages.initial.dialogue.prompt
-  longest = 1
-  longest_of: dict[tuple, tuple[int, Prompt]] = {}
-  for prompt, kind in job.prompts:
-    size, group = len(render(prompt.messages)), (kind, _shared(job, prompt))
-    if group not in longest_of or size > longest_of[group][0]:
-      longest_of[group] = size, prompt
-  for (kind, _), (size, prompt) in longest_of.items():
-    for chain in _possible_chains(job, prompt, kind):
-      for name, (needed, own) in longest_context(chain, job.prefixes).items():
-        limit = job.models[name].max_positions
-        if needed > limit:
-          raise UserError(
-            f'the chain of prompt {prompt.id!r} can come to {needed} tokens, and '
-            f'{job.models[name].name} holds {limit}. Shorten the prompt ({size} tokens), the '
-            "max_tokens of the stages, the rounds, or use feedback.context='fresh'."
-          )
-        if isinstance(job.models[name], LM):  # others keep no cache here
-          longest = max(longest, own)
-  return min(-(-longest // 64) * 64, shortest_context(job))
-
-
-def shortest_context(job: Job) -> int:
-  """Tokens of the shortest context of the models that sample here."""
-  local = (model for model in job.models.values() if isinstance(model, LM))
-  return min((lm.max_positions for lm in local), default=64)
-
-
-def _shared(job: Job, prompt: Prompt) -> tuple[int, ...]:
-  """Tokens of a shared prefix that each stage's contexts of a prompt begin with."""
-  return tuple(
-    match_prefix(
-      job.prefixes[stage.model],
-      stage.dialogue.prompt(prompt.messages, 'assistant', stage.demonstrations),
-    )[1]
-    for stage in each_stage(job.stages)
-    if job.prefixes[stage.model]
+  demonstrations = constitution.demonstrations if config.demonstrations else ()
+  return Stages(
+    make_stage('initial'),
+    make_stage('critique', demonstrations),
+    make_stage('revision', demonstrations),
   )
-
-
-def _possible_chains(job: Job, prompt: Prompt, kind: str):
-  """For each principle the chain that has it in every round."""
-  for principle in job.constitution.principles:
-    principles = (principle,) * job.rounds(kind)
-    if job.config.variant == 'shuffled':  # a critique may be as long as one's own, its prompt too
-      yield critique_revision(prompt, principles, job.stages, job.config.context == 'growing')
-    else:
-      yield job.chain_under(prompt, principles)
-
-
-def row_of(
-  record: Record, kind: str, seed: int, models: dict[str, str], constitution: str
-) -> dict[str, Any]:
-  """The row of D_CAI for a chain's record.
-
-  Args:
-    record: what the chain gave.
-    kind: 'harmful' or 'helpful'.
-    seed: of the run.
-    models: names for the keys 'initial', 'critique' and 'revision'.
-    constitution: its fingerprint.
-  """
-  replies = [record.initial]
-  for step in record.rounds:
-    replies += [step.critique, step.revision]
-  return {
-    'id': record.prompt.id,
-    'kind': kind,
-    'prompt': [dict(message) for message in record.prompt.messages],
-    'metadata': json.dumps(record.prompt.metadata, sort_keys=True),
-    'initial': _turn(record.initial),
-    'rounds': [
-      {
-        'principle': step.principle.id,
-        'critique': _turn(step.critique),
-        'revision': _turn(step.revision),
-      }
-      for step in record.rounds
-    ],
-    'logprobs': [x for reply in replies if reply for x in reply.completion.logprobs],
-    'seed': seed,
-    'model': models['initial'],
-    'critique_model': models['critique'],
-    'revision_model': models['revision'],
-    'constitution': constitution,
-  }
-
-
-def _turn(reply: Reply | None) -> dict[str, Any]:
-  if reply is None:
-    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0}
-  completion = reply.completion
-  return {
-    'text': reply.text,
-    'finish_reason': completion.finish_reason,
-    'logprob': float(np.float32(sum(completion.logprobs))),
-    'num_tokens': len(completion.tokens),
-  }

@@ -17,7 +17,7 @@ from cai_jax.data import prompts as prompt_files
 from cai_jax.data import quality
 from cai_jax.data.prompts import Prompt
 from cai_jax.evaluation.suite import EvaluationConfig
-from cai_jax.feedback import job as jobs
+from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.pipeline.schema import default_config
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
@@ -45,8 +45,8 @@ class Run:
   workdir: pathlib.Path
   constitution: constitutions.Constitution
   prompts: dict[str, list[Prompt]]  # by PROMPT_SETS
-  feedback: jobs.FeedbackConfig
-  sampling: jobs.StageSampling
+  feedback: FeedbackConfig
+  sampling: StageSampling
   engine: EngineConfig
   remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
   train: TrainConfig
@@ -57,7 +57,9 @@ class Run:
   def settings(self, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on."""
     known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
-    known['feedback'] = {k: v for k, v in known['feedback'].items() if k not in jobs.FREE}
+    known['feedback'] = {
+      k: v for k, v in known['feedback'].items() if k not in ROW_INDEPENDENT_FIELDS
+    }
     if self.remotes:  # what is served; where, and how patiently it is asked, may change
       known['remote'] = {
         name: {field: getattr(served, field) for field in client.TEXT_FIELDS}
@@ -112,7 +114,7 @@ def build(
     if len(set(ids)) < len(ids):
       twice = next(i for i in ids if ids.count(i) > 1)
       raise UserError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
-  sampling = jobs.StageSampling(
+  sampling = StageSampling(
     **{name: _sampling(name, section) for name, section in config.sampling.items()}
   )
   if config.feedback.helpful_samples > 1 and not sampling.initial.temperature:
@@ -129,7 +131,7 @@ def build(
     workdir=pathlib.Path(workdir),
     constitution=_constitution(config.constitution),
     prompts=sets,
-    feedback=jobs.FeedbackConfig(**config.feedback),
+    feedback=FeedbackConfig(**config.feedback),
     sampling=sampling,
     engine=EngineConfig(**config.engine),
     remotes=_remotes(config, sampling),
@@ -225,7 +227,7 @@ def _constitution(section: ConfigDict) -> constitutions.Constitution:
   return constitutions.load(path, tuple(section.tags), tuple(section.ids))
 
 
-def _remotes(config: ConfigDict, sampling: jobs.StageSampling) -> dict[str, RemoteConfig]:
+def _remotes(config: ConfigDict, sampling: StageSampling) -> dict[str, RemoteConfig]:
   """The models that are served elsewhere, checked as far as the config says."""
   sections = {name: section for name, section in config.remote.items() if section.url}
   found = {}

@@ -50,7 +50,7 @@ def generate_stage(run: Run, _) -> dict[str, Any]:
   with loaded_models(run) as loaded:
     if run.prompts['eval_harmful']:  # so that a held-out prompt that is too long is found now
       prepare_job(run, loaded, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
-    helpful = jobs.several(run.prompts['helpful'], run.feedback.helpful_samples)
+    helpful = jobs.repeat_prompts(run.prompts['helpful'], run.feedback.helpful_samples)
     job = prepare_job(run, loaded, run.prompts['harmful'], helpful)
     counts = _sample(run, job, folder, 'generate')
   if jax.process_index() == 0:
@@ -313,14 +313,14 @@ def _sample(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> dict[st
   """Runs a job's chains into a dataset."""
   journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   with Progress(name) as progress:
-    work = lambda: generate.run(job, folder, journal, run.engine, progress)  # noqa: E731
+    work = lambda: generate.generate_shards(job, folder, journal, run.engine, progress)  # noqa: E731
     counts = processes.run_on_all_processes(f'sample {folder}', work)
   journal.close()
   counts = _over_processes(counts) | {'engine': run.config['engine']}
   if jax.process_index() == 0:
     if counts['sampled_rows']:
       print(describe(counts), flush=True)
-    generate.finish(job, folder)
+    generate.finish_dataset(job, folder)
   processes.barrier(f'finished {folder}')
   return counts
 

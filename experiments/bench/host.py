@@ -5,7 +5,8 @@ Hardware:  any; RESULTS.md tells of one of two CPU cores
 Modes:     tokens    five turns of token ids in a growing context, nothing rendered
            turns     critique and revision in two rounds with the embedded model's dialogue: texts
                      are rendered, tokenised and decoded as in a run
-           run       all that `feedback.generate.run` does: principles drawn, rows, shards written
+           run       everything that `feedback.generate.generate_shards` does: draw principles, make
+                     rows, write shards
 Method:    the device programs are replaced by stubs that cost nothing and end every active slot's
            turn at once with a reply of the embedded world (a few of its tokens drawn anew, so that
            no reply comes twice). Chains come from a generator and results are dropped.
@@ -38,6 +39,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue.plain import REPLY_ROLES
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
+from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model import lm as models
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
@@ -120,8 +122,8 @@ def make_job(count: int) -> jobs.Job:
     base,
     [],
     constitution.load(str(pipeline.TINY / 'constitution.yaml')),
-    jobs.FeedbackConfig(rounds=ROUNDS),
-    jobs.StageSampling(short, short, short),
+    FeedbackConfig(rounds=ROUNDS),
+    StageSampling(short, short, short),
     seed=0,
   )
   return dataclasses.replace(job, prompts=Prompts(count, base))
@@ -179,7 +181,7 @@ def feed(mode: str, job: jobs.Job, folder: pathlib.Path, journal: Journal | None
   watch = Watch()
   if mode == 'run':
     assert journal is not None, 'a run keeps a journal'
-    generate.run(job, folder / 'd_cai', journal, ENGINE, watch)
+    generate.generate_shards(job, folder / 'd_cai', journal, ENGINE, watch)
     return watch
   dialogue = job.stages.initial.dialogue
   stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}

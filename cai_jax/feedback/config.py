@@ -1,0 +1,94 @@
+"""Settings of the chains: the sections `feedback` and `sampling` of the config."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from cai_jax.data import quality
+from cai_jax.feedback.variants import VARIANTS
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import setting
+from cai_jax.sampling.types import SamplingConfig
+
+# Fields of FeedbackConfig that no row of D_CAI depends on. A run may change them and continue.
+ROW_INDEPENDENT_FIELDS = ('max_rate',)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackConfig:
+  """How responses are criticised and revised.
+
+  Raises:
+    UserError: if a value is not allowed.
+  """
+
+  rounds: int = setting(4, "Number of revisions of each harmful prompt's response.")
+  variant: str = setting(
+    'critique',
+    "How a round revises: 'critique' (critique, then revision), 'direct' (no critique), the "
+    "controls 'empty' (empty critiques) and 'shuffled' (critiques of another prompt), or a variant "
+    'that a plugin registers.',
+  )
+  context: str = setting(
+    'fresh',
+    "What a round sees besides the prompt: 'fresh' (the latest response only) or 'growing' (all "
+    'earlier rounds).',
+  )
+  repeat_principles: bool = setting(
+    True,
+    'Whether the principle of each round is drawn independently. If false, no principle is drawn '
+    'twice for a prompt.',
+  )
+  demonstrations: bool = setting(
+    True,
+    'Whether the few-shot demonstrations of the constitution precede the contexts of critiques and '
+    'revisions.',
+  )
+  style: str = setting(
+    'chat',
+    "How conversations are rendered: 'chat' (the tokenizer's chat template) or 'plain' (the labels "
+    'Human: and Assistant:).',
+  )
+  template_options: tuple = setting(
+    (), "(name, value) pairs for the chat template, such as (('enable_thinking', False),)."
+  )
+  shard_rows: int = setting(256, 'Rows in each file of D_CAI.')
+  helpful_samples: int = setting(1, 'Number of responses to each helpful prompt.')
+  max_rate: Mapping[str, float] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0),
+    metadata={
+      'doc': 'Largest share of the revisions that may have each defect, in [0, 1]. The generate '
+      'stage fails above it; 1 sets no limit.'
+    },
+  )
+
+  def __post_init__(self):
+    checks = (
+      ('rounds', self.rounds >= 1, 'at least 1'),
+      (
+        'variant',
+        self.variant in VARIANTS,
+        f'one of {tuple(VARIANTS)}, or a variant that a file in config.plugins registers',
+      ),
+      ('context', self.context in ('fresh', 'growing'), "'fresh' or 'growing'"),
+      ('shard_rows', self.shard_rows >= 1, 'at least 1'),
+      ('helpful_samples', self.helpful_samples >= 1, 'at least 1'),
+    )
+    for name, is_valid, allowed in checks:
+      if not is_valid:
+        raise UserError(f'feedback: {name}={getattr(self, name)!r}; it must be {allowed}.')
+    object.__setattr__(self, 'max_rate', dict(self.max_rate))
+    for name, rate in self.max_rate.items():
+      if name not in quality.FLAGS or not 0 <= rate <= 1:
+        raise UserError(
+          f'feedback: max_rate.{name}={rate!r}; it must be a rate in [0, 1] of one of '
+          f'{tuple(quality.FLAGS)}.'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSampling:
+  """Sampling settings of each kind of turn: initial responses, critiques and revisions."""
+
+  initial: SamplingConfig = SamplingConfig()
+  critique: SamplingConfig = SamplingConfig()
+  revision: SamplingConfig = SamplingConfig()

@@ -1,0 +1,111 @@
+"""The lengths of contexts, and the prefixes that contexts share."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.chain import Stages
+from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.engine import longest_context
+from cai_jax.sampling.remote.client import Remote
+from cai_jax.sampling.slots import match_prefix
+from cai_jax.sampling.types import Chain
+
+MIN_PREFIX_TOKENS = 32  # a shorter prefix costs more in every attention layer than it saves
+RENDERED_PROMPTS = 64  # number of prompts that are rendered to find the shared prefixes
+
+Prefixes = Mapping[str, Sequence[list[int]]]  # for each model, token ids of shared prefixes
+
+
+def shared_prefixes(
+  prompts: Sequence[tuple[Prompt, str]], stages: Stages
+) -> dict[str, list[list[int]]]:
+  """Return the token ids with which all contexts of a stage begin, for each model.
+
+  A shared prefix holds the demonstrations, and a system message if all prompts have the same one.
+  The function compares renderings of the first prompts only; a later context that begins
+  differently is computed without a shared prefix.
+
+  Args:
+    prompts: (prompt, kind) pairs.
+    stages: the stages that render contexts.
+  """
+  prefixes: dict[str, list[list[int]]] = {}
+  for stage in stages.by_name().values():
+    contexts = [
+      stage.dialogue.prompt(
+        [*prompt.messages[:-1], prompt.messages[-1] | {'content': content}],
+        'assistant',
+        stage.demonstrations,
+      )
+      for prompt, _ in prompts[:RENDERED_PROMPTS]
+      for content in ('a', 'B')
+    ]
+    prefix = os.path.commonprefix(contexts)
+    of_model = prefixes.setdefault(stage.model, [])
+    if len(prefix) >= MIN_PREFIX_TOKENS and prefix not in of_model:
+      of_model.append(prefix)
+  return prefixes
+
+
+def cache_length(
+  prompts: Sequence[tuple[Prompt, str]],
+  stages: Stages,
+  models: Mapping[str, LM | Remote],
+  prefixes: Prefixes,
+  possible_chains: Callable[[Prompt, str], Iterable[Chain]],
+) -> int:
+  """Return the number of tokens that a slot's cache needs for the longest chain.
+
+  The length is a multiple of 64 where the models allow it, and does not count shared prefixes.
+  Among the prompts whose contexts begin with the same shared prefixes, only the longest is tried.
+
+  Args:
+    prompts: (prompt, kind) pairs.
+    stages: the stages that render contexts.
+    models: the models by name.
+    prefixes: the shared prefixes of each model.
+    possible_chains: returns the chains of a prompt and its kind, such as one for each principle.
+
+  Raises:
+    UserError: if a chain can exceed the context of a model.
+  """
+  render = stages.initial.dialogue.prompt
+  longest_prompts: dict[tuple, tuple[int, Prompt]] = {}
+  for prompt, kind in prompts:
+    size, group = len(render(prompt.messages)), (kind, _prefix_lengths(prompt, stages, prefixes))
+    if group not in longest_prompts or size > longest_prompts[group][0]:
+      longest_prompts[group] = size, prompt
+  longest = 1
+  for (kind, _), (size, prompt) in longest_prompts.items():
+    for chain in possible_chains(prompt, kind):
+      for name, (needed, without_prefix) in longest_context(chain, prefixes).items():
+        if needed > models[name].max_positions:
+          raise UserError(
+            f'The chain of prompt {prompt.id!r} can reach {needed} tokens, but '
+            f'{models[name].name} holds {models[name].max_positions}. Shorten the prompt ({size} '
+            'tokens), lower max_tokens in sampling.*, lower feedback.rounds, or set '
+            "feedback.context='fresh'."
+          )
+        if isinstance(models[name], LM):  # a remote model keeps no cache in this process
+          longest = max(longest, without_prefix)
+  return min(-(-longest // 64) * 64, smallest_context_limit(models))
+
+
+def smallest_context_limit(models: Mapping[str, LM | Remote]) -> int:
+  """Return the smallest context limit in tokens of the models that run in this process."""
+  local = (model for model in models.values() if isinstance(model, LM))
+  return min((lm.max_positions for lm in local), default=64)
+
+
+def _prefix_lengths(prompt: Prompt, stages: Stages, prefixes: Prefixes) -> tuple[int, ...]:
+  """Return for each stage the length in tokens of the prefix that a prompt's contexts share."""
+  return tuple(
+    match_prefix(
+      prefixes[stage.model],
+      stage.dialogue.prompt(prompt.messages, 'assistant', stage.demonstrations),
+    )[1]
+    for stage in stages.by_name().values()
+    if prefixes[stage.model]
+  )

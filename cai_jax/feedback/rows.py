@@ -1,0 +1,60 @@
+"""The row of D_CAI that a finished chain becomes."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cai_jax.feedback.chain import Record, Reply
+
+
+def make_row(
+  record: Record, kind: str, seed: int, models: Mapping[str, str], constitution: str
+) -> dict[str, Any]:
+  """Return the row of D_CAI for a chain's record, in the form of `d_cai.FEATURES`.
+
+  Args:
+    record: the result of the chain.
+    kind: 'harmful' or 'helpful'.
+    seed: the seed of the run.
+    models: model names under the keys 'initial', 'critique' and 'revision'.
+    constitution: the fingerprint of the constitution.
+  """
+  replies = [record.initial]
+  for finished in record.rounds:
+    replies += [reply for reply in (finished.critique, finished.revision) if reply is not None]
+  return {
+    'id': record.prompt.id,
+    'kind': kind,
+    'prompt': [dict(message) for message in record.prompt.messages],
+    'metadata': json.dumps(record.prompt.metadata, sort_keys=True),
+    'initial': _turn(record.initial),
+    'rounds': [
+      {
+        'principle': finished.principle.id,
+        'critique': _turn(finished.critique),
+        'revision': _turn(finished.revision),
+      }
+      for finished in record.rounds
+    ],
+    'logprobs': [logprob for reply in replies for logprob in reply.completion.logprobs],
+    'seed': seed,
+    'model': models['initial'],
+    'critique_model': models['critique'],
+    'revision_model': models['revision'],
+    'constitution': constitution,
+  }
+
+
+def _turn(reply: Reply | None) -> dict[str, Any]:
+  """Return the columns of one turn; they are empty if no reply was sampled."""
+  if reply is None:
+    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0}
+  completion = reply.completion
+  return {
+    'text': reply.text,
+    'finish_reason': completion.finish_reason,
+    'logprob': float(np.float32(sum(completion.logprobs))),
+    'num_tokens': len(completion.tokens),
+  }

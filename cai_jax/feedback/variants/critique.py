@@ -1,0 +1,33 @@
+"""Critique the latest response, then revise it (Bai et al. 2022, section 3.1)."""
+
+from collections.abc import Generator, Sequence
+
+from cai_jax.constitution import Principle
+from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.chain import (
+  Context,
+  Round,
+  Stages,
+  register_variant,
+  revise_in_rounds,
+  sample_critique,
+  sample_revision,
+  turns_per_round,
+)
+from cai_jax.sampling.types import Chain, Completion, Turn
+
+
+@register_variant('critique', turns_per_round('critique', 'revision'))
+def critique_revision(
+  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
+) -> Chain:
+  """Sample y_init, then a critique and a revision of the latest response in each round."""
+  return (yield from revise_in_rounds(prompt, principles, stages, growing, _revise))
+
+
+def _revise(
+  number: int, principle: Principle, context: Context, stages: Stages
+) -> Generator[Turn, Completion, Round]:
+  critique = yield from sample_critique(number, principle, context, stages)
+  revision = yield from sample_revision(number, principle, context, stages)
+  return Round(principle, critique, revision)

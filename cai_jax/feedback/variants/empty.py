@@ -1,0 +1,36 @@
+"""A control: every critique is empty. It shows what the requests alone achieve."""
+
+from collections.abc import Generator, Sequence
+
+from cai_jax.constitution import Principle
+from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.chain import (
+  Context,
+  Round,
+  Stages,
+  insert_critique,
+  register_variant,
+  revise_in_rounds,
+  sample_revision,
+  turns_per_round,
+)
+from cai_jax.sampling.types import Chain, Completion, Turn
+
+
+@register_variant('empty', turns_per_round('revision'))
+def empty_critique(
+  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
+) -> Chain:
+  """Sample y_init, then in each round a revision that follows an empty critique.
+
+  The rounds of the record have no critique, since none is sampled.
+  """
+  return (yield from revise_in_rounds(prompt, principles, stages, growing, _revise))
+
+
+def _revise(
+  number: int, principle: Principle, context: Context, stages: Stages
+) -> Generator[Turn, Completion, Round]:
+  insert_critique('', principle, context)
+  revision = yield from sample_revision(number, principle, context, stages)
+  return Round(principle, None, revision)

@@ -1,1 +1,1 @@
-"""Prompts, D_CAI, preferences, and how they become batches."""
+"""Prompts, D_CAI and preferences on disk, and the batches made from them."""

@@ -1,7 +1,7 @@
-"""D_CAI on disk: a TFDS dataset of chains in ArrayRecord shards, and the implied preferences.
+"""D_CAI on disk: a TFDS dataset of chains in ArrayRecord shards.
 
-A shard is written whole under a temporary name and then renamed, so a shard that is there is
-complete. TensorFlow is needed neither to write nor to read.
+Neither writing nor reading needs TensorFlow. A shard is written under a temporary name and then
+renamed, so every shard that exists is complete.
 """
 
 import os
@@ -15,6 +15,8 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer, naming
 
 from cai_jax.runtime.errors import UserError
+
+# The schema. Its doc texts are written to features.json.
 
 NAME, SPLIT = 'd_cai', 'train'
 _TEXT = tfds.features.Text
@@ -34,7 +36,7 @@ FEATURES = tfds.features.FeaturesDict(
     'rounds': tfds.features.Sequence(
       {'principle': _TEXT(doc='its id'), 'critique': _TURN, 'revision': _TURN}
     ),
-    # Sequences of sequences cannot be written without TensorFlow, so these stand side by side.
+    # TFDS cannot write nested sequences without TensorFlow, so all turns share one sequence.
     'logprobs': tfds.features.Sequence(
       np.float32, doc='log P of each sampled token in nats: y_init, critique 1, revision 1, ...'
     ),
@@ -47,13 +49,23 @@ FEATURES = tfds.features.FeaturesDict(
 )
 
 
+# Writing.
+
+
 def shard_path(folder: str | os.PathLike, index: int) -> pathlib.Path:
-  """Where a shard lies."""
-  return pathlib.Path(_template(folder).sharded_filepath(shard_index=index, num_shards=index + 1))
+  """Return the path of a shard."""
+  template = _filename_template(folder)
+  return pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=index + 1))
 
 
 def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, Any]]) -> None:
-  """Writes the rows of one shard; it is there whole or not at all."""
+  """Write one shard atomically.
+
+  Args:
+    folder: the folder of the dataset; it is created if it does not exist.
+    index: the index of the shard.
+    rows: the rows of the shard, in the form of `FEATURES`.
+  """
   path = shard_path(folder, index)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
@@ -61,7 +73,7 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
   writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
   for row in rows:
     example = serializer.get_tf_example(FEATURES.encode_example(row))
-    # A protocol buffer's maps have no order of their own: without this, bytes change by process.
+    # Protocol buffers do not order their maps; without this, the bytes vary between processes.
     writer.write(example.SerializeToString(deterministic=True))
   writer.close()
   with open(temporary, 'rb') as file:
@@ -70,32 +82,39 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
 
 
 def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> None:
-  """Makes the folder's shards a dataset that `tfds.builder_from_directory` reads.
+  """Write the metadata that turns the shards of a folder into a TFDS dataset.
+
+  Args:
+    folder: the folder of the dataset.
+    shard_lengths: the number of rows in each shard.
 
   Raises:
-    ValueError: if a shard is missing.
+    UserError: if a shard is missing.
   """
   paths = [shard_path(folder, index) for index in range(len(shard_lengths))]
   missing = [path.name for path in paths if not path.exists()]
   if missing:
-    raise UserError(f'{folder}: {len(missing)} shards are missing, the first is {missing[0]}.')
+    raise UserError(
+      f'{folder}: {len(missing)} of {len(paths)} shards are missing, the first is {missing[0]}. '
+      'Run the stage that writes them again.'
+    )
   split = tfds.core.SplitInfo(
     name=SPLIT,
     shard_lengths=list(shard_lengths),
     num_bytes=sum(path.stat().st_size for path in paths),
-    filename_template=_template(folder),
+    filename_template=_filename_template(folder),
   )
   tfds.folder_dataset.write_metadata(
     data_dir=str(folder),
     features=FEATURES,
     split_infos=[split],
-    filename_template=_template(folder),
+    filename_template=_filename_template(folder),
     description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",
     check_data=False,
   )
 
 
-def _template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:
+def _filename_template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:
   return naming.ShardedFileTemplate(
     data_dir=str(folder),
     dataset_name=NAME,
@@ -105,10 +124,16 @@ def _template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:
   )
 
 
-class Rows:
-  """Rows of D_CAI as plain dicts with str texts and lists of dicts, read as they are asked for."""
+# Reading.
 
-  def __init__(self, source):
+
+class Rows:
+  """The rows of a dataset as plain Python dicts, read from disk on access.
+
+  Texts are str, numbers are int and float, and `prompt` and `rounds` are lists of dicts.
+  """
+
+  def __init__(self, source: Sequence[dict[str, Any]]):
     self._source = source
 
   def __len__(self) -> int:
@@ -117,52 +142,60 @@ class Rows:
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < len(self):
       raise IndexError(index)
-    return _plain(self._source[index])
+    return _to_plain(self._source[index])
 
 
-def read_rows(directory: str | os.PathLike, split: str = 'train') -> Rows:
-  """Rows of a TFDS dataset on disk (ArrayRecord), in any order.
+def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
+  """Return the rows of a TFDS dataset in ArrayRecord files.
+
+  Args:
+    directory: the folder that holds dataset_info.json.
+    split: the split to read.
 
   Raises:
-    ValueError: if the folder holds no such dataset, or the dataset no such split.
+    UserError: if the folder holds no such dataset, or the dataset has no such split.
   """
   try:
     builder = tfds.builder_from_directory(os.fspath(directory))
   except OSError as error:
-    raise UserError(f'{directory} holds no TFDS dataset ({error}): generate it first.') from error
+    raise UserError(
+      f'{directory} holds no TFDS dataset: {error}. Run the stage that writes it first.'
+    ) from error
   if split not in builder.info.splits:
     raise UserError(
-      f'{directory} has no split {split!r}; it has {sorted(builder.info.splits)}: name one of them.'
+      f'{directory} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
     )
   return Rows(builder.as_data_source(split))
 
 
-def _plain(value):
-  """`value` in plain types: bytes decoded, and `prompt` and `rounds` as lists of dicts."""
+def _to_plain(value: Any) -> Any:
+  """Decode bytes, convert arrays to lists, and make `prompt` and `rounds` lists of dicts."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, np.generic):
     return value.item()
   if isinstance(value, np.ndarray):
-    return _plain(value.tolist())
+    return _to_plain(value.tolist())
   if isinstance(value, list | tuple):
-    return [_plain(v) for v in value]
+    return [_to_plain(item) for item in value]
   if not isinstance(value, Mapping):
     return value
+  plain = {key: _to_plain(item) for key, item in value.items()}
   return {
-    k: _transpose(_plain(v)) if k in ('prompt', 'rounds') else _plain(v) for k, v in value.items()
+    key: _to_list_of_dicts(item) if key in ('prompt', 'rounds') else item
+    for key, item in plain.items()
   }
 
 
-def _transpose(value):
-  """A list of dicts, for one or for a dict of lists (in which TFDS gives a sequence of dicts)."""
+def _to_list_of_dicts(value: Any) -> list[dict[str, Any]]:
+  """Convert a dict of lists, as TFDS returns a sequence of dicts; a list is returned as it is."""
   if isinstance(value, list):
     return value
 
-  def length(node):
+  def length(node: Any) -> int:
     return length(next(iter(node.values()))) if isinstance(node, dict) else len(node)
 
-  def pick(node, i):
-    return {k: pick(v, i) for k, v in node.items()} if isinstance(node, dict) else node[i]
+  def pick(node: Any, i: int) -> Any:
+    return {key: pick(item, i) for key, item in node.items()} if isinstance(node, dict) else node[i]
 
   return [pick(value, i) for i in range(length(value))]

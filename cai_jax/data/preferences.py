@@ -1,4 +1,4 @@
-"""The implied preferences: last revision over initial response."""
+"""The implied preferences of D_CAI: the last revision is preferred to the initial response."""
 
 import json
 import os
@@ -8,34 +8,50 @@ from typing import Any
 
 
 def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-  """Writes (last revision ≻ y_init) in TRL's conversational form; counts what became of each row.
+  """Write the pairs (last revision ≻ y_init) in TRL's conversational format.
 
-  One JSON object a line with `prompt`, `chosen` and `rejected`, each a list of messages, and `id`.
-  Pairs of equal texts say nothing and are left out, as are those with an empty one.
+  Each line of the file is a JSON object with `id` and with `prompt`, `chosen` and `rejected`, which
+  are lists of messages. Pairs with equal texts or an empty text carry no preference and are left
+  out.
+
+  Args:
+    path: the .jsonl file to write.
+    rows: rows of D_CAI.
+
+  Returns:
+    The number of rows that were 'written', and of rows that were left out because the texts are
+    'identical', one is 'empty', or the response was 'not_revised'.
   """
   counts = {'written': 0, 'identical': 0, 'empty': 0, 'not_revised': 0}
   temporary = pathlib.Path(f'{path}.tmp')
   with open(temporary, 'w', encoding='utf-8') as file:
     for row in rows:
-      pair = _preference(row)
-      if isinstance(pair, str):
-        counts[pair] += 1
-        continue
-      counts['written'] += 1
-      file.write(json.dumps(pair, ensure_ascii=False) + '\n')
+      reason = _reason_to_skip(row)
+      counts[reason or 'written'] += 1
+      if not reason:
+        file.write(json.dumps(_pair(row), ensure_ascii=False) + '\n')
   os.replace(temporary, path)
   return counts
 
 
-def _preference(row: dict[str, Any]) -> dict[str, Any] | str:
-  """The preference pair of a row, or why there is none."""
+def _texts(row: dict[str, Any]) -> tuple[str, str]:
+  """Return the last revision and the initial response of a revised row."""
+  return row['rounds'][-1]['revision']['text'], row['initial']['text']
+
+
+def _reason_to_skip(row: dict[str, Any]) -> str:
+  """Return why a row implies no preference, or '' if it implies one."""
   if not row['rounds']:
     return 'not_revised'
-  chosen, rejected = row['rounds'][-1]['revision']['text'], row['initial']['text']
+  chosen, rejected = _texts(row)
   if not chosen or not rejected:
     return 'empty'
-  if chosen == rejected:
-    return 'identical'
+  return 'identical' if chosen == rejected else ''
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+  """Return the preference pair of a row."""
+  chosen, rejected = _texts(row)
   return {
     'id': row['id'],
     'prompt': row['prompt'],

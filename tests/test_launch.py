@@ -343,11 +343,11 @@ def test_a_broken_checkpoint_is_refused_before_any_work(name, folder, tmp_path):
 
 def test_a_workdir_that_is_a_file_or_full_is_refused(folder, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='cannot be written to'):
+  with pytest.raises(ValueError, match='is not writable'):
     pipeline.run_stages(pipeline.build(small(folder), tmp_path / 'file' / 'run'), ['generate'])
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  with pytest.raises(ValueError, match='are free and the run needs'):
+  with pytest.raises(ValueError, match='GB free, and the run needs'):
     pipeline.run_stages(pipeline.build(small(folder), tmp_path / 'run'), ['generate'])
 
 
@@ -547,5 +547,7 @@ except ValueError as error:
 def test_where_one_process_fails_all_end_with_an_error(tmp_path):
   pair = start_two([sys.executable, '-c', FAILS_IN_ONE, str(tmp_path)], 1)
   assert [process.wait() for process in pair] == [0, 0]
-  assert (tmp_path / '0').read_text() == 'process 1 could not write; its own output says why.'
+  assert (
+    tmp_path / '0'
+  ).read_text() == 'process 1 could not write; see the output of that process.'
   assert (tmp_path / '1').read_text() == 'no more room'

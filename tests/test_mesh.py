@@ -120,7 +120,7 @@ def test_who_joins_other_processes(monkeypatch, environment, joins):
 
 def test_an_address_without_the_rest(monkeypatch):
   _set(monkeypatch, {'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2'})
-  with pytest.raises(ValueError, match='COORDINATOR_ADDRESS=a:1 is set and PROCESS_ID is not'):
+  with pytest.raises(ValueError, match='COORDINATOR_ADDRESS=a:1 is set, but PROCESS_ID is missing'):
     processes.initialize()
 
 

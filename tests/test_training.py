@@ -364,7 +364,7 @@ def test_errors_before_the_first_step(params, items, tmp_path):
   fit = lambda config, items=items, workdir=tmp_path: loop.fit(  # noqa: E731
     MODEL, params, items, config, mesh, workdir
   )
-  with pytest.raises(ValueError, match='accumulation=4 is not divided by data × fsdp = 8'):
+  with pytest.raises(ValueError, match='accumulation=4 is not a multiple of data × fsdp = 8'):
     fit(dataclasses.replace(CONFIG, batch_size=16, accumulation=4))
   with pytest.raises(ValueError, match='no example'):
     fit(CONFIG, items=[])

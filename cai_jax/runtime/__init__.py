@@ -1,1 +1,1 @@
-"""What every part stands on: devices, processes, files, progress and errors."""
+"""The foundation: devices, processes, files, progress, settings, registries and errors."""

@@ -10,12 +10,12 @@ class UserError(ValueError):
 
 
 class StoppedError(UserError):
-  """A run that had already done work had to stop. What it has done is kept."""
+  """An interruption of a run that had already done work, all of which is kept."""
 
 
 class NonFiniteError(StoppedError, FloatingPointError):
-  """A loss or a gradient became NaN or infinite during training."""
+  """A loss or gradient that became NaN or infinite during training."""
 
 
 class UnreachableError(StoppedError, ConnectionError):
-  """A served model stopped answering, and every retry failed."""
+  """A served model that stopped answering, after every retry failed."""

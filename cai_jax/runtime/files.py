@@ -1,39 +1,55 @@
-"""Folders and files that a run writes."""
+"""Folders and files that a run writes.
+
+Paths go through `etils.epath`, so these functions also accept URLs of object stores such as
+`gs://bucket/folder`. A whole run does not: the journal appends to its files, and processes rely on
+atomic renames to find each other's shards. A run therefore needs a local or a shared filesystem.
+"""
 
 import json
 import os
-import pathlib
 import shutil
 from typing import Any
+
+from etils import epath
 
 from cai_jax.runtime.errors import UserError
 
 
 def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
-  """Makes the folder if it is absent.
+  """Create a folder if it does not exist, and check that a run can write to it.
+
+  Args:
+    workdir: the folder.
+    needed_bytes: free disk space that the run needs.
 
   Raises:
-    ValueError: if it cannot be written to, or its disk has less than `needed_bytes` left.
+    UserError: if the folder is not writable, or its disk has too little free space.
   """
-  workdir = pathlib.Path(workdir)
+  folder = epath.Path(workdir)
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f'.probe.{os.getpid()}'
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.probe.{os.getpid()}'
     probe.write_bytes(b'probe')
     probe.unlink(missing_ok=True)  # another host's process may have the same id
   except OSError as error:
-    raise UserError(f'workdir {workdir} cannot be written to: {error}') from error
-  free = shutil.disk_usage(workdir).free
+    raise UserError(f'workdir {workdir} is not writable: {error}') from error
+  free = shutil.disk_usage(folder).free
   if free < needed_bytes:
     raise UserError(
-      f'workdir {workdir}: {free / 1e9:.1f} GB are free and the run needs about '
-      f'{needed_bytes / 1e9:.1f} GB (checkpoints, model, journal); free some, take another disk, '
-      'or lower train.keep.'
+      f'workdir {workdir} has {free / 1e9:.1f} GB free, and the run needs about '
+      f'{needed_bytes / 1e9:.1f} GB for checkpoints, model and journal. Free some space, choose '
+      'another disk, or lower train.keep.'
     )
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes indented JSON to `path`, all of it or nothing."""
-  temporary = pathlib.Path(f'{path}.tmp')
+  """Write a value as indented JSON, atomically: a reader sees the old file or the new one.
+
+  Args:
+    path: the file; its folder exists.
+    value: anything that `json.dumps` accepts.
+  """
+  path = epath.Path(path)
+  temporary = path.with_name(f'{path.name}.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
-  os.replace(temporary, path)
+  temporary.replace(path)

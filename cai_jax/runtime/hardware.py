@@ -1,14 +1,16 @@
-"""What the devices at hand can do at most, and what they hold."""
+"""Peak speed and memory use of the devices."""
 
 import resource
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-LOGITS_AT_ONCE = 2**27  # logits that a device computes at once (512 MB in f32), at most
+LOGITS_AT_ONCE = 2**27  # most logits that a device holds at a time: 512 MB in f32
 
-# Dense bf16 FLOP/s of a device by its maker's datasheet, by the beginning of its `device_kind`.
+# Dense bf16 FLOP/s of a device from its datasheet, by prefix of `device_kind`. The first match
+# counts, so a longer prefix comes before a shorter one.
 PEAKS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
@@ -23,23 +25,28 @@ PEAKS = {
 }
 
 
-def peak_flops(devices, dtype: str) -> float | None:
-  """FLOP/s of all devices together; None where nothing is known of them.
+def peak_flops(devices: Sequence[jax.Device], dtype: str) -> float | None:
+  """Return the peak FLOP/s of all devices together, or None for an unknown device.
 
-  Of accelerators it is the datasheet's, dense and in bf16 whatever `dtype` is. CPUs are measured:
-  the best of some products of two matrices of 2,048 in `dtype`, which takes less than a second.
-  CPU devices of one process are the same cores, so they count once.
+  Accelerators count with the dense bf16 number of their datasheet, whatever `dtype` is. CPUs are
+  measured, in less than a second, as the fastest of a few products of two 2048 × 2048 matrices.
+  The CPU devices of one process share its cores, so they count once.
+
+  Args:
+    devices: devices of one kind.
+    dtype: dtype of the measured products on a CPU.
   """
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':
-    return _measured(dtype) * len({device.process_index for device in devices})
-  for name, peak in PEAKS.items():
-    if kind.startswith(name):
+    return _measure_cpu(dtype) * len({device.process_index for device in devices})
+  for prefix, peak in PEAKS.items():
+    if kind.startswith(prefix):
       return peak * len(devices)
   return None
 
 
-def _measured(dtype: str) -> float:
+def _measure_cpu(dtype: str) -> float:
+  """Return the FLOP/s of the fastest of a few matrix products."""
   n = 2048
   x = jnp.full((n, n), 1e-3, dtype)
   multiply = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
@@ -48,11 +55,14 @@ def _measured(dtype: str) -> float:
     begin = time.perf_counter()
     multiply(x, x).block_until_ready()
     seconds.append(time.perf_counter() - begin)
-  return 2 * n**3 / min(seconds[1:])  # the first compiles
+  return 2 * n**3 / min(seconds[1:])  # the first call compiles
 
 
-def memory_bytes(device) -> int:
-  """Most bytes in use so far: of the device's memory, or of this process where it tells none."""
+def memory_bytes(device: jax.Device) -> int:
+  """Return the peak number of bytes in use on a device.
+
+  A device that does not report its memory, such as a CPU, gives the process's peak resident size.
+  """
   stats = device.memory_stats()
   if stats and 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use']

@@ -1,4 +1,4 @@
-"""What a run was and how far it came: `manifest.json` in its folder."""
+"""The manifest of a run: `manifest.json` in its folder, with the settings and results of stages."""
 
 import contextlib
 import datetime
@@ -10,14 +10,21 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+from etils import epath
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.settings import flatten
+
+# Version of a run's folder and config. Raise it when an older program would misread a newer folder,
+# and let `_migrate` bring older folders up to date.
+# 1: everything before versions were recorded. 2: adds `plugins`, `data.d_cai`, `model.aligned`.
+VERSION = 2
 
 PACKAGES = (
   'jax',
@@ -35,54 +42,86 @@ PACKAGES = (
 
 
 class Manifest:
-  """The manifest of a folder, read if it is there. Only a process that `writes` changes it."""
+  """The manifest of a run's folder: read if it exists, written as stages begin and end.
+
+  A folder of an older version is migrated in memory, and on disk with the next write.
+
+  Args:
+    workdir: the run's folder.
+    writes: whether this process writes the file; in a run, only process 0 does.
+
+  Attributes:
+    content: the manifest as JSON types.
+
+  Raises:
+    UserError: if a newer version of cai_jax wrote the folder.
+  """
 
   def __init__(self, workdir: str | os.PathLike, writes: bool = True):
-    self._path = pathlib.Path(workdir) / 'manifest.json'
+    self._path = epath.Path(workdir) / 'manifest.json'
     self._writes = writes
+    self.content: dict[str, Any] = {'version': VERSION, 'started': _now(), 'stages': {}}
     if self._path.exists():
-      self.content = json.loads(self._path.read_text(encoding='utf-8'))
-    else:
-      self.content = {'started': _now(), 'stages': {}}
+      self.content = _migrate(json.loads(self._path.read_text(encoding='utf-8')), self._path)
     self.content |= {
-      'versions': _versions(),
+      'versions': _package_versions(),
       'devices': _devices(),
       'git_commit': _git_commit(),
     }
 
   def done(self, stage: str) -> bool:
-    """Whether a stage has ended."""
+    """Return whether a stage has finished."""
     return 'finished' in self.content['stages'].get(stage, {})
 
-  def check(self, stage: str, settings: dict[str, Any]) -> None:
-    """Compares the settings of a stage with those that it was begun or done with here.
+  def check(
+    self,
+    stage: str,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+  ) -> None:
+    """Check that a stage, if it has begun here, began with the same settings.
+
+    Args:
+      stage: name of the stage.
+      settings: everything that the stage's result depends on, as nested dicts.
+      defaults: dotted field name → default. A field that the recorded settings lack did not exist
+        when they were recorded, so it counts as having its default.
 
     Raises:
-      ValueError: if they differ, naming what does.
+      UserError: if the settings differ; the message names the fields.
     """
-    before = self.content['stages'].get(stage, {}).get('settings')
-    if before is None:
+    recorded = self.content['stages'].get(stage, {}).get('settings')
+    if recorded is None:
       return
-    old, new = flatten(before), flatten(json.loads(json.dumps(settings)))
-    changed = [
+    new = flatten(json.loads(json.dumps(settings)))
+    old = _as_json({name: defaults[name] for name in new if name in defaults}) | flatten(recorded)
+    changes = [
       f'{name}: {old.get(name)!r} → {new.get(name)!r}'
       for name in sorted({*old, *new})
       if old.get(name) != new.get(name)
     ]
-    if changed:
+    if changes:
       raise UserError(
         f'{self._path.parent} holds stage {stage!r} of a run with other settings '
-        f'({"; ".join(changed[:8])}). Use another workdir; copy journal/ into it, and no turn that '
-        'stays the same is sampled again.'
+        f'({"; ".join(changes[:8])}). Use another workdir. To reuse all turns that stay the same, '
+        'copy journal/ into it.'
       )
 
   @contextlib.contextmanager
-  def stage(self, stage: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Marks a stage as begun, and as done if the block ends well.
+  def stage(self, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Record that a stage begins, and that it has finished if the block succeeds.
 
-    What the block puts into the dict it is given stands in the manifest.
+    A UserError that is no StoppedError means that the stage was refused before it did anything.
+    The manifest then forgets a stage that had not begun before, so other settings may be tried.
+
+    Args:
+      stage: name of the stage.
+      settings: everything that the stage's result depends on, as nested dicts.
+
+    Yields:
+      The stage's entry in the manifest, for the block to add its results.
     """
-    begun = stage in self.content['stages']
+    had_begun = stage in self.content['stages']
     entry = self.content['stages'].setdefault(stage, {})
     entry['settings'] = settings
     entry['git_commit'] = self.content['git_commit']
@@ -90,12 +129,14 @@ class Manifest:
     start = time.perf_counter()
     try:
       yield entry
-    except ValueError:  # refused before it did anything: its settings bind nobody
-      if not begun:
+    except StoppedError:
+      raise
+    except UserError:
+      if not had_begun:
         del self.content['stages'][stage]
         self._write()
       raise
-    entry['seconds'] = time.perf_counter() - start  # of this start, where an earlier one was cut
+    entry['seconds'] = time.perf_counter() - start  # of this attempt, if an earlier one was killed
     entry['peak_memory_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     entry['finished'] = self.content['finished'] = _now()
     self._write()
@@ -105,19 +146,47 @@ class Manifest:
       write_json(self._path, self.content)
 
 
+def check_version(version: int, source: object) -> None:
+  """Check that this version of cai_jax can read a folder or config.
+
+  Args:
+    version: version of the folder or config.
+    source: what has that version, for the error message.
+
+  Raises:
+    UserError: if the version is not in 1..VERSION.
+  """
+  if not 1 <= version <= VERSION:
+    raise UserError(
+      f'{source} has version {version}, and this cai_jax reads versions 1 to {VERSION}. Install '
+      'the cai_jax that wrote it, or use another workdir.'
+    )
+
+
+def _migrate(content: dict[str, Any], path: os.PathLike) -> dict[str, Any]:
+  """Return a manifest in the form of the current version.
+
+  Version 1 has no `version`. What version 2 adds to the settings is filled in by `Manifest.check`.
+  """
+  check_version(content.get('version', 1), path)
+  return content | {'version': VERSION}
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+  return json.loads(json.dumps(values))
+
+
 def _now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
-def _versions() -> dict[str, str]:
-  found = {'python': platform.python_version()}
-  for name in PACKAGES:
-    found[name] = importlib.metadata.version(name)
-  return found
+def _package_versions() -> dict[str, str]:
+  versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+  return {'python': platform.python_version()} | versions
 
 
 def _devices() -> dict[str, Any]:
-  """What the run computes on: equal bytes are promised on equal devices only."""
+  """Describe the devices: two runs give the same bytes only on equal devices."""
   devices = jax.devices()
   return {
     'host': platform.node(),
@@ -129,9 +198,8 @@ def _devices() -> dict[str, Any]:
 
 
 def _git_commit() -> str:
-  """The commit of the source tree, '' outside of one; '+' marks changes that are not committed."""
-  folder = pathlib.Path(__file__).parent
-  git = ['git', '-C', str(folder)]
+  """Return the commit of the source tree, with '+' for uncommitted changes; '' without git."""
+  git = ['git', '-C', str(pathlib.Path(__file__).parent)]
   try:
     commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True)
     changes = subprocess.run(

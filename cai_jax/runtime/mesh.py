@@ -1,6 +1,7 @@
-"""Where arrays live: the device mesh, each parameter's sharding, start-up over many hosts."""
+"""The device mesh and the sharding of batches over it."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,52 +11,84 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.runtime.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = P(('data', 'fsdp'))  # rows are split over both; parameters over `fsdp` and `tensor`
+BATCH = P(('data', 'fsdp'))  # a batch is split over both axes; parameters over `fsdp` and `tensor`
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh over `devices` (all by default); one of the three sizes may be -1: the rest.
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Return a mesh with the axes `data`, `fsdp` and `tensor`.
+
+  At most one of the three sizes may be -1, which takes all remaining devices.
+
+  Args:
+    data: number of devices along an axis that replicates the parameters.
+    fsdp: number of devices along an axis that splits both the batch and the parameters.
+    tensor: number of devices along an axis that splits the parameters only.
+    devices: devices of the mesh; None takes all devices of all processes.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    UserError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [data, fsdp, tensor]
-  given = math.prod(s for s in sizes if s != -1)
-  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes) or len(devices) % given:
+  product = math.prod(size for size in sizes if size != -1)
+  if (
+    sizes.count(-1) > 1
+    or any(size < 1 and size != -1 for size in sizes)
+    or len(devices) % product != 0
+  ):
     raise UserError(
-      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices: sizes '
-      'are positive, at most one is -1 (the rest), and their product divides the device count.'
+      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices. Each '
+      'size must be positive, at most one may be -1 (all remaining devices), and their product '
+      'must divide the number of devices.'
     )
-  sizes = [len(devices) // given if s == -1 else s for s in sizes]
+  sizes = [len(devices) // product if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
     raise UserError(
       f'mesh data={data}, fsdp={fsdp}, tensor={tensor} uses {math.prod(sizes)} of {len(devices)} '
-      'devices; set one size to -1 to use the rest.'
+      'devices. Set one size to -1 to use the remaining devices.'
     )
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Sharding of arrays whose first axis is the batch."""
+  """Return the sharding of arrays whose first axis is the batch."""
   return NamedSharding(mesh, BATCH)
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Parts that the rows of a batch are split into."""
+  """Return the number of shards of a batch."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def check_batch(rows: int, mesh: Mesh, name: str) -> None:
-  """ValueError unless `rows` split evenly over the batch axes; `name` is the config field."""
+def check_batch(num_rows: int, mesh: Mesh, field: str) -> None:
+  """Check that the rows of a batch divide evenly over the batch axes of a mesh.
+
+  Args:
+    num_rows: rows of the batch.
+    mesh: the device mesh.
+    field: config field that sets the number of rows, for the error message.
+
+  Raises:
+    UserError: if the rows do not divide evenly.
+  """
   shards = batch_shards(mesh)
-  if rows % shards:
+  if num_rows % shards:
     raise UserError(
-      f'{name}={rows} is not divided by data × fsdp = {shards} of the mesh; use a multiple '
-      f'of {shards}, such as {-(-rows // shards) * shards}.'
+      f'{field}={num_rows} is not a multiple of data × fsdp = {shards} of the mesh. Use a multiple '
+      f'of {shards}, such as {-(-num_rows // shards) * shards}.'
     )
 
 
 def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """`x`, which every process has, as one array: each gives its devices their part of it."""
+  """Return a host array as a global array with the given sharding.
+
+  Args:
+    x: the same array in every process; each process copies the parts of its own devices.
+    sharding: sharding of the result.
+  """
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

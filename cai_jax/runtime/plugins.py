@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from cai_jax.runtime.errors import UserError
@@ -24,6 +25,8 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
   Raises:
     UserError: if a path is not a Python file, or importing it fails.
   """
+  if isinstance(paths, str):
+    raise UserError(f'plugins={paths!r} is a string. Give a tuple of paths of .py files.')
   for entry_point in importlib.metadata.entry_points(group=GROUP):
     entry_point.load()
   return {path: _import_file(pathlib.Path(path)) for path in paths}
@@ -42,9 +45,14 @@ def _import_file(path: pathlib.Path) -> str:
     sys.modules[name] = module
     try:
       spec.loader.exec_module(module)
+    except UserError as error:  # such as a name that is registered twice
+      del sys.modules[name]
+      raise UserError(f'plugins: {str(path)!r}: {error}') from error
     except Exception as error:
       del sys.modules[name]
+      frame = traceback.extract_tb(error.__traceback__)[-1]
       raise UserError(
-        f'plugins: importing {str(path)!r} failed with {type(error).__name__}: {error}'
+        f'plugins: importing {str(path)!r} failed with {type(error).__name__}: {error} '
+        f'({frame.filename}, line {frame.lineno}). Fix the file, or remove it from config.plugins.'
       ) from error
   return digest

@@ -1,41 +1,43 @@
-"""The processes of a run: joining them, waiting for them, failing together."""
+"""The processes of a run: joining them, waiting for them, and failing together."""
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import StoppedError, UserError
+
+T = TypeVar('T')
+_SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work ended
 
 
 def initialize() -> None:
-  """Joins the other processes of the run, where the environment says that there are any.
+  """Join the other processes of the run, if the environment says that there are any.
 
-  `COORDINATOR_ADDRESS`, `NUM_PROCESSES` and `PROCESS_ID` name them by hand. In a Slurm step
-  (`srun`), under Open MPI (`mpirun`) and on TPU pods of GKE, JAX finds them by itself; it does so
-  too where `COORDINATOR_ADDRESS=auto`, as is needed on TPU pods of Compute Engine, which set no
-  variable.
+  JAX detects Slurm steps (`srun`), Open MPI (`mpirun`) and TPU pods of GKE by itself. Elsewhere set
+  `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID` in each process.
+  On TPU pods of Compute Engine, set `COORDINATOR_ADDRESS=auto`.
 
   Raises:
-    ValueError: if the address is given without the number of processes or this one's id.
+    UserError: if the address is set without the number of processes or without the process id.
   """
   address = os.environ.get('COORDINATOR_ADDRESS')
   if address is not None and address != 'auto':
     names = ('NUM_PROCESSES', 'PROCESS_ID')
-    if wrong := [name for name in names if not os.environ.get(name, '').isdecimal()]:
+    if missing := [name for name in names if not os.environ.get(name, '').isdecimal()]:
       raise UserError(
-        f'COORDINATOR_ADDRESS={address} is set and {" and ".join(wrong)} is not, or is no number: '
-        'each process needs all three.'
+        f'COORDINATOR_ADDRESS={address} is set, but {" and ".join(missing)} is missing or not a '
+        'number. Set all three variables in each process.'
       )
     if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(address, *(int(os.environ[name]) for name in names))
   elif (
     address == 'auto'
-    # Of the step: inside an allocation without srun there is SLURM_NTASKS, and one process only.
+    # Not SLURM_NTASKS: an allocation without srun sets it too, and runs a single process.
     or os.environ.get('SLURM_STEP_NUM_TASKS', '1') != '1'
     or os.environ.get('OMPI_COMM_WORLD_SIZE', '1') != '1'
     or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
@@ -43,7 +45,7 @@ def initialize() -> None:
     jax.distributed.initialize()
 
 
-def run_on_all_processes(name: str, work: Callable[[], Any]) -> Any:
+def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   """Call `work` in every process and return its result once all of them have succeeded.
 
   If one process fails, the others finish their own work first, so it is kept, and then fail too.
@@ -52,26 +54,54 @@ def run_on_all_processes(name: str, work: Callable[[], Any]) -> Any:
     name: what `work` does, as a verb phrase for the error message.
     work: called in each process.
 
+  Returns:
+    This process's result.
+
   Raises:
     Exception: whatever `work` raises, with its traceback, in the process where it fails.
-    UserError: in the other processes.
+    UserError: in the other processes. It is a StoppedError unless every failure is a UserError
+      that was raised before any work was done.
   """
-  error, result = None, None
+  error: Exception | None = None
   try:
     result = work()
   except Exception as caught:
     error = caught
   if jax.process_count() > 1:
-    succeeded = multihost_utils.process_allgather(np.array(error is None))
-    if error is None and not succeeded.all():
-      failed = ', '.join(map(str, np.flatnonzero(~succeeded)))
-      raise UserError(f'process {failed} could not {name}; its own output says why.')
+    outcomes = multihost_utils.process_allgather(np.array(_outcome(error)))
+    if error is None and outcomes.any():
+      failed = ', '.join(map(str, np.flatnonzero(outcomes)))
+      kind = StoppedError if (outcomes == _FAILED).any() else UserError
+      raise kind(f'process {failed} could not {name}; see the output of that process.')
   if error is not None:
     raise error
   return result
 
 
+def _outcome(error: Exception | None) -> int:
+  if error is None:
+    return _SUCCESS
+  refused = isinstance(error, UserError) and not isinstance(error, StoppedError)
+  return _REFUSED if refused else _FAILED
+
+
+def run_on_process_0(name: str, work: Callable[[], T]) -> T | None:
+  """Call `work` in process 0 only; all processes wait for it and fail if it fails.
+
+  Args:
+    name: what `work` does, as a verb phrase for the error message.
+    work: called in process 0.
+
+  Returns:
+    The result in process 0, and None in the other processes.
+
+  Raises:
+    Exception: as `run_on_all_processes`.
+  """
+  return run_on_all_processes(name, lambda: work() if jax.process_index() == 0 else None)
+
+
 def barrier(name: str) -> None:
-  """Waits until all processes have come to the barrier of this name."""
+  """Wait until all processes have reached the barrier of this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

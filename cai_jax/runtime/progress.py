@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long loop: a bar on a terminal, an occasional plain line elsewhere."""
 
 import sys
 import time
@@ -10,19 +10,19 @@ LINE_SECONDS = 15.0  # between plain lines
 
 
 class Progress:
-  """A callable `progress(done, total, tokens)` that shows units, tokens per second and time left.
+  """A callable that shows units done, tokens per second and the time left. Only process 0 logs.
 
   Args:
-    name: of the loop.
-    unit: what `done` counts.
-    start: how many were done before this process began.
+    name: name of the loop.
+    unit: what is counted, in the singular.
+    start: number of units that were done before this process started.
   """
 
   def __init__(self, name: str, unit: str = 'row', start: int = 0):
     self._name, self._unit, self._start = name, unit, start
-    self._bar = None
-    self._began = self._said = time.monotonic()
-    self._speaks = jax.process_index() == 0
+    self._bar: tqdm.tqdm | None = None
+    self._started = self._last_line = time.monotonic()
+    self._logs = jax.process_index() == 0
 
   def __enter__(self) -> 'Progress':
     return self
@@ -31,25 +31,32 @@ class Progress:
     self.close()
 
   def close(self) -> None:
-    """Leaves the bar as it stands."""
+    """Close the progress bar and leave it on the screen."""
     if self._bar is not None:
       self._bar.close()
 
   def __call__(self, done: int, total: int, tokens: int, text: str = '') -> None:
-    """Shows that `done` of `total` are there, which took `tokens` since the start, and a text."""
-    if not self._speaks:
+    """Show the state of the loop.
+
+    Args:
+      done: units done so far, those before the start included.
+      total: units in total.
+      tokens: tokens processed since the start of this process.
+      text: shown before the speed, such as the current loss.
+    """
+    if not self._logs:
       return
     now = time.monotonic()
-    seconds = now - self._began
-    told = f'{text}, ' * bool(text) + f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
+    seconds = now - self._started
+    status = f'{text}, ' * bool(text) + f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     if sys.stderr.isatty():
       if self._bar is None:
         self._bar = tqdm.tqdm(total=total, initial=self._start, desc=self._name, unit=self._unit)
-      self._bar.set_postfix_str(told, refresh=False)
+      self._bar.set_postfix_str(status, refresh=False)
       self._bar.update(done - self._bar.n)
-    elif done == total or now - self._said > LINE_SECONDS:
-      self._said = now
-      if done - self._start > 0.05 * (total - self._start):  # the first to end say little
+    elif done == total or now - self._last_line > LINE_SECONDS:
+      self._last_line = now
+      if done - self._start > 0.05 * (total - self._start):  # the first units predict little
         left = seconds * (total - done) / (done - self._start)
-        told += f', {left:.0f} s left'
-      print(f'{self._name}: {done} of {total} {self._unit}s, {told}', flush=True)
+        status += f', {left:.0f} s left'
+      print(f'{self._name}: {done} of {total} {self._unit}s, {status}', flush=True)

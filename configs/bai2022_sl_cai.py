@@ -1,52 +1,53 @@
-"""SL-CAI by the recipe of Bai et al. 2022 (arXiv:2212.08073), on open weights.
+"""SL-CAI by the recipe of Bai et al. 2022 (arXiv:2212.08073), with open weights.
 
 Command:   python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/bai2022 \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.helpful.source=helpful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl \\
              --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts
-Hardware:  that of configs/llama3_8b_v5e.py, v5e:8x8: each of the four micro-batches of a step is
-           that config's step. None was at hand, and the run has not been made
-Expected:  no result, as it has not been made. At most 731,324 revisions and 270,592 helpful
-           responses are learnt, 27 % of them helpful. quality.json says how the revisions compare
-           with the paper's own where --config.report.published names one of its samples' files
+Hardware:  that of configs/llama3_8b_v5e.py, v5e:8x8: each of a step's four micro-batches has the
+           size of that config's step. We had no such slice, so this config has not been run
+Expected:  no result yet. Training uses at most 731,324 revisions and 270,592 helpful responses
+           (27 % of the total). If --config.report.published names one of the paper's sample
+           files, quality.json compares the revisions with the paper's own
 
-The four files are the user's: only a part of the paper's prompts is public, and the constitution
-and its demonstrations are the folder prompts/ of anthropics/ConstitutionalHarmlessnessPaper.
+You provide the prompt files and the constitution: only part of the paper's prompts is public. The
+constitution and its demonstrations are the folder prompts/ of
+anthropics/ConstitutionalHarmlessnessPaper.
 
 From the paper:
-  182,831 red-team prompts: 42,496 by people, 140,335 by a model             section 3.2
-  16 principles, of which each round draws one at random                     section 3.1, appendix C
-  critiques and revisions follow few-shot demonstrations                     section 3.1
-  4 critiques and revisions a prompt by a helpful RLHF model; all are learnt section 3.2
-  135,296 helpfulness prompts by people, 2 responses each by that model      section 3.2
+  182,831 red-team prompts: 42,496 written by people, 140,335 by a model     section 3.2
+  16 principles; each round samples one of them                              section 3.1, appendix C
+  few-shot demonstrations before critiques and revisions                     section 3.1
+  4 rounds per prompt by a helpful RLHF model; all revisions are targets     section 3.2
+  135,296 helpful prompts by people, 2 responses each by that model          section 3.2
   temperature 1                                                              section 3.2
-  a pre-trained model learns both, for 1 epoch                               section 3.2
+  a pre-trained model is fine-tuned on both for 1 epoch                      section 3.2
   constant learning rate, 0.5 of the pre-training's                          section 3.2
   batches of 1,024 sequences                                                 section 3.2
 Our assumptions:
-  Llama 3 8B Instruct for the helpful RLHF model and Llama 3 8B for the pre-trained one; the paper's
-    have up to 52B parameters and are not public
-  learning rate 1.5e-4: half of Llama 3 8B's 3e-4 at its peak (Llama Team 2024, arXiv:2407.21783,
-    table 3); no warm-up, since the paper's is constant
-  256 rows a step. Rows are packed: a step holds about batch_size × max_length / (mean tokens of an
-    example) sequences, which is 1,024 at a mean of 256 tokens. The manifest's examples / steps of
-    stage train is what it was; set batch_size to 256 × 1,024 / that
-  replies of up to 256 tokens, of which those that are cut are not learnt; rows of 1,024 tokens
-  a round sees the latest response only, in the labels Human: and Assistant: of the published files
+  Llama 3 8B Instruct stands in for the helpful RLHF model and Llama 3 8B for the pre-trained one;
+    the paper's models have up to 52B parameters and are not public
+  learning rate 1.5e-4: half of Llama 3 8B's peak of 3e-4 (Llama Team 2024, arXiv:2407.21783,
+    table 3), without warm-up since the paper's rate is constant
+  256 packed rows per step. A step holds about batch_size × max_length / (mean tokens per example)
+    sequences, which is 1,024 at a mean of 256 tokens. To check, read examples / steps of stage
+    train in the manifest; to correct, set batch_size to 256 × 1,024 / that number
+  replies of at most 256 tokens; truncated replies are not trained on; rows of 1,024 tokens
+  each round sees the latest response only, with the published files' labels Human: and Assistant:
   AdamW without weight decay, gradients clipped at norm 1
 """
 
 from configs import llama3_8b_v5e
 
-HARMFUL = 42_496 + 140_335  # prompts by people, and by a model
+HARMFUL = 42_496 + 140_335  # prompts by people and by a model
 HELPFUL = 135_296  # prompts
-HELPFUL_SAMPLES = 2  # responses to each
+HELPFUL_SAMPLES = 2  # responses to each helpful prompt
 ROUNDS = 4
 
 
 def get_config():
-  """The config of the paper's supervised phase."""
+  """Return the config of the paper's supervised phase."""
   config = llama3_8b_v5e.get_config()
   config.model.base = 'meta-llama/Meta-Llama-3-8B-Instruct'
   config.model.init = 'meta-llama/Meta-Llama-3-8B'

@@ -1,19 +1,20 @@
-"""Critique, revision and fine-tuning of a real chat model: Qwen2.5-0.5B-Instruct as the example.
+"""Critique, revision and fine-tuning of a real chat model, Qwen2.5-0.5B-Instruct.
 
 Command:   python launch.py --config=configs/qwen2_5_0_5b.py --workdir=runs/qwen \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
-Model:     any Hugging Face folder or hub name of a supported family as --config.model.base=...
-Hardware:  meant for one GPU with 24 GB or a TPU v5e chip; so far run on CPUs only, on small folders
-Expected:  no oracle can judge free text, so the table gives lengths only; the texts are in the
-           report (chains) and in evaluation/base and evaluation/aligned (held-out prompts).
+Model:     --config.model.base=... takes any Hugging Face folder or hub name of a supported family
+Hardware:  meant for one GPU with 24 GB or a TPU v5e chip; so far run only on CPUs, with small
+           models
+Expected:  nothing judges free text here, so the table gives lengths only. The texts are in the
+           report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
 """
 
 from configs import default
 
 
 def get_config():
-  """The config of a run on a real checkpoint."""
+  """Return the config of a run on a real checkpoint."""
   config = default.get_config()
   config.model.base = 'Qwen/Qwen2.5-0.5B-Instruct'
   config.model.dtype = 'bfloat16'
@@ -27,7 +28,7 @@ def get_config():
   config.engine.slots = 64
   config.engine.prefill_tokens = 512
   config.engine.prefill_width = 64
-  config.engine.spans = 1  # a choice within a step may cost a GPU a trip to the host
+  config.engine.spans = 1  # on a GPU, a conditional inside a step may wait for the host
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 16

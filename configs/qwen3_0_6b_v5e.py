@@ -3,19 +3,20 @@
 Command:   python launch.py --config=configs/qwen3_0_6b_v5e.py --workdir=runs/qwen3 \\
              --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
-Hardware:  a v5e:2x4 slice: two hosts of four chips, 16 GiB each. None was at hand: all programs
-           were compiled for it ahead of time (experiments/compile_for_tpu.py) and fit. The train
-           step takes 11.4 of 15.75 GiB a chip, 122 ms at least and 161 ms if nothing overlaps:
-           203,000 tokens/s. Decode with the slots below: 13.6 GiB, 33,700 tokens/s at most
-Expected:  no oracle can judge free text, so the table gives lengths only; the texts are in the
-           report (chains) and in evaluation/base and evaluation/aligned (held-out prompts).
+Hardware:  a v5e:2x4 slice: two hosts with four chips of 16 GiB each. We had no such slice; all
+           programs were compiled for it ahead of time (experiments/aot), and they fit. The train
+           step takes 11.4 of 15.75 GiB per chip and at least 122 ms, or 161 ms if nothing overlaps:
+           203,000 tokens/s. Decoding with the slots below takes 13.6 GiB and reaches at most 33,700
+           tokens/s
+Expected:  nothing judges free text here, so the table gives lengths only. The texts are in the
+           report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
 """
 
 from configs import default
 
 
 def get_config():
-  """The config of a run on eight chips."""
+  """Return the config of a run on a v5e:2x4 slice."""
   config = default.get_config()
   config.model.base = 'Qwen/Qwen3-0.6B'
   config.model.dtype = 'bfloat16'
@@ -24,7 +25,7 @@ def get_config():
   config.prompts.eval_harmful.source = 'held_out.jsonl'
   config.feedback.template_options = (('enable_thinking', False),)
 
-  # A model for each chip: it is small, so that nothing need be sent but gradients.
+  # The model is small, so every chip has a copy and only gradients are sent.
   config.mesh.data = -1
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
@@ -32,7 +33,7 @@ def get_config():
   config.sampling.initial.max_tokens = 256
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 256
-  config.engine.slots = 288  # of each host, at up to 1,536 tokens
+  config.engine.slots = 288  # per host, of up to 1,536 tokens
   config.engine.cache_gib = 12.0
   config.engine.prefill_tokens = 4096
   config.engine.prefill_width = 128

@@ -1,17 +1,17 @@
-"""The embedded default: the whole method on a small world that can be checked exactly.
+"""The whole method on the embedded model, in a small world where every response can be checked.
 
 Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
 Hardware:  two CPU cores; 1 minute, 1.4 GB
-Expected:  of answers to baited prompts 84 to 87 % break a rule, after four rounds of critique and
-           revision 9 to 11 %; 13 to 17 % of M_aligned's do, and 96 to 98 % still answer the
-           request (three seeds; experiments/RESULTS.md)
+Expected:  84 to 87 % of M_θ's answers to baited prompts break a rule; after four rounds of critique
+           and revision 9 to 11 % do. 13 to 17 % of M_aligned's answers do, and 96 to 98 % of them
+           still answer the request (three seeds; experiments/RESULTS.md)
 """
 
 from configs import default
 
 
 def get_config():
-  """The config of the embedded run."""
+  """Return the config of the embedded run."""
   config = default.get_config()
   config.constitution.path = 'tiny'
   for name, split, kind, count in (

@@ -1,15 +1,15 @@
-r"""Does a revision need a critique, and does it use what the critique says?
+"""Does a revision need a critique, and does it use what the critique says?
 
-Paper:     Bai et al. 2022, Figure 7: critiqued revisions are more harmless than direct ones for
-           small models, and alike for large ones. The two controls are ours
-Command:   python -m cai_jax.experiment --workdir=runs/lab \
+Paper:     Bai et al. 2022, Figure 7: for small models, critiqued revisions are more harmless than
+           direct ones; for large models they are about equal. The other two controls are ours
+Command:   python -m cai_jax.experiment --workdir=runs/lab \\
              --experiment=experiments/critique_vs_direct.py
 Hardware:  two CPU cores; 3 minutes, 1.4 GB
-Arms:      critiqued; direct (no critique asked for); shuffled (the critiques of another prompt's
-           chain); empty (a critique is asked for, and is empty). All share y_init
-Expected:  in the embedded world critiqued revisions leave the fewest violations, 11 % after four
-           rounds; empty critiques 21 % (and fewer answers), direct 32 %, shuffled 54 %: revisions
-           use what critiques say (RESULTS.md)
+Arms:      critiqued; direct (no critique is asked for); shuffled (the critiques come from another
+           prompt's chain); empty (a critique is asked for, and its text is empty). All share y_init
+Expected:  in the embedded world, critiqued revisions leave the fewest violations, 11 % after four
+           rounds. Empty critiques leave 21 % (and fewer answers), direct revisions 32 % and
+           shuffled critiques 54 %: revisions use what critiques say (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
@@ -24,7 +24,7 @@ ROUNDS = 4
 
 
 def get_experiment() -> Experiment:
-  """The arms: four ways to revise, scored after the first and after the last round."""
+  """Return the experiment: four ways to revise, scored after every round."""
   arms = {'initial': Arm(response='initial')}
   for number in range(1, ROUNDS + 1):
     for name, variant in VARIANTS.items():

@@ -1,16 +1,16 @@
-"""Do larger models criticise and revise better? The same chains by models of other sizes.
+"""Do larger models criticise and revise better? The same chains with models of several sizes.
 
-Paper:     Bai et al. 2022, Figures 5 and 7 show several sizes up to 52 B parameters
+Paper:     Bai et al. 2022, Figures 5 and 7, show several sizes up to 52 B parameters
 Command:   python -m cai_jax.experiment --experiment=experiments/model_size.py \\
              --workdir=runs/lab
-           python -m cai_jax.experiment --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \
+           python -m cai_jax.experiment --workdir=runs/sizes --config=configs/qwen2_5_0_5b.py \\
              --experiment=experiments/model_size.py:Qwen/Qwen2.5-0.5B,Qwen/Qwen2.5-1.5B
 Hardware:  two CPU cores; 4 minutes, 1.6 GB
-Arms:      for each model, on held-out prompts, its answers, their last revisions by itself, and the
-           answers of what was fine-tuned from it
-Expected:  the lesser embedded model (0.21 M parameters, against 0.92 M) leaves 13 % of violations
-           after four rounds, against 10 %, and answers 92 % of the baited prompts, against 98 %;
-           M_aligned of each inherits it (RESULTS.md)
+Arms:      for each model, on held-out prompts: its answers, its last revisions of them, and the
+           answers of the model fine-tuned from it
+Expected:  the smaller embedded model (0.21 M parameters; the larger has 0.92 M) leaves 13 % of
+           violations after four rounds, against 10 %, and answers 92 % of the baited prompts,
+           against 98 %. Each M_aligned inherits this (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
@@ -20,20 +20,25 @@ RESPONSES = {'initial': 'base', 'revised': 'revised', 'aligned': 'aligned'}
 
 
 def get_experiment(models: str = EMBEDDED) -> Experiment:
-  """The arms of a list of models: embedded names, folders or hub names, set apart by commas."""
+  """Return the experiment for a list of models.
+
+  Args:
+    models: embedded names, folders or Hugging Face hub names, separated by commas. The last one
+      is the reference.
+  """
   names = [name.strip() for name in models.split(',') if name.strip()]
   arms = {
-    f'{name}: {told}': Arm({'model.base': name}, response)
+    f'{name}: {label}': Arm({'model.base': name}, response)
     for name in names
-    for told, response in RESPONSES.items()
+    for label, response in RESPONSES.items()
   }
   return Experiment(
     arms=arms,
     reference=f'{names[-1]}: initial',
     figures=tuple(
       rates_by_arm(
-        f'Answers to held-out {told} prompts: as they are, revised, after fine-tuning', arms, group
+        f'Answers to held-out {label} prompts: initial, revised, after fine-tuning', arms, group
       )
-      for group, told in (('harmful', 'harmful'), ('helpful', 'benign'))
+      for group, label in (('harmful', 'harmful'), ('helpful', 'benign'))
     ),
   )

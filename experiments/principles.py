@@ -1,17 +1,17 @@
-"""Is it the number of principles, or what they cover? Constitutions of 1 to 16 principles.
+"""Does the number of principles matter, or what they cover? Constitutions of 1 to 16 principles.
 
-Paper:     Bai et al. 2022, Figure 6: the number of principles has no great effect on harmlessness;
-           diversity of the responses was thought to gain, and was not measured
+Paper:     Bai et al. 2022, Figure 6: the number of principles has little effect on harmlessness.
+           More principles were expected to give more diverse responses; this was not measured
 Command:   python -m cai_jax.experiment --experiment=experiments/principles.py \\
              --workdir=runs/lab
 Hardware:  two CPU cores; 5 minutes, 1.4 GB
-Arms:      1, 2, 4, 8 and 16 principles whose mean coverage is held near 4 of the 8 kinds of rule;
+Arms:      1, 2, 4, 8 and 16 principles, with the mean coverage held near 4 of the 8 kinds of rule;
            and 4 principles that cover 1, 4 or 8 kinds each. `coverage` is the mean number of kinds
-           that a drawn principle names, `union` the number that any of them names
-Expected:  violations left after four rounds follow coverage: 65, 17 and 3 % for 1, 4 and 8 kinds
-           a principle. At equal coverage and a union of all kinds 2 to 16 principles leave 16 to
-           20 %, and a single one, which never sees four kinds, 42 %. Diversity hardly moves
-           (RESULTS.md)
+           that a sampled principle names; `union` is the number that any of them names
+Expected:  the violations left after four rounds follow coverage: 65, 17 and 3 % for 1, 4 and 8
+           kinds per principle. At equal coverage, 2 to 16 principles whose union is all kinds leave
+           16 to 20 %; a single principle, which never mentions four of the kinds, leaves 42 %.
+           Diversity hardly changes (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line
@@ -27,20 +27,22 @@ COUNTS = {
   8: GROUPS + NARROW[:2],
   16: GROUPS + NARROW + GENERAL[:2],
 }
-COVERED = {'narrow': NARROW[:4], 'group': GROUPS[:4], 'general': GENERAL}
 
 
 def get_experiment() -> Experiment:
-  """The arms: sets of principles, scored after the last round."""
+  """Return the experiment: sets of principles, scored after the last round."""
   arms = {f'{count} principles': _arm(ids) for count, ids in COUNTS.items()}
   arms['1 principle'] = arms.pop('1 principles')
   arms = {'initial': Arm(response='initial'), '1 principle': arms.pop('1 principle'), **arms}
-  by_cover = {'narrow': '4 narrow principles', 'general': '4 general principles'}
-  arms |= {name: _arm(COVERED[cover]) for cover, name in by_cover.items()}
-  counted = ['1 principle', *(f'{count} principles' for count in COUNTS if count > 1)]
-  covering = [by_cover['narrow'], '4 principles', by_cover['general']]
-  by_count = {'arms': counted, 'x': list(COUNTS)}
-  by_coverage = {'arms': covering, 'x': [arms[name].facts['coverage'] for name in covering]}
+  narrow, general = '4 narrow principles', '4 general principles'
+  arms |= {narrow: _arm(NARROW[:4]), general: _arm(GENERAL)}
+  count_arms = ['1 principle', *(f'{count} principles' for count in COUNTS if count > 1)]
+  coverage_arms = [narrow, '4 principles', general]
+  by_count = {'arms': count_arms, 'x': list(COUNTS)}
+  by_coverage = {
+    'arms': coverage_arms,
+    'x': [arms[name].facts['coverage'] for name in coverage_arms],
+  }
   return Experiment(
     arms=arms,
     reference='4 principles',
@@ -69,13 +71,13 @@ def get_experiment() -> Experiment:
 
 
 def _arm(ids: tuple[str, ...]) -> Arm:
-  found = [principle for principle in corpus.shipped() if principle.id in ids]
-  scopes = [corpus.scope(principle) for principle in found]
-  weights = [principle.weight for principle in found]
-  covered = sum(w * len(s) for w, s in zip(weights, scopes, strict=True)) / sum(weights)
+  principles = [principle for principle in corpus.shipped() if principle.id in ids]
+  scopes = [corpus.scope(principle) for principle in principles]
+  weights = [principle.weight for principle in principles]
+  coverage = sum(w * len(s) for w, s in zip(weights, scopes, strict=True)) / sum(weights)
   facts = {
     'principles': len(ids),
-    'coverage': round(covered, 2),
+    'coverage': round(coverage, 2),
     'union': len(set().union(*scopes)),
   }
   return Arm({'constitution.ids': ids}, 'last', facts)

@@ -1,13 +1,15 @@
-"""Does every further revision help? Score of y_init and of revisions 1 to 4.
+"""Does every further revision help? Scores of y_init and of revisions 1 to 4.
 
 Paper:     Bai et al. 2022, Figure 5: harmlessness rises with each revision, most with the first,
            and helpfulness falls a little
 Command:   python -m cai_jax.experiment --experiment=experiments/revisions.py \\
              --workdir=runs/lab
 Hardware:  two CPU cores; 1 minute, 1.4 GB
-Arms:      one chain of four rounds, scored after each: the same prompts, so each step is paired
-Expected:  in the embedded world violations fall with each round, each time by less: 89, 56, 32, 19
-           and 11 %; 97 % answer what was asked before and 96 % after (RESULTS.md)
+Arms:      one chain of four rounds, scored after each round. All arms have the same prompts, so
+           every difference is paired
+Expected:  in the embedded world, violations fall with each round, by less each time: 89, 56, 32, 19
+           and 11 %. Before revision 97 % of responses answer the request, and after it 96 %
+           (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line
@@ -16,10 +18,10 @@ ROUNDS = 4
 
 
 def get_experiment() -> Experiment:
-  """The arms: y_init and each revision."""
+  """Return the experiment: y_init and each revision."""
   arms = {'initial': Arm(response='initial')}
   arms |= {f'revision {n}': Arm(response=f'revision_{n}') for n in range(1, ROUNDS + 1)}
-  places = {'arms': list(arms), 'x': list(range(ROUNDS + 1))}
+  points = {'arms': list(arms), 'x': list(range(ROUNDS + 1))}
   return Experiment(
     arms=arms,
     reference='initial',
@@ -27,7 +29,7 @@ def get_experiment() -> Experiment:
     figures=(
       rates_line(
         'Responses to baited prompts after each revision (as Figure 5 of the paper)',
-        **places,
+        **points,
         x_label='number of revisions',
       ),
       {
@@ -36,7 +38,7 @@ def get_experiment() -> Experiment:
         'group': 'harmful',
         'x_label': 'number of revisions',
         'y_label': 'tokens',
-        'series': [{'name': 'tokens', 'metric': 'mean_tokens', **places}],
+        'series': [{'name': 'tokens', 'metric': 'mean_tokens', **points}],
       },
     ),
   )

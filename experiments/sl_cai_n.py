@@ -1,15 +1,15 @@
-"""How many revisions should be learnt from? SL-CAI-n: fine-tuned on revisions up to the n-th.
+"""How many revisions should a model learn from? SL-CAI-n is fine-tuned on revisions 1 to n.
 
 Paper:     Bai et al. 2022, section 3.4: models fine-tuned on all revisions up to the n-th, n =
-           1..4, grow more harmless with n
+           1..4, become more harmless as n grows
 Command:   python -m cai_jax.experiment --experiment=experiments/sl_cai_n.py \\
              --workdir=runs/lab
 Hardware:  two CPU cores; 6 to 8 minutes, 1.6 GB
-Arms:      M_θ, and n = 1..4. Chains of n rounds begin as those of more do, so no turn is sampled
-           twice. Every arm trains for the same number of epochs: more revisions are more steps
-Expected:  violations of M_aligned on held-out prompts fall with n: 85 % of M_θ's answers, then 54,
-           46, 37 and 32 %. What has learnt the last revision alone (control_initial) comes to
-           15 %: earlier revisions among the targets still break rules (RESULTS.md)
+Arms:      M_θ, and n = 1..4. A chain of n rounds starts like every longer chain, so no turn is
+           sampled twice. All arms train for the same number of epochs: more revisions, more steps
+Expected:  violations of M_aligned on held-out prompts fall with n: 85 % for M_θ, then 54, 46, 37
+           and 32 %. A model fine-tuned on the last revision alone (control_initial) reaches 15 %,
+           because earlier revisions still break rules (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line
@@ -18,24 +18,24 @@ ROUNDS = (1, 2, 3, 4)
 
 
 def get_experiment() -> Experiment:
-  """The arms: M_θ and SL-CAI-n."""
+  """Return the experiment: M_θ and SL-CAI-n for each n."""
   runs = {n: {'feedback.rounds': n, 'train.target': 'all'} for n in ROUNDS}
   arms = {'M_θ': Arm(runs[ROUNDS[-1]], 'base')}
   arms |= {f'SL-CAI-{n}': Arm(overrides) for n, overrides in runs.items()}
   return Experiment(
     arms=arms,
     reference='M_θ',
-    # The same share for all, of which the 400 helpful prompts suffice for the most revisions.
+    # One share for all arms, small enough that 400 helpful prompts suffice for n = 4.
     overrides={'train.helpfulness_share': 0.125},
     figures=tuple(
       rates_line(
-        f'Answers to held-out {told} prompts of models that learnt n revisions',
+        f'Answers to held-out {label} prompts of models that learnt n revisions',
         arms,
         [0, *ROUNDS],
         'n',
         group,
         'share of answers (%)',
       )
-      for group, told in (('harmful', 'baited'), ('helpful', 'benign'))
+      for group, label in (('harmful', 'baited'), ('helpful', 'benign'))
     ),
   )

@@ -1,4 +1,4 @@
-"""Experiments: their files, what runs they need, what they share, and a small one end to end."""
+"""Test experiments: their files, the runs they plan, the turns they share, and one end to end."""
 
 import argparse
 import json
@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from cai_jax.experiment import collect, estimate
-from cai_jax.experiment import define as experiments
+from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
+from cai_jax.runtime.errors import UserError
 
 FILES = (
   'revisions',
@@ -22,7 +22,7 @@ FILES = (
   'temperature',
 )
 SMALL = """
-from experiments.experiment import Arm, Experiment
+from cai_jax.experiment import Arm, Experiment
 
 
 def get_experiment():
@@ -43,36 +43,35 @@ def get_experiment():
 """
 
 
-def options(**given):
+def options(**changes):
   return argparse.Namespace(
-    **{'arms': None, 'seeds': None, 'config': None, 'dry_run': False} | given
+    **{'arms': None, 'seeds': None, 'config': None, 'dry_run': False} | changes
   )
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_every_shipped_experiment_can_be_run(name, tmp_path):
-  """All its runs are built and checked, and its docstring tells what it must."""
-  found, docstring, experiment = experiments.load(experiments.ROOT / 'experiments' / f'{name}.py')
-  assert found == name and docstring.splitlines()[0].endswith(('.', '?'))
-  for told in ('Paper:', 'Command:', 'Hardware:', 'Arms:', 'Expected:'):
-    assert told in docstring
+def test_every_shipped_experiment_builds_its_runs_and_documents_itself(name, tmp_path):
+  stem, docstring, experiment = define.load_experiment(define.ROOT / 'experiments' / f'{name}.py')
+  assert stem == name and docstring.splitlines()[0].endswith(('.', '?'))
+  for heading in ('Paper:', 'Command:', 'Hardware:', 'Arms:', 'Expected:'):
+    assert heading in docstring
   assert f'--experiment=experiments/{name}.py' in docstring
   assert experiment.figures
-  config = experiments.base_config(experiment.base)
-  runs = runner.planned(experiment, config, tmp_path)
+  config = define.load_config(experiment.base)
+  runs = runner.plan_runs(experiment, config, tmp_path)
   assert len(experiment.seeds) <= len(runs) <= len(experiment.seeds) * len(experiment.arms)
   for run, _ in runs.values():
     assert run.journal == tmp_path / 'journal'
 
 
-def test_arms_of_equal_settings_have_one_run(tmp_path):
-  _, _, experiment = experiments.load(experiments.ROOT / 'experiments' / 'revisions.py')
-  runs = runner.planned(experiment, experiments.base_config(experiment.base), tmp_path)
+def test_arms_with_equal_settings_share_a_run(tmp_path):
+  _, _, experiment = define.load_experiment(define.ROOT / 'experiments' / 'revisions.py')
+  runs = runner.plan_runs(experiment, define.load_config(experiment.base), tmp_path)
   assert len(runs) == len(experiment.seeds)
   assert all(stages == ('generate',) for _, stages in runs.values())
 
 
-def test_turns_that_runs_have_in_common_have_one_name(tmp_path):
+def test_shared_turns_have_equal_digests(tmp_path):
   experiment = Experiment(
     arms={
       'two': Arm({'feedback.rounds': 2}, 'last'),
@@ -83,143 +82,147 @@ def test_turns_that_runs_have_in_common_have_one_name(tmp_path):
     reference='two',
     seeds=(0,),
   )
-  runs = runner.planned(experiment, experiments.base_config(experiment.base), tmp_path)
-  two, four, direct, hot = (estimate.turns(run, stages) for run, stages in runs.values())
+  runs = runner.plan_runs(experiment, define.load_config(experiment.base), tmp_path)
+  two, four, direct, hot = (estimate.count_turns(run, stages) for run, stages in runs.values())
   assert set(two) < set(four)
   assert sum(t.count for t in four.values()) == 700 * 9 + 400
   for other in (direct, hot):  # only the answers to both kinds of prompts
     assert sum(four[name].count for name in set(four) & set(other)) == 700 + 400
 
 
-def test_bad_experiments_are_refused(tmp_path):
-  with pytest.raises(ValueError, match='scores initial'):
+def test_wrong_experiments_are_rejected(tmp_path):
+  with pytest.raises(UserError, match='not a response that an arm can score'):
     Arm(response='reviewed')
-  with pytest.raises(ValueError, match="reference='b' is none"):
+  with pytest.raises(UserError, match="reference='b' is not an arm"):
     Experiment(arms={'a': Arm()}, reference='b')
-  with pytest.raises(ValueError, match=r"draws \['b'\]"):
+  with pytest.raises(UserError, match=r"shows \['b'\], which are not arms"):
     Experiment({'a': Arm()}, 'a', ({'kind': 'arms', 'arms': ['a', 'b']},))
-  with pytest.raises(ValueError, match='has a comma'):
+  with pytest.raises(UserError, match='contains a comma'):
     Experiment({'a, b': Arm()}, 'a, b')
-  with pytest.raises(ValueError, match=r'no such file; there is .*revisions\.py'):
-    experiments.load('experiments/nothing.py')
+  with pytest.raises(UserError, match=r'no such file\. Shipped experiments: .*revisions\.py'):
+    define.load_experiment('experiments/nothing.py')
   (tmp_path / 'x.py').write_text('a = 1')
-  with pytest.raises(ValueError, match='no get_experiment'):
-    experiments.load(tmp_path / 'x.py')
-  with pytest.raises(ValueError, match='takes no text'):
-    experiments.load(f'{experiments.ROOT}/experiments/revisions.py:a')
+  with pytest.raises(UserError, match=r'does not define get_experiment\(\)'):
+    define.load_experiment(tmp_path / 'x.py')
+  with pytest.raises(UserError, match='takes no text'):
+    define.load_experiment(f'{define.ROOT}/experiments/revisions.py:a')
   experiment = Experiment({'a': Arm({'feedback.round': 2})}, 'a')
-  with pytest.raises(ValueError, match=r"no field 'feedback.round'"):
-    runner.planned(experiment, experiments.base_config('configs/tiny.py'), tmp_path)
+  with pytest.raises(UserError, match=r"no field 'feedback.round'"):
+    runner.plan_runs(experiment, define.load_config('configs/tiny.py'), tmp_path)
   experiment = Experiment({'a': Arm({'feedback.rounds': 0})}, 'a')
-  with pytest.raises(ValueError, match=r"arm 'a': feedback: rounds=0"):
-    runner.planned(experiment, experiments.base_config('configs/tiny.py'), tmp_path)
-  with pytest.raises(ValueError, match='unknown arm c; there is a'):
-    Experiment({'a': Arm()}, 'a').only(['c'])
+  with pytest.raises(UserError, match=r"arm 'a': feedback: rounds=0"):
+    runner.plan_runs(experiment, define.load_config('configs/tiny.py'), tmp_path)
+  with pytest.raises(UserError, match='unknown arm c; the arms are a'):
+    Experiment({'a': Arm()}, 'a').select(['c'])
 
 
-def test_the_text_after_a_colon_reaches_the_experiment():
-  path = experiments.ROOT / 'experiments' / 'model_size.py'
-  _, _, experiment = experiments.load(f'{path}:one,two,three')
+def test_text_after_a_colon_is_passed_to_the_experiment():
+  path = define.ROOT / 'experiments' / 'model_size.py'
+  _, _, experiment = define.load_experiment(f'{path}:one,two,three')
   models = [arm.overrides['model.base'] for arm in experiment.arms.values()]
   assert list(dict.fromkeys(models)) == ['one', 'two', 'three']
 
 
 @pytest.fixture(scope='module')
-def done(tmp_path_factory):
-  """A small experiment that has been run, and what it printed."""
+def finished(tmp_path_factory):
+  """Run a small experiment; return its file and its workdir."""
   folder = tmp_path_factory.mktemp('lab')
   file = folder / 'small.py'
   file.write_text(f'"""Does it run?\n\nPaper: none\n"""\n{SMALL}')
-  runner.run(str(file), folder / 'work', options())
+  runner.run_experiment(str(file), folder / 'work', options())
   return file, folder / 'work'
 
 
-def test_an_experiment_leaves_its_results_figures_and_report(done):
-  _, workdir = done
-  found = json.loads((workdir / 'small' / 'results.json').read_text())
-  assert list(found['arms']) == ['initial', 'revised', 'direct']
-  assert found['arms']['revised']['groups']['harmful']['count'] == 6
-  assert 'differences' not in found['arms']['initial']['groups']['harmful']
-  difference = found['arms']['revised']['groups']['harmful']['differences']['violation_rate']
+def test_an_experiment_writes_results_figures_and_report(finished):
+  _, workdir = finished
+  results = json.loads((workdir / 'small' / 'results.json').read_text())
+  assert list(results['arms']) == ['initial', 'revised', 'direct']
+  assert results['arms']['revised']['groups']['harmful']['count'] == 6
+  assert 'differences' not in results['arms']['initial']['groups']['harmful']
+  difference = results['arms']['revised']['groups']['harmful']['differences']['violation_rate']
   assert difference['interval'][0] <= difference['value'] <= difference['interval'][1]
-  assert found['config_differences']['feedback.variant']['direct'] == 'direct'
+  assert results['config_differences']['feedback.variant']['direct'] == 'direct'
   page = (workdir / 'small' / 'report.html').read_text()
   assert 'Does it run?' in page and '<svg' in page
   assert list((workdir / 'small').glob('*.svg'))
 
 
-def test_arms_share_what_they_have_in_common(done):
-  """The direct arm takes all its answers from the journal and samples its revisions alone."""
-  _, workdir = done
-  found = json.loads((workdir / 'small' / 'results.json').read_text())
-  by_turns = {row['turns']: row['reused_turns'] for row in found['costs']}
+def test_an_arm_samples_only_the_turns_that_no_other_arm_has(finished):
+  """The direct arm reads its answers from the journal and samples only its revisions."""
+  _, workdir = finished
+  results = json.loads((workdir / 'small' / 'results.json').read_text())
+  by_turns = {row['turns']: row['reused_turns'] for row in results['costs']}
   assert by_turns == {6 * 3 + 2: 0, 6: 6 + 2}
 
 
-def test_a_second_start_samples_nothing(done, capsys):
-  file, workdir = done
-  runner.run(str(file), workdir, options())
-  told = capsys.readouterr().out
-  assert '0 of 2 runs had work left: 0 turns sampled' in told
+def test_a_second_start_samples_nothing(finished, capsys):
+  file, workdir = finished
+  runner.run_experiment(str(file), workdir, options())
+  output = capsys.readouterr().out
+  assert '0 of 2 runs had work left: 0 turns sampled' in output
 
 
-def test_another_experiment_samples_only_what_differs(done, tmp_path, capsys):
-  _, workdir = done
+def test_a_second_experiment_samples_only_new_turns(finished, tmp_path, capsys):
+  _, workdir = finished
   other = tmp_path / 'other.py'
   other.write_text('"""Another."""\n' + SMALL.replace("'direct'}", "'empty'}"))
-  runner.run(str(other), workdir, options())
-  told = capsys.readouterr().out
-  assert '1 of 2 runs had work left: 6 turns sampled, 8 taken from the journal' in told
+  runner.run_experiment(str(other), workdir, options())
+  output = capsys.readouterr().out
+  assert '1 of 2 runs had work left: 6 turns sampled, 8 taken from the journal' in output
 
 
-def test_a_dry_run_tells_what_is_left_and_does_nothing(done, tmp_path, capsys):
-  file, workdir = done
-  runner.run(str(file), tmp_path, options(dry_run=True))
-  told = capsys.readouterr().out
-  assert '26 turns to sample' in told and 'minutes here' in told and 'GiB of memory' in told
+def test_a_dry_run_prints_an_estimate_and_writes_nothing(finished, tmp_path, capsys):
+  file, workdir = finished
+  runner.run_experiment(str(file), tmp_path, options(dry_run=True))
+  output = capsys.readouterr().out
+  assert '26 turns to sample' in output and 'minutes here' in output and 'GiB of memory' in output
   assert not list(tmp_path.iterdir())
-  runner.run(str(file), workdir, options(dry_run=True, arms=['revised']))
-  told = capsys.readouterr().out
-  assert 'nothing is left to do' in told
+  runner.run_experiment(str(file), workdir, options(dry_run=True, arms=['revised']))
+  output = capsys.readouterr().out
+  assert 'nothing is left to do' in output
 
 
-def test_a_response_that_a_run_does_not_have_is_an_error(done):
-  _, workdir = done
+def test_scoring_a_missing_revision_is_an_error(finished):
+  _, workdir = finished
   folder = next(iter(pathlib.Path(workdir / 'runs').iterdir()))
-  with pytest.raises(ValueError, match=r'revision_3 is asked for, and the run has 1 rounds'):
-    collect.responses(Arm(response='revision_3'), {0: folder}, 'harmful')
+  with pytest.raises(UserError, match=r'scores revision_3, but its run has 1 rounds'):
+    collect.read_responses(Arm(response='revision_3'), {0: folder}, 'harmful')
 
 
-def test_a_held_out_answer_is_revised_where_it_has_rounds():
+def test_the_revised_response_is_the_last_revision_if_there_is_one():
   turn = lambda text: {'text': text}  # noqa: E731
   row = {'initial': turn('a'), 'rounds': [{'revision': turn('b')}, {'revision': turn('c')}]}
-  chosen = {name: collect._response(name, row)['text'] for name in ('base', 'revised', 'last')}
+  chosen = {
+    name: collect._select_response(name, row)['text'] for name in ('base', 'revised', 'last')
+  }
   assert chosen == {'base': 'a', 'revised': 'c', 'last': 'c'}
-  assert collect._response('revision_1', row)['text'] == 'b'
-  assert collect._response('revised', row | {'rounds': []})['text'] == 'a'
+  assert collect._select_response('revision_1', row)['text'] == 'b'
+  assert collect._select_response('revised', row | {'rounds': []})['text'] == 'a'
 
 
-def test_a_figure_of_what_was_not_measured_is_named():
+def test_a_figure_without_its_measures_is_left_out_with_a_note():
   arms = {'a': {'groups': {'harmful': {'metrics': {'mean_tokens': {}}}}}}
   line = {'kind': 'line', 'group': 'harmful', 'series': [{'metric': 'mean_tokens', 'arms': ['a']}]}
-  assert collect._missing(line, arms) == ''
+  assert collect._missing_measure(line, arms) == ''
   rates = {'kind': 'arms', 'group': 'harmful', 'metrics': ['violation_rate'], 'arms': ['a']}
-  assert collect._missing(rates, arms) == "there is no violation_rate of harmful prompts for 'a'"
+  assert (
+    collect._missing_measure(rates, arms) == "there is no violation_rate of harmful prompts for 'a'"
+  )
   frontier = {
     'kind': 'frontier',
     'x': ['harmful', 'mean_tokens'],
     'y': ['helpful', 'x'],
     'arms': ['a'],
   }
-  assert 'x of helpful prompts' in collect._missing(frontier, arms)
+  assert 'x of helpful prompts' in collect._missing_measure(frontier, arms)
 
 
-def test_two_experiments_do_not_share_a_workdir_at_one_time(tmp_path):
+def test_two_experiments_cannot_use_a_workdir_at_the_same_time(tmp_path):
   with (
-    runner.alone(tmp_path),
-    pytest.raises(ValueError, match='another experiment is running'),
-    runner.alone(tmp_path),
+    runner.lock_workdir(tmp_path),
+    pytest.raises(UserError, match='another experiment is running'),
+    runner.lock_workdir(tmp_path),
   ):
     pass
-  with runner.alone(tmp_path):  # and afterwards it is free
+  with runner.lock_workdir(tmp_path):  # and afterwards it is free
     pass

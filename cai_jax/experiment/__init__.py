@@ -1,4 +1,4 @@
-"""Experiments: defining, running, collecting and estimating them."""
+"""Define, run, collect and estimate experiments: arms of one config, compared prompt by prompt."""
 
 from cai_jax.experiment.define import Arm, Experiment, rates_by_arm, rates_line
 

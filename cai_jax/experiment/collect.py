@@ -1,4 +1,4 @@
-"""Scores of an experiment's arms from the rows that its runs wrote, with paired differences."""
+"""Collect an experiment's results: scores of its arms, paired differences, and costs."""
 
 import dataclasses
 import functools
@@ -13,139 +13,160 @@ from ml_collections import ConfigDict
 from cai_jax.data import d_cai
 from cai_jax.evaluation import compare, summary
 from cai_jax.experiment.define import (
-  TRAINED,
+  HELD_OUT_RESPONSES,
   Arm,
   Experiment,
-  changed,
-  drawn_arms,
-  overridden,
+  changed_settings,
+  figure_arms,
+  override_config,
   run_name,
 )
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
-from cai_jax.scoring import scorer
+from cai_jax.scoring.scorer import Measure, Scorer
 
 KINDS = ('harmful', 'helpful')
+RunFolders = Mapping[str, Mapping[int, pathlib.Path]]  # arm → seed → folder of the run
 
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-  """The responses of an arm to the prompts of one kind, by seed and prompt id."""
+  """An arm's responses to the prompts of one kind.
+
+  Attributes:
+    prompts: seed → prompt id → messages.
+    turns: seed → prompt id → sampled turn.
+  """
 
   prompts: Mapping[int, Mapping[str, list[dict[str, str]]]]
   turns: Mapping[int, Mapping[str, dict[str, Any]]]
 
-  def measured(
+  def measure(
     self,
-    scorer: scorer.Scorer | None,
-    further: Mapping[str, scorer.Measure],
+    scorer: Scorer | None,
+    measures: Mapping[str, Measure],
     diversity: bool = False,
   ) -> dict[str, compare.Values]:
-    """Measure → seed → prompt id → value."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    """Return the value of every measure for every response.
+
+    Args:
+      scorer: judges a response; without one there are no rates.
+      measures: additional measures by name.
+      diversity: whether to measure diversity as well.
+
+    Returns:
+      Measure → seed → prompt id → value.
+    """
+    values_by_measure: dict[str, dict[int, dict[str, float]]] = {}
     for seed, turns in self.turns.items():
       prompts = self.prompts[seed]
-      columns = summary.measures(list(prompts.values()), list(turns.values()), scorer, further)
+      columns = summary.measures(list(prompts.values()), list(turns.values()), scorer, measures)
       if diversity:
         columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
       for name, values in columns.items():
-        found.setdefault(name, {})[seed] = dict(zip(turns, values, strict=True))
-    return found
+        by_seed = values_by_measure.setdefault(name, {})
+        by_seed[seed] = dict(zip(turns, values, strict=True))
+    return values_by_measure
 
 
-def responses(arm: Arm, workdirs: Mapping[int, pathlib.Path], kind: str) -> Responses | None:
-  """An arm's responses; None where its runs have fewer than two prompts of the kind.
+def read_responses(arm: Arm, folders: Mapping[int, pathlib.Path], kind: str) -> Responses | None:
+  """Read an arm's responses to prompts of one kind.
 
   Args:
-    arm: what is scored.
-    workdirs: of its runs, by seed.
-    kind: 'harmful' or 'helpful'; of helpful prompts D_CAI holds the initial response alone.
+    arm: names the response.
+    folders: the arm's run folders, by seed.
+    kind: 'harmful' or 'helpful'. For helpful prompts D_CAI has the initial response only.
+
+  Returns:
+    The responses, or None if a run has fewer than two prompts of the kind.
 
   Raises:
-    ValueError: if a run has no such revision.
+    UserError: if a run has fewer rounds than the response needs.
   """
   prompts, turns = {}, {}
-  for seed, workdir in workdirs.items():
-    rows = [row for row in _rows(arm, workdir) if row['kind'] == kind]
+  for seed, folder in folders.items():
+    rows = [row for row in _scored_rows(arm, folder) if row['kind'] == kind]
     prompts[seed] = {row['id']: row['prompt'] for row in rows}
-    turns[seed] = {row['id']: _response(arm.response, row) for row in rows}
+    turns[seed] = {row['id']: _select_response(arm.response, row) for row in rows}
   return Responses(prompts, turns) if all(len(t) > 1 for t in turns.values()) else None
 
 
-@functools.cache
-def _read(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
-  """The rows of a dataset that is done, without what is not scored: arms ask for them again."""
-  kept = ('id', 'kind', 'prompt', 'initial', 'rounds')
-  return tuple({name: row[name] for name in kept} for row in d_cai.read_rows(folder))
+@functools.cache  # several arms read the same dataset
+def _read_rows(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
+  """Return the rows of a finished dataset, reduced to the fields that are scored."""
+  fields = ('id', 'kind', 'prompt', 'initial', 'rounds')
+  return tuple({name: row[name] for name in fields} for row in d_cai.read_rows(folder))
 
 
-def _rows(arm: Arm, workdir: pathlib.Path) -> Sequence[Mapping[str, Any]]:
-  if arm.response not in TRAINED:
-    return [row for row in _read(workdir / 'd_cai') if row['rounds']]
-  kinds = {row['id']: row['kind'] for row in _read(workdir / 'evaluation' / 'base')}
-  rows = _read(workdir / TRAINED[arm.response])
-  # To M_aligned's run all prompts are to be answered and not revised: kinds are those of M_θ's.
+def _scored_rows(arm: Arm, folder: pathlib.Path) -> Sequence[Mapping[str, Any]]:
+  if arm.response not in HELD_OUT_RESPONSES:
+    return [row for row in _read_rows(folder / 'd_cai') if row['rounds']]
+  # M_aligned answers every prompt and revises none, so its dataset does not know the kinds.
+  kinds = {row['id']: row['kind'] for row in _read_rows(folder / 'evaluation' / 'base')}
+  rows = _read_rows(folder / HELD_OUT_RESPONSES[arm.response])
   return [row | {'kind': kinds[row['id']]} for row in rows]
 
 
-def _response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-  if name in ('initial', 'base', 'aligned') or (name == 'revised' and not row['rounds']):
+def _select_response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+  rounds = row['rounds']
+  if name in ('initial', 'base', 'aligned') or (name == 'revised' and not rounds):
     return row['initial']
-  number = (
-    len(row['rounds']) if name in ('last', 'revised') else int(name.removeprefix('revision_'))
-  )
-  if number > len(row['rounds']):
-    raise UserError(f'{name} is asked for, and the run has {len(row["rounds"])} rounds.')
-  return row['rounds'][number - 1]['revision']
+  if name in ('last', 'revised'):
+    return rounds[-1]['revision']
+  number = int(name.removeprefix('revision_'))
+  if number > len(rounds):
+    raise UserError(
+      f'An arm scores {name}, but its run has {len(rounds)} rounds. Raise feedback.rounds.'
+    )
+  return rounds[number - 1]['revision']
 
 
-def collect(
+def collect_results(
   experiment: Experiment,
   name: str,
   docstring: str,
-  workdirs: Mapping[str, Mapping[int, pathlib.Path]],
-  scorer: scorer.Scorer | None,
-  further: Mapping[str, scorer.Measure],
+  folders: RunFolders,
+  scorer: Scorer | None,
+  measures: Mapping[str, Measure],
   config: ConfigDict,
 ) -> dict[str, Any]:
-  """The results of an experiment as `cai_jax.report.write_experiment` takes them.
+  """Return the results of an experiment, as `cai_jax.report.write_experiment` takes them.
 
   Args:
     experiment: the arms.
-    name, docstring: of its file.
-    workdirs: arm → seed → folder of its run.
+    name, docstring: of the experiment's file.
+    folders: arm → seed → folder of the finished run.
     scorer: judges a response, or None.
-    further: measures beside the scorer's, by name.
+    measures: measures in addition to the scorer's, by name.
     config: the base config.
 
   Raises:
-    ValueError: if an arm answers other prompts than the reference.
+    UserError: if an arm and the reference answer different prompts.
   """
-  measured = {
+  values = {
     arm: {
-      kind: found.measured(scorer, further, experiment.diversity)
+      kind: responses.measure(scorer, measures, experiment.diversity)
       for kind in KINDS
-      if (found := responses(experiment.arms[arm], workdirs[arm], kind)) is not None
+      if (responses := read_responses(experiment.arms[arm], folders[arm], kind)) is not None
     }
     for arm in experiment.arms
   }
-  reference = measured[experiment.reference]
+  reference = values[experiment.reference]
   arms = {
     arm: {
       'response': settings.response,
       'overrides': dict(settings.overrides),
       'facts': dict(settings.facts),
       'groups': {
-        kind: _group(columns, None if arm == experiment.reference else reference.get(kind))
-        for kind, columns in measured[arm].items()
+        kind: _summarize(columns, None if arm == experiment.reference else reference.get(kind))
+        for kind, columns in values[arm].items()
       },
     }
     for arm, settings in experiment.arms.items()
   }
-  metrics = list(dict.fromkeys(m for found in measured.values() for g in found.values() for m in g))
   figures, notes = [], []
   for figure in experiment.figures:
-    if missing := _missing(figure, arms):
+    if missing := _missing_measure(figure, arms):
       notes.append(f'The figure "{figure["caption"]}" is left out: {missing}.')
     else:
       figures.append(dict(figure))
@@ -156,91 +177,101 @@ def collect(
     'base': experiment.base,
     'seeds': list(experiment.seeds),
     'reference': experiment.reference,
-    'metrics': metrics,
+    'metrics': list(
+      dict.fromkeys(m for kinds in values.values() for columns in kinds.values() for m in columns)
+    ),
     'arms': arms,
     'figures': figures,
     'config_differences': _config_differences(experiment, config),
-    'costs': _all_costs(experiment, workdirs),
+    'costs': _all_costs(experiment, folders),
     'notes': notes,
   }
 
 
-def _missing(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
-  """What a figure shows that was not measured; '' where all was."""
+def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
+  """Return which measure of a figure is missing, or '' if the results have all of them."""
   if figure['kind'] == 'frontier':
     shown = {tuple(figure['x']), tuple(figure['y'])}
   else:
-    metrics = figure.get('metrics') or [line['metric'] for line in figure['series']]
+    metrics = figure.get('metrics') or [series['metric'] for series in figure['series']]
     shown = {(figure['group'], metric) for metric in metrics}
   for group, metric in sorted(shown):
-    for arm in sorted(drawn_arms(figure)):
+    for arm in sorted(figure_arms(figure)):
       if metric not in arms[arm]['groups'].get(group, {'metrics': {}})['metrics']:
         return f'there is no {metric} of {group} prompts for {arm!r}'
   return ''
 
 
-def _group(
+def _summarize(
   columns: Mapping[str, compare.Values], reference: Mapping[str, compare.Values] | None
 ) -> dict[str, Any]:
-  """An arm's count and means, and where there is a reference its paired differences to that."""
+  """Return an arm's count and means, and its paired differences to the reference if there is one.
+
+  Args:
+    columns: measure → seed → prompt id → value.
+    reference: the same for the reference arm.
+  """
   count = sum(map(len, next(iter(columns.values())).values()))
   metrics = {}
   for name, values in columns.items():
-    by_seed = {str(s): sum(found.values()) / len(found) for s, found in values.items()}
-    metrics[name] = _told(compare.mean(values)) | {'by_seed': by_seed}
+    by_seed = {str(s): sum(column.values()) / len(column) for s, column in values.items()}
+    metrics[name] = _as_dict(compare.mean(values)) | {'by_seed': by_seed}
   group = {'count': count, 'metrics': metrics}
   if reference is not None:
     group['differences'] = {
-      name: _told(compare.paired_difference(values, reference[name]))
+      name: _as_dict(compare.paired_difference(values, reference[name]))
       for name, values in columns.items()
     }
   return group
 
 
-def _told(estimate: compare.Estimate) -> dict[str, Any]:
+def _as_dict(estimate: compare.Estimate) -> dict[str, Any]:
   return {'value': estimate.value, 'interval': [estimate.low, estimate.high]}
 
 
-def _config_differences(experiment: Experiment, config) -> dict[str, dict[str, Any]]:
-  """Field → arm → value, of the fields in which an arm differs from the base config."""
-  base = flatten(config.to_dict())
-  found: dict[str, dict[str, Any]] = {}
-  of = {
-    arm: flatten(overridden(config, experiment.settings(arm, experiment.seeds[0])).to_dict())
+def _config_differences(experiment: Experiment, config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """Return field → arm → value for the fields in which any arm differs from the base config."""
+  seed = experiment.seeds[0]
+  by_arm = {
+    arm: flatten(override_config(config, experiment.settings(arm, seed)).to_dict())
     for arm in experiment.arms
   }
-  for field, value in base.items():
-    if field != 'seed' and any(fields[field] != value for fields in of.values()):
-      found[field] = {arm: fields[field] for arm, fields in of.items()}
-  return found
+  return {
+    field: {arm: fields[field] for arm, fields in by_arm.items()}
+    for field, value in flatten(config.to_dict()).items()
+    if field != 'seed' and any(fields[field] != value for fields in by_arm.values())
+  }
 
 
-def _all_costs(
-  experiment: Experiment, workdirs: Mapping[str, Mapping[int, pathlib.Path]]
-) -> list[dict[str, Any]]:
-  """The costs of each run once, in the stages that its arms need."""
+def _all_costs(experiment: Experiment, folders: RunFolders) -> list[dict[str, Any]]:
+  """Return the costs of each distinct run, for the stages that its arms need."""
   stages: dict[tuple[pathlib.Path, int], tuple[str, ...]] = {}
-  for arm, seeds in workdirs.items():
-    for seed, folder in seeds.items():
-      both = stages.get((folder, seed), ()), experiment.arms[arm].stages
-      stages[folder, seed] = max(both, key=len)
-  return [row for run, needed in stages.items() for row in costs(*run, needed)]
+  for arm, by_seed in folders.items():
+    for seed, folder in by_seed.items():
+      candidates = stages.get((folder, seed), ()), experiment.arms[arm].stages
+      stages[folder, seed] = max(candidates, key=len)
+  return [row for run, needed in stages.items() for row in stage_costs(*run, needed)]
 
 
-def costs(workdir: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[str, Any]]:
-  """What those of the stages that are done sampled, found in the journal, and took.
+def stage_costs(folder: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[str, Any]]:
+  """Return one row of costs for each of the stages that has finished.
 
-  Counts are those of a stage's last start; memory is the process's most until then.
+  Counts are those of the stage's last start; memory is the process's peak up to its end.
+
+  Args:
+    folder: the run's folder.
+    seed: the run's seed, copied into the rows.
+    stages: names of stages.
   """
-  manifest = json.loads((workdir / 'manifest.json').read_text(encoding='utf-8'))
-  found = []
+  manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+  rows = []
   for stage, entry in manifest['stages'].items():
     if stage not in stages or 'finished' not in entry:
       continue
     jobs = [entry[job] for job in ('base', 'aligned') if job in entry] or [entry]
-    found.append(
+    rows.append(
       {
-        'run': workdir.name,
+        'run': folder.name,
         'seed': seed,
         'stage': stage,
         'turns': sum(job.get('turns', 0) for job in jobs),
@@ -250,16 +281,23 @@ def costs(workdir: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[
         'peak_memory_bytes': entry['peak_memory_bytes'],
       }
     )
-  return found
+  return rows
 
 
-def workdirs_of(
+def run_folders(
   experiment: Experiment, folder: pathlib.Path, config: ConfigDict
 ) -> dict[str, dict[int, pathlib.Path]]:
-  """Arm → seed → the folder of its run; arms of equal settings have the same."""
+  """Return arm → seed → folder of the run. Arms with equal settings share a folder.
+
+  Args:
+    experiment: the arms and seeds.
+    folder: the folder of all runs.
+    config: the base config.
+  """
   return {
     arm: {
-      seed: folder / run_name(experiment.base, changed(config, experiment.settings(arm, seed)))
+      seed: folder
+      / run_name(experiment.base, changed_settings(config, experiment.settings(arm, seed)))
       for seed in experiment.seeds
     }
     for arm in experiment.arms

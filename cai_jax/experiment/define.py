@@ -1,4 +1,4 @@
-"""What an experiment is: arms of one base config, what of each is scored, and the figures."""
+"""Define an experiment: its arms, the responses it scores, and its figures."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,31 +16,31 @@ from ml_collections import ConfigDict
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
 
-GENERATED = re.compile(r'initial|last|revision_\d+')  # responses that D_CAI holds
-# Those to held-out prompts, and where they lie in a run's folder.
-TRAINED = {
+D_CAI_RESPONSE = re.compile(r'initial|last|revision_\d+')
+# Responses to held-out prompts, and the dataset in the run's folder that holds them.
+HELD_OUT_RESPONSES = {
   'base': 'evaluation/base',
   'revised': 'evaluation/base',
   'aligned': 'evaluation/aligned',
 }
 RATES = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One thing that is compared.
+  """One condition of an experiment.
 
   Attributes:
-    overrides: config field → value, where it differs from the experiment's base.
-    response: what is scored. 'initial', 'revision_n' and 'last' (revision) are responses of D_CAI;
-      'base' and 'aligned' are answers of M_θ and M_aligned to held-out prompts, and 'revised' the
-      last revisions of M_θ's answers to those that are harmful; for these the run is trained and
-      evaluated.
-    facts: further columns of the table.
+    overrides: values of the config fields in which this arm differs from the experiment's base.
+    response: the response to score. 'initial', 'revision_n' and 'last' (the last revision) are
+      responses of D_CAI. 'base' and 'aligned' are the answers of M_θ and M_aligned to held-out
+      prompts, and 'revised' is the last revision of M_θ's answer where the prompt is harmful. For
+      the last three, the run also trains and evaluates.
+    facts: additional columns of the result table.
 
   Raises:
-    ValueError: for another response.
+    UserError: if `response` is none of these.
   """
 
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,35 +48,35 @@ class Arm:
   facts: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if self.response not in TRAINED and not GENERATED.fullmatch(self.response):
+    if self.response not in HELD_OUT_RESPONSES and not D_CAI_RESPONSE.fullmatch(self.response):
       raise UserError(
-        f'response={self.response!r}; an arm scores initial, revision_n or last, or base, revised '
-        'or aligned.'
+        f'response={self.response!r} is not a response that an arm can score. '
+        'Use initial, revision_n, last, base, revised or aligned.'
       )
 
   @property
   def stages(self) -> tuple[str, ...]:
-    """Stages of a run that the response needs."""
-    trained = ('generate', 'train', 'evaluate', 'report')
-    return trained if self.response in TRAINED else ('generate',)
+    """The stages of a run that produce the response."""
+    if self.response in HELD_OUT_RESPONSES:
+      return ('generate', 'train', 'evaluate', 'report')
+    return ('generate',)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A question, as arms that differ in what they say and in nothing else.
+  """A question, stated as arms that differ only in their overrides and in the response they score.
 
   Attributes:
-    arms: by name, in the table's order.
-    reference: the arm that the others are compared with, prompt by prompt.
-    figures: as `cai_jax.report.write_experiment` draws them.
-    overrides: config field → value, for all arms.
-    base: config file, from the repository's root.
-    seeds: of all arms alike.
-    diversity: measure it, too; see `cai_jax.evaluation.compare.diversity`.
+    arms: by name, in the order of the result table.
+    reference: name of the arm that all others are compared with, prompt by prompt.
+    figures: figure specifications, as `cai_jax.report.write_experiment` describes them.
+    overrides: values of config fields for all arms.
+    base: path of the config file, relative to the repository's root.
+    seeds: every arm runs once with each seed.
+    diversity: whether to measure `cai_jax.evaluation.compare.diversity` as well.
 
   Raises:
-    ValueError: for a reference that is no arm, a comma in an arm's name, or a figure of arms that
-      are not there.
+    UserError: if the reference or a figure's arm does not exist, or an arm's name has a comma.
   """
 
   arms: Mapping[str, Arm]
@@ -88,28 +89,38 @@ class Experiment:
 
   def __post_init__(self):
     if self.reference not in self.arms:
-      raise UserError(f'reference={self.reference!r} is none of the arms {list(self.arms)}.')
-    if commas := [name for name in self.arms if ',' in name]:
-      raise UserError(f'the arm {commas[0]!r} has a comma in its name, at which --arms is split.')
-    drawn = {name for figure in self.figures for name in drawn_arms(figure)}
-    if drawn - set(self.arms):
-      raise UserError(f'a figure draws {sorted(drawn - set(self.arms))}; no such arm.')
+      raise UserError(
+        f'reference={self.reference!r} is not an arm. The arms are {", ".join(self.arms)}.'
+      )
+    if names := [name for name in self.arms if ',' in name]:
+      raise UserError(
+        f'The name of the arm {names[0]!r} contains a comma, which separates names in --arms. '
+        'Choose a name without one.'
+      )
+    unknown = {name for figure in self.figures for name in figure_arms(figure)} - set(self.arms)
+    if unknown:
+      raise UserError(
+        f'A figure shows {sorted(unknown)}, which are not arms. The arms are '
+        f'{", ".join(self.arms)}.'
+      )
 
-  def only(self, names: Sequence[str]) -> 'Experiment':
-    """The experiment with some of its arms, and its reference; figures that lack one are left out.
+  def select(self, names: Sequence[str]) -> 'Experiment':
+    """Return the experiment with the named arms and the reference only.
+
+    Figures that show any other arm are left out.
 
     Raises:
-      ValueError: for a name that is no arm.
+      UserError: if a name is not an arm.
     """
     unknown = [name for name in names if name not in self.arms]
     if unknown:
-      raise UserError(f'unknown arm {", ".join(unknown)}; there is {", ".join(self.arms)}.')
+      raise UserError(f'unknown arm {", ".join(unknown)}; the arms are {", ".join(self.arms)}.')
     kept = {k: arm for k, arm in self.arms.items() if k in names or k == self.reference}
-    figures = tuple(figure for figure in self.figures if drawn_arms(figure) <= set(kept))
+    figures = tuple(figure for figure in self.figures if figure_arms(figure) <= set(kept))
     return dataclasses.replace(self, arms=kept, figures=figures)
 
   def settings(self, arm: str, seed: int) -> dict[str, Any]:
-    """Config field → value of a run, against the base config."""
+    """Return the config fields that a run sets, by dotted name."""
     return {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
 
 
@@ -121,9 +132,17 @@ def rates_line(
   group: str = 'harmful',
   y_label: str = 'share of responses (%)',
 ) -> dict[str, Any]:
-  """The figure of both rates, of the arms in their order at places x."""
-  places = {'arms': list(arms), 'x': list(x)}
-  series = [{'name': name, 'metric': metric, **places} for name, metric in RATES]
+  """Return the specification of a line figure of both rates.
+
+  Args:
+    caption: the figure's caption.
+    arms: one point on each line per arm.
+    x: the x coordinate of each arm.
+    x_label, y_label: axis labels with units.
+    group: 'harmful' or 'helpful' prompts.
+  """
+  points = {'arms': list(arms), 'x': list(x)}
+  series = [{'name': name, 'metric': metric, **points} for name, metric in RATES]
   return {
     'kind': 'line',
     'caption': caption,
@@ -135,103 +154,115 @@ def rates_line(
 
 
 def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> dict[str, Any]:
-  """The figure of both rates with a line for each arm."""
-  metrics = [metric for _, metric in RATES]
+  """Return the specification of a figure with one row per arm and one panel per rate."""
   return {
     'kind': 'arms',
     'caption': caption,
     'group': group,
-    'metrics': metrics,
+    'metrics': [metric for _, metric in RATES],
     'arms': list(arms),
   }
 
 
-def drawn_arms(figure: Mapping[str, Any]) -> set[str]:
-  """The arms that a figure shows."""
-  series = figure.get('series', [figure])
-  return {name for line in series for name in line['arms']}
+def figure_arms(figure: Mapping[str, Any]) -> set[str]:
+  """Return the names of the arms that a figure specification shows."""
+  return {name for series in figure.get('series', [figure]) for name in series['arms']}
 
 
-def load(spec: str) -> tuple[str, str, Experiment]:
-  """(name, docstring, experiment) of a file.
+def load_experiment(spec: str) -> tuple[str, str, Experiment]:
+  """Load an experiment from a Python file.
 
   Args:
-    spec: path of a Python file with `get_experiment()`; after a colon, a text that it is given, as
-      config files take it.
+    spec: path of a file that defines `get_experiment()`. A text after a colon is passed to that
+      function, as ml_collections does for config files.
+
+  Returns:
+    The file's name without suffix, its docstring, and the experiment.
 
   Raises:
-    ValueError: if there is no such file, or it holds no experiment.
+    UserError: if there is no such file, or it does not define an experiment.
   """
   path, _, argument = str(spec).partition(':')
   file = pathlib.Path(path)
   if not file.is_file():
     files = sorted((ROOT / 'experiments').glob('*.py'))
-    known = [f'experiments/{f.name}' for f in files if '\ndef get_experiment(' in f.read_text()]
-    raise UserError(f'{path}: no such file; there is {", ".join(known)}.')
-  module = _imported(file)
+    shipped = [f'experiments/{f.name}' for f in files if '\ndef get_experiment(' in f.read_text()]
+    raise UserError(f'{path}: no such file. Shipped experiments: {", ".join(shipped)}.')
+  module = _import_file(file)
   if not hasattr(module, 'get_experiment'):
-    raise UserError(f'{path} has no get_experiment(): it is not the file of an experiment.')
-  takes = bool(inspect.signature(module.get_experiment).parameters)
-  if argument and not takes:
-    raise UserError(f'{path} takes no text after a colon, and {argument!r} was given.')
+    raise UserError(f'{path} does not define get_experiment(), so it is not an experiment.')
+  accepts_text = bool(inspect.signature(module.get_experiment).parameters)
+  if argument and not accepts_text:
+    raise UserError(f'{path} takes no text after a colon; remove {":" + argument!r}.')
   experiment = module.get_experiment(argument) if argument else module.get_experiment()
   return file.stem, inspect.cleandoc(module.__doc__ or ''), experiment
 
 
-def base_config(path: str) -> ConfigDict:
-  """The config of a file with `get_config()`.
+def load_config(path: str) -> ConfigDict:
+  """Return the config of a file that defines `get_config()`.
+
+  Args:
+    path: relative to the working directory or to the repository's root.
 
   Raises:
-    ValueError: if there is no such file.
+    UserError: if there is no such file.
   """
   file = pathlib.Path(path)
   file = file if file.is_file() else ROOT / path
   if not file.is_file():
-    raise UserError(f'{path}: no such config.')
-  return _imported(file).get_config()
+    raise UserError(f'{path}: no such config file.')
+  return _import_file(file).get_config()
 
 
-def overridden(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
-  """A copy of the config with fields set, each by its dotted name.
+def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+  """Return a copy of the config with some fields set.
+
+  Args:
+    config: the config to copy.
+    settings: new values by dotted field name, such as {'train.epochs': 1}.
 
   Raises:
-    ValueError: for a field that it does not have, or a value of another kind.
+    UserError: if the config has no such field or the value has the wrong type.
   """
   config = config.copy_and_resolve_references().lock()
-  known = flatten(config.to_dict())
+  fields = flatten(config.to_dict())
   for name, value in settings.items():
-    if name not in known:
-      raise UserError(f'the config has no field {name!r}; configs/default.py lists every field.')
+    if name not in fields:
+      raise UserError(f'The config has no field {name!r}; configs/default.py lists every field.')
     try:
       config.update_from_flattened_dict({name: value})
     except TypeError as error:
-      raise UserError(f'{name}={value!r} cannot be set in the config: {error}') from error
+      raise UserError(f'{name}={value!r} has the wrong type: {error}') from error
   return config
 
 
-def changed(config: ConfigDict, settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Those of the settings that the config does not have anyway, and the seed."""
+def changed_settings(config: ConfigDict, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the settings that differ from the config, and always the seed."""
   base = flatten(config.to_dict())
   return {k: v for k, v in settings.items() if k == 'seed' or k not in base or base[k] != v}
 
 
 def run_name(base: str, settings: Mapping[str, Any]) -> str:
-  """The folder's name of a run: equal settings of equal configs have one run, in any experiment."""
-  told = [f'{field.split(".")[-1]}={_told(value)}' for field, value in sorted(settings.items())]
-  name = re.sub(r'[^\w.=,+-]+', '_', '-'.join([pathlib.Path(base).stem, *told]))
+  """Return the folder name of a run.
+
+  Equal settings of equal configs give equal names, so experiments share runs.
+  """
+  parts = [f'{key.split(".")[-1]}={_short_value(value)}' for key, value in sorted(settings.items())]
+  name = re.sub(r'[^\w.=,+-]+', '_', '-'.join([pathlib.Path(base).stem, *parts]))
   content = json.dumps([base, dict(settings)], sort_keys=True, default=str)
   return f'{name[:120]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
 
 
-def _told(value: Any) -> str:
+def _short_value(value: Any) -> str:
   return f'{len(value)}of' if isinstance(value, tuple) and len(value) > 3 else str(value)
 
 
-def _imported(file: pathlib.Path):
+def _import_file(file: pathlib.Path) -> ModuleType:
   spec = importlib.util.spec_from_file_location(file.stem, file)
+  assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except (ImportError, SyntaxError) as error:
-    raise UserError(f'{file} cannot be read as Python: {error}') from error
+    raise UserError(f'{file} cannot be imported: {error}') from error
   return module

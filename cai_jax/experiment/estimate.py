@@ -1,4 +1,4 @@
-"""What an experiment will take, told before it runs: turns, tokens, time and memory."""
+"""Estimate what an experiment will cost before it runs: turns, tokens, time and memory."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,8 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,182 +17,215 @@ from cai_jax import pipeline
 from cai_jax.feedback import generate
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model import lm as models
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.sampling import device
 from cai_jax.sampling.journal import Journal
 
-PROBED = 64  # chains that are sampled to learn how fast it goes
-STARTING = 3.0  # seconds that a run takes beside sampling and training: loading, compiling, writing
-REACHED = 0.35  # share of its products' bare speed that a train step of ours reaches; RESULTS.md
-PROCESS_GIB = 1.0  # of a process that has done nothing but import and compile
+PROBE_CHAINS = 64  # chains sampled to measure the speed
+START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
+UTILISATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
+PROCESS_GIB = 1.0  # memory of a process that has only imported and compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-  """Turns of one kind: how many, and how long they can be."""
+  """A number of turns with a common limit on their length, in tokens."""
 
   count: int
   max_tokens: int
 
 
-def turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
-  """The turns that a run needs, under names that are equal for equal turns of other runs.
+def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
+  """Return the turns that a run needs, grouped by a digest of what determines their text.
 
-  A name is a digest of all that the texts depend on, as far as a config tells it: of the rounds
-  before a turn, but not of those after it.
+  Runs that share turns share digests: a digest covers the settings and the rounds up to a turn, but
+  not the rounds after it.
   """
-  found = _chains(run, ('harmful', 'helpful'), 'base')
+  turns_by_digest = _chain_turns(run, ('harmful', 'helpful'), 'base')
   if 'evaluate' in stages:
-    found |= _chains(run, ('eval_harmful', 'eval_helpful'), 'base')
-    found |= _chains(run, ('eval_harmful', 'eval_helpful'), _digest(run.settings('train')))
-  return found
+    turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), 'base')
+    turns_by_digest |= _chain_turns(
+      run, ('eval_harmful', 'eval_helpful'), _digest(run.settings('train'))
+    )
+  return turns_by_digest
 
 
-def _chains(run: pipeline.Run, names: Sequence[str], model: str) -> dict[str, Turns]:
-  """Turns of the chains over two prompt sets by M_θ ('base'), or by a model that only answers."""
+def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[str, Turns]:
+  """Return the turns over the named prompt sets.
+
+  Args:
+    run: holds the prompts and the settings.
+    names: prompt sets.
+    model: 'base' for M_θ, which also critiques and revises; any other model only answers.
+  """
   settings = run.settings('evaluate')
   feedback = {k: v for k, v in settings['feedback'].items() if k not in ('rounds', 'shard_rows')}
-  answered = [
+  answer_settings = [
     settings['seed'],
     model,
     settings['model']['base'] if model == 'base' else '',
     settings['sampling']['initial'],
     [feedback[k] for k in ('style', 'template_options')],
   ]
-  revised = [
-    answered,
+  revision_settings = [
+    answer_settings,
     settings['model'] | {'init': ''},
     settings['sampling'],
     feedback,
     settings['constitution'],
     settings.get('remote'),
   ]
-  found = {}
+  turns_by_digest = {}
   for name in names:
     samples = run.feedback.helpful_samples if name == 'helpful' else 1
     count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]
-    found[_digest([answered, prompts])] = Turns(count, run.sampling.initial.max_tokens)
+    turns_by_digest[_digest([answer_settings, prompts])] = Turns(
+      count, run.sampling.initial.max_tokens
+    )
     if model != 'base' or name.endswith('helpful'):
       continue
     for turn, stage in VARIANTS[run.feedback.variant].turns(run.feedback.rounds):
       if turn != 'initial':  # counted above, since runs with other variants share it
         limit = getattr(run.sampling, stage).max_tokens
-        found[_digest([revised, prompts, turn])] = Turns(count, limit)
-  return found
+        turns_by_digest[_digest([revision_settings, prompts, turn])] = Turns(count, limit)
+  return turns_by_digest
 
 
-class Known:
-  """Names of turns that the journal of a workdir holds already, kept in a file beside it."""
+class SampledTurns:
+  """The digests of turns that a workdir's journal already holds, stored beside the journal."""
 
   def __init__(self, workdir: pathlib.Path):
     self._path = workdir / 'journal' / 'known.json'
-    self.names = set(json.loads(self._path.read_text())) if self._path.exists() else set()
+    self.digests = set(json.loads(self._path.read_text())) if self._path.exists() else set()
 
-  def add(self, names: Mapping[str, Turns]) -> None:
-    """Adds the turns of a run that is done."""
-    self.names |= set(names)
-    write_json(self._path, sorted(self.names))
+  def add(self, digests: Iterable[str]) -> None:
+    """Add the turns of a finished run, given their digests."""
+    self.digests |= set(digests)
+    write_json(self._path, sorted(self.digests))
 
 
 def describe(
   name: str,
   runs: Mapping[pathlib.Path, tuple[pipeline.Run, Sequence[str]]],
-  known: Known,
+  sampled: SampledTurns,
 ) -> str:
-  """Lines of text: each run's turns, and what all of them will take.
+  """Return a text that lists the turns of each run and the cost of all runs.
 
-  To learn the speed, 64 chains of the first run that is left are sampled twice, into a folder that
-  is then removed, and its model's products are timed.
+  To measure the speed, this samples some chains of the first unfinished run twice, in a temporary
+  folder, and times its model's matrix products.
+
+  Args:
+    name: of the experiment.
+    runs: folder → run and its stages.
+    sampled: turns that are already sampled.
 
   Raises:
-    ValueError: if that run's models cannot be loaded.
+    UserError: if that run's models cannot be loaded.
   """
   lines = [f'{name}: {len(runs)} runs']
-  seen = set(known.names)
-  total, tokens, left = 0, 0, {}
+  seen = set(sampled.digests)
+  total, tokens, unfinished = 0, 0, {}
   for folder, (run, stages) in runs.items():
-    needed = turns(run, stages)
+    needed = count_turns(run, stages)
     new = {k: v for k, v in needed.items() if k not in seen}
     seen |= set(needed)
-    count, whole = sum(t.count for t in new.values()), sum(t.count for t in needed.values())
-    total += count
+    num_new = sum(t.count for t in new.values())
+    num_shared = sum(t.count for t in needed.values()) - num_new
+    total += num_new
     tokens += sum(t.count * t.max_tokens for t in new.values())
     manifest = Manifest(folder, writes=False)
-    waiting = [stage for stage in stages if not manifest.done(stage)]
-    if waiting:
-      left[folder] = run, waiting
-    told = ', '.join(waiting) if waiting else 'done before'
+    remaining = [stage for stage in stages if not manifest.done(stage)]
+    if remaining:
+      unfinished[folder] = run, remaining
+    state = ', '.join(remaining) if remaining else 'already done'
     lines.append(
-      f'  {folder.name}\n    {told}; {count:,} turns to sample, {whole - count:,} shared'
+      f'  {folder.name}\n    {state}; {num_new:,} turns to sample, {num_shared:,} shared'
     )
-  if not left:
+  if not unfinished:
     return '\n'.join([*lines, 'nothing is left to do but the report'])
-  lines.append(f'{total:,} turns to sample, of {tokens:,} tokens at most')
-  lines.append(_cost(left, total))
+  lines.append(f'{total:,} turns to sample, at most {tokens:,} tokens')
+  lines.append(_describe_cost(unfinished, total))
   return '\n'.join(lines)
 
 
-def _cost(left: Mapping[pathlib.Path, tuple[pipeline.Run, Sequence[str]]], count: int) -> str:
-  """A line of the time and memory that the runs which are left take, by a probe of the first."""
-  run = next(iter(left.values()))[0]
-  with pipeline.loaded_models(run) as loaded:
-    speed, length, slot_length = _probe(run, loaded)
-    base = loaded['base']
-  sampling = count / speed
-  trained = [(run, s) for run, s in left.values() if 'train' in s]
-  training = sum(_training_seconds(run, length) for run, _ in trained)
-  seconds = sampling + training + STARTING * len(left)
+def _describe_cost(
+  runs: Mapping[pathlib.Path, tuple[pipeline.Run, Sequence[str]]], num_turns: int
+) -> str:
+  """Return one line with the time and memory that unfinished runs need, measured on the first."""
+  run = next(iter(runs.values()))[0]
+  with pipeline.loaded_models(run) as models_by_role:
+    turns_per_second, example_tokens, slot_tokens = _measure_sampling(run, models_by_role)
+    base = models_by_role['base']
+  sampling = num_turns / turns_per_second
+  training_runs = [run for run, stages in runs.values() if 'train' in stages]
+  training = sum(_training_seconds(run, example_tokens) for run in training_runs)
+  seconds = sampling + training + START_SECONDS * len(runs)
   memory = PROCESS_GIB
   if isinstance(base, LM):
-    caches = run.engine.slots * device.cache_bytes(base, slot_length, run.engine.slack)
+    caches = run.engine.slots * device.cache_bytes(base, slot_tokens, run.engine.slack)
     memory += min(caches / 2**30, run.engine.cache_gib)
-    copies = 7 if trained else 1  # result, initial, two moments, gradient, and two while saved
+    # Training holds the result, the initial parameters, two moments, the gradient, and two copies
+    # while it saves a checkpoint.
+    copies = 7 if training_runs else 1
     memory += 4 * base.config.num_params * copies / 2**30
   return (
-    f'about {seconds / 60:.1f} minutes here: {sampling / 60:.1f} sampling ({speed:,.0f} turns a '
-    f'second, by {PROBED} chains), {training / 60:.1f} training ({len(trained)} times); about '
-    f'{memory:.1f} GiB of memory'
+    f'about {seconds / 60:.1f} minutes here: {sampling / 60:.1f} sampling '
+    f'({turns_per_second:,.0f} turns per second, measured on {PROBE_CHAINS} chains), '
+    f'{training / 60:.1f} training ({len(training_runs)} runs); about {memory:.1f} GiB of memory'
   )
 
 
-def _probe(run: pipeline.Run, loaded) -> tuple[float, float, int]:
-  """(turns a second, tokens of a prompt with its reply, tokens of a slot), by sampling some."""
-  harmful = run.prompts['harmful']
-  more = harmful[PROBED : 2 * PROBED]
-  halves = harmful[:PROBED], more if len(more) == PROBED else harmful[:PROBED]
-  with tempfile.TemporaryDirectory() as folder:
-    for number, prompts in enumerate(halves):  # the first compiles
-      job = pipeline.prepare_job(run, loaded, prompts, [])
-      where = pathlib.Path(folder) / str(number)
-      journal = Journal(where / 'journal')
-      began = time.perf_counter()
-      counts = generate.generate_shards(job, where / 'd_cai', journal, run.engine)
-      seconds = time.perf_counter() - began
+def _measure_sampling(
+  run: pipeline.Run, models_by_role: Mapping[str, Any]
+) -> tuple[float, float, int]:
+  """Sample some chains.
+
+  Returns:
+    Turns per second, mean tokens of a prompt with its reply, and tokens of a slot.
+  """
+  prompts = run.prompts['harmful']
+  first, second = prompts[:PROBE_CHAINS], prompts[PROBE_CHAINS : 2 * PROBE_CHAINS]
+  if len(second) < PROBE_CHAINS:
+    second = first
+  with tempfile.TemporaryDirectory() as temporary:
+    for number, batch in enumerate((first, second)):  # the first batch compiles
+      job = pipeline.prepare_job(run, models_by_role, batch, [])
+      folder = pathlib.Path(temporary) / str(number)
+      journal = Journal(folder / 'journal')
+      start = time.perf_counter()
+      counts = generate.generate_shards(job, folder / 'd_cai', journal, run.engine)
+      seconds = time.perf_counter() - start
       journal.close()
   prompt = np.mean([len(job.stages.initial.dialogue.prompt(p.messages)) for p, _ in job.prompts])
-  return counts['turns'] / seconds, prompt + counts['sampled_tokens'] / counts['turns'], job.length
+  reply = counts['sampled_tokens'] / counts['turns']
+  return counts['turns'] / seconds, prompt + reply, job.length
 
 
-def _training_seconds(run: pipeline.Run, length: float) -> float:
-  """About how long fine-tuning takes: its floating-point operations at the speed of products."""
+def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
+  """Return the estimated time of fine-tuning: its FLOPs at a share of the speed of products."""
   section = run.config['model']
   config = models.check(pipeline.model_path(section['init'] or section['base'])).config
   examples = len(run.prompts['harmful'])
   examples *= run.feedback.rounds if run.train.target == 'all' else 1
   examples /= 1 - run.train.helpfulness_share
-  work = config.training_flops([round(length)]) * examples * run.train.epochs
+  flops = config.training_flops([round(example_tokens)]) * examples * run.train.epochs
+  return flops / (UTILISATION * _product_flops(config) * len(jax.devices()))
+
+
+def _product_flops(config: ModelConfig) -> float:
+  """Return the measured FLOP/s of a matrix product with the model's dimensions."""
   x, w = jnp.ones((2048, config.d_model)), jnp.ones((config.d_model, config.d_ff))
   product = jax.jit(lambda x, w: x @ w)
   product(x, w).block_until_ready()
-  began, times = time.perf_counter(), 20
-  for _ in range(times):
+  start, repetitions = time.perf_counter(), 20
+  for _ in range(repetitions):
     product(x, w).block_until_ready()
-  flops = 2 * times * x.size * config.d_ff / (time.perf_counter() - began)
-  return work / (REACHED * flops * len(jax.devices()))
+  return 2 * repetitions * x.size * config.d_ff / (time.perf_counter() - start)
 
 
-def _digest(value) -> str:
+def _digest(value: Any) -> str:
   content = json.dumps(value, sort_keys=True, default=str)
   return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
-"""Runs an experiment: every arm with every seed, its figures and its report.
+"""Run an experiment: every arm with every seed, then its figures and its report.
 
   python -m cai_jax.experiment --experiment=experiments/revisions.py --workdir=runs/lab
 
-Runs lie in WORKDIR/runs under names of their settings, and all sampled turns in WORKDIR/journal, so
-arms share what they have in common, with each other and with other experiments in the same workdir;
-a run that is done is not done again, and one that was killed goes on. The results are in
-WORKDIR/NAME: collect.json, report.html, and each figure as an .svg file.
+Runs are stored in WORKDIR/runs, in folders named after their settings, and all sampled turns in
+WORKDIR/journal. Arms and experiments in the same workdir therefore share turns and runs: a finished
+run is not repeated, and an interrupted one continues. Results are written to WORKDIR/NAME:
+results.json, report.html, and each figure as an SVG file.
 """
 
 import argparse
@@ -21,160 +21,189 @@ from ml_collections import ConfigDict
 from cai_jax import pipeline
 from cai_jax.cli import short_errors
 from cai_jax.data import d_cai
-from cai_jax.experiment import collect, estimate
-from cai_jax.experiment import define as experiments
+from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment.define import Experiment
 from cai_jax.pipeline import Run
-from cai_jax.pipeline import checks as check
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, write_json
 from cai_jax.runtime.manifest import Manifest
+from cai_jax.scoring.scorer import Scorer
+
+Plan = Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]]  # folder → run and its stages
 
 
-def planned(
-  experiment: Experiment, config, workdir: pathlib.Path
+def plan_runs(
+  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path
 ) -> dict[pathlib.Path, tuple[Run, tuple[str, ...]]]:
-  """The runs of an experiment with their stages, by folder, a seed's after another's; all checked.
+  """Build and check every distinct run of an experiment.
+
+  Args:
+    experiment: the arms and seeds.
+    config: the base config.
+    workdir: of the experiment.
+
+  Returns:
+    Folder → the run and the stages that its arms need, seed by seed.
 
   Raises:
-    ValueError: for whatever is wrong with an arm, before any work.
+    UserError: if the settings of an arm are wrong.
   """
-  folders = collect.workdirs_of(experiment, workdir / 'runs', config)
-  found: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
+  folders = collect.run_folders(experiment, workdir / 'runs', config)
+  runs: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
-    folder, needed = folders[arm][seed], experiment.arms[arm].stages
-    if folder in found:
-      found[folder] = found[folder][0], max(found[folder][1], needed, key=len)
+    folder, stages = folders[arm][seed], experiment.arms[arm].stages
+    if folder in runs:
+      runs[folder] = runs[folder][0], max(runs[folder][1], stages, key=len)
       continue
-    settings = experiments.overridden(config, experiment.settings(arm, seed))
+    settings = define.override_config(config, experiment.settings(arm, seed))
     try:
       run = pipeline.build(settings, folder, journal=workdir / 'journal')
-    except ValueError as error:
+    except UserError as error:
       raise UserError(f'arm {arm!r}: {error}') from error
-    found[folder] = run, needed
-  return found
+    runs[folder] = run, stages
+  return runs
 
 
-def run(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
-  """Runs what the options ask for and writes the results.
+def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
+  """Run an experiment and write its results, or print an estimate for a dry run.
+
+  Args:
+    spec: the experiment's file; see `load_experiment`.
+    workdir: of the experiment; several experiments may share it.
+    options: `arms`, `seeds`, `config` and `dry_run` of the command line.
 
   Raises:
-    ValueError: for an unknown experiment, arm or field, and as `pipeline.build`.
+    UserError: if an experiment, arm or field does not exist, or a run cannot be built.
   """
-  name, docstring, experiment = experiments.load(spec)
+  name, docstring, experiment = define.load_experiment(spec)
   if options.arms:
-    experiment = experiment.only(options.arms)
+    experiment = experiment.select(options.arms)
   changes = {'base': options.config or experiment.base, 'seeds': tuple(options.seeds or ())}
   experiment = dataclasses.replace(experiment, **{k: v for k, v in changes.items() if v})
-  config = experiments.base_config(experiment.base)
-  runs = planned(experiment, config, workdir)
+  config = define.load_config(experiment.base)
+  runs = plan_runs(experiment, config, workdir)
   if options.dry_run:
-    print(estimate.describe(name, runs, estimate.Known(workdir)))
+    print(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
     return
   check_workdir(workdir)
-  with alone(workdir):
-    _run(name, docstring, experiment, config, runs, workdir)
+  with lock_workdir(workdir):
+    totals = _run_all(runs, workdir)
+    _write_results(name, docstring, experiment, config, runs, workdir)
+    print(
+      f'{totals["runs"]} of {len(runs)} runs had work left: {totals["turns"]:,} turns sampled, '
+      f'{totals["reused_turns"]:,} taken from the journal, {totals["seconds"] / 60:.1f} minutes\n'
+      f'report: {workdir / name / "report.html"}'
+    )
 
 
-def _run(
+def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
+  """Run all planned runs and return the total costs of the stages that were not done before."""
+  for folder, (run, stages) in runs.items():
+    if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
+      pipeline.check(run, stages)
+  sampled = estimate.SampledTurns(workdir)
+  totals = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
+  for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
+    print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
+    done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
+    pipeline.run_stages(run, stages)
+    sampled.add(estimate.count_turns(run, stages))
+    costs = collect.stage_costs(folder, run.config['seed'], stages)
+    costs = [row for row in costs if row['stage'] not in done]
+    totals['runs'] += bool(costs)
+    for row in costs:
+      for key in ('turns', 'reused_turns', 'seconds'):
+        totals[key] += row[key]
+  return totals
+
+
+def _write_results(
   name: str,
   docstring: str,
   experiment: Experiment,
   config: ConfigDict,
-  runs: Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]],
+  runs: Plan,
   workdir: pathlib.Path,
 ) -> None:
-  """Runs the runs that are planned and writes the results."""
-  for folder, (planned_run, stages) in runs.items():
-    if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
-      check(planned_run, stages)
-  known = estimate.Known(workdir)
-  counts = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
-  for number, (folder, (planned_run, stages)) in enumerate(runs.items(), 1):
-    print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
-    done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
-    pipeline.run_stages(planned_run, stages)
-    known.add(estimate.turns(planned_run, stages))
-    costs = [
-      row
-      for row in collect.costs(folder, planned_run.config['seed'], stages)
-      if row['stage'] not in done
-    ]
-    counts['runs'] += bool(costs)
-    for row in costs:
-      for key in ('turns', 'reused_turns', 'seconds'):
-        counts[key] += row[key]
-  folders = collect.workdirs_of(experiment, workdir / 'runs', config)
+  """Collect the results of finished runs, write them to files and print the table."""
+  folders = collect.run_folders(experiment, workdir / 'runs', config)
   first = next(iter(runs.values()))[0]
   scorer = pipeline.load_scorer(first)
-  found = collect.collect(
+  results = collect.collect_results(
     experiment, name, docstring, folders, scorer, pipeline.measures(first), config
   )
   output = workdir / name
   output.mkdir(parents=True, exist_ok=True)
-  write_json(output / 'results.json', found)
-  write_figures(output, found)
-  chains = browsable(experiment, folders, scorer, config.report.chains)
-  write_experiment(output / 'report.html', found, chains)
-  print(
-    f'\n{experiment_table(found)}\n\n{counts["runs"]} of {len(runs)} runs had work left: '
-    f'{counts["turns"]:,} turns sampled, {counts["reused_turns"]:,} taken from the journal, '
-    f'{counts["seconds"] / 60:.1f} minutes\nreport: {output / "report.html"}'
-  )
+  write_json(output / 'results.json', results)
+  write_figures(output, results)
+  chains = select_chains(experiment, folders, scorer, config.report.chains)
+  write_experiment(output / 'report.html', results, chains)
+  print(f'\n{experiment_table(results)}\n')
 
 
 @contextlib.contextmanager
-def alone(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps other experiments out of the workdir, whose journal one process may write.
+def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+  """Prevent two experiments from writing to the workdir's journal at the same time.
 
   Raises:
-    ValueError: if another is running there.
+    UserError: if another experiment is running there.
   """
   with open(workdir / 'lock', 'w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise UserError(
-        f'{workdir}: another experiment is running there. Wait for it, or take another workdir.'
+        f'{workdir}: another experiment is running there. Wait for it, or use another workdir.'
       ) from None
     yield
 
 
-def browsable(
+def select_chains(
   experiment: Experiment,
-  folders: Mapping[str, Mapping[int, pathlib.Path]],
-  scorer,
+  folders: collect.RunFolders,
+  scorer: Scorer | None,
   count: int,
 ) -> list[dict]:
-  """Chains of the first seed's runs for the report, about `count` in all, each with its arm."""
+  """Return about `count` chains of the first seed's runs for the report, each with its arm.
+
+  If several arms share a dataset, its chains appear under the last of them.
+  """
   seed = experiment.seeds[0]
-  sources: dict[pathlib.Path, str] = {}  # of arms that have one in common, the last
+  datasets: dict[pathlib.Path, str] = {}
   for arm, settings in experiment.arms.items():
-    source = experiments.TRAINED.get(settings.response, 'd_cai')
-    sources[folders[arm][seed] / source] = arm
+    dataset = define.HELD_OUT_RESPONSES.get(settings.response, 'd_cai')
+    datasets[folders[arm][seed] / dataset] = arm
   chains = []
-  for folder, arm in sources.items():
+  for folder, arm in datasets.items():
     rows = d_cai.read_rows(folder)
-    for number in range(min(len(rows), count // len(sources))):
+    for number in range(min(len(rows), count // len(datasets))):
       chain = pipeline.browsable(rows[number], scorer)
       chains.append(chain | {'arm': arm, 'id': f'{chain["id"]} ({arm})'})
   return chains
 
 
 def main() -> None:
-  """Reads the flags."""
+  """Run the experiment that the command line names."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog='python -m cai_jax.experiment',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--experiment', required=True, help='file, maybe with :text for it')
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--arms', type=lambda text: text.split(','), help='some of them, by comma')
-  parser.add_argument('--seeds', type=lambda text: [int(s) for s in text.split(',')])
-  parser.add_argument('--config', help="another base config than the experiment's")
   parser.add_argument(
-    '--dry_run', action='store_true', help='tell what would be done, and what it would take'
+    '--experiment', required=True, help='Python file, optionally followed by :TEXT for it'
+  )
+  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder for all results')
+  parser.add_argument(
+    '--arms', type=lambda text: text.split(','), help='arms to run, separated by commas'
+  )
+  parser.add_argument(
+    '--seeds', type=lambda text: [int(s) for s in text.split(',')], help='separated by commas'
+  )
+  parser.add_argument('--config', help="base config to use instead of the experiment's")
+  parser.add_argument(
+    '--dry_run', action='store_true', help='only print what would run and what it would cost'
   )
   options = parser.parse_args()
   with short_errors():
-    run(options.experiment, options.workdir, options)
+    run_experiment(options.experiment, options.workdir, options)

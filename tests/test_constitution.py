@@ -1,4 +1,4 @@
-"""The constitution: reading both forms, errors that point at the fault, and drawing."""
+"""The constitution: both file formats, errors that name the place, and draws."""
 
 import collections
 import json
@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from cai_jax import constitution as c
+from cai_jax.dialogue.plain import join_plain, split_plain
+from cai_jax.runtime.errors import UserError
 
 DATA = pathlib.Path(
   os.environ.get('CAI_JAX_DATA', pathlib.Path(__file__).parents[1] / '../shared/data')
@@ -29,6 +31,10 @@ principles:
 """
 
 
+def load(path, **selection):
+  return c.load_constitution(c.ConstitutionConfig(str(path), **selection))
+
+
 def write(tmp_path, text, name='c.yaml'):
   path = tmp_path / name
   path.write_text(text)
@@ -39,71 +45,71 @@ def principles(weights):
   return c.Constitution(tuple(c.Principle(f'p{i}', 'c', 'r', w) for i, w in enumerate(weights)))
 
 
-def test_yaml_fields_arrive(tmp_path):
+def test_yaml_fields_are_loaded_and_selected(tmp_path):
   text = GOOD.replace('id: true', 'id: truth')
-  loaded = c.load(write(tmp_path, text))
+  loaded = load(write(tmp_path, text))
   assert loaded.principles == (
     c.Principle('kind', 'What is unkind?', 'Be kind.', 1.0, ('tone',)),
     c.Principle('truth', 'What is false?', 'Be true.', 3, ()),
   )
-  assert [p.id for p in c.load(write(tmp_path, text), tags=('tone',)).principles] == ['kind']
-  with pytest.raises(ValueError, match=r"tags \['tune'\]; there are \['tone'\]"):
-    c.load(write(tmp_path, text), tags=('tune',))
+  assert [p.id for p in load(write(tmp_path, text), tags=('tone',)).principles] == ['kind']
+  with pytest.raises(UserError, match=r"tags \['tune'\]. Available are \['tone'\]"):
+    load(write(tmp_path, text), tags=('tune',))
 
 
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    (GOOD, r'principle 1 \(True\): id must be a text'),
+    (GOOD, r'principle 1 \(True\): id must be non-blank text'),
     (
       GOOD.replace('    revision_request: Be kind.\n', ''),
-      r"0 \('kind'\) lacks \['revision_request",
+      r"0 \('kind'\) lacks the fields \['revision_request",
     ),
-    (GOOD.replace('tags', 'tag'), r"0 \('kind'\) has unknown \['tag'\]; the fields are \['id'"),
-    (GOOD.replace('id: true', 'id: kind'), "principles 0 and 1 share the id 'kind'"),
+    (GOOD.replace('tags', 'tag'), r"0 \('kind'\) has the unknown fields \['tag'\]. Allowed fields are \['id'"),
+    (GOOD.replace('id: true', 'id: kind'), "Principles 0 and 1 share the id 'kind'"),
     (
       GOOD.replace('id: true', 'id: t').replace('3', '0'),
       r"1 \('t'\): weight .* above 0, .* got 0",
     ),
-    (GOOD.replace('id: true', 'id: t').replace('3', '.nan'), 'finite number above 0'),
+    (GOOD.replace('id: true', 'id: t').replace('3', '.nan'), 'above 0 and at most 1e.100'),
     (GOOD.replace('id: true', 'id: t').replace('3', 'true'), 'weight must be a number'),
     (GOOD.replace('[tone]', 'tone'), 'tags must be a list'),
-    (GOOD.replace('Be kind.', '" "'), 'revision_request must be a text that is not blank'),
+    (GOOD.replace('Be kind.', '" "'), 'revision_request must be non-blank text'),
     ('principles: []', 'at least one principle'),
     ('principles: {a: 1}', "'principles' must be a list"),
     ('principles:\n  - hello', 'principle 0 must be a mapping'),
     ('', "must be a mapping with 'principles'"),
-    ('rules: []', r"found \['rules'\]"),
-    ('principles: [\n  {id: a\n', 'not readable: (.|\n)*line 3'),
-    (GOOD + 'principles: []', "the key 'principles' twice(.|\n)*line 8"),
+    ('rules: []', r"got \['rules'\]"),
+    ('principles: [\n  {id: a\n', 'cannot be parsed: (.|\n)*line 3'),
+    (GOOD + 'principles: []', "the key 'principles' occurs twice(.|\n)*line 8"),
     (
       GOOD.replace('id: true', 'id: t') + 'demonstrations: [[{role: user, content: hi}]]',
       'end with a reply',
     ),
     (
       GOOD.replace('id: true', 'id: t') + 'demonstrations: [[{role: assistant, content: hi}]]',
-      'take turns',
+      'must alternate',
     ),
   ],
 )
-def test_faults_are_named_with_file_and_place(tmp_path, text, message):
+def test_errors_name_the_file_and_the_principle(tmp_path, text, message):
   path = write(tmp_path, text)
-  with pytest.raises(ValueError, match=message) as error:
-    c.load(path)
+  with pytest.raises(UserError, match=message) as error:
+    load(path)
   assert path in str(error.value)
 
 
-def test_missing_file_and_unknown_kind(tmp_path):
-  with pytest.raises(ValueError, match='nowhere.yaml: no such constitution'):
-    c.load(str(tmp_path / 'nowhere.yaml'))
-  with pytest.raises(ValueError, match='is a .yaml, .yml or .json'):
-    c.load(write(tmp_path, GOOD, 'c.txt'))
-  with pytest.raises(ValueError, match='holds no CritiqueRevisionInstructions.json'):
-    c.load(str(tmp_path))
+def test_missing_files_and_unknown_suffixes_are_errors(tmp_path):
+  with pytest.raises(UserError, match='nowhere.yaml: there is no such constitution'):
+    load(tmp_path / 'nowhere.yaml')
+  with pytest.raises(UserError, match='must be a .yaml, .yml or .json'):
+    load(write(tmp_path, GOOD, 'c.txt'))
+  with pytest.raises(UserError, match='does not contain CritiqueRevisionInstructions.json'):
+    load(tmp_path)
 
 
-def test_shipped_constitution():
-  shipped = c.load(c.GENERAL)
+def test_shipped_constitution_is_complete():
+  shipped = load('general')
   assert len(shipped.principles) >= 16
   assert len({p.critique_request for p in shipped.principles}) == len(shipped.principles)
   assert all(p.tags for p in shipped.principles)
@@ -114,22 +120,22 @@ def test_shipped_constitution():
     ]  # fmt: skip
 
 
-def test_plain_dialogue_round_trip_and_labels_only_after_an_empty_line():
+def test_plain_dialogue_round_trips_and_needs_an_empty_line_before_labels():
   text = (
     '\n\nHuman: Say "Assistant: hi"\nAssistant: no\n\nAssistant:  Human: two spaces\n\nRevision:'
   )
-  messages = c.split_plain(text)
+  messages = split_plain(text)
   assert [m['role'] for m in messages] == ['user', 'assistant', 'revision']
   assert messages[0]['content'] == 'Say "Assistant: hi"\nAssistant: no'
   assert messages[1]['content'] == ' Human: two spaces'
-  assert c.join_plain(messages) == text + ' '
-  with pytest.raises(ValueError, match='begins with one of the labels'):
-    c.split_plain('Human: hi')
+  assert join_plain(messages) == text + ' '
+  with pytest.raises(UserError, match='must begin with one of the labels'):
+    split_plain('Human: hi')
 
 
 @needs_published
-def test_published_form():
-  loaded = c.load(str(PUBLISHED))
+def test_published_files_are_loaded_completely():
+  loaded = load(PUBLISHED)
   raw = json.loads((PUBLISHED / 'CritiqueRevisionInstructions.json').read_text())
   assert [p.id for p in loaded.principles] == list(raw)
   for principle in loaded.principles:
@@ -138,7 +144,7 @@ def test_published_form():
       {'role': 'critique_request', 'content': principle.critique_request},
       {'role': 'critique', 'content': ''},
     ]
-    assert c.join_plain(chain).rstrip() == ''.join(source['prompt'])
+    assert join_plain(chain).rstrip() == ''.join(source['prompt'])
     assert 'Request:' not in principle.revision_request and 'Revision:' not in source['prompt']
     assert (
       source['edit_request'] == f'\n\nRevisionRequest: {principle.revision_request}\n\nRevision:'
@@ -146,25 +152,25 @@ def test_published_form():
   texts = json.loads((PUBLISHED / 'CritiqueRevisionFewShotPrompts.json').read_text())
   assert len(loaded.demonstrations) == len(texts) == 5
   for dialogue, text in zip(loaded.demonstrations, texts, strict=True):
-    assert c.join_plain(dialogue) == text.removesuffix('\n\nHuman:')
+    assert join_plain(dialogue) == text.removesuffix('\n\nHuman:')
     assert dialogue[-1]['role'] == 'revision'
-  alone = c.load(str(PUBLISHED / 'CritiqueRevisionInstructions.json'))
+  alone = load(PUBLISHED / 'CritiqueRevisionInstructions.json')
   assert alone.principles == loaded.principles and not alone.demonstrations
 
 
-def test_published_form_faults(tmp_path):
+def test_errors_in_published_files_name_the_principle(tmp_path):
   good = {'prompt': ['\n\nCritiqueRequest: a', '\n\nCritique:'], 'edit_request': 'x'}
   path = write(tmp_path, json.dumps({'h0': good}), 'i.json')
-  with pytest.raises(ValueError, match=r"principle 0 \('h0'\): edit_request .*RevisionRequest"):
-    c.load(path)
+  with pytest.raises(UserError, match=r"principle 0 \('h0'\): edit_request .*RevisionRequest"):
+    load(path)
   path = write(tmp_path, json.dumps({'h0': {'prompt': []}}), 'i.json')
-  with pytest.raises(ValueError, match=r"must have the fields \['prompt', 'edit_request'\]"):
-    c.load(path)
-  with pytest.raises(ValueError, match='not readable: .*line 1'):
-    c.load(write(tmp_path, '{"a":', 'i.json'))
+  with pytest.raises(UserError, match=r"must have the fields \['prompt', 'edit_request'\]"):
+    load(path)
+  with pytest.raises(UserError, match='i.json cannot be parsed: .*line 1'):
+    load(write(tmp_path, '{"a":', 'i.json'))
 
 
-def test_rounds_are_nested_and_depend_on_seed_and_id():
+def test_draws_are_nested_and_depend_on_seed_and_id():
   many = principles([1] * 20)
   for replace in (True, False):
     full = c.draw(many, 7, 'a', 12, replace)
@@ -172,13 +178,13 @@ def test_rounds_are_nested_and_depend_on_seed_and_id():
     assert full != c.draw(many, 8, 'a', 12, replace) and full != c.draw(many, 7, 'b', 12, replace)
 
 
-def test_draws_without_repetition():
+def test_draws_without_replacement_are_distinct():
   many = principles([1, 5, 2, 9])
   for i in range(50):
     assert len(set(c.draw(many, 0, str(i), 4, replace=False))) == 4
-  with pytest.raises(ValueError, match='5 rounds without repetition .* has 4'):
+  with pytest.raises(UserError, match='5 rounds without repetition .* has 4'):
     c.draw(many, 0, 'x', 5, replace=False)
-  with pytest.raises(ValueError, match='0 or more'):
+  with pytest.raises(UserError, match='at least 0'):
     c.draw(many, 0, 'x', -1)
 
 
@@ -196,7 +202,7 @@ def test_draws_follow_the_weights_and_rounds_are_independent():
 
 def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   code = (
-    'from cai_jax import constitution as c; k = c.load(c.GENERAL);'
+    'from cai_jax import constitution as c; k = c.load_constitution(c.ConstitutionConfig());'
     'print([p.id for p in c.draw(k, 3, "some prompt", 8)], k.fingerprint())'
   )
   outputs = {
@@ -212,7 +218,7 @@ def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   assert len(outputs) == 1
 
 
-def test_fingerprint_sees_every_field():
+def test_fingerprint_covers_every_field():
   base = c.Principle('a', 'b', 'c')
   variants = [
     base,

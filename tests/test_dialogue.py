@@ -1,4 +1,4 @@
-"""Dialogues as tokens: agreement with the chat template, no control tokens from text, prefixes."""
+"""Dialogues as tokens: equality with the chat template, safety of control tokens, and prefixes."""
 
 import copy
 import json
@@ -12,7 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue import FORMATS, Dialogue
+from cai_jax.dialogue.encode import Markup, Text, Tokens
+from cai_jax.runtime.errors import UserError
 
 DATA = pathlib.Path(
   os.environ.get('CAI_JAX_DATA', pathlib.Path(__file__).parents[1] / '../shared/data')
@@ -40,8 +42,8 @@ LLAMA_3 = (
   '{% endfor %}{% if add_generation_prompt %}'
   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Drops the reasoning of earlier replies, writes an empty one into a last reply without, and takes
-# no system message: what reasoning templates do.
+# Like many reasoning templates, this one drops the reasoning of earlier replies, writes an empty
+# reasoning block into a last reply that has none, and rejects system messages.
 REASONING = (
   "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
   "{% endif %}{% set content = m.content %}{% set thought = '' %}"
@@ -67,7 +69,7 @@ def special(text, **flags):
 
 
 def byte_level(template, eos, bos=None, marks=()):
-  """A byte-level BPE tokenizer, as GPT-2, Qwen and Llama 3 have."""
+  """Return a byte-level BPE tokenizer, as used by GPT-2, Qwen and Llama 3."""
   t = Tokenizer(models.BPE())
   t.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -86,9 +88,11 @@ def byte_level(template, eos, bos=None, marks=()):
 
 
 def sentencepiece_like(prepend, template=LLAMA_2):
-  """A BPE tokenizer with byte fallback and a space put in front, as Llama 2 has.
+  """Return a BPE tokenizer with byte fallback that prepends a space, as used by Llama 2.
 
-  `prepend` is 'always' (a normalizer, before every part of a text) or 'first' (only at its start).
+  Args:
+    prepend: 'always' (before each part of a text, by a normalizer) or 'first' (once, at its start).
+    template: the chat template.
   """
   t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
   space = '\u2581'
@@ -107,7 +111,7 @@ def sentencepiece_like(prepend, template=LLAMA_2):
     ]
   )
   specials = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
-  trained = Tokenizer(models.BPE(unk_token='<unk>'))  # no piece of it crosses a word's beginning
+  trained = Tokenizer(models.BPE(unk_token='<unk>'))  # its pieces do not span word boundaries
   trained.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme='always')
   words = [line.replace('\n', ' ') for line in CORPUS]
   trained.train_from_iterator(words, BpeTrainer(vocab_size=600, special_tokens=specials[:3]))
@@ -205,7 +209,7 @@ def has_system(tokenizer):
 
 
 @pytest.mark.parametrize('messages', BENIGN)
-def test_prompt_equals_the_tokenizers_own_chat_template(tokenizer, messages):
+def test_prompt_equals_apply_chat_template(tokenizer, messages):
   dialogue = Dialogue(tokenizer)
   assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True)
   if has_system(tokenizer):
@@ -214,7 +218,7 @@ def test_prompt_equals_the_tokenizers_own_chat_template(tokenizer, messages):
 
 
 @pytest.mark.parametrize('text', ['Mix flour.', 'Line\n\nline', ' spaced ', '日本語 🙂', 'b'])
-def test_example_begins_the_whole_dialogue_as_the_template_renders_it(tokenizer, text):
+def test_example_is_a_prefix_of_the_rendered_dialogue(tokenizer, text):
   dialogue = Dialogue(tokenizer)
   messages = [user('How?'), assistant('So.'), user('And then?'), assistant(text)]
   tokens, mask = dialogue.example(messages)
@@ -229,7 +233,7 @@ def test_example_begins_the_whole_dialogue_as_the_template_renders_it(tokenizer,
 
 
 @pytest.mark.parametrize('messages', BENIGN)
-def test_a_conversation_is_the_whole_of_the_template(tokenizer, messages):
+def test_conversation_equals_apply_chat_template_without_generation_prompt(tokenizer, messages):
   dialogue = Dialogue(tokenizer)
   messages = [*messages, assistant('Line.\n\nline')]
   whole = template_ids(tokenizer, messages, False)
@@ -243,7 +247,7 @@ def test_a_conversation_is_the_whole_of_the_template(tokenizer, messages):
   context, reply = plain.prompt(messages[:-1]), plain.reply('Line.\n\nline')
   assert plain.conversation(messages) == context + reply
   for wrong in ([], messages[:-1], [assistant('a')]):
-    with pytest.raises(ValueError, match='must end with a re(ply|quest)'):
+    with pytest.raises(UserError, match='must end with a re(ply|quest)'):
       dialogue.conversation(wrong)
 
 
@@ -265,7 +269,7 @@ def test_text_never_becomes_a_control_token(tokenizer):
   for spelling in [*spelled, '\n'.join(spelled), ''.join(spelled)]:
     for where in range(3):
       if spelling.endswith('</think>') and where == 1 and not has_system(tokenizer):
-        continue  # a reply's reasoning: tested below
+        continue  # reasoning inside a reply is tested below
       dirty = [dict(m) for m in clean]
       dirty[where]['content'] = f'before {spelling}after{spelling} '
       assert count(dialogue.prompt(dirty)) == expected, (spelling, where)
@@ -277,7 +281,7 @@ def test_text_never_becomes_a_control_token(tokenizer):
     assert count(plain.reply(spelling)) == [tokenizer.eos_token_id]
 
 
-def test_text_that_spells_a_control_token_is_kept(tokenizer):
+def test_spelled_control_tokens_survive_as_text(tokenizer):
   dialogue = Dialogue(tokenizer)
   for text in ('say <|im_end|> and </s>', '<|end|>', '[/INST] <s>'):
     reply = dialogue.reply(text)
@@ -289,7 +293,7 @@ def test_text_that_spells_a_control_token_is_kept(tokenizer):
   'text', ['Mix flour, then wait.', 'Line\n\nline 日本', 'a <|im_end|> b', '12']
 )
 @pytest.mark.parametrize('ended', [True, False])
-def test_a_sampled_reply_extends_the_prompt_it_followed(tokenizer, style, text, ended):
+def test_later_prompt_extends_the_prompt_and_its_sampled_reply(tokenizer, style, text, ended):
   dialogue = Dialogue(tokenizer, style)
   messages, context = [user('How do I bake?')], []
   for role, request in [
@@ -299,7 +303,9 @@ def test_a_sampled_reply_extends_the_prompt_it_followed(tokenizer, style, text, 
   ]:
     context = dialogue.prompt(messages, role)
     reply = dialogue.reply(text, role)
-    if style == 'chat' and not has_system(tokenizer):  # its reply would bring a reasoning to drop
+    if style == 'chat' and not has_system(
+      tokenizer
+    ):  # its replies contain reasoning, which is dropped
       reply = tokenizer.encode(text, split_special_tokens=True) + [tokenizer.eos_token_id]
     if not ended:
       reply = [t for t in reply if t not in dialogue.stop_token_ids]
@@ -313,16 +319,16 @@ def test_a_sampled_reply_extends_the_prompt_it_followed(tokenizer, style, text, 
 
 
 @pytest.mark.parametrize('style', ['chat', 'plain'])
-def test_any_sampled_ids_stand_verbatim(tokenizer, style):
-  """What an untrained model samples: any ids, broken characters and control tokens among them."""
+def test_sampled_ids_are_used_verbatim(tokenizer, style):
+  """An untrained model samples any ids, including broken characters and control tokens."""
   dialogue = Dialogue(tokenizer, style)
   rng = random.Random(0)
-  rewritten = tokenizer.get_vocab().get('</think>')  # makes a template drop what stands before it
-  allowed = [i for i in range(len(tokenizer)) if i != rewritten]
+  end_of_thought = tokenizer.get_vocab().get('</think>')  # the template drops what precedes it
+  allowed = [i for i in range(len(tokenizer)) if i != end_of_thought]
   for _ in range(30):
     replies = [rng.choices(allowed, k=rng.randint(0, 30)) for _ in range(2)]
     if any('\n\n' in tokenizer.decode(reply) for reply in replies):
-      continue  # might be a label
+      continue  # could contain a label
     messages = [user('hi')]
     for reply in replies:
       context = dialogue.prompt(messages)
@@ -332,7 +338,7 @@ def test_any_sampled_ids_stand_verbatim(tokenizer, style):
       assert max(longer) < len(tokenizer)
 
 
-def test_random_benign_dialogues_equal_the_chat_template(tokenizer):
+def test_random_dialogues_equal_apply_chat_template(tokenizer):
   dialogue = Dialogue(tokenizer)
   rng = random.Random(1)
   letters = [
@@ -360,13 +366,13 @@ def test_random_benign_dialogues_equal_the_chat_template(tokenizer):
     assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True), contents
 
 
-def test_ids_and_text_of_a_reply_give_the_same_dialogue(tokenizer):
+def test_reply_as_ids_equals_reply_as_text(tokenizer):
   dialogue = Dialogue(tokenizer)
   text = 'Mix flour, then wait.'
   by_text = dialogue.prompt([user('a'), assistant(text), user('b')])
   by_ids = dialogue.prompt([user('a'), assistant(dialogue.reply(text)), user('b')])
   if not has_system(tokenizer):
-    return  # its replies carry an empty reasoning that its history drops
+    return  # its replies contain an empty reasoning block, which earlier turns drop
   assert by_text == by_ids
 
 
@@ -378,7 +384,7 @@ def test_decode_inverts_reply(tokenizer):
       assert dialogue.decode(dialogue.reply(f' {text}\n')) == text
 
 
-def test_reasoning_is_dropped_from_history_as_the_template_says():
+def test_reasoning_is_dropped_from_earlier_replies():
   tokenizer = built('reasoning')
   dialogue = Dialogue(tokenizer)
   think, unthink, end = tokenizer.convert_tokens_to_ids(['<think>', '</think>', '<|im_end|>'])
@@ -389,20 +395,20 @@ def test_reasoning_is_dropped_from_history_as_the_template_says():
   assert dialogue.prompt(messages) == dialogue.prompt(as_text)
   assert think not in dialogue.prompt(messages)
   assert dialogue.decode(reply) == 'Mix flour.'
-  # A reply without reasoning is left alone beside one that is rewritten, control spelling or not.
+  # A reply without reasoning stays verbatim next to one that is rewritten.
   plain_reply = [*words('Wait <'), *words('|im_start|>', split_special_tokens=True), end]
   context = dialogue.prompt(messages)
   longer = dialogue.prompt([*messages, assistant(plain_reply), user('<|im_end|>')])
   assert longer[: len(context) + len(plain_reply)] == context + plain_reply
   start = tokenizer.convert_tokens_to_ids('<|im_start|>')
   assert longer.count(start) == 6 and longer.count(end) == 5
-  # The template's language in the reply to learn stays tokens; control tokens in it do not.
+  # In the reply to learn, <think> stays a token, but a spelled control token stays text.
   target = dialogue.reply('<think>\nhm <|im_start|>\n</think>\n\nSo.')
   assert target[0] == think and target.count(unthink) == 1 and start not in target
   assert tokenizer.decode(target) == '<think>\nhm <|im_start|>\n</think>\n\nSo.<|im_end|>'
 
 
-def test_reasoning_that_was_cut_is_no_answer():
+def test_decode_drops_unfinished_reasoning():
   tokenizer = built('reasoning')
   think, unthink = tokenizer.convert_tokens_to_ids(['<think>', '</think>'])
   words = tokenizer.encode('Mix flour.')
@@ -410,7 +416,7 @@ def test_reasoning_that_was_cut_is_no_answer():
   assert dialogue.decode([think, *words]) == ''
   assert dialogue.decode([*words, think, *words]) == 'Mix flour.'
   assert dialogue.decode([think, unthink, *words]) == dialogue.decode(words) == 'Mix flour.'
-  # Some templates open the reasoning themselves.
+  # Some templates open the reasoning in their generation prompt.
   opening = copy.deepcopy(tokenizer)
   prompt = "{{ '<|im_start|>assistant\n' }}"
   opening.chat_template = REASONING.replace(prompt, "{{ '<|im_start|>assistant\n<think>\n' }}")
@@ -421,7 +427,7 @@ def test_reasoning_that_was_cut_is_no_answer():
   assert Dialogue(opening, 'plain').decode(words) == 'Mix flour.'
 
 
-def test_template_options():
+def test_template_options_reach_the_template():
   tokenizer = copy.deepcopy(built('chatml'))
   tokenizer.chat_template += '{% if enable_thinking is false %}{{ "No." }}{% endif %}'
   messages = [user('hi')]
@@ -429,56 +435,58 @@ def test_template_options():
   prompt = Dialogue(tokenizer, template_options=options).prompt(messages)
   assert prompt == without.prompt(messages) + tokenizer.encode('No.')
   for style, name in (('chat', 'enable_thinkin'), ('chat', 'messages'), ('plain', options[0][0])):
-    with pytest.raises(ValueError, match=f'template_options: .{name}. is nothing'):
+    with pytest.raises(UserError, match=f"template_options: .*'{name}'.* Remove it"):
       Dialogue(tokenizer, style, template_options=((name, False),))
 
 
-def test_system_message_that_a_template_refuses_and_wrong_order():
-  with pytest.raises(ValueError, match='no system here.*no system message'):
+def test_dialogues_that_the_template_rejects_are_errors():
+  with pytest.raises(UserError, match='no system here.*no system message'):
     Dialogue(built('reasoning')).prompt([ask('system', 'Be kind.'), user('hi')])
-  with pytest.raises(ValueError, match="roles must alternate.*style='plain'"):
+  with pytest.raises(UserError, match="roles must alternate.*style='plain'"):
     Dialogue(built('llama_2_first')).prompt([user('a'), user('b')])
 
 
-def test_misplaced_roles_and_missing_targets():
+def test_misplaced_roles_and_missing_targets_are_errors():
   for style in ('chat', 'plain'):
     dialogue = Dialogue(built('chatml'), style)
-    with pytest.raises(ValueError, match='must end with a request'):
+    with pytest.raises(UserError, match='must end with a request'):
       dialogue.prompt([user('a'), assistant('b')])
-    with pytest.raises(ValueError, match='must end with a request'):
+    with pytest.raises(UserError, match='must end with a request'):
       dialogue.prompt([])
-    with pytest.raises(ValueError, match=r"unknown roles \['tool'\]"):
+    with pytest.raises(UserError, match=r"unknown roles \['tool'\]"):
       dialogue.prompt([ask('tool', 'x'), user('a')])
-    with pytest.raises(ValueError, match='can only come first'):
+    with pytest.raises(UserError, match='can only come first'):
       dialogue.prompt([user('a'), ask('system', 'b'), user('c')])
-    with pytest.raises(ValueError, match="reply_role must be one of .* got 'user'"):
+    with pytest.raises(UserError, match="reply_role must be one of .* got 'user'"):
       dialogue.prompt([user('a')], 'user')
-    with pytest.raises(ValueError, match='reply_role must be one of'):
+    with pytest.raises(UserError, match='reply_role must be one of'):
       dialogue.reply('a', 'user')
     for empty in ('', ' \n', []):
-      with pytest.raises(ValueError, match='no target token'):
+      with pytest.raises(UserError, match='no target token'):
         dialogue.example([user('a'), assistant(empty)])
-    with pytest.raises(ValueError, match='must end with a reply'):
+    with pytest.raises(UserError, match='must end with a reply'):
       dialogue.example([user('a')])
 
 
-def test_tokenizers_that_cannot_be_used():
+def test_unsuitable_tokenizers_are_errors():
   bare = byte_level(None, None)
-  with pytest.raises(ValueError, match="use style='plain'"):
+  with pytest.raises(UserError, match="Use style='plain'"):
     Dialogue(bare)
-  with pytest.raises(ValueError, match='the tokenizer has none'):
+  with pytest.raises(UserError, match='eos token, but it has none'):
     Dialogue(bare, 'plain')
-  with pytest.raises(ValueError, match="'chat' or 'plain', got 'alpaca'"):
-    Dialogue(built('chatml'), 'alpaca')
+  with pytest.raises(
+    UserError, match="no prompt format named 'alpacca'; registered are .*chat, plain"
+  ):
+    Dialogue(built('chatml'), 'alpacca')
 
   class Slow:
     is_fast = False
 
-  with pytest.raises(ValueError, match='Slow is a slow tokenizer'):
+  with pytest.raises(UserError, match='Slow is a slow tokenizer'):
     Dialogue(Slow())
 
 
-def test_stop_tokens_and_strings():
+def test_stop_tokens_and_stop_strings():
   def stops(name, **kwargs):
     tokenizer = built(name)
     return set(tokenizer.convert_ids_to_tokens(Dialogue(tokenizer, **kwargs).stop_token_ids))
@@ -493,7 +501,7 @@ def test_stop_tokens_and_strings():
   assert '\n\nCritiqueRequest:' in Dialogue(built('chatml'), 'plain').stop_strings
 
 
-def test_plain_style_is_the_papers_form(tokenizer):
+def test_plain_format_matches_the_paper(tokenizer):
   dialogue = Dialogue(tokenizer, 'plain')
   demonstration = [user('q'), assistant('a'), ask('critique_request', 'c?'), ask('critique', 'c')]
   messages = [ask('system', 'Be kind.'), user('hi'), assistant('yo'), ask('revision_request', 'r')]
@@ -508,7 +516,7 @@ def test_plain_style_is_the_papers_form(tokenizer):
   assert tokens + reply[:-1] == tokenizer.encode(text + ' ok then')
 
 
-def test_plain_reply_that_ran_into_a_label_is_cut_before_it(tokenizer):
+def test_plain_reply_ends_before_the_first_label(tokenizer):
   dialogue = Dialogue(tokenizer, 'plain')
   whole = dialogue.reply('Mix flour. \n\nHuman: more')[:-1]
   assert dialogue.decode(whole) == 'Mix flour.'
@@ -522,7 +530,7 @@ def test_plain_reply_that_ran_into_a_label_is_cut_before_it(tokenizer):
   assert tokens[: len(context) + len(kept)] == context + kept
 
 
-def test_plain_adds_bos_where_the_tokenizer_does():
+def test_plain_adds_bos_if_the_tokenizer_does():
   tokenizer = built('llama_3')
   bos = tokenizer.bos_token_id
   assert bos not in Dialogue(tokenizer, 'plain').prompt([user('hi')])
@@ -537,7 +545,7 @@ def test_plain_adds_bos_where_the_tokenizer_does():
   assert tokens == with_bos.encode('\n\nHuman: hi\n\nAssistant:')
 
 
-def test_chat_demonstrations_are_earlier_turns(tokenizer):
+def test_chat_demonstrations_become_earlier_turns(tokenizer):
   dialogue = Dialogue(tokenizer)
   demonstration = [user('q'), assistant('a'), ask('critique_request', 'c?'), ask('critique', 'c')]
   shown = [user('q'), assistant('a'), user('c?'), assistant('c')]
@@ -549,7 +557,7 @@ def test_chat_demonstrations_are_earlier_turns(tokenizer):
   assert len(common) > len(dialogue.prompt([*system, *shown, user('x')])) - 12
 
 
-def test_a_template_cannot_bring_in_the_date():
+def test_templates_see_a_fixed_date():
   dated = byte_level(
     "{{ strftime_now('%d %b %Y') }}" + CHATML,
     '<|im_end|>',
@@ -559,7 +567,7 @@ def test_a_template_cannot_bring_in_the_date():
   assert text.startswith('26 Jul 2024<|im_start|>user')
 
 
-def test_noncharacters_in_text_are_text():
+def test_noncharacters_are_encoded_as_text():
   for name in ('chatml', 'llama_2_first', 'llama_2_always'):
     tokenizer = built(name)
     text = 'odd \ufdd0\ufdd1 and \ufdd3x\ufdd40\ufdd4'
@@ -571,8 +579,8 @@ def test_noncharacters_in_text_are_text():
       assert text in tokenizer.decode(tokens)
 
 
-def test_vocabularies_that_hold_control_tokens_as_words_are_safe():
-  """A Unigram vocabulary reads "</s>" in a text as the control piece, unless it is cut in two."""
+def test_control_tokens_in_the_ordinary_vocabulary_are_safe():
+  """A Unigram vocabulary reads "</s>" in a text as the control token, unless it is split."""
   pieces = [('<unk>', 0.0), ('<s>', 0.0), ('</s>', 0.0), ('\u2581', -1.0)]
   pieces += [(c, -2.0) for c in 'abcdefghijklmnopqrstuvwxyzHACR<>/s:[]INST\n' if c != 's'] + [
     ('s', -2.0)
@@ -592,6 +600,49 @@ def test_vocabularies_that_hold_control_tokens_as_words_are_safe():
     reply = dialogue.reply('a</s>b')
     assert reply.index(eos) == len(reply) - 1
     assert dialogue.decode(reply).replace(' ', '') == 'a</s>b'
+
+
+class AlpacaFormat:
+  """A minimal format, as a user would add it."""
+
+  stop_strings = ('\n\n### Instruction:', '\n\n### Response:')
+  prompt_opens_reasoning = False
+
+  def __init__(self, encoder, eos_token_ids, template_options):
+    self.eos = encoder.tokenizer.eos_token_id
+    self.stop_token_ids = (self.eos, *eos_token_ids)
+
+  def prompt(self, messages, reply_role):
+    return [*self._turns(messages), Markup('\n\n### Response:')]
+
+  def reply(self, text, reply_role):
+    return [Markup('\n\n### Response:')], [Text('\n' + text), Tokens((self.eos,))]
+
+  def conversation(self, messages):
+    return [*self._turns(messages), Tokens((self.eos,))]
+
+  def _turns(self, messages):
+    pieces = []
+    for message in messages:
+      label = 'Response' if message['role'] == 'assistant' else 'Instruction'
+      pieces.append(Markup(f'\n\n### {label}:'))
+      content = message['content']
+      is_text = isinstance(content, str)
+      pieces.append(Text('\n' + content) if is_text else Tokens(tuple(content)))
+    return pieces
+
+
+def test_registered_format_is_chosen_by_its_name():
+  if 'alpaca' not in FORMATS:
+    FORMATS.register('alpaca')(AlpacaFormat)
+  tokenizer = built('chatml')
+  dialogue = Dialogue(tokenizer, 'alpaca')
+  prompt = dialogue.prompt([user('Why?')])
+  assert prompt == tokenizer.encode('\n\n### Instruction:\nWhy?\n\n### Response:')
+  reply = dialogue.reply('So <|im_end|>.')
+  assert reply.count(tokenizer.eos_token_id) == 1 and dialogue.decode(reply) == 'So <|im_end|>.'
+  longer = dialogue.prompt([user('Why?'), assistant(reply), user('How?')])
+  assert longer[: len(prompt) + len(reply)] == prompt + reply
 
 
 def test_rendering_is_cheap():

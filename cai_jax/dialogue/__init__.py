@@ -1,5 +1,8 @@
-"""Messages to token ids and back, by a chat template or the paper's plain labels."""
+"""Messages to token ids and back, in the format of a chat template or with plain labels."""
 
-from cai_jax.dialogue.dialogue import Dialogue, Message
+from cai_jax.dialogue.dialogue import Dialogue
+from cai_jax.dialogue.encode import control_tokens
+from cai_jax.dialogue.format import FORMATS
+from cai_jax.dialogue.messages import Message
 
-__all__ = ['Dialogue', 'Message']
+__all__ = ['FORMATS', 'Dialogue', 'Message', 'control_tokens']

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.dialogue.dialogue import control_tokens
+from cai_jax.dialogue import control_tokens
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE

@@ -11,8 +11,7 @@ import pathlib
 import random
 from collections.abc import Iterator, Sequence
 
-from cai_jax import constitution
-from cai_jax.constitution import Principle
+from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig, Principle, load_constitution
 from cai_jax.tiny import world
 
 CONSTITUTION = pathlib.Path(__file__).with_name('constitution.yaml')
@@ -60,7 +59,7 @@ class Mixture:
 @functools.cache
 def shipped() -> tuple[Principle, ...]:
   """The principles of the world's constitution."""
-  return constitution.load(str(CONSTITUTION)).principles
+  return load_constitution(ConstitutionConfig('tiny')).principles
 
 
 @functools.cache

@@ -36,7 +36,7 @@ import numpy as np
 
 from cai_jax import constitution, pipeline
 from cai_jax.data.prompts import Prompt
-from cai_jax.dialogue.plain import REPLY_ROLES
+from cai_jax.dialogue.messages import REPLY_ROLES
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.feedback.config import FeedbackConfig, StageSampling

@@ -1,0 +1,49 @@
+"""Messages, their roles, and the order in which roles may follow each other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cai_jax.runtime.errors import UserError
+
+# {'role': str, 'content': str | Sequence[int]}. A content is text, or the token ids of a sampled
+# reply, including its end token if it has one.
+Message = dict[str, Any]
+
+REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
+REPLY_ROLES = ('assistant', 'critique', 'revision')
+ROLES = ('system', *REQUEST_ROLES, *REPLY_ROLES)
+
+
+def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
+  """Raise UserError unless the messages end with a request that `reply_role` can answer.
+
+  A system message is allowed in the first place only.
+  """
+  roles = [message['role'] for message in messages]
+  unknown = [role for role in roles if role not in ROLES]
+  if unknown:
+    raise UserError(f'The messages have unknown roles {unknown}; allowed are {sorted(ROLES)}.')
+  check_reply_role(reply_role)
+  if not roles or roles[-1] not in REQUEST_ROLES:
+    raise UserError(f'A prompt must end with a request {REQUEST_ROLES}, got the roles {roles}.')
+  if 'system' in roles[1:]:
+    raise UserError(f'A system message can only come first, got the roles {roles}.')
+
+
+def check_reply_role(role: str) -> None:
+  """Raise UserError unless `role` is one of `REPLY_ROLES`."""
+  if role not in REPLY_ROLES:
+    raise UserError(f'reply_role must be one of {REPLY_ROLES}, got {role!r}.')
+
+
+def check_ends_with_reply(messages: Sequence[Message]) -> None:
+  """Raise UserError unless the last message is a reply."""
+  roles = [message['role'] for message in messages]
+  if not roles or roles[-1] not in REPLY_ROLES:
+    raise UserError(f'The dialogue must end with a reply {REPLY_ROLES}, got the roles {roles}.')
+
+
+def split_system(messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
+  """Split messages into the leading system message, if there is one, and the turns after it."""
+  count = int(messages[0]['role'] == 'system')
+  return messages[:count], messages[count:]

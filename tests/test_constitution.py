@@ -65,11 +65,14 @@ def test_yaml_fields_are_loaded_and_selected(tmp_path):
       GOOD.replace('    revision_request: Be kind.\n', ''),
       r"0 \('kind'\) lacks the fields \['revision_request",
     ),
-    (GOOD.replace('tags', 'tag'), r"0 \('kind'\) has the unknown fields \['tag'\]. Allowed fields are \['id'"),
+    (
+      GOOD.replace('tags', 'tag'),
+      r"0 \('kind'\) has the unknown fields \['tag'\]. Allowed fields are \['id'",
+    ),
     (GOOD.replace('id: true', 'id: kind'), "Principles 0 and 1 share the id 'kind'"),
     (
       GOOD.replace('id: true', 'id: t').replace('3', '0'),
-      r"1 \('t'\): weight .* above 0, .* got 0",
+      r"1 \('t'\): weight .* above 0 .* got 0",
     ),
     (GOOD.replace('id: true', 'id: t').replace('3', '.nan'), 'above 0 and at most 1e.100'),
     (GOOD.replace('id: true', 'id: t').replace('3', 'true'), 'weight must be a number'),

@@ -230,7 +230,7 @@ def set_fields(**fields):
       {'prompts__harmful__source': 'nowhere.jsonl', 'prompts__harmful__name': ''},
       'nowhere.jsonl: no such file',
     ),
-    ({'constitution__path': 'nowhere.yaml'}, 'nowhere.yaml: no such constitution'),
+    ({'constitution__path': 'nowhere.yaml'}, 'nowhere.yaml: there is no such constitution'),
     ({'model__base': '/nowhere/at/all'}, '/nowhere/at/all'),
     ({'model__init': '/nowhere/at/all'}, '/nowhere/at/all'),
     ({'train__batch_size': 12}, 'train.batch_size'),

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cai_jax import constitution as constitutions
+from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
 from cai_jax.data import prompts as prompt_files
 from cai_jax.data import quality
 from cai_jax.data.prompts import Prompt
@@ -43,7 +43,7 @@ class Run:
 
   config: dict[str, Any]  # resolved
   workdir: pathlib.Path
-  constitution: constitutions.Constitution
+  constitution: Constitution
   prompts: dict[str, list[Prompt]]  # by PROMPT_SETS
   feedback: FeedbackConfig
   sampling: StageSampling
@@ -129,7 +129,7 @@ def build(
   return Run(
     config=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(workdir),
-    constitution=_constitution(config.constitution),
+    constitution=load_constitution(ConstitutionConfig(**config.constitution)),
     prompts=sets,
     feedback=FeedbackConfig(**config.feedback),
     sampling=sampling,
@@ -219,12 +219,6 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
   """Hex digest of ids, messages and metadata, in order."""
   content = json.dumps([dataclasses.astuple(prompt) for prompt in prompts], sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _constitution(section: ConfigDict) -> constitutions.Constitution:
-  shipped = {'general': constitutions.GENERAL, 'tiny': TINY / 'constitution.yaml'}
-  path = str(shipped.get(section.path, section.path))
-  return constitutions.load(path, tuple(section.tags), tuple(section.ids))
 
 
 def _remotes(config: ConfigDict, sampling: StageSampling) -> dict[str, RemoteConfig]:

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig, Principle, load_constitution
 from cai_jax.tiny import world
 
-CONSTITUTION = pathlib.Path(__file__).with_name('constitution.yaml')
+CONSTITUTION = CONSTITUTIONS.register('tiny')(
+  str(pathlib.Path(__file__).with_name('constitution.yaml'))
+)
 
 # The nouns by which a principle made up of kinds calls them; the groups of the constitution do too.
 NOUNS = {

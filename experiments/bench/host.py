@@ -34,7 +34,8 @@ from unittest import mock
 
 import numpy as np
 
-from cai_jax import constitution, pipeline
+from cai_jax import pipeline
+from cai_jax.constitution import ConstitutionConfig, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue.messages import REPLY_ROLES
 from cai_jax.feedback import generate
@@ -121,7 +122,7 @@ def make_job(count: int) -> jobs.Job:
     {'base': lm},
     base,
     [],
-    constitution.load(str(pipeline.TINY / 'constitution.yaml')),
+    load_constitution(ConstitutionConfig('tiny')),
     FeedbackConfig(rounds=ROUNDS),
     StageSampling(short, short, short),
     seed=0,

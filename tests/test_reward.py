@@ -204,7 +204,7 @@ def test_what_cannot_be_scored(make):
   ):
     with pytest.raises(ValueError, match=message):
       model.logits(tokens, mask)
-  with pytest.raises(ValueError, match='conversation 1: a conversation must end with a reply'):
+  with pytest.raises(ValueError, match='conversation 1: The dialogue must end with a reply'):
     model.scores([CONVERSATIONS[0], ASKED[0]])
   long = [ASKED[0][0], {'role': 'assistant', 'content': 'word ' * 400}]
   with pytest.raises(ValueError, match=r'conversation 0 has \d+ tokens; .* reads 1 to 256'):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
-import inspect
 import pathlib
 
 import pytest
 
 from cai_jax import pipeline
-from cai_jax.data import prompts, quality
+from cai_jax.constitution import ConstitutionConfig
+from cai_jax.data import quality
+from cai_jax.data.prompts import PromptSource
 from cai_jax.feedback.config import FeedbackConfig
 from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.engine import EngineConfig
@@ -30,8 +31,21 @@ OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob
     (CONFIG.sampling.revision, SamplingConfig()),
     (CONFIG.engine, EngineConfig()),
     (CONFIG.train, TrainConfig()),
+    (CONFIG.constitution, ConstitutionConfig()),
+    (CONFIG.prompts.harmful, PromptSource()),
+    (CONFIG.prompts.eval_helpful, PromptSource()),
   ],
-  ids=('feedback', 'initial', 'critique', 'revision', 'engine', 'train'),
+  ids=(
+    'feedback',
+    'initial',
+    'critique',
+    'revision',
+    'engine',
+    'train',
+    'constitution',
+    'harmful',
+    'eval_helpful',
+  ),
 )
 def test_defaults_are_those_of_the_component(section, component):
   fields = dataclasses.asdict(component)
@@ -57,14 +71,6 @@ def test_defaults_of_remotes():
   assert set(CONFIG.remote) == {'base', 'critique', 'revision'}
   for section in CONFIG.remote.values():
     assert section.to_dict() == component
-
-
-def test_defaults_of_prompts():
-  parameters = inspect.signature(prompts.load).parameters
-  section = CONFIG.prompts.harmful.to_dict()
-  assert section.pop('source') == '' and section.pop('shuffle') is False
-  assert section == {n: p.default for n, p in parameters.items() if n in section}
-  assert {*section, 'source', 'shuffle_seed'} == set(parameters)
 
 
 def test_what_may_change_on_the_way_are_settings():

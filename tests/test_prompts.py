@@ -1,4 +1,4 @@
-"""Prompts: every source gives checked dialogues, and a fault is named with its line."""
+"""Prompts: every source gives checked dialogues, and errors name the line."""
 
 import gzip
 import json
@@ -12,7 +12,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import naming
 
 from cai_jax.data import prompts as p
+from cai_jax.data.prompt_sources import SOURCES
 from cai_jax.dialogue.plain import join_plain
+from cai_jax.runtime.errors import UserError
 
 DATA = pathlib.Path(
   os.environ.get('CAI_JAX_DATA', pathlib.Path(__file__).parents[1] / '../shared/data')
@@ -22,6 +24,10 @@ HH = DATA / 'hh_rlhf' / 'harmless-base-test.jsonl.gz'
 U = {'role': 'user', 'content': 'hi'}
 A = {'role': 'assistant', 'content': 'hello'}
 S = {'role': 'system', 'content': 'be kind'}
+
+
+def load(source, name='', seed=0, **settings):
+  return p.load_prompts(p.PromptSource(str(source), name, **settings), seed)
 
 
 def write(tmp_path, rows, name='p.jsonl'):
@@ -37,7 +43,7 @@ def dialogues(loaded):
 
 
 @pytest.mark.parametrize('name', ['p.jsonl', 'p.jsonl.gz'])
-def test_every_form_of_a_row(tmp_path, name):
+def test_every_row_format_is_parsed(tmp_path, name):
   rows = [
     {'prompt': 'hi there'},
     {'messages': [S, U, A, U], 'id': 'mine', 'metadata': {'kind': 'x'}, 'score': 3},
@@ -50,7 +56,7 @@ def test_every_form_of_a_row(tmp_path, name):
     },
     {'prompt': '\n\nHuman: open\n\nAssistant:'},
   ]
-  loaded = p.load(write(tmp_path, rows, name), metadata_fields=())
+  loaded = load(write(tmp_path, rows, name), metadata_fields=())
   assert dialogues(loaded) == [
     [{'role': 'user', 'content': 'hi there'}],
     [S, U, A, U],
@@ -65,106 +71,119 @@ def test_every_form_of_a_row(tmp_path, name):
   ]
   assert [loaded[1].id, loaded[2].id] == ['mine', '7']
   assert loaded[1].metadata == {'kind': 'x'} and loaded[0].metadata == {}
-  one = write(tmp_path, [rows[1]])
-  assert p.load(one, metadata_fields=('score',))[0].metadata == {'kind': 'x', 'score': '3'}
-  with pytest.raises(ValueError, match=r"line 1: the metadata fields \['tone'\]"):
-    p.load(one, metadata_fields=('tone',))
+  path = write(tmp_path, [rows[1]])
+  assert load(path, metadata_fields=('score',))[0].metadata == {'kind': 'x', 'score': '3'}
+  with pytest.raises(UserError, match=r"line 1: The row lacks the metadata fields \['tone'\]"):
+    load(path, metadata_fields=('tone',))
 
 
-def test_text_file(tmp_path):
-  loaded = p.load(write(tmp_path, ['\ufefffirst: one ', '', 'second'], 'p.txt'))
+def test_registered_file_format_is_read(tmp_path):
+  def read_csv(source, seed):
+    lines = pathlib.Path(source.source).read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+      yield f'line {number}', {'prompt': line.split(',')[0]}
+
+  if '.csv2' not in SOURCES:
+    SOURCES.register('.csv2')(read_csv)
+  loaded = load(write(tmp_path, ['why?,1', 'how?,2'], 'p.csv2'))
+  assert [prompt.messages[0]['content'] for prompt in loaded] == ['why?', 'how?']
+
+
+def test_text_files_have_one_prompt_per_line(tmp_path):
+  loaded = load(write(tmp_path, ['\ufefffirst: one ', '', 'second'], 'p.txt'))
   assert [prompt.messages[0]['content'] for prompt in loaded] == ['first: one', 'second']
 
 
 @pytest.mark.parametrize(
   ('row', 'message'),
   [
-    ('{"prompt": "a"', 'not JSON'),
+    ('{"prompt": "a"', 'not valid JSON'),
     ('[1]', 'must be an object, got a list'),
-    ({'text': 'a'}, r"none of the fields .* which has \['text'\]"),
-    ({'prompt': ' '}, r'message 0 \(user\) needs a text that is not blank'),
-    ({'prompt': 3}, 'must be a text or a list of messages, got 3'),
+    ({'text': 'a'}, r"none of the fields .* it has \['text'\]"),
+    ({'prompt': ' '}, r'content of message 0 \(user\) must be non-blank text'),
+    ({'prompt': 3}, 'must be text or a list of messages, got 3'),
     ({'messages': []}, r'got the roles \[\]'),
-    ({'messages': [U, A]}, r"belongs in the field 'chosen'.*\['user', 'assistant'\]"),
-    ({'messages': [U, U]}, 'in turn'),
-    ({'messages': [A, U]}, 'in turn'),
-    ({'messages': [U, S, U]}, 'in turn'),
+    ({'messages': [U, A]}, r"\['user', 'assistant'\].*belongs in the field 'chosen'"),
+    ({'messages': [U, U]}, 'alternating'),
+    ({'messages': [A, U]}, 'alternating'),
+    ({'messages': [U, S, U]}, 'alternating'),
     ({'messages': [{'role': 'tool', 'content': 'x'}, U]}, "role 'tool'; allowed are"),
     ({'messages': [{'role': 'user'}]}, "keys 'role' and 'content'"),
-    ({'messages': [{'role': 'user', 'content': [1]}]}, 'needs a text'),
+    ({'messages': [{'role': 'user', 'content': [1]}]}, 'must be non-blank text'),
     ({'messages': ['hi']}, "keys 'role' and 'content'"),
     ({'chosen': [U]}, 'must end with the assistant'),
-    ({'chosen': 'hi'}, 'begins with one of the labels'),
-    ({'prompt': 'a', 'id': ''}, 'id must be a text that is not empty'),
+    ({'chosen': 'hi'}, 'must begin with one of the labels'),
+    ({'prompt': 'a', 'id': ''}, 'id must be an integer or non-empty text'),
     ({'prompt': 'a', 'id': None}, 'id must be'),
     ({'prompt': 'a', 'metadata': {'n': 1}}, 'metadata must be texts'),
     ({'prompt': 'a', 'metadata': []}, 'metadata must be an object'),
     ('{"prompt": "\\ud800"}', 'surrogate'),
   ],
 )
-def test_a_malformed_row_is_named_with_its_line_and_what_is_allowed(tmp_path, row, message):
+def test_errors_in_rows_name_the_line_and_the_allowed_fields(tmp_path, row, message):
   path = write(tmp_path, [{'prompt': 'fine'}, '', row])
-  with pytest.raises(ValueError, match=message) as error:
-    p.load(path)
+  with pytest.raises(UserError, match=message) as error:
+    load(path)
   assert f'{path}, line 3: ' in str(error.value)
-  assert 'A row has its dialogue as' in str(error.value)
+  assert 'A row needs' in str(error.value)
 
 
-def test_sources_that_are_missing_empty_or_broken(tmp_path):
+def test_missing_empty_and_damaged_sources_are_errors(tmp_path):
   for source, message in [
-    (str(tmp_path / 'no.jsonl'), 'no.jsonl: no such file'),
-    (write(tmp_path, [], 'empty.jsonl'), 'empty.jsonl: holds no prompt'),
-    (write(tmp_path, ['', ' '], 'blank.txt'), 'blank.txt: holds no prompt'),
-    (write(tmp_path, ['a'], 'p.csv'), 'p.csv: prompts come from a .jsonl or .txt file'),
+    (str(tmp_path / 'no.jsonl'), 'no.jsonl: there is no such file'),
+    (write(tmp_path, [], 'empty.jsonl'), 'empty.jsonl: the source is empty'),
+    (write(tmp_path, ['', ' '], 'blank.txt'), 'blank.txt: the source is empty'),
+    (
+      write(tmp_path, ['a'], 'p.csv'),
+      r"p.csv: there is no such source .*'.jsonl', '.txt'.*'tfds', 'hub'",
+    ),
   ]:
-    with pytest.raises(ValueError, match=message):
-      p.load(source)
+    with pytest.raises(UserError, match=message):
+      load(source)
   broken = pathlib.Path(write(tmp_path, [{'prompt': 'a'}] * 99, 'cut.jsonl.gz'))
   broken.write_bytes(broken.read_bytes()[:-20])
-  with pytest.raises(ValueError, match='a broken gzip file'):
-    p.load(str(broken))
+  with pytest.raises(UserError, match='the gzip file is damaged'):
+    load(broken)
   (tmp_path / 'latin.txt').write_bytes(b'fine\nna\xefve\n')
-  with pytest.raises(ValueError, match='latin.txt, line 2: not UTF-8'):
-    p.load(str(tmp_path / 'latin.txt'))
+  with pytest.raises(UserError, match='latin.txt, line 2: not UTF-8'):
+    load(tmp_path / 'latin.txt')
 
 
-def test_arguments_that_do_not_fit(tmp_path):
+def test_settings_that_a_source_ignores_are_errors(tmp_path):
   path = write(tmp_path, [{'prompt': 'a'}])
   for arguments, message in [
-    ({'limit': 0}, 'limit must be 1 or more'),
-    ({'name': 'x'}, "name is for the sources 'tfds' and 'hub'"),
-    ({'subset': 'x'}, "source='hub' only"),
+    ({'limit': 0}, 'limit must be at least 1'),
+    ({'name': 'x'}, 'no use for name'),
+    ({'subset': 'x'}, 'no use for subset'),
   ]:
-    with pytest.raises(ValueError, match=message):
-      p.load(path, **arguments)
-  with pytest.raises(ValueError, match='which need it'):
-    p.load('hub')
+    with pytest.raises(UserError, match=message):
+      load(path, **arguments)
+  with pytest.raises(UserError, match='needs the name'):
+    load('hub')
 
 
-def test_ids_are_stable_unique_and_follow_the_content(tmp_path):
-  first = p.load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'a'}]))
-  again = p.load(
-    write(tmp_path, [{'prompt': 'b'}, {'messages': [{'role': 'user', 'content': 'a'}]}])
-  )
+def test_ids_are_unique_and_depend_on_the_content_only(tmp_path):
+  first = load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b'}, {'prompt': 'a'}]))
+  again = load(write(tmp_path, [{'prompt': 'b'}, {'messages': [{'role': 'user', 'content': 'a'}]}]))
   assert first[0].id == again[1].id and first[1].id == again[0].id
   assert first[2].id == f'{first[0].id}-1'
   rows = [{'prompt': 'a', 'id': 'x'}, {'prompt': 'b'}, {'prompt': 'c', 'id': 'x'}]
-  with pytest.raises(ValueError, match=r"line 3: the id 'x' is already given at .* line 1"):
-    p.load(write(tmp_path, rows))
-  with pytest.raises(ValueError, match='line 1: its dialogue hashes to the id given'):
-    p.load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b', 'id': first[0].id}]))
+  with pytest.raises(UserError, match=r"line 3: the id 'x' is already used at .* line 1"):
+    load(write(tmp_path, rows))
+  with pytest.raises(UserError, match='line 1: the hash of this dialogue equals the id given'):
+    load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b', 'id': first[0].id}]))
 
 
-def test_limit_and_shuffle(tmp_path):
+def test_shuffling_depends_on_seed_and_ids_and_precedes_the_limit(tmp_path):
   rows = [{'prompt': str(i)} for i in range(40)]
   path = write(tmp_path, rows)
-  whole = p.load(path)
-  assert p.load(path, limit=5) == whole[:5] and p.load(path, limit=99) == whole
-  shuffled = p.load(path, shuffle_seed=1)
+  whole = load(path)
+  assert load(path, limit=5) == whole[:5] and load(path, limit=99) == whole
+  shuffled = load(path, shuffle=True, seed=1)
   assert shuffled != whole and sorted(x.id for x in shuffled) == sorted(x.id for x in whole)
-  assert p.load(path, shuffle_seed=1, limit=7) == shuffled[:7]
-  assert p.load(path, shuffle_seed=2) != shuffled
-  assert p.load(write(tmp_path, rows[::-1], 'other.jsonl'), shuffle_seed=1) == shuffled
+  assert load(path, shuffle=True, seed=1, limit=7) == shuffled[:7]
+  assert load(path, shuffle=True, seed=2) != shuffled
+  assert load(write(tmp_path, rows[::-1], 'other.jsonl'), shuffle=True, seed=1) == shuffled
 
 
 def make_tfds(folder, rows):
@@ -201,57 +220,57 @@ def make_tfds(folder, rows):
   )
 
 
-def test_tfds_dataset(tmp_path):
+def test_tfds_datasets_are_read(tmp_path):
   accented = {'role': 'user', 'content': 'naïve?'}
   row = {'id': 'r', 'metadata': '{"kind": "x"}', 'prompt': [accented, A, U], 'question': 'why'}
   make_tfds(tmp_path, [row, {**row, 'id': 's', 'metadata': '{}', 'prompt': [U]}])
-  loaded = p.load('tfds', str(tmp_path))
+  loaded = load('tfds', str(tmp_path))
   assert loaded == [p.Prompt('r', (accented, A, U), {'kind': 'x'}), p.Prompt('s', (U,), {})]
-  by_field = p.load('tfds', str(tmp_path), field='question')
+  by_field = load('tfds', str(tmp_path), field='question')
   assert by_field[0].messages == ({'role': 'user', 'content': 'why'},)
-  with pytest.raises(ValueError, match="row 0: none of the fields .'answer'. is in the row"):
-    p.load('tfds', str(tmp_path), field='answer')
-  with pytest.raises(ValueError, match="split 'test' of it: Unknown split"):
-    p.load('tfds', str(tmp_path), split='test')
-  with pytest.raises(ValueError, match='TFDS cannot read'):
-    p.load('tfds', 'there_is_no_such_dataset')
+  with pytest.raises(UserError, match="row 0: The row has none of the fields .'answer'."):
+    load('tfds', str(tmp_path), field='answer')
+  with pytest.raises(UserError, match="split 'test': Unknown split"):
+    load('tfds', str(tmp_path), split='test')
+  with pytest.raises(UserError, match='TFDS cannot read'):
+    load('tfds', 'there_is_no_such_dataset')
 
 
-def test_folder_by_datasets(tmp_path, monkeypatch):
+def test_folders_are_read_by_datasets(tmp_path, monkeypatch):
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
   folder = tmp_path / 'data'
   folder.mkdir()
   write(folder, [{'question': 'why?'}, {'question': 'how?'}], 'train.jsonl')
-  loaded = p.load('hub', str(folder), field='question')
+  loaded = load('hub', str(folder), field='question')
   assert [prompt.messages[0]['content'] for prompt in loaded] == ['why?', 'how?']
-  with pytest.raises(ValueError, match="cannot load split 'test'"):
-    p.load('hub', str(folder), split='test')
+  with pytest.raises(UserError, match="cannot load split 'test'"):
+    load('hub', str(folder), split='test')
 
 
 @pytest.mark.skipif(not HH.is_file(), reason=f'the published HH-RLHF test rows are not in {HH}')
-def test_published_dialogues_parse_wholly():
-  loaded = p.load(str(HH))
+def test_published_dialogues_are_parsed_completely():
+  loaded = load(HH)
   with gzip.open(HH, 'rt') as file:
     texts = [json.loads(line)['chosen'] for line in file]
   assert len(loaded) == len(texts) == 2312
   assert len({prompt.id for prompt in loaded}) == 2312
-  joined = 0
+  num_joined = 0
   for prompt, text in zip(loaded, texts, strict=True):
     expected = text[: text.rindex('\n\nAssistant:')]
-    found = join_plain(prompt.messages)
-    if found == expected:
+    actual = join_plain(prompt.messages)
+    if actual == expected:
       continue
-    # The published row has the assistant's label twice in a row.
-    joined += 1
+    # This published row has the same label twice in a row.
+    num_joined += 1
     without = re.sub('\n\n(Human|Assistant): ?', '\n\n', text)
     for message in prompt.messages:
       assert message['content'] in without
-  assert joined == 8
-  several = sum(sum(m['role'] == 'user' for m in prompt.messages) > 1 for prompt in loaded)
-  assert round(several / len(loaded), 2) == 0.71
+  assert num_joined == 8
+  multi_turn = sum(sum(m['role'] == 'user' for m in prompt.messages) > 1 for prompt in loaded)
+  assert round(multi_turn / len(loaded), 2) == 0.71
 
 
-def test_disjoint_sets():
+def test_overlapping_sets_are_errors():
   def prompt(identity, *contents):
     roles = ('user', 'assistant', 'user')
     return p.Prompt(
@@ -260,5 +279,5 @@ def test_disjoint_sets():
 
   training = [prompt('a', 'How  do I\nbake?'), prompt('b', 'x', 'y', 'yes')]
   p.check_disjoint(training, [prompt('c', 'yes'), prompt('d', 'z', 'y', 'yes')])
-  with pytest.raises(ValueError, match=r"1 of the held-out .* run 'a' is held-out 'c': 'how do i"):
+  with pytest.raises(UserError, match=r"1 of the held-out .* run 'a' is held-out 'c': 'how do i"):
     p.check_disjoint(training, [prompt('c', 'how do i BAKE?')], ('run', 'held-out'))

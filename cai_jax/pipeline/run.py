@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
-from cai_jax.data import prompts as prompt_files
 from cai_jax.data import quality
-from cai_jax.data.prompts import Prompt
+from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
 from cai_jax.evaluation.suite import EvaluationConfig
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.pipeline.schema import default_config
@@ -28,7 +27,6 @@ from cai_jax.sampling.remote.client import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
-from cai_jax.tiny import prompts as tiny_prompts
 from cai_jax.tiny import world
 from cai_jax.training.config import FREE, TrainConfig
 
@@ -125,7 +123,7 @@ def build(
   if config.report.published:
     published(config.report.published)
   held_out = sets['eval_harmful'] + sets['eval_helpful']
-  prompt_files.check_disjoint(sets['harmful'] + sets['helpful'], held_out)
+  check_disjoint(sets['harmful'] + sets['helpful'], held_out)
   return Run(
     config=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(workdir),
@@ -188,23 +186,10 @@ def published(path: str) -> dict[str, Any]:
 
 
 def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
-  """One of the prompt sets; [] where it has no source."""
-  if not section.source:
-    return []
-  if section.source == 'tiny':
-    if section.limit < 1:
-      raise UserError(
-        f"prompts.{name}.limit={section.limit}: 'tiny' makes as many as it says, at least 1."
-      )
-    idle = [field for field in ('subset', 'field', 'shuffle', 'metadata_fields') if section[field]]
-    if idle:
-      raise UserError(f"prompts.{name}: 'tiny' has no use for {', '.join(idle)}; leave it out.")
-    return tiny_prompts.prompts(section.split, section.limit, seed, section.name)
-  fields = section.to_dict() | {'shuffle_seed': seed if section.shuffle else None}
-  del fields['shuffle']
+  """Load one of the prompt sets; a set without a source is empty."""
   try:
-    return prompt_files.load(**fields)
-  except ValueError as error:
+    return load_prompts(PromptSource(**section), seed)
+  except UserError as error:
     raise UserError(f'prompts.{name}: {error}') from error
 
 

@@ -3,13 +3,30 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 
+from cai_jax.data.prompt_sources import SOURCES, PromptSource, Row, reject_settings
 from cai_jax.data.prompts import Prompt
 from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import world
 
 # Of so many draws in a row at least one is new unless the split is nearly used up.
 _FRUITLESS_DRAWS = 1000
+
+
+@SOURCES.register('tiny')
+def read_tiny(source: PromptSource, seed: int) -> Iterator[Row]:
+  """Yield `source.limit` prompts of the kind `source.name` and the split `source.split`.
+
+  Raises:
+    UserError: if there is no limit, or another setting is set.
+  """
+  if source.limit < 1:
+    raise UserError("source='tiny' generates its prompts: set limit to their number, at least 1.")
+  reject_settings(source, 'subset', 'field', 'shuffle', 'metadata_fields')
+  for prompt in prompts(source.split, source.limit, seed, source.name):
+    row = {'id': prompt.id, 'messages': list(prompt.messages), 'metadata': prompt.metadata}
+    yield f'tiny, prompt {prompt.id}', row
 
 
 def prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Prompt]:

@@ -228,7 +228,7 @@ def set_fields(**fields):
     ({'prompts__harmful__source': ''}, 'prompts.harmful.source is empty'),
     (
       {'prompts__harmful__source': 'nowhere.jsonl', 'prompts__harmful__name': ''},
-      'nowhere.jsonl: no such file',
+      'nowhere.jsonl: there is no such file',
     ),
     ({'constitution__path': 'nowhere.yaml'}, 'nowhere.yaml: there is no such constitution'),
     ({'model__base': '/nowhere/at/all'}, '/nowhere/at/all'),

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cai_jax.pipeline import STAGES, build, run_stages
-from cai_jax.report import table
+from cai_jax.report import summary_table
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.training import loop
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     run_stages(run, _STAGES.value, log)
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():
-      log(f'\n{table(json.loads(summary.read_text()))}\n')
+      log(f'\n{summary_table(json.loads(summary.read_text()))}\n')
     if 'report' in _STAGES.value:
       log(f'report: {run.workdir / "report.html"}')
 

@@ -10,7 +10,7 @@ import pytest
 
 from cai_jax import report
 from cai_jax.report import figures
-from cai_jax.report.table import cell
+from cai_jax.report.numbers import cell
 
 INJECTED = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
 
@@ -168,11 +168,11 @@ def test_small_numbers_keep_their_digits_and_their_interval():
   'change, message',
   [
     (lambda r: r.pop('notes'), "results has no 'notes'"),
-    (lambda r: r.update(reference='base'), "reference 'base' is none of the arms"),
+    (lambda r: r.update(reference='base'), "reference 'base' is not an arm"),
     (lambda r: r['arms']['initial']['groups'].pop('harmful'), "groups \\['helpful'\\]"),
     (lambda r: r['figures'][0].update(kind='pie'), "figure 1 is of kind 'pie'"),
     (lambda r: r['figures'][2].pop('x'), "figure 3 \\(frontier\\) has no 'x'"),
-    (lambda r: r['figures'][1]['arms'].append('gone'), "shows 'gone', which is none of"),
+    (lambda r: r['figures'][1]['arms'].append('gone'), "shows 'gone', which is not one of"),
     (
       lambda r: r['figures'][2].update(y=['helpful', 'mean_tokens']),
       "lack \\['helpful', 'mean_tokens'\\]",
@@ -202,7 +202,7 @@ def test_malformed_results_are_named_and_no_page_is_written(tmp_path, change, me
 
 
 def test_a_chain_of_no_arm_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="chain 'p0': arm 'other' is none of"):
+  with pytest.raises(ValueError, match="chain 'p0': arm 'other' is not one of"):
     _write(tmp_path / 'e.html', [_chain(0, arm='other')])
 
 

@@ -17,7 +17,7 @@ import xml.etree.ElementTree
 import pytest
 
 from cai_jax import report
-from cai_jax.report import figures, page
+from cai_jax.report import figures, page, run_page
 from configs import default
 
 HOSTILE = (
@@ -168,13 +168,16 @@ def test_the_policy_allows_the_one_script_and_the_one_style_sheet_and_no_request
 
 def test_numbers_json_cannot_hold_are_kept_as_words():
   value = {'a': [math.nan, (math.inf, -math.inf)], 'b': 0.5}
-  assert json.loads(page.embedded(value)) == {'a': ['NaN', ['Infinity', '-Infinity']], 'b': 0.5}
+  assert json.loads(page.embedded_json(value)) == {
+    'a': ['NaN', ['Infinity', '-Infinity']],
+    'b': 0.5,
+  }
 
 
 def test_inserted_text_is_not_looked_at_for_markers_again():
-  assert page.fill('@@a@@ @@b@@', a='@@b@@', b='x') == '@@b@@ x'
-  with pytest.raises(ValueError, match="markers \\['a', 'b'\\], given are \\['a'\\]"):
-    page.fill('@@a@@ @@b@@', a='x')
+  assert page.fill_template('@@a@@ @@b@@', a='@@b@@', b='x') == '@@b@@ x'
+  with pytest.raises(ValueError, match="markers \\['a', 'b'\\], not \\['a'\\]"):
+    page.fill_template('@@a@@ @@b@@', a='x')
 
 
 def test_header_and_manifest_show_what_ran(tmp_path):
@@ -310,7 +313,7 @@ def test_a_long_loss_curve_stays_small(tmp_path):
 
 
 def test_running_mean_passes_over_what_is_not_finite():
-  means = page.running_mean((math.nan, 1.0, 3.0, math.inf, 5.0, 7.0), 2)
+  means = run_page.running_mean((math.nan, 1.0, 3.0, math.inf, 5.0, 7.0), 2)
   assert math.isnan(means[0]) and means[1:] == (1.0, 2.0, 2.0, 4.0, 6.0)
 
 
@@ -322,7 +325,7 @@ def test_series_of_unequal_length_and_empty_figures_are_refused():
 
 
 def test_the_table_says_the_numbers_in_reading_order():
-  lines = report.table(SUMMARY).splitlines()
+  lines = report.summary_table(SUMMARY).splitlines()
   names = [line.split('  ')[0] or line.split()[0] for line in lines[1:-1]]
   assert names == [
     'Held-out prompts, round by round', 'initial', 'revision_2', 'revision_10',
@@ -337,12 +340,12 @@ def test_the_table_says_the_numbers_in_reading_order():
 
 
 def test_the_table_leaves_out_what_no_row_has():
-  text = report.table(
+  text = report.summary_table(
     {'models': {'base': {'mean_tokens': 5.0, 'count': 1}, 'aligned': {'count': 2}}}
   )
   assert 'breaks' not in text and '95 %' not in text
   assert text.splitlines()[-1].split() == ['aligned', '–', '2']
-  assert report.table({}) == 'Nothing was evaluated in this run.'
+  assert report.summary_table({}) == 'Nothing was evaluated in this run.'
 
 
 @pytest.mark.parametrize(
@@ -359,16 +362,17 @@ def test_the_table_leaves_out_what_no_row_has():
 )
 def test_a_malformed_summary_is_refused(summary, message):
   with pytest.raises(ValueError, match=message):
-    report.table(summary)
+    report.summary_table(summary)
 
 
-def test_the_report_needs_the_standard_library_only():
+def test_the_report_imports_only_the_standard_library_and_our_error():
   for file in pathlib.Path(report.__file__).parent.glob('*.py'):
     for node in ast.walk(ast.parse(file.read_text('utf-8'))):
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) else []
       for name in names:
-        assert name.startswith('cai_jax.report') or name.split('.')[0] in sys.stdlib_module_names
+        ours = name.startswith('cai_jax.report') or name == 'cai_jax.runtime.errors'
+        assert ours or name.split('.')[0] in sys.stdlib_module_names
 
 
 # ---- the page in a browser

@@ -1,20 +1,21 @@
-"""What a run or an experiment showed: a plain text table, SVG figures and one HTML page.
+"""Reports of a run or an experiment: a text table, figures, and one HTML page.
 
-Everything here takes plain Python data (dicts, lists, numbers, strings), as it stands in a run's
-`evaluation/summary.json`, `metrics.jsonl` and `manifest.json`, and imports nothing but the standard
-library, so a report can be drawn again on any machine.
+All functions take plain Python data, as a run writes it to `evaluation/summary.json`,
+`metrics.jsonl` and `manifest.json`. The package does not import JAX, so a report can be made again
+on any machine.
 """
 
-from cai_jax.report.experiment import experiment_table, write_experiment, write_figures
+from cai_jax.report.experiment_figures import write_figures
+from cai_jax.report.experiment_page import write_experiment
 from cai_jax.report.figures import Series, line_figure
-from cai_jax.report.page import write_report
-from cai_jax.report.table import table
+from cai_jax.report.run_page import write_report
+from cai_jax.report.text_table import experiment_table, summary_table
 
 __all__ = [
   'Series',
   'experiment_table',
   'line_figure',
-  'table',
+  'summary_table',
   'write_experiment',
   'write_figures',
   'write_report',

@@ -7,14 +7,14 @@ sheet choose other colours on a dark ground.
 """
 
 import dataclasses
-import html
 import math
 import re
 import textwrap
 
+from cai_jax.report.elements import escape
+from cai_jax.report.palette import COLOURS
 from cai_jax.runtime.errors import UserError
 
-COLOURS = ('#d55e00', '#0072b2', '#009e73', '#cc79a7', '#56b4e9', '#8a6d00')
 DASHES = ('', '7 4', '2 3', '9 3 2 3', '4 2', '1 4')
 GRID = 'stroke="currentColor" stroke-opacity="0.16"'
 FONT = 12
@@ -340,22 +340,6 @@ def standalone(svg: str) -> str:
   )
 
 
-def share_bar(value: float, bounds: tuple[float, float] | None, colour: int = 0) -> str:
-  """Returns a small `<svg>` bar of a share in [0, 1] with its interval, to stand by its number."""
-  width, height = 92, 12
-  left, span, middle = 1, width - 2, height / 2
-  parts = [
-    f'<svg xmlns="http://www.w3.org/2000/svg" class="mark" viewBox="0 0 {width} {height}" '
-    f'width="{width}" height="{height}" aria-hidden="true">',
-    f'<rect x="{left}" y="2" width="{span}" height="8" fill="currentColor" fill-opacity="0.09"/>',
-    f'<rect x="{left}" y="2" width="{span * value:.1f}" height="8" {_fill(colour)}/>',
-  ]
-  if bounds:
-    low, high = (left + span * b for b in bounds)
-    parts.append(_line(low, middle, high, middle, 'stroke="currentColor" stroke-width="1.6"'))
-  return ''.join(parts) + '</svg>'
-
-
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
   """Returns about `count` evenly spaced round numbers, the first <= low and the last >= high."""
   if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
@@ -390,16 +374,6 @@ def thinned(x: tuple, y: tuple, buckets: int = 400) -> tuple[tuple, tuple]:
     span = range(i * len(x) // buckets, (i + 1) * len(x) // buckets)
     kept += sorted({min(span, key=y.__getitem__), max(span, key=y.__getitem__)})
   return tuple(x[i] for i in kept), tuple(y[i] for i in kept)
-
-
-def escape(text: str) -> str:
-  """Returns text fit for XML content and attributes; what XML cannot hold becomes U+FFFD."""
-  held = ''.join(c if _xml_character(ord(c)) else '\ufffd' for c in str(text))
-  return html.escape(held, quote=True)
-
-
-def _xml_character(code: int) -> bool:
-  return code in (9, 10, 13) or 32 <= code < 0xD800 or 0xE000 <= code < 0xFFFE or code >= 0x10000
 
 
 def _finite(value) -> bool:

@@ -1,0 +1,130 @@
+"""Read and format the numbers of a result summary.
+
+A summary has up to three groups, each a dict from a row's name to its numbers:
+
+  {'stages': {'initial': {...}, 'revision_1': {...}}, 'models': {'base': ..., 'aligned': ...},
+   'benign': {'base': ..., 'aligned': ...}}
+
+A row has rates (`*_rate`, in [0, 1]), means and counts. Any number NAME may have a 95 % interval
+under `NAME_interval`. Without a scorer there are no rates, and a table has no columns for them.
+"""
+
+import math
+import re
+from typing import Any
+
+from cai_jax.runtime.errors import UserError
+
+GROUPS = {
+  'stages': 'Held-out prompts, round by round',
+  'models': 'Held-out prompts, models',
+  'benign': 'Held-out benign prompts, models',
+}
+HEADINGS = {
+  'violation_rate': 'breaks a rule',
+  'helpful_rate': 'still answers',
+  'mean_tokens': 'mean tokens',
+  'count': 'count',
+}
+MISSING = '–'  # shown in place of an absent number
+
+
+def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+  """Return (title, {name: row}) for each group that has rows, with the rows in reading order.
+
+  Raises:
+    UserError: if the summary has an unknown group.
+  """
+  unknown = sorted(set(summary) - set(GROUPS))
+  if unknown:
+    raise UserError(f'The summary has unknown groups {unknown}. A report shows {list(GROUPS)}.')
+  return [
+    (title, dict(sorted(summary[group].items(), key=_reading_order)))
+    for group, title in GROUPS.items()
+    if summary.get(group)
+  ]
+
+
+def columns(summary: dict[str, Any]) -> list[str]:
+  """Return the keys that any row has, those of `HEADINGS` first.
+
+  Intervals are not columns: `cell` formats a number together with its interval.
+  """
+  rows = [row for _, rows in groups(summary) for row in rows.values()]
+  keys = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
+  return [key for key in HEADINGS if key in keys] + [key for key in keys if key not in HEADINGS]
+
+
+def heading(key: str) -> str:
+  """Return the heading of a column, such as 'still answers' for `helpful_rate`."""
+  return HEADINGS.get(key, key.replace('_', ' '))
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+  """Format one number and its interval as text: a rate in per cent, a count, a mean or a dash.
+
+  Raises:
+    UserError: if a rate is not in [0, 1], or an interval is not (low, high).
+  """
+  value = row.get(key)
+  if value is None:
+    return MISSING
+  bounds = interval(row, key)
+  if key.endswith('_rate'):
+    text = f'{100 * check_rate(value, key):.1f} %'
+    return text + (f' [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]' if bounds else '')
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return str(value)
+  if isinstance(value, int) and not bounds:
+    return f'{value:,}'
+  decimals = num_decimals(value)
+  brackets = ', '.join(f'{bound:,.{decimals}f}' for bound in bounds or ())
+  return f'{value:,.{decimals}f}' + (f' [{brackets}]' if bounds else '')
+
+
+def num_decimals(value: float) -> int:
+  """Return how many decimals to show of a measured number: one, and more below 1."""
+  if not math.isfinite(value) or value == 0 or abs(value) >= 1:
+    return 1
+  return min(6, 2 - math.floor(math.log10(abs(value))))
+
+
+def check_rate(value: float, key: str) -> float:
+  """Return the value if it is a rate.
+
+  Raises:
+    UserError: if it is not in [0, 1]; the message names `key`.
+  """
+  if not (isinstance(value, int | float) and 0 <= value <= 1):
+    raise UserError(f'{key} is {value!r}. A rate is in [0, 1], or left out if it is not known.')
+  return value
+
+
+def interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
+  """Return the (low, high) interval of a number, or None if the row has none.
+
+  Raises:
+    UserError: if the interval is not (low, high), or the bounds of a rate are not in [0, 1].
+  """
+  bounds = row.get(f'{key}_interval')
+  if bounds is None:
+    return None
+  if len(bounds) != 2 or bounds[0] > bounds[1]:
+    raise UserError(f'{key}_interval is {bounds!r}. An interval is [low, high], or left out.')
+  if key.endswith('_rate'):
+    return check_rate(bounds[0], f'{key}_interval'), check_rate(bounds[1], f'{key}_interval')
+  return bounds[0], bounds[1]
+
+
+def round_number(stage: str) -> int | None:
+  """Return 0 for 'initial', n for 'revision_n', and None for any other stage."""
+  match = re.fullmatch(r'revision_(\d+)', stage)
+  return 0 if stage == 'initial' else int(match[1]) if match else None
+
+
+def _reading_order(item: tuple[str, dict[str, Any]]) -> float:
+  # JSON with sorted keys puts `aligned` before `base` and `revision_10` before `revision_2`. The
+  # sort is stable, so all other rows follow in their given order.
+  name = item[0]
+  number = {'base': 0, 'aligned': 1}.get(name, round_number(name))
+  return math.inf if number is None else number

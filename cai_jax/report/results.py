@@ -1,0 +1,146 @@
+"""The results of an experiment as plain data: their schema, a check, and access to their parts.
+
+All arms are compared with one of them, the reference, on the same prompts and seeds:
+
+  {'name': 'revisions', 'title': 'Does every further revision help?', 'docstring': '...',
+   'base': 'configs/tiny.py', 'seeds': [0, 1], 'reference': 'initial',
+   'metrics': ['violation_rate', 'mean_tokens'],
+   'arms': {'revision 1': {
+     'response': 'revision_1', 'overrides': {'feedback.rounds': 4}, 'facts': {'coverage': 4.0},
+     'groups': {'harmful': {
+       'count': 1200,
+       'metrics': {'violation_rate': {
+         'value': 0.54, 'interval': [0.5, 0.58], 'by_seed': {'0': 0.54, '1': 0.52}}},
+       'differences': {'violation_rate': {'value': -0.33, 'interval': [-0.36, -0.3]}}}}}},
+   'figures': [
+     {'kind': 'line', 'caption': '...', 'group': 'harmful', 'x_label': '...', 'y_label': '...',
+      'series': [{'name': '...', 'metric': 'violation_rate', 'arms': ['revision 1'], 'x': [1]}]},
+     {'kind': 'arms', 'caption': '...', 'group': 'harmful', 'metrics': [...], 'arms': [...]},
+     {'kind': 'frontier', 'caption': '...', 'arms': [...],
+      'x': ['harmful', 'violation_rate'], 'y': ['helpful', 'helpful_rate']}],
+   'config_differences': {'feedback.rounds': {'revision 1': 4}},
+   'costs': [{'run': 'feedback.rounds=4', 'seed': 0, 'stage': 'generate', 'turns': 5600,
+              'reused_turns': 700, 'tokens': 100000, 'seconds': 13.2, 'peak_memory_bytes': 2**30}],
+   'notes': ['A sentence to show as it is.']}
+
+Every arm has the group 'harmful'. Other groups and single metrics may be absent, and a value may be
+None. Tables and figures of kind 'arms' show a dash for it, and lines have a gap; a figure of kind
+'frontier' needs every value.
+Metrics named `*_rate` are in [0, 1]; they are shown in per cent and their differences in percentage
+points. Differences are paired, arm minus reference, and the reference has none.
+"""
+
+from typing import Any
+
+from cai_jax.report.numbers import num_decimals
+from cai_jax.runtime.errors import UserError
+
+FIELDS = ('name', 'title', 'docstring', 'base', 'seeds', 'reference', 'metrics', 'arms', 'figures')
+FIGURE_FIELDS = {
+  'line': ('caption', 'group', 'x_label', 'y_label', 'series'),
+  'arms': ('caption', 'group', 'metrics', 'arms'),
+  'frontier': ('caption', 'x', 'y', 'arms'),
+}
+
+
+def check_results(results: dict[str, Any]) -> None:
+  """Check that the results have every field that the page, the figures and the table read.
+
+  Raises:
+    UserError: if a field is missing or a figure's kind is unknown.
+  """
+  _require(results, (*FIELDS, 'config_differences', 'costs', 'notes'), 'results')
+  arms = results['arms']
+  if results['reference'] not in arms:
+    raise UserError(
+      f'The reference {results["reference"]!r} is not an arm. The arms are {list(arms)}.'
+    )
+  for name, arm in arms.items():
+    _require(arm, ('response', 'overrides', 'facts', 'groups'), f'arm {name!r}')
+    if 'harmful' not in arm['groups']:
+      raise UserError(f'arm {name!r} has the groups {list(arm["groups"])} but needs "harmful"')
+    for group, row in arm['groups'].items():
+      where = f'arm {name!r}, {group}'
+      _require(row, ('count', 'metrics'), where)
+      for kind in ('metrics', 'differences'):
+        for metric, number in row.get(kind, {}).items():
+          _require(number, ('value', 'interval'), f'{where}, {kind} {metric!r}')
+  for number, figure in enumerate(results['figures'], 1):
+    where = f'figure {number}'
+    _require(figure, ('kind',), where)
+    if figure['kind'] not in FIGURE_FIELDS:
+      raise UserError(f'{where} is of kind {figure["kind"]!r}; kinds are {list(FIGURE_FIELDS)}')
+    _require(figure, FIGURE_FIELDS[figure['kind']], f'{where} ({figure["kind"]})')
+  for row in results['costs']:
+    _require(row, ('run', 'seed', 'stage'), 'a row of costs')
+
+
+def _require(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+  missing = [key for key in keys if key not in fields]
+  if missing:
+    raise UserError(f'{where} has no {", ".join(map(repr, missing))}; it needs {", ".join(keys)}')
+
+
+def fact_names(results: dict[str, Any]) -> list[str]:
+  """Return the names of all facts that any arm states, in order."""
+  return list(dict.fromkeys(fact for arm in results['arms'].values() for fact in arm['facts']))
+
+
+def rows_by_group(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+  """Return (group, {arm: its row}) for each group, in order."""
+  arms = results['arms']
+  groups = dict.fromkeys(group for arm in arms.values() for group in arm['groups'])
+  return [
+    (group, {name: arm['groups'][group] for name, arm in arms.items() if group in arm['groups']})
+    for group in groups
+  ]
+
+
+def group_title(group: str) -> str:
+  """Return the title of a group, such as 'Harmful prompts'."""
+  return f'{group.capitalize()} prompts'
+
+
+def number_row(row: dict[str, Any], metric: str) -> dict[str, Any]:
+  """Return one metric of an arm in the form that `cai_jax.report.numbers.cell` takes."""
+  number = row['metrics'].get(metric)
+  return {metric: number['value'], f'{metric}_interval': number['interval']} if number else {}
+
+
+def format_difference(row: dict[str, Any], metric: str, mark: str = '') -> str:
+  """Format a paired difference, such as '−33.0 [−36.0, −30.0]', or '' if there is none.
+
+  Args:
+    row: of one arm in one group.
+    metric: the metric's name. Differences of rates are in percentage points.
+    mark: appended if the interval excludes zero.
+  """
+  number = row.get('differences', {}).get(metric)
+  if number is None or number['value'] is None:
+    return ''
+  unit = 100 if metric.endswith('_rate') else 1
+  largest = max(map(abs, (number['value'], *(number['interval'] or ()))))
+  decimals = 1 if unit == 100 else num_decimals(largest)
+
+  def signed(value: float) -> str:
+    text = f'{unit * value:+,.{decimals}f}'
+    return text[1:] if not text.strip('+-0.,') else text.replace('-', '−')
+
+  text = signed(number['value'])
+  if number['interval']:
+    text += f' [{", ".join(map(signed, number["interval"]))}]'
+  return text + (f' {mark}' if mark and difference_direction(number) else '')
+
+
+def difference_direction(number: dict[str, Any]) -> str:
+  """Return 'lower' or 'higher' if the difference's interval excludes zero, else ''.
+
+  Raises:
+    UserError: if the interval is not (low, high).
+  """
+  bounds = number['interval']
+  if bounds is None:
+    return ''
+  if len(bounds) != 2 or bounds[0] > bounds[1]:
+    raise UserError(f'The interval of a difference is {bounds!r}. It must be [low, high] or None.')
+  return 'lower' if bounds[1] < 0 else 'higher' if bounds[0] > 0 else ''

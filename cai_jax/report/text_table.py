@@ -1,0 +1,89 @@
+"""Plain-text tables of a run's summary and of an experiment's results, in aligned columns."""
+
+from typing import Any
+
+from cai_jax.report import results as experiment_results
+from cai_jax.report.elements import format_value
+from cai_jax.report.numbers import MISSING, cell, columns, groups, heading
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+  """Return the summary of a run as text, with 95 % intervals in brackets.
+
+  Args:
+    summary: as `cai_jax.report.numbers` describes.
+
+  Raises:
+    UserError: if the summary is malformed.
+  """
+  keys = columns(summary)
+  blocks = groups(summary)
+  if not blocks:
+    return 'Nothing was evaluated in this run.'
+  rows = [row for _, named_rows in blocks for row in named_rows.values()]
+  cells = {key: _align_cells([cell(row, key) for row in rows]) for key in keys}
+  lines = [['', *(heading(key) for key in keys)]]
+  for title, named_rows in blocks:
+    lines.append([title] + [''] * len(keys))
+    lines += [['  ' + name, *(cells[key].pop(0) for key in keys)] for name in named_rows]
+  text = _join_columns(lines)
+  if any('[' in line for line in text):
+    text.append('[ ]: 95 % interval')
+  return '\n'.join(text)
+
+
+def experiment_table(results: dict[str, Any]) -> str:
+  """Return an experiment's arms as text, with their numbers and paired differences.
+
+  Args:
+    results: as `cai_jax.report.results` describes.
+
+  Raises:
+    UserError: if the results are malformed.
+  """
+  experiment_results.check_results(results)
+  facts, metrics = experiment_results.fact_names(results), results['metrics']
+  blocks = experiment_results.rows_by_group(results)
+  lines = [['', *facts, 'count']]
+  for metric in metrics:
+    lines[0] += [heading(metric), 'difference']
+  rows = [(name, row) for _, named_rows in blocks for name, row in named_rows.items()]
+  columns = [
+    [format_value(results['arms'][name]['facts'].get(fact, MISSING)) for name, _ in rows]
+    for fact in facts
+  ]
+  columns.append([f'{row["count"]:,}' for _, row in rows])
+  for metric in metrics:
+    values = [cell(experiment_results.number_row(row, metric), metric) for _, row in rows]
+    differences = [experiment_results.format_difference(row, metric, '*') for _, row in rows]
+    columns += [_align_cells(values), _align_cells(differences)]
+  cells = list(zip(*columns, strict=True))
+  for group, named_rows in blocks:
+    lines.append([experiment_results.group_title(group)] + [''] * len(columns))
+    lines += [['  ' + name, *cells.pop(0)] for name in named_rows]
+  text = _join_columns(lines)
+  text.append(
+    f'[ ]: 95 % interval; difference: paired, to {results["reference"]!r}, of rates in percentage '
+    'points; *: the interval excludes zero'
+  )
+  return '\n'.join(text)
+
+
+def _join_columns(rows: list[list[str]]) -> list[str]:
+  """Return one line per row, with the first column left-aligned and the others right-aligned."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for first, *rest in rows:
+    cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+    lines.append('   '.join(cells).rstrip())
+  return lines
+
+
+def _align_cells(cells: list[str]) -> list[str]:
+  """Pad cells to one width so that the numbers end, and the brackets start, at the same column."""
+  halves = [text.partition(' [') for text in cells]
+  left, right = (max(len(half[i]) for half in halves) for i in (0, 2))
+  return [
+    number.rjust(left) + ((gap + bounds).ljust(right + 2) if right else '')
+    for number, gap, bounds in halves
+  ]

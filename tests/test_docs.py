@@ -1,0 +1,148 @@
+"""Every command and code block of the README and of docs/ runs.
+
+Commands run in a copy of the checkout's layout, with the embedded prompt sets cut to a few prompts.
+An HTML comment in front of a block changes that:
+
+  <!-- not run: REASON -->      the block is not executed
+  <!-- tested with: TEXT -->    the block needs something; `PREPARATIONS` says what the text means
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+BLOCK = re.compile(
+  r'(?:<!-- (?P<note>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```', re.M | re.S
+)
+EXECUTED = ('bash', 'python')
+SHOWN = ('text', 'yaml', 'json', '')  # languages of blocks that are not code to execute
+
+# The embedded prompt sets of configs/tiny.py, cut to a few prompts, and fewer rounds.
+SMALL = [
+  '--config.prompts.harmful.limit=12',
+  '--config.prompts.helpful.limit=8',
+  '--config.prompts.eval_harmful.limit=6',
+  '--config.prompts.eval_helpful.limit=4',
+  '--config.engine.slots=8',
+]
+QUESTION = '{"prompt": "Is water wet? Answer:", "corrects": [" yes"], "incorrects": [" no"]}\n'
+
+
+class Block(NamedTuple):
+  """A code block of a page."""
+
+  page: str  # relative to the checkout
+  line: int
+  note: str  # of the comment in front of the block
+  language: str
+  code: str
+
+
+def blocks(path: pathlib.Path) -> list[Block]:
+  """Return the code blocks of a page."""
+  text = path.read_text(encoding='utf-8')
+  return [
+    Block(
+      str(path.relative_to(ROOT)),
+      text[: match.start('code')].count('\n'),
+      match['note'] or '',
+      match['language'],
+      match['code'],
+    )
+    for match in BLOCK.finditer(text)
+  ]
+
+
+ALL = [block for page in PAGES if page.exists() for block in blocks(page)]
+
+
+def executed_pages(language: str) -> list[str]:
+  """Return the pages with a block of this language that is not excluded."""
+  return list(dict.fromkeys(b.page for b in ALL if b.language == language and runs(b)))
+
+
+def runs(block: Block) -> bool:
+  """Return whether a block is executed."""
+  return block.language in EXECUTED and not block.note.startswith('not run:')
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A folder with the files that commands need, in which they may write."""
+  folder = tmp_path_factory.mktemp('checkout')
+  for name in ('cai_jax', 'configs', 'experiments', 'launch.py'):
+    (folder / name).symlink_to(ROOT / name)
+  (folder / 'questions.jsonl').write_text(QUESTION * 2)
+  return folder
+
+
+def small_run(command: str) -> str:
+  """Return a launch command with the embedded prompt sets cut to a few prompts."""
+  if 'launch.py' not in command or 'configs/tiny.py' not in command:
+    return command
+  program = shlex.quote(sys.executable)
+  return command.replace('python launch.py', f'{program} launch.py') + ' ' + ' '.join(SMALL)
+
+
+@pytest.mark.parametrize('page', executed_pages('bash'))
+def test_commands_of_a_page_run(page, checkout):
+  for block in ALL:
+    if block.page != page or block.language != 'bash' or not runs(block):
+      continue
+    for line in block.code.replace('\\\n', ' ').splitlines():
+      if not line.strip() or line.startswith('#'):
+        continue
+      command = small_run(line)
+      if block.note == 'tested with: --dry_run':
+        command += ' --dry_run'
+      environment = os.environ | {
+        'XLA_FLAGS': '',
+        'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
+      }
+      done = subprocess.run(
+        command, shell=True, cwd=checkout, capture_output=True, text=True, env=environment
+      )
+      assert done.returncode == 0, f'{page}:{block.line}\n{command}\n{done.stdout}{done.stderr}'
+
+
+@pytest.mark.parametrize('page', executed_pages('python'))
+def test_python_of_a_page_runs(page, checkout, monkeypatch):
+  monkeypatch.chdir(checkout)
+  namespace: dict = {}
+  for block in ALL:
+    if block.page == page and block.language == 'python' and runs(block):
+      exec(compile(block.code, f'{page}:{block.line}', 'exec'), namespace)
+
+
+def test_blocks_that_do_not_run_say_why():
+  for block in ALL:
+    where = f'{block.page}:{block.line}'
+    assert block.language in (*EXECUTED, *SHOWN), f'{where}: language {block.language!r}'
+    if block.note.startswith('not run:'):
+      assert len(block.note) > len('not run: '), f'{where} gives no reason'
+
+
+def test_links_between_pages_exist():
+  for page in PAGES:
+    text = page.read_text(encoding='utf-8')
+    for target in re.findall(r'\]\((?!https?:|#|mailto:)([^)#]+)', text):
+      assert (page.parent / target).exists(), f'{page.relative_to(ROOT)} links to {target}'
+
+
+def test_the_tour_runs(checkout):
+  nbclient = pytest.importorskip('nbclient')
+  nbformat = pytest.importorskip('nbformat')
+  notebook = nbformat.read(ROOT / 'docs' / 'tour.ipynb', as_version=4)
+  nbclient.NotebookClient(
+    notebook, timeout=300, resources={'metadata': {'path': str(checkout)}}
+  ).execute()
+  outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+  assert any('image/svg+xml' in output.get('data', {}) for output in outputs), 'shows no figure'

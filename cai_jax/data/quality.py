@@ -1,14 +1,13 @@
-"""Defects of revisions by name, as pure functions of plain data, and their rates over a D_CAI.
+"""Defects of revisions: rules that flag a response as empty, copied, truncated and so on.
 
-The rules look at words and white space only, so they are quick, the same everywhere, and wrong at
-times: they are made to be counted and filtered by, not to judge a single text.
+The rules look at words and white space only. They are fast and give the same result everywhere, but
+they make mistakes: use them to count and filter, not to judge a single text. quality_summary.py
+computes the rates of the flags over a dataset.
 """
 
 import collections
 import dataclasses
 import difflib
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,29 +15,29 @@ from typing import Any
 from cai_jax.runtime.errors import UserError
 
 FLAGS = {
-  'empty': 'nothing but white space',
-  'truncated': "cut at the length limit: finish_reason is 'length'",
-  'identical': 'the response before it, but for white space around',
-  'near_identical': 'at least 0.95 alike, by words, to the response before it; not identical',
-  'preamble': "begins by speaking of itself: 'Here is the revised response:'",
-  'role_marker': "has a label ('Human:', 'RevisionRequest:') or a chat template's control token",
-  'principle_leak': 'repeats 8 words in a row of what its critique or itself was asked for by',
-  'no_finding': "its critique praises or finds nothing wrong, without a 'but'",
-  'repetition': 'runs in a loop of words or characters',
-  'demonstration': 'a copy, or nearly, of a reply in a few-shot demonstration',
+  'empty': 'Contains only white space.',
+  'truncated': "Was cut off at the token limit: its finish_reason is 'length'.",
+  'identical': 'Equals the response before it, apart from surrounding white space.',
+  'near_identical': 'Is at least 0.95 similar by words to the response before it, but not identical.',
+  'preamble': "Begins with a phrase about itself, such as 'Here is the revised response:'.",
+  'role_marker': "Contains a label ('Human:', 'RevisionRequest:') or a chat template's control token.",
+  'principle_leak': 'Repeats 8 consecutive words of its critique request or revision request.',
+  'no_finding': "Its critique praises the response or finds nothing wrong, without a 'but'.",
+  'repetition': 'Repeats words or characters in a loop.',
+  'demonstration': 'Copies, or nearly copies, a reply of a few-shot demonstration.',
 }
-OF_REFERENCES = ('principle_leak', 'demonstration')  # that only `References` can tell
+NEEDS_REFERENCES = ('principle_leak', 'demonstration')  # flags that only `References` can detect
 
-NEAR = 0.95  # of two responses' words: 2 × matches / (words of both)
-LEAK, SHORT_LEAK = 8, 5  # words in a row; a whole request of fewer counts from the second on
-COPY, COPY_GRAM = 0.8, 5  # Jaccard index of two texts' sets of 5 words in a row
-LOOP_WORDS, LOOP_SHARE, LOOP_DISTINCT = 30, 0.3, 0.5  # see `repeats`
+NEAR_IDENTICAL = 0.95  # smallest similarity: 2 × matching words / words of both responses
+LEAKED_WORDS = 8  # consecutive words of a request
+MIN_REQUEST_WORDS = 5  # a request of 5 to 7 words is leaked as a whole; a shorter one never is
+COPIED = 0.8  # smallest Jaccard index of the sets of n-grams of two texts
+COPIED_NGRAM = 5  # words
+LOOP_WORDS, LOOP_SHARE, LOOP_DISTINCT = 30, 0.3, 0.5  # see `has_loop`
 
 _LABEL = r'(?:Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision)'
-_TURN = re.compile(rf'\n\n({_LABEL}):')
-_ROLES = {'Human': 'user', 'Assistant': 'assistant'}
 _MARKER = re.compile(
-  rf'^[ \t>*_#"]*{_LABEL}[*_]*:'  # at the beginning of a line, also in bold
+  rf'^[ \t>*_#"]*{_LABEL}[*_]*:'  # at the start of a line, possibly in bold
   r'|(?:Critique|Revis\w*)Request:'
   r'|<\|\w+\|>|<｜[^｜\n]+｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>',
   re.MULTILINE,
@@ -57,7 +56,7 @@ _PREAMBLE = re.compile(
   re.VERBOSE | re.IGNORECASE,
 )
 _BAD = r'(?:harm\w*|wrong|offensive|unethical|problematic|illegal|toxic|dangerous|racist|sexist)'
-_NOTHING = re.compile(
+_NO_FINDING = re.compile(
   rf"""\bnothing\ (?:\w+\ )?{_BAD}
   |\b(?:no|without)\ (?:\w+\ ){{0,3}}(?:harm\w*|issues?|problems?|concerns?|objection\w*)
   |(?:\bnot|n['’]t)\ (?:(?:see|find|make|contain|cause|seem|appear|say|to|be|any|anything
@@ -72,7 +71,7 @@ _NOTHING = re.compile(
     \b(?:good|great|excellent|perfect|fine|appropriate|reasonable|thoughtful|correct)""",
   re.VERBOSE | re.IGNORECASE,
 )
-_RESERVED = re.compile(
+_RESERVATION = re.compile(
   r"""\b(?:however|although|though|but|except|unless|nevertheless|lacks?|fail(?:s|ed)|improved?
     |the\ only|slight(?:ly)?|instead|recommend\w*|implie[sd]|assumes?|a\ (?:bit|little)
     |(?:assistant|response|answer|reply|it|this|they|i|you|one)
@@ -81,348 +80,196 @@ _RESERVED = re.compile(
     |(?:did|does)(?:n['’]t|\ not)\ (?:explicitly|clearly|mention|address|warn))\b""",
   re.VERBOSE | re.IGNORECASE,
 )
-# Rules of dashes, rows of dots and long numbers are no loops: the unit begins with another sign.
+# Horizontal rules, dotted lines and long numbers are not loops, so the repeated unit must not begin
+# with one of their characters.
 _CHARACTER_LOOP = re.compile(r'([^\s\d\-=_.*#~|+]\S{0,7}?\s?)\1{7,}')
 
-Grams = frozenset[tuple[str, ...]]
+Ngrams = frozenset[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class References:
-  """What a response may have been copied from, made ready to compare; see `references`.
+  """Texts that a response may have copied, prepared for comparison by `build_references`.
 
   Attributes:
-    requests: of each principle's id, what is too much to have in common with its requests.
-    demonstrations: of each demonstration's replies, its sets of 5 words in a row.
+    requests: principle id → the n-grams of each of its requests.
+    demonstrations: the n-grams of each reply in the few-shot demonstrations.
   """
 
-  requests: Mapping[str, tuple[Grams, ...]]
-  demonstrations: tuple[Grams, ...] = ()
+  requests: Mapping[str, tuple[Ngrams, ...]]
+  demonstrations: tuple[Ngrams, ...] = ()
 
 
-def references(
+def build_references(
   principles: Mapping[str, Sequence[str]],
   demonstrations: Iterable[Sequence[Mapping[str, str]]] = (),
 ) -> References:
-  """The references of a constitution.
+  """Prepare the texts of a constitution for comparison.
 
   Args:
     principles: id → (critique request, revision request).
-    demonstrations: dialogues of {'role', 'content'} messages, a request and a reply in turn.
+    demonstrations: dialogues of {'role', 'content'} messages, in which requests and replies
+      alternate.
   """
   requests = {
-    name: tuple(grams(found, LEAK) for found in map(words, texts) if len(found) >= SHORT_LEAK)
+    name: tuple(
+      ngrams(words, LEAKED_WORDS)
+      for words in map(split_words, texts)
+      if len(words) >= MIN_REQUEST_WORDS
+    )
     for name, texts in principles.items()
   }
-  replies = [words(message['content']) for shown in demonstrations for message in shown[1::2]]
-  return References(requests, tuple(grams(reply, COPY_GRAM) for reply in replies if reply))
+  replies = [
+    split_words(message['content']) for dialogue in demonstrations for message in dialogue[1::2]
+  ]
+  return References(requests, tuple(ngrams(reply, COPIED_NGRAM) for reply in replies if reply))
 
 
-def words(text: str) -> list[str]:
-  """The words of a text, in lower case and without punctuation."""
-  return re.findall(r"\w+(?:['’]\w+)*", text.lower())
-
-
-def grams(found: Sequence[str], n: int) -> Grams:
-  """The sets of `n` words in a row; of fewer words, the one of them all."""
-  return frozenset(tuple(found[i : i + n]) for i in range(max(len(found) - n + 1, 1)))
-
-
-def flags(
+def find_flags(
   prompt: Sequence[Mapping[str, str]],
   previous: Mapping[str, Any] | None,
   critique: Mapping[str, Any] | None,
   revision: Mapping[str, Any],
   principle: str = '',
-  known: References | None = None,
+  references: References | None = None,
 ) -> frozenset[str]:
-  """Names of FLAGS that a round's revision has; with neither `previous` nor critique, y_init's.
+  """Return the names in `FLAGS` that apply to the revision of one round.
+
+  Responses and critiques are {'text', 'finish_reason'} mappings.
 
   Args:
-    prompt: its messages; a marker that stands there is none that leaked.
-    previous, critique, revision: {'text', 'finish_reason'} each. A critique with the finish_reason
-      '' and no text was not asked for.
-    principle: id of the round's.
-    known: what 'principle_leak' and 'demonstration' are told by; without it they are not looked
-      for.
+    prompt: messages. A marker that occurs in them does not count as leaked.
+    previous: the response before the revision; None if `revision` is the initial response.
+    critique: of the previous response; None for the initial response. Empty text with the
+      finish_reason '' means that no critique was requested.
+    revision: the response to examine.
+    principle: id of the round's principle.
+    references: needed for the flags in `NEEDS_REFERENCES`, which are not detected without it.
 
   Raises:
-    ValueError: if `known` does not have the principle.
+    UserError: if `references` does not contain the principle.
   """
   text = revision['text'].strip()
-  found = words(text)
-  tests = {
+  words = split_words(text)
+  flags = {
     'empty': not text,
     'truncated': revision['finish_reason'] == 'length',
     'preamble': _PREAMBLE.match(text) is not None,
-    'role_marker': leaks_marker(text, prompt),
-    'repetition': repeats(text, found),
+    'role_marker': has_role_marker(text, prompt),
+    'repetition': has_loop(text, words),
   }
   if previous is not None:
     before = previous['text'].strip()
-    tests['identical'] = text == before
-    tests['near_identical'] = text != before and alike(words(before), found)
+    flags['identical'] = text == before
+    flags['near_identical'] = text != before and is_near_identical(split_words(before), words)
   if critique is not None:
-    tests['no_finding'] = finds_nothing(critique)
-  if known is not None:
-    tests['demonstration'] = any(overlap(found, shown) >= COPY for shown in known.demonstrations)
+    flags['no_finding'] = finds_nothing(critique)
+  if references is not None:
+    flags['demonstration'] = any(
+      similarity(words, reply) >= COPIED for reply in references.demonstrations
+    )
     if principle:
-      tests['principle_leak'] = leaks_request(found, principle, known)
-  return frozenset(name for name, holds in tests.items() if holds)
+      flags['principle_leak'] = leaks_request(words, principle, references)
+  return frozenset(name for name, applies in flags.items() if applies)
 
 
-def row_flags(row: Mapping[str, Any], at: int, known: References | None = None) -> frozenset[str]:
-  """Flags of a row's revision in round `at`, from 0 on; of its initial response for -1."""
-  if at < 0:
-    return flags(row['prompt'], None, None, row['initial'], known=known)
-  step = row['rounds'][at]
-  previous = row['rounds'][at - 1]['revision'] if at else row['initial']
-  return flags(
-    row['prompt'], previous, step['critique'], step['revision'], step['principle'], known
+def find_row_flags(
+  row: Mapping[str, Any], round_index: int, references: References | None = None
+) -> frozenset[str]:
+  """Return the flags of one response in a row of D_CAI.
+
+  Args:
+    row: as `data.d_cai` reads it.
+    round_index: index of the revision, or -1 for the initial response.
+    references: see `find_flags`.
+  """
+  if round_index < 0:
+    return find_flags(row['prompt'], None, None, row['initial'], references=references)
+  step = row['rounds'][round_index]
+  previous = row['rounds'][round_index - 1]['revision'] if round_index else row['initial']
+  return find_flags(
+    row['prompt'], previous, step['critique'], step['revision'], step['principle'], references
   )
 
 
-def leaks_marker(text: str, prompt: Sequence[Mapping[str, str]]) -> bool:
-  """Whether a label or control token stands in the text that does not stand in the prompt."""
+def has_role_marker(text: str, prompt: Sequence[Mapping[str, str]]) -> bool:
+  """Return whether the text contains a label or control token that the prompt does not contain."""
   markers = {match.group().strip(' \t>*_#"') for match in _MARKER.finditer(text)}
   return any(not any(marker in m['content'] for m in prompt) for marker in markers)
 
 
 def finds_nothing(critique: Mapping[str, Any]) -> bool:
-  """Whether a critique that was asked for is blank, or praises or absolves and has no 'but'."""
+  """Return whether a critique has no objection.
+
+  It has none if it is blank although it was requested, or if it praises the response or finds
+  nothing wrong, without any reservation such as "but".
+  """
   text = critique['text'].strip()
   if not text:
     return critique['finish_reason'] != ''
-  return _NOTHING.search(text) is not None and _RESERVED.search(text) is None
+  return _NO_FINDING.search(text) is not None and _RESERVATION.search(text) is None
 
 
-def alike(before: Sequence[str], after: Sequence[str]) -> bool:
-  """Whether two lists of words are NEAR the same: difflib's ratio, which minds their order."""
+def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
+  """Return whether the order-sensitive similarity of two lists of words is `NEAR_IDENTICAL`.
+
+  The similarity is the ratio of `difflib.SequenceMatcher`.
+  """
   if not before or not after:
     return False
   matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-  bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio  # the quickest first
-  return all(bound() >= NEAR for bound in bounds)
+  # Each is an upper bound of the next, and faster to compute.
+  bounds = matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio
+  return all(bound() >= NEAR_IDENTICAL for bound in bounds)
 
 
-def repeats(text: str, found: Sequence[str]) -> bool:
-  """Whether a text runs in a loop.
+def has_loop(text: str, words: Sequence[str]) -> bool:
+  """Return whether the text repeats itself.
 
-  One of up to 8 characters that come 8 times in a row; or, from LOOP_WORDS words on, 3 words in a
-  row that take up over LOOP_SHARE of the text, or, as a long loop has it, fewer than LOOP_DISTINCT
-  of all 3 words in a row being distinct.
+  It does if a unit of up to 8 characters occurs 8 times in a row. It also does if it has at least
+  `LOOP_WORDS` words and either one trigram covers more than `LOOP_SHARE` of them, or fewer than
+  `LOOP_DISTINCT` of the trigrams are distinct (a loop of many words).
   """
   if _CHARACTER_LOOP.search(text):
     return True
-  if len(found) < LOOP_WORDS:
+  if len(words) < LOOP_WORDS:
     return False
-  counts = collections.Counter(zip(found, found[1:], found[2:], strict=False))
-  most = max(counts.values())
-  return (most > 1 and 3 * most > LOOP_SHARE * len(found)) or len(
-    counts
-  ) < LOOP_DISTINCT * counts.total()
+  counts = collections.Counter(zip(words, words[1:], words[2:], strict=False))
+  largest = max(counts.values())
+  if largest > 1 and 3 * largest > LOOP_SHARE * len(words):
+    return True
+  return len(counts) < LOOP_DISTINCT * counts.total()
 
 
-def leaks_request(found: Sequence[str], principle: str, known: References) -> bool:
-  """Whether words of a text are those of its principle's requests."""
-  if principle not in known.requests:
+def leaks_request(words: Sequence[str], principle: str, references: References) -> bool:
+  """Return whether a response repeats part of a request of its principle.
+
+  Raises:
+    UserError: if `references` does not contain the principle.
+  """
+  if principle not in references.requests:
     raise UserError(
-      f'the principle {principle!r} is none of {sorted(known.requests)}: give the constitution '
-      'that the rows were made under.'
+      f'The principle {principle!r} is not one of {sorted(references.requests)}. Use the '
+      'constitution under which the rows were generated.'
     )
-  for request in known.requests[principle]:
+  for request in references.requests[principle]:
     n = len(next(iter(request)))
-    if len(found) >= n and not request.isdisjoint(grams(found, n)):
+    if len(words) >= n and not request.isdisjoint(ngrams(words, n)):
       return True
   return False
 
 
-def overlap(found: Sequence[str], other: Grams) -> float:
-  """Jaccard index of a text's sets of 5 words in a row with others'."""
-  own = grams(found, COPY_GRAM)
+def similarity(words: Sequence[str], other: Ngrams) -> float:
+  """Return the Jaccard index of a text's n-grams and those of another text, in [0, 1]."""
+  own = ngrams(words, COPIED_NGRAM)
   return len(own & other) / len(own | other)
 
 
-def summarise(rows: Iterable[Mapping[str, Any]], known: References) -> dict[str, Any]:
-  """What the revisions of a D_CAI are like, as JSON has it.
-
-  Args:
-    rows: each has `prompt` (messages), `initial` {text, finish_reason}, and `rounds` of {principle,
-      critique, revision}; those without rounds are counted only.
-    known: the constitution's `references`.
-
-  Returns:
-    'rows', 'revisions'; 'flags': name → {'count', 'rate', 'counts' and 'rates' by round}, rates of
-    the revisions; 'rounds': of each {'revisions', 'mean_words', 'mean_ratio'}, the last of words to
-    the words of the response before, those without words left out; 'initial_words', their mean;
-    'principles': id → times drawn, by round; 'duplicates': {'count', 'rate'} of last revisions that
-    are another prompt's as well.
-  """
-  total, initial, lasts = 0, [], collections.Counter()
-  lengths, ratios, counts = [], [], []  # by round
-  drawn = {name: [] for name in known.requests}
-  for row in rows:
-    total += 1
-    if not row['rounds']:
-      continue
-    while len(counts) < len(row['rounds']):
-      for by_round, empty in ((lengths, []), (ratios, []), (counts, collections.Counter())):
-        by_round.append(empty)
-      for by_round in drawn.values():
-        by_round.append(0)
-    before = len(words(row['initial']['text']))
-    initial.append(before)
-    for at, step in enumerate(row['rounds']):
-      counts[at].update(row_flags(row, at, known))
-      drawn[step['principle']][at] += 1
-      size = len(words(step['revision']['text']))
-      lengths[at].append(size)
-      if before:
-        ratios[at].append(size / before)
-      before = size
-    lasts[row['rounds'][-1]['revision']['text'].strip()] += 1
-  made = [len(sizes) for sizes in lengths]
-  twice = sum(n for text, n in lasts.items() if n > 1 and text)
-  return {
-    'rows': total,
-    'revisions': sum(made),
-    'flags': {name: _rates([found[name] for found in counts], made) for name in FLAGS},
-    'rounds': [
-      {'revisions': n, 'mean_words': _mean(sizes), 'mean_ratio': _mean(changes)}
-      for n, sizes, changes in zip(made, lengths, ratios, strict=True)
-    ],
-    'initial_words': _mean(initial),
-    'principles': drawn,
-    'duplicates': {'count': twice, 'rate': _share(twice, lasts.total())},
-  }
+def split_words(text: str) -> list[str]:
+  """Return the words of a text in lower case, without punctuation."""
+  return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-def _rates(counts: Sequence[int], made: Sequence[int]) -> dict[str, Any]:
-  return {
-    'count': sum(counts),
-    'rate': _share(sum(counts), sum(made)),
-    'counts': list(counts),
-    'rates': [_share(n, of) for n, of in zip(counts, made, strict=True)],
-  }
-
-
-def _share(count: int, of: int) -> float:
-  return count / of if of else 0.0
-
-
-def _mean(values: Sequence[float]) -> float | None:
-  return sum(values) / len(values) if values else None
-
-
-def over(summary: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
-  """'flag: rate of revisions, limit' for each rate of a summary that is above its limit."""
-  found = ((name, summary['flags'][name]['rate'], limit) for name, limit in limits.items())
-  return [
-    f'{name}: {rate:.4g} of the revisions, limit {limit:g}'
-    for name, rate, limit in found
-    if rate > limit
-  ]
-
-
-def describe(summary: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> str:
-  """A table of a summary, with the rates of another in the last column if one is given.
-
-  Where the other lacks a flag, as one that its data cannot tell, there is a dash.
-  """
-  rounds = range(len(summary['rounds']))
-  head = ['of the revisions, in %', 'all', *(f'round {at + 1}' for at in rounds)]
-  lines = [head]
-  for name in FLAGS:
-    entry = summary['flags'][name]
-    lines.append([name, *(f'{100 * rate:.1f}' for rate in (entry['rate'], *entry['rates']))])
-  means = [entry['mean_words'] for entry in summary['rounds']]
-  lines.append(['words, mean', '', *map(_number, means)])
-  changes = [entry['mean_ratio'] for entry in summary['rounds']]
-  lines.append(['words / words before, mean', '', *map(_number, changes)])
-  lines.append(['last revisions of several prompts', f'{100 * summary["duplicates"]["rate"]:.1f}'])
-  if beside is not None:
-    found = beside['flags']
-    others = [f'{100 * found[name]["rate"]:.1f}' if name in found else '-' for name in FLAGS]
-    column = ['published', *others, '', '', f'{100 * beside["duplicates"]["rate"]:.1f}']
-    lines = [[*line, *[''] * (len(head) - len(line)), other] for line, other in zip(
-      lines, column, strict=True
-    )]  # fmt: skip
-  left = max(len(line[0]) for line in lines)
-  return '\n'.join(
-    (line[0].ljust(left) + ''.join(cell.rjust(10) for cell in line[1:])).rstrip() for line in lines
-  )
-
-
-def _number(value: float | None) -> str:
-  return '-' if value is None else f'{value:.2f}'
-
-
-def published_rows(
-  path: str | os.PathLike,
-) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
-  """(rows as `summarise` takes them, principles as `references` does) of the paper's samples.
-
-  The files are samples/*_SLMADISON.jsonl of Bai et al. 2022 (repository
-  anthropics/ConstitutionalHarmlessnessPaper). They do not say how a sample ended: each
-  `finish_reason` is 'stop', so 'truncated' cannot be told.
-
-  Raises:
-    ValueError: if the file is not there or a line is not such a sample, naming it.
-  """
-  path = os.fspath(path)
-  name = os.path.basename(path).partition('.')[0]
-  rows, principles = [], {}
-  try:
-    with open(path, encoding='utf-8') as file:
-      lines = file.read().splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path}: not readable: {error}; give a *_SLMADISON.jsonl file.') from error
-  for number, line in enumerate(lines, 1):
-    try:
-      row, found = _published_row(json.loads(line), f'{name}/{number}')
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-      raise UserError(
-        f'{path}, line {number}: no sample with rl_prompt, initial_response and cst '
-        f'({type(error).__name__}: {error}); give a *_SLMADISON.jsonl file.'
-      ) from error
-    rows.append(row)
-    principles |= found
-  return rows, principles
-
-
-def _published_row(sample: dict, name: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
-  """A row and the principles of its rounds."""
-  reply = lambda part: {'text': part['sample'].strip(), 'finish_reason': 'stop'}  # noqa: E731
-  _, *parts = _TURN.split(sample['rl_prompt'])
-  turns = [
-    {'role': _ROLES[label], 'content': content.strip()}
-    for label, content in zip(parts[::2], parts[1::2], strict=True)
-  ]
-  steps = sample['cst']
-  row = {
-    'id': name,
-    'kind': 'harmful',
-    'prompt': turns[:-1],  # the last is the label that the response follows
-    'initial': reply(sample['initial_response'][0]),
-    'rounds': [
-      {
-        'principle': step['cst_key'],
-        'critique': reply(step['critique']),
-        'revision': reply(step['revision']),
-      }
-      for step in steps
-    ],
-  }
-  requests = {
-    step['cst_key']: (
-      _request(''.join(step['cst_value']['prompt'])),
-      _request(step['cst_value']['edit_request']),
-    )
-    for step in steps
-  }
-  return row, requests
-
-
-def _request(text: str) -> str:
-  """A request without its own label and that of the reply it asks for."""
-  return _TURN.sub('', text).strip()
+def ngrams(words: Sequence[str], n: int) -> Ngrams:
+  """Return the set of all `n` consecutive words; for fewer than `n` words, one tuple of them all."""
+  return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1)))

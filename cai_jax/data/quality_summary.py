@@ -1,0 +1,148 @@
+"""Rates of defects over the revisions of a dataset, as a JSON summary and as a text table."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cai_jax.data.quality import FLAGS, References, find_row_flags, split_words
+
+
+@dataclasses.dataclass
+class _Round:
+  """Running counts of the revisions of one round."""
+
+  lengths: list[int] = dataclasses.field(default_factory=list)  # words
+  ratios: list[float] = dataclasses.field(default_factory=list)  # words / words before
+  flags: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  principles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def summarise(rows: Iterable[Mapping[str, Any]], references: References) -> dict[str, Any]:
+  """Summarise the revisions of a dataset.
+
+  Args:
+    rows: each has `prompt` (messages), `initial` {text, finish_reason} and `rounds` of {principle,
+      critique, revision}. Rows without rounds count in 'rows' only.
+    references: of the constitution.
+
+  Returns:
+    A JSON object:
+      'rows', 'revisions': their numbers.
+      'flags': name → {'count', 'rate', 'counts', 'rates'}. Rates are shares of the revisions; the
+        last two are lists over rounds.
+      'rounds': a list of {'revisions', 'mean_words', 'mean_ratio'}. The ratio is the number of
+        words divided by that of the response before, if it has any.
+      'initial_words': mean number of words of the initial responses.
+      'principles': id → how often it was drawn, as a list over rounds.
+      'duplicates': {'count', 'rate'} of final revisions that another prompt has as well.
+  """
+  num_rows = 0
+  initial_lengths: list[int] = []
+  final_texts: collections.Counter[str] = collections.Counter()
+  rounds: list[_Round] = []
+  for row in rows:
+    num_rows += 1
+    if not row['rounds']:
+      continue
+    rounds += [_Round() for _ in range(len(row['rounds']) - len(rounds))]
+    length_before = len(split_words(row['initial']['text']))
+    initial_lengths.append(length_before)
+    for index, step in enumerate(row['rounds']):
+      counts = rounds[index]
+      counts.flags.update(find_row_flags(row, index, references))
+      counts.principles[step['principle']] += 1
+      length = len(split_words(step['revision']['text']))
+      counts.lengths.append(length)
+      if length_before:
+        counts.ratios.append(length / length_before)
+      length_before = length
+    final_texts[row['rounds'][-1]['revision']['text'].strip()] += 1
+  num_revisions = [len(counts.lengths) for counts in rounds]
+  num_duplicates = sum(n for text, n in final_texts.items() if n > 1 and text)
+  return {
+    'rows': num_rows,
+    'revisions': sum(num_revisions),
+    'flags': {
+      name: _rates([counts.flags[name] for counts in rounds], num_revisions) for name in FLAGS
+    },
+    'rounds': [
+      {'revisions': n, 'mean_words': _mean(counts.lengths), 'mean_ratio': _mean(counts.ratios)}
+      for n, counts in zip(num_revisions, rounds, strict=True)
+    ],
+    'initial_words': _mean(initial_lengths),
+    'principles': {
+      name: [counts.principles[name] for counts in rounds] for name in references.requests
+    },
+    'duplicates': {
+      'count': num_duplicates,
+      'rate': _share(num_duplicates, final_texts.total()),
+    },
+  }
+
+
+def exceeded_limits(summary: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
+  """Return a line of text for each flag whose rate is above its limit.
+
+  Args:
+    summary: from `summarise`.
+    limits: flag → largest allowed share of the revisions.
+  """
+  rates = ((name, summary['flags'][name]['rate'], limit) for name, limit in limits.items())
+  return [
+    f'{name}: {rate:.4g} of the revisions, limit {limit:g}'
+    for name, rate, limit in rates
+    if rate > limit
+  ]
+
+
+def format_table(summary: Mapping[str, Any], published: Mapping[str, Any] | None = None) -> str:
+  """Return a text table of a summary: one line per flag, one column per round.
+
+  Args:
+    summary: from `summarise`.
+    published: a summary of published samples, shown in the last column. A flag that it lacks is
+      shown as a dash.
+  """
+  rounds = summary['rounds']
+  header = ['of the revisions, in %', 'all', *(f'round {i + 1}' for i in range(len(rounds)))]
+  lines = [header]
+  for name in FLAGS:
+    entry = summary['flags'][name]
+    lines.append([name, *(f'{100 * rate:.1f}' for rate in (entry['rate'], *entry['rates']))])
+  lines.append(['words, mean', '', *(_number(entry['mean_words']) for entry in rounds)])
+  lines.append(['words / words before, mean', '', *(_number(e['mean_ratio']) for e in rounds)])
+  lines.append(['last revisions of several prompts', f'{100 * summary["duplicates"]["rate"]:.1f}'])
+  if published is not None:
+    flags = published['flags']
+    rates = [f'{100 * flags[name]["rate"]:.1f}' if name in flags else '-' for name in FLAGS]
+    column = ['published', *rates, '', '', f'{100 * published["duplicates"]["rate"]:.1f}']
+    lines = [
+      [*line, *[''] * (len(header) - len(line)), cell]
+      for line, cell in zip(lines, column, strict=True)
+    ]
+  width = max(len(line[0]) for line in lines)
+  return '\n'.join(
+    (line[0].ljust(width) + ''.join(cell.rjust(10) for cell in line[1:])).rstrip() for line in lines
+  )
+
+
+def _rates(counts: Sequence[int], totals: Sequence[int]) -> dict[str, Any]:
+  return {
+    'count': sum(counts),
+    'rate': _share(sum(counts), sum(totals)),
+    'counts': list(counts),
+    'rates': [_share(count, total) for count, total in zip(counts, totals, strict=True)],
+  }
+
+
+def _share(count: int, total: int) -> float:
+  return count / total if total else 0.0
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  return sum(values) / len(values) if values else None
+
+
+def _number(value: float | None) -> str:
+  return '-' if value is None else f'{value:.2f}'

@@ -223,7 +223,7 @@ def set_fields(**fields):
       {'feedback__helpful_samples': 2, 'sampling__initial__temperature': 0.0},
       'helpful_samples=2 answers would all be the same',
     ),
-    ({'report__published': 'nowhere.jsonl'}, 'report.published: nowhere.jsonl: not readable'),
+    ({'report__published': 'nowhere.jsonl'}, 'report.published: nowhere.jsonl cannot be read'),
     ({'evaluation__scorer': 'me'}, "scorer='me'"),
     ({'prompts__harmful__source': ''}, 'prompts.harmful.source is empty'),
     (

@@ -1,10 +1,12 @@
-"""Defects of revisions: each rule on what it is for and on what it must let pass, and the rates."""
+"""Defects of revisions: what each rule flags, what it must not flag, and the rates."""
 
 import json
 
 import pytest
 
-from cai_jax.data import quality
+from cai_jax.data import quality, quality_summary
+from cai_jax.data.published import read_published_samples
+from cai_jax.runtime.errors import UserError
 
 PROMPT = [{'role': 'user', 'content': 'Should I hurt him?'}]
 LONG = ' '.join(f'word{i}' for i in range(40))
@@ -12,7 +14,7 @@ REQUESTS = (
   "Identify specific ways in which the assistant's last response is harmful to anyone.",
   'Please rewrite this response.',
 )
-KNOWN = quality.references(
+REFERENCES = quality.build_references(
   {'p': REQUESTS, 'q': ('Say what is wrong.', 'Mend it now')},
   [
     [
@@ -27,33 +29,33 @@ def reply(text, finish='stop'):
   return {'text': text, 'finish_reason': finish}
 
 
-def found(
+def flags_of(
   text, before='No, hurting him is wrong.', critique='It is rude.', finish='stop', **options
 ):
-  options = dict(prompt=PROMPT, principle='p', known=KNOWN) | options
-  return quality.flags(
+  options = dict(prompt=PROMPT, principle='p', references=REFERENCES) | options
+  return quality.find_flags(
     previous=reply(before), critique=reply(critique), revision=reply(text, finish), **options
   )
 
 
-def test_a_good_revision_has_no_flag():
-  assert found('Please do not: talk to him instead, and tell him what hurt you.') == set()
+def test_good_revision_has_no_flag():
+  assert flags_of('Please do not: talk to him instead, and tell him what hurt you.') == set()
 
 
-def test_every_flag_is_named_by_some_text():
+def test_every_flag_is_found_alone_in_some_text():
   copy = 'I would like to talk about birds and trees and the sea.'
   leak = 'I name specific ways in which the assistant’s last response is harmful to anyone.'
   cases = {
-    'empty': found(' \n'),
-    'truncated': found('Please do', finish='length'),
-    'identical': found('No, hurting him is wrong. ', 'No, hurting him is wrong.'),
-    'near_identical': found(LONG + '.', LONG),
-    'preamble': found('Here is the revised response: do not.'),
-    'role_marker': found('Do not.\n\nHuman: but why?'),
-    'principle_leak': found(leak.replace('’', "'")),
-    'no_finding': found('Do not.', critique='I see nothing wrong here.'),
-    'repetition': found('ha ha ha ha ha ha ha ha ha'),
-    'demonstration': found(copy),
+    'empty': flags_of(' \n'),
+    'truncated': flags_of('Please do', finish='length'),
+    'identical': flags_of('No, hurting him is wrong. ', 'No, hurting him is wrong.'),
+    'near_identical': flags_of(LONG + '.', LONG),
+    'preamble': flags_of('Here is the revised response: do not.'),
+    'role_marker': flags_of('Do not.\n\nHuman: but why?'),
+    'principle_leak': flags_of(leak.replace('’', "'")),
+    'no_finding': flags_of('Do not.', critique='I see nothing wrong here.'),
+    'repetition': flags_of('ha ha ha ha ha ha ha ha ha'),
+    'demonstration': flags_of(copy),
   }
   assert cases.keys() == quality.FLAGS.keys()
   assert all(flags == {name} for name, flags in cases.items()), cases
@@ -73,8 +75,8 @@ def test_every_flag_is_named_by_some_text():
     'The following is a rewritten reply.\nDo not.',
   ],
 )
-def test_preambles(text):
-  assert found(text) == {'preamble'}
+def test_preambles_are_flagged(text):
+  assert flags_of(text) == {'preamble'}
 
 
 @pytest.mark.parametrize(
@@ -89,8 +91,8 @@ def test_preambles(text):
     'The revised statute says that it is a crime.',
   ],
 )
-def test_no_preambles(text):
-  assert 'preamble' not in found(text)
+def test_similar_beginnings_are_not_flagged_as_preambles(text):
+  assert 'preamble' not in flags_of(text)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,9 @@ def test_no_preambles(text):
     'Do not.\nRevistionRequest: again',
   ],
 )
-def test_role_markers(text):
-  assert found(text) == {'role_marker'}
-  assert found(text, prompt=[{'role': 'user', 'content': f'Say "{text}"'}]) == set()
+def test_role_markers_are_flagged_unless_the_prompt_has_them(text):
+  assert flags_of(text) == {'role_marker'}
+  assert flags_of(text, prompt=[{'role': 'user', 'content': f'Say "{text}"'}]) == set()
 
 
 @pytest.mark.parametrize(
@@ -121,8 +123,8 @@ def test_role_markers(text):
     'A critique: it is dull.',
   ],
 )
-def test_no_role_markers(text):
-  assert found(text) == set()
+def test_similar_texts_are_not_flagged_as_role_markers(text):
+  assert flags_of(text) == set()
 
 
 @pytest.mark.parametrize(
@@ -144,11 +146,11 @@ def test_no_role_markers(text):
     ('The assistant should have said that stealing is illegal.', False),
   ],
 )
-def test_critiques_that_find_nothing(critique, nothing):
+def test_critiques_without_a_finding_are_recognised(critique, nothing):
   assert quality.finds_nothing(reply(critique)) == nothing
 
 
-def test_a_critique_that_was_not_asked_for_finds_no_nothing():
+def test_critique_that_was_not_requested_is_not_flagged():
   assert not quality.finds_nothing(reply('', finish=''))
 
 
@@ -167,33 +169,35 @@ def test_a_critique_that_was_not_asked_for_finds_no_nothing():
     ('Chapter 1 .............. 7', False),
   ],
 )
-def test_loops(text, loops):
-  assert quality.repeats(text, quality.words(text)) == loops
+def test_loops_are_recognised(text, loops):
+  assert quality.has_loop(text, quality.split_words(text)) == loops
 
 
-def test_similarity_is_by_words_in_their_order():
-  before = quality.words(LONG)
-  assert quality.alike(before, [*before[:20], 'new', *before[20:]])
-  assert not quality.alike(before, before[:35])
-  assert not quality.alike(before, before[::-1])
-  assert not quality.alike([], [])
+def test_similarity_compares_words_in_order():
+  before = quality.split_words(LONG)
+  assert quality.is_near_identical(before, [*before[:20], 'new', *before[20:]])
+  assert not quality.is_near_identical(before, before[:35])
+  assert not quality.is_near_identical(before, before[::-1])
+  assert not quality.is_near_identical([], [])
 
 
-def test_a_leak_is_eight_words_or_a_whole_request_of_five():
+def test_leak_is_eight_words_or_a_whole_request_of_at_least_five():
   request = 'one two three four five six seven eight nine'
-  known = quality.references({'p': (request, 'mend all of this now'), 'q': ('Be very kind.', 'x')})
-  leaks = lambda text, name='p': quality.leaks_request(quality.words(text), name, known)  # noqa: E731
+  references = quality.build_references(
+    {'p': (request, 'mend all of this now'), 'q': ('Be very kind.', 'x')}
+  )
+  leaks = lambda text, name='p': quality.leaks_request(quality.split_words(text), name, references)  # noqa: E731
   assert leaks('So two, three four five six seven eight nine.')
   assert not leaks('So three four five six seven eight nine.')
   assert leaks('I will mend all of this now!') and not leaks('I will mend all of this')
   assert not leaks('Be very kind.', 'q')
-  with pytest.raises(ValueError, match="'r' is none of .*'p', 'q'"):
+  with pytest.raises(UserError, match="'r' is not one of .*'p', 'q'"):
     leaks('anything', 'r')
 
 
-def test_an_initial_response_has_no_flag_of_a_round():
+def test_initial_response_has_no_flags_of_rounds():
   row = {'prompt': PROMPT, 'initial': reply('Human: no', 'length'), 'rounds': []}
-  assert quality.row_flags(row, -1, KNOWN) == {'truncated', 'role_marker'}
+  assert quality.find_row_flags(row, -1, REFERENCES) == {'truncated', 'role_marker'}
 
 
 def rows():
@@ -212,8 +216,8 @@ def rows():
   ]
 
 
-def test_the_summary_counts_by_round():
-  summary = json.loads(json.dumps(quality.summarise(rows(), KNOWN)))
+def test_summary_counts_by_round():
+  summary = json.loads(json.dumps(quality_summary.summarise(rows(), REFERENCES)))
   assert (summary['rows'], summary['revisions']) == (4, 6)
   flags = summary['flags']
   assert flags.keys() == quality.FLAGS.keys()
@@ -229,54 +233,61 @@ def test_the_summary_counts_by_round():
   assert summary['duplicates'] == {'count': 2, 'rate': 2 / 3}
 
 
-def test_limits():
-  summary = quality.summarise(rows(), KNOWN)
-  assert quality.over(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
-  told = quality.over(summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble': 0.0})
-  assert told == ['identical: 0.1667 of the revisions, limit 0.1']
+def test_rates_above_their_limits_are_listed():
+  summary = quality_summary.summarise(rows(), REFERENCES)
+  assert quality_summary.exceeded_limits(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
+  exceeded = quality_summary.exceeded_limits(
+    summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble': 0.0}
+  )
+  assert exceeded == ['identical: 0.1667 of the revisions, limit 0.1']
 
 
-def test_the_table_has_another_beside():
-  summary, other = quality.summarise(rows(), KNOWN), quality.summarise(rows()[:1], KNOWN)
+def test_table_shows_published_rates_in_the_last_column():
+  summary, other = (
+    quality_summary.summarise(rows(), REFERENCES),
+    quality_summary.summarise(rows()[:1], REFERENCES),
+  )
   del other['flags']['truncated']
-  lines = quality.describe(summary, other).splitlines()
+  lines = quality_summary.format_table(summary, other).splitlines()
   assert lines[0].split()[-1] == 'published'
   table = {line.split()[0]: line.split()[1:] for line in lines}
   assert table['identical'] == ['16.7', '33.3', '0.0', '0.0']
   assert table['truncated'] == ['0.0', '0.0', '0.0', '-']
   assert len(lines) == len(quality.FLAGS) + 4
-  assert len(quality.describe(summary).splitlines()) == len(lines)
+  assert len(quality_summary.format_table(summary).splitlines()) == len(lines)
 
 
-def test_a_summary_without_revisions():
-  summary = quality.summarise(rows()[3:], KNOWN)
+def test_summary_without_revisions_is_empty():
+  summary = quality_summary.summarise(rows()[3:], REFERENCES)
   assert summary['revisions'] == 0 and summary['initial_words'] is None
-  assert quality.describe(summary)
+  assert quality_summary.format_table(summary)
 
 
-def test_published_samples_that_are_none(tmp_path):
-  with pytest.raises(ValueError, match='not readable'):
-    quality.published_rows(tmp_path / 'nowhere.jsonl')
+def test_files_that_are_not_published_samples_are_errors(tmp_path):
+  with pytest.raises(UserError, match='cannot be read'):
+    read_published_samples(tmp_path / 'nowhere.jsonl')
   path = tmp_path / 'x.jsonl'
   path.write_text('{"prompt": "hello"}\n')
-  with pytest.raises(ValueError, match=r'x.jsonl, line 1: no sample with rl_prompt'):
-    quality.published_rows(path)
+  with pytest.raises(UserError, match=r'x.jsonl, line 1: not a sample with rl_prompt'):
+    read_published_samples(path)
 
 
-def test_the_papers_samples(data_dir):
+def test_published_samples_are_read_completely(data_dir):
   path = data_dir('cai_paper') / 'samples' / 'PALMS_SLMADISON.jsonl'
-  published, principles = quality.published_rows(path)
-  known = quality.references(principles)
-  summary = quality.summarise(published, known)
+  published, principles = read_published_samples(path)
+  references = quality.build_references(principles)
+  summary = quality_summary.summarise(published, references)
   assert (summary['rows'], summary['revisions'], len(principles)) == (40, 160, 16)
   assert published[2]['prompt'] == [
     {'role': 'user', 'content': 'Which essential oils should I use for a kidney infection?'}
   ]
   assert all(not text.endswith('Critique:') for pair in principles.values() for text in pair)
-  # Read by eye: one revision is the response before it, and none speaks of itself or has a label.
-  assert quality.row_flags(published[31], 2, known) == {'identical', 'no_finding'}
+  # Checked by reading: one revision equals the response before it; none has a preamble or a label.
+  assert quality.find_row_flags(published[31], 2, references) == {'identical', 'no_finding'}
   assert summary['flags']['identical']['count'] == 1
   for name in ('empty', 'preamble', 'role_marker', 'principle_leak', 'repetition'):
     assert summary['flags'][name]['count'] == 0
-  assert 'near_identical' in quality.row_flags(published[16], 1, known)  # but for one space
-  assert quality.row_flags(published[0], 0, known) == set()
+  assert 'near_identical' in quality.find_row_flags(
+    published[16], 1, references
+  )  # one space differs
+  assert quality.find_row_flags(published[0], 0, references) == set()

@@ -114,7 +114,9 @@ def test_filters_that_need_the_constitution_are_told_by_it(dialogue):
   rows = [row(0), row(1, text='Please point out all that is wrong or rude in it')]
   with pytest.raises(ValueError, match='principle_leak is told by the principles'):
     examples.build_examples(rows, dialogue, filters=['principle_leak'])
-  known = quality.references({'p': ('Point out all that is wrong or rude in it.', 'Mend it.')})
+  known = quality.build_references(
+    {'p': ('Point out all that is wrong or rude in it.', 'Mend it.')}
+  )
   found = examples.build_examples(rows, dialogue, filters=['principle_leak'], known=known)
   assert found.counts['dropped'] == {'filtered_principle_leak': 1}
   with pytest.raises(ValueError, match="'filtered_' have a defect of train.filters"):

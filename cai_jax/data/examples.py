@@ -54,17 +54,17 @@ def build_examples(
     drop_truncated: drop a text that ended by the length limit; else it is learnt as if whole.
     filters: names of `quality.FLAGS`; a text with any of them is dropped as 'filtered_' + the first
       of those it has, in the order given. The rows stay as they are.
-    known: the constitution's `quality.references`, for the filters that need them.
+    known: the constitution's `quality.build_references`, for the filters that need them.
 
   Raises:
     ValueError: if no example is left, or too few for the helpfulness share; if a filter needs
       `known`.
   """
-  needing = [name for name in filters if name in quality.OF_REFERENCES]
+  needing = [name for name in filters if name in quality.NEEDS_REFERENCES]
   if needing and known is None:
     raise UserError(
       f'train.filters: {", ".join(needing)} is told by the principles and demonstrations: give '
-      "`known`, the constitution's quality.references."
+      "`known`, the constitution's quality.build_references."
     )
   dropped = collections.Counter()
   kept, helpful = [], []
@@ -144,7 +144,7 @@ def hold_out(
 
 def _filtered(row, at: int, filters: Sequence[str], known) -> str | None:
   """The reason to filter out the revision of a round (-1: y_init), if there is one."""
-  found = quality.row_flags(row, at, known) if filters else ()
+  found = quality.find_row_flags(row, at, known) if filters else ()
   return next((f'filtered_{name}' for name in filters if name in found), None)
 
 

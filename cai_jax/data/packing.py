@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from cai_jax.data import quality as quality
 from cai_jax.data.examples import Example
 from cai_jax.runtime.errors import UserError
 

@@ -1,6 +1,6 @@
 """The samples published with Bai et al. 2022, read as rows of D_CAI for comparison.
 
-The files are samples/*_SLMADISON.jsonl of the repository anthropics/ConstitutionalHarmlessnessPaper.
+The repository anthropics/ConstitutionalHarmlessnessPaper has them as samples/*_SLMADISON.jsonl.
 """
 
 import json

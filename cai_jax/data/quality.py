@@ -18,9 +18,9 @@ FLAGS = {
   'empty': 'Contains only white space.',
   'truncated': "Was cut off at the token limit: its finish_reason is 'length'.",
   'identical': 'Equals the response before it, apart from surrounding white space.',
-  'near_identical': 'Is at least 0.95 similar by words to the response before it, but not identical.',
+  'near_identical': 'Is at least 0.95 similar by words, but not identical, to the response before it.',
   'preamble': "Begins with a phrase about itself, such as 'Here is the revised response:'.",
-  'role_marker': "Contains a label ('Human:', 'RevisionRequest:') or a chat template's control token.",
+  'role_marker': "Contains a label ('Human:', 'RevisionRequest:') or a control token.",
   'principle_leak': 'Repeats 8 consecutive words of its critique request or revision request.',
   'no_finding': "Its critique praises the response or finds nothing wrong, without a 'but'.",
   'repetition': 'Repeats words or characters in a loop.',
@@ -211,9 +211,9 @@ def finds_nothing(critique: Mapping[str, Any]) -> bool:
 
 
 def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
-  """Return whether the order-sensitive similarity of two lists of words is `NEAR_IDENTICAL`.
+  """Return whether two lists of words have a similarity of at least `NEAR_IDENTICAL`.
 
-  The similarity is the ratio of `difflib.SequenceMatcher`.
+  The similarity is the ratio of `difflib.SequenceMatcher`, which depends on the order.
   """
   if not before or not after:
     return False
@@ -271,5 +271,5 @@ def split_words(text: str) -> list[str]:
 
 
 def ngrams(words: Sequence[str], n: int) -> Ngrams:
-  """Return the set of all `n` consecutive words; for fewer than `n` words, one tuple of them all."""
+  """Return the set of all runs of `n` words; a shorter text gives one run of all its words."""
   return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1)))

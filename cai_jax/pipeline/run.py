@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
-from cai_jax.data import quality
+from cai_jax.data import quality, quality_summary
 from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
+from cai_jax.data.published import read_published_samples
 from cai_jax.evaluation.suite import EvaluationConfig
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.pipeline.schema import default_config
@@ -177,10 +178,10 @@ def published(path: str) -> dict[str, Any]:
     ValueError: if it is none.
   """
   try:
-    rows, principles = quality.published_rows(path)
+    rows, principles = read_published_samples(path)
   except ValueError as error:
     raise UserError(f'report.published: {error}') from error
-  summary = quality.summarise(rows, quality.references(principles))
+  summary = quality_summary.summarise(rows, quality.build_references(principles))
   del summary['flags']['truncated']  # the samples do not say how they ended
   return summary
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.data import d_cai, preferences, quality
+from cai_jax.data import d_cai, preferences, quality, quality_summary
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
@@ -70,14 +70,14 @@ def _check_quality(run: Run, folder: pathlib.Path) -> None:
   """
   if jax.process_index() != 0:
     return
-  summary, beside = quality.summarise(d_cai.read_rows(folder), _references(run)), None
+  summary, beside = quality_summary.summarise(d_cai.read_rows(folder), _references(run)), None
   path = run.config['report']['published']
   if path:
     beside = published(path)
   both = {'d_cai': summary} | ({'published': beside} if path else {})
   write_json(run.workdir / 'quality.json', both)
-  print(quality.describe(summary, beside), flush=True)
-  over = quality.over(summary, run.feedback.max_rate)
+  print(quality_summary.format_table(summary, beside), flush=True)
+  over = quality_summary.exceeded_limits(summary, run.feedback.max_rate)
   if over:
     raise UserError(
       f'feedback.max_rate is exceeded ({"; ".join(over)}). All rows are kept in {folder}, the '
@@ -91,7 +91,7 @@ def _check_quality(run: Run, folder: pathlib.Path) -> None:
 def _references(run: Run) -> quality.References:
   """What revisions may have been copied from."""
   requests = {p.id: (p.critique_request, p.revision_request) for p in run.constitution.principles}
-  return quality.references(requests, run.constitution.demonstrations)
+  return quality.build_references(requests, run.constitution.demonstrations)
 
 
 def train_stage(run: Run, _) -> dict[str, Any]:
@@ -230,7 +230,9 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     held_out=logs.read(run.workdir / logs.HELD_OUT),
     probes=logs.read(run.workdir / logs.PROBES),
     texts={
-      'Quality of the revisions': quality.describe(found['d_cai'], found.get('published')),
+      'Quality of the revisions': quality_summary.format_table(
+        found['d_cai'], found.get('published')
+      ),
       'Models': suite.describe(told),
     },
     chains=[browsable(row, scorer) for row in shown],

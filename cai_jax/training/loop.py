@@ -195,7 +195,7 @@ def train(
     config: settings.
     workdir: folder for metrics, events and checkpoints.
     probe, profile: as of `Watch`.
-    known: the constitution's `quality.references`, for `config.filters`.
+    known: the constitution's `quality.build_references`, for `config.filters`.
 
   Raises:
     ValueError: as `fit` and `examples.examples`, and for rows longer than the model's context.

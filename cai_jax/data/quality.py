@@ -18,7 +18,7 @@ FLAGS = {
   'empty': 'Contains only white space.',
   'truncated': "Was cut off at the token limit: its finish_reason is 'length'.",
   'identical': 'Equals the response before it, apart from surrounding white space.',
-  'near_identical': 'Is at least 0.95 similar by words, but not identical, to the response before it.',
+  'near_identical': 'Is not identical, but at least 0.95 similar by words, to the response before.',
   'preamble': "Begins with a phrase about itself, such as 'Here is the revised response:'.",
   'role_marker': "Contains a label ('Human:', 'RevisionRequest:') or a control token.",
   'principle_leak': 'Repeats 8 consecutive words of its critique request or revision request.',

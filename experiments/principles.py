@@ -71,8 +71,8 @@ def get_experiment() -> Experiment:
 
 
 def _arm(ids: tuple[str, ...]) -> Arm:
-  principles = [principle for principle in corpus.shipped() if principle.id in ids]
-  scopes = [corpus.scope(principle) for principle in principles]
+  principles = [principle for principle in corpus.load_principles() if principle.id in ids]
+  scopes = [corpus.find_scope(principle) for principle in principles]
   weights = [principle.weight for principle in principles]
   coverage = sum(w * len(s) for w, s in zip(weights, scopes, strict=True)) / sum(weights)
   facts = {

@@ -266,13 +266,13 @@ def test_the_iterator_goes_on_where_its_state_was():
 def test_pretraining_documents_are_learnt_whole():
   import transformers
 
-  from cai_jax.tiny import corpus, pretrain, tokenizer
+  from cai_jax.tiny import corpus, files, pretrain
 
-  dialogue = Dialogue(transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer.FOLDER))
-  items, counts = pretrain.documents(dialogue, 3000, seed=1)
+  dialogue = Dialogue(transformers.PreTrainedTokenizerFast.from_pretrained(files.MODELS['tiny']))
+  items, counts = pretrain.make_examples(dialogue, 3000, seed=1)
   assert counts['tokens'] == sum(len(i.tokens) for i in items) >= 3000
   assert counts['documents'] == len(items) and all(i.loss_mask.all() for i in items)
-  first = corpus.document(1, 0)
+  first = corpus.make_document(1, 0)
   assert items[0].tokens.tolist() == dialogue.prompt(
     first[:-1], first[-1]['role']
   ) + dialogue.reply(first[-1]['content'], first[-1]['role'])

@@ -1,8 +1,8 @@
-"""The embedded default: a small world that can be checked exactly, its text and its model.
+"""The embedded world: a small task with an exact oracle, its text and the model trained on it.
 
-Importing the package registers the name 'tiny' for its constitution, its prompts and its scorer.
+Importing this package registers the name 'tiny' for its constitution, its prompts and its scorer.
 """
 
-from cai_jax.tiny import corpus as corpus
-from cai_jax.tiny import prompts as prompts
-from cai_jax.tiny import scorer as scorer
+from cai_jax.tiny import files, prompts, scorer
+
+__all__ = ['files', 'prompts', 'scorer']

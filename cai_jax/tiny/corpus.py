@@ -1,24 +1,20 @@
 """Pre-training documents of the embedded world.
 
 A document is a list of messages. It shows a helpful-only assistant that does what the baits ask for
-and that, when asked, criticises and revises, imperfectly (`world.Imperfections`). Requests are
-those of the split 'pretrain'. Document i of a seed is a pure function of (seed, i).
+and that, when asked, criticises and revises with the errors of `world.Imperfections`. Requests come
+from the split 'pretrain'. Document i of a seed is a pure function of (seed, i).
 """
 
 import dataclasses
 import functools
-import pathlib
 import random
 from collections.abc import Iterator, Sequence
 
-from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig, Principle, load_constitution
+from cai_jax.constitution import ConstitutionConfig, Principle, load_constitution
 from cai_jax.tiny import world
+from cai_jax.tiny.vocabulary import KINDS
 
-CONSTITUTION = CONSTITUTIONS.register('tiny')(
-  str(pathlib.Path(__file__).with_name('constitution.yaml'))
-)
-
-# The nouns by which a principle made up of kinds calls them; the groups of the constitution do too.
+# How a made-up principle refers to each kind; the group principles of the constitution do the same.
 NOUNS = {
   'insult': 'insult',
   'privacy': 'secret',
@@ -30,7 +26,7 @@ NOUNS = {
   'waste': 'waste',
 }
 
-# What follows the first answer, and how often there are 0, 1, ..., 4 rounds of it.
+# For each form of document, the probabilities of 0, 1, ..., 4 rounds after the first answer.
 ROUNDS = {
   'plain': (1, 0, 0, 0, 0),
   'direct': (0, 0.7, 0.2, 0.1, 0),
@@ -42,12 +38,15 @@ FORMS = tuple(ROUNDS)
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Shares of the documents by what follows the first answer, and of the principles drawn.
+  """Shares of the forms of documents and of the principles in them.
 
-  plain, direct, one_round, growing: nothing, revisions without critiques (one to three), one
-  critique and revision, two to four of them in one context.
-  in_scope: where an answer breaks a rule, how often the principle covers a rule that it breaks.
-  tiers: shares of narrow, group, general and made-up principles.
+  Attributes:
+    plain: documents that end with the first answer.
+    direct: documents with one to three revisions and no critique.
+    one_round: documents with one critique and one revision.
+    growing: documents with two to four rounds of critique and revision.
+    in_scope: among the answers that break a rule, those whose principle covers such a rule.
+    tiers: narrow, group, general and made-up principles.
   """
 
   plain: float = 0.27
@@ -59,25 +58,25 @@ class Mixture:
 
 
 @functools.cache
-def shipped() -> tuple[Principle, ...]:
-  """The principles of the world's constitution."""
+def load_principles() -> tuple[Principle, ...]:
+  """Return the principles of the embedded world's constitution."""
   return load_constitution(ConstitutionConfig('tiny')).principles
 
 
 @functools.cache
-def _tier(tag: str) -> tuple[Principle, ...]:
-  return tuple(principle for principle in shipped() if tag in principle.tags)
+def _principles_with_tag(tag: str) -> tuple[Principle, ...]:
+  return tuple(principle for principle in load_principles() if tag in principle.tags)
 
 
 @functools.cache
-def scope(principle: Principle) -> frozenset[str]:
-  """The kinds of rule that a principle covers, by its tags: all for 'general', else those named."""
-  kinds = frozenset(world.KINDS)
+def find_scope(principle: Principle) -> frozenset[str]:
+  """Return the kinds of rules that a principle covers: its tags, or all kinds for 'general'."""
+  kinds = frozenset(KINDS)
   return kinds if 'general' in principle.tags else kinds & frozenset(principle.tags)
 
 
-def made_up(kinds: Sequence[str]) -> Principle:
-  """A principle that covers two or more kinds, in their order: "Find any lie, secret or theft." """
+def make_principle(kinds: Sequence[str]) -> Principle:
+  """Return a principle that covers two or more kinds, such as "Find any lie, secret or theft."."""
   nouns = [NOUNS[kind] for kind in kinds]
   listed = f'{", ".join(nouns[:-1])} or {nouns[-1]}'
   return Principle(
@@ -85,54 +84,66 @@ def made_up(kinds: Sequence[str]) -> Principle:
   )
 
 
-def _principle(rng: random.Random, said: Sequence[world.Sentence], mixture: Mixture) -> Principle:
-  """A principle; where the answer breaks rules, one that covers one of them in a set share."""
-  broken = frozenset(s.topic for s in said if s.role == 'violation')
-  meddles = rng.random() < mixture.in_scope
+def draw_principle(rng: random.Random, answer: world.Answer, mixture: Mixture) -> Principle:
+  """Draw a principle for an answer.
+
+  If the answer breaks rules, the principle covers one of them with probability `mixture.in_scope`
+  and none of them otherwise.
+  """
+  broken = frozenset(s.topic for s in answer if s.role == 'violation')
+  in_scope = rng.random() < mixture.in_scope
   tier = rng.choices(('narrow', 'group', 'general', 'made_up'), mixture.tiers)[0]
   if tier == 'made_up':
-    choices = [made_up(rng.sample(world.KINDS, rng.randint(2, 4))) for _ in range(4)]
+    choices = [make_principle(rng.sample(KINDS, rng.randint(2, 4))) for _ in range(4)]
   else:
-    choices = _tier(tier)
-  # No general principle leaves a violation out, but a narrow one always does.
-  for principles in (choices, _tier('narrow')):
-    fitting = [p for p in principles if not broken or bool(scope(p) & broken) == meddles]
+    choices = _principles_with_tag(tier)
+  # Every general principle covers every violation, so the narrow principles serve as a fallback.
+  for principles in (choices, _principles_with_tag('narrow')):
+    fitting = [p for p in principles if not broken or bool(find_scope(p) & broken) == in_scope]
     if fitting:
       return rng.choice(fitting)
-  raise AssertionError('the narrow principles cover one kind each')
+  raise AssertionError('A narrow principle covers one kind, and an answer breaks at most two.')
 
 
-def document(
+def make_document(
   seed: int,
   index: int,
   mixture: Mixture = Mixture(),
-  errs: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
+  imperfections: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
 ) -> list[dict[str, str]]:
-  """Document `index` of a seed: messages whose roles are those of a critique-revision chain."""
+  """Return one document: messages with the roles of a critique–revision chain.
+
+  Args:
+    seed: the seed of the corpus.
+    index: the index of the document in the corpus.
+    mixture: shares of the forms of documents and of the principles.
+    imperfections: probabilities of errors in critiques and revisions.
+  """
   rng = random.Random(f'{seed}/{index}')
-  triples = world.triples('pretrain')
-  wanted = world.request(rng, rng.choice(triples))
-  earlier = world.request(rng, rng.choice(triples), 0)
-  messages = world.dialogue(rng, wanted, earlier)
-  said = world.answer(rng, wanted)
-  messages.append({'role': 'assistant', 'content': world.render(said)})
+  triples = world.list_triples('pretrain')
+  request = world.draw_request(rng, rng.choice(triples))
+  other_request = world.draw_request(rng, rng.choice(triples), 0)
+  messages = world.write_dialogue(rng, request, other_request)
+  answer = world.write_answer(rng, request)
+  messages.append({'role': 'assistant', 'content': world.render(answer)})
   form = rng.choices(FORMS, [getattr(mixture, form) for form in FORMS])[0]
   for _ in range(rng.choices(range(5), ROUNDS[form])[0]):
-    principle = _principle(rng, said, mixture)
+    principle = draw_principle(rng, answer, mixture)
+    scope = find_scope(principle)
     if form == 'direct':
-      said = world.revise_directly(rng, said, scope(principle), wanted.person, errs)
+      answer = world.write_direct_revision(rng, answer, scope, request.person, imperfections)
     else:
-      text, named = world.critique(rng, said, scope(principle), errs)
-      messages += _turn('critique', principle.critique_request, text)
-      said = world.revise(rng, said, named, wanted.person, errs)
-    messages += _turn('revision', principle.revision_request, world.render(said))
+      critique, named = world.write_critique(rng, answer, scope, imperfections)
+      messages += _turn('critique', principle.critique_request, critique)
+      answer = world.write_revision(rng, answer, named, request.person, imperfections)
+    messages += _turn('revision', principle.revision_request, world.render(answer))
   return messages
 
 
-def documents(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
-  """Documents 0, 1, ..., count - 1 of a seed."""
-  return (document(seed, index) for index in range(count))
+def make_documents(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
+  """Return an iterator over the documents 0, 1, ..., count - 1 of a seed."""
+  return (make_document(seed, index) for index in range(count))
 
 
-def _turn(name: str, request: str, reply: str) -> list[dict[str, str]]:
-  return [{'role': f'{name}_request', 'content': request}, {'role': name, 'content': reply}]
+def _turn(role: str, request: str, reply: str) -> list[dict[str, str]]:
+  return [{'role': f'{role}_request', 'content': request}, {'role': role, 'content': reply}]

@@ -1,9 +1,8 @@
-"""Makes the embedded model again: `python -m cai_jax.tiny.pretrain`.
+"""Train the embedded model from scratch: `python -m cai_jax.tiny.pretrain`.
 
 A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world
-from first token to last, with nothing but the text: no oracle, no labels. The result is a Hugging
-Face folder. A killed run goes on from its last checkpoint when started again with the same
-arguments.
+from text alone, without the oracle and without labels. The result is a Hugging Face folder. If the
+run is killed, start it again with the same arguments; it resumes from its last checkpoint.
 """
 
 import argparse
@@ -11,20 +10,23 @@ import dataclasses
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from cai_jax.data import examples, packing
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.tiny import corpus, tokenizer
+from cai_jax.tiny import corpus, files, tokenizer
 from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
 
-CONFIG = ModelConfig(
+BASE = ModelConfig(
   family='llama',
   vocab_size=tokenizer.VOCAB_SIZE,
   d_model=128,
@@ -33,25 +35,36 @@ CONFIG = ModelConfig(
   num_heads=4,
   num_kv_heads=2,
   head_dim=32,
-  max_positions=tokenizer.CONTEXT,
+  max_positions=tokenizer.MAX_POSITIONS,
   tied_embeddings=True,
 )
-# The lesser size is there to compare sizes with (experiments/model_size.py).
-SMALL = dataclasses.replace(CONFIG, d_model=64, d_ff=192, num_layers=3, head_dim=16)
-SIZES = {'base': CONFIG, 'small': SMALL}
-# Attention costs a row's length squared, and most documents are short: 4,096 tokens a step in rows
-# that fit them closely is the fastest on two cores.
+# The small model exists to compare model sizes (experiments/model_size.py).
+SMALL = dataclasses.replace(BASE, d_model=64, d_ff=192, num_layers=3, head_dim=16)
+ARCHITECTURES = {'base': BASE, 'small': SMALL}
+FOLDERS = {'base': files.MODELS['tiny'], 'small': files.MODELS['tiny-small']}
+# The cost of attention grows with the square of a row's length, and most documents are short. On
+# two CPU cores, 4,096 tokens a step in rows that fit the documents closely train fastest.
 BUCKETS = (packing.Bucket(128, 32), packing.Bucket(384, 11))
 
 
-def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[examples.Example], dict]:
-  """Documents of the corpus up to `tokens` tokens in all, and how many were kept and dropped.
+def make_examples(
+  dialogue: Dialogue, num_tokens: int, seed: int
+) -> tuple[list[examples.Example], dict[str, Any]]:
+  """Return the first documents of the corpus as training examples, and their counts.
 
-  A document is rendered as a chain is at sampling. Its every token but the first is a target.
+  Each document is rendered like a chain during sampling. Every token except the first is a target.
+
+  Args:
+    dialogue: renders the documents.
+    num_tokens: the total number of tokens at which to stop.
+    seed: the seed of the corpus.
+
+  Returns:
+    The examples, and the numbers of documents, tokens and dropped documents.
   """
   items, total, index, too_long = [], 0, 0, 0
-  while total < tokens:
-    ids, _ = dialogue.example(corpus.document(seed, index))
+  while total < num_tokens:
+    ids, _ = dialogue.example(corpus.make_document(seed, index))
     index += 1
     if len(ids) > BUCKETS[-1].length:
       too_long += 1
@@ -62,26 +75,16 @@ def documents(dialogue: Dialogue, tokens: int, seed: int) -> tuple[list[examples
 
 
 def main() -> None:
-  """Trains the tokenizer and the model and writes the folder."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--output', type=pathlib.Path, help="default: the package's own folder")
-  parser.add_argument('--size', choices=tuple(SIZES), default='base', help='of the model')
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--tokens', type=int, default=14_000_000, help='of all documents together')
-  parser.add_argument('--learning_rate', type=float, default=3e-3)
-  parser.add_argument(
-    '--workdir', type=pathlib.Path, help='default: OUTPUT.train, removed at the end'
-  )
-  args = parser.parse_args()
-  architecture = SIZES[args.size]
-  own = tokenizer.FOLDER if args.size == 'base' else tokenizer.FOLDER.with_name('model_small')
-  output = args.output or own
+  """Train the tokenizer and the model and write the folder."""
+  args = _parse_arguments()
+  architecture = ARCHITECTURES[args.size]
+  output = args.output or FOLDERS[args.size]
   workdir = args.workdir or output.with_name(output.name + '.train')
 
-  began = time.monotonic()
-  words = tokenizer.train()
-  items, counts = documents(Dialogue(words), args.tokens, args.seed)
-  print(f'{counts} in {time.monotonic() - began:.0f} s', flush=True)
+  start = time.monotonic()
+  trained_tokenizer = tokenizer.train_tokenizer()
+  items, counts = make_examples(Dialogue(trained_tokenizer), args.tokens, args.seed)
+  print(f'{counts} in {time.monotonic() - start:.0f} s', flush=True)
   config = TrainConfig(
     loss_normalization='token',
     learning_rate=args.learning_rate,
@@ -98,23 +101,56 @@ def main() -> None:
   identity = f'{architecture} from seed {args.seed}'
   params, summary = loop.fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
   print(summary, flush=True)
-  write(output, params, words, mesh, architecture)
+  write_model(output, params, trained_tokenizer, mesh, architecture)
   if args.workdir is None:
     shutil.rmtree(workdir)
-  print(f'wrote {output} after {time.monotonic() - began:.0f} s', flush=True)
+  print(f'Wrote {output} after {time.monotonic() - start:.0f} s', flush=True)
 
 
-def write(output: pathlib.Path, params, words, mesh, config: ModelConfig = CONFIG) -> None:
-  """Writes the Hugging Face folder."""
+def _parse_arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--output', type=pathlib.Path, help='folder to write; default: the folder in the package'
+  )
+  parser.add_argument(
+    '--size', choices=tuple(ARCHITECTURES), default='base', help='size of the model'
+  )
+  parser.add_argument('--seed', type=int, default=0, help='seed of parameters and documents')
+  parser.add_argument('--tokens', type=int, default=14_000_000, help='tokens of all documents')
+  parser.add_argument('--learning_rate', type=float, default=3e-3, help='peak learning rate')
+  parser.add_argument(
+    '--workdir',
+    type=pathlib.Path,
+    help='folder of the checkpoints; default: OUTPUT.train, removed at the end',
+  )
+  return parser.parse_args()
+
+
+def write_model(
+  output: pathlib.Path,
+  params: Any,
+  trained_tokenizer: PreTrainedTokenizerFast,
+  mesh: Mesh,
+  config: ModelConfig = BASE,
+) -> None:
+  """Write a Hugging Face folder.
+
+  Args:
+    output: the folder to write.
+    params: the parameters of the model.
+    trained_tokenizer: the tokenizer of the model.
+    mesh: the devices that hold the parameters.
+    config: the architecture of the model.
+  """
   model = lm_lib.LM(
     config=config,
     params=params,
-    tokenizer=words,
+    tokenizer=trained_tokenizer,
     mesh=mesh,
     dtype='float32',
     name=str(output),
-    fingerprint='',  # a folder's is made of its files when it is loaded
-    eos_token_ids=(words.eos_token_id,),
+    fingerprint='',  # computed from the files of the folder when it is loaded
+    eos_token_ids=(trained_tokenizer.eos_token_id,),
   )
   lm_lib.save(model, output)
 

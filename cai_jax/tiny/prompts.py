@@ -1,17 +1,19 @@
-"""Prompts of the embedded world, in three splits that share no (verb, object, person)."""
+"""Prompts of the embedded world, in three splits that share no (verb, object, person) triple."""
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cai_jax.data.prompt_sources import SOURCES, PromptSource, Row, reject_settings
 from cai_jax.data.prompts import Prompt
 from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import world
 
-# Of so many draws in a row at least one is new unless the split is nearly used up.
-_FRUITLESS_DRAWS = 1000
+KINDS = ('baited', 'benign')
+
+# This many draws in a row find no new prompt only if the split is nearly exhausted.
+_MAX_REPEATED_DRAWS = 1000
 
 
 @SOURCES.register('tiny')
@@ -24,41 +26,51 @@ def read_tiny(source: PromptSource, seed: int) -> Iterator[Row]:
   if source.limit < 1:
     raise UserError("source='tiny' generates its prompts: set limit to their number, at least 1.")
   reject_settings(source, 'subset', 'field', 'shuffle', 'metadata_fields')
-  for prompt in prompts(source.split, source.limit, seed, source.name):
+  for prompt in make_prompts(source.split, source.limit, seed, source.name):
     row = {'id': prompt.id, 'messages': list(prompt.messages), 'metadata': prompt.metadata}
     yield f'tiny, prompt {prompt.id}', row
 
 
-def prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Prompt]:
-  """`count` different prompts of a split; the first n of more are the same as n.
+def make_prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Prompt]:
+  """Return different prompts of a split; a smaller count returns the first of them.
 
-  split: 'pretrain', 'train' or 'eval'. kind: 'baited' (one or two baits) or 'benign' (none). The
-  id is a hash of the text. The metadata hold the split, the kind, the baits (joined by commas),
-  the verb, the object and the person. Raises `ValueError` for an unknown split or kind, and where
-  the split holds too few different prompts.
+  Args:
+    split: 'pretrain', 'train' or 'eval'.
+    count: the number of prompts.
+    seed: the seed of the draws.
+    kind: 'baited' (one or two baits) or 'benign' (none).
+
+  Returns:
+    The prompts. The id of a prompt is a hash of its text. Its metadata holds the split, the kind,
+    the baits (separated by commas), the verb, the object and the person.
+
+  Raises:
+    UserError: if the split or the kind is unknown, or the split has too few different prompts.
   """
-  if kind not in ('baited', 'benign'):
-    raise UserError(f"unknown kind of prompt {kind!r}: choose 'baited' or 'benign'")
-  triples = world.triples(split)
+  if kind not in KINDS:
+    raise UserError(f'Unknown kind of prompt {kind!r}. Choose one of {KINDS}.')
+  triples = world.list_triples(split)
   rng = random.Random(f'prompts/{split}/{kind}/{seed}')
-  found, fruitless = {}, 0
-  while len(found) < count:
-    prompt = _prompt(rng, split, kind, triples)
-    fruitless = fruitless + 1 if prompt.id in found else 0
-    if fruitless == _FRUITLESS_DRAWS:
+  prompts, repeated = {}, 0
+  while len(prompts) < count:
+    prompt = _draw_prompt(rng, split, kind, triples)
+    repeated = repeated + 1 if prompt.id in prompts else 0
+    if repeated == _MAX_REPEATED_DRAWS:
       raise UserError(
-        f'{count} different {kind} prompts were asked for, and the split {split!r} gave only '
-        f'{len(found)}: ask for fewer'
+        f'The split {split!r} has only about {len(prompts)} different {kind} prompts, but {count} '
+        'were requested. Ask for fewer.'
       )
-    found.setdefault(prompt.id, prompt)
-  return list(found.values())
+    prompts.setdefault(prompt.id, prompt)
+  return list(prompts.values())
 
 
-def _prompt(rng, split, kind, triples) -> Prompt:
-  bait_count = 0 if kind == 'benign' else rng.choice((1, 2))
-  wanted = world.request(rng, rng.choice(triples), bait_count)
-  earlier = world.request(rng, rng.choice(triples), 0)
-  messages = world.dialogue(rng, wanted, earlier)
+def _draw_prompt(
+  rng: random.Random, split: str, kind: str, triples: Sequence[tuple[str, str, str]]
+) -> Prompt:
+  num_baits = 0 if kind == 'benign' else rng.choice((1, 2))
+  request = world.draw_request(rng, rng.choice(triples), num_baits)
+  other_request = world.draw_request(rng, rng.choice(triples), 0)
+  messages = world.write_dialogue(rng, request, other_request)
   digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest()
   return Prompt(
     id=f'tiny-{split}-{kind}-{digest}',
@@ -66,9 +78,9 @@ def _prompt(rng, split, kind, triples) -> Prompt:
     metadata={
       'split': split,
       'kind': kind,
-      'baits': ','.join(wanted.baits),
-      'verb': wanted.verb,
-      'object': wanted.object,
-      'person': wanted.person,
+      'baits': ','.join(request.baits),
+      'verb': request.verb,
+      'object': request.object,
+      'person': request.person,
     },
   )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from cai_jax.dialogue import Message
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
-from cai_jax.tiny import world
+from cai_jax.tiny import oracle
 
 
 @SCORERS.register('tiny')
@@ -17,7 +17,7 @@ def load_oracle(loader: ModelLoader) -> Scorer:
 
 def score_with_oracle(
   prompts: Sequence[Sequence[Message]], responses: Sequence[str]
-) -> list[world.Verdict]:
+) -> list[oracle.Verdict]:
   """Return the oracle's verdict on each response.
 
   Args:
@@ -28,5 +28,5 @@ def score_with_oracle(
     UserError: if a prompt is not a request of the embedded world.
   """
   return [
-    world.judge(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+    oracle.judge(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
   ]

@@ -1,8 +1,9 @@
-"""What a flawless imitator of the pre-training text would score: the chain run without a model.
+"""Run chains without a model: `python -m cai_jax.tiny.simulate`.
 
-The grammar, with its imperfections, answers, criticises and revises; the oracle judges the texts.
-It takes seconds, and predicts the trained model within a few points where principles are broad, so
-the world and its constitution are tuned here: `python -m cai_jax.tiny.simulate`.
+The grammar, with its imperfections, answers, criticises and revises, and the oracle judges the
+texts. The rates are those of a model that imitates the pre-training text perfectly. They come
+within a few percentage points of the trained model for broad principles and take seconds, so they
+are used to tune the world and its constitution.
 """
 
 import argparse
@@ -11,68 +12,79 @@ from collections.abc import Sequence
 
 from cai_jax.constitution import Principle
 from cai_jax.runtime.errors import UserError
-from cai_jax.tiny import corpus, world
+from cai_jax.tiny import corpus, oracle, world
 
 VARIANTS = ('critique', 'direct')
 
 
-def simulate(
+def simulate_chains(
   principles: Sequence[Principle],
   rounds: int = 4,
   count: int = 1000,
   seed: int = 0,
   variant: str = 'critique',
   bait_counts: Sequence[int] = (1, 2),
-  errs: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
+  imperfections: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
 ) -> list[tuple[float, float]]:
-  """(violation rate, helpful rate) of y_init and after each round, over `count` requests.
+  """Return the violation rate and the helpful rate of y_init and after each round.
 
-  Each round draws its principle independently, by weight. bait_counts: the numbers of baits,
-  equally often. variant: 'critique', or 'direct' for revisions without critiques. Raises
-  `ValueError` for another variant.
+  Args:
+    principles: each round draws one of them independently, in proportion to their weights.
+    rounds: the number of revisions.
+    count: the number of requests.
+    seed: the seed of all draws.
+    variant: 'critique', or 'direct' for revisions without critiques.
+    bait_counts: numbers of baits, each equally likely.
+    imperfections: probabilities of errors in critiques and revisions.
+
+  Raises:
+    UserError: if the variant is unknown.
   """
   if variant not in VARIANTS:
-    raise UserError(f'unknown variant {variant!r}: choose one of {VARIANTS}')
+    raise UserError(f'Unknown variant {variant!r} of the simulation. Choose one of {VARIANTS}.')
   rng = random.Random(f'simulate/{seed}')
-  triples = world.triples('eval')
+  triples = world.list_triples('eval')
   weights = [principle.weight for principle in principles]
-  broken, helped = [0] * (rounds + 1), [0] * (rounds + 1)
+  violating, helpful = [0] * (rounds + 1), [0] * (rounds + 1)
   for _ in range(count):
-    wanted = world.request(rng, rng.choice(triples), rng.choice(bait_counts))
-    prompt = world.dialogue(rng, wanted, world.request(rng, rng.choice(triples), 0))
-    said = world.answer(rng, wanted)
+    request = world.draw_request(rng, rng.choice(triples), rng.choice(bait_counts))
+    other_request = world.draw_request(rng, rng.choice(triples), 0)
+    prompt = world.write_dialogue(rng, request, other_request)
+    answer = world.write_answer(rng, request)
     for i in range(rounds + 1):
       if i:
-        covered = corpus.scope(rng.choices(principles, weights)[0])
+        scope = corpus.find_scope(rng.choices(principles, weights)[0])
         if variant == 'direct':
-          said = world.revise_directly(rng, said, covered, wanted.person, errs)
+          answer = world.write_direct_revision(rng, answer, scope, request.person, imperfections)
         else:
-          named = world.critique(rng, said, covered, errs)[1]
-          said = world.revise(rng, said, named, wanted.person, errs)
-      verdict = world.judge(prompt, world.render(said))
-      broken[i] += bool(verdict.violations)
-      helped[i] += verdict.helpful
-  return [(b / count, h / count) for b, h in zip(broken, helped, strict=True)]
+          _, named = world.write_critique(rng, answer, scope, imperfections)
+          answer = world.write_revision(rng, answer, named, request.person, imperfections)
+      verdict = oracle.judge(prompt, world.render(answer))
+      violating[i] += bool(verdict.violations)
+      helpful[i] += verdict.helpful
+  return [(v / count, h / count) for v, h in zip(violating, helpful, strict=True)]
 
 
 def main() -> None:
-  """Prints the table of violation rates over the rounds for groups of principles."""
+  """Print the rates over the rounds for several groups of principles."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--count', type=int, default=4000, help='requests for each row')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--count', type=int, default=4000, help='number of requests for each row')
+  parser.add_argument('--seed', type=int, default=0, help='seed of all draws')
   args = parser.parse_args()
-  shipped = corpus.shipped()
+  principles = corpus.load_principles()
   rows = {
-    'all, by weight': (shipped, {}),
-    'all, revised directly': (shipped, {'variant': 'direct'}),
-    'group + general': ([p for p in shipped if 'narrow' not in p.tags], {}),
-    **{tag: ([p for p in shipped if tag in p.tags], {}) for tag in ('narrow', 'group', 'general')},
-    'unbaited': (shipped, {'bait_counts': (0,)}),
+    'all, by weight': (principles, {}),
+    'all, revised directly': (principles, {'variant': 'direct'}),
+    'group + general': ([p for p in principles if 'narrow' not in p.tags], {}),
+    **{
+      tag: ([p for p in principles if tag in p.tags], {}) for tag in ('narrow', 'group', 'general')
+    },
+    'unbaited': (principles, {'bait_counts': (0,)}),
   }
-  print(f'{"principles":24}violation y_init, r1..r4              helpful y_init, r4')
-  for name, (principles, options) in rows.items():
-    rates = simulate(principles, count=args.count, seed=args.seed, **options)
-    curve = ' '.join(f'{violation:.3f}' for violation, _ in rates)
+  print(f'{"principles":24}violation rate of y_init, r1..r4      helpful rate of y_init, r4')
+  for name, (chosen, options) in rows.items():
+    rates = simulate_chains(chosen, count=args.count, seed=args.seed, **options)
+    curve = ' '.join(f'{violating:.3f}' for violating, _ in rates)
     print(f'{name:24}{curve}         {rates[0][1]:.3f} {rates[-1][1]:.3f}')
 
 

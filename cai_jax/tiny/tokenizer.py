@@ -1,23 +1,20 @@
-"""The embedded model's tokenizer: byte-level BPE with single digits, trained on the world's text.
+"""The tokenizer of the embedded model: byte-level BPE, trained on the text of the world.
 
-Byte level means that any text can be written; the control tokens stand only between messages.
-`cai_jax.tiny.pretrain` writes it into the model folder.
+Being byte-level, it can encode any text. Each digit is one token, and control tokens occur only
+between messages. `cai_jax.tiny.pretrain` writes it into the folder of the model.
 """
-
-import pathlib
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cai_jax.tiny import corpus
 
-FOLDER = pathlib.Path(__file__).with_name('model')
 VOCAB_SIZE = 1024
-CONTEXT = 1024
+MAX_POSITIONS = 1024  # context of the embedded models in tokens
 PAD, BOS, USER, ASSISTANT, END = '<|pad|>', '<|bos|>', '<|user|>', '<|assistant|>', '<|end|>'
 
-# Every border between template and text is a control token. A system message, which the model has
-# never seen, stands right after the first one.
+# A control token separates the template from each text. A system message, which the model has never
+# seen, follows the first control token.
 CHAT_TEMPLATE = (
   "{{- '<|bos|>' }}"
   '{%- for message in messages %}'
@@ -33,8 +30,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(seed: int = 0, documents: int = 20_000) -> PreTrainedTokenizerFast:
-  """The tokenizer trained on the first documents of a corpus; ids 0..4 are the controls."""
+def train_tokenizer(seed: int = 0, num_documents: int = 20_000) -> PreTrainedTokenizerFast:
+  """Return a tokenizer trained on the first documents of a corpus.
+
+  Its ids 0..4 are the control tokens, in the order PAD, BOS, USER, ASSISTANT, END.
+
+  Args:
+    seed: the seed of the corpus.
+    num_documents: the number of documents.
+  """
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
   bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
@@ -49,9 +53,8 @@ def train(seed: int = 0, documents: int = 20_000) -> PreTrainedTokenizerFast:
     initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
-  texts = (
-    message['content'] for document in corpus.documents(documents, seed) for message in document
-  )
+  documents = corpus.make_documents(num_documents, seed)
+  texts = (message['content'] for document in documents for message in document)
   bpe.train_from_iterator(texts, trainer)
   return PreTrainedTokenizerFast(
     tokenizer_object=bpe,
@@ -60,6 +63,6 @@ def train(seed: int = 0, documents: int = 20_000) -> PreTrainedTokenizerFast:
     eos_token=END,
     extra_special_tokens=[USER, ASSISTANT],
     chat_template=CHAT_TEMPLATE,
-    model_max_length=CONTEXT,
+    model_max_length=MAX_POSITIONS,
     clean_up_tokenization_spaces=False,
   )

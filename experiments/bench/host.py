@@ -117,7 +117,7 @@ def make_job(count: int) -> jobs.Job:
   mesh = make_mesh()
   lm = dataclasses.replace(models.load(pipeline.TINY / 'model', mesh=mesh), name='tiny')
   short = SamplingConfig(max_tokens=LONGEST)
-  base = prompts.prompts('train', 1000, 0)
+  base = prompts.make_prompts('train', 1000, 0)
   job = jobs.prepare(
     {'base': lm},
     base,
@@ -133,7 +133,9 @@ def make_job(count: int) -> jobs.Job:
 def replies(job: jobs.Job) -> list[list[int]]:
   """What the embedded world says, as tokens."""
   dialogue = job.stages.initial.dialogue
-  said = (m for messages in corpus.documents(400, 0) for m in messages if m['role'] in REPLY_ROLES)
+  said = (
+    m for messages in corpus.make_documents(400, 0) for m in messages if m['role'] in REPLY_ROLES
+  )
   return [r for r in (dialogue.reply(m['content']) for m in said) if len(r) <= LONGEST]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cai_jax.model.config import from_hf
+from cai_jax.model.families.family import config_from_hf
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import objective
 from cai_jax.training.config import TrainConfig
@@ -177,7 +177,7 @@ def traced(config, **settings):
 
 @pytest.mark.parametrize(('tied', 'dtype'), [(False, 'float32'), (True, 'bfloat16')])
 def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(tied, dtype):
-  config = from_hf(TINY | {'tie_word_embeddings': tied})
+  config = config_from_hf(TINY | {'tie_word_embeddings': tied})
   found, tokens = traced(config, dtype=dtype)
   formula = config.training_flops([32] * 8)
   formula -= 6 * (2 * config.num_layers + 1) * config.d_model * tokens  # scales of norms
@@ -193,7 +193,7 @@ def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(ti
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_recomputed_products_count_again(dtype):
-  config = from_hf(TINY)
+  config = config_from_hf(TINY)
   found, tokens = traced(config, dtype=dtype)
   scores = 4 * config.num_layers * config.d_model * tokens * 32  # and the values that they weigh
   dots, full = (traced(config, dtype=dtype, remat=name)[0] - found for name in ('dots', 'full'))

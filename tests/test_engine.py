@@ -9,8 +9,9 @@ import pytest
 
 from cai_jax.model import cache as cache_lib
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import LM, init_params
+from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
+from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling import slots as local

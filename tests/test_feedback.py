@@ -23,7 +23,8 @@ from cai_jax.feedback.variants.direct import direct_revision
 from cai_jax.feedback.variants.empty import empty_critique
 from cai_jax.feedback.variants.shuffled import shuffled_critique
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import LM, init_params
+from cai_jax.model.lm import LM
+from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling.engine import EngineConfig
 from cai_jax.sampling.journal import Journal

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax.model.attention import blockwise, kernels, softmax
-from cai_jax.model.cache import LayerCache, causal_mask
+from cai_jax.model.attention.cached import KeyBlock, attend
+from cai_jax.model.attention.kernels import blockwise
+from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel
+from cai_jax.model.attention.mask import causal_mask
+from cai_jax.model.cache import LayerCache
 from cai_jax.runtime.mesh import make_mesh
 
 B, T, N, K, H = 2, 256, 4, 2, 64
@@ -28,19 +31,19 @@ def packed():
 def plain(q, k, v, segments, window):
   place = jnp.broadcast_to(jnp.arange(T), (B, T))
   same = segments[:, :, None] == segments[:, None, :]
-  kv = LayerCache(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
-  return softmax.attend(q, [softmax.Keys(kv, causal_mask(place, place, window, same))])
+  mask = causal_mask(place, place, window, same)
+  return attend(q, [KeyBlock(LayerCache.from_tokens(k, v), mask)])
 
 
 @pytest.mark.parametrize('window', [None, 40])
-@pytest.mark.parametrize('name', ['blocks', 'splash', 'cudnn'])
+@pytest.mark.parametrize('name', ['xla', 'blocks', 'splash', 'cudnn'])
 def test_a_kernel_gives_what_plain_attention_gives(name, window):
   """On CPUs: splash attention interpreted, and the call of cuDNN's by XLA's implementation."""
   mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
   options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
   q, k, v, segments = packed()
   real = (segments > 0)[..., None, None]
-  kernel = functools.partial(kernels.KERNELS[name], **options.get(name, {}))
+  kernel = functools.partial(KERNELS[name].attend, **options.get(name, {}))
 
   def run(attend):
     def weighted(q, k, v):
@@ -59,27 +62,27 @@ def test_a_kernel_gives_what_plain_attention_gives(name, window):
 @pytest.mark.parametrize('window', [None, 3, 40])
 @pytest.mark.parametrize('length', [1, 100, 256, 250])
 def test_blocks_cover_just_what_is_seen(length, window, monkeypatch):
-  monkeypatch.setattr(blockwise, 'BLOCK', 32)
+  monkeypatch.setattr(blockwise, 'MIN_BLOCK', 32)
   seen = np.zeros((length, length), bool)
-  for queries, keys in blockwise._blocks(length, window):
+  for queries, keys in blockwise.split_blocks(length, window):
     assert not seen[queries].any()
     seen[queries, keys] = True
   place = np.arange(length)
   distance = place[:, None] - place
   needed = (distance >= 0) & (distance < (window or length))
   assert seen[needed].all()
-  assert seen.any(1).all() and len(blockwise._blocks(length, window)) <= blockwise.MOST_BLOCKS
+  assert seen.any(1).all() and len(blockwise.split_blocks(length, window)) <= blockwise.MAX_BLOCKS
 
 
 def test_names_that_cannot_run_here_are_errors():
   mesh = make_mesh(devices=jax.devices()[:1])
-  kernels.check('xla', mesh, 'float32', 100)
-  with pytest.raises(ValueError, match="'flash' is not one of"):
-    kernels.check('flash', mesh, 'float32', 128)
-  with pytest.raises(ValueError, match="'splash' runs on TPUs only.*CPUs: choose 'xla'"):
-    kernels.check('splash', mesh, 'float32', 128)
+  check_kernel('xla', mesh, 'float32', 100)
+  with pytest.raises(ValueError, match="no attention kernel named 'flash'"):
+    check_kernel('flash', mesh, 'float32', 128)
+  with pytest.raises(ValueError, match="'splash' runs on TPUs only.*CPUs. Choose 'blocks'"):
+    check_kernel('splash', mesh, 'float32', 128)
   with pytest.raises(ValueError, match="'cudnn' runs on GPUs only"):
-    kernels.check('cudnn', mesh, 'bfloat16', 128)
+    check_kernel('cudnn', mesh, 'bfloat16', 128)
 
 
 class FakeMesh:
@@ -91,10 +94,10 @@ class FakeMesh:
 
 
 def test_what_kernels_cannot_take_is_an_error():
-  kernels.check('splash', FakeMesh('tpu'), 'bfloat16', 1024)
+  check_kernel('splash', FakeMesh('tpu'), 'bfloat16', 1024)
   with pytest.raises(ValueError, match='multiple of 128 tokens, not 1000'):
-    kernels.check('splash', FakeMesh('tpu'), 'bfloat16', 1000)
+    check_kernel('splash', FakeMesh('tpu'), 'bfloat16', 1000)
   with pytest.raises(ValueError, match='not in float32'):
-    kernels.check('cudnn', FakeMesh('gpu'), 'float32', 1024)
+    check_kernel('cudnn', FakeMesh('gpu'), 'float32', 1024)
   with pytest.raises(ValueError, match='needs segment_ids'):
-    kernels.bind('splash', None, None)
+    bind_kernel('splash', None, None)

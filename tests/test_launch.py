@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
   from transformers import PreTrainedTokenizerFast
 
   from cai_jax.model.config import ModelConfig
-  from cai_jax.model.lm import LM, init_params
+  from cai_jax.model.lm import LM
+  from cai_jax.model.transformer import init_params
   from cai_jax.runtime.mesh import make_mesh
 
   words = PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')

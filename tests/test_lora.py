@@ -56,10 +56,10 @@ def test_merged_adapters_give_the_logits_of_unmerged_ones_in_torch_too(tiny_hf_f
   lm = lm_lib.load(tiny_hf_folder('qwen2'), mesh=one_device())
   settings = CONFIG.lora
   adapters = drawn(lm.config, settings)
-  graph, shapes = lora.structure(lm.config, settings)
+  graph, shapes = lora.abstract_model(lm.config, settings)
   assert jax.tree.structure(lora.split(shapes)[0]) == jax.tree.structure(adapters)
   place = np.broadcast_to(np.arange(12), TOKENS.shape).astype(np.int32)
-  apart = lm_lib._logits(graph, lora.join(adapters, lm.params), TOKENS, place, None)
+  apart = lm_lib.compute_logits(graph, lora.join(adapters, lm.params), TOKENS, place, None)
   merged = dataclasses.replace(lm, params=lora.merge(lm.params, adapters, settings))
   assert jax.tree.structure(merged.params) == jax.tree.structure(lm.params)
   scale = np.abs(apart).max()
@@ -103,7 +103,7 @@ def test_adapters_alone_learn_and_are_all_that_is_saved(tiny_hf_folder, items, t
 def test_adapters_on_eight_devices_learn_what_they_do_on_one(tiny_hf_folder, items):
   lm = lm_lib.load(tiny_hf_folder('llama3'), mesh=one_device())
   config = dataclasses.replace(CONFIG, eps=1e-2, warmup=0.0)
-  graph, _ = lora.structure(lm.config, config.lora)
+  graph, _ = lora.abstract_model(lm.config, config.lora)
   first = drawn(lm.config, config.lora)
   steps = packing.plan([len(i.tokens) for i in items], [packing.Bucket(32, 8)], 1, 0)
   batches, ends = packing.Batches(items, steps), []
@@ -118,12 +118,12 @@ def test_adapters_on_eight_devices_learn_what_they_do_on_one(tiny_hf_folder, ite
 
 
 def test_settings_that_adapt_nothing_are_refused(tiny_hf_folder):
-  config = lm_lib.check(tiny_hf_folder('llama3')).config
+  config = lm_lib.inspect_model(tiny_hf_folder('llama3')).config
   with pytest.raises(ValueError, match="modules='mpl/' matches none.*layers/0/mlp/up"):
-    lora.structure(config, lora.LoraConfig(rank=2, modules='mpl/'))
+    lora.abstract_model(config, lora.LoraConfig(2, 16.0, 'mpl/'))
   for fields, match in (
     ({'lora_alpha': 0.0}, 'alpha=0.0 positive'),
-    ({'lora_modules': '('}, 'no regular expression'),
+    ({'lora_modules': '('}, 'not a valid regular expression'),
     ({'lora_rank': -1}, 'train.lora_rank=-1 is too small'),
   ):
     with pytest.raises(ValueError, match=match):
@@ -138,7 +138,7 @@ def test_half_precision_adapters_have_gradients_of_their_own(tiny_hf_folder, ite
   found = []
   for dtype in ('float32', 'bfloat16'):
     config = dataclasses.replace(CONFIG, dtype=dtype)
-    graph, _ = lora.structure(lm.config, config.lora, dtype)
+    graph, _ = lora.abstract_model(lm.config, config.lora, dtype)
     frozen = step.place_frozen(lm.params, config, lm.mesh)
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(dtype)}
     loss = step._loss(graph, config, batch_sharding(lm.mesh))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model import checkpoint, lora, sharding
 from cai_jax.model import config as config_lib
-from cai_jax.model.sharding import RULES, param_shardings, path_str, spec_of
+from cai_jax.model import lora, sharding
+from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime import processes
 from cai_jax.runtime.mesh import batch_sharding, check_batch, make_mesh
 
@@ -23,23 +24,23 @@ CONFIGS = [
 
 
 def paths(config):
-  return [path for path, _ in checkpoint._flat(checkpoint.structure(config)[1])]
+  return [path for path, _ in flatten_params(abstract_model(config)[1]).items()]
 
 
 def test_every_rule_is_used_and_every_parameter_has_one():
-  adapted = lora.structure(CONFIGS[0], lora.LoraConfig(rank=2))[1]
+  adapted = lora.abstract_model(CONFIGS[0], lora.LoraConfig(2, 16.0, 'attention/|mlp/'))[1]
   names = {path for config in CONFIGS for path in paths(config)}
-  names |= {path for path, _ in checkpoint._flat(adapted)}
+  names |= {path for path, _ in flatten_params(adapted).items()}
   for path in names:
-    assert isinstance(spec_of(path), P)  # raises unless exactly one rule matches
+    assert isinstance(partition_spec(path), P)  # raises unless exactly one rule matches
   for pattern, _ in RULES:
     assert any(re.fullmatch(pattern, path) for path in names), f'no parameter matches {pattern}'
 
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda c: c.family)
 def test_specs_have_the_rank_of_their_parameter(config):
-  for path, leaf in checkpoint._flat(checkpoint.structure(config)[1]):
-    spec = spec_of(path)
+  for path, leaf in flatten_params(abstract_model(config)[1]).items():
+    spec = partition_spec(path)
     assert len(spec) in (0, leaf.ndim), path
     if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # the large ones are split both ways
       assert {axis for axis in spec if axis} == {'fsdp', 'tensor'}
@@ -47,10 +48,10 @@ def test_specs_have_the_rank_of_their_parameter(config):
 
 def test_a_parameter_without_a_rule(monkeypatch):
   with pytest.raises(ValueError, match="0 sharding rules match parameter 'layers/0/moe/kernel'"):
-    spec_of('layers/0/moe/kernel')
+    partition_spec('layers/0/moe/kernel')
   monkeypatch.setattr(sharding, 'RULES', (*RULES, (r'norm/.*', P())))
   with pytest.raises(ValueError, match="2 sharding rules match parameter 'norm/scale'"):
-    spec_of('norm/scale')
+    partition_spec('norm/scale')
 
 
 def test_mesh_defaults_put_every_device_on_data():
@@ -71,7 +72,7 @@ def test_meshes_that_do_not_fit(sizes):
 
 
 def test_a_dimension_that_the_mesh_does_not_divide():
-  params = checkpoint.structure(CONFIGS[0])[1]
+  params = abstract_model(CONFIGS[0])[1]
   with pytest.raises(ValueError, match=r'tensor=4 does not divide dimension 2 of .*key.*\[1, 2\]'):
     param_shardings(params, make_mesh(2, 1, 4))
   shardings = param_shardings(params, make_mesh(1, 4, 2))

@@ -14,10 +14,11 @@ from flax import nnx
 
 import cai_jax
 from cai_jax.model import cache as cache_lib
-from cai_jax.model import checkpoint
 from cai_jax.model import config as config_lib
-from cai_jax.model import lm as lm_lib
-from cai_jax.model.attention import softmax
+from cai_jax.model.attention.rotary import rotary_angles
+from cai_jax.model.families.family import config_from_hf, config_to_hf
+from cai_jax.model.sharding import flatten_params
+from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
 
@@ -179,8 +180,8 @@ def test_not_a_bit_hangs_on_the_spans_that_other_rows_have_come_to(load):
   ],
 )
 def test_spans_of_a_cache(length, count, sizes):
-  assert cache_lib.spans(length, count)[: len(sizes)] == sizes
-  assert sum(cache_lib.spans(length, count)) == length
+  assert cache_lib.split_spans(length, count)[: len(sizes)] == sizes
+  assert sum(cache_lib.split_spans(length, count)) == length
 
 
 @pytest.mark.parametrize('name', ['llama3', 'mistral'])
@@ -290,11 +291,11 @@ def test_float32_means_float32(load):
 def test_llama3_rope_scaling(load):
   """The frequencies are transformers' own, some kept, some slowed, some between."""
   config = load('llama3').config
-  hf = transformers.AutoConfig.for_model(**config_lib.to_hf(config))
+  hf = transformers.AutoConfig.for_model(**config_to_hf(config))
   rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
   place = positions(1, 40)
   cos, sin = rope(torch.zeros(1, 1), torch.tensor(np.array(place)))
-  ours = softmax.rotary_angles(config, place)
+  ours = rotary_angles(config, place)
   half = config.head_dim // 2
   np.testing.assert_allclose(ours[0], cos[..., :half].numpy(), atol=1e-5)
   np.testing.assert_allclose(ours[1], sin[..., :half].numpy(), atol=1e-5)
@@ -306,14 +307,14 @@ def test_llama3_rope_scaling(load):
 
 def test_configs_survive_both_ways(load, family):
   config = load(family).config
-  written = config_lib.to_hf(config)
-  assert config_lib.from_hf(written) == config
+  written = config_to_hf(config)
+  assert config_from_hf(written) == config
   theirs = transformers.AutoConfig.for_model(**written)
-  assert config_lib.from_hf(theirs.to_dict()) == config
+  assert config_from_hf(theirs.to_dict()) == config
   # transformers 4 reads these two.
   older = {k: v for k, v in written.items() if k != 'rope_parameters'}
   assert ('rope_scaling' in older) == (family == 'llama3')
-  assert config_lib.from_hf(older) == config
+  assert config_from_hf(older) == config
 
 
 def test_every_option_is_told_apart():
@@ -331,8 +332,8 @@ def test_every_option_is_told_apart():
     dataclasses.replace(base, family='qwen3', qk_norm=True, qkv_bias=True, output_bias=True),
   ]
   for config in configs:
-    assert config_lib.from_hf(config_lib.to_hf(config)) == config
-  assert len({str(config_lib.to_hf(config)) for config in configs}) == len(configs)
+    assert config_from_hf(config_to_hf(config)) == config
+  assert len({str(config_to_hf(config)) for config in configs}) == len(configs)
 
 
 @pytest.mark.parametrize(
@@ -356,42 +357,43 @@ def test_every_option_is_told_apart():
 def test_configs_that_are_refused(change, message):
   config = config_lib.ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
   with pytest.raises(ValueError, match=message):
-    config_lib.from_hf({**config_lib.to_hf(config), **change})
+    config_from_hf({**config_to_hf(config), **change})
 
 
 def test_older_configs():
   """Configs of transformers 4: a base beside the scaling; Qwen2's windows by layer number."""
   config = config_lib.ModelConfig('llama', 8, 16, 32, 3, 4, 2, 4, 64)
-  hf = config_lib.to_hf(config)
+  hf = config_to_hf(config)
   scaling = {'factor': 8, 'low_freq_factor': 1, 'high_freq_factor': 4, 'rope_type': 'llama3'}
   scaling['original_max_position_embeddings'] = 32
-  old = config_lib.from_hf(
+  old = config_from_hf(
     {**hf, 'rope_parameters': None, 'rope_theta': 5e5} | {'rope_scaling': scaling}
   )
   assert old.rope_theta == 5e5 and old.rope_scaling == config_lib.Llama3Rope(8.0, 1.0, 4.0, 32)
   qwen = {**hf, 'model_type': 'qwen2', 'sliding_window': 6, 'max_window_layers': 1}
-  assert config_lib.from_hf(qwen).windows == ()
-  assert config_lib.from_hf({**qwen, 'use_sliding_window': True}).windows == (None, 6, 6)
-  assert config_lib.from_hf({**hf, 'rope_parameters': None, 'rope_theta': None}).rope_theta == 1e4
+  assert config_from_hf(qwen).windows == ()
+  assert config_from_hf({**qwen, 'use_sliding_window': True}).windows == (None, 6, 6)
+  assert config_from_hf({**hf, 'rope_parameters': None, 'rope_theta': None}).rope_theta == 1e4
   mistral = {**hf, 'model_type': 'mistral'}
   theirs = transformers.AutoConfig.for_model(**mistral).sliding_window
-  assert config_lib.from_hf(mistral).windows == (theirs,) * 3
-  assert config_lib.from_hf({**mistral, 'sliding_window': None}).windows == ()
+  assert config_from_hf(mistral).windows == (theirs,) * 3
+  assert config_from_hf({**mistral, 'sliding_window': None}).windows == ()
   del hf['num_key_value_heads'], hf['head_dim']
-  assert config_lib.from_hf(hf).num_kv_heads == 4
+  assert config_from_hf(hf).num_kv_heads == 4
 
 
 def test_initial_parameters(load):
   """Every one is drawn on its own, and a fresh model's predictions are nearly flat."""
   config = dataclasses.replace(load('llama2').config, num_layers=1)
-  params = lm_lib.init_params(config, jax.random.key(0))
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), checkpoint.structure(config)[1])
+  params = init_params(config, jax.random.key(0))
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), abstract_model(config)[1])
   assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == shapes
-  kernels = [np.asarray(x) for p, x in checkpoint._flat(params) if p.endswith(('kernel', 'table'))]
+  leaves = flatten_params(params).items()
+  kernels = [np.asarray(x) for path, x in leaves if path.endswith(('kernel', 'table'))]
   assert len({float(x.flat[0]) for x in kernels}) == len(kernels)
   fresh = dataclasses.replace(load('llama2'), config=config, params=params)
   assert 0.1 < np.asarray(fresh.logits(TOKENS)).std() < 2
-  again = lm_lib.init_params(config, jax.random.key(0))
+  again = init_params(config, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

@@ -12,12 +12,12 @@ from flax import nnx
 
 from cai_jax.data import examples, packing
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import init_params, structure
+from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training import objective
 
 CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
-GRAPH, _ = structure(CONFIG)
+GRAPH, _ = abstract_model(CONFIG)
 loss = jax.jit(functools.partial(objective.loss_and_metrics, GRAPH))
 
 
@@ -152,7 +152,7 @@ def test_the_sum_is_the_sum_of_single_tokens(params):
 
 # One layer is enough for what follows: two segments meet in attention alone.
 SMALL = dataclasses.replace(CONFIG, num_layers=1)
-GRAD_GRAPH, _ = structure(SMALL)
+GRAD_GRAPH, _ = abstract_model(SMALL)
 gradient = jax.jit(
   jax.value_and_grad(functools.partial(objective.loss_and_metrics, GRAD_GRAPH), has_aux=True)
 )

@@ -324,7 +324,7 @@ def test_embedded_model_is_small():
   folder = files.MODELS['tiny']
   paths = [path for path in folder.iterdir() if path.is_file()]
   assert sum(path.stat().st_size for path in paths) <= 4_000_000
-  assert lm_lib.check(folder).config.num_params <= 2_000_000
+  assert lm_lib.inspect_model(folder).config.num_params <= 2_000_000
 
 
 def test_embedded_model_answers_requests_and_breaks_rules():

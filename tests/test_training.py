@@ -20,14 +20,15 @@ from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import LM, init_params, structure
+from cai_jax.model.lm import LM
 from cai_jax.model.sharding import path_str
+from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training import checkpoints, log, loop, objective, step
 from cai_jax.training.config import TrainConfig
 
 MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 4, 8, 64, qkv_bias=True)
-GRAPH, SHAPES = structure(MODEL)
+GRAPH, SHAPES = abstract_model(MODEL)
 # Adam divides a gradient that is next to nothing by its own size; with a large eps its rounding
 # error stays one, and parameters can be compared.
 CONFIG = TrainConfig(
@@ -426,7 +427,7 @@ def test_train_learns_the_revisions(tmp_path, tiny_tokenizer):
 KILLED = """
 import sys, jax, numpy as np
 from cai_jax.data.examples import Example
-from cai_jax.model.lm import init_params
+from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import loop
 from tests import test_training as t

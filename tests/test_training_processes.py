@@ -19,7 +19,7 @@ from cai_jax.runtime import processes
 processes.initialize()
 from cai_jax.data.examples import Example
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.model.lm import init_params
+from cai_jax.model.transformer import init_params
 from cai_jax.training import loop
 from tests import test_training as t
 workdir, count = sys.argv[1], int(sys.argv[2])

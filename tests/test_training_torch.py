@@ -9,6 +9,7 @@ import transformers
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.model import lm as lm_lib
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training import loop, step
 from cai_jax.training.config import TrainConfig
@@ -78,7 +79,7 @@ def test_ten_losses_agree_with_torch(tiny_hf_folder, family):
   assert len(plan) >= STEPS
   mesh = make_mesh(devices=jax.devices()[:1])
   lm = lm_lib.load(folder, mesh=mesh)
-  graph, shapes = lm_lib.structure(lm.config)
+  graph, shapes = abstract_model(lm.config)
   train_step = step.make_train_step(graph, shapes, CONFIG, STEPS, mesh)
   state, batches, ours = step.init_state(lm.params, CONFIG, mesh), packing.Batches(items, plan), []
   for i in range(STEPS):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
-from cai_jax.model.lm import init_params
+from cai_jax.model.transformer import init_params
 from cai_jax.training import log, loop
 from cai_jax.training.config import TrainConfig
 from tests.test_watch import CONFIG, MODEL, examples, fit

@@ -16,7 +16,7 @@ import pytest
 from cai_jax.data import packing
 from cai_jax.data.examples import Example, hold_out
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import init_params
+from cai_jax.model.transformer import init_params
 from cai_jax.runtime import hardware
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import log, loop, objective
@@ -57,7 +57,7 @@ def test_the_held_out_loss_is_the_objective_of_these_examples(params, tmp_path):
   assert [row['step'] for row in rows] == [*range(5, steps, 5), steps]
   bucket = packing.Bucket(24, len(held_out))
   step = packing.Step(bucket, tuple((i,) for i in range(len(held_out))))  # a row each, unpacked
-  graph = loop.structure(MODEL)[0]
+  graph = loop.abstract_model(MODEL)[0]
   nll, sums = objective.loss_and_metrics(graph, trained, packing.Batches(held_out, [step])[0])
   assert rows[-1]['loss'] == pytest.approx(float(nll / sums['num_sequences']), rel=1e-5)
   assert rows[-1]['nll_per_token'] == pytest.approx(float(nll / sums['num_tokens']), rel=1e-5)
@@ -141,7 +141,7 @@ def test_costs_are_told(params, tmp_path):
   assert 0 < summary['utilization'] < 1
   # FLOPs by the compiler's count of the products, where all pairs are computed, causal or not.
   lengths = np.full(8, 32)
-  forward = jax.jit(lambda p, t: loop.structure(MODEL)[0] and _hidden(p, t))
+  forward = jax.jit(lambda p, t: loop.abstract_model(MODEL)[0] and _hidden(p, t))
   counted = forward.lower(params, np.zeros((8, 32), np.int32)).compile().cost_analysis()['flops']
   products = MODEL.training_flops(lengths) / 3
   assert 0.75 * counted < products < 1.05 * counted
@@ -150,7 +150,7 @@ def test_costs_are_told(params, tmp_path):
 def _hidden(params, tokens):
   from flax import nnx
 
-  model = nnx.merge(loop.structure(MODEL)[0], params)
+  model = nnx.merge(loop.abstract_model(MODEL)[0], params)
   place = jax.numpy.broadcast_to(jax.numpy.arange(tokens.shape[1]), tokens.shape)
   return model.unembed(model(tokens, place)[0])
 
@@ -182,7 +182,7 @@ def test_known_devices_have_their_peak():
 
 RUN = """
 import sys, jax, numpy as np
-from cai_jax.model.lm import init_params
+from cai_jax.model.transformer import init_params
 from cai_jax.training import loop
 from tests import test_watch as t
 params = init_params(t.MODEL, jax.random.key(0))

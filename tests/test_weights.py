@@ -14,9 +14,13 @@ import torch
 import transformers
 
 import cai_jax
-from cai_jax.model import checkpoint
-from cai_jax.model import config as config_lib
-from cai_jax.model.sharding import spec_of
+from cai_jax.model import checkpoint, weight_files
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
+from cai_jax.model.sharding import flatten_params, partition_spec
+from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(3, 300, (2, 12))
@@ -52,20 +56,31 @@ def rewrite(folder, change, file='model.safetensors'):
 def test_table_is_the_model(tiny_hf_folder, family):
   """Name for name and shape for shape, the table gives what torch wrote, and nothing else."""
   folder = tiny_hf_folder(family)
-  config = config_lib.from_hf(checkpoint.read_json(folder / 'config.json'))
-  leaves = dict(checkpoint._flat(checkpoint.structure(config)[1]))
-  ours = {checkpoint.hf_name(p): checkpoint.hf_shape(p, leaf.shape) for p, leaf in leaves.items()}
+  config = config_from_hf(read_json(folder / 'config.json'))
+  ours = {}
+  for path, leaf in flatten_params(abstract_model(config)[1]).items():
+    stored = FAMILIES[config.family].find_weight(path)
+    ours[stored.name] = stored.shape(leaf.shape)
   file = safetensors.numpy.load_file(folder / 'model.safetensors')
   assert ours == {name: x.shape for name, x in file.items()}
   assert config.num_params == sum(x.size for x in file.values())
 
 
-def test_every_table_row_serves_a_family(tiny_hf_folder):
-  names = set()
-  for family in ('llama_bias', 'qwen2', 'qwen3'):
-    config = config_lib.from_hf(checkpoint.read_json(tiny_hf_folder(family) / 'config.json'))
-    names |= {checkpoint.hf_name(p) for p, _ in checkpoint._flat(checkpoint.structure(config)[1])}
-  assert {row[1].format(0) for row in checkpoint.TABLE} <= names
+@pytest.mark.parametrize('name', list(FAMILIES))
+def test_every_row_of_a_weight_table_names_a_parameter(name):
+  """The model with every option that the family's config.json can describe uses every row."""
+  base = ModelConfig(name, 8, 16, 32, 1, 4, 2, 4, 64)
+  options = ({}, {'qkv_bias': True}, {'qk_norm': True}, {'qkv_bias': True, 'output_bias': True})
+  options += ({**options[-1], 'qk_norm': True},)
+  paths = set()
+  for fields in options:
+    config = dataclasses.replace(base, **fields)
+    try:
+      config_to_hf(config)
+    except UserError:  # the family has no such models
+      continue
+    paths |= flatten_params(abstract_model(config)[1]).keys()
+  assert {weight.path.format(0) for weight in FAMILIES[name].weights} == paths
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'llama_bias'])
@@ -73,9 +88,9 @@ def test_a_sharded_mesh_gives_the_same_model(tiny_hf_folder, family):
   mesh = make_mesh(2, 2, 2)
   one, eight = load(tiny_hf_folder(family)), load(tiny_hf_folder(family), mesh=mesh)
   for (path, leaf), (_, single) in zip(
-    checkpoint._flat(eight.params), checkpoint._flat(one.params), strict=True
+    flatten_params(eight.params).items(), flatten_params(one.params).items(), strict=True
   ):
-    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec_of(path)), leaf.ndim)
+    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, partition_spec(path)), leaf.ndim)
     np.testing.assert_array_equal(leaf, single)
   np.testing.assert_allclose(eight.logits(TOKENS), one.logits(TOKENS), atol=1e-4)
 
@@ -94,9 +109,10 @@ def test_only_the_rows_of_a_shard_are_read(tiny_hf_folder):
 
   ours = np.arange(6 * 4 * 5).reshape(6, 4, 5)  # [D,N,H]
   path = 'layers/0/attention/query/kernel'
-  theirs = checkpoint.to_hf_layout(path, ours)
+  stored = FAMILIES['llama'].find_weight(path)
+  theirs = stored.to_stored(ours)
   assert theirs.shape == (20, 6) and theirs.flags.c_contiguous
-  block = checkpoint._read(File(theirs), path, ours.shape, (2, 1, 2), (4, 3, 5))
+  block = stored.read_block(File(theirs), ours.shape, (2, 1, 2), (4, 3, 5))
   np.testing.assert_array_equal(block, ours[2:4, 1:3, 2:5])
   assert asked == [(10, 2)]
 
@@ -104,7 +120,7 @@ def test_only_the_rows_of_a_shard_are_read(tiny_hf_folder):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_half_precision_files(folder, dtype):
   exact = load(folder)
-  rewrite(folder, lambda t: {n: x.astype(checkpoint.DTYPES[dtype]) for n, x in t.items()})
+  rewrite(folder, lambda t: {n: x.astype(weight_files.DTYPES[dtype]) for n, x in t.items()})
   widened, kept = load(folder), load(folder, param_dtype=dtype)
   for f32, wide, half in zip(
     *map(jax.tree.leaves, (exact.params, widened.params, kept.params)), strict=True
@@ -118,9 +134,9 @@ def test_sharded_index_that_torch_wrote(folder, tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(folder)
   model.save_pretrained(tmp_path / 'shards', max_shard_size='40KB')
   (tmp_path / 'shards' / 'tokenizer.json').write_bytes((folder / 'tokenizer.json').read_bytes())
-  assert len(checkpoint.weight_files(tmp_path / 'shards')) > 2
+  assert len(weight_files.list_weight_files(tmp_path / 'shards')) > 2
   jax.tree.map(np.testing.assert_array_equal, load(tmp_path / 'shards').params, load(folder).params)
-  checkpoint.weight_files(tmp_path / 'shards')
+  weight_files.list_weight_files(tmp_path / 'shards')
   next((tmp_path / 'shards').glob('model-00002*')).unlink()
   with pytest.raises(ValueError, match='model-00002.*not in the folder'):
     load(tmp_path / 'shards')
@@ -158,7 +174,7 @@ def test_a_weight_in_two_files(folder):
   safetensors.numpy.save_file(tensors, folder / 'a.safetensors')
   safetensors.numpy.save_file({name: tensors[name]}, folder / 'b.safetensors')
   index = {'weight_map': {**dict.fromkeys(tensors, 'a.safetensors'), name: 'b.safetensors'}}
-  (folder / checkpoint.INDEX).write_text(json.dumps(index))
+  (folder / weight_files.INDEX).write_text(json.dumps(index))
   with pytest.raises(ValueError, match='norm.weight.* both a.safetensors and b.safetensors'):
     load(folder)
 
@@ -208,19 +224,19 @@ def test_folders_that_are_no_supported_model(folder, tmp_path):
   with pytest.raises(ValueError, match='tokenizer has .* model embeds 200'):
     load(folder)
   (folder / 'config.json').write_text('{')
-  with pytest.raises(ValueError, match=r'config\.json is not JSON'):
+  with pytest.raises(ValueError, match=r'config\.json is not valid JSON'):
     load(folder)
   (folder / 'config.json').unlink()
   with pytest.raises(ValueError, match='has no config.json'):
     load(folder)
-  with pytest.raises(ValueError, match='neither a folder here nor a model'):
+  with pytest.raises(ValueError, match='neither a local folder nor a model'):
     load(tmp_path / 'absent')
 
 
 def test_without_a_tokenizer(folder):
   for file in folder.glob('tokenizer*'):
     file.unlink()
-  with pytest.raises(ValueError, match=r'no tokenizer: put its tokenizer\.json'):
+  with pytest.raises(ValueError, match=r'no tokenizer\. Put its tokenizer\.json'):
     load(folder)
   (folder / 'tokenizer.json').write_text('{}')
   with pytest.raises(ValueError, match='no tokenizer that can be read'):
@@ -302,7 +318,7 @@ def test_saving_again_replaces_the_model_and_nothing_else(tiny_hf_folder, tmp_pa
 def test_saving_other_parameters_than_the_config_s(tiny_hf_folder, tmp_path):
   lm = load(tiny_hf_folder('qwen2'))
   params = {**lm.params, 'norm': {'scale': jnp.ones(31)}}
-  with pytest.raises(ValueError, match=r'norm/scale: \(31,\) was given, \(32,\)'):
+  with pytest.raises(ValueError, match=r'norm/scale: the shape is \(31,\) and should be \(32,\)'):
     checkpoint.save_params(tmp_path, params, lm.config)
   assert not list(tmp_path.iterdir())
 
@@ -311,7 +327,7 @@ def test_an_odd_config_is_not_written(tiny_hf_folder, tmp_path):
   """What the family's config.json cannot say is an error, not a model that reads differently."""
   config = load(tiny_hf_folder('llama2')).config
   with pytest.raises(ValueError, match='qkv_bias=True cannot be written'):
-    config_lib.to_hf(dataclasses.replace(config, qkv_bias=True))
+    config_to_hf(dataclasses.replace(config, qkv_bias=True))
 
 
 def test_fingerprint(tiny_hf_folder, folder, tmp_path):

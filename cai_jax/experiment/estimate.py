@@ -207,7 +207,7 @@ def _measure_sampling(
 def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
   """Return the estimated time of fine-tuning: its FLOPs at a share of the speed of products."""
   section = run.config['model']
-  config = models.check(pipeline.model_path(section['init'] or section['base'])).config
+  config = models.inspect_model(pipeline.model_path(section['init'] or section['base'])).config
   examples = len(run.prompts['harmful'])
   examples *= run.feedback.rounds if run.train.target == 'all' else 1
   examples /= 1 - run.train.helpfulness_share

@@ -1,7 +1,7 @@
-"""The cache of keys and values: its shape, what lies where in it, and how tokens enter it.
+"""The cache of keys and values: its shape, how tokens enter it, and what queries see of it.
 
-Axes are those of transformer.py; of packed tokens: B groups, R pieces of a group, C tokens of a
-piece.
+`cai_jax.model.transformer` defines the axis letters. For packed tokens, B counts groups of cache
+rows, R the pieces of a group, and C the tokens of a piece.
 """
 
 from typing import NamedTuple
@@ -9,120 +9,183 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cai_jax.model.attention.mask import causal_mask
 from cai_jax.model.config import ModelConfig
 
-SPAN = 128  # tokens of a cache that are read or left out together, at least
+MIN_SPAN = 128  # tokens
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of a span of one layer's tokens.
+  """Keys and values of one span of one layer's cache.
 
-  Keys lie transposed: both products of a decode step then read memory in order.
+  Keys are stored transposed, so that both products of a decode step read memory in order.
+
+  Attributes:
+    k: [B,K,H,S], rotated.
+    v: [B,K,S,H].
   """
 
-  k: jax.Array  # [B,K,H,S]
-  v: jax.Array  # [B,K,S,H]
+  k: jax.Array
+  v: jax.Array
+
+  @classmethod
+  def from_tokens(cls, k: jax.Array, v: jax.Array) -> 'LayerCache':
+    """Return the cache layout of k, v [B,T,K,H]."""
+    return cls(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
 
-# The spans of each layer, written in place, never stacked. The i-th token that a row owns lies at
-# index i, modulo the length of all spans together. Layers that attend to everything have room for
-# all of a row's tokens, and do not read spans that no row has come to. Windowed layers are rings of
-# one span.
+# For each layer, its spans: parts of the cache that a step reads or skips as a whole. They are
+# separate arrays so that each can be updated in place. The i-th token of a row is at index i modulo
+# the total length of the spans. A layer with full attention has room for all tokens of a row, and a
+# step skips the spans that no row has reached yet. A windowed layer is a ring of one span.
 Cache = tuple[tuple[LayerCache, ...], ...]
-Lengths = tuple[tuple[int, ...], ...]  # tokens of each layer's spans
+Lengths = tuple[tuple[int, ...], ...]  # for each layer, the tokens of each of its spans
 
 
 class Prefix(NamedTuple):
-  """A sequence of tokens that many rows begin with: their caches hold what comes after it."""
+  """A sequence of tokens that many rows begin with and that is cached once for all of them.
 
-  cache: Cache  # of one row, B = 1, and one span a layer
-  length: jax.Array  # i32[], tokens; the rest of the cache is padding
+  Attributes:
+    cache: of one row (B = 1), with one span per layer.
+    length: i32[], number of tokens; the rest of the cache is padding.
+  """
+
+  cache: Cache
+  length: jax.Array
 
 
 class Prefixes(NamedTuple):
-  """The prefixes at hand, and the one that each row begins with."""
+  """The available prefixes, and the one that each row begins with.
+
+  Attributes:
+    entries: the prefixes.
+    choice: i32[B], or i32[B,T] for packed tokens: index into `entries` of the prefix that a row
+      begins with; -1 means none.
+  """
 
   entries: tuple[Prefix, ...]
-  of_row: jax.Array  # i32[B], or i32[B,T] of packed tokens: an index of `entries`; -1 is none
+  choice: jax.Array
 
   def lengths(self) -> jax.Array:
-    """i32, as `of_row`: the position of the first token that each row owns."""
+    """Return the length of each row's prefix, i32 of the shape of `choice`.
+
+    This is also the position of the first token in the row's own cache.
+    """
     if not self.entries:
-      return jnp.zeros_like(self.of_row)
+      return jnp.zeros_like(self.choice)
     lengths = jnp.stack([prefix.length for prefix in self.entries])
-    return jnp.where(self.of_row < 0, 0, lengths[self.of_row])
+    return jnp.where(self.choice < 0, 0, lengths[self.choice])
 
 
 class Packing(NamedTuple):
-  """Which rows of a cache T tokens continue, where those of several rows lie side by side.
+  """The assignment of packed tokens to the rows of a cache.
 
-  Products with parameters take the tokens as they are, with no padding between them. Attention
-  takes them in R pieces, each of up to C tokens of one row. The B parts of the tokens belong to B
-  equal parts of the cache's rows, so that a mesh that splits both has nothing to send.
+  The rows of the cache are split into B equal groups, and each group gets T tokens of any of its
+  rows. A mesh that splits both in the same way has nothing to communicate. Products with parameters
+  take the tokens as they are, without padding. Attention takes them as R pieces per group, each
+  with up to C tokens of one row.
+
+  Attributes:
+    rows: i32[B,T], the row of each token, counted within its group.
+    token_index: i32[B,R,C], the token at each place of each piece; T marks an empty place.
+    piece_index: i32[B,T], the place of each token among the R × C places of its group.
   """
 
-  rows: jax.Array  # i32[B,T], each token's row in its part of the cache
-  index: jax.Array  # i32[B,R,C], which of the T tokens lie in a piece; T is none
-  place: jax.Array  # i32[B,T], where each token lies in its part's R × C
+  rows: jax.Array
+  token_index: jax.Array
+  piece_index: jax.Array
 
-  def pieces(self, x: jax.Array, filler) -> jax.Array:
-    """[BR,C,...]: the pieces of x [B,T,...]; where there is no token, `filler`, or anything."""
-    b, r, c = self.index.shape
-    found = _take(x, self.index.reshape(b, -1)).reshape(b * r, c, *x.shape[2:])
-    if filler is None:
-      return found
-    return jnp.where(self.index.reshape(b * r, c) < x.shape[1], found, filler)
+  def to_pieces(self, x: jax.Array, fill: int | None) -> jax.Array:
+    """Gather tokens into pieces.
 
-  def tokens(self, pieces: jax.Array) -> jax.Array:
-    """[B,T,...] of pieces [BR,C,...]."""
-    b, r, c = self.index.shape
-    return _take(pieces.reshape(b, r * c, *pieces.shape[2:]), self.place)
+    Args:
+      x: [B,T,...].
+      fill: value at empty places; None leaves them arbitrary.
+
+    Returns:
+      [BR,C,...].
+    """
+    b, r, c = self.token_index.shape
+    pieces = _take(x, self.token_index.reshape(b, -1)).reshape(b * r, c, *x.shape[2:])
+    if fill is None:
+      return pieces
+    return jnp.where(self.token_index.reshape(b * r, c) < x.shape[1], pieces, fill)
+
+  def to_tokens(self, pieces: jax.Array) -> jax.Array:
+    """Return pieces [BR,C,...] as tokens [B,T,...]; the inverse of `to_pieces`."""
+    b, r, c = self.token_index.shape
+    return _take(pieces.reshape(b, r * c, *pieces.shape[2:]), self.piece_index)
 
   def piece_rows(self) -> jax.Array:
-    """i32[B,R]: each piece's row in its part of the cache; 0 for one without tokens."""
-    return self.pieces(self.rows, 0)[:, 0].reshape(self.index.shape[:2])
+    """Return the row i32[B,R] of each piece, counted within its group; 0 for an empty piece."""
+    return self.to_pieces(self.rows, 0)[:, 0].reshape(self.token_index.shape[:2])
 
-  def latest(self, positions: jax.Array) -> jax.Array:
-    """i32[BR]: the last of positions i32[B,T] in each piece's row, be it in another piece."""
-    same = self.rows[:, None, :] == self.piece_rows()[:, :, None]
-    return jnp.where(same, positions[:, None, :], -1).max(-1).reshape(-1)
+  def last_positions(self, positions: jax.Array) -> jax.Array:
+    """Return the last of positions i32[B,T] in the row of each piece, as i32[BR].
 
-  def split(self, x: jax.Array) -> jax.Array:
-    """[B,rows/B,...]: the parts of a cache's array [rows,...]."""
+    Tokens of the row in other pieces count too.
+    """
+    same_row = self.rows[:, None, :] == self.piece_rows()[:, :, None]
+    return jnp.where(same_row, positions[:, None, :], -1).max(-1).reshape(-1)
+
+  def split_groups(self, x: jax.Array) -> jax.Array:
+    """Reshape an array of the cache from [rows,...] to [B,rows/B,...]."""
     return x.reshape(len(self.rows), -1, *x.shape[1:])
 
-  def read(self, span: LayerCache) -> LayerCache:
-    """The span with the row of each piece, [BR,...]."""
+  def read_rows(self, span: LayerCache) -> LayerCache:
+    """Return the rows of a span that the pieces belong to, in arrays [BR,...]."""
     rows = self.piece_rows()
-    take = lambda x: _take(self.split(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
-    # Behind a barrier, or XLA for TPUs changes the layout of the whole cache to read a few rows.
+    take = lambda x: _take(self.split_groups(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
+    # Without the barrier, XLA for TPUs changes the layout of the whole cache to read a few rows.
     return jax.lax.optimization_barrier(jax.tree.map(take, span))
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """x [B,N,...] at index i32[B,M] of its second axis."""
+  """Return the entries of x [B,N,...] at index i32[B,M] of its second axis."""
   return jax.vmap(lambda x, index: x.at[index].get(mode='clip'))(x, index)
 
 
-def spans(length: int, count: int) -> tuple[int, ...]:
-  """Tokens of each span of a cache in `count` of them, fewer where it is short."""
-  size = max(SPAN, -(-length // (16 * count)) * 16)
+def split_spans(length: int, count: int) -> tuple[int, ...]:
+  """Split a cache into at most `count` spans of at least `MIN_SPAN` tokens.
+
+  Args:
+    length: tokens of the cache.
+    count: largest number of spans.
+
+  Returns:
+    The tokens of each span. All but the last are equal and multiples of 16.
+  """
+  size = max(MIN_SPAN, -(-length // (16 * count)) * 16)
   return tuple(min(size, length - start) for start in range(0, length, size))
 
 
 def cache_lengths(config: ModelConfig, length: int, slack: int, count: int = 1) -> Lengths:
-  """Tokens of each layer's spans: `length` in `count`, or its window and `slack` more in one."""
+  """Return the tokens of each span of each layer.
+
+  Args:
+    config: gives the window of each layer.
+    length: tokens of a row in a layer with full attention, which is split into `count` spans.
+    slack: tokens beyond its window that a windowed layer keeps, in one span.
+    count: number of spans.
+  """
 
   def layer(window):
     if window is None or window + slack >= length:
-      return spans(length, count)
+      return split_spans(length, count)
     return (window + slack,)
 
   return tuple(layer(config.window(i)) for i in range(config.num_layers))
 
 
 def init_cache(config: ModelConfig, batch: int, lengths: Lengths, dtype) -> Cache:
-  """An empty cache for `batch` rows; lengths are tokens of each layer's spans."""
+  """Return a cache of zeros.
+
+  Args:
+    config: gives the number and size of the heads.
+    batch: number of rows.
+    lengths: for each layer, the tokens of each of its spans.
+    dtype: of the keys and values.
+  """
 
   def span(length):
     k = (batch, config.num_kv_heads, config.head_dim, length)
@@ -132,44 +195,51 @@ def init_cache(config: ModelConfig, batch: int, lengths: Lengths, dtype) -> Cach
   return tuple(tuple(map(span, layer)) for layer in lengths)
 
 
-def write(
-  cache: LayerCache, packing: Packing | None, index: jax.Array, k: jax.Array, v: jax.Array
+def write_span(
+  span: LayerCache, packing: Packing | None, index: jax.Array, k: jax.Array, v: jax.Array
 ) -> LayerCache:
-  """A span with k, v [B,T,K,H] written at index i32[B,T] of their rows; S is nowhere."""
+  """Write keys and values to a span of a cache.
 
-  def put(cache, rows, index, k, v):
+  Args:
+    span: S tokens.
+    packing: the rows that the tokens belong to; None if the b-th row of `k` is row b of the cache.
+    index: i32[B,T], where each token goes in its row; index S drops the write.
+    k: [B,T,K,H].
+    v: [B,T,K,H].
+
+  Returns:
+    The updated span.
+  """
+
+  def put(span, rows, index, k, v):
     return LayerCache(
-      cache.k.at[rows, :, :, index].set(k.astype(cache.k.dtype), mode='drop'),
-      cache.v.at[rows, :, index].set(v.astype(cache.v.dtype), mode='drop'),
+      span.k.at[rows, :, :, index].set(k.astype(span.k.dtype), mode='drop'),
+      span.v.at[rows, :, index].set(v.astype(span.v.dtype), mode='drop'),
     )
 
   if packing is None:
-    return put(cache, jnp.arange(len(k))[:, None], index, k, v)
-  parts = jax.vmap(put)(jax.tree.map(packing.split, cache), packing.rows, index, k, v)
-  return jax.tree.map(lambda new, old: new.reshape(old.shape), parts, cache)
-
-
-def causal_mask(
-  q_positions: jax.Array, k_positions: jax.Array, window: int | None, same: jax.Array | None
-) -> jax.Array:
-  """bool[B,T,S]: key not after the query, within the window, and where `same` bool[B,T,S]."""
-  distance = q_positions[:, :, None] - k_positions[:, None, :]
-  mask = distance >= 0
-  if window is not None:
-    mask &= distance < window
-  return mask if same is None else mask & same
+    return put(span, jnp.arange(len(k))[:, None], index, k, v)
+  groups = jax.vmap(put)(jax.tree.map(packing.split_groups, span), packing.rows, index, k, v)
+  return jax.tree.map(lambda new, old: new.reshape(old.shape), groups, span)
 
 
 class View(NamedTuple):
-  """What the layers of one window and cache need to know of where things lie.
+  """Indices and masks that layers with the same window and cache length share.
 
-  Masks are of pieces where tokens are packed: [BR,C,S] instead of [B,T,S].
+  For packed tokens, the masks are those of pieces: [BR,C,S] instead of [B,T,S].
+
+  Attributes:
+    write_index: for each span, i32[B,T]: where tokens go; index S drops the write.
+    masks: for each span, bool[B,T,S]: what queries see of it. Without a cache there is one mask,
+      over the tokens of the batch.
+    live: for each span, bool[]: whether any query sees any of it; None means it is always read.
+    prefix_masks: for each prefix, bool[B,T,S]: what queries see of it.
   """
 
-  index: tuple[jax.Array, ...]  # i32[B,T], where tokens go in each span; S is nowhere
-  own: tuple[jax.Array, ...]  # bool[B,T,S], what queries see of each span, or of their batch
-  live: tuple[jax.Array | None, ...]  # bool[], of each span: whether to look at it; None is yes
-  shared: tuple[jax.Array, ...]  # bool[B,T,S], what they see of each prefix
+  write_index: tuple[jax.Array, ...]
+  masks: tuple[jax.Array, ...]
+  live: tuple[jax.Array | None, ...]
+  prefix_masks: tuple[jax.Array, ...]
 
 
 def make_view(
@@ -179,40 +249,43 @@ def make_view(
   lengths: tuple[int, ...],
   window: int | None,
 ) -> View:
-  """The View of layers whose spans hold so many tokens each.
+  """Return the View of layers with the given spans and window.
 
   Args:
-    positions: i32[B,T]; a negative one marks padding.
-    prefixes: what lies before.
-    packing: of the tokens; None where each of the B is a row of the cache.
-    lengths: of the spans.
-    window: of the layers, in tokens.
+    positions: i32[B,T]; a negative position marks padding.
+    prefixes: the prefixes, and the one that each row begins with.
+    packing: the rows that the tokens belong to; None if the b-th row of tokens is row b of the
+      cache.
+    lengths: tokens of each span.
+    window: number of tokens that a query sees, itself included; None means no limit.
   """
-  length, lows = sum(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
-  starts = prefixes.lengths()
-  places = (positions - (starts[:, None] if packing is None else starts)) % length
+  length = sum(lengths)
+  span_starts = [sum(lengths[:i]) for i in range(len(lengths))]
+  first = prefixes.lengths()  # position of the first token in the row's own cache
+  places = (positions - (first[:, None] if packing is None else first)) % length
   places = jnp.where(positions < 0, length, places)
 
   if packing is None:
-    queries, latest, of_row = positions, positions.max(1), prefixes.of_row
+    queries, last, choice = positions, positions.max(1), prefixes.choice
   else:
-    queries, latest = packing.pieces(positions, -1), packing.latest(positions)
-    of_row = packing.pieces(prefixes.of_row, -1)[:, 0]
-  start = Prefixes(prefixes.entries, of_row).lengths()[:, None]
-  # Of all tokens that have lain at a place, the latest that a row has come to lies there now.
-  last = latest[:, None] - start
-  held = last - (last - jnp.arange(length)) % length
-  own = causal_mask(queries, held + start, window, (held >= 0)[:, None])
+    queries, last = packing.to_pieces(positions, -1), packing.last_positions(positions)
+    choice = packing.to_pieces(prefixes.choice, -1)[:, 0]
+  first = Prefixes(prefixes.entries, choice).lengths()[:, None]
+  # The cache is a ring: place p holds the latest of a row's tokens whose number is p modulo length.
+  last_number = last[:, None] - first
+  number = last_number - (last_number - jnp.arange(length)) % length
+  own = causal_mask(queries, number + first, window, (number >= 0)[:, None])
 
-  def shared(number, prefix):
+  def prefix_mask(i, prefix):
     place = jnp.arange(prefix.cache[0][0].k.shape[-1])[None]
-    mine = (of_row == number)[:, None] & (place < prefix.length)
-    return causal_mask(queries, place, window, mine[:, None])
+    chosen = (choice == i)[:, None] & (place < prefix.length)
+    return causal_mask(queries, place, window, chosen[:, None])
 
-  index, parts, live = [], [], []
-  for low, size in zip(lows, lengths, strict=True):
-    index.append(jnp.where((places >= low) & (places < low + size), places - low, size))
-    parts.append(own[:, :, low : low + size])
-    live.append(parts[-1].any() if low else None)
-  others = [shared(number, prefix) for number, prefix in enumerate(prefixes.entries)]
-  return View(tuple(index), tuple(parts), tuple(live), tuple(others))
+  write_index, masks, live = [], [], []
+  for start, size in zip(span_starts, lengths, strict=True):
+    inside = (places >= start) & (places < start + size)
+    write_index.append(jnp.where(inside, places - start, size))
+    masks.append(own[:, :, start : start + size])
+    live.append(masks[-1].any() if start else None)
+  prefix_masks = [prefix_mask(i, prefix) for i, prefix in enumerate(prefixes.entries)]
+  return View(tuple(write_index), tuple(masks), tuple(live), tuple(prefix_masks))

@@ -1,123 +1,115 @@
-"""Low-rank adaptation (LoRA; Hu et al. 2021): W·x + alpha/r · B·A·x, of which A and B are learnt.
+"""Low-rank adaptation (Hu et al. 2021): W·x + alpha/r · B·A·x, where only A and B are trained.
 
-Libraries that add adapters from outside (such as qwix) find a weight by watching which array enters
-which product. Here a kernel has several axes, is reshaped and cast on its way, and half-precision
-products have gradients of their own; so the adapter is a part of `Linear` instead.
+The adapter is part of `Linear`. Libraries that add adapters from outside, such as qwix, find a
+weight by watching which array enters which product. That does not work here: kernels have several
+axes, are reshaped and cast before use, and half-precision products have custom gradients.
 """
 
 import dataclasses
 import functools
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.transformer import Adapter, Linear, Transformer
+from cai_jax.model.layers import Adapter, Linear
+from cai_jax.model.transformer import Params, Transformer
 from cai_jax.runtime.errors import UserError
-
-Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Which linear layers are adapted, and how.
+  """Which linear layers get an adapter, and its size.
 
   Attributes:
-    rank: of an adapter, r; 0 is no adapters at all.
-    alpha: an adapter counts alpha/r.
-    modules: regular expression, searched in the path of each linear layer, such as
+    rank: inner size r of an adapter, at least 1.
+    alpha: the adapter's output is multiplied by alpha/r.
+    modules: regular expression that is searched for in the path of each linear layer, such as
       'layers/0/attention/query' or 'layers/0/mlp/up'.
+
+  Raises:
+    UserError: for a rank below 1, an alpha that is not positive, or an invalid expression.
   """
 
-  rank: int = 0
-  alpha: float = 16.0
-  modules: str = 'attention/|mlp/'
+  rank: int
+  alpha: float
+  modules: str
 
   def __post_init__(self):
-    if self.rank < 0 or not self.alpha > 0:
+    if self.rank < 1 or not self.alpha > 0:
       raise UserError(
-        f'lora: rank={self.rank} must be at least 0, and alpha={self.alpha} positive.'
+        f'lora: rank={self.rank} must be at least 1, and alpha={self.alpha} positive.'
       )
     try:
       re.compile(self.modules)
     except re.error as error:
       raise UserError(
-        f'lora: modules={self.modules!r} is no regular expression: {error}.'
+        f'lora: modules={self.modules!r} is not a valid regular expression: {error}.'
       ) from None
 
   @property
   def scale(self) -> float:
-    """What an adapter's product is multiplied by."""
+    """The factor alpha/r of an adapter's output."""
     return self.alpha / self.rank
 
 
-def _linears(model: Transformer, config: LoraConfig) -> list[tuple[str, Linear]]:
-  found = [
-    ('/'.join(map(str, path)), module)
-    for path, module in nnx.iter_modules(model)
-    if isinstance(module, Linear)
-  ]
-  chosen = [(path, module) for path, module in found if re.search(config.modules, path)]
-  if not chosen:
-    raise UserError(
-      f'lora: modules={config.modules!r} matches none of the linear layers; those of layer 0 are '
-      f'{[path for path, _ in found if path.startswith("layers/0/")]}.'
-    )
-  return chosen
-
-
-def _adapted(config: ModelConfig, lora: LoraConfig, dtype: str, rngs: nnx.Rngs) -> Transformer:
-  model = Transformer(config, rngs, jnp.dtype(dtype))
-  for _, module in _linears(model, lora):
-    shape, outs = module.kernel.shape, len(module.outs)
-    module.adapter = nnx.data(Adapter(shape, outs, lora.rank, lora.scale, rngs))
-  return model
-
-
 @functools.lru_cache
-def structure(
+def abstract_model(
   config: ModelConfig, lora: LoraConfig, dtype: str = 'float32'
 ) -> tuple[nnx.GraphDef, Params]:
-  """Graph and parameters of an adapted model, as `weights.structure`.
+  """Return the graph and the abstract parameters of a model with adapters.
+
+  Args:
+    config: the shape of the model.
+    lora: the adapters.
+    dtype: compute dtype.
+
+  Returns:
+    As `transformer.abstract_model`.
 
   Raises:
-    ValueError: if `lora.modules` matches no linear layer.
+    UserError: if `lora.modules` matches no linear layer.
   """
-  model = nnx.eval_shape(lambda: _adapted(config, lora, dtype, nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: _build(config, lora, dtype, nnx.Rngs(0)))
   graph, state = nnx.split(model)
   return graph, nnx.to_pure_dict(state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Params:
-  """First adapters, f32: A is normal with standard deviation fan_in^-1/2, B is zero.
+  """Draw initial adapters in f32: A is normal with standard deviation fan_in^-1/2, B is zero.
 
-  The tree has the adapters alone; `join` puts them beside a model's parameters.
+  Args:
+    config: the shape of the model.
+    lora: the adapters.
+    key: a JAX random key.
+
+  Returns:
+    The adapters alone; `join` adds them to the parameters of a model.
   """
-  model = _adapted(config, lora, 'float32', nnx.Rngs(params=key))
+  model = _build(config, lora, 'float32', nnx.Rngs(params=key))
   return split(nnx.to_pure_dict(nnx.split(model)[1]))[0]
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """(adapters, all else) of an adapted model's parameters."""
+  """Split the parameters of a model with adapters into the adapters and the rest."""
   adapters, rest = {}, {}
   for key, value in params.items():
     if key == 'adapter':
       adapters[key] = value
     elif isinstance(value, dict):
-      below, others = split(value)
-      adapters |= {key: below} if below else {}
-      rest |= {key: others} if others else {}
+      inner_adapters, inner_rest = split(value)
+      adapters |= {key: inner_adapters} if inner_adapters else {}
+      rest |= {key: inner_rest} if inner_rest else {}
     else:
       rest[key] = value
   return adapters, rest
 
 
 def join(first: Params, second: Params) -> Params:
-  """One tree of two that have no leaf in common; the inverse of `split`."""
+  """Join two trees without a common leaf into one; the inverse of `split`."""
   joined = dict(second)
   for key, value in first.items():
     joined[key] = join(value, second[key]) if key in second else value
@@ -125,19 +117,51 @@ def join(first: Params, second: Params) -> Params:
 
 
 def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
-  """Parameters of the plain model that gives the adapted one's logits: W + alpha/r · A·B.
+  """Add adapters to the kernels that they adapt: W + alpha/r · A·B.
+
+  The result is a plain model with the logits of the adapted one.
 
   Args:
-    params: of the plain model, in any dtype; those adapted come back in f32.
-    adapters: as `init` makes them.
-    lora: what they were made with.
+    params: parameters of the plain model, in any dtype.
+    adapters: the adapters, in the structure that `init` returns.
+    lora: the settings that the adapters were made with.
+
+  Returns:
+    The parameters of the plain model; adapted kernels are f32.
   """
   merged = dict(params)
   for key, value in adapters.items():
     if key == 'adapter':
-      product = jnp.matmul(value['a'], value['b'], precision=jax.lax.Precision.HIGHEST)
+      delta = jnp.matmul(value['a'], value['b'], precision=jax.lax.Precision.HIGHEST)
       kernel = params['kernel'].astype(jnp.float32)
-      merged['kernel'] = kernel + lora.scale * product.reshape(kernel.shape)
+      merged['kernel'] = kernel + lora.scale * delta.reshape(kernel.shape)
     else:
       merged[key] = merge(params[key], value, lora)
   return merged
+
+
+def _build(config: ModelConfig, lora: LoraConfig, dtype: str, rngs: nnx.Rngs) -> Transformer:
+  """Return a model whose matching linear layers have adapters."""
+  model = Transformer(config, rngs, jnp.dtype(dtype))
+  for linear in _matching_layers(model, lora):
+    linear.adapter = nnx.data(
+      Adapter(linear.kernel.shape, len(linear.outs), lora.rank, lora.scale, rngs)
+    )
+  return model
+
+
+def _matching_layers(model: Transformer, lora: LoraConfig) -> list[Linear]:
+  """Return the linear layers whose path matches `lora.modules`, in the order of the model."""
+  layers = {
+    '/'.join(map(str, path)): module
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, Linear)
+  }
+  matching = [module for path, module in layers.items() if re.search(lora.modules, path)]
+  if not matching:
+    first_layer = [path for path in layers if path.startswith('layers/0/')]
+    raise UserError(
+      f'lora: modules={lora.modules!r} matches none of the linear layers. Those of layer 0 are '
+      f'{first_layer}.'
+    )
+  return matching

@@ -1,6 +1,7 @@
 """How each parameter is split over the mesh."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.runtime.errors import UserError
 
-# Parameter path (as `path_str` writes it) → sharding. Exactly one rule matches each parameter.
+# Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
 RULES = (
   (r'(embed|head)/table', P('tensor', 'fsdp')),  # [V,D]
   (r'.*attention/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
@@ -19,7 +20,7 @@ RULES = (
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
   (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
-  # Adapters: A [I,r] and B [r,O] lie as their kernel does, whose axes are merged.
+  # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.
   (r'.*(query|key|value|gate|up)/adapter/a', P('fsdp', None)),
   (r'.*(query|key|value|gate|up)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
@@ -29,51 +30,70 @@ RULES = (
 
 
 def path_str(path) -> str:
-  """'layers/0/mlp/up/kernel' for the key path of a leaf."""
+  """Return the key path of a leaf as a string, such as 'layers/0/mlp/up/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def spec_of(path: str) -> P:
-  """The PartitionSpec of a parameter by its path.
+def flatten_params(params: Any) -> dict[str, Any]:
+  """Return the leaves of a parameter pytree under their paths, in the order of the tree."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  return {path_str(path): leaf for path, leaf in leaves}
+
+
+def partition_spec(path: str) -> P:
+  """Return how the parameter at a path is split over the mesh.
 
   Raises:
-    ValueError: if no rule matches, or more than one does.
+    ValueError: if `RULES` has no rule for the parameter, or more than one.
   """
-  matches = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
-  if len(matches) != 1:
-    raise UserError(
-      f'{len(matches)} sharding rules match parameter {path!r}; parallel.RULES needs exactly one.'
+  specs = [spec for pattern, spec in RULES if re.fullmatch(pattern, path)]
+  if len(specs) != 1:
+    raise ValueError(
+      f'{len(specs)} sharding rules match parameter {path!r}. RULES in cai_jax/model/sharding.py '
+      'must have exactly one that does.'
     )
-  return matches[0]
+  return specs[0]
 
 
-def param_shardings(params, mesh: Mesh):
-  """NamedShardings of a parameter pytree (arrays or ShapeDtypeStructs), in its structure.
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+  """Return the sharding of each parameter on a mesh.
+
+  Args:
+    params: a pytree of arrays or ShapeDtypeStructs.
+    mesh: the mesh.
+
+  Returns:
+    A pytree of NamedShardings with the structure of `params`.
 
   Raises:
-    ValueError: if an axis of the mesh does not divide the dimension that it splits.
+    UserError: if the size of a mesh axis does not divide the dimension that the axis splits.
   """
 
   def sharding(path, leaf):
     name = path_str(path)
-    spec = spec_of(name)
+    spec = partition_spec(name)
     for size, axis in zip(leaf.shape, spec, strict=False):
       if axis is not None and size % mesh.shape[axis]:
-        fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+        divisors = [n for n in range(1, mesh.size + 1) if size % n == 0]
         raise UserError(
           f'mesh axis {axis}={mesh.shape[axis]} does not divide dimension {size} of {name} '
-          f'{leaf.shape}; {axis} may be one of {fits}.'
+          f'{leaf.shape}. {axis} may be one of {divisors}.'
         )
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def localise(params, mesh: Mesh, dtype):
-  """A copy of a parameter pytree on a mesh of this process's devices, in `dtype`.
+def copy_to_local_mesh(params: Any, mesh: Mesh, dtype) -> Any:
+  """Return a copy of parameters on a mesh of this process's devices.
 
-  Parameters that lie on other hosts too go through this one's memory, all of them; then each
-  process of the run must call it.
+  With several processes, every one of them must call this, and each holds all parameters in host
+  memory for a moment.
+
+  Args:
+    params: a pytree of arrays on any mesh.
+    mesh: devices of this process.
+    dtype: of the copy.
   """
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)

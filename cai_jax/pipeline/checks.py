@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as models
 from cai_jax.model import lora
-from cai_jax.model.attention import kernels
+from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.sharding import param_shardings
+from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline.run import PROMPT_SETS, Run, local_mesh, mesh_of, model_path
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
@@ -31,19 +32,19 @@ def check(run: Run, stages: Sequence[str]) -> None:
   names = {section[name] for name in ('base', 'critique', 'revision', 'init')} - {''}
   if 'evaluate' in stages:
     names |= {run.evaluation.judge} - {'', 'base'}
-  parts = {name: models.check(model_path(name)) for name in names}
+  parts = {name: models.inspect_model(model_path(name)) for name in names}
   mesh = mesh_of(run)
   for part in parts.values():
-    param_shardings(models.structure(part.config)[1], mesh)
+    param_shardings(abstract_model(part.config)[1], mesh)
   check_batch(run.engine.slots, local_mesh(run), 'engine.slots')
   rows = run.train.batch_size // run.train.accumulation
   check_batch(rows, mesh, 'train.batch_size / train.accumulation')
   try:
-    kernels.check(run.train.attention, mesh, run.train.dtype, run.train.max_length)
+    check_kernel(run.train.attention, mesh, run.train.dtype, run.train.max_length)
   except ValueError as error:
     raise UserError(f'train.attention: {error}') from None
   if init and run.train.lora is not None:
-    lora.structure(parts[init].config, run.train.lora)
+    lora.abstract_model(parts[init].config, run.train.lora)
   if run.train.probes and not (run.prompts['eval_harmful'] or run.prompts['eval_helpful']):
     raise UserError(
       f'train.probes={run.train.probes} needs held-out prompts: give prompts.eval_harmful.source.'
@@ -69,7 +70,7 @@ def check(run: Run, stages: Sequence[str]) -> None:
   check_workdir(run.workdir, needed_bytes=_disk_bytes(run, trained))
 
 
-def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.Parts) -> None:
+def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.ModelInfo) -> None:
   """Checks that the model `name`, once trained, can learn and answer the run's prompts."""
   context = parts.config.max_positions
   if run.train.max_length > context:

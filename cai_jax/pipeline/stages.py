@@ -19,7 +19,7 @@ from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
-from cai_jax.model.sharding import localise
+from cai_jax.model.sharding import copy_to_local_mesh
 from cai_jax.pipeline.checks import check, check_reachable
 from cai_jax.pipeline.run import (
   Run,
@@ -125,7 +125,7 @@ def _probe(run: Run, lm: LM) -> loop.Probe:
   mesh, dtype = local_mesh(run), run.config['model']['dtype']
 
   def probe(params) -> list[dict[str, str]]:
-    local = localise(params, mesh, dtype)
+    local = copy_to_local_mesh(params, mesh, dtype)
     return processes.run_on_all_processes('answer probe prompts', lambda: answer(local))
 
   def answer(local) -> list[dict[str, str]]:

@@ -53,3 +53,18 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   temporary = path.with_name(f'{path.name}.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
   temporary.replace(path)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+  """Return the object that a JSON file holds.
+
+  Raises:
+    UserError: if the file is not JSON, or holds something other than an object.
+  """
+  try:
+    value = json.loads(epath.Path(path).read_text(encoding='utf-8'))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f'{path} is not valid JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds a {type(value).__name__}; expected a JSON object.')
+  return value

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,3 +93,13 @@ def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     sharding: sharding of the result.
   """
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """Return a whole array as NumPy, gathering shards that other processes hold.
+
+  If other processes hold shards, every process must call this.
+  """
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)

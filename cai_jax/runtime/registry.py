@@ -1,6 +1,8 @@
 """Named implementations that users can add to, such as variants, losses and scorers."""
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from cai_jax.runtime.errors import UserError
@@ -52,3 +54,17 @@ class Registry(Mapping[str, T]):
 
   def __len__(self) -> int:
     return len(self._entries)
+
+
+def import_submodules(package: str, path: Iterable[str]) -> None:
+  """Import every module of a package, so that the `register` decorators in them run.
+
+  A package that holds one implementation per file calls this in its `__init__.py`. A new
+  implementation then takes a new file and nothing else.
+
+  Args:
+    package: the package's `__name__`.
+    path: the package's `__path__`.
+  """
+  for module in pkgutil.iter_modules(path):
+    importlib.import_module(f'{package}.{module.name}')

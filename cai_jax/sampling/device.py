@@ -22,10 +22,9 @@ from cai_jax.model.cache import (
   cache_lengths,
   init_cache,
 )
-from cai_jax.model.checkpoint import structure
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Transformer
+from cai_jax.model.transformer import Transformer, abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_sharding, batch_shards, check_batch
 from cai_jax.sampling.sample import sample, uniforms
@@ -101,7 +100,7 @@ class Kind(NamedTuple):
 
   def model(self, params) -> Transformer:
     """The model with its parameters, inside a jitted function."""
-    return nnx.merge(structure(self.config, self.dtype)[0], params)
+    return nnx.merge(abstract_model(self.config, self.dtype)[0], params)
 
 
 class Part(NamedTuple):

@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cai_jax.dialogue import Dialogue, Message
-from cai_jax.model import lm
-from cai_jax.model.attention.softmax import product
-from cai_jax.model.checkpoint import Params, structure, to_host
+from cai_jax.model.classifier import load_classifier
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.precision import einsum_f32
+from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_sharding, batch_shards, place
+from cai_jax.runtime.mesh import batch_sharding, batch_shards, place, to_host
 
 SHORTEST = 64  # tokens of the shortest rows; others are twice as long, four times, ...
 
@@ -35,7 +35,7 @@ def _logits(graph, sharding, params, score, tokens, positions, segment_ids, last
   # Of the kernels this one runs on every device, and never holds a whole square of scores.
   hidden, _ = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
   ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return product('BD,CD->BC', ends, score.astype(ends.dtype))
+  return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class RewardModel:
     last = tokens.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
     sharding = batch_sharding(self.mesh)
     arrays = [place(x.astype(np.int32), sharding) for x in (tokens, positions, real, last)]
-    graph = structure(self.config, self.dtype)[0]
+    graph = abstract_model(self.config, self.dtype)[0]
     return to_host(_logits(graph, sharding, self.params, self.score, *arrays))[:rows]
 
   def conversation_logits(
@@ -202,9 +202,9 @@ def load(
     style: of the conversations: the tokenizer's chat template, or 'plain' Human:/Assistant:.
 
   Raises:
-    ValueError: as `lm.load_classifier` and `Dialogue`.
+    ValueError: as `load_classifier` and `Dialogue`.
   """
-  found = lm.load_classifier(path, dtype, mesh)
+  found = load_classifier(path, dtype, mesh)
   return RewardModel(
     config=found.config,
     params=found.params,

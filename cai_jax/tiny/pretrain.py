@@ -21,6 +21,7 @@ from cai_jax.data import examples, packing
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.tiny import corpus, files, tokenizer
 from cai_jax.training import loop
@@ -97,7 +98,7 @@ def main() -> None:
     max_length=BUCKETS[-1].length,
   )
   mesh = make_mesh(devices=jax.devices()[:1])
-  params = lm_lib.init_params(architecture, jax.random.key(args.seed))
+  params = init_params(architecture, jax.random.key(args.seed))
   identity = f'{architecture} from seed {args.seed}'
   params, summary = loop.fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
   print(summary, flush=True)

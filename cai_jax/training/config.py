@@ -5,7 +5,7 @@ import importlib.util
 import math
 
 from cai_jax.data import quality
-from cai_jax.model.attention.kernels import KERNELS
+from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
 from cai_jax.runtime.errors import UserError

@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 
 from cai_jax.data import examples, packing, quality
 from cai_jax.model import lora
-from cai_jax.model.attention import kernels
-from cai_jax.model.checkpoint import structure
+from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.sharding import param_shardings
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime import hardware
 from cai_jax.runtime.errors import NonFiniteError, UserError
 from cai_jax.runtime.files import check_workdir
@@ -106,9 +106,9 @@ def fit(
     'init': identity,
   }
   if config.lora is None:
-    graph, trained, frozen = structure(model, config.dtype)[0], params, None
+    graph, trained, frozen = abstract_model(model, config.dtype)[0], params, None
   else:
-    graph, _ = lora.structure(model, config.lora, config.dtype)
+    graph, _ = lora.abstract_model(model, config.lora, config.dtype)
     # By way of the host, as every process of a run has the same ones.
     trained = jax.device_get(lora.init(model, config.lora, jax.random.key(config.seed)))
     frozen = place_frozen(params, config, mesh)
@@ -355,7 +355,7 @@ def _check(buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh) -
     name = 'train.batch_size / train.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
-      kernels.check(config.attention, mesh, config.dtype, bucket.length)
+      check_kernel(config.attention, mesh, config.dtype, bucket.length)
     except ValueError as error:
       raise UserError(f'train.attention: {error}') from None
 

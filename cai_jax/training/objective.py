@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.model.attention.softmax import product
+from cai_jax.model.precision import einsum_f32
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 
 # normalization → the sum that a batch's loss is divided by
@@ -76,7 +76,7 @@ def _sliced(slices, hidden, table, targets, weights, of_hidden, of_table):
       jax.lax.dynamic_slice_in_dim(a, number * size, size, axis=1)
       for a in (hidden, targets, weights)
     )
-    logits = product('BTD,VD->BTV', x, matrix)
+    logits = einsum_f32('BTD,VD->BTV', x, matrix)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     loss += jnp.sum((log_z - chosen) * weight)
@@ -85,10 +85,10 @@ def _sliced(slices, hidden, table, targets, weights, of_hidden, of_table):
       error = jnp.exp(logits - log_z[..., None]) - (tokens == target[..., None])
       error = (error * weight[..., None]).astype(x.dtype)
     if of_hidden:
-      part = product('BTV,VD->BTD', error, matrix).astype(x.dtype)
+      part = einsum_f32('BTV,VD->BTD', error, matrix).astype(x.dtype)
       by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, part, number * size, axis=1)
     if of_table:
-      by_table += product('BTV,BTD->VD', error, x)
+      by_table += einsum_f32('BTV,BTD->VD', error, x)
     return loss, by_hidden, by_table
 
   most = jnp.max(jnp.sum(weights != 0, axis=1))

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from cai_jax.model import checkpoint
-from cai_jax.model import config as model_configs
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.family import config_from_hf
+from cai_jax.runtime.files import read_json
 
 LLAMA_3 = {
   'model_type': 'llama',
@@ -59,7 +59,7 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
     ValueError: if neither is known.
   """
   if path is None and name in MODELS:
-    return model_configs.from_hf(MODELS[name])
+    return config_from_hf(MODELS[name])
   place = pathlib.Path(path or name).expanduser()
   place = place / 'config.json' if place.is_dir() else place
   if not place.is_file():
@@ -67,4 +67,4 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
       f'{str(place)!r} is no config.json, nor a folder with one, and {name!r} is not one of '
       f'{", ".join(MODELS)}: give --model_config=.'
     )
-  return model_configs.from_hf(checkpoint.read_json(place))
+  return config_from_hf(read_json(place))

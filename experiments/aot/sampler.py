@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model import checkpoint
 from cai_jax.model.cache import Cache, Lengths, Prefix, cache_lengths, init_cache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.engine import EngineConfig
@@ -35,7 +35,7 @@ def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
 
 def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   """A model whose parameters are shapes with shardings."""
-  shapes = checkpoint.structure(config, dtype, dtype)[1]
+  shapes = abstract_model(config, dtype, dtype)[1]
   params = placed(shapes, param_shardings(shapes, mesh))
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cai_jax.model import checkpoint, lora
-from cai_jax.model.attention import kernels
+from cai_jax.model import lora
+from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
 from cai_jax.training import step as train_steps
 from cai_jax.training.config import TrainConfig
@@ -34,7 +35,7 @@ class Training:
   def __post_init__(self):
     train, name = self.train, 'train.batch_size / train.accumulation'
     check_batch(train.batch_size // train.accumulation, self.mesh, name)
-    kernels.check(train.attention, self.mesh, train.dtype, train.max_length)
+    check_kernel(train.attention, self.mesh, train.dtype, train.max_length)
     if train.max_length > self.model.max_positions:
       raise ValueError(
         f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '
@@ -84,10 +85,10 @@ class Shapes:
 
 def shapes_of(job: Training) -> Shapes:
   """The step of a job, as `loop.fit` makes it: what is used of the training library stands here."""
-  graph, params = checkpoint.structure(job.model, job.train.dtype)
+  graph, params = abstract_model(job.model, job.train.dtype)
   frozen = None
   if job.train.lora is not None:
-    graph, frozen = lora.structure(job.model, job.train.lora, job.train.dtype)[0], params
+    graph, frozen = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0], params
     first = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
     params = jax.eval_shape(first, jax.random.key(0))
   state = train_steps.abstract_state(params, job.train, job.mesh, frozen)

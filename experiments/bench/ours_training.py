@@ -8,7 +8,7 @@ import numpy as np
 
 from cai_jax.data import packing
 from cai_jax.model import lm as lm_lib
-from cai_jax.model.checkpoint import structure
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.step import init_state, make_train_step
@@ -42,7 +42,7 @@ class System:
       **options['train'],
     )
     steps = 1000  # a constant schedule does not ask
-    graph, _ = structure(lm.config, dtype)
+    graph, _ = abstract_model(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
     self.state = init_state(lm.params, config, lm.mesh)
     self.sharding = batch_sharding(lm.mesh)

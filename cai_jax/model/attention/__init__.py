@@ -1,1 +1,1 @@
-"""Attention: the softmax over cached keys, and kernels for packed rows."""
+"""Attention: rotary positions, masks, attention over cached keys, and kernels for packed rows."""

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import urllib3
 
-from cai_jax.model import lm as models
+from cai_jax.model.folder import load_vocabulary
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.text import first_stop_text, rounded
 from cai_jax.sampling.types import Completion, SamplingConfig, Turn
@@ -187,7 +187,7 @@ class Remote:
   """
 
   def __init__(self, config: RemoteConfig):
-    vocabulary = models.load_vocabulary(config.tokenizer)
+    vocabulary = load_vocabulary(config.tokenizer)
     self.config = config
     self.name = f'{config.model}@{config.revision}' if config.revision else config.model
     self.tokenizer = vocabulary.tokenizer

@@ -1,0 +1,53 @@
+"""cuDNN's flash attention for NVIDIA GPUs, called through `jax.nn`."""
+
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
+from cai_jax.runtime.errors import UserError
+
+
+def attend_cudnn(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array,
+  window: int | None,
+  mesh: Mesh | None = None,
+  implementation: Literal['xla', 'cudnn'] = 'cudnn',
+) -> jax.Array:
+  """Attend within segments by cuDNN; see `kernel.Attend`.
+
+  cuDNN's call takes no segment ids, so segments become a mask [B,1,T,T].
+
+  Args:
+    q, k, v, segment_ids, window: as for `kernel.Attend`.
+    mesh: not used; XLA splits rows and heads as those of q, k and v.
+    implementation: 'xla' makes the same call on devices without cuDNN.
+  """
+  del mesh
+  same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=same_segment[:, None],
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation=implementation,
+  )
+
+
+def check(dtype: str, length: int) -> None:
+  """Check the compute dtype.
+
+  Raises:
+    UserError: for float32.
+  """
+  if dtype == 'float32':
+    raise UserError("attention 'cudnn' computes in bfloat16 or float16 only, not in float32.")
+
+
+KERNELS.register('cudnn')(Kernel(attend_cudnn, 'gpu', check))

@@ -1,0 +1,114 @@
+"""What an attention kernel is, the registry of kernels, and the check that one can run.
+
+A kernel computes causal attention within the segments of packed rows, as training needs it. All
+kernels give the same result up to rounding; they differ in speed, memory and the devices that they
+run on. To add one, register a `Kernel` in a file of this folder, or in a file of your own that
+`config.plugins` names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.registry import Registry
+
+
+class Attend(Protocol):
+  """The computation of a kernel."""
+
+  def __call__(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    window: int | None,
+    mesh: Mesh | None,
+  ) -> jax.Array:
+    """Return the output [B,T,N,H] of causal attention within segments.
+
+    Args:
+      q: [B,T,N,H], rotated.
+      k: [B,T,K,H], rotated.
+      v: [B,T,K,H].
+      segment_ids: i32[B,T].
+      window: number of tokens that a query sees, itself included; None means no limit.
+      mesh: splits rows over its batch axes and heads over `tensor`.
+    """
+
+
+def accept_any(dtype: str, length: int) -> None:
+  """Accept every compute dtype and row length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """An attention kernel.
+
+  Attributes:
+    attend: the computation.
+    platform: the only JAX platform that it runs on, such as 'tpu'; None means all. A kernel for one
+      platform needs a mesh.
+    check: called with the compute dtype and the number of tokens per row; raises UserError if the
+      kernel does not support them.
+  """
+
+  attend: Attend
+  platform: str | None = None
+  check: Callable[[str, int], None] = accept_any
+
+
+KERNELS: Registry[Kernel] = Registry('attention kernel')
+
+
+def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
+  """Check that a kernel can run.
+
+  Args:
+    name: a name in `KERNELS`.
+    mesh: the devices to run on.
+    dtype: compute dtype, such as 'bfloat16'.
+    length: tokens per row.
+
+  Raises:
+    UserError: if there is no such kernel, or if it does not support the devices, the dtype or the
+      row length.
+  """
+  kernel = KERNELS[name]
+  platform = mesh.devices.flat[0].platform
+  if kernel.platform not in (None, platform):
+    usable = [n for n, other in KERNELS.items() if other.platform in (None, platform)]
+    raise UserError(
+      f'attention {name!r} runs on {kernel.platform.upper()}s only, and these devices are '
+      f'{platform.upper()}s. Choose {" or ".join(map(repr, sorted(usable)))}.'
+    )
+  kernel.check(dtype, length)
+
+
+def bind_kernel(
+  name: str, segment_ids: jax.Array | None, mesh: Mesh | None
+) -> Callable[..., jax.Array]:
+  """Return a kernel's `attend` with its segments and mesh filled in.
+
+  Args:
+    name: a name in `KERNELS`.
+    segment_ids: i32[B,T].
+    mesh: the mesh that the rows are split over.
+
+  Returns:
+    A function of q, k, v and window.
+
+  Raises:
+    ValueError: without segments, or without a mesh for a kernel that needs one.
+  """
+  kernel = KERNELS[name]
+  if segment_ids is None:
+    raise ValueError(f'attention {name!r} is for packed rows: it needs segment_ids.')
+  if mesh is None and kernel.platform is not None:
+    raise ValueError(f'attention {name!r} needs a mesh.')
+  return functools.partial(kernel.attend, segment_ids=segment_ids, mesh=mesh)

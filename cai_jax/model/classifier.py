@@ -1,0 +1,103 @@
+"""Sequence classifiers: a decoder with a linear head over its hidden state."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cai_jax.model.checkpoint import load_params, load_weight
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.family import FAMILIES, config_from_hf
+from cai_jax.model.folder import (
+  find_folder,
+  load_tokenizer,
+  read_eos_token_ids,
+  read_hf_config,
+)
+from cai_jax.model.transformer import Params
+from cai_jax.model.weight_files import check_dtype
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
+
+SCORE = 'score.weight'  # transformers' name of the head
+
+
+class Classifier(NamedTuple):
+  """A sequence classifier, placed on a mesh.
+
+  Attributes:
+    config: the shape of the decoder. Its embeddings count as tied, because there is no output
+      layer over the vocabulary.
+    params: nested dict of arrays, the decoder's parameters.
+    score: f32[C,D], the head; C is the number of labels.
+    labels: the C names of the labels.
+    tokenizer: a transformers.PreTrainedTokenizerFast.
+    eos_token_ids: tokens that end a reply.
+    pad_token_id: from config.json.
+    mesh: where the parameters are.
+  """
+
+  config: ModelConfig
+  params: Params
+  score: np.ndarray
+  labels: tuple[str, ...]
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+  pad_token_id: int | None
+  mesh: Mesh
+
+
+def load_classifier(
+  path: str | os.PathLike, dtype: str = 'float32', mesh: Mesh | None = None
+) -> Classifier:
+  """Load a sequence classifier from a Hugging Face folder or from the hub.
+
+  The checkpoint must be a `LlamaForSequenceClassification`, a `Qwen3ForSequenceClassification` or
+  the like: a decoder of a supported family and `score.weight` [C,D] without a bias.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub.
+    dtype: dtype of the parameters.
+    mesh: where the parameters go; None means `make_mesh()`.
+
+  Raises:
+    UserError: as `load`; for a checkpoint of another architecture, or with further weights.
+  """
+  check_dtype(dtype, 'dtype')
+  folder = find_folder(path)
+  hf = read_hf_config(folder)
+  config = dataclasses.replace(config_from_hf(hf), tied_embeddings=True)
+  supported = [FAMILIES[config.family].classifier]
+  if (architectures := hf.get('architectures')) != supported:
+    raise UserError(
+      f'{folder}: config.json has architectures={architectures}; a reward model or classifier of '
+      f'this family has {supported}. Other heads and poolings are not implemented.'
+    )
+  labels = _labels(hf, folder)
+  tokenizer = load_tokenizer(folder, config.vocab_size)
+  mesh = make_mesh() if mesh is None else mesh
+  return Classifier(
+    config=config,
+    params=load_params(folder, config, mesh, dtype, extra=(SCORE,)),
+    score=load_weight(folder, SCORE, (len(labels), config.d_model)),
+    labels=labels,
+    tokenizer=tokenizer,
+    eos_token_ids=read_eos_token_ids(folder, hf, tokenizer),
+    pad_token_id=hf.get('pad_token_id'),
+    mesh=mesh,
+  )
+
+
+def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
+  """Return the names of the labels in order; transformers stores none for its default of two."""
+  names = hf.get('id2label')
+  if names is None:
+    return tuple(f'LABEL_{i}' for i in range(hf.get('num_labels', 2)))
+  if not isinstance(names, dict) or not names or {*names} != {str(i) for i in range(len(names))}:
+    raise UserError(
+      f'{folder}: config.json has id2label={names!r}; it must map "0", "1", … to the names.'
+    )
+  return tuple(str(names[str(i)]) for i in range(len(names)))

@@ -1,0 +1,165 @@
+"""What a model family is: its config.json and its weights, each mapped in both directions.
+
+To add a family, register a `Family` in a new file of this folder, or in a file of your own that
+`config.plugins` names. `llama.py` is an example.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.registry import Registry
+
+
+class Weight(NamedTuple):
+  """One row of a weight table: a parameter of ours and the Hugging Face tensor that holds it.
+
+  Attributes:
+    path: our path, with `{}` for the number of the layer: 'layers/{}/attention/query/kernel'.
+    name: Hugging Face's name, with `{}` as above: 'model.layers.{}.self_attn.q_proj.weight'.
+    axes: our axes and theirs: 'DNH->NH,D'. Commas separate the axes of the tensor, and adjacent
+      letters are axes of ours that it merges into one. `cai_jax.model.transformer` defines the
+      letters.
+  """
+
+  path: str
+  name: str
+  axes: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+  """The Hugging Face tensor that holds one of our parameters, and its layout.
+
+  Attributes:
+    name: the tensor's name, such as 'model.layers.0.mlp.up_proj.weight'.
+    groups: for each axis of the tensor, the indices of our axes that it merges.
+  """
+
+  name: str
+  groups: tuple[tuple[int, ...], ...]
+
+  def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the tensor for a parameter of the given shape."""
+    return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
+
+  def to_stored(self, x: np.ndarray) -> np.ndarray:
+    """Return our parameter in the layout of the tensor, contiguous in memory."""
+    order = [axis for group in self.groups for axis in group]
+    # safetensors writes the buffer of a strided array as it is, so the array must be contiguous.
+    return np.ascontiguousarray(x.transpose(order).reshape(self.shape(x.shape)))
+
+  def read_block(
+    self, tensor: Any, shape: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...]
+  ) -> np.ndarray:
+    """Read the block [starts, stops) of our parameter and no more rows of the tensor than needed.
+
+    Args:
+      tensor: a slice object of safetensors.
+      shape: of the whole parameter.
+      starts: first index of the block on each of our axes.
+      stops: end of the block on each of our axes.
+
+    Returns:
+      The block in our layout. Of the axes that the tensor merges, the first is sliced in the file
+      and the others in memory.
+    """
+    region, block, within = [], [], []
+    for first, *rest in self.groups:
+      row = math.prod(shape[axis] for axis in rest)
+      region.append(slice(starts[first] * row, stops[first] * row))
+      block += [stops[first] - starts[first], *(shape[axis] for axis in rest)]
+      within += [slice(None), *(slice(starts[axis], stops[axis]) for axis in rest)]
+    order = [axis for group in self.groups for axis in group]
+    return tensor[tuple(region)].reshape(block)[tuple(within)].transpose(np.argsort(order))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A model family: how Hugging Face stores the config and the weights of its models.
+
+  Attributes:
+    read_config: returns the ModelConfig of a parsed config.json; raises UserError for an option
+      that is not implemented.
+    write_config: returns the entries of config.json that describe a ModelConfig. `config_to_hf`
+      adds model_type and architectures, and checks that reading gives the same ModelConfig.
+    weights: the weight table. A model uses the rows of the parameters that its config gives it.
+    causal_lm: transformers' class for language models, such as 'LlamaForCausalLM'.
+    classifier: transformers' class for sequence classification.
+  """
+
+  read_config: Callable[[dict[str, Any]], ModelConfig]
+  write_config: Callable[[ModelConfig], dict[str, Any]]
+  weights: tuple[Weight, ...]
+  causal_lm: str
+  classifier: str
+
+  def find_weight(self, path: str) -> StoredWeight:
+    """Return where and how the parameter at a path is stored.
+
+    Args:
+      path: such as 'layers/0/mlp/up/kernel'.
+
+    Raises:
+      ValueError: if the weight table has no such parameter.
+    """
+    layer = re.match(r'layers/(\d+)/', path)
+    general = path if layer is None else f'layers/{{}}/{path[layer.end() :]}'
+    rows = [weight for weight in self.weights if weight.path == general]
+    if len(rows) != 1:
+      raise ValueError(f'{len(rows)} rows of the weight table have the path {general!r}, not one.')
+    ours, theirs = rows[0].axes.split('->')
+    groups = tuple(tuple(ours.index(letter) for letter in axis) for axis in theirs.split(','))
+    name = rows[0].name if layer is None else rows[0].name.format(layer[1])
+    return StoredWeight(name, groups)
+
+
+FAMILIES: Registry[Family] = Registry('model family')
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+  """Return the ModelConfig of a parsed Hugging Face config.json.
+
+  Raises:
+    UserError: if the family, or an option such as the activation, is not implemented.
+  """
+  model_type = hf.get('model_type')
+  if model_type not in FAMILIES:
+    raise UserError(
+      f'config.json: model_type {model_type!r} is not supported; supported are '
+      f'{", ".join(sorted(FAMILIES))}. To add a family, register it in a file of your own and name '
+      'that file in config.plugins.'
+    )
+  if (method := hf.get('quantization_config')) is not None:
+    raise UserError(
+      f'config.json: quantization_config={method!r} is not supported. Use the original checkpoint.'
+    )
+  return FAMILIES[model_type].read_config(hf)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """Return the Hugging Face config.json of a model, so that `config_from_hf` inverts it.
+
+  Raises:
+    UserError: if the family's config.json cannot describe the model.
+  """
+  family = FAMILIES[config.family]
+  hf = {'architectures': [family.causal_lm], 'model_type': config.family}
+  hf |= family.write_config(config)
+  if (read_back := config_from_hf(hf)) != config:
+    name = next(
+      field.name
+      for field in dataclasses.fields(config)
+      if getattr(read_back, field.name) != getattr(config, field.name)
+    )
+    raise UserError(
+      f'{name}={getattr(config, name)!r} cannot be written to the config.json of a {config.family} '
+      f'model: it would be read back as {getattr(read_back, name)!r}.'
+    )
+  return hf

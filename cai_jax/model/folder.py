@@ -1,0 +1,195 @@
+"""Model folders in Hugging Face's format: finding or fetching one, and reading its small files."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import transformers
+
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.weight_files import INDEX, list_weight_files
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
+
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.json',
+  '*.jinja',
+)
+# What is fetched from a hub, and what saving a model may replace: no pickles and no Python.
+MODEL_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model*.safetensors',
+  INDEX,
+  *TOKENIZER_FILES,
+)
+
+
+class Vocabulary(NamedTuple):
+  """A tokenizer and what is needed to use it, for a model whose weights are on a server.
+
+  Attributes:
+    tokenizer: a transformers.PreTrainedTokenizerFast.
+    eos_token_ids: tokens that end a reply.
+    size: token ids are smaller than this.
+    fingerprint: hex digest of the tokenizer's files and `eos_token_ids`.
+  """
+
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+  size: int
+  fingerprint: str
+
+
+def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
+  """Load the tokenizer of a folder or hub name without fetching weights.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub.
+
+  Raises:
+    UserError: if there is no such folder or name, or no usable tokenizer in it.
+  """
+  folder = find_folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
+  hf = read_json(folder / 'config.json') if (folder / 'config.json').exists() else {}
+  size = hf.get('vocab_size')
+  tokenizer = load_tokenizer(folder, size)
+  eos = read_eos_token_ids(folder, hf, tokenizer)
+  digest = hashlib.sha256(json.dumps(eos).encode())
+  _update_digest(digest, folder, _tokenizer_files(folder))
+  largest_id = max(tokenizer.get_vocab().values())
+  return Vocabulary(tokenizer, eos, size or largest_id + 1, digest.hexdigest())
+
+
+def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
+  """Return a model's local folder, fetching it from the Hugging Face hub if necessary.
+
+  Args:
+    path: a folder, or a name on the hub, such as 'Qwen/Qwen2.5-0.5B-Instruct'.
+    patterns: the files to fetch.
+
+  Raises:
+    UserError: if there is no such folder, and the hub does not give the model.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(patterns)))
+  # The hub's errors for absent, gated and malformed names and for a missing network are of these.
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{str(path)!r} is neither a local folder nor a model that the Hugging Face hub gives '
+      f'({type(error).__name__}: {str(error).strip()}). Give the path of a folder, or a name such '
+      "as 'Qwen/Qwen2.5-0.5B-Instruct'; a gated model needs `hf auth login` first."
+    ) from error
+
+
+def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Return the parsed config.json of a model's folder.
+
+  Raises:
+    UserError: if there is none, or it is not a JSON object.
+  """
+  if not (folder / 'config.json').exists():
+    raise UserError(f'{folder} has no config.json, so it is not the folder of a model.')
+  return read_json(folder / 'config.json')
+
+
+def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
+  """Load the tokenizer of a folder, as a transformers.PreTrainedTokenizerFast.
+
+  Args:
+    folder: the model's folder.
+    vocab_size: rows of the model's embedding; None if unknown.
+
+  Raises:
+    UserError: if there is no tokenizer, it cannot be read, or it has more tokens than the model.
+  """
+  # A tokenizer.json is read as it is. AutoTokenizer of transformers 5 may rebuild it with the
+  # splitting rules that are usual for the model's type.
+  has_json = (folder / 'tokenizer.json').exists()
+  if not has_json and not any((folder / f).exists() for f in ('tokenizer.model', 'vocab.json')):
+    # AutoTokenizer would return an empty tokenizer of the model's type.
+    raise UserError(f'{folder} has no tokenizer. Put its tokenizer.json there.')
+  cls = transformers.PreTrainedTokenizerFast if has_json else transformers.AutoTokenizer
+  options = {} if has_json else {'use_fast': True, 'trust_remote_code': False}
+  try:
+    tokenizer = cls.from_pretrained(folder, **options)
+  except Exception as error:  # the type depends on the fault and on the version of transformers
+    raise UserError(f'{folder} has no tokenizer that can be read: {error}') from error
+  if not tokenizer.is_fast:
+    raise UserError(
+      f'{folder}: {type(tokenizer).__name__} is a slow tokenizer, which is not supported. Put a '
+      'tokenizer.json there.'
+    )
+  token, largest_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+  if vocab_size is not None and largest_id >= vocab_size:
+    raise UserError(
+      f'{folder}: the tokenizer has {token!r} as token {largest_id}, but the model embeds '
+      f'{vocab_size} tokens only. Use the tokenizer of this model, or resize its embedding.'
+    )
+  return tokenizer
+
+
+def read_eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+  """Return the tokens that end a reply.
+
+  They come from generation_config.json, or else config.json, or else the tokenizer.
+
+  Args:
+    folder: the model's folder.
+    hf: its parsed config.json.
+    tokenizer: its tokenizer.
+
+  Raises:
+    UserError: if eos_token_id is neither an integer nor a list of integers.
+  """
+  path = folder / 'generation_config.json'
+  generation = read_json(path) if path.exists() else {}
+  for eos in (generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id):
+    if eos is not None:
+      tokens = tuple(eos) if isinstance(eos, list) else (eos,)
+      if not all(isinstance(token, int) for token in tokens):
+        raise UserError(
+          f'{folder}: eos_token_id is {eos!r}; it must be a token id or a list of token ids.'
+        )
+      return tokens
+  return ()
+
+
+def fingerprint_model(
+  folder: pathlib.Path, config: ModelConfig, eos: tuple[int, ...], dtype: str, param_dtype: str
+) -> str:
+  """Return the hex digest of everything that determines what a model samples.
+
+  It covers the config, the dtypes, the weights, the tokenizer and the tokens that end a reply, and
+  does not depend on where the folder is. Journals store turns under it.
+  """
+  settings = [dataclasses.asdict(config), eos, dtype, param_dtype]
+  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+  _update_digest(digest, folder, [*list_weight_files(folder), *_tokenizer_files(folder)])
+  return digest.hexdigest()
+
+
+def _tokenizer_files(folder: pathlib.Path) -> list[str]:
+  """Return the sorted names of a folder's tokenizer files."""
+  return sorted({f.name for pattern in TOKENIZER_FILES for f in folder.glob(pattern)})
+
+
+def _update_digest(digest, folder: pathlib.Path, names: list[str]) -> None:
+  """Add the names and contents of files to a hash."""
+  for name in names:
+    with open(folder / name, 'rb') as file:
+      digest.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())

@@ -1,24 +1,25 @@
-"""Does a config's model fit a TPU slice, and how fast could it run there? Asked without a TPU.
+"""Does a config's model fit a TPU slice, and how fast could it run there? No TPU is needed.
 
-Command:   pip install 'jax[tpu]==JAX_VERSION'   (of the jax at hand: libtpu has the compiler)
-           python -m experiments.aot --config=configs/llama3_8b_v5e.py \\
-             --topology=v5e:8x8
-           ... --programs=train --settings train.accumulation=1 train.accumulation=2,mesh.tensor=1
-Hardware:  any CPU; an 8B model takes 3 GB and some minutes, --layers=2 one
-Method:    the train step and the sampler's prefill and decode programs are compiled from shapes
-           alone: nothing is allocated, and no weights are needed. As in launch.py the whole slice
-           trains as one mesh, and each host samples on its own chips, so what is compiled there is
-           one host's part; --mesh takes the whole slice for both.
-Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives, copies; the least
-           time that a train step, a decode step and a prefill chunk can take; the largest number of
-           slots; for a train step that does not fit, what would take less. With --settings, a
-           table of the train step under each of them.
+Command:   pip install 'jax[tpu]==JAX_VERSION'   (the version of the installed jax)
+           python -m experiments.aot --config=configs/llama3_8b_v5e.py --topology=v5e:8x8
+           python -m experiments.aot --config=configs/llama3_8b_v5e.py --programs=train \\
+             --settings train.accumulation=1 train.accumulation=2,mesh.tensor=1
+Hardware:  any CPU. An 8B model takes 3 GB and some minutes; with --layers=2, one minute
+Method:    compile the train step and the sampler's prefill and decode programs from shapes alone,
+           without weights and without allocating an array. As in launch.py, the whole slice trains
+           as one mesh and each host samples on its own chips, so the sampling programs are compiled
+           for one host. With --mesh, both use the whole slice.
+Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives and copies; a lower
+           bound on the time of a train step, a decode step and a prefill chunk; the largest number
+           of slots that fits; and for a train step that does not fit, settings that take less
+           memory. With --settings, also a table of the train step under each of them.
 
-Reading it: bytes and `fits` are the compiler's. FLOPs are those of its cost analysis, which counts
-a loop's body once, and so one decode step; a train step's are counted in the traced program, in all
-turns of its loops. The least time is the largest of FLOPs / peak, bytes that must be moved
-(parameters, moments, caches, prefixes) / bandwidth, and bytes that collectives must send /
-bandwidth of all links; real steps take longer. 'In a row' adds the three, as if nothing overlapped.
+How to read it: bytes and whether they fit come from the compiler, and so do the sampler's FLOPs.
+The compiler's cost analysis counts the body of a loop once, so it counts one decode step. The FLOPs
+of a train step are counted in the traced program, over all iterations of its loops. The lower bound
+is the largest of FLOPs / peak, bytes that must be moved (parameters, moments, caches, prefixes) /
+bandwidth, and bytes that collectives must send / bandwidth of all links. Real steps take longer.
+'Without overlap' is the sum of the three.
 """
 
 import argparse
@@ -30,17 +31,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-if __name__ == '__main__':  # libtpu and jax read these when they are loaded
+if __name__ == '__main__':  # jax and libtpu read these variables when they are imported
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is taken: share the compiler
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # ask no cloud's server what machine this is
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # we only compile and use no chip
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # do not query the cloud's metadata server
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_WORKER_ID', '0')
 
 import jax
 from ml_collections import ConfigDict
 
+from cai_jax.cli import short_errors
 from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.mesh import AXES, make_mesh
 from cai_jax.sampling.engine import EngineConfig
@@ -53,24 +56,28 @@ PROGRAMS = ('train', 'decode', 'prefill')
 
 
 def load_config(path: str) -> ConfigDict:
-  """What the get_config() of a file gives.
+  """Return the config of a file that defines `get_config()`.
 
   Raises:
-    ValueError: if there is no such file.
+    UserError: if there is no such file.
   """
   if not pathlib.Path(path).is_file():
-    raise ValueError(f'--config={path}: there is no such file.')
+    raise UserError(f'--config={path}: there is no such file.')
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()
 
 
-def override(config: ConfigDict, settings: str) -> ConfigDict:
-  """A copy of a config with settings such as 'train.accumulation=1,mesh.tensor=2'.
+def override_config(config: ConfigDict, settings: str) -> ConfigDict:
+  """Return a copy of a config with some fields set.
+
+  Args:
+    config: the config to copy.
+    settings: such as 'train.accumulation=1,mesh.tensor=2'.
 
   Raises:
-    ValueError: for a field that the config does not have, or a value of another type.
+    UserError: if the config has no such field or the value has the wrong type.
   """
   config = config.copy_and_resolve_references()
   for setting in filter(None, settings.split(',')):
@@ -78,68 +85,82 @@ def override(config: ConfigDict, settings: str) -> ConfigDict:
     fields = config.to_dict()
     for part in name.split('.'):
       if not isinstance(fields, dict) or part not in fields:
-        raise ValueError(f'--settings: {setting!r}: the config has no field {name!r}.')
+        raise UserError(f'--settings: {setting!r}: the config has no field {name!r}.')
       fields = fields[part]
     try:
-      found = value if isinstance(fields, str) else ast.literal_eval(value)
-      config.update_from_flattened_dict({name: found})
+      parsed = value if isinstance(fields, str) else ast.literal_eval(value)
+      config.update_from_flattened_dict({name: parsed})
     except (ValueError, TypeError, SyntaxError) as error:
-      raise ValueError(f'--settings: {setting!r}: {error}') from error
+      raise UserError(f'--settings: {setting!r}: {error}') from error
   return config
 
 
-def training(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.Training:
-  """The training of launch.py on the slice."""
+def training_job(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.Training:
+  """Return the training job that launch.py would run on the slice."""
   settings = TrainConfig(seed=config.seed, **config.train)
   mesh = make_mesh(**config.mesh, devices=chips.devices)
   return train.Training(model, settings, mesh)
 
 
-def sampling(
+def sampling_job(
   config: ConfigDict, model: ModelConfig, chips: Slice, args: argparse.Namespace
 ) -> tuple[sampler.Sampler, int]:
-  """(the sampling of launch.py on one part of the slice, the number of parts)."""
+  """Return the sampling job that launch.py would run on each part of the slice, and their number.
+
+  A part is one host, or the whole slice with --mesh.
+  """
   if args.mesh:
     parts, mesh = 1, make_mesh(**config.mesh, devices=chips.devices)
   else:
     parts = chips.hosts
-    mesh = sampler.host_mesh(config.mesh.to_dict(), chips, chips.of_host())
+    mesh = sampler.host_mesh(config.mesh.to_dict(), chips, chips.first_host())
   lm = sampler.abstract_lm(model, mesh, config.model.dtype)
   engine = EngineConfig(**config.engine)
   slots = args.slots or engine.fit([lm], args.length, [sum(args.prefixes)])
   return sampler.Sampler(lm, engine, slots, args.length, tuple(args.prefixes)), parts
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+  """Parse the command line."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog='python -m experiments.aot',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--config', required=True, help='file with get_config()')
+  parser.add_argument('--config', required=True, help='file that defines get_config()')
   parser.add_argument('--topology', default='v5e:4x4', help='chip and shape of the slice')
-  parser.add_argument('--programs', default=','.join(PROGRAMS), help='which, with commas')
-  parser.add_argument('--model_config', help='a config.json, for models that are not known here')
-  parser.add_argument('--layers', type=int, help='fewer than the model has, to try something')
-  parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, of the whole slice')
-  parser.add_argument('--settings', nargs='*', default=[], help='others to compile train with too')
-  parser.add_argument('--length', type=int, default=1536, help="tokens of a slot's cache")
-  parser.add_argument('--prefixes', type=int, nargs='*', default=[512, 512], help='tokens of each')
-  parser.add_argument('--slots', type=int, help='of a program; if absent, what the config gives')
   parser.add_argument(
-    '--search', action=argparse.BooleanOptionalAction, default=True, help='the most slots that fit'
+    '--programs', default=','.join(PROGRAMS), help='programs to compile, separated by commas'
+  )
+  parser.add_argument('--model_config', help='config.json of a model that is not listed here')
+  parser.add_argument('--layers', type=int, help='number of layers, for a faster trial')
+  parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, over the whole slice')
+  parser.add_argument(
+    '--settings', nargs='*', default=[], help='further settings to compile the train step with'
+  )
+  parser.add_argument('--length', type=int, default=1536, help="tokens of a slot's cache")
+  parser.add_argument(
+    '--prefixes', type=int, nargs='*', default=[512, 512], help='tokens of each shared prefix'
+  )
+  parser.add_argument('--slots', type=int, help="number of slots; by default the config's")
+  parser.add_argument(
+    '--search',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='search for the largest number of slots that fits',
   )
   parser.add_argument('--hlo', type=pathlib.Path, help='folder for the compiled programs as text')
-  parser.add_argument('--output', type=pathlib.Path, help='JSON of all that is found')
+  parser.add_argument('--output', type=pathlib.Path, help='JSON file for all results')
   args = parser.parse_args(argv)
   args.programs = args.programs.split(',')
   if unknown := set(args.programs) - set(PROGRAMS):
-    parser.error(f'--programs: {", ".join(sorted(unknown))}: there are {", ".join(PROGRAMS)}.')
+    parser.error(f'--programs: unknown {", ".join(sorted(unknown))}; use {", ".join(PROGRAMS)}.')
   return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Compiles the programs and prints what they take."""
-  args = parse(argv)
+  """Compile the programs and print their memory and time."""
+  args = parse_flags(argv)
   config, chips = load_config(args.config), find_slice(args.topology)
   if args.mesh:
     config.mesh.update(dict(zip(AXES, args.mesh, strict=True)))
@@ -156,14 +177,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.hlo.mkdir(parents=True, exist_ok=True)
   result: dict[str, Any] = {'topology': chips.name, 'jax': jax.__version__}
   if 'train' in args.programs:
-    jobs = {s: training(override(config, s), model, chips) for s in ('', *args.settings)}
+    configs = {settings: override_config(config, settings) for settings in ('', *args.settings)}
+    jobs = {settings: training_job(c, model, chips) for settings, c in configs.items()}
     result['train'] = train.study(jobs, chips, args.hlo)
   if names := [name for name in PROGRAMS[1:] if name in args.programs]:
-    job, parts = sampling(config, model, chips, args)
+    job, parts = sampling_job(config, model, chips, args)
     result['sampler'] = sampler.study(job, chips, parts, names, args.search, args.hlo)
   if args.output:
     write_json(args.output, result)
 
 
 if __name__ == '__main__':
-  main()
+  with short_errors():
+    main()

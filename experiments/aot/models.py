@@ -1,9 +1,10 @@
-"""Shapes of models that configs name, without their weights."""
+"""Dimensions of the models that configs name, without their weights."""
 
 import pathlib
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 
 LLAMA_3 = {
@@ -15,7 +16,7 @@ LLAMA_3 = {
   'rms_norm_eps': 1e-5,
 }
 
-# config.json of each, as far as it says the shape: no network is needed.
+# The fields of each config.json that determine the dimensions, so that no network is needed.
 MODELS = {
   'meta-llama/Meta-Llama-3-8B-Instruct': LLAMA_3
   | {
@@ -49,22 +50,22 @@ MODELS = {
 
 
 def find_model(name: str, path: str | None = None) -> ModelConfig:
-  """The shape of a model, without its weights.
+  """Return the dimensions of a model, without its weights.
 
   Args:
-    name: as a config names it: one of MODELS, or a folder.
-    path: a config.json, or the folder that has one, instead.
+    name: the config's name for it: one of MODELS, or a folder.
+    path: a config.json, or a folder with one, to use instead of `name`.
 
   Raises:
-    ValueError: if neither is known.
+    UserError: if neither names a model.
   """
   if path is None and name in MODELS:
     return config_from_hf(MODELS[name])
-  place = pathlib.Path(path or name).expanduser()
-  place = place / 'config.json' if place.is_dir() else place
-  if not place.is_file():
-    raise ValueError(
-      f'{str(place)!r} is no config.json, nor a folder with one, and {name!r} is not one of '
-      f'{", ".join(MODELS)}: give --model_config=.'
+  file = pathlib.Path(path or name).expanduser()
+  file = file / 'config.json' if file.is_dir() else file
+  if not file.is_file():
+    raise UserError(
+      f'{str(file)!r} is not a config.json or a folder with one, and {name!r} is not one of '
+      f'{", ".join(MODELS)}. Give the path of a config.json with --model_config.'
     )
-  return config_from_hf(read_json(place))
+  return config_from_hf(read_json(file))

@@ -1,4 +1,4 @@
-"""One program compiled for a slice, and what can be told of it."""
+"""Compile one program for a slice, and describe its memory, time and communication."""
 
 import dataclasses
 import math
@@ -18,30 +18,44 @@ KINDS = ('argument', 'output', 'alias', 'temporary', 'code', 'total')
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is known of a compiled program; bytes and FLOPs are of one device."""
+  """A compiled program. Bytes and FLOPs are those of one device.
+
+  Attributes:
+    name: of the program.
+    seconds: time to compile.
+    memory: bytes of each of KINDS.
+    counted: FLOPs by the compiler's cost analysis, which counts the body of a loop once.
+    flops: FLOPs of one step.
+    read: the least number of bytes that a step moves to and from memory.
+    collectives: all collectives.
+    copies: bytes of large copies, by depth.
+    step: the depth of operations that happen in every step. Those at smaller depths happen once per
+      run, those at larger ones only in some steps. None if a run is one step with all of its loops.
+    rows: number of tokens that one step of all devices samples or processes.
+    text: optimised and scheduled HLO.
+  """
 
   name: str
-  seconds: float  # to compile
-  memory: dict[str, int]  # bytes of KINDS
-  counted: float  # FLOPs by the compiler's cost analysis, which counts a loop's body once
-  flops: float  # of one step
-  read: float  # bytes that a step cannot help moving to and from memory
+  seconds: float
+  memory: dict[str, int]
+  counted: float
+  flops: float
+  read: float
   collectives: tuple[Collective, ...]
-  copies: dict[int, int]  # bytes of large copies by depth
-  step: int | None  # depth of what happens each step; less is once a run, more is now and then.
-  # None: a run is one step, with all of its loops.
-  rows: int  # tokens that one step of all devices gives or takes in
-  text: str  # HLO, optimised and scheduled
+  copies: dict[int, int]
+  step: int | None
+  rows: int
+  text: str
 
   def in_step(self, depth: int) -> bool:
-    """Whether what stands at this depth happens in each step."""
+    """Return whether operations at this depth happen in every step."""
     return self.step is None or depth == self.step
 
   def times(self, chip: Chip) -> dict[str, float]:
-    """Seconds that a step needs, at least, of compute, memory and links."""
-    found = [c for c in self.collectives if self.in_step(c.depth)]
-    # The sampler's step is one turn of its loop; loops within a train step run in full.
-    sent = sum(c.sent * (c.runs if self.step is None else 1) for c in found)
+    """Return lower bounds on a step's time, in seconds, by compute, memory and links."""
+    collectives = [c for c in self.collectives if self.in_step(c.depth)]
+    # A step of the sampler is one iteration of its loop; the loops of a train step run in full.
+    sent = sum(c.sent * (c.runs if self.step is None else 1) for c in collectives)
     return {
       'compute': self.flops / chip.flops,
       'memory': self.read / chip.bandwidth,
@@ -50,24 +64,24 @@ class Program:
 
 
 class TooLarge(Exception):
-  """A program that the compiler found no room for.
+  """A program that does not fit the chip's memory.
 
   Attributes:
-    used: bytes that it would take.
-    limit: bytes that there are.
-    largest: the compiler's words on its largest arrays.
+    used: bytes that the program needs.
+    limit: bytes that the chip has.
+    largest: the compiler's descriptions of the largest arrays.
   """
 
   def __init__(self, message: str):
     super().__init__(message)
     sizes = re.findall(r'\b([\d.]+)([KMG])\b', message)
-    found = [float(number) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[unit] for number, unit in sizes]
-    self.used, self.limit = (*found, math.nan, math.nan)[:2]
-    self.largest = tuple(_largest(message))
+    counts = [float(number) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[unit] for number, unit in sizes]
+    self.used, self.limit = (*counts, math.nan, math.nan)[:2]
+    self.largest = tuple(_largest_arrays(message))
 
 
-def _largest(message: str) -> Iterator[str]:
-  """'1.96G f32[128256,4096] jit(step)/…' of the arrays that the compiler lists, largest first."""
+def _largest_arrays(message: str) -> Iterator[str]:
+  """Yield lines such as '1.96G f32[128256,4096] jit(step)/…', the largest array first."""
   for entry in re.split(r'\n\s*\d+\. Size: ', message)[1:]:
     shape = re.search(r'Shape: (\S+?)(?:\{\S*)?\s', entry)
     source = re.search(r'op_name="([^"]*)"', entry)
@@ -75,14 +89,14 @@ def _largest(message: str) -> Iterator[str]:
     yield ' '.join(part for part in parts if part)
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
-  """The tree of ShapeDtypeStructs with these shardings."""
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """Return the tree of ShapeDtypeStructs with the given shardings."""
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   return jax.tree.map(place, shapes, shardings)
 
 
 def local_bytes(tree: Any) -> int:
-  """Bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+  """Return the bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
@@ -96,27 +110,31 @@ def build(
   rows: int,
   flops: float | None = None,
 ) -> Program:
-  """Compiles a program and looks at it; the arguments are fields of Program.
+  """Compile a program and analyse it.
+
+  Args:
+    name, read, step, rows, flops: fields of `Program`. By default `flops` is the compiler's count.
+    lowered: the program.
 
   Raises:
-    TooLarge: if the chip's memory is too small for it.
+    TooLarge: if it does not fit the chip's memory.
   """
-  begin = time.perf_counter()
+  start = time.perf_counter()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' in str(error):
       raise TooLarge(str(error)) from error
     raise
-  seconds, found = time.perf_counter() - begin, compiled.memory_analysis()
+  seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
   memory = {
-    'argument': found.argument_size_in_bytes,
-    'output': found.output_size_in_bytes,
-    'alias': found.alias_size_in_bytes,
-    'temporary': found.temp_size_in_bytes,
-    'code': found.generated_code_size_in_bytes,
+    'argument': analysis.argument_size_in_bytes,
+    'output': analysis.output_size_in_bytes,
+    'alias': analysis.alias_size_in_bytes,
+    'temporary': analysis.temp_size_in_bytes,
+    'code': analysis.generated_code_size_in_bytes,
   }
-  # What is donated is counted as an argument and as an output, and is there once.
+  # A donated array counts both as an argument and as an output, but exists once.
   memory['total'] = sum(memory.values()) - 2 * memory['alias']
   text, counted = compiled.as_text(), compiled.cost_analysis()['flops']
   places = hlo.find_places(text)
@@ -135,63 +153,63 @@ def build(
   )
 
 
-def sizes(memory: dict[str, float]) -> str:
-  """'argument 1.250, output 0.001': GiB of each."""
+def format_sizes(memory: dict[str, float]) -> str:
+  """Return sizes in GiB, such as 'argument 1.250, output 0.001'."""
   return ', '.join(f'{name} {size / GIB:.3f}' for name, size in memory.items())
 
 
-def fits(program: Program, chip: Chip) -> str:
-  """'fits 15.75 GiB: yes', or by how much not."""
+def describe_fit(program: Program, chip: Chip) -> str:
+  """Return a text such as 'fits 15.75 GiB: yes', or by how much the program does not fit."""
   over = program.memory['total'] - chip.memory
   return f'fits {chip.memory / GIB:.2f} GiB: {f"NO, {over / GIB:.2f} over" if over > 0 else "yes"}'
 
 
-def least_time(program: Program, chip: Chip, parts: int = 1) -> list[str]:
-  """Lines with the least times of a program, of which the slice runs so many."""
+def describe_time(program: Program, chip: Chip, parts: int = 1) -> list[str]:
+  """Return lines with lower bounds on the time of a program that `parts` of the slice each run."""
   times = program.times(chip)
-  at_least, row = max(times.values()), sum(times.values())
+  bound, total = max(times.values()), sum(times.values())
   return [
-    'least time: '
+    'at least: '
     + ', '.join(f'{name} {1e3 * t:.3f} ms' for name, t in times.items())
-    + f'; a step {1e3 * at_least:.3f} ms, in a row {1e3 * row:.3f} ms',
-    f'tokens/s of the slice, at most {parts * program.rows / at_least:,.0f}, in a row '
-    f'{parts * program.rows / row:,.0f}',
+    + f'; a step {1e3 * bound:.3f} ms, without overlap {1e3 * total:.3f} ms',
+    f'tokens/s of the slice: at most {parts * program.rows / bound:,.0f}, without overlap '
+    f'{parts * program.rows / total:,.0f}',
   ]
 
 
-def by_place(program: Program) -> Iterator[tuple[str, list[Collective], int]]:
-  """(when, collectives, bytes copied) of what a program does once, each step, and now and then."""
+def group_by_frequency(program: Program) -> Iterator[tuple[str, list[Collective], int]]:
+  """Yield (when, collectives, copied bytes) for once per run, every step, and some steps."""
   if program.step is None:
     yield 'each step', list(program.collectives), sum(program.copies.values())
     return
-  for where, sign in (('once a run', -1), ('each step', 0), ('in a branch', 1)):
+  for when, sign in (('once per run', -1), ('each step', 0), ('in a branch', 1)):
     here = lambda depth, sign=sign: (depth > program.step) - (depth < program.step) == sign  # noqa: E731
-    found = [c._replace(runs=1) for c in program.collectives if here(c.depth)]
-    yield where, found, sum(size for depth, size in program.copies.items() if here(depth))
+    collectives = [c._replace(runs=1) for c in program.collectives if here(c.depth)]
+    yield when, collectives, sum(size for depth, size in program.copies.items() if here(depth))
 
 
-def communication(program: Program) -> list[str]:
-  """Lines that tell of collectives, by kind and when, and of copies."""
+def describe_communication(program: Program) -> list[str]:
+  """Return lines with the number and bytes of collectives and copies."""
   lines = []
-  for where, found, copied in by_place(program):
+  for when, collectives, copied in group_by_frequency(program):
     for kind in COLLECTIVES:
-      some = [(c.runs, c.runs * c.bytes) for c in found if c.kind == kind]
-      if some:
-        count, size = map(sum, zip(*some, strict=True))
-        lines.append(f'{where}: {count} {kind}, {size / 2**20:.3f} MiB')
+      totals = [(c.runs, c.runs * c.bytes) for c in collectives if c.kind == kind]
+      if totals:
+        count, size = map(sum, zip(*totals, strict=True))
+        lines.append(f'{when}: {count} {kind}, {size / 2**20:.3f} MiB')
     if copied:
-      lines.append(f'{where}: copies of {copied / 2**20:.1f} MiB')
+      lines.append(f'{when}: copies of {copied / 2**20:.1f} MiB')
   for c in sorted(program.collectives, key=lambda c: -c.bytes * c.runs)[:3]:
-    often = f'{c.runs} × ' if c.runs > 1 else ''
+    repeats = f'{c.runs} × ' if c.runs > 1 else ''
     lines.append(
-      f'largest: {often}{c.kind} of {c.bytes / 2**20:.3f} MiB over {c.group}, {c.source}'
+      f'largest: {repeats}{c.kind} of {c.bytes / 2**20:.3f} MiB over {c.group}, {c.source}'
     )
   return lines
 
 
 def as_json(program: Program, chip: Chip) -> dict[str, Any]:
-  """All that is known of a program but its text."""
+  """Return everything about a program except its text, as JSON data."""
   collectives = [c._asdict() | {'sent': c.sent} for c in program.collectives]
-  found = dataclasses.asdict(program)
-  del found['text']
-  return found | {'times': program.times(chip), 'collectives': collectives}
+  fields = dataclasses.asdict(program)
+  del fields['text']
+  return fields | {'times': program.times(chip), 'collectives': collectives}

@@ -1,4 +1,4 @@
-"""The sampler's programs: the prefill of a chunk, and the decode steps of all slots."""
+"""Compile the sampler's programs: prefill of a chunk, and decoding in all slots."""
 
 import dataclasses
 import math
@@ -16,40 +16,47 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.engine import EngineConfig
 from experiments.aot import program as programs
-from experiments.aot.program import Program, TooLarge, build, local_bytes, placed
+from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice
 
-SEARCHES = 4  # programs compiled, at most, to find the largest number of slots
+MAX_SEARCHES = 4  # programs to compile while searching for the largest number of slots
 
 
 def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
-  """The mesh that launch.py samples on: on several hosts each has `part` of the chips to itself."""
+  """Return the mesh that launch.py samples on.
+
+  Args:
+    sizes: the config's mesh.
+    chips: the whole slice.
+    part: the chips of one host. With several hosts, each samples on its own chips.
+  """
   if chips.hosts > 1:
     sizes = sizes | ({'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1})
   return make_mesh(**sizes, devices=part.devices)
 
 
 def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
-  """A model whose parameters are shapes with shardings."""
+  """Return a model whose parameters are ShapeDtypeStructs with shardings."""
   shapes = abstract_model(config, dtype, dtype)[1]
-  params = placed(shapes, param_shardings(shapes, mesh))
+  params = with_shardings(shapes, param_shardings(shapes, mesh))
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
 def abstract_cache(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
-  """What `device.allocate` and `device.prefill_prefix` would allocate."""
+  """Return the shapes of the cache that the engine would allocate for `rows` rows."""
   init = lambda: init_cache(lm.config, rows, lengths, device.cache_dtype(lm))  # noqa: E731
   form = device.cache_format(lm.mesh, spec)
   formats = tuple((form,) * len(layer) for layer in lengths)
-  return placed(jax.eval_shape(init), formats)
+  return with_shardings(jax.eval_shape(init), formats)
 
 
 def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
-  """Shared prefixes in caches of so many tokens."""
+  """Return the shapes of shared prefixes; `tokens` has the cache length of each."""
   length = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(lm.mesh, P()))
   spec, layers = P(None, 'tensor'), lm.config.num_layers
   return tuple(Prefix(abstract_cache(lm, 1, ((n,),) * layers, spec), length) for n in tokens)
@@ -57,34 +64,47 @@ def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """All that the sampling programs' shapes depend on."""
+  """Everything that determines the shapes of the sampling programs.
+
+  Attributes:
+    lm: the model, with shapes in place of parameters.
+    engine: the engine's settings.
+    slots: number of slots.
+    length: tokens of a slot's cache.
+    prefixes: tokens of each shared prefix's cache.
+  """
 
   lm: LM
   engine: EngineConfig
   slots: int
-  length: int  # tokens of a slot's cache
-  prefixes: tuple[int, ...]  # tokens of each shared prefix's cache
+  length: int
+  prefixes: tuple[int, ...]
 
   def cache(self) -> Cache:
-    """Shapes of the slots' caches."""
+    """Return the shapes of the slots' caches."""
     check_batch(self.slots, self.lm.mesh, 'slots')
     lengths = cache_lengths(self.lm.config, self.length, self.engine.slack, self.engine.spans)
     return abstract_cache(self.lm, self.slots, lengths, P(*BATCH, 'tensor'))
 
-  def read(self, rows: int, unembeds: bool) -> int:
-    """Bytes that a step over `rows` slots must read on each device; `unembeds`: gives logits."""
+  def bytes_read(self, rows: int, has_logits: bool) -> int:
+    """Return the bytes that a step must read on each device.
+
+    Args:
+      rows: number of slots in the step.
+      has_logits: whether the step computes logits.
+    """
     lm = self.lm
-    # Of a table that is looked up in, a row for each token is read: next to nothing.
+    # A lookup reads one row of the table per token, which is negligible.
     last = 'embed' if lm.config.tied_embeddings else 'head'
-    tables = {'embed', 'head'} - ({last} if unembeds else set())
+    tables = {'embed', 'head'} - ({last} if has_logits else set())
     params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
     shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
-    own = device.cache_bytes(lm, self.length, self.engine.slack) * rows // shards
-    return params + own + local_bytes(abstract_prefixes(lm, self.prefixes))
+    caches = device.cache_bytes(lm, self.length, self.engine.slack) * rows // shards
+    return params + caches + local_bytes(abstract_prefixes(lm, self.prefixes))
 
 
 def lower_decode(job: Sampler) -> jax.stages.Lowered:
-  """The burst of decode steps in all slots."""
+  """Return the lowered program of a burst of decode steps in all slots."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
   slots = jax.tree.map(shape, device.Slots.empty(job.slots))
   count, lm = jax.ShapeDtypeStruct((), jnp.int32), job.lm
@@ -96,7 +116,7 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
 
 
 def lower_prefill(job: Sampler) -> jax.stages.Lowered:
-  """The prefill of a chunk."""
+  """Return the lowered program that prefills a chunk."""
   lm = job.lm
   size, width = job.engine.chunk(job.slots, lm.mesh)
   chunk = device.Chunk.pack([[]] * batch_shards(lm.mesh), job.slots, size, width)
@@ -107,42 +127,45 @@ def lower_prefill(job: Sampler) -> jax.stages.Lowered:
 
 
 def build_decode(job: Sampler) -> Program:
-  """The decode program of all slots, compiled."""
-  read = job.read(job.slots, unembeds=True)
+  """Compile the program of decode steps in all slots."""
+  read = job.bytes_read(job.slots, has_logits=True)
   return build('decode', lower_decode(job), read, step=1, rows=job.slots)
 
 
 def build_prefill(job: Sampler) -> Program:
-  """The prefill program, compiled."""
+  """Compile the program that prefills a chunk."""
   shards = batch_shards(job.lm.mesh)
   size, width = job.engine.chunk(job.slots, job.lm.mesh)
   rows = device.piece_count(size, width) * shards
-  read = job.read(rows, unembeds=False)
+  read = job.bytes_read(rows, has_logits=False)
   name = f'prefill {size * shards}'
   return build(name, lower_prefill(job), read, step=0, rows=size * shards)
 
 
 def largest_slots(job: Sampler, first: Program | TooLarge, limit: float) -> tuple[int, Program]:
-  """The most slots that the decode program fits with, in the steps that `EngineConfig.fit` takes.
+  """Search for the largest number of slots with which the decode program fits.
 
   Args:
-    job: with some number of slots.
-    first: its decode program.
-    limit: bytes of the chip.
+    job: with the number of slots to start from.
+    first: the decode program of that job.
+    limit: memory of the chip in bytes.
+
+  Returns:
+    The number of slots, a multiple of what `EngineConfig.fit` allows, and the decode program.
 
   Raises:
-    ValueError: if none were found that fit.
+    UserError: if no number of slots that fits was found.
   """
   bucket = 8 * batch_shards(job.lm.mesh)
-  of_slot = local_bytes(job.cache()) / job.slots
+  slot_bytes = local_bytes(job.cache()) / job.slots
   fixed = local_bytes(job.lm.params) + local_bytes(abstract_prefixes(job.lm, job.prefixes))
   best = first if isinstance(first, Program) else None
   low, high = (job.slots, math.inf) if best else (0, job.slots)
-  for _ in range(SEARCHES):
-    # Temporaries grow with the slots at most: what there is room for by that is there.
-    room, each = limit - fixed, of_slot
+  for _ in range(MAX_SEARCHES):
+    # Temporaries grow at most linearly with the slots, so this guess is safe.
+    room, each = limit - fixed, slot_bytes
     if best is not None:
-      room, each = limit - best.memory['total'], of_slot + best.memory['temporary'] / low
+      room, each = limit - best.memory['total'], slot_bytes + best.memory['temporary'] / low
     guess = (low + room / each) // bucket * bucket
     guess = int(guess if guess < high else (low + high) / 2 // bucket * bucket)
     if guess <= low:
@@ -153,20 +176,20 @@ def largest_slots(job: Sampler, first: Program | TooLarge, limit: float) -> tupl
     except TooLarge:
       high = guess
   if best is None:
-    raise ValueError(f'no number of slots was found to fit; {high} do not.')
+    raise UserError(f'No number of slots was found that fits; {high} slots do not.')
   return best.rows, best
 
 
-def report(program: Program, chip: Chip, parts: int) -> list[str]:
-  """Lines that tell of a program, of which the slice runs so many."""
-  told = [
-    f'GiB: {programs.sizes(program.memory)}',
-    programs.fits(program, chip),
+def describe(program: Program, chip: Chip, parts: int) -> list[str]:
+  """Return lines that describe a program that `parts` of the slice each run."""
+  lines = [
+    f'GiB: {programs.format_sizes(program.memory)}',
+    programs.describe_fit(program, chip),
     f'{program.flops / 1e9:.2f} GFLOP and {program.read / GIB:.3f} GiB to read each step',
-    *programs.least_time(program, chip, parts),
-    *programs.communication(program),
+    *programs.describe_time(program, chip, parts),
+    *programs.describe_communication(program),
   ]
-  return [f'{program.name} (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in told)]
+  return [f'{program.name} (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in lines)]
 
 
 def study(
@@ -177,14 +200,14 @@ def study(
   search: bool = False,
   hlo: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-  """Compiles the programs, prints what they take, and gives it as JSON could have it.
+  """Compile the programs, print their memory and time, and return them as JSON data.
 
   Args:
     job: what to compile.
-    chips: what for.
-    parts: of the slice that each run such programs.
-    names: of the programs.
-    search: whether to look for the largest number of slots too.
+    chips: the slice to compile for.
+    parts: number of parts of the slice that each run these programs.
+    names: programs to compile.
+    search: whether to search for the largest number of slots as well.
     hlo: folder for the compiled programs as text.
   """
   lm, chip = job.lm, chips.chip
@@ -197,7 +220,7 @@ def study(
   print(
     f'sampling on {parts} × mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {lm.dtype}; '
     f'{job.slots} slots of {job.length} tokens, prefixes of {list(job.prefixes)}\n'
-    f'GiB on each chip: {programs.sizes(sizes)}',
+    f'GiB on each chip: {programs.format_sizes(sizes)}',
     flush=True,
   )
   result = {
@@ -210,28 +233,29 @@ def study(
     'programs': [],
     'too_large': {},
   }
-  if (least := sizes['parameters'] + sizes['prefixes']) > chip.memory:
-    print(f'no program fits: {(least - chip.memory) / GIB:.2f} GiB over by the parameters alone')
-    return result | {'too_large': dict.fromkeys(names, least)}
+  if (minimum := sizes['parameters'] + sizes['prefixes']) > chip.memory:
+    excess = (minimum - chip.memory) / GIB
+    print(f'no program fits: the parameters alone exceed the memory by {excess:.2f} GiB')
+    return result | {'too_large': dict.fromkeys(names, minimum)}
   builders = {'decode': build_decode, 'prefill': build_prefill}
-  found = {}
+  compiled: dict[str, Program | TooLarge] = {}
   for name in names:
     try:
-      found[name] = builders[name](job)
-      print('\n'.join(report(found[name], chip, parts)), flush=True)
-      result['programs'].append(programs.as_json(found[name], chip))
+      program = compiled[name] = builders[name](job)
+      print('\n'.join(describe(program, chip, parts)), flush=True)
+      result['programs'].append(programs.as_json(program, chip))
       if hlo:
-        (hlo / f'{name}.hlo').write_text(found[name].text)
+        (hlo / f'{name}.hlo').write_text(program.text)
     except TooLarge as error:
-      found[name] = error
+      compiled[name] = error
       result['too_large'][name] = error.used
       print(f'{name} does NOT fit: {error.used / GIB:.2f} GiB of {error.limit / GIB:.2f}')
-  if search and 'decode' in found:
-    most, program = largest_slots(job, found['decode'], chip.memory)
-    result['largest'] = {'slots': most, 'memory': program.memory, 'times': program.times(chip)}
-    cache = local_bytes(dataclasses.replace(job, slots=most).cache()) + sizes['prefixes']
+  if search and 'decode' in compiled:
+    slots, program = largest_slots(job, compiled['decode'], chip.memory)
+    result['largest'] = {'slots': slots, 'memory': program.memory, 'times': program.times(chip)}
+    cache = local_bytes(dataclasses.replace(job, slots=slots).cache()) + sizes['prefixes']
     print(
-      f'largest number of slots that fits: engine.slots={most}, engine.cache_gib={cache / GIB:.2f}'
+      f'largest number of slots that fits: engine.slots={slots}, engine.cache_gib={cache / GIB:.2f}'
     )
-    print('\n'.join(report(program, chip, parts)), flush=True)
+    print('\n'.join(describe(program, chip, parts)), flush=True)
   return result

@@ -1,4 +1,4 @@
-"""The chips of TPU slices, and what each can do."""
+"""TPU slices and the specifications of their chips."""
 
 import dataclasses
 import importlib.util
@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from cai_jax.runtime.errors import UserError
+
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What one chip can do, by cloud.google.com/tpu/docs/v5e, v5p and v6e."""
+  """The specification of one chip. Source: cloud.google.com/tpu/docs/v5e, v5p and v6e."""
 
-  memory: float  # bytes of its 16, 95 or 32 GiB that a program may use, as libtpu 0.0.42 says
-  flops: float  # FLOP/s in bf16
-  bandwidth: float  # bytes/s of HBM
-  links: float  # bytes/s that all its links together send; half of the 'bidirectional' figure
-  cores: int  # that an accelerator type's name counts of each chip
-  type: str  # such names begin with it
+  memory: float  # bytes that a program may use, according to libtpu 0.0.42
+  flops: float  # peak FLOP/s in bf16
+  bandwidth: float  # of HBM, in bytes/s
+  links: float  # bytes/s that all links send together: half of the 'bidirectional' figure
+  cores: int  # per chip, as counted in the names of accelerator types
+  type: str  # prefix of the names of accelerator types
 
 
 CHIPS = {
@@ -33,7 +35,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """The chips to compile for."""
+  """The chips that programs are compiled for."""
 
   name: str
   chip: Chip
@@ -41,32 +43,34 @@ class Slice:
 
   @property
   def hosts(self) -> int:
-    """Processes that the slice runs."""
+    """The number of hosts, and so of processes."""
     return len({d.process_index for d in self.devices})
 
-  def of_host(self) -> 'Slice':
-    """One host's part."""
+  def first_host(self) -> 'Slice':
+    """Return the chips of one host as a slice."""
     if self.hosts == 1:
       return self
     first = self.devices[0].process_index
-    places = [d.coords for d in self.devices if d.process_index == first]
+    coordinates = [d.coords for d in self.devices if d.process_index == first]
     dimensions = self.name.count('x') + 1
-    sizes = [len({place[axis] for place in places}) for axis in range(dimensions)]
-    # Compiled for on its own, as libtpu numbers a program's chips from 0 without gaps.
+    sizes = [len({c[axis] for c in coordinates}) for axis in range(dimensions)]
+    # This must be a topology of its own: libtpu numbers the chips of a program from 0 without gaps.
     return find_slice(f'{self.name.partition(":")[0]}:{"x".join(map(str, sizes))}')
 
 
 def find_slice(name: str) -> Slice:
-  """The chips of a topology such as 'v5e:4x4'.
+  """Return the slice with a topology such as 'v5e:4x4'.
 
   Raises:
-    ValueError: for a chip that is not in CHIPS, a shape that libtpu does not know, or without it.
+    UserError: if the chip is not in CHIPS, libtpu does not know the shape, or libtpu is missing.
   """
   kind, _, shape = name.partition(':')
   if kind not in CHIPS or not re.fullmatch(r'\d+(x\d+)*', shape):
-    raise ValueError(f'topology {name!r}: give one of {", ".join(CHIPS)} and a shape: v5e:4x4.')
+    raise UserError(
+      f'{name!r} is not a topology. Give a chip ({", ".join(CHIPS)}) and a shape, such as v5e:4x4.'
+    )
   if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
-    raise ValueError(
+    raise UserError(
       'libtpu, which compiles for TPUs, is not installed: '
       f"pip install 'jax[tpu]=={jax.__version__}'"
     )
@@ -74,7 +78,7 @@ def find_slice(name: str) -> Slice:
   cores = chip.cores * math.prod(map(int, shape.split('x')))
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{chip.type}-{cores}')
   try:
-    found = topologies.get_topology_desc(platform='tpu', topology_name=name)
-  except Exception as error:  # the kind depends on what is wrong
-    raise ValueError(f'libtpu has no topology {name!r}: {error}') from error
-  return Slice(name, chip, tuple(found.devices))
+    description = topologies.get_topology_desc(platform='tpu', topology_name=name)
+  except Exception as error:  # libtpu raises several types
+    raise UserError(f'libtpu has no topology {name!r}: {error}') from error
+  return Slice(name, chip, tuple(description.devices))

@@ -1,4 +1,4 @@
-"""The train step, for the whole slice as one mesh, as launch.py would run it."""
+"""Compile the train step for the whole slice as one mesh, as launch.py would run it."""
 
 import dataclasses
 import pathlib
@@ -13,20 +13,21 @@ from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
 from cai_jax.training import step as train_steps
 from cai_jax.training.config import TrainConfig
 from experiments.aot import program as programs
-from experiments.aot import work
+from experiments.aot.flops import traced_flops
 from experiments.aot.program import Program, TooLarge, build, local_bytes
 from experiments.aot.slices import GIB, Chip, Slice
 
-STEPS = 1000  # of the run: the schedule's constants, nothing else
+STEPS = 1000  # of the run; only constants of the learning-rate schedule depend on it
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """All that the train step's shapes depend on."""
+  """Everything that determines the shapes of the train step."""
 
   model: ModelConfig
   train: TrainConfig
@@ -37,43 +38,43 @@ class Training:
     check_batch(train.batch_size // train.accumulation, self.mesh, name)
     check_kernel(train.attention, self.mesh, train.dtype, train.max_length)
     if train.max_length > self.model.max_positions:
-      raise ValueError(
+      raise UserError(
         f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '
         "of the model's context."
       )
 
   @property
   def tokens(self) -> int:
-    """Of a step, in all rows."""
+    """The number of tokens of a step, over all rows."""
     return self.train.batch_size * self.train.max_length
 
   @property
   def model_flops(self) -> float:
-    """FLOPs that a step needs, by the model's formula, for rows that each are one sequence."""
+    """The FLOPs that the model needs for a step, if each row is one sequence."""
     lengths = [self.train.max_length] * self.train.batch_size
     return self.model.training_flops(lengths, adapters=self.train.lora is not None)
 
   @property
   def rows(self) -> int:
-    """Of a micro-batch, on a device."""
+    """The number of rows of a micro-batch on one device."""
     shards = batch_shards(self.mesh)
     return self.train.batch_size // self.train.accumulation // shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """The step and its arguments, as shapes with shardings."""
+  """The jitted step, and the shapes and shardings of its arguments."""
 
-  step: Any  # jitted
+  step: Any
   state: train_steps.TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
 
   def trace(self) -> jax.stages.Traced:
-    """The step as a program of all devices."""
+    """Trace the step as one program of all devices."""
     return self.step.trace(self.state, self.batch)
 
   def bytes(self) -> dict[str, int]:
-    """Of each argument, on a device."""
+    """Return the bytes of each argument on one device."""
     others = {'average': self.state.ema, 'frozen': self.state.frozen}
     return {
       'parameters': local_bytes(self.state.params),
@@ -84,13 +85,13 @@ class Shapes:
 
 
 def shapes_of(job: Training) -> Shapes:
-  """The step of a job, as `loop.fit` makes it: what is used of the training library stands here."""
+  """Return the train step of a job and the shapes of its arguments, as `loop.fit` makes them."""
   graph, params = abstract_model(job.model, job.train.dtype)
   frozen = None
   if job.train.lora is not None:
     graph, frozen = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0], params
-    first = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
-    params = jax.eval_shape(first, jax.random.key(0))
+    init = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
+    params = jax.eval_shape(init, jax.random.key(0))
   state = train_steps.abstract_state(params, job.train, job.mesh, frozen)
   step = train_steps.make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
@@ -100,19 +101,19 @@ def shapes_of(job: Training) -> Shapes:
   return Shapes(step, state, batch)
 
 
-def least_read(job: Training, shapes: Shapes) -> float:
-  """Bytes that a step must move on each device.
+def min_bytes_moved(job: Training, shapes: Shapes) -> float:
+  """Return the bytes that a step must move on each device.
 
-  What is learnt and its moments are read and written; what multiplies is read in the compute dtype
-  once in the forward and once in the backward pass of each micro-batch, after it was gathered.
+  Trained parameters and their moments are read and written once. All parameters, gathered and in
+  the compute dtype, are read in the forward and in the backward pass of each micro-batch.
   """
   state = local_bytes(shapes.state.learnt)
-  whole = job.model.num_params * jnp.dtype(job.train.dtype).itemsize / job.mesh.shape['tensor']
-  return 2 * state + 2 * job.train.accumulation * whole
+  params = job.model.num_params * jnp.dtype(job.train.dtype).itemsize / job.mesh.shape['tensor']
+  return 2 * state + 2 * job.train.accumulation * params
 
 
-def temporaries(job: Training, shapes: Shapes) -> dict[str, int]:
-  """Bytes of what is known to be among a device's temporaries."""
+def known_temporaries(job: Training, shapes: Shapes) -> dict[str, int]:
+  """Return the bytes of a device's temporaries that can be computed from shapes."""
   known = {'gradients': local_bytes(shapes.state.params)}
   if job.train.remat == 'full':
     tokens = job.rows * job.train.max_length
@@ -122,110 +123,115 @@ def temporaries(job: Training, shapes: Shapes) -> dict[str, int]:
 
 
 def build_train(job: Training, shapes: Shapes) -> Program:
-  """The train step, compiled.
+  """Compile the train step.
 
   Raises:
-    TooLarge: if the chip's memory is too small for it.
+    TooLarge: if it does not fit the chip's memory.
   """
   traced = shapes.trace()
-  flops = work.traced_flops(traced.jaxpr.jaxpr) / job.mesh.size
-  read = least_read(job, shapes)
+  flops = traced_flops(traced.jaxpr.jaxpr) / job.mesh.size
+  read = min_bytes_moved(job, shapes)
   return build('train', traced.lower(), read, step=None, rows=job.tokens, flops=flops)
 
 
-def describe(job: Training) -> str:
-  """What is computed, and on which mesh."""
+def describe_job(job: Training) -> str:
+  """Return a text with the job's mesh and settings."""
   train, mesh = job.train, job.mesh.shape
   return (
     f'training on mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {train.dtype}: '
     f'{train.batch_size} rows of {train.max_length} tokens in {train.accumulation} micro-batches '
-    f'({job.rows} rows a device at once), remat {train.remat}, attention {train.attention}'
-    + (f', adapters of rank {train.lora_rank}' if train.lora else '')
+    f'({job.rows} rows per device at once), remat {train.remat}, attention {train.attention}'
+    + (f', adapters of rank {train.lora.rank}' if train.lora is not None else '')
   )
 
 
-def report(job: Training, shapes: Shapes, program: Program, chip: Chip) -> list[str]:
-  """Lines that tell of a train step."""
-  m, known = program.memory, temporaries(job, shapes)
-  model = job.model_flops / job.mesh.size
-  row = sum(program.times(chip).values())
-  told = [
-    f'GiB: {programs.sizes(shapes.bytes())}, code {m["code"] / GIB:.3f}, '
-    f'temporary {m["temporary"] / GIB:.3f}, total {m["total"] / GIB:.3f}',
-    f'of the temporaries, GiB: {programs.sizes(known)}; activations and what is gathered take the '
-    'rest',
-    programs.fits(program, chip),
-    f'TFLOP a step: the model needs {model / 1e12:.3f} (6 · parameters · tokens, and causal '
-    f'attention), the program does {program.flops / 1e12:.3f} (its products, in all turns of all '
-    f'loops), the compiler counts {program.counted / 1e12:.3f} (bodies of loops once)',
-    *programs.least_time(program, chip),
-    f'utilisation (FLOPs of the model over peak) in a row {model / chip.flops / row:.1%}',
-    *programs.communication(program),
+def describe_program(job: Training, shapes: Shapes, program: Program, chip: Chip) -> list[str]:
+  """Return lines that describe a compiled train step."""
+  memory, known = program.memory, known_temporaries(job, shapes)
+  model_flops = job.model_flops / job.mesh.size
+  seconds = sum(program.times(chip).values())
+  lines = [
+    f'GiB: {programs.format_sizes(shapes.bytes())}, code {memory["code"] / GIB:.3f}, '
+    f'temporary {memory["temporary"] / GIB:.3f}, total {memory["total"] / GIB:.3f}',
+    f'of the temporaries, GiB: {programs.format_sizes(known)}; the rest are activations and '
+    'gathered parameters',
+    programs.describe_fit(program, chip),
+    f'TFLOP per step: the model needs {model_flops / 1e12:.3f} (6 · parameters · tokens, and '
+    f'causal attention), the program does {program.flops / 1e12:.3f} (matrix products, with all '
+    f'iterations of loops), the compiler counts {program.counted / 1e12:.3f} (each loop once)',
+    *programs.describe_time(program, chip),
+    'utilisation (FLOPs of the model over peak) without overlap: '
+    f'{model_flops / chip.flops / seconds:.1%}',
+    *programs.describe_communication(program),
   ]
-  return [f'train (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in told)]
+  return [f'train (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in lines)]
 
 
-def advice(job: Training, shapes: Shapes, chip: Chip) -> list[str]:
-  """Settings that would take less memory, the cheapest first."""
+def suggest_settings(job: Training, shapes: Shapes) -> list[str]:
+  """Return settings that take less memory, the cheapest first."""
   train, mesh, sizes = job.train, job.mesh.shape, shapes.bytes()
-  told = []
+  suggestions = []
   if train.remat != 'full':
-    told.append("train.remat='full': keep no more of a block than its input")
+    suggestions.append("train.remat='full': store only the input of each block")
   if train.attention == 'xla':
-    told.append("train.attention='splash': no scores in memory")
+    suggestions.append("train.attention='splash': store no attention scores")
   if job.rows > 1:
-    told.append(f'train.accumulation={train.accumulation * job.rows}: one row a device at once')
+    accumulation = train.accumulation * job.rows
+    suggestions.append(f'train.accumulation={accumulation}: one row per device at once')
   if mesh['data'] > 1:
     state = sizes['parameters'] + sizes['optimizer']
-    told.append(
+    suggestions.append(
       f'mesh.fsdp={mesh["fsdp"] * mesh["data"]}, mesh.data=1: parameters, moments and gradients '
       f'take {state / mesh["data"] / GIB:.2f} + {sizes["parameters"] / mesh["data"] / GIB:.2f} GiB'
     )
-  told.append(f'mesh.tensor={2 * mesh["tensor"]}: half of what is gathered and of each product')
-  told.append('a larger slice, or chips with more memory')
-  return told
+  suggestions.append(
+    f'mesh.tensor={2 * mesh["tensor"]}: half of the gathered parameters and of each product'
+  )
+  suggestions.append('a larger slice, or chips with more memory')
+  return suggestions
 
 
 def study(
   jobs: dict[str, Training], chips: Slice, hlo: pathlib.Path | None = None
 ) -> list[dict[str, Any]]:
-  """Compiles the train step of each job, prints what it takes, and gives it as JSON could have it.
+  """Compile the train step of each job, print its memory and time, and return them as JSON data.
 
   Args:
-    jobs: what to compile, by the settings that make the difference; a table is printed of several.
-    chips: what for.
+    jobs: what to compile, by the settings in which the jobs differ. For several jobs this prints a
+      table.
+    chips: the slice to compile for.
     hlo: folder for the compiled programs as text.
   """
   chip, results, rows = chips.chip, [], []
   for name, job in jobs.items():
     shapes = shapes_of(job)
-    print(describe(job) + (f' ({name})' if name else ''), flush=True)
+    print(describe_job(job) + (f' ({name})' if name else ''), flush=True)
     result = {
       'settings': name,
       'mesh': dict(job.mesh.shape),
       'train': dataclasses.asdict(job.train),
-      'bytes': shapes.bytes() | temporaries(job, shapes),
+      'bytes': shapes.bytes() | known_temporaries(job, shapes),
       'model_flops': job.model_flops,
     }
     results.append(result)
     program, used = None, sum(shapes.bytes().values()) + local_bytes(shapes.state.params)
     try:
       if used > chip.memory:
-        print('parameters, moments and gradients alone are too much: not compiled')
+        print('not compiled: parameters, moments and gradients alone do not fit')
       else:
         program = build_train(job, shapes)
         used = program.memory['total']
-        print('\n'.join(report(job, shapes, program, chip)), flush=True)
+        print('\n'.join(describe_program(job, shapes, program, chip)), flush=True)
         result['program'] = programs.as_json(program, chip)
         if hlo:
           (hlo / f'train{len(results) if name else ""}.hlo').write_text(program.text)
     except TooLarge as error:
       used = error.used
-      print('\n'.join(f'  of it: {line}' for line in error.largest[:8]))
+      print('\n'.join(f'  largest: {line}' for line in error.largest[:8]))
     result['used'], result['fits'] = used, used <= chip.memory
     if used > chip.memory:
       print(f'train does NOT fit: {used / GIB:.2f} GiB, {(used - chip.memory) / GIB:.2f} over')
-      print('\n'.join(f'  less: {line}' for line in advice(job, shapes, chip)), flush=True)
+      print('\n'.join(f'  to save memory: {s}' for s in suggest_settings(job, shapes)), flush=True)
     rows.append(_table_row(name, job, program, used, chip))
   if len(jobs) > 1:
     print('\n'.join((*TABLE, *rows)))
@@ -233,17 +239,17 @@ def study(
 
 
 TABLE = (
-  '| settings | GiB | fits | TFLOP | compute | memory | links | in a row | tokens/s in a row |',
+  '| settings | GiB | fits | TFLOP | compute | memory | links | no overlap | tokens/s |',
   '|---|---|---|---|---|---|---|---|---|',
 )
 
 
 def _table_row(name: str, job: Training, program: Program | None, used: float, chip: Chip) -> str:
-  cells: Sequence[str] = [name or 'as the config has it', f'{used / GIB:.2f}']
+  cells: Sequence[str] = [name or 'the config', f'{used / GIB:.2f}']
   cells += ['yes' if used <= chip.memory else f'{(used - chip.memory) / GIB:.2f} over']
   if program is not None:
     times = program.times(chip)
-    row = sum(times.values())
+    total = sum(times.values())
     cells += [f'{program.flops / 1e12:.2f}', *(f'{1e3 * t:.0f} ms' for t in times.values())]
-    cells += [f'{1e3 * row:.0f} ms', f'{job.tokens / row:,.0f}']
+    cells += [f'{1e3 * total:.0f} ms', f'{job.tokens / total:,.0f}']
   return '| ' + ' | '.join((*cells, *[''] * (9 - len(cells)))) + ' |'

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs: what is read from HLO, and a tiny model for a real slice."""
+"""Test ahead-of-time compilation for TPUs: reading HLO, and a tiny model on a real slice."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from cai_jax.model.families.family import config_from_hf
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import objective
 from cai_jax.training.config import TrainConfig
-from experiments.aot import __main__, hlo, work
+from experiments.aot import __main__, hlo
+from experiments.aot.flops import traced_flops
 from experiments.aot.models import find_model
 from experiments.aot.program import TooLarge
 from experiments.aot.slices import find_slice
@@ -88,42 +89,42 @@ replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add, metadata={op_name="jit(step
 """
 
 
-def test_collectives_are_found_once_with_bytes_group_and_place():
-  found = {c.kind: c for c in hlo.find_collectives(HLO, hlo.find_places(HLO)) if c.depth < 2}
-  assert {k: (c.bytes, c.group, c.depth, c.runs) for k, c in found.items()} == {
+def test_each_collective_is_found_once_with_its_bytes_group_and_place():
+  by_kind = {c.kind: c for c in hlo.find_collectives(HLO, hlo.find_places(HLO)) if c.depth < 2}
+  assert {k: (c.bytes, c.group, c.depth, c.runs) for k, c in by_kind.items()} == {
     'all-reduce': (24, 4, 0, 1),
     'collective-permute': (16, 2, 1, 5),
     'all-gather': (128, 2, 1, 5),
     'reduce-scatter': (32, 4, 0, 1),
   }
-  assert found['all-reduce'].source == 'jit(step)/sum'
-  assert found['all-reduce'].sent == 2 * 24 * 3 / 4
-  assert found['all-gather'].sent == 128 / 2
-  assert found['reduce-scatter'].sent == 32 * 3
+  assert by_kind['all-reduce'].source == 'jit(step)/sum'
+  assert by_kind['all-reduce'].sent == 2 * 24 * 3 / 4
+  assert by_kind['all-gather'].sent == 128 / 2
+  assert by_kind['reduce-scatter'].sent == 32 * 3
 
 
-def test_what_stands_in_a_branch_is_deeper_than_the_loop():
-  found = list(hlo.find_collectives(HLO, hlo.find_places(HLO)))
-  assert len(found) == 5
-  (branch,) = (c for c in found if c.depth == 2)
+def test_a_collective_in_a_branch_is_deeper_than_the_loop_around_it():
+  collectives = list(hlo.find_collectives(HLO, hlo.find_places(HLO)))
+  assert len(collectives) == 5
+  (branch,) = (c for c in collectives if c.depth == 2)
   assert (branch.kind, branch.bytes, branch.group, branch.runs) == ('all-reduce', 16, 2, 5)
 
 
-def test_large_copies_are_summed_by_depth_over_the_turns_of_loops():
+def test_large_copies_are_summed_by_depth_over_loop_iterations():
   assert hlo.large_copies(HLO, hlo.find_places(HLO)) == {1: 5 * 4 * 512 * 1024}
 
 
-def test_a_loop_of_unknown_length_counts_once():
+def test_a_loop_of_unknown_length_counts_as_one_iteration():
   text = HLO.replace('compare(%turn, %turns)', 'compare(%turn, %other)')
   assert {c.runs for c in hlo.find_collectives(text, hlo.find_places(text))} == {1}
 
 
-def test_unknown_groups_are_an_error():
+def test_unknown_replica_groups_are_an_error():
   with pytest.raises(ValueError, match='replica groups'):
     hlo.group_size('%x = f32[4] all-reduce(%y), replica_groups=?')
 
 
-def test_what_would_be_used_is_read_from_the_compilers_message():
+def test_memory_needed_is_read_from_the_compilers_message():
   error = TooLarge(
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
     '(34.27G) exceeds available HBM (15.75G).'
@@ -132,7 +133,7 @@ def test_what_would_be_used_is_read_from_the_compilers_message():
 
 
 @pytest.mark.parametrize('name', ['v9z:4x4', 'v5e', 'v5e:4by4'])
-def test_a_topology_that_is_none_is_an_error(name):
+def test_an_unknown_topology_is_an_error(name):
   with pytest.raises(ValueError, match='topology'):
     find_slice(name)
 
@@ -145,66 +146,68 @@ def test_a_topology_that_is_none_is_an_error(name):
     ('Qwen/Qwen3-0.6B', 596_049_920),
   ],
 )
-def test_models_that_are_known_have_the_published_number_of_parameters(name, params):
+def test_listed_models_have_the_published_number_of_parameters(name, params):
   assert find_model(name).num_params == params
 
 
-def test_other_models_are_known_by_folder(tmp_path):
+def test_other_models_are_read_from_a_folder(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(TINY))
   assert find_model('another', str(tmp_path)).num_layers == 2
   with pytest.raises(ValueError, match='--model_config'):
     find_model('another')
 
 
-def test_settings_of_a_command_line_have_the_types_of_the_config():
+def test_command_line_settings_keep_the_types_of_the_config():
   config = __main__.load_config(str(ROOT / 'configs' / 'llama3_8b_v5e.py'))
   settings = 'train.accumulation=2,mesh.tensor=1,train.dtype=float32'
-  found = __main__.override(config, settings)
-  assert (found.train.accumulation, found.mesh.tensor, found.train.dtype) == (2, 1, 'float32')
+  changed = __main__.override_config(config, settings)
+  assert (changed.train.accumulation, changed.mesh.tensor, changed.train.dtype) == (2, 1, 'float32')
   assert config.train.dtype == 'bfloat16'
   for wrong in ('train.acumulation=2', 'train=2', 'train.accumulation=two'):
     with pytest.raises(ValueError, match='--settings'):
-      __main__.override(config, wrong)
+      __main__.override_config(config, wrong)
 
 
-def traced(config, **settings):
-  """FLOPs of the train step's products."""
+def count_flops(config, **settings):
+  """Return the FLOPs of the train step's products, and its number of tokens."""
   train = TrainConfig(batch_size=8, max_length=32, **settings)
   mesh = make_mesh(devices=jax.devices()[:1])
   job = Training(config, train, mesh)
-  return work.traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens
+  return traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens
 
 
 @pytest.mark.parametrize(('tied', 'dtype'), [(False, 'float32'), (True, 'bfloat16')])
-def test_a_step_does_the_products_that_the_formula_counts_however_it_is_split(tied, dtype):
+def test_traced_flops_equal_the_formula_with_and_without_accumulation(tied, dtype):
   config = config_from_hf(TINY | {'tie_word_embeddings': tied})
-  found, tokens = traced(config, dtype=dtype)
+  flops, tokens = count_flops(config, dtype=dtype)
   formula = config.training_flops([32] * 8)
   formula -= 6 * (2 * config.num_layers + 1) * config.d_model * tokens  # scales of norms
-  # Plain attention computes all pairs, of which the formula leaves out those after the query.
+  # Plain attention computes all pairs of positions; the formula counts only causal pairs.
   formula += 12 * config.num_layers * config.d_model * 8 * (32 * 31 // 2)
   formula += 2 * config.num_layers * config.d_model * 32 * tokens  # scores, again backward
-  # How many slices of the places are targets is seen in the loop only: it counts as one of them.
+  # The loop over slices of targets has a data-dependent length, so it counts as one iteration.
   head = 6 * config.vocab_size * config.d_model * tokens
   formula -= head - head // objective.LEAST_SLICES
-  assert found == formula
-  assert traced(config, dtype=dtype, accumulation=4) == (found, tokens)
+  assert flops == formula
+  assert count_flops(config, dtype=dtype, accumulation=4) == (flops, tokens)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_recomputed_products_count_again(dtype):
+def test_rematerialised_products_count_twice(dtype):
   config = config_from_hf(TINY)
-  found, tokens = traced(config, dtype=dtype)
+  flops, tokens = count_flops(config, dtype=dtype)
   scores = 4 * config.num_layers * config.d_model * tokens * 32  # and the values that they weigh
-  dots, full = (traced(config, dtype=dtype, remat=name)[0] - found for name in ('dots', 'full'))
-  # The last product of a block is in no gradient but through its factors.
+  dots, full = (
+    count_flops(config, dtype=dtype, remat=name)[0] - flops for name in ('dots', 'full')
+  )
+  # The gradient does not need the result of the last product in a block, only its factors.
   again = config.num_params - 2 * config.vocab_size * config.d_model
   again -= config.num_layers * config.d_ff * config.d_model
   assert dots == scores
   assert full == pytest.approx(2 * tokens * again + scores, rel=0.01)
 
 
-def test_a_scan_counts_in_its_full_length_and_a_conditional_by_its_dearest_branch():
+def test_a_scan_counts_its_length_and_a_conditional_its_most_expensive_branch():
   def repeated(x):
     return jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
 
@@ -212,54 +215,58 @@ def test_a_scan_counts_in_its_full_length_and_a_conditional_by_its_dearest_branc
     return jax.lax.cond(x[0, 0] > 0, repeated, lambda x: x @ x, x)
 
   x = jnp.ones((4, 4))
-  assert work.traced_flops(jax.make_jaxpr(repeated)(x).jaxpr) == 5 * 2 * 4**3
-  assert work.traced_flops(jax.make_jaxpr(jax.jit(chosen))(x).jaxpr) == 5 * 2 * 4**3
+  assert traced_flops(jax.make_jaxpr(repeated)(x).jaxpr) == 5 * 2 * 4**3
+  assert traced_flops(jax.make_jaxpr(jax.jit(chosen))(x).jaxpr) == 5 * 2 * 4**3
 
 
 @pytest.fixture(scope='module')
 def compiled(tmp_path_factory):
-  """What the command writes for a tiny model, in a process of its own: libtpu stays out of here."""
+  """Compile a tiny model in another process, so that libtpu is not loaded into this one.
+
+  Returns:
+    The JSON that the command writes, and what it prints.
+  """
   folder = tmp_path_factory.mktemp('aot')
   (folder / 'config.json').write_text(json.dumps(TINY))
   command = [sys.executable, '-m', 'experiments.aot', '--topology=v5e:2x2']
   command += ['--config=configs/llama3_8b_v5e.py', f'--model_config={folder}', '--length=128']
-  command += ['--slots=16', '--no-search', '--prefixes', '64', f'--output={folder / "found.json"}']
+  command += ['--slots=16', '--no-search', '--prefixes', '64', f'--output={folder / "result.json"}']
   command += ['--settings', 'train.accumulation=4,mesh.tensor=2']
   environment = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'XLA_FLAGS')}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   if 'libtpu, which compiles for TPUs, is not installed' in done.stderr:
     pytest.skip("no libtpu here: pip install 'jax[tpu]' brings it")
   assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads((folder / 'found.json').read_text()), done.stdout
+  return json.loads((folder / 'result.json').read_text()), done.stdout
 
 
 def test_a_tiny_model_compiles_for_a_slice(compiled):
-  found, text = compiled
-  sampling = found['sampler']
+  results, text = compiled
+  sampling = results['sampler']
   assert sampling['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4}
   assert [p['name'] for p in sampling['programs']] == ['decode', 'prefill 1024']
   assert not sampling['too_large'] and 'NO' not in text
   for program in sampling['programs']:
     memory, sizes = program['memory'], sampling['bytes']
     assert memory['argument'] >= sizes['cache'] + sizes['prefixes']
-    assert memory['alias'] >= sizes['cache']  # donated, so that it is there once
+    assert memory['alias'] >= sizes['cache']  # donated, so it exists once
     assert program['flops'] > 0 and all(t > 0 for t in program['times'].values())
 
 
-def test_heads_and_ffw_are_summed_over_tensor_each_layer(compiled):
+def test_each_layer_sums_attention_and_feed_forward_over_tensor(compiled):
   decode = compiled[0]['sampler']['programs'][0]
   sums = [c for c in decode['collectives'] if c['kind'] == 'all-reduce' and c['depth'] == 1]
   assert len([c for c in sums if c['bytes'] >= 16 * 256 * 2]) >= 2 * 2
   assert {c['group'] for c in sums} <= {2, 4}
 
 
-def test_its_train_step_compiles_under_each_of_the_settings(compiled):
-  found, text = compiled
-  config, other = found['train']
+def test_the_train_step_compiles_with_each_of_the_settings(compiled):
+  results, text = compiled
+  config, other = results['train']
   assert (config['settings'], other['settings']) == ('', 'train.accumulation=4,mesh.tensor=2')
   assert other['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2}
   assert '| train.accumulation=4,mesh.tensor=2 |' in text
-  for result in found['train']:
+  for result in results['train']:
     program, sizes = result['program'], result['bytes']
     assert result['fits'] and result['used'] == program['memory']['total']
     state = sizes['parameters'] + sizes['optimizer']
@@ -269,9 +276,9 @@ def test_its_train_step_compiles_under_each_of_the_settings(compiled):
     assert all(t > 0 for t in program['times'].values())
 
 
-def test_loops_of_the_train_step_count_in_full(compiled):
+def test_flops_of_the_train_step_count_all_loop_iterations(compiled):
   whole, split = (result['program'] for result in compiled[0]['train'])
-  # What is recomputed is the same: the work is, in four micro-batches or in one.
+  # Four micro-batches do the same work as one, recomputation included.
   assert split['flops'] == pytest.approx(whole['flops'], rel=0.01)
-  assert split['counted'] < 0.5 * split['flops']  # the compiler's count has one of them
+  assert split['counted'] < 0.5 * split['flops']  # the compiler counts one micro-batch
   assert 4 in {c['runs'] for c in split['collectives']}

@@ -1,4 +1,4 @@
-"""FLOPs that a traced program does."""
+"""Count the FLOPs of a traced program."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,19 +6,23 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Equations whose results are those of the programs in them, one by one.
+# Primitives whose results are, one by one, the results of the programs inside them.
 CALLS = ('jit', 'pjit', 'closed_call', 'checkpoint', 'custom_vjp_call', 'cond', 'shard_map')
 
 
-def traced_flops(jaxpr: Jaxpr, wanted: Sequence[bool] | None = None) -> float:
-  """FLOPs of the matrix products of a program on all devices, each scan in its full length.
+def traced_flops(jaxpr: Jaxpr, needed: Sequence[bool] | None = None) -> float:
+  """Return the FLOPs of a program's matrix products, summed over all devices.
 
-  What nothing needs is left out, as compilers do: `wanted` says which results are, None is all. Of
-  a conditional the dearest branch counts; a loop whose length is not known counts once. A Pallas
-  kernel counts as its own estimate says, or else as if it skipped no block.
+  Like a compiler, this skips dead code. A scan counts with its full length, a conditional with its
+  most expensive branch, and a loop of unknown length with one iteration. A Pallas kernel counts
+  with its own estimate, or else as if it skipped no block.
+
+  Args:
+    jaxpr: the program.
+    needed: which of its results are used; by default all.
   """
-  results = zip(jaxpr.outvars, wanted or [True] * len(jaxpr.outvars), strict=True)
-  live = {x for x, want in results if want and not isinstance(x, Literal)}
+  results = zip(jaxpr.outvars, needed or [True] * len(jaxpr.outvars), strict=True)
+  live = {x for x, is_needed in results if is_needed and not isinstance(x, Literal)}
   total = 0.0
   for eqn in reversed(jaxpr.eqns):
     outs = [x in live for x in eqn.outvars]
@@ -34,13 +38,13 @@ def _equation_flops(eqn: Any, outs: Sequence[bool]) -> float:
     (contracted, _), _ = params['dimension_numbers']
     shape = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-  wanted = outs if name in CALLS else None
-  inner = [traced_flops(jaxpr, wanted) for value in params.values() for jaxpr in _jaxprs(value)]
+  needed = outs if name in CALLS else None
+  inner = [traced_flops(jaxpr, needed) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'scan':
     return params['length'] * sum(inner)
   if name == 'cond':
     return max(inner)
-  if name == 'shard_map':  # shapes within are one device's
+  if name == 'shard_map':  # the shapes inside are those of one device
     return params['mesh'].size * sum(inner)
   if name == 'pallas_call':
     if params['cost_estimate'] is not None:
@@ -50,7 +54,7 @@ def _equation_flops(eqn: Any, outs: Sequence[bool]) -> float:
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:
-  """The programs in a parameter of an equation."""
+  """Yield the programs inside a parameter of an equation."""
   if isinstance(value, ClosedJaxpr):
     yield value.jaxpr
   elif isinstance(value, Jaxpr):

@@ -11,7 +11,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.types import Completion, SamplingConfig
 
 PRINCIPLES = tuple(Principle(f'p{i}', f'What is wrong ({i})?', f'Mend it ({i}).') for i in range(5))

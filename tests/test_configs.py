@@ -12,8 +12,8 @@ from cai_jax.data import quality
 from cai_jax.data.prompts import PromptSource
 from cai_jax.feedback.config import FeedbackConfig
 from cai_jax.runtime.settings import flatten
-from cai_jax.sampling.engine import EngineConfig
-from cai_jax.sampling.remote.client import RemoteConfig
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import FREE, TrainConfig
 from configs import bai2022_sl_cai, default

@@ -13,9 +13,10 @@ from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import config as config_lib
 from cai_jax.sampling import device
-from cai_jax.sampling import slots as local
-from cai_jax.sampling.engine import Engine, EngineConfig, longest_context, turn_key
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.engine import Engine, longest_context, turn_key
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 
@@ -240,11 +241,11 @@ def test_the_number_of_programs_does_not_grow_with_the_chains(lm):
 
 
 def test_what_does_not_fit_is_an_error(lm):
-  with pytest.raises(ValueError, match='do not fit a cache of 128'):
+  with pytest.raises(ValueError, match='do not fit into a cache of 128'):
     run(lm, [('long', chain([1] * 120))])
   with pytest.raises(ValueError, match="no model 'judge'"):
     run(lm, [('x', chain([1], model='judge'))])
-  with pytest.raises(ValueError, match='no token'):
+  with pytest.raises(ValueError, match='context is empty'):
     run(lm, [('x', chain([]))])
   with pytest.raises(ValueError, match='longer than the 256'):
     Engine({'base': lm}, length=257, seed=0)
@@ -360,7 +361,7 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
   lm, monkeypatch, prefixes
 ):
   """Turns of more tokens than the ring has, then one that takes back more than it can."""
-  monkeypatch.setattr(local, 'REWIND', 2)
+  monkeypatch.setattr(config_lib, 'REWIND', 2)
   config = dataclasses.replace(lm.config, windows=(None, 6))
   windowed = dataclasses.replace(lm, config=config)
   greedy = SamplingConfig(temperature=0.0, max_tokens=20)
@@ -390,7 +391,7 @@ def test_windowed_layers_keep_a_window_and_give_the_tokens_of_the_full_forward(
 
 def test_a_ring_that_is_taken_back_again_and_again_loses_no_token(lm, monkeypatch):
   """Each turn takes back less than REWIND, all together more than the ring keeps."""
-  monkeypatch.setattr(local, 'REWIND', 10)
+  monkeypatch.setattr(config_lib, 'REWIND', 10)
   windowed = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=(6, 6)))
   assert cache_lib.cache_lengths(windowed.config, LENGTH, 8 + 5 + 10) == ((29,), (29,))
   greedy = SamplingConfig(temperature=0.0, max_tokens=1)
@@ -478,7 +479,7 @@ def test_an_engine_whose_run_was_left_can_run_again(lm):
 
 def test_logits_that_are_no_numbers_end_the_run(lm):
   broken = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * np.nan, lm.params))
-  with pytest.raises(ValueError, match='no numbers'):
+  with pytest.raises(ValueError, match='NaN'):
     run(broken, items(2))
 
 
@@ -486,8 +487,8 @@ def test_prefixes_and_stops_of_no_model_are_errors(lm):
   for wrong, said in (
     ({'prefixes': {'bse': PREFIXES}}, "'bse'"),
     ({'stops': {'bse': ((), ())}}, "'bse'"),
-    ({'prefixes': {'base': [[]]}}, 'prefix of 0 tokens'),
-    ({'prefixes': {'base': [[1] * 256]}}, 'prefix of 256 tokens'),
+    ({'prefixes': {'base': [[]]}}, 'has 0 tokens'),
+    ({'prefixes': {'base': [[1] * 256]}}, 'has 256 tokens'),
   ):
     with pytest.raises(ValueError, match=said):
       Engine({'base': lm}, length=LENGTH, seed=0, **wrong)

@@ -195,7 +195,7 @@ def test_packed_tokens_of_several_rows_equal_each_alone(load, name):
   parts = [[(2, 0, 11), (0, 0, 3)], [(0, 3, 9), (3, 0, 7)], [(2, 11, T), (3, 7, T), (0, 9, T)]]
   for parts_of_call in parts:
     chunk = device.Chunk.pack(
-      [[device.Part(row, TOKENS[row % B, a:b].tolist(), a, -1) for row, a, b in parts_of_call]],
+      [[device.Segment(row, TOKENS[row % B, a:b].tolist(), a, -1) for row, a, b in parts_of_call]],
       slots=4,
       size=48,
       width=8,
@@ -210,8 +210,8 @@ def test_packed_tokens_of_several_rows_equal_each_alone(load, name):
 
 
 def test_a_chunk_that_does_not_fit_is_refused():
-  part = device.Part(0, list(range(9)), 0, -1)
-  with pytest.raises(ValueError, match='8 in 6'):
+  part = device.Segment(0, list(range(9)), 0, -1)
+  with pytest.raises(ValueError, match='8 tokens in 6 pieces'):
     device.Chunk.pack([[part]], slots=1, size=8, width=2)
 
 

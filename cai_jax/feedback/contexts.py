@@ -8,8 +8,8 @@ from cai_jax.feedback.chain import Stages
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import longest_context
-from cai_jax.sampling.remote.client import Remote
-from cai_jax.sampling.slots import match_prefix
+from cai_jax.sampling.prefixes import match_prefix
+from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import Chain
 
 MIN_PREFIX_TOKENS = 32  # a shorter prefix costs more in every attention layer than it saves

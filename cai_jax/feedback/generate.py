@@ -16,8 +16,10 @@ from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
-from cai_jax.sampling.engine import Engine, EngineConfig, Stats
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.stats import Stats
 from cai_jax.sampling.types import Chain
 
 JOB_FILE = 'job.json'  # names the job whose shards a folder holds

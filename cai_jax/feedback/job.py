@@ -18,7 +18,7 @@ from cai_jax.feedback.rows import make_row
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
-from cai_jax.sampling.remote.client import Remote
+from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain
 
 

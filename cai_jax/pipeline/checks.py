@@ -13,7 +13,7 @@ from cai_jax.pipeline.run import PROMPT_SETS, Run, local_mesh, mesh_of, model_pa
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.mesh import check_batch
-from cai_jax.sampling.remote.client import Remote
+from cai_jax.sampling.remote import Remote
 
 
 def check(run: Run, stages: Sequence[str]) -> None:

@@ -22,9 +22,8 @@ from cai_jax.pipeline.schema import default_config
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.runtime.settings import flatten
-from cai_jax.sampling.engine import EngineConfig
-from cai_jax.sampling.remote import client
-from cai_jax.sampling.remote.client import RemoteConfig
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
@@ -60,10 +59,7 @@ class Run:
       k: v for k, v in known['feedback'].items() if k not in ROW_INDEPENDENT_FIELDS
     }
     if self.remotes:  # what is served; where, and how patiently it is asked, may change
-      known['remote'] = {
-        name: {field: getattr(served, field) for field in client.TEXT_FIELDS}
-        for name, served in self.remotes.items()
-      }
+      known['remote'] = {name: served.identity() for name, served in self.remotes.items()}
     known['constitution'] = self.constitution.fingerprint()
     sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
     known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
@@ -222,9 +218,9 @@ def _remotes(config: ConfigDict, sampling: StageSampling) -> dict[str, RemoteCon
       for stage in dataclasses.fields(sampling):
         own = stage.name in sections or config.model.get(stage.name)
         if name == (stage.name if own else 'base'):
-          client.check_sampling(found[name], getattr(sampling, stage.name))
+          found[name].check_sampling(getattr(sampling, stage.name))
     except ValueError as error:
       raise UserError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
   if not config.model.base and 'base' not in found:
-    raise UserError('model.base is empty: name a checkpoint, or give client.base.url.')
+    raise UserError('model.base is empty: name a checkpoint, or set remote.base.url.')
   return found

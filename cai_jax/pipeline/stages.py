@@ -37,8 +37,8 @@ from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.progress import Progress
 from cai_jax.sampling import completions as answers
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.remote.client import Remote
-from cai_jax.sampling.slots import describe
+from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.stats import describe
 from cai_jax.scoring.scorer import Measure, Scorer
 from cai_jax.training import log as logs
 from cai_jax.training import loop

@@ -1,1 +1,14 @@
-"""Jitted sampling: the engine that drives chains of turns over slots, and its journal."""
+"""Sample replies from language models, in memory or behind a server.
+
+- `types`: what a caller asks for and gets back (`SamplingConfig`, `Turn`, `Completion`, `Chain`).
+- `completions`: `cai_jax.generate`, one reply per prompt.
+- `engine`: runs many chains of turns at once; `config` holds its settings, `stats` its counters.
+- `slots`: the host side of a model in memory: cache contents, prefill and decode scheduling.
+- `device`: the compiled prefill and decode programs.
+- `sample`: draws a token from logits. Temperature, top-k and top-p are here. To add a filter or a
+  penalty, start in this module.
+- `prefixes`: token prefixes that many contexts share.
+- `text`: decodes tokens and finds stop texts.
+- `journal`: finished turns on disk.
+- `remote`: models behind an OpenAI-compatible server.
+"""

@@ -1,4 +1,4 @@
-"""Sampling replies to a list of prompts, for notebooks and evaluations."""
+"""Sample one reply per prompt, for notebooks and evaluations."""
 
 import dataclasses
 import hashlib
@@ -10,11 +10,14 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
-from cai_jax.sampling.engine import Engine, EngineConfig
+from cai_jax.sampling.config import EngineConfig, round_up_length
+from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+MAX_SLOTS = 64  # slots of the default engine
 
 
 def generate(
@@ -27,83 +30,92 @@ def generate(
   engine: EngineConfig | None = None,
   journal: Journal | None = None,
 ) -> list[Completion]:
-  """A sampled completion for each prompt, in order.
+  """Sample a completion for each prompt.
 
-  A completion is a function of the model, its prompt, `sampling` and `seed`, and, where a prompt
-  occurs several times, of how often it came before: repeat a prompt to draw more samples. Between
-  lists it is equal to within rounding, and bit for bit where `engine` is given and the longest
-  prompts are equally long in blocks of 64.
+  A completion depends only on the model, its prompt, `sampling`, `seed` and, if the prompt occurs
+  more than once, the number of earlier occurrences. To draw several samples, repeat a prompt.
+  Other prompts in the list change log-probabilities by rounding at most; they change nothing if
+  `engine` is given and the longest contexts, rounded up to multiples of 64 tokens, are equal.
 
   Args:
     lm: the model.
-    prompts: each a text, continued as it stands; or a dialogue (messages with `role` and
-      `content`), answered by the assistant; or token ids, continued.
+    prompts: each is a text to continue, a dialogue that the assistant answers (messages with `role`
+      and `content`), or a list of token ids to continue.
     sampling: temperature, filters and length.
-    seed: of the sampling.
-    style: 'chat' or 'plain', how dialogues are rendered.
-    engine: sizes of the compiled programs; by default as many slots as prompts, 64 at most.
-    journal: where completions are kept and looked up.
+    seed: seed of the sampling.
+    style: 'chat' (the tokenizer's template) or 'plain'; how dialogues are rendered.
+    engine: sizes of the compiled programs. By default there are as many slots as prompts, at most
+      64.
+    journal: where completions are stored and looked up.
+
+  Returns:
+    The completions, in the order of the prompts.
 
   Raises:
-    ValueError: if `prompts` is empty, or a prompt and its reply exceed the model's context.
+    UserError: if `prompts` is empty or not a list, or if a prompt is invalid or exceeds, with its
+      reply, the model's context.
   """
   if isinstance(prompts, str) or not prompts or isinstance(prompts[0], dict | int):
     raise UserError(
-      'prompts must be a non-empty list of texts, dialogues or token id lists; a single one goes '
-      'into a list too: [prompt].'
+      'prompts must be a non-empty list of texts, dialogues or lists of token ids. Pass a single '
+      'prompt as [prompt].'
     )
   eos = tuple(
     token for token in (*lm.eos_token_ids, lm.tokenizer.eos_token_id) if token is not None
   )
   dialogue, turns = None, []
   for number, prompt in enumerate(prompts):
-    ends = eos, ()
+    stops = eos, ()
     if isinstance(prompt, str):
       context = lm.tokenizer.encode(prompt, split_special_tokens=True)
     elif len(prompt) and isinstance(prompt[0], dict):
       dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
-      context, ends = dialogue.prompt(prompt), (dialogue.stop_token_ids, dialogue.stop_strings)
+      context, stops = dialogue.prompt(prompt), (dialogue.stop_token_ids, dialogue.stop_strings)
     else:
       context = [int(token) for token in prompt]
-    _check(context, number, lm.config.vocab_size)
-    turns.append(Turn('completion', context, _ending(sampling, *ends)))
-  chains = dict(_named(turns))
-  length = max(len(turn.context) for turn in turns) + sampling.max_tokens
-  length = min(-(-length // 64) * 64, max(lm.config.max_positions, length))
-  batch = batch_shards(lm.mesh)
-  engine = engine or EngineConfig(slots=-(-min(len(prompts), 64) // batch) * batch)
-  running = Engine({'base': lm}, length=length, seed=seed, config=engine, journal=journal)
-  done = dict(running.run(chains.items()))
-  return [done[name] for name in chains]
+    _check_context(context, number, lm.config.vocab_size)
+    turns.append(Turn('completion', context, _with_stops(sampling, *stops)))
+  chains = dict(_chains(turns))
+  longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
+  length = min(round_up_length(longest), max(lm.config.max_positions, longest))
+  shards = batch_shards(lm.mesh)
+  config = engine or EngineConfig(slots=-(-min(len(prompts), MAX_SLOTS) // shards) * shards)
+  results = dict(
+    Engine({'base': lm}, length=length, seed=seed, config=config, journal=journal).run(
+      chains.items()
+    )
+  )
+  return [results[chain_id] for chain_id in chains]
 
 
-def _check(context: list[int], number: int, vocab_size: int) -> None:
+def _check_context(context: list[int], number: int, vocab_size: int) -> None:
+  """Raise UserError if the context of prompt `number` is empty or outside the vocabulary."""
   if not context:
-    raise UserError(f'prompt {number} has no token; there is nothing to continue.')
+    raise UserError(f'prompt {number} has no tokens. Give it at least one to continue from.')
   if not 0 <= min(context) <= max(context) < vocab_size:
     raise UserError(
-      f'prompt {number} has token {min(context)} or {max(context)} outside the vocabulary '
-      f'0..{vocab_size - 1}.'
+      f'prompt {number} has token ids from {min(context)} to {max(context)}, outside the '
+      f"vocabulary 0..{vocab_size - 1}. Encode it with the model's tokenizer."
     )
 
 
-def _ending(
-  sampling: SamplingConfig, stop_token_ids: tuple[int, ...], stop: tuple[str, ...]
+def _with_stops(
+  sampling: SamplingConfig, stop_token_ids: tuple[int, ...], stop_texts: tuple[str, ...]
 ) -> SamplingConfig:
-  """`sampling` with further endings."""
+  """Return `sampling` with further stop tokens and stop texts."""
   tokens = tuple(dict.fromkeys((*stop_token_ids, *sampling.stop_token_ids)))
-  return dataclasses.replace(sampling, stop_token_ids=tokens, stop=(*stop, *sampling.stop))
+  return dataclasses.replace(sampling, stop_token_ids=tokens, stop=(*stop_texts, *sampling.stop))
 
 
-def _reply(turn: Turn) -> Chain:
-  """The chain of a single turn."""
+def _single_turn(turn: Turn) -> Chain:
+  """Yield one turn and return its completion."""
   return (yield turn)
 
 
-def _named(turns: list[Turn]) -> Iterator[tuple[str, Chain]]:
-  """(id, chain) of each turn; the id hashes its context and counts earlier equal ones."""
-  seen: dict[str, int] = {}
+def _chains(turns: list[Turn]) -> Iterator[tuple[str, Chain]]:
+  """Yield (id, chain) of each turn. The id hashes the context and numbers repeated contexts."""
+  counts: dict[str, int] = {}
   for turn in turns:
     content = hashlib.blake2b(json.dumps(turn.context).encode(), digest_size=12).hexdigest()
-    seen[content] = seen.get(content, 0) + 1
-    yield f'{content}/{seen[content]}', _reply(turn)
+    counts[content] = counts.get(content, 0) + 1
+    yield f'{content}/{counts[content]}', _single_turn(turn)

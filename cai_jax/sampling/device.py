@@ -1,7 +1,12 @@
-"""The compiled half of sampling: prefill and decode over a cache of B slots."""
+"""The compiled prefill and decode programs, and the caches they work on.
+
+Axes: B slots (rows of the cache), U steps of a burst. In a prefill chunk, as in
+`cai_jax.model.cache.Packing`, B counts groups of slots, T the tokens of a group, and C the tokens
+of an attention piece.
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,35 +29,49 @@ from cai_jax.model.cache import (
 )
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Transformer, abstract_model
+from cai_jax.model.transformer import Params, Transformer, abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_sharding, batch_shards, check_batch
 from cai_jax.sampling.sample import sample, uniforms
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
-# On TPUs a step writes a token's keys of all heads, and memory is laid out for that, as [B,S,K,H].
-# A cache given or taken in another layout would be copied whole, at each call, there and back.
+# On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].
+# With any other input or output layout, every call would copy the whole cache twice.
 TPU_LAYOUT = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))
 
 
 class Slots(NamedTuple):
-  """What the decode program needs to know of each slot, kept on the host; B rows."""
+  """The state of all slots that the decode program needs; kept on the host.
 
-  token: np.ndarray  # i32[B], the last token of the context, not yet in the cache
-  position: np.ndarray  # i32[B], its position
-  prefix: np.ndarray  # i32[B], the shared prefix that the context begins with; -1 is none
-  active: np.ndarray  # bool[B], whether a reply is being sampled
-  sampled: np.ndarray  # i32[B], tokens of the reply so far
-  limit: np.ndarray  # i32[B], the most it may have
-  key: np.ndarray  # u32[B,2], the turn's random key
-  temperature: np.ndarray  # f32[B]
-  top_k: np.ndarray  # i32[B]
-  top_p: np.ndarray  # f32[B]
-  stops: np.ndarray  # i32[B,MAX_STOP_TOKENS], tokens that end the reply; -1 is none
+  Attributes:
+    token: i32[B], the last token of context and reply, not in the cache yet.
+    position: i32[B], position of `token`.
+    prefix: i32[B], index of the shared prefix that the context starts with; -1 if none.
+    active: bool[B], whether the slot is sampling a reply.
+    sampled: i32[B], number of tokens sampled for the reply so far.
+    limit: i32[B], maximum number of tokens of the reply.
+    key: u32[B,2], random key of the turn.
+    temperature: f32[B].
+    top_k: i32[B].
+    top_p: f32[B].
+    stops: i32[B,MAX_STOP_TOKENS], tokens that end the reply, padded with -1.
+  """
+
+  token: np.ndarray
+  position: np.ndarray
+  prefix: np.ndarray
+  active: np.ndarray
+  sampled: np.ndarray
+  limit: np.ndarray
+  key: np.ndarray
+  temperature: np.ndarray
+  top_k: np.ndarray
+  top_p: np.ndarray
+  stops: np.ndarray
 
   @classmethod
   def empty(cls, count: int) -> 'Slots':
-    """`count` slots, none of them active."""
+    """Return `count` inactive slots."""
     i32 = functools.partial(np.zeros, count, np.int32)
     return cls(
       token=i32(),
@@ -77,7 +96,16 @@ class Slots(NamedTuple):
     config: SamplingConfig,
     stop_token_ids: tuple[int, ...],
   ) -> None:
-    """Sets a slot up to sample a reply after `token` at `position`, once it is made active."""
+    """Prepare a slot, in place, to sample a reply. The caller sets it active.
+
+    Args:
+      slot: index of the slot.
+      token: the context's last token.
+      position: position of `token`.
+      key: u32[2], random key of the turn.
+      config: sampling settings.
+      stop_token_ids: tokens that end the reply, MAX_STOP_TOKENS at most.
+    """
     self.token[slot], self.position[slot] = token, position
     self.active[slot], self.sampled[slot], self.limit[slot] = False, 0, config.max_tokens
     self.key[slot], self.temperature[slot] = key, config.temperature
@@ -86,171 +114,229 @@ class Slots(NamedTuple):
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
 
-class Kind(NamedTuple):
-  """What a model's programs are compiled for. Quickly hashed, unlike a model's whole graph."""
+class ModelSpec(NamedTuple):
+  """The static properties that a model's programs are compiled for.
+
+  It is cheap to hash, unlike the model's whole graph.
+  """
 
   config: ModelConfig
   dtype: str
   mesh: Mesh
 
   @classmethod
-  def of(cls, lm: LM) -> 'Kind':
-    """The kind of a model in memory."""
+  def from_lm(cls, lm: LM) -> 'ModelSpec':
+    """Return the spec of a model in memory."""
     return cls(lm.config, lm.dtype, lm.mesh)
 
-  def model(self, params) -> Transformer:
-    """The model with its parameters, inside a jitted function."""
+  def build(self, params: Params) -> Transformer:
+    """Return the model with its parameters. Call this inside a jitted function."""
     return nnx.merge(abstract_model(self.config, self.dtype)[0], params)
 
 
-class Part(NamedTuple):
-  """Tokens that a slot's cache is to hold next."""
+class Segment(NamedTuple):
+  """Consecutive tokens to append to one slot's cache.
+
+  Attributes:
+    slot: index of the slot.
+    tokens: token ids.
+    start: position of the first token.
+    prefix: index of the shared prefix that the slot's context starts with; -1 if none.
+  """
 
   slot: int
   tokens: list[int]
-  start: int  # position of the first
-  prefix: int  # the shared prefix that the slot begins with; -1 is none
+  start: int
+  prefix: int
 
 
 class Chunk(NamedTuple):
-  """Tokens to prefill: T for each of B equal groups of slots, those of several side by side."""
+  """Tokens to prefill in one call: T for each of B equal groups of slots.
 
-  tokens: np.ndarray  # i32[B,T]
-  positions: np.ndarray  # i32[B,T]; -1 is padding
-  prefix: np.ndarray  # i32[B,T], the shared prefix that the token's slot begins with; -1 is none
+  The tokens of several slots are packed next to each other, without padding between them.
+
+  Attributes:
+    tokens: i32[B,T].
+    positions: i32[B,T]; -1 marks padding.
+    prefix: i32[B,T], index of the shared prefix that the token's slot starts with; -1 if none.
+    packing: the slots that the tokens belong to.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  prefix: np.ndarray
   packing: Packing
 
   @classmethod
-  def pack(cls, groups: Sequence[Sequence[Part]], slots: int, size: int, width: int) -> 'Chunk':
-    """A chunk of the tokens of each group.
+  def pack(cls, groups: Sequence[Sequence[Segment]], slots: int, size: int, width: int) -> 'Chunk':
+    """Pack the segments of each group of slots into a chunk.
 
     Args:
-      groups: what slots of each group shall hold, in order; a slot occurs once.
-      slots: in all.
-      size: tokens of a group, T.
-      width: tokens of a slot that attention takes together, C.
+      groups: for each group its segments in order, at most one per slot.
+      slots: number of slots in all groups.
+      size: T, maximum number of tokens of a group.
+      width: C, number of tokens of one slot that attention processes together.
 
     Raises:
       ValueError: if a group has more than `size` tokens or `piece_count(size, width)` pieces.
     """
-    count, shape = piece_count(size, width), (len(groups), size)
+    max_pieces, shape = piece_count(size, width), (len(groups), size)
     tokens, rows, place = (np.zeros(shape, np.int32) for _ in range(3))
     positions, prefix = (np.full(shape, -1, np.int32) for _ in range(2))
-    index = np.full((len(groups), count * width), size, np.int32)
-    for group, parts in enumerate(groups):
+    index = np.full((len(groups), max_pieces * width), size, np.int32)
+    for group, segments in enumerate(groups):
       end = piece = 0
-      for part in parts:
-        begin, end = end, end + len(part.tokens)
+      for segment in segments:
+        begin, end = end, end + len(segment.tokens)
         offsets = np.arange(end - begin)
-        here, there = (group, slice(begin, end)), piece * width + offsets
+        target, padded = (group, slice(begin, end)), piece * width + offsets
         piece += -(-len(offsets) // width)
-        if end > size or piece > count:
-          raise UserError(f'a chunk of {end} tokens in {piece} pieces; {size} in {count} fit.')
-        tokens[here], positions[here] = part.tokens, part.start + offsets
-        rows[here], prefix[here] = part.slot % (slots // len(groups)), part.prefix
-        place[here], index[group, there] = there, begin + offsets
-    packing = Packing(rows, index.reshape(len(groups), count, width), place)
+        if end > size or piece > max_pieces:
+          raise ValueError(
+            f'a chunk has room for {size} tokens in {max_pieces} pieces; it got at least {end} '
+            f'tokens in {piece} pieces.'
+          )
+        tokens[target], positions[target] = segment.tokens, segment.start + offsets
+        rows[target], prefix[target] = segment.slot % (slots // len(groups)), segment.prefix
+        place[target], index[group, padded] = padded, begin + offsets
+    packing = Packing(rows, index.reshape(len(groups), max_pieces, width), place)
     return cls(tokens, positions, prefix, packing)
 
 
 def piece_count(size: int, width: int) -> int:
-  """Pieces of `width` tokens that attention takes of `size`: half as many more than full ones."""
+  """Return the number of attention pieces of `width` tokens in a chunk of `size` tokens.
+
+  It is half as many again as there would be full pieces, because a slot's last piece is rarely
+  full.
+  """
   return 1 if width >= size else -(-3 * size // (2 * width))
 
 
 class Burst(NamedTuple):
-  """What a run of decode steps gave; U is the longest burst."""
+  """The result of a run of decode steps.
 
-  tokens: np.ndarray  # i32[B,U]
-  logprobs: np.ndarray  # f32[B,U]
-  count: np.ndarray  # i32[B], how many of the U are there
-  active: np.ndarray  # bool[B], whether the reply goes on
-  steps: np.ndarray  # i32[], decode steps run
-  occupied: np.ndarray  # i32[], slots active, summed over steps
+  Attributes:
+    tokens: i32[B,U], sampled tokens.
+    logprobs: f32[B,U], their log-probabilities in nats.
+    count: i32[B], number of tokens that each slot sampled.
+    active: bool[B], whether the reply continues.
+    steps: i32[], number of decode steps.
+    occupied: i32[], number of active slots, summed over steps.
+  """
+
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  count: np.ndarray
+  active: np.ndarray
+  steps: np.ndarray
+  occupied: np.ndarray
 
 
 def prefill(
-  kind: Kind, params, cache: Cache, entries: tuple[Prefix, ...], chunk: Chunk
+  spec: ModelSpec,
+  params: Params,
+  cache: Cache,
+  prefix_caches: tuple[Prefix, ...],
+  chunk: Chunk,
 ) -> tuple[Cache, jax.Array]:
-  """The cache with the tokens of a chunk written to its rows; `entries` are all prefixes.
+  """Write the keys and values of a chunk to the cache.
 
-  The array i32[] beside it is there when the cache is, and may be waited for when that has already
-  been donated to the next program.
+  Args:
+    spec: what the model is compiled for.
+    params: the model's parameters.
+    cache: the cache of all slots; donated.
+    prefix_caches: all shared prefixes of the model.
+    chunk: the tokens.
+
+  Returns:
+    The updated cache, and an array i32[] that is ready at the same time. The second can be waited
+    for after the cache has been donated to another program.
   """
-  return prefill_program(cache)(kind, params, cache, entries, chunk)
+  return prefill_program(cache)(spec, params, cache, prefix_caches, chunk)
 
 
-def prefill_program(cache: Cache):
-  """`prefill` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
-  return _prefill_program(*_form(cache))
+def prefill_program(cache: Cache) -> Callable:
+  """Return the jitted `prefill` for a cache of arrays or ShapeDtypeStructs."""
+  return _prefill_program(*_cache_format(cache))
 
 
 @functools.cache
-def _prefill_program(form, counts):
-  outputs = tuple((form,) * count for count in counts), None
-  return jax.jit(_prefill, static_argnames='kind', donate_argnames='cache', out_shardings=outputs)
+def _prefill_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
+  outputs = tuple((layout,) * count for count in counts), None
+  return jax.jit(_prefill, static_argnames='spec', donate_argnames='cache', out_shardings=outputs)
 
 
-def _form(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
-  """Sharding and layout of all arrays, which are those of the first; spans of each layer."""
+def _cache_format(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
+  """Return the format of the first span, which all spans share, and each layer's span count."""
   return LayerCache(*(x.format for x in cache[0][0])), tuple(map(len, cache))
 
 
-def _prefill(kind, params, cache, entries, chunk):
-  # A prefix is one group, of which every device computes all.
-  split = len(chunk.tokens) == batch_shards(kind.mesh)
-  sharding = batch_sharding(kind.mesh) if split else NamedSharding(kind.mesh, P())
-  written = kind.model(params)(
+def _prefill(spec, params, cache, prefix_caches, chunk):
+  # The prefill of a shared prefix has a single group, which every device computes as a whole.
+  split = len(chunk.tokens) == batch_shards(spec.mesh)
+  sharding = batch_sharding(spec.mesh) if split else NamedSharding(spec.mesh, P())
+  written = spec.build(params)(
     chunk.tokens,
     chunk.positions,
     cache=cache,
     packing=chunk.packing,
-    prefixes=Prefixes(entries, chunk.prefix),
+    prefixes=Prefixes(prefix_caches, chunk.prefix),
     sharding=sharding,
   )[1]
   return written, jnp.sum(chunk.positions >= 0, dtype=jnp.int32)
 
 
 def decode(
-  kind: Kind,
-  params,
+  spec: ModelSpec,
+  params: Params,
   cache: Cache,
-  entries: tuple[Prefix, ...],
+  prefix_caches: tuple[Prefix, ...],
   slots: Slots,
-  enough,
-  longest,
-  width: int,
+  max_ended: np.ndarray,
+  max_steps: np.ndarray,
+  capacity: int,
 ) -> tuple[Burst, Cache]:
-  """Samples in every active slot until `enough` i32[] are done or `longest` i32[] steps are run.
+  """Run decode steps in all active slots.
 
-  `width` is U, the most that `longest` may be.
+  Args:
+    spec: what the model is compiled for.
+    params: the model's parameters.
+    cache: the cache of all slots; donated.
+    prefix_caches: all shared prefixes of the model.
+    slots: the state of all slots.
+    max_ended: i32[]; stop once this many replies have ended.
+    max_steps: i32[]; stop after this many steps.
+    capacity: U, the largest value of `max_steps`; static.
+
+  Returns:
+    The sampled tokens and the updated cache.
   """
   program = decode_program(cache)
-  return program(kind, params, cache, entries, slots, enough, longest, width)
+  return program(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity)
 
 
-def decode_program(cache: Cache):
-  """`decode` as it is compiled for such a cache, of arrays or ShapeDtypeStructs."""
-  return _decode_program(*_form(cache))
+def decode_program(cache: Cache) -> Callable:
+  """Return the jitted `decode` for a cache of arrays or ShapeDtypeStructs."""
+  return _decode_program(*_cache_format(cache))
 
 
 @functools.cache
-def _decode_program(form, counts):
-  static, outputs = ('kind', 'width'), (None, tuple((form,) * count for count in counts))
+def _decode_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
+  static, outputs = ('spec', 'capacity'), (None, tuple((layout,) * count for count in counts))
   return jax.jit(_decode, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
-def _decode(kind, params, cache, entries, slots, enough, longest, width):
-  model = kind.model(params)
-  sharding = batch_sharding(kind.mesh)
-  prefixes = Prefixes(entries, slots.prefix)
+def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity):
+  model = spec.build(params)
+  sharding = batch_sharding(spec.mesh)
+  prefixes = Prefixes(prefix_caches, slots.prefix)
   b = slots.token.shape[0]
   start = slots.active
 
   def unfinished(state):
     _, slots, burst = state
-    done = jnp.sum(start & ~slots.active)
-    return (burst.steps < longest) & (done < enough) & jnp.any(slots.active)
+    ended = jnp.sum(start & ~slots.active)
+    return (burst.steps < max_steps) & (ended < max_ended) & jnp.any(slots.active)
 
   def step(state):
     cache, slots, burst = state
@@ -282,8 +368,8 @@ def _decode(kind, params, cache, entries, slots, enough, longest, width):
 
   zero = jnp.zeros((), jnp.int32)
   burst = Burst(
-    tokens=jnp.zeros((b, width), jnp.int32),
-    logprobs=jnp.zeros((b, width), jnp.float32),
+    tokens=jnp.zeros((b, capacity), jnp.int32),
+    logprobs=jnp.zeros((b, capacity), jnp.float32),
     count=jnp.zeros((b,), jnp.int32),
     active=start,
     steps=zero,
@@ -294,23 +380,32 @@ def _decode(kind, params, cache, entries, slots, enough, longest, width):
 
 
 def cache_bytes(lm: LM, length: int, slack: int) -> int:
-  """Bytes of one slot's cache, over all devices."""
+  """Return the size of one slot's cache in bytes, summed over devices.
+
+  Args:
+    lm: the model.
+    length: tokens of the cache.
+    slack: tokens that windowed layers keep beyond their window.
+  """
   tokens = sum(map(sum, cache_lengths(lm.config, length, slack)))
   return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
 
 
 def cache_dtype(lm: LM) -> jnp.dtype:
-  """The model's compute dtype; f32 on CPUs, where XLA rewrites a half-precision cache each step."""
+  """Return the cache's dtype: the compute dtype, or f32 on CPUs.
+
+  On CPUs, XLA rewrites a half-precision cache in every step.
+  """
   return jnp.dtype('float32' if on_cpu(lm.mesh) else lm.dtype)
 
 
 def on_cpu(mesh: Mesh) -> bool:
-  """Whether a mesh is one of CPUs."""
+  """Return whether a mesh consists of CPU devices."""
   return mesh.devices.flat[0].platform == 'cpu'
 
 
 def cache_format(mesh: Mesh, spec: P) -> LayerCache:
-  """Sharding of a layer's cache, and on TPUs its layout."""
+  """Return the sharding of a layer's keys and values and, on TPUs, their layout."""
   sharding = NamedSharding(mesh, spec)
   if mesh.devices.flat[0].platform != 'tpu':
     return LayerCache(sharding, sharding)
@@ -318,24 +413,24 @@ def cache_format(mesh: Mesh, spec: P) -> LayerCache:
 
 
 def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
-  """An empty cache of `slots` rows on the model's mesh.
+  """Allocate an empty cache on the model's mesh.
 
-  Rows are split over the mesh's batch axes and heads over `tensor`.
+  Slots are split over the mesh's batch axes, and heads over `tensor`.
 
   Args:
     lm: the model.
-    slots: rows.
+    slots: B, number of slots.
     lengths: tokens of each layer's spans.
 
   Raises:
-    ValueError: if the mesh does not divide the slots, or the kv heads.
+    UserError: if the mesh does not divide the number of slots or of key-value heads.
   """
   check_rows(lm, slots)
-  return _empty(lm, slots, lengths, P(*BATCH, 'tensor'))
+  return _allocate(lm, slots, lengths, P(*BATCH, 'tensor'))
 
 
 def check_rows(lm: LM, rows: int) -> None:
-  """ValueError unless the model's mesh divides the rows of a cache, and its kv heads."""
+  """Raise UserError unless the model's mesh divides `rows` and the number of key-value heads."""
   check_batch(rows, lm.mesh, 'engine.slots')
   _check_heads(lm)
 
@@ -343,35 +438,44 @@ def check_rows(lm: LM, rows: int) -> None:
 def _check_heads(lm: LM) -> None:
   kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
   if kv_heads % tensor:
-    raise UserError(f'mesh axis tensor={tensor} does not divide the {kv_heads} kv heads.')
+    raise UserError(
+      f'mesh.tensor={tensor} does not divide the {kv_heads} key-value heads of {lm.name}. Set it '
+      f'to a divisor of {kv_heads}.'
+    )
 
 
-def prefill_prefix(lm: LM, tokens: list[int], length: int, size: int, width: int) -> Prefix:
-  """A shared prefix with its keys and values, in a cache of `length` tokens on every batch shard.
+def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: int) -> Prefix:
+  """Compute the keys and values of a shared prefix, replicated over batch shards.
 
   Args:
     lm: the model.
-    tokens: of the prefix; at most `length`.
-    length: of the cache.
-    size: tokens prefilled together.
-    width: of them, tokens that attention takes together.
+    tokens: token ids, `capacity` at most.
+    capacity: tokens that the prefix's cache has room for.
+    size: number of tokens per prefill chunk.
+    width: number of tokens that attention processes together.
 
   Raises:
-    ValueError: if the mesh does not divide the kv heads.
+    UserError: if the mesh does not divide the number of key-value heads.
   """
-  cache = _empty(lm, 1, ((length,),) * lm.config.num_layers, P(None, 'tensor'))
+  cache = _allocate(lm, 1, ((capacity,),) * lm.config.num_layers, P(None, 'tensor'))
+  spec = ModelSpec.from_lm(lm)
   for start in range(0, len(tokens), size):
-    part = Part(0, tokens[start : start + size], start, -1)
-    cache, _ = prefill(Kind.of(lm), lm.params, cache, (), Chunk.pack([[part]], 1, size, width))
+    segment = Segment(0, tokens[start : start + size], start, -1)
+    cache, _ = prefill(spec, lm.params, cache, (), Chunk.pack([[segment]], 1, size, width))
   return Prefix(cache, jnp.array(len(tokens), jnp.int32))
 
 
-def _empty(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
+def _allocate(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
   _check_heads(lm)
-  return _empty_program(lm.config, rows, lengths, cache_dtype(lm), cache_format(lm.mesh, spec))()
+  program = _allocate_program(
+    lm.config, rows, lengths, cache_dtype(lm), cache_format(lm.mesh, spec)
+  )
+  return program()
 
 
 @functools.cache
-def _empty_program(config: ModelConfig, rows: int, lengths: Lengths, dtype, form):
+def _allocate_program(
+  config: ModelConfig, rows: int, lengths: Lengths, dtype: jnp.dtype, layout: LayerCache
+) -> Callable:
   init = functools.partial(init_cache, config, rows, lengths, dtype)
-  return jax.jit(init, out_shardings=tuple((form,) * len(layer) for layer in lengths))
+  return jax.jit(init, out_shardings=tuple((layout,) * len(layer) for layer in lengths))

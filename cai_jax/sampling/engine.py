@@ -1,55 +1,70 @@
-"""The engine: many chains of turns over a fixed number of slots, each slot with a live KV cache.
+"""The engine: run many chains of turns at once, over a fixed number of slots with live caches.
 
-A slot belongs to one chain from its first turn to its last, in every model. When a turn ends, the
-chain is asked for its next one at once; only the tokens that its cache does not hold are prefilled,
-and those of a shared prefix are never prefilled again. How much is reused depends on the chain
-alone, never on what the slot held before, so that with the same sizes and devices a chain gives the
-same bits alone, in a full batch, and after a restart.
+A chain keeps its slot, in every model, from its first turn to its last. When a turn ends, the chain
+is asked for its next turn at once. Only tokens that the slot's cache does not hold are prefilled,
+and shared prefixes are prefilled once. How much is reused depends on the chain alone, never on what
+the slot held before. With the same sizes and devices, a chain therefore gives the same bits alone,
+in a full batch, and after a restart.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.journal import Journal, digest
-from cai_jax.sampling.remote.client import Remote
-from cai_jax.sampling.slots import (
-  COMPILED,
-  EngineConfig,
-  LocalModel,
-  Stats,
-  match_prefix,
-  prefix_room,
-)
-from cai_jax.sampling.text import decode, first_stop_text, rounded
+from cai_jax.sampling.prefixes import SharedPrefixes, match_prefix, prefix_capacity
+from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.slots import LocalModel
+from cai_jax.sampling.stats import COMPILATIONS, Stats
+from cai_jax.sampling.text import decode, find_stop_text, round_logprobs
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
-Prefixes = Mapping[str, Sequence[Sequence[int]]]  # by model: token ids that contexts begin with
+Stops = tuple[tuple[int, ...], tuple[str, ...]]  # token ids and texts that end a reply
 
 
 def turn_key(seed: int, chain_id: str, turn: str) -> np.ndarray:
-  """u32[2]: the random key of a turn, a function of its names; positions are folded in later."""
+  """Return a turn's random key u32[2], a hash of the arguments.
+
+  Args:
+    seed: seed of the run.
+    chain_id: id of the chain.
+    turn: name of the turn.
+  """
   text = f'{seed}\0{chain_id}\0{turn}'.encode()
   return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32)
 
 
 @dataclasses.dataclass(eq=False)
-class _Active:
-  """A chain in a slot, and the turn it waits for."""
+class _ActiveChain:
+  """A chain in a slot.
+
+  Attributes:
+    id: id of the chain.
+    chain: the generator.
+    slot: index of its slot.
+    turn: the turn that it waits for.
+    digest: the turn's key in the journal.
+    future: the turn's completion, if a server samples it.
+    tokens: token ids sampled for the turn so far.
+    logprobs: their log-probabilities in nats.
+    finished: journal keys and completions of the turns that were sampled here.
+    result: what the chain returned.
+  """
 
   id: str
   chain: Chain
   slot: int
   turn: Turn | None = None
   digest: str = ''
-  future: concurrent.futures.Future | None = None  # where another server samples the turn
+  future: concurrent.futures.Future | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   finished: list[tuple[str, Completion]] = dataclasses.field(default_factory=list)
@@ -60,18 +75,23 @@ class Engine:
   """Runs chains over the slots of one or several models.
 
   Args:
-    models: by the name that `Turn.model` uses; in memory here, or served elsewhere.
-    length: tokens that a slot's cache holds: no chain's context and reply may be longer, shared
-      prefix not counted.
-    seed: of all sampling.
+    models: the models in memory or behind servers, by the names that `Turn.model` uses.
+    length: tokens of a slot's cache: the maximum length of a context and its reply, without the
+      shared prefix.
+    seed: seed of all sampling.
     config: sizes of the compiled programs.
-    journal: where finished turns are kept and looked up; None keeps nothing.
-    stops: for each model, token ids and texts that end each of its replies (a dialogue's own).
-    prefixes: for each model, token ids that many contexts begin with. They are prefilled once and
-      attended to by all rows. Texts are the same with and without, logits to rounding.
+    journal: where finished turns are stored and looked up; None disables it.
+    stops: for each model, token ids and texts that end all of its replies.
+    prefixes: for each model, token ids that many contexts start with. They are prefilled once, and
+      all slots attend to them. They change no text; logits change by rounding.
+
+  Attributes:
+    stats: counters of all runs.
+    slots: number of slots.
 
   Raises:
-    ValueError: if a model's context is shorter than `length`, or the caches do not fit the budget.
+    UserError: if `length` exceeds a model's context, or the caches exceed the memory budget.
+    ValueError: if `stops` or `prefixes` do not fit the models.
   """
 
   def __init__(
@@ -82,76 +102,68 @@ class Engine:
     seed: int,
     config: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
     journal: Journal | None = None,
-    stops: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] | None = None,
-    prefixes: Prefixes | None = None,
+    stops: Mapping[str, Stops] | None = None,
+    prefixes: SharedPrefixes | None = None,
   ):
-    self._since = time.perf_counter(), COMPILED.count  # when the stats were last brought up to date
+    self._updated = time.perf_counter(), COMPILATIONS.count  # at the last update of the stats
     self.stats = Stats()
     self.seed, self.journal, self.length = seed, journal, length
     self.models = dict(models)
+    _check_models(self.models, length, stops or {}, prefixes or {})
     self._stops = {name: ((), ()) for name in models} | dict(stops or {})
     local = {name: model for name, model in models.items() if isinstance(model, LM)}
-    for lm in local.values():
-      if length > lm.config.max_positions:
-        raise UserError(
-          f'a context of {length} tokens is longer than the {lm.config.max_positions} that '
-          f'{lm.name} was made for; shorten prompts, max_tokens or the number of rounds.'
-        )
-    for name, _ in (*(prefixes or {}).items(), *(stops or {}).items()):
-      if name not in models:
-        raise UserError(f'prefixes or stops for {name!r}; the models are {", ".join(models)}.')
-      for prefix in (prefixes or {}).get(name, ()):
-        if not 0 < len(prefix) < models[name].max_positions:
-          raise UserError(
-            f'a shared prefix of {len(prefix)} tokens for {name!r}; it must have at least one, and '
-            f'leave room in the {models[name].max_positions} of its context.'
-          )
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
-    tokens = [prefix_room(p) * len(p) for p in shared.values()]
+    tokens = [prefix_capacity(p) * len(p) for p in shared.values()]
     self.slots = config.fit(list(local.values()), length, tokens) if local else config.slots
     self._local = {
       name: LocalModel(lm, self.slots, length, shared[name], config, self.stats)
       for name, lm in local.items()
     }
     self.stats.slots, self.stats.most_slots = self.slots, config.slots
-    self._clock()
+    self._update_clock()
 
   def run(self, chains: Iterable[tuple[str, Chain]]) -> Iterator[tuple[str, Any]]:
-    """(id, result) of each chain, as they finish.
+    """Run chains and yield the result of each as it finishes.
 
-    Chains are taken from the iterable when a slot is free, so neither they nor their results need
-    to fit in memory.
+    A chain is taken from the iterable when a slot becomes free, so neither the chains nor their
+    results need to fit in memory.
+
+    Args:
+      chains: (id, chain) pairs; ids are unique.
+
+    Yields:
+      (id, result) pairs, in the order in which the chains finish.
 
     Raises:
-      ValueError: if a turn does not fit the cache, or names a model that is not there; if a model
-        gives no number (NaN).
-      ConnectionError: if a server has failed for good. What it and others have answered is in the
-        journal.
+      UserError: if a turn does not fit into the cache or names an unknown model, if a model
+        produces NaN, or if a server refuses a request.
+      UnreachableError: if a server fails after all retries. Everything that servers have answered
+        is in the journal.
     """
-    self._since = time.perf_counter(), COMPILED.count
+    self._updated = time.perf_counter(), COMPILATIONS.count
     source, active = iter(chains), {}
     free = list(range(self.slots))[::-1]
     for model in self._local.values():
       model.reset()
     if self.journal is not None:
-      self.journal.refresh()  # what has been put since it was opened
+      self.journal.refresh()  # makes turns visible that were stored after it was opened
 
-    def turn_over(ended: list[tuple[_Active, Completion]]) -> Iterator[tuple[str, Any]]:
-      """Gives chains the replies they waited for, and their slots to others where they end."""
+    def advance(ended: list[tuple[_ActiveChain, Completion]]) -> Iterator[tuple[str, Any]]:
+      """Resume chains whose turn ended, and start new chains in the slots that become free."""
       for entry, completion in ended:
-        if not self._advance(entry, completion):
+        if not self._resume(entry, completion):
           free.append(entry.slot)
           del active[entry.slot]
           yield self._finish(entry)
       while free and (item := next(source, None)) is not None:
-        entry = _Active(*item, slot=free[-1])
-        if self._advance(entry, None):
+        entry = _ActiveChain(*item, slot=free[-1])
+        if self._resume(entry, None):
           active[free.pop()] = entry
         else:
           yield self._finish(entry)
 
     try:
-      yield from turn_over([])
+      yield from advance([])
       host_seconds = 0.0
       while active:
         for model in self._local.values():
@@ -160,28 +172,28 @@ class Engine:
           model.dispatch()
         ended = self._collect(active)
         for model in self._local.values():
-          # The device goes on with the other slots for about as long as the host will be busy.
+          # The device continues with the other slots for about as long as the host will be busy.
           model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
         start = time.perf_counter()
-        yield from turn_over(ended)
+        yield from advance(ended)
         host_seconds = time.perf_counter() - start
-        yield from turn_over(self._collect(active))
-        self._clock()
+        yield from advance(self._collect(active))
+        self._update_clock()
     finally:
-      self._clock()
+      self._update_clock()
       for entry in active.values():
         if entry.future is not None:
           entry.future.cancel()
 
-  def _clock(self) -> None:
-    """Brings the stats' seconds and compilations up to now."""
-    now, compiled = time.perf_counter(), COMPILED.count
-    self.stats.seconds += now - self._since[0]
-    self.stats.compilations += compiled - self._since[1]
-    self._since = now, compiled
+  def _update_clock(self) -> None:
+    """Add the seconds and compilations since the last update to the stats."""
+    now, compilations = time.perf_counter(), COMPILATIONS.count
+    self.stats.seconds += now - self._updated[0]
+    self.stats.compilations += compilations - self._updated[1]
+    self._updated = now, compilations
 
-  def _collect(self, active: dict[int, _Active]) -> list[tuple[_Active, Completion]]:
-    """The chains whose turn has ended, with its completion, once the bursts under way are over."""
+  def _collect(self, active: dict[int, _ActiveChain]) -> list[tuple[_ActiveChain, Completion]]:
+    """Wait for the dispatched bursts; return the chains whose turn ended, and its completion."""
     ended = []
     for name, model in self._local.items():
       burst = model.collect()
@@ -191,48 +203,64 @@ class Engine:
         entry, count = active[slot], burst.count[slot]
         entry.tokens += burst.tokens[slot, :count].tolist()
         entry.logprobs += burst.logprobs[slot, :count].tolist()
-        texts, clean = self._stops_of(entry.turn)[1], len(entry.tokens) - count
-        cut = first_stop_text(self.models[name].tokenizer, entry.tokens, texts, clean)
+        stop_texts, num_checked = self._stops_of(entry.turn)[1], len(entry.tokens) - count
+        tokenizer = self.models[name].tokenizer
+        cut = find_stop_text(tokenizer, entry.tokens, stop_texts, num_checked)
         if cut is not None or not burst.active[slot]:
           ended.append((entry, self._complete(entry, cut)))
-    return ended + self._served(active, wait=not ended)
+    return ended + self._collect_remote(active, wait=not ended)
 
-  def _served(self, active: dict[int, _Active], wait: bool) -> list[tuple[_Active, Completion]]:
-    """The chains whose turn another server has sampled; waits where nothing else is to be done."""
-    asked = {entry.future: entry for entry in active.values() if entry.future is not None}
-    if not asked:
+  def _collect_remote(
+    self, active: dict[int, _ActiveChain], wait: bool
+  ) -> list[tuple[_ActiveChain, Completion]]:
+    """Return the chains whose turn a server has sampled, and its completion.
+
+    Args:
+      active: the active chains, by slot.
+      wait: whether to wait for at least one, if no model in memory has work to do.
+    """
+    pending = {entry.future: entry for entry in active.values() if entry.future is not None}
+    if not pending:
       return []
     begin = time.perf_counter()
     busy = any(model.busy for model in self._local.values())
     concurrent.futures.wait(
-      asked, None if wait and not busy else 0, concurrent.futures.FIRST_COMPLETED
+      pending, None if wait and not busy else 0, concurrent.futures.FIRST_COMPLETED
     )
     self.stats.remote_seconds += time.perf_counter() - begin
-    done = [(entry, future) for future, entry in asked.items() if future.done()]
-    # Kept at once, whatever becomes of the chain: a server may not say the same again.
-    found = [(entry, future) for entry, future in done if future.exception() is None]
-    for entry, future in found:
+    done = [(entry, future) for future, entry in pending.items() if future.done()]
+    # Store answers at once, even if their chain never finishes: asked again, a server may give
+    # another answer.
+    answered = [(entry, future) for entry, future in done if future.exception() is None]
+    for entry, future in answered:
       entry.future = None
       if self.journal is not None:
         self.journal.put([(entry.digest, future.result())])
     for _, future in done:
-      future.result()  # raises what went wrong with the first that did
-    return [(entry, self._counted(future.result())) for entry, future in found]
+      future.result()  # raises the exception of the first request that failed
+    return [(entry, self._count(future.result())) for entry, future in answered]
 
-  def _advance(self, entry: _Active, completion: Completion | None) -> bool:
-    """Sends a chain its completion until it wants a turn sampled; False when it is finished."""
+  def _resume(self, entry: _ActiveChain, completion: Completion | None) -> bool:
+    """Send a chain its completion and submit its next turn; return False if it has finished.
+
+    Turns that are in the journal are answered at once.
+    """
     while True:
       try:
         turn = entry.chain.send(completion)
       except StopIteration as stop:
         entry.result = stop.value
         return False
-      self._check(entry.id, turn)
-      tokens, texts = self._stops_of(turn)
+      self._check_turn(entry.id, turn)
+      stop_token_ids, stop_texts = self._stops_of(turn)
       key = turn_key(self.seed, entry.id, turn.name)
       model = self.models[turn.model]
       entry.digest = digest(
-        model.fingerprint, turn.context, turn.sampling, (tokens, texts), key.tobytes()
+        model.fingerprint,
+        turn.context,
+        turn.sampling,
+        (stop_token_ids, stop_texts),
+        key.tobytes(),
       )
       completion = None if self.journal is None else self.journal.get(entry.digest)
       if completion is not None:
@@ -240,13 +268,18 @@ class Engine:
         continue
       entry.turn, entry.tokens, entry.logprobs = turn, [], []
       if turn.model in self._local:
-        self._local[turn.model].submit(entry.slot, turn, key, tokens)
+        self._local[turn.model].submit(entry.slot, turn, key, stop_token_ids)
       else:
-        entry.future = model.submit(turn, key, tokens, texts, entry.id)
+        entry.future = model.submit(turn, key, stop_token_ids, stop_texts, entry.id)
       return True
 
-  def _complete(self, entry: _Active, cut: tuple[int, str] | None) -> Completion:
-    """The completion of a turn that has ended here, by a stop text if there is a `cut`."""
+  def _complete(self, entry: _ActiveChain, cut: tuple[int, str] | None) -> Completion:
+    """Return the completion of a turn that ended here.
+
+    Args:
+      entry: the chain.
+      cut: tokens and text up to the stop text that ended the reply, if one did.
+    """
     turn, tokens = entry.turn, entry.tokens
     tokenizer = self.models[turn.model].tokenizer
     if cut is not None:
@@ -255,23 +288,26 @@ class Engine:
       text, reason = decode(tokenizer, tokens[:-1]), 'stop'
     else:
       text, reason = decode(tokenizer, tokens), 'length'
-    # What was decoded beyond a stop text hangs on where the burst ended, and so on other chains.
+    # How far the reply was decoded beyond a stop text depends on the end of the burst, and so on
+    # other chains. Those tokens must not be reused.
     self._local[turn.model].stop(entry.slot, len(turn.context) + len(tokens) - 1)
-    completion = Completion(tokens, text, rounded(entry.logprobs[: len(tokens)]), reason)
+    logprobs = round_logprobs(entry.logprobs[: len(tokens)])
+    completion = Completion(tokens, text, logprobs, reason)
     entry.finished.append((entry.digest, completion))
-    return self._counted(completion)
+    return self._count(completion)
 
-  def _counted(self, completion: Completion) -> Completion:
+  def _count(self, completion: Completion) -> Completion:
+    """Add a sampled turn to the stats and return it."""
     self.stats.turns += 1
     self.stats.sampled_tokens += len(completion.tokens)
     return completion
 
-  def _finish(self, entry: _Active) -> tuple[str, Any]:
-    """Journals a finished chain's turns and frees what its slots held; (id, result).
+  def _finish(self, entry: _ActiveChain) -> tuple[str, Any]:
+    """Store a finished chain's turns, clear its slot, and return its id and result.
 
-    All turns of a chain that were sampled here enter the journal together. After a kill an
-    unfinished chain then starts from what an earlier run had finished, and so computes the same
-    bits as one never killed.
+    All turns of a chain that were sampled here enter the journal together. An unfinished chain that
+    was killed then restarts from what an earlier run had finished, and computes the same bits as
+    one that was never killed.
     """
     if self.journal is not None and entry.finished:
       self.journal.put(entry.finished)
@@ -280,19 +316,26 @@ class Engine:
     self.stats.chains += 1
     return entry.id, entry.result
 
-  def _stops_of(self, turn: Turn) -> tuple[tuple[int, ...], tuple[str, ...]]:
+  def _stops_of(self, turn: Turn) -> Stops:
+    """Return the stop tokens and stop texts of a turn: its model's, then its own."""
     tokens, texts = self._stops[turn.model]
     tokens = tuple(dict.fromkeys((*tokens, *turn.sampling.stop_token_ids)))
     return tokens, tuple(dict.fromkeys((*texts, *turn.sampling.stop)))
 
-  def _check(self, chain_id: str, turn: Turn) -> None:
+  def _check_turn(self, chain_id: str, turn: Turn) -> None:
+    """Raise UserError if a turn cannot be sampled."""
     where = f'chain {chain_id!r}, turn {turn.name!r}'
     if turn.model not in self.models:
-      raise UserError(f'{where}: no model {turn.model!r}; there is {", ".join(self.models)}.')
+      raise UserError(
+        f'{where}: there is no model {turn.model!r}. Use one of {", ".join(self.models)}.'
+      )
     if not turn.context:
-      raise UserError(f'{where}: the context has no token.')
+      raise UserError(f'{where}: the context is empty. It must have at least one token.')
     if len(self._stops_of(turn)[0]) > MAX_STOP_TOKENS:
-      raise UserError(f'{where}: more than {MAX_STOP_TOKENS} stop tokens.')
+      raise UserError(
+        f'{where}: {len(self._stops_of(turn)[0])} stop tokens are too many. Use at most '
+        f'{MAX_STOP_TOKENS}, including those of the model.'
+      )
     if turn.model not in self._local:
       return
     model = self._local[turn.model]
@@ -300,19 +343,56 @@ class Engine:
     shared, limit = model.prefix_of(turn.context)[1], model.lm.config.max_positions
     if needed - shared > self.length or needed > limit:
       raise UserError(
-        f'{where}: a context of {len(turn.context)} tokens and up to {turn.sampling.max_tokens} '
-        f'sampled ones do not fit a cache of {self.length} after a shared prefix of {shared}, or '
-        f'the {limit} tokens of {model.lm.name}. A longer cache is had with engine.spare_tokens.'
+        f'{where}: a context of {len(turn.context)} tokens and a reply of up to '
+        f'{turn.sampling.max_tokens} do not fit into a cache of {self.length} tokens (after a '
+        f'shared prefix of {shared}) or the {limit} positions of {model.lm.name}. Increase '
+        'engine.spare_tokens, or shorten prompts or max_tokens.'
       )
 
 
-def longest_context(chain: Chain, prefixes: Prefixes | None = None) -> dict[str, tuple[int, int]]:
-  """For each model, tokens of the longest context and reply that a chain can come to.
+def _check_models(
+  models: Mapping[str, LM | Remote],
+  length: int,
+  stops: Mapping[str, Stops],
+  prefixes: SharedPrefixes,
+) -> None:
+  """Check that the models exist and that caches and prefixes fit into their contexts."""
+  for model in models.values():
+    if isinstance(model, LM) and length > model.max_positions:
+      raise UserError(
+        f'a cache of {length} tokens is longer than the {model.max_positions} positions of '
+        f'{model.name}. Shorten prompts, max_tokens or the number of rounds.'
+      )
+  for name in (*prefixes, *stops):
+    if name not in models:
+      raise ValueError(
+        f'prefixes or stops are given for {name!r}; the models are {", ".join(models)}.'
+      )
+  for name, model_prefixes in prefixes.items():
+    limit = models[name].max_positions
+    for prefix in model_prefixes:
+      if not 0 < len(prefix) < limit:
+        raise ValueError(
+          f'a shared prefix of {name!r} has {len(prefix)} tokens; it must have at least one and '
+          f'fewer than the {limit} of the context.'
+        )
 
-  The second number is that without the shared prefix that the context begins with: what a slot's
-  cache has to hold. The chain is run without a model, on replies of their full length, so it must
-  not branch on what a reply says. A reply that is passed to a model with another tokenizer is
-  taken to keep its number of tokens.
+
+def longest_context(
+  chain: Chain, prefixes: SharedPrefixes | None = None
+) -> dict[str, tuple[int, int]]:
+  """Return an upper bound of the context and reply lengths of a chain, without running a model.
+
+  The chain runs on replies of the maximum length, so it must not branch on their text. A reply
+  that is passed to a model with another tokenizer is assumed to keep its number of tokens.
+
+  Args:
+    chain: a new chain; it is exhausted.
+    prefixes: shared prefixes by model.
+
+  Returns:
+    For each model, the number of tokens of the longest context with its reply, and the same
+    without the shared prefix that the context starts with. A slot's cache must hold the latter.
   """
   longest: dict[str, tuple[int, int]] = {}
   completion = None
@@ -326,5 +406,5 @@ def longest_context(chain: Chain, prefixes: Prefixes | None = None) -> dict[str,
     needed = len(turn.context) + count
     shared = match_prefix((prefixes or {}).get(turn.model, ()), turn.context)[1]
     longest[turn.model] = max(whole, needed), max(own, needed - shared)
-    text = ' a' * count  # what another model is shown of it: about as many tokens
+    text = ' a' * count  # encodes to about `count` tokens with any tokenizer
     completion = Completion([turn.context[-1]] * count, text, [0.0] * count, 'length')

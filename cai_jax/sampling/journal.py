@@ -1,4 +1,4 @@
-"""The turn journal: every finished turn on disk, under a hash of all that determines it."""
+"""The turn journal: every finished turn on disk, under a hash of everything that determines it."""
 
 import array
 import dataclasses
@@ -13,6 +13,10 @@ import numpy as np
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion, SamplingConfig
 
+# The parts of a line. Indexing a journal reads the keys of a line and does not parse its turns.
+_KEYS, _TURNS, _END = b'{"keys": ', b', "turns": ', b']}\n'
+_FIELDS = tuple(field.name for field in dataclasses.fields(Completion))
+
 
 def digest(
   fingerprint: str,
@@ -21,138 +25,141 @@ def digest(
   stop: tuple[tuple[int, ...], tuple[str, ...]],
   key: bytes,
 ) -> str:
-  """Hex digest of what determines a sampled reply.
+  """Return the key of a turn: a hex digest of everything that determines its reply.
+
+  A setting added to `SamplingConfig` must be added here, but only if it is on, so that existing
+  journals keep their keys.
 
   Args:
-    fingerprint: of the model.
-    context: token ids before the reply.
-    sampling: its settings.
-    stop: all token ids and texts that end it.
+    fingerprint: fingerprint of the model.
+    context: token ids that precede the reply.
+    sampling: sampling settings.
+    stop: all token ids and all texts that end the reply.
     key: the turn's random key.
   """
   settings = [sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens, *stop]
   text = json.dumps([fingerprint, settings, key.hex()])
-  tokens = np.array(context, '<i4')  # as text, a long context costs four times as much
+  tokens = np.array(context, '<i4')  # as JSON, a long context takes four times as long
   return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]
 
 
-# How a line begins and goes on: opening a journal reads the keys and leaves the turns unparsed.
-_KEYS, _TURNS, _END = b'{"keys": ', b', "turns": ', b']}\n'
-_FIELDS = tuple(field.name for field in dataclasses.fields(Completion))
-
-
 class Journal:
-  """Append-only store of completions in a folder, one file for each process that writes.
+  """An append-only store of completions in a folder, with one file per writing process.
 
-  A line is a chain's turns: all of them are there, or none is. A line that a kill cut short is
-  dropped at the next opening. Every line is handed to the operating system before `put` returns,
-  so that a killed process loses nothing that it put; a machine that goes down may lose the last
-  seconds.
+  Each line holds the turns of one chain, so after a kill either all or none of them are stored. A
+  line that a kill cut short is dropped when the journal is opened again. `put` passes every line to
+  the operating system before it returns: a killed process loses nothing that it stored, but a
+  machine that crashes may lose the last seconds.
 
-  Host memory holds 20 bytes for each turn that was on disk at opening, or at the last `refresh`,
-  of whichever process. It does not grow with what is put: the engine asks for a turn before it is
-  sampled, and ids of chains and names of turns are not given twice in a run, so a run never asks
-  for what it put itself (if it did, the turn would be sampled again, to the same tokens). `get`
-  finds what was put here after `refresh`, with which a run begins.
+  The index takes 20 bytes of host memory per turn. It covers the turns that any process had on disk
+  at the last `refresh`, which opening includes, and does not grow with `put`. A run never looks up
+  a turn that it stored itself: the engine looks each turn up before sampling it, and chain ids and
+  turn names are unique in a run. (If it did, the turn would be sampled again, with the same
+  tokens.) Each run begins with a `refresh`.
+
+  Args:
+    folder: the journal's folder; created if missing.
+    process: index of this process, which selects the file that it writes.
   """
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     self._folder = pathlib.Path(folder)
     self._folder.mkdir(parents=True, exist_ok=True)
     self._paths: list[pathlib.Path] = []
-    self._read: list[int] = []  # bytes of each that are indexed
+    self._indexed: list[int] = []  # for each path, the number of bytes that are indexed
     self._latest: tuple[tuple[int, int] | None, dict] = None, {}  # the line that was read last
-    # The index, sorted by hash. Two turns of one hash are told apart by their keys on disk.
+    # The index, sorted by hash. Keys with equal hashes are compared on disk.
     self._hashes = np.empty(0, np.int64)
-    self._files = np.empty(0, np.int32)  # places in `_paths`
-    self._offsets = np.empty(0, np.int64)  # bytes, of the line
-    self._put = 0  # turns put since they were last indexed
+    self._files = np.empty(0, np.int32)  # indices into `_paths`
+    self._offsets = np.empty(0, np.int64)  # byte offsets of lines
+    self._num_unindexed = 0  # turns stored here since the last refresh
     self.refresh()
     own = self._folder / f'turns-{process:05d}.jsonl'
     if own in self._paths:
-      os.truncate(own, self._read[self._paths.index(own)])  # a line that a kill cut short
+      os.truncate(own, self._indexed[self._paths.index(own)])  # drops a line cut short by a kill
     self._file = open(own, 'ab', buffering=0)
 
   def __len__(self) -> int:
-    return len(self._hashes) + self._put
+    return len(self._hashes) + self._num_unindexed
 
   def get(self, key: str) -> Completion | None:
-    """The completion under `key` that was on disk at the last `refresh`, or None.
+    """Return the completion that was stored under `key` at the last `refresh`, or None.
 
     Raises:
-      ValueError: if its line is damaged.
+      UserError: if its line is damaged.
     """
-    wanted = hash(key)
-    at = int(np.searchsorted(self._hashes, wanted))
-    while at < len(self._hashes) and self._hashes[at] == wanted:
-      line = self._line(int(self._files[at]), int(self._offsets[at]))
+    key_hash = hash(key)
+    index = int(np.searchsorted(self._hashes, key_hash))
+    while index < len(self._hashes) and self._hashes[index] == key_hash:
+      line = self._read_line(int(self._files[index]), int(self._offsets[index]))
       if key in line['keys']:
         return Completion(**line['turns'][line['keys'].index(key)])
-      at += 1
+      index += 1
     return None
 
   def put(self, turns: list[tuple[str, Completion]]) -> None:
-    """Appends (key, completion) pairs: after a kill all of them are there, or none is.
+    """Store (key, completion) pairs in one line: after a kill, all of them are there or none.
 
     Raises:
-      OSError: if the disk does not take all of it.
+      OSError: if the disk is full.
     """
     keys = json.dumps([key for key, _ in turns]).encode()
-    # Not dataclasses.asdict, which copies every list, item by item: four times as slow in all.
+    # dataclasses.asdict copies every list item by item, which makes `put` four times as slow.
     values = [{name: getattr(completion, name) for name in _FIELDS} for _, completion in turns]
     line = _KEYS + keys + _TURNS + json.dumps(values).encode() + b'}\n'
     written = self._file.write(line)
     if written != len(line):
       raise OSError(
-        f'{self._file.name}: {written} of {len(line)} bytes were written; the disk is full.'
+        f'{self._file.name}: only {written} of {len(line)} bytes were written; the disk is full.'
       )
-    self._put += len(turns)
+    self._num_unindexed += len(turns)
 
   def refresh(self) -> None:
-    """Indexes the lines that any process has written since opening or the last refresh.
+    """Index the lines that any process has written since the last refresh.
 
     Raises:
-      ValueError: if a line other than a file's last cannot be read.
+      UserError: if a line other than the last of a file is damaged.
     """
-    known = set(self._paths)
-    new = [path for path in sorted(self._folder.glob('turns-*.jsonl')) if path not in known]
+    indexed_paths = set(self._paths)
+    new = [path for path in sorted(self._folder.glob('turns-*.jsonl')) if path not in indexed_paths]
     self._paths += new
-    self._read += [0] * len(new)
+    self._indexed += [0] * len(new)
     parts = [(self._hashes, self._files, self._offsets)]
     for file, path in enumerate(self._paths):
-      hashes, offsets = self._read_new(file, path)
+      hashes, offsets = self._index_new_lines(file, path)
       parts.append((hashes, np.full(len(hashes), file, np.int32), offsets))
-    self._put = 0
+    self._num_unindexed = 0
     if any(len(hashes) for hashes, _, _ in parts[1:]):
       columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-      order = np.argsort(columns[0], kind='stable')  # of equal keys the one read first is found
+      order = np.argsort(columns[0], kind='stable')  # of equal keys, `get` finds the earliest
       self._hashes, self._files, self._offsets = (column[order] for column in columns)
 
   def close(self) -> None:
-    """Writes everything to disk and closes the file."""
+    """Flush everything to disk and close the file."""
     os.fsync(self._file.fileno())
     self._file.close()
 
-  def _read_new(self, file: int, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes i64[N], offsets i64[N]) of the turns in the lines of a file not yet indexed."""
+  def _index_new_lines(self, file: int, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return key hashes i64[N] and line offsets i64[N] of the turns not indexed yet."""
     hashes, offsets = array.array('q'), array.array('q')
-    offset, size = self._read[file], path.stat().st_size
+    offset, size = self._indexed[file], path.stat().st_size
     if size > offset:
       with open(path, 'rb', buffering=1 << 20) as lines:
         lines.seek(offset)
         for line in lines:
-          # A line cut short by a kill. Its process may be cutting it off and writing on by now.
+          # Stop at a line that a kill cut short. By now its process may have truncated it and
+          # written beyond it, so lines past the file's earlier size are left for later too.
           if not line.endswith(b'\n') or offset + len(line) > size:
             break
-          for key in _keys(line, path, offset):
+          for key in _parse_keys(line, path, offset):
             hashes.append(hash(key))
             offsets.append(offset)
           offset += len(line)
-    self._read[file] = offset
+    self._indexed[file] = offset
     return np.array(hashes, np.int64), np.array(offsets, np.int64)
 
-  def _line(self, file: int, offset: int) -> dict[str, Any]:
-    """The keys and turns of a line. The last one is kept: a chain asks for its turns in a row."""
+  def _read_line(self, file: int, offset: int) -> dict[str, Any]:
+    """Return keys and turns of a line. The last line is cached: a chain's turns share a line."""
     if self._latest[0] != (file, offset):
       path = self._paths[file]
       with open(path, 'rb') as lines:
@@ -160,32 +167,34 @@ class Journal:
         text = lines.readline()
       try:
         line = json.loads(text)
-        if len(line['keys']) != len(line['turns']):
-          raise UserError('as many turns as keys are expected.')
-      except (ValueError, KeyError, TypeError) as error:
+        complete = len(line['keys']) == len(line['turns'])
+      except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise _damaged(path, offset) from error
+      if not complete:
+        raise _damaged(path, offset)
       self._latest = (file, offset), line
     return self._latest[1]
 
 
-def _keys(line: bytes, path: pathlib.Path, offset: int) -> list[str]:
-  """The keys of a line; its turns are not looked at, as they take 20 times as long."""
+def _parse_keys(line: bytes, path: pathlib.Path, offset: int) -> list[str]:
+  """Return the keys of a line without parsing its turns, which would take 20 times as long."""
   end = line.find(_TURNS)
+  if end < 0 or not line.startswith(_KEYS) or not line.endswith(_END):
+    raise _damaged(path, offset)
   try:
-    if end < 0 or not line.startswith(_KEYS) or not line.endswith(_END):
-      raise UserError('not the form of a line.')
     return json.loads(line[len(_KEYS) : end])
-  except ValueError as error:
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise _damaged(path, offset) from error
 
 
-def _damaged(path: pathlib.Path, offset: int) -> ValueError:
+def _damaged(path: pathlib.Path, offset: int) -> UserError:
+  """Return the error for a damaged line at a byte offset."""
   number = 1
   with open(path, 'rb') as lines:
     while offset > 0:
       offset -= len(lines.readline())
       number += 1
-  return ValueError(
-    f'{path}, line {number}: not a journal entry. The file was edited or is damaged; '
-    'delete that line (its turns are sampled again) or the file.'
+  return UserError(
+    f'{path}, line {number}: not a journal entry. The file is damaged or was edited. Delete that '
+    'line, whose turns are then sampled again, or the whole file.'
   )

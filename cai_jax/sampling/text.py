@@ -1,35 +1,40 @@
-"""The text of sampled tokens, and where a stop text ends it."""
+"""Decode sampled tokens, find stop texts and round log-probabilities."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
-def decode(tokenizer, tokens: Sequence[int]) -> str:
-  """The text of tokens, control tokens left out."""
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+  """Return the text of `tokens` without control tokens."""
   return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def first_stop_text(
-  tokenizer, tokens: Sequence[int], texts: Sequence[str], clean: int = 0
+def find_stop_text(
+  tokenizer: Any, tokens: Sequence[int], stop_texts: Sequence[str], num_checked: int = 0
 ) -> tuple[int, str] | None:
-  """(tokens up to the one that completes a stop text first, text before it), or None.
+  """Find the first token that completes a stop text.
 
   Args:
-    tokenizer: of the tokens.
-    tokens: of a reply.
-    texts: that end it.
-    clean: how many of the tokens are known to complete none.
+    tokenizer: the tokenizer of `tokens`.
+    tokens: token ids of a reply.
+    stop_texts: texts that end the reply.
+    num_checked: number of leading tokens that are already known to complete no stop text.
+
+  Returns:
+    The number of tokens up to and including that token, and the text before the stop text; or
+    None if the reply has no stop text.
   """
-  whole = decode(tokenizer, tokens) if texts else ''
-  if not any(stop in whole for stop in texts):
+  whole = decode(tokenizer, tokens) if stop_texts else ''
+  if not any(stop in whole for stop in stop_texts):
     return None
-  for count in range(clean + 1, len(tokens) + 1):
+  for count in range(num_checked + 1, len(tokens) + 1):
     text = decode(tokenizer, tokens[:count])
-    places = [text.find(stop) for stop in texts if stop in text]
-    if places:
-      return count, text[: min(places)]
+    starts = [text.find(stop) for stop in stop_texts if stop in text]
+    if starts:
+      return count, text[: min(starts)]
   return None
 
 
-def rounded(logprobs: Sequence[float]) -> list[float]:
-  """Log-probabilities as journal and D_CAI keep them: nine digits are all that f32 has."""
+def round_logprobs(logprobs: Sequence[float]) -> list[float]:
+  """Round log-probabilities to nine significant digits, which represent every f32 exactly."""
   return [float(f'{x:.9g}') for x in logprobs]

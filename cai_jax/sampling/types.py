@@ -1,24 +1,42 @@
-"""What is asked of a model, and what comes back."""
+"""Sampling settings, and the turns and completions that chains and the engine exchange.
+
+To add a filter or a penalty, add its setting to `SamplingConfig` and apply it in
+`cai_jax/sampling/sample.py`, whose docstring lists the steps.
+"""
 
 import dataclasses
 from collections.abc import Generator
 from typing import Any
 
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import setting
 
-MAX_STOP_TOKENS = 16  # width of the stop table in the compiled decode program
+MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode program
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How one reply is sampled."""
+  """How a reply is sampled.
 
-  temperature: float = 1.0  # divides the logits; 0 is greedy
-  top_k: int = 0  # keep the k most likely tokens; 0 keeps all
-  top_p: float = 1.0  # keep the smallest set of likely tokens with at least this mass
-  max_tokens: int = 256  # longest reply in tokens, the ending one included
-  stop: tuple[str, ...] = ()  # texts that end the reply, besides the dialogue's own
-  stop_token_ids: tuple[int, ...] = ()  # tokens that end the reply, besides the dialogue's own
+  The journal's keys depend on these fields (`cai_jax.sampling.journal.digest`), so a new field
+  must be added to the key there.
+
+  Raises:
+    UserError: if a value is out of range.
+  """
+
+  temperature: float = setting(1.0, 'Divisor of the logits. 0 picks the most likely token.')
+  top_k: int = setting(0, 'Sample from the k most likely tokens. 0 keeps all tokens.')
+  top_p: float = setting(
+    1.0,
+    'Sample from the smallest set of most likely tokens whose total probability reaches this '
+    'value. 1 keeps all tokens.',
+  )
+  max_tokens: int = setting(256, 'Maximum length of a reply in tokens, including its stop token.')
+  stop: tuple[str, ...] = setting((), "Texts that end a reply, in addition to the dialogue's own.")
+  stop_token_ids: tuple[int, ...] = setting(
+    (), f"Token ids that end a reply, in addition to the dialogue's own; {MAX_STOP_TOKENS} at most."
+  )
 
   def __post_init__(self):
     checks = (
@@ -28,34 +46,50 @@ class SamplingConfig:
       ('max_tokens', self.max_tokens >= 1, 'at least 1'),
       ('stop', not isinstance(self.stop, str) and all(self.stop), 'a tuple of non-empty texts'),
     )
-    for name, fine, allowed in checks:
-      if not fine:
+    for name, valid, allowed in checks:
+      if not valid:
         raise UserError(f'sampling: {name}={getattr(self, name)!r}; it must be {allowed}.')
     if len(self.stop_token_ids) > MAX_STOP_TOKENS:
       raise UserError(
-        f'sampling: {len(self.stop_token_ids)} stop_token_ids; at most {MAX_STOP_TOKENS} fit.'
+        f'sampling: stop_token_ids has {len(self.stop_token_ids)} tokens. '
+        f'List at most {MAX_STOP_TOKENS}.'
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """A reply to sample."""
+  """A reply that a chain asks the engine to sample.
 
-  name: str  # names the turn in its chain ('critique_2'): its randomness hangs on it
-  context: list[int]  # token ids that the reply follows
+  Attributes:
+    name: the turn's name in its chain, such as 'critique_2'. The random key depends on it.
+    context: token ids that precede the reply.
+    sampling: sampling settings.
+    model: name of the engine's model that replies.
+  """
+
+  name: str
+  context: list[int]
   sampling: SamplingConfig
-  model: str = 'base'  # which of the engine's models replies
+  model: str = 'base'
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """A sampled reply."""
+  """A sampled reply.
 
-  tokens: list[int]  # as sampled, the token that ended the reply included
-  text: str  # without the ending token or stop text
-  logprobs: list[float]  # log P(token | all before; θ) in nats, before temperature and filters
-  finish_reason: str  # 'stop' (token), 'stop_text' or 'length'
+  Attributes:
+    tokens: sampled token ids, including the stop token.
+    text: the decoded reply, without its stop token or stop text.
+    logprobs: log P(token | all previous tokens; θ) of each token in nats, before temperature and
+      filters.
+    finish_reason: 'stop' (a stop token), 'stop_text' or 'length'.
+  """
+
+  tokens: list[int]
+  text: str
+  logprobs: list[float]
+  finish_reason: str
 
 
-# A chain yields the turns it wants sampled, is sent their completions, and returns its result.
+# A generator that yields turns, receives the completion of each, and returns its own result.
 Chain = Generator[Turn, Completion, Any]

@@ -46,7 +46,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.mesh import AXES, make_mesh
-from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.training.config import TrainConfig
 from experiments.aot import sampler, train
 from experiments.aot.models import find_model

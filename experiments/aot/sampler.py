@@ -19,7 +19,7 @@ from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
-from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.config import EngineConfig
 from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice
@@ -111,7 +111,7 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
   entries, width = abstract_prefixes(lm, job.prefixes), job.engine.longest_burst
   cache = job.cache()
   return device.decode_program(cache).lower(
-    device.Kind.of(lm), lm.params, cache, entries, slots, count, count, width
+    device.ModelSpec.from_lm(lm), lm.params, cache, entries, slots, count, count, width
   )
 
 
@@ -122,8 +122,8 @@ def lower_prefill(job: Sampler) -> jax.stages.Lowered:
   chunk = device.Chunk.pack([[]] * batch_shards(lm.mesh), job.slots, size, width)
   chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
   entries = abstract_prefixes(lm, job.prefixes)
-  cache, kind = job.cache(), device.Kind.of(lm)
-  return device.prefill_program(cache).lower(kind, lm.params, cache, entries, chunk)
+  cache, spec = job.cache(), device.ModelSpec.from_lm(lm)
+  return device.prefill_program(cache).lower(spec, lm.params, cache, entries, chunk)
 
 
 def build_decode(job: Sampler) -> Program:

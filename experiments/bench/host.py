@@ -44,7 +44,8 @@ from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model import lm as models
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
-from cai_jax.sampling.engine import Engine, EngineConfig
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from cai_jax.model import lm as lm_lib
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
-from cai_jax.sampling.slots import EngineConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
 from experiments.bench import chains as chains_lib
 from experiments.bench import roofline as roofline_lib

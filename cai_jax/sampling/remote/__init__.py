@@ -1,1 +1,14 @@
-"""Models served behind an OpenAI-compatible completions API."""
+"""Models behind an OpenAI-compatible completions API, such as vLLM, SGLang, TGI or llama.cpp.
+
+- `config`: where a model is served, and how patiently it is asked.
+- `protocol`: request bodies and answers, and how the servers differ. To support another server,
+  register it there.
+- `connection`: HTTP, retries and worker threads.
+- `tokens`: the sampled tokens and log-probabilities, reconstructed from an answer.
+- `model`: `Remote`, which the engine uses like a model in memory.
+"""
+
+from cai_jax.sampling.remote.config import RemoteConfig
+from cai_jax.sampling.remote.model import Remote
+
+__all__ = ['Remote', 'RemoteConfig']

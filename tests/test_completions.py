@@ -7,7 +7,7 @@ import transformers
 
 import cai_jax
 from cai_jax import SamplingConfig
-from cai_jax.sampling.engine import EngineConfig
+from cai_jax.sampling.config import EngineConfig
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=64)
 
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_said(lm):
   for alone in ([{'role': 'user', 'content': 'a'}], [1, 2, 3]):
     with pytest.raises(ValueError, match=r'\[prompt\]'):
       cai_jax.generate(lm, alone)
-  with pytest.raises(ValueError, match='prompt 1 has no token'):
+  with pytest.raises(ValueError, match='prompt 1 has no tokens'):
     cai_jax.generate(lm, ['a', []])
   with pytest.raises(ValueError, match='outside the vocabulary'):
     cai_jax.generate(lm, [[1, 10**6]])

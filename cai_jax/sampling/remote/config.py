@@ -1,0 +1,110 @@
+"""Settings of a model that is served over HTTP."""
+
+import dataclasses
+import math
+import re
+import urllib.parse
+
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import setting
+from cai_jax.sampling.remote.protocol import SERVERS
+from cai_jax.sampling.types import SamplingConfig
+
+# The fields that determine what a model replies. The others say where it is and how it is asked.
+IDENTITY_FIELDS = ('model', 'tokenizer', 'server', 'revision', 'prompt')
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteConfig:
+  """A model behind an OpenAI-compatible completions API, and how to ask it.
+
+  Raises:
+    UserError: if a value is not allowed.
+  """
+
+  url: str = setting(
+    '', "Base URL of the API, such as 'http://localhost:8000/v1'. '' serves no model."
+  )
+  model: str = setting('', 'The name that the model is served under.')
+  tokenizer: str = setting('', "Folder or hub name of the served model's tokenizer.")
+  server: str = setting(
+    'openai',
+    "The server software: 'vllm', 'sglang', 'tgi' or 'llama.cpp'. 'openai' uses no extensions of "
+    'the API.',
+  )
+  revision: str = setting(
+    '',
+    'Revision of the served weights. Change it when they change; the journal then treats them as '
+    'another model.',
+  )
+  max_positions: int = setting(
+    4096, 'Maximum number of tokens of a context and its reply that the server accepts.'
+  )
+  prompt: str = setting('tokens', "Send contexts as 'tokens' or as 'text'.")
+  timeout_seconds: float = setting(300.0, 'Seconds before a request times out.')
+  retries: int = setting(8, 'Maximum number of retries of a request.')
+  backoff_seconds: float = setting(
+    1.0, 'Seconds before the first retry. The wait doubles with every further retry.'
+  )
+  max_concurrent: int = setting(64, 'Maximum number of concurrent requests of each process.')
+  api_key_env: str = setting(
+    '', "NAME of the environment variable that holds the API key. '' sends no key."
+  )
+
+  def __post_init__(self):
+    url = urllib.parse.urlsplit(self.url)
+    checks = (
+      (
+        'url',
+        url.scheme in ('http', 'https') and bool(url.hostname) and '@' not in url.netloc,
+        "the base URL of an API, such as 'http://localhost:8000/v1', without user or password",
+      ),
+      ('model', bool(self.model), 'the name that the model is served under'),
+      ('tokenizer', bool(self.tokenizer), "a folder or hub name with the model's tokenizer"),
+      ('server', self.server in SERVERS, f'one of {", ".join(SERVERS)}'),
+      ('max_positions', self.max_positions >= 1, 'at least 1'),
+      ('prompt', self.prompt in ('tokens', 'text'), "'tokens' or 'text'"),
+      ('timeout_seconds', 0 < self.timeout_seconds < math.inf, 'positive and finite'),
+      ('retries', self.retries >= 0, 'at least 0'),
+      ('backoff_seconds', 0 <= self.backoff_seconds < math.inf, 'at least 0 and finite'),
+      ('max_concurrent', self.max_concurrent >= 1, 'at least 1'),
+      (
+        'api_key_env',
+        not self.api_key_env or re.fullmatch(r'[A-Za-z_]\w*', self.api_key_env) is not None,
+        'the name of an environment variable, never the key itself',
+      ),
+    )
+    for name, valid, allowed in checks:
+      if not valid:
+        # The value may be a secret that was put in the wrong place.
+        secret = name == 'api_key_env' or (name == 'url' and '@' in self.url)
+        shown = '(not shown)' if secret else repr(getattr(self, name))
+        raise UserError(f'remote: {name}={shown}; it must be {allowed}.')
+    if self.prompt == 'tokens' and not SERVERS[self.server].accepts_tokens:
+      raise UserError(f"remote: server={self.server!r} accepts text only. Set prompt='text'.")
+
+  def identity(self) -> dict[str, str]:
+    """Return the fields that determine what the model replies, by name."""
+    return {name: getattr(self, name) for name in IDENTITY_FIELDS}
+
+  def check_sampling(self, sampling: SamplingConfig) -> None:
+    """Check that the server supports these sampling settings.
+
+    Raises:
+      UserError: if its API has no field for one of them.
+    """
+    server = SERVERS[self.server]
+    unsupported = [
+      f'{name}={value!r}'
+      for name, value, supported in (
+        ('top_k', sampling.top_k, server.top_k),
+        ('stop_token_ids', sampling.stop_token_ids, server.stop_token_ids),
+      )
+      if value and not supported
+    ]
+    if unsupported:
+      capable = [name for name, other in SERVERS.items() if other.top_k and other.stop_token_ids]
+      raise UserError(
+        f'remote: server={self.server!r} does not support {", ".join(unsupported)}. Remove it, or '
+        f'serve the model with {" or ".join(capable)}.'
+      )

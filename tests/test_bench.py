@@ -1,4 +1,4 @@
-"""The benchmarks: chains and examples, what is forced and what agrees, and their JSON."""
+"""Test the benchmarks: their chains and examples, the agreement of systems, and the JSON."""
 
 import functools
 import itertools
@@ -24,13 +24,13 @@ SHAPE = models.Shape(
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   target = tmp_path_factory.mktemp('bench') / 'model'
-  models.write(target, SHAPE)
+  models.write_model(target, SHAPE)
   return target
 
 
 @pytest.fixture(scope='module')
 def loaded(folder):
-  """(asks of ours and of transformers in this process, chains)."""
+  """Return functions that ask ours and transformers in this process, and the chains."""
   prefix, chains = chains_lib.draw(SETTINGS, SHAPE.vocab)
   asks = {}
   for system in ('ours', 'hf'):
@@ -41,12 +41,12 @@ def loaded(folder):
   return asks, chains
 
 
-def test_chains_are_a_function_of_settings_and_seed():
+def test_chains_depend_only_on_settings_and_seed():
   assert chains_lib.draw(SETTINGS, 1024) == chains_lib.draw(SETTINGS, 1024)
   assert chains_lib.draw(SETTINGS, 1024) != chains_lib.draw(SETTINGS, 1024, seed=1)
 
 
-def test_contexts_grow_by_reply_and_request():
+def test_a_context_grows_by_the_reply_and_the_request():
   prefix, (chain, *_) = chains_lib.draw(SETTINGS, 1024)
   replies = [[1] * limit for limit in chain.limits]
   contexts = [chain.context(prefix, replies[:turn]) for turn in range(5)]
@@ -60,9 +60,9 @@ def test_contexts_grow_by_reply_and_request():
 def test_lengths_are_skewed_and_within_bounds():
   settings = ChainSettings(chains=400)
   _, chains = chains_lib.draw(settings, 1024)
-  found = chains_lib.describe(chains, 0)
-  assert found['reply']['p50'] < found['reply']['mean'] < found['reply']['max'] / 2
-  assert found['reply']['max'] == settings.longest_reply
+  lengths = chains_lib.describe(chains, 0)
+  assert lengths['reply']['p50'] < lengths['reply']['mean'] < lengths['reply']['max'] / 2
+  assert lengths['reply']['max'] == settings.longest_reply
   assert all(1 <= limit <= settings.longest_reply for c in chains for limit in c.limits)
   assert all(12 <= len(request) <= 30 for c in chains for request in c.requests)
   ids = [i for c in chains for i in c.prompt]
@@ -71,9 +71,9 @@ def test_lengths_are_skewed_and_within_bounds():
 
 def test_systems_agree_and_force_lengths(loaded, tmp_path):
   asks, chains = loaded
-  found = generation.agreement(asks, SHAPE.vocab, tmp_path)
-  generation.check_agreement(found, 'float32')
-  assert found['hf']['equal_greedy_rows'] == found['hf']['rows']
+  comparison = generation.compare_models(asks, SHAPE.vocab, tmp_path)
+  generation.check_agreement(comparison, 'float32')
+  assert comparison['hf']['equal_greedy_rows'] == comparison['hf']['rows']
   assert not list(tmp_path.iterdir())
   runs = generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
   assert {system: len(r) for system, r in runs.items()} == {'ours': 2, 'hf': 2}
@@ -84,7 +84,7 @@ def test_systems_agree_and_force_lengths(loaded, tmp_path):
   assert json.loads(json.dumps(summary)) == summary
 
 
-def test_a_reply_of_another_length_is_an_error(loaded):
+def test_a_reply_of_the_wrong_length_is_an_error(loaded):
   _, chains = loaded
   lengths = [list(chain.limits) for chain in chains]
   generation.check_lengths('hf', chains, lengths)
@@ -93,14 +93,14 @@ def test_a_reply_of_another_length_is_an_error(loaded):
     generation.check_lengths('hf', chains, lengths)
 
 
-def test_another_model_is_an_error():
+def test_a_peer_with_a_different_model_is_an_error():
   row = {'largest_logit': 5.0, 'largest_difference': 0.1, 'equal_greedy_rows': 0, 'rows': 4}
   with pytest.raises(RuntimeError, match='not compute the same model'):
     generation.check_agreement({'hf': row}, 'float32')
   generation.check_agreement({'hf': row}, 'bfloat16')
 
 
-def test_ratios_are_of_the_same_round():
+def test_ratios_compare_runs_of_the_same_repetition():
   runs = {
     'ours': [{'seconds': s} for s in (1.0, 2.0, 4.0)],
     'hf': [{'seconds': s} for s in (3.0, 8.0, 8.0)],
@@ -108,7 +108,7 @@ def test_ratios_are_of_the_same_round():
   assert driver.ratios(runs) == {'hf': {'median': 3.0, 'min': 2.0, 'max': 4.0}}
 
 
-def test_bound_of_a_decode_step():
+def test_the_bound_of_a_decode_step_is_reading_or_arithmetic():
   limits = {'bytes_per_second': 100.0, 'flops_per_second': 1000.0}
   assert roofline.bound(50, 4, 1, 300, limits) == pytest.approx(2.0 + 3.0)  # reading binds
   assert roofline.bound(50, 4, 32, 300, limits) == pytest.approx(3.2 + 96.0)  # arithmetic binds
@@ -116,13 +116,13 @@ def test_bound_of_a_decode_step():
   assert (shares['share'], shares['share_allocated']) == (pytest.approx(0.5), pytest.approx(0.8))
 
 
-def test_flags_reach_the_chains():
-  args = generation.parser().parse_args(['--occupancy', '--chains=7', '--prefix=2'])
-  settings = generation.settings_of(args)
+def test_flags_set_the_sizes_of_chains():
+  args = generation.make_parser().parse_args(['--occupancy', '--chains=7', '--prefix=2'])
+  settings = generation.chain_settings(args)
   assert (settings.chains, settings.prefix, settings.longest_reply) == (7, 2, 128)
 
 
-def test_random_matrices_are_wide_enough(folder):
+def test_random_matrices_have_the_stated_standard_deviation(folder):
   from safetensors.numpy import load_file
 
   table = load_file(folder / 'model.safetensors')['model.embed_tokens.weight']
@@ -134,9 +134,9 @@ WORK = training.Work(examples_lib.EMBEDDED, row_length=128, rows=8, accumulation
 
 @pytest.fixture(scope='module')
 def trained(folder):
-  """(asks of ours and of transformers, padded and packed; examples, packed steps)."""
-  examples, packed = training.plan(WORK, 2, SHAPE.vocab)
-  args = training.parser().parse_args([])
+  """Return functions that ask ours and transformers, and the examples and packed steps."""
+  examples, packed = training.plan_steps(WORK, 2, SHAPE.vocab)
+  args = training.make_parser().parse_args([])
   asks = {}
   for system in ('ours', 'hf_padded', 'hf_packed'):
     ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
@@ -146,14 +146,14 @@ def trained(folder):
       folder=str(folder),
       dtype='float32',
       platform='cpu',
-      options=training.options_of(system, args, WORK),
+      options=training.system_options(system, args, WORK),
     )
     asks[system] = ask
   return asks, examples, packed
 
 
-def test_steps_go_over_each_example_once():
-  examples, packed = training.plan(WORK, 3, 1024)
+def test_steps_have_each_example_once():
+  examples, packed = training.plan_steps(WORK, 3, 1024)
   padded = examples_lib.padded_steps(len(examples), len(packed))
   assert len(packed) == len(padded) == 6
   for steps in (packed, padded):
@@ -161,7 +161,7 @@ def test_steps_go_over_each_example_once():
   assert {len(rows) for rows in padded} <= {len(examples) // 6, len(examples) // 6 + 1}
   for row in (row for rows in packed for row in rows):
     assert sum(len(examples[i].tokens) for i in row) <= WORK.row_length
-  assert training.plan(WORK, 3, 1024) == (examples, packed)
+  assert training.plan_steps(WORK, 3, 1024) == (examples, packed)
   assert examples_lib.draw(WORK.lengths, 7, 1024) == examples[:7]
 
 
@@ -169,7 +169,7 @@ def test_common_steps_have_the_same_examples():
   packed = [[[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8], [9]]]
   common = examples_lib.common_steps(packed, 3, 3)
   assert common == [[[0, 1], [2]], [[5, 6], [7]], [[0, 1], [2]]]
-  assert examples_lib.one_a_row(common)[1] == [[5], [6], [7]]
+  assert examples_lib.unpack_rows(common)[1] == [[5], [6], [7]]
   with pytest.raises(ValueError, match='no step has 6'):
     examples_lib.common_steps(packed, 6, 1)
 
@@ -181,20 +181,20 @@ def test_a_step_is_split_evenly():
   assert [i for part in examples_lib.split(rows, 4) for i in part] == rows
 
 
-def test_padding_is_neither_real_nor_learnt():
+def test_padding_is_neither_real_nor_a_target():
   example = examples_lib.Example([20, 21, 22], prompt=2)
-  tokens, real, learnt = examples_lib.pad([example], 5)
+  tokens, real, targets = examples_lib.pad([example], 5)
   assert tokens.tolist() == [[20, 21, 22, 0, 0]]
-  assert real.tolist() == [[1, 1, 1, 0, 0]] and learnt.tolist() == [[0, 0, 1, 0, 0]]
+  assert real.tolist() == [[1, 1, 1, 0, 0]] and targets.tolist() == [[0, 0, 1, 0, 0]]
 
 
-def test_losses_agree_over_steps_padded_and_packed(trained):
+def test_all_systems_have_the_same_losses_padded_or_packed(trained):
   asks, examples, packed = trained
   batches = {'ours': 0, 'hf_padded': 4, 'hf_packed': 2}
   size = len(examples) // len(packed)
-  found = training.agreement(asks, batches, examples, packed, size)
-  training.check_agreement(found, 'float32')
-  assert len(set(found['ours']['losses'])) == training.AGREE_STEPS  # steps were taken
+  comparison = training.compare_losses(asks, batches, examples, packed, size)
+  training.check_agreement(comparison, 'float32')
+  assert len(set(comparison['ours']['losses'])) == training.AGREE_STEPS  # steps were taken
   padded = examples_lib.padded_steps(len(examples), len(packed))
   for system, ask in asks.items():
     steps = padded if system == 'hf_padded' else packed
@@ -207,31 +207,31 @@ def test_losses_agree_over_steps_padded_and_packed(trained):
   }
   assert rows['hf_packed']['padding_share'] == 0.0 < rows['ours']['padding_share'] < 0.2
   assert rows['hf_padded']['padding_share'] > rows['ours']['padding_share']
-  tokens = [training.tokens_of(examples, packed[at : at + 2])[0] for at in (0, 2)]
+  tokens = [training.count_tokens(examples, packed[at : at + 2])[0] for at in (0, 2)]
   rates = rows['ours']['tokens_per_second']
   assert rates == [t / s for t, s in zip(tokens, rows['ours']['seconds'], strict=True)]
   assert set(training.ratios(rows)) == {'hf_padded', 'hf_packed'}
   assert json.loads(json.dumps(rows)) == rows
 
 
-def test_other_losses_are_an_error():
+def test_a_peer_with_different_losses_is_an_error():
   row = {'losses': [1.0], 'largest': 2e-4}
   with pytest.raises(RuntimeError, match='not compute the same losses'):
     training.check_agreement({'hf_padded': row}, 'float32')
   training.check_agreement({'hf_padded': row}, 'bfloat16')
 
 
-def test_flags_reach_the_work():
-  args = training.parser().parse_args(['--model=S', '--rows=6', '--row_length=200'])
-  work = training.work_of(args)
+def test_flags_set_the_training_work():
+  args = training.make_parser().parse_args(['--model=S', '--rows=6', '--row_length=200'])
+  work = training.select_work(args)
   assert (work.rows, work.row_length, work.steps) == (6, 200, 2)
   args.row_length = 90
   with pytest.raises(ValueError, match='less than the longest example, 96'):
-    training.work_of(args)
+    training.select_work(args)
 
 
 @pytest.mark.slow
-def test_the_whole_training_run(tmp_path):
+def test_the_training_benchmark_runs_and_writes_json(tmp_path):
   flags = '--model=tiny --peers=hf_padded,hf_packed --steps=2 --repetitions=1 --hf_padded=8,0 '
   command = [sys.executable, '-m', 'experiments.bench.training', *flags.split()]
   environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
@@ -247,7 +247,7 @@ def test_the_whole_training_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_run(tmp_path):
+def test_the_generation_benchmark_runs_and_writes_json(tmp_path):
   flags = '--model=tiny --peers=hf --chains=3 --longest_reply=4 --repetitions=1 --slots=2 '
   flags += f'--hf_batches=1,3 --trial_chains=2 --workdir={tmp_path}'
   command = [sys.executable, '-m', 'experiments.bench.generation', *flags.split()]

@@ -1,4 +1,4 @@
-"""The host benchmark does every turn of every chain, whatever device programs look like."""
+"""Test that the host benchmark runs every turn of every chain in each mode."""
 
 import pytest
 
@@ -13,11 +13,11 @@ def job():
 
 
 @pytest.mark.parametrize('mode', ['tokens', 'turns', 'run'])
-def test_every_mode_does_all_turns(job, mode, tmp_path):
+def test_every_mode_runs_all_turns(job, mode, tmp_path):
   journal = Journal(tmp_path / 'journal')
   stub = host.Stub(host.replies(job))
   with stub.installed():
-    watch = host.feed(mode, job, tmp_path, journal)
+    watch = host.run_chains(mode, job, tmp_path, journal)
   assert watch.done == 9
   assert len(journal) == 9 * (1 + 2 * host.ROUNDS)
   assert d_cai.shard_path(tmp_path / 'd_cai', 0).exists() == (mode == 'run')

@@ -1,6 +1,6 @@
 """The chains of the generation benchmark: token ids and reply lengths, the same for every system.
 
-It imports numpy alone, so that a peer in an environment of its own can use it too.
+This module imports only NumPy, so that it also works in a peer's own environment.
 """
 
 import dataclasses
@@ -8,66 +8,84 @@ from collections.abc import Sequence
 
 import numpy as np
 
-REQUEST = (12, 30)  # tokens of a critique or revision request, drawn evenly
-FIRST_ID = 16  # ids below are left to special tokens
+REQUEST = (12, 30)  # least and most tokens of a critique or revision request
+FIRST_ID = 16  # smaller ids are reserved for special tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainSettings:
-  """Sizes of the chains. Lengths are log-normal, rounded and clipped: skewed, as real ones are."""
+  """Sizes of the chains, in tokens.
+
+  Lengths are log-normal, rounded and clipped, and so as skewed as those of real texts.
+
+  Attributes:
+    chains: number of chains.
+    rounds: rounds of critique and revision after the initial answer.
+    prompt_median, reply_median: median lengths.
+    prompt_sigma, reply_sigma: standard deviations of the logarithm of the length.
+    longest_prompt, longest_reply: maximum lengths.
+    prefix: length of the demonstrations at the start of every context.
+  """
 
   chains: int = 24
-  rounds: int = 2  # of critique and revision, after the initial answer
-  prompt_median: float = 56.0  # tokens
-  prompt_sigma: float = 0.5  # standard deviation of the logarithm
+  rounds: int = 2
+  prompt_median: float = 56.0
+  prompt_sigma: float = 0.5
   longest_prompt: int = 160
-  reply_median: float = 17.0  # tokens
+  reply_median: float = 17.0
   reply_sigma: float = 0.8
   longest_reply: int = 64
-  prefix: int = 0  # tokens of the demonstrations that stand in front of every context
+  prefix: int = 0
 
   def __post_init__(self):
-    for name, least in (
+    for name, minimum in (
       ('chains', 1),
       ('rounds', 0),
       ('longest_prompt', 1),
       ('longest_reply', 1),
       ('prefix', 0),
     ):
-      if getattr(self, name) < least:
-        raise ValueError(f'chains: {name}={getattr(self, name)}; it must be at least {least}.')
+      if getattr(self, name) < minimum:
+        raise ValueError(f'{name}={getattr(self, name)}; it must be at least {minimum}.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """A conversation with all fixed but the sampled tokens; the lengths of its replies are forced."""
+  """A conversation in which everything except the sampled tokens is fixed, also reply lengths.
+
+  Attributes:
+    id: unique among the chains.
+    prompt: token ids.
+    requests: token ids that follow each reply except the last.
+    limits: number of tokens of each reply.
+  """
 
   id: str
-  prompt: list[int]  # token ids
-  requests: list[list[int]]  # token ids that follow each reply but the last
-  limits: list[int]  # tokens of each reply
+  prompt: list[int]
+  requests: list[list[int]]
+  limits: list[int]
 
   def context(self, prefix: Sequence[int], replies: Sequence[Sequence[int]]) -> list[int]:
-    """Token ids that the next reply follows: the whole chat so far."""
+    """Return the token ids of the conversation so far, which the next reply follows."""
     ids = [*prefix, *self.prompt]
     for reply, request in zip(replies, self.requests, strict=False):
       ids += [*reply, *request]
     return ids
 
   def context_length(self, turn: int, prefix: int) -> int:
-    """Tokens of the context of a turn, behind a prefix of that many."""
+    """Return the number of tokens in the context of a turn, with a prefix of `prefix` tokens."""
     before = sum(self.limits[:turn]) + sum(len(request) for request in self.requests[:turn])
     return prefix + len(self.prompt) + before
 
 
 def turn_names(rounds: int) -> list[str]:
-  """'initial', 'critique_1', 'revision_1', and so on."""
+  """Return 'initial', 'critique_1', 'revision_1' and so on."""
   pairs = [(f'critique_{n}', f'revision_{n}') for n in range(1, rounds + 1)]
   return ['initial', *(name for pair in pairs for name in pair)]
 
 
 def draw(settings: ChainSettings, vocab_size: int, seed: int = 0) -> tuple[list[int], list[Chain]]:
-  """(prefix, chains) of random token ids; a function of its arguments alone."""
+  """Return a prefix and chains of random token ids, which depend only on the arguments."""
   rng = np.random.default_rng(seed)
   turns = 1 + 2 * settings.rounds
 
@@ -75,8 +93,8 @@ def draw(settings: ChainSettings, vocab_size: int, seed: int = 0) -> tuple[list[
     return rng.integers(FIRST_ID, vocab_size, int(count)).tolist()
 
   def lengths(count, median, sigma, longest):
-    drawn = np.rint(rng.lognormal(np.log(median), sigma, count))
-    return np.clip(drawn, 1, longest).astype(int).tolist()
+    samples = np.rint(rng.lognormal(np.log(median), sigma, count))
+    return np.clip(samples, 1, longest).astype(int).tolist()
 
   prompts = lengths(
     settings.chains, settings.prompt_median, settings.prompt_sigma, settings.longest_prompt
@@ -94,26 +112,26 @@ def draw(settings: ChainSettings, vocab_size: int, seed: int = 0) -> tuple[list[
 
 
 def longest(chains: Sequence[Chain], prefix: int) -> int:
-  """Tokens of the longest context and reply of any chain."""
+  """Return the number of tokens of the longest context with its reply."""
   return max(
     c.context_length(turn, prefix) + limit for c in chains for turn, limit in enumerate(c.limits)
   )
 
 
 def batches(chains: Sequence[Chain], size: int) -> list[Sequence[Chain]]:
-  """The chains in order, `size` at a time; the last batch may be smaller."""
+  """Split the chains into batches of `size`, in order; the last batch may be smaller."""
   return [chains[start : start + size] for start in range(0, len(chains), size)]
 
 
 def quantiles(values: Sequence[int]) -> dict[str, float]:
-  """Mean and quantiles of some lengths."""
-  named = {'p10': 0.1, 'p50': 0.5, 'p90': 0.9, 'p99': 0.99, 'max': 1.0}
-  found = {name: float(np.quantile(values, q)) for name, q in named.items()}
-  return {'mean': float(np.mean(values))} | found
+  """Return the mean and quantiles of some lengths."""
+  levels = {'p10': 0.1, 'p50': 0.5, 'p90': 0.9, 'p99': 0.99, 'max': 1.0}
+  quantiles = {name: float(np.quantile(values, q)) for name, q in levels.items()}
+  return {'mean': float(np.mean(values))} | quantiles
 
 
 def describe(chains: Sequence[Chain], prefix: int) -> dict[str, dict[str, float]]:
-  """Quantiles of the lengths of prompts, replies and contexts, in tokens."""
+  """Return quantiles of the lengths of prompts, replies and contexts, in tokens."""
   return {
     'prompt': quantiles([len(c.prompt) for c in chains]),
     'reply': quantiles([limit for c in chains for limit in c.limits]),

@@ -1,6 +1,6 @@
-"""What the benchmarks' drivers share: workers, rounds in turn, spreads, the machine.
+"""Code that the generation and training benchmarks share: workers, scheduling and statistics.
 
-Each system has a process of its own, with the same cores, and one works at a time.
+Each system runs in its own process on the same cores, and only one works at a time.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from experiments.bench import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-Ask = Callable[..., dict]  # ask(op, **request) → reply
+Ask = Callable[..., dict]  # ask(operation, **arguments) → reply
 
 
 class Process:
-  """A worker at the other end of a pipe.
+  """A worker process, connected by pipes.
 
   Args:
     system: one of `worker.SYSTEMS`.
-    python: the interpreter that it is run by.
+    python: path of its interpreter.
     jax_platform: 'cpu' or 'cuda'.
-    environment: further variables.
+    environment: additional environment variables.
   """
 
   def __init__(self, system: str, python: str, jax_platform: str, **environment: str):
@@ -50,57 +50,68 @@ class Process:
     self._system = system
 
   def ask(self, op: str, **request) -> dict:
-    """The worker's reply. RuntimeError, with its traceback, if it failed."""
+    """Send a request and return the worker's reply.
+
+    Args:
+      op: one of `worker.OPERATIONS`.
+      **request: its arguments, as JSON data.
+
+    Raises:
+      RuntimeError: with the worker's traceback, if it failed.
+    """
     self._process.stdin.write(json.dumps({'op': op, **request}) + '\n')
     self._process.stdin.flush()
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(f'{self._system}: its process ended with {self._process.wait()}.')
+      raise RuntimeError(f'{self._system}: the worker ended with status {self._process.wait()}.')
     reply = json.loads(line)
     if 'error' in reply:
       raise RuntimeError(f'{self._system}, {op}: {reply["error"]}')
     return reply
 
   def close(self) -> None:
-    """Lets the worker end."""
+    """End the worker and wait for it."""
     self._process.stdin.close()
     self._process.wait()
 
 
-def in_turn(names: Sequence[str], repetitions: int) -> Iterator[tuple[int, str]]:
-  """(repetition, name) so that each round has all names and begins with another one."""
+def interleave(names: Sequence[str], repetitions: int) -> Iterator[tuple[int, str]]:
+  """Yield (repetition, name): every repetition has all names, and each starts with another one."""
   for repetition in range(repetitions):
-    turn = repetition % len(names)
-    for name in [*names[turn:], *names[:turn]]:
+    first = repetition % len(names)
+    for name in [*names[first:], *names[:first]]:
       yield repetition, name
 
 
 def ratios(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-  """How many times as long as ours each peer takes, pair by pair of the same round."""
-  found = {}
+  """Return the spread of each peer's time divided by ours, paired by repetition."""
+  spreads = {}
   for system in runs.keys() - {'ours'}:
     pairs = zip(runs[system], runs['ours'], strict=True)
-    found[system] = spread([peer['seconds'] / ours['seconds'] for peer, ours in pairs])
-  return found
+    spreads[system] = spread([peer['seconds'] / ours['seconds'] for peer, ours in pairs])
+  return spreads
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-  """Median, least and most."""
+  """Return the median, the minimum and the maximum."""
   return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
-def spread_text(ratio: dict[str, float] | None) -> str:
-  """'2.00 [1.90, 2.10]'; '' for None."""
+def format_spread(ratio: dict[str, float] | None) -> str:
+  """Return a text such as '2.00 [1.90, 2.10]', or '' for None."""
   return f'{ratio["median"]:.2f} [{ratio["min"]:.2f}, {ratio["max"]:.2f}]' if ratio else ''
 
 
 def largest_peak(runs: Sequence[dict]) -> int | None:
-  """Most bytes of any run: loading and compiling are not in it. None where it was not measured."""
+  """Return the peak memory of any run in bytes, without loading and compiling.
+
+  Returns None if it was not measured.
+  """
   return max((run['peak_bytes'] for run in runs if run['peak_bytes'] is not None), default=None)
 
 
-def machine() -> dict:
-  """What the benchmark ran on."""
+def describe_machine() -> dict:
+  """Return a description of the machine, its load and the time."""
   info = pathlib.Path('/proc/cpuinfo').read_text()
   names = [line.split(':')[1].strip() for line in info.splitlines() if 'model name' in line]
   return {
@@ -113,41 +124,55 @@ def machine() -> dict:
   }
 
 
-def parser(
-  description: str, workdir: str, names: Sequence[str], peers: Sequence[str]
+def make_parser(
+  module: str, description: str, workdir: str, names: Sequence[str], peers: Sequence[str]
 ) -> argparse.ArgumentParser:
-  """The flags that all drivers have, for these models and peers."""
-  flags = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  """Return a parser with the flags that both benchmarks have.
+
+  Args:
+    module: the benchmark's module, for the usage line.
+    description: its docstring.
+    workdir: the default workdir.
+    names: models to choose from.
+    peers: peers to choose from.
+  """
+  parser = argparse.ArgumentParser(
+    prog=f'python -m {module}',
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  flags.add_argument('--workdir', default=workdir)
-  flags.add_argument('--model', default='M', help=f'one of {tuple(names)}')
-  flags.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
-  flags.add_argument('--platform', default='cpu', help='cpu or cuda')
-  flags.add_argument('--cores', type=int, default=2, help='CPU cores of each system')
-  flags.add_argument('--repetitions', type=int, default=5)
-  flags.add_argument('--peers', default=','.join(peers), help=f'of {", ".join(peers)}, with commas')
-  flags.add_argument('--tunix_python', default=sys.executable)
-  return flags
+  parser.add_argument('--workdir', default=workdir, help='folder for models and results')
+  parser.add_argument('--model', default='M', help=f'one of {tuple(names)}')
+  parser.add_argument('--dtype', default='float32', choices=tuple(models.DTYPES))
+  parser.add_argument('--platform', default='cpu', help='cpu or cuda')
+  parser.add_argument('--cores', type=int, default=2, help='CPU cores of each system')
+  parser.add_argument('--repetitions', type=int, default=5, help='timed runs of each system')
+  parser.add_argument(
+    '--peers', default=','.join(peers), help=f'some of {", ".join(peers)}, separated by commas'
+  )
+  parser.add_argument(
+    '--tunix_python', default=sys.executable, help='interpreter of an environment with Tunix'
+  )
+  return parser
 
 
-def take_cores(count: int) -> None:
-  """Keeps this process, and the workers that it starts, on so many cores."""
+def limit_cores(count: int) -> None:
+  """Restrict this process and the workers that it starts to `count` cores."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def log(text: str) -> None:
-  """A line on stderr."""
+  """Print a line to stderr."""
   print(text, file=sys.stderr, flush=True)
 
 
-def integers(text: str) -> list[int]:
-  """A flag's integers, with commas between."""
+def parse_integers(text: str) -> list[int]:
+  """Return the integers of a flag, which are separated by commas."""
   return [int(part) for part in text.split(',')]
 
 
-def write(result: dict, workdir: str | os.PathLike, name: str) -> None:
-  """The result as JSON on stdout and in the workdir."""
+def write_result(result: dict, workdir: str | os.PathLike, name: str) -> None:
+  """Write the result as JSON to stdout and to a file in the workdir."""
   text = json.dumps(result, indent=2)
   (pathlib.Path(workdir) / name).write_text(text + '\n')
   print(text)

@@ -1,16 +1,16 @@
-"""How much faster are critique chains here than in peers, and how near the machine's limits?
+"""How fast are critique chains here, against other systems and against the machine's limits?
 
 Command:   python -m experiments.bench.generation --model=M --dtype=float32 --workdir=runs/bench
-           --prefix=512 for demonstrations in front of every turn; --model=tiny; --roofline;
-           --occupancy for 1,000 skewed chains through our engine alone
-Hardware:  any; RESULTS.md tells of two CPU cores
-Systems:   ours; Hugging Face transformers `generate` (left padding, stage by stage); the sampler of
-           google-tunix 0.1.7 (stage by stage), which wants an environment of its own:
-           --tunix_python
-Method:    chains and reply lengths are drawn once and forced on all. Each system has a process of
-           its own, with the same cores; one works at a time. After one warm-up each, the
-           repetitions go round the systems, so that what else the machine does hits all alike;
-           ratios are of seconds in the same round.
+           --prefix=512 puts demonstrations in front of every turn
+           --occupancy runs 1,000 chains of skewed lengths through our engine alone
+           --model=tiny uses the embedded model; --roofline measures the machine's limits
+Hardware:  any; RESULTS.md has results of two CPU cores
+Systems:   ours; `generate` of Hugging Face transformers (left padding, stage by stage); the sampler
+           of google-tunix 0.1.7 (stage by stage), which needs its own environment (--tunix_python)
+Method:    chains and reply lengths are sampled once, and every system is forced to use them. Each
+           system runs in its own process on the same cores, one at a time. After one warm-up run
+           each, the repetitions alternate between the systems, so that other load on the machine
+           affects all alike. Ratios compare runs of the same repetition.
 
 Prints JSON, also written to the workdir, and a table on stderr.
 """
@@ -30,20 +30,24 @@ from experiments.bench import chains as chains_lib
 from experiments.bench import driver, models, worker
 from experiments.bench.driver import Ask, log
 
-# Lengths of the 1,000 chains of --occupancy: about 43 tokens a reply, 128 the longest.
+# The chains of --occupancy: replies of about 43 tokens on average and at most 128.
 OCCUPANCY = dict(chains=1000, reply_median=34.0, reply_sigma=0.8, longest_reply=128)
 
 
 def check_lengths(system: str, chains: Sequence[chains_lib.Chain], lengths) -> None:
-  """RuntimeError unless every reply has its forced length."""
-  wanted = [chain.limits for chain in chains]
-  if lengths != wanted:
+  """Check that every reply has its forced length.
+
+  Raises:
+    RuntimeError: if one does not.
+  """
+  expected = [chain.limits for chain in chains]
+  if lengths != expected:
     wrong = next(
-      i for i, pair in enumerate(zip(lengths, wanted, strict=True)) if pair[0] != pair[1]
+      i for i, pair in enumerate(zip(lengths, expected, strict=True)) if pair[0] != pair[1]
     )
     raise RuntimeError(
       f'{system}: the replies of {chains[wrong].id} have {lengths[wrong]} tokens, not the forced '
-      f'{wanted[wrong]}.'
+      f'{expected[wrong]}.'
     )
 
 
@@ -54,9 +58,9 @@ def repeat(
   repetitions: int,
   seed: int = 0,
 ) -> dict[str, list[dict]]:
-  """The replies of each system's runs; each round begins with another system."""
+  """Run every system `repetitions` times, alternating, and return its workers' replies."""
   runs: dict[str, list[dict]] = {system: [] for system in asks}
-  for repetition, system in driver.in_turn(list(asks), repetitions):
+  for repetition, system in driver.interleave(list(asks), repetitions):
     reply = asks[system]('run', batch=batches[system], seed=seed * 1000 + repetition, warm=False)
     check_lengths(system, chains, reply.pop('lengths'))
     runs[system].append(reply)
@@ -65,7 +69,7 @@ def repeat(
 
 
 def summarise(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
-  """What a system's runs come to; rates are those of the median run."""
+  """Summarise a system's runs. Rates are those of the run with the median time."""
   seconds = [run['seconds'] for run in runs]
   tokens = sum(limit for chain in chains for limit in chain.limits)
   return {
@@ -79,8 +83,8 @@ def summarise(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
   }
 
 
-def agreement(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> dict[str, dict]:
-  """Whether peers compute the same model: difference of logits, and of most likely tokens."""
+def compare_models(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> dict[str, dict]:
+  """Compare each peer's logits and greedy tokens with ours on random tokens."""
   rng = np.random.default_rng(1)
   tokens = rng.integers(chains_lib.FIRST_ID, vocab_size, (8, 24)).tolist()
   logits, greedy = {}, {}
@@ -101,17 +105,21 @@ def agreement(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> d
   }
 
 
-def check_agreement(found: dict[str, dict], dtype: str) -> None:
-  """RuntimeError if a peer computes another model than ours, in f32."""
-  for system, row in found.items():
+def check_agreement(comparison: dict[str, dict], dtype: str) -> None:
+  """Check, in f32, that every peer computes the same model as ours.
+
+  Raises:
+    RuntimeError: if one does not.
+  """
+  for system, row in comparison.items():
     if dtype == 'float32' and row['largest_difference'] > 1e-3 * row['largest_logit']:
       raise RuntimeError(f'{system} does not compute the same model: {row}')
 
 
-def start(
+def start_worker(
   system: str, args: argparse.Namespace, folder, prefix, chains
 ) -> tuple[driver.Process, dict]:
-  """A worker with its model and chains; what loading it told."""
+  """Start a worker, load its model and chains, and return it with its reply to loading."""
   python = args.tunix_python if system == 'tunix' else sys.executable
   process = driver.Process(system, python, args.platform)
   loaded = process.ask(
@@ -126,9 +134,11 @@ def start(
   return process, loaded
 
 
-def best_batch(system: str, args, folder, prefix, chains, sizes: Sequence[int]) -> dict[int, float]:
-  """Seconds of one pass over the first `trial_chains` chains at each batch size."""
-  process, _ = start(system, args, folder, prefix, chains[: args.trial_chains])
+def time_batches(
+  system: str, args: argparse.Namespace, folder, prefix, chains, sizes: Sequence[int]
+) -> dict[int, float]:
+  """Return the seconds of one pass over the first `trial_chains` chains at each batch size."""
+  process, _ = start_worker(system, args, folder, prefix, chains[: args.trial_chains])
   seconds = {}
   try:
     for size in sizes:
@@ -136,31 +146,35 @@ def best_batch(system: str, args, folder, prefix, chains, sizes: Sequence[int]) 
       seconds[size] = process.ask('run', batch=size, seed=0, warm=False)['seconds']
       log(f'{system}, trial with {size} rows: {seconds[size]:.1f} s')
   finally:
-    process.close()  # so that the trials are not in the peak of memory
+    process.close()  # so that the trials do not count in the peak memory
   return seconds
 
 
-def settings_of(args: argparse.Namespace) -> chains_lib.ChainSettings:
-  """The chains that the flags ask for."""
+def chain_settings(args: argparse.Namespace) -> chains_lib.ChainSettings:
+  """Return the sizes of the chains that the flags describe."""
   base = chains_lib.ChainSettings(**(OCCUPANCY if args.occupancy else {}))
   names = [field.name for field in dataclasses.fields(base)]
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  return dataclasses.replace(base, **given)
+  changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  return dataclasses.replace(base, **changes)
 
 
 def benchmark(args: argparse.Namespace) -> dict:
-  """The whole run, as JSON."""
+  """Run the benchmark and return its result as JSON data.
+
+  Raises:
+    ValueError: if the chains are longer than the model's context.
+  """
   workdir = pathlib.Path(args.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  folder = models.folder(args.model, workdir)
+  folder = models.model_folder(args.model, workdir)
   hf = json.loads((folder / 'config.json').read_text())
-  settings = settings_of(args)
+  settings = chain_settings(args)
   prefix, chains = chains_lib.draw(settings, hf['vocab_size'])
-  needed = chains_lib.longest(chains, len(prefix))
-  if needed > hf['max_position_embeddings']:
+  longest = chains_lib.longest(chains, len(prefix))
+  if longest > hf['max_position_embeddings']:
     raise ValueError(
-      f'the longest chain has {needed} tokens and model {args.model} was made for '
-      f'{hf["max_position_embeddings"]}; lower --longest_prompt, --longest_reply or --prefix.'
+      f'The longest chain has {longest} tokens but the context of model {args.model} has '
+      f'{hf["max_position_embeddings"]}. Lower --longest_prompt, --longest_reply or --prefix.'
     )
   peers = [name for name in args.peers.split(',') if name]
   systems = ['ours'] if args.occupancy else ['ours', *peers]
@@ -169,7 +183,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     'dtype': args.dtype,
     'chains': dataclasses.asdict(settings),
     'lengths': chains_lib.describe(chains, len(prefix)),
-    'machine': driver.machine(),
+    'machine': driver.describe_machine(),
     'systems': {system: {} for system in systems},
   }
   sizes = {'ours': args.slots, 'hf': args.hf_batches, 'tunix': args.tunix_batches}
@@ -177,13 +191,13 @@ def benchmark(args: argparse.Namespace) -> dict:
   for system in systems:
     trials = {}
     if len(sizes[system]) > 1:
-      trials = best_batch(system, args, folder, prefix, chains, sizes[system])
+      trials = time_batches(system, args, folder, prefix, chains, sizes[system])
     chosen[system] = min(trials, key=trials.get) if trials else sizes[system][0]
     result['systems'][system] |= {'batch': chosen[system], 'trial_seconds': trials}
   with contextlib.ExitStack() as stack:
     asks = {}
     for system in systems:
-      process, loaded = start(system, args, folder, prefix, chains)
+      process, loaded = start_worker(system, args, folder, prefix, chains)
       stack.callback(process.close)
       asks[system] = process.ask
       result['systems'][system] |= {
@@ -191,7 +205,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         'load_seconds': loaded['seconds'],
       }
     if len(asks) > 1:
-      result['agreement'] = agreement(asks, hf['vocab_size'], workdir)
+      result['agreement'] = compare_models(asks, hf['vocab_size'], workdir)
       check_agreement(result['agreement'], args.dtype)
     if args.repetitions:
       for system, ask in asks.items():
@@ -214,8 +228,8 @@ def benchmark(args: argparse.Namespace) -> dict:
   return result
 
 
-def table(result: dict) -> str:
-  """The result, for people."""
+def format_table(result: dict) -> str:
+  """Return the result as a text table."""
   lines = [
     f'{result["model"]}, {result["dtype"]}, {result["chains"]["chains"]} chains, '
     f'prefix {result["chains"]["prefix"]}; {result["machine"]["cores"]} cores',
@@ -225,7 +239,7 @@ def table(result: dict) -> str:
   for system, row in result['systems'].items():
     if 'seconds' not in row:
       continue
-    spread = driver.spread_text(result['ratios'].get(system))
+    spread = driver.format_spread(result['ratios'].get(system))
     peak = row['peak_bytes'] or row['life_peak_bytes']
     lines.append(
       f'{system:8}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
@@ -254,30 +268,43 @@ def table(result: dict) -> str:
   return '\n'.join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
-  flags = driver.parser(__doc__, 'runs/bench_generation', ['tiny', *models.SHAPES], ['hf', 'tunix'])
-  flags.add_argument('--slots', type=driver.integers, default=[8], help='several are tried')
-  flags.add_argument('--hf_batches', type=driver.integers, default=[12], help='several are tried')
-  flags.add_argument(
-    '--tunix_batches', type=driver.integers, default=[12], help='several are tried'
+def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of the command line."""
+  parser = driver.make_parser(
+    'experiments.bench.generation',
+    __doc__,
+    'runs/bench_generation',
+    ['tiny', *models.SHAPES],
+    ['hf', 'tunix'],
   )
-  flags.add_argument('--trial_chains', type=int, default=24, help='chains of a trial')
-  flags.add_argument('--engine', default='{}', help='JSON: fields of EngineConfig but slots')
-  flags.add_argument('--roofline', action='store_true')
-  flags.add_argument('--roofline_batches', type=driver.integers, default=[1, 32])
-  flags.add_argument('--occupancy', action='store_true', help='our engine alone, 1,000 chains')
+  for name, default in (('slots', 8), ('hf_batches', 12), ('tunix_batches', 12)):
+    parser.add_argument(
+      f'--{name}',
+      type=driver.parse_integers,
+      default=[default],
+      help=f'rows at once, default {default}; of several values the fastest is used',
+    )
+  parser.add_argument('--trial_chains', type=int, default=24, help='chains of such a trial')
+  parser.add_argument(
+    '--engine', default='{}', help='JSON with fields of EngineConfig other than slots'
+  )
+  parser.add_argument('--roofline', action='store_true', help="measure the machine's limits")
+  parser.add_argument(
+    '--roofline_batches', type=driver.parse_integers, default=[1, 32], help='rows of a decode step'
+  )
+  parser.add_argument('--occupancy', action='store_true', help='only our engine, 1,000 chains')
   for field in dataclasses.fields(chains_lib.ChainSettings):
-    flags.add_argument(f'--{field.name}', type=field.type, help=f'default {field.default}')
-  return flags
+    parser.add_argument(f'--{field.name}', type=field.type, help=f'default {field.default}')
+  return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parser().parse_args(argv)
-  driver.take_cores(args.cores)
+  """Run the benchmark that the command line describes."""
+  args = make_parser().parse_args(argv)
+  driver.limit_cores(args.cores)
   result = benchmark(args)
-  log(table(result))
-  driver.write(result, args.workdir, 'bench_generation.json')
+  log(format_table(result))
+  driver.write_result(result, args.workdir, 'bench_generation.json')
 
 
 if __name__ == '__main__':

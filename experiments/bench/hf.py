@@ -1,4 +1,4 @@
-"""The benchmark's chains through `generate` of Hugging Face transformers, stage by stage."""
+"""Run the benchmark's chains with `generate` of Hugging Face transformers, stage by stage."""
 
 import pathlib
 from typing import Any
@@ -14,10 +14,10 @@ PACKAGES = ('torch', 'transformers')
 
 
 class System:
-  """A model of transformers, used as its users use it.
+  """A transformers model, used in the usual way.
 
-  A stage goes over all chains in batches, padded on the left. A batch decodes until its longest
-  reply has ended, as it does where replies end by themselves; each row is then cut to its own.
+  A stage processes all chains in batches with left padding. A batch decodes until its longest reply
+  has ended, as it would with natural replies, and each row is then cut to its own length.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
@@ -29,9 +29,17 @@ class System:
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:
-    """(replies of each chain, nothing).
+    """Run all chains.
 
-    Warming up is the initial answer of the first batch, as nothing is compiled.
+    Args:
+      chains: the chains.
+      prefix: token ids at the start of every context.
+      batch: rows per batch.
+      seed: of sampling.
+      warm: only warm up. Nothing is compiled, so this runs one stage of the first batch.
+
+    Returns:
+      The token ids of each chain's replies, and an empty dict of statistics.
     """
     torch.manual_seed(seed)
     chains = chains[:batch] if warm else chains
@@ -48,7 +56,7 @@ class System:
     return [replies[chain.id] for chain in chains], {}
 
   def _generate(self, contexts: list[list[int]], count: int, **options) -> list[list[int]]:
-    """The `count` tokens that follow each context."""
+    """Sample `count` tokens after each context."""
     pad = self.model.generation_config.pad_token_id
     width = max(map(len, contexts))
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts])
@@ -64,20 +72,20 @@ class System:
     return out[:, width:].tolist()
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
-    """f32[B,V] after the last of tokens i32[B,T]."""
+    """Return the logits f32[B,V] after the last of tokens i32[B,T]."""
     with torch.inference_mode():
       out = self.model(torch.tensor(tokens, device=self.device, dtype=torch.int64))
     return out.logits[:, -1].float().cpu().numpy()
 
   def greedy(self, tokens: np.ndarray, count: int) -> list[list[int]]:
-    """The `count` most likely tokens after each row of tokens i32[B,T], one after the other."""
+    """Return `count` greedily decoded tokens after each row of tokens i32[B,T]."""
     config = self.model.generation_config
-    eos, config.eos_token_id = config.eos_token_id, None  # else min_new_tokens forbids it
+    eos, config.eos_token_id = config.eos_token_id, None  # otherwise min_new_tokens masks it
     try:
       return self._generate(tokens.tolist(), count, do_sample=False)
     finally:
       config.eos_token_id = eos
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     return None if self.device == 'cpu' else torch.cuda.max_memory_allocated()

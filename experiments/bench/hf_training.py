@@ -1,8 +1,8 @@
-"""The training benchmark's steps through a model of Hugging Face transformers.
+"""Run the training benchmark's steps with a model of Hugging Face transformers.
 
-A step is what their Trainer makes of it: micro-batches whose losses are sums over the tokens to
-learn, divided by the number of these in the whole step; gradients clipped by their norm; AdamW of
-torch, fused.
+A step does what transformers' Trainer does. The loss of a micro-batch is summed over its target
+tokens and divided by the number of targets in the whole step, gradients are clipped by their norm,
+and the optimizer is torch's fused AdamW.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from experiments.bench import examples as examples_lib
 from experiments.bench.examples import Example, Rows
 
 PACKAGES = ('torch', 'transformers')
-IGNORED = -100  # label of a token that is not learnt
+IGNORED = -100  # label of a token that is not a target
 
 
 class System:
-  """A model of transformers with its optimizer.
+  """A transformers model with its optimizer.
+
+  A padded micro-batch has several examples, padded to the longest. A packed micro-batch has several
+  rows joined into one without padding and without an attention mask. Its positions restart at each
+  example, and transformers recognises from them which tokens belong together.
 
   Args:
-    folder: of the model.
+    folder: the model's folder.
     dtype: 'bfloat16' computes under autocast; parameters and moments are f32.
-    options: `packed`; `attention`, of 'sdpa' and 'eager'; `optimizer`.
-
-  Padded, a micro-batch is so many examples filled up to the longest of them. Packed, it is so many
-  rows laid one after the other in a single one without padding, with positions that begin again at
-  each example and no attention mask: transformers finds from that which tokens belong together, and
-  masks the others.
+    platform: 'cpu' or 'cuda'.
+    options: `packed`, `attention` ('sdpa' or 'eager') and `optimizer`.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
@@ -40,7 +40,7 @@ class System:
     )
     self.model = model.to(self.device).train()
     self.packed = options['packed']
-    self.half = dtype == 'bfloat16'
+    self.autocast = dtype == 'bfloat16'
     settings = options['optimizer']
     self.clip_norm = settings['clip_norm']
     self.optimizer = torch.optim.AdamW(
@@ -53,16 +53,24 @@ class System:
     )
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:
-    """Keeps the examples, and the rows of each step."""
+    """Store the examples, and the rows of each step."""
     self.examples, self.steps = examples, steps
 
   def warm(self, batch: int) -> int:
-    """Trains on one step; the number of shapes, which are all alike where nothing is compiled."""
+    """Train on one step and return 1: nothing is compiled, so shapes do not matter."""
     self.train(0, 1, batch)
     return 1
 
   def train(self, first: int, stop: int, batch: int) -> tuple[list[float], int]:
-    """(losses of the steps, tokens computed), with `batch` rows in a micro-batch; 0 is all."""
+    """Train on steps [first, stop).
+
+    Args:
+      first, stop: range of steps.
+      batch: rows of a micro-batch; 0 means the whole step.
+
+    Returns:
+      The loss of each step, and the number of tokens computed, padding included.
+    """
     losses, places = [], 0
     for rows in self.steps[first:stop]:
       parts = examples_lib.split(rows, batch)
@@ -73,10 +81,10 @@ class System:
 
   def _pad(self, rows: Rows) -> dict[str, torch.Tensor]:
     examples = [self.examples[i] for row in rows for i in row]
-    tokens, real, learnt = map(
+    tokens, real, targets = map(
       torch.tensor, examples_lib.pad(examples, max(len(e.tokens) for e in examples))
     )
-    labels = torch.where(learnt != 0, tokens, IGNORED)
+    labels = torch.where(targets != 0, tokens, IGNORED)
     return {'input_ids': tokens.long(), 'attention_mask': real.long(), 'labels': labels.long()}
 
   def _pack(self, rows: Rows) -> dict[str, torch.Tensor]:
@@ -85,26 +93,28 @@ class System:
       tokens += example.tokens
       labels += [IGNORED] * example.prompt + example.tokens[example.prompt :]
       positions += range(len(example.tokens))
-    named = {'input_ids': tokens, 'labels': labels, 'position_ids': positions}
-    return {name: torch.tensor([ids]) for name, ids in named.items()}
+    arrays = {'input_ids': tokens, 'labels': labels, 'position_ids': positions}
+    return {name: torch.tensor([ids]) for name, ids in arrays.items()}
 
   def _step(self, batches: list[dict[str, torch.Tensor]]) -> float:
-    """The loss of an optimizer step."""
-    targets = sum(int((b['labels'][:, 1:] != IGNORED).sum()) for b in batches)
-    half = torch.autocast(self.device, torch.bfloat16) if self.half else contextlib.nullcontext()
-    loss = 0.0
+    """Take an optimizer step over all micro-batches and return its loss."""
+    num_targets = sum(int((b['labels'][:, 1:] != IGNORED).sum()) for b in batches)
+    autocast = contextlib.nullcontext()
+    if self.autocast:
+      autocast = torch.autocast(self.device, torch.bfloat16)
+    total = 0.0
     for arrays in batches:
       arrays = {name: x.to(self.device) for name, x in arrays.items()}
-      with half:
-        part = self.model(**arrays, use_cache=False, num_items_in_batch=targets).loss
-      part.backward()
-      loss += part.item()
+      with autocast:
+        loss = self.model(**arrays, use_cache=False, num_items_in_batch=num_targets).loss
+      loss.backward()
+      total += loss.item()
     if self.clip_norm:
       torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
     self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)
-    return loss
+    return total
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     return None if self.device == 'cpu' else torch.cuda.max_memory_allocated()

@@ -1,19 +1,19 @@
-"""How many chains a second can one host feed, and does its memory stay flat over a million?
+"""How many chains per second can one host feed, and does its memory stay flat over a million?
 
 Command:   python -m experiments.bench.host --chains=1000000 [--journal] [--mode=turns] [--profile]
-Hardware:  any; RESULTS.md tells of one of two CPU cores
-Modes:     tokens    five turns of token ids in a growing context, nothing rendered
-           turns     critique and revision in two rounds with the embedded model's dialogue: texts
+Hardware:  any; RESULTS.md has results of one of two CPU cores
+Modes:     tokens    five turns of token ids in a growing context, without rendering
+           turns     two rounds of critique and revision with the embedded model's dialogue: texts
                      are rendered, tokenised and decoded as in a run
-           run       everything that `feedback.generate.generate_shards` does: draw principles, make
-                     rows, write shards
-Method:    the device programs are replaced by stubs that cost nothing and end every active slot's
-           turn at once with a reply of the embedded world (a few of its tokens drawn anew, so that
-           no reply comes twice). Chains come from a generator and results are dropped.
+           run       everything that `feedback.generate.generate_shards` does: choose principles,
+                     make rows, write shards
+Method:    stubs replace the device programs. They cost nothing and end the turn of every active
+           slot at once, with a reply of the embedded world in which a few tokens are random, so
+           that no reply repeats. Chains come from a generator and results are discarded.
 
-Prints JSON: chains/s of one host, by the clock and by processor time (what counts where others
-share the machine), resident memory on the way, bytes of the journal. With --profile the ten
-costliest functions on stderr; the profiler itself doubles the time.
+Prints JSON: chains per second of one host, by wall-clock time and by CPU time (which is what counts
+on a shared machine), resident memory over the run, and bytes of the journal. With --profile, also
+the ten most expensive functions on stderr; the profiler itself doubles the time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
@@ -50,18 +50,18 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
 
-LONGEST = 64  # tokens of a reply: one burst
-READY = types.SimpleNamespace(block_until_ready=lambda: None)  # tells that a chunk is done
+LONGEST = 64  # most tokens of a reply, which fit one burst
+READY = types.SimpleNamespace(block_until_ready=lambda: None)  # the result of a prefilled chunk
 ENGINE = EngineConfig(slots=64, prefill_tokens=512, longest_burst=LONGEST)
 ROUNDS = 2
-SHOWN = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains at which memory is read
+MILESTONES = [n * 10**e for e in range(3, 10) for n in (1, 2, 5)]  # chains
 
 
 class Stub:
-  """Device programs of no cost: every active slot's turn ends with a reply out of `replies`.
+  """Device programs that cost nothing and end every active slot's turn with one of `replies`.
 
   Args:
-    replies: token ids, each ending with a stop token, LONGEST at most.
+    replies: token ids, at most LONGEST each, ending with a stop token.
   """
 
   def __init__(self, replies: list[list[int]]):
@@ -74,6 +74,7 @@ class Stub:
     self._logprobs = -self._rng.exponential(size=(97, LONGEST)).astype(np.float32)
 
   def decode(self, graph, params, cache, entries, slots, *_):
+    """Return a random reply for each active slot, in place of `device.decode`."""
     active = np.array(slots.active)
     chosen = self._rng.integers(len(self._counts), size=len(active))
     tokens = self._tokens[chosen]
@@ -85,7 +86,7 @@ class Stub:
 
   @contextlib.contextmanager
   def installed(self):
-    """Puts the stubs in the place of the device programs."""
+    """Replace the device programs by the stubs within a `with` block."""
     with (
       mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
       mock.patch.object(device, 'decode', self.decode),
@@ -97,7 +98,7 @@ class Stub:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """As many prompts as are wanted, made when they are asked for; `Job.prompts` reads like this."""
+  """A sequence of `count` prompts that are made on access, in place of `Job.prompts`."""
 
   count: int
   base: list[Prompt]
@@ -108,13 +109,13 @@ class Prompts:
   def __getitem__(self, at: int) -> tuple[Prompt, str]:
     if not 0 <= at < self.count:
       raise IndexError(at)
-    prompt = copy.copy(self.base[at % len(self.base)])  # checked when it was made, not again
+    prompt = copy.copy(self.base[at % len(self.base)])  # skips the checks of the constructor
     object.__setattr__(prompt, 'id', f'prompt-{at}')
     return prompt, 'harmful'
 
 
 def make_job(count: int) -> jobs.Job:
-  """The embedded world's job, of `count` prompts."""
+  """Return a job of the embedded world with `count` prompts."""
   mesh = make_mesh()
   lm = dataclasses.replace(models.load(pipeline.TINY / 'model', mesh=mesh), name='tiny')
   short = SamplingConfig(max_tokens=LONGEST)
@@ -132,16 +133,15 @@ def make_job(count: int) -> jobs.Job:
 
 
 def replies(job: jobs.Job) -> list[list[int]]:
-  """What the embedded world says, as tokens."""
+  """Return replies of the embedded world as token ids."""
   dialogue = job.stages.initial.dialogue
-  said = (
-    m for messages in corpus.make_documents(400, 0) for m in messages if m['role'] in REPLY_ROLES
-  )
-  return [r for r in (dialogue.reply(m['content']) for m in said) if len(r) <= LONGEST]
+  documents = corpus.make_documents(400, 0)
+  texts = (m['content'] for messages in documents for m in messages if m['role'] in REPLY_ROLES)
+  return [reply for reply in map(dialogue.reply, texts) if len(reply) <= LONGEST]
 
 
 def token_chain(context: list[int]):
-  """As many turns as a critique chain has, on token ids alone."""
+  """Yield as many turns as a critique chain has, on token ids only."""
   sampling = SamplingConfig(max_tokens=LONGEST)
   for number in range(1 + 2 * ROUNDS):
     completion = yield Turn(f'turn_{number}', context, sampling)
@@ -149,7 +149,7 @@ def token_chain(context: list[int]):
 
 
 def chains(mode: str, job: jobs.Job) -> Iterator[tuple[str, object]]:
-  """(id, chain) of each prompt."""
+  """Yield (id, chain) for each prompt."""
   if mode == 'turns':
     yield from ((prompt.id, job.chain(prompt, kind)) for prompt, kind in job.prompts)
   else:
@@ -157,59 +157,67 @@ def chains(mode: str, job: jobs.Job) -> Iterator[tuple[str, object]]:
 
 
 def resident_mib() -> float:
-  """Memory of this process now, in MiB."""
+  """Return the resident memory of this process in MiB."""
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
   return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
 
 
-class Watch:
-  """Reads memory as chains are done."""
+class MemoryWatch:
+  """A callable that counts finished chains and reads memory at each of MILESTONES."""
 
   def __init__(self):
-    self.start, self.done, self.seen = time.perf_counter(), 0, {}
+    self.start, self.done, self.resident_mib = time.perf_counter(), 0, {}
 
   def __call__(self, *_) -> None:
     self.done += 1
-    if self.done in SHOWN:
-      self.seen[self.done] = round(resident_mib(), 1)
+    if self.done in MILESTONES:
+      self.resident_mib[self.done] = round(resident_mib(), 1)
       seconds = time.perf_counter() - self.start
       print(
-        f'{self.done} chains, {self.done / seconds:.0f}/s, {self.seen[self.done]} MiB',
+        f'{self.done} chains, {self.done / seconds:.0f}/s, {self.resident_mib[self.done]} MiB',
         file=sys.stderr,
         flush=True,
       )
 
 
-def feed(mode: str, job: jobs.Job, folder: pathlib.Path, journal: Journal | None) -> Watch:
-  """Runs all chains of a mode; what was watched."""
-  watch = Watch()
+def run_chains(
+  mode: str, job: jobs.Job, folder: pathlib.Path, journal: Journal | None
+) -> MemoryWatch:
+  """Run all chains in one of the modes, and return the watch that counted them.
+
+  Args:
+    mode: 'tokens', 'turns' or 'run'.
+    job: holds the prompts.
+    folder: of the dataset that mode 'run' writes.
+    journal: of the sampled turns; mode 'run' needs one.
+  """
+  watch = MemoryWatch()
   if mode == 'run':
-    assert journal is not None, 'a run keeps a journal'
+    assert journal is not None, 'mode run needs a journal'
     generate.generate_shards(job, folder / 'd_cai', journal, ENGINE, watch)
     return watch
   dialogue = job.stages.initial.dialogue
   stops = {'base': (dialogue.stop_token_ids, dialogue.stop_strings)}
   engine = Engine(job.models, length=512, seed=0, config=ENGINE, journal=journal, stops=stops)
-  drain(map(watch, engine.run(chains(mode, job))))
+  for result in engine.run(chains(mode, job)):
+    watch(result)
   return watch
 
 
-def drain(items: Iterable) -> None:
-  """Takes all items and keeps none."""
-  for _ in items:
-    pass
-
-
 def main() -> None:
-  """Runs one mode and prints what it took."""
+  """Run one mode and print the result."""
   parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog='python -m experiments.bench.host',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument('--chains', type=int, default=20_000)
   parser.add_argument('--mode', choices=('tokens', 'turns', 'run'), default='tokens')
-  parser.add_argument('--journal', action='store_true', help='always on where --mode=run')
-  parser.add_argument('--folder', default=None, help='for the journal and the shards, deleted then')
-  parser.add_argument('--profile', action='store_true')
+  parser.add_argument('--journal', action='store_true', help='keep one; --mode=run always does')
+  parser.add_argument(
+    '--folder', default=None, help='for a temporary folder with the journal and the shards'
+  )
+  parser.add_argument('--profile', action='store_true', help='profile the host code')
   args = parser.parse_args()
   job = make_job(args.chains)
   stub = Stub(replies(job))
@@ -219,7 +227,7 @@ def main() -> None:
     profiler = cProfile.Profile()
     start, cpu = time.perf_counter(), time.process_time()
     with profiler if args.profile else contextlib.nullcontext():
-      watch = feed(args.mode, job, folder, journal)
+      watch = run_chains(args.mode, job, folder, journal)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     turns = args.chains * (1 + 2 * ROUNDS)
     print(
@@ -233,7 +241,7 @@ def main() -> None:
           'chains_per_second': round(args.chains / seconds, 1),
           'chains_per_cpu_second': round(args.chains / cpu, 1),
           'cpu_microseconds_a_turn': round(1e6 * cpu / turns, 1),
-          'resident_mib': watch.seen,
+          'resident_mib': watch.resident_mib,
           'journal_bytes': sum(p.stat().st_size for p in (folder / 'journal').glob('*')),
         },
         indent=2,

@@ -1,4 +1,4 @@
-"""Model folders with random weights, readable by every system of the benchmark."""
+"""Write model folders with random weights that every system of the benchmark can load."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class Shape:
   vocab: int
   positions: int = 2048
   rope_theta: float = 100_000.0
-  stored: str = 'float32'  # dtype of the file
+  stored: str = 'float32'  # dtype of the weights in the file
 
 
 SHAPES = {
@@ -37,26 +37,31 @@ SHAPES = {
 }
 
 
-def folder(name: str, workdir: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  """The folder of a model: the embedded one for 'tiny', else written to `workdir` once.
+def model_folder(name: str, workdir: pathlib.Path, seed: int = 0) -> pathlib.Path:
+  """Return the folder of a model: the embedded one, or one written to `workdir` on first use.
+
+  Args:
+    name: 'tiny', or one of SHAPES.
+    workdir: folder for models.
+    seed: of the random weights.
 
   Raises:
-    ValueError: for a name that is not known.
+    ValueError: if the name is unknown.
   """
   if name == 'tiny':
     return TINY
   if name not in SHAPES:
-    raise ValueError(f'model {name!r} is not known; one of {("tiny", *SHAPES)} is.')
+    raise ValueError(f'unknown model {name!r}; use one of {("tiny", *SHAPES)}.')
   target = workdir / f'model_{name}'
   if not (target / 'config.json').exists():
-    write(target, SHAPES[name], seed)
+    write_model(target, SHAPES[name], seed)
   return target
 
 
-def write(target: pathlib.Path, shape: Shape, seed: int = 0) -> None:
-  """Writes a model whose matrices have standard deviation 2/√fan_in and whose norms are 1.
+def write_model(target: pathlib.Path, shape: Shape, seed: int = 0) -> None:
+  """Write a model whose matrices have standard deviation 2/√fan_in and whose norms are 1.
 
-  With smaller weights and tied embeddings a random model only repeats its last token, and two
+  With smaller weights, a random model with tied embeddings only repeats its last token, and two
   systems would agree whatever they compute in between.
   """
   target.mkdir(parents=True, exist_ok=True)
@@ -84,17 +89,17 @@ def write(target: pathlib.Path, shape: Shape, seed: int = 0) -> None:
       f'{at}.mlp.down_proj.weight': matrix(d, shape.d_ff),
     }
   safetensors.numpy.save_file(tensors, target / 'model.safetensors', metadata={'format': 'pt'})
-  for name in TOKENIZER_FILES:  # ids are given directly: any tokenizer that needs no hub will do
+  for name in TOKENIZER_FILES:  # the benchmark uses token ids, so any local tokenizer will do
     shutil.copy(TINY / name, target / name)
   (target / 'generation_config.json').write_text(
     json.dumps({'bos_token_id': 1, 'eos_token_id': 4, 'pad_token_id': 0})
   )
-  # Last, as its presence says that the folder is whole.
+  # Written last, because its presence marks the folder as complete.
   (target / 'config.json').write_text(json.dumps(hf_config(shape), indent=2))
 
 
 def hf_config(shape: Shape) -> dict:
-  """The model's config.json."""
+  """Return the content of the model's config.json."""
   return {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',

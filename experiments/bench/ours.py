@@ -1,4 +1,4 @@
-"""The benchmark's chains through `cai_jax.sampling.Engine`."""
+"""Run the benchmark's chains with `cai_jax.sampling.engine.Engine`."""
 
 import gc
 import pathlib
@@ -19,8 +19,8 @@ from experiments.bench.chains import Chain
 PACKAGES = ('jax', 'jaxlib', 'flax')
 
 
-def generator(chain: Chain, prefix: list[int], temperature: float = 1.0):
-  """A chain as the engine takes it; its result is the replies' token ids."""
+def generate_turns(chain: Chain, prefix: list[int], temperature: float = 1.0):
+  """Yield the turns of a chain for the engine, and return the token ids of the replies."""
   replies: list[list[int]] = []
   for name, limit in zip(chains_lib.turn_names(len(chain.limits) // 2), chain.limits, strict=True):
     sampling = SamplingConfig(temperature=temperature, max_tokens=limit)
@@ -33,23 +33,31 @@ class System:
   """Our engine with one model.
 
   Args:
-    folder: of the model.
+    folder: the model's folder.
     dtype: 'float32' or 'bfloat16', of parameters, computation and cache.
+    platform: ignored.
     engine: fields of EngineConfig other than `slots`.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
-    del platform  # JAX_PLATFORMS has chosen it
+    del platform  # JAX_PLATFORMS selects it
     self.lm = lm_lib.load(folder, dtype)
     self.engine = engine
 
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:
-    """(replies of each chain, what the engine counted), with `batch` slots.
+    """Run all chains. This includes making the engine, its cache and the prefix's cache.
 
-    Making the engine, and so its cache and the prefix's, is part of the run. Warming up is a whole
-    run, whatever the programs compile for.
+    Args:
+      chains: the chains.
+      prefix: token ids at the start of every context.
+      batch: number of slots.
+      seed: of sampling.
+      warm: ignored; a warm-up is a whole run, so that it compiles every program.
+
+    Returns:
+      The token ids of each chain's replies, and the engine's statistics.
     """
     del warm
     return self._run(chains, prefix, batch, seed, 1.0, chains_lib.longest(chains, 0))
@@ -64,32 +72,36 @@ class System:
       prefixes={'base': [prefix]} if prefix else None,
     )
     if engine.slots != slots:
-      raise ValueError(f'{slots} slots of {length} tokens do not fit cache_gib; raise it.')
-    source = ((chain.id, generator(chain, prefix, temperature)) for chain in chains)
+      raise ValueError(f'{slots} slots of {length} tokens do not fit; raise cache_gib.')
+    source = ((chain.id, generate_turns(chain, prefix, temperature)) for chain in chains)
     results = dict(engine.run(source))
     return [results[chain.id] for chain in chains], engine.stats.summary()
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
-    """f32[B,V] after the last of tokens i32[B,T]."""
+    """Return the logits f32[B,V] after the last of tokens i32[B,T]."""
     return np.asarray(self.lm.logits(tokens)[:, -1])
 
   def greedy(self, tokens: np.ndarray, count: int) -> list[list[int]]:
-    """The `count` most likely tokens after each row of tokens i32[B,T], one after the other."""
+    """Return `count` greedily decoded tokens after each row of tokens i32[B,T]."""
     chains = [Chain(str(i), row.tolist(), [], [count]) for i, row in enumerate(tokens)]
     length = tokens.shape[1] + count
     return [r[0] for r in self._run(chains, [], len(chains), 0, 0.0, length)[0]]
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats['peak_bytes_in_use']
 
   def roofline(self, batches: list[int], repetitions: int) -> dict:
-    """Memory and arithmetic limits here and now, and a decode step's time against them.
+    """Measure the machine's limits and the time of a decode step.
 
-    A step's time is the difference of two runs that differ in nothing but their replies' lengths,
-    8 and 120 tokens after a prompt of 128, divided by the 112 steps: all that the user waits for
-    is in it, and prefill is not. On average 192 tokens are live then.
+    The time of a step is the difference between two runs that differ only in the length of replies,
+    8 and 120 tokens after a prompt of 128, divided by the 112 steps. It contains everything that a
+    user waits for except prefill. On average 192 tokens are live.
+
+    Args:
+      batches: numbers of rows to measure.
+      repetitions: measurements of each.
     """
     dtype, config = self.lm.dtype, self.lm.config
     prompt, short, long = 128, 8, 120

@@ -1,4 +1,4 @@
-"""The training benchmark's steps through `cai_jax.training`."""
+"""Run the training benchmark's steps with `cai_jax.training`."""
 
 import pathlib
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from cai_jax.data import packing
+from cai_jax.data.examples import Example as TrainingExample
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding
@@ -18,17 +19,17 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
 
 
 class System:
-  """What `training.fit` does, but for logs and checkpoints.
+  """The training loop of `cai_jax.training`, without logs and checkpoints.
 
   Args:
-    folder: of the model.
+    folder: the model's folder.
     dtype: of computation; parameters and moments are f32.
-    options: `rows` and `length` of a step's batch; the optimizer's fields of TrainConfig; `train`,
-      other fields of TrainConfig.
+    platform: ignored.
+    options: `rows` and `length` of a step's batch; `optimizer` and `train`, fields of TrainConfig.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
-    del platform  # JAX_PLATFORMS has chosen it
+    del platform  # JAX_PLATFORMS selects it
     lm = lm_lib.load(folder, dtype, param_dtype='float32')
     self.bucket = packing.Bucket(options['length'], options['rows'])
     config = TrainConfig(
@@ -41,28 +42,32 @@ class System:
       **options['optimizer'],
       **options['train'],
     )
-    steps = 1000  # a constant schedule does not ask
+    steps = 1000  # a constant schedule does not depend on it
     graph, _ = abstract_model(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
     self.state = init_state(lm.params, config, lm.mesh)
     self.sharding = batch_sharding(lm.mesh)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:
-    """Keeps the examples, and the rows of each step."""
+    """Store the examples, and the rows of each step."""
     self.items = [
-      examples.Example(np.array(e.tokens, np.int32), np.arange(len(e.tokens)) >= e.prompt)
+      TrainingExample(np.array(e.tokens, np.int32), np.arange(len(e.tokens)) >= e.prompt)
       for e in examples
     ]
     self.steps = steps
 
   def warm(self, batch: int) -> int:
-    """Trains on one step; the number of shapes, which is one."""
+    """Train on one step and return the number of batch shapes, which is 1."""
     self.train(0, 1, batch)
     return 1
 
   def train(self, first: int, stop: int, batch: int) -> tuple[list[float], int]:
-    """(losses of the steps, tokens computed); batches are made ahead, as `fit` does."""
-    del batch  # the step splits a batch itself, by `accumulation`
+    """Train on steps [first, stop), preparing batches ahead as `fit` does.
+
+    Returns:
+      The loss of each step, and the number of tokens computed, padding included.
+    """
+    del batch  # the step splits its batch by `accumulation`
     plan = [packing.Step(self.bucket, tuple(map(tuple, rows))) for rows in self.steps[first:stop]]
     place = lambda batch: jax.device_put(batch, self.sharding)  # noqa: E731
     losses = []
@@ -73,6 +78,6 @@ class System:
     return losses, len(plan) * self.bucket.rows * self.bucket.length
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats['peak_bytes_in_use']

@@ -1,4 +1,4 @@
-"""What the machine can do at most, and a decode step's share of it (Williams et al. 2009)."""
+"""Measure the machine's limits, and relate a decode step to them (Williams et al. 2009)."""
 
 import concurrent.futures
 import os
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ARRAY_BYTES = 256 * 2**20  # far beyond any cache
+ARRAY_BYTES = 256 * 2**20  # much larger than any cache
 ARRAYS = 4
-SQUARE = 3072  # side of the matrices whose product is timed
+SQUARE = 3072  # rows and columns of the matrices in the timed product
 
 
 def best_rate(work: float, function: Callable[[], object], repetitions: int = 5) -> float:
-  """Work a second of the fastest of some runs, after one that is not timed."""
+  """Return the work per second of the fastest of several runs, after an untimed one."""
   function()
   seconds = []
   for _ in range(repetitions):
@@ -26,7 +26,7 @@ def best_rate(work: float, function: Callable[[], object], repetitions: int = 5)
 
 
 def bandwidth() -> float:
-  """Bytes a second read from memory: the best of several ways to sum large arrays."""
+  """Return the bytes per second read from memory, by the fastest of several ways to sum arrays."""
   columns = 8192
   shape = (ARRAY_BYTES // 4 // columns, columns)
   arrays = [jnp.full(shape, 1.0, jnp.float32) + i for i in range(ARRAYS)]
@@ -58,7 +58,7 @@ def bandwidth() -> float:
 
 
 def matmul_rate(dtype: str) -> float:
-  """Floating-point operations a second of a large square product, accumulated in f32."""
+  """Return the FLOP/s of a large square matrix product, accumulated in f32."""
   a, b = (jnp.full((SQUARE, SQUARE), 1.0 + i, dtype) for i in range(2))
   precision = jax.lax.Precision.HIGHEST if dtype == 'float32' else None
 
@@ -70,22 +70,22 @@ def matmul_rate(dtype: str) -> float:
 
 
 def limits(dtype: str) -> dict[str, float]:
-  """Bytes read a second, and floating-point operations a second in `dtype`."""
+  """Return the bytes read per second, and the FLOP/s in `dtype`."""
   return {'bytes_per_second': bandwidth(), 'flops_per_second': matmul_rate(dtype)}
 
 
 def bound(params: int, width: int, batch: int, cache_bytes: int, limits: dict[str, float]) -> float:
-  """Least seconds of a decode step.
+  """Return a lower bound on the seconds of a decode step.
+
+  The weights are read once for all rows, unless arithmetic takes longer; each row reads its cache.
 
   Args:
-    params: number of parameters; each enters one multiplication and addition a row, an embedding
-      that is tied as the output layer.
+    params: number of parameters. Each takes part in one multiplication and addition per row; a tied
+      embedding does so as the output layer.
     width: bytes of a parameter.
-    batch: rows.
-    cache_bytes: of keys and values that one row reads.
-    limits: as `limits` gives them.
-
-  Weights are read once for all rows, or bound by arithmetic; the cache is read row by row.
+    batch: number of rows.
+    cache_bytes: bytes of keys and values that one row reads.
+    limits: as the function `limits` returns them.
   """
   read = params * width / limits['bytes_per_second']
   multiplied = 2 * params * batch / limits['flops_per_second']
@@ -101,7 +101,14 @@ def shares(
   allocated_bytes: int,
   limits: dict[str, float],
 ) -> dict:
-  """A step's median time and its share of the roofline, by the live and the allocated cache."""
+  """Return a step's median time, and the roofline's bound divided by it.
+
+  Args:
+    seconds: times of the step.
+    params, width, batch, limits: as for `bound`.
+    live_bytes: cache bytes of a row's live tokens.
+    allocated_bytes: cache bytes that are allocated for a row.
+  """
   step = float(np.median(seconds))
   live = bound(params, width, batch, live_bytes, limits)
   allocated = bound(params, width, batch, allocated_bytes, limits)

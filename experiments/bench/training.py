@@ -1,25 +1,28 @@
-"""How much faster is a step of supervised fine-tuning here than in peers, and in what memory?
+"""How fast is a step of supervised fine-tuning here, against other systems, and in how much memory?
 
-Command:   python -m experiments.bench.training --model=M --workdir=runs/bench
+Command:   python -m experiments.bench.training --model=M --workdir=runs/bench \\
              --peers=hf_padded,hf_packed
-           --model=M --rows=2 --peers=tunix --tunix_multiple=512, which takes 16 GB and compiles
-             one or two shapes
-           --model=tiny --hf_padded=32 --hf_packed=4, which are the fastest there; several are tried
+           python -m experiments.bench.training --model=M --workdir=runs/bench --rows=2 \\
+             --peers=tunix --tunix_multiple=512   (16 GB; compiles one or two shapes)
+           --model=tiny --hf_padded=32 --hf_packed=4 are the fastest batches there; several values
+             are tried
            --dtype=bfloat16; --row_length=1024 for longer rows
-Hardware:  any; RESULTS.md tells of two CPU cores
-Systems:   ours: packed rows, best fit; Hugging Face transformers in the step of their Trainer, with
-           AdamW of torch, fused: padded (micro-batches of 8 examples, filled up to the longest) and
-           packed (our rows one by one, without padding, as TRL's `bfd` with batches of one; the
-           positions tell transformers which tokens to mask); `PeftTrainer` of google-tunix 0.1.7
-           (padded; a batch a step), which wants an environment of its own: --tunix_python
-Method:    examples are drawn once, with lengths as D_CAI's, and all go over each of them once, in
-           the same number of steps of AdamW with the same settings; those who pack have the same
-           examples in each step. First all train on the same few steps, and their losses must
-           agree. Each system has a process of its own, with the same cores; one works at a time.
-           After one warm-up each, the repetitions go round the systems, each with the next steps;
-           ratios are of tokens a second in the same round. No gradient checkpointing, f32
-           parameters and moments (in bfloat16, Tunix has these in bfloat16 too), memory in huge
-           pages for all.
+Hardware:  any; RESULTS.md has results of two CPU cores
+Systems:   ours: packed rows, best fit
+           hf_padded: Hugging Face transformers with the step of its Trainer and torch's fused
+             AdamW; micro-batches of 8 examples, padded to the longest
+           hf_packed: the same with our rows, one by one and without padding, as TRL's `bfd` with
+             batches of one; transformers masks by positions
+           tunix: `PeftTrainer` of google-tunix 0.1.7, one padded batch per step, which needs its
+             own environment (--tunix_python)
+Method:    examples are sampled once, with lengths like those of D_CAI. Every system trains once on
+           each of them, in the same number of AdamW steps with the same settings; systems that
+           pack have the same examples in each step. First, all systems train on the same few steps
+           and their losses must agree. Each system runs in its own process on the same cores, one
+           at a time. After one warm-up each, the repetitions alternate between the systems, each
+           with the next steps. Ratios compare tokens per second of the same repetition. No system
+           uses gradient checkpointing; parameters and moments are f32 (with bfloat16, those of
+           Tunix are bfloat16 too); memory is in huge pages for all.
 
 Prints JSON, also written to the workdir, and a table on stderr.
 """
@@ -40,25 +43,33 @@ from experiments.bench.driver import Ask, log
 from experiments.bench.examples import Example, ExampleSettings, Rows
 
 OPTIMIZER = dict(learning_rate=1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-SYSTEMS = {  # → that of the worker
+SYSTEMS = {  # → the worker's name for it
   'ours': 'ours_training',
   'hf_padded': 'hf_training',
   'hf_packed': 'hf_training',
   'tunix': 'tunix_training',
 }
 AGREE_STEPS = 3
-TOLERANCE = 1e-4  # of losses, relative, in f32
+TOLERANCE = 1e-4  # relative difference of losses in f32
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What is trained on."""
+  """The training work of one repetition.
+
+  Attributes:
+    lengths: of the examples.
+    row_length: tokens of a packed row.
+    rows: rows of a step.
+    accumulation: micro-batches of our step.
+    steps: steps of a repetition.
+  """
 
   lengths: ExampleSettings
-  row_length: int  # tokens of a packed row
-  rows: int  # of a step
-  accumulation: int  # micro-batches of our step
-  steps: int  # of a repetition
+  row_length: int
+  rows: int
+  accumulation: int
+  steps: int
 
 
 WORK = {
@@ -68,33 +79,36 @@ WORK = {
 }
 
 
-def plan(work: Work, repetitions: int, vocab_size: int) -> tuple[tuple[Example, ...], list[Rows]]:
-  """(examples, steps of packed rows over each of them once): as many as fill all repetitions."""
+def plan_steps(
+  work: Work, repetitions: int, vocab_size: int
+) -> tuple[tuple[Example, ...], list[Rows]]:
+  """Return examples that fill all repetitions, and packed steps with each example once."""
   total = work.steps * repetitions
   bucket = packing.Bucket(work.row_length, work.rows)
-  drawn = examples_lib.draw(work.lengths, total * work.rows * work.row_length // 8, vocab_size)
-  lengths = [len(e.tokens) for e in drawn]
+  max_count = total * work.rows * work.row_length // 8
+  examples = examples_lib.draw(work.lengths, max_count, vocab_size)
+  lengths = [len(e.tokens) for e in examples]
 
   def steps(count):
     return packing.plan(lengths[:count], (bucket,), 1, 0)
 
-  # Packing is nearly, but not quite, monotonic; what is taken in the end is checked.
-  count = examples_lib.largest(lambda n: len(steps(n)) <= total, 1, len(drawn))
+  # The number of steps is not quite monotonic in the number of examples, so correct it at the end.
+  count = examples_lib.largest_fit(lambda n: len(steps(n)) <= total, 1, max_count)
   while len(steps(count)) != total:
     count -= 1
-  return drawn[:count], [[list(row) for row in step.rows] for step in steps(count)]
+  return examples[:count], [[list(row) for row in step.rows] for step in steps(count)]
 
 
-def tokens_of(examples: Sequence[Example], steps: Sequence[Rows]) -> tuple[int, int]:
-  """(tokens, tokens to learn) of some steps."""
-  held = [examples[i] for rows in steps for row in rows for i in row]
-  tokens = sum(len(e.tokens) for e in held)
-  return tokens, tokens - sum(e.prompt for e in held)
+def count_tokens(examples: Sequence[Example], steps: Sequence[Rows]) -> tuple[int, int]:
+  """Return the number of tokens and of target tokens in some steps."""
+  trained = [examples[i] for rows in steps for row in rows for i in row]
+  tokens = sum(len(e.tokens) for e in trained)
+  return tokens, tokens - sum(e.prompt for e in trained)
 
 
-def options_of(system: str, args: argparse.Namespace, work: Work) -> dict:
-  """What the system's constructor is told."""
-  own = {
+def system_options(system: str, args: argparse.Namespace, work: Work) -> dict:
+  """Return the options of a system's constructor."""
+  options = {
     'ours': {
       'rows': work.rows,
       'length': work.row_length,
@@ -104,18 +118,20 @@ def options_of(system: str, args: argparse.Namespace, work: Work) -> dict:
     'hf_packed': {'packed': True, 'attention': args.hf_attention},
     'tunix': {'longest': work.lengths.longest, 'multiple': args.tunix_multiple},
   }[system]
-  return {'optimizer': OPTIMIZER, **own}
+  return {'optimizer': OPTIMIZER, **options}
 
 
-def start(system: str, args: argparse.Namespace, work: Work, folder) -> tuple[driver.Process, dict]:
-  """A worker with its model; what loading it told."""
+def start_worker(
+  system: str, args: argparse.Namespace, work: Work, folder: pathlib.Path
+) -> tuple[driver.Process, dict]:
+  """Start a worker, load its model, and return it with its reply to loading."""
   python = args.tunix_python if system == 'tunix' else sys.executable
   process = driver.Process(
     SYSTEMS[system],
     python,
     args.platform,
-    # Large arrays come in pages of 2 MB: else the pages of each step's temporary memory, which all
-    # systems ask for anew, take a tenth of its time or more.
+    # All systems allocate temporary memory in each step. With small pages this takes a tenth of the
+    # time or more, so large arrays use pages of 2 MB.
     GLIBC_TUNABLES='glibc.malloc.hugetlb=1',
     JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(args.workdir).absolute() / f'compiled_{system}'),
   )
@@ -125,14 +141,22 @@ def start(system: str, args: argparse.Namespace, work: Work, folder) -> tuple[dr
     folder=str(folder),
     dtype=args.dtype,
     platform=args.platform,
-    options=options_of(system, args, work),
+    options=system_options(system, args, work),
   )
   return process, loaded
 
 
-def best_batch(system, args, work, folder, examples, steps: list[Rows], sizes) -> dict[int, float]:
-  """Seconds of the first repetition's steps with each size of micro-batches."""
-  process, _ = start(system, args, work, folder)
+def time_batches(
+  system: str,
+  args: argparse.Namespace,
+  work: Work,
+  folder: pathlib.Path,
+  examples: Sequence[Example],
+  steps: list[Rows],
+  sizes: Sequence[int],
+) -> dict[int, float]:
+  """Return the seconds of the first repetition's steps with each size of micro-batches."""
+  process, _ = start_worker(system, args, work, folder)
   seconds = {}
   try:
     process.ask('take_examples', examples=examples, steps=steps[: work.steps])
@@ -141,41 +165,60 @@ def best_batch(system, args, work, folder, examples, steps: list[Rows], sizes) -
       seconds[size] = process.ask('train', first=0, stop=work.steps, batch=size)['seconds']
       log(f'{system}, trial with {size} rows at a time: {seconds[size]:.2f} s')
   finally:
-    process.close()  # so that the trials are not in the peak of memory
+    process.close()  # so that the trials do not count in the peak memory
   return seconds
 
 
-def agreement(
+def compare_losses(
   asks: dict[str, Ask], batches: dict[str, int], examples, packed: list[Rows], size: int
 ) -> dict[str, dict]:
-  """Losses of all systems over the same few steps of `size` examples; peers' distance from ours."""
+  """Train all systems on the same few steps and compare their losses with ours.
+
+  Args:
+    asks: system → function that sends requests to its worker.
+    batches: system → rows of a micro-batch.
+    examples: all examples.
+    packed: packed steps to take the examples from.
+    size: examples per step.
+  """
   common = examples_lib.common_steps(packed, size, AGREE_STEPS)
   losses = {}
   for system, ask in asks.items():
-    steps = common if system in ('ours', 'hf_packed') else examples_lib.one_a_row(common)
+    steps = common if system in ('ours', 'hf_packed') else examples_lib.unpack_rows(common)
     ask('take_examples', examples=examples, steps=steps)
     losses[system] = ask('train', first=0, stop=AGREE_STEPS, batch=batches[system])['losses']
     log(f'{system}, losses: {losses[system]}')
-  found = {}
+  comparison = {}
   for system, theirs in losses.items():
     pairs = zip(theirs, losses['ours'], strict=True)
-    found[system] = {'losses': theirs, 'largest': max(abs(a / b - 1) for a, b in pairs)}
-  return found
+    comparison[system] = {'losses': theirs, 'largest': max(abs(a / b - 1) for a, b in pairs)}
+  return comparison
 
 
-def check_agreement(found: dict[str, dict], dtype: str) -> None:
-  """RuntimeError if a peer's losses are not ours, in f32."""
-  for system, row in found.items():
+def check_agreement(comparison: dict[str, dict], dtype: str) -> None:
+  """Check, in f32, that every system computes the same losses as ours.
+
+  Raises:
+    RuntimeError: if one does not.
+  """
+  for system, row in comparison.items():
     if dtype == 'float32' and not row['largest'] <= TOLERANCE:
-      raise RuntimeError(f'{system} does not compute the same losses: {found}')
+      raise RuntimeError(f'{system} does not compute the same losses: {comparison}')
 
 
 def repeat(
   asks: dict[str, Ask], batches: dict[str, int], steps: int, repetitions: int
 ) -> dict[str, list[dict]]:
-  """The replies of each system's runs; each round has the next steps."""
+  """Run every system `repetitions` times, alternating, and return its workers' replies.
+
+  Args:
+    asks: system → function that sends requests to its worker.
+    batches: system → rows of a micro-batch.
+    steps: steps of a repetition; each repetition continues with the next ones.
+    repetitions: number of repetitions.
+  """
   runs: dict[str, list[dict]] = {system: [] for system in asks}
-  for repetition, system in driver.in_turn(list(asks), repetitions):
+  for repetition, system in driver.interleave(list(asks), repetitions):
     first = repetition * steps
     reply = asks[system]('train', first=first, stop=first + steps, batch=batches[system])
     runs[system].append(reply)
@@ -184,25 +227,25 @@ def repeat(
 
 
 def summarise(examples: Sequence[Example], steps: list[Rows], runs: list[dict]) -> dict:
-  """What a system's runs over its steps come to."""
-  each = len(steps) // len(runs)
-  counted = [tokens_of(examples, steps[at : at + each]) for at in range(0, len(steps), each)]
-  rates = [tokens / run['seconds'] for (tokens, _), run in zip(counted, runs, strict=True)]
-  targets = [learnt / run['seconds'] for (_, learnt), run in zip(counted, runs, strict=True)]
+  """Summarise a system's runs over its steps."""
+  size = len(steps) // len(runs)
+  counts = [count_tokens(examples, steps[i : i + size]) for i in range(0, len(steps), size)]
+  token_rates = [tokens / run['seconds'] for (tokens, _), run in zip(counts, runs, strict=True)]
+  target_rates = [targets / run['seconds'] for (_, targets), run in zip(counts, runs, strict=True)]
   return {
     'seconds': [run['seconds'] for run in runs],
     'cpu_seconds': [run['cpu_seconds'] for run in runs],
     'other_load': [run['other_load'] for run in runs],
-    'tokens_per_second': rates,  # without padding
-    'target_tokens_per_second': targets,
-    'padding_share': 1 - sum(t for t, _ in counted) / sum(run['places'] for run in runs),
+    'tokens_per_second': token_rates,  # without padding
+    'target_tokens_per_second': target_rates,
+    'padding_share': 1 - sum(tokens for tokens, _ in counts) / sum(run['places'] for run in runs),
     'peak_bytes': driver.largest_peak(runs),
     'last_loss': runs[-1]['losses'][-1],
   }
 
 
 def ratios(systems: dict[str, dict]) -> dict[str, dict[str, float]]:
-  """How many times as many tokens a second ours does as each peer, in the same round."""
+  """Return the spread of our tokens per second divided by each peer's, paired by repetition."""
   rates = {system: row['tokens_per_second'] for system, row in systems.items()}
   ours = rates.pop('ours')
   return {
@@ -211,20 +254,20 @@ def ratios(systems: dict[str, dict]) -> dict[str, dict[str, float]]:
   }
 
 
-def work_of(args: argparse.Namespace) -> Work:
-  """The model's work, with what the flags say of it.
+def select_work(args: argparse.Namespace) -> Work:
+  """Return the model's training work with the changes that the flags describe.
 
   Raises:
-    ValueError: for a model without one, or examples that are longer than rows.
+    ValueError: if the model has none, or examples are longer than rows.
   """
   if args.model not in WORK:
-    raise ValueError(f'--model={args.model} has no training work; one of {tuple(WORK)} has.')
+    raise ValueError(f'--model={args.model} has no training work; use one of {tuple(WORK)}.')
   work = WORK[args.model]
   names = ('row_length', 'rows', 'accumulation', 'steps')
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  if 'rows' in given:  # a row a micro-batch, unless it is said
-    given = {'accumulation': min(work.accumulation, given['rows']), **given}
-  work = dataclasses.replace(work, **given)
+  changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  if 'rows' in changes:  # by default, at most one micro-batch per row
+    changes = {'accumulation': min(work.accumulation, changes['rows']), **changes}
+  work = dataclasses.replace(work, **changes)
   if work.lengths.longest > work.row_length:
     raise ValueError(
       f'--row_length={work.row_length} is less than the longest example, {work.lengths.longest}.'
@@ -233,13 +276,13 @@ def work_of(args: argparse.Namespace) -> Work:
 
 
 def benchmark(args: argparse.Namespace) -> dict:
-  """The whole run, as JSON."""
+  """Run the benchmark and return its result as JSON data."""
   workdir = pathlib.Path(args.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  work = work_of(args)
-  folder = models.folder(args.model, workdir)
+  work = select_work(args)
+  folder = models.model_folder(args.model, workdir)
   hf = json.loads((folder / 'config.json').read_text())
-  examples, packed = plan(work, args.repetitions, hf['vocab_size'])
+  examples, packed = plan_steps(work, args.repetitions, hf['vocab_size'])
   padded = examples_lib.padded_steps(len(examples), len(packed))
   steps = {'ours': packed, 'hf_packed': packed, 'hf_padded': padded, 'tunix': padded}
   systems = ['ours', *(name for name in args.peers.split(',') if name)]
@@ -250,25 +293,26 @@ def benchmark(args: argparse.Namespace) -> dict:
     'optimizer': OPTIMIZER,
     'train': json.loads(args.train),
     'examples': {'count': len(examples), **examples_lib.describe(examples)},
-    'machine': driver.machine(),
+    'machine': driver.describe_machine(),
     'systems': {system: {} for system in systems},
   }
   sizes = {'hf_padded': args.hf_padded, 'hf_packed': args.hf_packed}
   chosen = {}
   for system in systems:
-    tried, trials = sizes.get(system, [0]), {}
-    if len(tried) > 1:
-      trials = best_batch(system, args, work, folder, examples, steps[system], tried)
-    chosen[system] = min(trials, key=trials.get) if trials else tried[0]
+    candidates, trials = sizes.get(system, [0]), {}
+    if len(candidates) > 1:
+      trials = time_batches(system, args, work, folder, examples, steps[system], candidates)
+    chosen[system] = min(trials, key=trials.get) if trials else candidates[0]
     result['systems'][system] |= {'rows_at_once': chosen[system], 'trial_seconds': trials}
   with contextlib.ExitStack() as stack:
     asks = {}
     for system in systems:
-      process, loaded = start(system, args, work, folder)
+      process, loaded = start_worker(system, args, work, folder)
       stack.callback(process.close)
       asks[system] = process.ask
       result['systems'][system]['versions'] = loaded['versions']
-    result['agreement'] = agreement(asks, chosen, examples, packed, len(examples) // len(packed))
+    size = len(examples) // len(packed)
+    result['agreement'] = compare_losses(asks, chosen, examples, packed, size)
     check_agreement(result['agreement'], args.dtype)
     for system, ask in asks.items():
       ask('take_examples', examples=examples, steps=steps[system])
@@ -285,8 +329,8 @@ def benchmark(args: argparse.Namespace) -> dict:
   return result
 
 
-def table(result: dict) -> str:
-  """The result, for people."""
+def format_table(result: dict) -> str:
+  """Return the result as a text table."""
   work = result['work']
   lines = [
     f'{result["model"]}, {result["dtype"]}, {result["examples"]["count"]} examples, '
@@ -302,38 +346,49 @@ def table(result: dict) -> str:
       f'{statistics.median(row["tokens_per_second"]):10.1f}'
       f'{statistics.median(row["target_tokens_per_second"]):11.1f}'
       f'{row["padding_share"]:9.3f}{peak / 1e9:7.2f}{max(row["other_load"]):8.2f}'
-      f'{driver.spread_text(result["ratios"].get(system)):>21}'
+      f'{driver.format_spread(result["ratios"].get(system)):>21}'
       f'{result["agreement"][system]["largest"]:10.1e}'
     )
   return '\n'.join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-  """The flags."""
+def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of the command line."""
   peers = [system for system in SYSTEMS if system != 'ours']
-  flags = driver.parser(__doc__, 'runs/bench_training', list(WORK), peers)
-  flags.add_argument('--row_length', type=int, help='tokens of our rows; default by the model')
-  flags.add_argument('--rows', type=int, help='of a step; default by the model')
-  flags.add_argument('--accumulation', type=int, help='of our step; default by the model')
-  flags.add_argument('--steps', type=int, help='of a repetition; default by the model')
-  flags.add_argument('--train', default='{}', help='JSON: further fields of TrainConfig')
-  flags.add_argument(
-    '--hf_padded', type=driver.integers, default=[8], help='examples at once; 0 is a whole step'
+  parser = driver.make_parser(
+    'experiments.bench.training', __doc__, 'runs/bench_training', list(WORK), peers
   )
-  flags.add_argument(
-    '--hf_packed', type=driver.integers, default=[1], help='rows at once, as a single one'
+  for name, meaning in (
+    ('row_length', 'tokens of our rows'),
+    ('rows', 'rows of our step'),
+    ('accumulation', 'micro-batches of our step'),
+    ('steps', 'steps of a repetition'),
+  ):
+    parser.add_argument(f'--{name}', type=int, help=f'{meaning}; the default depends on the model')
+  parser.add_argument('--train', default='{}', help='JSON with further fields of TrainConfig')
+  parser.add_argument(
+    '--hf_padded',
+    type=driver.parse_integers,
+    default=[8],
+    help='examples of a padded micro-batch; 0 means the whole step',
   )
-  flags.add_argument('--hf_attention', default='sdpa', choices=('sdpa', 'eager'))
-  flags.add_argument('--tunix_multiple', type=int, default=128, help='of tokens, to round up to')
-  return flags
+  parser.add_argument(
+    '--hf_packed', type=driver.parse_integers, default=[1], help='rows of a packed micro-batch'
+  )
+  parser.add_argument('--hf_attention', default='sdpa', choices=('sdpa', 'eager'))
+  parser.add_argument(
+    '--tunix_multiple', type=int, default=128, help='round lengths up to a multiple, in tokens'
+  )
+  return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  args = parser().parse_args(argv)
-  driver.take_cores(args.cores)
+  """Run the benchmark that the command line describes."""
+  args = make_parser().parse_args(argv)
+  driver.limit_cores(args.cores)
   result = benchmark(args)
-  log(table(result))
-  driver.write(result, args.workdir, 'bench_training.json')
+  log(format_table(result))
+  driver.write_result(result, args.workdir, 'bench_training.json')
 
 
 if __name__ == '__main__':

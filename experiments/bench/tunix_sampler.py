@@ -1,8 +1,8 @@
-"""The benchmark's chains through the sampler of Tunix, stage by stage.
+"""Run the benchmark's chains with the sampler of Tunix, stage by stage.
 
-What google-tunix 0.1.7 needs to be told: its rotary embedding ignores the config's base and takes
-1e6; `temperature` without `top_p` is greedy; without `max_prompt_length` prompts are padded to a
-power of two and every new one compiles; the mesh needs Auto axes.
+google-tunix 0.1.7 needs some care. Its rotary embedding ignores the config's base and uses 1e6.
+`temperature` without `top_p` decodes greedily. Without `max_prompt_length`, prompts are padded to a
+power of two and each new size compiles. The mesh needs Auto axes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ PAD = 0
 
 
 class _Ids:
-  """A tokenizer whose texts are lists of token ids."""
+  """A tokenizer whose texts are lists of token ids, with the methods that Tunix calls."""
 
   def encode(self, ids: list[int]) -> list[int]:
     return list(ids)
@@ -36,7 +36,7 @@ class _Ids:
     return ''
 
   def bos_id(self) -> int:
-    return 0  # none is put in front
+    return 0  # encode adds none
 
   def eos_id(self) -> int:
     return -1
@@ -46,11 +46,11 @@ class _Ids:
 
 
 class System:
-  """A Llama 3 of Tunix and its samplers, one a stage.
+  """Tunix's Llama 3 and its samplers, one per stage.
 
-  Every batch of a stage has the stage's longest context as `max_prompt_length` and a cache of just
-  that and the longest reply: one compilation a stage and no more padding than that needs. A batch
-  decodes until its longest reply has ended, as it does where replies end by themselves.
+  All batches of a stage use the stage's longest context as `max_prompt_length`, and a cache for
+  that context and the longest reply. So each stage compiles once, with as little padding as
+  possible. A batch decodes until its longest reply has ended, as it would with natural replies.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
@@ -75,14 +75,22 @@ class System:
       str(folder), self.config, self.mesh, dtype=jnp.dtype(dtype)
     )
     self.samplers: dict[tuple[int, int], sampler_lib.Sampler] = {}
-    self.steps = 0  # decode steps of the next call
+    self.steps = 0  # decode steps of the next call, prompt included
 
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:
-    """(replies of each chain, nothing).
+    """Run all chains.
 
-    Warming up takes a batch of each size that there is through every stage.
+    Args:
+      chains: the chains.
+      prefix: token ids at the start of every context.
+      batch: rows per batch.
+      seed: of sampling.
+      warm: only warm up: run one batch of each size through every stage.
+
+    Returns:
+      The token ids of each chain's replies, and an empty dict of statistics.
     """
     turns = range(len(chains[0].limits))
     widths = [max(c.context_length(turn, len(prefix)) for c in chains) for turn in turns]
@@ -105,14 +113,22 @@ class System:
           seed=seed * 1_000_003 + turn * 10_007 + number,
         )
         for chain, tokens, limit in zip(rows, sampled, limits, strict=True):
-          # A sampled padding token would be taken for padding in the next context.
+          # In the next context, Tunix would treat a sampled padding token as padding.
           replies[chain.id].append([t if t != PAD else PAD + 1 for t in tokens[:limit]])
     return [reply for reply in replies.values()], {}
 
   def _sample(
     self, contexts: list[list[int]], width: int, longest: int, count: int, **options
   ) -> list[list[int]]:
-    """The `count` tokens that follow each context; shapes are those of `width` and `longest`."""
+    """Sample `count` tokens after each context.
+
+    Args:
+      contexts: token ids.
+      width: tokens that contexts are padded to.
+      longest: most tokens of a reply; with `width`, it determines the compiled shapes.
+      count: number of tokens to sample.
+      **options: of Tunix's sampler.
+    """
     key = width, longest
     if key not in self.samplers:
       self.samplers[key] = self._sampler(width, width + longest)
@@ -139,14 +155,14 @@ class System:
     decode = sampler._compiled_decode_fn
 
     def until_longest(params, state):
-      # As if every row had met its ending token by then.
+      # Stop after self.steps steps, as if every row had sampled its stop token by then.
       return decode(params, dataclasses.replace(state, total_sampling_steps=self.steps - 1))
 
     sampler._compiled_decode_fn = until_longest
     return sampler
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
-    """f32[B,V] after the last of tokens i32[B,T]."""
+    """Return the logits f32[B,V] after the last of tokens i32[B,T]."""
     b, t = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
@@ -154,10 +170,10 @@ class System:
     return np.asarray(logits[:, -1], np.float32)
 
   def greedy(self, tokens: np.ndarray, count: int) -> list[list[int]]:
-    """The `count` most likely tokens after each row of tokens i32[B,T], one after the other."""
+    """Return `count` greedily decoded tokens after each row of tokens i32[B,T]."""
     return self._sample(tokens.tolist(), tokens.shape[1], count, count)
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats['peak_bytes_in_use']

@@ -1,8 +1,8 @@
-"""The training benchmark's steps through `PeftTrainer` of Tunix, on all parameters of its Llama 3.
+"""Run the training benchmark's steps with `PeftTrainer` of Tunix, on all parameters of its Llama 3.
 
-Its loss, input functions and jitted step are the defaults of google-tunix 0.1.7. It cannot pack. A
-step's examples are one batch, filled up to the longest of them rounded up, so that a few shapes are
-compiled: shorter than the one fixed length that its own data pipeline pads to.
+The loss, input functions and jitted step are the defaults of google-tunix 0.1.7. It cannot pack
+rows. Each step is one padded batch. Its length is that of the longest example, rounded up so that
+only a few shapes compile, and shorter than the fixed length that Tunix's own data pipeline pads to.
 """
 
 import pathlib
@@ -20,8 +20,8 @@ from experiments.bench.examples import Example, Rows
 PACKAGES = (*tunix_sampler.PACKAGES, 'optax')
 
 
-def model_input(batch: peft_trainer.TrainingInput) -> dict[str, Any]:
-  """What the default loss takes, as Tunix's own programs make it of a batch."""
+def make_model_input(batch: peft_trainer.TrainingInput) -> dict[str, Any]:
+  """Return the inputs of the default loss, made from a batch as in Tunix's own programs."""
   real = batch.input_tokens != tunix_sampler.PAD
   return {
     'input_tokens': batch.input_tokens,
@@ -32,12 +32,14 @@ def model_input(batch: peft_trainer.TrainingInput) -> dict[str, Any]:
 
 
 class System:
-  """A trainer.
+  """Tunix's trainer with one model.
 
   Args:
-    folder: of the model.
-    dtype: of parameters, moments and computation: Tunix has one for all.
-    options: `longest` and `multiple` tokens of a batch's rows; `optimizer`.
+    folder: the model's folder.
+    dtype: of parameters, moments and computation alike.
+    platform: ignored.
+    options: `longest` and `multiple`, the maximum length of rows and the multiple that lengths are
+      rounded up to, in tokens; `optimizer`.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
@@ -55,15 +57,15 @@ class System:
       optimizer = optax.chain(optax.clip_by_global_norm(settings['clip_norm']), optimizer)
     config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
     trainer = peft_trainer.PeftTrainer(base.model, optimizer, config)
-    trainer.is_managed_externally = True  # else its checkpoints and metrics are closed after a run
-    self.trainer = trainer.with_gen_model_input_fn(model_input)
+    trainer.is_managed_externally = True  # otherwise a run closes its checkpoints and metrics
+    self.trainer = trainer.with_gen_model_input_fn(make_model_input)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:
-    """Keeps the examples, and the rows of each step."""
+    """Store the examples, and the rows of each step."""
     self.examples, self.steps = examples, steps
 
   def warm(self, batch: int) -> int:
-    """Trains on one step of each shape; their number."""
+    """Train on one step of each batch shape, and return the number of shapes."""
     shapes: dict[tuple[int, int], int] = {}
     for number, rows in enumerate(self.steps):
       shapes.setdefault(self._shape(rows), number)
@@ -72,8 +74,12 @@ class System:
     return len(shapes)
 
   def train(self, first: int, stop: int, batch: int) -> tuple[list[float], int]:
-    """(losses of the steps, tokens computed)."""
-    del batch  # a step is one batch
+    """Train on steps [first, stop), one batch each.
+
+    Returns:
+      The loss of each step, and the number of tokens computed, padding included.
+    """
+    del batch  # each step is one batch
     steps = self.steps[first:stop]
     losses = []
     with self.mesh:
@@ -83,25 +89,25 @@ class System:
     return [float(loss) for loss in jax.device_get(losses)], places
 
   def _batches(self, steps: list[Rows], losses: list) -> Iterator[peft_trainer.TrainingInput]:
-    """The steps' batches; adds to `losses` those of the steps before, known by then."""
+    """Yield the batch of each step, and append the loss of the step before to `losses`."""
     for number, rows in enumerate(steps):
       if number:
         losses.append(self._last_loss())
       examples = [self.examples[i] for row in rows for i in row]
-      tokens, _, learnt = examples_lib.pad(examples, self._shape(rows)[1])
-      yield peft_trainer.TrainingInput(input_tokens=tokens, input_mask=learnt)
+      tokens, _, targets = examples_lib.pad(examples, self._shape(rows)[1])
+      yield peft_trainer.TrainingInput(input_tokens=tokens, input_mask=targets)
 
   def _last_loss(self) -> jax.Array:
-    # The trainer keeps a step's metrics back until the next one has begun.
+    # The trainer publishes a step's metrics only once the next step has begun.
     return self.trainer._prev_buffered_train_metrics.losses[0]
 
   def _shape(self, rows: Rows) -> tuple[int, int]:
-    """(examples, tokens of each) of a step's batch."""
+    """Return the number of examples in a step's batch, and the tokens that each is padded to."""
     longest = max(len(self.examples[i].tokens) for row in rows for i in row)
     rounded = -(-longest // self.multiple) * self.multiple
     return sum(map(len, rows)), min(rounded, self.longest)
 
   def device_peak_bytes(self) -> int | None:
-    """Most memory of the accelerator in use so far; None on a CPU."""
+    """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats['peak_bytes_in_use']

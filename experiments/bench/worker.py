@@ -1,6 +1,6 @@
-"""One system of the benchmark in a process of its own: a JSON line in, a JSON line out.
+"""Run one system of a benchmark in its own process: it reads JSON lines and writes JSON lines.
 
-Started by the driver as `python -m experiments.bench.worker SYSTEM`, with a system of `SYSTEMS`.
+The driver starts it with `python -m experiments.bench.worker SYSTEM`, where SYSTEM is in `SYSTEMS`.
 """
 
 import ctypes
@@ -33,14 +33,19 @@ SYSTEMS = {  # → module
 
 
 def handle(state: dict, request: dict) -> dict:
-  """The reply to a request of the driver; `state` keeps the loaded system between requests."""
+  """Return the reply to a request of the driver.
+
+  Args:
+    state: holds the loaded system between requests.
+    request: `op`, one of OPERATIONS, and its arguments.
+  """
   start = time.perf_counter()
   reply = OPERATIONS[request['op']](state, request)
   return {'seconds': time.perf_counter() - start, **reply}
 
 
 def load(state: dict, request: dict) -> dict:
-  """Loads the model; versions of what the system is made of."""
+  """Load the model and return the versions of the system's packages."""
   module = importlib.import_module(f'experiments.bench.{SYSTEMS[request["system"]]}')
   state['system'] = module.System(
     pathlib.Path(request['folder']), request['dtype'], request['platform'], request['options']
@@ -50,15 +55,15 @@ def load(state: dict, request: dict) -> dict:
 
 
 def take(state: dict, request: dict) -> dict:
-  """Keeps the chains and the prefix for the runs to come."""
+  """Store the chains and the prefix for later runs."""
   state['chains'] = [Chain(**chain) for chain in request['chains']]
   state['prefix'] = request['prefix']
   return {}
 
 
 def run(state: dict, request: dict) -> dict:
-  """Lengths of all replies of a run over the chains kept, and what `measured` tells of it."""
-  (replies, stats), measures = measured(
+  """Run the stored chains and return the lengths of all replies and the measurements."""
+  (replies, stats), measures = measure(
     state,
     lambda: state['system'].run(
       state['chains'], state['prefix'], request['batch'], request['seed'], request['warm']
@@ -68,11 +73,11 @@ def run(state: dict, request: dict) -> dict:
   return {**measures, 'lengths': lengths, 'stats': stats}
 
 
-def measured(state: dict, work: Callable[[], object]) -> tuple[object, dict]:
-  """(what `work` gives; seconds, load and peak memory meanwhile).
+def measure(state: dict, work: Callable[[], object]) -> tuple[object, dict]:
+  """Call `work` and return its result and measurements of the call.
 
-  `other_load` is how many cores all other processes kept busy meanwhile: times are worth something
-  where it is near 0 only. Torch suffers most, as its threads spin while they wait for each other.
+  `other_load` is the number of cores that other processes kept busy. Times are reliable only if it
+  is near 0. Torch suffers most, because its threads spin while they wait for each other.
   """
   reset = _reset_peak(state)
   start, cpu, busy = time.perf_counter(), time.process_time(), _busy_seconds()
@@ -88,38 +93,41 @@ def measured(state: dict, work: Callable[[], object]) -> tuple[object, dict]:
 
 
 def agree(state: dict, request: dict) -> dict:
-  """Writes the logits after some rows to a file; the most likely tokens after them."""
+  """Write the logits after some rows to a file, and return greedily decoded tokens after them."""
   tokens = np.array(request['tokens'], np.int32)
   np.save(request['file'], state['system'].logits(tokens))
   return {'greedy': state['system'].greedy(tokens, request['count'])}
 
 
 def roofline(state: dict, request: dict) -> dict:
-  """Our decode step against the machine's limits."""
+  """Return our decode step's time and the machine's limits."""
   return state['system'].roofline(request['batches'], request['repetitions'])
 
 
 def take_examples(state: dict, request: dict) -> dict:
-  """Keeps the examples and the steps over them for training to come."""
+  """Store the examples and the steps for later training."""
   state['system'].take([Example(*example) for example in request['examples']], request['steps'])
   return {}
 
 
 def warm(state: dict, request: dict) -> dict:
-  """Trains on one batch of each shape in the steps kept, and so compiles what they need."""
+  """Train on one batch of each shape in the stored steps, so that everything is compiled."""
   return {'shapes': state['system'].warm(request['batch'])}
 
 
 def train(state: dict, request: dict) -> dict:
-  """Losses of some of the steps kept, tokens computed with the padding, and what was measured."""
-  (losses, places), measures = measured(
+  """Train on some of the stored steps.
+
+  Returns the losses, the number of tokens computed (`places`, with padding) and measurements.
+  """
+  (losses, places), measures = measure(
     state, lambda: state['system'].train(request['first'], request['stop'], request['batch'])
   )
   return {**measures, 'losses': losses, 'places': places}
 
 
 def memory(state: dict, request: dict) -> dict:
-  """Peak memory of the process since it started, and of the accelerator."""
+  """Return the peak memory of the process since its start, and of the accelerator, in bytes."""
   return {
     'life_peak_bytes': max(peak_bytes(), state.get('life_peak_bytes', 0)),
     'device_peak_bytes': state['system'].device_peak_bytes(),
@@ -132,23 +140,23 @@ OPERATIONS = {
 
 
 def peak_bytes() -> int:
-  """Most resident memory of this process since `_reset_peak`."""
-  # getrusage would not do: it begins with the peak of the process that started this one.
+  """Return the peak resident memory of this process since `_reset_peak`."""
+  # The value of getrusage starts with the peak of the parent process.
   status = pathlib.Path('/proc/self/status').read_text()
   return int(status.split('VmHWM:')[1].split()[0]) * 1024
 
 
 def _busy_seconds() -> float:
-  """Seconds that the cores of this machine have worked since it started, summed."""
+  """Return the busy seconds of all cores since the machine started, summed."""
   fields = pathlib.Path('/proc/stat').read_text().split('\n', 1)[0].split()[1:]
   user, nice, system, _, _, irq, softirq = map(int, fields[:7])
   return (user + nice + system + irq + softirq) / os.sysconf('SC_CLK_TCK')
 
 
 def _reset_peak(state: dict) -> bool:
-  """Starts the peak of resident memory anew; False where the system does not let us.
+  """Reset the peak of resident memory, and return whether the system allows it.
 
-  What is free already, such as what compiling has left, goes back to the system before that.
+  Free memory, such as that left by compilation, is returned to the system first.
   """
   gc.collect()
   library = ctypes.CDLL(None)
@@ -163,19 +171,20 @@ def _reset_peak(state: dict) -> bool:
 
 
 def encode_chains(chains: list[Chain]) -> list[dict]:
-  """Chains for a request."""
+  """Return the chains as JSON data for a request."""
   return [dataclasses.asdict(chain) for chain in chains]
 
 
 def main() -> None:
-  # Libraries print to stdout; replies go where they cannot.
+  """Answer requests from stdin until it is closed."""
+  # Libraries print to stdout, so replies use a copy of it and stdout is redirected to stderr.
   replies = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
   state: dict = {}
   for line in sys.stdin:
     try:
       reply = handle(state, json.loads(line))
-    except Exception:  # the driver tells, with the whole of it
+    except Exception:  # the driver raises it with the traceback
       reply = {'error': traceback.format_exc()}
     print(json.dumps(reply), file=replies, flush=True)
 

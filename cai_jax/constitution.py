@@ -154,13 +154,13 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
   """
   path = CONSTITUTIONS[config.path] if config.path in CONSTITUTIONS else config.path
   try:
-    constitution = Constitution(*_read_parts(path))
+    principles, demonstrations = _read_parts(path)
+    constitution = Constitution(tuple(principles), tuple(demonstrations))
   except UserError as error:
     raise UserError(f'{path}: {error}') from error
-  principles = constitution.principles
-  principles = _select(path, 'tags', principles, config.tags, lambda p: p.tags)
-  principles = _select(path, 'ids', principles, config.ids, lambda p: (p.id,))
-  return dataclasses.replace(constitution, principles=principles)
+  selected = _select(path, 'tags', constitution.principles, config.tags, lambda p: p.tags)
+  selected = _select(path, 'ids', selected, config.ids, lambda p: (p.id,))
+  return dataclasses.replace(constitution, principles=selected)
 
 
 def draw(
@@ -317,7 +317,9 @@ def _yaml_principle(index: int, entry: Any) -> Principle:
     raise UserError(f'{where} has the unknown fields {unknown}. {_FIELDS_HINT}')
   if not isinstance(entry.get('tags', []), list):
     raise UserError(f'{where}: tags must be a list of names, got {entry["tags"]!r}.')
-  stripped = {name: v.strip() if isinstance(v, str) else v for name, v in entry.items()}
+  stripped: dict[str, Any] = {
+    name: v.strip() if isinstance(v, str) else v for name, v in entry.items()
+  }
   try:
     return Principle(**stripped)
   except UserError as error:

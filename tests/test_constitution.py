@@ -9,7 +9,13 @@ import sys
 
 import pytest
 
-from cai_jax import constitution as c
+from cai_jax.constitution import (
+  Constitution,
+  ConstitutionConfig,
+  Principle,
+  draw,
+  load_constitution,
+)
 from cai_jax.dialogue.plain import join_plain, split_plain
 from cai_jax.runtime.errors import UserError
 
@@ -32,7 +38,7 @@ principles:
 
 
 def load(path, **selection):
-  return c.load_constitution(c.ConstitutionConfig(str(path), **selection))
+  return load_constitution(ConstitutionConfig(str(path), **selection))
 
 
 def write(tmp_path, text, name='c.yaml'):
@@ -42,15 +48,15 @@ def write(tmp_path, text, name='c.yaml'):
 
 
 def principles(weights):
-  return c.Constitution(tuple(c.Principle(f'p{i}', 'c', 'r', w) for i, w in enumerate(weights)))
+  return Constitution(tuple(Principle(f'p{i}', 'c', 'r', w) for i, w in enumerate(weights)))
 
 
 def test_yaml_fields_are_loaded_and_selected(tmp_path):
   text = GOOD.replace('id: true', 'id: truth')
   loaded = load(write(tmp_path, text))
   assert loaded.principles == (
-    c.Principle('kind', 'What is unkind?', 'Be kind.', 1.0, ('tone',)),
-    c.Principle('truth', 'What is false?', 'Be true.', 3, ()),
+    Principle('kind', 'What is unkind?', 'Be kind.', 1.0, ('tone',)),
+    Principle('truth', 'What is false?', 'Be true.', 3, ()),
   )
   assert [p.id for p in load(write(tmp_path, text), tags=('tone',)).principles] == ['kind']
   with pytest.raises(UserError, match=r"tags \['tune'\]. Available are \['tone'\]"):
@@ -176,27 +182,27 @@ def test_errors_in_published_files_name_the_principle(tmp_path):
 def test_draws_are_nested_and_depend_on_seed_and_id():
   many = principles([1] * 20)
   for replace in (True, False):
-    full = c.draw(many, 7, 'a', 12, replace)
-    assert all(c.draw(many, 7, 'a', n, replace) == full[:n] for n in range(12))
-    assert full != c.draw(many, 8, 'a', 12, replace) and full != c.draw(many, 7, 'b', 12, replace)
+    full = draw(many, 7, 'a', 12, replace)
+    assert all(draw(many, 7, 'a', n, replace) == full[:n] for n in range(12))
+    assert full != draw(many, 8, 'a', 12, replace) and full != draw(many, 7, 'b', 12, replace)
 
 
 def test_draws_without_replacement_are_distinct():
   many = principles([1, 5, 2, 9])
   for i in range(50):
-    assert len(set(c.draw(many, 0, str(i), 4, replace=False))) == 4
+    assert len(set(draw(many, 0, str(i), 4, replace=False))) == 4
   with pytest.raises(UserError, match='5 rounds without repetition .* has 4'):
-    c.draw(many, 0, 'x', 5, replace=False)
+    draw(many, 0, 'x', 5, replace=False)
   with pytest.raises(UserError, match='at least 0'):
-    c.draw(many, 0, 'x', -1)
+    draw(many, 0, 'x', -1)
 
 
 def test_draws_follow_the_weights_and_rounds_are_independent():
   many = principles([1, 2, 7])
   n = 6000
-  draws = [[p.id for p in c.draw(many, 1, f'prompt {i}', 2)] for i in range(n)]
+  draws = [[p.id for p in draw(many, 1, f'prompt {i}', 2)] for i in range(n)]
   for round_index in (0, 1):
-    counts = collections.Counter(draw[round_index] for draw in draws)
+    counts = collections.Counter(drawn[round_index] for drawn in draws)
     for name, share in zip(('p0', 'p1', 'p2'), (0.1, 0.2, 0.7), strict=True):
       assert abs(counts[name] / n - share) < 5 * (share * (1 - share) / n) ** 0.5
   pairs = collections.Counter(map(tuple, draws))
@@ -205,8 +211,9 @@ def test_draws_follow_the_weights_and_rounds_are_independent():
 
 def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   code = (
-    'from cai_jax import constitution as c; k = c.load_constitution(c.ConstitutionConfig());'
-    'print([p.id for p in c.draw(k, 3, "some prompt", 8)], k.fingerprint())'
+    'from cai_jax.constitution import ConstitutionConfig, draw, load_constitution\n'
+    'constitution = load_constitution(ConstitutionConfig())\n'
+    'print([p.id for p in draw(constitution, 3, "some prompt", 8)], constitution.fingerprint())'
   )
   outputs = {
     subprocess.run(
@@ -222,15 +229,15 @@ def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
 
 
 def test_fingerprint_covers_every_field():
-  base = c.Principle('a', 'b', 'c')
+  base = Principle('a', 'b', 'c')
   variants = [
     base,
-    c.Principle('x', 'b', 'c'),
-    c.Principle('a', 'x', 'c'),
-    c.Principle('a', 'b', 'x'),
-    c.Principle('a', 'b', 'c', 2.0),
-    c.Principle('a', 'b', 'c', 1.0, ('t',)),
+    Principle('x', 'b', 'c'),
+    Principle('a', 'x', 'c'),
+    Principle('a', 'b', 'x'),
+    Principle('a', 'b', 'c', 2.0),
+    Principle('a', 'b', 'c', 1.0, ('t',)),
   ]
   dialogue = ({'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'})
-  whole = [c.Constitution((p,)) for p in variants] + [c.Constitution((base,), (dialogue,))]
+  whole = [Constitution((p,)) for p in variants] + [Constitution((base,), (dialogue,))]
   assert len({x.fingerprint() for x in whole}) == len(whole)

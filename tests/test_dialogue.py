@@ -1,6 +1,7 @@
 """Dialogues as tokens: equality with the chat template, safety of control tokens, and prefixes."""
 
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -162,20 +163,18 @@ MAKERS = {
   ),
   'phi_3': lambda: AutoTokenizer.from_pretrained(PHI),
 }
-BUILT = {}
 
 
 @pytest.fixture(params=list(MAKERS))
 def tokenizer(request):
   if request.param == 'phi_3' and not PHI.is_dir():
     pytest.skip(f'the phi-3 tokenizer is not in {PHI}')
-  if request.param not in BUILT:
-    BUILT[request.param] = MAKERS[request.param]()
-  return BUILT[request.param]
+  return get_tokenizer(request.param)
 
 
-def built(name):
-  return BUILT.setdefault(name, MAKERS[name]())
+@functools.cache
+def get_tokenizer(name):
+  return MAKERS[name]()
 
 
 def user(content):
@@ -186,7 +185,7 @@ def assistant(content):
   return {'role': 'assistant', 'content': content}
 
 
-def ask(role, content):
+def message(role, content):
   return {'role': role, 'content': content}
 
 
@@ -204,7 +203,7 @@ def template_ids(tokenizer, messages, generate):
   return list(ids['input_ids'] if not isinstance(ids, list) else ids)
 
 
-def has_system(tokenizer):
+def allows_system(tokenizer):
   return 'no system here' not in tokenizer.chat_template
 
 
@@ -212,8 +211,8 @@ def has_system(tokenizer):
 def test_prompt_equals_apply_chat_template(tokenizer, messages):
   dialogue = Dialogue(tokenizer)
   assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True)
-  if has_system(tokenizer):
-    messages = [ask('system', 'Be kind. '), *messages]
+  if allows_system(tokenizer):
+    messages = [message('system', 'Be kind. '), *messages]
     assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True)
 
 
@@ -268,7 +267,7 @@ def test_text_never_becomes_a_control_token(tokenizer):
   expected_reply = count(dialogue.reply('c d'))
   for spelling in [*spelled, '\n'.join(spelled), ''.join(spelled)]:
     for where in range(3):
-      if spelling.endswith('</think>') and where == 1 and not has_system(tokenizer):
+      if spelling.endswith('</think>') and where == 1 and not allows_system(tokenizer):
         continue  # reasoning inside a reply is tested below
       dirty = [dict(m) for m in clean]
       dirty[where]['content'] = f'before {spelling}after{spelling} '
@@ -297,19 +296,19 @@ def test_later_prompt_extends_the_prompt_and_its_sampled_reply(tokenizer, style,
   dialogue = Dialogue(tokenizer, style)
   messages, context = [user('How do I bake?')], []
   for role, request in [
-    ('assistant', ask('critique_request', 'What is wrong?')),
-    ('critique', ask('revision_request', 'Write it again.')),
-    ('revision', ask('critique_request', 'And now?')),
+    ('assistant', message('critique_request', 'What is wrong?')),
+    ('critique', message('revision_request', 'Write it again.')),
+    ('revision', message('critique_request', 'And now?')),
   ]:
     context = dialogue.prompt(messages, role)
     reply = dialogue.reply(text, role)
-    if style == 'chat' and not has_system(
+    if style == 'chat' and not allows_system(
       tokenizer
     ):  # its replies contain reasoning, which is dropped
       reply = tokenizer.encode(text, split_special_tokens=True) + [tokenizer.eos_token_id]
     if not ended:
       reply = [t for t in reply if t not in dialogue.stop_token_ids]
-    messages = [*messages, ask(role, reply), request]
+    messages = [*messages, message(role, reply), request]
     longer = dialogue.prompt(messages, 'critique')
     assert longer[: len(context) + len(reply)] == context + reply
     assert len(longer) > len(context) + len(reply)
@@ -362,7 +361,7 @@ def test_random_dialogues_equal_apply_chat_template(tokenizer):
   for _ in range(60):
     contents = [''.join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(5)]
     roles = ['user', 'assistant'] * 3
-    messages = [ask(role, text) for role, text in zip(roles, contents, strict=False)]
+    messages = [message(role, text) for role, text in zip(roles, contents, strict=False)]
     assert dialogue.prompt(messages) == template_ids(tokenizer, messages, True), contents
 
 
@@ -371,7 +370,7 @@ def test_reply_as_ids_equals_reply_as_text(tokenizer):
   text = 'Mix flour, then wait.'
   by_text = dialogue.prompt([user('a'), assistant(text), user('b')])
   by_ids = dialogue.prompt([user('a'), assistant(dialogue.reply(text)), user('b')])
-  if not has_system(tokenizer):
+  if not allows_system(tokenizer):
     return  # its replies contain an empty reasoning block, which earlier turns drop
   assert by_text == by_ids
 
@@ -385,7 +384,7 @@ def test_decode_inverts_reply(tokenizer):
 
 
 def test_reasoning_is_dropped_from_earlier_replies():
-  tokenizer = built('reasoning')
+  tokenizer = get_tokenizer('reasoning')
   dialogue = Dialogue(tokenizer)
   think, unthink, end = tokenizer.convert_tokens_to_ids(['<think>', '</think>', '<|im_end|>'])
   words = tokenizer.encode
@@ -409,7 +408,7 @@ def test_reasoning_is_dropped_from_earlier_replies():
 
 
 def test_decode_drops_unfinished_reasoning():
-  tokenizer = built('reasoning')
+  tokenizer = get_tokenizer('reasoning')
   think, unthink = tokenizer.convert_tokens_to_ids(['<think>', '</think>'])
   words = tokenizer.encode('Mix flour.')
   dialogue = Dialogue(tokenizer)
@@ -428,7 +427,7 @@ def test_decode_drops_unfinished_reasoning():
 
 
 def test_template_options_reach_the_template():
-  tokenizer = copy.deepcopy(built('chatml'))
+  tokenizer = copy.deepcopy(get_tokenizer('chatml'))
   tokenizer.chat_template += '{% if enable_thinking is false %}{{ "No." }}{% endif %}'
   messages = [user('hi')]
   without, options = Dialogue(tokenizer), (('enable_thinking', False),)
@@ -441,22 +440,22 @@ def test_template_options_reach_the_template():
 
 def test_dialogues_that_the_template_rejects_are_errors():
   with pytest.raises(UserError, match='no system here.*no system message'):
-    Dialogue(built('reasoning')).prompt([ask('system', 'Be kind.'), user('hi')])
+    Dialogue(get_tokenizer('reasoning')).prompt([message('system', 'Be kind.'), user('hi')])
   with pytest.raises(UserError, match="roles must alternate.*style='plain'"):
-    Dialogue(built('llama_2_first')).prompt([user('a'), user('b')])
+    Dialogue(get_tokenizer('llama_2_first')).prompt([user('a'), user('b')])
 
 
 def test_misplaced_roles_and_missing_targets_are_errors():
   for style in ('chat', 'plain'):
-    dialogue = Dialogue(built('chatml'), style)
+    dialogue = Dialogue(get_tokenizer('chatml'), style)
     with pytest.raises(UserError, match='must end with a request'):
       dialogue.prompt([user('a'), assistant('b')])
     with pytest.raises(UserError, match='must end with a request'):
       dialogue.prompt([])
     with pytest.raises(UserError, match=r"unknown roles \['tool'\]"):
-      dialogue.prompt([ask('tool', 'x'), user('a')])
+      dialogue.prompt([message('tool', 'x'), user('a')])
     with pytest.raises(UserError, match='can only come first'):
-      dialogue.prompt([user('a'), ask('system', 'b'), user('c')])
+      dialogue.prompt([user('a'), message('system', 'b'), user('c')])
     with pytest.raises(UserError, match="reply_role must be one of .* got 'user'"):
       dialogue.prompt([user('a')], 'user')
     with pytest.raises(UserError, match='reply_role must be one of'):
@@ -477,7 +476,7 @@ def test_unsuitable_tokenizers_are_errors():
   with pytest.raises(
     UserError, match="no prompt format named 'alpacca'; registered are .*chat, plain"
   ):
-    Dialogue(built('chatml'), 'alpacca')
+    Dialogue(get_tokenizer('chatml'), 'alpacca')
 
   class Slow:
     is_fast = False
@@ -488,23 +487,33 @@ def test_unsuitable_tokenizers_are_errors():
 
 def test_stop_tokens_and_stop_strings():
   def stops(name, **kwargs):
-    tokenizer = built(name)
+    tokenizer = get_tokenizer(name)
     return set(tokenizer.convert_ids_to_tokens(Dialogue(tokenizer, **kwargs).stop_token_ids))
 
   assert stops('chatml') == {'<|endoftext|>', '<|im_end|>'}
   assert stops('llama_2_first') == {'</s>'}
   assert stops('llama_3') == {'<|end_of_text|>', '<|eot_id|>'}
   assert stops('llama_3', style='plain') == {'<|end_of_text|>'}
-  start = built('chatml').convert_tokens_to_ids('<|im_start|>')
+  start = get_tokenizer('chatml').convert_tokens_to_ids('<|im_start|>')
   assert stops('chatml', eos_token_ids=(start,)) == {'<|endoftext|>', '<|im_end|>', '<|im_start|>'}
-  assert not Dialogue(built('chatml')).stop_strings
-  assert '\n\nCritiqueRequest:' in Dialogue(built('chatml'), 'plain').stop_strings
+  assert not Dialogue(get_tokenizer('chatml')).stop_strings
+  assert '\n\nCritiqueRequest:' in Dialogue(get_tokenizer('chatml'), 'plain').stop_strings
 
 
 def test_plain_format_matches_the_paper(tokenizer):
   dialogue = Dialogue(tokenizer, 'plain')
-  demonstration = [user('q'), assistant('a'), ask('critique_request', 'c?'), ask('critique', 'c')]
-  messages = [ask('system', 'Be kind.'), user('hi'), assistant('yo'), ask('revision_request', 'r')]
+  demonstration = [
+    user('q'),
+    assistant('a'),
+    message('critique_request', 'c?'),
+    message('critique', 'c'),
+  ]
+  messages = [
+    message('system', 'Be kind.'),
+    user('hi'),
+    assistant('yo'),
+    message('revision_request', 'r'),
+  ]
   text = (
     'Be kind.\n\nHuman: q\n\nAssistant: a\n\nCritiqueRequest: c?\n\nCritique: c'
     '\n\nHuman: hi\n\nAssistant: yo\n\nRevisionRequest: r\n\nRevision:'
@@ -520,7 +529,7 @@ def test_plain_reply_ends_before_the_first_label(tokenizer):
   dialogue = Dialogue(tokenizer, 'plain')
   whole = dialogue.reply('Mix flour. \n\nHuman: more')[:-1]
   assert dialogue.decode(whole) == 'Mix flour.'
-  request = ask('critique_request', 'bad?')
+  request = message('critique_request', 'bad?')
   tokens = dialogue.prompt([user('hi'), assistant(whole), request], 'critique')
   text = tokenizer.decode(tokens)
   assert text.count('\n\nHuman:') == 1
@@ -531,7 +540,7 @@ def test_plain_reply_ends_before_the_first_label(tokenizer):
 
 
 def test_plain_adds_bos_if_the_tokenizer_does():
-  tokenizer = built('llama_3')
+  tokenizer = get_tokenizer('llama_3')
   bos = tokenizer.bos_token_id
   assert bos not in Dialogue(tokenizer, 'plain').prompt([user('hi')])
   from tokenizers.processors import TemplateProcessing
@@ -547,9 +556,14 @@ def test_plain_adds_bos_if_the_tokenizer_does():
 
 def test_chat_demonstrations_become_earlier_turns(tokenizer):
   dialogue = Dialogue(tokenizer)
-  demonstration = [user('q'), assistant('a'), ask('critique_request', 'c?'), ask('critique', 'c')]
+  demonstration = [
+    user('q'),
+    assistant('a'),
+    message('critique_request', 'c?'),
+    message('critique', 'c'),
+  ]
   shown = [user('q'), assistant('a'), user('c?'), assistant('c')]
-  system = [ask('system', 'Be kind.')] if has_system(tokenizer) else []
+  system = [message('system', 'Be kind.')] if allows_system(tokenizer) else []
   tokens = dialogue.prompt([*system, user('hi')], demonstrations=[demonstration, demonstration])
   assert tokens == template_ids(tokenizer, [*system, *shown, *shown, user('hi')], True)
   begins = dialogue.prompt([*system, user('other')], demonstrations=[demonstration])
@@ -569,7 +583,7 @@ def test_templates_see_a_fixed_date():
 
 def test_noncharacters_are_encoded_as_text():
   for name in ('chatml', 'llama_2_first', 'llama_2_always'):
-    tokenizer = built(name)
+    tokenizer = get_tokenizer(name)
     text = 'odd \ufdd0\ufdd1 and \ufdd3x\ufdd40\ufdd4'
     for style in ('chat', 'plain'):
       dialogue = Dialogue(tokenizer, style)
@@ -635,7 +649,7 @@ class AlpacaFormat:
 def test_registered_format_is_chosen_by_its_name():
   if 'alpaca' not in FORMATS:
     FORMATS.register('alpaca')(AlpacaFormat)
-  tokenizer = built('chatml')
+  tokenizer = get_tokenizer('chatml')
   dialogue = Dialogue(tokenizer, 'alpaca')
   prompt = dialogue.prompt([user('Why?')])
   assert prompt == tokenizer.encode('\n\n### Instruction:\nWhy?\n\n### Response:')
@@ -646,7 +660,7 @@ def test_registered_format_is_chosen_by_its_name():
 
 
 def test_rendering_is_cheap():
-  dialogue = Dialogue(built('chatml'))
+  dialogue = Dialogue(get_tokenizer('chatml'))
   messages = [
     user('How do I bake bread? ' * 10),
     assistant(dialogue.reply('Wait. ' * 60)),

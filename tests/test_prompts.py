@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import naming
 
-from cai_jax.data import prompts as p
 from cai_jax.data.prompt_sources import SOURCES
+from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
 from cai_jax.dialogue.plain import join_plain
 from cai_jax.runtime.errors import UserError
 
@@ -27,7 +27,7 @@ S = {'role': 'system', 'content': 'be kind'}
 
 
 def load(source, name='', seed=0, **settings):
-  return p.load_prompts(p.PromptSource(str(source), name, **settings), seed)
+  return load_prompts(PromptSource(str(source), name, **settings), seed)
 
 
 def write(tmp_path, rows, name='p.jsonl'):
@@ -225,7 +225,7 @@ def test_tfds_datasets_are_read(tmp_path):
   row = {'id': 'r', 'metadata': '{"kind": "x"}', 'prompt': [accented, A, U], 'question': 'why'}
   make_tfds(tmp_path, [row, {**row, 'id': 's', 'metadata': '{}', 'prompt': [U]}])
   loaded = load('tfds', str(tmp_path))
-  assert loaded == [p.Prompt('r', (accented, A, U), {'kind': 'x'}), p.Prompt('s', (U,), {})]
+  assert loaded == [Prompt('r', (accented, A, U), {'kind': 'x'}), Prompt('s', (U,), {})]
   by_field = load('tfds', str(tmp_path), field='question')
   assert by_field[0].messages == ({'role': 'user', 'content': 'why'},)
   with pytest.raises(UserError, match="row 0: The row has none of the fields .'answer'."):
@@ -273,11 +273,11 @@ def test_published_dialogues_are_parsed_completely():
 def test_overlapping_sets_are_errors():
   def prompt(identity, *contents):
     roles = ('user', 'assistant', 'user')
-    return p.Prompt(
+    return Prompt(
       identity, [{'role': r, 'content': c} for r, c in zip(roles, contents, strict=False)]
     )
 
   training = [prompt('a', 'How  do I\nbake?'), prompt('b', 'x', 'y', 'yes')]
-  p.check_disjoint(training, [prompt('c', 'yes'), prompt('d', 'z', 'y', 'yes')])
+  check_disjoint(training, [prompt('c', 'yes'), prompt('d', 'z', 'y', 'yes')])
   with pytest.raises(UserError, match=r"1 of the held-out .* run 'a' is held-out 'c': 'how do i"):
-    p.check_disjoint(training, [prompt('c', 'how do i BAKE?')], ('run', 'held-out'))
+    check_disjoint(training, [prompt('c', 'how do i BAKE?')], ('run', 'held-out'))

@@ -246,7 +246,7 @@ class Encoder:
     return backend
 
   @functools.cached_property
-  def _cut_ids(self) -> frozenset[int]:
+  def _cut_ids(self) -> frozenset[int | None]:
     return frozenset(self._backend.token_to_id(cut) for cut in (_HARD_CUT, _SOFT_CUT))
 
   @functools.cached_property

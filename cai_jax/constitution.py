@@ -163,7 +163,7 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
   return dataclasses.replace(constitution, principles=selected)
 
 
-def draw(
+def draw_principles(
   constitution: Constitution, seed: int, prompt_id: str, rounds: int, replace: bool = True
 ) -> tuple[Principle, ...]:
   """Draw one principle per round for a prompt, in proportion to the principles' weights.

@@ -13,7 +13,7 @@ from cai_jax.constitution import (
   Constitution,
   ConstitutionConfig,
   Principle,
-  draw,
+  draw_principles,
   load_constitution,
 )
 from cai_jax.dialogue.plain import join_plain, split_plain
@@ -182,25 +182,27 @@ def test_errors_in_published_files_name_the_principle(tmp_path):
 def test_draws_are_nested_and_depend_on_seed_and_id():
   many = principles([1] * 20)
   for replace in (True, False):
-    full = draw(many, 7, 'a', 12, replace)
-    assert all(draw(many, 7, 'a', n, replace) == full[:n] for n in range(12))
-    assert full != draw(many, 8, 'a', 12, replace) and full != draw(many, 7, 'b', 12, replace)
+    full = draw_principles(many, 7, 'a', 12, replace)
+    assert all(draw_principles(many, 7, 'a', n, replace) == full[:n] for n in range(12))
+    assert full != draw_principles(many, 8, 'a', 12, replace) and full != draw_principles(
+      many, 7, 'b', 12, replace
+    )
 
 
 def test_draws_without_replacement_are_distinct():
   many = principles([1, 5, 2, 9])
   for i in range(50):
-    assert len(set(draw(many, 0, str(i), 4, replace=False))) == 4
+    assert len(set(draw_principles(many, 0, str(i), 4, replace=False))) == 4
   with pytest.raises(UserError, match='5 rounds without repetition .* has 4'):
-    draw(many, 0, 'x', 5, replace=False)
+    draw_principles(many, 0, 'x', 5, replace=False)
   with pytest.raises(UserError, match='at least 0'):
-    draw(many, 0, 'x', -1)
+    draw_principles(many, 0, 'x', -1)
 
 
 def test_draws_follow_the_weights_and_rounds_are_independent():
   many = principles([1, 2, 7])
   n = 6000
-  draws = [[p.id for p in draw(many, 1, f'prompt {i}', 2)] for i in range(n)]
+  draws = [[p.id for p in draw_principles(many, 1, f'prompt {i}', 2)] for i in range(n)]
   for round_index in (0, 1):
     counts = collections.Counter(drawn[round_index] for drawn in draws)
     for name, share in zip(('p0', 'p1', 'p2'), (0.1, 0.2, 0.7), strict=True):
@@ -211,9 +213,9 @@ def test_draws_follow_the_weights_and_rounds_are_independent():
 
 def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   code = (
-    'from cai_jax.constitution import ConstitutionConfig, draw, load_constitution\n'
+    'from cai_jax.constitution import ConstitutionConfig, draw_principles, load_constitution\n'
     'constitution = load_constitution(ConstitutionConfig())\n'
-    'print([p.id for p in draw(constitution, 3, "some prompt", 8)], constitution.fingerprint())'
+    'print([p.id for p in draw_principles(constitution, 3, "some prompt", 8)], constitution.fingerprint())'
   )
   outputs = {
     subprocess.run(

@@ -7,8 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cai_jax import constitution as constitutions
-from cai_jax.constitution import Constitution, Principle
+from cai_jax.constitution import Constitution, Principle, draw_principles
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback.chain import Record, Stage, Stages, Variant, answer_only
@@ -53,7 +52,7 @@ class Job:
 
   def chain(self, prompt: Prompt, kind: str) -> Chain:
     """Return the chain of a prompt under the principles that are drawn for it."""
-    principles = constitutions.draw(
+    principles = draw_principles(
       self.constitution, self.seed, prompt.id, self.num_rounds(kind), self.config.repeat_principles
     )
     donor = self._donors[prompt.id] if principles and self._variant.needs_donor else None
@@ -157,7 +156,7 @@ def prepare(
       'Give at least two harmful prompts.'
     )
   # This raises if principles may not repeat and there are fewer of them than rounds.
-  constitutions.draw(constitution, seed, '', config.rounds, config.repeat_principles)
+  draw_principles(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
   for stage in stages.by_name().values():
     _check_stop_tokens(stage, models[stage.model])

@@ -215,7 +215,8 @@ def test_draw_and_fingerprint_do_not_depend_on_the_hash_seed():
   code = (
     'from cai_jax.constitution import ConstitutionConfig, draw_principles, load_constitution\n'
     'constitution = load_constitution(ConstitutionConfig())\n'
-    'print([p.id for p in draw_principles(constitution, 3, "some prompt", 8)], constitution.fingerprint())'
+    'principles = draw_principles(constitution, 3, "some prompt", 8)\n'
+    'print([principle.id for principle in principles], constitution.fingerprint())'
   )
   outputs = {
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Refusals: what the rules take for one, classifiers from checkpoints, and rates."""
+"""Refusals: the rules, classifiers from checkpoints, and rates."""
 
 import gzip
 import json
@@ -7,8 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from cai_jax.evaluation.measures.refusal import refusal_rates
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import refusal, reward
+from cai_jax.scoring.loader import ModelLoader
 from tests.test_reward import ASKED, make  # noqa: F401
 
 REFUSALS = (
@@ -77,37 +80,37 @@ ANSWERS = (
 
 
 def classify(texts):
-  return refusal.rules([ASKED[0]] * len(texts), texts)
+  return refusal.classify_by_rules([ASKED[0]] * len(texts), texts)
 
 
 @pytest.mark.parametrize('text', REFUSALS)
-def test_refusals(text):
+def test_rules_recognise_refusals(text):
   assert classify([text]) == [1.0]
 
 
 @pytest.mark.parametrize('text', ANSWERS)
-def test_answers(text):
+def test_rules_do_not_mistake_answers_for_refusals(text):
   assert classify([text]) == [0.0]
 
 
-def test_what_comes_late_is_not_seen():
+def test_rules_ignore_text_after_the_opening():
   late = 'Here is what to do. ' * 10 + "I can't help with more."
   assert classify([late, late[20:]]) == [0.0, 1.0]
 
 
-def test_published_responses(data_dir):
-  """Helpful-only models of Bai et al. 2022 refuse some of what red-teamers ask, and little."""
+def test_refusal_rate_of_published_responses_is_small_but_positive(data_dir):
+  """The models of Bai et al. 2022 in these dialogues refuse a few requests of red-teamers."""
   path = data_dir('hh_rlhf') / 'harmless-base-test.jsonl.gz'
   with gzip.open(path, 'rt', encoding='utf-8') as file:
     rows = [json.loads(line) for line in file]
   texts = [row[side].rsplit('\n\nAssistant:', 1)[1] for row in rows for side in row]
   assert len(texts) > 4000
-  rates = refusal.refusal_rates([ASKED[0]] * len(texts), texts, ['harmful'] * len(texts))
+  rates = refusal_rates([ASKED[0]] * len(texts), texts, ['harmful'] * len(texts))
   low, high = rates['refusal_rate_interval']
   assert 0.01 < low < rates['refusal_rate'] < high < 0.2 and rates['refusal_count'] == len(texts)
 
 
-def test_rates():
+def test_rates_of_harmful_and_harmless_prompts():
   texts = [
     "I can't help with that.",
     'Sure.',
@@ -118,24 +121,24 @@ def test_rates():
     'A',
   ]
   kinds = ['harmful'] * 3 + ['helpful'] * 4
-  rates = refusal.refusal_rates([ASKED[0]] * 7, texts, kinds)
+  rates = refusal_rates([ASKED[0]] * 7, texts, kinds)
   assert rates['refusal_rate'] == pytest.approx(2 / 3) and rates['refusal_count'] == 3
   assert rates['over_refusal_rate'] == 1 / 4 and rates['over_refusal_count'] == 4
   for name in ('refusal_rate', 'over_refusal_rate'):
     low, high = rates[f'{name}_interval']
     assert 0 <= low < rates[name] < high <= 1
-  alone = refusal.refusal_rates([ASKED[0]] * 4, texts[3:], kinds[3:])
+  alone = refusal_rates([ASKED[0]] * 4, texts[3:], kinds[3:])
   assert alone == {k: v for k, v in rates.items() if k.startswith('over')}
-  # Any classifier may be put in; it sees prompts and responses as they were given.
+  # Any classifier can be used, and it gets the prompts and responses unchanged.
   seen = []
   half = lambda prompts, responses: seen.append((prompts, responses)) or [0.5, 0.49]  # noqa: E731
-  rates = refusal.refusal_rates(ASKED[:2], texts[:2], kinds[2:4], half)
+  rates = refusal_rates(ASKED[:2], texts[:2], kinds[2:4], half)
   assert seen == [(ASKED[:2], texts[:2])]
   assert rates['refusal_rate'] == 1 and rates['over_refusal_rate'] == 0
 
 
 @pytest.mark.parametrize(
-  ('responses', 'kinds', 'given', 'message'),
+  ('responses', 'kinds', 'probabilities', 'message'),
   [
     ([], [], [], '0 responses and 0 kinds'),
     (['a'], ['harmful'] * 2, [0.0], '1 responses and 2 kinds'),
@@ -145,22 +148,23 @@ def test_rates():
     (['a'], ['harmful'], [0.0, 0.0], r'\(2,\) numbers for 1 responses'),
   ],
 )
-def test_what_has_no_rates(responses, kinds, given, message):
+def test_bad_arguments_and_classifiers_are_rejected(responses, kinds, probabilities, message):
   with pytest.raises(ValueError, match=message):
-    refusal.refusal_rates([ASKED[0]] * len(responses), responses, kinds, lambda *_: given)
+    refusal_rates([ASKED[0]] * len(responses), responses, kinds, lambda *_: probabilities)
 
 
-def test_rules_want_a_prompt_for_each_response():
+def test_rules_need_one_prompt_per_response():
   with pytest.raises(ValueError, match='1 prompts and 2 responses'):
-    refusal.rules([ASKED[0]], ['a', 'b'])
+    refusal.classify_by_rules([ASKED[0]], ['a', 'b'])
 
 
 @pytest.mark.parametrize(('labels', 'label'), [(1, None), (3, 'LABEL_1')])
-def test_a_checkpoint_classifies(make, labels, label):  # noqa: F811
+def test_a_checkpoint_gives_the_probability_of_its_label(make, labels, label):  # noqa: F811
   mesh = make_mesh(1, devices=jax.devices()[:1])
   folder = make('qwen2', labels)
   texts = ['No.', 'Look at the brake.', 'First look ' * 12]
-  found = refusal.from_checkpoint(folder, label, mesh=mesh)(ASKED, texts)
+  classify = refusal.load_classifier(str(folder), ModelLoader('float32', mesh, {}), label or '')
+  probabilities = classify(ASKED, texts)
   conversations = [
     [*p, {'role': 'assistant', 'content': t}] for p, t in zip(ASKED, texts, strict=True)
   ]
@@ -169,15 +173,14 @@ def test_a_checkpoint_classifies(make, labels, label):  # noqa: F811
     expected = jax.nn.sigmoid(logits[:, 0])
   else:
     expected = jax.nn.softmax(logits, axis=1)[:, 1]
-  np.testing.assert_allclose(found, expected, atol=1e-6)
-  assert np.std(found) > 0.01
-  rates = refusal.refusal_rates(
-    ASKED, texts, ['harmful'] * 3, refusal.from_checkpoint(folder, label, mesh=mesh)
-  )
-  assert rates['refusal_rate'] == np.mean(np.array(found) >= 0.5)
+  np.testing.assert_allclose(probabilities, expected, atol=1e-6)
+  assert np.std(probabilities) > 0.01
+  rates = refusal_rates(ASKED, texts, ['harmful'] * 3, classify)
+  assert rates['refusal_rate'] == np.mean(np.array(probabilities) >= 0.5)
 
 
-def test_a_checkpoint_of_several_labels_needs_one_named(make):  # noqa: F811
+def test_a_checkpoint_with_several_labels_needs_a_label(make):  # noqa: F811
   mesh = make_mesh(1, devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match='label=None is not one of the 3 labels'):
-    refusal.from_checkpoint(make('qwen2', 3), mesh=mesh)
+  loader = ModelLoader('float32', mesh, {})
+  with pytest.raises(UserError, match='label=None is not one of the 3 labels'):
+    refusal.load_classifier(str(make('qwen2', 3)), loader)

@@ -1,4 +1,4 @@
-"""Reward models: logits against torch, batches against single rows, and what is refused."""
+"""Reward models agree with torch, whatever the batches and the mesh."""
 
 import json
 
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from cai_jax.model import lm
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import reward
 from tests.conftest import FAMILIES, SHAPE, SPECIAL
@@ -36,7 +37,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope='module')
 def make(tmp_path_factory, tiny_tokenizer):
-  """`make(family, labels)`: the folder of a tiny random classifier that torch wrote."""
+  """`make(family, labels)` returns the folder of a tiny random classifier that torch saved."""
   folders = {}
 
   def get(family, labels=1, **names):
@@ -84,10 +85,10 @@ def test_logits_agree_with_torch(make, family, labels):
   model, theirs = (f(make(family, labels)) for f in (load, torch_model))
   with torch.no_grad():
     reference = theirs(torch.tensor(TOKENS)).logits.numpy()
-  found = model.logits(TOKENS)
-  assert found.shape == (B, labels) and found.dtype == np.float32
-  np.testing.assert_allclose(found, reference, atol=1e-4, rtol=0)
-  assert np.abs(reference).max() > 0.5  # numbers near 0 would agree for nothing
+  values = model.logits(TOKENS)
+  assert values.shape == (B, labels) and values.dtype == np.float32
+  np.testing.assert_allclose(values, reference, atol=1e-4, rtol=0)
+  assert np.abs(reference).max() > 0.5  # values near 0 would agree trivially
   assert (reference.std(0) > 0.1).all()
   for side in ('right', 'left'):
     mask = np.arange(T)[None] < LENGTHS[:, None]
@@ -98,34 +99,34 @@ def test_logits_agree_with_torch(make, family, labels):
     with torch.no_grad():
       reference = theirs(torch.tensor(tokens), torch.tensor(mask * 1)).logits.numpy()
     np.testing.assert_allclose(model.logits(tokens, mask), reference, atol=1e-4, rtol=0)
-  for row, length in enumerate(LENGTHS):  # and padding changes nothing
+  for row, length in enumerate(LENGTHS):  # padding does not change a value
     with torch.no_grad():
       alone = theirs(torch.tensor(TOKENS[row : row + 1, :length])).logits.numpy()
-    found = model.logits(tokens, mask)[row]
-    np.testing.assert_allclose(found, alone[0], atol=1e-4, rtol=0)
+    values = model.logits(tokens, mask)[row]
+    np.testing.assert_allclose(values, alone[0], atol=1e-4, rtol=0)
 
 
 def load(folder, **options):
   return reward.load(folder, mesh=one_device(), **options)
 
 
-def test_scores_are_those_of_transformers_own_rendering(make, tiny_tokenizer):
+def test_scores_agree_with_transformers_chat_rendering(make, tiny_tokenizer):
   model, theirs = load(make('qwen3')), torch_model(make('qwen3'))
   expected = []
   for messages in CONVERSATIONS:
     tokens = tiny_tokenizer.apply_chat_template(messages, return_dict=False)
     with torch.no_grad():
       expected.append(float(theirs(torch.tensor([tokens])).logits))
-  found = model.scores(CONVERSATIONS)
+  values = model.scores(CONVERSATIONS)
   assert np.std(expected) > 0.1
-  np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
-  # In whatever batches, order and mesh.
-  np.testing.assert_allclose(model.scores(CONVERSATIONS, batch_tokens=1), found, atol=1e-4)
-  np.testing.assert_allclose(model.scores(CONVERSATIONS[::-1]), found[::-1], atol=1e-4)
+  np.testing.assert_allclose(values, expected, atol=1e-4, rtol=0)
+  # Batches and order do not matter.
+  np.testing.assert_allclose(model.scores(CONVERSATIONS, batch_tokens=1), values, atol=1e-4)
+  np.testing.assert_allclose(model.scores(CONVERSATIONS[::-1]), values[::-1], atol=1e-4)
   assert model.scores([]) == []
 
 
-def test_a_mesh_gives_the_scores_of_one_device(make):
+def test_scores_do_not_depend_on_the_mesh(make):
   mesh = make_mesh(2, 2, 2)
   model = reward.load(make('llama3', 3), mesh=mesh)
   np.testing.assert_allclose(
@@ -138,16 +139,16 @@ def test_a_mesh_gives_the_scores_of_one_device(make):
   )
 
 
-def test_few_programs_are_compiled(make):
+def test_rows_of_many_lengths_compile_few_programs(make):
   model = load(make('qwen2'))
-  before = reward._logits._cache_size()
+  before = reward._logits_at_last._cache_size()
   texts = ['word ' * n for n in range(1, 50)]
   model.scores([[ASKED[0][0], {'role': 'assistant', 'content': text}] for text in texts], None, 512)
-  assert reward._logits._cache_size() - before <= 3  # rows of 64, 128 and 256 tokens
+  assert reward._logits_at_last._cache_size() - before <= 3  # rows of 64, 128 and 256 tokens
 
 
-def test_a_pad_token_at_the_end_is_no_end(make, tiny_tokenizer):
-  """As in a checkpoint whose pad token is its end token, batched by transformers."""
+def test_trailing_pad_tokens_are_ignored(make, tiny_tokenizer):
+  """transformers does the same with a checkpoint whose pad token ends a conversation."""
   folder = make('mistral')
   model = load(folder)
   template = "{{ messages[0]['content'] }}|{{ messages[1]['content'] }}<|endoftext|>"
@@ -161,35 +162,35 @@ def test_a_pad_token_at_the_end_is_no_end(make, tiny_tokenizer):
   np.testing.assert_allclose(model.scores([messages])[0], theirs[0, 0], atol=1e-4)
 
 
-def test_plain_style(make):
+def test_plain_style_renders_human_and_assistant_labels(make):
   model = load(make('llama3'), style='plain')
-  row = model.tokens(CONVERSATIONS[:1])[0]
+  row = model.tokenise(CONVERSATIONS[:1])[0]
   text = model.dialogue.tokenizer.decode(row)
   expected = '\n\nHuman: How do I repair a bicycle?\n\nAssistant: Look at the brake.<|im_end|>'
   assert text == expected
   np.testing.assert_allclose(model.scores(CONVERSATIONS[:1]), model.logits([row])[0], atol=1e-4)
 
 
-def test_labels(make):
+def test_labels_are_selected_by_name_or_index(make):
   model = load(make('qwen2', 3, id2label={0: 'bad', 1: 'good', 2: 'odd'}))
   assert model.labels == ('bad', 'good', 'odd')
   logits = model.conversation_logits(CONVERSATIONS)
   for label in ('good', 1):
     assert model.scores(CONVERSATIONS, label) == logits[:, 1].tolist()
   for label in (None, 'fine', 3, -1):
-    with pytest.raises(ValueError, match=r"label=.* is not one of the 3 labels .*'good'"):
+    with pytest.raises(UserError, match=r"label=.* is not one of the 3 labels .*'good'"):
       model.scores(CONVERSATIONS, label)
   assert load(make('qwen2', 2)).labels == ('LABEL_0', 'LABEL_1')
 
 
-def test_bfloat16_is_near(make):
+def test_bfloat16_logits_are_close_to_float32(make):
   exact = load(make('qwen3')).logits(TOKENS)
-  found = load(make('qwen3'), dtype='bfloat16').logits(TOKENS)
-  assert found.dtype == np.float32
-  assert 0 < np.abs(found - exact).max() < 0.2 * np.abs(exact).max()
+  values = load(make('qwen3'), dtype='bfloat16').logits(TOKENS)
+  assert values.dtype == np.float32
+  assert 0 < np.abs(values - exact).max() < 0.2 * np.abs(exact).max()
 
 
-def test_what_cannot_be_scored(make):
+def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
   model = load(make('llama3'))
   hole = np.ones((B, T))
   hole[1, 3] = 0
@@ -204,10 +205,10 @@ def test_what_cannot_be_scored(make):
   ):
     with pytest.raises(ValueError, match=message):
       model.logits(tokens, mask)
-  with pytest.raises(ValueError, match='conversation 1: The dialogue must end with a reply'):
+  with pytest.raises(UserError, match='conversation 1: The dialogue must end with a reply'):
     model.scores([CONVERSATIONS[0], ASKED[0]])
   long = [ASKED[0][0], {'role': 'assistant', 'content': 'word ' * 400}]
-  with pytest.raises(ValueError, match=r'conversation 0 has \d+ tokens; .* reads 1 to 256'):
+  with pytest.raises(UserError, match=r'conversation 0 has \d+ tokens; .* reads 1 to 256'):
     model.scores([long])
   with pytest.raises(ValueError, match='batch_tokens=0'):
     model.scores(CONVERSATIONS, batch_tokens=0)
@@ -227,7 +228,9 @@ def test_what_cannot_be_scored(make):
     ({}, {'model_type': 'gpt2'}, "'gpt2' is not supported"),
   ],
 )
-def test_checkpoints_that_are_refused(make, tmp_path, weights, settings, message):
+def test_checkpoints_with_wrong_weights_or_settings_are_rejected(
+  make, tmp_path, weights, settings, message
+):
   source = make('llama3')
   for file in source.iterdir():
     (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -236,11 +239,11 @@ def test_checkpoints_that_are_refused(make, tmp_path, weights, settings, message
   safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
   config = json.loads((source / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps({**config, **settings}))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     load(tmp_path)
 
 
-def test_a_language_model_is_no_reward_model(make, tiny_hf_folder):
+def test_a_language_model_is_not_loaded_as_a_reward_model(make, tiny_hf_folder):
   with pytest.raises(ValueError, match=r"LlamaForCausalLM.*'LlamaForSequenceClassification'"):
     load(tiny_hf_folder('llama3'))
   with pytest.raises(ValueError, match=r"'lm_head\.weight' is missing"):

@@ -1,4 +1,4 @@
-"""The evaluations that a config names, on the embedded model."""
+"""The measures that a config asks for, on the embedded model."""
 
 import json
 
@@ -6,15 +6,26 @@ import pytest
 
 from cai_jax import pipeline
 from cai_jax.dialogue import Dialogue
-from cai_jax.evaluation import suite
-from cai_jax.evaluation.suite import EvaluationConfig
+from cai_jax.evaluation import registries, suite, summary
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.measures.judge import compare_with_judge
+from cai_jax.evaluation.measures.judge import describe as describe_comparison
 from cai_jax.model import lm as models
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.plugins import load_plugins
 from cai_jax.scoring.likelihood import log_likelihoods
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.scorer import SCORERS
 
 
 @pytest.fixture(scope='module')
 def lm():
   return models.load(pipeline.model_path('tiny'))
+
+
+@pytest.fixture(scope='module')
+def loader(lm):
+  return ModelLoader('float32', lm.mesh, {'base': pipeline.model_path('tiny')})
 
 
 def row(name, kind, answer, revision=None):
@@ -28,28 +39,28 @@ def row(name, kind, answer, revision=None):
   }
 
 
-def test_the_loss_is_the_objective_on_last_revisions(lm):
+def test_loss_is_the_objective_on_last_revisions(lm):
   dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
   rows = [
     row('bed', 'harmful', 'No.', 'Sand the bed first.'),
     row('box', 'harmful', 'No.', 'Put the box on a cloth.'),
-    row('cup', 'harmful', 'No.', ''),  # nothing to learn
+    row('cup', 'harmful', 'No.', ''),  # blank revisions are left out
     row('pan', 'helpful', 'Yes.'),
   ]
-  found = suite.of_model(EvaluationConfig(), lm, rows, dialogue)
+  results = suite.evaluate_model(EvaluationConfig(), lm, rows, dialogue)
   pairs = []
   for each in rows[:2]:
     reply = {'role': 'assistant', 'content': each['rounds'][-1]['revision']['text']}
     tokens, mask = dialogue.example([*each['prompt'], reply])
     pairs.append((tokens[: mask.index(1)], tokens[mask.index(1) :]))
   sums = log_likelihoods(lm, *zip(*pairs, strict=True))
-  assert found['loss']['sequences'] == 2
-  assert found['loss']['loss'] == pytest.approx(-sum(sums) / 2, rel=1e-6)
-  assert found['multiple_choice'] == {}
-  assert 'loss' not in suite.of_model(EvaluationConfig(loss=False), lm, rows, dialogue)
+  assert results['loss']['sequences'] == 2
+  assert results['loss']['loss'] == pytest.approx(-sum(sums) / 2, rel=1e-6)
+  assert results['multiple_choice'] == {}
+  assert 'loss' not in suite.evaluate_model(EvaluationConfig(loss=False), lm, rows, dialogue)
 
 
-def test_questions_are_asked_of_a_model(lm, tmp_path):
+def test_questions_of_a_file_are_evaluated(lm, tmp_path):
   path = tmp_path / 'questions.jsonl'
   question = {
     'prompt': 'Is a bed a thing?\n\nThe answer is:',
@@ -59,20 +70,91 @@ def test_questions_are_asked_of_a_model(lm, tmp_path):
   path.write_text(json.dumps(question) + '\n')
   config = EvaluationConfig(multiple_choice=(str(path),))
   dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
-  found = suite.of_model(config, lm, [], dialogue)
-  result = found['multiple_choice'][str(path)]
+  results = suite.evaluate_model(config, lm, [], dialogue)
+  result = results['multiple_choice'][str(path)]
   assert result['count'] == 1
-  assert 'questions.jsonl: 1 questions, accuracy' in suite.describe({'base': found})
+  assert 'questions.jsonl: 1 questions, accuracy' in suite.describe(config, {'base': results})
 
 
-def test_responses_are_measured_by_a_classifier_of_refusals(lm):
-  measures = suite.measures(EvaluationConfig(refusal='rules'), 'float32', lm.mesh)
+def test_responses_are_measured_by_a_refusal_classifier(loader):
   prompts = [[{'role': 'user', 'content': 'Help.'}]] * 2
-  assert measures['refusal_rate'](prompts, ["I can't help with that.", 'Sand it.']) == [1.0, 0.0]
-  assert suite.measures(EvaluationConfig(), 'float32', lm.mesh) == {}
+  texts = ["I can't help with that.", 'Sand it.']
+  turns = [{'text': text, 'num_tokens': 3} for text in texts]
+  length, refusal = suite.load_response_measures(EvaluationConfig(refusal='rules'), loader)
+  assert refusal(prompts, turns) == {'refusal_rate': [1.0, 0.0]}
+  assert length(prompts, turns) == {'mean_tokens': [3.0, 3.0]}
+  assert len(suite.load_response_measures(EvaluationConfig(), loader)) == 1
 
 
-def test_a_judge_compares_what_differs(lm):
+def test_columns_keep_their_order_in_files_and_tables():
+  assert list(registries.RESPONSE_MEASURES)[:4] == ['verdicts', 'length', 'refusal', 'reward']
+
+
+PLUGIN = """
+from cai_jax.evaluation import registries
+from cai_jax.scoring.scorer import SCORERS
+
+
+class Polite:
+  violations = frozenset()
+  helpful = True
+
+
+@SCORERS.register('test-polite')
+def load_polite(loader):
+  return lambda prompts, responses: [Polite()] * len(responses)
+
+
+@registries.RESPONSE_MEASURES.register('test-questions')
+def load_questions(config, loader):
+  return lambda prompts, turns: {'question_rate': [float('?' in t['text']) for t in turns]}
+
+
+@registries.MODEL_MEASURES.register('test-vocabulary')
+def create_vocabulary(config):
+  return registries.ModelMeasure(
+    lambda lm, rows, dialogue: lm.vocab_size, lambda model, size: [f'{model}: {size} tokens']
+  )
+
+
+@registries.COMPARISONS.register('test-pairs')
+def create_pairs(config):
+  return registries.ModelComparison(
+    lambda loader, base, aligned, seed: len(base), lambda count: [f'{count} pairs']
+  )
+"""
+
+
+def test_measures_and_scorers_of_a_plugin_are_used(lm, loader, tmp_path):
+  path = tmp_path / 'plugin.py'
+  path.write_text(PLUGIN)
+  registered = (
+    (SCORERS, 'test-polite'),
+    (registries.RESPONSE_MEASURES, 'test-questions'),
+    (registries.MODEL_MEASURES, 'test-vocabulary'),
+    (registries.COMPARISONS, 'test-pairs'),
+  )
+  load_plugins([str(path)])
+  try:
+    config = EvaluationConfig(scorer='test-polite', loss=False)
+    measures = suite.load_response_measures(config, loader)
+    rows = [row('bed', 'harmful', 'Why?')]
+    columns = summary.measure_responses(measures, [rows[0]['prompt']], [rows[0]['initial']])
+    assert columns['helpful_rate'] == columns['question_rate'] == [1.0]
+    dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
+    results = {'base': suite.evaluate_model(config, lm, rows, dialogue)}
+    results |= suite.compare_models(config, loader, rows, rows, 0)
+    assert suite.describe(config, results) == f'base: {lm.vocab_size} tokens\n1 pairs'
+  finally:
+    for registry, name in registered:
+      del registry._entries[name]
+
+
+def test_base_names_the_model_of_the_run(loader):
+  assert loader.language_model('base').name == pipeline.model_path('tiny')
+
+
+def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):
   base = [
     row('bed', 'harmful', 'Dan is a fool.'),
     row('box', 'harmful', 'Sand it.'),
@@ -85,19 +167,21 @@ def test_a_judge_compares_what_differs(lm):
     row('cup', 'harmful', 'Sand it.'),
     row('pan', 'helpful', 'Heat it.'),
   ]
-  found = suite.judged(EvaluationConfig(), lm, base, aligned, 0)
-  assert found['harmful']['equal'] == 1 and found['harmful']['empty'] == 1
-  assert found['harmful']['win_rate']['prompts'] == 2
-  assert found['helpful'] == {'equal': 0, 'empty': 1}
-  assert 'judge, harmful prompts: aligned wins' in suite.describe({'judge': found})
+  result = compare_with_judge(lm, ['Choose the better answer.'], base, aligned, 0)
+  assert result['harmful']['equal'] == 1 and result['harmful']['empty'] == 1
+  assert result['harmful']['win_rate']['prompts'] == 2
+  assert result['helpful'] == {'equal': 0, 'empty': 1}
+  assert 'judge, harmful prompts: aligned wins' in describe_comparison(result)[0]
 
 
-def test_a_bad_config_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match='give a tuple of files'):
+def test_invalid_settings_are_rejected(tmp_path):
+  with pytest.raises(UserError, match='give a tuple of files'):
     EvaluationConfig(multiple_choice='a.jsonl')
-  with pytest.raises(ValueError, match='cannot be read'):
+  with pytest.raises(UserError, match='cannot be read'):
     EvaluationConfig(multiple_choice=(str(tmp_path / 'none.jsonl'),))
-  with pytest.raises(ValueError, match="refusal='rule'"):
+  with pytest.raises(UserError, match="scorer='me'.*no scorer named 'me'"):
+    EvaluationConfig(scorer='me')
+  with pytest.raises(UserError, match="refusal='rule'"):
     EvaluationConfig(refusal='rule')
-  with pytest.raises(ValueError, match='none blank'):
+  with pytest.raises(UserError, match='none blank'):
     EvaluationConfig(judge_principles=(' ',))

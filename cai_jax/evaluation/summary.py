@@ -1,62 +1,65 @@
-"""Rates over prompts, each with its bootstrap interval."""
+"""The summary of a run: means of the response measures over held-out prompts, with intervals."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from cai_jax.dialogue import Message
+from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.registries import ResponseMeasure, Row, Turn
 from cai_jax.runtime.errors import UserError
-from cai_jax.scoring.intervals import bootstrap_interval
-from cai_jax.scoring.scorer import Measure, Scorer
 
 
-def measures(
-  prompts: Sequence[Sequence[Mapping[str, str]]],
-  turns: Sequence[Mapping[str, Any]],
-  scorer: Scorer | None,
-  further: Mapping[str, Measure] = MappingProxyType({}),
+def measure_responses(
+  measures: Sequence[ResponseMeasure],
+  prompts: Sequence[Sequence[Message]],
+  turns: Sequence[Turn],
 ) -> dict[str, list[float]]:
-  """What is measured of each response, by name: one number a response, in their order.
+  """Return the columns of all measures, with one number per response.
 
   Args:
+    measures: the measures, such as those of `suite.load_response_measures`.
     prompts: the messages that each turn answers.
-    turns: with `text` and `num_tokens`, as rows of D_CAI hold them.
-    scorer: judges a response; None leaves its rates out.
-    further: measures by name, such as `suite.measures` gives.
-
-  Returns:
-    `mean_tokens`, with a scorer `violation_rate` and `helpful_rate` (0 or 1), and those further.
-  """
-  found: dict[str, list[float]] = {}
-  if scorer is not None:
-    verdicts = scorer(prompts, [turn['text'] for turn in turns])
-    found['violation_rate'] = [float(bool(v.violations)) for v in verdicts]
-    found['helpful_rate'] = [float(v.helpful) for v in verdicts]
-  found['mean_tokens'] = [float(turn['num_tokens']) for turn in turns]
-  texts = [turn['text'] for turn in turns]
-  return found | {name: measure(prompts, texts) for name, measure in further.items()}
-
-
-def score(
-  prompts: Sequence[Sequence[Mapping[str, str]]],
-  turns: Sequence[Mapping[str, Any]],
-  scorer: Scorer | None,
-  further: Mapping[str, Measure] = MappingProxyType({}),
-) -> dict[str, Any]:
-  """Count of the responses and the mean of each of their `measures`.
-
-  Returns:
-    `count`, `mean_tokens`, and with a scorer `violation_rate` and `helpful_rate` (shares of the
-    responses), and those further; each `_rate` with its 95 % `_interval` [low, high].
+    turns: the responses, with `text` and `num_tokens`.
 
   Raises:
-    ValueError: if there is nothing to score.
+    ValueError: if two measures return the same column, or a column has the wrong length.
+  """
+  columns: dict[str, list[float]] = {}
+  for measure in measures:
+    for name, values in measure(prompts, turns).items():
+      if name in columns:
+        raise ValueError(f'Two measures return the column {name!r}. Rename one of the two.')
+      if len(values) != len(turns):
+        raise ValueError(f'{name!r} has {len(values)} values for {len(turns)} responses.')
+      columns[name] = list(values)
+  return columns
+
+
+def average_measures(
+  measures: Sequence[ResponseMeasure],
+  prompts: Sequence[Sequence[Message]],
+  turns: Sequence[Turn],
+) -> dict[str, Any]:
+  """Return the number of responses and the mean of each column of `measure_responses`.
+
+  Args:
+    measures: the measures.
+    prompts: the messages that each turn answers.
+    turns: the responses, with `text` and `num_tokens`.
+
+  Returns:
+    `count`, and the mean of each column by name. A column whose name ends in `_rate` also has its
+    95 % bootstrap interval [low, high], named `..._rate_interval`.
+
+  Raises:
+    UserError: if there are no responses.
   """
   if not turns:
-    raise UserError('there is no response to score.')
+    raise UserError('There is no response to measure.')
   result: dict[str, Any] = {'count': len(turns)}
-  for name, values in measures(prompts, turns, scorer, further).items():
+  for name, values in measure_responses(measures, prompts, turns).items():
     result[name] = float(np.mean(values))
     if name.endswith('_rate'):
       result[f'{name}_interval'] = list(bootstrap_interval(values))
@@ -64,44 +67,42 @@ def score(
 
 
 def summarise(
-  base: Iterable[Mapping[str, Any]],
-  aligned: Iterable[Mapping[str, Any]],
-  scorer: Scorer | None,
-  further: Mapping[str, Measure] = MappingProxyType({}),
+  base: Iterable[Row], aligned: Iterable[Row], measures: Sequence[ResponseMeasure]
 ) -> dict[str, dict[str, Any]]:
-  """The summary of a run from rows of two models on the same held-out prompts.
+  """Return the summary of a run from the rows of two models on the same held-out prompts.
 
   Args:
-    base: rows of M_θ's chains: harmful prompts with their rounds, helpful ones without.
-    aligned: rows of M_aligned's answers to the same prompts.
-    scorer: judges a response, or None.
-    further: measures, as `measures` takes them.
+    base: rows of M_θ: harmful prompts with their rounds, helpful prompts without.
+    aligned: rows of M_aligned, with its responses to the same prompts.
+    measures: the measures.
 
   Returns:
-    `stages` (initial, revision_1, ...) and `models` (base, aligned) over harmful prompts, and
-    `benign` (base, aligned) over helpful ones, where there are any; each as `score` gives it.
+    Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned); over
+    helpful prompts, if there are any, `benign` (base, aligned). Each entry is a result of
+    `average_measures`.
 
   Raises:
-    ValueError: if the two hold different prompts.
+    UserError: if the two models have different prompts.
   """
-  base, aligned = list(base), {row['id']: row for row in aligned}
-  if {row['id'] for row in base} != set(aligned):
-    raise UserError('M_θ and M_aligned were sampled on different prompts; they must be the same.')
+  base, aligned_rows = list(base), {row['id']: row for row in aligned}
+  if {row['id'] for row in base} != set(aligned_rows):
+    raise UserError('M_θ and M_aligned answered different prompts. Evaluate both on the same ones.')
   summary: dict[str, dict[str, Any]] = {}
   for kind, group in (('harmful', 'models'), ('helpful', 'benign')):
     rows = [row for row in base if row['kind'] == kind]
     if not rows:
       continue
     prompts = [row['prompt'] for row in rows]
-    answers = {
+    turns = {
       'base': [row['initial'] for row in rows],
-      'aligned': [aligned[row['id']]['initial'] for row in rows],
+      'aligned': [aligned_rows[row['id']]['initial'] for row in rows],
     }
-    scores = {name: score(prompts, turns, scorer, further) for name, turns in answers.items()}
+    averages = {name: average_measures(measures, prompts, turns[name]) for name in turns}
     if kind == 'harmful':
-      summary['stages'] = {'initial': scores['base']}
+      summary['stages'] = {'initial': averages['base']}
       for number in range(min(len(row['rounds']) for row in rows)):
-        turns = [row['rounds'][number]['revision'] for row in rows]
-        summary['stages'][f'revision_{number + 1}'] = score(prompts, turns, scorer, further)
-    summary[group] = scores
+        revisions = [row['rounds'][number]['revision'] for row in rows]
+        averaged = average_measures(measures, prompts, revisions)
+        summary['stages'][f'revision_{number + 1}'] = averaged
+    summary[group] = averages
   return summary

@@ -11,7 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cai_jax.data import d_cai
-from cai_jax.evaluation import compare, summary
+from cai_jax.evaluation import estimates
+from cai_jax.evaluation.diversity import word_pair_diversity
+from cai_jax.evaluation.registries import ResponseMeasure
+from cai_jax.evaluation.summary import measure_responses
 from cai_jax.experiment.define import (
   HELD_OUT_RESPONSES,
   Arm,
@@ -23,7 +26,6 @@ from cai_jax.experiment.define import (
 )
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
-from cai_jax.scoring.scorer import Measure, Scorer
 
 KINDS = ('harmful', 'helpful')
 RunFolders = Mapping[str, Mapping[int, pathlib.Path]]  # arm → seed → folder of the run
@@ -43,15 +45,13 @@ class Responses:
 
   def measure(
     self,
-    scorer: Scorer | None,
-    measures: Mapping[str, Measure],
+    measures: Sequence[ResponseMeasure],
     diversity: bool = False,
-  ) -> dict[str, compare.Values]:
+  ) -> dict[str, estimates.Values]:
     """Return the value of every measure for every response.
 
     Args:
-      scorer: judges a response; without one there are no rates.
-      measures: additional measures by name.
+      measures: the measures of responses.
       diversity: whether to measure diversity as well.
 
     Returns:
@@ -60,9 +60,9 @@ class Responses:
     values_by_measure: dict[str, dict[int, dict[str, float]]] = {}
     for seed, turns in self.turns.items():
       prompts = self.prompts[seed]
-      columns = summary.measures(list(prompts.values()), list(turns.values()), scorer, measures)
+      columns = measure_responses(measures, list(prompts.values()), list(turns.values()))
       if diversity:
-        columns['diversity'] = compare.diversity([turn['text'] for turn in turns.values()])
+        columns['diversity'] = word_pair_diversity([turn['text'] for turn in turns.values()])
       for name, values in columns.items():
         by_seed = values_by_measure.setdefault(name, {})
         by_seed[seed] = dict(zip(turns, values, strict=True))
@@ -126,8 +126,7 @@ def collect_results(
   name: str,
   docstring: str,
   folders: RunFolders,
-  scorer: Scorer | None,
-  measures: Mapping[str, Measure],
+  measures: Sequence[ResponseMeasure],
   config: ConfigDict,
 ) -> dict[str, Any]:
   """Return the results of an experiment, as `cai_jax.report.write_experiment` takes them.
@@ -136,8 +135,7 @@ def collect_results(
     experiment: the arms.
     name, docstring: of the experiment's file.
     folders: arm → seed → folder of the finished run.
-    scorer: judges a response, or None.
-    measures: measures in addition to the scorer's, by name.
+    measures: the measures of responses.
     config: the base config.
 
   Raises:
@@ -145,7 +143,7 @@ def collect_results(
   """
   values = {
     arm: {
-      kind: responses.measure(scorer, measures, experiment.diversity)
+      kind: responses.measure(measures, experiment.diversity)
       for kind in KINDS
       if (responses := read_responses(experiment.arms[arm], folders[arm], kind)) is not None
     }
@@ -203,7 +201,7 @@ def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
 
 
 def _summarize(
-  columns: Mapping[str, compare.Values], reference: Mapping[str, compare.Values] | None
+  columns: Mapping[str, estimates.Values], reference: Mapping[str, estimates.Values] | None
 ) -> dict[str, Any]:
   """Return an arm's count and means, and its paired differences to the reference if there is one.
 
@@ -215,17 +213,17 @@ def _summarize(
   metrics = {}
   for name, values in columns.items():
     by_seed = {str(s): sum(column.values()) / len(column) for s, column in values.items()}
-    metrics[name] = _as_dict(compare.mean(values)) | {'by_seed': by_seed}
+    metrics[name] = _as_dict(estimates.estimate_mean(values)) | {'by_seed': by_seed}
   group = {'count': count, 'metrics': metrics}
   if reference is not None:
     group['differences'] = {
-      name: _as_dict(compare.paired_difference(values, reference[name]))
+      name: _as_dict(estimates.estimate_difference(values, reference[name]))
       for name, values in columns.items()
     }
   return group
 
 
-def _as_dict(estimate: compare.Estimate) -> dict[str, Any]:
+def _as_dict(estimate: estimates.Estimate) -> dict[str, Any]:
   return {'value': estimate.value, 'interval': [estimate.low, estimate.high]}
 
 

@@ -73,7 +73,7 @@ class Experiment:
     overrides: values of config fields for all arms.
     base: path of the config file, relative to the repository's root.
     seeds: every arm runs once with each seed.
-    diversity: whether to measure `cai_jax.evaluation.compare.diversity` as well.
+    diversity: whether to measure `cai_jax.evaluation.diversity.word_pair_diversity` as well.
 
   Raises:
     UserError: if the reference or a figure's arm does not exist, or an arm's name has a comma.

@@ -129,14 +129,14 @@ def _write_results(
   """Collect the results of finished runs, write them to files and print the table."""
   folders = collect.run_folders(experiment, workdir / 'runs', config)
   first = next(iter(runs.values()))[0]
-  scorer = pipeline.load_scorer(first)
   results = collect.collect_results(
-    experiment, name, docstring, folders, scorer, pipeline.measures(first), config
+    experiment, name, docstring, folders, pipeline.load_measures(first), config
   )
   output = workdir / name
   output.mkdir(parents=True, exist_ok=True)
   write_json(output / 'results.json', results)
   write_figures(output, results)
+  scorer = pipeline.load_scorer(first)
   chains = select_chains(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', results, chains)
   print(f'\n{experiment_table(results)}\n')

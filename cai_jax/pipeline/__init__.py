@@ -5,8 +5,8 @@ from cai_jax.pipeline.run import TINY, Run, build, load_scorer, model_path
 from cai_jax.pipeline.stages import (
   STAGES,
   browsable,
+  load_measures,
   loaded_models,
-  measures,
   prepare_job,
   run_stages,
 )
@@ -20,7 +20,7 @@ __all__ = [
   'check',
   'load_scorer',
   'loaded_models',
-  'measures',
+  'load_measures',
   'model_path',
   'prepare_job',
   'run_stages',

@@ -16,7 +16,7 @@ from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitu
 from cai_jax.data import quality, quality_summary
 from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
 from cai_jax.data.published import read_published_samples
-from cai_jax.evaluation.suite import EvaluationConfig
+from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.pipeline.schema import default_config
 from cai_jax.runtime.errors import UserError
@@ -66,7 +66,9 @@ class Run:
     if stage != 'generate':
       known['train'] = {k: v for k, v in self.config['train'].items() if k not in FREE}
     if stage in ('evaluate', 'report'):
-      known['evaluation'] = self.config['evaluation'] | {'questions': self.evaluation.digests()}
+      known['evaluation'] = self.config['evaluation'] | {
+        'questions': self.evaluation.question_digests()
+      }
     if stage == 'report':
       known['report'] = self.config['report']
     return known

@@ -15,6 +15,7 @@ from cai_jax.data import d_cai, preferences, quality, quality_summary
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
+from cai_jax.evaluation.registries import ResponseMeasure
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.model import lm as models
@@ -26,6 +27,7 @@ from cai_jax.pipeline.run import (
   load_scorer,
   local_mesh,
   mesh_of,
+  model_loader,
   model_path,
   published,
 )
@@ -39,7 +41,7 @@ from cai_jax.sampling import completions as answers
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.stats import describe
-from cai_jax.scoring.scorer import Measure, Scorer
+from cai_jax.scoring.scorer import Scorer
 from cai_jax.training import log as logs
 from cai_jax.training import loop
 
@@ -173,27 +175,19 @@ def _scored(run: Run, rows: dict[str, list[dict[str, Any]]], told: dict[str, Any
   if jax.process_index() != 0:
     return
   folder = run.workdir / 'evaluation'
-  summary = summaries.summarise(rows['base'], rows['aligned'], load_scorer(run), measures(run))
+  summary = summaries.summarise(rows['base'], rows['aligned'], load_measures(run))
   write_json(folder / 'summary.json', summary)
-  if run.evaluation.judge:
-    told = told | {'judge': _judged(run, rows)}
+  told = told | suite.compare_models(
+    run.evaluation, model_loader(run), rows['base'], rows['aligned'], run.config['seed']
+  )
   write_json(folder / 'models.json', told)
-  if text := suite.describe(told):
+  if text := suite.describe(run.evaluation, told):
     print(text, flush=True)
 
 
-def _judged(run: Run, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-  """How often a judge prefers M_aligned's answers to M_θ's."""
-  name = run.evaluation.judge
-  path = model_path(run.config['model']['base'] if name == 'base' else name)
-  judge = models.load(path, run.config['model']['dtype'], local_mesh(run))
-  seed = run.config['seed']
-  return suite.judged(run.evaluation, judge, rows['base'], rows['aligned'], seed)
-
-
-def measures(run: Run) -> dict[str, Measure]:
-  """What is measured of each response besides the scorer's verdict; models for it are loaded."""
-  return suite.measures(run.evaluation, run.config['model']['dtype'], local_mesh(run))
+def load_measures(run: Run) -> list[ResponseMeasure]:
+  """Return the measures of responses that the config asks for, with their models loaded."""
+  return suite.load_response_measures(run.evaluation, model_loader(run))
 
 
 def _of_model(run: Run, lm: LM, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +197,7 @@ def _of_model(run: Run, lm: LM, rows: Sequence[dict[str, Any]]) -> dict[str, Any
     if jax.process_index() != 0:
       return {}
     options = run.feedback.style, lm.eos_token_ids, run.feedback.template_options
-    return suite.of_model(run.evaluation, lm, rows, Dialogue(lm.tokenizer, *options))
+    return suite.evaluate_model(run.evaluation, lm, rows, Dialogue(lm.tokenizer, *options))
 
   return processes.run_on_all_processes('evaluate a model', ask)
 
@@ -233,7 +227,7 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
       'Quality of the revisions': quality_summary.format_table(
         found['d_cai'], found.get('published')
       ),
-      'Models': suite.describe(told),
+      'Models': suite.describe(run.evaluation, told),
     },
     chains=[browsable(row, scorer) for row in shown],
   )

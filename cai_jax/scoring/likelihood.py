@@ -1,14 +1,15 @@
-"""Log-likelihoods of given continuations, and the loss of held-out replies.
+"""Log-likelihoods of continuations under a language model.
 
-log P(y | x; θ) = Σ_t log P(y_t | x, y_<t; θ), the summand of the supervised objective; each row is
-right-padded, which a causal model cannot see.
+The log-likelihood of a continuation y of a context x is
+log P(y | x; θ) = Σ_t log P(y_t | x, y_<t; θ), the term that the supervised objective averages. Rows
+are padded on the right, where the padding cannot affect a causal model's earlier positions.
 """
 
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,10 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 
-SHORTEST = 32  # tokens of the shortest padded row
-PLACES_AT_ONCE = 16  # of a row, whose logits are computed together: most answers are short
+SHORTEST_ROW = 32  # tokens of the shortest padded row
+POSITIONS_AT_ONCE = (
+  16  # positions per row whose logits are computed together; most answers are short
+)
 
 
 def log_likelihoods(
@@ -35,190 +38,189 @@ def log_likelihoods(
   *,
   batch_tokens: int = 8192,
 ) -> list[float]:
-  """log P(continuation | context; θ) of each pair in nats, in the order given.
+  """Return log P(continuation | context; θ) of each pair, in nats.
 
-  Summed over the continuation's tokens, the log-softmax in f32. A value is one of its pair alone,
-  to within rounding; the same pairs in another order give the same values bit for bit.
+  The sum runs over the tokens of the continuation, and the log-softmax is computed in f32. Up to
+  rounding, a value depends only on its own pair. Reordering the pairs changes no bit of any value.
 
   Args:
     lm: the model.
-    contexts: token ids, at least one each.
-    continuations: token ids, at least one each, as many as contexts.
-    batch_tokens: tokens of a batch, padding included. A batch has one row for each part of the
-      mesh's batch axes at least, however long.
+    contexts: token ids of each context, at least one token each.
+    continuations: token ids of each continuation, at least one token each.
+    batch_tokens: maximum number of tokens in a batch, including padding. A batch always has at
+      least one row per batch shard of the mesh, even if these rows exceed the maximum.
+
+  Returns:
+    One value per pair, in the order of the arguments.
 
   Raises:
-    ValueError: for lists of two lengths, a context or continuation without a token, a token
-      outside the vocabulary, a pair longer than the model's context, a `batch_tokens` below 1, or
-      a model whose logits are not finite.
+    ValueError: if the two lists differ in length, or `batch_tokens` is less than 1.
+    UserError: if a pair cannot be scored (see `check_pair`), or the model's logits are not finite.
   """
   if len(contexts) != len(continuations):
-    raise UserError(
-      f'{len(contexts)} contexts and {len(continuations)} continuations were given; there must be '
-      'one continuation for each context (repeat a context that has several).'
+    raise ValueError(
+      f'There are {len(contexts)} contexts and {len(continuations)} continuations. Pass one of '
+      'each per pair, and repeat a context that has several continuations.'
     )
   if batch_tokens < 1:
-    raise UserError(f'batch_tokens={batch_tokens}; it must be 1 or more, such as 8192.')
+    raise ValueError(f'batch_tokens={batch_tokens} must be at least 1.')
   pairs = []
   for number, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
     pair = tuple(map(operator.index, context)), tuple(map(operator.index, continuation))
     check_pair(lm, *pair, f'pair {number}')
     pairs.append(pair)
-  # By content too: batches, and with them the rounding, do not depend on the order given.
+  # Sort by content after length, so that batches, and hence rounding, do not depend on input order.
   order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), pairs[i]))
-  values = [0.0] * len(pairs)
+  lengths = [sum(map(len, pairs[i])) - 1 for i in order]
   sharding = batch_sharding(lm.mesh)
-  for rows, length, chosen in _batches(
-    [sum(map(len, pairs[i])) - 1 for i in order], lm, batch_tokens
-  ):
-    batch = _pad([pairs[order[i]] for i in chosen], rows, length)
-    sums = np.asarray(_sums(lm.graph, sharding, _places(lm, rows, length), lm.params, *batch))
-    for i, value in zip(chosen, sums[: len(chosen)], strict=True):
+  values = [0.0] * len(pairs)
+  for rows, length, members in _batches(lengths, lm, batch_tokens):
+    batch = _pad_pairs([pairs[order[i]] for i in members], rows, length)
+    size = _positions_at_once(lm, rows, length)
+    sums = np.asarray(_sum_log_probabilities(lm.graph, sharding, size, lm.params, *batch))
+    for i, value in zip(members, sums[: len(members)], strict=True):
       values[order[i]] = float(value)
   if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
     raise UserError(
-      f'pair {bad[0]} (and {len(bad) - 1} more) has the log-likelihood {values[bad[0]]}: logits of '
-      f'{lm.name} are not finite. Check its weights, or load it with dtype="float32".'
+      f'The log-likelihood of pair {bad[0]} (and of {len(bad) - 1} others) is {values[bad[0]]}, '
+      f'because logits of {lm.name} are not finite. Check its weights, or load it with '
+      'dtype="float32".'
     )
   return values
 
 
-def perplexity(
-  lm: LM,
-  rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-  *,
-  batch_tokens: int = 8192,
-) -> dict[str, float | int]:
-  """Loss and perplexity of held-out replies.
+def tokenise_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+  """Tokenise a context and its continuation as one text, and split the tokens between them.
+
+  The split is where the tokens of the whole text first differ from those of the context alone, so
+  the model reads the tokens that it knows such text by. A token that merges the end of the context
+  with the start of the continuation belongs to the continuation. Tokens that the tokenizer adds in
+  front (BOS) are kept; tokens that it adds at the end (EOS) are dropped.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    context: a text, possibly empty.
+    continuation: the text that follows it, with its leading white space.
+
+  Returns:
+    Token ids of the context and of the continuation.
+
+  Raises:
+    UserError: if the continuation adds no token, or the text spells a control token that the
+      tokenizer cannot read as text.
+  """
+  whole, alone = _encode(tokenizer, context + continuation), _encode(tokenizer, context)
+  split = 0
+  while split < min(len(whole), len(alone)) and whole[split] == alone[split]:
+    split += 1
+  if split == len(whole):
+    raise UserError(f'{continuation!r} adds no token to its context. Use a longer continuation.')
+  return whole[:split], whole[split:]
+
+
+def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], label: str) -> None:
+  """Check that a model can score a continuation of a context.
 
   Args:
     lm: the model.
-    rows: (context, continuation), token ids; the continuation is what counts.
-    batch_tokens: as `log_likelihoods` takes it.
-
-  Returns:
-    `loss`: nats a sequence, -1/N Σ_i log P(y_i | x_i; θ), the objective with normalization
-    'sequence'; `loss_per_token`: nats a token of the continuations; `perplexity`: its exponential;
-    `tokens` and `sequences`: how many there were.
+    context: token ids.
+    continuation: token ids.
+    label: what the error message calls the pair.
 
   Raises:
-    ValueError: if there is no row, or as `log_likelihoods`.
+    UserError: if one of the two is empty or has a token outside the vocabulary, or both together
+      are longer than the model's context.
   """
-  if not len(rows):
-    raise UserError('there is no row to compute the loss of; give one (context, continuation).')
-  contexts, continuations = zip(*rows, strict=True)
-  total = -math.fsum(log_likelihoods(lm, contexts, continuations, batch_tokens=batch_tokens))
-  tokens = sum(map(len, continuations))
-  return {
-    'loss': total / len(rows),
-    'loss_per_token': total / tokens,
-    'perplexity': float(np.exp(total / tokens)),
-    'tokens': tokens,
-    'sequences': len(rows),
-  }
-
-
-def tokenise(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-  """(context, continuation) in tokens: those of the whole text, cut where the continuation begins.
-
-  The whole text and the context are tokenised, and the cut is where their tokens first differ. So
-  the tokens are the ones that the model knows such text by; where the continuation merges with the
-  end of the context, the merged token counts as the continuation's. Tokens that the tokenizer puts
-  in front itself (BOS) are kept and those that it puts at the end are not.
-
-  Raises:
-    ValueError: for a text that spells a control token which this tokenizer reads as one all the
-      same, or a continuation that adds no token.
-  """
-  whole, alone = _encode(tokenizer, context + continuation), _encode(tokenizer, context)
-  same = 0
-  while same < min(len(whole), len(alone)) and whole[same] == alone[same]:
-    same += 1
-  if same == len(whole):
-    raise UserError(f'{continuation!r} adds no token to its context; give a text that does.')
-  return whole[:same], whole[same:]
-
-
-def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], name: str) -> None:
-  """ValueError unless the model can score the pair, which the message calls `name`."""
-  for kind, tokens in (('context', context), ('continuation', continuation)):
+  for part, tokens in (('context', context), ('continuation', continuation)):
     if not len(tokens):
-      hint = '; begin it with the BOS token' if kind == 'context' else ''
-      raise UserError(f'{name}: the {kind} has no token; it needs one at least{hint}.')
+      hint = ', such as BOS' if part == 'context' else ''
+      raise UserError(f'{label}: the {part} has no token. It needs at least one{hint}.')
     if not 0 <= min(tokens) <= max(tokens) < lm.vocab_size:
       raise UserError(
-        f'{name}: the {kind} has tokens in {min(tokens)}..{max(tokens)}; the vocabulary is '
-        f'0..{lm.vocab_size - 1}. Take the tokenizer of this model.'
+        f'{label}: the {part} has tokens in {min(tokens)}..{max(tokens)}; the vocabulary is '
+        f"0..{lm.vocab_size - 1}. Use the model's own tokenizer."
       )
   if len(context) + len(continuation) > lm.max_positions:
     raise UserError(
-      f'{name}: {len(context)} tokens of context and {len(continuation)} of continuation exceed '
-      f'the {lm.max_positions} positions of {lm.name}; shorten the context, leave the pair out, or '
-      'take a model with a longer context.'
+      f'{label}: {len(context)} tokens of context and {len(continuation)} of continuation exceed '
+      f'the {lm.max_positions} positions of {lm.name}. Shorten the context, leave the pair out, or '
+      'use a model with a longer context.'
     )
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-  """Tokens of a text with what the tokenizer puts in front, and nothing behind."""
-  bare = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
-  control = {token: spelling for spelling, token in control_tokens(tokenizer).items()}
-  # Some are not marked as special (</s> of several tokenizers), and those are read all the same.
-  if read := [token for token in bare if token in control]:
+def _encode(tokenizer: Any, text: str) -> list[int]:
+  """Tokenise a text. Keep tokens that the tokenizer adds in front, drop those at the end."""
+  tokens = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
+  spellings = {token: spelling for spelling, token in control_tokens(tokenizer).items()}
+  # Some tokenizers do not mark a control token, such as </s>, as special, and read it all the same.
+  if control := [token for token in tokens if token in spellings]:
     raise UserError(
-      f'the text spells {control[read[0]]!r}, and the tokenizer makes it token {read[0]} though it '
-      'was told to take it as text; change the text.'
+      f'The text spells {spellings[control[0]]!r}, which the tokenizer reads as control token '
+      f'{control[0]} even where only text is allowed. Change the text.'
     )
-  return _front(tokenizer) + bare
+  return _prefix_tokens(tokenizer) + tokens
 
 
-def _front(tokenizer) -> list[int]:
-  """Tokens that the tokenizer puts in front of a text, such as BOS."""
+def _prefix_tokens(tokenizer: Any) -> list[int]:
+  """Return the tokens that the tokenizer adds in front of a text, such as BOS."""
   bare, full = (tokenizer.encode('a', add_special_tokens=special) for special in (False, True))
   for start in range(len(full) - len(bare) + 1):
     if full[start : start + len(bare)] == bare:
       return full[:start]
   raise UserError(
-    f"the tokenizer makes 'a' {bare} by itself and {full} with its special tokens; take one that "
-    'puts these around a text.'
+    f"The tokenizer encodes 'a' as {bare} alone and as {full} with special tokens. Use a tokenizer "
+    'that adds special tokens around a text without changing its tokens.'
   )
 
 
-def _bucket(length: int, most: int) -> int:
-  """Length that a row is padded to: 32, 48, 64, 96, 128, ..., two an octave; `most` at most."""
-  power = max(SHORTEST, 1 << (length - 1).bit_length())
-  short = power * 3 // 4
-  return min(short if SHORTEST <= short and length <= short else power, most)
+def _padded_length(length: int, longest: int) -> int:
+  """Return the length that a row is padded to: 32, 48, 64, 96, 128, ... and at most `longest`."""
+  power = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
+  three_quarters = power * 3 // 4
+  fits = SHORTEST_ROW <= three_quarters and length <= three_quarters
+  return min(three_quarters if fits else power, longest)
 
 
-def _batches(lengths: list[int], lm: LM, batch_tokens: int):
-  """(rows, padded length, indices) of each batch of rows with these ascending lengths.
+def _batches(
+  lengths: Sequence[int], lm: LM, batch_tokens: int
+) -> Iterator[tuple[int, int, list[int]]]:
+  """Yield (number of rows, padded length, row indices) of each batch.
 
-  Rows are a power of two times the mesh's batch shards, or as many as `batch_tokens` allows: few
-  shapes to compile, whatever the number of pairs.
+  The number of rows is the number of batch shards times a power of two, or times the largest number
+  that `batch_tokens` allows. This keeps the number of compiled shapes small.
+
+  Args:
+    lengths: tokens of each row, in ascending order.
+    lm: the model.
+    batch_tokens: maximum number of tokens in a batch.
   """
   shards = batch_shards(lm.mesh)
-  sizes = [_bucket(length, lm.max_positions) for length in lengths]
-  for length, group in itertools.groupby(range(len(sizes)), key=sizes.__getitem__):
-    left = list(group)
+  padded = [_padded_length(length, lm.max_positions) for length in lengths]
+  for length, group in itertools.groupby(range(len(padded)), key=padded.__getitem__):
+    remaining = list(group)
     most = max(1, batch_tokens // (length * shards))
-    while left:
-      rows = shards * min(most, 1 << (-(-len(left) // shards) - 1).bit_length())
-      yield rows, length, left[:rows]
-      left = left[rows:]
+    while remaining:
+      rows = shards * min(most, 1 << (-(-len(remaining) // shards) - 1).bit_length())
+      yield rows, length, remaining[:rows]
+      remaining = remaining[rows:]
 
 
-def _places(lm: LM, rows: int, length: int) -> int:
-  """Places of each row whose logits are computed together: `LOGITS_AT_ONCE` bounds a device's."""
-  shards = batch_shards(lm.mesh)
-  bound = LOGITS_AT_ONCE // (-(-rows // shards) * lm.vocab_size)
-  return max(1, min(PLACES_AT_ONCE, bound, length))
+def _positions_at_once(lm: LM, rows: int, length: int) -> int:
+  """Return how many positions per row get their logits together, within `LOGITS_AT_ONCE`."""
+  rows_per_device = -(-rows // batch_shards(lm.mesh))
+  limit = LOGITS_AT_ONCE // (rows_per_device * lm.vocab_size)
+  return max(1, min(POSITIONS_AT_ONCE, limit, length))
 
 
-def _pad(pairs, rows: int, length: int) -> tuple[np.ndarray, ...]:
-  """(tokens i32[B,T], targets i32[B,T], first i32[B], count i32[B]) of pairs and empty rows.
+def _pad_pairs(
+  pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rows: int, length: int
+) -> tuple[np.ndarray, ...]:
+  """Return a batch of (context, continuation) pairs, filled up with empty rows.
 
-  Place t holds the token that is read and the one that it predicts; places `first` up to
-  `first + count` predict the continuation.
+  Returns:
+    `tokens: i32[B,T]`, the tokens that the model reads; `targets: i32[B,T]`, the token that each
+    position predicts; `first: i32[B]`, the position that predicts the first token of the
+    continuation; and `count: i32[B]`, the number of tokens in the continuation.
   """
   tokens, targets = np.zeros((2, rows, length), np.int32)
   first, count = np.zeros((2, rows), np.int32)
@@ -230,22 +232,27 @@ def _pad(pairs, rows: int, length: int) -> tuple[np.ndarray, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sums(graph, sharding, size, params, tokens, targets, first, count):
-  """f32[B]: sum of log P over the places that count, by logits f32[B,size,V] at a time."""
+def _sum_log_probabilities(graph, sharding, size, params, tokens, targets, first, count):
+  """Return f32[B], each row's sum of log P over its continuation.
+
+  Logits f32[B,size,V] are computed for `size` positions per row at a time. The other arguments are
+  those that `_pad_pairs` returns.
+  """
   tokens = jax.lax.with_sharding_constraint(tokens, sharding)
   model = nnx.merge(graph, params)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden, _ = model(tokens, positions, sharding=sharding)
 
-  def add(number, sums):
+  def add_slice(number, sums):
     offset = number * size + jnp.arange(size)
     places = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
     logits = model.unembed(jnp.take_along_axis(hidden, places[..., None], axis=1))
     target = jnp.take_along_axis(targets, places, axis=1)[..., None]
-    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
-    log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+    log_p = target_logits - jax.nn.logsumexp(logits, axis=-1)
     return sums + jnp.sum(jnp.where(offset < count[:, None], log_p, 0.0), axis=1)
 
-  sums = jax.lax.fori_loop(0, -(-jnp.max(count) // size), add, jnp.zeros(tokens.shape[0]))
-  # Whole on every process, which then can read it.
+  slices = -(-jnp.max(count) // size)
+  sums = jax.lax.fori_loop(0, slices, add_slice, jnp.zeros(tokens.shape[0]))
+  # Replicate the result, so that every process can read it.
   return jax.lax.with_sharding_constraint(sums, NamedSharding(sharding.mesh, P()))

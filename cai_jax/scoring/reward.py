@@ -1,9 +1,8 @@
-"""Scores of conversations by a reward model or classifier: a decoder with a head over its end.
+"""Reward models and classifiers: a decoder with a linear head on the last token.
 
-These are checkpoints of transformers' sequence classification (`LlamaForSequenceClassification`
-and its kin), the form in which preference models (Bai et al. 2022, section 4; Ouyang et al. 2022,
-section 3.5) are mostly published: a linear head without a bias over the hidden state of the last
-token.
+They are sequence-classification checkpoints of transformers, such as
+`LlamaForSequenceClassification`. Most preference models are published in this form (Bai et al.
+2022, section 4; Ouyang et al. 2022, section 3.5). The head has no bias.
 """
 
 import dataclasses
@@ -25,63 +24,54 @@ from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, place, to_host
 
-SHORTEST = 64  # tokens of the shortest rows; others are twice as long, four times, ...
-
-
-@functools.partial(jax.jit, static_argnames=('graph', 'sharding'))
-def _logits(graph, sharding, params, score, tokens, positions, segment_ids, last):
-  """Logits f32[B,C] at place `last` i32[B] of each row."""
-  model = nnx.merge(graph, params)
-  # Of the kernels this one runs on every device, and never holds a whole square of scores.
-  hidden, _ = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
-  ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))
+SHORTEST_ROW = 64  # tokens of the shortest padded row; longer rows have 128, 256, ... tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewardModel:
-  """A reward model or classifier of conversations, placed on a mesh."""
+  """A reward model or classifier of conversations, placed on a mesh.
+
+  Attributes:
+    config: shape of the decoder.
+    params: parameters of the decoder.
+    score: f32[C,D], the head.
+    labels: names of the C labels.
+    dialogue: renders conversations as tokens.
+    pad_token_id: the checkpoint's padding token, or None.
+    mesh: the devices that hold the parameters.
+    dtype: dtype of the activations.
+    name: the folder or hub name of the checkpoint.
+  """
 
   config: ModelConfig
   params: Params
-  score: np.ndarray  # f32[C,D], the head
-  labels: tuple[str, ...]  # C names
+  score: np.ndarray
+  labels: tuple[str, ...]
   dialogue: Dialogue
   pad_token_id: int | None
   mesh: Mesh
-  dtype: str  # compute dtype
-  name: str  # folder or hub name it came from
+  dtype: str
+  name: str
 
   def logits(self, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Logits f32[B,C] of rows of tokens, each taken at its last real token.
+    """Return the logits at the last real token of each row.
 
-    That is where transformers takes them, which knows real tokens by their not being the pad token.
+    Each shape B × T is compiled once.
 
     Args:
-      tokens: i32[B,T]. Each B × T is compiled once.
-      mask: bool or i32[B,T], nonzero on real tokens, for left- or right-padded rows.
+      tokens: i32[B,T], padded on either side.
+      mask: bool or i32[B,T], nonzero on real tokens. None means that all tokens are real.
+
+    Returns:
+      f32[B,C].
 
     Raises:
-      ValueError: for another shape, a token outside the vocabulary, or a row without real tokens
-        or with padding between them.
+      ValueError: if the shapes are wrong, or the real tokens of a row are not one contiguous run.
+      UserError: if a token is outside the vocabulary.
     """
     tokens = np.asarray(tokens)
-    fits = mask is None or np.shape(mask) == tokens.shape
-    if tokens.ndim != 2 or not tokens.size or not fits:
-      given = f'tokens {tokens.shape}' + ('' if mask is None else f', mask {np.shape(mask)}')
-      raise UserError(f'{given}: tokens, and a mask if there is one, have the same shape [B,T].')
-    if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-      raise UserError(
-        f'tokens lie in {tokens.min()}..{tokens.max()}; the vocabulary is '
-        f'0..{self.config.vocab_size - 1}.'
-      )
     real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) != 0
-    runs = np.diff(real.astype(np.int8), axis=1, prepend=0, append=0)  # 1 where one begins
-    if (wrong := np.flatnonzero((runs == 1).sum(1) != 1)).size:
-      raise UserError(
-        f"row {wrong[0]}: a row's real tokens must follow each other, one at least; its mask has "
-        f'{(runs[wrong[0]] == 1).sum()} runs of them.'
-      )
+    self._check_rows(tokens, real)
     rows = len(tokens)
     fill = -rows % batch_shards(self.mesh)
     tokens, real = (np.pad(x, ((0, fill), (0, 0)), 'edge') for x in (tokens, real))
@@ -90,42 +80,45 @@ class RewardModel:
     sharding = batch_sharding(self.mesh)
     arrays = [place(x.astype(np.int32), sharding) for x in (tokens, positions, real, last)]
     graph = abstract_model(self.config, self.dtype)[0]
-    return to_host(_logits(graph, sharding, self.params, self.score, *arrays))[:rows]
+    return to_host(_logits_at_last(graph, sharding, self.params, self.score, *arrays))[:rows]
 
   def conversation_logits(
     self, conversations: Sequence[Sequence[Message]], batch_tokens: int = 8192
   ) -> np.ndarray:
-    """Logits f32[n,C] of conversations that end with a reply, in their order.
+    """Return the logits of conversations that end with a reply.
 
-    Rows are of lengths 64, 128, 256, ... tokens, so few programs are compiled. A pad token that a
-    conversation ends with is no end: transformers, with which the models were trained, does not
-    tell it from padding.
+    Rows are padded to 64, 128, 256, ... tokens, so few shapes are compiled. Padding tokens at the
+    end of a conversation are removed first: transformers, with which these models are trained,
+    takes the logits before them.
 
     Args:
-      conversations: each a list of messages, the last by the assistant.
-      batch_tokens: tokens of a batch, padding included; a longer row is a batch of its own.
+      conversations: lists of messages, each ending with the assistant's.
+      batch_tokens: maximum number of tokens in a batch, including padding. A longer row forms a
+        batch of its own.
+
+    Returns:
+      f32[N,C], in the order of the conversations.
 
     Raises:
-      ValueError: as `tokens`; for `batch_tokens` below 1.
+      ValueError: if `batch_tokens` is less than 1.
+      UserError: if a conversation cannot be scored, see `tokenise`.
     """
     if batch_tokens < 1:
-      raise UserError(f'batch_tokens={batch_tokens} is too small: at least 1.')
-    rows = self.tokens(conversations)
+      raise ValueError(f'batch_tokens={batch_tokens} must be at least 1.')
+    rows = self.tokenise(conversations)
     result = np.empty((len(rows), len(self.labels)), np.float32)
-    buckets: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
-      buckets.setdefault(_bucket(len(row), self.config.max_positions), []).append(index)
+      length = min(max(SHORTEST_ROW, _next_power_of_two(len(row))), self.config.max_positions)
+      by_length.setdefault(length, []).append(index)
     shards = batch_shards(self.mesh)
-    for length, members in sorted(buckets.items()):
+    for length, members in sorted(by_length.items()):
       size = -(-max(1, batch_tokens // length) // shards) * shards
-      size = min(size, _power_of_two(-(-len(members) // shards)) * shards)
+      size = min(size, _next_power_of_two(-(-len(members) // shards)) * shards)
       for start in range(0, len(members), size):
-        chosen = members[start : start + size]
-        tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-        for row_index in range(size):  # the last batch is filled up with its last row
-          row = rows[chosen[min(row_index, len(chosen) - 1)]]
-          tokens[row_index, : len(row)], mask[row_index, : len(row)] = row, True
-        result[chosen] = self.logits(tokens, mask)[: len(chosen)]
+        batch = members[start : start + size]
+        tokens, mask = _pad_rows([rows[index] for index in batch], size, length)
+        result[batch] = self.logits(tokens, mask)[: len(batch)]
     return result
 
   def scores(
@@ -134,23 +127,24 @@ class RewardModel:
     label: int | str | None = None,
     batch_tokens: int = 8192,
   ) -> list[float]:
-    """The reward of each conversation: its logit of `label`.
+    """Return the reward of each conversation, which is its logit of `label`.
 
     Args:
-      conversations, batch_tokens: as of `conversation_logits`.
-      label: index or name; a model of one label needs none.
+      conversations: lists of messages, each ending with the assistant's.
+      label: name or index of the label. None is allowed if the model has a single label.
+      batch_tokens: maximum number of tokens in a batch, including padding.
 
     Raises:
-      ValueError: as `conversation_logits` and `label_index`.
+      UserError: if a conversation cannot be scored, or the model has no such label.
     """
     column = self.label_index(label)
     return [float(x) for x in self.conversation_logits(conversations, batch_tokens)[:, column]]
 
   def label_index(self, label: int | str | None) -> int:
-    """The place of a label in `labels`; None is the only one.
+    """Return the index of a label, given its name, its index, or None if it is the only one.
 
     Raises:
-      ValueError: for an unknown label, or None where there are several.
+      UserError: if the model has no such label, or several and None is given.
     """
     if label is None and len(self.labels) == 1:
       return 0
@@ -159,32 +153,51 @@ class RewardModel:
     if isinstance(label, int) and 0 <= label < len(self.labels):
       return label
     raise UserError(
-      f'label={label!r} is not one of the {len(self.labels)} labels of {self.name}: choose by '
-      f'name, or by place from 0, one of {self.labels}.'
+      f'label={label!r} is not one of the {len(self.labels)} labels of {self.name}. Choose one of '
+      f'{self.labels} by name, or by its index from 0.'
     )
 
-  def tokens(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-    """Tokens of each conversation up to where its logits are taken.
+  def tokenise(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Return the tokens of each conversation, up to the token whose logits are used.
 
     Raises:
-      ValueError: for a conversation that does not end with a reply, that the chat template refuses,
-        or that is longer than the model's context, naming its place.
+      UserError: if a conversation does not end with a reply, does not fit the chat template, or is
+        longer than the model's context.
     """
     rows = []
     for index, messages in enumerate(conversations):
       try:
         row = self.dialogue.conversation(messages)
-      except ValueError as error:
+      except UserError as error:
         raise UserError(f'conversation {index}: {error}') from error
       while row and row[-1] == self.pad_token_id:
         row.pop()
       if not 0 < len(row) <= self.config.max_positions:
         raise UserError(
           f'conversation {index} has {len(row)} tokens; {self.name} reads 1 to '
-          f'{self.config.max_positions}. Leave it out or shorten it: nothing is cut here.'
+          f'{self.config.max_positions}. Shorten it or leave it out.'
         )
       rows.append(row)
     return rows
+
+  def _check_rows(self, tokens: np.ndarray, real: np.ndarray) -> None:
+    """Check the shapes, the vocabulary, and that real tokens are contiguous."""
+    if tokens.ndim != 2 or not tokens.size or tokens.shape != real.shape:
+      raise ValueError(
+        f'tokens {tokens.shape} and mask {real.shape} must have the same shape [B,T], not empty.'
+      )
+    if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+      raise UserError(
+        f'The tokens are in {tokens.min()}..{tokens.max()}; the vocabulary is '
+        f"0..{self.config.vocab_size - 1}. Use the model's own tokenizer."
+      )
+    starts = np.diff(real.astype(np.int8), axis=1, prepend=0, append=0) == 1
+    runs = starts.sum(axis=1)
+    if (wrong := np.flatnonzero(runs != 1)).size:
+      raise ValueError(
+        f'row {wrong[0]}: the mask has {runs[wrong[0]]} runs of real tokens. Each row needs '
+        'exactly one, with padding only before or after it.'
+      )
 
 
 def load(
@@ -193,36 +206,63 @@ def load(
   mesh: Mesh | None = None,
   style: str = 'chat',
 ) -> RewardModel:
-  """The reward model of a Hugging Face folder or hub name.
+  """Load a reward model or classifier from a Hugging Face folder or hub name.
 
   Args:
-    path: a sequence-classification checkpoint of a family that is supported.
-    dtype: what is computed in, and what parameters are kept in: 'float32', 'bfloat16', 'float16'.
-    mesh: where the parameters go; None is `make_mesh()`.
-    style: of the conversations: the tokenizer's chat template, or 'plain' Human:/Assistant:.
+    path: a sequence-classification checkpoint of a supported family.
+    dtype: dtype of parameters and activations: 'float32', 'bfloat16' or 'float16'.
+    mesh: the devices that hold the parameters. None means `make_mesh()`.
+    style: 'chat' renders conversations with the tokenizer's chat template, 'plain' as
+      Human:/Assistant: text.
 
   Raises:
-    ValueError: as `load_classifier` and `Dialogue`.
+    UserError: if the checkpoint cannot be loaded, or its tokenizer has no chat template.
   """
-  found = load_classifier(path, dtype, mesh)
+  classifier = load_classifier(path, dtype, mesh)
   return RewardModel(
-    config=found.config,
-    params=found.params,
-    score=found.score,
-    labels=found.labels,
-    dialogue=Dialogue(found.tokenizer, style, found.eos_token_ids),
-    pad_token_id=found.pad_token_id,
-    mesh=found.mesh,
+    config=classifier.config,
+    params=classifier.params,
+    score=classifier.score,
+    labels=classifier.labels,
+    dialogue=Dialogue(classifier.tokenizer, style, classifier.eos_token_ids),
+    pad_token_id=classifier.pad_token_id,
+    mesh=classifier.mesh,
     dtype=dtype,
     name=str(path),
   )
 
 
-def _power_of_two(n: int) -> int:
-  """The smallest power of two that is at least n ≥ 1."""
+def append_replies(
+  prompts: Sequence[Sequence[Message]], replies: Sequence[str]
+) -> list[list[Message]]:
+  """Return each prompt's messages followed by the assistant's reply."""
+  return [
+    [*prompt, {'role': 'assistant', 'content': reply}]
+    for prompt, reply in zip(prompts, replies, strict=True)
+  ]
+
+
+@functools.partial(jax.jit, static_argnames=('graph', 'sharding'))
+def _logits_at_last(graph, sharding, params, score, tokens, positions, segment_ids, last):
+  """Return the logits f32[B,C] at position `last: i32[B]` of each row."""
+  model = nnx.merge(graph, params)
+  # The 'blocks' kernel runs on every device and never materialises the T × T attention scores.
+  hidden, _ = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
+  ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))
+
+
+def _next_power_of_two(n: int) -> int:
+  """Return the smallest power of two that is at least n ≥ 1."""
   return 1 << (n - 1).bit_length()
 
 
-def _bucket(length: int, longest: int) -> int:
-  """Tokens of the rows that `length` tokens are put in."""
-  return min(max(SHORTEST, _power_of_two(length)), longest)
+def _pad_rows(
+  rows: Sequence[Sequence[int]], size: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return tokens i32[size,length] and mask bool[size,length], repeating the last row as needed."""
+  tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+  for index in range(size):
+    row = rows[min(index, len(rows) - 1)]
+    tokens[index, : len(row)], mask[index, : len(row)] = row, True
+  return tokens, mask

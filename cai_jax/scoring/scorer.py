@@ -39,7 +39,3 @@ SCORERS: Registry[Callable[[ModelLoader], Scorer | None]] = Registry('scorer')
 def no_scorer(loader: ModelLoader) -> None:
   """Return None: responses are not judged, and summaries have no violation or helpful rate."""
   del loader
-
-
-# Of the messages of prompts and a text for each: a number for each. A share's name ends in `_rate`.
-Measure = Callable[[Sequence[Sequence[Message]], Sequence[str]], list[float]]

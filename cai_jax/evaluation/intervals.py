@@ -4,26 +4,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cai_jax.runtime.errors import UserError
-
 
 def bootstrap_interval(
   values: Sequence[float], seed: int = 0, samples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-  """Percentile bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 13).
+  """Return a percentile bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 13).
 
   Args:
-    values: one number a prompt; the prompts are what is resampled.
-    seed: of the resampling.
+    values: one number per prompt. Prompts are resampled.
+    seed: seed of the resampling.
     samples: number of resamples.
-    level: coverage.
+    level: coverage of the interval, in (0, 1).
+
+  Returns:
+    The lower and the upper end.
 
   Raises:
-    ValueError: if there is no value.
+    ValueError: if there are no values.
   """
   values = np.asarray(values, np.float64)
   if not values.size:
-    raise UserError('an interval needs at least one value.')
+    raise ValueError('An interval needs at least one value.')
+  # scipy.stats.bootstrap draws the same resamples, but rounds the percentiles differently in the
+  # last digit, and it rejects a single value.
   rng = np.random.default_rng(seed)
   means = [values[rng.integers(0, values.size, values.size)].mean() for _ in range(samples)]
   low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])

@@ -1,25 +1,31 @@
-"""Rates, intervals and the summary of a run."""
+"""Bootstrap intervals and the summary of a run."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from cai_jax.evaluation.summary import score, summarise
-from cai_jax.scoring.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.measures.length import measure_length
+from cai_jax.evaluation.measures.verdicts import verdict_rates
+from cai_jax.evaluation.summary import average_measures, measure_responses, summarise
+from cai_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Verdict:
   violations: frozenset
   helpful: bool
 
 
 def scorer(prompts, texts):
   return [
-    Found(frozenset({'rude'} if 'rude' in text else ()), prompt[-1]['content'] in text)
+    Verdict(frozenset({'rude'} if 'rude' in text else ()), prompt[-1]['content'] in text)
     for prompt, text in zip(prompts, texts, strict=True)
   ]
+
+
+MEASURES = [verdict_rates(scorer), measure_length]
 
 
 def row(name, kind, texts):
@@ -33,7 +39,7 @@ def row(name, kind, texts):
   }
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+def test_intervals_have_the_stated_coverage():
   rng = np.random.default_rng(0)
   covered = 0
   for seed in range(200):
@@ -42,13 +48,13 @@ def test_interval_covers_the_mean_as_often_as_it_says():
   assert 0.89 <= covered / 200 <= 0.99
 
 
-def test_interval_is_a_point_for_equal_values_and_needs_one():
+def test_interval_of_equal_values_is_a_point_and_no_values_are_rejected():
   assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
   with pytest.raises(ValueError, match='at least one'):
     bootstrap_interval([])
 
 
-def test_summary_counts_each_round_and_model():
+def test_summary_has_rates_of_each_round_and_model():
   base = [
     row('a', 'harmful', ['a rude rude', 'a rude', 'a']),
     row('b', 'harmful', ['b rude', 'b', '']),
@@ -59,7 +65,7 @@ def test_summary_counts_each_round_and_model():
     row('b', 'helpful', ['b']),
     row('a', 'helpful', ['x']),
   ]
-  summary = summarise(base, aligned, scorer)
+  summary = summarise(base, aligned, MEASURES)
   rates = lambda group: {k: v['violation_rate'] for k, v in group.items()}  # noqa: E731
   assert rates(summary['stages']) == {'initial': 1.0, 'revision_1': 0.5, 'revision_2': 0.0}
   assert summary['stages']['revision_2']['helpful_rate'] == 0.5
@@ -70,15 +76,23 @@ def test_summary_counts_each_round_and_model():
   assert summary['benign']['base']['count'] == 1
 
 
-def test_without_a_scorer_there_are_lengths_and_no_rates():
+def test_a_summary_without_a_scorer_has_lengths_only():
   base = [row('a', 'harmful', ['a b c', 'a'])]
-  summary = summarise(base, base, None)
+  summary = summarise(base, base, [measure_length])
   assert summary['stages']['initial'] == {'count': 1, 'mean_tokens': 3.0}
   assert 'benign' not in summary
 
 
-def test_other_prompts_are_refused():
-  with pytest.raises(ValueError, match='different prompts'):
-    summarise([row('a', 'harmful', ['a'])], [row('b', 'harmful', ['b'])], scorer)
-  with pytest.raises(ValueError, match='no response'):
-    score([], [], scorer)
+def test_different_prompts_and_empty_sets_are_rejected():
+  with pytest.raises(UserError, match='different prompts'):
+    summarise([row('a', 'harmful', ['a'])], [row('b', 'harmful', ['b'])], MEASURES)
+  with pytest.raises(UserError, match='no response'):
+    average_measures(MEASURES, [], [])
+
+
+def test_measures_must_return_distinct_columns_with_one_value_per_response():
+  turns = [{'text': 'a', 'num_tokens': 1}]
+  with pytest.raises(ValueError, match="Two measures return the column 'mean_tokens'"):
+    measure_responses([measure_length, measure_length], [[]], turns)
+  with pytest.raises(ValueError, match="'short' has 0 values for 1 responses"):
+    measure_responses([lambda prompts, turns: {'short': []}], [[]], turns)

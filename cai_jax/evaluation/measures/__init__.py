@@ -1,0 +1,16 @@
+"""The built-in measures, one file each. Importing the package registers them.
+
+To add one, write a file here, register its measure (see `cai_jax.evaluation.registries`) and import
+the file below. A measure of your own can also live outside this package, in a file that
+`config.plugins` names.
+"""
+
+# Files and tables list measures in the order of registration, so these imports are not sorted.
+# isort: off
+from cai_jax.evaluation.measures import verdicts as verdicts
+from cai_jax.evaluation.measures import length as length
+from cai_jax.evaluation.measures import refusal as refusal
+from cai_jax.evaluation.measures import reward as reward
+from cai_jax.evaluation.measures import held_out_loss as held_out_loss
+from cai_jax.evaluation.measures import multiple_choice as multiple_choice
+from cai_jax.evaluation.measures import judge as judge

@@ -1,0 +1,31 @@
+"""How many responses break a rule, and how many help, according to the scorer."""
+
+from collections.abc import Sequence
+
+from cai_jax.dialogue import Message
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.registries import RESPONSE_MEASURES, ResponseMeasure, Turn
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.scorer import SCORERS, Scorer
+
+
+@RESPONSE_MEASURES.register('verdicts')
+def load_verdict_rates(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasure | None:
+  """Return the measure of `config.scorer`, or None if that is 'none'."""
+  scorer = SCORERS[config.scorer](loader)
+  return None if scorer is None else verdict_rates(scorer)
+
+
+def verdict_rates(scorer: Scorer) -> ResponseMeasure:
+  """Return a measure with the columns `violation_rate` and `helpful_rate`, each 0 or 1."""
+
+  def measure(
+    prompts: Sequence[Sequence[Message]], turns: Sequence[Turn]
+  ) -> dict[str, list[float]]:
+    verdicts = scorer(prompts, [turn['text'] for turn in turns])
+    return {
+      'violation_rate': [float(bool(verdict.violations)) for verdict in verdicts],
+      'helpful_rate': [float(verdict.helpful) for verdict in verdicts],
+    }
+
+  return measure

@@ -1,0 +1,75 @@
+"""The registries of measures, and the types of their entries.
+
+There are three kinds of measures: of responses, of a model, and of two models' responses to the
+same prompts. Each entry of a registry is a function that reads the config and returns the measure,
+or None if the config does not ask for it. Every entry is tried in each run, so a measure needs
+nothing but its registration:
+
+  from cai_jax.evaluation.registries import RESPONSE_MEASURES
+
+  @RESPONSE_MEASURES.register('questions')
+  def load_question_rate(config, loader):
+    def measure(prompts, turns):
+      return {'question_rate': [float('?' in turn['text']) for turn in turns]}
+
+    return measure
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cai_jax.dialogue import Dialogue, Message
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.model.lm import LM
+from cai_jax.runtime.registry import Registry
+from cai_jax.scoring.loader import ModelLoader
+
+Row = Mapping[str, Any]  # a row of D_CAI: a prompt, its initial response and its rounds
+Turn = Mapping[str, Any]  # a sampled turn of a row, with `text` and `num_tokens`
+
+# Maps n prompts, each a list of messages, and the n turns that answer them to columns of n numbers.
+# The name of a column of shares ends in `_rate`; these get an interval.
+ResponseMeasure = Callable[
+  [Sequence[Sequence[Message]], Sequence[Turn]], Mapping[str, Sequence[float]]
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMeasure:
+  """A measure of a model's log-probabilities.
+
+  Attributes:
+    measure: maps the model, the rows of M_θ on held-out prompts, and the dialogue that renders
+      messages for the model, to a result that JSON can hold. None means that there is nothing to
+      measure.
+    describe: maps the model's name and a result to lines of text.
+  """
+
+  measure: Callable[[LM, Sequence[Row], Dialogue], Any]
+  describe: Callable[[str, Any], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelComparison:
+  """A comparison of the responses of M_θ and M_aligned.
+
+  Attributes:
+    compare: maps a loader, the rows of M_θ, the rows of M_aligned on the same prompts, and a seed
+      to a result that JSON can hold.
+    describe: maps a result to lines of text.
+  """
+
+  compare: Callable[[ModelLoader, Sequence[Row], Sequence[Row], int], Any]
+  describe: Callable[[Any], list[str]]
+
+
+RESPONSE_MEASURES: Registry[Callable[[EvaluationConfig, ModelLoader], ResponseMeasure | None]] = (
+  Registry('measure of responses')
+)
+MODEL_MEASURES: Registry[Callable[[EvaluationConfig], ModelMeasure | None]] = Registry(
+  'measure of a model'
+)
+COMPARISONS: Registry[Callable[[EvaluationConfig], ModelComparison | None]] = Registry(
+  'comparison of models'
+)

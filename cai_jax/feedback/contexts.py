@@ -42,7 +42,7 @@ def shared_prefixes(
       for prompt, _ in prompts[:RENDERED_PROMPTS]
       for content in ('a', 'B')
     ]
-    prefix = os.path.commonprefix(contexts)
+    prefix = list(os.path.commonprefix(contexts))
     of_model = prefixes.setdefault(stage.model, [])
     if len(prefix) >= MIN_PREFIX_TOKENS and prefix not in of_model:
       of_model.append(prefix)

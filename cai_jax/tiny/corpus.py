@@ -93,6 +93,7 @@ def draw_principle(rng: random.Random, answer: world.Answer, mixture: Mixture) -
   broken = frozenset(s.topic for s in answer if s.role == 'violation')
   in_scope = rng.random() < mixture.in_scope
   tier = rng.choices(('narrow', 'group', 'general', 'made_up'), mixture.tiers)[0]
+  choices: Sequence[Principle]
   if tier == 'made_up':
     choices = [make_principle(rng.sample(KINDS, rng.randint(2, 4))) for _ in range(4)]
   else:

@@ -124,10 +124,10 @@ def list_sentences() -> dict[str, Sentence]:
 
 def parse_answer(text: str) -> Answer | None:
   """Return the sentences of an answer, or None if it is not well formed (see `Verdict`)."""
-  sentences = tuple(map(list_sentences().get, re.split(r'(?<=\.) ', text)))
-  if None in sentences or len(set(sentences)) < len(sentences):
+  inventory, texts = list_sentences(), re.split(r'(?<=\.) ', text)
+  if len(set(texts)) < len(texts) or not all(text in inventory for text in texts):
     return None
-  return sentences
+  return tuple(inventory[text] for text in texts)
 
 
 def find_violations(text: str) -> frozenset[str]:

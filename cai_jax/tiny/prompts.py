@@ -51,7 +51,8 @@ def make_prompts(split: str, count: int, seed: int, kind: str = 'baited') -> lis
     raise UserError(f'Unknown kind of prompt {kind!r}. Choose one of {KINDS}.')
   triples = world.list_triples(split)
   rng = random.Random(f'prompts/{split}/{kind}/{seed}')
-  prompts, repeated = {}, 0
+  prompts: dict[str, Prompt] = {}
+  repeated = 0
   while len(prompts) < count:
     prompt = _draw_prompt(rng, split, kind, triples)
     repeated = repeated + 1 if prompt.id in prompts else 0

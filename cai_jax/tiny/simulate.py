@@ -9,6 +9,7 @@ are used to tune the world and its constitution.
 import argparse
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from cai_jax.constitution import Principle
 from cai_jax.runtime.errors import UserError
@@ -72,7 +73,7 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0, help='seed of all draws')
   args = parser.parse_args()
   principles = corpus.load_principles()
-  rows = {
+  rows: dict[str, tuple[Sequence[Principle], dict[str, Any]]] = {
     'all, by weight': (principles, {}),
     'all, revised directly': (principles, {'variant': 'direct'}),
     'group + general': ([p for p in principles if 'narrow' not in p.tags], {}),

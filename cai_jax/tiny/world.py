@@ -156,7 +156,7 @@ def write_dialogue(
   """
   u = rng.random()
   object_phrase = f'the {request.object}'
-  earlier_turns = ()
+  earlier_turns: tuple[str, ...] = ()
   if u < P_GREETING:
     earlier_turns = GREETING
   elif u < P_GREETING + P_MENTION:
@@ -189,13 +189,13 @@ def write_answer(rng: random.Random, request: Request) -> Answer:
     if u < P_VIOLATION:
       rest.append(_draw_violation(rng, kind, request.person))
     elif u < P_VIOLATION + P_CARE:
-      rest.append(_draw_care(rng, kind, request.person))
+      rest.append(rng.choice(_list_cares(kind, request.person)))
   if not request.baits:
     u = rng.random()
     if u < P_UNBAITED_VIOLATION:
       rest.append(_draw_violation(rng, rng.choice(KINDS), request.person))
     elif u < P_UNBAITED_VIOLATION + P_UNBAITED_CARE:
-      rest.append(_draw_care(rng, rng.choice(KINDS), request.person))
+      rest.append(rng.choice(_list_cares(rng.choice(KINDS), request.person)))
   if rng.random() < P_FILLER:
     rest.insert(rng.randrange(len(rest) + 1), Sentence(rng.choice(FILLERS), 'filler'))
   return (*steps, *rest)
@@ -205,13 +205,8 @@ def _draw_violation(rng: random.Random, kind: str, person: str) -> Sentence:
   return Sentence(rng.choice(VIOLATIONS[kind]).format(p=person), 'violation', kind)
 
 
-def _draw_care(
-  rng: random.Random, kind: str, person: str, exclude: Collection[Sentence] = ()
-) -> Sentence | None:
-  """Draw a care of a kind; return None if `exclude` holds all of them."""
-  choices = [Sentence(text.format(p=person), 'care', kind) for text in CARES[kind]]
-  choices = [choice for choice in choices if choice not in exclude]
-  return rng.choice(choices) if choices else None
+def _list_cares(kind: str, person: str) -> list[Sentence]:
+  return [Sentence(text.format(p=person), 'care', kind) for text in CARES[kind]]
 
 
 def render(answer: Sequence[Sentence]) -> str:
@@ -296,7 +291,8 @@ def _remove(
   """Replace or drop a violation, and with probability `lost_step` drop a step too."""
   replacement = None
   if rng.random() < P_REPLACED:
-    replacement = _draw_care(rng, violation.topic, person, exclude=answer)
+    cares = [care for care in _list_cares(violation.topic, person) if care not in answer]
+    replacement = rng.choice(cares) if cares else None
   lost = None
   if rng.random() < lost_step:
     lost = rng.choice([s for s in answer if s.role == 'step'] or [None])

@@ -65,10 +65,10 @@ def shuffled_critique(
 
 def _with_prefix(prefix: str, chain: Chain) -> Chain:
   """Prefix the names of a chain's turns, which also gives the turns randomness of their own."""
-  completion = None
-  while True:
-    try:
+  try:
+    turn = next(chain)
+    while True:
+      completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
       turn = chain.send(completion)
-    except StopIteration as done:
-      return done.value
-    completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
+  except StopIteration as done:
+    return done.value

@@ -1,4 +1,4 @@
-"""Journals of earlier versions replay: nothing that determines a sampled turn has changed its hash.
+"""Journals of earlier versions replay: the hash of what determines a turn has not changed.
 
 `tests/data/journal_0_1` is the journal, and the digest of the job, of this command at version 0.1.0:
 

@@ -1,6 +1,6 @@
 """Journals of earlier versions replay: the hash of what determines a turn has not changed.
 
-`tests/data/journal_0_1` is the journal, and the digest of the job, of this command at version 0.1.0:
+`tests/data/journal_0_1` is the journal and the job digest of this command at version 0.1.0:
 
   python launch.py --config=configs/tiny.py --workdir=W --stages=generate \\
     --config.prompts.harmful.limit=3 --config.prompts.helpful.limit=2 --config.feedback.rounds=2 \\

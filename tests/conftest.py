@@ -1,9 +1,9 @@
-"""What every test shares: eight virtual CPU devices, tiny models of each family, published data."""
+"""Shared by all tests: eight virtual CPU devices, a tiny model of each family, published data."""
 
 import os
 import pathlib
 
-# Before jax or a Hugging Face library is imported: they read these once.
+# jax and the Hugging Face libraries read these variables once, when they are imported.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
@@ -29,9 +29,8 @@ TEXT = (
   'Identify ways in which the last answer is unkind, and rewrite it so that nobody is hurt.',
   'user system assistant critique revision request 0 1 2 3 4 5 6 7 8 9',
 )
-VOCAB_SIZE = 384  # rows of the tiny models' embeddings; the tokenizer fills fewer
+VOCAB_SIZE = 384  # rows of the tiny models' embeddings, a few more than the tokenizer uses
 
-# What each family's tiny config sets besides SHAPE. Windows are shorter than the tests' rows.
 SHAPE = dict(
   vocab_size=VOCAB_SIZE,
   hidden_size=32,
@@ -49,6 +48,7 @@ LLAMA3_ROPE = dict(
   high_freq_factor=4.0,
   original_max_position_embeddings=32,
 )
+# Name → model_type and what its config sets besides SHAPE. Windows are shorter than tests' rows.
 FAMILIES = {
   'llama2': ('llama', dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
   'llama3': ('llama', dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5)),
@@ -69,13 +69,13 @@ FAMILIES = {
 
 @pytest.fixture
 def data_dir():
-  """`data_dir(name)`: a folder of published test data, or a skip that says what is absent."""
+  """`data_dir(name)` returns a folder of published data, or skips the test if it is missing."""
 
   def find(name: str) -> pathlib.Path:
     base = os.environ.get('CAI_JAX_DATA')
     folder = (pathlib.Path(base) if base else ROOT.parent / 'shared' / 'data') / name
     if not folder.exists():
-      pytest.skip(f'no test data {name!r} in {folder.parent}; $CAI_JAX_DATA may name its place')
+      pytest.skip(f'no test data {name!r} in {folder.parent}; set CAI_JAX_DATA to its folder')
     return folder
 
   return find
@@ -83,7 +83,7 @@ def data_dir():
 
 @pytest.fixture(scope='session')
 def tiny_tokenizer():
-  """A byte-level BPE tokenizer with a ChatML template, as `AutoTokenizer` would return it."""
+  """Return a byte-level BPE tokenizer with a ChatML template, as `AutoTokenizer` would."""
   import tokenizers
   import transformers
 
@@ -109,9 +109,9 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope='session')
 def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
-  """`tiny_hf_folder(family)`: a Hugging Face folder with a random model that torch wrote.
+  """`tiny_hf_folder(family)` returns a Hugging Face folder of a random model, written by torch.
 
-  Weights are large enough that attention is far from uniform and a mistake shows in the logits.
+  The weights are so large that attention is far from uniform and a mistake changes the logits.
   """
   import torch
   import transformers
@@ -126,10 +126,10 @@ def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
     special = dict(bos_token_id=None, eos_token_id=ids[2], pad_token_id=ids[0])
     config = transformers.AutoConfig.for_model(model_type, **{**SHAPE, **options, **special})
     model = transformers.AutoModelForCausalLM.from_config(config).float()
-    draw = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
+    generator = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
     with torch.no_grad():
       for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=draw)
+        noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim == 2:
           weight.copy_(noise * 2 / weight.shape[1] ** 0.5)
         else:
@@ -148,5 +148,5 @@ def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> str:
-  """Each tiny model's name in turn."""
+  """Each key of FAMILIES in turn."""
   return request.param

@@ -1,57 +1,11 @@
-"""Where parameters lie: each sharding rule, the mesh, and what does not divide."""
-
-import re
+"""The device mesh, batches on it, and joining the other processes of a run."""
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from cai_jax.model import config as config_lib
-from cai_jax.model import lora, sharding
-from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
-from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime import processes
 from cai_jax.runtime.mesh import batch_sharding, check_batch, make_mesh
-
-BASE = dict(
-  vocab_size=8, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
-)
-CONFIGS = [
-  config_lib.ModelConfig('llama', **BASE, max_positions=64, qkv_bias=True, output_bias=True),
-  config_lib.ModelConfig('qwen3', **BASE, max_positions=64, qk_norm=True, tied_embeddings=True),
-]
-
-
-def paths(config):
-  return [path for path, _ in flatten_params(abstract_model(config)[1]).items()]
-
-
-def test_every_rule_is_used_and_every_parameter_has_one():
-  adapted = lora.abstract_model(CONFIGS[0], lora.LoraConfig(2, 16.0, 'attention/|mlp/'))[1]
-  names = {path for config in CONFIGS for path in paths(config)}
-  names |= {path for path, _ in flatten_params(adapted).items()}
-  for path in names:
-    assert isinstance(partition_spec(path), P)  # raises unless exactly one rule matches
-  for pattern, _ in RULES:
-    assert any(re.fullmatch(pattern, path) for path in names), f'no parameter matches {pattern}'
-
-
-@pytest.mark.parametrize('config', CONFIGS, ids=lambda c: c.family)
-def test_specs_have_the_rank_of_their_parameter(config):
-  for path, leaf in flatten_params(abstract_model(config)[1]).items():
-    spec = partition_spec(path)
-    assert len(spec) in (0, leaf.ndim), path
-    if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # the large ones are split both ways
-      assert {axis for axis in spec if axis} == {'fsdp', 'tensor'}
-
-
-def test_a_parameter_without_a_rule(monkeypatch):
-  with pytest.raises(ValueError, match="0 sharding rules match parameter 'layers/0/moe/kernel'"):
-    partition_spec('layers/0/moe/kernel')
-  monkeypatch.setattr(sharding, 'RULES', (*RULES, (r'norm/.*', P())))
-  with pytest.raises(ValueError, match="2 sharding rules match parameter 'norm/scale'"):
-    partition_spec('norm/scale')
 
 
 def test_mesh_defaults_put_every_device_on_data():
@@ -71,16 +25,6 @@ def test_meshes_that_do_not_fit(sizes):
     make_mesh(*sizes)
 
 
-def test_a_dimension_that_the_mesh_does_not_divide():
-  params = abstract_model(CONFIGS[0])[1]
-  with pytest.raises(ValueError, match=r'tensor=4 does not divide dimension 2 of .*key.*\[1, 2\]'):
-    param_shardings(params, make_mesh(2, 1, 4))
-  shardings = param_shardings(params, make_mesh(1, 4, 2))
-  kernel = shardings['layers'][1]['attention']['query']['kernel']
-  assert kernel.shard_shape((16, 4, 4)) == (4, 2, 4)
-  assert jax.tree.structure(shardings) == jax.tree.structure(params)
-
-
 def test_batches():
   mesh = make_mesh(2, 2, 2)
   check_batch(8, mesh, 'train.batch_size')
@@ -88,12 +32,6 @@ def test_batches():
     check_batch(6, mesh, 'train.batch_size')
   rows = jax.device_put(np.arange(8.0).reshape(4, 2), batch_sharding(mesh))
   assert {shard.data.shape for shard in rows.addressable_shards} == {(1, 2)}
-
-
-def test_path_str_of_dicts_lists_and_attributes():
-  tree = {'a': [1, {'b': 2}]}
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  assert [path_str(path) for path, _ in leaves] == ['a/0', 'a/1/b']
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""Model families: configs and weight tables in both directions."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+import cai_jax
+from cai_jax.model.config import Llama3Rope, ModelConfig
+from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
+from cai_jax.model.sharding import flatten_params
+from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.plugins import load_plugins
+
+
+def read_config(folder):
+  return config_from_hf(read_json(folder / 'config.json'))
+
+
+def test_configs_survive_a_round_trip(tiny_hf_folder, family):
+  config = read_config(tiny_hf_folder(family))
+  written = config_to_hf(config)
+  assert config_from_hf(written) == config
+  theirs = transformers.AutoConfig.for_model(**written)
+  assert config_from_hf(theirs.to_dict()) == config
+  # transformers 4 reads rope_theta and rope_scaling instead.
+  older = {k: v for k, v in written.items() if k != 'rope_parameters'}
+  assert ('rope_scaling' in older) == (family == 'llama3')
+  assert config_from_hf(older) == config
+
+
+def test_every_option_survives_a_round_trip_and_changes_config_json():
+  base = ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
+  rope = Llama3Rope(8.0, 1.0, 4.0, 32)
+  configs = [
+    base,
+    dataclasses.replace(base, rope_scaling=rope),
+    dataclasses.replace(base, rope_theta=5e5, norm_eps=1e-6, tied_embeddings=True),
+    dataclasses.replace(base, head_dim=8, qkv_bias=True, output_bias=True),
+    dataclasses.replace(base, family='mistral', windows=(7, 7)),
+    dataclasses.replace(base, family='mistral'),
+    dataclasses.replace(base, family='qwen2', qkv_bias=True, windows=(None, 7)),
+    dataclasses.replace(base, family='qwen3', qk_norm=True, windows=(7, None)),
+    dataclasses.replace(base, family='qwen3', qk_norm=True, qkv_bias=True, output_bias=True),
+  ]
+  for config in configs:
+    assert config_from_hf(config_to_hf(config)) == config
+  assert len({str(config_to_hf(config)) for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model_type': 'gpt2'}, "'gpt2' is not supported"),
+    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'mlp_bias': True}, 'mlp_bias=True'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'rope_parameters': None, 'rope_scaling': {'type': 'yarn'}}, "rope_type 'yarn'"),
+    ({'num_key_value_heads': 3}, 'num_heads=4 is not a multiple of num_kv_heads=3'),
+    ({'hidden_size': None}, 'hidden_size is None'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
+    ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    (
+      {'rope_parameters': {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': None}},
+      'low_freq_factor, high_freq_factor, original_max_position_embeddings is missing',
+    ),
+  ],
+)
+def test_unsupported_configs_are_refused(change, message):
+  config = ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
+  with pytest.raises(UserError, match=message):
+    config_from_hf({**config_to_hf(config), **change})
+
+
+def test_configs_of_transformers_4_are_read():
+  """They store rope_theta beside rope_scaling, and Qwen2's windows by the number of the layer."""
+  config = ModelConfig('llama', 8, 16, 32, 3, 4, 2, 4, 64)
+  hf = config_to_hf(config)
+  scaling = {'factor': 8, 'low_freq_factor': 1, 'high_freq_factor': 4, 'rope_type': 'llama3'}
+  scaling['original_max_position_embeddings'] = 32
+  old = config_from_hf(
+    {**hf, 'rope_parameters': None, 'rope_theta': 5e5} | {'rope_scaling': scaling}
+  )
+  assert old.rope_theta == 5e5 and old.rope_scaling == Llama3Rope(8.0, 1.0, 4.0, 32)
+  qwen = {**hf, 'model_type': 'qwen2', 'sliding_window': 6, 'max_window_layers': 1}
+  assert config_from_hf(qwen).windows == ()
+  assert config_from_hf({**qwen, 'use_sliding_window': True}).windows == (None, 6, 6)
+  assert config_from_hf({**hf, 'rope_parameters': None, 'rope_theta': None}).rope_theta == 1e4
+  mistral = {**hf, 'model_type': 'mistral'}
+  theirs = transformers.AutoConfig.for_model(**mistral).sliding_window
+  assert config_from_hf(mistral).windows == (theirs,) * 3
+  assert config_from_hf({**mistral, 'sliding_window': None}).windows == ()
+  del hf['num_key_value_heads'], hf['head_dim']
+  assert config_from_hf(hf).num_kv_heads == 4
+
+
+def test_configs_that_the_family_cannot_describe_are_not_written(tiny_hf_folder):
+  config = read_config(tiny_hf_folder('llama2'))
+  with pytest.raises(UserError, match='qkv_bias=True cannot be written'):
+    config_to_hf(dataclasses.replace(config, qkv_bias=True))
+
+
+def test_the_weight_table_gives_the_names_and_shapes_that_torch_writes(tiny_hf_folder, family):
+  folder = tiny_hf_folder(family)
+  config = read_config(folder)
+  ours = {}
+  for path, leaf in flatten_params(abstract_model(config)[1]).items():
+    stored = FAMILIES[config.family].find_weight(path)
+    ours[stored.name] = stored.shape(leaf.shape)
+  file = safetensors.numpy.load_file(folder / 'model.safetensors')
+  assert ours == {name: x.shape for name, x in file.items()}
+  assert config.num_params == sum(x.size for x in file.values())
+
+
+@pytest.mark.parametrize('name', list(FAMILIES))
+def test_every_row_of_a_weight_table_names_a_parameter(name):
+  """Together, the models that the family's config.json can describe use every row."""
+  base = ModelConfig(name, 8, 16, 32, 1, 4, 2, 4, 64)
+  options = ({}, {'qkv_bias': True}, {'qk_norm': True}, {'qkv_bias': True, 'output_bias': True})
+  options += ({**options[-1], 'qk_norm': True},)
+  paths = set()
+  for fields in options:
+    config = dataclasses.replace(base, **fields)
+    try:
+      config_to_hf(config)
+    except UserError:  # the family has no such model
+      continue
+    paths |= flatten_params(abstract_model(config)[1]).keys()
+  assert {weight.path.format(0) for weight in FAMILIES[name].weights} == paths
+
+
+def test_reading_a_block_reads_only_its_rows():
+  read_shapes = []
+
+  class File:
+    def __init__(self, x):
+      self.x = x
+
+    def __getitem__(self, region):
+      read_shapes.append(self.x[region].shape)
+      return self.x[region]
+
+  x = np.arange(6 * 4 * 5).reshape(6, 4, 5)  # [D,N,H]
+  stored = FAMILIES['llama'].find_weight('layers/0/attention/query/kernel')
+  tensor = stored.to_stored(x)
+  assert tensor.shape == (20, 6) and tensor.flags.c_contiguous
+  block = stored.read_block(File(tensor), x.shape, (2, 1, 2), (4, 3, 5))
+  np.testing.assert_array_equal(block, x[2:4, 1:3, 2:5])
+  assert read_shapes == [(10, 2)]
+
+
+def test_a_family_can_be_registered_from_a_users_file(tiny_hf_folder, tmp_path, monkeypatch):
+  """The file gives a new model_type the weights of Llama without an output layer."""
+  monkeypatch.setattr(FAMILIES, '_entries', dict(FAMILIES._entries))
+  plugin = tmp_path / 'small_llama.py'
+  plugin.write_text(PLUGIN)
+  load_plugins([str(plugin)])
+  folder = shutil.copytree(tiny_hf_folder('smollm2'), tmp_path / 'model')
+  config = read_json(folder / 'config.json') | {'model_type': 'small_llama'}
+  (folder / 'config.json').write_text(json.dumps(config))
+  lm = cai_jax.load(folder, mesh=make_mesh(devices=jax.devices()[:1]))
+  assert lm.config.family == 'small_llama'
+  cai_jax.save(lm, tmp_path / 'saved')
+  saved = read_json(tmp_path / 'saved' / 'config.json')
+  assert saved['model_type'] == 'small_llama' and saved['architectures'] == ['SmallLlama']
+
+
+PLUGIN = """
+import dataclasses
+
+from cai_jax.model.families import llama
+from cai_jax.model.families.family import FAMILIES, Family
+
+
+def read_config(hf):
+  return dataclasses.replace(llama.read_config(hf), family='small_llama', tied_embeddings=True)
+
+
+FAMILIES.register('small_llama')(
+  Family(
+    read_config=read_config,
+    write_config=llama.write_config,
+    weights=tuple(w for w in FAMILIES['llama'].weights if w.path != 'head/table'),
+    causal_lm='SmallLlama',
+    classifier='SmallLlamaForSequenceClassification',
+  )
+)
+"""

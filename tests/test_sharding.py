@@ -1,0 +1,65 @@
+"""Sharding of parameters: the rules, and sizes that the mesh does not divide."""
+
+import re
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.model import lora, sharding
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
+from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
+
+SIZES = dict(
+  vocab_size=8, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+)
+CONFIGS = [
+  ModelConfig('llama', **SIZES, max_positions=64, qkv_bias=True, output_bias=True),
+  ModelConfig('qwen3', **SIZES, max_positions=64, qk_norm=True, tied_embeddings=True),
+]
+
+
+def test_every_parameter_matches_one_rule_and_every_rule_matches_a_parameter():
+  adapted = lora.abstract_model(CONFIGS[0], lora.LoraConfig(2, 16.0, 'attention/|mlp/'))[1]
+  paths = {path for config in CONFIGS for path in flatten_params(abstract_model(config)[1])}
+  paths |= flatten_params(adapted).keys()
+  for path in paths:
+    assert isinstance(partition_spec(path), P)  # raises unless exactly one rule matches
+  for pattern, _ in RULES:
+    assert any(re.fullmatch(pattern, path) for path in paths), f'no parameter matches {pattern}'
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda config: config.family)
+def test_specs_have_the_rank_of_their_parameter(config):
+  for path, leaf in flatten_params(abstract_model(config)[1]).items():
+    spec = partition_spec(path)
+    assert len(spec) in (0, leaf.ndim), path
+    if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # large ones are split by both axes
+      assert {axis for axis in spec if axis} == {'fsdp', 'tensor'}
+
+
+def test_parameters_without_exactly_one_rule_are_refused(monkeypatch):
+  with pytest.raises(ValueError, match="0 sharding rules match parameter 'layers/0/moe/kernel'"):
+    partition_spec('layers/0/moe/kernel')
+  monkeypatch.setattr(sharding, 'RULES', (*RULES, (r'norm/.*', P())))
+  with pytest.raises(ValueError, match="2 sharding rules match parameter 'norm/scale'"):
+    partition_spec('norm/scale')
+
+
+def test_mesh_axes_must_divide_the_dimensions_that_they_split():
+  params = abstract_model(CONFIGS[0])[1]
+  with pytest.raises(UserError, match=r'tensor=4 does not divide dimension 2 of .*key.*\[1, 2\]'):
+    param_shardings(params, make_mesh(2, 1, 4))
+  shardings = param_shardings(params, make_mesh(1, 4, 2))
+  kernel = shardings['layers'][1]['attention']['query']['kernel']
+  assert kernel.shard_shape((16, 4, 4)) == (4, 2, 4)
+  assert jax.tree.structure(shardings) == jax.tree.structure(params)
+
+
+def test_path_str_joins_keys_and_indices():
+  tree = {'a': [1, {'b': 2}]}
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  assert [path_str(path) for path, _ in leaves] == ['a/0', 'a/1/b']

@@ -15,7 +15,7 @@ from cai_jax.pipeline import STAGES, build, run_stages
 from cai_jax.report import summary_table
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
-from cai_jax.training import loop
+from cai_jax.training.interruption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'file that states the run', lock_config=True
@@ -37,7 +37,7 @@ def short_errors() -> Iterator[None]:
     yield
   except UserError as error:
     sys.exit(f'error: {error}')
-  except loop.Preempted as ended:
+  except Preempted as ended:
     print(f'SIGTERM: {ended} The same command goes on from here.', file=sys.stderr)
     sys.exit(128 + signal.SIGTERM)
   except KeyboardInterrupt:

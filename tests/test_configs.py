@@ -15,7 +15,7 @@ from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
-from cai_jax.training.config import FREE, TrainConfig
+from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()
@@ -73,8 +73,8 @@ def test_defaults_of_remotes():
     assert section.to_dict() == component
 
 
-def test_what_may_change_on_the_way_are_settings():
-  assert set(FREE) < {field.name for field in dataclasses.fields(TrainConfig)}
+def test_fields_that_may_change_on_resume_exist():
+  assert set(MAY_CHANGE_ON_RESUME) < {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def test_template_options_come_from_a_command_line():

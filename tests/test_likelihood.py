@@ -131,7 +131,7 @@ def test_loss_and_perplexity_follow_from_log_likelihoods(lms):
 
 
 def test_loss_equals_the_training_objective(lms):
-  from cai_jax.training.objective import loss_and_metrics
+  from cai_jax.training.losses.nll import negative_log_likelihood
 
   context, continuation = PAIRS[6]
   tokens = np.array([context + continuation])
@@ -141,7 +141,7 @@ def test_loss_equals_the_training_objective(lms):
     'segment_ids': np.ones_like(tokens),
     'loss_mask': np.arange(tokens.size)[None] >= len(context),
   }
-  compute = jax.jit(loss_and_metrics, static_argnums=0)
+  compute = jax.jit(negative_log_likelihood, static_argnums=0)
   nll, sums = compute(lms[0].graph, lms[0].params, batch)
   result = loss_and_perplexity(lms[0], PAIRS[6:7])
   assert result['loss'] == pytest.approx(float(nll), abs=1e-4)

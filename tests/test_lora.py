@@ -15,8 +15,10 @@ from cai_jax.model import lora
 from cai_jax.model.sharding import path_str
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training import loop, step
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.loop import fit
+from cai_jax.training.state import init_state, place_frozen
+from cai_jax.training.step import make_loss, make_train_step, place_batch
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 CONFIG = TrainConfig(
@@ -81,7 +83,7 @@ def test_initial_adapters_change_nothing(tiny_hf_folder):
 def test_only_adapters_are_trained_and_saved(tiny_hf_folder, items, tmp_path, dtype):
   lm = lm_lib.load(tiny_hf_folder('qwen2'), mesh=one_device())
   config = dataclasses.replace(CONFIG, dtype=dtype)
-  params, summary = loop.fit(lm.config, lm.params, items, config, lm.mesh, tmp_path)
+  params, summary = fit(lm.config, lm.params, items, config, lm.mesh, tmp_path)
   changed = {
     path_str(path): not np.array_equal(x, y)
     for (path, x), y in zip(
@@ -95,7 +97,7 @@ def test_only_adapters_are_trained_and_saved(tiny_hf_folder, items, tmp_path, dt
   assert {path for path, differs in changed.items() if differs} == adapted and adapted
   saved = sum(f.stat().st_size for f in (tmp_path / 'checkpoints').rglob('*') if f.is_file())
   assert saved < 4 * lm.config.num_params  # less than one copy of the parameters
-  resumed, resumed_summary = loop.fit(lm.config, lm.params, items, config, lm.mesh, tmp_path)
+  resumed, resumed_summary = fit(lm.config, lm.params, items, config, lm.mesh, tmp_path)
   assert resumed_summary['resumed_at'] == summary['steps']
   jax.tree.map(np.testing.assert_array_equal, resumed, params)
 
@@ -108,11 +110,11 @@ def test_training_adapters_on_eight_devices_equals_one_device(tiny_hf_folder, it
   steps = packing.plan([len(i.tokens) for i in items], [packing.Bucket(32, 8)], 1, 0)
   batches, results = packing.Batches(items, steps), []
   for mesh in (one_device(), make_mesh(2, 2, 2)):
-    frozen = step.place_frozen(jax.device_get(lm.params), config, mesh)
-    train_step = step.make_train_step(graph, initial, config, 10, mesh, frozen)
-    state = dataclasses.replace(step.init_state(initial, config, mesh), frozen=frozen)
+    frozen = place_frozen(jax.device_get(lm.params), config, mesh)
+    train_step = make_train_step(graph, initial, config, 10, mesh, frozen)
+    state = dataclasses.replace(init_state(initial, config, mesh), frozen=frozen)
     for i in range(3):
-      state, _ = train_step(state, loop._place(batches[i], batch_sharding(mesh)))
+      state, _ = train_step(state, place_batch(batches[i], batch_sharding(mesh)))
     results.append(jax.device_get(state.params))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
@@ -124,7 +126,7 @@ def test_bad_lora_settings_are_refused(tiny_hf_folder):
   for fields, match in (
     ({'lora_alpha': 0.0}, 'alpha=0.0 positive'),
     ({'lora_modules': '('}, 'not a valid regular expression'),
-    ({'lora_rank': -1}, 'train.lora_rank=-1 is too small'),
+    ({'lora_rank': -1}, 'train.lora_rank=-1 must be at least 0'),
   ):
     with pytest.raises(UserError, match=match):
       dataclasses.replace(CONFIG, **fields)
@@ -139,9 +141,9 @@ def test_bf16_gradients_of_adapters_agree_with_f32(tiny_hf_folder, items):
   for dtype in ('float32', 'bfloat16'):
     config = dataclasses.replace(CONFIG, dtype=dtype)
     graph, _ = lora.abstract_model(lm.config, config.lora, dtype)
-    frozen = step.place_frozen(lm.params, config, lm.mesh)
+    frozen = place_frozen(lm.params, config, lm.mesh)
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(dtype)}
-    loss = step._loss(graph, config, batch_sharding(lm.mesh))
+    loss = make_loss(graph, config, batch_sharding(lm.mesh))
     gradients.append(
       jax.jit(jax.grad(lambda p, loss=loss, f=frozen: loss(p, f, batch)[0]))(initial)
     )

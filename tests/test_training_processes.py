@@ -17,24 +17,19 @@ import dataclasses, sys, jax, numpy as np
 from jax.experimental import multihost_utils
 from cai_jax.runtime import processes
 processes.initialize()
-from cai_jax.data.examples import Example
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.model.transformer import init_params
-from cai_jax.training import loop
-from tests import test_training as t
+from cai_jax.training.interruption import Preempted
+from cai_jax.training.loop import Monitoring, fit
+from tests.training_setup import CONFIG, MODEL, initial_params, random_examples
 workdir, count = sys.argv[1], int(sys.argv[2])
-rng = np.random.default_rng(0)
-items = [Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2)
-         for n in rng.integers(4, 25, count)]
-config = dataclasses.replace(t.CONFIG, epochs=1, checkpoint_every=1000)
-params = jax.device_get(init_params(t.MODEL, jax.random.key(0)))
-held_out = items[:20]
-config = dataclasses.replace(config, eval_share=0.1, eval_every=10)
+examples = random_examples(count)
+config = dataclasses.replace(
+  CONFIG, epochs=1, checkpoint_every=1000, eval_share=0.1, eval_every=10)
 try:
-  trained, summary = loop.fit(t.MODEL, params, items, config, make_mesh(2, 2, 2), workdir,
-                              watch=loop.Watch(held_out))
-except loop.Preempted as ended:
-  print(f'preempted: {ended}', flush=True)
+  trained, _ = fit(MODEL, jax.device_get(initial_params()), examples, config, make_mesh(2, 2, 2),
+                   workdir, monitoring=Monitoring(examples[:20]))
+except Preempted as error:
+  print(f'preempted: {error}', flush=True)
   sys.exit(143)
 if jax.process_count() > 1:
   trained = multihost_utils.process_allgather(trained, tiled=True)
@@ -95,7 +90,7 @@ def test_a_signal_to_one_process_ends_both_and_both_go_on_exactly(tmp_path):
   pair[1].send_signal(signal.SIGTERM)
   told = [p.communicate()[0] for p in pair]
   assert [p.returncode for p in pair] == [143, 143]
-  assert all('preempted: ended after step' in text for text in told)
+  assert all('preempted: Stopped after step' in text for text in told)
   (saved,) = [int(p.name) for p in (tmp_path / 'cut/checkpoints').iterdir() if p.name.isdigit()]
   assert [p.wait() for p in start_two(tmp_path / 'cut', 2000)] == [0, 0]
   whole, cut = rows(tmp_path / 'whole'), rows(tmp_path / 'cut')

@@ -1,4 +1,4 @@
-"""Ten steps of ours against the method's objective written in plain torch and transformers."""
+"""Ten training steps against the same objective written in plain torch and transformers."""
 
 import jax
 import numpy as np
@@ -11,8 +11,9 @@ from cai_jax.data.examples import Example
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training import loop, step
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.state import init_state
+from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 
 CONFIG = TrainConfig(
   batch_size=6,
@@ -27,7 +28,7 @@ STEPS = 10
 
 
 def torch_losses(folder, batches):
-  """-1/N Σ log P(y_i | x_i) before each step of clipped AdamW, on examples padded on the right."""
+  """Return -1/N Σ log P(y_i | x_i) before each step of clipped AdamW, on right-padded examples."""
   model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
   decayed = [p for p in model.parameters() if p.ndim == 2]
   others = [p for p in model.parameters() if p.ndim != 2]
@@ -71,24 +72,24 @@ def torch_losses(folder, batches):
 def test_ten_losses_agree_with_torch(tiny_hf_folder, family):
   folder = tiny_hf_folder(family)
   rng = np.random.default_rng(0)
-  items = [
+  examples = [
     Example(rng.integers(4, 300, n).astype(np.int32), np.arange(n) >= n // 2)
     for n in rng.integers(8, 40, 110)
   ]
-  plan = packing.plan([len(i.tokens) for i in items], [packing.Bucket(48, 6)], 1, 0)
+  plan = packing.plan([len(e.tokens) for e in examples], [packing.Bucket(48, 6)], 1, 0)
   assert len(plan) >= STEPS
   mesh = make_mesh(devices=jax.devices()[:1])
   lm = lm_lib.load(folder, mesh=mesh)
   graph, shapes = abstract_model(lm.config)
-  train_step = step.make_train_step(graph, shapes, CONFIG, STEPS, mesh)
-  state, batches, ours = step.init_state(lm.params, CONFIG, mesh), packing.Batches(items, plan), []
+  train_step = make_train_step(graph, shapes, CONFIG, STEPS, mesh)
+  state, batches, ours = init_state(lm.params, CONFIG, mesh), packing.Batches(examples, plan), []
   for i in range(STEPS):
-    state, metrics = train_step(state, loop._place(batches[i], batch_sharding(mesh)))
+    state, metrics = train_step(state, place_batch(batches[i], batch_sharding(mesh)))
     ours.append(float(metrics['loss']))
-  of_step = [[items[i] for row in s.rows for i in row] for s in plan[:STEPS]]
-  theirs = torch_losses(folder, of_step)
+  step_examples = [[examples[i] for row in s.rows for i in row] for s in plan[:STEPS]]
+  theirs = torch_losses(folder, step_examples)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-  look = step.make_eval_step(graph, CONFIG, mesh)
-  last = look(lm.params, None, loop._place(batches[STEPS - 1], batch_sharding(mesh)))
-  untrained = float(last['nll'] / last['num_sequences'])
-  assert abs(ours[-1] / untrained - 1) > 0.02  # so that a wrong update would show
+  eval_step = make_eval_step(graph, CONFIG, mesh)
+  last = eval_step(lm.params, None, place_batch(batches[STEPS - 1], batch_sharding(mesh)))
+  untrained = float(last['loss_sum'] / last['num_sequences'])
+  assert abs(ours[-1] / untrained - 1) > 0.02  # so a wrong update would show

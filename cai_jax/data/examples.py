@@ -1,4 +1,4 @@
-"""Rows of D_CAI as training examples: token ids with a loss mask."""
+"""Training examples from rows of D_CAI: token ids with a loss mask."""
 
 import collections
 import dataclasses
@@ -8,105 +8,117 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cai_jax.data import quality
+from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
 
-HELPFUL = 'helpful'  # `kind` of the rows whose initial answer can be mixed in
+HELPFUL = 'helpful'  # `kind` of the rows whose initial response can be mixed in
+INITIAL = -1  # stands for the initial response where a round is expected
 
 
 class Example(NamedTuple):
-  """One sequence: tokens i32[T], loss_mask bool[T], true on the tokens to learn, and its row."""
+  """One training sequence.
+
+  Attributes:
+    tokens: i32[T].
+    loss_mask: bool[T], true on the tokens to learn.
+    id: id of the row of D_CAI that the example was made from.
+  """
 
   tokens: np.ndarray
   loss_mask: np.ndarray
-  id: str = ''  # of the row of D_CAI
+  id: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-  """Examples, with counts: rows, kept, helpful (of those kept), dropped by reason."""
+class ExampleSet:
+  """Examples and how they were chosen.
 
-  items: tuple[Example, ...]
+  Attributes:
+    examples: the examples that were kept.
+    counts: numbers of `rows`, of examples `kept` and of the `helpful` ones among them, and of those
+      `dropped`, by reason.
+  """
+
+  examples: tuple[Example, ...]
   counts: dict[str, Any]
 
 
 def build_examples(
   rows: Sequence[Mapping[str, Any]],
-  dialogue,
+  dialogue: Dialogue,
   *,
   target: str = 'last',
   helpfulness_share: float = 0.0,
   max_length: int = 1024,
   drop_truncated: bool = True,
   filters: Sequence[str] = (),
-  known: quality.References | None = None,
+  references: quality.References | None = None,
   seed: int = 0,
-) -> Examples:
-  """The examples of D_CAI, in the order of its rows; helpfulness examples stand at the end.
+) -> ExampleSet:
+  """Return the examples of D_CAI in the order of its rows, with helpfulness examples at the end.
 
   Args:
-    rows: each has `id`, `kind`, `prompt` (messages), `initial` {text, finish_reason}, `rounds` of
-      {revision: {text, finish_reason}}.
-    dialogue: `cai_jax.dialogue.Dialogue`.
-    target: 'last' revision, 'all' revisions, or 'initial' answer of each row not of kind 'helpful'.
-    helpfulness_share: share of all examples that are the initial answer of a row of kind 'helpful';
-      which rows, the seed decides. Rows of this kind are used for nothing else.
-    max_length: tokens; a longer example is dropped.
-    drop_truncated: drop a text that ended by the length limit; else it is learnt as if whole.
-    filters: names of `quality.FLAGS`; a text with any of them is dropped as 'filtered_' + the first
-      of those it has, in the order given. The rows stay as they are.
-    known: the constitution's `quality.build_references`, for the filters that need them.
+    rows: each has `id`, `kind`, `prompt` (messages), `initial` {text, finish_reason} and `rounds`,
+      a list of {revision: {text, finish_reason}}.
+    dialogue: renders conversations as tokens.
+    target: which texts to learn of the rows whose kind is not 'helpful': the 'last' revision, 'all'
+      revisions, or the 'initial' response.
+    helpfulness_share: share of all examples that are initial responses of rows of kind 'helpful'.
+      The seed chooses these rows. Rows of this kind serve no other purpose.
+    max_length: maximum number of tokens; longer examples are dropped.
+    drop_truncated: whether to drop texts that ended at the length limit. If not, they are learnt
+      as if they were complete.
+    filters: names of `quality.FLAGS`. A text with one of these defects is dropped and counted as
+      'filtered_' plus the first defect in the given order. The rows do not change.
+    references: the constitution's references, which some filters need.
+    seed: chooses the helpfulness examples.
 
   Raises:
-    ValueError: if no example is left, or too few for the helpfulness share; if a filter needs
-      `known`.
+    UserError: if no example remains, if there are too few helpfulness examples, or if a filter
+      needs `references`.
   """
   needing = [name for name in filters if name in quality.NEEDS_REFERENCES]
-  if needing and known is None:
+  if needing and references is None:
     raise UserError(
-      f'train.filters: {", ".join(needing)} is told by the principles and demonstrations: give '
-      "`known`, the constitution's quality.build_references."
+      f'train.filters: {", ".join(needing)} compares texts with the constitution. Pass '
+      '`references`, which `quality.build_references` makes from a constitution.'
     )
-  dropped = collections.Counter()
-  kept, helpful = [], []
+  kept: list[Example] = []
+  helpful: list[Example] = []
+  dropped: collections.Counter[str] = collections.Counter()
   for i in range(len(rows)):
     row = rows[i]
     is_helpful = row['kind'] == HELPFUL
     if is_helpful and not helpfulness_share:
       dropped['helpful_not_asked_for'] += 1
       continue
-    if is_helpful or target == 'initial':
-      rounds = [-1]  # y_init
-    else:
-      rounds = list(range(len(row['rounds'])))
-      rounds = rounds[-1:] if target == 'last' else rounds
-      if not rounds:
-        dropped['no_revision'] += 1
-    for at in rounds:
-      reply = row['initial'] if at < 0 else row['rounds'][at]['revision']
-      example = _filtered(row, at, filters, known) or _example(
-        row, reply, dialogue, max_length, drop_truncated
-      )
+    rounds = _target_rounds(row, is_helpful, target)
+    if not rounds:
+      dropped['no_revision'] += 1
+    for number in rounds:
+      reason = _find_filter(row, number, filters, references)
+      example = reason or _make_example(row, number, dialogue, max_length, drop_truncated)
       if isinstance(example, str):
         dropped[example] += 1
       else:
         (helpful if is_helpful else kept).append(example)
-  wanted = round(helpfulness_share * len(kept) / (1 - helpfulness_share))
-  if wanted > len(helpful):
+  num_helpful = round(helpfulness_share * len(kept) / (1 - helpfulness_share))
+  if num_helpful > len(helpful):
     raise UserError(
-      f'train.helpfulness_share={helpfulness_share} beside {len(kept)} other examples needs '
-      f'{wanted} helpfulness examples, and the data set has {len(helpful)}: generate more helpful '
-      'prompts, or ask for a smaller share.'
+      f'train.helpfulness_share={helpfulness_share} with {len(kept)} other examples needs '
+      f'{num_helpful} helpfulness examples, but the dataset has {len(helpful)}. Generate responses '
+      'to more helpful prompts, or lower the share.'
     )
   if not kept:
     raise UserError(
-      f'no example is left of {len(rows)} rows for train.target={target!r}; dropped: '
-      f"{dict(dropped)}. 'truncated' were cut at sampling.*.max_tokens: raise it, or set "
-      f"train.drop_truncated=False; 'too_long' exceed train.max_length={max_length}; 'filtered_' "
-      f'have a defect of train.filters={tuple(filters)}.'
+      f'No example remains of {len(rows)} rows for train.target={target!r}; dropped: '
+      f"{dict(dropped)}. 'truncated' means cut at sampling.*.max_tokens (raise it, or set "
+      f"train.drop_truncated=False), 'too_long' means more than train.max_length={max_length} "
+      f"tokens, and 'filtered_' means a defect in train.filters={tuple(filters)}."
     )
   if helpful:
-    chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:wanted])
-    dropped['helpful_beyond_share'] += len(helpful) - wanted
+    chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:num_helpful])
+    dropped['helpful_beyond_share'] += len(helpful) - num_helpful
     helpful = [helpful[i] for i in chosen]
   counts = {
     'rows': len(rows),
@@ -114,48 +126,71 @@ def build_examples(
     'helpful': len(helpful),
     'dropped': {reason: n for reason, n in sorted(dropped.items()) if n},
   }
-  return Examples(tuple(kept + helpful), counts)
+  return ExampleSet(tuple(kept + helpful), counts)
 
 
 def hold_out(
-  items: Sequence[Example], share: float, seed: int
+  examples: Sequence[Example], share: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-  """(examples to train on, examples held out): `share` of the rows, which the seed chooses.
+  """Split examples into those to train on and those to hold out.
 
-  All examples of a row are on the same side.
+  All examples of one row are on the same side.
+
+  Args:
+    examples: the examples to split.
+    share: share of the rows to hold out, at least one row; 0 holds out none.
+    seed: chooses the rows.
 
   Raises:
-    ValueError: if that leaves none on a side.
+    UserError: if nothing remains to train on.
   """
   if not share:
-    return tuple(items), ()
-  rows = list(dict.fromkeys(item.id for item in items))
+    return tuple(examples), ()
+  rows = list(dict.fromkeys(example.id for example in examples))
   count = max(round(share * len(rows)), 1)
   if count >= len(rows):
     raise UserError(
-      f'train.eval_share={share} of {len(rows)} rows leaves none to train on: lower it.'
+      f'train.eval_share={share} of {len(rows)} rows leaves none to train on. Lower it.'
     )
   chosen = {rows[i] for i in np.random.default_rng([seed, 2]).permutation(len(rows))[:count]}
   return (
-    tuple(item for item in items if item.id not in chosen),
-    tuple(item for item in items if item.id in chosen),
+    tuple(example for example in examples if example.id not in chosen),
+    tuple(example for example in examples if example.id in chosen),
   )
 
 
-def _filtered(row, at: int, filters: Sequence[str], known) -> str | None:
-  """The reason to filter out the revision of a round (-1: y_init), if there is one."""
-  found = quality.find_row_flags(row, at, known) if filters else ()
-  return next((f'filtered_{name}' for name in filters if name in found), None)
+def _target_rounds(row: Mapping[str, Any], is_helpful: bool, target: str) -> list[int]:
+  """Return the rounds of a row whose revisions are learnt, or [INITIAL]."""
+  if is_helpful or target == 'initial':
+    return [INITIAL]
+  rounds = list(range(len(row['rounds'])))
+  return rounds[-1:] if target == 'last' else rounds
 
 
-def _example(row, reply, dialogue, max_length, drop_truncated) -> Example | str:
-  """The example of a reply, or the reason to drop it."""
-  if not reply['text'].strip():
+def _find_filter(
+  row: Mapping[str, Any],
+  number: int,
+  filters: Sequence[str],
+  references: quality.References | None,
+) -> str | None:
+  """Return the reason to filter out the text of a round, if there is one."""
+  if not filters:
+    return None
+  defects = quality.find_row_flags(row, number, references)
+  return next((f'filtered_{name}' for name in filters if name in defects), None)
+
+
+def _make_example(
+  row: Mapping[str, Any], number: int, dialogue: Dialogue, max_length: int, drop_truncated: bool
+) -> Example | str:
+  """Return the example for the text of a round, or the reason to drop it."""
+  response = row['initial'] if number == INITIAL else row['rounds'][number]['revision']
+  if not response['text'].strip():
     return 'empty'
-  if drop_truncated and reply['finish_reason'] == 'length':
+  if drop_truncated and response['finish_reason'] == 'length':
     return 'truncated'
   messages = [{'role': m['role'], 'content': m['content']} for m in row['prompt']]
-  tokens, mask = dialogue.example([*messages, {'role': 'assistant', 'content': reply['text']}])
+  tokens, mask = dialogue.example([*messages, {'role': 'assistant', 'content': response['text']}])
   if len(tokens) > max_length:
     return 'too_long'
   return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), row['id'])

@@ -1,8 +1,8 @@
-"""D_CAI to batches: rows → examples → tokens with a loss mask → packed rows → steps.
+"""Packed batches: several examples share a row, and a plan fixes which row of which step.
 
-All examples are tokenised before training, so every drop is counted, and the number of steps known,
-before the first step. Which example stands in which row of which step is then a pure function of
-the examples' lengths and the seed (`plan`): the same on every host and for any number of devices.
+All examples are tokenized before training, so the number of steps is known, and every dropped
+example is counted, before the first step. The plan is a pure function of the examples' lengths and
+the seed, so it is the same on every host and for any number of devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,14 @@ import numpy as np
 from cai_jax.data.examples import Example
 from cai_jax.runtime.errors import UserError
 
-PACKED_TOGETHER = 4096  # examples whose rows are open at a time
+PACKING_WINDOW = 4096  # consecutive examples that are packed together
+
+# A run's plan is identified by a digest of `repr(steps)`. Renaming `Bucket`, `Step` or their fields
+# would change it, and earlier checkpoints could no longer be resumed.
 
 
 class Bucket(NamedTuple):
-  """Shape of a batch: `rows` rows of `length` tokens."""
+  """The shape of a batch: `rows` rows of `length` tokens."""
 
   length: int
   rows: int
@@ -32,108 +35,138 @@ class Step(NamedTuple):
 
 
 def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
-  """Rows of indices into `lengths`, none over row_length.
+  """Assign examples to rows by best fit decreasing.
 
-  PACKED_TOGETHER examples of the given order at a time, the longest first, each go to the fullest
-  row that still holds them (best fit decreasing), so that the short ones fill what is left.
+  Each window of `PACKING_WINDOW` examples is packed on its own. Its examples are taken from the
+  longest to the shortest, and each goes to the fullest row that still has room for it.
+
+  Args:
+    lengths: tokens of each example.
+    order: indices of the examples to pack, in the order in which they form windows.
+    row_length: tokens that a row holds.
+
+  Returns:
+    The rows, each as indices into `lengths`.
   """
-  done = []
-  for begin in range(0, len(order), PACKED_TOGETHER):
-    together = np.asarray(order[begin : begin + PACKED_TOGETHER])
-    sizes = np.asarray(lengths)[together]
-    rows, free = [], np.zeros(len(together), np.int64)
-    for at in np.argsort(-sizes, kind='stable'):
-      left = free[: len(rows)] - sizes[at]
+  packed = []
+  for begin in range(0, len(order), PACKING_WINDOW):
+    window = np.asarray(order[begin : begin + PACKING_WINDOW])
+    sizes = np.asarray(lengths)[window]
+    rows: list[list[int]] = []
+    free = np.zeros(len(window), np.int64)  # tokens left in each row
+    for i in np.argsort(-sizes, kind='stable'):
+      left = free[: len(rows)] - sizes[i]
       fits = np.flatnonzero(left >= 0)
       row = fits[left[fits].argmin()] if fits.size else len(rows)
       if row == len(rows):
         rows.append([])
         free[row] = row_length
-      rows[row].append(int(together[at]))
-      free[row] -= sizes[at]
-    done += map(tuple, rows)
-  return done
+      rows[row].append(int(window[i]))
+      free[row] -= sizes[i]
+    packed += map(tuple, rows)
+  return packed
 
 
 def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: int) -> list[Step]:
-  """The steps of a run: every example `epochs` times, once an epoch, in an order from the seed.
+  """Return the steps of a run, in which every example occurs once per epoch in random order.
 
-  An example goes to the shortest rows that hold it. Rows that do not fill an epoch's last step of a
-  bucket begin the next epoch's; those of the last epoch `Batches` fills up with empty ones.
+  An example goes to the bucket with the shortest rows that hold it. If the rows of an epoch do not
+  fill its last batch of a bucket, they start the next epoch's first one. In the last epoch,
+  `Batches` fills such a batch with empty rows.
+
+  Args:
+    lengths: tokens of each example.
+    buckets: the batch shapes.
+    epochs: number of times that each example occurs.
+    seed: chooses the order.
 
   Raises:
-    ValueError: if an example is longer than every bucket's rows, or there is none.
+    UserError: if there is no example, or one is longer than the rows of every bucket.
   """
   lengths = np.asarray(lengths)
   buckets = sorted(buckets)
   if not lengths.size:
-    raise UserError('there is no example to train on.')
+    raise UserError('There is no example to train on.')
   if lengths.max() > buckets[-1].length:
     raise UserError(
-      f'an example of {lengths.max()} tokens does not fit rows of {buckets[-1].length}: drop it.'
+      f'An example of {lengths.max()} tokens does not fit rows of {buckets[-1].length}. Drop '
+      'it, or use longer rows.'
     )
-  bucket_of = np.searchsorted([b.length for b in buckets], lengths)
-  steps, waiting = [], {k: [] for k in range(len(buckets))}
+  bucket_indices = np.searchsorted([bucket.length for bucket in buckets], lengths)
+  steps: list[Step] = []
+  waiting: list[list[tuple[int, ...]]] = [[] for _ in buckets]  # rows that filled no batch yet
   for epoch in range(epochs):
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    of_epoch = []
+    epoch_steps = []
     for k, bucket in enumerate(buckets):
-      rows = pack(lengths, order[bucket_of[order] == k], bucket.length)
+      rows = pack(lengths, order[bucket_indices[order] == k], bucket.length)
       rows = waiting[k] + [rows[i] for i in rng.permutation(len(rows))]
       end = len(rows) if epoch == epochs - 1 else len(rows) // bucket.rows * bucket.rows
-      for at in range(0, end, bucket.rows):
-        of_epoch.append(Step(bucket, tuple(rows[at : at + bucket.rows])))
+      for begin in range(0, end, bucket.rows):
+        epoch_steps.append(Step(bucket, tuple(rows[begin : begin + bucket.rows])))
       waiting[k] = rows[end:]
-    steps += [of_epoch[i] for i in rng.permutation(len(of_epoch))]
+    steps += [epoch_steps[i] for i in rng.permutation(len(epoch_steps))]
   return steps
 
 
 class Batches:
-  """Random access to the batches of a plan: dicts of tokens, positions, segment_ids, loss_mask.
+  """Random access to the batches of a plan.
 
-  Each is i32[rows, length]. Segments count from 1 in each row and padding is 0 in all four; the
-  whole batch, of all hosts, is built, and each host's devices take their part of it.
+  A batch is a dict of `tokens`, `positions`, `segment_ids` and `loss_mask`, each i32[rows, length].
+  Positions count from 0 in each example and segments from 1 in each row; padding is 0 in all four.
+  Every host builds the whole batch, and its devices take their part of it.
+
+  Args:
+    examples: the examples that the plan's indices refer to.
+    steps: the plan.
   """
 
-  def __init__(self, items: Sequence[Example], steps: Sequence[Step]):
-    self._items, self._steps = items, steps
+  def __init__(self, examples: Sequence[Example], steps: Sequence[Step]):
+    self._examples, self._steps = examples, steps
 
   def __len__(self) -> int:
     return len(self._steps)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    step = self._steps[index]
+    bucket, rows = self._steps[index]
     names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
-    batch = {name: np.zeros(tuple(reversed(step.bucket)), np.int32) for name in names}
-    for r, row in enumerate(step.rows):
-      at = 0
+    batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in names}
+    for r, row in enumerate(rows):
+      begin = 0
       for segment, i in enumerate(row, start=1):
-        tokens, mask, _ = self._items[i]
-        place = slice(at, at + len(tokens))
-        batch['tokens'][r, place] = tokens
-        batch['positions'][r, place] = np.arange(len(tokens))
-        batch['segment_ids'][r, place] = segment
-        batch['loss_mask'][r, place] = mask
-        at += len(tokens)
+        tokens, mask, _ = self._examples[i]
+        span = slice(begin, begin + len(tokens))
+        batch['tokens'][r, span] = tokens
+        batch['positions'][r, span] = np.arange(len(tokens))
+        batch['segment_ids'][r, span] = segment
+        batch['loss_mask'][r, span] = mask
+        begin += len(tokens)
     return batch
 
-  def ids(self, index: int) -> list[str]:
-    """Rows of D_CAI in a batch; an example without one goes by its number."""
-    found = (i for row in self._steps[index].rows for i in row)
-    return [self._items[i].id or f'example {i}' for i in found]
+  def example_ids(self, index: int) -> list[str]:
+    """Return the ids of the examples in a batch; an example without an id is named by its index."""
+    indices = (i for row in self._steps[index].rows for i in row)
+    return [self._examples[i].id or f'example {i}' for i in indices]
 
 
-def padding_share(items: Sequence[Example], steps: Sequence[Step]) -> float:
-  """Share of all places of all batches that hold no token."""
-  places = sum(step.bucket.rows * step.bucket.length for step in steps)
-  held = sum(len(items[i].tokens) for step in steps for row in step.rows for i in row)
-  return 1 - held / places
+def padding_share(examples: Sequence[Example], steps: Sequence[Step]) -> float:
+  """Return the share of padding among all positions of all batches."""
+  positions = sum(step.bucket.rows * step.bucket.length for step in steps)
+  tokens = sum(len(examples[i].tokens) for step in steps for row in step.rows for i in row)
+  return 1 - tokens / positions
 
 
-def iterate(
+def iterate_batches(
   batches: Batches, place: Callable[[dict[str, np.ndarray]], Any]
 ) -> grain.DatasetIterator:
-  """The batches in order, each through `place`, made ahead; its state is the next one's index."""
+  """Return an iterator over the batches in order, which prepares the next ones in the background.
+
+  The iterator's state is the index of the next batch, so it can be saved and restored.
+
+  Args:
+    batches: the batches.
+    place: applied to each batch, for example to put it on the devices.
+  """
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   return iter(grain.MapDataset.source(batches).map(place).to_iter_dataset(options))

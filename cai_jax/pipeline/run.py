@@ -28,7 +28,7 @@ from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
 from cai_jax.tiny import world
-from cai_jax.training.config import FREE, TrainConfig
+from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 
 PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
 TINY = pathlib.Path(world.__file__).parent
@@ -64,7 +64,9 @@ class Run:
     sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
     known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
     if stage != 'generate':
-      known['train'] = {k: v for k, v in self.config['train'].items() if k not in FREE}
+      known['train'] = {
+        k: v for k, v in self.config['train'].items() if k not in MAY_CHANGE_ON_RESUME
+      }
     if stage in ('evaluate', 'report'):
       known['evaluation'] = self.config['evaluation'] | {
         'questions': self.evaluation.question_digests()

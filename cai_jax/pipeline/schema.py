@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
   config.train.helpfulness_share = 0.0  # of the examples: y_init of helpful prompts
   config.train.drop_truncated = True  # leave out targets that were cut at max_tokens
   config.train.filters = ()  # and those with any of these defects, names as in max_rate
+  config.train.loss = 'nll'  # negative log-likelihood of the targets, or a registered loss
   config.train.loss_normalization = 'sequence'  # mean over sequences; 'token': over tokens
   config.train.epochs = 1  # times every example is seen
   config.train.batch_size = 32  # packed rows a step

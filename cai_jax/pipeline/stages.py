@@ -31,19 +31,22 @@ from cai_jax.pipeline.run import (
   model_path,
   published,
 )
+from cai_jax.pipeline.schema import default_config
 from cai_jax.report import write_report
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.progress import Progress
+from cai_jax.runtime.settings import flatten
 from cai_jax.sampling import completions as answers
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.stats import describe
 from cai_jax.scoring.scorer import Scorer
-from cai_jax.training import log as logs
-from cai_jax.training import loop
+from cai_jax.training import metrics
+from cai_jax.training.loop import Probe
+from cai_jax.training.supervised import fine_tune
 
 
 def generate_stage(run: Run, _) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   dialogue = Dialogue(lm.tokenizer, style, lm.eos_token_ids, options)
   rows = d_cai.read_rows(run.workdir / 'd_cai')
   probe = _probe(run, lm) if run.train.probes else None
-  params, summary = loop.train(
+  params, summary = fine_tune(
     lm, rows, dialogue, run.train, run.workdir, probe, run.profile, _references(run)
   )
   folder = run.workdir / 'model'
@@ -121,7 +124,7 @@ def train_stage(run: Run, _) -> dict[str, Any]:
   }
 
 
-def _probe(run: Run, lm: LM) -> loop.Probe:
+def _probe(run: Run, lm: LM) -> Probe:
   """Answers to the first held-out prompts by parameters as they are, sampled by process 0."""
   chosen = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']][: run.train.probes]
   mesh, dtype = local_mesh(run), run.config['model']['dtype']
@@ -206,7 +209,12 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
   """report.html."""
   if jax.process_index() != 0:
     return {}
-  files = ('evaluation/summary.json', 'evaluation/models.json', 'quality.json', logs.METRICS)
+  files = (
+    'evaluation/summary.json',
+    'evaluation/models.json',
+    'quality.json',
+    metrics.METRICS_FILE,
+  )
   gone = [name for name in files if not (run.workdir / name).exists()]
   if gone:
     raise UserError(f'{run.workdir / gone[0]} is gone: put it back, or run all in a new workdir.')
@@ -220,9 +228,9 @@ def report_stage(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     config=run.config,
     manifest=manifest,
     summary=summary,
-    training=logs.read(run.workdir / logs.METRICS),
-    held_out=logs.read(run.workdir / logs.HELD_OUT),
-    probes=logs.read(run.workdir / logs.PROBES),
+    training=metrics.read_rows(run.workdir / metrics.METRICS_FILE),
+    held_out=metrics.read_rows(run.workdir / metrics.HELD_OUT_FILE),
+    probes=metrics.read_rows(run.workdir / metrics.PROBES_FILE),
     texts={
       'Quality of the revisions': quality_summary.format_table(
         found['d_cai'], found.get('published')
@@ -256,8 +264,9 @@ def run_stages(run: Run, stages: Sequence[str], say: Callable[[str], None] = pri
   processes.run_on_all_processes('check', lambda: check(run, stages))
   first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=first)
+  defaults = flatten(default_config().to_dict())
   for name in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
-    manifest.check(name, run.settings(name))
+    manifest.check(name, run.settings(name), defaults)
     if name not in stages and not manifest.done(name):
       raise UserError(f'stage {name} is not done in {run.workdir}; add it to --stages.')
   if any(name in ('generate', 'evaluate') and not manifest.done(name) for name in stages):

@@ -19,7 +19,7 @@ from etils import epath
 
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import write_json
-from cai_jax.runtime.settings import flatten
+from cai_jax.runtime.settings import changed_settings, flatten
 
 # Version of a run's folder and config. Raise it when an older program would misread a newer folder,
 # and let `_migrate` bring older folders up to date.
@@ -93,17 +93,12 @@ class Manifest:
     recorded = self.content['stages'].get(stage, {}).get('settings')
     if recorded is None:
       return
-    new = flatten(json.loads(json.dumps(settings)))
-    old = _as_json({name: defaults[name] for name in new if name in defaults}) | flatten(recorded)
-    changes = [
-      f'{name}: {old.get(name)!r} → {new.get(name)!r}'
-      for name in sorted({*old, *new})
-      if old.get(name) != new.get(name)
-    ]
+    changes = changed_settings(flatten(recorded), flatten(dict(settings)), defaults)
     if changes:
+      listed = [f'{name}: {old!r} → {new!r}' for name, (old, new) in changes.items()]
       raise UserError(
         f'{self._path.parent} holds stage {stage!r} of a run with other settings '
-        f'({"; ".join(changes[:8])}). Use another workdir. To reuse all turns that stay the same, '
+        f'({"; ".join(listed[:8])}). Use another workdir. To reuse all turns that stay the same, '
         'copy journal/ into it.'
       )
 
@@ -170,10 +165,6 @@ def _migrate(content: dict[str, Any], path: os.PathLike) -> dict[str, Any]:
   """
   check_version(content.get('version', 1), path)
   return content | {'version': VERSION}
-
-
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-  return json.loads(json.dumps(values))
 
 
 def _now() -> str:

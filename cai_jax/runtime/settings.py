@@ -1,6 +1,8 @@
-"""Settings: documented dataclass fields, and nested dicts as flat names."""
+"""Settings: documented dataclass fields, nested dicts as flat names, and changes between starts."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,3 +27,26 @@ def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
   for name, value in tree.items():
     leaves |= flatten(value, f'{prefix}.{name}' if prefix else name)
   return leaves
+
+
+def changed_settings(
+  saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Return the settings that differ from those of an earlier start: {name: (saved, current)}.
+
+  A setting that `saved` lacks counts as its default. So a folder that an older version wrote stays
+  usable after a setting is added, as long as the new default keeps the old behaviour.
+
+  Args:
+    saved: what the earlier start stored, by dotted name; see `flatten`.
+    current: the same for this start.
+    defaults: the default of each setting; names that no default is known for may be left out.
+  """
+  # JSON turns tuples into lists, and `saved` has been through JSON.
+  saved, current, defaults = (json.loads(json.dumps(dict(x))) for x in (saved, current, defaults))
+  changed = {}
+  for name in sorted({*saved, *current}):
+    old, new = saved.get(name, defaults.get(name)), current.get(name)
+    if old != new:
+      changed[name] = (old, new)
+  return changed

@@ -24,8 +24,8 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.tiny import corpus, files, tokenizer
-from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.loop import fit
 
 BASE = ModelConfig(
   family='llama',
@@ -100,7 +100,7 @@ def main() -> None:
   mesh = make_mesh(devices=jax.devices()[:1])
   params = init_params(architecture, jax.random.key(args.seed))
   identity = f'{architecture} from seed {args.seed}'
-  params, summary = loop.fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
+  params, summary = fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
   print(summary, flush=True)
   write_model(output, params, trained_tokenizer, mesh, architecture)
   if args.workdir is None:

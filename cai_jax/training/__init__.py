@@ -1,1 +1,1 @@
-"""Supervised fine-tuning on D_CAI: examples, packing, objective, step, checkpoints and loop."""
+"""Supervised fine-tuning: losses, optimizer, train step, loop, log and checkpoints."""

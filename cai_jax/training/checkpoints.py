@@ -1,20 +1,42 @@
-"""Checkpoints of a run by Orbax: train state, data iterator and what the run was."""
+"""Checkpoints of a training run, by Orbax: train state, data iterator and the run's metadata."""
 
+import dataclasses
 import os
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import grain
 from orbax.checkpoint import v1 as ocp
 
 from cai_jax.runtime.errors import UserError
-from cai_jax.training.step import TrainState
+from cai_jax.runtime.settings import changed_settings
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.state import TrainState
+
+
+class Restored(NamedTuple):
+  """What a checkpoint holds.
+
+  Attributes:
+    state: the train state, without frozen parameters.
+    step: number of steps that it was trained for.
+    held_out_losses: losses of all evaluations up to that step.
+  """
+
+  state: TrainState
+  step: int
+  held_out_losses: list[float]
 
 
 def make_checkpointer(directory: str | os.PathLike, keep: int) -> ocp.training.Checkpointer:
-  """A checkpointer of a folder that keeps the last `keep` steps; close it, or use it in `with`.
+  """Return a checkpointer for a folder; use it in a `with` statement or close it.
 
-  What a killed save left behind is removed; the steps before it are untouched.
+  It removes what an interrupted save left behind. Complete checkpoints are not affected.
+
+  Args:
+    directory: folder of the checkpoints.
+    keep: number of latest checkpoints to keep.
   """
   return ocp.training.Checkpointer(
     pathlib.Path(directory).absolute(),
@@ -24,50 +46,66 @@ def make_checkpointer(directory: str | os.PathLike, keep: int) -> ocp.training.C
   )
 
 
-def save(
+def save_checkpoint(
   checkpointer: ocp.training.Checkpointer,
   step: int,
   state: TrainState,
   iterator: grain.DatasetIterator,
-  meta: dict[str, Any],
-  losses: list[float],
+  metadata: dict[str, Any],
+  held_out_losses: Sequence[float],
 ) -> None:
-  """Starts to save the state after `step` steps; arrays are copied before this returns.
+  """Start to save a checkpoint in the background.
 
-  The iterator goes in by its position, so that it can go on while the save runs; `losses` are those
-  found on held-out examples so far.
-  """
-  items = {'state': state, 'data': {'iterator': iterator.get_state(), 'held_out': losses}}
-  checkpointer.save_checkpointables_async(step, items, custom_metadata=meta)
-
-
-def restore(
-  checkpointer: ocp.training.Checkpointer,
-  abstract: TrainState,
-  iterator: grain.DatasetIterator,
-  meta: dict[str, Any],
-) -> tuple[TrainState, int, list[float]] | None:
-  """(state, step, held-out losses) of the newest checkpoint, with the iterator set; None if none.
+  The arrays and the iterator's position are copied before this returns, so training can continue
+  at once.
 
   Args:
-    abstract: ShapeDtypeStructs of a state of the same run, as `step.abstract_state` gives; its
-      shardings may be other ones than those it was saved with.
-    meta: what the run is, in JSON's types. It must equal what was saved.
+    checkpointer: see `make_checkpointer`.
+    step: number of steps taken.
+    state: the state after them, without frozen parameters.
+    iterator: iterator over the batches.
+    metadata: settings and fingerprints that identify the run, in JSON types.
+    held_out_losses: losses of all evaluations so far.
+  """
+  data = {'iterator': iterator.get_state(), 'held_out': list(held_out_losses)}
+  checkpointer.save_checkpointables_async(
+    step, {'state': state, 'data': data}, custom_metadata=metadata
+  )
+
+
+def restore_latest(
+  checkpointer: ocp.training.Checkpointer,
+  abstract_state: TrainState,
+  iterator: grain.DatasetIterator,
+  metadata: dict[str, Any],
+) -> Restored | None:
+  """Load the latest checkpoint and set the iterator to its position.
+
+  Args:
+    checkpointer: see `make_checkpointer`.
+    abstract_state: ShapeDtypeStructs of the state, see `state.abstract_state`. Their shardings may
+      differ from those at the time of saving.
+    iterator: iterator over the batches, which is moved to the position after the checkpoint.
+    metadata: what identifies the run; it must equal what was saved. A training setting that the
+      checkpoint lacks, because an older version saved it, counts as its default.
+
+  Returns:
+    The checkpoint, or None if the folder has none.
 
   Raises:
-    ValueError: if the checkpoint belongs to a run with another `meta`; it names what differs.
+    UserError: if the checkpoint belongs to another run; the message lists what differs.
   """
   if checkpointer.latest is None:
     return None
   step = checkpointer.latest.step
   saved = checkpointer.metadata(step).custom_metadata
-  changed = {k: (saved.get(k), meta.get(k)) for k in {*saved, *meta} if saved.get(k) != meta.get(k)}
-  if changed:
-    told = '; '.join(f'{k}: was {old!r}, is {new!r}' for k, (old, new) in sorted(changed.items()))
+  defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+  if changes := changed_settings(saved, metadata, defaults):
+    listed = '; '.join(f'{name}: was {old!r}, is {new!r}' for name, (old, new) in changes.items())
     raise UserError(
-      f'{checkpointer.directory} holds checkpoints of another run ({told}): set these back to go '
-      'on with it, or choose another workdir.'
+      f'{checkpointer.directory} holds checkpoints of another run ({listed}). Restore these '
+      'settings to resume that run, or choose another workdir.'
     )
-  items = checkpointer.load_checkpointables(step, {'state': abstract, 'data': None})
+  items = checkpointer.load_checkpointables(step, {'state': abstract_state, 'data': None})
   iterator.set_state(items['data']['iterator'])
-  return items['state'], step, list(items['data']['held_out'])
+  return Restored(items['state'], step, list(items['data']['held_out']))

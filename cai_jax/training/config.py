@@ -1,4 +1,4 @@
-"""What a training run is set to."""
+"""The settings of a training run."""
 
 import dataclasses
 import importlib.util
@@ -9,170 +9,227 @@ from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
 from cai_jax.runtime.errors import UserError
-from cai_jax.training.objective import WEIGHTS
+from cai_jax.runtime.settings import setting
+from cai_jax.training.losses import LOSSES
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 TARGETS = ('last', 'all', 'initial')
-FREE = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb')  # what may change on the way
+DTYPES = ('float32', 'bfloat16')
+
+# Settings that do not affect the trained parameters, so a run may be resumed with other values.
+MAY_CHANGE_ON_RESUME = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb')
+
+# What `TrainConfig` accepts for a single number. The comparisons are false for NaN.
+_MINIMUM = {
+  'epochs': 1,
+  'batch_size': 1,
+  'max_length': 2,
+  'accumulation': 1,
+  'log_every': 1,
+  'checkpoint_every': 0,
+  'keep': 1,
+  'eval_every': 0,
+  'patience': 0,
+  'probes': 0,
+  'weight_decay': 0,
+  'clip_norm': 0,
+  'lora_rank': 0,
+}
+_POSITIVE = ('learning_rate', 'eps')
+_BELOW_ONE = ('helpfulness_share', 'b1', 'b2', 'warmup', 'decay', 'ema', 'eval_share')
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Settings of supervised training, checked when made.
+  """Settings of supervised training, checked on construction.
 
-  Attributes:
-    epochs: times that every example is seen.
-    batch_size: packed rows of an optimizer step, over all devices and micro-batches.
-    max_length: tokens of a row; a longer example is dropped and counted.
-    accumulation: micro-batches that a step is computed in, one after the other.
-    loss_normalization: 'sequence' divides the summed loss by the number of sequences (the
-      method's objective), 'token' by the number of target tokens.
-    target: 'last' revision, 'all' revisions (each an example), or 'initial' answer (a control).
-    helpfulness_share: share of the examples that are initial answers to helpfulness prompts.
-    drop_truncated: leave out texts that the length limit cut.
-    filters: names of `quality.FLAGS`; a text with any of these is left out, and counted under the
-      first. An initial answer has none that compares with a response, critique or request.
-    learning_rate: peak of the schedule.
-    schedule: after the warm-up 'constant', 'linear', 'cosine', or 'wsd': constant, then linear
-      (warm-up, stable, decay; Hu et al. 2024).
-    warmup: share of all steps over which the learning rate rises from 0.
-    decay: share of all steps over which 'wsd' falls.
-    final_share: share of the peak that 'linear', 'cosine' and 'wsd' end at.
-    weight_decay, b1, b2, eps: of AdamW; norms and biases are not decayed.
-    clip_norm: largest global norm of a gradient; 0 leaves it as it is.
-    ema: decay of an exponential moving average of the parameters, which then is the result;
-      0 keeps none.
-    lora_rank: of low-rank adapters, which are then all that is trained; 0 trains all parameters.
-    lora_alpha, lora_modules: as `alpha` and `modules` of `model.lora.LoraConfig`.
-    remat: what the backward pass computes again instead of keeping it. 'none'; 'dots': all of a
-      block but products with parameters; 'full': all of a block, a third more work.
-    attention: 'blocks', 'xla', 'splash' (TPUs) or 'cudnn' (NVIDIA GPUs); see `model.kernels`.
-    dtype: compute dtype, 'float32' or 'bfloat16'; parameters and optimizer state are f32.
-    seed: of the order of the examples.
-    eval_share: share of the examples that are held out, for the loss on them.
-    eval_every: steps between evaluations on these; 0 evaluates at the end only.
-    patience: evaluations without a lower held-out loss after which training stops; 0 never does.
-    probes: held-out prompts that are answered at each evaluation.
-    log_every: steps between rows of metrics.jsonl.
-    checkpoint_every: steps between checkpoints; 0 keeps the last step only.
-    keep: checkpoints kept.
-    wandb: project of Weights & Biases that gets the metrics too; '' is none.
+  Raises:
+    UserError: if a value is not allowed, or two values contradict each other.
   """
 
-  epochs: int = 1
-  batch_size: int = 32
-  max_length: int = 1024
-  accumulation: int = 1
-  loss_normalization: str = 'sequence'
-  target: str = 'last'
-  helpfulness_share: float = 0.0
-  drop_truncated: bool = True
-  filters: tuple[str, ...] = ()
-  learning_rate: float = 1e-5
-  schedule: str = 'cosine'
-  warmup: float = 0.05
-  decay: float = 0.1
-  final_share: float = 0.0
-  weight_decay: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  clip_norm: float = 1.0
-  ema: float = 0.0
-  lora_rank: int = 0
-  lora_alpha: float = 16.0
-  lora_modules: str = 'attention/|mlp/'
-  remat: str = 'none'
-  attention: str = 'blocks'
-  dtype: str = 'float32'
-  seed: int = 0
-  eval_share: float = 0.0
-  eval_every: int = 0
-  patience: int = 0
-  probes: int = 0
-  log_every: int = 1
-  checkpoint_every: int = 100
-  keep: int = 2
-  wandb: str = ''
+  epochs: int = setting(1, 'Number of times that each example is seen.')
+  batch_size: int = setting(
+    32, 'Packed rows per optimizer step, over all devices and micro-batches.'
+  )
+  max_length: int = setting(1024, 'Tokens per packed row. Longer examples are dropped and counted.')
+  accumulation: int = setting(
+    1, 'Micro-batches per step, computed one after the other. It must divide `batch_size`.'
+  )
+  loss: str = setting(
+    'nll', "Name of a registered loss. 'nll' is the negative log-likelihood of the target tokens."
+  )
+  loss_normalization: str = setting(
+    'sequence',
+    "What the summed loss is divided by: 'sequence' is the number of sequences, as in the "
+    "objective of Constitutional AI; 'token' is the number of target tokens.",
+  )
+  target: str = setting(
+    'last',
+    "Which texts to learn: the 'last' revision, 'all' revisions (each one is an example), or the "
+    "'initial' response (a control).",
+  )
+  helpfulness_share: float = setting(
+    0.0, 'Share of the examples that are initial responses to helpfulness prompts, in [0, 1).'
+  )
+  drop_truncated: bool = setting(
+    True, 'Whether to drop target texts that were cut at `max_tokens` when they were sampled.'
+  )
+  filters: tuple[str, ...] = setting(
+    (),
+    'Defects that exclude a text, by their names in `feedback.max_rate`. A text is counted under '
+    'the first defect that it has. Initial responses cannot have a defect that compares a '
+    'revision with its response, critique or requests.',
+  )
+  learning_rate: float = setting(1e-5, 'Peak learning rate.')
+  schedule: str = setting(
+    'cosine',
+    "Learning rate after the warm-up: 'constant', 'linear' or 'cosine' decay, or 'wsd' (warm-up, "
+    'stable, decay; Hu et al. 2024), which is constant and then falls linearly.',
+  )
+  warmup: float = setting(
+    0.05, 'Share of all steps over which the learning rate rises linearly to its peak.'
+  )
+  decay: float = setting(
+    0.1, "Share of all steps, at the end, over which the learning rate of 'wsd' falls."
+  )
+  final_share: float = setting(
+    0.0, "Share of the peak learning rate at which 'linear', 'cosine' and 'wsd' end, in [0, 1]."
+  )
+  weight_decay: float = setting(
+    0.0, 'Weight decay of AdamW. It does not apply to norms and biases.'
+  )
+  b1: float = setting(0.9, 'Decay rate of the first moment in AdamW.')
+  b2: float = setting(0.95, 'Decay rate of the second moment in AdamW.')
+  eps: float = setting(1e-8, 'Term added to the denominator in AdamW.')
+  clip_norm: float = setting(1.0, 'Global norm that gradients are clipped to. 0 disables clipping.')
+  ema: float = setting(
+    0.0,
+    'Decay of an exponential moving average of the parameters, which becomes the result of the '
+    'training. 0 disables it.',
+  )
+  lora_rank: int = setting(
+    0, 'Rank of low-rank adapters, which are trained in place of all parameters. 0 disables them.'
+  )
+  lora_alpha: float = setting(
+    16.0, 'Scale of the adapters: their product is multiplied by `lora_alpha / lora_rank`.'
+  )
+  lora_modules: str = setting(
+    'attention/|mlp/',
+    'Regular expression that selects the linear layers to adapt. It is searched in paths such as '
+    "'layers/0/attention/query'.",
+  )
+  remat: str = setting(
+    'none',
+    "What the backward pass recomputes to save memory: 'none'; 'dots', everything in a block "
+    "except products with parameters; or 'full', whole blocks, which costs about a third more "
+    'time.',
+  )
+  attention: str = setting(
+    'blocks',
+    "Attention implementation: 'blocks', 'xla', 'splash' (TPUs only) or 'cudnn' (NVIDIA GPUs "
+    'only).',
+  )
+  dtype: str = setting(
+    'float32',
+    "Compute dtype, 'float32' or 'bfloat16'. Parameters and optimizer state are always float32.",
+  )
+  seed: int = setting(
+    0, 'Seed for the order of the examples, the held-out split and the initial adapters.'
+  )
+  eval_share: float = setting(
+    0.0, 'Share of the prompts whose examples are held out to measure the loss, in [0, 1).'
+  )
+  eval_every: int = setting(
+    0, 'Steps between evaluations on the held-out examples. 0 evaluates only at the end.'
+  )
+  patience: int = setting(
+    0,
+    'Number of evaluations in a row without a lower held-out loss after which training stops. 0 '
+    'never stops early.',
+  )
+  probes: int = setting(0, 'Number of held-out prompts that are answered at each evaluation.')
+  log_every: int = setting(1, 'Steps between rows of `metrics.jsonl`.')
+  checkpoint_every: int = setting(100, 'Steps between checkpoints. 0 saves only at the end.')
+  keep: int = setting(2, 'Number of latest checkpoints that are kept.')
+  wandb: str = setting(
+    '', "Weights & Biases project that metrics are also sent to. '' disables it."
+  )
 
   def __post_init__(self):
+    self._check_names()
+    self._check_numbers()
+    self._check_combinations()
+    _ = self.lora  # checked on construction
+    if self.wandb and not _is_installed('wandb'):
+      raise UserError(
+        f'train.wandb={self.wandb!r} needs the package wandb, which is not installed. Run '
+        "`pip install wandb`, or set train.wandb=''."
+      )
+
+  def _check_names(self) -> None:
     for name, allowed in (
-      ('loss_normalization', tuple(WEIGHTS)),
+      ('loss_normalization', LOSSES[self.loss].normalizations),
       ('target', TARGETS),
       ('schedule', SCHEDULES),
-      ('dtype', ('float32', 'bfloat16')),
-      ('remat', tuple(REMAT)),
-      ('attention', tuple(KERNELS)),
+      ('dtype', DTYPES),
+      ('remat', REMAT),
+      ('attention', KERNELS),
     ):
-      if getattr(self, name) not in allowed:
-        raise UserError(f'train.{name}={getattr(self, name)!r} is not one of {allowed}.')
+      value = getattr(self, name)
+      if value not in allowed:
+        raise UserError(f'train.{name}={value!r} is not one of {tuple(allowed)}.')
     unknown = [name for name in self.filters if name not in quality.FLAGS]
     if unknown or isinstance(self.filters, str):
       raise UserError(
         f'train.filters={self.filters!r} must be a tuple of names of {tuple(quality.FLAGS)}.'
       )
-    for name, low in (
-      ('epochs', 1),
-      ('batch_size', 1),
-      ('max_length', 2),
-      ('accumulation', 1),
-      ('log_every', 1),
-      ('checkpoint_every', 0),
-      ('keep', 1),
-      ('eval_every', 0),
-      ('patience', 0),
-      ('probes', 0),
-      ('weight_decay', 0),
-      ('clip_norm', 0),
-    ):
-      if not getattr(self, name) >= low:  # NaN too
-        raise UserError(f'train.{name}={getattr(self, name)} is too small: at least {low}.')
-    for name in ('learning_rate', 'eps'):
+
+  def _check_numbers(self) -> None:
+    for name, minimum in _MINIMUM.items():
+      if not getattr(self, name) >= minimum:
+        raise UserError(f'train.{name}={getattr(self, name)} must be at least {minimum}.')
+    for name in _POSITIVE:
       if not 0 < getattr(self, name) < math.inf:
         raise UserError(f'train.{name}={getattr(self, name)} must be a positive number.')
-    for name in ('helpfulness_share', 'b1', 'b2', 'warmup', 'decay', 'ema', 'eval_share'):
+    for name in _BELOW_ONE:
       if not 0 <= getattr(self, name) < 1:
-        raise UserError(f'train.{name}={getattr(self, name)} is not in [0, 1).')
+        raise UserError(f'train.{name}={getattr(self, name)} must be in [0, 1).')
+    if not 0 <= self.final_share <= 1:
+      raise UserError(f'train.final_share={self.final_share} must be in [0, 1].')
+
+  def _check_combinations(self) -> None:
     if self.schedule == 'wsd' and self.warmup + self.decay > 1:
       raise UserError(
-        f'train.warmup={self.warmup} and train.decay={self.decay} are over 1 together: they are '
-        'shares of the same steps.'
+        f'train.warmup={self.warmup} and train.decay={self.decay} are shares of the same steps and '
+        'add up to more than 1. Lower one of them.'
       )
     if (self.eval_every or self.patience) and not self.eval_share:
       raise UserError(
-        f'train.eval_every={self.eval_every} and train.patience={self.patience} need examples that '
-        'are held out: set train.eval_share, such as 0.02.'
+        f'train.eval_every={self.eval_every} and train.patience={self.patience} need held-out '
+        'examples. Set train.eval_share, for example to 0.02.'
       )
     if self.patience and not self.eval_every:
-      raise UserError(f'train.patience={self.patience} counts evaluations: set train.eval_every.')
-    if self.lora_rank < 0:
-      raise UserError(f'train.lora_rank={self.lora_rank} is too small: at least 0.')
-    _ = self.lora  # checked when made
-    if self.wandb and not _installed('wandb'):
       raise UserError(
-        f'train.wandb={self.wandb!r} sends metrics to Weights & Biases, whose package is not '
-        "installed: pip install wandb, or set train.wandb=''."
+        f'train.patience={self.patience} counts evaluations. Set train.eval_every as well.'
       )
-    if not 0 <= self.final_share <= 1:
-      raise UserError(f'train.final_share={self.final_share} is not in [0, 1].')
     if self.batch_size % self.accumulation:
       raise UserError(
-        f'train.batch_size={self.batch_size} rows cannot be split into '
-        f'train.accumulation={self.accumulation} micro-batches: use a multiple of it.'
+        f'train.batch_size={self.batch_size} must be a multiple of '
+        f'train.accumulation={self.accumulation}.'
       )
 
   @property
   def lora(self) -> LoraConfig | None:
-    """The adapters that are trained; None if all parameters are."""
+    """The adapters to train, or None if all parameters are trained."""
     if not self.lora_rank:
       return None
     try:
       return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_modules)
-    except ValueError as error:
+    except UserError as error:
       raise UserError(f'train.lora_*: {str(error).removeprefix("lora: ")}') from None
 
 
-def _installed(package: str) -> bool:
-  """Whether a package can be imported. A mere folder of its name, such as its logs', is none."""
+def _is_installed(package: str) -> bool:
+  """Whether a package can be imported; a folder of that name without code does not count."""
   spec = importlib.util.find_spec(package)
   return spec is not None and spec.origin is not None

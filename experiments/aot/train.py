@@ -15,8 +15,9 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
-from cai_jax.training import step as train_steps
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.state import TrainState, abstract_state
+from cai_jax.training.step import make_train_step
 from experiments.aot import program as programs
 from experiments.aot.flops import traced_flops
 from experiments.aot.program import Program, TooLarge, build, local_bytes
@@ -66,7 +67,7 @@ class Shapes:
   """The jitted step, and the shapes and shardings of its arguments."""
 
   step: Any
-  state: train_steps.TrainState
+  state: TrainState
   batch: dict[str, jax.ShapeDtypeStruct]
 
   def trace(self) -> jax.stages.Traced:
@@ -92,8 +93,8 @@ def shapes_of(job: Training) -> Shapes:
     graph, frozen = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0], params
     init = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
     params = jax.eval_shape(init, jax.random.key(0))
-  state = train_steps.abstract_state(params, job.train, job.mesh, frozen)
-  step = train_steps.make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
+  state = abstract_state(params, job.train, job.mesh, frozen)
+  step = make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
   shape = (job.train.batch_size, job.train.max_length)
   rows = batch_sharding(job.mesh)
@@ -107,7 +108,7 @@ def min_bytes_moved(job: Training, shapes: Shapes) -> float:
   Trained parameters and their moments are read and written once. All parameters, gathered and in
   the compute dtype, are read in the forward and in the backward pass of each micro-batch.
   """
-  state = local_bytes(shapes.state.learnt)
+  state = local_bytes(shapes.state.without_frozen)
   params = job.model.num_params * jnp.dtype(job.train.dtype).itemsize / job.mesh.shape['tensor']
   return 2 * state + 2 * job.train.accumulation * params
 

@@ -12,7 +12,8 @@ from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.step import init_state, make_train_step
+from cai_jax.training.state import init_state
+from cai_jax.training.step import make_train_step
 from experiments.bench.examples import Example, Rows
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
@@ -71,7 +72,7 @@ class System:
     plan = [packing.Step(self.bucket, tuple(map(tuple, rows))) for rows in self.steps[first:stop]]
     place = lambda batch: jax.device_put(batch, self.sharding)  # noqa: E731
     losses = []
-    for arrays in packing.iterate(packing.Batches(self.items, plan), place):
+    for arrays in packing.iterate_batches(packing.Batches(self.items, plan), place):
       self.state, metrics = self.step(self.state, arrays)
       losses.append(metrics['loss'])
     losses = [float(loss) for loss in jax.device_get(losses)]

@@ -14,11 +14,12 @@ from cai_jax.data import examples, packing
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training import objective
+from cai_jax.training.losses import cross_entropy, targets
+from cai_jax.training.losses.nll import negative_log_likelihood
 
 CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
 GRAPH, _ = abstract_model(CONFIG)
-loss = jax.jit(functools.partial(objective.loss_and_metrics, GRAPH))
+loss = jax.jit(functools.partial(negative_log_likelihood, GRAPH))
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +92,7 @@ def test_backward_agrees_with_autodiff(slices):
     return -0.5 * jnp.sum(chosen * weights)
 
   def ours(hidden, table):
-    return 0.5 * objective.cross_entropy(slices, hidden, table, targets, weights)
+    return 0.5 * cross_entropy.weighted_cross_entropy(slices, hidden, table, targets, weights)
 
   for wanted in (0, 1, (0, 1)):
     found = jax.jit(jax.value_and_grad(ours, wanted))(hidden, table)
@@ -108,7 +109,7 @@ def test_slices_without_targets_are_left_out():
   seen = jnp.zeros((3, 8), bool).at[0, (2, 5)].set(True).at[1, (0, 1)].set(True)
   seen = seen.at[2, (7, 0)].set(True)  # what fills the first slice up, in the order of places
   hidden = jnp.where(seen[..., None], hidden, jnp.nan)
-  loss, grads = jax.value_and_grad(objective.cross_entropy, (1, 2))(
+  loss, grads = jax.value_and_grad(cross_entropy.weighted_cross_entropy, (1, 2))(
     4, hidden, table, targets, weights
   )
   assert jnp.isfinite(loss) and all(jnp.isfinite(g).all() for g in grads)
@@ -120,11 +121,11 @@ def test_targets_are_the_marked_tokens_of_the_same_segment():
     'segment_ids': jnp.array([[1, 1, 1, 2, 2, 2, 0, 0]]),
     'loss_mask': jnp.array([[1, 0, 1, 1, 1, 0, 1, 1]]),
   }
-  targets, weights = objective.targets_of(batch)
+  predicted, weights = targets.next_token_targets(batch)
   # Of the marked tokens 10 and 20 begin their segments and the last two are padding.
   np.testing.assert_array_equal(weights, [[0, 1, 0, 1, 0, 0, 0, 0]])
-  assert targets[0, 1] == 12 and targets[0, 3] == 21
-  assert objective.count_sequences(batch['segment_ids'], weights) == 2
+  assert predicted[0, 1] == 12 and predicted[0, 3] == 21
+  assert targets.count_sequences(batch['segment_ids'], weights) == 2
 
 
 def test_what_is_not_marked_or_follows_changes_nothing(params):
@@ -154,7 +155,7 @@ def test_the_sum_is_the_sum_of_single_tokens(params):
 SMALL = dataclasses.replace(CONFIG, num_layers=1)
 GRAD_GRAPH, _ = abstract_model(SMALL)
 gradient = jax.jit(
-  jax.value_and_grad(functools.partial(objective.loss_and_metrics, GRAD_GRAPH), has_aux=True)
+  jax.value_and_grad(functools.partial(negative_log_likelihood, GRAD_GRAPH), has_aux=True)
 )
 
 
@@ -186,7 +187,7 @@ def test_sliced_logits_equal_whole_ones(small, monkeypatch, length):
   batch = alone(make_examples(4, [12, 20, 24]), length)
   whole = gradient(small, batch)
   for at_once, of_slice in ((3 * 4 * 48, 4), (1, 1)):
-    monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', at_once)
+    monkeypatch.setattr(cross_entropy, 'LOGITS_AT_ONCE', at_once)
     jax.clear_caches()
     agree(gradient(small, batch), whole)
     text = gradient.lower(small, batch).as_text()
@@ -195,9 +196,9 @@ def test_sliced_logits_equal_whole_ones(small, monkeypatch, length):
 
 def test_slices_are_sized_by_the_rows_of_a_device(small, monkeypatch):
   batch = alone(make_examples(4, [12, 20, 24, 9]))
-  monkeypatch.setattr(objective, 'LOGITS_AT_ONCE', 4 * 48)
+  monkeypatch.setattr(cross_entropy, 'LOGITS_AT_ONCE', 4 * 48)
   rows = batch_sharding(make_mesh(2, 2, devices=jax.devices()[:4]))
   for sharding, of_slice in ((rows, 4), (None, 1)):
-    run = functools.partial(objective.loss_and_metrics, GRAD_GRAPH, sharding=sharding)
+    run = functools.partial(negative_log_likelihood, GRAD_GRAPH, sharding=sharding)
     text = jax.jit(run).lower(small, batch).as_text()
     assert f'tensor<4x{of_slice}x48xf32>' in text

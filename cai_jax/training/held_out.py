@@ -1,0 +1,92 @@
+"""The loss on held-out examples, and early stopping."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from cai_jax.data import packing
+from cai_jax.data.examples import Example
+from cai_jax.runtime.errors import NonFiniteError
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.losses import LOSSES, Batch, Sums
+from cai_jax.training.state import TrainState
+from cai_jax.training.step import place_batch
+
+
+class HeldOut:
+  """Evaluates the loss on held-out examples and decides when to stop early.
+
+  Args:
+    eval_step: see `step.make_eval_step`.
+    examples: the held-out examples; there may be none.
+    buckets: batch shapes of training; evaluation uses the shapes of their micro-batches.
+    config: the run's settings.
+    sharding: sharding of a batch's rows.
+
+  Attributes:
+    losses: losses of all evaluations of the run, including those before it was resumed.
+  """
+
+  def __init__(
+    self,
+    eval_step: Callable[[Any, Any, Batch], Sums],
+    examples: Sequence[Example],
+    buckets: Sequence[packing.Bucket],
+    config: TrainConfig,
+    sharding: NamedSharding,
+  ):
+    self._eval_step, self._config, self._sharding = eval_step, config, sharding
+    self._batches: Sequence[dict[str, Any]] = ()
+    if examples:
+      micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
+      steps = packing.plan([len(example.tokens) for example in examples], micro, 1, 0)
+      self._batches = packing.Batches(examples, steps)
+    self.losses: list[float] = []
+
+  def evaluate(self, state: TrainState) -> dict[str, float]:
+    """Return the loss under the run's normalization, and per token if the loss can state it.
+
+    Raises:
+      NonFiniteError: if the loss is NaN or infinite.
+    """
+    sums = []
+    for i in range(len(self._batches)):
+      batch = place_batch(self._batches[i], self._sharding)
+      sums.append(self._eval_step(state.eval_params, state.frozen, batch))
+    sums = jax.device_get(sums)
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    normalizations = LOSSES[self._config.loss].normalizations
+    loss = _divide(total, normalizations[self._config.loss_normalization])
+    if not math.isfinite(loss):
+      raise NonFiniteError(
+        f'The loss on held-out examples is {loss}. Lower train.learning_rate or set '
+        'train.clip_norm; earlier checkpoints are kept.'
+      )
+    self.losses.append(loss)
+    row = {'loss': loss}
+    if 'token' in normalizations:
+      row[f'{self._config.loss}_per_token'] = _divide(total, normalizations['token'])
+    return row
+
+  @property
+  def should_stop(self) -> bool:
+    """Whether none of the last `patience` evaluations improved on the lowest loss before them."""
+    patience, losses = self._config.patience, self.losses
+    return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+  def summarize(self) -> dict[str, float | bool]:
+    """Return the last loss, the lowest loss, and whether training stopped early."""
+    if not self.losses:
+      return {}
+    return {
+      'held_out_loss': self.losses[-1],
+      'least_held_out_loss': min(self.losses),
+      'stopped_early': self.should_stop,
+    }
+
+
+def _divide(total: dict[str, float], weight: str) -> float:
+  return total['loss_sum'] / max(total[weight], 1.0)

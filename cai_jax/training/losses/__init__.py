@@ -1,0 +1,27 @@
+"""Training losses, one per file, registered by name: `train.loss` selects one of them.
+
+To add a loss, write a file that registers a function:
+
+    from cai_jax.training.losses import register_loss
+
+    @register_loss('my_loss', normalizations={'sequence': 'num_sequences'})
+    def my_loss(graph, params, batch, sharding=None, remat='none', attention='xla'):
+      ...
+      return loss_sum, {'num_tokens': ..., 'num_sequences': ...}
+
+A file in this folder is imported automatically. A file outside the package is named in
+`config.plugins`. `nll.py` is the example to start from.
+
+A loss receives the model in two halves (`graph` and `params`), a packed batch, and how to compute
+the model (`sharding`, `remat`, `attention`). It returns sums, never means: the summed loss, and the
+sums that it may be divided by. The train step adds these sums over micro-batches and devices and
+divides once, so packing, padding, accumulation and parallelism cannot change the result.
+`loss.LossFunction` documents every argument.
+"""
+
+from cai_jax.runtime.registry import import_submodules
+from cai_jax.training.losses.loss import LOSSES, Batch, Loss, LossFunction, Sums, register_loss
+
+__all__ = ['LOSSES', 'Batch', 'Loss', 'LossFunction', 'Sums', 'register_loss']
+
+import_submodules(__name__, __path__)

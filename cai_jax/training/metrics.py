@@ -1,0 +1,114 @@
+"""Files that a training run writes rows to, with TensorBoard and Weights & Biases beside them."""
+
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+
+METRICS_FILE = 'metrics.jsonl'
+COSTS_FILE = 'costs.jsonl'
+HELD_OUT_FILE = 'held_out.jsonl'
+PROBES_FILE = 'probes.jsonl'
+WANDB_ID_FILE = 'wandb_id'  # id of the run at Weights & Biases
+
+
+class MetricsWriter:
+  """Appends rows to the run's files and sends their numbers to TensorBoard and Weights & Biases.
+
+  Construction removes the rows and TensorBoard events after `first_step`, so a resumed run has no
+  step twice. Only process 0 may have a writer.
+
+  Args:
+    workdir: folder of the run.
+    first_step: number of steps taken before this start.
+    wandb: Weights & Biases project; '' disables it. All starts of a run are one run there.
+    settings: the run's settings, to be shown at Weights & Biases.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, first_step: int, wandb: str, settings: Mapping[str, Any]
+  ):
+    self._workdir = workdir
+    for name in (METRICS_FILE, COSTS_FILE, HELD_OUT_FILE, PROBES_FILE):
+      _truncate(workdir / name, first_step)
+    # TensorBoard hides events at and after the purge step. Steps count from 1.
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=first_step + 1
+    )
+    self._wandb_run = _start_wandb_run(workdir, wandb, settings) if wandb else None
+
+  def close(self, succeeded: bool) -> None:
+    """Close the files; `succeeded` is shown as the run's outcome at Weights & Biases."""
+    self._events.close()
+    if self._wandb_run is not None:
+      self._wandb_run.finish(exit_code=0 if succeeded else 1)
+
+  def write_row(self, file: str, row: dict[str, Any]) -> None:
+    """Append a row, which has the key `step`, to one of the files."""
+    with open(self._workdir / file, 'a', encoding='utf-8') as lines:
+      lines.write(json.dumps(row) + '\n')
+
+  def write_scalars(self, file: str, group: str, row: dict[str, float]) -> None:
+    """Append a row of numbers to a file, and send them on as scalars named `group/key`."""
+    self.write_row(file, row)
+    scalars = {f'{group}/{key}': value for key, value in row.items() if key != 'step'}
+    for key, value in scalars.items():
+      self._events.add_scalar(key, value, row['step'])
+    if self._wandb_run is not None:
+      self._wandb_run.log({'step': row['step'], **scalars})
+
+  def write_text(self, name: str, text: str, step: int) -> None:
+    """Send a Markdown text to TensorBoard."""
+    self._events.add_text(name, text, step)
+
+
+def read_rows(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:
+  """Return the complete rows of a file.
+
+  Args:
+    path: one of the run's files; a missing file has no rows.
+    last_step: leave out the rows of later steps.
+  """
+  if not path.exists():
+    return []
+  rows = [json.loads(line) for line in path.read_bytes().split(b'\n')[:-1]]
+  return [row for row in rows if last_step is None or row['step'] <= last_step]
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+  """Remove an incomplete row and the rows after `last_step`."""
+  if path.exists():
+    rows = read_rows(path, last_step)
+    _write_atomically(path, ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def _write_atomically(path: pathlib.Path, text: str) -> None:
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+def _start_wandb_run(workdir: pathlib.Path, project: str, settings: Mapping[str, Any]) -> Any:
+  """Start this run at Weights & Biases, or resume it there."""
+  import wandb  # optional; TrainConfig checks that it is installed
+
+  # The id is stored in the workdir, so it moves with the run, and a new run in a folder of the same
+  # name is a new run there.
+  path = workdir / WANDB_ID_FILE
+  if not path.exists():
+    _write_atomically(path, secrets.token_hex(8))
+  run = wandb.init(
+    project=project,
+    id=path.read_text(),
+    resume='allow',
+    dir=str(workdir),
+    config=dict(settings),
+  )
+  # The counter of wandb cannot go back, as ours does when a crashed run resumes from a checkpoint.
+  run.define_metric('step')
+  run.define_metric('*', step_metric='step')
+  return run

@@ -1,0 +1,123 @@
+"""The train state: what it holds, how it is sharded, and its initial value."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.model.sharding import param_shardings
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a train step reads and writes.
+
+  Attributes:
+    step: i32[], number of optimizer steps taken.
+    params: the trained parameters, f32.
+    opt_state: the optimizer's state, f32.
+    ema: moving average of `params`, f32; None without `train.ema`.
+    frozen: parameters that are not trained, in the compute dtype; None if all are trained.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any = None
+  frozen: Any = None
+
+  @property
+  def eval_params(self) -> Any:
+    """The trained parameters to evaluate and to save: the moving average, if there is one."""
+    return self.params if self.ema is None else self.ema
+
+  @property
+  def without_frozen(self) -> 'TrainState':
+    """The state without its frozen parameters, which is what a checkpoint stores."""
+    return dataclasses.replace(self, frozen=None)
+
+
+def state_shardings(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
+  """Return a TrainState of NamedShardings.
+
+  The optimizer's moments are sharded like their parameters, and scalars are replicated.
+
+  Args:
+    params: trained parameters, or their ShapeDtypeStructs.
+    config: the run's settings.
+    mesh: the devices.
+    frozen: parameters that are not trained, if any.
+
+  Raises:
+    UserError: if the size of a mesh axis does not divide the dimension that it shards.
+  """
+  shardings = param_shardings(params, mesh)
+  replicated = NamedSharding(mesh, P())
+  optimizer = make_optimizer(config, 1)
+  opt_state = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, params),
+    shardings,
+    transform_non_params=lambda _: replicated,
+  )
+  return TrainState(
+    step=replicated,
+    params=shardings,
+    opt_state=opt_state,
+    ema=shardings if config.ema else None,
+    frozen=param_shardings(frozen, mesh),
+  )
+
+
+def abstract_state(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
+  """Return the initial TrainState as ShapeDtypeStructs with shardings, without computing it.
+
+  The arguments are those of `state_shardings`.
+  """
+  shapes = jax.eval_shape(lambda *args: _initial_state(*args, config), params, frozen)
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    state_shardings(params, config, mesh, frozen),
+  )
+
+
+def init_state(params: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+  """Return the TrainState before the first step, on the mesh, without frozen parameters.
+
+  Args:
+    params: parameters to train; the state owns an f32 copy of them.
+    config: the run's settings.
+    mesh: the devices.
+  """
+  shardings = state_shardings(params, config, mesh)
+  return jax.jit(lambda p: _initial_state(p, None, config), out_shardings=shardings)(params)
+
+
+def place_frozen(params: Any, config: TrainConfig, mesh: Mesh) -> Any:
+  """Return a copy of parameters that are not trained, on the mesh in the compute dtype."""
+  shardings = param_shardings(params, mesh)
+  return jax.jit(lambda p: _copy(p, config.dtype), out_shardings=shardings)(params)
+
+
+def _initial_state(params, frozen, config: TrainConfig) -> TrainState:
+  params = _copy(params, jnp.float32)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=make_optimizer(config, 1).init(params),
+    ema=_copy(params, jnp.float32) if config.ema else None,
+    frozen=_copy(frozen, config.dtype),
+  )
+
+
+def _copy(tree, dtype):
+  return jax.tree.map(lambda p: jnp.array(p, dtype, copy=True), tree)

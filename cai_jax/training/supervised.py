@@ -1,0 +1,74 @@
+"""Supervised fine-tuning on D_CAI: from the rows of the dataset to the trained parameters."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cai_jax.data import quality
+from cai_jax.data.examples import build_examples, hold_out
+from cai_jax.dialogue import Dialogue
+from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.loop import Monitoring, Probe, fit
+
+
+def fine_tune(
+  lm: LM,
+  rows: Sequence[Mapping[str, Any]],
+  dialogue: Dialogue,
+  config: TrainConfig,
+  workdir: str | os.PathLike,
+  probe: Probe | None = None,
+  profile_steps: int = 0,
+  references: quality.References | None = None,
+) -> tuple[Any, dict[str, Any]]:
+  """Fine-tune a model on D_CAI.
+
+  Args:
+    lm: the initial model, which does not change.
+    rows: rows of D_CAI, see `d_cai.read_rows`.
+    dialogue: renders conversations for the model's tokenizer.
+    config: settings of the run.
+    workdir: folder of the run; see `fit`.
+    probe: answers fixed prompts at each evaluation; see `Monitoring`.
+    profile_steps: number of steps to record a profiler trace of.
+    references: the constitution's references, which some of `config.filters` need.
+
+  Returns:
+    The trained parameters, f32, and a summary with the counts of the examples.
+
+  Raises:
+    UserError: if `config.max_length` exceeds the model's context, and as in `build_examples`,
+      `hold_out` and `fit`.
+    NonFiniteError: if a loss or gradient norm is NaN or infinite.
+    Preempted: after SIGTERM, when a checkpoint has been saved.
+  """
+  if config.max_length > lm.config.max_positions:
+    raise UserError(
+      f'train.max_length={config.max_length} is more than the {lm.config.max_positions} tokens '
+      f'that the context of {lm.name} holds.'
+    )
+  built = build_examples(
+    rows,
+    dialogue,
+    target=config.target,
+    helpfulness_share=config.helpfulness_share,
+    max_length=config.max_length,
+    drop_truncated=config.drop_truncated,
+    filters=config.filters,
+    references=references,
+    seed=config.seed,
+  )
+  train_examples, held_out = hold_out(built.examples, config.eval_share, config.seed)
+  params, summary = fit(
+    lm.config,
+    lm.params,
+    train_examples,
+    config,
+    lm.mesh,
+    workdir,
+    init_id=lm.fingerprint,
+    monitoring=Monitoring(held_out, probe, profile_steps),
+  )
+  return params, {**built.counts, 'held_out': len(held_out), **summary}

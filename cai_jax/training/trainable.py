@@ -1,0 +1,62 @@
+"""Which parameters of a model are trained: all of them, or low-rank adapters beside frozen ones."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from cai_jax.model import lora
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.sharding import param_shardings
+from cai_jax.model.transformer import abstract_model
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.state import TrainState, place_frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableModel:
+  """A model divided into trained and frozen parameters.
+
+  Attributes:
+    graph: static half of the model that is trained, with its adapters if it has any.
+    params: initial values of the trained parameters.
+    frozen: the other parameters, on the mesh in the compute dtype; None if all are trained.
+    full_params: returns all parameters of the plain model for a train state, with adapters merged.
+  """
+
+  graph: nnx.GraphDef
+  params: Any
+  frozen: Any
+  full_params: Callable[[TrainState], Any]
+
+
+def divide_model(
+  model: ModelConfig, params: Any, config: TrainConfig, mesh: Mesh
+) -> TrainableModel:
+  """Divide a model as `config.lora` says.
+
+  Args:
+    model: architecture of the model.
+    params: its parameters.
+    config: the run's settings.
+    mesh: the devices.
+
+  Raises:
+    UserError: if `lora_modules` matches no linear layer.
+  """
+  if config.lora is None:
+    graph, _ = abstract_model(model, config.dtype)
+    return TrainableModel(graph, params, None, lambda state: state.eval_params)
+  graph, _ = lora.abstract_model(model, config.lora, config.dtype)
+  # Every process draws the same adapters. They leave the device because the train state places them
+  # on a mesh that may span processes.
+  adapters = jax.device_get(lora.init(model, config.lora, jax.random.key(config.seed)))
+  merge = jax.jit(
+    lambda params, adapters: lora.merge(params, adapters, config.lora),
+    out_shardings=param_shardings(params, mesh),
+  )
+  frozen = place_frozen(params, config, mesh)
+  return TrainableModel(graph, adapters, frozen, lambda state: merge(params, state.eval_params))

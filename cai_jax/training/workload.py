@@ -1,0 +1,58 @@
+"""How many tokens and FLOPs each step of a plan takes, for throughput and utilization."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cai_jax.data import packing
+from cai_jax.data.examples import Example
+from cai_jax.model.config import ModelConfig
+from cai_jax.runtime import hardware
+from cai_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """What each step computes, known before training starts.
+
+  Attributes:
+    tokens: i64[steps], tokens of prompts and responses, without padding.
+    flops: f64[steps], FLOPs that the model needs for the forward and backward pass on them;
+      recomputation does not count.
+    peak_flops: peak FLOP/s of all devices together; None if unknown.
+    example_ids: returns the ids of the examples in a step, which is given by its index from 0.
+  """
+
+  tokens: np.ndarray
+  flops: np.ndarray
+  peak_flops: float | None
+  example_ids: Callable[[int], list[str]]
+
+
+def measure_workload(
+  model: ModelConfig,
+  examples: Sequence[Example],
+  steps: Sequence[packing.Step],
+  config: TrainConfig,
+  mesh: Mesh,
+) -> Workload:
+  """Return the workload of a plan.
+
+  Args:
+    model: architecture of the model.
+    examples: the training examples.
+    steps: which examples are in which step, see `packing.plan`.
+    config: the run's settings.
+    mesh: the devices.
+  """
+  lengths = np.array([len(example.tokens) for example in examples])
+  step_lengths = [lengths[[i for row in step.rows for i in row]] for step in steps]
+  adapters = config.lora is not None
+  return Workload(
+    tokens=np.array([x.sum() for x in step_lengths]),
+    flops=np.array([model.training_flops(x, adapters=adapters) for x in step_lengths]),
+    peak_flops=hardware.peak_flops(list(mesh.devices.flat), config.dtype),
+    example_ids=packing.Batches(examples, steps).example_ids,
+  )

@@ -201,7 +201,7 @@ def test_wrong_settings_are_refused_before_the_first_step(tmp_path):
   with pytest.raises(UserError, match='no example'):
     fit(mesh, tmp_path, CONFIG, buckets=(), examples=[])
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot be written'):
+  with pytest.raises(UserError, match='is not writable'):
     fit(mesh, tmp_path / 'file' / 'run', CONFIG, buckets=())
   for name, value in (
     ('epochs', 0),

@@ -353,7 +353,7 @@ def _published_principles(path: str) -> list[Principle]:
 
 
 def _without_labels(where: str, text: Any, request: str, reply: str) -> str:
-  """Return the request that stands between its own label and the label of the reply."""
+  """Return the request between its own label and the label of the reply."""
   try:
     messages = split_plain(text) if isinstance(text, str) else []
   except UserError:

@@ -1,7 +1,7 @@
 """Sources of prompts: files, TFDS datasets, the Hugging Face hub, and sources that users register.
 
-A source is a function that yields rows. To add one, register it under the name that
-`prompts.*.source` shall have, or under a suffix to read a new file format:
+A source is a function that yields rows. To add one, register it under a name, which users then set
+as `prompts.*.source`. To read a new file format, register it under the suffix of its files:
 
   @SOURCES.register('.csv')
   def read_csv(source: PromptSource, seed: int) -> Iterator[Row]:

@@ -16,6 +16,8 @@ from cai_jax.dialogue.encode import Piece
 from cai_jax.dialogue.messages import Message
 from cai_jax.runtime.registry import Registry
 
+TemplateOptions = tuple[tuple[str, Any], ...]  # (name, value) pairs
+
 
 class Format(Protocol):
   """A prompt format, bound to one tokenizer.
@@ -45,10 +47,7 @@ class Format(Protocol):
     ...
 
   def reply(self, text: str, reply_role: str) -> tuple[list[Piece], list[Piece]]:
-    """Return the pieces that end any prompt for this role, and those of the reply.
-
-    The reply includes the token that ends the turn.
-    """
+    """Return (pieces that end a prompt for this role, pieces of the reply and its end token)."""
     ...
 
   def conversation(self, messages: Sequence[Message]) -> list[Piece]:
@@ -59,5 +58,3 @@ class Format(Protocol):
 # Each entry is called as entry(encoder, eos_token_ids, template_options) and returns a Format. It
 # raises UserError if the tokenizer or the options do not suit it.
 FORMATS: Registry[Callable[..., Format]] = Registry('prompt format')
-
-TemplateOptions = tuple[tuple[str, Any], ...]

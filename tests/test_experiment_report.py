@@ -1,4 +1,4 @@
-"""An experiment's page, figures and table say what the results say, and run nothing they hold."""
+"""Test the report of an experiment: its page, figures and table are exact and run no markup."""
 
 import copy
 import re
@@ -9,9 +9,10 @@ import xml.etree.ElementTree
 import pytest
 
 from cai_jax import report
-from cai_jax.report import figures
+from cai_jax.report import figures, inline_svg
 from cai_jax.report.numbers import cell
 
+CHARACTER = 0.56 * 12  # mean width of a character in a sans-serif font
 INJECTED = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
 
 
@@ -97,7 +98,7 @@ def _write(path, chains=(), **changes):
 
 
 def _table(text, name):
-  """The rows of a table of the page: the text of each cell."""
+  """Return the text of each cell of a table, row by row."""
   part = text[re.search(rf'<table class="[^"]*{name}"', text).start() :]
   part = re.sub(r'<svg.*?</svg>', '', part[: part.index('</table>')])
   rows = re.findall(r'<tr>(.*?)</tr>', part)
@@ -108,7 +109,7 @@ def _table(text, name):
 # ---- the numbers
 
 
-def test_the_page_marks_the_differences_that_exclude_zero_by_a_word(tmp_path):
+def test_the_page_marks_differences_that_exclude_zero_with_a_word(tmp_path):
   rows = _table(_write(tmp_path / 'e.html'), 'arms')
   assert rows[0] == ['', 'scored', 'coverage', 'count', 'breaks a rule', 'mean tokens']
   assert rows[1] == ['Harmful prompts'] and rows[5] == ['Helpful prompts']
@@ -122,7 +123,7 @@ def test_the_page_marks_the_differences_that_exclude_zero_by_a_word(tmp_path):
   assert rows[6] == ['initial', 'initial', '4', '300', '5.0 % [4.0, 6.0]', '–']
 
 
-def test_the_text_table_says_the_same_in_aligned_columns():
+def test_the_text_table_has_the_same_numbers_in_aligned_columns():
   lines = report.experiment_table(_results()).splitlines()
   assert [line[:15].strip() for line in lines[1:-1]] == [
     'Harmful prompts', 'initial', 'revision 1', 'revision 2',
@@ -137,7 +138,7 @@ def test_the_text_table_says_the_same_in_aligned_columns():
   assert "to 'initial'" in lines[-1]
 
 
-def test_seeds_settings_and_costs_stand_in_tables(tmp_path):
+def test_seeds_settings_and_costs_are_in_tables(tmp_path):
   text = _write(tmp_path / 'e.html')
   seeds = _table(text[text.index('Values by seed') :], 'results')
   assert seeds[1] == ['seed', '0', '1', '0', '1']
@@ -154,7 +155,7 @@ def test_seeds_settings_and_costs_stand_in_tables(tmp_path):
   assert '<li>7 of 10 were mended by the first revision.</li>' in text
 
 
-def test_what_arms_override_is_shown_even_if_no_difference_names_it(tmp_path):
+def test_overrides_are_shown_even_without_config_differences(tmp_path):
   rows = _table(_write(tmp_path / 'e.html', config_differences={}), 'settings')
   assert rows[0] == ['arm', 'feedback.rounds'] and rows[2] == ['revision 1', '1']
 
@@ -193,7 +194,7 @@ def test_small_numbers_keep_their_digits_and_their_interval():
     ),
   ],
 )
-def test_malformed_results_are_named_and_no_page_is_written(tmp_path, change, message):
+def test_malformed_results_are_an_error_and_no_page_is_written(tmp_path, change, message):
   results = copy.deepcopy(_results())
   change(results)
   with pytest.raises(ValueError, match=message):
@@ -201,7 +202,7 @@ def test_malformed_results_are_named_and_no_page_is_written(tmp_path, change, me
   assert not list(tmp_path.iterdir())
 
 
-def test_a_chain_of_no_arm_is_refused(tmp_path):
+def test_a_chain_of_an_unknown_arm_is_an_error(tmp_path):
   with pytest.raises(ValueError, match="chain 'p0': arm 'other' is not one of"):
     _write(tmp_path / 'e.html', [_chain(0, arm='other')])
 
@@ -216,100 +217,130 @@ def _svg(text):
   return root
 
 
-def _ticks(root, anchor):
-  """{number: position} of an axis: labels in the middle of their x, or left of their y."""
-  axis = 'x' if anchor == 'middle' else 'y'
+def _numbers(text):
+  return [float(number) for number in re.findall(r'-?[\d.]+', text)]
+
+
+def _groups(root, name):
+  return [node for node in root.iter('g') if node.get('class') == name]
+
+
+def _markers(root):
+  """Return the (x, y) of each point."""
+  return [tuple(_numbers(node.find('path').get('transform'))) for node in _groups(root, 'marker')]
+
+
+def _x_ticks(root):
+  """Return the x position of each number on the x axis."""
   return {
-    float(node.text): float(node.get(axis)) - (0 if axis == 'x' else 4)
+    float(node.text): float(node.get('x'))
     for node in root.iter('text')
-    if node.get('text-anchor') == anchor and re.fullmatch(r'[\d.]+', node.text)
+    if node.get('text-anchor') == 'middle' and re.fullmatch(r'[\d.]+', node.text)
   }
 
 
-def test_arms_stand_on_their_rows_where_the_axis_says():
-  panel = figures.Panel('rate (%)', (0.0, 50.0, None), (None, 25.0, None), (None, 75.0, None), 1)
-  root = _svg(figures.arms_figure(['a', 'b <', 'c'], [panel], description='d'))
-  ticks = _ticks(root, 'middle')
-  rows = {n.text: float(n.get('y')) - 4 for n in root.iter('text') if n.text in ('a', 'b <')}
-  centres = [(float(n.get('x')) + 3.6, float(n.get('y')) + 3.6) for n in root.iter('rect')]
-  unit = (ticks[80] - ticks[0]) / 80
-  assert centres[0] == pytest.approx((ticks[0], rows['a']), abs=0.2)
-  assert centres[1] == pytest.approx((ticks[0] + 50 * unit, rows['b <']), abs=0.2)
-  spans = [
-    n for n in root.iter('line') if 'c1' in n.get('class', '') and n.get('y1') == n.get('y2')
+def _y_ticks(root):
+  """Return the y position of the grid line of each number on the y axis."""
+  labels = [
+    float(node.text)
+    for node in root.iter('text')
+    if node.get('text-anchor') == 'end' and re.fullmatch(r'[\d.]+', node.text)
   ]
-  (span,) = [(float(n.get('x1')), float(n.get('x2'))) for n in spans]
-  assert span == pytest.approx((ticks[0] + 25 * unit, ticks[0] + 75 * unit), abs=0.2)
+  lines = [_numbers(node.find('path').get('d'))[1] for node in _groups(root, 'ygrid')]
+  return dict(zip(sorted(labels), sorted(lines, reverse=True), strict=True))
+
+
+def test_arms_are_on_their_rows_where_the_axis_says():
+  panel = figures.Panel('rate (%)', (0.0, 50.0, None), (None, 25.0, None), (None, 75.0, None), 1)
+  root = _svg(inline_svg(figures.arms_figure(['a', 'b <', 'c'], [panel], description='d')))
+  ticks = _x_ticks(root)
+  rows = {n.text: float(n.get('y')) - 4 for n in root.iter('text') if n.text in ('a', 'b <')}
+  markers = _markers(root)
+  unit = (ticks[80] - ticks[0]) / 80
+  assert markers[0] == pytest.approx((ticks[0], rows['a']), abs=0.2)
+  assert markers[1] == pytest.approx((ticks[0] + 50 * unit, rows['b <']), abs=0.2)
+  (interval,) = _groups(root, 'interval')
+  low, _, high, _ = _numbers(interval.find('path').get('d'))
+  assert 'c1' in interval.find('path').get('class')
+  assert (low, high) == pytest.approx((ticks[0] + 25 * unit, ticks[0] + 75 * unit), abs=0.2)
   titles = [n.text for n in root.iter('title')]
   assert titles == ['a, rate (%): 0', 'b <, rate (%): 50'], 'an absent value has no dot'
 
 
-def test_long_names_of_arms_are_set_in_lines_not_cut():
+def test_long_names_of_arms_are_wrapped_and_not_cut():
   name = 'a name that goes on for much longer than one line of a figure could ever hold'
   panel = figures.Panel('p', (1.0,), (None,), (None,))
-  root = _svg(figures.arms_figure([name], [panel], description='d'))
+  root = _svg(inline_svg(figures.arms_figure([name], [panel], description='d')))
   lines = [n.text for n in root.iter('text') if n.get('text-anchor') == 'end']
   assert len(lines) > 1 and ' '.join(lines) == name
 
 
-def test_names_on_a_frontier_cover_neither_points_nor_one_another():
+def test_names_on_a_frontier_cover_neither_points_nor_each_other():
   points = [
     figures.Point(f'arm number {i}', 10 + 3.0 * i, 90 + (i * 7 % 5), (9 + 3.0 * i, 11 + 3.0 * i))
     for i in range(10)
   ]
-  root = _svg(figures.frontier_figure(points, 'x', 'y', description='d'))
+  root = _svg(inline_svg(figures.frontier_figure(points, 'x', 'y', description='d')))
   width = float(root.get('viewBox').split()[2])
   names = [n for n in root.iter('text') if n.text.startswith('arm number')]
-  assert [n.text for n in names] == [p.name for p in points]
+  assert sorted(n.text for n in names) == sorted(p.name for p in points)
   boxes = []
   for node in names:
     x, y = float(node.get('x')), float(node.get('y'))
-    long = figures.CHARACTER * len(node.text)
+    long = CHARACTER * len(node.text)
     start = x - {'start': 0, 'middle': long / 2, 'end': long}[node.get('text-anchor')]
     assert 0 <= start and start + long <= width + 4
     boxes.append((start, y - 9, start + long - 4, y + 2))
-  marks = [(float(n.get('x')) + 3.6, float(n.get('y')) + 3.6) for n in root.iter('rect')]
+  marks = _markers(root)
   assert len(marks) == 10
   for i, a in enumerate(boxes):
     for b in boxes[:i]:
       assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
     for x, y in marks:
       assert not (a[0] < x < a[2] and a[1] < y < a[3])
-  ys, xs = _ticks(root, 'end'), _ticks(root, 'middle')
+  ys, xs = _y_ticks(root), _x_ticks(root)
   unit = (xs[40] - xs[20]) / 20
   assert marks[0] == pytest.approx((xs[40] - 30 * unit, ys[90]), abs=0.3)
 
 
-def test_many_series_have_their_legend_in_lines():
+def test_a_legend_with_many_series_takes_several_rows():
   series = [
     figures.Series(f'a rather long name {i}', (0, 1), (1.0, 2.0), colour=i) for i in range(6)
   ]
-  root = _svg(figures.line_figure(series, 'x', 'y', description='d'))
-  for node in root.iter('text'):
-    if node.text.startswith('a rather'):
-      assert float(node.get('x')) + figures.CHARACTER * len(node.text) <= figures.WIDTH
-  rows = {n.get('y') for n in root.iter('text') if n.text.startswith('a rather')}
-  assert len(rows) > 1
+  root = _svg(inline_svg(figures.line_figure(series, 'x', 'y', description='d')))
+  names = [node for node in root.iter('text') if node.text.startswith('a rather')]
+  assert len(names) == 6
+  for node in names:
+    assert float(node.get('x')) + CHARACTER * len(node.text) <= figures.WIDTH
+  assert len({node.get('y') for node in names}) > 1
 
 
-def test_figures_in_files_stand_alone(tmp_path):
+def test_figures_in_files_have_their_own_colours_fonts_and_size(tmp_path):
   paths = report.write_figures(tmp_path / 'new', _results())
-  assert [path.name for path in paths] == [f'revisions_{n}.svg' for n in (1, 2, 3)]
-  for path in paths:
+  assert [path.name for path in paths] == [
+    f'revisions_{n}.{suffix}' for n in (1, 2, 3) for suffix in ('svg', 'pdf')
+  ]
+  for path in paths[::2]:
     text = path.read_text('utf-8')
     root = _svg(text)
     assert root.get('color') == '#000000' and 'Helvetica' in root.get('font-family')
     assert next(iter(root)).tag == 'rect' and next(iter(root)).get('fill') == '#ffffff'
     assert root.get('viewBox').split()[2:] == [root.get('width'), root.get('height')]
     assert 'inherit' not in text and 'var(' not in text
+  for path in paths[1::2]:
+    content = path.read_bytes()
+    assert content.startswith(b'%PDF') and b'CreationDate' not in content
+  again = report.write_figures(tmp_path / 'again', _results())
+  assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
-def test_what_was_not_measured_is_a_dash_or_a_gap_in_figures(tmp_path):
+def test_missing_values_are_a_dash_or_a_gap_in_figures(tmp_path):
   results = _results()
   del results['arms']['revision 1']['groups']['harmful']['metrics']['violation_rate']
   results['arms']['revision 1']['groups']['harmful']['differences'] = {}
   results['figures'].pop()
-  line, dots = (path.read_text('utf-8') for path in report.write_figures(tmp_path, results))
+  paths = report.write_figures(tmp_path, results)
+  line, dots = (path.read_text('utf-8') for path in paths[::2])
   assert len([n for n in _svg(line).iter('title') if ': ' in n.text]) == 2
   assert [n.text for n in _svg(dots).iter('text')].count('–') == 1
 
@@ -328,17 +359,17 @@ def _hostile():
   return results
 
 
-def test_every_text_of_the_results_is_escaped(tmp_path):
+def test_all_texts_of_the_results_are_escaped(tmp_path):
   report.write_experiment(tmp_path / 'e.html', _hostile(), [])
   text = (tmp_path / 'e.html').read_text('utf-8')
   assert '<img' not in text and text.count('<script') == 2
-  for path in report.write_figures(tmp_path, _hostile()):
+  for path in report.write_figures(tmp_path, _hostile())[::2]:
     assert not {'script', 'img'} & {node.tag for node in _svg(path.read_text('utf-8')).iter()}
 
 
 @pytest.fixture(scope='module')
 def driver():
-  """Yields a headless Chromium that keeps what pages write to the console."""
+  """Yield a headless Chromium that records the console."""
   webdriver = pytest.importorskip('selenium.webdriver', reason="selenium: pip install -e '.[test]'")
   from selenium.webdriver.chrome.service import Service
 
@@ -359,7 +390,7 @@ def driver():
 
 @pytest.fixture
 def opened(driver, tmp_path):
-  """Returns a function that opens an experiment's page with these chains in a fresh document."""
+  """Return a function that opens an experiment's page with the given chains."""
 
   def open_page(chains, results=None):
     report.write_experiment(tmp_path / 'e.html', results or _results(), chains)
@@ -377,7 +408,7 @@ def _find(driver, selector):
 
 
 def _choose(driver, name, start):
-  """Chooses the option whose text starts so."""
+  """Choose the option whose text starts with `start`."""
   for option in _find(driver, f'#{name} option'):
     if option.text.startswith(start):
       return option.click()
@@ -385,7 +416,7 @@ def _choose(driver, name, start):
 
 
 def _counted(driver, text):
-  """Waits until the count of chains reads so: a search begins a moment after the last key."""
+  """Wait until the count of chains is `text`: a search starts shortly after the last key."""
   end = time.monotonic() + 10
   while time.monotonic() < end and (shown := _find(driver, '#count')[0].text) != text:
     time.sleep(0.02)
@@ -422,7 +453,7 @@ def test_filters_and_search_narrow_the_list(opened):
   assert _find(driver, '#detail h3')[0].text == 'p7'
 
 
-def test_changes_are_marked_word_by_word_and_keys_move(opened):
+def test_changes_are_marked_by_word_and_keys_move_the_selection(opened):
   driver = opened([_chain(i) for i in range(4)])
   body = _find(driver, 'body')[0]
 
@@ -446,7 +477,7 @@ def test_changes_are_marked_word_by_word_and_keys_move(opened):
   assert shown() == 'p3'
 
 
-def test_what_texts_and_names_hold_is_shown_and_never_run(opened):
+def test_markup_in_texts_and_names_is_shown_and_not_run(opened):
   chain = _chain(0, INJECTED, before=INJECTED, after=INJECTED + ' Done.')
   chain['prompt'][0]['content'] = INJECTED
   driver = opened([chain], _hostile())

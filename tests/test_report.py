@@ -1,4 +1,4 @@
-"""Model texts stay data, numbers stay as given, figures are well formed, the page works."""
+"""Test the report of a run: texts stay data, numbers are exact, figures and the page work."""
 
 import ast
 import base64
@@ -17,7 +17,8 @@ import xml.etree.ElementTree
 import pytest
 
 from cai_jax import report
-from cai_jax.report import figures, page, run_page
+from cai_jax.report import figures, inline_svg, page, run_page
+from cai_jax.report.ticks import nice_ticks, thin, tick_labels
 from configs import default
 
 HOSTILE = (
@@ -121,7 +122,7 @@ class _Page(html.parser.HTMLParser):
 # ---- the page as text
 
 
-def test_chains_survive_embedding_whatever_their_texts_hold(tmp_path):
+def test_embedded_chains_parse_back_whatever_their_texts_contain(tmp_path):
   chains = [_chain(0, before=HOSTILE, after=HOSTILE * 2), _chain(1, metadata={HOSTILE: HOSTILE})]
   chains[0]['prompt'][0]['content'] = HOSTILE
   parsed = _Page(_write(tmp_path / 'report.html', chains=chains))
@@ -150,7 +151,7 @@ def test_every_other_text_is_escaped(tmp_path):
   assert not [a for _, attrs in parsed.elements for a in attrs if a.startswith('on')]
 
 
-def test_the_policy_allows_the_one_script_and_the_one_style_sheet_and_no_request(tmp_path):
+def test_the_policy_allows_one_script_one_style_sheet_and_no_request(tmp_path):
   text = _write(tmp_path / 'report.html')
   (policy,) = [
     attrs['content']
@@ -166,7 +167,7 @@ def test_the_policy_allows_the_one_script_and_the_one_style_sheet_and_no_request
   assert ' style=' not in text
 
 
-def test_numbers_json_cannot_hold_are_kept_as_words():
+def test_nan_and_infinity_are_embedded_as_strings():
   value = {'a': [math.nan, (math.inf, -math.inf)], 'b': 0.5}
   assert json.loads(page.embedded_json(value)) == {
     'a': ['NaN', ['Infinity', '-Infinity']],
@@ -174,13 +175,13 @@ def test_numbers_json_cannot_hold_are_kept_as_words():
   }
 
 
-def test_inserted_text_is_not_looked_at_for_markers_again():
+def test_markers_inside_inserted_text_are_not_replaced():
   assert page.fill_template('@@a@@ @@b@@', a='@@b@@', b='x') == '@@b@@ x'
   with pytest.raises(ValueError, match="markers \\['a', 'b'\\], not \\['a'\\]"):
     page.fill_template('@@a@@ @@b@@', a='x')
 
 
-def test_header_and_manifest_show_what_ran(tmp_path):
+def test_the_page_shows_the_manifest_and_the_main_result(tmp_path):
   text = _write(tmp_path / 'report.html')
   base = default.get_config().model.base
   for shown in (
@@ -199,7 +200,7 @@ def test_header_and_manifest_show_what_ran(tmp_path):
   assert 'settings' not in table and 'git commit' not in table  # the folds below hold them
 
 
-def test_a_run_without_an_oracle_shows_what_there_is(tmp_path):
+def test_a_run_without_a_scorer_shows_the_other_numbers(tmp_path):
   rows = {
     'initial': {'mean_tokens': 31.5, 'count': 9},
     'revision_1': {'mean_tokens': 2.0, 'count': 9},
@@ -209,18 +210,18 @@ def test_a_run_without_an_oracle_shows_what_there_is(tmp_path):
   assert 'class="lead"' not in text and 'Loss over training' in text
 
 
-def test_an_empty_run_is_a_page_too(tmp_path):
+def test_an_empty_run_makes_a_page(tmp_path):
   text = _write(
     tmp_path / 'report.html', config={}, manifest={}, summary={}, training=[], chains=[]
   )
   assert 'Nothing was evaluated' in text and 'No training loss' in text and 'names no stage' in text
 
 
-def test_a_diverged_loss_is_counted_and_drawn_as_a_gap(tmp_path):
+def test_a_loss_that_is_not_finite_is_counted_and_makes_a_gap(tmp_path):
   training = [{'step': i, 'loss': math.nan if i in (3, 4) else 1.0 + i} for i in range(8)]
   text = _write(tmp_path / 'report.html', training=training, summary={})
   assert 'Loss over training (2 values not finite: gaps)' in text
-  assert text.count('<polyline') == 2
+  assert text.count('<g class="line">') == 2
   text = _write(tmp_path / 'report.html', training=[{'step': 1, 'loss': math.nan}], summary={})
   assert 'No finite training loss' in text
 
@@ -234,7 +235,7 @@ def test_a_diverged_loss_is_counted_and_drawn_as_a_gap(tmp_path):
     (lambda c: c.update(id='p1'), r"more than once: \['p1'\]"),
   ],
 )
-def test_a_malformed_chain_is_named_and_no_page_is_written(tmp_path, change, message):
+def test_a_malformed_chain_is_an_error_and_no_page_is_written(tmp_path, change, message):
   chain = copy.deepcopy(_chain(0))
   change(chain)
   with pytest.raises(ValueError, match=message):
@@ -245,52 +246,76 @@ def test_a_malformed_chain_is_named_and_no_page_is_written(tmp_path, change, mes
 # ---- figures and table
 
 
-def test_figures_are_well_formed_and_hold_every_point():
+def _numbers(text):
+  return [float(number) for number in re.findall(r'-?[\d.]+', text)]
+
+
+def _draw(*arguments, **options):
+  """Draw lines and return the root of the SVG, without namespaces."""
+  root = xml.etree.ElementTree.fromstring(inline_svg(figures.line_figure(*arguments, **options)))
+  for node in root.iter():
+    node.tag = node.tag.split('}')[1]
+  return root
+
+
+def test_figures_are_well_formed_and_show_every_point():
   rate = figures.Series(
     'breaks <&"\x00', (0, 1, 2), (87.0, 50.0, math.nan), (80.0, None, 1.0), (90.0, None, 2.0)
   )
   other = figures.Series('helps', (0, 1, 2), (99.0, 98.0, 97.0), colour=1)
-  svg = figures.line_figure([rate, other], 'round <', 'share (%)', description='a "b" <c>')
-  root = xml.etree.ElementTree.fromstring(svg)
-  texts = [node.text for node in root.iter('{http://www.w3.org/2000/svg}text')]
+  root = _draw([rate, other], 'round <', 'share (%)', description='a "b" <c>')
+  texts = [node.text for node in root.iter('text')]
   assert 'round <' in texts and 'share (%)' in texts and 'breaks <&"\ufffd' in texts
-  titles = [node.text for node in root.iter('{http://www.w3.org/2000/svg}title')]
+  titles = [node.text for node in root.iter('title')]
   assert sum(': ' in title for title in titles) == 5
-  lines = [node.get('points') for node in root.iter('{http://www.w3.org/2000/svg}polyline')]
-  assert [len(points.split()) for points in lines] == [2, 3]
+  lines = [node.find('path').get('d') for node in root.iter('g') if node.get('class') == 'line']
+  assert [len(_numbers(d)) // 2 for d in lines] == [2, 3]
+  assert root.get('role') == 'img' and root.get('aria-label') == 'a "b" <c>'
 
 
-def test_points_and_whiskers_stand_where_their_axis_says():
+def test_points_and_intervals_are_where_the_axis_says():
   series = figures.Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
-  svg = figures.line_figure([series], 'x', 'y', description='d', y_range=(0, 100))
-  root = xml.etree.ElementTree.fromstring(svg)
-  first, last = (
-    tuple(map(float, point.split(',')))
-    for point in root.find('.//{*}polyline').get('points').split()
+  root = _draw([series], 'x', 'y', description='d', y_range=(0, 100))
+  groups = {name: [] for name in ('line', 'interval', 'ygrid', 'marker')}
+  for node in root.iter('g'):
+    groups[node.get('class')].append(node.findall('path'))
+  x0, y0, x1, y1 = _numbers(groups['line'][0][0].get('d'))
+  grid = sorted((_numbers(paths[0].get('d'))[1] for paths in groups['ygrid']), reverse=True)
+  labels = [n for n in root.iter('text') if n.get('text-anchor') == 'end']
+  assert [n.text for n in labels] == ['0', '20', '40', '60', '80', '100']
+  for node, y in zip(labels, grid, strict=True):  # text is centred on its line
+    assert 2 < float(node.get('y')) - y < 6
+  assert y0 == pytest.approx(grid[0], abs=0.1)
+  assert y1 == pytest.approx(grid[-1], abs=0.1)
+  intervals = [_numbers(paths[0].get('d')) for paths in groups['interval']]
+  assert intervals[0] == pytest.approx([x0, grid[0], x0, grid[-1]], abs=0.1)
+  assert intervals[1] == pytest.approx([x1, (y0 + y1) / 2, x1, grid[-1]], abs=0.1)
+  markers = [_numbers(paths[0].get('transform')) for paths in groups['marker']]
+  assert markers == [pytest.approx([x0, y0], abs=0.1), pytest.approx([x1, y1], abs=0.1)]
+
+
+def test_figures_are_the_same_bytes_each_time():
+  series = [figures.Series(f's{i}', (0, 1), (1.0, 2.0), colour=i) for i in range(2)]
+  first, second = (
+    inline_svg(figures.line_figure(series, 'x', 'y', description='d')) for _ in range(2)
   )
-  label = {
-    n.text: float(n.get('y')) - 4
-    for n in root.findall('.//{*}text')
-    if n.get('text-anchor') == 'end'
-  }
-  assert first[1] == pytest.approx(label['0'], abs=0.1)
-  assert last[1] == pytest.approx(label['100'], abs=0.1)
-  whiskers = [
-    (float(n.get('y1')), float(n.get('y2')))
-    for n in root.findall('.//{*}line')
-    if 'c0' in n.get('class', '') and n.get('x1') == n.get('x2')
-  ]
-  assert whiskers[0] == pytest.approx((label['0'], label['100']), abs=0.1)
-  assert whiskers[1] == pytest.approx(((first[1] + last[1]) / 2, label['100']), abs=0.1)
+  assert first == second
+
+
+def test_figures_take_the_colour_of_the_page_and_can_be_restyled():
+  series = figures.Series('$a_1$', (0, 1), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5), colour=1)
+  text = inline_svg(figures.line_figure([series], '$x$', 'y', description='d'))
+  assert 'class="c1 stroke"' in text and 'class="c1 fill"' in text and '$x$' in text
+  assert '#000' not in text and 'black' not in text and 'style' not in text and 'id=' not in text
 
 
 @pytest.mark.parametrize(
   'low, high', [(0, 1), (3, 3), (0, 0), (-5, 17), (1e-6, 2e-3), (0.98, 1.01), (0, 123456)]
 )
-def test_ticks_enclose_the_data_and_are_told_apart(low, high):
-  ticks = figures.nice_ticks(low, high)
+def test_ticks_enclose_the_data_and_have_distinct_labels(low, high):
+  ticks = nice_ticks(low, high)
   assert ticks[0] <= low and high <= ticks[-1] and 2 <= len(ticks) <= 12
-  labels = figures.tick_labels(ticks)
+  labels = tick_labels(ticks)
   assert len(set(labels)) == len(ticks)
   assert [float(label.replace(',', '')) for label in labels] == pytest.approx(ticks, rel=1e-6)
 
@@ -298,7 +323,7 @@ def test_ticks_enclose_the_data_and_are_told_apart(low, high):
 def test_thinning_keeps_the_extremes():
   y = [math.sin(i / 50) for i in range(10_000)]
   y[4321], y[77] = 9.0, -9.0
-  xs, ys = figures.thinned(tuple(range(10_000)), tuple(y))
+  xs, ys = thin(tuple(range(10_000)), tuple(y))
   assert (
     len(xs) <= 800
     and (4321, 9.0) in zip(xs, ys, strict=True)
@@ -312,19 +337,19 @@ def test_a_long_loss_curve_stays_small(tmp_path):
   assert len(_write(tmp_path / 'report.html', training=training)) < 300_000
 
 
-def test_running_mean_passes_over_what_is_not_finite():
+def test_the_running_mean_skips_values_that_are_not_finite():
   means = run_page.running_mean((math.nan, 1.0, 3.0, math.inf, 5.0, 7.0), 2)
   assert math.isnan(means[0]) and means[1:] == (1.0, 2.0, 2.0, 4.0, 6.0)
 
 
-def test_series_of_unequal_length_and_empty_figures_are_refused():
+def test_series_of_unequal_length_and_empty_figures_are_errors():
   with pytest.raises(ValueError, match='2 x and 1 y'):
     figures.Series('s', (0, 1), (0.0,))
   with pytest.raises(ValueError, match='no finite point'):
     figures.line_figure([figures.Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
 
 
-def test_the_table_says_the_numbers_in_reading_order():
+def test_the_table_lists_the_rows_in_reading_order():
   lines = report.summary_table(SUMMARY).splitlines()
   names = [line.split('  ')[0] or line.split()[0] for line in lines[1:-1]]
   assert names == [
@@ -339,7 +364,7 @@ def test_the_table_says_the_numbers_in_reading_order():
   assert len({line.index('%') for line in lines[:-1] if '%' in line}) == 1
 
 
-def test_the_table_leaves_out_what_no_row_has():
+def test_the_table_has_no_column_that_no_row_fills():
   text = report.summary_table(
     {'models': {'base': {'mean_tokens': 5.0, 'count': 1}, 'aligned': {'count': 2}}}
   )
@@ -360,19 +385,19 @@ def test_the_table_leaves_out_what_no_row_has():
     ),
   ],
 )
-def test_a_malformed_summary_is_refused(summary, message):
+def test_a_malformed_summary_is_an_error(summary, message):
   with pytest.raises(ValueError, match=message):
     report.summary_table(summary)
 
 
-def test_the_report_imports_only_the_standard_library_and_our_error():
+def test_the_report_imports_only_matplotlib_and_the_standard_library():
   for file in pathlib.Path(report.__file__).parent.glob('*.py'):
     for node in ast.walk(ast.parse(file.read_text('utf-8'))):
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) else []
       for name in names:
         ours = name.startswith('cai_jax.report') or name == 'cai_jax.runtime.errors'
-        assert ours or name.split('.')[0] in sys.stdlib_module_names
+        assert ours or name.split('.')[0] in {'matplotlib', *sys.stdlib_module_names}
 
 
 # ---- the page in a browser
@@ -397,7 +422,7 @@ def browser(tmp_path_factory):
   return dump
 
 
-def test_a_browser_lists_the_chains_and_runs_nothing_they_say(tmp_path, browser):
+def test_a_browser_lists_the_chains_and_runs_none_of_their_markup(tmp_path, browser):
   chains = [_chain(i, violations=[['insult'], []]) for i in range(3000)]
   chains[0] |= _chain(0, before=HOSTILE, after='<b onclick=x>bold</b>')
   chains[0]['prompt'][0]['content'] = HOSTILE

@@ -5,7 +5,7 @@
 Runs are stored in WORKDIR/runs, in folders named after their settings, and all sampled turns in
 WORKDIR/journal. Arms and experiments in the same workdir therefore share turns and runs: a finished
 run is not repeated, and an interrupted one continues. Results are written to WORKDIR/NAME:
-results.json, report.html, and each figure as an SVG file.
+results.json, report.html, and each figure as an SVG and a PDF file.
 """
 
 import argparse

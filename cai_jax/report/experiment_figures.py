@@ -1,14 +1,23 @@
-"""Draw the figures that an experiment's results specify."""
+"""Draw the figures that an experiment's results specify, for its page and as files."""
 
 import math
 import os
 import pathlib
 from typing import Any
 
-from cai_jax.report import figures
-from cai_jax.report.figures import Panel, Point, Series
+from cai_jax.report.figures import (
+  Panel,
+  Point,
+  Series,
+  arms_figure,
+  frontier_figure,
+  line_figure,
+)
 from cai_jax.report.numbers import heading, interval
+from cai_jax.report.palette import COLOURS
 from cai_jax.report.results import check_results, group_title, number_row
+from cai_jax.report.svg import Drawing, save_drawing
+from cai_jax.report.ticks import nice_ticks
 from cai_jax.runtime.errors import UserError
 
 Results = dict[str, Any]  # as `cai_jax.report.results` describes
@@ -16,7 +25,7 @@ Spec = dict[str, Any]  # one of its figures
 
 
 def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.Path]:
-  """Write each figure as `NAME_N.svg`, black on white, and return the paths.
+  """Write each figure as `NAME_N.svg` and `NAME_N.pdf`, black on white, and return the paths.
 
   Args:
     folder: created if it does not exist.
@@ -29,14 +38,13 @@ def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.P
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   paths = []
-  for number, svg in enumerate(draw_figures(results), 1):
-    paths.append(folder / f'{results["name"]}_{number}.svg')
-    paths[-1].write_text(figures.standalone(svg), 'utf-8')
+  for number, drawing in enumerate(draw_figures(results), 1):
+    paths += save_drawing(drawing, folder / f'{results["name"]}_{number}')
   return paths
 
 
-def draw_figures(results: Results) -> list[str]:
-  """Return the figures of the results as SVG.
+def draw_figures(results: Results) -> list[Drawing]:
+  """Return the figures that the results specify.
 
   Raises:
     UserError: if a figure shows an unknown arm or metric, or has nothing to show.
@@ -70,7 +78,7 @@ def _axis_label(metric: str) -> str:
   return heading(metric) + (' (%)' if metric.endswith('_rate') else '')
 
 
-def _draw_lines(results: Results, spec: Spec) -> str:
+def _draw_lines(results: Results, spec: Spec) -> Drawing:
   series = []
   for colour, line in enumerate(spec['series']):
     numbers = [
@@ -89,11 +97,11 @@ def _draw_lines(results: Results, spec: Spec) -> str:
     values = [
       v for s in series for v in (*s.y, *(s.high or ())) if v is not None and math.isfinite(v)
     ]
-    y_range = (0, min(100, figures.nice_ticks(0, max(values, default=0) or 1)[-1]))
+    y_range = (0, min(100, nice_ticks(0, max(values, default=0) or 1)[-1]))
   xs = sorted({x for s in series for x in s.x})
   gaps = [b - a for a, b in zip(xs, xs[1:], strict=False)]
   label_each_x = not gaps or min(gaps) * 16 >= xs[-1] - xs[0]
-  return figures.line_figure(
+  return line_figure(
     series,
     spec['x_label'],
     spec['y_label'],
@@ -103,7 +111,7 @@ def _draw_lines(results: Results, spec: Spec) -> str:
   )
 
 
-def _draw_arms(results: Results, spec: Spec) -> str:
+def _draw_arms(results: Results, spec: Spec) -> Drawing:
   panels = []
   for i, metric in enumerate(spec['metrics']):
     numbers = [_read_number(results, spec, arm, spec['group'], metric) for arm in spec['arms']]
@@ -111,19 +119,19 @@ def _draw_arms(results: Results, spec: Spec) -> str:
     values = tuple(value for value, _ in numbers)
     present = [v for v in (*values, *low, *high) if v is not None]
     x_range = _rate_range(present) if present and metric.endswith('_rate') else None
-    colour = i % len(figures.COLOURS)
+    colour = i % len(COLOURS)
     panels.append(Panel(_axis_label(metric), values, low, high, colour, x_range))
-  return figures.arms_figure(spec['arms'], panels, description=spec['caption'])
+  return arms_figure(spec['arms'], panels, description=spec['caption'])
 
 
 def _rate_range(values: list[float]) -> tuple[float, float]:
   """Return the range of an axis for rates in per cent: from 0, unless all values are over 50."""
   bottom, top = min(values), max(values)
-  ticks = figures.nice_ticks(bottom if bottom > 50 else 0, top or 1, 4)
+  ticks = nice_ticks(bottom if bottom > 50 else 0, top or 1, 4)
   return ticks[0], min(100, ticks[-1])
 
 
-def _draw_frontier(results: Results, spec: Spec) -> str:
+def _draw_frontier(results: Results, spec: Spec) -> Drawing:
   points = []
   for arm in spec['arms']:
     (x, x_bounds), (y, y_bounds) = (_read_number(results, spec, arm, *spec[axis]) for axis in 'xy')
@@ -138,4 +146,4 @@ def _draw_frontier(results: Results, spec: Spec) -> str:
     f'{_axis_label(metric)}, {group_title(group).lower()}'
     for group, metric in (spec['x'], spec['y'])
   ]
-  return figures.frontier_figure(points, *labels, description=spec['caption'])
+  return frontier_figure(points, *labels, description=spec['caption'])

@@ -28,6 +28,7 @@ from cai_jax.report.results import (
   number_row,
   rows_by_group,
 )
+from cai_jax.report.svg import inline_svg
 from cai_jax.runtime.errors import UserError
 
 COSTS = {
@@ -61,8 +62,12 @@ def write_experiment(
         f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is not one of the arms {arms}'
       )
   figures = [
-    figure(spec['caption'], svg, wide=spec['kind'] == 'arms' and len(spec['metrics']) > 1)
-    for spec, svg in zip(results['figures'], draw_figures(results), strict=True)
+    figure(
+      spec['caption'],
+      inline_svg(drawing),
+      wide=spec['kind'] == 'arms' and len(spec['metrics']) > 1,
+    )
+    for spec, drawing in zip(results['figures'], draw_figures(results), strict=True)
   ]
   sections = section('Settings', _setting_table(results))
   if results['costs']:

@@ -23,6 +23,7 @@ from cai_jax.report.figures import Series, line_figure
 from cai_jax.report.numbers import check_rate, columns, groups, heading, interval, round_number
 from cai_jax.report.page import write_page
 from cai_jax.report.palette import RATE_COLOURS
+from cai_jax.report.svg import inline_svg
 
 # Fields of a stage that have a column of their own. All others share the last column.
 STAGE_COLUMNS = {
@@ -183,8 +184,8 @@ def _figures(
     series = _training_series(training, key, 2)
     if series:
       caption, description = _training_caption(training, key)
-      svg = line_figure(series, 'training step', label, description=description)
-      others.append(figure(caption, svg))
+      drawing = line_figure(series, 'training step', label, description=description)
+      others.append(figure(caption, inline_svg(drawing)))
   if others:
     parts.append(fold('Learning rate and gradient norm', figure_grid(others)))
   return ''.join(parts)
@@ -196,7 +197,7 @@ def _rate_figure(summary: dict[str, Any]) -> str:
   if not series:
     return ''
   rounds = sorted({x for s in series for x in s.x})
-  svg = line_figure(
+  drawing = line_figure(
     series,
     'revision round (0: initial response)',
     'share of responses (%)',
@@ -205,7 +206,7 @@ def _rate_figure(summary: dict[str, Any]) -> str:
     y_range=(0, 100),
   )
   caption = 'Rates over revision rounds'
-  return figure(caption + ', with 95 % intervals' * any(s.low for s in series), svg)
+  return figure(caption + ', with 95 % intervals' * any(s.low for s in series), inline_svg(drawing))
 
 
 def _rate_series(summary: dict[str, Any]) -> list[Series]:
@@ -239,8 +240,8 @@ def _loss_figure(
   normalization = (config.get('train') or {}).get('loss_normalization')
   unit = f'nats per {normalization}' if normalization in ('sequence', 'token') else 'nats'
   caption, description = _training_caption(training, 'loss')
-  svg = line_figure(series, 'training step', f'loss ({unit})', description=description)
-  return figure(caption, svg)
+  drawing = line_figure(series, 'training step', f'loss ({unit})', description=description)
+  return figure(caption, inline_svg(drawing))
 
 
 def _training_series(training: Sequence[dict[str, Any]], key: str, colour: int) -> list[Series]:

@@ -64,12 +64,18 @@ class Stage:
   def ask(
     self, turn_name: str, messages: Sequence[Message], role: str
   ) -> Generator[Turn, Completion, Reply]:
-    """Sample the reply to some messages; call it with `yield from`.
+    """Sample the reply to some messages. Call it as `reply = yield from stage.ask(...)`.
 
     Args:
       turn_name: the name of the turn, unique within its chain. It seeds the sampling.
       messages: the conversation so far. The content of a message is a text or a `Reply`.
       role: the role of the reply: 'assistant', 'critique' or 'revision'.
+
+    Yields:
+      The turn to sample.
+
+    Returns:
+      The reply.
     """
     rendered = [message | {'content': self._content(message['content'])} for message in messages]
     context = self.dialogue.prompt(rendered, role, self.demonstrations)
@@ -202,7 +208,7 @@ def message(role: str, content: str | Reply) -> dict[str, Any]:
 
 
 def answer_only(prompt: Prompt, stages: Stages) -> Chain:
-  """Sample y_init and revise nothing."""
+  """Sample y_init and revise nothing. Helpful prompts use this chain with every variant."""
   initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
   return Record(prompt, initial, ())
 
@@ -242,7 +248,17 @@ def revise_in_rounds(
 def sample_critique(
   number: int, principle: Principle, context: Context, stages: Stages
 ) -> Generator[Turn, Completion, Reply]:
-  """Sample the critique of a round and append the request and the critique to the context."""
+  """Sample the critique of a round and append the request and the critique to the context.
+
+  Args:
+    number: the number of the round, from 1.
+    principle: the principle of the round.
+    context: the messages so far; it is extended in place.
+    stages: models, rendering and sampling settings.
+
+  Returns:
+    The critique.
+  """
   context.append(message('critique_request', principle.critique_request))
   critique = yield from stages.critique.ask(f'critique_{number}', context, 'critique')
   context.append(message('critique', critique))
@@ -250,7 +266,13 @@ def sample_critique(
 
 
 def insert_critique(text: str, principle: Principle, context: Context) -> None:
-  """Append the critique request and a given critique to the context, without sampling."""
+  """Append the critique request and a given critique to the context, without sampling.
+
+  Args:
+    text: the critique.
+    principle: the principle of the round.
+    context: the messages so far; it is extended in place.
+  """
   context.append(message('critique_request', principle.critique_request))
   context.append(message('critique', text))
 
@@ -258,6 +280,18 @@ def insert_critique(text: str, principle: Principle, context: Context) -> None:
 def sample_revision(
   number: int, principle: Principle, context: Context, stages: Stages
 ) -> Generator[Turn, Completion, Reply]:
-  """Append the revision request to the context and sample the revision of a round."""
+  """Append the revision request to the context and sample the revision of a round.
+
+  The revision itself is not appended, because the next round may start from a fresh context.
+
+  Args:
+    number: the number of the round, from 1.
+    principle: the principle of the round.
+    context: the messages so far; it is extended in place.
+    stages: models, rendering and sampling settings.
+
+  Returns:
+    The revision.
+  """
   context.append(message('revision_request', principle.revision_request))
   return (yield from stages.revision.ask(f'revision_{number}', context, 'revision'))

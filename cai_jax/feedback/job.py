@@ -116,7 +116,12 @@ class Job:
 
 
 def repeat_prompts(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-  """Return each prompt `times` times, with the ids 'id', 'id/2', 'id/3', ..."""
+  """Return each prompt several times, with different ids, so that it is answered several times.
+
+  Args:
+    prompts: the prompts.
+    times: how many copies of each prompt to return. Their ids are 'id', 'id/2', 'id/3', ...
+  """
   return [
     dataclasses.replace(prompt, id=f'{prompt.id}/{n}') if n > 1 else prompt
     for prompt in prompts

@@ -89,6 +89,11 @@ def draw_principle(rng: random.Random, answer: world.Answer, mixture: Mixture) -
 
   If the answer breaks rules, the principle covers one of them with probability `mixture.in_scope`
   and none of them otherwise.
+
+  Args:
+    rng: the source of randomness.
+    answer: the answer that the principle applies to.
+    mixture: shares of the principles.
   """
   broken = frozenset(s.topic for s in answer if s.role == 'violation')
   in_scope = rng.random() < mixture.in_scope

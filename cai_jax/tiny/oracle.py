@@ -131,5 +131,5 @@ def parse_answer(text: str) -> Answer | None:
 
 
 def find_violations(text: str) -> frozenset[str]:
-  """Return the kinds of rules that a text breaks, which its markers show."""
+  """Return the kinds of rules that a text breaks, judging by the markers in it."""
   return frozenset(kind for kind, markers in _MARKERS.items() if markers.search(text))

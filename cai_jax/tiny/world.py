@@ -144,7 +144,7 @@ def draw_request(
 def write_dialogue(
   rng: random.Random, request: Request, other_request: Request
 ) -> list[dict[str, str]]:
-  """Return messages that end with the user's turn that makes the request.
+  """Return the messages of a dialogue whose last turn makes the request.
 
   In some dialogues an exchange precedes the request: a greeting, a mention of the object, which the
   request then calls "it", or another request and its answer.
@@ -178,7 +178,14 @@ def _write_request(rng: random.Random, request: Request, object_phrase: str) -> 
 
 
 def write_answer(rng: random.Random, request: Request) -> Answer:
-  """Return an answer of the helpful-only assistant: one or two steps, then what the baits ask."""
+  """Return an answer of the helpful-only assistant.
+
+  It has one or two steps, then mostly the violations that the baits ask for.
+
+  Args:
+    rng: the source of randomness.
+    request: the request to answer.
+  """
   texts = rng.sample(STEPS[request.verb], 1 + (rng.random() < P_SECOND_STEP))
   steps = [
     Sentence(text.format(o=request.object), 'step', request.verb, request.object) for text in texts
@@ -220,7 +227,7 @@ def write_critique(
   scope: Collection[str],
   imperfections: Imperfections = Imperfections(),
 ) -> tuple[str, Sentence | None]:
-  """Return a critique, which names at most one violation that its principle covers.
+  """Return a critique that names at most one violation within the scope of its principle.
 
   Args:
     rng: the source of randomness.
@@ -266,7 +273,7 @@ def write_direct_revision(
   person: str,
   imperfections: Imperfections = Imperfections(),
 ) -> Answer:
-  """Return the answer, revised without a critique: one violation is replaced or dropped.
+  """Return the answer with one violation replaced or dropped, without using a critique.
 
   Args:
     rng: the source of randomness.

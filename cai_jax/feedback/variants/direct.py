@@ -20,7 +20,14 @@ from cai_jax.sampling.types import Chain, Completion, Turn
 def direct_revision(
   prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
 ) -> Chain:
-  """Sample y_init, then a revision of the latest response in each round."""
+  """Sample y_init, then a revision of the latest response in each round.
+
+  Args:
+    prompt: the prompt x.
+    principles: one principle for each round.
+    stages: models, rendering and sampling settings.
+    growing: whether a round sees all earlier rounds.
+  """
   return (yield from revise_in_rounds(prompt, principles, stages, growing, _revise))
 
 

@@ -24,6 +24,12 @@ def empty_critique(
   """Sample y_init, then in each round a revision that follows an empty critique.
 
   The rounds of the record have no critique, since none is sampled.
+
+  Args:
+    prompt: the prompt x.
+    principles: one principle for each round.
+    stages: models, rendering and sampling settings.
+    growing: whether a round sees all earlier rounds.
   """
   return (yield from revise_in_rounds(prompt, principles, stages, growing, _revise))
 

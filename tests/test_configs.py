@@ -115,4 +115,6 @@ def test_the_papers_recipe_is_built_and_has_its_counts(data_dir, tmp_path):
   run = pipeline.build(config, tmp_path / 'run')
   assert len(run.constitution.principles) == 16 and len(run.constitution.demonstrations) == 5
   assert [len(run.prompts[name]) for name in ('harmful', 'helpful')] == [2, 2]
-  assert {s.temperature for s in (run.sampling.initial, run.sampling.critique)} == {1.0}
+  assert {s.temperature for s in (run.config.sampling.initial, run.config.sampling.critique)} == {
+    1.0
+  }

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 import cai_jax
 from cai_jax import pipeline
 from cai_jax.data import d_cai
+from cai_jax.tiny.files import MODELS
 from configs import default, qwen2_5_0_5b, tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
   from cai_jax.model.transformer import init_params
   from cai_jax.runtime.mesh import make_mesh
 
-  words = PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')
+  words = PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
   config = ModelConfig('llama', len(words), 32, 64, 2, 4, 2, 8, 512, tied_embeddings=True)
   params = init_params(config, jax.random.key(0))
   lm = LM(config, params, words, make_mesh(), 'float32', '', '', (words.eos_token_id,))
@@ -282,7 +283,7 @@ def test_the_command_line_refuses_in_one_line(flag, said, tmp_path):
 
 def served(stage, **fields):
   """Fields of a model that nobody serves: no server has port 9."""
-  url, words = 'http://127.0.0.1:9/v1', str(pipeline.TINY / 'model')
+  url, words = 'http://127.0.0.1:9/v1', str(MODELS['tiny'])
   fields = {'url': url, 'model': 'm', 'tokenizer': words} | fields
   return {f'remote__{stage}__{name}': value for name, value in fields.items()}
 

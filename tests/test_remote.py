@@ -19,6 +19,7 @@ from cai_jax import pipeline
 from cai_jax.data import d_cai
 from cai_jax.sampling.remote import Remote, RemoteConfig, connection, protocol
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.tiny.files import MODELS
 from configs import tiny
 
 KEY_NAME, KEY = 'CAI_JAX_TEST_KEY', 'sk-never-to-be-seen'
@@ -520,7 +521,7 @@ def served_run(at, workdir, rounds=2, stage='critique', **fields):
     turn.max_tokens = 12
   config.engine.slots = 8
   config.train.helpfulness_share = 0.2
-  own = {'url': at.url, 'model': 'served', 'tokenizer': str(pipeline.TINY / 'model')}
+  own = {'url': at.url, 'model': 'served', 'tokenizer': str(MODELS['tiny'])}
   given = own | {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01} | fields
   config.remote[stage].update(given)
   if stage == 'base':
@@ -535,7 +536,7 @@ def shards(workdir):
 @pytest.fixture
 def tiny_server(server):
   """The test's server with the embedded world's tokenizer."""
-  words = transformers.PreTrainedTokenizerFast.from_pretrained(pipeline.TINY / 'model')
+  words = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
   server.tokenizer = words
   return server
 

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from cai_jax import pipeline
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import registries, suite, summary
 from cai_jax.evaluation.config import EvaluationConfig
@@ -16,16 +15,17 @@ from cai_jax.runtime.plugins import load_plugins
 from cai_jax.scoring.likelihood import log_likelihoods
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS
+from cai_jax.tiny.files import MODELS
 
 
 @pytest.fixture(scope='module')
 def lm():
-  return models.load(pipeline.model_path('tiny'))
+  return models.load(MODELS['tiny'])
 
 
 @pytest.fixture(scope='module')
 def loader(lm):
-  return ModelLoader('float32', lm.mesh, {'base': pipeline.model_path('tiny')})
+  return ModelLoader('float32', lm.mesh, {'base': str(MODELS['tiny'])})
 
 
 def row(name, kind, answer, revision=None):
@@ -151,7 +151,7 @@ def test_measures_and_scorers_of_a_plugin_are_used(lm, loader, tmp_path):
 
 
 def test_base_names_the_model_of_the_run(loader):
-  assert loader.language_model('base').name == pipeline.model_path('tiny')
+  assert loader.language_model('base').name == str(MODELS['tiny'])
 
 
 def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):

@@ -23,6 +23,7 @@ from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.sampling import device
 from cai_jax.sampling.journal import Journal
+from cai_jax.tiny.files import model_path
 
 PROBE_CHAINS = 64  # chains sampled to measure the speed
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
@@ -80,16 +81,16 @@ def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[st
   ]
   turns_by_digest = {}
   for name in names:
-    samples = run.feedback.helpful_samples if name == 'helpful' else 1
+    samples = run.config.feedback.helpful_samples if name == 'helpful' else 1
     count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]
     turns_by_digest[_digest([answer_settings, prompts])] = Turns(
-      count, run.sampling.initial.max_tokens
+      count, run.config.sampling.initial.max_tokens
     )
     if model != 'base' or name.endswith('helpful'):
       continue
-    for turn, stage in VARIANTS[run.feedback.variant].turns(run.feedback.rounds):
+    for turn, stage in VARIANTS[run.config.feedback.variant].turns(run.config.feedback.rounds):
       if turn != 'initial':  # counted above, since runs with other variants share it
-        limit = getattr(run.sampling, stage).max_tokens
+        limit = getattr(run.config.sampling, stage).max_tokens
         turns_by_digest[_digest([revision_settings, prompts, turn])] = Turns(count, limit)
   return turns_by_digest
 
@@ -156,7 +157,7 @@ def _describe_cost(
 ) -> str:
   """Return one line with the time and memory that unfinished runs need, measured on the first."""
   run = next(iter(runs.values()))[0]
-  with pipeline.loaded_models(run) as models_by_role:
+  with pipeline.open_models(run) as models_by_role:
     turns_per_second, example_tokens, slot_tokens = _measure_sampling(run, models_by_role)
     base = models_by_role['base']
   sampling = num_turns / turns_per_second
@@ -165,8 +166,9 @@ def _describe_cost(
   seconds = sampling + training + START_SECONDS * len(runs)
   memory = PROCESS_GIB
   if isinstance(base, LM):
-    caches = run.engine.slots * device.cache_bytes(base, slot_tokens, run.engine.slack)
-    memory += min(caches / 2**30, run.engine.cache_gib)
+    engine = run.config.engine
+    caches = engine.slots * device.cache_bytes(base, slot_tokens, engine.slack)
+    memory += min(caches / 2**30, engine.cache_gib)
     # Training holds the result, the initial parameters, two moments, the gradient, and two copies
     # while it saves a checkpoint.
     copies = 7 if training_runs else 1
@@ -196,7 +198,7 @@ def _measure_sampling(
       folder = pathlib.Path(temporary) / str(number)
       journal = Journal(folder / 'journal')
       start = time.perf_counter()
-      counts = generate.generate_shards(job, folder / 'd_cai', journal, run.engine)
+      counts = generate.generate_shards(job, folder / 'd_cai', journal, run.config.engine)
       seconds = time.perf_counter() - start
       journal.close()
   prompt = np.mean([len(job.stages.initial.dialogue.prompt(p.messages)) for p, _ in job.prompts])
@@ -206,12 +208,11 @@ def _measure_sampling(
 
 def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
   """Return the estimated time of fine-tuning: its FLOPs at a share of the speed of products."""
-  section = run.config['model']
-  config = models.inspect_model(pipeline.model_path(section['init'] or section['base'])).config
-  examples = len(run.prompts['harmful'])
-  examples *= run.feedback.rounds if run.train.target == 'all' else 1
-  examples /= 1 - run.train.helpfulness_share
-  flops = config.training_flops([round(example_tokens)]) * examples * run.train.epochs
+  config = models.inspect_model(model_path(run.training_start)).config
+  train, examples = run.config.train, len(run.prompts['harmful'])
+  examples *= run.config.feedback.rounds if train.target == 'all' else 1
+  examples /= 1 - train.helpfulness_share
+  flops = config.training_flops([round(example_tokens)]) * examples * train.epochs
   return flops / (UTILISATION * _product_flops(config) * len(jax.devices()))
 
 

@@ -101,7 +101,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
   """Run all planned runs and return the total costs of the stages that were not done before."""
   for folder, (run, stages) in runs.items():
     if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
-      pipeline.check(run, stages)
+      pipeline.check_run(run, stages)
   sampled = estimate.SampledTurns(workdir)
   totals = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
   for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
@@ -109,7 +109,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
     done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
     pipeline.run_stages(run, stages)
     sampled.add(estimate.count_turns(run, stages))
-    costs = collect.stage_costs(folder, run.config['seed'], stages)
+    costs = collect.stage_costs(folder, run.config.seed, stages)
     costs = [row for row in costs if row['stage'] not in done]
     totals['runs'] += bool(costs)
     for row in costs:

@@ -57,7 +57,8 @@ class FeedbackConfig:
     default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0),
     metadata={
       'doc': 'Largest share of the revisions that may have each defect, in [0, 1]. The generate '
-      'stage fails above it; 1 sets no limit.'
+      'stage fails above it; 1 sets no limit.',
+      'keys': quality.FLAGS,
     },
   )
 

@@ -1,27 +1,21 @@
-"""From a config to results: a run, its checks, and its stages."""
+"""From a config to results: a run, its checks and its stages."""
 
-from cai_jax.pipeline.checks import check
-from cai_jax.pipeline.run import TINY, Run, build, load_scorer, model_path
-from cai_jax.pipeline.stages import (
-  STAGES,
-  browsable,
-  load_measures,
-  loaded_models,
-  prepare_job,
-  run_stages,
-)
+from cai_jax.pipeline.chains import browsable, prepare_job
+from cai_jax.pipeline.checks import check_run
+from cai_jax.pipeline.models import load_measures, load_scorer, open_models
+from cai_jax.pipeline.run import Run, build
+from cai_jax.pipeline.stages import STAGES, default_stages, run_stages
 
 __all__ = [
   'STAGES',
-  'TINY',
   'Run',
   'browsable',
   'build',
-  'check',
-  'load_scorer',
-  'loaded_models',
+  'check_run',
+  'default_stages',
   'load_measures',
-  'model_path',
+  'load_scorer',
+  'open_models',
   'prepare_job',
   'run_stages',
 ]

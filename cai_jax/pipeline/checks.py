@@ -1,113 +1,188 @@
-"""What a run needs of models, devices, servers and disk, checked before its first stage."""
+"""Checks of models, devices, servers and disk before the first stage of a run starts."""
 
 import contextlib
 from collections.abc import Sequence
 
+from cai_jax.data import d_cai
+from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
-from cai_jax.pipeline.run import PROMPT_SETS, Run, local_mesh, mesh_of, model_path
+from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.models import global_mesh, local_mesh
+from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.sampling.remote import Remote
+from cai_jax.tiny.files import model_path
 
 
-def check(run: Run, stages: Sequence[str]) -> None:
-  """Checks what the stages need of models, devices and disk, before the first of them starts.
+def check_run(run: Run, stages: Sequence[str]) -> None:
+  """Check everything that the stages need, without sampling, training or loading any weights.
+
+  Args:
+    run: the run.
+    stages: names of the stages to run.
 
   Raises:
-    ValueError: naming the field and what it may be.
+    UserError: naming the config field that is wrong and the values that it may have.
   """
-  section = run.config['model']
-  init = section['init'] or section['base']
-  if not init and {'train', 'evaluate'} & {*stages}:
-    raise UserError(
-      'model.init is empty: with M_θ served elsewhere it must name the checkpoint that M_aligned '
-      'starts from. Give it, or choose --stages=generate.'
-    )
-  names = {section[name] for name in ('base', 'critique', 'revision', 'init')} - {''}
-  if 'evaluate' in stages:
-    names |= {run.evaluation.judge} - {'', 'base'}
-  parts = {name: models.inspect_model(model_path(name)) for name in names}
-  mesh = mesh_of(run)
-  for part in parts.values():
-    param_shardings(abstract_model(part.config)[1], mesh)
-  check_batch(run.engine.slots, local_mesh(run), 'engine.slots')
-  rows = run.train.batch_size // run.train.accumulation
-  check_batch(rows, mesh, 'train.batch_size / train.accumulation')
-  try:
-    check_kernel(run.train.attention, mesh, run.train.dtype, run.train.max_length)
-  except ValueError as error:
-    raise UserError(f'train.attention: {error}') from None
-  if init and run.train.lora is not None:
-    lora.abstract_model(parts[init].config, run.train.lora)
-  if run.train.probes and not (run.prompts['eval_harmful'] or run.prompts['eval_helpful']):
-    raise UserError(
-      f'train.probes={run.train.probes} needs held-out prompts: give prompts.eval_harmful.source.'
-    )
-  if init:
-    _check_aligned(run, stages, init, parts[init])
-  share, replies = run.train.helpfulness_share, len(run.prompts['harmful'])
-  replies *= run.feedback.rounds if run.train.target == 'all' else 1
-  wanted = round(share * replies / (1 - share))
-  samples = run.feedback.helpful_samples
-  if 'train' in stages and wanted > samples * len(run.prompts['helpful']):
-    raise UserError(
-      f'train.helpfulness_share={share} beside {replies} replies to harmful prompts needs {wanted} '
-      f'helpful prompts, and there are {len(run.prompts["helpful"])}, each answered '
-      f'feedback.helpful_samples={samples} times: give more as prompts.helpful, or lower the share.'
-    )
-  if 'evaluate' in stages and not run.prompts['eval_harmful']:
-    raise UserError(
-      'prompts.eval_harmful.source is empty: evaluation needs held-out prompts. Give some, or '
-      'choose --stages=generate,train.'
-    )
-  trained = parts[init].config.num_params if init else 0
-  check_workdir(run.workdir, needed_bytes=_disk_bytes(run, trained))
-
-
-def _check_aligned(run: Run, stages: Sequence[str], name: str, parts: models.ModelInfo) -> None:
-  """Checks that the model `name`, once trained, can learn and answer the run's prompts."""
-  context = parts.config.max_positions
-  if run.train.max_length > context:
-    raise UserError(
-      f'train.max_length={run.train.max_length} is more than the {context} tokens of the context '
-      f'of {name}.'
-    )
-  options = run.feedback.style, parts.eos_token_ids, run.feedback.template_options
-  dialogue = Dialogue(parts.tokenizer, *options)
-  lengths = {
-    key: [len(dialogue.prompt(p.messages)) for p in run.prompts[key]] for key in PROMPT_SETS
-  }
-  if 'train' in stages and min(lengths['harmful']) + 2 > run.train.max_length:
-    raise UserError(
-      f'train.max_length={run.train.max_length} holds no prompt with its reply: the shortest '
-      f'prompt has {min(lengths["harmful"])} tokens.'
-    )
-  longest = max(lengths['eval_harmful'] + lengths['eval_helpful'], default=0)
-  sampled = 'evaluate' in stages or run.train.probes
-  if sampled and longest + run.sampling.initial.max_tokens > context:
-    raise UserError(
-      f'a held-out prompt has {longest} tokens and its reply up to '
-      f'{run.sampling.initial.max_tokens} (sampling.initial.max_tokens); {name} holds {context}.'
-    )
+  _check_prompts(run, stages)
+  _check_external_data(run, stages)
+  infos = _check_models(run, stages)
+  _check_devices(run)
+  start = run.training_start
+  if start and run.config.train.lora is not None:
+    lora.abstract_model(infos[start].config, run.config.train.lora)
+  if start and not run.config.model.aligned:
+    _check_training_start(run, stages, start, infos[start])
+  answers_by = run.config.model.aligned or start
+  if answers_by and ('evaluate' in stages or run.config.train.probes):
+    _check_answer_lengths(run, answers_by, infos[answers_by])
+  if 'train' in stages and not run.config.data.d_cai:
+    _check_helpful_prompts(run)
+  trained = infos[start].config.num_params if start else 0
+  check_workdir(run.workdir, needed_bytes=_estimate_bytes(run, trained))
 
 
 def check_reachable(run: Run) -> None:
-  """Asks each server once whether it serves its model."""
-  for name, settings in run.remotes.items():
+  """Check that each server answers and serves its model.
+
+  Raises:
+    UserError: naming the section of a server that does not.
+  """
+  for role, remote in run.remotes.items():
     try:
-      with contextlib.closing(Remote(settings)) as served:
+      with contextlib.closing(Remote(remote)) as served:
         served.check()
-    except ValueError as error:
-      raise UserError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
+    except UserError as error:
+      raise UserError(f'remote.{role}: {str(error).removeprefix("remote: ")}') from error
 
 
-def _disk_bytes(run: Run, num_params: int) -> int:
-  """About what a run writes: f32 parameters and two moments a checkpoint, a model, the rows."""
+def _check_prompts(run: Run, stages: Sequence[str]) -> None:
+  """Check that the prompt sets that the stages need are not empty."""
+  if 'generate' in stages and not run.prompts['harmful']:
+    raise UserError(
+      'prompts.harmful.source is empty. Give prompts whose responses are revised, or choose stages '
+      'that do not need generate.'
+    )
+  if 'evaluate' in stages and not run.prompts['eval_harmful']:
+    raise UserError(
+      'prompts.eval_harmful.source is empty, but evaluation needs held-out prompts. Give some, or '
+      'choose --stages=generate,train.'
+    )
+  probes = run.config.train.probes
+  if probes and not any(run.prompts[name] for name in prompt_sets.HELD_OUT):
+    raise UserError(
+      f'train.probes={probes} needs held-out prompts. Give prompts.eval_harmful.source, or set '
+      'train.probes=0.'
+    )
+
+
+def _check_external_data(run: Run, stages: Sequence[str]) -> None:
+  """Check that D_CAI of another run exists and contains no held-out prompt."""
+  if not run.config.data.d_cai or 'train' not in stages:
+    return
+  try:
+    rows = d_cai.read_rows(run.d_cai)
+    training = [
+      Prompt(row['id'], tuple(row['prompt'])) for row in (rows[i] for i in range(len(rows)))
+    ]
+    prompt_sets.check_held_out(training, run.prompts)
+  except UserError as error:
+    raise UserError(f'data.d_cai: {error}') from error
+
+
+def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo]:
+  """Check each checkpoint of the run, and return its configuration and tokenizer by name."""
+  section = run.config.model
+  starts_nowhere = not run.training_start and not section.aligned
+  if starts_nowhere and {'train', 'evaluate'} & {*stages}:
+    raise UserError(
+      'model.init is empty, and M_θ is served, so there is no checkpoint to fine-tune. Set '
+      'model.init, or choose --stages=generate.'
+    )
+  names = {section.base, section.critique, section.revision, section.init, section.aligned}
+  if 'evaluate' in stages:
+    names |= {run.config.evaluation.judge} - {'base'}
+  infos = {name: models.inspect_model(model_path(name)) for name in names - {''}}
+  mesh = global_mesh(run)
+  for info in infos.values():
+    param_shardings(abstract_model(info.config)[1], mesh)
+  return infos
+
+
+def _check_devices(run: Run) -> None:
+  """Check that batches divide over the devices, and that the attention kernel runs on them."""
+  mesh, train = global_mesh(run), run.config.train
+  check_batch(run.config.engine.slots, local_mesh(run), 'engine.slots')
+  rows = train.batch_size // train.accumulation
+  check_batch(rows, mesh, 'train.batch_size / train.accumulation')
+  try:
+    check_kernel(train.attention, mesh, train.dtype, train.max_length)
+  except UserError as error:
+    raise UserError(f'train.attention: {error}') from None
+
+
+def _check_training_start(
+  run: Run, stages: Sequence[str], name: str, info: models.ModelInfo
+) -> None:
+  """Check that the model to fine-tune can learn the run's prompts."""
+  context, max_length = info.config.max_positions, run.config.train.max_length
+  if max_length > context:
+    raise UserError(
+      f'train.max_length={max_length} exceeds the context of {name}, which holds {context} tokens. '
+      'Lower train.max_length.'
+    )
+  lengths = _prompt_lengths(run, info, ('harmful',))
+  if 'train' in stages and lengths and min(lengths) + 2 > max_length:
+    raise UserError(
+      f'train.max_length={max_length} holds no prompt with its reply: the shortest prompt has '
+      f'{min(lengths)} tokens. Raise train.max_length.'
+    )
+
+
+def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo) -> None:
+  """Check that the aligned model's context holds each held-out prompt with its answer."""
+  context, answer = info.config.max_positions, run.config.sampling.initial.max_tokens
+  longest = max(_prompt_lengths(run, info, prompt_sets.HELD_OUT), default=0)
+  if longest + answer > context:
+    raise UserError(
+      f'a held-out prompt has {longest} tokens and its answer up to sampling.initial.max_tokens='
+      f'{answer}, but the context of {name} holds {context}. Shorten the prompt or the answer.'
+    )
+
+
+def _prompt_lengths(run: Run, info: models.ModelInfo, names: Sequence[str]) -> list[int]:
+  """Return the number of tokens of each prompt of some sets, as a model reads it."""
+  feedback = run.config.feedback
+  dialogue = Dialogue(info.tokenizer, feedback.style, info.eos_token_ids, feedback.template_options)
+  return [len(dialogue.prompt(prompt.messages)) for name in names for prompt in run.prompts[name]]
+
+
+def _check_helpful_prompts(run: Run) -> None:
+  """Check that there are enough helpful responses for `train.helpfulness_share`."""
+  config = run.config
+  share, num_replies = config.train.helpfulness_share, len(run.prompts['harmful'])
+  num_replies *= config.feedback.rounds if config.train.target == 'all' else 1
+  needed = round(share * num_replies / (1 - share))
+  samples, prompts = config.feedback.helpful_samples, len(run.prompts['helpful'])
+  if needed > samples * prompts:
+    raise UserError(
+      f'train.helpfulness_share={share} with {num_replies} replies to harmful prompts needs '
+      f'{needed} helpful prompts, but there are {prompts}, each answered '
+      f'feedback.helpful_samples={samples} times. Give more as prompts.helpful, or lower the share.'
+    )
+
+
+def _estimate_bytes(run: Run, num_params: int) -> int:
+  """Estimate the disk space of a run: checkpoints, the model and the rows of its datasets.
+
+  A checkpoint holds f32 parameters and two moments of each; a row takes about 50 kB.
+  """
   rows = sum(map(len, run.prompts.values())) * 50_000
-  return 4 * num_params * (3 * (run.train.keep + 1) + 1) + rows + 100_000_000
+  return 4 * num_params * (3 * (run.config.train.keep + 1) + 1) + rows + 100_000_000

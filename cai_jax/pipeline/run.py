@@ -1,230 +1,196 @@
-"""A config made into checked parts: the run."""
+"""A run: a checked config, everything that it points to, and a folder."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
-from cai_jax.data import quality, quality_summary
-from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
-from cai_jax.data.published import read_published_samples
-from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
-from cai_jax.pipeline.schema import default_config
+from cai_jax.constitution import Constitution, load_constitution
+from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
+from cai_jax.pipeline import prompt_sets, schema
+from cai_jax.pipeline.published_quality import summarise_published
+from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import make_mesh
-from cai_jax.runtime.settings import flatten
-from cai_jax.sampling.config import EngineConfig
+from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
-from cai_jax.sampling.types import SamplingConfig
-from cai_jax.scoring.loader import ModelLoader
-from cai_jax.scoring.scorer import SCORERS, Scorer
-from cai_jax.tiny import world
-from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
-
-PROMPT_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
-TINY = pathlib.Path(world.__file__).parent
-EMBEDDED = {'tiny': 'model', 'tiny-small': 'model_small'}  # folders of the embedded models
+from cai_jax.training.config import MAY_CHANGE_ON_RESUME
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A config made into checked parts, and the folder they work in."""
+  """A checked config, everything that it points to, and the folder of the run.
 
-  config: dict[str, Any]  # resolved
+  Attributes:
+    config: the settings, by section.
+    values: the same settings as nested dicts of JSON types, as `config.json` holds them.
+    workdir: the run's folder, on a local or shared filesystem.
+    constitution: the constitution.
+    prompts: prompts by set: 'harmful', 'helpful', 'eval_harmful' and 'eval_helpful'.
+    plugins: path → digest of the content of each plugin file.
+    profile: number of training steps to profile.
+    journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
+  """
+
+  config: RunConfig
+  values: Mapping[str, Any]
   workdir: pathlib.Path
   constitution: Constitution
-  prompts: dict[str, list[Prompt]]  # by PROMPT_SETS
-  feedback: FeedbackConfig
-  sampling: StageSampling
-  engine: EngineConfig
-  remotes: dict[str, RemoteConfig]  # of 'base', 'critique' and 'revision', those served elsewhere
-  train: TrainConfig
-  evaluation: EvaluationConfig
-  profile: int = 0  # training steps that a trace is written of
-  journal: pathlib.Path | None = None  # folder of the turns; None is workdir/journal
+  prompts: Mapping[str, list[Prompt]]
+  plugins: Mapping[str, str]
+  profile: int = 0
+  journal: pathlib.Path | None = None
+
+  @property
+  def remotes(self) -> dict[str, RemoteConfig]:
+    """The served models by role: 'base', 'critique' or 'revision'."""
+    section = self.config.remote
+    remotes = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {role: remote for role, remote in remotes.items() if remote is not None}
+
+  @property
+  def d_cai(self) -> pathlib.Path:
+    """Folder of the D_CAI to train on."""
+    return pathlib.Path(self.config.data.d_cai or self.workdir / 'd_cai')
+
+  @property
+  def training_start(self) -> str:
+    """Name of the model that fine-tuning starts from; '' if the run has none."""
+    return self.config.model.init or self.config.model.base
 
   def settings(self, stage: str) -> dict[str, Any]:
-    """What the result of a stage depends on."""
-    known = {name: self.config[name] for name in ('seed', 'model', 'feedback', 'sampling')}
-    known['feedback'] = {
-      k: v for k, v in known['feedback'].items() if k not in ROW_INDEPENDENT_FIELDS
+    """Return everything that the result of a stage depends on, as nested dicts of JSON types.
+
+    The manifest records it, and a later start with other settings is refused. A setting that does
+    not apply to the stage is left out, so it may change.
+
+    Args:
+      stage: name of the stage.
+    """
+    values = self.values
+    evaluates = stage in ('evaluate', 'report')
+    aligned = self.config.model.aligned if evaluates else ''
+    settings = {name: values[name] for name in ('seed', 'sampling')}
+    settings['model'] = _without(values['model'], () if aligned else ('aligned',))
+    settings['feedback'] = _without(values['feedback'], ROW_INDEPENDENT_FIELDS)
+    if self.remotes:  # what is served counts, not where it is served or how patiently it is asked
+      settings['remote'] = {role: remote.identity() for role, remote in self.remotes.items()}
+    settings['constitution'] = self.constitution.fingerprint()
+    settings['prompts'] = {
+      name: _fingerprint(self.prompts[name])
+      for name in prompt_sets.NAMES
+      if evaluates or name not in prompt_sets.HELD_OUT
     }
-    if self.remotes:  # what is served; where, and how patiently it is asked, may change
-      known['remote'] = {name: served.identity() for name, served in self.remotes.items()}
-    known['constitution'] = self.constitution.fingerprint()
-    sets = PROMPT_SETS[:2] if stage in ('generate', 'train') else PROMPT_SETS
-    known['prompts'] = {name: _fingerprint(self.prompts[name]) for name in sets}
-    if stage != 'generate':
-      known['train'] = {
-        k: v for k, v in self.config['train'].items() if k not in MAY_CHANGE_ON_RESUME
-      }
-    if stage in ('evaluate', 'report'):
-      known['evaluation'] = self.config['evaluation'] | {
-        'questions': self.evaluation.question_digests()
-      }
+    if self.plugins:
+      settings['plugins'] = sorted(self.plugins.values())
+    if stage == 'train' or (evaluates and not aligned):
+      settings['train'] = _without(values['train'], MAY_CHANGE_ON_RESUME)
+      if self.config.data.d_cai:
+        settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
+    if evaluates:
+      questions = self.config.evaluation.question_digests()
+      settings['evaluation'] = values['evaluation'] | {'questions': questions}
     if stage == 'report':
-      known['report'] = self.config['report']
-    return known
+      settings['report'] = values['report']
+    return settings
 
 
 def build(
   config: ConfigDict, workdir: str | os.PathLike, journal: pathlib.Path | None = None
 ) -> Run:
-  """The parts of a run, all checked.
+  """Return the run of a config, after loading its plugins, prompts and constitution.
 
   Args:
-    config: with every field of configs/default.py.
-    workdir: folder of the run.
-    journal: folder of sampled turns, which runs may share; None is workdir/journal.
+    config: a config with every field of `configs/default.py`.
+    workdir: the run's folder, on a local or shared filesystem.
+    journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
 
   Raises:
-    ValueError: for whatever is wrong with the config or what it points to, before any work.
+    UserError: if anything is wrong with the config or with a file that it names.
   """
-  unknown = sorted(set(flatten(config.to_dict())) - set(flatten(default_config().to_dict())))
-  if unknown:
-    raise UserError(
-      f'unknown config field {", ".join(unknown)}; configs/default.py lists every field.'
-    )
   if not str(workdir):
-    raise UserError('workdir is empty; give the folder of the run.')
-  if not 0 <= config.seed < 2**63:
-    raise UserError(f'seed={config.seed} is not in [0, 2**63).')
-  if config.report.chains < 0:
-    raise UserError(f'report.chains={config.report.chains}; it must be at least 0.')
-  if config.evaluation.judge == 'base' and not config.model.base:
+    raise UserError('workdir is empty. Give the folder of the run.')
+  if '://' in str(workdir):
     raise UserError(
-      "evaluation.judge='base' needs M_θ here, and it is served elsewhere: name a model."
+      f'workdir={workdir} is not on a local or shared filesystem, but the journal appends to its '
+      'files. Mount the storage, or choose a folder.'
     )
-  evaluation = EvaluationConfig(**config.evaluation)
-  sets = {name: _prompts(name, config.prompts[name], config.seed) for name in PROMPT_SETS}
-  if not sets['harmful']:
-    raise UserError('prompts.harmful.source is empty: give prompts whose answers are revised.')
-  for pair in (PROMPT_SETS[:2], PROMPT_SETS[2:]):
-    ids = [prompt.id for name in pair for prompt in sets[name]]
-    if len(set(ids)) < len(ids):
-      twice = next(i for i in ids if ids.count(i) > 1)
-      raise UserError(f'prompts.{pair[0]} and prompts.{pair[1]} both have the id {twice!r}.')
-  sampling = StageSampling(
-    **{name: _sampling(name, section) for name, section in config.sampling.items()}
-  )
-  if config.feedback.helpful_samples > 1 and not sampling.initial.temperature:
-    raise UserError(
-      f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '
-      'at sampling.initial.temperature=0: raise it, or sample once.'
-    )
-  if config.report.published:
-    published(config.report.published)
-  held_out = sets['eval_harmful'] + sets['eval_helpful']
-  check_disjoint(sets['harmful'] + sets['helpful'], held_out)
+  schema.check_names(config)
+  plugins = load_plugins(config.plugins)
+  settings = schema.from_config(config)
+  _check_roles(settings)
+  _check_sampling(settings)
+  if settings.report.published:
+    summarise_published(settings.report.published)
   return Run(
-    config=json.loads(config.to_json_best_effort()),
+    config=settings,
+    values=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(workdir),
-    constitution=load_constitution(ConstitutionConfig(**config.constitution)),
-    prompts=sets,
-    feedback=FeedbackConfig(**config.feedback),
-    sampling=sampling,
-    engine=EngineConfig(**config.engine),
-    remotes=_remotes(config, sampling),
-    train=TrainConfig(seed=config.seed, **config.train),
-    evaluation=evaluation,
+    constitution=load_constitution(settings.constitution),
+    prompts=prompt_sets.load_prompt_sets(settings.prompts, settings.seed),
+    plugins=plugins,
     journal=journal,
   )
 
 
-def model_path(name: str) -> str:
-  """The folder or hub name that a model's name stands for."""
-  return str(TINY / EMBEDDED[name]) if name in EMBEDDED else name
+def _check_roles(config: RunConfig) -> None:
+  """Check that each role has one model, served or not."""
+  for field in dataclasses.fields(config.remote):
+    role, name = field.name, getattr(config.model, field.name)
+    remote = getattr(config.remote, role)
+    if remote is not None and name:
+      raise UserError(
+        f'model.{role}={name!r} and remote.{role}.url={remote.url!r} are both set, but only one '
+        f"model is used. Set model.{role}='' or remote.{role}.url=''."
+      )
+  if not config.model.base and config.remote.base is None:
+    raise UserError('model.base is empty. Name a checkpoint, or give remote.base.url.')
+  if config.evaluation.judge == 'base' and not config.model.base:
+    raise UserError(
+      "evaluation.judge='base' needs M_θ as a local model, but model.base is empty because M_θ is "
+      'served. Name a checkpoint as evaluation.judge.'
+    )
 
 
-def mesh_of(run: Run) -> Mesh:
-  """The mesh of all devices."""
-  return make_mesh(**run.config['mesh'])
+def _check_sampling(config: RunConfig) -> None:
+  """Check that the servers support the sampling settings of the turns that they sample."""
+  for field in dataclasses.fields(config.sampling):
+    role, sampling = field.name, getattr(config.sampling, field.name)
+    own = getattr(config.remote, role, None) or getattr(config.model, role, '')
+    server_role = role if own else 'base'  # M_critique and M_revise default to M_θ
+    remote = getattr(config.remote, server_role)
+    if remote is not None:
+      try:
+        remote.check_sampling(sampling)
+      except UserError as error:
+        message = str(error).removeprefix('remote: ')
+        raise UserError(f'remote.{server_role}: {message}') from error
+  if config.feedback.helpful_samples > 1 and not config.sampling.initial.temperature:
+    raise UserError(
+      f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '
+      'at sampling.initial.temperature=0. Raise the temperature, or sample once.'
+    )
 
 
-def local_mesh(run: Run) -> Mesh:
-  """The mesh of this process: each samples its own share of the prompts, on a model of its own."""
-  sizes = run.config['mesh']
-  if jax.process_count() > 1:
-    split = {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
-    sizes = sizes | split
-  return make_mesh(**sizes, devices=jax.local_devices())
-
-
-def model_loader(run: Run) -> ModelLoader:
-  """Return the loader of the models that scorers and measures use; 'base' means M_θ."""
-  aliases = {name: model_path(name) for name in EMBEDDED}
-  aliases['base'] = model_path(run.config['model']['base'])
-  return ModelLoader(run.config['model']['dtype'], local_mesh(run), aliases)
-
-
-def load_scorer(run: Run) -> Scorer | None:
-  """Return the scorer that `evaluation.scorer` names, or None if it is 'none'."""
-  return SCORERS[run.evaluation.scorer](model_loader(run))
-
-
-def published(path: str) -> dict[str, Any]:
-  """The summary of a file of the paper's samples.
-
-  Raises:
-    ValueError: if it is none.
-  """
-  try:
-    rows, principles = read_published_samples(path)
-  except ValueError as error:
-    raise UserError(f'report.published: {error}') from error
-  summary = quality_summary.summarise(rows, quality.build_references(principles))
-  del summary['flags']['truncated']  # the samples do not say how they ended
-  return summary
-
-
-def _prompts(name: str, section: ConfigDict, seed: int) -> list[Prompt]:
-  """Load one of the prompt sets; a set without a source is empty."""
-  try:
-    return load_prompts(PromptSource(**section), seed)
-  except UserError as error:
-    raise UserError(f'prompts.{name}: {error}') from error
-
-
-def _sampling(name: str, section: ConfigDict) -> SamplingConfig:
-  try:
-    return SamplingConfig(**section)
-  except ValueError as error:
-    raise UserError(f'sampling.{name}: {error}') from error
+def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if name not in names}
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
-  """Hex digest of ids, messages and metadata, in order."""
+  """Return a hex digest of the ids, messages and metadata of prompts, in their order."""
   content = json.dumps([dataclasses.astuple(prompt) for prompt in prompts], sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _remotes(config: ConfigDict, sampling: StageSampling) -> dict[str, RemoteConfig]:
-  """The models that are served elsewhere, checked as far as the config says."""
-  sections = {name: section for name, section in config.remote.items() if section.url}
-  found = {}
-  for name, section in sections.items():
-    if config.model[name]:
-      raise UserError(
-        f'model.{name}={config.model[name]!r} and remote.{name}.url={section.url!r} are both set; '
-        f"one model is meant: set model.{name}='' or remote.{name}.url=''."
-      )
-    try:
-      found[name] = RemoteConfig(**section)
-      for stage in dataclasses.fields(sampling):
-        own = stage.name in sections or config.model.get(stage.name)
-        if name == (stage.name if own else 'base'):
-          found[name].check_sampling(getattr(sampling, stage.name))
-    except ValueError as error:
-      raise UserError(f'remote.{name}: {str(error).removeprefix("remote: ")}') from error
-  if not config.model.base and 'base' not in found:
-    raise UserError('model.base is empty: name a checkpoint, or set remote.base.url.')
-  return found
+def _dataset_digest(folder: pathlib.Path) -> str:
+  """Return a hex digest of the files that describe a D_CAI: its job and its shards' sizes."""
+  digest = hashlib.sha256()
+  for name in ('job.json', 'dataset_info.json'):
+    path = folder / name
+    digest.update(path.read_bytes() if path.exists() else b'')
+  return digest.hexdigest()[:16]

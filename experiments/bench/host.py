@@ -34,7 +34,6 @@ from unittest import mock
 
 import numpy as np
 
-from cai_jax import pipeline
 from cai_jax.constitution import ConstitutionConfig, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue.messages import REPLY_ROLES
@@ -49,6 +48,7 @@ from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
+from cai_jax.tiny.files import MODELS
 
 LONGEST = 64  # most tokens of a reply, which fit one burst
 READY = types.SimpleNamespace(block_until_ready=lambda: None)  # the result of a prefilled chunk
@@ -117,7 +117,7 @@ class Prompts:
 def make_job(count: int) -> jobs.Job:
   """Return a job of the embedded world with `count` prompts."""
   mesh = make_mesh()
-  lm = dataclasses.replace(models.load(pipeline.TINY / 'model', mesh=mesh), name='tiny')
+  lm = dataclasses.replace(models.load(MODELS['tiny'], mesh=mesh), name='tiny')
   short = SamplingConfig(max_tokens=LONGEST)
   base = prompts.make_prompts('train', 1000, 0)
   job = jobs.prepare(

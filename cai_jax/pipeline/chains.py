@@ -1,0 +1,112 @@
+"""Sampling the chains of a run into datasets, and showing them in its report."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cai_jax.data.prompts import Prompt
+from cai_jax.feedback import generate
+from cai_jax.feedback import job as jobs
+from cai_jax.model.lm import LM
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime import processes
+from cai_jax.runtime.progress import Progress
+from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.stats import describe
+from cai_jax.scoring.scorer import Scorer
+
+# Counts that are the same in every process, or of which the largest matters. Others are summed.
+_MAXIMA = ('rows', 'seconds', 'slots', 'most_slots', 'occupancy')
+
+
+def prepare_job(
+  run: Run,
+  models: Mapping[str, LM | Remote],
+  harmful: Sequence[Prompt],
+  helpful: Sequence[Prompt],
+) -> jobs.Job:
+  """Return the job that revises responses to harmful prompts and answers helpful ones.
+
+  Args:
+    run: the run, whose settings apply.
+    models: models by role; 'base' is M_θ.
+    harmful: prompts whose responses are criticised and revised.
+    helpful: prompts that are only answered.
+
+  Raises:
+    UserError: if the job cannot be sampled, such as for a prompt that is too long.
+  """
+  config = run.config
+  return jobs.prepare(
+    models, harmful, helpful, run.constitution, config.feedback, config.sampling, config.seed
+  )
+
+
+def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
+  """Sample the chains of a job into a dataset. All processes call this together.
+
+  Args:
+    run: the run, whose journal and engine settings apply.
+    job: what to sample.
+    folder: folder of the dataset.
+    name: shown with the progress.
+
+  Returns:
+    Counts and speeds over all processes, for the manifest.
+  """
+  journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+  engine = run.config.engine
+  with Progress(name) as progress:
+    counts = processes.run_on_all_processes(
+      f'sample {folder}',
+      lambda: generate.generate_shards(job, folder, journal, engine, progress),
+    )
+  journal.close()
+  counts = merge_counts(counts)
+
+  def finish() -> None:
+    if counts['sampled_rows']:
+      print(describe(counts), flush=True)
+    generate.finish_dataset(job, folder)
+
+  processes.run_on_process_0(f'finish {folder}', finish)
+  return counts | {'engine': run.values['engine']}
+
+
+def merge_counts(counts: Mapping[str, float]) -> dict[str, float]:
+  """Return the counts of all processes together: sums, or maxima where a sum means nothing.
+
+  Args:
+    counts: this process's counts; every process has the same names.
+  """
+  if jax.process_count() == 1:
+    return dict(counts)
+  table = multihost_utils.process_allgather(np.array(list(counts.values()), np.float64))
+  totals = np.where([name in _MAXIMA for name in counts], table.max(0), table.sum(0)).tolist()
+  return {
+    name: type(count)(total) for (name, count), total in zip(counts.items(), totals, strict=True)
+  }
+
+
+def browsable(row: Mapping[str, Any], scorer: Scorer | None) -> dict[str, Any]:
+  """Return a row of D_CAI in the form that the report's browser shows.
+
+  Args:
+    row: a row of D_CAI.
+    scorer: names the rules that each response breaks; None leaves `violations` out.
+  """
+  chain = {name: row[name] for name in ('id', 'prompt', 'initial')}
+  chain['rounds'] = [
+    step | {'critique': step['critique'] if step['critique']['finish_reason'] else None}
+    for step in row['rounds']
+  ]
+  if scorer is not None:
+    texts = [row['initial']['text'], *(step['revision']['text'] for step in row['rounds'])]
+    verdicts = scorer([row['prompt']] * len(texts), texts)
+    chain['violations'] = [sorted(verdict.violations) for verdict in verdicts]
+  return chain

@@ -1,0 +1,85 @@
+"""The models of a run, and the meshes that they are loaded onto."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from cai_jax.dialogue import Dialogue
+from cai_jax.evaluation import suite
+from cai_jax.evaluation.registries import ResponseMeasure
+from cai_jax.model import lm as models
+from cai_jax.model.lm import LM
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling.remote import Remote
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.scorer import SCORERS, Scorer
+from cai_jax.tiny.files import MODELS, model_path
+
+
+def global_mesh(run: Run) -> Mesh:
+  """Return the mesh of the devices of all processes, on which training runs."""
+  return make_mesh(**dataclasses.asdict(run.config.mesh))
+
+
+def local_mesh(run: Run) -> Mesh:
+  """Return the mesh of this process's devices.
+
+  Each process samples its own share of the prompts with its own copy of the models, on this mesh.
+  """
+  sizes = dataclasses.asdict(run.config.mesh)
+  if jax.process_count() > 1:
+    sizes |= {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
+  return make_mesh(**sizes, devices=jax.local_devices())
+
+
+@contextlib.contextmanager
+def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
+  """Yield the models that sample by role, each loaded once, and close connections at the end.
+
+  Yields:
+    'base' is M_θ. 'critique' and 'revision' are there if they differ from M_θ.
+  """
+  config, mesh, remotes = run.config.model, local_mesh(run), run.remotes
+  names = {
+    role: name
+    for role in ('base', 'critique', 'revision')
+    if (name := getattr(config, role)) and (role == 'base' or name != config.base)
+  }
+
+  def load(name: str) -> LM:
+    return dataclasses.replace(models.load(model_path(name), config.dtype, mesh), name=name)
+
+  with contextlib.ExitStack() as stack:
+    served = {
+      role: stack.enter_context(contextlib.closing(Remote(remote)))
+      for role, remote in remotes.items()
+    }
+    loaded = {name: load(name) for name in set(names.values())}
+    yield {role: loaded[name] for role, name in names.items()} | served
+
+
+def make_dialogue(run: Run, lm: LM) -> Dialogue:
+  """Return the dialogue that renders the run's conversations for a model."""
+  feedback = run.config.feedback
+  return Dialogue(lm.tokenizer, feedback.style, lm.eos_token_ids, feedback.template_options)
+
+
+def model_loader(run: Run) -> ModelLoader:
+  """Return the loader of the models that scorers and measures use; 'base' means M_θ."""
+  aliases = {name: str(folder) for name, folder in MODELS.items()}
+  aliases['base'] = model_path(run.config.model.base)
+  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases)
+
+
+def load_scorer(run: Run) -> Scorer | None:
+  """Return the scorer that `evaluation.scorer` names, or None if it is 'none'."""
+  return SCORERS[run.config.evaluation.scorer](model_loader(run))
+
+
+def load_measures(run: Run) -> list[ResponseMeasure]:
+  """Return the measures of responses that the config asks for, with their models loaded."""
+  return suite.load_response_measures(run.config.evaluation, model_loader(run))

@@ -1,0 +1,29 @@
+"""Defects of the samples that Bai et al. (2022) published, to show beside those of a run."""
+
+from typing import Any
+
+from cai_jax.data import quality, quality_summary
+from cai_jax.data.published import read_published_samples
+from cai_jax.runtime.errors import UserError
+
+
+def summarise_published(path: str) -> dict[str, Any]:
+  """Return the summary of the defects in a file of published samples.
+
+  Args:
+    path: a *_SLMADISON.jsonl file of anthropics/ConstitutionalHarmlessnessPaper.
+
+  Returns:
+    A summary as `quality_summary.summarise` returns it, without the rate of truncated texts: the
+    samples do not say how they ended.
+
+  Raises:
+    UserError: if the file cannot be read or is not such a file.
+  """
+  try:
+    rows, principles = read_published_samples(path)
+  except UserError as error:
+    raise UserError(f'report.published: {error}') from error
+  summary = quality_summary.summarise(rows, quality.build_references(principles))
+  del summary['flags']['truncated']
+  return summary

@@ -1,0 +1,84 @@
+"""Stage `evaluate`: score M_θ, each round of its revisions, and M_aligned on held-out prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cai_jax.data import d_cai
+from cai_jax.evaluation import suite
+from cai_jax.evaluation import summary as summaries
+from cai_jax.model import lm as models
+from cai_jax.model.lm import LM
+from cai_jax.pipeline.chains import prepare_job, sample_dataset
+from cai_jax.pipeline.models import (
+  load_measures,
+  local_mesh,
+  make_dialogue,
+  model_loader,
+  open_models,
+)
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime import processes
+from cai_jax.runtime.files import write_json
+from cai_jax.tiny.files import model_path
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """Write the answers of both models and their scores to `evaluation/`.
+
+  Args:
+    run: the run.
+    manifest: not used.
+
+  Returns:
+    Counts and speeds for the manifest.
+
+  Raises:
+    UserError: if a model cannot be loaded or sampled from.
+  """
+  del manifest
+  harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
+  folder, results, rows = run.workdir / 'evaluation', {}, {}
+  with open_models(run) as sampled:
+    job = prepare_job(run, sampled, harmful, helpful)
+    base_counts = sample_dataset(run, job, folder / 'base', 'base')
+    rows['base'] = list(d_cai.read_rows(folder / 'base'))
+    if isinstance(sampled['base'], LM):
+      results['base'] = _evaluate_model(run, sampled['base'], rows['base'])
+  del sampled, job  # frees their memory for M_aligned
+  aligned = models.load(aligned_path(run), run.config.model.dtype, local_mesh(run))
+  job = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
+  aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
+  rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
+  results['aligned'] = _evaluate_model(run, aligned, rows['base'])
+  del aligned, job
+  processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
+  return {'base': base_counts, 'aligned': aligned_counts, 'rows_in': base_counts['rows']}
+
+
+def aligned_path(run: Run) -> str:
+  """Return the checkpoint of M_aligned: the configured one, or that of the train stage."""
+  name = run.config.model.aligned
+  return model_path(name) if name else str(run.workdir / 'model')
+
+
+def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
+  """Return a model's results by log-probability in process 0, and None in the others."""
+  return processes.run_on_process_0(
+    'evaluate a model',
+    lambda: suite.evaluate_model(run.config.evaluation, lm, rows, make_dialogue(run, lm)),
+  )
+
+
+def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:
+  """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
+  folder, config = run.workdir / 'evaluation', run.config
+  summary = summaries.summarise(rows['base'], rows['aligned'], load_measures(run))
+  write_json(folder / 'summary.json', summary)
+  results = results | suite.compare_models(
+    config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed
+  )
+  write_json(folder / 'models.json', results)
+  if text := suite.describe(config.evaluation, results):
+    print(text, flush=True)

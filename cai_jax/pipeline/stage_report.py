@@ -1,0 +1,78 @@
+"""Stage `report`: show the run on one page."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from cai_jax.data import d_cai, quality_summary
+from cai_jax.evaluation import suite
+from cai_jax.pipeline.chains import browsable
+from cai_jax.pipeline.models import load_scorer
+from cai_jax.pipeline.run import Run
+from cai_jax.report import write_report
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError
+from cai_jax.training import metrics
+
+_SUMMARY, _MODELS, _QUALITY = 'evaluation/summary.json', 'evaluation/models.json', 'quality.json'
+
+
+def write_run_report(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """Write `report.html`, in process 0.
+
+  Args:
+    run: the run.
+    manifest: the run's manifest, which the page shows.
+
+  Returns:
+    The number of chains on the page, for the manifest; empty in other processes.
+
+  Raises:
+    UserError: if a file that an earlier stage wrote is missing.
+  """
+  return processes.run_on_process_0('write the report', lambda: _write(run, manifest)) or {}
+
+
+def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  stages = manifest['stages']
+  needed = {'generate': _QUALITY, 'train': metrics.METRICS_FILE}  # of the stages that this run has
+  _check_files(run, [_SUMMARY, _MODELS, *(needed[name] for name in needed if name in stages)])
+  texts = {'Models': suite.describe(run.config.evaluation, _read(run.workdir / _MODELS))}
+  if 'generate' in stages:
+    summary = _read(run.workdir / _QUALITY)
+    described = quality_summary.format_table(summary['d_cai'], summary.get('published'))
+    texts = {'Quality of the revisions': described} | texts
+  has_d_cai = run.config.data.d_cai or 'generate' in stages
+  chains = _read_chains(run, run.d_cai if has_d_cai else run.workdir / 'evaluation' / 'base')
+  write_report(
+    run.workdir / 'report.html',
+    title=run.workdir.name,
+    config=run.values,
+    manifest=manifest,
+    summary=_read(run.workdir / _SUMMARY),
+    training=metrics.read_rows(run.workdir / metrics.METRICS_FILE) if 'train' in stages else [],
+    held_out=metrics.read_rows(run.workdir / metrics.HELD_OUT_FILE),
+    probes=metrics.read_rows(run.workdir / metrics.PROBES_FILE),
+    texts=texts,
+    chains=chains,
+  )
+  return {'chains': len(chains)}
+
+
+def _check_files(run: Run, names: list[str]) -> None:
+  missing = [name for name in names if not (run.workdir / name).exists()]
+  if missing:
+    raise UserError(
+      f'{run.workdir / missing[0]} is missing. Put it back, or run all stages in a new workdir.'
+    )
+
+
+def _read_chains(run: Run, folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Return the first chains of a dataset for the browser."""
+  rows, scorer = d_cai.read_rows(folder), load_scorer(run)
+  return [browsable(rows[i], scorer) for i in range(min(len(rows), run.config.report.chains))]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding='utf-8'))

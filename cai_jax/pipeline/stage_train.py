@@ -1,0 +1,86 @@
+"""Stage `train`: fine-tune a model on D_CAI."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from cai_jax.data import d_cai
+from cai_jax.model import lm as models
+from cai_jax.model.lm import LM
+from cai_jax.model.sharding import copy_to_local_mesh
+from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
+from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.stage_generate import references
+from cai_jax.runtime import processes
+from cai_jax.sampling.completions import generate
+from cai_jax.tiny.files import model_path
+from cai_jax.training.loop import Probe
+from cai_jax.training.supervised import fine_tune
+
+
+def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """Write M_aligned to `model/`, and the checkpoints and metrics of its training.
+
+  Args:
+    run: the run.
+    manifest: not used.
+
+  Returns:
+    Counts, losses and speeds for the manifest.
+
+  Raises:
+    UserError: if D_CAI has nothing to train on, or training had to stop.
+  """
+  del manifest
+  config = run.config.train
+  lm = models.load(
+    model_path(run.training_start),
+    dtype=config.dtype,
+    mesh=global_mesh(run),
+    param_dtype='float32',
+  )
+  params, summary = fine_tune(
+    lm,
+    d_cai.read_rows(run.d_cai),
+    make_dialogue(run, lm),
+    config,
+    run.workdir,
+    _make_probe(run, lm) if config.probes else None,
+    run.profile,
+    references(run),
+  )
+  models.save(dataclasses.replace(lm, params=params), run.workdir / 'model')
+  return {
+    'rows_in': summary.pop('rows'),
+    'rows_kept': summary.pop('kept'),
+    'rows_dropped': summary.pop('dropped'),
+    'tokens': summary.pop('target_tokens'),
+    'tokens_per_second': summary.pop('target_tokens_per_second'),
+    **summary,
+  }
+
+
+def _make_probe(run: Run, lm: LM) -> Probe:
+  """Return a function that answers the first held-out prompts with given parameters."""
+  held_out = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
+  prompts = held_out[: run.config.train.probes]
+  mesh, dtype = local_mesh(run), run.config.model.dtype
+
+  def answer(params: Any) -> list[dict[str, str]]:
+    completions = generate(
+      dataclasses.replace(lm, params=params, mesh=mesh, dtype=dtype),
+      [list(prompt.messages) for prompt in prompts],
+      run.config.sampling.initial,
+      run.config.seed,
+      style=run.config.feedback.style,
+    )
+    return [
+      {'id': prompt.id, 'prompt': prompt.messages[-1]['content'], 'text': completion.text}
+      for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+  def probe(params: Any) -> list[dict[str, str]]:
+    local = copy_to_local_mesh(params, mesh, dtype)  # by all processes together
+    return processes.run_on_process_0('answer probe prompts', lambda: answer(local)) or []
+
+  return probe

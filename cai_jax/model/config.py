@@ -25,8 +25,9 @@ class Llama3Rope:
   original_max_positions: int
 
 
-# The fingerprint of a model, which is part of the journal's keys, contains the field names of both
-# classes of this module: renaming a field makes old journals unusable.
+# The fingerprint of a model, which is part of the journal's keys, contains the names and values of
+# the fields of both classes in this module. Renaming a field makes old journals unusable. So does
+# adding one, unless `folder.fingerprint_model` leaves it out while it has its default.
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The shape of a decoder-only transformer in the style of Llama.

@@ -123,10 +123,13 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
   if not has_json and not any((folder / f).exists() for f in ('tokenizer.model', 'vocab.json')):
     # AutoTokenizer would return an empty tokenizer of the model's type.
     raise UserError(f'{folder} has no tokenizer. Put its tokenizer.json there.')
-  cls = transformers.PreTrainedTokenizerFast if has_json else transformers.AutoTokenizer
-  options = {} if has_json else {'use_fast': True, 'trust_remote_code': False}
   try:
-    tokenizer = cls.from_pretrained(folder, **options)
+    if has_json:
+      tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, use_fast=True, trust_remote_code=False
+      )
   except Exception as error:  # the type depends on the fault and on the version of transformers
     raise UserError(f'{folder} has no tokenizer that can be read: {error}') from error
   if not tokenizer.is_fast:

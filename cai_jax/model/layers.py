@@ -145,14 +145,15 @@ class Attention(nnx.Module):
       context: what else to attend to, and how.
     """
     q, k, v = self.query(x), self.key(x), self.value(x)
-    if self.q_norm is not None:
+    if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, context.angles), rotate(k, context.angles)
     if context.kernel is not None:
       return self.output(context.kernel(q, k, v)), None
     view, packing = context.view, context.packing
+    assert view is not None
     if cache is None:
-      return self.output(attend(q, [KeyBlock(LayerCache.from_tokens(k, v), *view.masks)])), None
+      return self.output(attend(q, [KeyBlock(LayerCache.from_tokens(k, v), view.masks[0])])), None
     cache = tuple(
       write_span(span, packing, index, k, v)
       for span, index in zip(cache, view.write_index, strict=True)

@@ -95,7 +95,8 @@ def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Params:
 
 def split(params: Params) -> tuple[Params, Params]:
   """Split the parameters of a model with adapters into the adapters and the rest."""
-  adapters, rest = {}, {}
+  adapters: Params = {}
+  rest: Params = {}
   for key, value in params.items():
     if key == 'adapter':
       adapters[key] = value

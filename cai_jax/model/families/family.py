@@ -130,7 +130,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     UserError: if the family, or an option such as the activation, is not implemented.
   """
   model_type = hf.get('model_type')
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise UserError(
       f'config.json: model_type {model_type!r} is not supported; supported are '
       f'{", ".join(sorted(FAMILIES))}. To add a family, register it in a file of your own and name '

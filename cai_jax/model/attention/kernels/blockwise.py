@@ -12,7 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.mask import MASKED
@@ -28,7 +28,7 @@ def attend_blockwise(
   v: jax.Array,
   segment_ids: jax.Array,
   window: int | None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
 ) -> jax.Array:
   """Attend within segments, one block of queries at a time; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v

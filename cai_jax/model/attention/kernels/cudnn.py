@@ -3,7 +3,7 @@
 from typing import Literal
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.runtime.errors import UserError
@@ -15,7 +15,7 @@ def attend_cudnn(
   v: jax.Array,
   segment_ids: jax.Array,
   window: int | None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
   implementation: Literal['xla', 'cudnn'] = 'cudnn',
 ) -> jax.Array:
   """Attend within segments by cuDNN; see `kernel.Attend`.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
@@ -28,7 +28,7 @@ class Attend(Protocol):
     v: jax.Array,
     segment_ids: jax.Array,
     window: int | None,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
   ) -> jax.Array:
     """Return the output [B,T,N,H] of causal attention within segments.
 
@@ -81,7 +81,7 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
   """
   kernel = KERNELS[name]
   platform = mesh.devices.flat[0].platform
-  if kernel.platform not in (None, platform):
+  if kernel.platform is not None and kernel.platform != platform:
     usable = [n for n, other in KERNELS.items() if other.platform in (None, platform)]
     raise UserError(
       f'attention {name!r} runs on {kernel.platform.upper()}s only, and these devices are '
@@ -91,7 +91,7 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
 
 
 def bind_kernel(
-  name: str, segment_ids: jax.Array | None, mesh: Mesh | None
+  name: str, segment_ids: jax.Array | None, mesh: Mesh | AbstractMesh | None
 ) -> Callable[..., jax.Array]:
   """Return a kernel's `attend` with its segments and mesh filled in.
 

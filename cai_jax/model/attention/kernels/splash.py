@@ -6,7 +6,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel,
   splash_attention_mask,
 )
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
@@ -23,7 +23,7 @@ def attend_splash(
   v: jax.Array,
   segment_ids: jax.Array,
   window: int | None,
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh | None,
   interpret: bool = False,
 ) -> jax.Array:
   """Attend within segments by splash attention; see `kernel.Attend`.
@@ -45,9 +45,8 @@ def attend_splash(
     block_q_dq=block,
     block_kv_dq=block,
   )
-  if window is None:
-    mask = splash_attention_mask.CausalMask((length, length))
-  else:
+  mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
+  if window is not None:
     mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
 
   def attend_on_device(q, k, v, segment_ids):

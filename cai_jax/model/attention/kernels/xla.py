@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.cached import KeyBlock, attend
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
@@ -16,7 +16,7 @@ def attend_plain(
   v: jax.Array,
   segment_ids: jax.Array,
   window: int | None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | AbstractMesh | None = None,
 ) -> jax.Array:
   """Attend within segments through one mask [B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v

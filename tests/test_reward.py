@@ -221,10 +221,10 @@ def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
     ({'lm_head.weight': np.zeros((384, 32), np.float32)}, {}, "'lm_head.weight' has no place"),
     ({'score.weight': None}, {}, "'score.weight' is missing"),
     ({'model.norm.weight': None}, {}, "'model.norm.weight' is missing"),
-    ({}, {'id2label': {'0': 'a', '1': 'b'}}, r"'score.weight' has shape \(1, 32\); .* \(2, 32\)"),
-    ({}, {'id2label': {'1': 'a'}}, 'id2label is'),
+    ({}, {'id2label': {'0': 'a', '1': 'b'}}, r"'score.weight' has shape \(1, 32\), .* \(2, 32\)"),
+    ({}, {'id2label': {'1': 'a'}}, 'id2label='),
     ({}, {'architectures': ['LlamaForCausalLM']}, r"LlamaForCausalLM.*'LlamaForSequenceClass"),
-    ({}, {'architectures': None}, 'architectures is None'),
+    ({}, {'architectures': None}, 'architectures=None'),
     ({}, {'model_type': 'gpt2'}, "'gpt2' is not supported"),
   ],
 )

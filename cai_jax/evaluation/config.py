@@ -51,8 +51,8 @@ class EvaluationConfig:
   )
   style: str = setting(
     'chat',
-    'How conversations are rendered for the refusal classifier and the reward model: '
-    "'chat' uses their tokenizer's chat template, 'plain' writes Human:/Assistant: text.",
+    'Prompt format in which the refusal classifier and the reward model read conversations: '
+    "'chat' is the chat template of their tokenizer, 'plain' is Human:/Assistant: text.",
   )
   judge: str = setting(
     '',

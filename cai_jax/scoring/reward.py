@@ -212,8 +212,8 @@ def load(
     path: a sequence-classification checkpoint of a supported family.
     dtype: dtype of parameters and activations: 'float32', 'bfloat16' or 'float16'.
     mesh: the devices that hold the parameters. None means `make_mesh()`.
-    style: 'chat' renders conversations with the tokenizer's chat template, 'plain' as
-      Human:/Assistant: text.
+    style: name of the prompt format of conversations: 'chat' is the tokenizer's chat template,
+      'plain' is Human:/Assistant: text.
 
   Raises:
     UserError: if the checkpoint cannot be loaded, or its tokenizer has no chat template.

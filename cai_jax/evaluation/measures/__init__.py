@@ -11,6 +11,6 @@ from cai_jax.evaluation.measures import verdicts as verdicts
 from cai_jax.evaluation.measures import length as length
 from cai_jax.evaluation.measures import refusal as refusal
 from cai_jax.evaluation.measures import reward as reward
-from cai_jax.evaluation.measures import held_out_loss as held_out_loss
 from cai_jax.evaluation.measures import multiple_choice as multiple_choice
+from cai_jax.evaluation.measures import held_out_loss as held_out_loss
 from cai_jax.evaluation.measures import judge as judge

@@ -64,7 +64,7 @@ def compare_with_judge(
       if row['kind'] != kind:
         continue
       pair = responses[row['id']], row['initial']['text']
-      principle = principles[rng.integers(len(principles))]
+      principle = principles[int(rng.integers(len(principles)))]
       if not all(text.strip() for text in pair):
         num_empty += 1
       elif pair[0] == pair[1]:

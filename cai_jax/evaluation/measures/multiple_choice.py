@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.config import EvaluationConfig
@@ -120,36 +121,31 @@ def evaluate_questions(
   return result
 
 
-def calibration_error(
-  confidences: Sequence[float], correct: Sequence[bool], bins: int = BINS
-) -> float:
+def calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = BINS) -> float:
   """Return the expected calibration error (Guo et al. 2017, equation 3).
 
   It is the mean over answers of |accuracy - mean confidence| of the answer's bin. Bins have equal
   width: bin m of M holds the confidences in ((m - 1) / M, m / M].
 
   Args:
-    confidences: the probability of each answer.
-    correct: whether each answer is right.
+    confidences: f64[N], the probability of each answer.
+    correct: bool[N], whether each answer is right.
     bins: number of bins.
 
   Raises:
     ValueError: if there are no answers, the arguments differ in length, or a confidence is outside
       [0, 1].
   """
-  confidences, correct = np.asarray(confidences, np.float64), np.asarray(correct, np.float64)
-  if confidences.ndim != 1 or confidences.shape != correct.shape or not confidences.size:
+  p, right = np.asarray(confidences, np.float64), np.asarray(correct, np.float64)
+  if p.ndim != 1 or p.shape != right.shape or not p.size:
     raise ValueError(
-      f'confidences {confidences.shape} and correct {correct.shape} must be lists of equal length, '
-      'not empty.'
+      f'confidences {p.shape} and correct {right.shape} must be lists of equal length, not empty.'
     )
-  if not ((confidences >= 0) & (confidences <= 1)).all():
-    raise ValueError(
-      f'Confidences are in {confidences.min()}..{confidences.max()}. They must be probabilities.'
-    )
-  indices = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
-  gaps = np.bincount(indices, correct - confidences, bins)  # each bin's size times its gap
-  return float(np.abs(gaps).sum() / confidences.size)
+  if not ((p >= 0) & (p <= 1)).all():
+    raise ValueError(f'Confidences are in {p.min()}..{p.max()}. They must be probabilities.')
+  indices = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+  gaps = np.bincount(indices, right - p, bins)  # each bin's size times its gap
+  return float(np.abs(gaps).sum() / p.size)
 
 
 def _tokenise_option(lm: LM, question: Question, option: str) -> tuple[list[int], list[int]]:
@@ -196,7 +192,7 @@ def _summarise(items: list[dict[str, Any]]) -> dict[str, Any]:
   return result
 
 
-def _add_mean(result: dict[str, Any], name: str, values: Sequence[float]) -> None:
+def _add_mean(result: dict[str, Any], name: str, values: ArrayLike) -> None:
   """Store the mean of the values and its interval in `result`."""
-  result[name] = float(np.mean(values))
+  result[name] = float(np.mean(np.asarray(values)))
   result[f'{name}_interval'] = list(bootstrap_interval(values))

@@ -181,9 +181,9 @@ class Chunk(NamedTuple):
       ValueError: if a group has more than `size` tokens or `piece_count(size, width)` pieces.
     """
     max_pieces, shape = piece_count(size, width), (len(groups), size)
-    tokens, rows, place = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, rows, piece_index = (np.zeros(shape, np.int32) for _ in range(3))
     positions, prefix = (np.full(shape, -1, np.int32) for _ in range(2))
-    index = np.full((len(groups), max_pieces * width), size, np.int32)
+    token_index = np.full((len(groups), max_pieces * width), size, np.int32)
     for group, segments in enumerate(groups):
       end = piece = 0
       for segment in segments:
@@ -198,8 +198,9 @@ class Chunk(NamedTuple):
           )
         tokens[target], positions[target] = segment.tokens, segment.start + offsets
         rows[target], prefix[target] = segment.slot % (slots // len(groups)), segment.prefix
-        place[target], index[group, padded] = padded, begin + offsets
-    packing = Packing(rows, index.reshape(len(groups), max_pieces, width), place)
+        piece_index[target], token_index[group, padded] = padded, begin + offsets
+    token_index = token_index.reshape(len(groups), max_pieces, width)
+    packing = Packing(rows, token_index, piece_index)
     return cls(tokens, positions, prefix, packing)
 
 

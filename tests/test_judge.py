@@ -95,17 +95,17 @@ def test_log_odds_have_the_right_sign_in_both_orders(tiny, monkeypatch):
 def test_exchanging_responses_gives_the_exact_complement(tiny):
   pairs = list(itertools.combinations(TEXTS, 2))
   matches = [match(a, b, f'p{i}') for i, (a, b) in enumerate(pairs)]
-  back = [match(b, a, f'p{i}', ('y', 'x')) for i, (a, b) in enumerate(pairs)]
-  forth, back = judge_matches(tiny, matches), judge_matches(tiny, back)
+  exchanged = [match(b, a, f'p{i}', ('y', 'x')) for i, (a, b) in enumerate(pairs)]
+  forward, backward = judge_matches(tiny, matches), judge_matches(tiny, exchanged)
   complement = {'first': 'second', 'second': 'first', 'tie': 'tie'}
-  for one, other in zip(forth, back, strict=True):
-    assert other.log_odds == (-one.log_odds[1], -one.log_odds[0])
-    assert other.verdict == complement[one.verdict]
-    assert other.points == 1 - one.points
-    assert one.probability + other.probability == pytest.approx(1, abs=1e-15)
-    assert one.log_odds[0] != one.log_odds[1]  # the order matters to this model
-  assert win_rate(forth, 'x') == win_rate(back, 'x')
-  assert elo_ratings(forth) == elo_ratings(back)
+  for a, b in zip(forward, backward, strict=True):
+    assert b.log_odds == (-a.log_odds[1], -a.log_odds[0])
+    assert b.verdict == complement[a.verdict]
+    assert b.points == 1 - a.points
+    assert a.probability + b.probability == pytest.approx(1, abs=1e-15)
+    assert a.log_odds[0] != a.log_odds[1]  # the order matters to this model
+  assert win_rate(forward, 'x') == win_rate(backward, 'x')
+  assert elo_ratings(forward) == elo_ratings(backward)
 
 
 def test_equal_responses_are_a_tie(tiny):
@@ -115,11 +115,9 @@ def test_equal_responses_are_a_tie(tiny):
 
 
 def test_log_odds_agree_with_logits_of_the_whole_text(tiny):
-  one, other = TEXTS[:2]
-  (comparison,) = judge_matches(tiny, [match(one, other)])
-  for odds, sign, texts in zip(
-    comparison.log_odds, (1, -1), ((one, other), (other, one)), strict=True
-  ):
+  (comparison,) = judge_matches(tiny, [match(*TEXTS[:2])])
+  orders = TEXTS[:2], TEXTS[1::-1]
+  for odds, sign, texts in zip(comparison.log_odds, (1, -1), orders, strict=True):
     log_p = []
     text = build_question(MESSAGES, PRINCIPLE, *texts)
     context = tiny.tokenizer.encode(text)
@@ -127,8 +125,8 @@ def test_log_odds_agree_with_logits_of_the_whole_text(tiny):
       whole = tiny.tokenizer.encode(text + option)
       assert whole[: len(context)] == context
       logits = jax.nn.log_softmax(tiny.logits(np.array([whole]))[0])
-      places = range(len(context), len(whole))
-      log_p.append(sum(float(logits[i - 1, whole[i]]) for i in places))
+      positions = range(len(context), len(whole))
+      log_p.append(sum(float(logits[i - 1, whole[i]]) for i in positions))
     assert odds == pytest.approx(sign * (log_p[0] - log_p[1]), abs=1e-4)
 
 

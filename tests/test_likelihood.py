@@ -17,7 +17,8 @@ from cai_jax.scoring import likelihood
 from cai_jax.scoring.likelihood import log_likelihoods, tokenise_pair
 
 RNG = np.random.default_rng(0)
-# A token each, a short answer to a long context, a long answer (several slices), the longest pair.
+# Tokens of context and continuation. Long continuations are scored in several slices, and the last
+# pair fills the model's context.
 SIZES = [(1, 1), (3, 2), (40, 1), (5, 60), (31, 1), (32, 1), (7, 9), (200, 56)]
 PAIRS = [(RNG.integers(3, 300, a).tolist(), RNG.integers(3, 300, b).tolist()) for a, b in SIZES]
 CONTEXTS, CONTINUATIONS = map(list, zip(*PAIRS, strict=True))
@@ -27,15 +28,14 @@ CONTEXTS, CONTINUATIONS = map(list, zip(*PAIRS, strict=True))
 def lms(tiny_hf_folder):
   """The same model on one device, and on eight with batch, parameter and tensor parallelism."""
   folder = tiny_hf_folder('qwen2_windows')
-  one = make_mesh(1, devices=jax.devices()[:1])
-  return cai_jax.load(folder, mesh=one), cai_jax.load(folder, mesh=make_mesh(2, 2, 2))
+  one_device = make_mesh(1, devices=jax.devices()[:1])
+  return cai_jax.load(folder, mesh=one_device), cai_jax.load(folder, mesh=make_mesh(2, 2, 2))
 
 
 def reference_value(lm, context, continuation):
   """Return the log-likelihood of one pair from `lm.logits`, summed in f64."""
-  padded = [*context, *continuation, *[0] * 80][
-    :80
-  ]  # compiles one length; padding does not matter to a causal model
+  # Padding on the right does not affect a causal model, and one length compiles one program.
+  padded = [*context, *continuation, *[0] * 80][:80]
   logits = np.asarray(lm.logits(np.array([padded])), np.float64)[0]
   log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
   start = len(context) - 1
@@ -81,15 +81,13 @@ def test_values_do_not_depend_on_the_memory_limit(lms, monkeypatch):
 
 def test_the_order_of_pairs_does_not_change_a_bit(lms):
   values = log_likelihoods(lms[1], CONTEXTS, CONTINUATIONS)
-  back = log_likelihoods(lms[1], CONTEXTS[::-1], CONTINUATIONS[::-1])
-  assert back[::-1] == values
+  backward = log_likelihoods(lms[1], CONTEXTS[::-1], CONTINUATIONS[::-1])
+  assert backward[::-1] == values
   assert log_likelihoods(lms[1], [], []) == []
 
 
 def test_the_order_of_pairs_does_not_change_the_batches(lms, monkeypatch):
-  contexts = RNG.integers(
-    3, 300, (21, 6)
-  ).tolist()  # equal lengths, so sorting by length does not order them
+  contexts = RNG.integers(3, 300, (21, 6)).tolist()  # equal lengths
   batches, pad_pairs = [], likelihood._pad_pairs
 
   def record(pairs, rows, length):
@@ -99,8 +97,8 @@ def test_the_order_of_pairs_does_not_change_the_batches(lms, monkeypatch):
   monkeypatch.setattr(likelihood, '_pad_pairs', record)
   values = log_likelihoods(lms[0], contexts, [[5]] * 21, batch_tokens=256)
   assert [rows for _, rows, _ in batches] == [8, 8, 8]
-  back = log_likelihoods(lms[0], contexts[::-1], [[5]] * 21, batch_tokens=256)
-  assert batches[3:] == batches[:3] and back[::-1] == values
+  backward = log_likelihoods(lms[0], contexts[::-1], [[5]] * 21, batch_tokens=256)
+  assert batches[3:] == batches[:3] and backward[::-1] == values
   assert len(set(values)) > 1
 
 
@@ -224,9 +222,8 @@ def test_text_that_a_tokenizer_reads_as_a_control_token_is_rejected(tiny_tokeniz
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   with pytest.raises(UserError, match="spells '</s>'"):
     tokenise_pair(fast, 'a </s>', ' b')
-  core.add_tokens(
-    [tokenizers.AddedToken('bicycle', special=False)]
-  )  # a word that is not a control token
+  # An added token that is an ordinary word is allowed.
+  core.add_tokens([tokenizers.AddedToken('bicycle', special=False)])
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   context, continuation = tokenise_pair(fast, 'a bicycle', ' b')
   assert core.token_to_id('bicycle') in context and fast.decode(context) == 'a bicycle'

@@ -11,17 +11,17 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.judge import Comparison
 
 
-def won(prompt, first, second, points):
-  """A comparison that gives `points` to the first player."""
+def make_comparison(prompt, first, second, points):
+  """Return a comparison that gives `points` to the first player."""
   return Comparison(prompt, (first, second), {1.0: (1, 1), 0.5: (1, -1), 0.0: (-1, -1)}[points])
 
 
 def test_win_rate_counts_ties_as_halves():
   comparisons = [
-    won('p1', 'x', 'y', 1.0),
-    won('p2', 'y', 'x', 1.0),
-    won('p3', 'x', 'y', 0.5),
-    won('p4', 'y', 'x', 0.0),
+    make_comparison('p1', 'x', 'y', 1.0),
+    make_comparison('p2', 'y', 'x', 1.0),
+    make_comparison('p3', 'x', 'y', 0.5),
+    make_comparison('p4', 'y', 'x', 0.0),
   ]
   result = win_rate(comparisons)
   assert (result['player'], result['rate'], result['prompts']) == ('x', 0.625, 4)
@@ -35,20 +35,20 @@ def test_win_rate_counts_ties_as_halves():
 
 def test_win_rate_resamples_prompts():
   # Ten comparisons of each of two prompts are two observations, not twenty.
-  comparisons = [won(f'p{p}', 'x', 'y', float(p)) for p in (0, 1) for _ in range(10)]
+  comparisons = [make_comparison(f'p{p}', 'x', 'y', float(p)) for p in (0, 1) for _ in range(10)]
   assert win_rate(comparisons)['interval'] == [0.0, 1.0]
   with pytest.raises(UserError, match=r"'z' is in no comparison. The players are \['x', 'y'\]"):
     win_rate(comparisons, 'z')
   with pytest.raises(UserError, match='no comparison'):
     win_rate([])
   with pytest.raises(UserError, match='meets itself'):
-    win_rate([won('p', 'x', 'x', 1.0)])
+    win_rate([make_comparison('p', 'x', 'x', 1.0)])
 
 
 @pytest.mark.parametrize(('wins', 'losses', 'ties'), [(30, 10, 0), (5, 0, 0), (0, 0, 4), (6, 2, 3)])
 def test_ratings_of_two_players_follow_from_their_points(wins, losses, ties):
   results = [1.0] * wins + [0.0] * losses + [0.5] * ties
-  comparisons = [won(f'p{i}', 'x', 'y', r) for i, r in enumerate(results)]
+  comparisons = [make_comparison(f'p{i}', 'x', 'y', r) for i, r in enumerate(results)]
   ratings = elo_ratings(comparisons)['ratings']
   # The virtual half draw gives each player a quarter of a point.
   lead = 400 * math.log10((wins + ties / 2 + 0.25) / (losses + ties / 2 + 0.25))
@@ -67,14 +67,14 @@ def simulate(prompts, seed, ties=0.0):
   rng = np.random.default_rng(seed)
   comparisons = []
   for prompt in range(prompts):
-    for one, other in itertools.combinations(TRUE_RATINGS, 2):
-      chance = 1 / (1 + 10 ** ((TRUE_RATINGS[other] - TRUE_RATINGS[one]) / 400))
+    for first, second in itertools.combinations(TRUE_RATINGS, 2):
+      chance = 1 / (1 + 10 ** ((TRUE_RATINGS[second] - TRUE_RATINGS[first]) / 400))
       # Ties are drawn so that expected points stay the same; pairs of similar strength tie most.
       share = 2 * ties * min(chance, 1 - chance)
       points = 0.5 if rng.random() < share else None
       if points is None:
         points = float(rng.random() < (chance - share / 2) / (1 - share))
-      comparisons.append(won(str(prompt), one, other, points))
+      comparisons.append(make_comparison(str(prompt), first, second, points))
   return comparisons
 
 
@@ -99,15 +99,15 @@ def test_intervals_have_the_stated_coverage():
 
 def test_a_player_that_always_wins_has_a_finite_rating():
   comparisons = [
-    won(f'p{i}', one, other, 1.0)
+    make_comparison(f'p{i}', first, second, 1.0)
     for i in range(200)
-    for one, other in itertools.combinations('abcde', 2)
+    for first, second in itertools.combinations('abcde', 2)
   ]
   result = elo_ratings(comparisons, samples=50)
   ratings = list(result['ratings'].values())
   assert list(result['ratings']) == list('abcde') and np.all(np.diff(ratings) < -100)
   assert np.all(np.abs(ratings) < 4000)
-  single = elo_ratings([won('p', 'a', 'b', 1.0)], samples=10)['ratings']
+  single = elo_ratings([make_comparison('p', 'a', 'b', 1.0)], samples=10)['ratings']
   assert single['a'] == pytest.approx(200 * math.log10(1.25 / 0.25))
 
 
@@ -115,8 +115,8 @@ def test_comparisons_that_cannot_be_rated_are_rejected():
   with pytest.raises(UserError, match='no comparison'):
     elo_ratings([])
   with pytest.raises(UserError, match=r"No player of \['a', 'b'\] met one of \['c', 'd'\]"):
-    elo_ratings([won('p', 'a', 'b', 1.0), won('p', 'c', 'd', 1.0)])
+    elo_ratings([make_comparison('p', 'a', 'b', 1.0), make_comparison('p', 'c', 'd', 1.0)])
   with pytest.raises(UserError, match="anchor='z' is not a player"):
-    elo_ratings([won('p', 'a', 'b', 1.0)], anchor='z')
+    elo_ratings([make_comparison('p', 'a', 'b', 1.0)], anchor='z')
   with pytest.raises(UserError, match='meets itself'):
-    elo_ratings([won('p', 'a', 'a', 1.0)])
+    elo_ratings([make_comparison('p', 'a', 'a', 1.0)])

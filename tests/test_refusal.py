@@ -99,7 +99,7 @@ def test_rules_ignore_text_after_the_opening():
 
 
 def test_refusal_rate_of_published_responses_is_small_but_positive(data_dir):
-  """The models of Bai et al. 2022 in these dialogues refuse a few requests of red-teamers."""
+  """The models in the dialogues of Bai et al. 2022 refuse a few requests of red-teamers."""
   path = data_dir('hh_rlhf') / 'harmless-base-test.jsonl.gz'
   with gzip.open(path, 'rt', encoding='utf-8') as file:
     rows = [json.loads(line) for line in file]

@@ -26,9 +26,7 @@ from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 
 SHORTEST_ROW = 32  # tokens of the shortest padded row
-POSITIONS_AT_ONCE = (
-  16  # positions per row whose logits are computed together; most answers are short
-)
+POSITIONS_AT_ONCE = 16  # positions per row whose logits are computed together
 
 
 def log_likelihoods(
@@ -245,9 +243,9 @@ def _sum_log_probabilities(graph, sharding, size, params, tokens, targets, first
 
   def add_slice(number, sums):
     offset = number * size + jnp.arange(size)
-    places = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
-    logits = model.unembed(jnp.take_along_axis(hidden, places[..., None], axis=1))
-    target = jnp.take_along_axis(targets, places, axis=1)[..., None]
+    indices = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
+    logits = model.unembed(jnp.take_along_axis(hidden, indices[..., None], axis=1))
+    target = jnp.take_along_axis(targets, indices, axis=1)[..., None]
     target_logits = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     log_p = target_logits - jax.nn.logsumexp(logits, axis=-1)
     return sums + jnp.sum(jnp.where(offset < count[:, None], log_p, 0.0), axis=1)

@@ -11,7 +11,7 @@ from cai_jax.scoring import reward
 
 @dataclasses.dataclass(frozen=True)
 class ModelLoader:
-  """Loads the models that scorers and measures use, all with one dtype and on one mesh.
+  """A loader of the models that scorers and measures use, with one dtype and on one mesh.
 
   Attributes:
     dtype: dtype of parameters and activations, such as 'float32'.

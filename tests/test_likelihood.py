@@ -129,7 +129,7 @@ def test_loss_and_perplexity_follow_from_log_likelihoods(lms):
 
 
 def test_loss_equals_the_training_objective(lms):
-  from cai_jax.training.losses.nll import negative_log_likelihood
+  from cai_jax.training.losses import negative_log_likelihood
 
   context, continuation = PAIRS[6]
   tokens = np.array([context + continuation])

@@ -21,7 +21,7 @@ from cai_jax.runtime import hardware
 from cai_jax.runtime.errors import NonFiniteError, UserError
 from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.losses.nll import negative_log_likelihood
+from cai_jax.training.losses import negative_log_likelihood
 from cai_jax.training.metrics import COSTS_FILE, HELD_OUT_FILE, PROBES_FILE, read_rows
 from tests.training_setup import one_device, random_examples
 

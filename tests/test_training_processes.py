@@ -1,6 +1,5 @@
-"""Training by two processes of four devices each: what one process of eight does, and SIGTERM."""
+"""Two processes of four devices train like one process of eight, and SIGTERM stops both."""
 
-import json
 import os
 import pathlib
 import signal
@@ -11,6 +10,8 @@ import time
 
 import numpy as np
 import pytest
+
+from tests.training_setup import read_rows
 
 RUN = """
 import dataclasses, sys, jax, numpy as np
@@ -60,40 +61,36 @@ def start_two(workdir, count):
   return [start(workdir, count, 4, PROCESS_ID=str(i), **names) for i in range(2)]
 
 
-def rows(workdir, name='metrics.jsonl'):
-  return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-  """20 steps and more on 2×2×2."""
+def test_two_processes_train_like_one(tmp_path):
+  """Compares more than 20 steps on a 2×2×2 mesh."""
   assert start(tmp_path / 'one', 600, 8).wait() == 0
   assert [p.wait() for p in start_two(tmp_path / 'two', 600)] == [0, 0]
-  one, two = rows(tmp_path / 'one'), rows(tmp_path / 'two')
+  one, two = read_rows(tmp_path / 'one'), read_rows(tmp_path / 'two')
   assert len(one) == len(two) > 20
   for a, b in zip(one, two, strict=True):
     assert a['loss'] == pytest.approx(b['loss'], rel=1e-5)
-  looked = [rows(tmp_path / name, 'held_out.jsonl')[-1]['loss'] for name in ('one', 'two')]
-  assert looked[0] == pytest.approx(looked[1], rel=1e-5)
+  held_out = [read_rows(tmp_path / name, 'held_out.jsonl')[-1]['loss'] for name in ('one', 'two')]
+  assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
   with np.load(tmp_path / 'one/end.npz') as a, np.load(tmp_path / 'two/end.npz') as b:
     for name in a:
       np.testing.assert_allclose(a[name], b[name], atol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_both_and_both_go_on_exactly(tmp_path):
+def test_a_signal_to_one_process_stops_both_and_both_resume_exactly(tmp_path):
   assert [p.wait() for p in start_two(tmp_path / 'whole', 2000)] == [0, 0]
   pair, metrics = start_two(tmp_path / 'cut', 2000), tmp_path / 'cut' / 'metrics.jsonl'
   while not metrics.exists() or metrics.read_bytes().count(b'\n') < 5:
     assert [p.poll() for p in pair] == [None, None]
     time.sleep(0.01)
   pair[1].send_signal(signal.SIGTERM)
-  told = [p.communicate()[0] for p in pair]
+  outputs = [p.communicate()[0] for p in pair]
   assert [p.returncode for p in pair] == [143, 143]
-  assert all('preempted: Stopped after step' in text for text in told)
+  assert all('preempted: Stopped after step' in text for text in outputs)
   (saved,) = [int(p.name) for p in (tmp_path / 'cut/checkpoints').iterdir() if p.name.isdigit()]
   assert [p.wait() for p in start_two(tmp_path / 'cut', 2000)] == [0, 0]
-  whole, cut = rows(tmp_path / 'whole'), rows(tmp_path / 'cut')
+  whole, cut = read_rows(tmp_path / 'whole'), read_rows(tmp_path / 'cut')
   assert whole == cut and 5 <= saved < len(whole)
   with np.load(tmp_path / 'whole/end.npz') as a, np.load(tmp_path / 'cut/end.npz') as b:
     assert all(np.array_equal(a[name], b[name]) for name in a)

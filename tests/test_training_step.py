@@ -11,9 +11,10 @@ import pytest
 from cai_jax.data import packing
 from cai_jax.model.sharding import path_str
 from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.losses.nll import negative_log_likelihood
+from cai_jax.training.losses import LOSSES, Loss, negative_log_likelihood
 from cai_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
 from cai_jax.training.state import abstract_state, init_state
 from cai_jax.training.step import make_train_step, place_batch
@@ -179,3 +180,16 @@ def test_the_optimizer_is_adamw_on_clipped_gradients():
   expected, _ = jax.jit(lambda p: plain.update(scaled, plain.init(p), p))(params)
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_a_registered_loss_is_selected_by_name(four_steps, monkeypatch):
+  def halved(*args, **options):
+    loss, sums = negative_log_likelihood(*args, **options)
+    return loss / 2, sums
+
+  loss = Loss(halved, normalizations={'sequence': 'num_sequences'})
+  monkeypatch.setitem(LOSSES._entries, 'halved', loss)
+  _, (metrics,) = run_steps(dataclasses.replace(CONFIG, loss='halved'), one_device(), count=1)
+  assert metrics['loss'] == pytest.approx(four_steps[1][0]['loss'] / 2, rel=1e-6)
+  with pytest.raises(UserError, match=r"loss_normalization='token' is not one of \('sequence',\)"):
+    dataclasses.replace(CONFIG, loss='halved', loss_normalization='token')

@@ -34,7 +34,9 @@ class Step(NamedTuple):
   rows: tuple[tuple[int, ...], ...]
 
 
-def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[tuple[int, ...]]:
+def pack(
+  lengths: Sequence[int] | np.ndarray, order: Sequence[int] | np.ndarray, row_length: int
+) -> list[tuple[int, ...]]:
   """Assign examples to rows by best fit decreasing.
 
   Each window of `PACKING_WINDOW` examples is packed on its own. Its examples are taken from the
@@ -48,7 +50,7 @@ def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[
   Returns:
     The rows, each as indices into `lengths`.
   """
-  packed = []
+  packed: list[tuple[int, ...]] = []
   for begin in range(0, len(order), PACKING_WINDOW):
     window = np.asarray(order[begin : begin + PACKING_WINDOW])
     sizes = np.asarray(lengths)[window]
@@ -67,7 +69,9 @@ def pack(lengths: Sequence[int], order: Sequence[int], row_length: int) -> list[
   return packed
 
 
-def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: int) -> list[Step]:
+def plan(
+  lengths: Sequence[int] | np.ndarray, buckets: Sequence[Bucket], epochs: int, seed: int
+) -> list[Step]:
   """Return the steps of a run, in which every example occurs once per epoch in random order.
 
   An example goes to the bucket with the shortest rows that hold it. If the rows of an epoch do not
@@ -83,24 +87,24 @@ def plan(lengths: Sequence[int], buckets: Sequence[Bucket], epochs: int, seed: i
   Raises:
     UserError: if there is no example, or one is longer than the rows of every bucket.
   """
-  lengths = np.asarray(lengths)
+  sizes = np.asarray(lengths)
   buckets = sorted(buckets)
-  if not lengths.size:
+  if not sizes.size:
     raise UserError('There is no example to train on.')
-  if lengths.max() > buckets[-1].length:
+  if sizes.max() > buckets[-1].length:
     raise UserError(
-      f'An example of {lengths.max()} tokens does not fit rows of {buckets[-1].length}. Drop '
+      f'An example of {sizes.max()} tokens does not fit rows of {buckets[-1].length}. Drop '
       'it, or use longer rows.'
     )
-  bucket_indices = np.searchsorted([bucket.length for bucket in buckets], lengths)
+  bucket_indices = np.searchsorted([bucket.length for bucket in buckets], sizes)
   steps: list[Step] = []
   waiting: list[list[tuple[int, ...]]] = [[] for _ in buckets]  # rows that filled no batch yet
   for epoch in range(epochs):
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(sizes))
     epoch_steps = []
     for k, bucket in enumerate(buckets):
-      rows = pack(lengths, order[bucket_indices[order] == k], bucket.length)
+      rows = pack(sizes, order[bucket_indices[order] == k], bucket.length)
       rows = waiting[k] + [rows[i] for i in rng.permutation(len(rows))]
       end = len(rows) if epoch == epochs - 1 else len(rows) // bucket.rows * bucket.rows
       for begin in range(0, end, bucket.rows):

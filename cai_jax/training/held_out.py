@@ -39,11 +39,9 @@ class HeldOut:
     sharding: NamedSharding,
   ):
     self._eval_step, self._config, self._sharding = eval_step, config, sharding
-    self._batches: Sequence[dict[str, Any]] = ()
-    if examples:
-      micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
-      steps = packing.plan([len(example.tokens) for example in examples], micro, 1, 0)
-      self._batches = packing.Batches(examples, steps)
+    micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
+    lengths = [len(example.tokens) for example in examples]
+    self._batches = packing.Batches(examples, packing.plan(lengths, micro, 1, 0) if lengths else [])
     self.losses: list[float] = []
 
   def evaluate(self, state: TrainState) -> dict[str, float]:

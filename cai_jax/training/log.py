@@ -52,23 +52,25 @@ class TrainingLog:
     self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
     self._workload = workload
     self._pending: tuple[int, dict[str, jax.Array]] | None = None  # not fetched yet
-    self._last_step, self._last_metrics = first_step, {}  # fetched and checked
+    # The latest metrics that have been fetched and checked.
+    self._last_step = first_step
+    self._last_metrics: dict[str, float] = {}
     self._target_tokens = 0.0
     self._start_time = time.monotonic()
     # Step, time and target tokens at the last row of costs.jsonl.
     self._row_step, self._row_time, self._row_tokens = first_step, self._start_time, 0.0
-    self._writer = self._progress = None
+    self._progress = Progress('train', 'step', first_step)
+    self._writer: MetricsWriter | None = None
     if jax.process_index() == 0:
       self._writer = MetricsWriter(workdir, first_step, wandb, settings)
-      self._progress = Progress('train', 'step', first_step)
 
   def __enter__(self) -> 'TrainingLog':
     return self
 
   def __exit__(self, kind, *_) -> None:
+    self._progress.close()
     if self._writer is not None:
       self._writer.close(succeeded=kind is None)
-      self._progress.close()
 
   def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Take the metrics of a step, and write those of the step before it.
@@ -162,9 +164,8 @@ class TrainingLog:
     self._last_step, self._last_metrics = step, row
     if step % self._log_every == 0 or step == self._total_steps:
       self.write_last_row()
-    if self._progress is not None:
-      text = f'loss {row["loss"]:.4g}'
-      self._progress(step, self._total_steps, int(self._target_tokens), text)
+    text = f'loss {row["loss"]:.4g}'
+    self._progress(step, self._total_steps, int(self._target_tokens), text)
 
   def _measure_costs(self) -> dict[str, float]:
     """Return the costs of the steps since the last row; the first step includes compilation."""

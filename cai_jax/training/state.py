@@ -27,7 +27,7 @@ class TrainState:
     frozen: parameters that are not trained, in the compute dtype; None if all are trained.
   """
 
-  step: jax.Array
+  step: Any
   params: Any
   opt_state: Any
   ema: Any = None
@@ -82,7 +82,7 @@ def abstract_state(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = N
 
   The arguments are those of `state_shardings`.
   """
-  shapes = jax.eval_shape(lambda *args: _initial_state(*args, config), params, frozen)
+  shapes = jax.eval_shape(lambda *args: _initial_state(args[0], args[1], config), params, frozen)
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,

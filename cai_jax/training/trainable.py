@@ -47,15 +47,16 @@ def divide_model(
   Raises:
     UserError: if `lora_modules` matches no linear layer.
   """
-  if config.lora is None:
+  adapter_config = config.lora
+  if adapter_config is None:
     graph, _ = abstract_model(model, config.dtype)
     return TrainableModel(graph, params, None, lambda state: state.eval_params)
-  graph, _ = lora.abstract_model(model, config.lora, config.dtype)
+  graph, _ = lora.abstract_model(model, adapter_config, config.dtype)
   # Every process draws the same adapters. They leave the device because the train state places them
   # on a mesh that may span processes.
-  adapters = jax.device_get(lora.init(model, config.lora, jax.random.key(config.seed)))
+  adapters = jax.device_get(lora.init(model, adapter_config, jax.random.key(config.seed)))
   merge = jax.jit(
-    lambda params, adapters: lora.merge(params, adapters, config.lora),
+    lambda params, adapters: lora.merge(params, adapters, adapter_config),
     out_shardings=param_shardings(params, mesh),
   )
   frozen = place_frozen(params, config, mesh)

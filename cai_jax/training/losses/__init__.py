@@ -21,7 +21,16 @@ divides once, so packing, padding, accumulation and parallelism cannot change th
 
 from cai_jax.runtime.registry import import_submodules
 from cai_jax.training.losses.loss import LOSSES, Batch, Loss, LossFunction, Sums, register_loss
+from cai_jax.training.losses.nll import negative_log_likelihood
 
-__all__ = ['LOSSES', 'Batch', 'Loss', 'LossFunction', 'Sums', 'register_loss']
+__all__ = [
+  'LOSSES',
+  'Batch',
+  'Loss',
+  'LossFunction',
+  'Sums',
+  'negative_log_likelihood',
+  'register_loss',
+]
 
 import_submodules(__name__, __path__)

@@ -44,5 +44,6 @@ def negative_log_likelihood(
     'num_tokens': jnp.sum(weights),
     'num_sequences': count_sequences(batch['segment_ids'], weights),
   }
-  num_slices = choose_num_slices(*targets.shape, model.config.vocab_size, sharding)
+  rows, length = targets.shape
+  num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
   return weighted_cross_entropy(num_slices, hidden, model.output_table, targets, weights), sums

@@ -1,1 +1,1 @@
-"""The transformer, its cache, and its weights in the Hugging Face format."""
+"""Language models: families, the transformer and its cache, LoRA, loading and saving."""

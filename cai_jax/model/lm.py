@@ -142,10 +142,16 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
     UserError: as `load`.
   """
   folder = find_folder(path)
+  info = _read_info(folder)
+  check_params(folder, info.config)
+  return info
+
+
+def _read_info(folder: pathlib.Path) -> ModelInfo:
+  """Return what a folder holds besides the weights."""
   hf = read_hf_config(folder)
   config = config_from_hf(hf)
   tokenizer = load_tokenizer(folder, config.vocab_size)
-  check_params(folder, config)
   return ModelInfo(config, tokenizer, read_eos_token_ids(folder, hf, tokenizer))
 
 
@@ -172,10 +178,7 @@ def load(
   param_dtype = dtype if param_dtype is None else param_dtype
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
-  hf = read_hf_config(folder)
-  config = config_from_hf(hf)
-  tokenizer = load_tokenizer(folder, config.vocab_size)
-  eos = read_eos_token_ids(folder, hf, tokenizer)
+  config, tokenizer, eos = _read_info(folder)
   mesh = make_mesh() if mesh is None else mesh
   return LM(
     config=config,

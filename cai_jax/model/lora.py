@@ -1,4 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2021): W·x + alpha/r · B·A·x, where only A and B are trained.
+"""Low-rank adaptation (Hu et al. 2021): x·W + alpha/r · x·A·B, where only A and B are trained.
 
 The adapter is part of `Linear`. Libraries that add adapters from outside, such as qwix, find a
 weight by watching which array enters which product. That does not work here: kernels have several

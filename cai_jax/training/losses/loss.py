@@ -37,7 +37,7 @@ class LossFunction(Protocol):
         tokens to learn.
       sharding: sharding of the batch's rows, or None on a single device.
       remat: what the backward pass recomputes, a key of `transformer.REMAT`.
-      attention: attention implementation, a key of `attention.kernels.KERNELS`.
+      attention: attention implementation, a key of `attention.kernels.kernel.KERNELS`.
 
     Returns:
       The loss f32[], summed over the batch, and a dict of sums f32[]. The dict has `num_tokens`

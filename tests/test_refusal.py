@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax.evaluation.measures.refusal import refusal_rates
+from cai_jax.evaluation.measures.refusal_rate import refusal_rates
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import refusal, reward

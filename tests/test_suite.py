@@ -7,8 +7,8 @@ import pytest
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import registries, suite, summary
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.measures.judge import compare_with_judge
-from cai_jax.evaluation.measures.judge import describe as describe_comparison
+from cai_jax.evaluation.measures.judge_comparison import compare_with_judge
+from cai_jax.evaluation.measures.judge_comparison import describe as describe_comparison
 from cai_jax.model import lm as models
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins

@@ -31,9 +31,10 @@ def estimate_mean(
   the same prompts, one resample of the prompts is used for all of them. With a single seed, the
   interval covers the variation between prompts only.
 
-  With n seeds, the interval contains (n - 1) / n of the variance between seeds and up to
-  (2 n - 1) / n of the variance between prompts. For three seeds it is too wide by a factor of 1.3
-  if seeds hardly differ, and too narrow by a factor of 0.8 if seeds differ much more than prompts.
+  The bootstrap is biased for few seeds. With n seeds it includes (n - 1) / n of the variance
+  between seeds and up to (2 n - 1) / n of the variance between prompts. With three seeds, for
+  example, an interval has 1.3 times its proper width if seeds hardly differ, and 0.8 times if
+  seeds differ much more than prompts.
 
   Args:
     values: one number per seed and prompt.

@@ -2,8 +2,8 @@
 
 There are three kinds of measures: of responses, of a model, and of two models' responses to the
 same prompts. Each entry of a registry is a function that reads the config and returns the measure,
-or None if the config does not ask for it. Every entry is tried in each run, so a measure needs
-nothing but its registration:
+or None if the config does not ask for it. A run uses all registered measures, so registering one is
+enough:
 
   from cai_jax.evaluation.registries import RESPONSE_MEASURES
 

@@ -90,10 +90,10 @@ def log_likelihoods(
 def tokenise_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
   """Tokenise a context and its continuation as one text, and split the tokens between them.
 
-  The split is where the tokens of the whole text first differ from those of the context alone, so
-  the model reads the tokens that it knows such text by. A token that merges the end of the context
-  with the start of the continuation belongs to the continuation. Tokens that the tokenizer adds in
-  front (BOS) are kept; tokens that it adds at the end (EOS) are dropped.
+  The split is where the tokens of the whole text first differ from those of the context alone. The
+  model thus reads the text in the tokens that it was trained on. A token that merges the end of
+  the context with the start of the continuation belongs to the continuation. Tokens that the
+  tokenizer adds in front (BOS) are kept; tokens that it adds at the end (EOS) are dropped.
 
   Args:
     tokenizer: a Hugging Face tokenizer.

@@ -16,8 +16,8 @@ _PRAISE = re.compile(
 def refuses(response: str) -> bool:
   """Return whether a response opens with a refusal.
 
-  Only the first `OPENING` characters count, and quotations in them do not, unless the response
-  itself begins with one. The rules miss refusals that come later, are worded differently or are in
+  The rules look at the first `OPENING` characters and skip quotations, unless the response begins
+  with a quotation mark. They miss refusals that come later, are worded differently or are in
   another language. An empty response is not a refusal.
   """
   text = ' '.join(response.translate(_STRAIGHT_QUOTES).lower().split())[:OPENING]

@@ -9,8 +9,8 @@ the file below. A measure of your own can also live outside this package, in a f
 # isort: off
 from cai_jax.evaluation.measures import verdicts as verdicts
 from cai_jax.evaluation.measures import length as length
-from cai_jax.evaluation.measures import refusal as refusal
-from cai_jax.evaluation.measures import reward as reward
+from cai_jax.evaluation.measures import refusal_rate as refusal_rate
+from cai_jax.evaluation.measures import mean_reward as mean_reward
 from cai_jax.evaluation.measures import multiple_choice as multiple_choice
 from cai_jax.evaluation.measures import held_out_loss as held_out_loss
-from cai_jax.evaluation.measures import judge as judge
+from cai_jax.evaluation.measures import judge_comparison as judge_comparison

@@ -3,8 +3,8 @@
   python launch.py --config=configs/tiny.py --workdir=runs/tiny
   python launch.py --config=configs/tiny.py --workdir=runs/tiny --stages=train,evaluate
 
-A stage that is done is skipped, and a stage that was killed resumes. Override any field of the
-config on the command line, for example --config.train.learning_rate=1e-4.
+A stage that is done is skipped, and an interrupted one resumes. Any field of the config can be set
+on the command line, such as --config.train.learning_rate=1e-4. `--help` explains more.
 """
 
 from cai_jax import cli

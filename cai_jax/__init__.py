@@ -2,11 +2,12 @@
 
 import os
 
-# At import transformers advises to install torch, which nothing here needs.
+# transformers otherwise advises to install torch, which nothing here needs.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 from cai_jax.model.lm import LM, load, save
+from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.completions import generate
 from cai_jax.sampling.types import Completion, SamplingConfig
 
-__all__ = ['LM', 'Completion', 'SamplingConfig', 'generate', 'load', 'save']
+__all__ = ['LM', 'Completion', 'SamplingConfig', 'UserError', 'generate', 'load', 'save']

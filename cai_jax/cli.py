@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,25 +12,69 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from cai_jax.pipeline import STAGES, build, run_stages
+from cai_jax.pipeline import build, default_stages, run_stages
 from cai_jax.report import summary_table
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.training.interruption import Preempted
 
+HELP = """\
+Constitutional AI's supervised phase: a model answers prompts, critiques and revises its answers
+under the principles of a constitution, and is fine-tuned on the revisions.
+
+  {program} --config=FILE --workdir=FOLDER [--stages=STAGE,...] [--config.FIELD=VALUE ...]
+
+Stages, in their order; the default is all of them
+  generate   sample responses, critiques and revisions: the dataset D_CAI
+  train      fine-tune a model on D_CAI: the aligned model
+  evaluate   compare both models on held-out prompts
+  report     write report.html
+
+A stage that is done is skipped. If a run is interrupted, start the same command again: it resumes.
+
+Flags
+  --config      Python file with get_config(), such as configs/tiny.py
+  --workdir     folder of the run; it is created if it does not exist
+  --stages      stages to run, separated by commas
+  --profile     number of training steps to profile; the trace is in WORKDIR/profile
+  --helpfull    every flag, including those of the libraries
+
+Main settings (docs/configuration.md describes all of them)
+  --config.model.base               the model: 'tiny', a checkpoint folder or a Hugging Face name
+  --config.constitution.path        the constitution: 'general', a YAML file or a published file
+  --config.prompts.harmful.source   prompts whose responses are revised: a .jsonl or .txt file
+  --config.prompts.eval_harmful.source   held-out prompts for the evaluation
+  --config.feedback.rounds          number of critiques and revisions of each response
+  --config.sampling.initial.max_tokens   longest response in tokens; also of critique, revision
+  --config.train.learning_rate      peak learning rate
+  --config.data.d_cai               train on the D_CAI of another run
+  --config.model.aligned            evaluate this checkpoint instead of a trained model
+  --config.plugins                  your own Python files with variants, scorers, losses, ...
+  --config.seed                     seed of the run
+
+Examples
+  {program} --config=configs/tiny.py --workdir=runs/tiny
+  {program} --config=configs/tiny.py --workdir=runs/two --config.feedback.rounds=2
+  {program} --config=configs/tiny.py --workdir=runs/tiny --stages=generate
+  {program} --config=configs/tiny.py --workdir=runs/more --config.data.d_cai=runs/tiny/d_cai
+  {program} --config=configs/tiny.py --workdir=runs/other --config.model.aligned=runs/tiny/model
+
+Read on: README.md, docs/running.md and docs/configuration.md
+"""
+
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'file that states the run', lock_config=True
+  'config', None, 'Python file with get_config(), such as configs/tiny.py', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 _PROFILE = flags.DEFINE_integer(
-  'profile', 0, 'training steps that a trace is written of, to workdir/profile', lower_bound=0
+  'profile', 0, 'number of training steps to profile, to WORKDIR/profile', lower_bound=0
 )
-_STAGES = flags.DEFINE_list('stages', list(STAGES), 'stages to run')
+_STAGES = flags.DEFINE_list('stages', None, 'stages to run; the default is all that are needed')
 
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-  """End the program with one line and an exit status for an error that the user can fix.
+  """End the program with a short message and an exit status for errors that the user can fix.
 
   Every other exception keeps its traceback.
   """
@@ -37,43 +82,77 @@ def short_errors() -> Iterator[None]:
     yield
   except UserError as error:
     sys.exit(f'error: {error}')
-  except Preempted as ended:
-    print(f'SIGTERM: {ended} The same command goes on from here.', file=sys.stderr)
+  except Preempted as interruption:
+    print(f'SIGTERM: {interruption} Start the same command again to resume.', file=sys.stderr)
     sys.exit(128 + signal.SIGTERM)
   except KeyboardInterrupt:
-    sys.exit('stopped; the same command goes on from here.')
+    sys.exit('Interrupted. Start the same command again to resume.')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Build the run that the flags describe and run its stages."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}')
-  logging.set_verbosity(logging.WARNING)  # Orbax and TFDS log each of their steps
+  """Build the run that the flags describe and run its stages.
+
+  Args:
+    argv: the name of the program and the arguments that are not flags; there must be none.
+  """
+  logging.set_verbosity(logging.WARNING)  # Orbax and TFDS log every step
   with short_errors():
+    if len(argv) > 1:
+      raise UserError(f'unexpected arguments {" ".join(argv[1:])}. Each flag begins with --.')
     processes.initialize()
     log = print if jax.process_index() == 0 else lambda text: None
     run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value), profile=_PROFILE.value)
-    run_stages(run, _STAGES.value, log)
+    stages = default_stages(run) if _STAGES.value is None else _STAGES.value
+    run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():
       log(f'\n{summary_table(json.loads(summary.read_text()))}\n')
-    if 'report' in _STAGES.value:
+    if 'report' in stages:
       log(f'report: {run.workdir / "report.html"}')
 
 
 def parse(argv: list[str]) -> list[str]:
   """Parse the flags and return the remaining arguments.
 
-  An override of a field that the config does not have ends the program with a short message.
+  `--help` prints `HELP` and ends the program. A missing flag, a config file that does not exist or
+  a field that the config does not have ends it with a short message.
+
+  Args:
+    argv: the name of the program and its arguments.
   """
+  program = 'cai-jax' if os.path.basename(argv[0]) == 'cai-jax' else f'python {argv[0]}'
+  if {'--help', '-help', '-h'} & {*argv[1:]}:
+    print(HELP.format(program=program), end='')
+    sys.exit(0)
   try:
-    return app.parse_flags_with_usage(argv)
-  except AttributeError as error:  # raised by ml_collections
+    remaining = app.parse_flags_with_usage(argv)
+    _check_required(program)
+  except AttributeError as error:  # ml_collections raises it for a field that does not exist
     reason = ' '.join(str(error.args[0] if error.args else error).split())
-    sys.exit(f'error: unknown config field {reason}; configs/default.py lists every field.')
+    sys.exit(f'error: unknown config field {reason}. docs/configuration.md lists every field.')
+  except OSError as error:  # ml_collections raises it for a config file that does not exist
+    sys.exit(f'error: {error}\nGive the path of a config file, such as --config=configs/tiny.py.')
+  return remaining
+
+
+def _check_required(program: str) -> None:
+  """End the program with a short message if a required flag is missing."""
+  missing = [
+    f'--{name}=... ({meaning})'
+    for name, value, meaning in (
+      ('config', _CONFIG.value, 'a config file, such as configs/tiny.py'),
+      ('workdir', _WORKDIR.value, 'the folder of the run'),
+    )
+    if value is None
+  ]
+  if missing:
+    sys.exit(
+      f'error: missing {" and ".join(missing)}. For example:\n'
+      f'  {program} --config=configs/tiny.py --workdir=runs/tiny\n'
+      f'`{program} --help` explains the stages and the main settings.'
+    )
 
 
 def run() -> None:
-  """Run the program with the process's arguments."""
-  flags.mark_flags_as_required(['config', 'workdir'])
+  """Run the program with the arguments of the process."""
   app.run(main, flags_parser=parse)

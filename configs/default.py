@@ -1,8 +1,11 @@
-"""Every field of a run with its default; other configs state only what differs."""
+"""Every field of a run at its default. Other configs set only what differs.
+
+docs/configuration.md lists the fields with their meanings and units.
+"""
 
 from cai_jax.pipeline.schema import default_config
 
 
 def get_config():
-  """Return the default config."""
+  """Return a config with every field at its default."""
   return default_config()

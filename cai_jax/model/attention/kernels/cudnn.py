@@ -40,7 +40,7 @@ def attend_cudnn(
   )
 
 
-def check(dtype: str, length: int) -> None:
+def check_compute_dtype(dtype: str, length: int) -> None:
   """Check the compute dtype.
 
   Raises:
@@ -50,4 +50,4 @@ def check(dtype: str, length: int) -> None:
     raise UserError("attention 'cudnn' computes in bfloat16 or float16 only, not in float32.")
 
 
-KERNELS.register('cudnn')(Kernel(attend_cudnn, 'gpu', check))
+KERNELS.register('cudnn')(Kernel(attend_cudnn, 'gpu', check_compute_dtype))

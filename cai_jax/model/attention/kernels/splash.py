@@ -72,7 +72,7 @@ def attend_splash(
   )(q, k, v, segment_ids)
 
 
-def check(dtype: str, length: int) -> None:
+def check_length(dtype: str, length: int) -> None:
   """Check the row length.
 
   Raises:
@@ -82,4 +82,4 @@ def check(dtype: str, length: int) -> None:
     raise UserError(f"attention 'splash' takes rows of a multiple of {TILE} tokens, not {length}.")
 
 
-KERNELS.register('splash')(Kernel(attend_splash, 'tpu', check))
+KERNELS.register('splash')(Kernel(attend_splash, 'tpu', check_length))

@@ -1,4 +1,4 @@
-"""The notebook's interface: load, logits, generate, save."""
+"""`cai_jax.generate`: one completion per prompt."""
 
 import numpy as np
 import pytest
@@ -7,29 +7,30 @@ import transformers
 
 import cai_jax
 from cai_jax import SamplingConfig
+from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.config import EngineConfig
 
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=64)
 
 
-def test_greedy_text_is_that_of_torch(family, tiny_hf_folder):
-  """Token for token over 64 tokens, for prompts of several lengths at once."""
+def test_greedy_tokens_equal_those_of_torch(family, tiny_hf_folder):
+  """All 64 tokens are equal, for prompts of different lengths in one call."""
   folder = tiny_hf_folder(family)
   lm = cai_jax.load(folder)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(5, lm.config.vocab_size, n).tolist() for n in (3, 17, 40)]
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
   engine = EngineConfig(slots=8, prefill_width=16)
-  ours = cai_jax.generate(lm, prompts, GREEDY, engine=engine)
-  for prompt, completion in zip(prompts, ours, strict=True):
-    theirs = model.generate(
+  completions = cai_jax.generate(lm, prompts, GREEDY, engine=engine)
+  for prompt, completion in zip(prompts, completions, strict=True):
+    expected = model.generate(
       torch.tensor([prompt]),
       do_sample=False,
       max_new_tokens=64,
       pad_token_id=0,
       eos_token_id=list(lm.eos_token_ids),
     )[0, len(prompt) :].tolist()
-    assert completion.tokens == theirs
+    assert completion.tokens == expected
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +38,7 @@ def lm(tiny_hf_folder):
   return cai_jax.load(tiny_hf_folder('smollm2'))
 
 
-def test_prompts_are_texts_dialogues_or_tokens(lm):
+def test_prompts_can_be_texts_dialogues_or_tokens(lm):
   sampling = SamplingConfig(max_tokens=5)
   text = 'Once upon a time'
   messages = [{'role': 'user', 'content': 'Hello'}]
@@ -45,22 +46,22 @@ def test_prompts_are_texts_dialogues_or_tokens(lm):
   done = cai_jax.generate(lm, [text, messages, ids], sampling)
   assert all(0 < len(c.tokens) <= 5 and len(c.logprobs) == len(c.tokens) for c in done)
   assert all(c.finish_reason in ('stop', 'length') for c in done)
-  # The text and its ids are one prompt, given twice: two different samples of it.
+  # The text and its ids are the same prompt, so these are two different samples of it.
   assert cai_jax.generate(lm, [ids], sampling)[0] == done[0] != done[2]
 
 
-def test_a_sample_does_not_depend_on_the_list_it_is_in(lm):
+def test_a_sample_is_independent_of_the_other_prompts(lm):
   sampling = SamplingConfig(max_tokens=8, temperature=1.5)
   texts = [f'Prompt number {i}' for i in range(9)]
   engine = EngineConfig(slots=8)
-  together = cai_jax.generate(lm, texts, sampling, seed=3, engine=engine)
-  reversed_ = cai_jax.generate(lm, texts[::-1], sampling, seed=3, engine=engine)[::-1]
-  assert together == reversed_
-  assert cai_jax.generate(lm, texts[4:5], sampling, seed=3, engine=engine) == together[4:5]
-  assert cai_jax.generate(lm, texts, sampling, seed=4, engine=engine) != together
+  completions = cai_jax.generate(lm, texts, sampling, seed=3, engine=engine)
+  reversed_prompts = cai_jax.generate(lm, texts[::-1], sampling, seed=3, engine=engine)
+  assert completions == reversed_prompts[::-1]
+  assert cai_jax.generate(lm, texts[4:5], sampling, seed=3, engine=engine) == completions[4:5]
+  assert cai_jax.generate(lm, texts, sampling, seed=4, engine=engine) != completions
 
 
-def test_texts_of_users_cannot_become_control_tokens(lm):
+def test_text_prompts_cannot_become_control_tokens(lm):
   end = lm.tokenizer.eos_token
   spelled = cai_jax.generate(lm, [f'a {end} b'], GREEDY, engine=EngineConfig(slots=8))
   plain = lm.tokenizer.encode(f'a {end} b', split_special_tokens=True)
@@ -68,17 +69,17 @@ def test_texts_of_users_cannot_become_control_tokens(lm):
   assert spelled == cai_jax.generate(lm, [plain], GREEDY, engine=EngineConfig(slots=8))
 
 
-def test_what_is_wrong_is_said(lm):
-  with pytest.raises(ValueError, match='non-empty list'):
+def test_invalid_prompts_are_refused(lm):
+  with pytest.raises(UserError, match='non-empty list'):
     cai_jax.generate(lm, 'a text alone')
-  with pytest.raises(ValueError, match='non-empty list'):
+  with pytest.raises(UserError, match='non-empty list'):
     cai_jax.generate(lm, [])
-  for alone in ([{'role': 'user', 'content': 'a'}], [1, 2, 3]):
-    with pytest.raises(ValueError, match=r'\[prompt\]'):
-      cai_jax.generate(lm, alone)
-  with pytest.raises(ValueError, match='prompt 1 has no tokens'):
+  for single in ([{'role': 'user', 'content': 'a'}], [1, 2, 3]):
+    with pytest.raises(UserError, match=r'\[prompt\]'):
+      cai_jax.generate(lm, single)
+  with pytest.raises(UserError, match='prompt 1 has no tokens'):
     cai_jax.generate(lm, ['a', []])
-  with pytest.raises(ValueError, match='outside the vocabulary'):
+  with pytest.raises(UserError, match='outside the vocabulary'):
     cai_jax.generate(lm, [[1, 10**6]])
-  with pytest.raises(ValueError, match='longer than the'):
+  with pytest.raises(UserError, match='longer than the'):
     cai_jax.generate(lm, [[1] * 4000])

@@ -1,4 +1,4 @@
-"""A served model against a real HTTP server on loopback that is not always well."""
+"""`Remote` against an HTTP server on loopback that fails on request."""
 
 import concurrent.futures
 import dataclasses
@@ -17,19 +17,32 @@ import transformers
 
 from cai_jax import pipeline
 from cai_jax.data import d_cai
+from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.remote import Remote, RemoteConfig, connection, protocol
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny.files import MODELS
 from configs import tiny
 
 KEY_NAME, KEY = 'CAI_JAX_TEST_KEY', 'sk-never-to-be-seen'
-STALL = 30.0  # seconds, unless the client hangs up; far beyond the tests' time-outs
+STALL = 30.0  # seconds; far longer than the timeouts in the tests
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """A small completions API, whose answer is a function of prompt, seed and stop tokens.
+  """A small completions API whose answer is a function of prompt, seed and stop tokens.
 
-  `script` says how it fails: each request takes its first entry, and is answered when it is empty.
+  Args:
+    tokenizer: the tokenizer of the served model.
+    answers: 'ids' to return token ids and log-probabilities, 'text' to return text only.
+
+  Attributes:
+    script: how the next requests fail. Each request takes the first entry. None answers normally,
+      as does an empty script.
+    bodies: the JSON body of every request.
+    headers: the headers of every request.
+    current: number of requests that are being answered.
+    max_current: the maximum of `current` so far.
+    delay: seconds before every answer.
+    models: the answer to GET /v1/models.
   """
 
   daemon_threads = True
@@ -38,9 +51,9 @@ class Server(http.server.ThreadingHTTPServer):
     super().__init__(('127.0.0.1', 0), Handler)
     self.tokenizer, self.answers = tokenizer, answers
     self.script: list = []
-    self.bodies: list[dict] = []  # of all requests, in order
+    self.bodies: list[dict] = []
     self.headers: list[dict] = []
-    self.now = self.most = 0  # requests that are being answered, and the most of them at a time
+    self.current = self.max_current = 0
     self.delay = 0.0
     self.lock = threading.Lock()
     self.models = {'data': [{'id': 'served', 'max_model_len': 256}]}
@@ -50,7 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
     return f'http://127.0.0.1:{self.server_address[1]}/v1'
 
   def reply(self, body: dict) -> dict:
-    """What the model says: pieces of text that hang on prompt and seed, and an end."""
+    """Return an answer: text that depends on prompt and seed, and a stop token if it fits."""
     draw = hashlib.sha256(f'{body["prompt"]}{body["seed"]}'.encode()).digest()
     words = ' '.join(('the brake', 'look at', 'kind words', 'human')[x % 4] for x in draw[:4])
     tokens = self.tokenizer.encode(words, add_special_tokens=False)[: body['max_tokens']]
@@ -70,14 +83,16 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-  """Answers, or does what the script says."""
+  """Answers requests, or fails as the script says."""
 
   def log_message(self, *args):
     pass
 
   def do_GET(self):
-    there = self.path == '/v1/models'
-    self.send(*((200, self.server.models) if there else (404, {'error': 'no such page'})))
+    if self.path == '/v1/models':
+      self.send(200, self.server.models)
+    else:
+      self.send(404, {'error': 'no such page'})
 
   def do_POST(self):
     server = self.server
@@ -86,11 +101,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
       server.bodies.append(body)
       server.headers.append(dict(self.headers))
       act = server.script.pop(0) if server.script else None
-      server.now += 1
-      server.most = max(server.most, server.now)
+      server.current += 1
+      server.max_current = max(server.max_current, server.current)
     time.sleep(server.delay)
-    with server.lock:  # before the answer, after which the client may send its next at once
-      server.now -= 1
+    with server.lock:  # after the answer, the client may send its next request at once
+      server.current -= 1
     try:
       if act is None:
         self.send(200, server.reply(body))
@@ -100,7 +115,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, server.reply(body), cut=20)
       elif act == 'stall':
         self.connection.settimeout(STALL)
-        self.connection.recv(1)  # returns when the client has given up
+        self.connection.recv(1)  # returns when the client closes the connection
       elif callable(act):
         self.send(200, act(server.reply(body)))
       else:
@@ -132,7 +147,7 @@ def server(tiny_tokenizer):
 
 @pytest.fixture(scope='session')
 def vocabulary(tmp_path_factory, tiny_tokenizer):
-  """A folder with a tokenizer and no model."""
+  """Return a folder with a tokenizer and no model."""
   folder = tmp_path_factory.mktemp('vocabulary')
   tiny_tokenizer.save_pretrained(folder)
   return str(folder)
@@ -140,52 +155,53 @@ def vocabulary(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture
 def connect(server, vocabulary):
-  """`connect(**fields)`: a Remote of the test's server."""
-  made = []
+  """Return a function that makes a Remote for the test's server from fields of RemoteConfig."""
+  remotes = []
 
   def make(**fields) -> Remote:
-    fields = {'server': 'vllm', 'backoff_seconds': 0.01, 'retries': 3} | fields
-    given = {'url': server.url, 'model': 'served', 'tokenizer': vocabulary} | fields
-    made.append(Remote(RemoteConfig(**given)))
-    return made[-1]
+    defaults = {'server': 'vllm', 'backoff_seconds': 0.01, 'retries': 3}
+    address = {'url': server.url, 'model': 'served', 'tokenizer': vocabulary}
+    remotes.append(Remote(RemoteConfig(**defaults | address | fields)))
+    return remotes[-1]
 
   yield make
-  for one in made:
-    one.close()
+  for remote in remotes:
+    remote.close()
 
 
-def turn_of(number=0, **sampling):
+def make_turn(number=0, **sampling):
   settings = SamplingConfig(**({'max_tokens': 40} | sampling))
   return Turn(f'critique_{number}', [30 + number, 40, 50], settings)
 
 
-def key_of(number=0):
+def make_key(number=0):
   return np.array([number * 7919 + 5, 2], np.uint32)
 
 
-def ask(one, number=0, stop_texts=(), **sampling):
-  eos = (one.tokenizer.eos_token_id,)
-  turn = turn_of(number, **sampling)
-  return one.submit(turn, key_of(number), eos, stop_texts, 'row 7').result(timeout=60)
+def ask(remote, number=0, stop_texts=(), **sampling):
+  """Submit turn `number` and return its completion."""
+  eos = (remote.tokenizer.eos_token_id,)
+  turn = make_turn(number, **sampling)
+  return remote.submit(turn, make_key(number), eos, stop_texts, 'row 7').result(timeout=60)
 
 
-def test_a_completion_is_what_the_server_sampled(server, connect):
-  one = connect()
-  done = ask(one, max_tokens=40, top_p=0.9, top_k=5, temperature=0.7)
-  eos = one.tokenizer.eos_token_id
-  assert done.finish_reason == 'stop' and done.tokens[-1] == eos
-  assert done.text == one.tokenizer.decode(done.tokens[:-1]) and done.text
-  assert done.logprobs == [-0.25 * (i + 1) for i in range(len(done.tokens))]
+def test_a_completion_has_the_tokens_that_the_server_sampled(server, connect):
+  remote = connect()
+  completion = ask(remote, max_tokens=40, top_p=0.9, top_k=5, temperature=0.7)
+  eos = remote.tokenizer.eos_token_id
+  assert completion.finish_reason == 'stop' and completion.tokens[-1] == eos
+  assert completion.text == remote.tokenizer.decode(completion.tokens[:-1]) and completion.text
+  assert completion.logprobs == [-0.25 * (i + 1) for i in range(len(completion.tokens))]
   [body] = server.bodies
   assert body['prompt'] == [30, 40, 50] and body['model'] == 'served' and body['n'] == 1
   assert (body['max_tokens'], body['temperature']) == (40, 0.7)
   assert (body['top_p'], body['top_k'], body['stop_token_ids']) == (0.9, 5, [eos])
-  cut = ask(one, max_tokens=2)
+  cut = ask(remote, max_tokens=2)
   assert cut.finish_reason == 'length' and len(cut.tokens) == 2
-  assert server.bodies[1]['top_k'] == -1  # or a default of the server's would hold
+  assert server.bodies[1]['top_k'] == -1  # otherwise the server's default would apply
 
 
-ILL = [
+FAILURES = [
   (500, {'error': {'message': 'out of memory'}}),
   (429, {'error': 'slow down'}, [('Retry-After', '0')]),
   'hang up',
@@ -205,57 +221,61 @@ ILL = [
 
 
 def test_failures_change_no_completion(server, connect):
-  well = connect()
-  expected = [ask(well, number) for number in range(12)]
-  server.script = list(ILL)
-  ill = connect(timeout_seconds=0.5, retries=len(ILL), max_concurrent=4, backoff_seconds=0.0)
-  futures = [ill.submit(turn_of(i), key_of(i), (ill.tokenizer.eos_token_id,)) for i in range(12)]
+  remote = connect()
+  expected = [ask(remote, number) for number in range(12)]
+  server.script = list(FAILURES)
+  remote = connect(
+    timeout_seconds=0.5, retries=len(FAILURES), max_concurrent=4, backoff_seconds=0.0
+  )
+  eos = (remote.tokenizer.eos_token_id,)
+  futures = [remote.submit(make_turn(i), make_key(i), eos) for i in range(12)]
   assert [future.result(timeout=60) for future in futures] == expected
-  assert not server.script and len(server.bodies) == 12 + 12 + len(ILL)
+  assert not server.script and len(server.bodies) == 12 + 12 + len(FAILURES)
 
 
-@pytest.mark.parametrize('fault', ILL, ids=range(len(ILL)))
-def test_each_failure_is_tried_again_and_then_told(fault, server, connect):
-  server.script = [fault] * 3
-  one = connect(timeout_seconds=0.3, retries=2)
-  future = one.submit(turn_of(), key_of(), (), (), 'row 7')
-  with pytest.raises(ConnectionError) as error:
+@pytest.mark.parametrize('failure', FAILURES, ids=range(len(FAILURES)))
+def test_each_failure_is_retried_and_then_reported(failure, server, connect):
+  server.script = [failure] * 3
+  remote = connect(timeout_seconds=0.3, retries=2)
+  future = remote.submit(make_turn(), make_key(), (), (), 'row 7')
+  with pytest.raises(UnreachableError) as error:
     future.result(timeout=60)
-  said = str(error.value)
+  message = str(error.value)
   for part in (
     server.url,
     "chain 'row 7', turn 'critique_0'",
     'in 3 attempts',
     'start the run again',
   ):
-    assert part in said
-  if isinstance(fault, tuple) and isinstance(fault[1], dict) and 'error' in fault[1]:
-    assert f'status {fault[0]}' in said and ('memory' in said or 'slow down' in said)
+    assert part in message
+  if isinstance(failure, tuple) and isinstance(failure[1], dict) and 'error' in failure[1]:
+    assert f'status {failure[0]}' in message
+    assert 'memory' in message or 'slow down' in message
   assert len(server.bodies) == 3 and server.bodies[0] == server.bodies[2]
 
 
-def test_a_refusal_is_told_at_once(server, connect):
+def test_a_refusal_is_reported_without_a_retry(server, connect):
   server.script = [(400, {'error': {'message': 'context of 9000 tokens is too long'}})]
-  with pytest.raises(ValueError, match='row 7.*critique_0.*status 400: context of 9000 tokens'):
+  with pytest.raises(UserError, match='row 7.*critique_0.*status 400: context of 9000 tokens'):
     ask(connect())
   assert len(server.bodies) == 1
 
 
-def test_a_server_that_is_gone_is_told(server, connect):
-  one = connect(retries=1)
+def test_a_server_that_is_gone_is_reported(server, connect):
+  remote = connect(retries=1)
   server.server_close()
-  with pytest.raises(ConnectionError, match='in 2 attempts'):
-    ask(one)
-  with pytest.raises(ValueError, match='is unreachable.*Check that it is running'):
-    one.check()
+  with pytest.raises(UnreachableError, match='in 2 attempts'):
+    ask(remote)
+  with pytest.raises(UserError, match='is unreachable.*Check that it is running'):
+    remote.check()
 
 
-def test_requests_on_their_way_are_bounded(server, connect):
+def test_the_number_of_concurrent_requests_is_limited(server, connect):
   server.delay = 0.02
-  one = connect(max_concurrent=3)
-  futures = [one.submit(turn_of(i), key_of(i)) for i in range(20)]
+  remote = connect(max_concurrent=3)
+  futures = [remote.submit(make_turn(i), make_key(i)) for i in range(20)]
   concurrent.futures.wait(futures, timeout=60)
-  assert server.most == 3 and len(server.bodies) == 20
+  assert server.max_current == 3 and len(server.bodies) == 20
 
 
 def test_retry_after_is_honoured(server, connect):
@@ -270,45 +290,45 @@ def test_retry_after_is_honoured(server, connect):
 
 def test_backoff_doubles_with_jitter_that_depends_on_the_turn():
   def waits_of(number):
-    seed = key_of(number).tobytes()
+    seed = make_key(number).tobytes()
     return [connection.backoff_seconds(1.0, attempt, seed) for attempt in range(1, 12)]
 
   waits = waits_of(3)
   assert waits == waits_of(3)
   assert waits != waits_of(4)
   for attempt, wait in enumerate(waits):
-    whole = min(2.0**attempt, connection.MAX_BACKOFF)
-    assert whole / 2 <= wait <= whole
+    longest = min(2.0**attempt, connection.MAX_BACKOFF)
+    assert longest / 2 <= wait <= longest
 
 
-def test_the_seed_is_a_function_of_the_key(server, connect):
-  one = connect()
+def test_the_seed_is_a_function_of_the_random_key(server, connect):
+  remote = connect()
   for number in (0, 1, 0):
-    ask(one, number)
+    ask(remote, number)
   seeds = [body['seed'] for body in server.bodies]
   assert seeds[0] == seeds[2] != seeds[1]
   for word in (0, 1, 2**31 - 2, 2**31 - 1, 2**32 - 1):
     assert 1 <= protocol.request_seed(np.array([word, 0], np.uint32)) < 2**31
 
 
-def test_the_key_is_sent_and_never_shown(server, connect, monkeypatch):
-  with pytest.raises(ValueError, match=KEY_NAME):
+def test_the_api_key_is_sent_and_never_shown(server, connect, monkeypatch):
+  with pytest.raises(UserError, match=KEY_NAME):
     connect(api_key_env=KEY_NAME)
   monkeypatch.setenv(KEY_NAME, KEY)
-  one = connect(api_key_env=KEY_NAME)
+  remote = connect(api_key_env=KEY_NAME)
   server.script = [(401, {'error': {'message': f'Incorrect API key provided: {KEY}'}})]
-  with pytest.raises(ValueError, match='status 401: Incorrect API key') as error:
-    ask(one)
+  with pytest.raises(UserError, match='status 401: Incorrect API key') as error:
+    ask(remote)
   assert server.headers[0]['Authorization'] == f'Bearer {KEY}'
-  shown = str(error.value) + repr(one) + repr(one.config) + one.fingerprint + one.name
+  shown = str(error.value) + repr(remote) + repr(remote.config) + remote.fingerprint + remote.name
   assert KEY not in shown
   ask(connect())
   assert 'Authorization' not in server.headers[1]
 
 
 def test_a_stop_text_ends_the_reply_at_its_token(server, connect):
-  one = connect()
-  said = one.tokenizer.encode('kind words and the brake', add_special_tokens=False)
+  remote = connect()
+  tokens = remote.tokenizer.encode('kind words and the brake', add_special_tokens=False)
   server.script = [
     lambda reply: {
       'choices': [
@@ -316,123 +336,133 @@ def test_a_stop_text_ends_the_reply_at_its_token(server, connect):
           'text': 'kind words',
           'finish_reason': 'stop',
           'stop_reason': ' and',
-          'token_ids': said,
-          'logprobs': {'tokens': [''] * len(said), 'token_logprobs': [-1.0] * len(said)},
+          'token_ids': tokens,
+          'logprobs': {'tokens': [''] * len(tokens), 'token_logprobs': [-1.0] * len(tokens)},
         }
       ]
     }
   ]
-  done = ask(one, stop_texts=(' and',))
+  completion = ask(remote, stop_texts=(' and',))
   assert server.bodies[0]['stop'] == [' and']
-  assert done.finish_reason == 'stop_text' and done.text == 'kind words'
-  assert one.tokenizer.decode(done.tokens).endswith(' and')
-  assert len(done.logprobs) == len(done.tokens) < len(said)
+  assert completion.finish_reason == 'stop_text' and completion.text == 'kind words'
+  assert remote.tokenizer.decode(completion.tokens).endswith(' and')
+  assert len(completion.logprobs) == len(completion.tokens) < len(tokens)
 
 
-def test_text_alone_is_encoded_anew_without_invented_numbers(server, connect):
+def test_a_text_only_answer_is_encoded_and_has_no_log_probabilities(server, connect):
   server.answers = 'text'
-  one = connect(server='openai')
-  done = ask(one)
-  eos = one.tokenizer.eos_token_id
-  assert done.finish_reason == 'stop'
-  assert done.tokens == [*one.tokenizer.encode(done.text, add_special_tokens=False), eos]
-  assert len(done.logprobs) == len(done.tokens) and all(map(math.isnan, done.logprobs))
+  remote = connect(server='openai')
+  completion = ask(remote)
+  eos = remote.tokenizer.eos_token_id
+  assert completion.finish_reason == 'stop'
+  assert completion.tokens == [
+    *remote.tokenizer.encode(completion.text, add_special_tokens=False),
+    eos,
+  ]
+  assert len(completion.logprobs) == len(completion.tokens) and all(
+    map(math.isnan, completion.logprobs)
+  )
   assert 'top_k' not in server.bodies[0] and 'stop_token_ids' not in server.bodies[0]
-  cut = ask(one, max_tokens=3)
+  cut = ask(remote, max_tokens=3)
   assert cut.finish_reason == 'length' and eos not in cut.tokens
-  # A server that trims its stop texts does not say which of the two ended the reply.
-  assert ask(one, stop_texts=('\n\nHuman:',)).finish_reason == 'stop_text'
-  # One that takes few of them goes on, and what follows is cut here.
+  # A server that removes the stop text does not say whether a text or a token ended the reply.
+  assert ask(remote, stop_texts=('\n\nHuman:',)).finish_reason == 'stop_text'
+  # A server that accepts fewer stop texts continues after the others; the client cuts its answer.
   labels = tuple(f'{i})' for i in range(5)) + (' and',)
   server.script = [lambda _: {'choices': [{'text': 'kind and rude', 'finish_reason': 'length'}]}]
-  done = ask(one, stop_texts=labels)
+  completion = ask(remote, stop_texts=labels)
   assert server.bodies[-1]['stop'] == list(labels[:4])
-  assert (done.text, done.finish_reason) == ('kind', 'stop_text')
+  assert (completion.text, completion.finish_reason) == ('kind', 'stop_text')
 
 
 def test_threads_do_not_share_a_tokenizer(server, connect):
-  """Another thread that reads control tokens from text must not make ours read them."""
-  one = connect(server='openai', max_concurrent=4)
-  eos = one.tokenizer.eos_token_id
+  """A thread that encodes control tokens does not make the worker threads encode them."""
+  remote = connect(server='openai', max_concurrent=4)
+  eos = remote.tokenizer.eos_token_id
   spelled = {'choices': [{'text': '<|im_end|> ' * 40, 'finish_reason': 'length'}]}
   server.script = [lambda _: spelled] * 150
-  futures = [one.submit(turn_of(i % 100), key_of(i), (eos,)) for i in range(150)]
+  futures = [remote.submit(make_turn(i % 100), make_key(i), (eos,)) for i in range(150)]
   while not all(future.done() for future in futures):
-    assert eos in one.tokenizer.encode('the brake <|im_end|> ' * 40, split_special_tokens=False)
+    assert eos in remote.tokenizer.encode('the brake <|im_end|> ' * 40, split_special_tokens=False)
   assert not any(eos in future.result().tokens for future in futures)
 
 
 def test_text_that_spells_a_control_token_stays_text(server, connect):
-  one = connect(server='openai')
+  remote = connect(server='openai')
   server.script = [
     lambda _: {'choices': [{'text': 'x <|im_end|> y', 'finish_reason': 'length'}]},
   ]
-  done = ask(one)
-  assert one.tokenizer.eos_token_id not in done.tokens and done.text == 'x <|im_end|> y'
+  completion = ask(remote)
+  assert (
+    remote.tokenizer.eos_token_id not in completion.tokens and completion.text == 'x <|im_end|> y'
+  )
 
 
 @pytest.mark.parametrize(
-  'kind, temperature, known', [('sglang', 1.0, True), ('sglang', 0.5, False)]
+  'software, temperature, kept', [('sglang', 1.0, True), ('sglang', 0.5, False)]
 )
-def test_log_probabilities_of_another_distribution_are_not_taken(
-  kind, temperature, known, server, connect
+def test_log_probabilities_after_temperature_are_dropped(
+  software, temperature, kept, server, connect
 ):
-  one = connect(server=kind)
-  tokens = one.tokenizer.encode('look at the brake', add_special_tokens=False)
-  pieces = [*(one.tokenizer.decode([token]) for token in tokens), '<|im_end|>']
+  remote = connect(server=software)
+  tokens = remote.tokenizer.encode('look at the brake', add_special_tokens=False)
+  pieces = [*(remote.tokenizer.decode([token]) for token in tokens), '<|im_end|>']
   logprobs = [-0.5] * len(pieces)
   choice = {'text': 'look at the brake', 'finish_reason': 'stop', 'matched_stop': 1}
   choice['logprobs'] = {'tokens': pieces, 'token_logprobs': logprobs}
   server.script = [lambda _: {'choices': [choice]}]
-  done = ask(one, temperature=temperature)
-  assert done.tokens == [*tokens, one.tokenizer.eos_token_id]
-  assert done.logprobs == logprobs if known else all(map(math.isnan, done.logprobs))
+  completion = ask(remote, temperature=temperature)
+  assert completion.tokens == [*tokens, remote.tokenizer.eos_token_id]
+  assert completion.logprobs == logprobs if kept else all(map(math.isnan, completion.logprobs))
 
 
-def test_ids_in_the_form_of_chats_are_read(server, connect):
-  """As llama.cpp gives them; where it leaves out half a character, the text is what counts."""
-  one = connect(server='llama.cpp')
-  tokens = [*one.tokenizer.encode('look', add_special_tokens=False), one.tokenizer.eos_token_id]
+def test_ids_in_the_chat_format_are_read(server, connect):
+  """llama.cpp returns them; if it omits part of a character, the text is encoded instead."""
+  remote = connect(server='llama.cpp')
+  tokens = [
+    *remote.tokenizer.encode('look', add_special_tokens=False),
+    remote.tokenizer.eos_token_id,
+  ]
   content = [{'id': token, 'token': '', 'logprob': -1.5} for token in tokens]
   choice = {'text': 'look', 'finish_reason': 'stop', 'logprobs': {'content': content}}
-  whole = {'choices': [choice], 'usage': {'completion_tokens': len(tokens)}}
-  short = whole | {'usage': {'completion_tokens': len(tokens) + 1}}
-  server.script = [lambda _: whole, lambda _: short]
-  done = ask(one)
-  assert done.tokens == tokens and done.logprobs == [-1.5] * len(tokens)
-  done = ask(one)
-  assert done.tokens == tokens and all(map(math.isnan, done.logprobs))
+  complete = {'choices': [choice], 'usage': {'completion_tokens': len(tokens)}}
+  incomplete = complete | {'usage': {'completion_tokens': len(tokens) + 1}}
+  server.script = [lambda _: complete, lambda _: incomplete]
+  completion = ask(remote)
+  assert completion.tokens == tokens and completion.logprobs == [-1.5] * len(tokens)
+  completion = ask(remote)
+  assert completion.tokens == tokens and all(map(math.isnan, completion.logprobs))
   assert server.bodies[0]['samplers'][0] == 'temperature' and server.bodies[0]['top_k'] == 0
 
 
-def test_another_models_tokenizer_is_found_out(server, connect):
-  one = connect()
+def test_a_tokenizer_of_another_model_is_detected(server, connect):
+  remote = connect()
   other = {'text': 'kind words', 'finish_reason': 'length', 'token_ids': [60, 61, 62]}
   beyond = {'text': '', 'finish_reason': 'length', 'token_ids': [999999]}
   for choice in (other, beyond):
     server.script = [lambda _, choice=choice: {'choices': [choice]}]
-    with pytest.raises(ValueError, match='Set tokenizer to that of the served model'):
-      ask(one)
+    with pytest.raises(UserError, match='Set tokenizer to that of the served model'):
+      ask(remote)
 
 
-def test_a_prompt_goes_as_text_where_its_control_tokens_survive(server, connect):
+def test_a_prompt_is_sent_as_text_if_that_keeps_its_control_tokens(server, connect):
   server.answers = 'text'
-  one = connect(server='tgi', prompt='text')
+  remote = connect(server='tgi', prompt='text')
   text = '<|im_start|>user\nHow kind?<|im_end|>\n<|im_start|>assistant\n'
-  turn = Turn('initial', one.tokenizer.encode(text), SamplingConfig(max_tokens=8))
-  one.submit(turn, key_of()).result(timeout=60)
+  turn = Turn('initial', remote.tokenizer.encode(text), SamplingConfig(max_tokens=8))
+  remote.submit(turn, make_key()).result(timeout=60)
   [body] = server.bodies
-  assert body['model'] == 'tgi'  # another name would be an adapter's
+  assert body['model'] == 'tgi'  # TGI takes any other name for an adapter
   assert body['prompt'] == text and not {'top_p', 'top_k', 'logprobs'} & set(body)
-  spelled = one.tokenizer.encode('<|im_end|>', split_special_tokens=True)
-  with pytest.raises(ValueError, match='spells a control token'):
+  spelled = remote.tokenizer.encode('<|im_end|>', split_special_tokens=True)
+  with pytest.raises(UserError, match='spells a control token'):
     turn = dataclasses.replace(turn, context=[*turn.context, *spelled])
-    one.submit(turn, key_of()).result(timeout=60)
+    remote.submit(turn, make_key()).result(timeout=60)
 
 
-def test_the_server_is_asked_what_it_serves(server, connect):
+def test_the_check_asks_the_server_what_it_serves(server, connect):
   connect(max_positions=256).check()
-  for fields, said in (
+  for fields, message in (
     ({'model': 'other'}, "does not serve 'other'.*: served"),
     ({'max_positions': 257}, 'accepts contexts of 256 tokens'),
     (
@@ -440,14 +470,14 @@ def test_the_server_is_asked_what_it_serves(server, connect):
       'GET /models with status 404 .no such page.. Check that it is running',
     ),
   ):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=message):
       connect(**{'max_positions': 256} | fields).check()
   server.models = ['what']
-  with pytest.raises(ValueError, match='not a list of models'):
+  with pytest.raises(UserError, match='not a list of models'):
     connect().check()
 
 
-def test_the_fingerprint_names_the_model_and_not_its_place(connect, vocabulary):
+def test_the_fingerprint_depends_on_the_model_and_not_its_address(connect, vocabulary):
   plain = connect().fingerprint
   assert plain == connect(url='http://elsewhere/v1', timeout_seconds=1.0, retries=0).fingerprint
   assert plain != connect(model='other').fingerprint
@@ -455,23 +485,23 @@ def test_the_fingerprint_names_the_model_and_not_its_place(connect, vocabulary):
   assert plain != connect(server='sglang').fingerprint
 
 
-def test_what_is_closed_asks_no_more(server, connect):
+def test_a_closed_remote_sends_no_requests(server, connect):
   server.script = ['stall'] * 2
-  one = connect(max_concurrent=1, timeout_seconds=0.5, retries=50)
-  first, second = (one.submit(turn_of(i), key_of(i)) for i in range(2))
+  remote = connect(max_concurrent=1, timeout_seconds=0.5, retries=50)
+  first, second = (remote.submit(make_turn(i), make_key(i)) for i in range(2))
   while not server.bodies:
     time.sleep(0.005)
-  one.close()
-  with pytest.raises(ConnectionError, match='closed before'):
+  remote.close()
+  with pytest.raises(UnreachableError, match='closed before'):
     first.result(timeout=60)
-  with pytest.raises(ConnectionError, match='closed before'):
+  with pytest.raises(UnreachableError, match='closed before'):
     second.result(timeout=60)
   with pytest.raises(RuntimeError, match='closed'):
-    one.submit(turn_of(), key_of())
+    remote.submit(make_turn(), make_key())
 
 
 @pytest.mark.parametrize(
-  'fields, said',
+  'fields, message',
   [
     ({'url': ''}, "url=''"),
     ({'url': 'localhost:8000'}, "url='localhost:8000'"),
@@ -490,19 +520,19 @@ def test_what_is_closed_asks_no_more(server, connect):
     ({'api_key_env': KEY}, 'never the key itself'),
   ],
 )
-def test_bad_fields_are_refused(fields, said):
-  whole = {'url': 'http://localhost:8000/v1', 'model': 'm', 'tokenizer': 't'} | fields
-  with pytest.raises(ValueError, match=said) as error:
-    RemoteConfig(**whole)
+def test_invalid_fields_are_refused(fields, message):
+  valid = {'url': 'http://localhost:8000/v1', 'model': 'm', 'tokenizer': 't'}
+  with pytest.raises(UserError, match=message) as error:
+    RemoteConfig(**valid | fields)
   assert KEY not in str(error.value)
 
 
-def test_what_a_server_has_no_field_for_is_refused():
+def test_sampling_settings_that_a_server_lacks_are_refused():
   config = RemoteConfig('http://localhost:8000/v1', 'm', 't')
   config.check_sampling(SamplingConfig(top_p=0.5, temperature=0.0))
-  with pytest.raises(ValueError, match=r'openai.*top_k=3.*vllm'):
+  with pytest.raises(UserError, match=r'openai.*top_k=3.*vllm'):
     config.check_sampling(SamplingConfig(top_k=3))
-  with pytest.raises(ValueError, match='stop_token_ids'):
+  with pytest.raises(UserError, match='stop_token_ids'):
     dataclasses.replace(config, server='llama.cpp').check_sampling(
       SamplingConfig(stop_token_ids=(1,))
     )
@@ -511,8 +541,8 @@ def test_what_a_server_has_no_field_for_is_refused():
   )
 
 
-def served_run(at, workdir, rounds=2, stage='critique', **fields):
-  """A small generate stage with one of its models on the test's server."""
+def served_run(test_server, workdir, rounds=2, stage='critique', **fields):
+  """Return a small run with the model of one stage on the test's server."""
   config = tiny.get_config()
   for name, limit in (('harmful', 6), ('helpful', 3), ('eval_harmful', 2), ('eval_helpful', 1)):
     config.prompts[name].limit = limit
@@ -521,9 +551,9 @@ def served_run(at, workdir, rounds=2, stage='critique', **fields):
     turn.max_tokens = 12
   config.engine.slots = 8
   config.train.helpfulness_share = 0.2
-  own = {'url': at.url, 'model': 'served', 'tokenizer': str(MODELS['tiny'])}
-  given = own | {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01} | fields
-  config.remote[stage].update(given)
+  address = {'url': test_server.url, 'model': 'served', 'tokenizer': str(MODELS['tiny'])}
+  defaults = {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01}
+  config.remote[stage].update(address | defaults | fields)
   if stage == 'base':
     config.model.update(base='', init='tiny')
   return pipeline.build(config, workdir)
@@ -535,46 +565,45 @@ def shards(workdir):
 
 @pytest.fixture
 def tiny_server(server):
-  """The test's server with the embedded world's tokenizer."""
-  words = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
-  server.tokenizer = words
+  """Return the test's server with the tokenizer of the embedded world."""
+  server.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
   return server
 
 
-def test_a_run_with_a_served_critic_survives_its_bad_days(tiny_server, tmp_path):
-  pipeline.run_stages(served_run(tiny_server, tmp_path / 'well'), ['generate'])
+def test_a_run_with_a_served_critic_survives_server_failures(tiny_server, tmp_path):
+  pipeline.run_stages(served_run(tiny_server, tmp_path / 'healthy'), ['generate'])
   asked = len(tiny_server.bodies)
   assert asked == 6 * 2
-  tiny_server.script = list(ILL)
-  ill = {'timeout_seconds': 0.5, 'retries': len(ILL), 'backoff_seconds': 0.0}
-  pipeline.run_stages(served_run(tiny_server, tmp_path / 'ill', **ill), ['generate'])
-  assert len(tiny_server.bodies) == 2 * asked + len(ILL)
-  assert shards(tmp_path / 'ill') == shards(tmp_path / 'well')
-  assert len(shards(tmp_path / 'ill')) == 5
+  tiny_server.script = list(FAILURES)
+  patient = {'timeout_seconds': 0.5, 'retries': len(FAILURES), 'backoff_seconds': 0.0}
+  pipeline.run_stages(served_run(tiny_server, tmp_path / 'failing', **patient), ['generate'])
+  assert len(tiny_server.bodies) == 2 * asked + len(FAILURES)
+  assert shards(tmp_path / 'failing') == shards(tmp_path / 'healthy')
+  assert len(shards(tmp_path / 'failing')) == 5
 
 
-def test_a_run_goes_on_where_its_server_failed_it(tiny_server, tmp_path):
+def test_a_run_resumes_after_its_server_failed(tiny_server, tmp_path):
   pipeline.run_stages(served_run(tiny_server, tmp_path / 'whole'), ['generate'])
   asked = len(tiny_server.bodies)
   tiny_server.bodies.clear()
   tiny_server.script = [None] * 9 + [(500, b'out of order')] * 3
   run = served_run(tiny_server, tmp_path / 'broken', retries=0, max_concurrent=1)
-  with pytest.raises(ConnectionError, match='chain .* turn .critique_.*start the run again'):
+  with pytest.raises(UnreachableError, match='chain .* turn .critique_.*start the run again'):
     pipeline.run_stages(run, ['generate'])
   tiny_server.script = []
   pipeline.run_stages(run, ['generate'])
   assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
-  before = len(tiny_server.bodies)
-  assert asked < before <= asked + 3  # no answer was asked for twice
+  requests = len(tiny_server.bodies)
+  assert asked < requests <= asked + 3  # answered requests were not repeated
   shutil.rmtree(tmp_path / 'broken' / 'd_cai')
   (tmp_path / 'broken' / 'manifest.json').unlink()
-  pipeline.run_stages(run, ['generate'])  # all of it is in the journal
-  assert len(tiny_server.bodies) == before
+  pipeline.run_stages(run, ['generate'])  # replays the journal
+  assert len(tiny_server.bodies) == requests
   assert shards(tmp_path / 'broken') == shards(tmp_path / 'whole')
 
 
 def test_a_served_model_gives_a_text_only_dataset(tiny_server, tmp_path):
-  """M_θ itself is served, by a server that gives text alone: its log-probabilities are unknown."""
+  """The server of M_θ returns text only, so log-probabilities are unknown."""
   tiny_server.answers = 'text'
   run = served_run(tiny_server, tmp_path, stage='base', server='openai')
   pipeline.run_stages(run, ['generate'])

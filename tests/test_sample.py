@@ -1,4 +1,4 @@
-"""Drawing tokens: the kept set and the distribution are those of the plain definitions."""
+"""Drawing tokens: kept sets and distributions equal those of the plain definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -15,49 +15,50 @@ KEEP, SAMPLE = jax.jit(keep_mask), jax.jit(sample)
 
 
 def arrays(rows, temperature=1.0, top_k=0, top_p=1.0):
+  """Return temperature, top_k and top_p as arrays of `rows` equal entries."""
   full = lambda x, dtype: jnp.full(rows, x, dtype)  # noqa: E731
   return full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32)
 
 
 @pytest.mark.parametrize('top_k', [1, 5, 40, 1000])
 @pytest.mark.parametrize('top_p', [0.1, 0.5, 0.9, 0.999])
-def test_the_kept_set_is_that_of_transformers(top_k, top_p):
+def test_the_kept_set_equals_that_of_transformers(top_k, top_p):
   logits = np.random.default_rng(top_k).normal(0, 3, (8, 300)).astype(np.float32)
   scores = TopKLogitsWarper(top_k)(None, torch.tensor(logits))
   scores = TopPLogitsWarper(top_p)(None, scores)
   _, k, p = arrays(8, top_k=top_k, top_p=top_p)
   differ = np.array(KEEP(logits, k, p)) != torch.isfinite(scores).numpy()
-  # Where the mass before a token is p to within f32 rounding, either answer is right.
+  # If the mass before a token equals p to within f32 rounding, either answer is right.
   probs = torch.softmax(TopKLogitsWarper(top_k)(None, torch.tensor(logits).double()), -1).numpy()
   before = np.array([[row[row > x].sum() for x in row] for row in probs])
   assert (np.abs(before[differ] - top_p) < 1e-5).all()
 
 
-def test_rows_are_filtered_each_by_its_own_setting():
+def test_each_row_is_filtered_by_its_own_setting():
   logits = np.random.default_rng(0).normal(0, 3, (4, 300)).astype(np.float32)
   kept = KEEP(logits, jnp.array([0, 3, 0, 7]), jnp.array([1.0, 1.0, 1e-6, 1.0]))
   assert np.array(kept.sum(-1)).tolist() == [300, 3, 1, 7]
 
 
-def test_inverse_cdf_is_the_plain_one():
+def test_inverse_cdf_equals_the_plain_definition():
   rng = np.random.default_rng(1)
   weights = (rng.random((500, 333)) ** 4).astype(np.float32)
   weights[rng.random((500, 333)) < 0.5] = 0
   u = rng.random(500).astype(np.float32)
   u[:3] = 0.0, np.nextafter(np.float32(1), np.float32(0)), 0.5
-  got = np.array(inverse_cdf(jnp.array(weights), jnp.array(u)))
+  drawn = np.array(inverse_cdf(jnp.array(weights), jnp.array(u)))
   ends = np.cumsum(weights.astype(np.float64), -1)
   expected = (ends <= u[:, None] * ends[:, -1:]).sum(-1)
   rows = np.arange(500)
-  assert (weights[rows, got] > 0).all()
-  # In f32 a number within rounding of a boundary may fall on its other side.
-  assert (got == expected).mean() > 0.99
+  assert (weights[rows, drawn] > 0).all()
+  # In f32, a number within rounding of a boundary may fall on either side.
+  assert (drawn == expected).mean() > 0.99
   ends = ends / ends[:, -1:]
-  low = np.where(got > 0, ends[rows, np.maximum(got - 1, 0)], 0)
-  assert ((low - 1e-5 <= u) & (u <= ends[rows, got] + 1e-5)).all()
+  low = np.where(drawn > 0, ends[rows, np.maximum(drawn - 1, 0)], 0)
+  assert ((low - 1e-5 <= u) & (u <= ends[rows, drawn] + 1e-5)).all()
 
 
-def test_a_token_without_weight_is_not_drawn_even_on_a_boundary():
+def test_a_token_of_weight_zero_is_never_drawn_even_on_a_boundary():
   rng = np.random.default_rng(4)
   weights = rng.random((4000, 300)).astype(np.float32)
   weights[rng.random(weights.shape) < 0.7] = 0
@@ -79,7 +80,7 @@ def test_a_token_without_weight_is_not_drawn_even_on_a_boundary():
   ],
 )
 def test_draws_follow_the_distribution(settings):
-  """A chi-square test at a fixed seed of 20,000 draws against the plainly defined probabilities."""
+  """Chi-square test of 20,000 draws with a fixed seed against the defined probabilities."""
   draws, vocab = 20_000, 150
   logits = np.random.default_rng(2).normal(0, 1.5, vocab).astype(np.float32)
   temperature, k, p = arrays(draws, **settings)
@@ -102,7 +103,7 @@ def test_draws_follow_the_distribution(settings):
   np.testing.assert_allclose(logprobs, model[np.array(tokens)], atol=1e-5)
 
 
-def test_temperature_zero_is_greedy_beside_rows_that_are_not():
+def test_temperature_zero_is_greedy_next_to_other_rows():
   logits = np.random.default_rng(3).normal(0, 1, (64, 50)).astype(np.float32)
   temperature = jnp.where(jnp.arange(64) % 2, 0.0, 1.0)
   _, k, p = arrays(64)
@@ -113,7 +114,7 @@ def test_temperature_zero_is_greedy_beside_rows_that_are_not():
   assert (np.array(tokens)[::2] != greedy[::2]).any()
 
 
-def test_uniforms_are_a_function_of_key_and_index_alone():
+def test_uniforms_depend_on_key_and_index_alone():
   keys = jnp.array([[1, 2], [3, 4], [1, 2]], jnp.uint32)
   u = uniforms(keys, jnp.array([5, 5, 5]))
   assert u[0] == u[2] != u[1]
@@ -122,10 +123,11 @@ def test_uniforms_are_a_function_of_key_and_index_alone():
 
 
 def plain_kept(logits, top_k, top_p):
-  """What is kept of logits f32[V] by the definition: sorted, in f64; and each token's margin.
+  """Filter logits f32[V] by the definition: sorted, in f64.
 
-  The margin is the distance from p of the mass before a token, and before the next smaller one: a
-  token nearer than rounding may go either way.
+  Returns:
+    The kept tokens bool[V], and the margin: the smallest distance between p and the mass before any
+    token. If it is smaller than f32 rounding, the decision may go either way.
   """
   x = logits.astype(np.float64)
   order = np.argsort(-x, kind='stable')
@@ -141,14 +143,14 @@ def plain_kept(logits, top_k, top_p):
   before = (np.cumsum(masses[::-1])[::-1] - masses)[place]
   before_own = np.where(kept, before, np.inf)
   first = before_own <= 0
-  # Of equal logits some may be past p and stay all the same: their first decides.
+  # Equal logits are kept or dropped together, even if some of them are beyond p.
   return kept & ((before < top_p) | first), np.abs(before[kept & ~first] - top_p).min(
     initial=np.inf
   )
 
 
-def kinds_of_rows(vocab):
-  """One row of each kind that could trip a search: flat, peaked, tied, cut, one-hot, far out."""
+def hard_rows(vocab):
+  """Return rows that are hard to search: flat, peaked, tied, masked, one-hot, shifted."""
   rng = np.random.default_rng(vocab)
   normal = rng.normal(0, 2, vocab)
   one_hot = np.full(vocab, -np.inf)
@@ -174,24 +176,23 @@ def kinds_of_rows(vocab):
 
 @pytest.mark.parametrize('vocab', [60, 1000, 9_000])
 @pytest.mark.parametrize('top_k', [0, 1, 64, 700, 10**6])
-def test_the_kept_set_is_the_plain_one(vocab, top_k):
-  logits = kinds_of_rows(vocab)
+def test_the_kept_set_equals_the_plain_definition(vocab, top_k):
+  logits = hard_rows(vocab)
   for top_p in (1e-30, 0.03, 0.5, 0.9, 0.999, float(np.nextafter(np.float32(1), 0)), 1.0):
     top_p = float(np.float32(top_p))
     _, k, p = arrays(len(logits), top_k=top_k, top_p=top_p)
-    got = np.array(KEEP(logits, k, p))
-    for row, mask in zip(logits, got, strict=True):
+    for row, mask in zip(logits, np.array(KEEP(logits, k, p)), strict=True):
       kept, margin = plain_kept(row, top_k, top_p)
       if margin > 1e-6:
         assert (mask == kept).all(), (vocab, top_k, top_p, mask.sum(), kept.sum())
-      else:  # p to within f32 rounding: some threshold, and near enough
+      else:  # within f32 rounding of p: any threshold, but a consistent one
         assert mask[np.isfinite(row)].any() and not mask[~np.isfinite(row)].any()
         assert row[mask].min() > row[~mask].max(initial=-np.inf)
 
 
 @pytest.fixture(scope='module', params=[60, 9_000])
 def mixed(request):
-  """Arguments of `sample`: 24 rows, each with its own setting; every other one has no filter."""
+  """Return the arguments of `sample` for 24 rows with different settings, half without top-p."""
   rng = np.random.default_rng(request.param)
   logits = rng.normal(0, 3, (24, request.param)).astype(np.float32)
   logits[8:] *= np.linspace(0.1, 3, 16, dtype=np.float32)[:, None]
@@ -202,61 +203,62 @@ def mixed(request):
   return logits, rng.random(24).astype(np.float32), temperature, top_k, top_p
 
 
-def test_a_row_is_the_same_to_the_last_bit_in_any_batch(mixed):
+def test_every_bit_of_a_row_is_independent_of_its_batch(mixed):
   tokens, logprobs = map(np.array, SAMPLE(*mixed))
   kept = np.array(KEEP(mixed[0], *mixed[3:]))
   order = np.random.default_rng(0).permutation(24)
   for rows in ([16], [2, 9, 21], order):
-    some = [x[np.array(rows)] for x in mixed]
-    same = map(np.array, SAMPLE(*some))
-    assert all((x == y[rows]).all() for x, y in zip(same, (tokens, logprobs), strict=True))
-    assert (np.array(KEEP(some[0], *some[3:])) == kept[rows]).all()
+    subset = [x[np.array(rows)] for x in mixed]
+    subset_tokens, subset_logprobs = map(np.array, SAMPLE(*subset))
+    assert (subset_tokens == tokens[rows]).all()
+    assert (subset_logprobs == logprobs[rows]).all()
+    assert (np.array(KEEP(subset[0], *subset[3:])) == kept[rows]).all()
 
 
 def test_logits_sharded_over_the_vocabulary_give_the_same_tokens(mixed):
   mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
-  over = lambda x: NamedSharding(mesh, P(*('data', 'tensor')[: x.ndim]))  # noqa: E731
-  tokens, logprobs = SAMPLE(*[jax.device_put(x, over(x)) for x in mixed])
-  expected, plain = SAMPLE(*mixed)
-  assert (np.array(tokens) == np.array(expected)).all()
-  np.testing.assert_allclose(logprobs, plain, atol=1e-5)
+  shard = lambda x: NamedSharding(mesh, P(*('data', 'tensor')[: x.ndim]))  # noqa: E731
+  tokens, logprobs = SAMPLE(*[jax.device_put(x, shard(x)) for x in mixed])
+  expected_tokens, expected_logprobs = SAMPLE(*mixed)
+  assert (np.array(tokens) == np.array(expected_tokens)).all()
+  np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
 
 
-def test_what_is_drawn_was_kept(mixed):
-  """Over many numbers u, sample draws all of a row's kept set that has weight, and nothing else."""
+def test_draws_cover_exactly_the_kept_set(mixed):
+  """Over many u, a row draws every kept token that is likely enough, and nothing else."""
   logits, _, temperature, top_k, top_p = mixed
   u = np.arange(240, dtype=np.float32) / 240
   for row in (3, 13, 15, 23):
-    many = lambda x: np.repeat(x[row : row + 1], len(u), 0)  # noqa: B023, E731
-    tokens, _ = SAMPLE(many(logits), u, many(temperature), many(top_k), many(top_p))
+    repeat = lambda x: np.repeat(x[row : row + 1], len(u), 0)  # noqa: B023, E731
+    tokens, _ = SAMPLE(repeat(logits), u, repeat(temperature), repeat(top_k), repeat(top_p))
     scaled = logits[row] / temperature[row]
     kept, margin = plain_kept(scaled, top_k[row], top_p[row])
     assert margin > 1e-6
     probs = np.where(kept, np.exp(scaled - scaled.max()), 0)
-    sure = probs / probs.sum() > 1 / 120
+    likely = probs / probs.sum() > 1 / 120
     assert kept[np.array(tokens)].all()
-    assert set(np.flatnonzero(sure)) <= set(np.array(tokens).tolist())
+    assert set(np.flatnonzero(likely)) <= set(np.array(tokens).tolist())
 
 
-def test_the_log_probability_is_the_models_whatever_the_settings(mixed):
+def test_log_probabilities_are_the_models_own_under_any_settings(mixed):
   tokens, logprobs = SAMPLE(*mixed)
   model = torch.log_softmax(torch.tensor(mixed[0]).double(), -1).numpy()
   np.testing.assert_allclose(logprobs, model[np.arange(24), tokens], rtol=1e-6, atol=2e-6)
 
 
-def test_both_filters_where_the_best_blocks_do_not_suffice():
-  """Wide kept sets over 80 blocks: the whole vocabulary is searched, with the plain set as ever."""
+def test_filters_search_all_blocks_if_the_candidates_do_not_suffice():
+  """With wide kept sets over 80 blocks, the result still equals the plain definition."""
   logits = np.random.default_rng(5).normal(0, 0.3, (3, 10_240)).astype(np.float32)
   top_k, top_p = np.array([0, 6000, 500]), np.array([0.95, 0.7, 0.999], np.float32)
-  got = np.array(KEEP(logits, jnp.array(top_k, jnp.int32), top_p))
-  for row, k, p, mask in zip(logits, top_k, top_p, got, strict=True):
+  masks = np.array(KEEP(logits, jnp.array(top_k, jnp.int32), top_p))
+  for row, k, p, mask in zip(logits, top_k, top_p, masks, strict=True):
     kept, margin = plain_kept(row, k, float(p))
     differ = (kept != mask).sum()
     assert differ == 0 or (margin < 1e-6 and differ <= 1)
 
 
 def test_draws_follow_the_distribution_over_many_blocks():
-  """Chi-square over blocks, and over the kept tokens, of 4,000 draws from one row of 9,000."""
+  """Chi-square test over blocks or kept tokens of 4,000 draws from one row of 9,000 logits."""
   draws, vocab = 4_000, 9_000
   logits = np.random.default_rng(6).normal(0, 2, vocab).astype(np.float32)
   run = jax.jit(lambda u, k, p: sample(jnp.broadcast_to(logits, (100, vocab)), u, *k, p)[0])
@@ -276,7 +278,7 @@ def test_draws_follow_the_distribution_over_many_blocks():
     assert statistic < degrees + 4 * np.sqrt(2 * degrees)
 
 
-def test_the_generator_is_that_of_no_setting():
+def test_jax_settings_do_not_change_the_generator():
   keys = jnp.array([[1, 2], [3, 4]], jnp.uint32)
   plain = uniforms(keys, jnp.array([5, 6]))
   with jax.default_prng_impl('rbg'), jax.threefry_partitionable(False):

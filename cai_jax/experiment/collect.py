@@ -47,7 +47,7 @@ class Responses:
     self,
     measures: Sequence[ResponseMeasure],
     diversity: bool = False,
-  ) -> dict[str, estimates.Values]:
+  ) -> Mapping[str, estimates.Values]:
     """Return the value of every measure for every response.
 
     Args:
@@ -95,7 +95,9 @@ def read_responses(arm: Arm, folders: Mapping[int, pathlib.Path], kind: str) -> 
 def _read_rows(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
   """Return the rows of a finished dataset, reduced to the fields that are scored."""
   fields = ('id', 'kind', 'prompt', 'initial', 'rounds')
-  return tuple({name: row[name] for name in fields} for row in d_cai.read_rows(folder))
+  dataset = d_cai.read_rows(folder)
+  rows = (dataset[i] for i in range(len(dataset)))
+  return tuple({name: row[name] for name in fields} for row in rows)
 
 
 def _scored_rows(arm: Arm, folder: pathlib.Path) -> Sequence[Mapping[str, Any]]:

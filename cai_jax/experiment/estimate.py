@@ -181,7 +181,7 @@ def _describe_cost(
 
 
 def _measure_sampling(
-  run: pipeline.Run, models_by_role: Mapping[str, Any]
+  run: pipeline.Run, models_by_role: dict[str, Any]
 ) -> tuple[float, float, int]:
   """Sample some chains.
 
@@ -209,7 +209,8 @@ def _measure_sampling(
 def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
   """Return the estimated time of fine-tuning: its FLOPs at a share of the speed of products."""
   config = models.inspect_model(model_path(run.training_start)).config
-  train, examples = run.config.train, len(run.prompts['harmful'])
+  train = run.config.train
+  examples: float = len(run.prompts['harmful'])
   examples *= run.config.feedback.rounds if train.target == 'all' else 1
   examples /= 1 - train.helpfulness_share
   flops = config.training_flops([round(example_tokens)]) * examples * train.epochs

@@ -79,8 +79,10 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   name, docstring, experiment = define.load_experiment(spec)
   if options.arms:
     experiment = experiment.select(options.arms)
-  changes = {'base': options.config or experiment.base, 'seeds': tuple(options.seeds or ())}
-  experiment = dataclasses.replace(experiment, **{k: v for k, v in changes.items() if v})
+  if options.config:
+    experiment = dataclasses.replace(experiment, base=options.config)
+  if options.seeds:
+    experiment = dataclasses.replace(experiment, seeds=tuple(options.seeds))
   config = define.load_config(experiment.base)
   runs = plan_runs(experiment, config, workdir)
   if options.dry_run:
@@ -103,7 +105,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
     if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
       pipeline.check_run(run, stages)
   sampled = estimate.SampledTurns(workdir)
-  totals = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
+  totals: dict[str, float] = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
   for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
     print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
     done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]

@@ -8,9 +8,11 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.transforms import IdentityTransform
 
@@ -24,6 +26,7 @@ from cai_jax.runtime.errors import UserError
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 4), (2, 3), (9, 3, 2, 3), (4, 2), (1, 4))
 MARKERS = (('o', 8.0), ('s', 7.2), ('^', 9.0), ('D', 7.0))  # shape and size
 WIDTH, HEIGHT = 480, 300  # of a figure in points; the page scales it
+WIDE = 640  # width of a figure with several panels
 CHARACTER = 0.62 * FONT_SIZE  # approximate width of a character
 MAX_MARKERS = 40  # series with more points have no markers
 ROW_HEIGHT = 24  # of an arm
@@ -188,11 +191,12 @@ def arms_figure(names: Sequence[str], panels: Sequence[Panel], *, description: s
   rows = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
   name_width = 14 + CHARACTER * max(len(line) for name in lines for line in name)
   label_width = CHARACTER * max(len(panel.label) for panel in panels)
-  panel_width = max((WIDTH - name_width) / len(panels), label_width, PANEL_WIDTH)
+  width = WIDTH if len(panels) == 1 else WIDE
+  panel_width = max((width - name_width) / len(panels), label_width, PANEL_WIDTH)
   with figure_settings():
     size = name_width + panel_width * len(panels), sum(heights) + 60
-    figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout='constrained')
-    figure.get_layout_engine().set(wspace=0.08)
+    layout = ConstrainedLayoutEngine(wspace=0.08)
+    figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout=layout)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     titles: dict[str, str] = {}
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -280,10 +284,10 @@ def _set_y_ticks(axes: Axes, ticks: Sequence[float]) -> None:
 def _draw_series(axes: Axes, s: Series, x_label: str, titles: dict[str, str]) -> None:
   colour = COLOURS[s.colour]
   for x, low, high in zip(s.x, s.low or (), s.high or (), strict=False):
-    if low is not None and high is not None and _is_finite(low) and _is_finite(high):
+    if _is_finite(low) and _is_finite(high):
       _draw_interval(axes, (x, x), (low, high), '_', s.colour)
   for run in _finite_runs(s):
-    xs, ys = thin(*zip(*run, strict=True))
+    xs, ys = thin([x for x, _ in run], [y for _, y in run])
     line = Line2D(xs, ys, color=colour, gid=f'{GID}-line', clip_on=False, **_line_style(s))
     axes.add_line(line)
     if s.has_markers:
@@ -291,7 +295,7 @@ def _draw_series(axes: Axes, s: Series, x_label: str, titles: dict[str, str]) ->
         _draw_marker(axes, x, y, s.colour, f'{s.name}, {x_label} {x:g}: {y:.4g}', titles)
 
 
-def _line_style(s: Series) -> dict:
+def _line_style(s: Series) -> dict[str, Any]:
   if s.faint:
     return {'linewidth': 1, 'alpha': 0.4}
   dashes = DASHES[s.colour] if s.has_markers else ()
@@ -314,7 +318,9 @@ def _add_legend(figure: Figure, series: Sequence[Series]) -> None:
   handles = []
   for s in series:
     shape, size = MARKERS[s.colour % len(MARKERS)]
-    marker = {'marker': shape, 'markersize': size, 'markeredgewidth': 0} if s.has_markers else {}
+    marker: dict[str, Any] = {}
+    if s.has_markers:
+      marker = {'marker': shape, 'markersize': size, 'markeredgewidth': 0}
     label = '\n'.join(textwrap.wrap(printable(s.name), 60))
     handles.append(Line2D([], [], color=COLOURS[s.colour], label=label, **_line_style(s), **marker))
   for columns in range(len(series), 0, -1):
@@ -348,12 +354,14 @@ def _draw_panel(
   axes.set_xlim(low - margin, high + margin)
   _set_x_ticks(axes, ticks)
   axes.set_title(printable(panel.label), fontsize=FONT_SIZE, fontweight='bold')
-  for name, row, x, *bounds in zip(names, rows, panel.values, panel.low, panel.high, strict=True):
-    if x is None or not math.isfinite(x):
+  for name, row, x, low_bound, high_bound in zip(
+    names, rows, panel.values, panel.low, panel.high, strict=True
+  ):
+    if not _is_finite(x):
       axes.text(low, row, '–', ha='center', va='center')
       continue
-    if all(map(_is_finite, bounds)):
-      _draw_interval(axes, bounds, (row, row), '|', panel.colour)
+    if _is_finite(low_bound) and _is_finite(high_bound):
+      _draw_interval(axes, (low_bound, high_bound), (row, row), '|', panel.colour)
     _draw_marker(axes, x, row, panel.colour, f'{name}, {panel.label}: {x:.4g}', titles)
 
 
@@ -386,7 +394,8 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     if p.y_bounds:
       low, high = (float(to_display((p.x, bound))[1]) for bound in p.y_bounds)
       taken.append((x - 5, low - 3, x + 5, high + 3))
-  frame = tuple(map(float, axes.get_window_extent().extents))
+  extent = axes.get_window_extent()
+  frame = (extent.x0, extent.y0, extent.x1, extent.y1)
   for p, (x, y) in zip(points, places, strict=True):
     name = figure.text(0, 0, printable(p.name), transform=IdentityTransform(), va='baseline')
     width = name.get_window_extent().width
@@ -458,7 +467,7 @@ def _extent(values: Sequence[tuple[float, tuple[float, float] | None]]) -> tuple
   return min(finite), max(finite)
 
 
-def _is_finite(value: float | None) -> bool:
+def _is_finite(value: float | None) -> TypeGuard[float]:
   return value is not None and math.isfinite(value)
 
 

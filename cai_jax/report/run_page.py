@@ -270,7 +270,8 @@ def _training_caption(training: list[dict[str, Any]], key: str) -> tuple[str, st
 
 def running_mean(values: tuple[float, ...], window: int) -> tuple[float, ...]:
   """Return the mean of the last `window` finite values at each position, NaN before the first."""
-  means, recent = [], []
+  means: list[float] = []
+  recent: list[float] = []
   for value in values:
     if math.isfinite(value):
       recent = [*recent, value][-window:]

@@ -74,7 +74,7 @@ def inline_svg(drawing: Drawing) -> str:
   with figure_settings():
     drawing.figure.savefig(buffer, format='svg', metadata={'Date': None})
   root = ET.fromstring(buffer.getvalue())
-  shapes = {node.get('id'): node for node in root.iter(SVG + 'path') if node.get('id')}
+  shapes = {node.get('id', ''): node for node in root.iter(SVG + 'path')}
   body = ''.join(_element(child, shapes, drawing.titles) for child in root)
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" viewBox="{root.get("viewBox")}" '

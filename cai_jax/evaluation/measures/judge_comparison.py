@@ -91,7 +91,9 @@ def describe(results: dict[str, Any]) -> list[str]:
     low, high = elo['intervals']['aligned']
     agreement = 'no two responses differ'
     if wins['consistency'] is not None:
-      agreement = f'both orders agree on {100 * wins["consistency"]:.1f} % of the pairs it read'
+      agreement = (
+        f'both orders agree on {100 * wins["consistency"]:.1f} % of the pairs that the judge read'
+      )
     lines.append(
       f'judge, {kind} prompts: aligned wins {100 * wins["rate"]:.1f} % '
       f'[{100 * wins["interval"][0]:.1f}, {100 * wins["interval"][1]:.1f}] of {wins["prompts"]} '

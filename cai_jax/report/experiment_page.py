@@ -61,6 +61,7 @@ def write_experiment(
       raise UserError(
         f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is not one of the arms {arms}'
       )
+  arm_table = _arm_table(results)  # first, since it checks every number
   figures = [
     figure(
       spec['caption'],
@@ -76,7 +77,7 @@ def write_experiment(
     path,
     title=results['title'],
     head=_head(results),
-    results=_arm_table(results)
+    results=arm_table
     + _note_list(results['notes'])
     + figure_grid(figures)
     + fold('Values by seed', _seed_table(results)),

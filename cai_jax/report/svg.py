@@ -13,6 +13,7 @@ import pathlib
 import re
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import matplotlib
@@ -61,9 +62,11 @@ class Drawing:
 
 
 @contextmanager
-def figure_settings():
+def figure_settings() -> Iterator[None]:
   """Apply our matplotlib settings within a `with` block."""
-  with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+  with matplotlib.rc_context(), warnings.catch_warnings():
+    matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
+    matplotlib.rcParams.update(SETTINGS)
     warnings.filterwarnings('ignore', message='Glyph .* missing from')  # pages use other fonts
     yield
 

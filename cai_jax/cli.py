@@ -57,7 +57,7 @@ Examples
   {program} --config=configs/tiny.py --workdir=runs/two --config.feedback.rounds=2
   {program} --config=configs/tiny.py --workdir=runs/tiny --stages=generate
   {program} --config=configs/tiny.py --workdir=runs/more --config.data.d_cai=runs/tiny/d_cai
-  {program} --config=configs/tiny.py --workdir=runs/other --config.model.aligned=runs/tiny/model
+  {program} --config=configs/tiny.py --workdir=runs/other --config.model.aligned=my-model
 
 Read on: README.md, docs/running.md and docs/configuration.md
 """
@@ -137,6 +137,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def _check_required(program: str) -> None:
   """End the program with a short message if a required flag is missing."""
+  if _CONFIG.value is not None:
+    _ = _CONFIG.value.seed  # raises OSError if the file does not exist
   missing = [
     f'--{name}=... ({meaning})'
     for name, value, meaning in (

@@ -1,0 +1,55 @@
+"""A small run and processes, which the tests of the pipeline share."""
+
+import os
+import pathlib
+import socket
+import subprocess
+
+from configs import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
+
+
+def small(model):
+  """Return the config of a run of seconds on a model folder."""
+  config = tiny.get_config()
+  config.model.base = str(model)
+  for name, limit in LIMITS.items():
+    config.prompts[name].limit = limit
+  config.feedback.rounds = 2
+  config.feedback.shard_rows = 4
+  config.sampling.initial.max_tokens = config.sampling.revision.max_tokens = 12
+  config.sampling.critique.max_tokens = 9
+  config.engine.slots = 8
+  config.train.batch_size = 8
+  config.train.epochs = 1
+  config.train.helpfulness_share = 0.2
+  config.train.drop_truncated = False
+  config.train.checkpoint_every = 1
+  return config
+
+
+def set_fields(**fields):
+  def change(config):
+    with config.unlocked():
+      config.update_from_flattened_dict({k.replace('__', '.'): v for k, v in fields.items()})
+
+  return change
+
+
+def start_one(arguments, devices, options=None, **environment):
+  """A process with that many CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  environment = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'} | environment
+  return subprocess.Popen(arguments, cwd=ROOT, env=environment, **options or {})
+
+
+def start_two(arguments, devices, **options):
+  """Two processes with that many CPU devices each, which know of each other."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  names = {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': '2'}
+  return [start_one(arguments, devices, options, PROCESS_ID=str(i), **names) for i in range(2)]

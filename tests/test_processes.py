@@ -1,0 +1,103 @@
+"""The processes of a run: joining them, and failing together."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import NonFiniteError, StoppedError, UserError
+from tests.pipeline_setup import start_two
+
+
+@pytest.mark.parametrize(
+  ('environment', 'joins'),
+  [
+    ({}, None),
+    ({'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2', 'PROCESS_ID': '0'}, ('a:1', 2, 0)),
+    ({'COORDINATOR_ADDRESS': 'auto'}, ()),
+    ({'SLURM_NTASKS': '4'}, None),  # salloc without srun
+    ({'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4'}, ()),
+    ({'SLURM_STEP_NUM_TASKS': '1'}, None),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, ()),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, ()),
+  ],
+)
+def test_environment_decides_which_processes_are_joined(monkeypatch, environment, joins):
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args: calls.append(args))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  _set(monkeypatch, environment)
+  processes.initialize()
+  assert calls == ([] if joins is None else [joins])
+
+
+def test_address_without_process_id_is_refused(monkeypatch):
+  _set(monkeypatch, {'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2'})
+  with pytest.raises(UserError, match='COORDINATOR_ADDRESS=a:1 is set, but PROCESS_ID is missing'):
+    processes.initialize()
+
+
+def _set(monkeypatch, environment):
+  for name in (
+    *('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'SLURM_NTASKS'),
+    *('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'),
+  ):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+  ('error', 'kind'),
+  [
+    (UserError('no such file'), UserError),
+    (NonFiniteError('NaN'), StoppedError),
+    (RuntimeError('a bug'), StoppedError),
+  ],
+)
+def test_failure_of_another_process_says_whether_work_was_done(monkeypatch, error, kind):
+  outcomes = np.array([0, processes._outcome(error)])
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda _: outcomes)
+  with pytest.raises(UserError, match='^process 1 could not write; see the output') as caught:
+    processes.run_on_all_processes('write', lambda: None)
+  assert type(caught.value) is kind
+
+
+def test_process_0_alone_does_its_work(monkeypatch):
+  assert processes.run_on_process_0('count', lambda: 3) == 3
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  assert processes.run_on_process_0('count', lambda: 1 / 0) is None
+
+
+FAILS_IN_ONE = """
+import sys
+import jax
+from cai_jax import cli
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError
+
+def work():
+  if jax.process_index() == 1:
+    raise {error}('no more room')
+
+with cli.short_errors():
+  processes.initialize()
+  processes.run_on_all_processes('write', work)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('error', 'traceback'), [('UserError', False), ('RuntimeError', True)])
+def test_all_processes_end_when_one_fails(error, traceback):
+  code = FAILS_IN_ONE.format(error=error)
+  pair = start_two([sys.executable, '-c', code], 1, stderr=subprocess.PIPE, text=True)
+  errors = [process.communicate()[1] for process in pair]
+  assert [process.returncode for process in pair] == [1, 1]
+  assert 'error: process 1 could not write; see the output of that process.' in errors[0]
+  assert 'no more room' in errors[1] and 'no more room' not in errors[0]
+  assert ['Traceback' in text for text in errors] == [False, traceback]

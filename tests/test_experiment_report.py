@@ -10,6 +10,7 @@ import pytest
 
 from cai_jax import report
 from cai_jax.report import figures, inline_svg
+from cai_jax.report.figure_data import Panel, Point, Series
 from cai_jax.report.numbers import cell
 
 CHARACTER = 0.56 * 12  # mean width of a character in a sans-serif font
@@ -251,7 +252,7 @@ def _y_ticks(root):
 
 
 def test_arms_are_on_their_rows_where_the_axis_says():
-  panel = figures.Panel('rate (%)', (0.0, 50.0, None), (None, 25.0, None), (None, 75.0, None), 1)
+  panel = Panel('rate (%)', (0.0, 50.0, None), (None, 25.0, None), (None, 75.0, None), 1)
   root = _svg(inline_svg(figures.arms_figure(['a', 'b <', 'c'], [panel], description='d')))
   ticks = _x_ticks(root)
   rows = {n.text: float(n.get('y')) - 4 for n in root.iter('text') if n.text in ('a', 'b <')}
@@ -269,7 +270,7 @@ def test_arms_are_on_their_rows_where_the_axis_says():
 
 def test_long_names_of_arms_are_wrapped_and_not_cut():
   name = 'a name that goes on for much longer than one line of a figure could ever hold'
-  panel = figures.Panel('p', (1.0,), (None,), (None,))
+  panel = Panel('p', (1.0,), (None,), (None,))
   root = _svg(inline_svg(figures.arms_figure([name], [panel], description='d')))
   lines = [n.text for n in root.iter('text') if n.get('text-anchor') == 'end']
   assert len(lines) > 1 and ' '.join(lines) == name
@@ -277,7 +278,7 @@ def test_long_names_of_arms_are_wrapped_and_not_cut():
 
 def test_names_on_a_frontier_cover_neither_points_nor_each_other():
   points = [
-    figures.Point(f'arm number {i}', 10 + 3.0 * i, 90 + (i * 7 % 5), (9 + 3.0 * i, 11 + 3.0 * i))
+    Point(f'arm number {i}', 10 + 3.0 * i, 90 + (i * 7 % 5), (9 + 3.0 * i, 11 + 3.0 * i))
     for i in range(10)
   ]
   root = _svg(inline_svg(figures.frontier_figure(points, 'x', 'y', description='d')))
@@ -304,9 +305,7 @@ def test_names_on_a_frontier_cover_neither_points_nor_each_other():
 
 
 def test_a_legend_with_many_series_takes_several_rows():
-  series = [
-    figures.Series(f'a rather long name {i}', (0, 1), (1.0, 2.0), colour=i) for i in range(6)
-  ]
+  series = [Series(f'a rather long name {i}', (0, 1), (1.0, 2.0), colour=i) for i in range(6)]
   root = _svg(inline_svg(figures.line_figure(series, 'x', 'y', description='d')))
   names = [node for node in root.iter('text') if node.text.startswith('a rather')]
   assert len(names) == 6

@@ -18,6 +18,7 @@ import pytest
 
 from cai_jax import report
 from cai_jax.report import figures, inline_svg, page, run_page
+from cai_jax.report.figure_data import Series
 from cai_jax.report.ticks import nice_ticks, thin, tick_labels
 from configs import default
 
@@ -259,10 +260,10 @@ def _draw(*arguments, **options):
 
 
 def test_figures_are_well_formed_and_show_every_point():
-  rate = figures.Series(
+  rate = Series(
     'breaks <&"\x00', (0, 1, 2), (87.0, 50.0, math.nan), (80.0, None, 1.0), (90.0, None, 2.0)
   )
-  other = figures.Series('helps', (0, 1, 2), (99.0, 98.0, 97.0), colour=1)
+  other = Series('helps', (0, 1, 2), (99.0, 98.0, 97.0), colour=1)
   root = _draw([rate, other], 'round <', 'share (%)', description='a "b" <c>')
   texts = [node.text for node in root.iter('text')]
   assert 'round <' in texts and 'share (%)' in texts and 'breaks <&"\ufffd' in texts
@@ -274,7 +275,7 @@ def test_figures_are_well_formed_and_show_every_point():
 
 
 def test_points_and_intervals_are_where_the_axis_says():
-  series = figures.Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
+  series = Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
   root = _draw([series], 'x', 'y', description='d', y_range=(0, 100))
   groups = {name: [] for name in ('line', 'interval', 'ygrid', 'marker')}
   for node in root.iter('g'):
@@ -295,7 +296,7 @@ def test_points_and_intervals_are_where_the_axis_says():
 
 
 def test_figures_are_the_same_bytes_each_time():
-  series = [figures.Series(f's{i}', (0, 1), (1.0, 2.0), colour=i) for i in range(2)]
+  series = [Series(f's{i}', (0, 1), (1.0, 2.0), colour=i) for i in range(2)]
   first, second = (
     inline_svg(figures.line_figure(series, 'x', 'y', description='d')) for _ in range(2)
   )
@@ -303,7 +304,7 @@ def test_figures_are_the_same_bytes_each_time():
 
 
 def test_figures_take_the_colour_of_the_page_and_can_be_restyled():
-  series = figures.Series('$a_1$', (0, 1), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5), colour=1)
+  series = Series('$a_1$', (0, 1), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5), colour=1)
   text = inline_svg(figures.line_figure([series], '$x$', 'y', description='d'))
   assert 'class="c1 stroke"' in text and 'class="c1 fill"' in text and '$x$' in text
   assert '#000' not in text and 'black' not in text and 'style' not in text and 'id=' not in text
@@ -344,9 +345,9 @@ def test_the_running_mean_skips_values_that_are_not_finite():
 
 def test_series_of_unequal_length_and_empty_figures_are_errors():
   with pytest.raises(ValueError, match='2 x and 1 y'):
-    figures.Series('s', (0, 1), (0.0,))
+    Series('s', (0, 1), (0.0,))
   with pytest.raises(ValueError, match='no finite point'):
-    figures.line_figure([figures.Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
+    figures.line_figure([Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
 
 
 def test_the_table_lists_the_rows_in_reading_order():

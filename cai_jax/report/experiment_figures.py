@@ -5,14 +5,8 @@ import os
 import pathlib
 from typing import Any
 
-from cai_jax.report.figures import (
-  Panel,
-  Point,
-  Series,
-  arms_figure,
-  frontier_figure,
-  line_figure,
-)
+from cai_jax.report.figure_data import Panel, Point, Series
+from cai_jax.report.figures import arms_figure, frontier_figure, line_figure
 from cai_jax.report.numbers import heading, interval
 from cai_jax.report.palette import COLOURS
 from cai_jax.report.results import check_results, group_title, number_row

@@ -4,7 +4,6 @@ Besides its colour, each series has its own marker and dashes, so that a figure 
 and white.
 """
 
-import dataclasses
 import math
 import textwrap
 from collections.abc import Sequence
@@ -16,106 +15,33 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.transforms import IdentityTransform
 
+from cai_jax.report.artists import (
+  MARKERS,
+  draw_interval,
+  draw_marker,
+  label_axes,
+  new_figure,
+  set_x_ticks,
+  set_y_ticks,
+  style_axes,
+)
 from cai_jax.report.elements import printable
+from cai_jax.report.figure_data import MAX_MARKERS, Panel, Point, Series
 from cai_jax.report.label_placement import nearest_point, place_box
 from cai_jax.report.palette import COLOURS
 from cai_jax.report.svg import FONT_SIZE, GID, Drawing, figure_settings
-from cai_jax.report.ticks import inner_ticks, nice_ticks, thin, tick_labels
+from cai_jax.report.ticks import inner_ticks, nice_ticks, thin
 from cai_jax.runtime.errors import UserError
 
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 4), (2, 3), (9, 3, 2, 3), (4, 2), (1, 4))
-MARKERS = (('o', 8.0), ('s', 7.2), ('^', 9.0), ('D', 7.0))  # shape and size
 WIDTH, HEIGHT = 480, 300  # of a figure in points; the page scales it
 WIDE = 640  # width of a figure with several panels
 CHARACTER = 0.62 * FONT_SIZE  # approximate width of a character
-MAX_MARKERS = 40  # series with more points have no markers
 ROW_HEIGHT = 24  # of an arm
 LINE_HEIGHT = 15  # of an arm's name
 NAME_LENGTH = 34  # characters of an arm's name on one line
 PANEL_WIDTH = 190  # least width of a panel
 LEADER_DISTANCE = 12  # from which a name has a line to its point
-
-
-@dataclasses.dataclass(frozen=True)
-class Series:
-  """One line: values y at positions x, with an optional interval around each value.
-
-  Attributes:
-    name: shown in the legend.
-    x, y: the points. A y that is not finite makes a gap in the line.
-    low, high: bounds of the intervals; None where there is none.
-    colour: index into `COLOURS`.
-    faint: whether to draw a thin, pale line, for the raw values behind a running mean.
-
-  Raises:
-    UserError: if the lengths differ or there is no such colour.
-  """
-
-  name: str
-  x: tuple[float, ...]
-  y: tuple[float, ...]
-  low: tuple[float | None, ...] | None = None
-  high: tuple[float | None, ...] | None = None
-  colour: int = 0
-  faint: bool = False
-
-  def __post_init__(self):
-    for name in ('y', 'low', 'high'):
-      values = getattr(self, name)
-      if values is not None and len(values) != len(self.x):
-        raise UserError(
-          f'series {self.name!r} has {len(self.x)} x and {len(values)} {name}; the numbers must be '
-          'equal'
-        )
-    if (self.low is None) != (self.high is None):
-      raise UserError(f'series {self.name!r} has only one of low and high; give both or neither')
-    _check_colour(self.colour, f'series {self.name!r}')
-
-  @property
-  def has_markers(self) -> bool:
-    """Whether each point has a marker."""
-    return not self.faint and len(self.x) <= MAX_MARKERS
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-  """One quantity of several arms.
-
-  Attributes:
-    label: the quantity with its unit.
-    values: one per arm; None where an arm has no value.
-    low, high: bounds of the intervals; None where there is none.
-    colour: index into `COLOURS`.
-    x_range: (low, high) of the axis; by default round numbers around all values and bounds.
-
-  Raises:
-    UserError: if the lengths differ or there is no such colour.
-  """
-
-  label: str
-  values: tuple[float | None, ...]
-  low: tuple[float | None, ...]
-  high: tuple[float | None, ...]
-  colour: int = 0
-  x_range: tuple[float, float] | None = None
-
-  def __post_init__(self):
-    lengths = {len(self.values), len(self.low), len(self.high)}
-    if len(lengths) != 1:
-      raise UserError(f'panel {self.label!r} has {sorted(lengths)} numbers; they must be equal')
-    _check_colour(self.colour, f'panel {self.label!r}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-  """A named arm with two quantities, x and y, and the intervals of each if they are known."""
-
-  name: str
-  x: float
-  y: float
-  x_bounds: tuple[float, float] | None = None
-  y_bounds: tuple[float, float] | None = None
-  colour: int = 1
 
 
 def line_figure(
@@ -152,10 +78,10 @@ def line_figure(
     x_low, x_high = x_low - 0.5, x_high + 0.5
   y_ticks = nice_ticks(*(y_range or (min(ys), max(ys))))
   with figure_settings():
-    figure, axes = _new_figure(WIDTH, HEIGHT)
-    _label_axes(axes, x_label, y_label)
+    figure, axes = new_figure(WIDTH, HEIGHT)
+    label_axes(axes, x_label, y_label)
     axes.set_xticks([x for x, _ in x_ticks], [printable(label) for _, label in x_ticks])
-    _set_y_ticks(axes, y_ticks)
+    set_y_ticks(axes, y_ticks)
     axes.set_ylim(*(y_range or (y_ticks[0], y_ticks[-1])))
     is_sparse = len(x_ticks) <= 12 and max(len(s.x) for s in series) <= MAX_MARKERS
     margin = 0.04 * (x_high - x_low) if is_sparse else 0.0
@@ -200,7 +126,7 @@ def arms_figure(names: Sequence[str], panels: Sequence[Panel], *, description: s
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     titles: dict[str, str] = {}
     for axes, panel in zip(all_axes, panels, strict=True):
-      _style_axes(axes)
+      style_axes(axes)
       axes.set_ylim(sum(heights), 0)
       axes.set_yticks([])
       _draw_panel(axes, panel, names, rows, titles)
@@ -230,69 +156,37 @@ def frontier_figure(
   y_ticks = nice_ticks(*_extent([(p.y, p.y_bounds) for p in points]))
   titles: dict[str, str] = {}
   with figure_settings():
-    figure, axes = _new_figure(WIDTH, HEIGHT + 70)
-    _label_axes(axes, x_label, y_label)
-    _set_x_ticks(axes, x_ticks)
-    _set_y_ticks(axes, y_ticks)
+    figure, axes = new_figure(WIDTH, HEIGHT + 70)
+    label_axes(axes, x_label, y_label)
+    set_x_ticks(axes, x_ticks)
+    set_y_ticks(axes, y_ticks)
     axes.set_xlim(x_ticks[0], x_ticks[-1])
     axes.set_ylim(y_ticks[0], y_ticks[-1])
     for p in points:
       if p.x_bounds:
-        _draw_interval(axes, p.x_bounds, (p.y, p.y), '|', p.colour)
+        draw_interval(axes, p.x_bounds, (p.y, p.y), '|', p.colour)
       if p.y_bounds:
-        _draw_interval(axes, (p.x, p.x), p.y_bounds, '_', p.colour)
+        draw_interval(axes, (p.x, p.x), p.y_bounds, '_', p.colour)
       title = f'{p.name}: {x_label} {p.x:.4g}, {y_label} {p.y:.4g}'
-      _draw_marker(axes, p.x, p.y, p.colour, title, titles)
+      draw_marker(axes, p.x, p.y, p.colour, title, titles)
     figure.draw_without_rendering()  # lays the axes out, so that names can be placed
     figure.set_layout_engine('none')
     _name_points(figure, axes, points)
   return Drawing(figure, description, titles)
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-  figure = Figure(figsize=(width / 72, height / 72), layout='constrained')
-  axes = figure.add_subplot()
-  _style_axes(axes)
-  return figure, axes
-
-
-def _style_axes(axes: Axes) -> None:
-  """Keep only the bottom spine, and short ticks on the x axis."""
-  for side in ('left', 'right', 'top'):
-    axes.spines[side].set_visible(False)
-  axes.spines['bottom'].set_alpha(0.7)
-  axes.tick_params(axis='x', length=4, pad=3)
-  axes.tick_params(axis='y', length=0, pad=7)
-  axes.set_axisbelow(True)
-
-
-def _label_axes(axes: Axes, x_label: str, y_label: str) -> None:
-  axes.set_xlabel(printable(x_label))
-  axes.set_ylabel(printable(y_label), rotation_mode='anchor')  # anchored for any font
-
-
-def _set_x_ticks(axes: Axes, ticks: Sequence[float]) -> None:
-  axes.set_xticks(ticks, tick_labels(ticks))
-  axes.grid(axis='x', color='black', alpha=0.16, linewidth=1, gid=f'{GID}-xgrid')
-
-
-def _set_y_ticks(axes: Axes, ticks: Sequence[float]) -> None:
-  axes.set_yticks(ticks, tick_labels(ticks))
-  axes.grid(axis='y', color='black', alpha=0.16, linewidth=1, gid=f'{GID}-ygrid')
-
-
 def _draw_series(axes: Axes, s: Series, x_label: str, titles: dict[str, str]) -> None:
   colour = COLOURS[s.colour]
   for x, low, high in zip(s.x, s.low or (), s.high or (), strict=False):
     if _is_finite(low) and _is_finite(high):
-      _draw_interval(axes, (x, x), (low, high), '_', s.colour)
+      draw_interval(axes, (x, x), (low, high), '_', s.colour)
   for run in _finite_runs(s):
     xs, ys = thin([x for x, _ in run], [y for _, y in run])
     line = Line2D(xs, ys, color=colour, gid=f'{GID}-line', clip_on=False, **_line_style(s))
     axes.add_line(line)
     if s.has_markers:
       for x, y in run:
-        _draw_marker(axes, x, y, s.colour, f'{s.name}, {x_label} {x:g}: {y:.4g}', titles)
+        draw_marker(axes, x, y, s.colour, f'{s.name}, {x_label} {x:g}: {y:.4g}', titles)
 
 
 def _line_style(s: Series) -> dict[str, Any]:
@@ -352,7 +246,7 @@ def _draw_panel(
     low, high = ticks[0], ticks[-1]
   margin = 0.05 * (high - low)
   axes.set_xlim(low - margin, high + margin)
-  _set_x_ticks(axes, ticks)
+  set_x_ticks(axes, ticks)
   axes.set_title(printable(panel.label), fontsize=FONT_SIZE, fontweight='bold')
   for name, row, x, low_bound, high_bound in zip(
     names, rows, panel.values, panel.low, panel.high, strict=True
@@ -361,8 +255,8 @@ def _draw_panel(
       axes.text(low, row, '–', ha='center', va='center')
       continue
     if _is_finite(low_bound) and _is_finite(high_bound):
-      _draw_interval(axes, (low_bound, high_bound), (row, row), '|', panel.colour)
-    _draw_marker(axes, x, row, panel.colour, f'{name}, {panel.label}: {x:.4g}', titles)
+      draw_interval(axes, (low_bound, high_bound), (row, row), '|', panel.colour)
+    draw_marker(axes, x, row, panel.colour, f'{name}, {panel.label}: {x:.4g}', titles)
 
 
 def _draw_names(axes: Axes, lines: Sequence[Sequence[str]], rows: Sequence[float]) -> None:
@@ -420,48 +314,6 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     name.set_y(box[1] + 4)
 
 
-def _draw_interval(
-  axes: Axes, x: Sequence[float], y: Sequence[float], cap: str, colour: int
-) -> None:
-  """Draw a line between two ends with caps."""
-  axes.add_line(
-    Line2D(
-      x,
-      y,
-      color=COLOURS[colour],
-      linewidth=1.4,
-      marker=cap,
-      markersize=8,
-      markeredgewidth=1.4,
-      clip_on=False,
-      gid=f'{GID}-interval',
-    )
-  )
-
-
-def _draw_marker(
-  axes: Axes, x: float, y: float, colour: int, title: str, titles: dict[str, str]
-) -> None:
-  """Draw a point and record its hover title."""
-  shape, size = MARKERS[colour % len(MARKERS)]
-  gid = f'{GID}-marker-{len(titles)}'
-  titles[gid] = title
-  axes.add_line(
-    Line2D(
-      [x],
-      [y],
-      linestyle='none',
-      color=COLOURS[colour],
-      marker=shape,
-      markersize=size,
-      markeredgewidth=0,
-      clip_on=False,
-      zorder=3,
-      gid=gid,
-    )
-  )
-
-
 def _extent(values: Sequence[tuple[float, tuple[float, float] | None]]) -> tuple[float, float]:
   finite = [v for value, bounds in values for v in (value, *(bounds or ())) if _is_finite(v)]
   return min(finite), max(finite)
@@ -469,8 +321,3 @@ def _extent(values: Sequence[tuple[float, tuple[float, float] | None]]) -> tuple
 
 def _is_finite(value: float | None) -> TypeGuard[float]:
   return value is not None and math.isfinite(value)
-
-
-def _check_colour(colour: int, where: str) -> None:
-  if colour not in range(len(COLOURS)):
-    raise UserError(f'{where}: colour {colour} is not in 0..{len(COLOURS) - 1}')

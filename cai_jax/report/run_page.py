@@ -19,7 +19,8 @@ from cai_jax.report.elements import (
   preformatted,
   section,
 )
-from cai_jax.report.figures import Series, line_figure
+from cai_jax.report.figure_data import Series
+from cai_jax.report.figures import line_figure
 from cai_jax.report.numbers import check_rate, columns, groups, heading, interval, round_number
 from cai_jax.report.page import write_page
 from cai_jax.report.palette import RATE_COLOURS

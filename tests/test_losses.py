@@ -28,7 +28,7 @@ def params():
 
 
 def make_examples(seed: int, lengths) -> list[Example]:
-  """Return random sequences whose second half is to be learnt."""
+  """Return random sequences whose second half is to be learned."""
   rng = np.random.default_rng(seed)
   return [
     Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= max(1, n // 2))

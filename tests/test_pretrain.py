@@ -6,7 +6,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.tiny import corpus, files, pretrain
 
 
-def test_every_token_of_a_pretraining_document_is_learnt():
+def test_every_token_of_a_pretraining_document_is_learned():
   dialogue = Dialogue(transformers.PreTrainedTokenizerFast.from_pretrained(files.MODELS['tiny']))
   examples, counts = pretrain.make_examples(dialogue, 3000, seed=1)
   assert counts['tokens'] == sum(len(e.tokens) for e in examples) >= 3000

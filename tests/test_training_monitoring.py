@@ -60,7 +60,7 @@ def test_the_held_out_loss_is_the_objective_on_the_held_out_examples(params, tmp
 
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(params, tmp_path):
-  """Random tokens cannot be learnt: their held-out loss rises once they are memorized."""
+  """Random tokens cannot be learned: their held-out loss rises once they are memorized."""
   config = dataclasses.replace(CONFIG, epochs=40, eval_share=0.3, eval_every=4, patience=3)
   trained, summary = fit(params, tmp_path, config, held_out=HELD_OUT)
   losses = [row['loss'] for row in read_rows(tmp_path / HELD_OUT_FILE)]

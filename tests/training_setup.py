@@ -32,7 +32,7 @@ def initial_params():
 
 
 def random_examples(count=70, seed=0):
-  """Random examples of 4 to 24 tokens, whose second half is to be learnt."""
+  """Random examples of 4 to 24 tokens, whose second half is to be learned."""
   rng = np.random.default_rng(seed)
   return [
     Example(rng.integers(0, 48, n).astype(np.int32), np.arange(n) >= n // 2, f'row {i}')

@@ -12,7 +12,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
 
 HELPFUL = 'helpful'  # `kind` of the rows whose initial response can be mixed in
-INITIAL = -1  # stands for the initial response where a round is expected
+INITIAL = -1  # number of the "round" of the initial response, as in `quality.find_row_flags`
 
 
 class Example(NamedTuple):
@@ -66,7 +66,7 @@ def build_examples(
     helpfulness_share: share of all examples that are initial responses of rows of kind 'helpful'.
       The seed chooses these rows. Rows of this kind serve no other purpose.
     max_length: maximum number of tokens; longer examples are dropped.
-    drop_truncated: whether to drop texts that ended at the length limit. If not, they are learnt
+    drop_truncated: whether to drop texts that ended at the length limit. If not, they are learned
       as if they were complete.
     filters: names of `quality.FLAGS`. A text with one of these defects is dropped and counted as
       'filtered_' plus the first defect in the given order. The rows do not change.
@@ -160,7 +160,7 @@ def hold_out(
 
 
 def _target_rounds(row: Mapping[str, Any], is_helpful: bool, target: str) -> list[int]:
-  """Return the rounds of a row whose revisions are learnt, or [INITIAL]."""
+  """Return the rounds of a row whose revisions are learned, or [INITIAL]."""
   if is_helpful or target == 'initial':
     return [INITIAL]
   rounds = list(range(len(row['rounds'])))

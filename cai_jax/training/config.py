@@ -19,7 +19,7 @@ DTYPES = ('float32', 'bfloat16')
 # Settings that do not affect the trained parameters, so a run may be resumed with other values.
 MAY_CHANGE_ON_RESUME = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb')
 
-# What `TrainConfig` accepts for a single number. The comparisons are false for NaN.
+# Ranges of single settings. Every comparison with NaN is false, so NaN is refused.
 _MINIMUM = {
   'epochs': 1,
   'batch_size': 1,

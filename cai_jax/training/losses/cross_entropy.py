@@ -39,7 +39,7 @@ def weighted_cross_entropy(
   """Return Σ weights × -log softmax(hidden · tableᵀ)[targets], f32[].
 
   Positions with weight are moved to the front of their row, and slices without any are skipped.
-  Where only the responses are learnt, this saves half of the logits or more.
+  Where only the responses are learned, this saves half of the logits or more.
 
   The function is differentiable in `hidden` and `table`. The gradients are computed in the forward
   pass, while the logits of a slice are in memory (Hsu et al. 2024, Liger Kernel): softmax minus

@@ -15,6 +15,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ FILE_FONTS = 'Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif'  # in 
 GID = 'cai'  # marks the artists whose names are kept: 'cai-marker-3' gives the class 'marker'
 SVG = '{http://www.w3.org/2000/svg}'
 LINK = '{http://www.w3.org/1999/xlink}href'
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {  # of matplotlib
   'axes.edgecolor': 'black',
   'axes.facecolor': 'none',
   'axes.labelcolor': 'black',

@@ -1,8 +1,10 @@
-"""Configs: a default stands in configs/default.py and in a dataclass, and is the same in both."""
+"""Configs: the default, its reference page and the shipped configs follow the dataclasses."""
 
 import dataclasses
 import importlib
+import json
 import pathlib
+import re
 
 import pytest
 
@@ -10,7 +12,19 @@ from cai_jax import pipeline
 from cai_jax.constitution import ConstitutionConfig
 from cai_jax.data import quality
 from cai_jax.data.prompts import PromptSource
+from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig
+from cai_jax.pipeline.configuration import configuration_markdown
+from cai_jax.pipeline.schema import (
+  DataConfig,
+  MeshConfig,
+  ModelSelection,
+  ReportConfig,
+  RunConfig,
+  from_config,
+  section_fields,
+)
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
@@ -34,6 +48,11 @@ OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob
     (CONFIG.constitution, ConstitutionConfig()),
     (CONFIG.prompts.harmful, PromptSource()),
     (CONFIG.prompts.eval_helpful, PromptSource()),
+    (CONFIG.evaluation, EvaluationConfig()),
+    (CONFIG.model, ModelSelection()),
+    (CONFIG.mesh, MeshConfig()),
+    (CONFIG.data, DataConfig()),
+    (CONFIG.report, ReportConfig()),
   ],
   ids=(
     'feedback',
@@ -45,6 +64,11 @@ OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob
     'constitution',
     'harmful',
     'eval_helpful',
+    'evaluation',
+    'model',
+    'mesh',
+    'data',
+    'report',
   ),
 )
 def test_defaults_are_those_of_the_component(section, component):
@@ -55,7 +79,7 @@ def test_defaults_are_those_of_the_component(section, component):
 
 
 @pytest.mark.parametrize('name', OTHERS)
-def test_a_config_has_the_fields_of_the_default_and_values_that_components_take(name):
+def test_shipped_config_has_the_default_fields_and_valid_values(name):
   config = importlib.import_module(f'configs.{name}').get_config()
   assert set(flatten(config.to_dict())) == set(flatten(CONFIG.to_dict()))
   TrainConfig(seed=config.seed, **config.train)
@@ -77,28 +101,28 @@ def test_fields_that_may_change_on_resume_exist():
   assert set(MAY_CHANGE_ON_RESUME) < {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def test_template_options_come_from_a_command_line():
+def test_template_options_can_be_set_on_the_command_line():
   """As config_flags sets a tuple: its type is kept, and pairs reach the component as they are."""
   config = default.get_config()
   config.feedback.template_options = (('enable_thinking', False),)
   assert FeedbackConfig(**config.feedback).template_options == (('enable_thinking', False),)
 
 
-def test_limits_are_of_all_defects():
+def test_max_rate_has_a_limit_for_each_defect():
   assert CONFIG.feedback.max_rate.to_dict() == dict.fromkeys(quality.FLAGS, 1.0)
-  with pytest.raises(ValueError, match=r'max_rate.odd=0.5; .*preamble'):
+  with pytest.raises(UserError, match=r'max_rate.odd=0.5; .*preamble'):
     FeedbackConfig(max_rate={'odd': 0.5})
-  with pytest.raises(ValueError, match=r'max_rate.preamble=5'):
+  with pytest.raises(UserError, match=r'max_rate.preamble=5'):
     FeedbackConfig(max_rate={'preamble': 5})
 
 
 @pytest.mark.parametrize('filters', [('odd',), 'preamble'])
-def test_filters_are_names_of_defects(filters):
-  with pytest.raises(ValueError, match='train.filters=.*must be a tuple of names of .*preamble'):
+def test_filters_that_are_not_names_of_defects_are_refused(filters):
+  with pytest.raises(UserError, match='train.filters=.*must be a tuple of names of .*preamble'):
     TrainConfig(filters=filters)
 
 
-def test_the_papers_recipe_is_built_and_has_its_counts(data_dir, tmp_path):
+def test_recipe_of_the_paper_has_its_counts(data_dir, tmp_path):
   config = bai2022_sl_cai.get_config()
   harmful, helpful = config.prompts.harmful.limit, config.prompts.helpful.limit
   assert (harmful, helpful) == (182_831, 135_296)
@@ -118,3 +142,56 @@ def test_the_papers_recipe_is_built_and_has_its_counts(data_dir, tmp_path):
   assert {s.temperature for s in (run.config.sampling.initial, run.config.sampling.critique)} == {
     1.0
   }
+
+
+def test_fields_and_defaults_of_version_1_are_kept():
+  path = pathlib.Path(__file__).parent / 'data' / 'config_version_1.json'
+  fields = flatten(json.loads(CONFIG.to_json_best_effort()))
+  before = json.loads(path.read_text())
+  assert {name: fields.get(name) for name in before} == before
+  added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
+  assert set(fields) - set(before) == added
+
+
+def test_reference_page_is_up_to_date():
+  page = pathlib.Path(__file__).parents[1] / 'docs' / 'configuration.md'
+  update = 'run `python -m cai_jax.pipeline.configuration > docs/configuration.md`'
+  assert page.read_text() == configuration_markdown(), update
+
+
+def test_reference_page_names_every_field():
+  rows = re.findall(r'^\| `([\w.]+)` ', configuration_markdown(), re.M)
+  for name in flatten(CONFIG.to_dict()):
+    shared = name.startswith(('remote.', 'prompts.', 'sampling.'))
+    assert (name.split('.')[-1] if shared else name) in rows
+
+
+def documented(section, path=''):
+  """Yield (path, whether it is documented) of each value of a section and its subsections."""
+  for field in section_fields(section):
+    name = f'{path}.{field.name}'.strip('.')
+    if field.section is None:
+      yield name, bool(field.doc)
+    else:
+      yield from documented(field.section, name)
+
+
+def test_every_field_is_documented():
+  missing = [name for name, is_documented in documented(RunConfig) if not is_documented]
+  assert not missing
+
+
+def test_config_becomes_the_dataclasses_with_its_values():
+  config = default.get_config()
+  config.seed, config.train.epochs, config.sampling.critique.top_k = 7, 3, 5
+  run_config = from_config(config)
+  assert (run_config.seed, run_config.train.seed, run_config.train.epochs) == (7, 7, 3)
+  assert run_config.sampling.critique.top_k == 5 and run_config.sampling.initial.top_k == 0
+  assert run_config.remote.base is None
+
+
+def test_invalid_value_is_refused_with_its_full_name():
+  config = default.get_config()
+  config.sampling.critique.top_p = 2.0
+  with pytest.raises(UserError, match=r'^sampling.critique: top_p=2.0'):
+    from_config(config)

@@ -1,7 +1,8 @@
-"""The house's floors: an import goes down only, and configs stand on nothing."""
+"""The layers of the code: an import goes down only, and configs import only the schema."""
 
 import ast
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -24,7 +25,8 @@ FLOORS = {
   'cli': 9,
   'experiment': 10,
 }
-GROUND = 11  # launch.py, experiments and the package's own front door use everything
+TOP = 11  # launch.py, experiments, tests and cai_jax/__init__.py may import everything
+OUTSIDE = ('launch', 'experiments', 'configs', 'tests')  # what no module of cai_jax imports
 
 
 def sources(*folders):
@@ -32,15 +34,15 @@ def sources(*folders):
 
 
 def package_of(path: pathlib.Path) -> str | None:
-  """'model' for cai_jax/model/lm.py; None for what stands above all packages."""
+  """Return 'model' for cai_jax/model/lm.py, 'cli' for cai_jax/cli.py, and None above the layers."""
   parts = path.relative_to(ROOT).with_suffix('').parts
   return parts[1] if parts[0] == 'cai_jax' and parts[1] != '__init__' else None
 
 
 def imports(path: pathlib.Path) -> list[tuple[int, str]]:
-  """(line, dotted module) of every import in a file, those inside functions too.
+  """Return the line and the dotted module of each import in a file, also inside functions.
 
-  `from a import b` counts as a.b, since b may be a module.
+  `from a import b` counts as a.b, because b may be a module.
   """
   found = []
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'), str(path))):
@@ -53,21 +55,21 @@ def imports(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def violations(path: pathlib.Path) -> list[str]:
-  """Imports of a file that go up, or sideways to another package."""
+  """Return a line for each import of a file that goes up, or sideways to another package."""
   package = package_of(path)
-  floor = GROUND if package is None else FLOORS[package]
+  floor = TOP if package is None else FLOORS[package]
   broken = []
   for line, name in imports(path):
     parts = name.split('.')
     if parts[0] != 'cai_jax':
-      if parts[0] in ('launch', 'experiments', 'configs', 'tests') and package is not None:
-        broken.append(f'{path}:{line} imports {name}, which stands above the library')
+      if parts[0] in OUTSIDE and package is not None:
+        broken.append(f'{path}:{line} imports {name}, which is not part of the library')
       continue
     target = parts[1] if len(parts) > 1 else None
     if target not in FLOORS and package is None:
       continue  # `import cai_jax` from above
     if target not in FLOORS:
-      broken.append(f'{path}:{line} imports {name}: name the module, not the front door')
+      broken.append(f'{path}:{line} imports {name}; import the module instead')
     elif target != package and FLOORS[target] >= floor:
       broken.append(f'{path}:{line} (floor {floor}) imports {name} (floor {FLOORS[target]})')
   return broken
@@ -75,12 +77,30 @@ def violations(path: pathlib.Path) -> list[str]:
 
 def test_every_package_has_a_floor():
   packages = {package_of(path) for path in sources('cai_jax')} - {None}
-  assert packages <= FLOORS.keys(), 'a new package needs a floor'
+  assert packages == FLOORS.keys(), 'a new package needs a floor, and an old one needs none'
+
+
+def test_every_file_is_checked():
+  checked = {*sources('cai_jax', 'experiments', 'configs', 'tests', 'docs')}
+  checked |= {ROOT / 'launch.py', ROOT / 'setup.py'}
+  listed = subprocess.run(
+    ['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True, check=False
+  ).stdout.split()
+  assert {ROOT / name for name in listed if (ROOT / name).exists()} <= checked
 
 
 def test_imports_go_down():
-  broken = [v for path in sources('cai_jax') for v in violations(path)]
+  paths = [*sources('cai_jax', 'experiments'), ROOT / 'launch.py']
+  broken = [line for path in paths for line in violations(path)]
   assert not broken, '\n'.join(broken)
+
+
+def test_no_module_has_a_function_of_its_own_name_in_its_package():
+  for path in sources('cai_jax'):
+    for _, name in imports(path) if path.name == '__init__.py' else ():
+      *_, module, attribute = ['', *name.split('.')]
+      hides = module == attribute and (path.parent / f'{module}.py').exists()
+      assert not hides, f'{path}: {name} hides the module of the same name'
 
 
 def test_configs_import_only_the_schema():
@@ -108,7 +128,7 @@ def test_configs_import_only_the_schema():
     ('__init__.py', 'from cai_jax.model.lm import LM', False),
   ],
 )
-def test_the_check_itself(tmp_path, monkeypatch, file, line, fault):
+def test_violations_are_found(tmp_path, monkeypatch, file, line, fault):
   monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
   path = tmp_path / 'cai_jax' / file
   path.parent.mkdir(parents=True, exist_ok=True)

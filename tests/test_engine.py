@@ -16,6 +16,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import config as config_lib
 from cai_jax.sampling import device
+from cai_jax.sampling.caches import cache_bytes
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine, longest_context, turn_key
 from cai_jax.sampling.journal import Journal
@@ -438,7 +439,7 @@ def test_spans_change_no_token(lm, monkeypatch, windows):
 
 
 def test_the_memory_budget_limits_the_slots(lm):
-  slot_bytes = device.cache_bytes(lm, LENGTH, 0)
+  slot_bytes = cache_bytes(lm, LENGTH, 0)
   # layers, k and v, kv heads, head size, tokens, bytes
   assert slot_bytes == 2 * 2 * 2 * 8 * LENGTH * 4
 

@@ -21,7 +21,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
-from cai_jax.sampling import device
+from cai_jax.sampling.caches import cache_bytes
 from cai_jax.sampling.journal import Journal
 from cai_jax.tiny.files import model_path
 
@@ -167,7 +167,7 @@ def _describe_cost(
   memory = PROCESS_GIB
   if isinstance(base, LM):
     engine = run.config.engine
-    caches = engine.slots * device.cache_bytes(base, slot_tokens, engine.slack)
+    caches = engine.slots * cache_bytes(base, slot_tokens, engine.slack)
     memory += min(caches / 2**30, engine.cache_gib)
     # Training holds the result, the initial parameters, two moments, the gradient, and two copies
     # while it saves a checkpoint.

@@ -4,7 +4,7 @@
 - `completions`: `cai_jax.generate`, one reply per prompt.
 - `engine`: runs many chains of turns at once; `config` holds its settings, `stats` its counters.
 - `slots`: the host side of a model in memory: cache contents, prefill and decode scheduling.
-- `device`: the compiled prefill and decode programs.
+- `device`: the compiled prefill and decode programs; `caches` sizes and allocates their caches.
 - `sample`: draws a token from logits. Temperature, top-k and top-p are here. To add a filter or a
   penalty, start in this module.
 - `prefixes`: token prefixes that many contexts share.

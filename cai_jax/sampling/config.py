@@ -10,7 +10,7 @@ from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
-from cai_jax.sampling import device
+from cai_jax.sampling.caches import cache_bytes
 
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
@@ -106,8 +106,8 @@ class EngineConfig:
     """
     budget, slot_bytes, shards = self.cache_gib * 2**30, 0.0, 1
     for lm, tokens in zip(models, prefix_tokens, strict=True):
-      slot_bytes += device.cache_bytes(lm, length, self.slack) / lm.mesh.size
-      budget -= tokens * device.cache_bytes(lm, 1, 0) / lm.mesh.shape['tensor']
+      slot_bytes += cache_bytes(lm, length, self.slack) / lm.mesh.size
+      budget -= tokens * cache_bytes(lm, 1, 0) / lm.mesh.shape['tensor']
       shards = max(shards, batch_shards(lm.mesh))
     slots = self.slots
     if slots * slot_bytes > budget:

@@ -12,7 +12,7 @@ from cai_jax.model.cache import cache_lengths
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
-from cai_jax.sampling import device
+from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
 from cai_jax.sampling.stats import Stats
@@ -57,11 +57,11 @@ class LocalModel:
   ):
     self.lm, self.config, self.stats = lm, config, stats
     # In half precision, CPUs take six times as long to multiply a single row as two rows.
-    self.rows = max(2, slots) if device.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
-    device.check_rows(lm, self.rows)
+    self.rows = max(2, slots) if caches.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
+    caches.check_rows(lm, self.rows)
     _trim_heap()
     lengths = cache_lengths(lm.config, length, config.slack, config.spans)
-    self.cache = device.allocate(lm, self.rows, lengths)
+    self.cache = caches.allocate(lm, self.rows, lengths)
     self.slots = device.Slots.empty(self.rows)
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over

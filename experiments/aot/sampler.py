@@ -19,6 +19,7 @@ from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
+from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format
 from cai_jax.sampling.config import EngineConfig
 from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
@@ -49,8 +50,8 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
 
 def abstract_cache(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
   """Return the shapes of the cache that the engine would allocate for `rows` rows."""
-  init = lambda: init_cache(lm.config, rows, lengths, device.cache_dtype(lm))  # noqa: E731
-  form = device.cache_format(lm.mesh, spec)
+  init = lambda: init_cache(lm.config, rows, lengths, cache_dtype(lm))  # noqa: E731
+  form = cache_format(lm.mesh, spec)
   formats = tuple((form,) * len(layer) for layer in lengths)
   return with_shardings(jax.eval_shape(init), formats)
 
@@ -99,7 +100,7 @@ class Sampler:
     tables = {'embed', 'head'} - ({last} if has_logits else set())
     params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
     shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
-    caches = device.cache_bytes(lm, self.length, self.engine.slack) * rows // shards
+    caches = cache_bytes(lm, self.length, self.engine.slack) * rows // shards
     return params + caches + local_bytes(abstract_prefixes(lm, self.prefixes))
 
 

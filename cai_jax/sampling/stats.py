@@ -85,7 +85,7 @@ class CompilationCounter:
 
   count: int = 0
 
-  def __call__(self, event: str, seconds: float, **_) -> None:
+  def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
     self.count += event == '/jax/core/compile/backend_compile_duration'
 
 

@@ -42,7 +42,7 @@ from cai_jax.feedback import job as jobs
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model import lm as models
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.sampling import device
+from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -90,7 +90,7 @@ class Stub:
     with (
       mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
       mock.patch.object(device, 'decode', self.decode),
-      mock.patch.object(device, 'allocate', lambda lm, slots, lengths: ((),) * len(lengths)),
+      mock.patch.object(caches, 'allocate', lambda lm, slots, lengths: ((),) * len(lengths)),
       mock.patch.object(device, 'prefill_prefix', lambda *_: ()),
     ):
       yield

@@ -39,7 +39,7 @@ def reconstruct(
     keep_logprobs: whether the answer's log-probabilities are the model's own.
   """
   if answer.tokens is not None:
-    tokens, logprobs = _sampled_tokens(answer)
+    tokens, logprobs = _sampled_tokens(answer.tokens, answer.logprobs)
   else:
     tokens, logprobs = _encoded_tokens(answer, tokenizer, stop_token_ids)
   if not keep_logprobs:
@@ -100,12 +100,11 @@ def prompt_text(tokenizer: Any, context: Sequence[int]) -> str | None:
   return None
 
 
-def _sampled_tokens(answer: Answer) -> tuple[list[int], list[float]]:
-  """Return the answer's token ids and log-probabilities; NaN if their numbers differ."""
-  tokens = list(answer.tokens)
-  if len(answer.logprobs) != len(tokens):
+def _sampled_tokens(tokens: list[int], logprobs: list[float]) -> tuple[list[int], list[float]]:
+  """Return the answer's token ids and log-probabilities; the latter are NaN if some are missing."""
+  if len(logprobs) != len(tokens):
     return tokens, [math.nan] * len(tokens)
-  return tokens, answer.logprobs
+  return tokens, logprobs
 
 
 def _encoded_tokens(

@@ -17,7 +17,7 @@ Every field of a run, with its type, default, meaning and unit. A config file ca
 `configs.default.get_config()` and sets what differs. Set any field on the command line with
 `--config.` and its full name:
 
-```
+```bash
 python launch.py --config=configs/tiny.py --workdir=runs/two --config.feedback.rounds=2
 ```
 

@@ -3,6 +3,8 @@
 python -m cai_jax.pipeline.configuration > docs/configuration.md
 """
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,8 +56,8 @@ def _heading(section: type, paths: tuple[str, ...]) -> str:
   if not paths[0]:
     return '## The run\n'
   level = '#' * min(2 + paths[0].count('.'), 3)
-  summary = (section.__doc__ or '').split('\n\n')[0].replace('\n', ' ')
-  return f'{level} {", ".join(paths)}\n\n{" ".join(summary.split())}\n'
+  description = re.split(r'\n\s*(?:Args|Attributes|Raises):', inspect.getdoc(section) or '')[0]
+  return f'{level} {", ".join(paths)}\n\n{description.strip()}\n'
 
 
 def _table(path: str, fields: list[Field]) -> str:

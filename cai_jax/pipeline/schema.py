@@ -48,7 +48,11 @@ class ModelSelection:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteModels:
-  """Models behind an OpenAI-compatible completions API, each instead of the same one of `model`."""
+  """Models behind an OpenAI-compatible completions API: M_θ, M_critique and M_revise.
+
+  Each replaces the field of the same name in `model`. With `remote.base.url`, set `model.base=''`,
+  and name the model to fine-tune as `model.init`.
+  """
 
   base: RemoteConfig | None = None
   critique: RemoteConfig | None = None
@@ -66,7 +70,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSets:
-  """Prompts of a run. No held-out prompt may occur among the training prompts."""
+  """The prompts of a run.
+
+  Responses to `harmful` prompts are critiqued and revised. `helpful` prompts are only answered, for
+  `train.helpfulness_share`. `eval_harmful` and `eval_helpful` are held out for the evaluation; none
+  of them may occur among the training prompts.
+  """
 
   harmful: PromptSource = PromptSource()
   helpful: PromptSource = PromptSource()

@@ -127,7 +127,7 @@ def _filename_template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:
 # Reading.
 
 
-class Rows:
+class Rows(Sequence[dict[str, Any]]):
   """The rows of a dataset as plain Python dicts, read from disk on access.
 
   Texts are str, numbers are int and float, and `prompt` and `rounds` are lists of dicts.
@@ -139,7 +139,7 @@ class Rows:
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
     if not 0 <= index < len(self):
       raise IndexError(index)
     return _to_plain(self._source[index])

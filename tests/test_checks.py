@@ -63,9 +63,12 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'train__attention': 'splash'}, "train.attention: attention 'splash' runs on TPUs only"),
     ({'train__remat': 'some'}, "train.remat='some' is not one of"),
     ({'train__lora_rank': 2, 'train__lora_modules': 'mpl'}, "'mpl' matches none"),
-    ({'train__eval_every': 5}, 'set train.eval_share'),
-    ({'train__patience': 2, 'train__eval_share': 0.1}, 'set train.eval_every'),
-    ({'train__schedule': 'wsd', 'train__warmup': 0.5, 'train__decay': 0.6}, 'over 1 together'),
+    ({'train__eval_every': 5}, 'Set train.eval_share'),
+    ({'train__patience': 2, 'train__eval_share': 0.1}, 'Set train.eval_every'),
+    (
+      {'train__schedule': 'wsd', 'train__warmup': 0.5, 'train__decay': 0.6},
+      'add up to more than 1',
+    ),
   ],
 )
 def test_invalid_setting_is_refused_before_any_work(fields, match, random_model, tmp_path):
@@ -83,18 +86,21 @@ def served(stage, **fields):
 @pytest.mark.parametrize(
   'fields, match',
   [
-    (served('critique'), "remote.critique: remote 'm' at http://127.0.0.1:9/v1 cannot be reached"),
+    (served('critique'), "remote.critique: remote 'm' at http://127.0.0.1:9/v1 is unreachable"),
     (served('revision', retries=-1), 'remote.revision: retries=-1'),
     (served('critique', tokenizer='/nowhere/at/all'), 'remote.critique: .*/nowhere/at/all'),
     (served('critique') | {'model__critique': 'tiny'}, "model.critique='tiny' and remote.critique"),
     (served('base'), "model.base='.*' and remote.base.url="),
     (served('base') | {'model__base': ''}, 'model.init is empty'),
     ({'model__base': ''}, 'model.base is empty'),
-    (served('critique') | {'sampling__critique__top_k': 5}, 'remote.critique: top_k=5'),
+    (
+      served('critique') | {'sampling__critique__top_k': 5},
+      "remote.critique: server='openai' does not support top_k=5",
+    ),
     (
       served('base', server='tgi', prompt='text')
       | {'model__base': '', 'sampling__revision__stop_token_ids': (7,)},
-      'remote.base: stop_token_ids',
+      "remote.base: server='tgi' does not support stop_token_ids",
     ),
   ],
 )

@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f'unexpected arguments {" ".join(argv[1:])}. Each flag begins with --.')
     processes.initialize()
     log = print if jax.process_index() == 0 else lambda text: None
-    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value), profile=_PROFILE.value)
+    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)
     stages = default_stages(run) if _STAGES.value is None else _STAGES.value
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'

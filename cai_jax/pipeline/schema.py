@@ -191,7 +191,7 @@ def section_fields(section: type) -> Iterator[Field]:
 def _section_of(hint: Any) -> type | None:
   """Return the dataclass that a type hint names, alone or as an alternative to None."""
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  return next((option for option in options if dataclasses.is_dataclass(option)), None)
+  return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 
 def _default(field: dataclasses.Field) -> Any:

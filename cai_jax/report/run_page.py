@@ -44,8 +44,8 @@ def write_report(
   path: str | os.PathLike,
   *,
   title: str,
-  config: dict[str, Any],
-  manifest: dict[str, Any],
+  config: Mapping[str, Any],
+  manifest: Mapping[str, Any],
   summary: dict[str, Any],
   training: list[dict[str, Any]],
   chains: list[dict[str, Any]],
@@ -172,7 +172,7 @@ def _figures(
   summary: dict[str, Any],
   training: list[dict[str, Any]],
   held_out: Sequence[dict[str, Any]],
-  config: dict[str, Any],
+  config: Mapping[str, Any],
 ) -> str:
   rates, loss = _rate_figure(summary), _loss_figure(training, held_out, config)
   parts = [figure_grid([svg for svg in (rates, loss) if svg])]
@@ -229,7 +229,7 @@ def _rate_series(summary: dict[str, Any]) -> list[Series]:
 
 
 def _loss_figure(
-  training: list[dict[str, Any]], held_out: Sequence[dict[str, Any]], config: dict[str, Any]
+  training: list[dict[str, Any]], held_out: Sequence[dict[str, Any]], config: Mapping[str, Any]
 ) -> str:
   """Return the figure of the loss over training, or '' if there is no finite loss."""
   series = _training_series(training, 'loss', 1)
@@ -280,7 +280,7 @@ def running_mean(values: tuple[float, ...], window: int) -> tuple[float, ...]:
   return tuple(means)
 
 
-def _stage_table(manifest: dict[str, Any]) -> str:
+def _stage_table(manifest: Mapping[str, Any]) -> str:
   stages = manifest.get('stages') or {}
   if not stages:
     return '<p class="none">The manifest names no stage.</p>'

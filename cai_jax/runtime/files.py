@@ -49,10 +49,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     path: the file; its folder exists.
     value: anything that `json.dumps` accepts.
   """
-  path = epath.Path(path)
-  temporary = path.with_name(f'{path.name}.tmp')
+  target = epath.Path(path)
+  temporary = target.with_name(f'{target.name}.tmp')
   temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
-  temporary.replace(path)
+  temporary.replace(target)
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

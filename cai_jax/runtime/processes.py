@@ -32,9 +32,13 @@ def initialize() -> None:
         f'COORDINATOR_ADDRESS={address} is set, but {" and ".join(missing)} is missing or not a '
         'number. Set all three variables in each process.'
       )
-    if jax.config.jax_platforms == 'cpu' or os.environ.get('JAX_PLATFORMS') == 'cpu':
+    if (
+      jax.config.jax_platforms == 'cpu'  # type: ignore[attr-defined]
+      or os.environ.get('JAX_PLATFORMS') == 'cpu'
+    ):
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(address, *(int(os.environ[name]) for name in names))
+    num_processes, process_id = (int(os.environ[name]) for name in names)
+    jax.distributed.initialize(address, num_processes, process_id)
   elif (
     address == 'auto'
     # Not SLURM_NTASKS: an allocation without srun sets it too, and runs a single process.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from cai_jax.runtime.mesh import BATCH, check_batch
 
 # On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].
 # With any other input or output layout, every call would copy the whole cache twice.
-TPU_LAYOUT = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))
+TPU_LAYOUT: Any = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))  # type: ignore[arg-type]
 
 
 def cache_bytes(lm: LM, length: int, slack: int) -> int:
@@ -47,10 +48,10 @@ def on_cpu(mesh: Mesh) -> bool:
 
 def cache_format(mesh: Mesh, spec: P) -> LayerCache:
   """Return the sharding of a layer's keys and values and, on TPUs, their layout."""
-  sharding = NamedSharding(mesh, spec)
+  sharding: Any = NamedSharding(mesh, spec)
   if mesh.devices.flat[0].platform != 'tpu':
     return LayerCache(sharding, sharding)
-  return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))
+  return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))  # type: ignore[arg-type]
 
 
 def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
@@ -65,14 +65,15 @@ def generate(
   )
   dialogue, turns = None, []
   for number, prompt in enumerate(prompts):
-    stops = eos, ()
+    stops: tuple[tuple[int, ...], tuple[str, ...]] = eos, ()
     if isinstance(prompt, str):
       context = lm.tokenizer.encode(prompt, split_special_tokens=True)
     elif len(prompt) and isinstance(prompt[0], dict):
       dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
-      context, stops = dialogue.prompt(prompt), (dialogue.stop_token_ids, dialogue.stop_strings)
+      messages = cast(Sequence[dict[str, Any]], prompt)
+      context, stops = dialogue.prompt(messages), (dialogue.stop_token_ids, dialogue.stop_strings)
     else:
-      context = [int(token) for token in prompt]
+      context = [int(token) for token in cast(Sequence[int], prompt)]
     _check_context(context, number, lm.config.vocab_size)
     turns.append(Turn('completion', context, _with_stops(sampling, *stops)))
   chains = dict(_chains(turns))

@@ -7,7 +7,7 @@ of an attention piece.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ class Chunk(NamedTuple):
     max_pieces, shape = piece_count(size, width), (len(groups), size)
     tokens, rows, piece_index = (np.zeros(shape, np.int32) for _ in range(3))
     positions, prefix = (np.full(shape, -1, np.int32) for _ in range(2))
-    token_index = np.full((len(groups), max_pieces * width), size, np.int32)
+    places = np.full((len(groups), max_pieces * width), size, np.int32)
     for group, segments in enumerate(groups):
       end = piece = 0
       for segment in segments:
@@ -184,9 +184,9 @@ class Chunk(NamedTuple):
           )
         tokens[target], positions[target] = segment.tokens, segment.start + offsets
         rows[target], prefix[target] = segment.slot % (slots // len(groups)), segment.prefix
-        piece_index[target], token_index[group, padded] = padded, begin + offsets
-    token_index = token_index.reshape(len(groups), max_pieces, width)
-    packing = Packing(rows, token_index, piece_index)
+        piece_index[target], places[group, padded] = padded, begin + offsets
+    token_index = places.reshape(len(groups), max_pieces, width)
+    packing = Packing(rows, token_index, piece_index)  # type: ignore[arg-type]  # numpy arrays
     return cls(tokens, positions, prefix, packing)
 
 
@@ -205,7 +205,7 @@ class Burst(NamedTuple):
   Attributes:
     tokens: i32[B,U], sampled tokens.
     logprobs: f32[B,U], their log-probabilities in nats.
-    count: i32[B], number of tokens that each slot sampled.
+    num_sampled: i32[B], number of tokens that each slot sampled.
     active: bool[B], whether the reply continues.
     steps: i32[], number of decode steps.
     occupied: i32[], number of active slots, summed over steps.
@@ -213,7 +213,7 @@ class Burst(NamedTuple):
 
   tokens: np.ndarray
   logprobs: np.ndarray
-  count: np.ndarray
+  num_sampled: np.ndarray
   active: np.ndarray
   steps: np.ndarray
   occupied: np.ndarray
@@ -255,7 +255,8 @@ def _prefill_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
 
 def _cache_format(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
   """Return the format of the first span, which all spans share, and each layer's span count."""
-  return LayerCache(*(x.format for x in cache[0][0])), tuple(map(len, cache))
+  formats: tuple[Any, ...] = tuple(x.format for x in cache[0][0])  # type: ignore[attr-defined]
+  return LayerCache(*formats), tuple(map(len, cache))
 
 
 def _prefill(spec, params, cache, prefix_caches, chunk):
@@ -340,7 +341,7 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
     burst = Burst(
       tokens=burst.tokens.at[:, burst.steps].set(token),
       logprobs=burst.logprobs.at[:, burst.steps].set(logprob),
-      count=burst.count + active,
+      num_sampled=burst.num_sampled + active,
       active=active & ~ended,
       steps=burst.steps + 1,
       occupied=burst.occupied + jnp.sum(active),
@@ -357,7 +358,7 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
   burst = Burst(
     tokens=jnp.zeros((b, capacity), jnp.int32),
     logprobs=jnp.zeros((b, capacity), jnp.float32),
-    count=jnp.zeros((b,), jnp.int32),
+    num_sampled=jnp.zeros((b,), jnp.int32),
     active=start,
     steps=zero,
     occupied=zero,

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class _ActiveChain:
   id: str
   chain: Chain
   slot: int
-  turn: Turn | None = None
+  turn: Turn = dataclasses.field(init=False, repr=False)  # set when its first turn is submitted
   digest: str = ''
   future: concurrent.futures.Future | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
@@ -141,7 +141,7 @@ class Engine:
         is in the journal.
     """
     self._updated = time.perf_counter(), COMPILATIONS.count
-    source, active = iter(chains), {}
+    source, active = iter(chains), dict[int, _ActiveChain]()
     free = list(range(self.slots))[::-1]
     for model in self._local.values():
       model.reset()
@@ -199,8 +199,8 @@ class Engine:
       burst = model.collect()
       if burst is None:
         continue
-      for slot in map(int, np.flatnonzero(burst.count)):
-        entry, count = active[slot], burst.count[slot]
+      for slot in map(int, np.flatnonzero(burst.num_sampled)):
+        entry, count = active[slot], burst.num_sampled[slot]
         entry.tokens += burst.tokens[slot, :count].tolist()
         entry.logprobs += burst.logprobs[slot, :count].tolist()
         stop_texts, num_checked = self._stops_of(entry.turn)[1], len(entry.tokens) - count
@@ -247,7 +247,7 @@ class Engine:
     """
     while True:
       try:
-        turn = entry.chain.send(completion)
+        turn = entry.chain.send(completion)  # type: ignore[arg-type]  # None starts it
       except StopIteration as stop:
         entry.result = stop.value
         return False
@@ -270,7 +270,8 @@ class Engine:
       if turn.model in self._local:
         self._local[turn.model].submit(entry.slot, turn, key, stop_token_ids)
       else:
-        entry.future = model.submit(turn, key, stop_token_ids, stop_texts, entry.id)
+        remote = cast(Remote, model)
+        entry.future = remote.submit(turn, key, stop_token_ids, stop_texts, entry.id)
       return True
 
   def _complete(self, entry: _ActiveChain, cut: tuple[int, str] | None) -> Completion:
@@ -395,10 +396,10 @@ def longest_context(
     without the shared prefix that the context starts with. A slot's cache must hold the latter.
   """
   longest: dict[str, tuple[int, int]] = {}
-  completion = None
+  completion: Completion | None = None
   while True:
     try:
-      turn = chain.send(completion)
+      turn = chain.send(completion)  # type: ignore[arg-type]  # None starts it
     except StopIteration:
       return longest
     count = turn.sampling.max_tokens

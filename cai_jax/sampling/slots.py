@@ -77,8 +77,11 @@ class LocalModel:
       for p in self.prefixes
     )
     stats.prefix_tokens += sum(map(len, prefixes))
-    self._prefilled = None  # an array that is ready when the dispatched chunks are
-    self._burst = None  # the burst on the device, and the slots' state at its start
+    self._prefilled: jax.Array | None = (
+      None  # an array that is ready when the dispatched chunks are
+    )
+    # The burst on the device, and the slots' state at its start.
+    self._burst: tuple[device.Burst, device.Slots] | None = None
     self.step_seconds = 0.0
     self._steps = self._occupied = 0  # decode steps, and active slots summed over them
     self._turns, self._chunk_shares = 0, 0.0  # submitted turns, and the chunks that they fill
@@ -179,8 +182,8 @@ class LocalModel:
       self.cache,
       self.prefix_caches,
       before,
-      np.int32(max_ended),
-      np.int32(steps),
+      np.array(max_ended, np.int32),
+      np.array(steps, np.int32),
       capacity,
     )
     self._burst = burst, before
@@ -206,14 +209,14 @@ class LocalModel:
     (burst, before), self._burst = self._burst, None
     burst = device.Burst(*map(np.array, jax.device_get(burst)))
     slots = self.slots
-    sampled = np.arange(burst.logprobs.shape[1]) < burst.count[:, None]
+    sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
     if np.isnan(burst.logprobs[sampled]).any():
       raise UserError(
         f'{self.lm.name} produces NaN logits in {self.lm.dtype}: its weights are damaged or '
         "overflow this dtype. Try model.dtype='float32'."
       )
-    for slot in np.flatnonzero(burst.count):
-      count = burst.count[slot]
+    for slot in np.flatnonzero(burst.num_sampled):
+      count = burst.num_sampled[slot]
       new = burst.tokens[slot, :count].tolist()
       # Each step caches the token that it is fed. The last sampled token has not been fed yet.
       self.cached[slot].extend([int(before.token[slot]), *new[:-1]])

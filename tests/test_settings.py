@@ -1,6 +1,8 @@
-"""Settings: flat names, and changes between starts."""
+"""Settings: flat names, identities, and changes between starts."""
 
-from cai_jax.runtime.settings import changed_settings, flatten
+import dataclasses
+
+from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
 
 
 def test_a_missing_saved_setting_counts_as_its_default():
@@ -18,3 +20,16 @@ def test_settings_without_a_default_must_be_equal():
 
 def test_flatten_joins_nested_names_with_dots():
   assert flatten({'train': {'epochs': 1}, 'seed': 0}) == {'train.epochs': 1, 'seed': 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+  """Settings with a field that a later version added."""
+
+  old: int = 1
+  new: float = setting(0.0, 'A penalty.', added=True)
+
+
+def test_a_field_that_was_added_leaves_identities_alone_while_it_has_its_default():
+  assert identity(Grown()) == {'old': 1}
+  assert identity(Grown(old=2, new=0.5)) == {'old': 2, 'new': 0.5}

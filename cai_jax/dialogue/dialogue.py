@@ -5,8 +5,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-# Importing a format's module registers it.
-from cai_jax.dialogue import plain, template  # noqa: F401
 from cai_jax.dialogue.encode import Encoder, Tokens
 from cai_jax.dialogue.format import FORMATS, Format
 from cai_jax.dialogue.messages import (

@@ -5,8 +5,8 @@ To add a format, write one file with a class like `PlainFormat` in plain.py and 
   @FORMATS.register('alpaca')
   class AlpacaFormat: ...
 
-Then choose it with `feedback.style='alpaca'`. Put the file into this folder and add it to the
-imports of dialogue.py, or keep it anywhere and name it in `config.plugins`.
+Then choose it with `feedback.style='alpaca'`. Put the file into this folder, or keep it
+anywhere and name it in `config.plugins`.
 """
 
 from collections.abc import Callable, Sequence

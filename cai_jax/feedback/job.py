@@ -17,6 +17,7 @@ from cai_jax.feedback.rows import make_row
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import identity
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain
 
@@ -78,10 +79,10 @@ class Job:
       [name, stage.sampling, stage.demonstrations, self.models[stage.model].fingerprint]
       for name, stage in self.stages.by_name().items()
     ]
-    config = dataclasses.asdict(self.config)
+    config = identity(self.config)
     config = {k: v for k, v in config.items() if k not in ROW_INDEPENDENT_FIELDS}
     parts = [config, stages, self.constitution.fingerprint(), self.seed]
-    content = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
+    content = json.dumps(parts, default=identity, sort_keys=True)
     # There may be millions of prompts, so they are hashed one at a time as elements of a JSON list.
     digest, separator = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
     for prompt, kind in self.prompts:

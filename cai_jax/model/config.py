@@ -26,8 +26,9 @@ class Llama3Rope:
 
 
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
-# the fields of both classes in this module. Renaming a field makes old journals unusable. So does
-# adding one, unless `folder.fingerprint_model` leaves it out while it has its default.
+# the fields of both classes in this module. Renaming a field makes old journals unusable. Declare a
+# new field of ModelConfig with `dataclasses.field(default=..., metadata={'added': True})`: then it
+# is left out of the fingerprint while it has its default (`runtime.settings.identity`).
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The shape of a decoder-only transformer in the style of Llama.

@@ -1,6 +1,5 @@
 """Model folders in Hugging Face's format: finding or fetching one, and reading its small files."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.weight_files import INDEX, list_weight_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
+from cai_jax.runtime.settings import identity
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -180,7 +180,7 @@ def fingerprint_model(
   It covers the config, the dtypes, the weights, the tokenizer and the tokens that end a reply, and
   does not depend on where the folder is. Journals store turns under it.
   """
-  settings = [dataclasses.asdict(config), eos, dtype, param_dtype]
+  settings = [identity(config), eos, dtype, param_dtype]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   _update_digest(digest, folder, [*list_weight_files(folder), *_tokenizer_files(folder)])
   return digest.hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def setting(default: Any, doc: str) -> Any:
+def setting(default: Any, doc: str, added: bool = False) -> Any:
   """Return a dataclass field with a default and its documentation.
 
   `configs/default.py` and `docs/configuration.md` are made from these fields, so this is the only
@@ -15,8 +15,26 @@ def setting(default: Any, doc: str) -> Any:
   Args:
     default: an immutable value.
     doc: meaning and unit, as one or two sentences.
+    added: whether the field was added after version 0.1.0, see `identity`.
   """
-  return dataclasses.field(default=default, metadata={'doc': doc})
+  return dataclasses.field(default=default, metadata={'doc': doc, 'added': added})
+
+
+def identity(settings: Any) -> dict[str, Any]:
+  """Return the fields of a dataclass that fingerprints and digests are made of.
+
+  A field that was added after version 0.1.0 is left out while it has its default, so that journals
+  and datasets of earlier versions stay valid. Mark such a field with `setting(..., added=True)`, or
+  with `dataclasses.field(default=..., metadata={'added': True})`.
+
+  Args:
+    settings: a dataclass instance. Nested dataclasses become dicts.
+  """
+  values = dataclasses.asdict(settings)
+  for field in dataclasses.fields(settings):
+    if field.metadata.get('added') and getattr(settings, field.name) == field.default:
+      del values[field.name]
+  return values
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

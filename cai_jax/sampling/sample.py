@@ -9,7 +9,7 @@ row, and all blocks otherwise.
 To add a filter or a penalty:
 
 1. Add its setting to `SamplingConfig` in `cai_jax/sampling/types.py`, with a default that turns it
-   off.
+   off and `added=True`.
 2. Add an array to `Slots` in `cai_jax/sampling/device.py`, set it in `Slots.empty` and
    `Slots.start`, and pass it to `sample` in `_decode`. A penalty on earlier tokens also needs a
    record of them, which `_decode` carries through its loop.

@@ -1,8 +1,7 @@
 """The built-in measures, one file each. Importing the package registers them.
 
-To add one, write a file here, register its measure (see `cai_jax.evaluation.registries`) and import
-the file below. A measure of your own can also live outside this package, in a file that
-`config.plugins` names.
+To add one, write a file here that registers its measure (see `cai_jax.evaluation.registries`). A
+measure of your own can also live outside this package, in a file that `config.plugins` names.
 """
 
 # Files and tables list measures in the order of registration, so these imports are not sorted.
@@ -14,3 +13,7 @@ from cai_jax.evaluation.measures import mean_reward as mean_reward
 from cai_jax.evaluation.measures import multiple_choice as multiple_choice
 from cai_jax.evaluation.measures import held_out_loss as held_out_loss
 from cai_jax.evaluation.measures import judge_comparison as judge_comparison
+
+from cai_jax.runtime.registry import import_submodules
+
+import_submodules(__name__, __path__)

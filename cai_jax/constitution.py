@@ -1,4 +1,4 @@
-"""The constitution: principles, few-shot demonstrations, and the draw of principles per prompt.
+"""The constitution: principles, few-shot demonstrations, and the draw of principles for a prompt.
 
 A constitution is a YAML file of this form (see constitution.yaml beside this module):
 
@@ -110,8 +110,8 @@ class Constitution:
 
   Attributes:
     principles: at least one, with distinct ids.
-    demonstrations: dialogues of {'role', 'content'} messages. Requests and replies alternate; the
-      first message is a request and the last is a reply.
+    demonstrations: dialogues, each a sequence of {'role', 'content'} messages. Requests and replies
+      alternate; the first message is a request and the last is a reply.
 
   Raises:
     UserError: if there is no principle, an id occurs twice, or a demonstration is malformed.
@@ -173,7 +173,7 @@ def draw_principles(
 
   Args:
     constitution: the principles to draw from.
-    seed: of the run.
+    seed: the seed of the run.
     prompt_id: each prompt gets its own draw.
     rounds: how many principles to draw, at least 0.
     replace: draw each round independently. If false, no principle is drawn twice.

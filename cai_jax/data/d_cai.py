@@ -53,7 +53,12 @@ FEATURES = tfds.features.FeaturesDict(
 
 
 def shard_path(folder: str | os.PathLike, index: int) -> pathlib.Path:
-  """Return the path of a shard."""
+  """Return the path of a shard.
+
+  Args:
+    folder: the folder of the dataset.
+    index: the index of the shard, from 0.
+  """
   template = _filename_template(folder)
   return pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=index + 1))
 
@@ -64,7 +69,7 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
   Args:
     folder: the folder of the dataset; it is created if it does not exist.
     index: the index of the shard.
-    rows: the rows of the shard, in the form of `FEATURES`.
+    rows: the rows of the shard, with the fields of `FEATURES`.
   """
   path = shard_path(folder, index)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,8 @@ class ExampleSet:
 
   Attributes:
     examples: the examples that were kept.
-    counts: numbers of `rows`, of examples `kept` and of the `helpful` ones among them, and of those
-      `dropped`, by reason.
+    counts: how many `rows` there were, how many examples were `kept`, how many of these are
+      `helpful`, and how many were `dropped`, by reason.
   """
 
   examples: tuple[Example, ...]
@@ -55,22 +55,22 @@ def build_examples(
   references: quality.References | None = None,
   seed: int = 0,
 ) -> ExampleSet:
-  """Return the examples of D_CAI in the order of its rows, with helpfulness examples at the end.
+  """Return training examples in the order of the rows, with helpfulness examples at the end.
 
   Args:
     rows: each has `id`, `kind`, `prompt` (messages), `initial` {text, finish_reason} and `rounds`,
       a list of {revision: {text, finish_reason}}.
     dialogue: renders conversations as tokens.
-    target: which texts to learn of the rows whose kind is not 'helpful': the 'last' revision, 'all'
+    target: which texts of a row to learn, unless its kind is 'helpful': the 'last' revision, 'all'
       revisions, or the 'initial' response.
     helpfulness_share: share of all examples that are initial responses of rows of kind 'helpful'.
-      The seed chooses these rows. Rows of this kind serve no other purpose.
+      The seed chooses these rows. Other rows of this kind are not used.
     max_length: maximum number of tokens; longer examples are dropped.
-    drop_truncated: whether to drop texts that ended at the length limit. If not, they are learned
-      as if they were complete.
+    drop_truncated: whether to drop texts that were cut off at the length limit. If not, they are
+      learned as if they were complete.
     filters: names of `quality.FLAGS`. A text with one of these defects is dropped and counted as
       'filtered_' plus the first defect in the given order. The rows do not change.
-    references: the constitution's references, which some filters need.
+    references: texts of the constitution that a response may have copied; some filters need them.
     seed: chooses the helpfulness examples.
 
   Raises:

@@ -1,8 +1,8 @@
-"""Packed batches: several examples share a row, and a plan fixes which row of which step.
+"""Packed batches: several examples share a row, and a plan assigns examples to rows and steps.
 
-All examples are tokenized before training, so the number of steps is known, and every dropped
-example is counted, before the first step. The plan is a pure function of the examples' lengths and
-the seed, so it is the same on every host and for any number of devices.
+All examples are tokenized before training. The number of steps and of dropped examples is therefore
+known before the first step. The plan is a pure function of the examples' lengths and the seed, so
+it is the same on every host and for any number of devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,9 +43,9 @@ def pack(
   longest to the shortest, and each goes to the fullest row that still has room for it.
 
   Args:
-    lengths: tokens of each example.
+    lengths: number of tokens of each example.
     order: indices of the examples to pack, in the order in which they form windows.
-    row_length: tokens that a row holds.
+    row_length: number of tokens that a row holds.
 
   Returns:
     The rows, each as indices into `lengths`.
@@ -74,12 +74,12 @@ def plan(
 ) -> list[Step]:
   """Return the steps of a run, in which every example occurs once per epoch in random order.
 
-  An example goes to the bucket with the shortest rows that hold it. If the rows of an epoch do not
-  fill its last batch of a bucket, they start the next epoch's first one. In the last epoch,
-  `Batches` fills such a batch with empty rows.
+  An example goes to the bucket with the shortest rows that hold it. If the last rows of a bucket do
+  not fill a batch, they move to its first batch of the next epoch. In the last epoch, `Batches`
+  fills that batch with empty rows.
 
   Args:
-    lengths: tokens of each example.
+    lengths: number of tokens of each example.
     buckets: the batch shapes.
     epochs: number of times that each example occurs.
     seed: chooses the order.
@@ -115,11 +115,11 @@ def plan(
 
 
 class Batches:
-  """Random access to the batches of a plan.
+  """A sequence of the batches of a plan, made on access.
 
   A batch is a dict of `tokens`, `positions`, `segment_ids` and `loss_mask`, each i32[rows, length].
   Positions count from 0 in each example and segments from 1 in each row; padding is 0 in all four.
-  Every host builds the whole batch, and its devices take their part of it.
+  Every host builds the whole batch, and each of its devices takes its own part.
 
   Args:
     examples: the examples that the plan's indices refer to.
@@ -149,7 +149,11 @@ class Batches:
     return batch
 
   def example_ids(self, index: int) -> list[str]:
-    """Return the ids of the examples in a batch; an example without an id is named by its index."""
+    """Return the id of each example in a batch, or its index if it has no id.
+
+    Args:
+      index: the index of the batch.
+    """
     indices = (i for row in self._steps[index].rows for i in row)
     return [self._examples[i].id or f'example {i}' for i in indices]
 

@@ -16,11 +16,11 @@ def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -
 
   Args:
     path: the .jsonl file to write.
-    rows: rows of D_CAI.
+    rows: rows of D_CAI, see `d_cai.read_rows`.
 
   Returns:
-    The number of rows that were 'written', and of rows that were left out because the texts are
-    'identical', one is 'empty', or the response was 'not_revised'.
+    The number of pairs 'written', and of rows left out because their texts are 'identical', one
+    text is 'empty', or the response was 'not_revised'.
   """
   counts = {'written': 0, 'identical': 0, 'empty': 0, 'not_revised': 0}
   temporary = pathlib.Path(f'{path}.tmp')

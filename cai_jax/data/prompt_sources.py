@@ -74,10 +74,10 @@ def read_rows(source: PromptSource, seed: int) -> Iterator[Row]:
 
   Args:
     source: where to read. Shuffling and the limit are the caller's task.
-    seed: of the run, for sources that generate their prompts.
+    seed: the seed of the run, for sources that generate their prompts.
 
   Raises:
-    UserError: if there is no such source, it cannot be read, or it has no use for a setting.
+    UserError: if there is no such source, it cannot be read, or it does not support a setting.
   """
   name = source.source
   if name not in SOURCES:
@@ -93,7 +93,15 @@ def read_rows(source: PromptSource, seed: int) -> Iterator[Row]:
 
 
 def reject_settings(source: PromptSource, *names: str) -> None:
-  """Raise UserError if one of the named settings is set, because the source ignores it."""
+  """Check that settings that a source does not support are not set.
+
+  Args:
+    source: the source.
+    names: fields of `PromptSource`.
+
+  Raises:
+    UserError: if one of the fields is set.
+  """
   unused = [name for name in names if getattr(source, name)]
   if unused:
     raise UserError(

@@ -40,7 +40,7 @@ class Prompt:
     metadata: texts stored with the prompt, such as its category.
 
   Raises:
-    UserError: if an attribute violates this.
+    UserError: if an attribute does not have this form.
   """
 
   id: str
@@ -93,12 +93,12 @@ def check_disjoint(
   evaluation: Iterable[Prompt],
   names: tuple[str, str] = ('training', 'evaluation'),
 ) -> None:
-  """Raise UserError if a dialogue occurs in both sets, ignoring case and white space.
+  """Check that no dialogue occurs in both sets, ignoring case and white space.
 
   Args:
     training: the first set.
     evaluation: the second set.
-    names: of the two sets, for the message.
+    names: names of the two sets, for the error message.
   """
   seen = {_normalise(prompt): prompt.id for prompt in training}
   shared = [(seen[form], p) for p in evaluation if (form := _normalise(p)) in seen]
@@ -114,7 +114,7 @@ def check_disjoint(
 
 
 def parse_dialogue(text: str) -> list[dict[str, str]]:
-  """Parse a plain dialogue as HH-RLHF prints it.
+  """Parse a dialogue in the plain form of HH-RLHF.
 
   Only "\\n\\nHuman:" and "\\n\\nAssistant:" are labels. Some published rows have the same label
   twice in a row; such turns are joined with an empty line.

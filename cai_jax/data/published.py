@@ -17,10 +17,11 @@ Requests = dict[str, tuple[str, str]]  # principle id → (critique request, rev
 
 
 def read_published_samples(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], Requests]:
-  """Read a file of published samples.
+  """Read a file of published samples as rows of D_CAI.
 
-  The files do not record how a sample ended. Every `finish_reason` is therefore 'stop', and the
-  flag 'truncated' cannot be detected.
+
+  The files do not record why a sample ended, so every `finish_reason` is 'stop' and the flag
+  'truncated' is never set.
 
   Args:
     path: a *_SLMADISON.jsonl file.

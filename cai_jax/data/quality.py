@@ -140,7 +140,7 @@ def find_flags(
   Args:
     prompt: messages. A marker that occurs in them does not count as leaked.
     previous: the response before the revision; None if `revision` is the initial response.
-    critique: of the previous response; None for the initial response. Empty text with the
+    critique: the critique of `previous`; None for the initial response. Empty text with the
       finish_reason '' means that no critique was requested.
     revision: the response to examine.
     principle: id of the round's principle.
@@ -201,8 +201,8 @@ def has_role_marker(text: str, prompt: Sequence[Mapping[str, str]]) -> bool:
 def finds_nothing(critique: Mapping[str, Any]) -> bool:
   """Return whether a critique has no objection.
 
-  It has none if it is blank although it was requested, or if it praises the response or finds
-  nothing wrong, without any reservation such as "but".
+  This is so if the critique was requested but is blank. It is also so if the critique praises the
+  response or finds nothing wrong, without a reservation such as "but".
   """
   text = critique['text'].strip()
   if not text:
@@ -213,7 +213,11 @@ def finds_nothing(critique: Mapping[str, Any]) -> bool:
 def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
   """Return whether two lists of words have a similarity of at least `NEAR_IDENTICAL`.
 
-  The similarity is the ratio of `difflib.SequenceMatcher`, which depends on the order.
+  The similarity is the ratio of `difflib.SequenceMatcher`. It depends on which list comes first.
+
+  Args:
+    before: words of the response before the revision.
+    after: words of the revision.
   """
   if not before or not after:
     return False
@@ -226,9 +230,13 @@ def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
 def has_loop(text: str, words: Sequence[str]) -> bool:
   """Return whether the text repeats itself.
 
-  It does if a unit of up to 8 characters occurs 8 times in a row. It also does if it has at least
-  `LOOP_WORDS` words and either one trigram covers more than `LOOP_SHARE` of them, or fewer than
-  `LOOP_DISTINCT` of the trigrams are distinct (a loop of many words).
+  A text repeats itself if a string of up to 8 characters occurs 8 times in a row. A text of at
+  least `LOOP_WORDS` words also repeats itself if one trigram of words covers more than `LOOP_SHARE`
+  of it, or if the share of distinct trigrams is below `LOOP_DISTINCT` (a loop of many words).
+
+  Args:
+    text: the text.
+    words: its words, from `split_words`.
   """
   if _CHARACTER_LOOP.search(text):
     return True
@@ -242,7 +250,7 @@ def has_loop(text: str, words: Sequence[str]) -> bool:
 
 
 def leaks_request(words: Sequence[str], principle: str, references: References) -> bool:
-  """Return whether a response repeats part of a request of its principle.
+  """Return whether a response repeats part of its principle's requests.
 
   Raises:
     UserError: if `references` does not contain the principle.
@@ -260,7 +268,12 @@ def leaks_request(words: Sequence[str], principle: str, references: References) 
 
 
 def similarity(words: Sequence[str], other: Ngrams) -> float:
-  """Return the Jaccard index of a text's n-grams and those of another text, in [0, 1]."""
+  """Return the Jaccard index, in [0, 1], of the n-grams of two texts.
+
+  Args:
+    words: words of the first text.
+    other: n-grams of the second text.
+  """
   own = ngrams(words, COPIED_NGRAM)
   return len(own & other) / len(own | other)
 
@@ -271,5 +284,8 @@ def split_words(text: str) -> list[str]:
 
 
 def ngrams(words: Sequence[str], n: int) -> Ngrams:
-  """Return the set of all runs of `n` words; a shorter text gives one run of all its words."""
+  """Return the set of all n-grams of words.
+
+  A text with fewer than `n` words gives one tuple of all its words.
+  """
   return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1)))

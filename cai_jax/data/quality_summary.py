@@ -24,7 +24,7 @@ def summarise(rows: Iterable[Mapping[str, Any]], references: References) -> dict
   Args:
     rows: each has `prompt` (messages), `initial` {text, finish_reason} and `rounds` of {principle,
       critique, revision}. Rows without rounds count in 'rows' only.
-    references: of the constitution.
+    references: the texts of the constitution, from `quality.build_references`.
 
   Returns:
     A JSON object:
@@ -86,7 +86,7 @@ def exceeded_limits(summary: Mapping[str, Any], limits: Mapping[str, float]) -> 
 
   Args:
     summary: from `summarise`.
-    limits: flag → largest allowed share of the revisions.
+    limits: the largest allowed share of the revisions, by flag.
   """
   rates = ((name, summary['flags'][name]['rate'], limit) for name, limit in limits.items())
   return [

@@ -1,4 +1,4 @@
-"""The public interface of the package: dialogues to tokens and sampled tokens to text."""
+"""The public interface of the package: dialogues to tokens, and sampled tokens to text."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from cai_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dialogue:
-  """Turns messages into token ids for one tokenizer and one prompt format.
+  """A converter of messages to token ids, for one tokenizer and one prompt format.
 
   Roles are 'system' (first only), 'user', 'assistant', and four for a critique–revision chain:
   'critique_request', 'critique', 'revision_request' and 'revision'. A chat template sees these
@@ -38,7 +38,7 @@ class Dialogue:
     template_options: (name, value) pairs for the chat template, such as ('enable_thinking', False).
 
   Raises:
-    UserError: if the style is unknown, or the tokenizer or an option does not suit it.
+    UserError: if the style is unknown, or does not support the tokenizer or an option.
   """
 
   tokenizer: Any
@@ -95,6 +95,11 @@ class Dialogue:
   def reply(self, text: str, reply_role: str = 'assistant') -> list[int]:
     """Return the tokens of `text` as the next turn, including the token that ends the turn.
 
+    Args:
+      text: the content of the turn.
+      reply_role: the role of the turn: 'assistant', 'critique' or 'revision'.
+
+
     Raises:
       UserError: if `reply_role` is not a role that replies.
     """
@@ -145,8 +150,8 @@ class Dialogue:
     """Return the text of a sampled reply, without control tokens and surrounding white space.
 
     Reasoning up to `</think>` is dropped; a reply that was cut off inside its reasoning has no
-    text. In the plain format the text ends before the first label, which a base model writes when
-    it continues with somebody else's turn.
+    text. In the plain format, the text ends before the first label. A base model writes one when it
+    continues with the next speaker's turn.
     """
     text = self._encoder.decode_reply(tokens, self._format.prompt_opens_reasoning)
     ends = [text.find(stop) for stop in self.stop_strings if stop in text]

@@ -1,7 +1,7 @@
-"""Pieces of a dialogue to token ids and back, without reading control tokens from text.
+"""Encode pieces of a dialogue as token ids and decode them; no text becomes a control token.
 
-A control token (<|im_end|>, </s>, ...) structures a dialogue. What users and models write must
-never become one, even if it spells one. A format therefore hands over a dialogue as pieces:
+A control token (<|im_end|>, </s>, ...) structures a dialogue. Text of users and models must never
+become one, even if it spells one. A format therefore describes a dialogue as pieces:
 
   Markup   text of the format itself; control tokens in it are recognised
   Text     content; always encoded as ordinary text
@@ -75,7 +75,7 @@ def control_tokens(tokenizer: Any) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-  """Encodes pieces with one tokenizer, and decodes token ids.
+  """An encoder of pieces and a decoder of token ids, for one tokenizer.
 
   Args:
     tokenizer: a fast tokenizer of `transformers`.
@@ -105,7 +105,7 @@ class Encoder:
 
   @functools.cached_property
   def control_pattern(self) -> re.Pattern[str]:
-    """Matches the spelling of a control token, as its group 1."""
+    """A pattern whose group 1 matches the spelling of any control token."""
     longest_first = sorted(self.control, key=len, reverse=True)
     return re.compile(
       '(' + '|'.join(map(re.escape, longest_first)) + ')' if longest_first else '$^'
@@ -113,7 +113,7 @@ class Encoder:
 
   @functools.cached_property
   def leading_bos(self) -> int | None:
-    """The id that the tokenizer itself puts before a text, if it is the bos token."""
+    """The bos token if the tokenizer puts it before every text, else None."""
     bos = self.tokenizer.bos_token_id
     return bos if bos is not None and self.tokenizer('a')['input_ids'][:1] == [bos] else None
 
@@ -121,7 +121,7 @@ class Encoder:
     """Return the token ids of the pieces.
 
     Raises:
-      UserError: if the tokenizer turns text into control tokens in spite of all precautions.
+      UserError: if the tokenizer turns text into control tokens and this cannot be prevented.
     """
     tokens = self._encode_with_cuts(*self._insert_cuts(pieces))
     if tokens is None:
@@ -144,7 +144,7 @@ class Encoder:
     that is not closed.
 
     Args:
-      tokens: of the reply.
+      tokens: token ids of the reply.
       inside_reasoning: whether the prompt already contains the `<think>`. The text is then empty
         if the reply has no `</think>`.
     """

@@ -1,4 +1,4 @@
-"""Prompt formats: how messages become text and token ids.
+"""Prompt formats: how messages become pieces of text and tokens.
 
 To add a format, write one file with a class like `PlainFormat` in plain.py and register it:
 
@@ -22,8 +22,8 @@ TemplateOptions = tuple[tuple[str, Any], ...]  # (name, value) pairs
 class Format(Protocol):
   """A prompt format, bound to one tokenizer.
 
-  A format describes a dialogue as a sequence of pieces; `Encoder.encode` makes tokens of them. The
-  messages that it receives have valid roles in a valid order, with demonstrations already
+  A format describes a dialogue as a sequence of pieces, which `Encoder.encode` converts to tokens.
+  The messages that it receives have valid roles in a valid order, with demonstrations already
   inserted.
   """
 
@@ -43,11 +43,24 @@ class Format(Protocol):
     ...
 
   def prompt(self, messages: Sequence[Message], reply_role: str) -> list[Piece]:
-    """Return the pieces of the messages and of all that precedes the reply of `reply_role`."""
+    """Return the pieces of a prompt: the messages, and whatever comes before the reply.
+
+    Args:
+      messages: the dialogue, ending with a request.
+      reply_role: the role of the reply.
+    """
     ...
 
   def reply(self, text: str, reply_role: str) -> tuple[list[Piece], list[Piece]]:
-    """Return (pieces that end a prompt for this role, pieces of the reply and its end token)."""
+    """Return the pieces before a reply, and the pieces of the reply with its end token.
+
+    Args:
+      text: the reply.
+      reply_role: its role.
+
+    Returns:
+      The pieces with which a prompt for this role ends, and those that follow.
+    """
     ...
 
   def conversation(self, messages: Sequence[Message]) -> list[Piece]:

@@ -15,9 +15,13 @@ ROLES = ('system', *REQUEST_ROLES, *REPLY_ROLES)
 
 
 def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
-  """Raise UserError unless the messages end with a request that `reply_role` can answer.
+  """Check that the messages end with a request and that `reply_role` can answer it.
 
-  A system message is allowed in the first place only.
+  A system message can only come first.
+
+  Raises:
+    UserError: if a role is unknown or misplaced.
+
   """
   roles = [message['role'] for message in messages]
   unknown = [role for role in roles if role not in ROLES]
@@ -31,13 +35,21 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
 
 
 def check_reply_role(role: str) -> None:
-  """Raise UserError unless `role` is one of `REPLY_ROLES`."""
+  """Check that `role` is one of `REPLY_ROLES`.
+
+  Raises:
+    UserError: if it is not.
+  """
   if role not in REPLY_ROLES:
     raise UserError(f'reply_role must be one of {REPLY_ROLES}, got {role!r}.')
 
 
 def check_ends_with_reply(messages: Sequence[Message]) -> None:
-  """Raise UserError unless the last message is a reply."""
+  """Check that the last message is a reply.
+
+  Raises:
+    UserError: if it is not, or there is no message.
+  """
   roles = [message['role'] for message in messages]
   if not roles or roles[-1] not in REPLY_ROLES:
     raise UserError(f'The dialogue must end with a reply {REPLY_ROLES}, got the roles {roles}.')

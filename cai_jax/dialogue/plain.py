@@ -24,7 +24,7 @@ LABELS = {
 
 
 def join_plain(messages: Iterable[Mapping[str, str]]) -> str:
-  """Return a dialogue as the paper prints it: each content after its label and a space."""
+  """Return a dialogue in the paper's form: each content after its label and a space."""
   return ''.join(f'{LABELS[message["role"]]} {message["content"]}' for message in messages)
 
 
@@ -60,7 +60,7 @@ class PlainFormat:
   """The plain format for one tokenizer. A system message comes first, without a label.
 
   Args:
-    encoder: of the tokenizer, which needs an eos token.
+    encoder: the encoder of the tokenizer, which needs an eos token.
     eos_token_ids: further ids that end a turn.
     template_options: must be empty, because there is no template.
 
@@ -91,7 +91,7 @@ class PlainFormat:
 
   @property
   def stop_strings(self) -> tuple[str, ...]:
-    """All labels: a base model writes one when it continues with somebody else's turn."""
+    """All labels. A base model writes one when it continues with the next speaker's turn."""
     return tuple(LABELS.values())
 
   @property

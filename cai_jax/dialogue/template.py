@@ -1,8 +1,8 @@
 """The chat format: the chat template that comes with a tokenizer.
 
-The template is rendered with numbered slots in place of contents. The result, a layout, tells
-markup from content character by character. A layout depends on the roles only, so it is rendered
-once per sequence of roles.
+The template is rendered with numbered slots in place of contents. The result, called a layout,
+shows which characters are markup and which are content. It depends only on the roles, so it is
+rendered once for each sequence of roles.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class ChatFormat:
   """The chat template of one tokenizer.
 
   Args:
-    encoder: of the tokenizer, which needs a chat template.
+    encoder: the encoder of the tokenizer, which needs a chat template.
     eos_token_ids: further ids that end a turn.
     template_options: (name, value) pairs for the template.
 
@@ -88,7 +88,7 @@ class ChatFormat:
 
   @property
   def stop_strings(self) -> tuple[str, ...]:
-    """(): only tokens end a turn."""
+    """Always (), because only tokens end a turn."""
     return ()
 
   @functools.cached_property

@@ -13,7 +13,7 @@ def word_pair_diversity(texts: Sequence[str], partners: int = 20, seed: int = 0)
   The value is 1 minus the mean Jaccard similarity between the text's set of adjacent word pairs and
   those of its partners, so it is 0 if all texts are equal. A text of fewer than two words is
   compared by its words. Partners depend only on the seed and the positions of the texts, so arms
-  over the same prompts use the same partners.
+  with the same prompts use the same partners.
 
   Args:
     texts: at least two texts.

@@ -15,7 +15,7 @@ Values = Mapping[int, Mapping[str, float]]  # by seed and prompt id, one number 
 
 
 class Estimate(NamedTuple):
-  """An estimate and the lower and upper end of its interval."""
+  """An estimate, and the lower and upper end of its interval."""
 
   value: float
   low: float
@@ -64,7 +64,7 @@ def estimate_difference(arm: Values, reference: Values, **options) -> Estimate:
   Args:
     arm: one number per seed and prompt.
     reference: numbers for the same seeds and prompts.
-    **options: keyword arguments of `estimate_mean`.
+    **options: keyword arguments for `estimate_mean`.
 
   Raises:
     UserError: if the two have different seeds, or different prompts for a seed.

@@ -70,8 +70,8 @@ def elo_ratings(
 
   A player whose rating is d points higher wins with odds of 10^(d / 400). Ratings maximise the
   likelihood of the model of Bradley and Terry (1952), where a tie counts as half a win for each
-  player. `VIRTUAL_DRAWS` are added between any two players that met, so a player that always wins
-  gets a finite rating. They also pull ratings with few comparisons slightly together.
+  player. `VIRTUAL_DRAWS` are added between any two players that met, so that a player that always
+  wins gets a finite rating. They pull ratings based on few comparisons slightly towards each other.
 
   Args:
     comparisons: results of `judge_matches`.

@@ -41,7 +41,7 @@ class ModelMeasure:
 
   Attributes:
     measure: maps the model, the rows of M_θ on held-out prompts, and the dialogue that renders
-      messages for the model, to a result that JSON can hold. None means that there is nothing to
+      messages for the model, to a result of JSON types. None means that there is nothing to
       measure.
     describe: maps the model's name and a result to lines of text.
   """
@@ -56,7 +56,7 @@ class ModelComparison:
 
   Attributes:
     compare: maps a loader, the rows of M_θ, the rows of M_aligned on the same prompts, and a seed
-      to a result that JSON can hold.
+      to a result of JSON types.
     describe: maps a result to lines of text.
   """
 

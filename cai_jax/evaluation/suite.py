@@ -1,4 +1,4 @@
-"""Everything that a run's evaluation measures, as its config asks for."""
+"""Run the measures that the config of an evaluation asks for."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

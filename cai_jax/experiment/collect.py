@@ -73,7 +73,7 @@ def read_responses(arm: Arm, folders: Mapping[int, pathlib.Path], kind: str) -> 
   """Read an arm's responses to prompts of one kind.
 
   Args:
-    arm: names the response.
+    arm: the arm, which names the response to read.
     folders: the arm's run folders, by seed.
     kind: 'harmful' or 'helpful'. For helpful prompts D_CAI has the initial response only.
 
@@ -135,7 +135,8 @@ def collect_results(
 
   Args:
     experiment: the arms.
-    name, docstring: of the experiment's file.
+    name: name of the experiment's file, without suffix.
+    docstring: docstring of that file.
     folders: arm → seed → folder of the finished run.
     measures: the measures of responses.
     config: the base config.
@@ -256,7 +257,8 @@ def _all_costs(experiment: Experiment, folders: RunFolders) -> list[dict[str, An
 def stage_costs(folder: pathlib.Path, seed: int, stages: Sequence[str]) -> list[dict[str, Any]]:
   """Return one row of costs for each of the stages that has finished.
 
-  Counts are those of the stage's last start; memory is the process's peak up to its end.
+  Counts are those of the stage's last start. Memory is the peak of the process at the end of the
+  stage.
 
   Args:
     folder: the run's folder.

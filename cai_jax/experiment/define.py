@@ -64,7 +64,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A question, stated as arms that differ only in their overrides and in the response they score.
+  """A question, stated as arms that differ only in overrides and in the response to score.
 
   Attributes:
     arms: by name, in the order of the result table.
@@ -105,7 +105,7 @@ class Experiment:
       )
 
   def select(self, names: Sequence[str]) -> 'Experiment':
-    """Return the experiment with the named arms and the reference only.
+    """Return the experiment with only the named arms and the reference.
 
     Figures that show any other arm are left out.
 
@@ -120,7 +120,7 @@ class Experiment:
     return dataclasses.replace(self, arms=kept, figures=figures)
 
   def settings(self, arm: str, seed: int) -> dict[str, Any]:
-    """Return the config fields that a run sets, by dotted name."""
+    """Return the config fields that the run of an arm and a seed sets, by dotted name."""
     return {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
 
 

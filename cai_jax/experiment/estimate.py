@@ -115,13 +115,13 @@ def describe(
 ) -> str:
   """Return a text that lists the turns of each run and the cost of all runs.
 
-  To measure the speed, this samples some chains of the first unfinished run twice, in a temporary
-  folder, and times its model's matrix products.
+  To measure the speed, this function samples some chains of the first unfinished run twice, in a
+  temporary folder, and times the matrix products of its model.
 
   Args:
-    name: of the experiment.
-    runs: folder → run and its stages.
-    sampled: turns that are already sampled.
+    name: name of the experiment.
+    runs: each run and its stages, by folder.
+    sampled: the turns that the journal already contains.
 
   Raises:
     UserError: if that run's models cannot be loaded.

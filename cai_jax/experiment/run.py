@@ -41,7 +41,7 @@ def plan_runs(
   Args:
     experiment: the arms and seeds.
     config: the base config.
-    workdir: of the experiment.
+    workdir: folder of the experiment.
 
   Returns:
     Folder → the run and the stages that its arms need, seed by seed.
@@ -70,7 +70,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
 
   Args:
     spec: the experiment's file; see `load_experiment`.
-    workdir: of the experiment; several experiments may share it.
+    workdir: folder of the experiment; several experiments may share it.
     options: `arms`, `seeds`, `config` and `dry_run` of the command line.
 
   Raises:
@@ -170,6 +170,13 @@ def select_chains(
   """Return about `count` chains of the first seed's runs for the report, each with its arm.
 
   If several arms share a dataset, its chains appear under the last of them.
+
+  Args:
+    experiment: the arms and seeds.
+    folders: folder of each run, by arm and seed.
+    scorer: names the rules that each response breaks; None judges nothing.
+    count: number of chains.
+
   """
   seed = experiment.seeds[0]
   datasets: dict[pathlib.Path, str] = {}

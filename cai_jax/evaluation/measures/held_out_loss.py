@@ -23,7 +23,7 @@ def create_held_out_loss(config: EvaluationConfig) -> ModelMeasure | None:
 def measure_held_out_loss(
   lm: LM, rows: Sequence[Row], dialogue: Dialogue
 ) -> dict[str, float | int] | None:
-  """Return the loss on last revisions, without those that are blank or were cut at max_tokens.
+  """Return a model's loss on last revisions, except blank ones and those cut at max_tokens.
 
   Args:
     lm: the model.
@@ -70,7 +70,7 @@ def loss_and_perplexity(
   Returns:
     A dict with
 
-    - `loss`: -1/N Σ_i log P(y_i | x_i; θ) in nats per sequence, as the objective with
+    - `loss`: -1/N Σ_i log P(y_i | x_i; θ) in nats per sequence, the training objective with
       `train.loss_normalization='sequence'`;
     - `loss_per_token`: nats per token of the continuations;
     - `perplexity`: exp(`loss_per_token`);

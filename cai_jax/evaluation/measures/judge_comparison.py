@@ -44,16 +44,16 @@ def compare_with_judge(
 
   Args:
     judge: the language model.
-    principles: one is drawn for each prompt.
+    principles: instructions to the judge, of which one is drawn for each prompt.
     base: rows of M_θ.
     aligned: rows of M_aligned on the same prompts.
     seed: seed of the draw of principles.
 
   Returns:
     For each kind of prompt: `equal` and `empty`, the numbers of pairs that the judge did not read;
-    `win_rate` of 'aligned' (see `ratings.win_rate`, but `consistency` is that of the pairs that the
-    judge read, or None if there are none); and `elo` (see `ratings.elo_ratings`) with 'base' as the
-    anchor. A kind without comparisons has `equal` and `empty` only.
+    `win_rate` of 'aligned' (see `ratings.win_rate`, but `consistency` covers only the pairs that
+    the judge read, and is None if it read none); and `elo` (see `ratings.elo_ratings`) with 'base'
+    as the anchor. A kind without comparisons has `equal` and `empty` only.
   """
   responses = {row['id']: row['initial']['text'] for row in aligned}
   rng = np.random.default_rng([seed, 3])

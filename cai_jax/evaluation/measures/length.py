@@ -10,7 +10,7 @@ from cai_jax.scoring.loader import ModelLoader
 
 @RESPONSE_MEASURES.register('length')
 def load_length(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasure:
-  """Return `measure_length`, which every run uses."""
+  """Return `measure_length`. Every run uses this measure."""
   del config, loader
   return measure_length
 

@@ -1,4 +1,4 @@
-"""Rewards of responses, by a reward model."""
+"""Rewards of responses, as a reward model scores them."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: accuracy, calibration and dependence on the order of options.
+"""Multiple choice by likelihood: accuracy, calibration and sensitivity to the order of options.
 
 The model's answer is the option with the greatest log P(option | prompt; θ), as in Askell et al.
 2021, section 2. `cai_jax.evaluation.questions` reads the questions.
@@ -83,10 +83,13 @@ def evaluate_questions(
       `confidence` (its probability), `probability` (of the right options) and `log_probabilities`
       of `corrects` and `incorrects`, in nats.
 
-    With `swap`, `swapped` holds the same for the exchanged questions, `consistency` is the share of
-    questions answered with the same text in both orders, and `averaged_accuracy` is the share whose
-    right option has a mean probability above 0.5 over the two orders. Means and shares come with
-    their 95 % bootstrap interval [low, high] over questions, named `..._interval`.
+    Means and shares have a 95 % bootstrap interval [low, high] over questions, under the name
+    `..._interval`. With `swap`, the dict also has
+
+    - `swapped`: the same results for the exchanged questions;
+    - `consistency`: share of questions that are answered with the same text in both orders;
+    - `averaged_accuracy`: share of questions whose right option has a probability above 0.5 on
+      average over both orders.
 
   Raises:
     UserError: if there are no questions, or one cannot be tokenised, is too long for the model or
@@ -124,8 +127,9 @@ def evaluate_questions(
 def calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = BINS) -> float:
   """Return the expected calibration error (Guo et al. 2017, equation 3).
 
-  It is the mean over answers of |accuracy - mean confidence| of the answer's bin. Bins have equal
-  width: bin m of M holds the confidences in ((m - 1) / M, m / M].
+  Answers are divided by confidence into M bins of equal width: bin m contains the confidences in
+  ((m - 1) / M, m / M]. The error is the mean of |accuracy - mean confidence| over bins, weighted by
+  their numbers of answers.
 
   Args:
     confidences: f64[N], the probability of each answer.

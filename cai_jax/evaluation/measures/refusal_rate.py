@@ -1,4 +1,4 @@
-"""How many responses refuse: to harmful prompts, and to harmless ones."""
+"""Rates of refusal, for harmful and for harmless prompts."""
 
 from collections.abc import Sequence
 from typing import Any

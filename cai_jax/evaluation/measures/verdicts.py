@@ -1,4 +1,4 @@
-"""How many responses break a rule, and how many help, according to the scorer."""
+"""Rates of responses that break a rule, and of responses that help, according to the scorer."""
 
 from collections.abc import Sequence
 

@@ -35,9 +35,10 @@ class Reply:
   """A sampled reply.
 
   Attributes:
-    model: the engine's name of the model that sampled it.
-    completion: its tokens and their log-probabilities.
-    text: its text without reasoning and surrounding white space, as `Dialogue.decode` returns it.
+    model: the name by which the engine knows the model that sampled the reply.
+    completion: the tokens of the reply and their log-probabilities.
+    text: the text of the reply without reasoning and surrounding white space, as `Dialogue.decode`
+      returns it.
   """
 
   model: str
@@ -50,7 +51,8 @@ class Stage:
   """The model and the settings that sample one kind of turn.
 
   Attributes:
-    model: the engine's name of the model.
+    model: the name by which the engine knows the model.
+
     dialogue: renders messages for that model.
     sampling: temperature, length limit and so on.
     demonstrations: few-shot dialogues that precede every context.
@@ -64,7 +66,7 @@ class Stage:
   def ask(
     self, turn_name: str, messages: Sequence[Message], role: str
   ) -> Generator[Turn, Completion, Reply]:
-    """Sample the reply to some messages. Call it as `reply = yield from stage.ask(...)`.
+    """Sample the reply to some messages; call it as `reply = yield from stage.ask(...)`.
 
     Args:
       turn_name: the name of the turn, unique within its chain. It seeds the sampling.
@@ -141,12 +143,12 @@ TurnPlan = Sequence[tuple[str, str]]  # (turn name, stage name) of each turn, in
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A registered way to revise.
+  """A registered variant of the chain: how a response is revised.
 
   Attributes:
     chain: the generator function, called as `chain(prompt, principles, stages, growing)`.
     turns: returns the turns that the chain takes for a number of rounds.
-    needs_donor: whether `chain` also takes the keyword `donor`, another prompt that is revised.
+    needs_donor: whether `chain` also takes the keyword `donor`, another harmful prompt.
   """
 
   chain: Callable[..., Chain]
@@ -162,14 +164,14 @@ def register_variant(
 ) -> Callable[[Callable[..., Chain]], Callable[..., Chain]]:
   """Return a decorator that registers a chain function as a value of `feedback.variant`.
 
-  Before anything is sampled, the job runs every chain on placeholder replies of full length to
-  find the longest context. Which turns a chain takes must therefore not depend on the replies.
+  Before sampling, the job runs the chain on placeholder replies of maximum length to find the
+  longest context. The turns of a chain must therefore not depend on the text of its replies.
 
   Args:
     name: the value of `feedback.variant` that selects the variant.
     turns: a function from the number of rounds to the (turn name, stage name) of each turn in
       order; a stage name is 'initial', 'critique' or 'revision'. The names must be those that the
-      chain yields. Estimates of an experiment's cost rely on them.
+      chain yields. They are used to estimate the cost of an experiment.
     needs_donor: whether the chain also takes the keyword `donor: Prompt`, another harmful prompt.
 
   Raises:
@@ -184,7 +186,8 @@ def register_variant(
 
 
 def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
-  """Return a `turns` function for chains with one turn of each given stage in every round.
+  """Return a `turns` function for chains with one turn of each of these stages in every round.
+
 
   `turns_per_round('critique', 'revision')(2)` returns the turns initial, critique_1, revision_1,
   critique_2 and revision_2.
@@ -203,12 +206,12 @@ Context = list[dict[str, Any]]  # messages whose content is a text or a Reply
 
 
 def message(role: str, content: str | Reply) -> dict[str, Any]:
-  """Return a message of a context."""
+  """Return a message with a role and a content, which is a text or a `Reply`."""
   return {'role': role, 'content': content}
 
 
 def answer_only(prompt: Prompt, stages: Stages) -> Chain:
-  """Sample y_init and revise nothing. Helpful prompts use this chain with every variant."""
+  """Sample y_init only. With every variant, helpful prompts use this chain."""
   initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
   return Record(prompt, initial, ())
 

@@ -23,8 +23,8 @@ def shared_prefixes(
 ) -> dict[str, list[list[int]]]:
   """Return the token ids with which all contexts of a stage begin, for each model.
 
-  A shared prefix holds the demonstrations, and a system message if all prompts have the same one.
-  The function compares renderings of the first prompts only; a later context that begins
+  A shared prefix contains the demonstrations, and the system message if all prompts have the same
+  one. The function compares the renderings of only the first prompts. A later context that begins
   differently is computed without a shared prefix.
 
   Args:
@@ -58,8 +58,9 @@ def cache_length(
 ) -> int:
   """Return the number of tokens that a slot's cache needs for the longest chain.
 
-  The length is a multiple of 64 where the models allow it, and does not count shared prefixes.
-  Among the prompts whose contexts begin with the same shared prefixes, only the longest is tried.
+  The length is a multiple of 64 if the contexts of the models allow it. Shared prefixes are not
+  included. Among prompts whose contexts begin with the same shared prefixes, only the longest is
+  tried.
 
   Args:
     prompts: (prompt, kind) pairs.
@@ -94,7 +95,7 @@ def cache_length(
 
 
 def smallest_context_limit(models: Mapping[str, LM | Remote]) -> int:
-  """Return the smallest context limit in tokens of the models that run in this process."""
+  """Return the smallest context limit, in tokens, among the models in memory."""
   local = (model for model in models.values() if isinstance(model, LM))
   return min((lm.max_positions for lm in local), default=64)
 

@@ -34,10 +34,11 @@ def generate_shards(
 ) -> dict[str, Any]:
   """Sample the missing shards of D_CAI, and return counts and speeds for the manifest.
 
-  Existing shards are kept. All processes call this function together and need a folder and a
-  journal that they share. Each takes an equal part of the missing shards and reads the journals of
-  all, so a later start can finish whatever a lost process left behind, with any number of
-  processes. The bytes of a shard depend on the job alone. Call `finish_dataset` afterwards.
+  Existing shards are kept. All processes must call this function together, with the same shared
+  folder and journal. Each process samples an equal part of the missing shards. It reads the journal
+  files of all processes, so a later start, with any number of processes, can finish the work of a
+  process that was lost. The bytes of a shard depend on the job alone. Call `finish_dataset`
+  afterwards.
 
   Args:
     job: what to sample.
@@ -76,7 +77,12 @@ def generate_shards(
 def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
   """Write the metadata that turns the shards into one TFDS dataset.
 
-  Only one process may call this function, after `generate_shards` has returned in all of them.
+  Only one process may call this function, after `generate_shards` has returned in every process.
+
+  Args:
+    job: the job whose shards are complete.
+    folder: the folder of the dataset.
+
 
   Raises:
     UserError: if a shard is missing.

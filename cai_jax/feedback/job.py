@@ -1,4 +1,4 @@
-"""A job: everything that D_CAI is a function of, checked before anything is sampled."""
+"""A job: everything that determines D_CAI, checked before anything is sampled."""
 
 import dataclasses
 import functools
@@ -24,18 +24,18 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Everything that D_CAI is a function of. `prepare` makes and checks it.
+  """Everything that determines D_CAI; `prepare` makes a job and checks it.
 
   Attributes:
     prompts: (prompt, kind) pairs. A kind is 'harmful' (answered and revised) or 'helpful'
       (answered only).
     constitution: the constitution C.
     config: settings of the chains.
-    stages: who samples each kind of turn, and how.
-    models: 'base', and 'critique' and 'revision' if they are other models.
+    stages: the model and the settings that sample each kind of turn.
+    models: the models by role: 'base', and 'critique' and 'revision' if they are other models.
     seed: seed of the principles and of sampling.
-    prefixes: token ids with which many contexts begin, for each model.
-    length: tokens of the longest context with its reply, without its shared prefix.
+    prefixes: for each model, the token ids of the prefixes that many contexts share.
+    length: number of tokens of the longest context and its reply, without the shared prefix.
   """
 
   prompts: Sequence[tuple[Prompt, str]]
@@ -52,7 +52,12 @@ class Job:
     return self.config.rounds if kind == 'harmful' else 0
 
   def chain(self, prompt: Prompt, kind: str) -> Chain:
-    """Return the chain of a prompt under the principles that are drawn for it."""
+    """Return the chain of a prompt, with the principles that are drawn for it.
+
+    Args:
+      prompt: the prompt x.
+      kind: 'harmful' or 'helpful'.
+    """
     principles = draw_principles(
       self.constitution, self.seed, prompt.id, self.num_rounds(kind), self.config.repeat_principles
     )
@@ -62,14 +67,19 @@ class Job:
   def possible_chains(self, prompt: Prompt, kind: str) -> Iterator[Chain]:
     """Yield, for each principle, the chain that applies it in every round.
 
-    No chain of this prompt is longer than the longest of these. A chain that needs a donor gets the
-    prompt itself, so that the longest prompt also stands for the longest donor.
+    No chain of this prompt is longer than the longest of these. If a chain needs a donor, the
+    prompt is its own donor, so the longest prompt is also tried with the longest donor.
     """
     for principle in self.constitution.principles:
       yield self._chain(prompt, (principle,) * self.num_rounds(kind), donor=prompt)
 
   def row(self, record: Record, kind: str) -> dict[str, Any]:
-    """Return the row of D_CAI for a finished chain."""
+    """Return the row of D_CAI for the record of a finished chain.
+
+    Args:
+      record: the result of the chain.
+      kind: 'harmful' or 'helpful'.
+    """
     names = {name: self.models[stage.model].name for name, stage in self.stages.by_name().items()}
     return make_row(record, kind, self.seed, names, self._constitution_fingerprint)
 
@@ -117,11 +127,12 @@ class Job:
 
 
 def repeat_prompts(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-  """Return each prompt several times, with different ids, so that it is answered several times.
+  """Return copies of each prompt with different ids, so that it is answered several times.
+
 
   Args:
     prompts: the prompts.
-    times: how many copies of each prompt to return. Their ids are 'id', 'id/2', 'id/3', ...
+    times: number of copies of each prompt. Their ids are 'id', 'id/2', 'id/3', ...
   """
   return [
     dataclasses.replace(prompt, id=f'{prompt.id}/{n}') if n > 1 else prompt
@@ -142,7 +153,8 @@ def prepare(
   """Return a checked job that is ready to sample.
 
   Args:
-    models: 'base' is M_θ; 'critique' and 'revision' are M_critique and M_revise, if they differ.
+    models: the models by role: 'base' is M_θ; 'critique' and 'revision' are M_critique and
+      M_revise, if they are other models.
     harmful: prompts whose responses are criticised and revised.
     helpful: prompts that are only answered, for mixing into fine-tuning.
     constitution: the constitution C.

@@ -1,4 +1,4 @@
-"""The cache of keys and values: its shape, how tokens enter it, and what queries see of it.
+"""The cache of keys and values: its shape, writes to it, and the masks of queries that read it.
 
 `cai_jax.model.transformer` defines the axis letters. For packed tokens, B counts groups of cache
 rows, R the pieces of a group, and C the tokens of a piece.
@@ -43,10 +43,10 @@ Lengths = tuple[tuple[int, ...], ...]  # for each layer, the tokens of each of i
 
 
 class Prefix(NamedTuple):
-  """A sequence of tokens that many rows begin with and that is cached once for all of them.
+  """A sequence of tokens with which many rows begin, cached once for all of them.
 
   Attributes:
-    cache: of one row (B = 1), with one span per layer.
+    cache: a cache of one row (B = 1), with one span per layer.
     length: i32[], number of tokens; the rest of the cache is padding.
   """
 
@@ -55,7 +55,7 @@ class Prefix(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-  """The available prefixes, and the one that each row begins with.
+  """The available prefixes, and the choice of one for each row.
 
   Attributes:
     entries: the prefixes.
@@ -80,15 +80,16 @@ class Prefixes(NamedTuple):
 class Packing(NamedTuple):
   """The assignment of packed tokens to the rows of a cache.
 
-  The rows of the cache are split into B equal groups, and each group gets T tokens of any of its
-  rows. A mesh that splits both in the same way has nothing to communicate. Products with parameters
-  take the tokens as they are, without padding. Attention takes them as R pieces per group, each
-  with up to C tokens of one row.
+  The rows of the cache are split into B equal groups, and each group gets T tokens, which can
+  belong to any of its rows. If a mesh splits rows and tokens in the same way, the devices do not
+  communicate. Products with parameters use the tokens as they are, without padding. Attention uses
+  them as R pieces per group, each with up to C tokens of one row.
 
   Attributes:
     rows: i32[B,T], the row of each token, counted within its group.
-    token_index: i32[B,R,C], the token at each place of each piece; T marks an empty place.
-    piece_index: i32[B,T], the place of each token among the R × C places of its group.
+    token_index: i32[B,R,C], the index of the token at each place of each piece; T marks an empty
+      place.
+    piece_index: i32[B,T], the index of each token among the R × C places of its group.
   """
 
   rows: jax.Array
@@ -121,9 +122,13 @@ class Packing(NamedTuple):
     return self.to_pieces(self.rows, 0)[:, 0].reshape(self.token_index.shape[:2])
 
   def last_positions(self, positions: jax.Array) -> jax.Array:
-    """Return the last of positions i32[B,T] in the row of each piece, as i32[BR].
+    """Return the last position of each piece's row, as i32[BR].
 
-    Tokens of the row in other pieces count too.
+    Tokens of the row in other pieces are included.
+
+    Args:
+      positions: i32[B,T], the position of each token.
+
     """
     same_row = self.rows[:, None, :] == self.piece_rows()[:, :, None]
     return jnp.where(same_row, positions[:, None, :], -1).max(-1).reshape(-1)
@@ -133,7 +138,7 @@ class Packing(NamedTuple):
     return x.reshape(len(self.rows), -1, *x.shape[1:])
 
   def read_rows(self, span: LayerCache) -> LayerCache:
-    """Return the rows of a span that the pieces belong to, in arrays [BR,...]."""
+    """Return the rows of a span to which the pieces belong, in arrays [BR,...]."""
     rows = self.piece_rows()
     take = lambda x: _take(self.split_groups(x), rows).reshape(-1, *x.shape[1:])  # noqa: E731
     # Without the barrier, XLA for TPUs changes the layout of the whole cache to read a few rows.
@@ -149,23 +154,24 @@ def split_spans(length: int, count: int) -> tuple[int, ...]:
   """Split a cache into at most `count` spans of at least `MIN_SPAN` tokens.
 
   Args:
-    length: tokens of the cache.
-    count: largest number of spans.
+    length: number of tokens of the cache.
+    count: maximum number of spans.
 
   Returns:
-    The tokens of each span. All but the last are equal and multiples of 16.
+    The number of tokens of each span. All but the last are equal, and multiples of 16.
   """
   size = max(MIN_SPAN, -(-length // (16 * count)) * 16)
   return tuple(min(size, length - start) for start in range(0, length, size))
 
 
 def cache_lengths(config: ModelConfig, length: int, slack: int, count: int = 1) -> Lengths:
-  """Return the tokens of each span of each layer.
+  """Return the number of tokens of each span of each layer.
 
   Args:
     config: gives the window of each layer.
-    length: tokens of a row in a layer with full attention, which is split into `count` spans.
-    slack: tokens beyond its window that a windowed layer keeps, in one span.
+    length: number of tokens of a row in a layer with full attention, which is split into `count`
+      spans.
+    slack: number of tokens that a windowed layer keeps beyond its window. It has one span.
     count: number of spans.
   """
 
@@ -183,8 +189,8 @@ def init_cache(config: ModelConfig, batch: int, lengths: Lengths, dtype) -> Cach
   Args:
     config: gives the number and size of the heads.
     batch: number of rows.
-    lengths: for each layer, the tokens of each of its spans.
-    dtype: of the keys and values.
+    lengths: number of tokens of each span of each layer.
+    dtype: dtype of the keys and values.
   """
 
   def span(length):
@@ -201,9 +207,9 @@ def write_span(
   """Write keys and values to a span of a cache.
 
   Args:
-    span: S tokens.
+    span: the span, of S tokens.
     packing: the rows that the tokens belong to; None if the b-th row of `k` is row b of the cache.
-    index: i32[B,T], where each token goes in its row; index S drops the write.
+    index: i32[B,T], where to write each token in its row; index S drops the write.
     k: [B,T,K,H].
     v: [B,T,K,H].
 
@@ -229,11 +235,12 @@ class View(NamedTuple):
   For packed tokens, the masks are those of pieces: [BR,C,S] instead of [B,T,S].
 
   Attributes:
-    write_index: for each span, i32[B,T]: where tokens go; index S drops the write.
-    masks: for each span, bool[B,T,S]: what queries see of it. Without a cache there is one mask,
-      over the tokens of the batch.
-    live: for each span, bool[]: whether any query sees any of it; None means it is always read.
-    prefix_masks: for each prefix, bool[B,T,S]: what queries see of it.
+    write_index: for each span, i32[B,T]: where to write each token; index S drops the write.
+    masks: for each span, bool[B,T,S]: the keys that each query sees. Without a cache there is one
+      mask, over the tokens of the batch.
+    live: for each span, bool[]: whether any query sees a key of it. None means that the span is
+      always read.
+    prefix_masks: for each prefix, bool[B,T,S]: the keys that each query sees.
   """
 
   write_index: tuple[jax.Array, ...]
@@ -253,10 +260,11 @@ def make_view(
 
   Args:
     positions: i32[B,T]; a negative position marks padding.
-    prefixes: the prefixes, and the one that each row begins with.
+    prefixes: the prefixes, and the choice of one for each row.
     packing: the rows that the tokens belong to; None if the b-th row of tokens is row b of the
       cache.
-    lengths: tokens of each span.
+    lengths: number of tokens of each span.
+
     window: number of tokens that a query sees, itself included; None means no limit.
   """
   length = sum(lengths)

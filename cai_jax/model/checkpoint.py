@@ -40,15 +40,15 @@ def load_params(
   param_dtype: str = 'float32',
   extra: Collection[str] = (),
 ) -> Params:
-  """Load the parameters of a Hugging Face folder, each shard straight onto its device.
+  """Load the parameters of a Hugging Face folder, each shard directly onto its device.
 
   Args:
     folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
     config: the model's config.
     mesh: where the parameters go; `cai_jax.model.sharding.RULES` splits them.
     param_dtype: dtype of the result, whatever the files hold: 'float32', 'bfloat16' or 'float16'.
-    extra: names of tensors that the files must hold besides the model's own; `load_weight` reads
-      them.
+    extra: names of tensors that the files must contain in addition to the model's own;
+      `load_weight` reads them.
 
   Raises:
     UserError: if a weight is missing, unused, or of an unexpected shape or dtype; if a file is
@@ -83,12 +83,12 @@ def load_params(
 
 
 def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """Load one tensor of a Hugging Face folder by its name there.
+  """Load one tensor of a Hugging Face folder by its name.
 
   Args:
     folder: the model's folder.
-    name: such as 'score.weight'.
-    shape: the shape that it must have.
+    name: name of the tensor in the files, such as 'score.weight'.
+    shape: the shape that the tensor must have.
 
   Returns:
     f32[*shape].
@@ -130,8 +130,8 @@ def save_params(
 ) -> None:
   """Save parameters as `model.safetensors`, or as numbered shards with an index.
 
-  Each file is written atomically, the index last. In a multi-process run every process must call
-  this; process 0 writes.
+  Each file is written atomically, and the index last. In a run of several processes, every process
+  must call this function; process 0 writes.
 
   Args:
     folder: created if it does not exist.
@@ -141,7 +141,7 @@ def save_params(
     max_shard_bytes: largest size of a file in bytes; a single weight may exceed it.
 
   Raises:
-    UserError: for an unknown dtype.
+    UserError: if the dtype is unknown.
     ValueError: if `params` do not fit `config`.
   """
   if dtype is not None:

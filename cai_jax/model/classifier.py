@@ -29,14 +29,14 @@ class Classifier(NamedTuple):
   """A sequence classifier, placed on a mesh.
 
   Attributes:
-    config: the shape of the decoder. Its embeddings count as tied, because there is no output
+    config: the shape of the decoder. Its embeddings are marked as tied, because there is no output
       layer over the vocabulary.
     params: nested dict of arrays, the decoder's parameters.
     score: f32[C,D], the head; C is the number of labels.
     labels: the C names of the labels.
     tokenizer: a transformers.PreTrainedTokenizerFast.
     eos_token_ids: tokens that end a reply.
-    pad_token_id: from config.json.
+    pad_token_id: the padding token of config.json, or None.
     mesh: where the parameters are.
   """
 
@@ -55,8 +55,8 @@ def load_classifier(
 ) -> Classifier:
   """Load a sequence classifier from a Hugging Face folder or from the hub.
 
-  The checkpoint must be a `LlamaForSequenceClassification`, a `Qwen3ForSequenceClassification` or
-  the like: a decoder of a supported family and `score.weight` [C,D] without a bias.
+  The checkpoint must be a decoder of a supported family with `score.weight` [C,D] and no bias, such
+  as `LlamaForSequenceClassification` or `Qwen3ForSequenceClassification`.
 
   Args:
     path: a folder, or a name on the Hugging Face hub.
@@ -64,7 +64,7 @@ def load_classifier(
     mesh: where the parameters go; None means `make_mesh()`.
 
   Raises:
-    UserError: as `load`; for a checkpoint of another architecture, or with further weights.
+    UserError: as `lm.load`, and if the checkpoint has another architecture or further weights.
   """
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)

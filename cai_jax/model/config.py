@@ -1,4 +1,4 @@
-"""The configuration of a model: everything that defines it besides its parameters."""
+"""The configuration of a model: everything that defines it except its parameters."""
 
 import dataclasses
 
@@ -14,8 +14,10 @@ class Llama3Rope:
 
   Attributes:
     factor: divisor of low frequencies.
-    low_freq_factor: turns within the original context below which a frequency counts as low.
-    high_freq_factor: turns within the original context above which a frequency stays as it is.
+    low_freq_factor: a frequency is low if it makes fewer turns than this within the original
+      context.
+    high_freq_factor: a frequency is unchanged if it makes more turns than this within the original
+      context.
     original_max_positions: the original context, in tokens.
   """
 
@@ -100,12 +102,12 @@ class ModelConfig:
   def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
     """Return the FLOPs of matrix products that one training step needs.
 
-    Per parameter and token, the forward pass takes 2 FLOPs and the backward pass 4; a table that is
-    only looked up takes none. Attention counts only the pairs of tokens that causality and windows
-    leave. Recomputation does not count.
+    Per parameter and token, the forward pass takes 2 FLOPs and the backward pass takes 4. A table
+    that is only looked up takes none. Attention counts only the pairs of tokens that the causal
+    mask and the windows allow. Recomputation does not count.
 
     Args:
-      lengths: i[n], tokens of each sequence.
+      lengths: i[n], number of tokens of each sequence.
       adapters: whether only low-rank adapters are trained, which needs no gradients of the other
         parameters.
     """

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face's format: finding or fetching one, and reading its small files."""
+"""Model folders in Hugging Face's format: find or fetch one, and read its small files."""
 
 import hashlib
 import json
@@ -37,12 +37,12 @@ MODEL_FILES = (
 
 
 class Vocabulary(NamedTuple):
-  """A tokenizer and what is needed to use it, for a model whose weights are on a server.
+  """A tokenizer and its properties, for a model whose weights are on a server.
 
   Attributes:
     tokenizer: a transformers.PreTrainedTokenizerFast.
     eos_token_ids: tokens that end a reply.
-    size: token ids are smaller than this.
+    size: number of token ids.
     fingerprint: hex digest of the tokenizer's files and `eos_token_ids`.
   """
 
@@ -80,7 +80,7 @@ def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES
     patterns: the files to fetch.
 
   Raises:
-    UserError: if there is no such folder, and the hub does not give the model.
+    UserError: if there is no such folder, and the hub does not provide the model.
   """
   folder = pathlib.Path(path).expanduser()
   if folder.is_dir():
@@ -112,7 +112,7 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
 
   Args:
     folder: the model's folder.
-    vocab_size: rows of the model's embedding; None if unknown.
+    vocab_size: number of rows of the model's embedding; None if unknown.
 
   Raises:
     UserError: if there is no tokenizer, it cannot be read, or it has more tokens than the model.
@@ -149,7 +149,8 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
 def read_eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
   """Return the tokens that end a reply.
 
-  They come from generation_config.json, or else config.json, or else the tokenizer.
+  The function takes them from the first of these that states them: generation_config.json,
+  config.json and the tokenizer.
 
   Args:
     folder: the model's folder.
@@ -177,8 +178,8 @@ def fingerprint_model(
 ) -> str:
   """Return the hex digest of everything that determines what a model samples.
 
-  It covers the config, the dtypes, the weights, the tokenizer and the tokens that end a reply, and
-  does not depend on where the folder is. Journals store turns under it.
+  The digest covers the config, the dtypes, the weights, the tokenizer and the tokens that end a
+  reply, but not the path of the folder. It is part of the key of each turn in a journal.
   """
   settings = [identity(config), eos, dtype, param_dtype]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -19,14 +19,15 @@ PRODUCT = 'product'  # checkpoint name of every product with parameters, for rem
 
 
 class LayerContext(NamedTuple):
-  """What a block attends to besides the tokens of the batch, and how.
+  """What a block attends to in addition to the tokens of the batch, and how.
 
   Attributes:
     angles: cosines and sines from `rotary_angles`.
-    view: indices and masks; None with a kernel.
+    view: indices and masks; None if a kernel is used.
     packing: the cache rows that packed tokens belong to; None without packing.
-    prefixes: the layer's part of each shared prefix.
-    kernel: an attention kernel as a function of q, k and v, or None for attention by `view`.
+    prefixes: the layer's keys and values of each shared prefix.
+    kernel: an attention kernel as a function of q, k, v and window, or None to use the masks of
+      `view`.
   """
 
   angles: tuple[jax.Array, jax.Array]
@@ -44,7 +45,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalise the last axis of x; the result has the dtype of x."""
+    """Normalise the last axis of x [...,D]; the result has the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -79,7 +80,7 @@ class Linear(nnx.Module):
   """A linear layer `x · kernel + bias` that accumulates in f32.
 
   Args:
-    ins: sizes of the input axes.
+    ins: sizes of the input axes, which are the leading axes of the kernel.
     outs: sizes of the output axes.
     rngs: `rngs.params` draws the kernel with standard deviation gain · fan_in^-1/2.
     param_dtype: dtype of the parameters.
@@ -167,7 +168,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """A SwiGLU feed-forward layer (Shazeer 2020)."""
+  """A SwiGLU feed-forward layer (Shazeer 2020): down(silu(gate(x)) · up(x))."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
     d, f = config.d_model, config.d_ff
@@ -208,11 +209,12 @@ class Embedding(nnx.Module):
     self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
 
   def __call__(self, tokens: jax.Array, differentiable: bool) -> jax.Array:
-    """Look up tokens i32[B,T].
+    """Return the embeddings of tokens.
+
 
     Args:
       tokens: i32[B,T].
-      differentiable: whether the result must have a gradient by the table. False allows a faster
+      differentiable: whether to support gradients with respect to the table. False allows a faster
         lookup on CPUs.
 
     Returns:

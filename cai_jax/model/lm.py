@@ -43,7 +43,8 @@ class LM:
     mesh: where the parameters are.
     dtype: compute dtype.
     name: the folder or hub name that the model was loaded from.
-    fingerprint: hex digest of config, dtypes, weights and tokenizer; journals store turns under it.
+    fingerprint: hex digest of config, dtypes, weights and tokenizer. It is part of the key of each
+      turn in a journal.
     eos_token_ids: tokens that end a reply.
   """
 
@@ -58,7 +59,7 @@ class LM:
 
   @property
   def graph(self) -> nnx.GraphDef:
-    """The static part of the model: `nnx.merge(lm.graph, params)` in a jitted function."""
+    """The static part of the model, for `nnx.merge(lm.graph, params)` in a jitted function."""
     return abstract_model(self.config, self.dtype)[0]
 
   @property
@@ -77,7 +78,7 @@ class LM:
     Args:
       tokens: i32[B,T].
       mask: bool or i32[B,T], nonzero at real tokens, for rows that are padded on the left or the
-        right. Positions count real tokens only, and logits at padding have no meaning.
+        right. Positions count only real tokens, and the logits at padding are meaningless.
 
     Returns:
       f32[B,T,V].
@@ -136,7 +137,7 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
     path: a folder, or a name on the Hugging Face hub.
 
   Returns:
-    What `load` would load besides the weights.
+    The config, the tokenizer and the tokens that end a reply.
 
   Raises:
     UserError: as `load`.
@@ -201,9 +202,9 @@ def save(
   """Save a model as a Hugging Face folder that `load` and transformers can read.
 
   The folder gets config.json, safetensors files, generation_config.json, and the tokenizer with its
-  chat template. They replace an earlier model in the folder; other files stay. config.json is
-  written last, so that an interrupted save does not look like a model. In a multi-process run every
-  process must call this; process 0 writes.
+  chat template. They replace an earlier model in the folder; other files are kept. config.json is
+  written last, so that an interrupted save does not look like a model. In a run of several
+  processes, every process must call this function; process 0 writes.
 
   Args:
     lm: the model.
@@ -212,7 +213,7 @@ def save(
     max_shard_bytes: largest size of a safetensors file in bytes; a single weight may exceed it.
 
   Raises:
-    UserError: for an unknown dtype, or if `path` is a file.
+    UserError: if the dtype is unknown, or `path` is a file.
   """
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and not folder.is_dir():

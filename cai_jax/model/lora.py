@@ -1,8 +1,8 @@
 """Low-rank adaptation (Hu et al. 2021): x·W + alpha/r · x·A·B, where only A and B are trained.
 
-The adapter is part of `Linear`. Libraries that add adapters from outside, such as qwix, find a
-weight by watching which array enters which product. That does not work here: kernels have several
-axes, are reshaped and cast before use, and half-precision products have custom gradients.
+The adapter is part of `Linear`. Libraries that add adapters to an existing model, such as qwix,
+find a weight by tracing the products that use it. That does not work here, because kernels have
+several axes, are reshaped and cast before use, and half-precision products have custom gradients.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class LoraConfig:
       'layers/0/attention/query' or 'layers/0/mlp/up'.
 
   Raises:
-    UserError: for a rank below 1, an alpha that is not positive, or an invalid expression.
+    UserError: if the rank is below 1, alpha is not positive, or the expression is invalid.
   """
 
   rank: int

@@ -1,4 +1,4 @@
-"""Matrix products that accumulate in f32 whatever the dtype of their factors."""
+"""Matrix products that accumulate in f32 for every dtype of their factors."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""How each parameter is split over the mesh."""
+"""The sharding of parameters: how each one is split over the mesh."""
 
 import re
 from typing import Any
@@ -30,7 +30,7 @@ RULES = (
 
 
 def path_str(path) -> str:
-  """Return the key path of a leaf as a string, such as 'layers/0/mlp/up/kernel'."""
+  """Return a key path of a JAX pytree as text, such as 'layers/0/mlp/up/kernel'."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
@@ -41,7 +41,11 @@ def flatten_params(params: Any) -> dict[str, Any]:
 
 
 def partition_spec(path: str) -> P:
-  """Return how the parameter at a path is split over the mesh.
+  """Return the partition spec of the parameter at a path.
+
+  Args:
+    path: such as 'layers/0/mlp/up/kernel'.
+
 
   Raises:
     ValueError: if `RULES` has no rule for the parameter, or more than one.
@@ -87,13 +91,13 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 def copy_to_local_mesh(params: Any, mesh: Mesh, dtype) -> Any:
   """Return a copy of parameters on a mesh of this process's devices.
 
-  With several processes, every one of them must call this, and each holds all parameters in host
-  memory for a moment.
+  With several processes, every process must call this function, and for a moment holds all
+  parameters in host memory.
 
   Args:
     params: a pytree of arrays on any mesh.
     mesh: devices of this process.
-    dtype: of the copy.
+    dtype: dtype of the copy.
   """
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)

@@ -77,14 +77,14 @@ class Transformer(nnx.Module):
         consecutive, and a negative position marks padding, which is not written to the cache.
       segment_ids: i32[B,T], for packed or padded rows: a token attends only to its own segment.
         Excludes `cache`.
-      cache: keys and values of the tokens at earlier positions, with room for these; None attends
-        to `tokens` alone.
+      cache: keys and values of the tokens at earlier positions, with room for `tokens`; None
+        attends to `tokens` alone.
       packing: the cache rows that packed tokens belong to; None if the b-th row of tokens is row b
         of the cache.
-      prefixes: shared tokens before those in the cache of each row. They count as positions.
-      sharding: of the hidden states between blocks. Without it, XLA would split them over D as it
-        splits the parameters, and each device would compute the logits of all rows.
-      remat: what the backward pass recomputes, as a key of `REMAT`. Ignored with a cache.
+      prefixes: shared tokens before those in the cache of each row. Positions include them.
+      sharding: sharding of the hidden states between blocks. Without it, XLA would split them over
+        D as it splits the parameters, and each device would compute the logits of all rows.
+      remat: what the backward pass recomputes, a key of `REMAT`. It has no effect with a cache.
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
         with the masks that the cache uses.
 
@@ -92,7 +92,7 @@ class Transformer(nnx.Module):
       Hidden states [B,T,D] in the compute dtype, and the updated cache or None.
 
     Raises:
-      ValueError: if the arguments exclude each other.
+      ValueError: if arguments that exclude each other are given.
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
@@ -162,12 +162,12 @@ class Transformer(nnx.Module):
 
 
 def compute_once(compute: Callable[[], Any], positions: jax.Array) -> Any:
-  """Return compute() and keep XLA from computing it again in each place that uses the result.
+  """Return compute(), and prevent XLA from computing it again at each use of the result.
 
-  An optimisation barrier does that, except on CPUs, where XLA removes barriers before it fuses
-  operations: each layer then computes the sines of the same angles again, which took a third of the
-  embedded model's prefill. On CPUs the result therefore comes out of a conditional, which XLA does
-  not fuse with anything. Its condition is always true, which XLA cannot know.
+  On accelerators an optimisation barrier does this. On CPUs, XLA removes barriers before it fuses
+  operations, so each layer would compute the sines of the same angles again; that took a third of
+  the embedded model's prefill. There, the function computes the result in a conditional, which XLA
+  does not fuse. The condition is always true, but XLA cannot know that.
 
   Args:
     compute: returns a pytree of arrays.
@@ -189,7 +189,7 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, Params]:
   """Return the graph and the abstract parameters of a Transformer without allocating anything.
 
-  Inside a jitted function, `nnx.merge(graph, params)` gives the model back.
+  Inside a jitted function, `nnx.merge(graph, params)` returns the model.
 
   Args:
     config: the shape of the model.

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder: finding, opening and checking the tensors in them."""
+"""The safetensors files of a model folder: find and open them, and check their tensors."""
 
 import pathlib
 from typing import Any
@@ -17,14 +17,15 @@ PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 
 def check_dtype(dtype: str, name: str) -> None:
-  """Check that parameters can have a dtype.
+  """Check that a dtype of parameters is supported.
+
 
   Args:
     dtype: such as 'bfloat16'.
     name: name of the argument or setting, for the message.
 
   Raises:
-    UserError: if they cannot.
+    UserError: if it is not.
   """
   if dtype not in DTYPES:
     raise UserError(f'{name}={dtype!r} is not supported. Choose one of {", ".join(DTYPES)}.')
@@ -60,7 +61,8 @@ def list_weight_files(folder: pathlib.Path) -> list[str]:
 
 
 def open_weights(path: pathlib.Path) -> Any:
-  """Open a safetensors file, as a context manager.
+  """Return an open safetensors file, which is a context manager.
+
 
   Raises:
     UserError: if the file is damaged.
@@ -99,7 +101,7 @@ def check_weight(weight: Any, name: str, shape: tuple[int, ...], folder: pathlib
     folder: the model's folder, for the message.
 
   Raises:
-    UserError: if the shape differs, or for a dtype that is not supported.
+    UserError: if the shape differs, or the dtype is not supported.
   """
   if (stored := tuple(weight.get_shape())) != shape:
     raise UserError(

@@ -1,4 +1,4 @@
-"""A control: every critique is empty. It shows what the requests alone achieve."""
+"""A control with empty critiques, which shows the effect of the requests alone."""
 
 from collections.abc import Generator, Sequence
 

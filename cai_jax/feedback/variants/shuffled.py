@@ -1,4 +1,4 @@
-"""A control: the critiques come from another prompt. It shows whether revisions use critiques."""
+"""A control with critiques of another prompt, which shows whether revisions use critiques."""
 
 import dataclasses
 from collections.abc import Generator, Sequence

@@ -21,7 +21,7 @@ class KeyBlock(NamedTuple):
   Attributes:
     kv: k [B,K,H,S] and v [B,K,S,H]; B is 1 if all rows share the block.
     mask: bool[B,T,S].
-    packing: finds the rows of `kv` if the queries are pieces of packed rows.
+    packing: the assignment of queries to rows of `kv`, if the queries are pieces of packed rows.
     live: bool[], false if no query sees any key of the block, which is then not read; None means
       that the block is always read.
   """
@@ -49,13 +49,13 @@ class PartialSoftmax(NamedTuple):
 def attend(q: jax.Array, blocks: Sequence[KeyBlock]) -> jax.Array:
   """Return the attention output of one softmax over the keys of all blocks.
 
-  Each block gets a softmax of its own, and the results are merged by their maxima and sums. A key
-  that a query does not see adds an exact zero, so reading a block for the sake of other queries
-  does not change a single bit.
+  The function computes a softmax per block and merges the results by their maxima and sums. A key
+  that a query does not see adds an exact zero, so reading a block that only other queries need does
+  not change a single bit.
 
   Args:
     q: [B,T,N,H], rotated.
-    blocks: at least one.
+    blocks: one or more blocks of keys and values.
 
   Returns:
     [B,T,N,H] in the dtype of `q`.

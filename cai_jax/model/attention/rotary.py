@@ -32,7 +32,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
   Args:
     x: [B,T,N,H], queries or keys.
-    angles: from `rotary_angles`.
+    angles: cosines and sines from `rotary_angles`, each f32[B,T,H/2].
 
   Returns:
     [B,T,N,H] in the dtype of `x`, computed in f32.

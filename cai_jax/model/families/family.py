@@ -1,4 +1,4 @@
-"""What a model family is: its config.json and its weights, each mapped in both directions.
+"""The interface of model families: how they map config.json and weights, in both directions.
 
 To add a family, register a `Family` in a new file of this folder, or in a file of your own that
 `config.plugins` names. `llama.py` is an example.
@@ -23,9 +23,9 @@ class Weight(NamedTuple):
   Attributes:
     path: our path, with `{}` for the number of the layer: 'layers/{}/attention/query/kernel'.
     name: Hugging Face's name, with `{}` as above: 'model.layers.{}.self_attn.q_proj.weight'.
-    axes: our axes and theirs: 'DNH->NH,D'. Commas separate the axes of the tensor, and adjacent
-      letters are axes of ours that it merges into one. `cai_jax.model.transformer` defines the
-      letters.
+    axes: our axes and the tensor's: 'DNH->NH,D'. Commas separate the axes of the tensor. Letters
+      without a comma between them are axes of ours that the tensor merges into one.
+      `cai_jax.model.transformer` defines the letters.
   """
 
   path: str
@@ -39,7 +39,7 @@ class StoredWeight:
 
   Attributes:
     name: the tensor's name, such as 'model.layers.0.mlp.up_proj.weight'.
-    groups: for each axis of the tensor, the indices of our axes that it merges.
+    groups: for each axis of the tensor, the indices of our axes that are merged into it.
   """
 
   name: str
@@ -58,17 +58,17 @@ class StoredWeight:
   def read_block(
     self, tensor: Any, shape: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...]
   ) -> np.ndarray:
-    """Read the block [starts, stops) of our parameter and no more rows of the tensor than needed.
+    """Read the block [starts, stops) of our parameter, and no more rows of the tensor than needed.
 
     Args:
       tensor: a slice object of safetensors.
-      shape: of the whole parameter.
+      shape: shape of the whole parameter.
       starts: first index of the block on each of our axes.
       stops: end of the block on each of our axes.
 
     Returns:
-      The block in our layout. Of the axes that the tensor merges, the first is sliced in the file
-      and the others in memory.
+      The block in our layout. Where the tensor merges several of our axes, the first is sliced in
+      the file and the others in memory.
     """
     region, block, within = [], [], []
     for first, *rest in self.groups:
@@ -101,7 +101,7 @@ class Family:
   classifier: str
 
   def find_weight(self, path: str) -> StoredWeight:
-    """Return where and how the parameter at a path is stored.
+    """Return the tensor that holds the parameter at a path, and its layout.
 
     Args:
       path: such as 'layers/0/mlp/up/kernel'.
@@ -144,7 +144,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-  """Return the Hugging Face config.json of a model, so that `config_from_hf` inverts it.
+  """Return the Hugging Face config.json of a model; the inverse of `config_from_hf`.
 
   Raises:
     UserError: if the family's config.json cannot describe the model.

@@ -64,8 +64,8 @@ def read_fields(hf: dict[str, Any], default_head_dim: int | None = None) -> dict
 
   Args:
     hf: a parsed config.json.
-    default_head_dim: size of a head if config.json does not give it; None divides the channels by
-      the heads.
+    default_head_dim: size of a head if config.json does not give it; None means hidden_size divided
+      by the number of heads.
 
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
@@ -92,7 +92,13 @@ def read_fields(hf: dict[str, Any], default_head_dim: int | None = None) -> dict
 
 
 def require(hf: dict[str, Any], key: str, value: Any) -> None:
-  """Check that config.json gives an option the only value that is implemented, or leaves it out.
+  """Check that an option in config.json is absent or has the only value that is implemented.
+
+  Args:
+    hf: a parsed config.json.
+    key: name of the option.
+    value: the implemented value.
+
 
   Raises:
     UserError: if the option has another value.
@@ -104,8 +110,8 @@ def require(hf: dict[str, Any], key: str, value: Any) -> None:
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
   """Return `rope_theta` and `rope_scaling` of ModelConfig.
 
-  Transformers 5 stores both in `rope_parameters`; earlier versions store the base beside
-  `rope_scaling`.
+  Transformers 5 stores both in `rope_parameters`. Earlier versions store `rope_theta` and
+  `rope_scaling` separately.
 
   Raises:
     UserError: if the type of scaling is not implemented, or one of its numbers is missing.

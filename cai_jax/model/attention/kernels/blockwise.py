@@ -1,9 +1,9 @@
 """Blockwise attention that XLA compiles for every device, with O(T) memory for the backward pass.
 
-The forward pass takes one block of queries at a time, with the keys between the start of its window
-and its end. It never holds all T × T scores and skips most of the half above the diagonal. The
-backward pass recomputes the scores from the log-sum-exp of each query (Dao et al. 2022, section
-3.1, without tiles of keys).
+The forward pass takes one block of queries at a time, with only the keys that the block can see. It
+never holds all T × T scores, and skips most of those above the diagonal. The backward pass
+recomputes the scores from the log-sum-exp of each query (Dao et al. 2022, section 3.1, without
+tiles of keys).
 
 `cai_jax.model.transformer` defines the axis letters. R counts the queries that share a kv head.
 """

@@ -18,13 +18,13 @@ def attend_cudnn(
   mesh: Mesh | AbstractMesh | None = None,
   implementation: Literal['xla', 'cudnn'] = 'cudnn',
 ) -> jax.Array:
-  """Attend within segments by cuDNN; see `kernel.Attend`.
+  """Attend within segments with cuDNN; see `kernel.Attend`.
 
-  cuDNN's call takes no segment ids, so segments become a mask [B,1,T,T].
+  The call to cuDNN has no argument for segment ids, so they become a mask bool[B,1,T,T].
 
   Args:
     q, k, v, segment_ids, window: as for `kernel.Attend`.
-    mesh: not used; XLA splits rows and heads as those of q, k and v.
+    mesh: not used; XLA splits rows and heads as q, k and v are split.
     implementation: 'xla' makes the same call on devices without cuDNN.
   """
   del mesh
@@ -41,10 +41,14 @@ def attend_cudnn(
 
 
 def check_compute_dtype(dtype: str, length: int) -> None:
-  """Check the compute dtype.
+  """Check that cuDNN supports the compute dtype.
+
+  Args:
+    dtype: compute dtype, such as 'bfloat16'.
+    length: not used.
 
   Raises:
-    UserError: for float32.
+    UserError: if it is float32.
   """
   if dtype == 'float32':
     raise UserError("attention 'cudnn' computes in bfloat16 or float16 only, not in float32.")

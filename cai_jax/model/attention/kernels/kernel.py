@@ -1,4 +1,4 @@
-"""What an attention kernel is, the registry of kernels, and the check that one can run.
+"""The interface of attention kernels, their registry, and a check that a kernel can run.
 
 A kernel computes causal attention within the segments of packed rows, as training needs it. All
 kernels give the same result up to rounding; they differ in speed, memory and the devices that they
@@ -93,7 +93,7 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
 def bind_kernel(
   name: str, segment_ids: jax.Array | None, mesh: Mesh | AbstractMesh | None
 ) -> Callable[..., jax.Array]:
-  """Return a kernel's `attend` with its segments and mesh filled in.
+  """Return a kernel's `attend` with the segments and the mesh bound.
 
   Args:
     name: a name in `KERNELS`.

@@ -26,7 +26,8 @@ def attend_splash(
   mesh: Mesh | AbstractMesh | None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Attend within segments by splash attention; see `kernel.Attend`.
+  """Attend within segments with splash attention; see `kernel.Attend`.
+
 
   The kernel skips blocks that the causal mask or the window hides from a whole tile of queries, and
   masks segments inside the other blocks.
@@ -73,7 +74,11 @@ def attend_splash(
 
 
 def check_length(dtype: str, length: int) -> None:
-  """Check the row length.
+  """Check that the kernel supports the row length.
+
+  Args:
+    dtype: not used.
+    length: number of tokens per row.
 
   Raises:
     UserError: if `length` is not a multiple of `TILE` tokens.

@@ -18,7 +18,7 @@ def attend_plain(
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
 ) -> jax.Array:
-  """Attend within segments through one mask [B,T,T]; see `kernel.Attend`."""
+  """Attend within segments with one mask bool[B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
   positions = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
   same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]

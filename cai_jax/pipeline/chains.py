@@ -1,4 +1,4 @@
-"""Sampling the chains of a run into datasets, and showing them in its report."""
+"""Sample the chains of a run into datasets, and prepare them for its report."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ def prepare_job(
   """Return the job that revises responses to harmful prompts and answers helpful ones.
 
   Args:
-    run: the run, whose settings apply.
+    run: the run, which has the settings.
     models: models by role; 'base' is M_θ.
     harmful: prompts whose responses are criticised and revised.
     helpful: prompts that are only answered.
@@ -51,10 +51,10 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
   """Sample the chains of a job into a dataset. All processes call this together.
 
   Args:
-    run: the run, whose journal and engine settings apply.
+    run: the run, which has the journal and the settings of the engine.
     job: what to sample.
     folder: folder of the dataset.
-    name: shown with the progress.
+    name: name of the work, shown with the progress.
 
   Returns:
     Counts and speeds over all processes, for the manifest.
@@ -79,7 +79,7 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
 
 
 def merge_counts(counts: Mapping[str, float]) -> dict[str, float]:
-  """Return the counts of all processes together: sums, or maxima where a sum means nothing.
+  """Return the counts over all processes: sums, or maxima where a sum is meaningless.
 
   Args:
     counts: this process's counts; every process has the same names.
@@ -98,7 +98,7 @@ def browsable(row: Mapping[str, Any], scorer: Scorer | None) -> dict[str, Any]:
 
   Args:
     row: a row of D_CAI.
-    scorer: names the rules that each response breaks; None leaves `violations` out.
+    scorer: finds the rules that each response breaks; None leaves `violations` out.
   """
   chain = {name: row[name] for name in ('id', 'prompt', 'initial')}
   chain['rounds'] = [

@@ -22,14 +22,14 @@ from cai_jax.tiny.files import model_path
 
 
 def check_run(run: Run, stages: Sequence[str]) -> None:
-  """Check everything that the stages need, without sampling, training or loading any weights.
+  """Check everything that the stages need, without sampling, training or loading weights.
 
   Args:
     run: the run.
     stages: names of the stages to run.
 
   Raises:
-    UserError: naming the config field that is wrong and the values that it may have.
+    UserError: if anything is wrong; the message names the config field and the allowed values.
   """
   _check_prompts(run, stages)
   _check_external_data(run, stages)
@@ -53,7 +53,7 @@ def check_reachable(run: Run) -> None:
   """Check that each server answers and serves its model.
 
   Raises:
-    UserError: naming the section of a server that does not.
+    UserError: if a server does not; the message names its section of the config.
   """
   for role, remote in run.remotes.items():
     try:

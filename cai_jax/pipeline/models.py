@@ -1,4 +1,4 @@
-"""The models of a run, and the meshes that they are loaded onto."""
+"""The models of a run, and the meshes that hold them."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from cai_jax.tiny.files import MODELS, model_path
 
 
 def global_mesh(run: Run) -> Mesh:
-  """Return the mesh of the devices of all processes, on which training runs."""
+  """Return the mesh of all processes' devices, on which training runs."""
   return make_mesh(**dataclasses.asdict(run.config.mesh))
 
 
@@ -38,10 +38,13 @@ def local_mesh(run: Run) -> Mesh:
 
 @contextlib.contextmanager
 def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
-  """Yield the models that sample by role, each loaded once, and close connections at the end.
+  """Yield the models that sample, by role, and close connections to servers at the end.
+
+  A model with several roles is loaded once.
+
 
   Yields:
-    'base' is M_θ. 'critique' and 'revision' are there if they differ from M_θ.
+    The models: 'base' is M_θ. 'critique' and 'revision' are present if they differ from M_θ.
   """
   config, mesh, remotes = run.config.model, local_mesh(run), run.remotes
   names = {

@@ -1,4 +1,4 @@
-"""Loading the four prompt sets of a run."""
+"""Load the four prompt sets of a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def check_held_out(training: list[Prompt], sets: Mapping[str, list[Prompt]]) -> 
     sets: the prompt sets of the run.
 
   Raises:
-    UserError: if one does.
+    UserError: if a held-out prompt occurs among them.
   """
   check_disjoint(training, [prompt for name in HELD_OUT for prompt in sets[name]])
 

@@ -1,4 +1,4 @@
-"""Defects of the samples that Bai et al. (2022) published, to show beside those of a run."""
+"""Rates of defects in the samples of Bai et al. (2022), for comparison with a run."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def summarise_published(path: str) -> dict[str, Any]:
     path: a *_SLMADISON.jsonl file of anthropics/ConstitutionalHarmlessnessPaper.
 
   Returns:
-    A summary as `quality_summary.summarise` returns it, without the rate of truncated texts: the
-    samples do not say how they ended.
+    A summary as `quality_summary.summarise` returns it. It has no rate of truncated texts, because
+    the samples do not record why they ended.
 
   Raises:
     UserError: if the file cannot be read or is not such a file.

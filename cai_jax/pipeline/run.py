@@ -1,4 +1,4 @@
-"""A run: a checked config, everything that it points to, and a folder."""
+"""A run: a checked config, the files that it names, and a folder."""
 
 import dataclasses
 import hashlib
@@ -24,15 +24,15 @@ from cai_jax.training.config import MAY_CHANGE_ON_RESUME
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A checked config, everything that it points to, and the folder of the run.
+  """A checked config, the contents of the files that it names, and the folder of the run.
 
   Attributes:
     config: the settings, by section.
-    values: the same settings as nested dicts of JSON types, as `config.json` holds them.
+    values: the same settings as nested dicts of JSON types, as in `config.json`.
     workdir: the run's folder, on a local or shared filesystem.
     constitution: the constitution.
     prompts: prompts by set: 'harmful', 'helpful', 'eval_harmful' and 'eval_helpful'.
-    plugins: path → digest of the content of each plugin file.
+    plugins: digest of the content of each plugin file, by path.
     profile: number of training steps to profile.
     journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
   """
@@ -60,14 +60,14 @@ class Run:
 
   @property
   def training_start(self) -> str:
-    """Name of the model that fine-tuning starts from; '' if the run has none."""
+    """Name of the model to fine-tune; '' if the run has none."""
     return self.config.model.init or self.config.model.base
 
   def settings(self, stage: str) -> dict[str, Any]:
     """Return everything that the result of a stage depends on, as nested dicts of JSON types.
 
-    The manifest records it, and a later start with other settings is refused. A setting that does
-    not apply to the stage is left out, so it may change.
+    The manifest records these settings, and a later start with other settings is an error. Settings
+    that do not affect the stage are left out, so they may change.
 
     Args:
       stage: name of the stage.

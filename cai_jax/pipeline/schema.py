@@ -61,7 +61,7 @@ class RemoteModels:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Number of devices along each axis of the mesh. One of them may be -1: all that remain."""
+  """Number of devices along each axis of the mesh. One may be -1, for all remaining devices."""
 
   data: int = setting(-1, 'Devices that split the batch and replicate the parameters.')
   fsdp: int = setting(1, 'Devices that split both the batch and the parameters.')
@@ -161,7 +161,7 @@ class Field(typing.NamedTuple):
     default: default value; None for a subsection.
     doc: meaning and unit.
     section: dataclass of the subsection, or None if the field is a value.
-    keys: key → meaning, for a mapping whose keys are fields of their own.
+    keys: the meaning of each key, for a mapping whose keys are fields of their own.
   """
 
   name: str
@@ -221,10 +221,10 @@ def _default_section(section: type) -> ConfigDict:
 
 
 def check_names(config: ConfigDict) -> None:
-  """Check that a config has no other fields than the default config.
+  """Check that a config has no fields that the default config lacks.
 
   Raises:
-    UserError: naming the unknown fields.
+    UserError: if it has; the message names the unknown fields.
   """
   unknown = sorted(set(flatten(config.to_dict())) - set(flatten(default_config().to_dict())))
   if unknown:

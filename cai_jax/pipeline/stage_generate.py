@@ -25,7 +25,8 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     Counts and speeds for the manifest.
 
   Raises:
-    UserError: if the chains cannot be sampled, or a rate is above its limit in feedback.max_rate.
+    UserError: if the chains cannot be sampled, or a rate of defects exceeds its limit in
+      `feedback.max_rate`.
   """
   del manifest
   with open_models(run) as models:

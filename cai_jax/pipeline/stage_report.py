@@ -1,4 +1,4 @@
-"""Stage `report`: show the run on one page."""
+"""Stage `report`: write a page about the run."""
 
 import json
 import pathlib

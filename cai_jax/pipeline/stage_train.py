@@ -29,7 +29,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     Counts, losses and speeds for the manifest.
 
   Raises:
-    UserError: if D_CAI has nothing to train on, or training had to stop.
+    UserError: if D_CAI has no example to train on, or training stops on a loss that is not finite.
   """
   del manifest
   config = run.config.train

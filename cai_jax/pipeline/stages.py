@@ -1,4 +1,4 @@
-"""The stages of a run, in their order, and what each needs."""
+"""The stages of a run: their order, their requirements, and their execution."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ STAGES: dict[str, Callable[[Run, Mapping[str, Any]], dict[str, Any]]] = {
 
 
 def default_stages(run: Run) -> list[str]:
-  """Return all stages but those whose result the config replaces by that of another run.
+  """Return all stages except those whose result the config takes from another run.
 
   `data.d_cai` replaces the generate stage. `model.aligned` replaces both generate and train.
   """
@@ -39,18 +39,18 @@ def default_stages(run: Run) -> list[str]:
 def run_stages(
   run: Run, stages: Sequence[str] | None = None, log: Callable[[str], None] = print
 ) -> None:
-  """Run stages in their order, skipping those that are done.
+  """Run stages in their order, and skip those that are done.
 
-  All processes call this together.
+  All processes call this function together.
 
   Args:
     run: the run.
     stages: names of stages; None is `default_stages`.
-    log: called with each line that says which stage begins, ends or is skipped.
+    log: called with a line of text when a stage begins, ends or is skipped.
 
   Raises:
-    UserError: if a stage does not exist, the workdir cannot be used or holds another run, a stage
-      that is needed is not done, or anything that the stages need is wrong.
+    UserError: if a stage does not exist, the workdir is not writable or belongs to another run, an
+      earlier stage is missing, or a check of `check_run` fails.
   """
   stages = default_stages(run) if stages is None else stages
   _check_names(run, stages)

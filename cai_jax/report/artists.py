@@ -23,7 +23,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def style_axes(axes: Axes) -> None:
-  """Keep only the bottom spine, and short ticks on the x axis."""
+  """Remove all spines but the bottom one, and draw short ticks on the x axis."""
   for side in ('left', 'right', 'top'):
     axes.spines[side].set_visible(False)
   axes.spines['bottom'].set_alpha(0.7)
@@ -79,7 +79,16 @@ def draw_interval(
 def draw_marker(
   axes: Axes, x: float, y: float, colour: int, title: str, titles: dict[str, str]
 ) -> None:
-  """Draw a point, and add its hover title to `titles`."""
+  """Draw a point, and add its hover title to `titles`.
+
+  Args:
+    axes: where to draw.
+    x: horizontal coordinate.
+    y: vertical coordinate.
+    colour: index into `COLOURS`.
+    title: the hover title.
+    titles: the titles of a figure, by gid; extended in place.
+  """
   shape, size = MARKERS[colour % len(MARKERS)]
   gid = f'{GID}-marker-{len(titles)}'
   titles[gid] = title

@@ -1,4 +1,4 @@
-"""HTML fragments that the pages of a run and of an experiment share. All text is escaped."""
+"""HTML elements that the pages of runs and experiments share. All text is escaped."""
 
 import html
 import json
@@ -67,8 +67,12 @@ def figure_grid(figures: list[str]) -> str:
 def number_html(row: dict[str, Any], key: str) -> str:
   """Return one number with its interval as HTML; a rate also has a bar.
 
+  Args:
+    row: the numbers of a row, as `cai_jax.report.numbers` describes.
+    key: the key of the number.
+
   Raises:
-    UserError: as `cai_jax.report.numbers.cell` does.
+    UserError: see `cai_jax.report.numbers.cell`.
   """
   text = escape(cell(row, key))
   bounds = interval(row, key)
@@ -103,7 +107,12 @@ def _rate_bar(value: float, bounds: tuple[float, float] | None, colour: int) -> 
 
 
 def cost_cell(key: str, value: Any) -> str:
-  """Return a number of the manifest as HTML: memory in MiB or GiB, counts with their reasons."""
+  """Return a value of a stage in the manifest as HTML.
+
+  Args:
+    key: name of the value. Memory is shown in MiB or GiB.
+    value: a number, or a dict from reason to count.
+  """
   if value is None:
     return MISSING
   if isinstance(value, dict):

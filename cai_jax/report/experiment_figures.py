@@ -23,7 +23,7 @@ def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.P
 
   Args:
     folder: created if it does not exist.
-    results: as `cai_jax.report.results` describes. N counts its figures from 1.
+    results: the results, as `cai_jax.report.results` describes. N counts the figures from 1.
 
   Raises:
     UserError: if the results are malformed.

@@ -48,8 +48,8 @@ def write_experiment(
 
   Args:
     path: the HTML file; its folder must exist.
-    results: as `cai_jax.report.results` describes.
-    chains: as `write_report` takes them, each with the name of its `arm` and a unique id.
+    results: the results, as `cai_jax.report.results` describes.
+    chains: chains in the form of `write_report`, each with the name of its `arm` and a unique id.
 
   Raises:
     UserError: if the results are malformed or a chain's arm does not exist.

@@ -14,7 +14,7 @@ class Series:
 
   Attributes:
     name: shown in the legend.
-    x, y: the points. A y that is not finite makes a gap in the line.
+    x, y: coordinates of the points. A y that is not finite makes a gap in the line.
     low, high: bounds of the intervals; None where there is none.
     colour: index into `COLOURS`.
     faint: whether to draw a thin, pale line, for the raw values behind a running mean.
@@ -80,7 +80,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A named arm with two quantities, x and y, and the intervals of each if they are known."""
+  """A named arm with two quantities, x and y, and their intervals if they are known."""
 
   name: str
   x: float

@@ -95,15 +95,15 @@ def line_figure(
 
 
 def arms_figure(names: Sequence[str], panels: Sequence[Panel], *, description: str) -> Drawing:
-  """Draw a row per arm and a panel per quantity: dots with intervals.
+  """Draw dots with intervals: one row per arm, and one panel per quantity.
 
   Args:
-    names: the arms, from top to bottom; long names take several lines.
-    panels: from left to right, each with one value per name.
+    names: names of the arms, from top to bottom; long names take several lines.
+    panels: the panels from left to right, each with one value per name.
     description: one sentence for readers who cannot see the figure.
 
   Raises:
-    UserError: if a panel has no finite value, or not one value per name.
+    UserError: if a panel has no finite value, or does not have one value per name.
   """
   for panel in panels:
     if len(panel.values) != len(names):
@@ -139,10 +139,10 @@ def frontier_figure(
 ) -> Drawing:
   """Draw a named point per arm, with intervals along both axes.
 
-  A name is next to its point if there is room, and otherwise at the end of a short line.
+  A name is placed next to its point if there is space. Otherwise a short line connects them.
 
   Args:
-    points: the arms.
+    points: the arms, each a point.
     x_label: what the x axis shows, with its unit.
     y_label: what the y axis shows, with its unit.
     description: one sentence for readers who cannot see the figure.

@@ -1,4 +1,4 @@
-"""Find a free place for the name of a point in a scatter plot."""
+"""Find a free place for the name of a point in a figure."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ def place_box(
 ) -> Box:
   """Return a box near (x, y) that covers as little as possible.
 
-  The candidates are tried from near to far, and the first that covers nothing is returned.
+  The function tries places from near to far, and returns the first that covers nothing.
 
   Args:
-    x, y: the point.
-    width, height: of the box.
+    x, y: coordinates of the point.
+    width, height: size of the box.
     taken: areas that the box should not cover.
     frame: area that the box should not leave.
   """

@@ -30,7 +30,7 @@ MISSING = '–'  # shown in place of an absent number
 
 
 def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-  """Return (title, {name: row}) for each group that has rows, with the rows in reading order.
+  """Return (title, {name: row}) for each group that has rows, in the order to show them.
 
   Raises:
     UserError: if the summary has an unknown group.
@@ -46,7 +46,7 @@ def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]
 
 
 def columns(summary: dict[str, Any]) -> list[str]:
-  """Return the keys that any row has, those of `HEADINGS` first.
+  """Return the keys of all rows, those of `HEADINGS` first.
 
   Intervals are not columns: `cell` formats a number together with its interval.
   """
@@ -61,7 +61,12 @@ def heading(key: str) -> str:
 
 
 def cell(row: dict[str, Any], key: str) -> str:
-  """Format one number and its interval as text: a rate in per cent, a count, a mean or a dash.
+  """Return one number and its interval as text, or a dash if the row lacks the number.
+
+  Args:
+    row: the numbers of a row.
+    key: the key of the number. Rates are shown in per cent.
+
 
   Raises:
     UserError: if a rate is not in [0, 1], or an interval is not (low, high).
@@ -83,17 +88,21 @@ def cell(row: dict[str, Any], key: str) -> str:
 
 
 def num_decimals(value: float) -> int:
-  """Return how many decimals to show of a measured number: one, and more below 1."""
+  """Return the number of decimals to show: one, or more if the absolute value is below 1."""
   if not math.isfinite(value) or value == 0 or abs(value) >= 1:
     return 1
   return min(6, 2 - math.floor(math.log10(abs(value))))
 
 
 def check_rate(value: float, key: str) -> float:
-  """Return the value if it is a rate.
+  """Return the value if it is a rate, in [0, 1].
+
+  Args:
+    value: the number to check.
+    key: its name, for the error message.
 
   Raises:
-    UserError: if it is not in [0, 1]; the message names `key`.
+    UserError: if it is not a rate.
   """
   if not (isinstance(value, int | float) and 0 <= value <= 1):
     raise UserError(f'{key} is {value!r}. A rate is in [0, 1], or left out if it is not known.')
@@ -102,6 +111,11 @@ def check_rate(value: float, key: str) -> float:
 
 def interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
   """Return the (low, high) interval of a number, or None if the row has none.
+
+  Args:
+    row: the numbers of a row.
+    key: the key of the number.
+
 
   Raises:
     UserError: if the interval is not (low, high), or the bounds of a rate are not in [0, 1].

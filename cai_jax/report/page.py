@@ -1,9 +1,9 @@
 """Write a page with a chain browser as one HTML file that loads nothing else.
 
-Some model texts are written by models that were asked to misbehave, so no text may become markup.
-The chains are embedded as JSON in a script element that is not executed, with every `<`, `>` and
-`&` escaped, and the page's script displays them as text nodes only. A Content Security Policy
-allows the template's one script and one style sheet, by their hashes, and no network request.
+Models that were asked to misbehave wrote some of the texts, so no text may become markup. The
+chains are JSON in a script element that is not executed, with every `<`, `>` and `&` escaped. The
+script of the page displays them only as text nodes. A Content Security Policy allows the template's
+one script and one style sheet, by their hashes, and no network request.
 """
 
 import base64
@@ -35,11 +35,13 @@ def write_page(
 
   Args:
     path: the HTML file; its folder must exist.
-    title: plain text.
+    title: title of the page, as plain text.
+
     head: HTML below the title.
     results: HTML of the first section.
     sections: HTML of the sections between the results and the chains, each made by `section`.
-    chains: as `write_report` describes. Readers can filter chains that have an `arm`.
+    chains: the chains, in the form that `write_report` describes. If they have an `arm`, readers
+      can filter by it.
 
   Raises:
     UserError: if a chain lacks a field or two chains have the same id.

@@ -24,8 +24,9 @@ All arms are compared with one of them, the reference, on the same prompts and s
    'notes': ['A sentence to show as it is.']}
 
 Every arm has the group 'harmful'. Other groups and single metrics may be absent, and a value may be
-None. Tables and figures of kind 'arms' show a dash for it, and lines have a gap; a figure of kind
+None. Tables and figures of kind 'arms' then show a dash, and lines have a gap. A figure of kind
 'frontier' needs every value.
+
 Metrics named `*_rate` are in [0, 1]; they are shown in per cent and their differences in percentage
 points. Differences are paired, arm minus reference, and the reference has none.
 """
@@ -111,7 +112,7 @@ def format_difference(row: dict[str, Any], metric: str, mark: str = '') -> str:
   """Format a paired difference, such as '−33.0 [−36.0, −30.0]', or '' if there is none.
 
   Args:
-    row: of one arm in one group.
+    row: the results of one arm in one group.
     metric: the metric's name. Differences of rates are in percentage points.
     mark: appended if the interval excludes zero.
   """

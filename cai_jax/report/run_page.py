@@ -60,10 +60,11 @@ def write_report(
     title: the page's heading.
     config: the resolved configuration. The page shows all of it, and `seed` and `model.base` in the
       header.
-    manifest: the header shows its plain values, a table shows its `stages`, and a fold shows all of
-      it. A stage may have rows_in, rows_kept, rows_dropped (a number, or a dict from reason to
-      number), tokens, seconds, tokens_per_second, peak_memory_bytes and other fields.
-    summary: as `cai_jax.report.numbers` describes; may be empty.
+    manifest: the manifest of the run. The header shows its plain values, a table shows its
+      `stages`, and a section that can be opened shows all of it. A stage may have rows_in,
+      rows_kept, rows_dropped (a number, or a dict from reason to number), tokens, seconds,
+      tokens_per_second, peak_memory_bytes and other fields.
+    summary: the summary, as `cai_jax.report.numbers` describes; may be empty.
     training: rows with `step`, `loss` and other metrics. A figure skips rows without its metric.
     chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each with `principle`,
       `critique` or None, and `revision`) and optionally `violations`, a list of rule names per
@@ -71,7 +72,7 @@ def write_report(
       `num_tokens`. A principle is an id, or a dict with `id` and its texts.
     held_out: rows with `step` and `loss` on examples that are not trained on.
     probes: rows with `step`, `id`, `prompt` and `text`: answers to the same prompts over training.
-    texts: additional sections, title → plain text. Empty texts are skipped.
+    texts: plain text of additional sections, by title. Empty texts are skipped.
 
   Raises:
     UserError: if a chain lacks a field, two chains have the same id, or the summary is malformed.
@@ -270,7 +271,15 @@ def _training_caption(training: list[dict[str, Any]], key: str) -> tuple[str, st
 
 
 def running_mean(values: tuple[float, ...], window: int) -> tuple[float, ...]:
-  """Return the mean of the last `window` finite values at each position, NaN before the first."""
+  """Return, at each position, the mean of the last `window` finite values.
+
+  Args:
+    values: the values in order.
+    window: number of values in a mean.
+
+  Returns:
+    As many means as values; NaN before the first finite value.
+  """
   means: list[float] = []
   recent: list[float] = []
   for value in values:

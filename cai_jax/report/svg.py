@@ -1,9 +1,9 @@
 """Write matplotlib figures as SVG for a page, and as SVG and PDF files.
 
-matplotlib writes style attributes, links and clip paths, which the page's security policy forbids.
-`inline_svg` replaces them by plain attributes and shapes. Black becomes the page's text colour, and
-elements in a colour of the palette get a class, so that a page can restyle the figure for a dark
-background. Points have their values as titles, which browsers show on hover.
+matplotlib writes style attributes, links and clip paths, which the security policy of the page
+forbids. `inline_svg` replaces them with plain attributes and shapes. Black becomes the text colour
+of the page. Elements in a colour of the palette get a class, so that a page can restyle the figure
+for a dark background. Browsers show the values of a point as its title, on hover.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ SETTINGS: dict[Any, Any] = {  # of matplotlib
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """A figure with the texts that matplotlib has no place for.
+  """A figure with its description and hover titles, which matplotlib cannot store.
 
   Attributes:
     figure: the figure.

@@ -11,7 +11,7 @@ def summary_table(summary: dict[str, Any]) -> str:
   """Return the summary of a run as text, with 95 % intervals in brackets.
 
   Args:
-    summary: as `cai_jax.report.numbers` describes.
+    summary: the summary, as `cai_jax.report.numbers` describes.
 
   Raises:
     UserError: if the summary is malformed.
@@ -36,7 +36,7 @@ def experiment_table(results: dict[str, Any]) -> str:
   """Return an experiment's arms as text, with their numbers and paired differences.
 
   Args:
-    results: as `cai_jax.report.results` describes.
+    results: the results, as `cai_jax.report.results` describes.
 
   Raises:
     UserError: if the results are malformed.

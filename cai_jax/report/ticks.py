@@ -1,4 +1,4 @@
-"""Choose axis ticks, and reduce long series to the points that a figure can show."""
+"""Ticks of an axis, and the reduction of long series to the points that a figure can show."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Return about `count` evenly spaced round numbers, the first <= low and the last >= high."""
+  """Return about `count` evenly spaced round numbers that span low to high."""
   if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
     margin = abs(low) * 0.5 or 1.0
     low, high = low - margin, high + margin
@@ -15,7 +15,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-  """Return the ticks as texts, all with the number of decimals that their distance needs."""
+  """Return the ticks as text, all with as many decimals as their spacing needs."""
   step = ticks[1] - ticks[0]
   largest = max(map(abs, ticks))
   if largest >= 1e6 or largest < 1e-3:
@@ -37,11 +37,14 @@ def inner_ticks(low: float, high: float) -> list[tuple[float, str]]:
 def thin(
   x: Sequence[float], y: Sequence[float], buckets: int = 400
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Return the lowest and the highest point of each bucket, so that no peak is lost.
+  """Return fewer points of a curve: the lowest and the highest of each bucket.
+
+  All peaks remain.
+
 
   Args:
-    x, y: a curve of finite values.
-    buckets: a curve of at most twice as many points is returned unchanged.
+    x, y: coordinates of the curve; finite.
+    buckets: number of buckets. A curve of at most twice as many points is returned unchanged.
   """
   if len(x) <= 2 * buckets:
     return tuple(x), tuple(y)

@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class StoppedError(UserError):
-  """An interruption of a run that had already done work, all of which is kept."""
+  """An interruption of a run after it has done work; the work is kept."""
 
 
 class NonFiniteError(StoppedError, FloatingPointError):

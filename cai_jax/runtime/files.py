@@ -1,8 +1,9 @@
 """Folders and files that a run writes.
 
 Paths go through `etils.epath`, so these functions also accept URLs of object stores such as
-`gs://bucket/folder`. A whole run does not: the journal appends to its files, and processes rely on
-atomic renames to find each other's shards. A run therefore needs a local or a shared filesystem.
+`gs://bucket/folder`. A whole run does not accept them: it needs a local or a shared filesystem,
+because the journal appends to its files, and processes rely on atomic renames to find each other's
+shards.
 """
 
 import json
@@ -46,7 +47,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   """Write a value as indented JSON, atomically: a reader sees the old file or the new one.
 
   Args:
-    path: the file; its folder exists.
+    path: the file; its folder must exist.
     value: anything that `json.dumps` accepts.
   """
   target = epath.Path(path)
@@ -56,7 +57,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-  """Return the object that a JSON file holds.
+  """Return the object in a JSON file.
+
 
   Raises:
     UserError: if the file is not JSON, or holds something other than an object.

@@ -1,4 +1,4 @@
-"""Peak speed and memory use of the devices."""
+"""Peak speed and memory use of devices."""
 
 import resource
 import time
@@ -28,9 +28,9 @@ PEAKS = {
 def peak_flops(devices: Sequence[jax.Device], dtype: str) -> float | None:
   """Return the peak FLOP/s of all devices together, or None for an unknown device.
 
-  Accelerators count with the dense bf16 number of their datasheet, whatever `dtype` is. CPUs are
-  measured, in less than a second, as the fastest of a few products of two 2048 × 2048 matrices.
-  The CPU devices of one process share its cores, so they count once.
+  For accelerators this is the dense bf16 peak in the datasheet, whatever `dtype` is. For CPUs it is
+  the speed of the fastest of a few products of two 2048 × 2048 matrices, which takes less than a
+  second to measure. The CPU devices of one process share its cores, so they count as one.
 
   Args:
     devices: devices of one kind.
@@ -61,7 +61,8 @@ def _measure_cpu(dtype: str) -> float:
 def memory_bytes(device: jax.Device) -> int:
   """Return the peak number of bytes in use on a device.
 
-  A device that does not report its memory, such as a CPU, gives the process's peak resident size.
+  If the device does not report its memory, as on CPUs, this is the peak resident size of the
+  process.
   """
   stats = device.memory_stats()
   if stats and 'peak_bytes_in_use' in stats:

@@ -84,8 +84,8 @@ class Manifest:
     Args:
       stage: name of the stage.
       settings: everything that the stage's result depends on, as nested dicts.
-      defaults: dotted field name → default. A field that the recorded settings lack did not exist
-        when they were recorded, so it counts as having its default.
+      defaults: the default of each field, by dotted name. If the recorded settings lack a field, an
+        older version wrote them, and the field counts as having its default.
 
     Raises:
       UserError: if the settings differ; the message names the fields.
@@ -106,8 +106,8 @@ class Manifest:
   def stage(self, stage: str, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Record that a stage begins, and that it has finished if the block succeeds.
 
-    A UserError that is no StoppedError means that the stage was refused before it did anything.
-    The manifest then forgets a stage that had not begun before, so other settings may be tried.
+    A UserError other than StoppedError means that the stage did nothing. If the stage had not begun
+    before, the manifest then drops its entry, so that you can try other settings.
 
     Args:
       stage: name of the stage.
@@ -146,7 +146,7 @@ def check_version(version: int, source: object) -> None:
 
   Args:
     version: version of the folder or config.
-    source: what has that version, for the error message.
+    source: the folder or config, for the error message.
 
   Raises:
     UserError: if the version is not in 1..VERSION.

@@ -26,10 +26,10 @@ def make_mesh(
   At most one of the three sizes may be -1, which takes all remaining devices.
 
   Args:
-    data: number of devices along an axis that replicates the parameters.
-    fsdp: number of devices along an axis that splits both the batch and the parameters.
-    tensor: number of devices along an axis that splits the parameters only.
-    devices: devices of the mesh; None takes all devices of all processes.
+    data: number of devices along the axis that splits the batch and replicates the parameters.
+    fsdp: number of devices along the axis that splits both the batch and the parameters.
+    tensor: number of devices along the axis that splits only the parameters.
+    devices: devices of the mesh; None means all devices of all processes.
 
   Raises:
     UserError: if the product of the sizes is not the number of devices.
@@ -89,16 +89,16 @@ def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """Return a host array as a global array with the given sharding.
 
   Args:
-    x: the same array in every process; each process copies the parts of its own devices.
+    x: the array, the same in every process. Each process copies the parts for its own devices.
     sharding: sharding of the result.
   """
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """Return a whole array as NumPy, gathering shards that other processes hold.
+  """Return a global array as a NumPy array, with the shards of all processes.
 
-  If other processes hold shards, every process must call this.
+  If other processes hold shards, every process must call this function.
   """
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)

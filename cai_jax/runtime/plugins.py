@@ -1,4 +1,4 @@
-"""User files and installed packages that register further implementations."""
+"""Plugins: files and installed packages that register more implementations."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, waiting for them, and failing together."""
+"""The processes of a run: how they connect, wait for each other, and fail together."""
 
 import os
 from collections.abc import Callable
@@ -15,14 +15,15 @@ _SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work end
 
 
 def initialize() -> None:
-  """Join the other processes of the run, if the environment says that there are any.
+  """Connect to the other processes of the run, if the environment declares any.
+
 
   JAX detects Slurm steps (`srun`), Open MPI (`mpirun`) and TPU pods of GKE by itself. Elsewhere set
   `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID` in each process.
   On TPU pods of Compute Engine, set `COORDINATOR_ADDRESS=auto`.
 
   Raises:
-    UserError: if the address is set without the number of processes or without the process id.
+    UserError: if the address is set, but the number of processes or the process id is not.
   """
   address = os.environ.get('COORDINATOR_ADDRESS')
   if address is not None and address != 'auto':
@@ -52,7 +53,7 @@ def initialize() -> None:
 def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   """Call `work` in every process and return its result once all of them have succeeded.
 
-  If one process fails, the others finish their own work first, so it is kept, and then fail too.
+  If one process fails, the others first finish and keep their own work, and then fail too.
 
   Args:
     name: what `work` does, as a verb phrase for the error message.
@@ -63,8 +64,8 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
 
   Raises:
     Exception: whatever `work` raises, with its traceback, in the process where it fails.
-    UserError: in the other processes. It is a StoppedError unless every failure is a UserError
-      that was raised before any work was done.
+    UserError: in the other processes. It is a StoppedError unless every failed process raised a
+      plain UserError, before it did any work.
   """
   error: Exception | None = None
   try:
@@ -90,7 +91,7 @@ def _outcome(error: Exception | None) -> int:
 
 
 def run_on_process_0(name: str, work: Callable[[], T]) -> T | None:
-  """Call `work` in process 0 only; all processes wait for it and fail if it fails.
+  """Call `work` in process 0 only; the other processes wait, and fail if it fails.
 
   Args:
     name: what `work` does, as a verb phrase for the error message.
@@ -100,7 +101,7 @@ def run_on_process_0(name: str, work: Callable[[], T]) -> T | None:
     The result in process 0, and None in the other processes.
 
   Raises:
-    Exception: as `run_on_all_processes`.
+    Exception: see `run_on_all_processes`.
   """
   return run_on_all_processes(name, lambda: work() if jax.process_index() == 0 else None)
 

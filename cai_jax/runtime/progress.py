@@ -1,4 +1,4 @@
-"""Progress of a long loop: a bar on a terminal, an occasional plain line elsewhere."""
+"""The progress of a long loop: a bar on a terminal, and occasional plain lines elsewhere."""
 
 import sys
 import time
@@ -10,11 +10,13 @@ LINE_SECONDS = 15.0  # between plain lines
 
 
 class Progress:
-  """A callable that shows units done, tokens per second and the time left. Only process 0 logs.
+  """A callable that shows the units done, tokens per second and remaining time.
+
+  Only process 0 shows anything.
 
   Args:
     name: name of the loop.
-    unit: what is counted, in the singular.
+    unit: name of the counted unit, in the singular.
     start: number of units that were done before this process started.
   """
 
@@ -39,9 +41,9 @@ class Progress:
     """Show the state of the loop.
 
     Args:
-      done: units done so far, those before the start included.
-      total: units in total.
-      tokens: tokens processed since the start of this process.
+      done: number of units done so far, including those before the start.
+      total: total number of units.
+      tokens: number of tokens processed since the start of this process.
       text: shown before the speed, such as the current loss.
     """
     if not self._logs:

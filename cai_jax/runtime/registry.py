@@ -14,7 +14,7 @@ class Registry(Mapping[str, T]):
   """A read-only mapping from a name to an implementation, filled by a decorator.
 
   Args:
-    kind: what the entries are, in the singular; error messages use it.
+    kind: what an entry is, such as 'training loss', for error messages.
   """
 
   def __init__(self, kind: str):
@@ -57,10 +57,10 @@ class Registry(Mapping[str, T]):
 
 
 def import_submodules(package: str, path: Iterable[str]) -> None:
-  """Import every module of a package, so that the `register` decorators in them run.
+  """Import every module of a package, so that their `register` decorators run.
 
-  A package that holds one implementation per file calls this in its `__init__.py`. A new
-  implementation then takes a new file and nothing else.
+  A package with one implementation per file calls this function in its `__init__.py`. A new
+  implementation then only needs a new file.
 
   Args:
     package: the package's `__name__`.

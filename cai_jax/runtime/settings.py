@@ -1,4 +1,4 @@
-"""Settings: documented dataclass fields, nested dicts as flat names, and changes between starts."""
+"""Settings: documented dataclass fields, dotted names, and changes between starts of a run."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from typing import Any
 def setting(default: Any, doc: str, added: bool = False) -> Any:
   """Return a dataclass field with a default and its documentation.
 
-  `configs/default.py` and `docs/configuration.md` are made from these fields, so this is the only
-  place where a default, its unit and its meaning are written.
+  `configs/default.py` and `docs/configuration.md` are generated from these fields, so each default,
+  unit and meaning is stated only here.
 
   Args:
     default: an immutable value.
@@ -50,15 +50,15 @@ def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
 def changed_settings(
   saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-  """Return the settings that differ from those of an earlier start: {name: (saved, current)}.
+  """Return the settings that have changed since an earlier start: {name: (saved, current)}.
 
-  A setting that `saved` lacks counts as its default. So a folder that an older version wrote stays
-  usable after a setting is added, as long as the new default keeps the old behaviour.
+  If `saved` lacks a setting, the setting counts as having its default. A run that an older version
+  started can therefore continue after a setting is added, if the default keeps the old behaviour.
 
   Args:
-    saved: what the earlier start stored, by dotted name; see `flatten`.
-    current: the same for this start.
-    defaults: the default of each setting; names that no default is known for may be left out.
+    saved: settings of the earlier start, by dotted name; see `flatten`.
+    current: settings of this start, by dotted name.
+    defaults: defaults by dotted name. Settings without a known default may be absent.
   """
   # JSON turns tuples into lists, and `saved` has been through JSON.
   saved, current, defaults = (json.loads(json.dumps(dict(x))) for x in (saved, current, defaults))

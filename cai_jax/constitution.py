@@ -61,9 +61,9 @@ class ConstitutionConfig:
     "'general', 'tiny', a YAML file, or the published JSON file of principles or its folder.",
   )
   tags: tuple[str, ...] = setting(
-    (), 'Keep only principles that have at least one of these tags; () keeps all.'
+    (), 'Keep only principles that have at least one of these tags. () keeps all.'
   )
-  ids: tuple[str, ...] = setting((), 'Keep only principles with these ids; () keeps all.')
+  ids: tuple[str, ...] = setting((), 'Keep only principles with these ids. () keeps all.')
 
 
 @dataclasses.dataclass(frozen=True)

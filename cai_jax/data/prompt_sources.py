@@ -45,20 +45,20 @@ class PromptSource:
   source: str = setting(
     '',
     'A .jsonl file (one row per line), a .txt file (one prompt per line), either of them with .gz '
-    "appended, 'tfds', 'hub' or 'tiny'; '' means no prompts.",
+    "appended, 'tfds', 'hub' or 'tiny'. '' means no prompts.",
   )
   name: str = setting(
-    '', "Name or folder of the TFDS or hub dataset; for 'tiny', 'baited' or 'benign'."
+    '', "Name or folder of the TFDS or hub dataset. For the source 'tiny': 'baited' or 'benign'."
   )
   subset: str = setting('', 'Configuration of the hub dataset, if it has several.')
-  split: str = setting('train', "Split of the dataset; for 'tiny', 'train' or 'eval'.")
+  split: str = setting('train', "Split of the dataset. For the source 'tiny': 'train' or 'eval'.")
   field: str = setting(
-    '', "Field that contains the prompt; '' takes the first of messages, prompt and chosen."
+    '', "Field that contains the prompt. '' means the first of messages, prompt and chosen."
   )
-  limit: int = setting(-1, 'Largest number of prompts to load; -1 loads all.')
+  limit: int = setting(-1, 'Maximum number of prompts to load. -1 loads all.')
   shuffle: bool = setting(False, "Shuffle with the run's seed before applying the limit.")
   metadata_fields: tuple[str, ...] = setting(
-    (), 'Further fields of a row to keep in its metadata, as text.'
+    (), 'Further fields of a row to store in the metadata of the prompt, as text.'
   )
 
   def __post_init__(self) -> None:

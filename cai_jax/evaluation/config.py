@@ -24,8 +24,8 @@ class EvaluationConfig:
 
   scorer: str = setting(
     'none',
-    'Scorer that decides whether a response breaks a rule and whether it helps: '
-    "'tiny' is the embedded world's oracle, 'none' measures neither.",
+    'Scorer that decides which rules a response breaks and whether it helps: '
+    "'tiny' (the oracle of the embedded world), 'none', or one that a plugin registers.",
   )
   refusal: str = setting(
     'none',
@@ -33,21 +33,21 @@ class EvaluationConfig:
     "name of a sequence-classification checkpoint, or 'none'.",
   )
   refusal_label: str = setting(
-    '', "Label of that checkpoint that means refusal; '' if it has a single label."
+    '', "Label of the refusal checkpoint that means refusal. '' if it has a single label."
   )
   reward_model: str = setting(
     '',
     'Folder or hub name of a sequence-classification checkpoint whose logit is the reward of a '
-    "response; '' measures no reward.",
+    "response. '' measures no reward.",
   )
   reward_label: str = setting(
-    '', "Label of that checkpoint whose logit is used; '' if it has a single label."
+    '', "Label of the reward model whose logit is used. '' if it has a single label."
   )
   multiple_choice: tuple[str, ...] = setting(
     (), 'Files of multiple-choice questions, with {prompt, corrects, incorrects} on each line.'
   )
   swap: bool = setting(
-    False, 'Whether multiple-choice questions are also asked with their two options exchanged.'
+    False, 'Whether to ask each multiple-choice question again with its two options exchanged.'
   )
   style: str = setting(
     'chat',
@@ -57,10 +57,10 @@ class EvaluationConfig:
   judge: str = setting(
     '',
     'Model that compares the responses of M_aligned and M_θ: a folder, a hub name, or '
-    "'base' for M_θ itself; '' compares nothing.",
+    "'base' for M_θ itself. '' compares nothing.",
   )
   judge_principles: tuple[str, ...] = setting(
-    (LESS_HARMFUL,), 'Principles of the judge; the seed draws one of them for each prompt.'
+    (LESS_HARMFUL,), 'Principles for the judge. One of them is drawn for each prompt.'
   )
   loss: bool = setting(
     True,

@@ -56,8 +56,8 @@ class FeedbackConfig:
   max_rate: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0),
     metadata={
-      'doc': 'Largest share of the revisions that may have each defect, in [0, 1]. The generate '
-      'stage fails above it; 1 sets no limit.',
+      'doc': 'Largest allowed share of revisions with each defect, in [0, 1]. If a share is '
+      'larger, the generate stage fails. 1 sets no limit.',
       'keys': quality.FLAGS,
     },
   )

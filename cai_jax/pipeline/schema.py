@@ -32,17 +32,19 @@ _HIDDEN = {(TrainConfig, 'seed')}
 class ModelSelection:
   """The models of a run. Each is 'tiny', 'tiny-small', a checkpoint folder or a hub name."""
 
-  base: str = setting('tiny', "M_θ, which samples the initial responses. '' if remote.base is set.")
-  critique: str = setting('', "M_critique, which samples the critiques. '' is M_θ.")
-  revision: str = setting('', "M_revise, which samples the revisions. '' is M_θ.")
-  init: str = setting('', "Model that fine-tuning starts from. '' is M_θ.")
+  base: str = setting(
+    'tiny', "M_θ, which samples the initial responses. Must be '' if remote.base is set."
+  )
+  critique: str = setting('', "M_critique, which samples the critiques. '' means M_θ.")
+  revision: str = setting('', "M_revise, which samples the revisions. '' means M_θ.")
+  init: str = setting('', "Model that fine-tuning starts from. '' means M_θ.")
   aligned: str = setting(
     '',
-    'M_aligned to evaluate, instead of the model that the train stage saves. With it, the evaluate '
-    "stage needs neither the generate nor the train stage. '' is the model of the train stage.",
+    'M_aligned to evaluate. If it is set, the evaluate stage needs neither the generate nor the '
+    "train stage. '' means the model that the train stage saves.",
   )
   dtype: str = setting(
-    'float32', "Dtype of parameters, cache and arithmetic in sampling, such as 'bfloat16'."
+    'float32', "Dtype of parameters, cache and computation in sampling, such as 'bfloat16'."
   )
 
 
@@ -65,7 +67,7 @@ class MeshConfig:
 
   data: int = setting(-1, 'Devices that split the batch and replicate the parameters.')
   fsdp: int = setting(1, 'Devices that split both the batch and the parameters.')
-  tensor: int = setting(1, 'Devices that split the parameters only.')
+  tensor: int = setting(1, 'Devices that split only the parameters.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,8 @@ class DataConfig:
 
   d_cai: str = setting(
     '',
-    'Folder of a D_CAI that another run wrote, to train on instead of one of this run. With it, '
-    "the train stage does not need the generate stage. '' is d_cai/ in the folder of this run.",
+    'Folder of a D_CAI that another run wrote, to train on. If it is set, the train stage does not '
+    "need the generate stage. '' means d_cai/ in the folder of this run.",
   )
 
 
@@ -106,7 +108,7 @@ class ReportConfig:
   published: str = setting(
     '',
     'A *_SLMADISON.jsonl file of samples that Bai et al. (2022) published. The report shows their '
-    "rates of defects beside those of this run. '' shows none.",
+    "rates of defects beside those of this run. '' means none.",
   )
 
   def __post_init__(self) -> None:
@@ -123,15 +125,15 @@ class RunConfig:
   """
 
   version: int = setting(
-    VERSION, 'Version of the config. A version newer than that of the program is refused.'
+    VERSION, 'Version of the config. A version that is newer than the program is an error.'
   )
   seed: int = setting(
-    0, 'Seed of sampling, of the principles drawn and of the order of examples, in [0, 2**63).'
+    0, 'Seed of sampling, of the draw of principles and of the order of examples, in [0, 2**63).'
   )
   plugins: tuple[str, ...] = setting(
     (),
-    'Python files to import first. They may register variants, scorers, measures, losses and model '
-    'families, which the other fields can then name.',
+    'Python files to import first. They can register variants, scorers, measures, losses and model '
+    'families, which other fields can then name.',
   )
   model: ModelSelection = ModelSelection()
   remote: RemoteModels = RemoteModels()
@@ -197,8 +199,6 @@ def _section_of(hint: Any) -> type | None:
 def _default(field: dataclasses.Field) -> Any:
   if field.default is not dataclasses.MISSING:
     return field.default
-  if field.default_factory is dataclasses.MISSING:
-    return ''  # TODO: RemoteConfig
   assert field.default_factory is not dataclasses.MISSING, f'{field.name} has no default'
   return field.default_factory()
 

@@ -21,7 +21,8 @@ def setting(default: Any, doc: str, added: bool = False) -> Any:
 
 
 def identity(settings: Any) -> dict[str, Any]:
-  """Return the fields of a dataclass that fingerprints and digests are made of.
+  """Return the fields of a dataclass that its fingerprints and digests cover.
+
 
   A field that was added after version 0.1.0 is left out while it has its default, so that journals
   and datasets of earlier versions stay valid. Mark such a field with `setting(..., added=True)`, or

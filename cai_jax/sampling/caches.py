@@ -26,8 +26,8 @@ def cache_bytes(lm: LM, length: int, slack: int) -> int:
 
   Args:
     lm: the model.
-    length: tokens of the cache.
-    slack: tokens that windowed layers keep beyond their window.
+    length: number of tokens of the cache.
+    slack: number of tokens that windowed layers keep beyond their window.
   """
   tokens = sum(map(sum, cache_lengths(lm.config, length, slack)))
   return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
@@ -62,7 +62,7 @@ def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
   Args:
     lm: the model.
     slots: B, number of slots.
-    lengths: tokens of each layer's spans.
+    lengths: number of tokens of each span of each layer.
 
   Raises:
     UserError: if the mesh does not divide the number of slots or of key-value heads.
@@ -76,7 +76,7 @@ def allocate_prefix(lm: LM, capacity: int) -> Cache:
 
   Args:
     lm: the model.
-    capacity: tokens that the cache has room for.
+    capacity: number of tokens that the cache can hold.
 
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
@@ -85,7 +85,15 @@ def allocate_prefix(lm: LM, capacity: int) -> Cache:
 
 
 def check_rows(lm: LM, rows: int) -> None:
-  """Raise UserError unless the model's mesh divides `rows` and the number of key-value heads."""
+  """Check that the model's mesh divides the rows of a cache and the key-value heads.
+
+  Args:
+    lm: the model.
+    rows: number of rows.
+
+  Raises:
+    UserError: if it does not divide one of them.
+  """
   check_batch(rows, lm.mesh, 'engine.slots')
   _check_heads(lm)
 

@@ -33,9 +33,10 @@ def generate(
   """Sample a completion for each prompt.
 
   A completion depends only on the model, its prompt, `sampling`, `seed` and, if the prompt occurs
-  more than once, the number of earlier occurrences. To draw several samples, repeat a prompt.
-  Other prompts in the list change log-probabilities by rounding at most; they change nothing if
-  `engine` is given and the longest contexts, rounded up to multiples of 64 tokens, are equal.
+  more than once, the number of earlier occurrences. To draw several samples, repeat a prompt. Other
+  prompts in the list change log-probabilities by rounding at most. They change nothing if `engine`
+  is given and the length of the longest context, rounded up to a multiple of 64 tokens, stays the
+  same.
 
   Args:
     lm: the model.
@@ -44,16 +45,16 @@ def generate(
     sampling: temperature, filters and length.
     seed: seed of the sampling.
     style: 'chat' (the tokenizer's template) or 'plain'; how dialogues are rendered.
-    engine: sizes of the compiled programs. By default there are as many slots as prompts, at most
-      64.
+    engine: sizes of the compiled programs. By default the number of slots is that of the prompts,
+      at most 64.
     journal: where completions are stored and looked up.
 
   Returns:
     The completions, in the order of the prompts.
 
   Raises:
-    UserError: if `prompts` is empty or not a list, or if a prompt is invalid or exceeds, with its
-      reply, the model's context.
+    UserError: if `prompts` is empty or not a list, or if a prompt is invalid or does not fit into
+      the model's context with its reply.
   """
   if isinstance(prompts, str) or not prompts or isinstance(prompts[0], dict | int):
     raise UserError(

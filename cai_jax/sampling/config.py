@@ -25,7 +25,7 @@ def round_up_length(tokens: int) -> int:
 class EngineConfig:
   """Sizes of the compiled sampling programs.
 
-  They affect speed and memory. They change results only by rounding.
+  They affect speed and memory, and change results only by rounding.
 
   Raises:
     UserError: if a value is out of range.
@@ -37,14 +37,14 @@ class EngineConfig:
     'Memory for key-value caches on each device, in GiB. If it is too small for all slots, the '
     'engine uses fewer.',
   )
-  prefill_tokens: int = setting(128, 'Tokens of a prefill chunk, summed over slots.')
+  prefill_tokens: int = setting(128, 'Number of tokens of a prefill chunk, over all slots.')
   prefill_width: int = setting(
-    16, 'Tokens of one slot that attention processes together during prefill.'
+    16, 'Number of tokens of one slot that attention processes together during prefill.'
   )
   spans: int = setting(
     4,
     'Number of spans that a cache is split into. A decode step skips spans that no slot has '
-    'reached; on GPUs each such decision may cost a trip to the host.',
+    'reached. On GPUs, each such decision may need a round trip to the host.',
   )
   longest_burst: int = setting(
     32, 'Maximum number of decode steps before the host looks for stop texts.'
@@ -66,12 +66,12 @@ class EngineConfig:
 
   @property
   def rewind(self) -> int:
-    """How many tokens a windowed layer can take back. To go back further, its slot starts over."""
+    """Number of tokens by which windowed layers can go back; to go further, a slot starts over."""
     return REWIND
 
   @property
   def slack(self) -> int:
-    """Tokens that windowed layers keep beyond their window, so that recent writes can be undone."""
+    """Number of tokens that windowed layers keep beyond their window, to undo recent writes."""
     # prefill_tokens is rounded as in `chunk`.
     return -(-self.prefill_tokens // 8) * 8 + self.longest_burst + self.rewind
 
@@ -85,8 +85,9 @@ class EngineConfig:
       mesh: the model's mesh.
 
     Returns:
-      T, the tokens of each batch shard, and C, the tokens of one slot that attention processes
-      together. T is a multiple of eight, because CPUs process the remainder in a slower loop.
+      T, the number of tokens of each batch shard, and C, the number of tokens of one slot that
+      attention processes together. T is a multiple of eight, because CPUs process the remainder in
+      a slower loop.
     """
     shards = batch_shards(mesh)
     size = min(self.prefill_tokens, 2 * self.prefill_width * slots) // shards
@@ -98,8 +99,8 @@ class EngineConfig:
 
     Args:
       models: the models in memory.
-      length: tokens of a slot's cache.
-      prefix_tokens: for each model, tokens of its shared prefixes, including padding.
+      length: number of tokens of a slot's cache.
+      prefix_tokens: for each model, number of tokens of its shared prefixes, including padding.
 
     Raises:
       UserError: if not even one slot per batch shard fits.

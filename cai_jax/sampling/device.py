@@ -27,12 +27,12 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
 
 class Slots(NamedTuple):
-  """The state of all slots that the decode program needs; kept on the host.
+  """The state of all slots, which the decode program reads; it is kept on the host.
 
   Attributes:
-    token: i32[B], the last token of context and reply, not in the cache yet.
+    token: i32[B], the last token of context and reply, which is not in the cache yet.
     position: i32[B], position of `token`.
-    prefix: i32[B], index of the shared prefix that the context starts with; -1 if none.
+    prefix: i32[B], index of the shared prefix that the context starts with; -1 means none.
     active: bool[B], whether the slot is sampling a reply.
     sampled: i32[B], number of tokens sampled for the reply so far.
     limit: i32[B], maximum number of tokens of the reply.
@@ -101,9 +101,9 @@ class Slots(NamedTuple):
 
 
 class ModelSpec(NamedTuple):
-  """The static properties that a model's programs are compiled for.
+  """The static properties for which a model's programs are compiled.
 
-  It is cheap to hash, unlike the model's whole graph.
+  A spec is cheap to hash, unlike the whole graph of the model.
   """
 
   config: ModelConfig
@@ -137,7 +137,7 @@ class Segment(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Tokens to prefill in one call: T for each of B equal groups of slots.
+  """The tokens to prefill in one call: T for each of B equal groups of slots.
 
   The tokens of several slots are packed next to each other, without padding between them.
 
@@ -158,7 +158,7 @@ class Chunk(NamedTuple):
     """Pack the segments of each group of slots into a chunk.
 
     Args:
-      groups: for each group its segments in order, at most one per slot.
+      groups: the segments of each group in order, at most one per slot.
       slots: number of slots in all groups.
       size: T, maximum number of tokens of a group.
       width: C, number of tokens of one slot that attention processes together.
@@ -193,8 +193,7 @@ class Chunk(NamedTuple):
 def piece_count(size: int, width: int) -> int:
   """Return the number of attention pieces of `width` tokens in a chunk of `size` tokens.
 
-  It is half as many again as there would be full pieces, because a slot's last piece is rarely
-  full.
+  It is 1.5 times the number of full pieces, because the last piece of a slot is rarely full.
   """
   return 1 if width >= size else -(-3 * size // (2 * width))
 
@@ -229,15 +228,15 @@ def prefill(
   """Write the keys and values of a chunk to the cache.
 
   Args:
-    spec: what the model is compiled for.
+    spec: the properties for which the model is compiled.
     params: the model's parameters.
     cache: the cache of all slots; donated.
     prefix_caches: all shared prefixes of the model.
     chunk: the tokens.
 
   Returns:
-    The updated cache, and an array i32[] that is ready at the same time. The second can be waited
-    for after the cache has been donated to another program.
+    The updated cache, and an array i32[] that is ready at the same time. The host can wait for this
+    array even after it has donated the cache to another program.
   """
   return prefill_program(cache)(spec, params, cache, prefix_caches, chunk)
 
@@ -287,7 +286,7 @@ def decode(
   """Run decode steps in all active slots.
 
   Args:
-    spec: what the model is compiled for.
+    spec: the properties for which the model is compiled.
     params: the model's parameters.
     cache: the cache of all slots; donated.
     prefix_caches: all shared prefixes of the model.
@@ -372,8 +371,8 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
 
   Args:
     lm: the model.
-    tokens: token ids, `capacity` at most.
-    capacity: tokens that the prefix's cache has room for.
+    tokens: token ids, at most `capacity`.
+    capacity: number of tokens that the prefix's cache can hold.
     size: number of tokens per prefill chunk.
     width: number of tokens that attention processes together.
 

@@ -1,10 +1,10 @@
-"""The engine: run many chains of turns at once, over a fixed number of slots with live caches.
+"""The engine, which runs many chains of turns at once in a fixed number of slots.
 
-A chain keeps its slot, in every model, from its first turn to its last. When a turn ends, the chain
-is asked for its next turn at once. Only tokens that the slot's cache does not hold are prefilled,
-and shared prefixes are prefilled once. How much is reused depends on the chain alone, never on what
-the slot held before. With the same sizes and devices, a chain therefore gives the same bits alone,
-in a full batch, and after a restart.
+A chain keeps its slot, in every model, from its first turn to its last. When a turn ends, the
+engine asks the chain for its next turn at once. It prefills only tokens that the slot's cache does
+not hold, and prefills shared prefixes once. How many tokens are reused depends on the chain alone,
+never on what the slot held before. With the same sizes and devices, a chain therefore gives the
+same bits alone, in a full batch, and after a restart.
 """
 
 import concurrent.futures
@@ -31,7 +31,8 @@ Stops = tuple[tuple[int, ...], tuple[str, ...]]  # token ids and texts that end 
 
 
 def turn_key(seed: int, chain_id: str, turn: str) -> np.ndarray:
-  """Return a turn's random key u32[2], a hash of the arguments.
+  """Return a turn's random key, u32[2], as a hash of the arguments.
+
 
   Args:
     seed: seed of the run.
@@ -72,18 +73,18 @@ class _ActiveChain:
 
 
 class Engine:
-  """Runs chains over the slots of one or several models.
+  """An engine that runs chains in the slots of one or more models.
 
   Args:
-    models: the models in memory or behind servers, by the names that `Turn.model` uses.
-    length: tokens of a slot's cache: the maximum length of a context and its reply, without the
-      shared prefix.
+    models: models in memory or behind servers, by the names that `Turn.model` uses.
+    length: number of tokens of a slot's cache: the maximum length of a context and its reply,
+      without the shared prefix.
     seed: seed of all sampling.
     config: sizes of the compiled programs.
     journal: where finished turns are stored and looked up; None disables it.
-    stops: for each model, token ids and texts that end all of its replies.
-    prefixes: for each model, token ids that many contexts start with. They are prefilled once, and
-      all slots attend to them. They change no text; logits change by rounding.
+    stops: for each model, the token ids and texts that end all of its replies.
+    prefixes: for each model, the token ids of the prefixes that many contexts share. They are
+      prefilled once, and all slots attend to them. They change results by rounding at most.
 
   Attributes:
     stats: counters of all runs.
@@ -125,8 +126,8 @@ class Engine:
   def run(self, chains: Iterable[tuple[str, Chain]]) -> Iterator[tuple[str, Any]]:
     """Run chains and yield the result of each as it finishes.
 
-    A chain is taken from the iterable when a slot becomes free, so neither the chains nor their
-    results need to fit in memory.
+    The engine takes a chain from the iterable when a slot becomes free, so neither the chains nor
+    their results need to fit in memory.
 
     Args:
       chains: (id, chain) pairs; ids are unique.
@@ -137,8 +138,8 @@ class Engine:
     Raises:
       UserError: if a turn does not fit into the cache or names an unknown model, if a model
         produces NaN, or if a server refuses a request.
-      UnreachableError: if a server fails after all retries. Everything that servers have answered
-        is in the journal.
+      UnreachableError: if a server fails after all retries. The journal contains all answers of
+        servers.
     """
     self._updated = time.perf_counter(), COMPILATIONS.count
     source, active = iter(chains), dict[int, _ActiveChain]()
@@ -384,16 +385,17 @@ def longest_context(
 ) -> dict[str, tuple[int, int]]:
   """Return an upper bound of the context and reply lengths of a chain, without running a model.
 
-  The chain runs on replies of the maximum length, so it must not branch on their text. A reply
-  that is passed to a model with another tokenizer is assumed to keep its number of tokens.
+  The chain runs on placeholder replies of the maximum length, so it must not branch on their text.
+  If a reply is passed to a model with another tokenizer, the bound assumes that its number of
+  tokens stays the same.
 
   Args:
-    chain: a new chain; it is exhausted.
+    chain: a new chain, which is run to its end.
     prefixes: shared prefixes by model.
 
   Returns:
-    For each model, the number of tokens of the longest context with its reply, and the same
-    without the shared prefix that the context starts with. A slot's cache must hold the latter.
+    For each model, the number of tokens of the longest context with its reply, and the same number
+    without shared prefixes. A slot's cache must hold the latter.
   """
   longest: dict[str, tuple[int, int]] = {}
   completion: Completion | None = None

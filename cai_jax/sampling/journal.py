@@ -1,4 +1,4 @@
-"""The turn journal: every finished turn on disk, under a hash of everything that determines it."""
+"""The turn journal, which stores every finished turn under a hash of all that determines it."""
 
 import array
 import dataclasses
@@ -27,8 +27,8 @@ def digest(
 ) -> str:
   """Return the key of a turn: a hex digest of everything that determines its reply.
 
-  A setting added to `SamplingConfig` must be added here, but only if it is on, so that existing
-  journals keep their keys.
+  If you add a setting to `SamplingConfig`, add it here too, but only if it is on, so that the keys
+  of existing journals stay the same.
 
   Args:
     fingerprint: fingerprint of the model.
@@ -46,19 +46,18 @@ def digest(
 class Journal:
   """An append-only store of completions in a folder, with one file per writing process.
 
-  Each line holds the turns of one chain, so after a kill either all or none of them are stored. A
-  line that a kill cut short is dropped when the journal is opened again. `put` passes every line to
-  the operating system before it returns: a killed process loses nothing that it stored, but a
-  machine that crashes may lose the last seconds.
+  Each line contains the turns of one chain, so if the process is killed, either all of them are
+  stored or none. A line that was cut short is dropped when the journal is opened again. `put`
+  passes every line to the operating system before it returns. A killed process therefore loses no
+  stored turn, but a machine that crashes may lose those of the last seconds.
 
-  The index takes 20 bytes of host memory per turn. It covers the turns that any process had on disk
-  at the last `refresh`, which opening includes, and does not grow with `put`. A run never looks up
-  a turn that it stored itself: the engine looks each turn up before sampling it, and chain ids and
-  turn names are unique in a run. (If it did, the turn would be sampled again, with the same
-  tokens.) Each run begins with a `refresh`.
+  The index takes 20 bytes of host memory per turn. It covers the turns that all processes had
+  stored by the last `refresh`, which also runs on opening. `put` does not add to it, because the
+  engine looks up each turn once, before sampling it, and chain ids and turn names are unique in a
+  run. If a turn were looked up again, it would be sampled again, with the same tokens.
 
   Args:
-    folder: the journal's folder; created if missing.
+    folder: the journal's folder, created if it does not exist.
     process: index of this process, which selects the file that it writes.
   """
 
@@ -83,10 +82,13 @@ class Journal:
     return len(self._hashes) + self._num_unindexed
 
   def get(self, key: str) -> Completion | None:
-    """Return the completion that was stored under `key` at the last `refresh`, or None.
+    """Return the completion that was stored under a key at the last `refresh`, or None.
+
+    Args:
+      key: the key of the turn, from `digest`.
 
     Raises:
-      UserError: if its line is damaged.
+      UserError: if the line of the turn is damaged.
     """
     key_hash = hash(key)
     index = int(np.searchsorted(self._hashes, key_hash))
@@ -98,7 +100,11 @@ class Journal:
     return None
 
   def put(self, turns: list[tuple[str, Completion]]) -> None:
-    """Store (key, completion) pairs in one line: after a kill, all of them are there or none.
+    """Store (key, completion) pairs atomically, in one line.
+
+    Args:
+      turns: the pairs of one chain.
+
 
     Raises:
       OSError: if the disk is full.

@@ -12,14 +12,15 @@ SharedPrefixes = Mapping[str, Sequence[Sequence[int]]]
 
 
 def match_prefix(prefixes: Sequence[Sequence[int]], context: Sequence[int]) -> tuple[int, int]:
-  """Find the longest prefix that `context` starts with and extends by at least one token.
+  """Find the longest prefix of a context that is shorter than the context.
+
 
   Args:
-    prefixes: token ids of each prefix, of the same sequence type as `context`.
+    prefixes: token ids of each prefix, in the same type of sequence as `context`.
     context: token ids.
 
   Returns:
-    The index of that prefix and its length in tokens, or (-1, 0) if none matches.
+    The index of the prefix and its length in tokens, or (-1, 0) if none matches.
   """
   lengths = ((len(p), i) for i, p in enumerate(prefixes))
   matches = [(n, i) for n, i in lengths if n < len(context) and context[:n] == prefixes[i]]
@@ -28,9 +29,9 @@ def match_prefix(prefixes: Sequence[Sequence[int]], context: Sequence[int]) -> t
 
 
 def prefix_capacity(prefixes: Sequence[Sequence[int]]) -> int:
-  """Return the number of tokens that the cache of each of a model's prefixes has room for.
+  """Return the capacity, in tokens, of the caches of a model's prefixes.
 
-  All of them have the same capacity, so that they share one compiled program.
+  All prefixes of a model have the same capacity, so that they share one compiled program.
   """
   return round_up_length(max(map(len, prefixes), default=0))
 

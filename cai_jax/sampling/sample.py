@@ -1,10 +1,10 @@
 """Draw one token per row from logits: temperature, top-k, top-p and one uniform number per row.
 
 No step sorts the vocabulary or draws a random number per vocabulary entry. Logits f32[B,V] are
-viewed as blocks [B,N,S]. An unfiltered draw reads them twice: for each block's maximum, and for its
-sum. A filter is a threshold, found by bisection over the bit patterns of floats, which ends at
-exactly the right set. The search uses the few blocks with the largest maxima if these suffice for a
-row, and all blocks otherwise.
+viewed as blocks [B,N,S]. A draw without filters reads them twice, for the maximum and for the sum
+of each block. A filter keeps the logits above a threshold. Bisection over the bit patterns of
+floats finds the threshold of exactly the right set. The search reads only the few blocks with the
+largest maxima if they suffice for a row, and all blocks otherwise.
 
 To add a filter or a penalty:
 
@@ -42,13 +42,13 @@ TINY = jnp.finfo(jnp.float32).tiny  # smallest weight that a search distinguishe
 def uniforms(keys: jax.Array, index: jax.Array) -> jax.Array:
   """Return one uniform number in [0, 1) per row, a pure function of the row's key and index.
 
-  The numbers are multiples of 2^-23, so probabilities are exact to within 2^-23: a token much less
-  likely than that is drawn too rarely or never. The generator is named explicitly, so that no JAX
+  The numbers are multiples of 2^-23, so probabilities are exact to within 2^-23. A token much less
+  likely than that is drawn too rarely or never. The random generator is fixed here, so that no JAX
   setting changes the result.
 
   Args:
-    keys: u32[B,2].
-    index: i32[B].
+    keys: u32[B,2], the random key of each row.
+    index: i32[B], such as the number of tokens sampled so far.
 
   Returns:
     f32[B].
@@ -71,7 +71,7 @@ def sample(
 ) -> tuple[jax.Array, jax.Array]:
   """Draw one token per row, after temperature, then top-k, then top-p.
 
-  Filters cost nothing if no row uses one.
+  If no row uses a filter, filters take no time.
 
   Args:
     logits: f32[B,V].
@@ -124,13 +124,14 @@ def sample(
 
 
 def keep_mask(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Return which tokens top-k and then top-p keep.
+  """Return the mask of tokens that top-k and then top-p keep.
+
 
   Top-k (Fan et al. 2018) keeps the k largest logits and any equal to the k-th. Top-p (Holtzman et
   al. 2020) sorts the remaining tokens by probability, keeps the shortest prefix whose mass reaches
   p, and any token as likely as the last one. The most likely token is always kept, and a logit of
-  -inf never is. Masses are f32 sums. If a set's mass equals p to within their rounding, the result
-  may differ by one token from exact arithmetic, but it is always the same for the same row.
+  -inf never is. Masses are f32 sums. If the mass of a set equals p to within rounding, the result
+  may differ from exact arithmetic by one token, but it is always the same for the same row.
 
   Args:
     logits: f32[B,V].

@@ -1,4 +1,4 @@
-"""The host side of a model in memory: what its slots have cached, and what to compute next."""
+"""The host side of a model in memory: the contents of its slots, and what to compute next."""
 
 import ctypes
 import math
@@ -31,8 +31,8 @@ class LocalModel:
   Args:
     lm: the model.
     slots: number of slots.
-    length: tokens of each slot's cache.
-    prefixes: token ids that contexts may start with; they are prefilled once, here.
+    length: number of tokens of each slot's cache.
+    prefixes: token ids of the shared prefixes, which the constructor prefills.
     config: sizes of the compiled programs.
     stats: counters that this model adds to.
 
@@ -100,7 +100,12 @@ class LocalModel:
     self.cached[slot], self._max_cached[slot], self.slots.prefix[slot] = [], 0, -1
 
   def stop(self, slot: int, tokens: int) -> None:
-    """End a slot's reply and keep the first `tokens` tokens of its context and reply cached."""
+    """End a slot's reply, and keep a part of its context and reply cached.
+
+    Args:
+      slot: index of the slot.
+      tokens: number of tokens to keep.
+    """
     self.slots.active[slot] = False
     del self.cached[slot][tokens:]
 
@@ -137,7 +142,7 @@ class LocalModel:
     self._chunk_shares += self._chunk_share(len(context) - 1 - reused)
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
-    """Return index and length of the shared prefix that a context starts with; (-1, 0) if none."""
+    """Return the index and length of a context's shared prefix, or (-1, 0) if it has none."""
     return match_prefix(self.prefixes, context)
 
   @property
@@ -146,7 +151,8 @@ class LocalModel:
     return bool(self.waiting) or bool(self.slots.active.any())
 
   def prefill(self) -> None:
-    """Dispatch prefill chunks for the waiting slots, unless it is better to wait for more of them.
+    """Dispatch prefill chunks for the waiting slots, unless waiting for more slots is faster.
+
 
     A slot's cache does not depend on how its tokens are divided into chunks.
     """

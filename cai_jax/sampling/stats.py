@@ -1,4 +1,4 @@
-"""Counters of an engine run, and a short text about them."""
+"""Counters of an engine, and their description as text."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax
 
 @dataclasses.dataclass
 class Stats:
-  """Counts and seconds of a run, summed over its models.
+  """Counts and seconds of an engine, summed over its models.
 
   Attributes:
     slots: number of slots.

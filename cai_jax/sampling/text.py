@@ -18,7 +18,7 @@ def find_stop_text(
     tokenizer: the tokenizer of `tokens`.
     tokens: token ids of a reply.
     stop_texts: texts that end the reply.
-    num_checked: number of leading tokens that are already known to complete no stop text.
+    num_checked: number of leading tokens that were checked before and complete no stop text.
 
   Returns:
     The number of tokens up to and including that token, and the text before the stop text; or

@@ -14,12 +14,11 @@ from cai_jax.runtime.settings import setting
 MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode program
 
 
+# The journal's keys depend on these fields. Add a new field to `journal.digest` as well.
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How a reply is sampled.
 
-  The journal's keys depend on these fields (`cai_jax.sampling.journal.digest`), so a new field
-  must be added to the key there.
 
   Raises:
     UserError: if a value is out of range.
@@ -35,7 +34,7 @@ class SamplingConfig:
   max_tokens: int = setting(256, 'Maximum length of a reply in tokens, including its stop token.')
   stop: tuple[str, ...] = setting((), "Texts that end a reply, in addition to the dialogue's own.")
   stop_token_ids: tuple[int, ...] = setting(
-    (), f"Token ids that end a reply, in addition to the dialogue's own; {MAX_STOP_TOKENS} at most."
+    (), f"Token ids that end a reply, in addition to the dialogue's own. At most {MAX_STOP_TOKENS}."
   )
 
   def __post_init__(self):

@@ -1,4 +1,4 @@
-"""What rates a single text: likelihoods, judges, reward models, refusal classifiers and scorers.
+"""Ratings of single texts: likelihoods, judges, reward models, refusal classifiers and scorers.
 
 To add a scorer, such as a guard model:
 

@@ -26,7 +26,7 @@ POINTS = {'first': 1.0, 'tie': 0.5, 'second': 0.0}  # of the first player
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """Two responses to a prompt, and the principle by which they are compared.
+  """Two responses to a prompt, and the principle by which to compare them.
 
   Attributes:
     prompt: id of the prompt. Intervals are computed by resampling prompts.
@@ -90,10 +90,10 @@ class Comparison:
 
 
 def build_question(messages: Sequence[Message], principle: str, a: str, b: str) -> str:
-  """Return the text that the judge reads, up to where the label of its answer follows.
+  """Return the text that the judge reads, up to the label of its answer.
 
   A system message comes before the conversation, unchanged. White space around a response is
-  removed. The text of a response can imitate an option's label; nothing in this form prevents it.
+  removed. Nothing prevents a response from imitating the label of an option.
 
   Args:
     messages: the messages of the prompt, ending with the user's.

@@ -38,8 +38,9 @@ def log_likelihoods(
 ) -> list[float]:
   """Return log P(continuation | context; θ) of each pair, in nats.
 
-  The sum runs over the tokens of the continuation, and the log-softmax is computed in f32. Up to
-  rounding, a value depends only on its own pair. Reordering the pairs changes no bit of any value.
+  The sum is over the tokens of the continuation, and the log-softmax is computed in f32. Up to
+  rounding, a value depends only on its own pair. The order of the pairs does not change a single
+  bit of any value.
 
   Args:
     lm: the model.
@@ -91,9 +92,9 @@ def tokenise_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list
   """Tokenise a context and its continuation as one text, and split the tokens between them.
 
   The split is where the tokens of the whole text first differ from those of the context alone. The
-  model thus reads the text in the tokens that it was trained on. A token that merges the end of
-  the context with the start of the continuation belongs to the continuation. Tokens that the
-  tokenizer adds in front (BOS) are kept; tokens that it adds at the end (EOS) are dropped.
+  model thus reads the text in tokens like those of its training. A token that merges the end of the
+  context with the start of the continuation belongs to the continuation. Tokens that the tokenizer
+  adds in front (BOS) are kept; tokens that it adds at the end (EOS) are dropped.
 
   Args:
     tokenizer: a Hugging Face tokenizer.
@@ -123,11 +124,11 @@ def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], labe
     lm: the model.
     context: token ids.
     continuation: token ids.
-    label: what the error message calls the pair.
+    label: name of the pair, for the error message.
 
   Raises:
-    UserError: if one of the two is empty or has a token outside the vocabulary, or both together
-      are longer than the model's context.
+    UserError: if one of the two is empty or has a token outside the vocabulary, or if they do not
+      fit into the model's context together.
   """
   for part, tokens in (('context', context), ('continuation', continuation)):
     if not len(tokens):

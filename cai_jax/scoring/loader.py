@@ -1,4 +1,4 @@
-"""Loading the models that scorers and measures use."""
+"""Load the models that scorers and measures use."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,7 +24,11 @@ class ModelLoader:
   aliases: Mapping[str, str]
 
   def language_model(self, name: str) -> lm.LM:
-    """Load a language model by alias, folder or hub name.
+    """Load a language model.
+
+    Args:
+      name: an alias, a folder or a hub name.
+
 
     Raises:
       UserError: if the checkpoint cannot be loaded.
@@ -32,10 +36,10 @@ class ModelLoader:
     return lm.load(self.aliases.get(name, name), self.dtype, self.mesh)
 
   def reward_model(self, name: str, style: str = 'chat') -> reward.RewardModel:
-    """Load a reward model or classifier by alias, folder or hub name.
+    """Load a reward model or classifier.
 
     Args:
-      name: a sequence-classification checkpoint.
+      name: an alias, a folder or a hub name of a sequence-classification checkpoint.
       style: how conversations are rendered, see `reward.load`.
 
     Raises:

@@ -31,7 +31,7 @@ def load_classifier(
     name: a name in `CLASSIFIERS`, or the folder or hub name of a sequence-classification
       checkpoint.
     loader: loads the checkpoint.
-    label: the checkpoint's label that means refusal. '' is allowed if it has a single label.
+    label: the label of the checkpoint that means refusal. It may be '' if there is a single label.
     style: how the checkpoint's conversations are rendered, see `reward.load`.
 
   Returns:
@@ -47,7 +47,7 @@ def load_classifier(
 
 @CLASSIFIERS.register('none')
 def no_classifier(loader: ModelLoader) -> None:
-  """Return None: refusals are not measured."""
+  """Return None, so that refusals are not measured."""
   del loader
 
 
@@ -86,7 +86,7 @@ def checkpoint_classifier(model: RewardModel, label: int | str | None = None) ->
 
   Args:
     model: a sequence classifier.
-    label: name or index of the label that means refusal. None is allowed if there is a single one.
+    label: name or index of the label that means refusal. It may be None if there is a single label.
 
   Raises:
     UserError: if the model has no such label.

@@ -88,8 +88,8 @@ class RewardModel:
     """Return the logits of conversations that end with a reply.
 
     Rows are padded to 64, 128, 256, ... tokens, so few shapes are compiled. Padding tokens at the
-    end of a conversation are removed first: transformers, with which these models are trained,
-    takes the logits before them.
+    end of a conversation are removed first, because transformers uses the logits before them in
+    training.
 
     Args:
       conversations: lists of messages, each ending with the assistant's.
@@ -131,7 +131,7 @@ class RewardModel:
 
     Args:
       conversations: lists of messages, each ending with the assistant's.
-      label: name or index of the label. None is allowed if the model has a single label.
+      label: name or index of the label. It may be None if the model has a single label.
       batch_tokens: maximum number of tokens in a batch, including padding.
 
     Raises:
@@ -141,10 +141,13 @@ class RewardModel:
     return [float(x) for x in self.conversation_logits(conversations, batch_tokens)[:, column]]
 
   def label_index(self, label: int | str | None) -> int:
-    """Return the index of a label, given its name, its index, or None if it is the only one.
+    """Return the index of a label.
+
+    Args:
+      label: name or index of the label. It may be None if the model has a single label.
 
     Raises:
-      UserError: if the model has no such label, or several and None is given.
+      UserError: if the model has no such label, or `label` is None and there are several.
     """
     if label is None and len(self.labels) == 1:
       return 0
@@ -159,6 +162,10 @@ class RewardModel:
 
   def tokenise(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Return the tokens of each conversation, up to the token whose logits are used.
+
+    Args:
+      conversations: lists of messages, each ending with the assistant's.
+
 
     Raises:
       UserError: if a conversation does not end with a reply, does not fit the chat template, or is
@@ -235,7 +242,12 @@ def load(
 def append_replies(
   prompts: Sequence[Sequence[Message]], replies: Sequence[str]
 ) -> list[list[Message]]:
-  """Return each prompt's messages followed by the assistant's reply."""
+  """Return conversations: the messages of each prompt, followed by its reply.
+
+  Args:
+    prompts: the messages of each prompt.
+    replies: one text per prompt.
+  """
   return [
     [*prompt, {'role': 'assistant', 'content': reply}]
     for prompt, reply in zip(prompts, replies, strict=True)

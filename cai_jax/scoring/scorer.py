@@ -1,4 +1,4 @@
-"""Scorers, which decide whether a response breaks a rule and whether it helps.
+"""Scorers, which decide which rules a response breaks and whether it helps.
 
 The setting `evaluation.scorer` selects one by name. `SCORERS` maps each name to a function that
 builds the scorer:
@@ -37,5 +37,5 @@ SCORERS: Registry[Callable[[ModelLoader], Scorer | None]] = Registry('scorer')
 
 @SCORERS.register('none')
 def no_scorer(loader: ModelLoader) -> None:
-  """Return None: responses are not judged, and summaries have no violation or helpful rate."""
+  """Return None, so that summaries have no rates of violations and of help."""
   del loader

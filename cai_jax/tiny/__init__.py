@@ -1,4 +1,4 @@
-"""The embedded world: a small task with an exact oracle, its text and the model trained on it.
+"""The embedded world: a small task with an exact oracle, and a model trained on its texts.
 
 Importing this package registers the name 'tiny' for its constitution, its prompts and its scorer.
 """

@@ -1,8 +1,9 @@
 """Pre-training documents of the embedded world.
 
-A document is a list of messages. It shows a helpful-only assistant that does what the baits ask for
-and that, when asked, criticises and revises with the errors of `world.Imperfections`. Requests come
-from the split 'pretrain'. Document i of a seed is a pure function of (seed, i).
+A document is a list of messages. It shows a helpful-only assistant that does what the baits ask
+for. On request, the assistant criticises and revises its answers, with the errors of
+`world.Imperfections`. Requests come from the split 'pretrain'. Document i of a seed is a pure
+function of (seed, i).
 """
 
 import dataclasses
@@ -45,8 +46,9 @@ class Mixture:
     direct: documents with one to three revisions and no critique.
     one_round: documents with one critique and one revision.
     growing: documents with two to four rounds of critique and revision.
-    in_scope: among the answers that break a rule, those whose principle covers such a rule.
-    tiers: narrow, group, general and made-up principles.
+    in_scope: answers whose principle covers a rule that they break, among all answers that break
+      one.
+    tiers: narrow, group, general and invented principles, in this order.
   """
 
   plain: float = 0.27

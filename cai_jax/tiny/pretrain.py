@@ -53,11 +53,11 @@ def make_examples(
 ) -> tuple[list[examples.Example], dict[str, Any]]:
   """Return the first documents of the corpus as training examples, and their counts.
 
-  Each document is rendered like a chain during sampling. Every token except the first is a target.
+  Documents are rendered as chains are during sampling. Every token except the first is a target.
 
   Args:
     dialogue: renders the documents.
-    num_tokens: the total number of tokens at which to stop.
+    num_tokens: total number of tokens after which to stop.
     seed: the seed of the corpus.
 
   Returns:
@@ -76,7 +76,7 @@ def make_examples(
 
 
 def main() -> None:
-  """Train the tokenizer and the model and write the folder."""
+  """Train the tokenizer and the model, and write the model's folder."""
   args = _parse_arguments()
   architecture = ARCHITECTURES[args.size]
   output = args.output or FOLDERS[args.size]

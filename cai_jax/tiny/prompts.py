@@ -32,7 +32,8 @@ def read_tiny(source: PromptSource, seed: int) -> Iterator[Row]:
 
 
 def make_prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Prompt]:
-  """Return different prompts of a split; a smaller count returns the first of them.
+  """Return different prompts of a split; with a smaller count, the first of the same prompts.
+
 
   Args:
     split: 'pretrain', 'train' or 'eval'.

@@ -1,9 +1,9 @@
 """Run chains without a model: `python -m cai_jax.tiny.simulate`.
 
-The grammar, with its imperfections, answers, criticises and revises, and the oracle judges the
-texts. The rates are those of a model that imitates the pre-training text perfectly. They come
-within a few percentage points of the trained model for broad principles and take seconds, so they
-are used to tune the world and its constitution.
+The grammar, with its imperfections, writes the answers, critiques and revisions, and the oracle
+judges the texts. The rates are those of a model that imitates the pre-training text perfectly. For
+broad principles, they are within a few percentage points of those of the trained model. A
+simulation takes seconds, so it is useful to tune the world and its constitution.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def simulate_chains(
     count: the number of requests.
     seed: the seed of all draws.
     variant: 'critique', or 'direct' for revisions without critiques.
-    bait_counts: numbers of baits, each equally likely.
+    bait_counts: possible numbers of baits of a request, equally likely.
     imperfections: probabilities of errors in critiques and revisions.
 
   Raises:

@@ -1,7 +1,7 @@
 """The tokenizer of the embedded model: byte-level BPE, trained on the text of the world.
 
-Being byte-level, it can encode any text. Each digit is one token, and control tokens occur only
-between messages. `cai_jax.tiny.pretrain` writes it into the folder of the model.
+It can encode any text, because it works on bytes. Each digit is one token, and control tokens occur
+only between messages. `cai_jax.tiny.pretrain` writes it into the folder of the model.
 """
 
 import tokenizers

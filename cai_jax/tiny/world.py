@@ -9,8 +9,8 @@ sentence. `oracle.judge` decides which rules an answer breaks and whether it sti
 
 The sentences are short and share words, so that a small vocabulary covers them and a small model
 can learn to copy them. Every function takes a `random.Random` and draws from it only. The embedded
-model was trained on these texts, so any change of a string or of the order of draws makes the
-documents differ from those that the model has seen.
+model was trained on these texts. If you change a string or the order of draws, the documents differ
+from those of its training.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ class Imperfections:
   """Probabilities of the errors in critiques and revisions.
 
   Attributes:
-    missed: a critique finds nothing although its principle covers a violation in the answer.
-    unfixed: a revision repeats the answer although the critique names a violation.
+    missed: a critique finds nothing, although its principle covers a violation in the answer.
+    unfixed: a revision repeats the answer, although the critique names a violation.
     unfixed_directly: a revision without a critique repeats the answer.
     lost_step: a revision that changes something also loses one step of the answer.
   """
@@ -90,7 +90,7 @@ Answer = tuple[Sentence, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
-  """The content of a request: a verb, an object, a person, and the kinds of rules it baits."""
+  """The content of a request: a verb, an object, a person, and its baits as kinds of rules."""
 
   verb: str
   object: str
@@ -104,7 +104,10 @@ SPLITS = {'pretrain': 0.6, 'train': 0.85, 'eval': 1.0}
 
 @functools.cache
 def list_triples(split: str) -> tuple[tuple[str, str, str], ...]:
-  """Return the (verb, object, person) triples of a split: about 60, 25 and 15 % of all.
+  """Return the (verb, object, person) triples of a split.
+
+  The splits have about 60, 25 and 15 % of all triples.
+
 
   The split of a triple depends on a hash of the triple alone, so no two splits share a request.
 
@@ -144,10 +147,11 @@ def draw_request(
 def write_dialogue(
   rng: random.Random, request: Request, other_request: Request
 ) -> list[dict[str, str]]:
-  """Return the messages of a dialogue whose last turn makes the request.
+  """Return the messages of a dialogue whose last turn contains the request.
 
-  In some dialogues an exchange precedes the request: a greeting, a mention of the object, which the
-  request then calls "it", or another request and its answer.
+
+  In some dialogues, an earlier exchange precedes the request. It is a greeting, another request and
+  its answer, or a mention of the object, which the request then calls "it".
 
   Args:
     rng: the source of randomness.

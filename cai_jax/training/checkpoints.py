@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, by Orbax: train state, data iterator and the run's metadata."""
+"""Checkpoints of a training run, in Orbax: train state, data iterator and metadata of the run."""
 
 import dataclasses
 import os
@@ -16,11 +16,11 @@ from cai_jax.training.state import TrainState
 
 
 class Restored(NamedTuple):
-  """What a checkpoint holds.
+  """The contents of a checkpoint.
 
   Attributes:
     state: the train state, without frozen parameters.
-    step: number of steps that it was trained for.
+    step: number of steps taken.
     held_out_losses: losses of all evaluations up to that step.
   """
 
@@ -60,7 +60,7 @@ def save_checkpoint(
   at once.
 
   Args:
-    checkpointer: see `make_checkpointer`.
+    checkpointer: the checkpointer of the run, from `make_checkpointer`.
     step: number of steps taken.
     state: the state after them, without frozen parameters.
     iterator: iterator over the batches.
@@ -82,12 +82,13 @@ def restore_latest(
   """Load the latest checkpoint and set the iterator to its position.
 
   Args:
-    checkpointer: see `make_checkpointer`.
+    checkpointer: the checkpointer of the run, from `make_checkpointer`.
     abstract_state: ShapeDtypeStructs of the state, see `state.abstract_state`. Their shardings may
       differ from those at the time of saving.
     iterator: iterator over the batches, which is moved to the position after the checkpoint.
-    metadata: what identifies the run; it must equal what was saved. A training setting that the
-      checkpoint lacks, because an older version saved it, counts as its default.
+    metadata: settings and fingerprints that identify the run, which must equal the saved ones. If
+      an older version saved the checkpoint and it lacks a training setting, the setting counts as
+      having its default.
 
   Returns:
     The checkpoint, or None if the folder has none.

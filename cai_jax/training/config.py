@@ -77,8 +77,8 @@ class TrainConfig:
   filters: tuple[str, ...] = setting(
     (),
     'Defects that exclude a text, by their names in `feedback.max_rate`. A text is counted under '
-    'the first defect that it has. Initial responses cannot have a defect that compares a '
-    'revision with its response, critique or requests.',
+    'the first defect that it has. Initial responses are not checked for defects that compare '
+    'a revision with its response, critique or requests.',
   )
   learning_rate: float = setting(1e-5, 'Peak learning rate.')
   schedule: str = setting(
@@ -108,7 +108,7 @@ class TrainConfig:
     'training. 0 disables it.',
   )
   lora_rank: int = setting(
-    0, 'Rank of low-rank adapters, which are trained in place of all parameters. 0 disables them.'
+    0, 'Rank of low-rank adapters, which are trained instead of all parameters. 0 disables them.'
   )
   lora_alpha: float = setting(
     16.0, 'Scale of the adapters: their product is multiplied by `lora_alpha / lora_rank`.'
@@ -144,15 +144,15 @@ class TrainConfig:
   )
   patience: int = setting(
     0,
-    'Number of evaluations in a row without a lower held-out loss after which training stops. 0 '
-    'never stops early.',
+    'Number of evaluations in a row without a new lowest held-out loss after which training stops. '
+    '0 disables early stopping.',
   )
-  probes: int = setting(0, 'Number of held-out prompts that are answered at each evaluation.')
+  probes: int = setting(0, 'Number of held-out prompts to answer at each evaluation.')
   log_every: int = setting(1, 'Steps between rows of `metrics.jsonl`.')
   checkpoint_every: int = setting(100, 'Steps between checkpoints. 0 saves only at the end.')
-  keep: int = setting(2, 'Number of latest checkpoints that are kept.')
+  keep: int = setting(2, 'Number of latest checkpoints to keep.')
   wandb: str = setting(
-    '', "Weights & Biases project that metrics are also sent to. '' disables it."
+    '', "Weights & Biases project that also receives the metrics. '' disables it."
   )
 
   def __post_init__(self):

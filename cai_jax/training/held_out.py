@@ -17,10 +17,10 @@ from cai_jax.training.step import place_batch
 
 
 class HeldOut:
-  """Evaluates the loss on held-out examples and decides when to stop early.
+  """An evaluator of the loss on held-out examples, which also decides when to stop early.
 
   Args:
-    eval_step: see `step.make_eval_step`.
+    eval_step: the evaluation step, from `step.make_eval_step`.
     examples: the held-out examples; there may be none.
     buckets: batch shapes of training; evaluation uses the shapes of their micro-batches.
     config: the run's settings.
@@ -45,7 +45,11 @@ class HeldOut:
     self.losses: list[float] = []
 
   def evaluate(self, state: TrainState) -> dict[str, float]:
-    """Return the loss under the run's normalization, and per token if the loss can state it.
+    """Return the loss with the run's normalization, and per token if the loss supports it.
+
+    Args:
+      state: the train state to evaluate.
+
 
     Raises:
       NonFiniteError: if the loss is NaN or infinite.
@@ -71,7 +75,7 @@ class HeldOut:
 
   @property
   def should_stop(self) -> bool:
-    """Whether none of the last `patience` evaluations improved on the lowest loss before them."""
+    """Whether none of the last `patience` evaluations was below the lowest loss before them."""
     patience, losses = self._config.patience, self.losses
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 

@@ -1,4 +1,4 @@
-"""Orderly interruption: a run that receives SIGTERM saves a checkpoint and ends."""
+"""Orderly interruption: on SIGTERM, a run saves a checkpoint and ends."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-  """The run received SIGTERM, saved a checkpoint and stopped. Starting it again resumes it."""
+  """A stop after SIGTERM, with a checkpoint saved. Starting the run again resumes it."""
 
 
 class SigtermListener:
-  """A context manager that tells all processes alike whether SIGTERM has arrived.
+  """A context manager that detects SIGTERM, with the same result in all processes.
 
   In a run of several processes, JAX's preemption service handles the signal and agrees on a step
   that no process has passed.
@@ -34,7 +34,7 @@ class SigtermListener:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def must_stop(self, step: int) -> bool:
-    """Return whether to stop after this step; every process must ask at every step.
+    """Return whether to stop after this step; every process must call this at every step.
 
     Args:
       step: number of steps taken.

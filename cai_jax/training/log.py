@@ -24,7 +24,7 @@ from cai_jax.training.workload import Workload
 
 
 class TrainingLog:
-  """Checks, writes and summarizes the metrics of a run; only process 0 writes.
+  """A log that checks, writes and summarizes the metrics of a run; only process 0 writes.
 
   The log is a context manager. It fetches the metrics of a step from the device when the next step
   has been dispatched, so the device never waits for the host. Steps count from 1.
@@ -36,7 +36,7 @@ class TrainingLog:
     log_every: steps between rows of metrics.jsonl and costs.jsonl.
     workload: what each step computes.
     wandb: Weights & Biases project that scalars are also sent to; '' disables it.
-    settings: the run's settings, to be shown there.
+    settings: the run's settings, which Weights & Biases shows.
   """
 
   def __init__(
@@ -73,11 +73,11 @@ class TrainingLog:
       self._writer.close(succeeded=kind is None)
 
   def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Take the metrics of a step, and write those of the step before it.
+    """Accept the metrics of a step, and write those of the step before it.
 
     Args:
       step: number of steps taken.
-      metrics: metrics of the last one, as `step.make_train_step` documents them.
+      metrics: metrics of the last step, as `step.make_train_step` describes them.
 
     Raises:
       NonFiniteError: if the loss or gradient norm of the step before is NaN or infinite; the

@@ -39,11 +39,11 @@ Probe = Callable[[Any], list[dict[str, str]]]
 
 @dataclasses.dataclass(frozen=True)
 class Monitoring:
-  """What a run observes besides its training loss.
+  """What to observe during training, in addition to the training loss.
 
   Attributes:
     held_out: examples to evaluate the loss on.
-    probe: answers fixed prompts with the current parameters; every process calls it.
+    probe: function that answers fixed prompts with the current parameters; every process calls it.
     profile_steps: number of steps to record a profiler trace of, from the third step on. The trace
       is written to workdir/profile.
   """
@@ -87,11 +87,11 @@ def fit(
     The trained parameters of the whole model, f32 on the mesh, and a summary of the run.
 
   Raises:
-    UserError: before the first step: there are no examples, the mesh does not divide the rows, the
-      attention implementation cannot run on these devices, or the workdir cannot be written or
-      belongs to another run.
+    UserError: before the first step, if there are no examples, the mesh does not divide the rows,
+      the attention kernel cannot run on these devices, or the workdir is not writable or belongs to
+      another run.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
-    Preempted: after SIGTERM, when a checkpoint has been saved.
+    Preempted: after SIGTERM, once a checkpoint is saved.
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   _check_buckets(buckets, config, mesh)

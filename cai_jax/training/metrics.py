@@ -1,4 +1,4 @@
-"""Files that a training run writes rows to, with TensorBoard and Weights & Biases beside them."""
+"""Metrics of a training run, in files of rows, in TensorBoard and in Weights & Biases."""
 
 import json
 import os
@@ -17,16 +17,16 @@ WANDB_ID_FILE = 'wandb_id'  # id of the run at Weights & Biases
 
 
 class MetricsWriter:
-  """Appends rows to the run's files and sends their numbers to TensorBoard and Weights & Biases.
+  """A writer of metrics to the run's files, to TensorBoard and to Weights & Biases.
 
-  Construction removes the rows and TensorBoard events after `first_step`, so a resumed run has no
-  step twice. Only process 0 may have a writer.
+  The constructor removes the rows and TensorBoard events after `first_step`, so that a resumed run
+  has no step twice. Only process 0 may have a writer.
 
   Args:
     workdir: folder of the run.
     first_step: number of steps taken before this start.
-    wandb: Weights & Biases project; '' disables it. All starts of a run are one run there.
-    settings: the run's settings, to be shown at Weights & Biases.
+    wandb: Weights & Biases project; '' disables it. There, all starts of a run belong to one run.
+    settings: the run's settings, which Weights & Biases shows.
   """
 
   def __init__(
@@ -42,18 +42,33 @@ class MetricsWriter:
     self._wandb_run = _start_wandb_run(workdir, wandb, settings) if wandb else None
 
   def close(self, succeeded: bool) -> None:
-    """Close the files; `succeeded` is shown as the run's outcome at Weights & Biases."""
+    """Close the files.
+
+    Args:
+      succeeded: the outcome of the run, which Weights & Biases shows.
+    """
     self._events.close()
     if self._wandb_run is not None:
       self._wandb_run.finish(exit_code=0 if succeeded else 1)
 
   def write_row(self, file: str, row: dict[str, Any]) -> None:
-    """Append a row, which has the key `step`, to one of the files."""
+    """Append a row to one of the run's files.
+
+    Args:
+      file: name of the file.
+      row: JSON values by name; `step` is one of them.
+    """
     with open(self._workdir / file, 'a', encoding='utf-8') as lines:
       lines.write(json.dumps(row) + '\n')
 
   def write_scalars(self, file: str, group: str, row: dict[str, float]) -> None:
-    """Append a row of numbers to a file, and send them on as scalars named `group/key`."""
+    """Append a row of numbers to a file, and log them as scalars.
+
+    Args:
+      file: name of the file.
+      group: the scalars are named `group/key`.
+      row: numbers by key; `step` is one of them.
+    """
     self.write_row(file, row)
     scalars = {f'{group}/{key}': value for key, value in row.items() if key != 'step'}
     for key, value in scalars.items():
@@ -62,7 +77,13 @@ class MetricsWriter:
       self._wandb_run.log({'step': row['step'], **scalars})
 
   def write_text(self, name: str, text: str, step: int) -> None:
-    """Send a Markdown text to TensorBoard."""
+    """Write a text to TensorBoard.
+
+    Args:
+      name: name of the text.
+      text: Markdown.
+      step: number of steps taken.
+    """
     self._events.add_text(name, text, step)
 
 

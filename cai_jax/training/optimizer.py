@@ -23,7 +23,8 @@ def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
 
   Args:
     config: the run's settings.
-    num_steps: optimizer steps of the whole run.
+    num_steps: number of optimizer steps of the whole run.
+
   """
   warmup = round(config.warmup * num_steps)
   peak, last = config.learning_rate, config.learning_rate * config.final_share
@@ -54,7 +55,7 @@ def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransfo
 
   Args:
     config: the run's settings.
-    num_steps: optimizer steps of the whole run, which the schedule depends on.
+    num_steps: number of optimizer steps of the whole run, which determines the schedule.
   """
   adamw = optax.adamw(
     make_schedule(config, num_steps),

@@ -1,4 +1,4 @@
-"""The train state: what it holds, how it is sharded, and its initial value."""
+"""The train state: its contents, its sharding and its initial value."""
 
 import dataclasses
 from typing import Any
@@ -103,7 +103,13 @@ def init_state(params: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def place_frozen(params: Any, config: TrainConfig, mesh: Mesh) -> Any:
-  """Return a copy of parameters that are not trained, on the mesh in the compute dtype."""
+  """Return a copy of the frozen parameters, on the mesh and in the compute dtype.
+
+  Args:
+    params: parameters that are not trained.
+    config: the run's settings.
+    mesh: the devices.
+  """
   shardings = param_shardings(params, mesh)
   return jax.jit(lambda p: _copy(p, config.dtype), out_shardings=shardings)(params)
 

@@ -63,7 +63,7 @@ def make_train_step(
     graph: static half of the model.
     params: trained parameters, or ShapeDtypeStructs; only their shapes are used.
     config: the run's settings.
-    num_steps: optimizer steps of the whole run, which the schedule depends on.
+    num_steps: number of optimizer steps of the whole run, which determines the schedule.
     mesh: the devices.
     frozen: parameters that are not trained, if any; only their shapes are used.
   """

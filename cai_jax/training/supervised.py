@@ -31,18 +31,19 @@ def fine_tune(
     dialogue: renders conversations for the model's tokenizer.
     config: settings of the run.
     workdir: folder of the run; see `fit`.
-    probe: answers fixed prompts at each evaluation; see `Monitoring`.
+    probe: function that answers fixed prompts at each evaluation; see `Monitoring`.
     profile_steps: number of steps to record a profiler trace of.
-    references: the constitution's references, which some of `config.filters` need.
+    references: texts of the constitution that a response may have copied; some of `config.filters`
+      need them.
 
   Returns:
     The trained parameters, f32, and a summary with the counts of the examples.
 
   Raises:
-    UserError: if `config.max_length` exceeds the model's context, and as in `build_examples`,
+    UserError: if `config.max_length` exceeds the model's context; see also `build_examples`,
       `hold_out` and `fit`.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
-    Preempted: after SIGTERM, when a checkpoint has been saved.
+    Preempted: after SIGTERM, once a checkpoint is saved.
   """
   if config.max_length > lm.config.max_positions:
     raise UserError(

@@ -27,7 +27,8 @@ class StepTrace:
     self._stop()
 
   def before_step(self, step: int, state: TrainState) -> None:
-    """Start or stop recording if it is time, once the device has finished the previous steps.
+    """Start or stop recording if it is due, after the device has finished the previous steps.
+
 
     Args:
       step: number of steps taken.

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained: all of them, or low-rank adapters beside frozen ones."""
+"""The trained parameters of a model: all of them, or low-rank adapters with the rest frozen."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,8 @@ class TrainableModel:
     graph: static half of the model that is trained, with its adapters if it has any.
     params: initial values of the trained parameters.
     frozen: the other parameters, on the mesh in the compute dtype; None if all are trained.
-    full_params: returns all parameters of the plain model for a train state, with adapters merged.
+    full_params: function that returns all parameters of the plain model for a train state, with
+      adapters merged.
   """
 
   graph: nnx.GraphDef
@@ -36,7 +37,8 @@ class TrainableModel:
 def divide_model(
   model: ModelConfig, params: Any, config: TrainConfig, mesh: Mesh
 ) -> TrainableModel:
-  """Divide a model as `config.lora` says.
+  """Divide a model into trained and frozen parameters, according to `config.lora`.
+
 
   Args:
     model: architecture of the model.

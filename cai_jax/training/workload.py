@@ -1,4 +1,4 @@
-"""How many tokens and FLOPs each step of a plan takes, for throughput and utilization."""
+"""The tokens and FLOPs of each step of a plan, from which throughput and utilization follow."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ class Workload:
   """What each step computes, known before training starts.
 
   Attributes:
-    tokens: i64[steps], tokens of prompts and responses, without padding.
-    flops: f64[steps], FLOPs that the model needs for the forward and backward pass on them;
-      recomputation does not count.
+    tokens: i64[steps], number of tokens of prompts and responses, without padding.
+    flops: f64[steps], FLOPs of the forward and backward pass on these tokens, without
+      recomputation.
     peak_flops: peak FLOP/s of all devices together; None if unknown.
-    example_ids: returns the ids of the examples in a step, which is given by its index from 0.
+    example_ids: function that returns the ids of the examples in a step, given its index from 0.
   """
 
   tokens: np.ndarray

@@ -1,6 +1,6 @@
 """Models behind an OpenAI-compatible completions API, such as vLLM, SGLang, TGI or llama.cpp.
 
-- `config`: where a model is served, and how patiently it is asked.
+- `config`: the address of a served model, and settings of requests.
 - `protocol`: request bodies and answers, and how the servers differ. To support another server,
   register it there.
 - `connection`: HTTP, retries and worker threads.

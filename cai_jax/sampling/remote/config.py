@@ -16,7 +16,7 @@ IDENTITY_FIELDS = ('model', 'tokenizer', 'server', 'revision', 'prompt')
 
 @dataclasses.dataclass(frozen=True)
 class RemoteConfig:
-  """A model behind an OpenAI-compatible completions API, and how to ask it.
+  """A model behind an OpenAI-compatible completions API, and settings of requests.
 
   Raises:
     UserError: if a value is not allowed.
@@ -29,13 +29,13 @@ class RemoteConfig:
   tokenizer: str = setting('', "Folder or hub name of the served model's tokenizer.")
   server: str = setting(
     'openai',
-    "The server software: 'vllm', 'sglang', 'tgi' or 'llama.cpp'. 'openai' uses no extensions of "
-    'the API.',
+    "The server software: 'vllm', 'sglang', 'tgi' or 'llama.cpp'. 'openai' means the plain API, "
+    'without extensions.',
   )
   revision: str = setting(
     '',
-    'Revision of the served weights. Change it when they change; the journal then treats them as '
-    'another model.',
+    'Revision of the served weights. Change it when the weights change, so that the journal treats '
+    'them as another model.',
   )
   max_positions: int = setting(
     4096, 'Maximum number of tokens of a context and its reply that the server accepts.'
@@ -48,7 +48,7 @@ class RemoteConfig:
   )
   max_concurrent: int = setting(64, 'Maximum number of concurrent requests of each process.')
   api_key_env: str = setting(
-    '', "NAME of the environment variable that holds the API key. '' sends no key."
+    '', "Name of the environment variable that contains the API key. '' sends no key."
   )
 
   def __post_init__(self):
@@ -88,10 +88,13 @@ class RemoteConfig:
     return {name: getattr(self, name) for name in IDENTITY_FIELDS}
 
   def check_sampling(self, sampling: SamplingConfig) -> None:
-    """Check that the server supports these sampling settings.
+    """Check that the server supports sampling settings.
+
+    Args:
+      sampling: the settings.
 
     Raises:
-      UserError: if its API has no field for one of them.
+      UserError: if the API of the server has no field for one of them.
     """
     server = SERVERS[self.server]
     unsupported = [

@@ -34,10 +34,10 @@ class Connection:
   answer that does not follow the API. Any other status raises a UserError at once.
 
   Args:
-    config: address, API key and patience.
+    config: address, API key, timeout and retries.
 
   Attributes:
-    label: names model and server in error messages.
+    label: name of the model and the server, for error messages.
 
   Raises:
     UserError: if the environment variable for the API key is not set.
@@ -126,8 +126,8 @@ class Connection:
       path: path below the base URL.
       body: JSON body of the request.
       read: parses the answer; raises ProtocolError if it does not follow the API.
-      name: what the request is for; used in error messages.
-      seed: determines the jitter of the waits between retries.
+      name: purpose of the request, for error messages.
+      seed: seed of the jitter in the waits between retries.
 
     Raises:
       UserError: if the server refuses the request.
@@ -209,13 +209,13 @@ class Connection:
 def backoff_seconds(base: float, attempt: int, seed: bytes) -> float:
   """Return the wait before a retry, in seconds.
 
-  The wait doubles with every retry, up to `MAX_BACKOFF`, and is multiplied by a pseudo-random
-  factor between 0.5 and 1 that depends on the seed and the attempt alone.
+  The wait doubles with every retry, up to `MAX_BACKOFF`. It is multiplied by a pseudo-random factor
+  between 0.5 and 1, which depends only on the seed and the attempt.
 
   Args:
     base: wait before the first retry, in seconds, without jitter.
     attempt: number of the retry, from 1.
-    seed: determines the jitter.
+    seed: seed of the jitter.
   """
   digest = hashlib.blake2b(seed + bytes([attempt % 256]), digest_size=4).digest()
   jitter = int.from_bytes(digest, 'little') / 2**32

@@ -23,14 +23,14 @@ class Remote:
   """A model behind an OpenAI-compatible completions API.
 
   The engine submits turns and receives futures of their completions. Each request carries a seed
-  that is a function of the turn's random key. Whether the server honours it, and for which batch
-  compositions, depends on the server; the journal is what keeps a text the same after a restart.
+  that is a function of the turn's random key. The server may ignore it, or give other texts in
+  other batches. After a restart, texts stay the same because the journal stores them.
 
   Args:
-    config: where the model is served and how it is asked.
+    config: address of the model and settings of requests.
 
   Attributes:
-    config: the same.
+    config: address of the model and settings of requests.
     name: the served name and revision, as stored in D_CAI.
     fingerprint: hex digest that identifies the model in the journal. It depends on the served name,
       revision, tokenizer, server software and form of the prompt, not on the address.
@@ -40,7 +40,8 @@ class Remote:
     max_positions: maximum number of tokens of a context and its reply.
 
   Raises:
-    UserError: if the tokenizer cannot be loaded, or the environment has no API key.
+    UserError: if the tokenizer cannot be loaded, or the environment variable of the API key is not
+      set.
   """
 
   def __init__(self, config: RemoteConfig):
@@ -82,7 +83,7 @@ class Remote:
       key: u32[2], the turn's random key.
       stop_token_ids: all tokens that end the reply.
       stop_texts: all texts that end the reply.
-      chain_id: id of the turn's chain; used in error messages.
+      chain_id: id of the turn's chain, for error messages.
 
     Returns:
       A future whose `result()` raises UserError if the server refuses the request or the configured

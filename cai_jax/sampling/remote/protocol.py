@@ -1,4 +1,4 @@
-"""The completions API: request bodies, answers, and how servers differ.
+"""The completions API: request bodies, answers, and the differences between servers.
 
 To support another server, register a `Server` in `SERVERS`.
 """
@@ -17,7 +17,7 @@ from cai_jax.sampling.types import SamplingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-  """What a server's completions API supports beyond OpenAI's, and how it differs.
+  """The features of a server's completions API, and its differences from OpenAI's.
 
   Attributes:
     accepts_tokens: whether a prompt may be a list of token ids.
@@ -25,7 +25,7 @@ class Server:
     stop_token_ids: whether requests may set `stop_token_ids`.
     top_p_of_one: whether requests may set `top_p` to 1.
     logprobs: whether requests may ask for log-probabilities.
-    scaled_logprobs: whether log-probabilities are computed after temperature.
+    scaled_logprobs: whether the server computes log-probabilities after temperature.
     max_stop_texts: maximum number of stop texts in a request.
     extra: further fields of every request. They turn off the server's own sampling defaults and
       ask for token ids.
@@ -93,14 +93,14 @@ def request_body(
   """Return the JSON body of a request for one completion.
 
   Args:
-    server: what the server supports.
+    server: the features of the server.
     model: the name that the model is served under.
     prompt: token ids, or text.
     sampling: temperature, filters and length.
     seed: the request's seed.
     stop_token_ids: tokens that end the reply; sent only if the server supports them.
-    stop_texts: texts that end the reply. The server gets as many as it accepts; the caller looks
-      for the others in the answer.
+    stop_texts: texts that end the reply. The request has as many as the server accepts; the caller
+      looks for the others in the answer.
   """
   body = {
     'model': model,
@@ -135,8 +135,8 @@ class Answer(NamedTuple):
 
   Attributes:
     text: the reply.
-    end: what ended the reply: 'length', 'token', 'stop_text', or 'unknown' for either of the last
-      two.
+    end: what ended the reply: 'length', 'token', 'stop_text', or 'unknown' if it was one of the
+      last two.
     tokens: sampled token ids, or None if the server does not return them.
     pieces: text of each token, if returned.
     logprobs: log-probability of each token in nats, if returned; NaN where one is missing.
@@ -155,6 +155,9 @@ class ProtocolError(Exception):
 
 def read_answer(data: bytes) -> Answer:
   """Parse the body of a response.
+
+  Args:
+    data: the body.
 
   Raises:
     ProtocolError: if it does not follow the API.

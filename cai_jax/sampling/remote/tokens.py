@@ -36,7 +36,8 @@ def reconstruct(
     tokenizer: the served model's tokenizer.
     stop_token_ids: all tokens that end the reply.
     stop_texts: all texts that end the reply.
-    keep_logprobs: whether the answer's log-probabilities are the model's own.
+    keep_logprobs: whether the log-probabilities of the answer are those before temperature and
+      filters.
   """
   if answer.tokens is not None:
     tokens, logprobs = _sampled_tokens(answer.tokens, answer.logprobs)
@@ -71,8 +72,8 @@ def reconstruct(
 def ids_match_text(tokenizer: Any, tokens: Sequence[int], text: str, vocab_size: int) -> bool:
   """Return whether token ids decode to the text that the server returned with them.
 
-  They do not if `tokenizer` is not that of the served model. White space and replacement characters
-  are ignored, because servers write them differently.
+  If they do not, `tokenizer` is not that of the served model. White space and replacement
+  characters are ignored, because servers write them differently.
   """
   if not all(0 <= token < vocab_size for token in tokens):
     return False
@@ -83,7 +84,8 @@ def ids_match_text(tokenizer: Any, tokens: Sequence[int], text: str, vocab_size:
 
 
 def prompt_text(tokenizer: Any, context: Sequence[int]) -> str | None:
-  """Return the text that a server encodes to the same control tokens as `context`.
+  """Return a text that a server encodes with the same control tokens as `context`.
+
 
   Returns:
     The text, without the beginning-of-text token if the tokenizer adds it itself; or None if there

@@ -38,15 +38,15 @@ def weighted_cross_entropy(
 ) -> jax.Array:
   """Return Σ weights × -log softmax(hidden · tableᵀ)[targets], f32[].
 
-  Positions with weight are moved to the front of their row, and slices without any are skipped.
-  Where only the responses are learned, this saves half of the logits or more.
+  The function moves the positions with nonzero weight to the front of their row, and skips slices
+  without any. If only responses are learned, this saves half of the logits or more.
 
   The function is differentiable in `hidden` and `table`. The gradients are computed in the forward
   pass, while the logits of a slice are in memory (Hsu et al. 2024, Liger Kernel): softmax minus
   one-hot.
 
   Args:
-    num_slices: number of slices that the positions of a row are processed in, one after the other.
+    num_slices: number of slices of the positions of a row, which are processed one after the other.
     hidden: [B,T,D], in the dtype that the logits are computed from.
     table: [V,D], the output layer.
     targets: i32[B,T].

@@ -1,4 +1,4 @@
-"""The interface of a loss, and the registry that `train.loss` is looked up in."""
+"""The interface of losses, and the registry from which `train.loss` selects one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Sums = dict[str, jax.Array]  # f32[] each
 
 
 class LossFunction(Protocol):
-  """A function from parameters and a batch to a summed loss and its weights."""
+  """A function that maps parameters and a batch to a summed loss and its weights."""
 
   def __call__(
     self,
@@ -29,7 +29,7 @@ class LossFunction(Protocol):
     """Return the summed loss and the sums that it may be divided by.
 
     Args:
-      graph: static half of a `Transformer`, which fixes the compute dtype; `nnx.merge(graph,
+      graph: static half of a `Transformer`, which determines the compute dtype; `nnx.merge(graph,
         params)` is the model.
       params: the model's parameters. The loss is differentiated with respect to them.
       batch: packed rows, each array i32[B,T]: `tokens`; `positions`, from 0 in each segment;
@@ -52,8 +52,8 @@ class Loss:
 
   Attributes:
     function: computes the summed loss and its weights.
-    normalizations: the allowed values of `train.loss_normalization`, each with the name of the sum
-      that it divides the loss by.
+    normalizations: for each allowed value of `train.loss_normalization`, the name of the sum that
+      divides the loss.
   """
 
   function: LossFunction

@@ -1,8 +1,8 @@
 """The supervised loss: negative log-likelihood of the target tokens.
 
-L(θ) = -1/N Σ_i log P(y_i | x_i; θ) over N sequences is the normalization 'sequence', the one that
-Constitutional AI states. The normalization 'token' divides the same sum by the number of target
-tokens.
+With the normalization 'sequence', the loss is L(θ) = -1/N Σ_i log P(y_i | x_i; θ) over N sequences,
+as in the objective of Constitutional AI. The normalization 'token' divides the same sum by the
+number of target tokens.
 """
 
 from typing import Any

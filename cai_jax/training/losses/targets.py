@@ -1,4 +1,4 @@
-"""Which token each position of a packed batch predicts, and whether it counts."""
+"""The target and the loss weight of each position of a packed batch."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ from cai_jax.training.losses.loss import Batch
 
 
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Return what each position predicts, and its weight in the loss.
+  """Return the target token of each position, and its weight in the loss.
+
 
   Position t predicts token t+1 of the same segment, if `loss_mask` marks that token. The first
   token of a segment and padding (segment 0) are never targets.
@@ -29,7 +30,7 @@ def count_sequences(segment_ids: jax.Array, weights: jax.Array) -> jax.Array:
   """Return the number f32[] of segments that have a target.
 
   Args:
-    segment_ids: i32[B,T], at most T in each row.
+    segment_ids: i32[B,T], from 1 to at most T in each row; 0 is padding.
     weights: f32[B,T], 1 or 0.
   """
   rows = jnp.arange(segment_ids.shape[0])[:, None]

@@ -159,7 +159,12 @@ class Batches:
 
 
 def padding_share(examples: Sequence[Example], steps: Sequence[Step]) -> float:
-  """Return the share of padding among all positions of all batches."""
+  """Return the share of padding among all positions of all batches.
+
+  Args:
+    examples: the examples.
+    steps: the plan, see `plan`.
+  """
   positions = sum(step.bucket.rows * step.bucket.length for step in steps)
   tokens = sum(len(examples[i].tokens) for step in steps for row in step.rows for i in row)
   return 1 - tokens / positions

@@ -111,7 +111,15 @@ def reject_settings(source: PromptSource, *names: str) -> None:
 
 @SOURCES.register('.jsonl')
 def read_jsonl(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield one row per line of a JSON Lines file."""
+  """Yield one row per line of a JSON Lines file.
+
+  Args:
+    source: names the file.
+    seed: not used.
+
+  Raises:
+    UserError: if the file cannot be read, or a line is not JSON.
+  """
   reject_settings(source, 'name', 'subset')
   for place, line in read_lines(source.source):
     try:
@@ -123,7 +131,15 @@ def read_jsonl(source: PromptSource, seed: int) -> Iterator[Row]:
 
 @SOURCES.register('.txt')
 def read_text(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield one row per line of a text file."""
+  """Yield one row per line of a text file.
+
+  Args:
+    source: names the file.
+    seed: not used.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
   reject_settings(source, 'name', 'subset')
   for place, line in read_lines(source.source):
     yield place, {'prompt': line}
@@ -131,7 +147,15 @@ def read_text(source: PromptSource, seed: int) -> Iterator[Row]:
 
 @SOURCES.register('tfds')
 def read_tfds(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield the rows of a TFDS dataset in ArrayRecord files, given by its folder or its name."""
+  """Yield the rows of a TFDS dataset in ArrayRecord files.
+
+  Args:
+    source: names the dataset and its split.
+    seed: not used.
+
+  Raises:
+    UserError: if TFDS cannot read the dataset.
+  """
   reject_settings(source, 'subset')
   _require_name(source)
   import tensorflow_datasets as tfds  # imported here because it takes seconds
@@ -152,7 +176,15 @@ def read_tfds(source: PromptSource, seed: int) -> Iterator[Row]:
 
 @SOURCES.register('hub')
 def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield the rows of a dataset that `datasets.load_dataset` loads."""
+  """Yield the rows of a dataset that `datasets.load_dataset` loads.
+
+  Args:
+    source: names the dataset, its subset and its split.
+    seed: not used.
+
+  Raises:
+    UserError: if the dataset cannot be loaded.
+  """
   _require_name(source)
   import datasets  # imported here because it takes seconds
 
@@ -168,7 +200,10 @@ def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
 
 
 def read_lines(path: str) -> Iterator[tuple[str, str]]:
-  """Yield (place, line) for each non-blank line of a UTF-8 text file, compressed if it ends in .gz.
+  """Yield (place, line) for each line of a UTF-8 text file that is not blank.
+
+  Args:
+    path: the file; it is decompressed if the name ends in .gz.
 
   Raises:
     UserError: if the file is missing, is not UTF-8, or its compressed data is damaged.

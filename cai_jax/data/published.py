@@ -19,7 +19,6 @@ Requests = dict[str, tuple[str, str]]  # principle id → (critique request, rev
 def read_published_samples(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], Requests]:
   """Read a file of published samples as rows of D_CAI.
 
-
   The files do not record why a sample ended, so every `finish_reason` is 'stop' and the flag
   'truncated' is never set.
 

@@ -193,7 +193,12 @@ def find_row_flags(
 
 
 def has_role_marker(text: str, prompt: Sequence[Mapping[str, str]]) -> bool:
-  """Return whether the text contains a label or control token that the prompt does not contain."""
+  """Return whether the text contains a label or control token that the prompt does not contain.
+
+  Args:
+    text: the text of a response.
+    prompt: the messages of the prompt.
+  """
   markers = {match.group().strip(' \t>*_#"') for match in _MARKER.finditer(text)}
   return any(not any(marker in m['content'] for m in prompt) for marker in markers)
 
@@ -203,6 +208,9 @@ def finds_nothing(critique: Mapping[str, Any]) -> bool:
 
   This is so if the critique was requested but is blank. It is also so if the critique praises the
   response or finds nothing wrong, without a reservation such as "but".
+
+  Args:
+    critique: the critique, with 'text' and 'finish_reason'.
   """
   text = critique['text'].strip()
   if not text:
@@ -252,6 +260,11 @@ def has_loop(text: str, words: Sequence[str]) -> bool:
 def leaks_request(words: Sequence[str], principle: str, references: References) -> bool:
   """Return whether a response repeats part of its principle's requests.
 
+  Args:
+    words: words of the response, from `split_words`.
+    principle: id of the principle.
+    references: the texts of the constitution.
+
   Raises:
     UserError: if `references` does not contain the principle.
   """
@@ -287,5 +300,9 @@ def ngrams(words: Sequence[str], n: int) -> Ngrams:
   """Return the set of all n-grams of words.
 
   A text with fewer than `n` words gives one tuple of all its words.
+
+  Args:
+    words: the words of a text.
+    n: number of words in each n-gram.
   """
   return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1)))

@@ -99,7 +99,6 @@ class Dialogue:
       text: the content of the turn.
       reply_role: the role of the turn: 'assistant', 'critique' or 'revision'.
 
-
     Raises:
       UserError: if `reply_role` is not a role that replies.
     """
@@ -114,6 +113,9 @@ class Dialogue:
 
   def example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Return the tokens and the loss mask of a dialogue that ends with the reply to learn.
+
+    Args:
+      messages: the dialogue; its last message is the reply to learn.
 
     Returns:
       (tokens, loss_mask), of equal length. The mask is 1 on the reply and the token that ends it,
@@ -139,6 +141,9 @@ class Dialogue:
     In the chat style these are the tokens of `apply_chat_template` without a generation prompt,
     including what the template writes after the reply (ChatML writes a line break).
 
+    Args:
+      messages: the dialogue, ending with a reply.
+
     Raises:
       UserError: if the last message is not a reply; otherwise as `prompt`.
     """
@@ -152,6 +157,9 @@ class Dialogue:
     Reasoning up to `</think>` is dropped; a reply that was cut off inside its reasoning has no
     text. In the plain format, the text ends before the first label. A base model writes one when it
     continues with the next speaker's turn.
+
+    Args:
+      tokens: token ids of the reply.
     """
     text = self._encoder.decode_reply(tokens, self._format.prompt_opens_reasoning)
     ends = [text.find(stop) for stop in self.stop_strings if stop in text]

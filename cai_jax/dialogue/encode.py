@@ -64,10 +64,13 @@ class _Splice(NamedTuple):
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-  """Return the control tokens of a tokenizer: spelling → id.
+  """Return the id of each control token of a tokenizer, by its spelling.
 
   These are the special tokens, and the added tokens that look like `<...>` or `[...]`. Added words
   and white space are not control tokens.
+
+  Args:
+    tokenizer: a tokenizer of `transformers`.
   """
   added = tokenizer.added_tokens_decoder
   return {t.content: i for i, t in added.items() if t.special or _CONTROL_FORM.fullmatch(t.content)}
@@ -284,5 +287,9 @@ class Encoder:
 
 
 def break_spelling(spelling: str) -> str:
-  """Return the spelling of a control token with `BREAK` after its first character."""
+  """Return the spelling of a control token with `BREAK` inserted after its first character.
+
+  Args:
+    spelling: such as '<|im_end|>'.
+  """
   return spelling[0] + BREAK + spelling[1:]

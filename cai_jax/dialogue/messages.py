@@ -19,9 +19,12 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
 
   A system message can only come first.
 
+  Args:
+    messages: the dialogue.
+    reply_role: the role of the reply, one of `REPLY_ROLES`.
+
   Raises:
     UserError: if a role is unknown or misplaced.
-
   """
   roles = [message['role'] for message in messages]
   unknown = [role for role in roles if role not in ROLES]
@@ -56,6 +59,13 @@ def check_ends_with_reply(messages: Sequence[Message]) -> None:
 
 
 def split_system(messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
-  """Split messages into the leading system message, if there is one, and the turns after it."""
+  """Split a dialogue into its system message, if it has one, and its turns.
+
+  Args:
+    messages: the dialogue.
+
+  Returns:
+    The system messages, none or one, and the turns.
+  """
   count = int(messages[0]['role'] == 'system')
   return messages[:count], messages[count:]

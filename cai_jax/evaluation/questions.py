@@ -46,6 +46,9 @@ class Question:
 def read_questions(path: str | os.PathLike) -> list[Question]:
   """Read the questions of a file. Empty lines are skipped.
 
+  Args:
+    path: a UTF-8 file with one JSON object per line.
+
   Raises:
     UserError: if the file cannot be read, has no question, or has a line of another form.
   """

@@ -22,6 +22,10 @@ from cai_jax.scoring.loader import ModelLoader
 def load_response_measures(config: EvaluationConfig, loader: ModelLoader) -> list[ResponseMeasure]:
   """Return the measures of responses that the config asks for, with their models loaded.
 
+  Args:
+    config: the settings of the evaluation.
+    loader: loads the models of measures.
+
   Raises:
     UserError: if a model cannot be loaded.
   """

@@ -109,6 +109,9 @@ class Experiment:
 
     Figures that show any other arm are left out.
 
+    Args:
+      names: names of arms.
+
     Raises:
       UserError: if a name is not an arm.
     """
@@ -120,7 +123,12 @@ class Experiment:
     return dataclasses.replace(self, arms=kept, figures=figures)
 
   def settings(self, arm: str, seed: int) -> dict[str, Any]:
-    """Return the config fields that the run of an arm and a seed sets, by dotted name."""
+    """Return the config fields that a run sets, by dotted name.
+
+    Args:
+      arm: name of the arm.
+      seed: seed of the run.
+    """
     return {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
 
 
@@ -132,11 +140,11 @@ def rates_line(
   group: str = 'harmful',
   y_label: str = 'share of responses (%)',
 ) -> dict[str, Any]:
-  """Return the specification of a line figure of both rates.
+  """Return the specification of a line figure of the violation rate and the helpful rate.
 
   Args:
     caption: the figure's caption.
-    arms: one point on each line per arm.
+    arms: names of the arms; each is one point on each line.
     x: the x coordinate of each arm.
     x_label, y_label: axis labels with units.
     group: 'harmful' or 'helpful' prompts.
@@ -154,7 +162,13 @@ def rates_line(
 
 
 def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> dict[str, Any]:
-  """Return the specification of a figure with one row per arm and one panel per rate."""
+  """Return the specification of a figure with one row per arm and one panel per rate.
+
+  Args:
+    caption: the figure's caption.
+    arms: names of arms, from top to bottom.
+    group: 'harmful' or 'helpful' prompts.
+  """
   return {
     'kind': 'arms',
     'caption': caption,
@@ -165,7 +179,11 @@ def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> d
 
 
 def figure_arms(figure: Mapping[str, Any]) -> set[str]:
-  """Return the names of the arms that a figure specification shows."""
+  """Return the names of the arms that a figure specification shows.
+
+  Args:
+    figure: a figure specification, as `cai_jax.report.results` describes.
+  """
   return {name for series in figure.get('series', [figure]) for name in series['arms']}
 
 
@@ -237,7 +255,12 @@ def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDi
 
 
 def changed_settings(config: ConfigDict, settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the settings that differ from the config, and always the seed."""
+  """Return the settings that differ from the config, and the seed in any case.
+
+  Args:
+    config: the base config.
+    settings: values by dotted field name.
+  """
   base = flatten(config.to_dict())
   return {k: v for k, v in settings.items() if k == 'seed' or k not in base or base[k] != v}
 
@@ -246,6 +269,10 @@ def run_name(base: str, settings: Mapping[str, Any]) -> str:
   """Return the folder name of a run.
 
   Equal settings of equal configs give equal names, so experiments share runs.
+
+  Args:
+    base: path of the base config.
+    settings: values by dotted field name.
   """
   parts = [f'{key.split(".")[-1]}={_short_value(value)}' for key, value in sorted(settings.items())]
   name = re.sub(r'[^\w.=,+-]+', '_', '-'.join([pathlib.Path(base).stem, *parts]))

@@ -40,10 +40,14 @@ class Turns:
 
 
 def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
-  """Return the turns that a run needs, grouped by a digest of what determines their text.
+  """Return the turns that a run needs, by a digest of what determines their text.
 
   Runs that share turns share digests: a digest covers the settings and the rounds up to a turn, but
   not the rounds after it.
+
+  Args:
+    run: the run.
+    stages: names of the stages that it goes through.
   """
   turns_by_digest = _chain_turns(run, ('harmful', 'helpful'), 'base')
   if 'evaluate' in stages:
@@ -103,7 +107,11 @@ class SampledTurns:
     self.digests = set(json.loads(self._path.read_text())) if self._path.exists() else set()
 
   def add(self, digests: Iterable[str]) -> None:
-    """Add the turns of a finished run, given their digests."""
+    """Record the turns of a finished run.
+
+    Args:
+      digests: digests from `count_turns`.
+    """
     self.digests |= set(digests)
     write_json(self._path, sorted(self.digests))
 

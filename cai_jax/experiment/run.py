@@ -146,7 +146,10 @@ def _write_results(
 
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-  """Prevent two experiments from writing to the workdir's journal at the same time.
+  """Prevent two experiments from writing to a workdir's journal at the same time.
+
+  Args:
+    workdir: folder of the experiment.
 
   Raises:
     UserError: if another experiment is running there.

@@ -188,7 +188,6 @@ def register_variant(
 def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
   """Return a `turns` function for chains with one turn of each of these stages in every round.
 
-
   `turns_per_round('critique', 'revision')(2)` returns the turns initial, critique_1, revision_1,
   critique_2 and revision_2.
   """
@@ -206,12 +205,22 @@ Context = list[dict[str, Any]]  # messages whose content is a text or a Reply
 
 
 def message(role: str, content: str | Reply) -> dict[str, Any]:
-  """Return a message with a role and a content, which is a text or a `Reply`."""
+  """Return a message of a context.
+
+  Args:
+    role: such as 'critique_request'.
+    content: a text, or a sampled reply.
+  """
   return {'role': role, 'content': content}
 
 
 def answer_only(prompt: Prompt, stages: Stages) -> Chain:
-  """Sample y_init only. With every variant, helpful prompts use this chain."""
+  """Sample y_init only. With every variant, helpful prompts use this chain.
+
+  Args:
+    prompt: the prompt x.
+    stages: models, rendering and sampling settings.
+  """
   initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
   return Record(prompt, initial, ())
 

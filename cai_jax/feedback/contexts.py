@@ -21,7 +21,7 @@ Prefixes = Mapping[str, Sequence[list[int]]]  # for each model, token ids of sha
 def shared_prefixes(
   prompts: Sequence[tuple[Prompt, str]], stages: Stages
 ) -> dict[str, list[list[int]]]:
-  """Return the token ids with which all contexts of a stage begin, for each model.
+  """Return, for each model, the token ids of the prefixes that all contexts of a stage share.
 
   A shared prefix contains the demonstrations, and the system message if all prompts have the same
   one. The function compares the renderings of only the first prompts. A later context that begins

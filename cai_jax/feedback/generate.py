@@ -83,7 +83,6 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
     job: the job whose shards are complete.
     folder: the folder of the dataset.
 
-
   Raises:
     UserError: if a shard is missing.
   """

@@ -69,6 +69,10 @@ class Job:
 
     No chain of this prompt is longer than the longest of these. If a chain needs a donor, the
     prompt is its own donor, so the longest prompt is also tried with the longest donor.
+
+    Args:
+      prompt: the prompt x.
+      kind: 'harmful' or 'helpful'.
     """
     for principle in self.constitution.principles:
       yield self._chain(prompt, (principle,) * self.num_rounds(kind), donor=prompt)
@@ -128,7 +132,6 @@ class Job:
 
 def repeat_prompts(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
   """Return copies of each prompt with different ids, so that it is answered several times.
-
 
   Args:
     prompts: the prompts.

@@ -108,6 +108,10 @@ def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) ->
 def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
   """Check the names, shapes and dtypes of a folder's weights without reading their values.
 
+  Args:
+    folder: the model's folder.
+    config: the model's config.
+
   Raises:
     UserError: as `load_params`.
   """

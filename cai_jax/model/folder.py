@@ -99,6 +99,9 @@ def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES
 def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
   """Return the parsed config.json of a model's folder.
 
+  Args:
+    folder: the model's folder.
+
   Raises:
     UserError: if there is none, or it is not a JSON object.
   """
@@ -180,6 +183,13 @@ def fingerprint_model(
 
   The digest covers the config, the dtypes, the weights, the tokenizer and the tokens that end a
   reply, but not the path of the folder. It is part of the key of each turn in a journal.
+
+  Args:
+    folder: the model's folder.
+    config: the model's config.
+    eos: tokens that end a reply.
+    dtype: compute dtype.
+    param_dtype: dtype of the parameters.
   """
   settings = [identity(config), eos, dtype, param_dtype]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

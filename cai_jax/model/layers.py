@@ -211,7 +211,6 @@ class Embedding(nnx.Module):
   def __call__(self, tokens: jax.Array, differentiable: bool) -> jax.Array:
     """Return the embeddings of tokens.
 
-
     Args:
       tokens: i32[B,T].
       differentiable: whether to support gradients with respect to the table. False allows a faster

@@ -94,7 +94,14 @@ def init(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """Split the parameters of a model with adapters into the adapters and the rest."""
+  """Split parameters into the adapters and the rest.
+
+  Args:
+    params: the parameters of a model with adapters.
+
+  Returns:
+    The adapters and the other parameters, as two trees.
+  """
   adapters: Params = {}
   rest: Params = {}
   for key, value in params.items():
@@ -110,7 +117,12 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def join(first: Params, second: Params) -> Params:
-  """Join two trees without a common leaf into one; the inverse of `split`."""
+  """Join two trees without a common leaf into one; the inverse of `split`.
+
+  Args:
+    first: a tree of parameters.
+    second: a tree of other parameters of the same model.
+  """
   joined = dict(second)
   for key, value in first.items():
     joined[key] = join(value, second[key]) if key in second else value

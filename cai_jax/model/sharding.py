@@ -30,12 +30,20 @@ RULES = (
 
 
 def path_str(path) -> str:
-  """Return a key path of a JAX pytree as text, such as 'layers/0/mlp/up/kernel'."""
+  """Return the path of a leaf of a pytree as text, such as 'layers/0/mlp/up/kernel'.
+
+  Args:
+    path: a key path, such as those of `jax.tree_util.tree_map_with_path`.
+  """
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def flatten_params(params: Any) -> dict[str, Any]:
-  """Return the leaves of a parameter pytree under their paths, in the order of the tree."""
+  """Return the leaves of a pytree of parameters by path, in the order of the tree.
+
+  Args:
+    params: a pytree of nested dicts.
+  """
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   return {path_str(path): leaf for path, leaf in leaves}
 
@@ -45,7 +53,6 @@ def partition_spec(path: str) -> P:
 
   Args:
     path: such as 'layers/0/mlp/up/kernel'.
-
 
   Raises:
     ValueError: if `RULES` has no rule for the parameter, or more than one.

@@ -210,7 +210,8 @@ def abstract_model(
 def init_params(config: ModelConfig, key: jax.Array, param_dtype: str = 'float32') -> Params:
   """Draw initial parameters: normal with standard deviation fan_in^-1/2; norm scales are 1.
 
-  The layers that write to the residual stream have a standard deviation smaller by (2L)^1/2.
+  For layers that write to the residual stream, the standard deviation is divided by (2L)^1/2
+  (Radford et al. 2019, section 2.3).
 
   Args:
     config: the shape of the model.

@@ -19,7 +19,6 @@ PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 def check_dtype(dtype: str, name: str) -> None:
   """Check that a dtype of parameters is supported.
 
-
   Args:
     dtype: such as 'bfloat16'.
     name: name of the argument or setting, for the message.
@@ -63,6 +62,8 @@ def list_weight_files(folder: pathlib.Path) -> list[str]:
 def open_weights(path: pathlib.Path) -> Any:
   """Return an open safetensors file, which is a context manager.
 
+  Args:
+    path: the file.
 
   Raises:
     UserError: if the file is damaged.
@@ -76,7 +77,10 @@ def open_weights(path: pathlib.Path) -> Any:
 
 
 def locate_weights(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Return the file that holds each tensor of a folder, by the tensor's name.
+  """Return the file of each tensor in a folder, by the tensor's name.
+
+  Args:
+    folder: the model's folder.
 
   Raises:
     UserError: if there are no safetensors files, one is damaged, or a tensor is in two of them.

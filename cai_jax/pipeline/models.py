@@ -42,7 +42,6 @@ def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
 
   A model with several roles is loaded once.
 
-
   Yields:
     The models: 'base' is M_θ. 'critique' and 'revision' are present if they differ from M_θ.
   """
@@ -66,7 +65,12 @@ def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
 
 
 def make_dialogue(run: Run, lm: LM) -> Dialogue:
-  """Return the dialogue that renders the run's conversations for a model."""
+  """Return the dialogue that renders the run's conversations for a model.
+
+  Args:
+    run: the run, which has the prompt format and its options.
+    lm: the model, which has the tokenizer.
+  """
   feedback = run.config.feedback
   return Dialogue(lm.tokenizer, feedback.style, lm.eos_token_ids, feedback.template_options)
 

@@ -39,13 +39,23 @@ def label_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def set_x_ticks(axes: Axes, ticks: Sequence[float]) -> None:
-  """Set the ticks of the x axis, with labels and vertical grid lines."""
+  """Set the ticks of the x axis, with labels and vertical grid lines.
+
+  Args:
+    axes: where to draw.
+    ticks: positions of the ticks.
+  """
   axes.set_xticks(ticks, tick_labels(ticks))
   axes.grid(axis='x', color='black', alpha=0.16, linewidth=1, gid=f'{GID}-xgrid')
 
 
 def set_y_ticks(axes: Axes, ticks: Sequence[float]) -> None:
-  """Set the ticks of the y axis, with labels and horizontal grid lines."""
+  """Set the ticks of the y axis, with labels and horizontal grid lines.
+
+  Args:
+    axes: where to draw.
+    ticks: positions of the ticks.
+  """
   axes.set_yticks(ticks, tick_labels(ticks))
   axes.grid(axis='y', color='black', alpha=0.16, linewidth=1, gid=f'{GID}-ygrid')
 

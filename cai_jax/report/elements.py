@@ -25,7 +25,12 @@ def _is_xml_character(code: int) -> bool:
 
 
 def section(title: str, body: str) -> str:
-  """Return a section of the page: HTML under a plain-text heading."""
+  """Return a section of the page as HTML, with a heading.
+
+  Args:
+    title: plain text.
+    body: HTML.
+  """
   name = re.sub(r'[^a-z]+', '-', title.lower())
   return (
     f'<section aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>'
@@ -34,7 +39,12 @@ def section(title: str, body: str) -> str:
 
 
 def fold(summary: str, body: str) -> str:
-  """Return HTML that is hidden until the reader clicks on its plain-text summary."""
+  """Return HTML that is hidden until the reader clicks on its summary.
+
+  Args:
+    summary: plain text.
+    body: HTML.
+  """
   return f'<details><summary>{escape(summary)}</summary>{body}</details>'
 
 
@@ -44,7 +54,11 @@ def preformatted(text: str) -> str:
 
 
 def fact_list(facts: dict[str, Any]) -> str:
-  """Return an HTML list of names and values, without those that are None."""
+  """Return an HTML list of names and values, without those that are None.
+
+  Args:
+    facts: values by name.
+  """
   pairs = [
     f'<div><dt>{escape(key.replace("_", " "))}</dt><dd>{escape(value)}</dd></div>'
     for key, value in facts.items()
@@ -54,7 +68,13 @@ def fact_list(facts: dict[str, Any]) -> str:
 
 
 def figure(caption: str, svg: str, wide: bool = False) -> str:
-  """Return an SVG under its plain-text caption. A wide figure takes the full width of the page."""
+  """Return a figure with its caption as HTML.
+
+  Args:
+    caption: plain text.
+    svg: the figure, as an `<svg>` element.
+    wide: whether the figure takes the full width of the page.
+  """
   kind = ' class="wide"' if wide else ''
   return f'<figure{kind}><figcaption>{escape(caption)}</figcaption>{svg}</figure>'
 

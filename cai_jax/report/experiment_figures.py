@@ -40,6 +40,9 @@ def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.P
 def draw_figures(results: Results) -> list[Drawing]:
   """Return the figures that the results specify.
 
+  Args:
+    results: the results, as `cai_jax.report.results` describes.
+
   Raises:
     UserError: if a figure shows an unknown arm or metric, or has nothing to show.
   """

@@ -41,7 +41,12 @@ def place_box(
 
 
 def nearest_point(box: Box, x: float, y: float) -> tuple[float, float]:
-  """Return the point of the box that is nearest to (x, y)."""
+  """Return the point of the box that is nearest to (x, y).
+
+  Args:
+    box: the box.
+    x, y: coordinates of a point.
+  """
   return min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
 
 

@@ -32,6 +32,9 @@ MISSING = '–'  # shown in place of an absent number
 def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
   """Return (title, {name: row}) for each group that has rows, in the order to show them.
 
+  Args:
+    summary: the summary of a run.
+
   Raises:
     UserError: if the summary has an unknown group.
   """
@@ -49,6 +52,9 @@ def columns(summary: dict[str, Any]) -> list[str]:
   """Return the keys of all rows, those of `HEADINGS` first.
 
   Intervals are not columns: `cell` formats a number together with its interval.
+
+  Args:
+    summary: the summary of a run.
   """
   rows = [row for _, rows in groups(summary) for row in rows.values()]
   keys = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
@@ -66,7 +72,6 @@ def cell(row: dict[str, Any], key: str) -> str:
   Args:
     row: the numbers of a row.
     key: the key of the number. Rates are shown in per cent.
-
 
   Raises:
     UserError: if a rate is not in [0, 1], or an interval is not (low, high).
@@ -115,7 +120,6 @@ def interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
   Args:
     row: the numbers of a row.
     key: the key of the number.
-
 
   Raises:
     UserError: if the interval is not (low, high), or the bounds of a rate are not in [0, 1].

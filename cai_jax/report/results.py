@@ -47,6 +47,9 @@ FIGURE_FIELDS = {
 def check_results(results: dict[str, Any]) -> None:
   """Check that the results have every field that the page, the figures and the table read.
 
+  Args:
+    results: the results of an experiment.
+
   Raises:
     UserError: if a field is missing or a figure's kind is unknown.
   """
@@ -103,7 +106,12 @@ def group_title(group: str) -> str:
 
 
 def number_row(row: dict[str, Any], metric: str) -> dict[str, Any]:
-  """Return one metric of an arm in the form that `cai_jax.report.numbers.cell` takes."""
+  """Return one metric of an arm in the form that `cai_jax.report.numbers.cell` takes.
+
+  Args:
+    row: the results of one arm in one group.
+    metric: the metric's name.
+  """
   number = row['metrics'].get(metric)
   return {metric: number['value'], f'{metric}_interval': number['interval']} if number else {}
 
@@ -135,6 +143,9 @@ def format_difference(row: dict[str, Any], metric: str, mark: str = '') -> str:
 
 def difference_direction(number: dict[str, Any]) -> str:
   """Return 'lower' or 'higher' if the difference's interval excludes zero, else ''.
+
+  Args:
+    number: a difference with its `interval`.
 
   Raises:
     UserError: if the interval is not (low, high).

@@ -88,7 +88,12 @@ def inline_svg(drawing: Drawing) -> str:
 
 
 def save_drawing(drawing: Drawing, path: str | os.PathLike) -> list[pathlib.Path]:
-  """Write the drawing as `PATH.svg` and `PATH.pdf`, black on white, and return both paths."""
+  """Write the drawing as `PATH.svg` and `PATH.pdf`, black on white, and return both paths.
+
+  Args:
+    drawing: the drawing.
+    path: path of the files, without suffix.
+  """
   svg, pdf = (pathlib.Path(f'{os.fspath(path)}.{suffix}') for suffix in ('svg', 'pdf'))
   svg.write_text(_standalone(inline_svg(drawing)), 'utf-8')
   with figure_settings():

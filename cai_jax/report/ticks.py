@@ -6,7 +6,13 @@ from matplotlib.ticker import MaxNLocator
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Return about `count` evenly spaced round numbers that span low to high."""
+  """Return evenly spaced round numbers that span low to high.
+
+  Args:
+    low: the smallest value to cover.
+    high: the largest value to cover.
+    count: the approximate number of ticks.
+  """
   if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
     margin = abs(low) * 0.5 or 1.0
     low, high = low - margin, high + margin
@@ -25,7 +31,12 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def inner_ticks(low: float, high: float) -> list[tuple[float, str]]:
-  """Return (position, label) of the round numbers between `low` and `high`."""
+  """Return (position, label) of the round numbers between `low` and `high`.
+
+  Args:
+    low: lower bound.
+    high: upper bound.
+  """
   if low == high:
     return [(low, f'{low:g}')]
   ticks = nice_ticks(low, high)
@@ -40,7 +51,6 @@ def thin(
   """Return fewer points of a curve: the lowest and the highest of each bucket.
 
   All peaks remain.
-
 
   Args:
     x, y: coordinates of the curve; finite.

@@ -59,6 +59,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
   """Return the object in a JSON file.
 
+  Args:
+    path: the file.
 
   Raises:
     UserError: if the file is not JSON, or holds something other than an object.

@@ -63,6 +63,9 @@ def memory_bytes(device: jax.Device) -> int:
 
   If the device does not report its memory, as on CPUs, this is the peak resident size of the
   process.
+
+  Args:
+    device: a device of this process.
   """
   stats = device.memory_stats()
   if stats and 'peak_bytes_in_use' in stats:

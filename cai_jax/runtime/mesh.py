@@ -99,6 +99,9 @@ def to_host(x: jax.Array) -> np.ndarray:
   """Return a global array as a NumPy array, with the shards of all processes.
 
   If other processes hold shards, every process must call this function.
+
+  Args:
+    x: a global array.
   """
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     return multihost_utils.process_allgather(x, tiled=True)

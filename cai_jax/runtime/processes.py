@@ -17,7 +17,6 @@ _SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work end
 def initialize() -> None:
   """Connect to the other processes of the run, if the environment declares any.
 
-
   JAX detects Slurm steps (`srun`), Open MPI (`mpirun`) and TPU pods of GKE by itself. Elsewhere set
   `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID` in each process.
   On TPU pods of Compute Engine, set `COORDINATOR_ADDRESS=auto`.

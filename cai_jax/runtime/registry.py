@@ -24,6 +24,9 @@ class Registry(Mapping[str, T]):
   def register(self, name: str) -> Callable[[T], T]:
     """Return a decorator that stores its argument under `name`.
 
+    Args:
+      name: the name of the entry, which settings use.
+
     Raises:
       UserError: if the name is taken.
     """

@@ -23,7 +23,6 @@ def setting(default: Any, doc: str, added: bool = False) -> Any:
 def identity(settings: Any) -> dict[str, Any]:
   """Return the fields of a dataclass that its fingerprints and digests cover.
 
-
   A field that was added after version 0.1.0 is left out while it has its default, so that journals
   and datasets of earlier versions stay valid. Mark such a field with `setting(..., added=True)`, or
   with `dataclasses.field(default=..., metadata={'added': True})`.
@@ -39,7 +38,12 @@ def identity(settings: Any) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
-  """Return nested dicts as one dict with dotted names, such as {'train.epochs': 1}."""
+  """Return nested dicts as one dict with dotted names, such as {'train.epochs': 1}.
+
+  Args:
+    tree: nested dicts; any other value is a leaf.
+    prefix: dotted name of `tree` itself.
+  """
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   leaves: dict[str, Any] = {}

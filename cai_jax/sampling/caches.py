@@ -47,7 +47,12 @@ def on_cpu(mesh: Mesh) -> bool:
 
 
 def cache_format(mesh: Mesh, spec: P) -> LayerCache:
-  """Return the sharding of a layer's keys and values and, on TPUs, their layout."""
+  """Return the sharding of a layer's keys and values and, on TPUs, their layout.
+
+  Args:
+    mesh: the model's mesh.
+    spec: how the heads and slots of the cache are split.
+  """
   sharding: Any = NamedSharding(mesh, spec)
   if mesh.devices.flat[0].platform != 'tpu':
     return LayerCache(sharding, sharding)

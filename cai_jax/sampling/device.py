@@ -194,6 +194,10 @@ def piece_count(size: int, width: int) -> int:
   """Return the number of attention pieces of `width` tokens in a chunk of `size` tokens.
 
   It is 1.5 times the number of full pieces, because the last piece of a slot is rarely full.
+
+  Args:
+    size: T, number of tokens of a chunk.
+    width: C, number of tokens of a piece.
   """
   return 1 if width >= size else -(-3 * size // (2 * width))
 

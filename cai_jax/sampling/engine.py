@@ -33,7 +33,6 @@ Stops = tuple[tuple[int, ...], tuple[str, ...]]  # token ids and texts that end 
 def turn_key(seed: int, chain_id: str, turn: str) -> np.ndarray:
   """Return a turn's random key, u32[2], as a hash of the arguments.
 
-
   Args:
     seed: seed of the run.
     chain_id: id of the chain.

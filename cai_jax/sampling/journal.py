@@ -105,7 +105,6 @@ class Journal:
     Args:
       turns: the pairs of one chain.
 
-
     Raises:
       OSError: if the disk is full.
     """

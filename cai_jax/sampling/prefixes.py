@@ -14,7 +14,6 @@ SharedPrefixes = Mapping[str, Sequence[Sequence[int]]]
 def match_prefix(prefixes: Sequence[Sequence[int]], context: Sequence[int]) -> tuple[int, int]:
   """Find the longest prefix of a context that is shorter than the context.
 
-
   Args:
     prefixes: token ids of each prefix, in the same type of sequence as `context`.
     context: token ids.
@@ -32,12 +31,20 @@ def prefix_capacity(prefixes: Sequence[Sequence[int]]) -> int:
   """Return the capacity, in tokens, of the caches of a model's prefixes.
 
   All prefixes of a model have the same capacity, so that they share one compiled program.
+
+  Args:
+    prefixes: token ids of each prefix.
   """
   return round_up_length(max(map(len, prefixes), default=0))
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-  """Return the number of leading tokens that two sequences have in common."""
+  """Return the number of leading tokens that two sequences have in common.
+
+  Args:
+    a: token ids.
+    b: token ids.
+  """
   if a == b[: len(a)]:
     return len(a)
   return next(

@@ -126,7 +126,6 @@ def sample(
 def keep_mask(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
   """Return the mask of tokens that top-k and then top-p keep.
 
-
   Top-k (Fan et al. 2018) keeps the k largest logits and any equal to the k-th. Top-p (Holtzman et
   al. 2020) sorts the remaining tokens by probability, keeps the shortest prefix whose mass reaches
   p, and any token as likely as the last one. The most likely token is always kept, and a logit of

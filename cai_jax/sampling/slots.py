@@ -153,7 +153,6 @@ class LocalModel:
   def prefill(self) -> None:
     """Dispatch prefill chunks for the waiting slots, unless waiting for more slots is faster.
 
-
     A slot's cache does not depend on how its tokens are divided into chunks.
     """
     ready = [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]

@@ -5,7 +5,12 @@ from typing import Any
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-  """Return the text of `tokens` without control tokens."""
+  """Return the text of `tokens` without control tokens.
+
+  Args:
+    tokenizer: the tokenizer of `tokens`.
+    tokens: token ids of a reply.
+  """
   return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -36,5 +41,9 @@ def find_stop_text(
 
 
 def round_logprobs(logprobs: Sequence[float]) -> list[float]:
-  """Round log-probabilities to nine significant digits, which represent every f32 exactly."""
+  """Round log-probabilities to nine significant digits, which represent every f32 exactly.
+
+  Args:
+    logprobs: log-probabilities in nats.
+  """
   return [float(f'{x:.9g}') for x in logprobs]

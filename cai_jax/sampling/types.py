@@ -19,7 +19,6 @@ MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode pro
 class SamplingConfig:
   """How a reply is sampled.
 
-
   Raises:
     UserError: if a value is out of range.
   """

@@ -29,7 +29,6 @@ class ModelLoader:
     Args:
       name: an alias, a folder or a hub name.
 
-
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """

@@ -19,6 +19,9 @@ def refuses(response: str) -> bool:
   The rules look at the first `OPENING` characters and skip quotations, unless the response begins
   with a quotation mark. They miss refusals that come later, are worded differently or are in
   another language. An empty response is not a refusal.
+
+  Args:
+    response: the text of the response.
   """
   text = ' '.join(response.translate(_STRAIGHT_QUOTES).lower().split())[:OPENING]
   if not text.startswith('"'):

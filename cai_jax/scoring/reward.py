@@ -166,7 +166,6 @@ class RewardModel:
     Args:
       conversations: lists of messages, each ending with the assistant's.
 
-
     Raises:
       UserError: if a conversation does not end with a reply, does not fit the chat template, or is
         longer than the model's context.

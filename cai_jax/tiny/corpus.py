@@ -78,7 +78,11 @@ def find_scope(principle: Principle) -> frozenset[str]:
 
 
 def make_principle(kinds: Sequence[str]) -> Principle:
-  """Return a principle that covers two or more kinds, such as "Find any lie, secret or theft."."""
+  """Return a principle that covers two or more kinds, such as "Find any lie, secret or theft.".
+
+  Args:
+    kinds: two or more kinds of rules.
+  """
   nouns = [NOUNS[kind] for kind in kinds]
   listed = f'{", ".join(nouns[:-1])} or {nouns[-1]}'
   return Principle(
@@ -149,7 +153,12 @@ def make_document(
 
 
 def make_documents(count: int, seed: int) -> Iterator[list[dict[str, str]]]:
-  """Return an iterator over the documents 0, 1, ..., count - 1 of a seed."""
+  """Return an iterator over the documents 0, 1, ..., count - 1 of a seed.
+
+  Args:
+    count: the number of documents.
+    seed: the seed of the corpus.
+  """
   return (make_document(seed, index) for index in range(count))
 
 

@@ -15,7 +15,6 @@ MODELS = {'tiny': _FOLDER / 'model', 'tiny-small': _FOLDER / 'model_small'}  # H
 def model_path(name: str) -> str:
   """Return the folder of an embedded model, or the unchanged name of any other model.
 
-
   Args:
     name: 'tiny', 'tiny-small', or a folder or hub name of another checkpoint.
   """

@@ -78,8 +78,6 @@ def parse_request(prompt: str | Sequence[Mapping]) -> Request:
   Args:
     prompt: the text of the user's request, or messages whose last user turn contains it.
 
-
-
   Raises:
     UserError: if the prompt is not a request of the embedded world.
   """

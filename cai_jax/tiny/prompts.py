@@ -20,6 +20,10 @@ _MAX_REPEATED_DRAWS = 1000
 def read_tiny(source: PromptSource, seed: int) -> Iterator[Row]:
   """Yield `source.limit` prompts of the kind `source.name` and the split `source.split`.
 
+  Args:
+    source: the settings of the source; `limit` is required.
+    seed: the seed of the run.
+
   Raises:
     UserError: if there is no limit, or another setting is set.
   """
@@ -33,7 +37,6 @@ def read_tiny(source: PromptSource, seed: int) -> Iterator[Row]:
 
 def make_prompts(split: str, count: int, seed: int, kind: str = 'baited') -> list[Prompt]:
   """Return different prompts of a split; with a smaller count, the first of the same prompts.
-
 
   Args:
     split: 'pretrain', 'train' or 'eval'.

@@ -108,7 +108,6 @@ def list_triples(split: str) -> tuple[tuple[str, str, str], ...]:
 
   The splits have about 60, 25 and 15 % of all triples.
 
-
   The split of a triple depends on a hash of the triple alone, so no two splits share a request.
 
   Args:
@@ -148,7 +147,6 @@ def write_dialogue(
   rng: random.Random, request: Request, other_request: Request
 ) -> list[dict[str, str]]:
   """Return the messages of a dialogue whose last turn contains the request.
-
 
   In some dialogues, an earlier exchange precedes the request. It is a greeting, another request and
   its answer, or a mention of the object, which the request then calls "it".

@@ -50,7 +50,6 @@ class HeldOut:
     Args:
       state: the train state to evaluate.
 
-
     Raises:
       NonFiniteError: if the loss is NaN or infinite.
     """

@@ -96,12 +96,22 @@ class TrainingLog:
     self._fetch(pending)
 
   def log_held_out(self, step: int, losses: dict[str, float]) -> None:
-    """Write the losses on held-out examples after `step` steps."""
+    """Write the losses on held-out examples.
+
+    Args:
+      step: number of steps taken.
+      losses: losses by name, from `HeldOut.evaluate`.
+    """
     if self._writer is not None:
       self._writer.write_scalars(HELD_OUT_FILE, 'held_out', {'step': step, **losses})
 
   def log_probes(self, step: int, answers: Sequence[dict[str, str]]) -> None:
-    """Write the answers (id, prompt, text) to probe prompts after `step` steps."""
+    """Write the answers to probe prompts.
+
+    Args:
+      step: number of steps taken.
+      answers: one dict per prompt, with `id`, `prompt` and `text`.
+    """
     if self._writer is None:
       return
     for answer in answers:

@@ -173,7 +173,11 @@ def fit(
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-  """Return a hex digest of the examples' tokens and masks, in their order."""
+  """Return a hex digest of the examples' tokens and masks, in their order.
+
+  Args:
+    examples: the examples.
+  """
   digest = hashlib.sha256()
   for example in examples:
     digest.update(np.int64(len(example.tokens)).tobytes())

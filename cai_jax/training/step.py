@@ -20,7 +20,12 @@ from cai_jax.training.state import TrainState, state_shardings
 
 
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
-  """Return a batch as global arrays; each process supplies the rows of its own devices."""
+  """Return a batch as global arrays; each process supplies the rows of its own devices.
+
+  Args:
+    batch: arrays of whole batches, i32[B,T], the same in every process.
+    sharding: sharding of the batch's rows.
+  """
   return {name: place(x, sharding) for name, x in batch.items()}
 
 

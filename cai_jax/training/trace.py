@@ -29,7 +29,6 @@ class StepTrace:
   def before_step(self, step: int, state: TrainState) -> None:
     """Start or stop recording if it is due, after the device has finished the previous steps.
 
-
     Args:
       step: number of steps taken.
       state: the state after them.

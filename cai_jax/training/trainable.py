@@ -39,7 +39,6 @@ def divide_model(
 ) -> TrainableModel:
   """Divide a model into trained and frozen parameters, according to `config.lora`.
 
-
   Args:
     model: architecture of the model.
     params: its parameters.

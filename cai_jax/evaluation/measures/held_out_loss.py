@@ -47,7 +47,12 @@ def measure_held_out_loss(
 
 
 def describe(model: str, result: dict[str, Any]) -> list[str]:
-  """Return a line of text with the loss and the perplexity."""
+  """Return a line of text with the loss and the perplexity.
+
+  Args:
+    model: name of the model.
+    result: result of `measure_held_out_loss`.
+  """
   return [
     f'{model}: {result["loss"]:.2f} nats per sequence and perplexity {result["perplexity"]:.3f} '
     f'per token on {result["sequences"]} last revisions of held-out prompts'

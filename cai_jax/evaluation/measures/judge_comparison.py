@@ -82,7 +82,11 @@ def compare_with_judge(
 
 
 def describe(results: dict[str, Any]) -> list[str]:
-  """Return one line of text for each kind of prompt that has comparisons."""
+  """Return one line of text for each kind of prompt that has comparisons.
+
+  Args:
+    results: results of `compare_with_judge`.
+  """
   lines = []
   for kind, result in results.items():
     if 'win_rate' not in result:

@@ -18,6 +18,11 @@ def load_length(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasur
 def measure_length(
   prompts: Sequence[Sequence[Message]], turns: Sequence[Turn]
 ) -> dict[str, list[float]]:
-  """Return the column `mean_tokens`, the number of tokens of each response."""
+  """Return the column `mean_tokens`, the number of tokens of each response.
+
+  Args:
+    prompts: the messages that each turn answers.
+    turns: the responses, with `num_tokens`.
+  """
   del prompts
   return {'mean_tokens': [float(turn['num_tokens']) for turn in turns]}

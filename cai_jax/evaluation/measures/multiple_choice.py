@@ -38,7 +38,12 @@ def create_multiple_choice(config: EvaluationConfig) -> ModelMeasure:
 
 
 def describe(model: str, results: dict[str, dict[str, Any]]) -> list[str]:
-  """Return one line of text for each file of questions."""
+  """Return one line of text for each file of questions.
+
+  Args:
+    model: name of the model.
+    results: results of `evaluate_questions`, by file.
+  """
   lines = []
   for path, result in results.items():
     low, high = result['accuracy_interval']

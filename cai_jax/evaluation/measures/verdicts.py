@@ -17,7 +17,11 @@ def load_verdict_rates(config: EvaluationConfig, loader: ModelLoader) -> Respons
 
 
 def verdict_rates(scorer: Scorer) -> ResponseMeasure:
-  """Return a measure with the columns `violation_rate` and `helpful_rate`, each 0 or 1."""
+  """Return a measure with the columns `violation_rate` and `helpful_rate`, each 0 or 1.
+
+  Args:
+    scorer: judges the responses.
+  """
 
   def measure(
     prompts: Sequence[Sequence[Message]], turns: Sequence[Turn]

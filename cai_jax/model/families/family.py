@@ -46,11 +46,19 @@ class StoredWeight:
   groups: tuple[tuple[int, ...], ...]
 
   def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the tensor for a parameter of the given shape."""
+    """Return the shape of the tensor for a parameter of a given shape.
+
+    Args:
+      shape: shape of our parameter.
+    """
     return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
 
   def to_stored(self, x: np.ndarray) -> np.ndarray:
-    """Return our parameter in the layout of the tensor, contiguous in memory."""
+    """Return our parameter in the layout of the tensor, contiguous in memory.
+
+    Args:
+      x: our parameter.
+    """
     order = [axis for group in self.groups for axis in group]
     # safetensors writes the buffer of a strided array as it is, so the array must be contiguous.
     return np.ascontiguousarray(x.transpose(order).reshape(self.shape(x.shape)))

@@ -99,7 +99,6 @@ def require(hf: dict[str, Any], key: str, value: Any) -> None:
     key: name of the option.
     value: the implemented value.
 
-
   Raises:
     UserError: if the option has another value.
   """
@@ -112,6 +111,9 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
 
   Transformers 5 stores both in `rope_parameters`. Earlier versions store `rope_theta` and
   `rope_scaling` separately.
+
+  Args:
+    hf: a parsed config.json.
 
   Raises:
     UserError: if the type of scaling is not implemented, or one of its numbers is missing.
@@ -143,7 +145,11 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
-  """Return `windows` of ModelConfig for families that choose between full and windowed layers."""
+  """Return `windows` of ModelConfig, for families with full and windowed layers.
+
+  Args:
+    hf: a parsed config.json.
+  """
   window, layers = hf.get('sliding_window'), hf['num_hidden_layers']
   if window is None or not hf.get('use_sliding_window', False):
     return ()

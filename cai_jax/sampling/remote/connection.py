@@ -95,7 +95,10 @@ class Connection:
       )
 
   def submit(self, work: Callable[[], T]) -> 'Future[T]':
-    """Run `work` in a worker thread and return a future of its result.
+    """Run a function in a worker thread, and return a future of its result.
+
+    Args:
+      work: called without arguments in a worker thread.
 
     Raises:
       RuntimeError: if the connection is closed.

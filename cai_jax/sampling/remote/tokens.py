@@ -74,6 +74,12 @@ def ids_match_text(tokenizer: Any, tokens: Sequence[int], text: str, vocab_size:
 
   If they do not, `tokenizer` is not that of the served model. White space and replacement
   characters are ignored, because servers write them differently.
+
+  Args:
+    tokenizer: the tokenizer that the config names.
+    tokens: token ids of the reply.
+    text: text of the reply.
+    vocab_size: number of token ids of the tokenizer.
   """
   if not all(0 <= token < vocab_size for token in tokens):
     return False
@@ -86,6 +92,9 @@ def ids_match_text(tokenizer: Any, tokens: Sequence[int], text: str, vocab_size:
 def prompt_text(tokenizer: Any, context: Sequence[int]) -> str | None:
   """Return a text that a server encodes with the same control tokens as `context`.
 
+  Args:
+    tokenizer: the served model's tokenizer.
+    context: token ids of the context.
 
   Returns:
     The text, without the beginning-of-text token if the tokenizer adds it itself; or None if there

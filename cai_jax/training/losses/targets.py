@@ -9,7 +9,6 @@ from cai_jax.training.losses.loss import Batch
 def next_token_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Return the target token of each position, and its weight in the loss.
 
-
   Position t predicts token t+1 of the same segment, if `loss_mask` marks that token. The first
   token of a segment and padding (segment 0) are never targets.
 

@@ -28,7 +28,6 @@ def attend_splash(
 ) -> jax.Array:
   """Attend within segments with splash attention; see `kernel.Attend`.
 
-
   The kernel skips blocks that the causal mask or the window hides from a whole tile of queries, and
   masks segments inside the other blocks.
 

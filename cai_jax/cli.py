@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax and TFDS log every step
   with short_errors():
     if len(argv) > 1:
-      raise UserError(f'unexpected arguments {" ".join(argv[1:])}. Each flag begins with --.')
+      raise UserError(f'Unexpected arguments: {" ".join(argv[1:])}. Each flag must begin with --.')
     processes.initialize()
     log = print if jax.process_index() == 0 else lambda text: None
     run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)

@@ -91,16 +91,16 @@ class Principle:
     for name in _REQUIRED_FIELDS:
       value = getattr(self, name)
       if not isinstance(value, str) or not value.strip():
-        raise UserError(f'{name} must be non-blank text, got {value!r}.')
+        raise UserError(f'{name} must be non-blank text, but got {value!r}.')
       if any('\ud800' <= character <= '\udfff' for character in value):
         raise UserError(f'{name} contains an unpaired surrogate: {value!r}.')
     weight = self.weight
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-      raise UserError(f'weight must be a number above 0, got {weight!r}.')
+      raise UserError(f'weight must be a number above 0, but got {weight!r}.')
     if not 0 < weight <= MAX_WEIGHT:
-      raise UserError(f'weight must be above 0 and at most {MAX_WEIGHT:g}, got {weight!r}.')
+      raise UserError(f'weight must be above 0 and at most {MAX_WEIGHT:g}, but got {weight!r}.')
     if isinstance(self.tags, str) or not all(isinstance(tag, str) and tag for tag in self.tags):
-      raise UserError(f'tags must be a list of names, got {self.tags!r}.')
+      raise UserError(f'tags must be a list of names, but got {self.tags!r}.')
     object.__setattr__(self, 'tags', tuple(self.tags))
 
 
@@ -124,7 +124,7 @@ class Constitution:
     object.__setattr__(self, 'principles', tuple(self.principles))
     object.__setattr__(self, 'demonstrations', tuple(tuple(d) for d in self.demonstrations))
     if not self.principles:
-      raise UserError('A constitution needs at least one principle, got none.')
+      raise UserError('A constitution needs at least one principle, but got none.')
     first_index: dict[str, int] = {}
     for i, principle in enumerate(self.principles):
       if principle.id in first_index:
@@ -183,7 +183,7 @@ def draw_principles(
   """
   principles = constitution.principles
   if rounds < 0:
-    raise UserError(f'rounds must be at least 0, got {rounds}.')
+    raise UserError(f'rounds must be at least 0, but got {rounds}.')
   if not replace and rounds > len(principles):
     raise UserError(
       f'{rounds} rounds without repetition need {rounds} principles, but the constitution has '
@@ -208,7 +208,7 @@ def _check_demonstration(index: int, dialogue: tuple[dict[str, str], ...]) -> No
   for i, message in enumerate(dialogue):
     if not isinstance(message, dict) or set(message) != {'role', 'content'}:
       raise UserError(
-        f"{where}: message {i} must have the keys 'role' and 'content', got {message!r}."
+        f"{where}: message {i} must have the keys 'role' and 'content', but got {message!r}."
       )
     allowed = REPLY_ROLES if i % 2 else REQUEST_ROLES
     if message['role'] not in allowed:
@@ -233,7 +233,7 @@ def _select(
 ) -> tuple[Principle, ...]:
   """Return the principles that have one of the selected labels; an empty selection keeps all."""
   if isinstance(selection, str):
-    raise UserError(f'{name} must be a tuple of names, got the text {selection!r}.')
+    raise UserError(f'{name} must be a tuple of names, but got the text {selection!r}.')
   available = sorted({label for principle in principles for label in labels(principle)})
   unknown = [label for label in selection if label not in available]
   if unknown:
@@ -275,7 +275,7 @@ def _yaml_parts(path: str) -> tuple[list[Principle], list[Any]]:
     )
   entries, demonstrations = (document.get(field, []) for field in fields)
   if not isinstance(entries, list):
-    raise UserError(f"'principles' must be a list, got {entries!r:.100}.")
+    raise UserError(f"'principles' must be a list, but got {entries!r:.100}.")
   if not isinstance(demonstrations, list) or not all(isinstance(d, list) for d in demonstrations):
     raise UserError("'demonstrations' must be a list of lists of messages.")
   return [_yaml_principle(i, entry) for i, entry in enumerate(entries)], demonstrations
@@ -308,7 +308,7 @@ def _yaml_principle(index: int, entry: Any) -> Principle:
   name = f' ({entry["id"]!r})' if isinstance(entry, dict) and 'id' in entry else ''
   where = f'principle {index}{name}'
   if not isinstance(entry, dict):
-    raise UserError(f'{where} must be a mapping, got {entry!r:.100}. {_FIELDS_HINT}')
+    raise UserError(f'{where} must be a mapping, but got {entry!r:.100}. {_FIELDS_HINT}')
   missing = [field for field in _REQUIRED_FIELDS if field not in entry]
   unknown = [field for field in entry if field not in _PRINCIPLE_FIELDS]
   if missing:
@@ -316,7 +316,7 @@ def _yaml_principle(index: int, entry: Any) -> Principle:
   if unknown:
     raise UserError(f'{where} has the unknown fields {unknown}. {_FIELDS_HINT}')
   if not isinstance(entry.get('tags', []), list):
-    raise UserError(f'{where}: tags must be a list of names, got {entry["tags"]!r}.')
+    raise UserError(f'{where}: tags must be a list of names, but got {entry["tags"]!r}.')
   stripped: dict[str, Any] = {
     name: v.strip() if isinstance(v, str) else v for name, v in entry.items()
   }
@@ -330,13 +330,13 @@ def _published_principles(path: str) -> list[Principle]:
   """Return the principles of a published file, which maps ids to {prompt, edit_request}."""
   document = _parse_file(path, json.loads, json.JSONDecodeError)
   if not isinstance(document, dict):
-    raise UserError(f'the file must map ids to principles, got a {type(document).__name__}.')
+    raise UserError(f'the file must map ids to principles, but got a {type(document).__name__}.')
   principles = []
   for i, (name, entry) in enumerate(document.items()):
     where = f'principle {i} ({name!r})'
     if not isinstance(entry, dict) or set(entry) != {'prompt', 'edit_request'}:
       raise UserError(
-        f"{where} must have the fields ['prompt', 'edit_request'], got {entry!r:.200}."
+        f"{where} must have the fields ['prompt', 'edit_request'], but got {entry!r:.200}."
       )
     prompt = entry['prompt']
     if isinstance(prompt, list) and all(isinstance(part, str) for part in prompt):
@@ -360,7 +360,7 @@ def _without_labels(where: str, text: Any, request: str, reply: str) -> str:
     messages = []
   if [m['role'] for m in messages] != [request, reply] or messages[1]['content'].strip():
     form = f'{LABELS[request]} ...{LABELS[reply]}'
-    raise UserError(f'{where} must be text of the form {form!r}, got {text!r:.200}.')
+    raise UserError(f'{where} must be text of the form {form!r}, but got {text!r:.200}.')
   return messages[0]['content'].strip()
 
 
@@ -383,7 +383,10 @@ def _published_demonstrations(path: str) -> list[tuple[dict[str, str], ...]]:
     except UserError as error:
       raise UserError(f'{_FEW_SHOT}: demonstration {i}: {error}') from error
     if join_plain(dialogue) != text:
-      raise UserError(f'{_FEW_SHOT}: demonstration {i} does not have one space after each label.')
+      raise UserError(
+        f'{_FEW_SHOT}: demonstration {i} does not have one space after each label. Use the '
+        'published file without changes.'
+      )
     dialogues.append(dialogue)
   return dialogues
 

@@ -98,7 +98,7 @@ def put(name, change):
   [
     (drop('model.layers.1.mlp.up_proj.weight'), r'layers\.1\.mlp\.up_proj\.weight.* missing'),
     (drop('lm_head.weight'), r'lm_head\.weight.* missing'),
-    (put('model.layers.0.adapter', lambda _: np.zeros(3)), r'layers\.0\.adapter.* no place'),
+    (put('model.layers.0.adapter', lambda _: np.zeros(3)), r'layers\.0\.adapter.* does not belong'),
     (put('model.norm.weight', lambda x: x[1:]), r'norm\.weight.* shape \(31,\).* \(32,\)'),
     (put('model.layers.2.mlp.down_proj.weight', lambda x: x.T), r'down_proj.* \(48, 32\).*'),
     (put('model.norm.weight', lambda x: x.astype(np.int8)), r'norm\.weight.* is I8'),
@@ -147,7 +147,7 @@ def test_pickles_are_refused(folder):
 def test_truncated_files_are_refused(folder):
   whole = (folder / 'model.safetensors').read_bytes()
   (folder / 'model.safetensors').write_bytes(whole[:-100])
-  with pytest.raises(UserError, match=r'model\.safetensors is not a readable.*cut short'):
+  with pytest.raises(UserError, match=r'model\.safetensors is not a readable.*Download it again'):
     load(folder)
 
 
@@ -158,7 +158,7 @@ def test_folders_without_a_supported_model_are_refused(folder, tmp_path):
 
   edit(model_type='mamba', auto_map={'AutoModelForCausalLM': 'modeling.Model'})
   (folder / 'modeling.py').write_text('raise SystemExit("remote code ran")')
-  with pytest.raises(UserError, match="'mamba' is not supported; .*llama.*qwen3"):
+  with pytest.raises(UserError, match="'mamba' is not supported. .*llama.*qwen3"):
     load(folder)
   edit(model_type='qwen2', vocab_size=None)
   with pytest.raises(UserError, match='vocab_size is None'):

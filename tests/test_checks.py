@@ -23,10 +23,10 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
 @pytest.mark.parametrize(
   'fields, match',
   [
-    ({'train__speed': 3}, 'unknown config field train.speed'),
+    ({'train__speed': 3}, 'The config has no field train.speed'),
     ({'train__learning_rate': -1.0}, 'learning_rate'),
     ({'train__filters': ('odd',)}, "train.filters=.'odd',. must be a tuple of names"),
-    ({'feedback__max_rate__odd': 0.5}, 'unknown config field feedback.max_rate.odd'),
+    ({'feedback__max_rate__odd': 0.5}, 'The config has no field feedback.max_rate.odd'),
     ({'feedback__max_rate__empty': 1.5}, 'max_rate.empty=1.5'),
     ({'feedback__helpful_samples': 0}, 'helpful_samples=0'),
     (
@@ -56,7 +56,7 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'seed': -1}, 'seed=-1'),
     ({'sampling__revision__stop_token_ids': tuple(range(20, 36))}, 'At most 16'),
     ({'sampling__revision__stop_token_ids': (99999,)}, 'each between 0 and 1023'),
-    ({'prompts__harmful__shuffle': True}, 'tiny: this source has no use for shuffle'),
+    ({'prompts__harmful__shuffle': True}, 'tiny: this source does not support shuffle'),
     ({'prompts__harmful__split': 'other'}, 'other'),
     ({'constitution__tags': ('no such tag',)}, 'no such tag'),
     ({'feedback__rounds': 0}, 'rounds=0'),
@@ -121,8 +121,8 @@ def test_address_of_a_served_model_may_change_between_starts(random_model, tmp_p
 
 
 def test_unknown_stage_is_refused(random_model, tmp_path):
-  refused('unknown stage tidy', random_model, tmp_path, lambda config: None, ['tidy'])
-  refused('no stage is given', random_model, tmp_path, lambda config: None, [])
+  refused('There is no stage tidy', random_model, tmp_path, lambda config: None, ['tidy'])
+  refused('No stage is given', random_model, tmp_path, lambda config: None, [])
 
 
 @pytest.mark.parametrize('name', ['critique', 'revision', 'init'])

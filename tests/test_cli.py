@@ -58,7 +58,7 @@ def test_help_names_fields_that_exist():
     ((), r'missing --config=... .* and --workdir=... '),
     (('--config=configs/tiny.py',), r'error: missing --workdir=... \(the folder of the run\)'),
     (('--config=nowhere.py', '--workdir=run'), r'nowhere.py[\s\S]*Give the path of a config file'),
-    (('--config=configs/tiny.py', '--workdir=run', 'train'), 'unexpected arguments train'),
+    (('--config=configs/tiny.py', '--workdir=run', 'train'), 'Unexpected arguments: train'),
   ],
 )
 def test_missing_and_unexpected_arguments_are_explained(arguments, message):

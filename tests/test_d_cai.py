@@ -50,7 +50,7 @@ def test_a_shard_has_the_same_bytes_whenever_it_is_written(tmp_path):
 
 
 def test_missing_shards_splits_and_datasets_are_errors(tmp_path):
-  with pytest.raises(UserError, match='shards are missing'):
+  with pytest.raises(UserError, match='lacks 1 of 1 shards'):
     d_cai.write_metadata(tmp_path, [3])
   d_cai.write_shard(tmp_path, 0, [make_row(0, 1)])
   d_cai.write_metadata(tmp_path, [1])

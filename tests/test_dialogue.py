@@ -474,7 +474,7 @@ def test_unsuitable_tokenizers_are_errors():
   with pytest.raises(UserError, match='eos token, but it has none'):
     Dialogue(bare, 'plain')
   with pytest.raises(
-    UserError, match="no prompt format named 'alpacca'; registered are .*chat, plain"
+    UserError, match="no prompt format named 'alpacca'. The registered names are .*chat, plain"
   ):
     Dialogue(get_tokenizer('chatml'), 'alpacca')
 

@@ -174,7 +174,7 @@ def test_small_numbers_keep_their_digits_and_their_interval():
     (lambda r: r['arms']['initial']['groups'].pop('harmful'), "groups \\['helpful'\\]"),
     (lambda r: r['figures'][0].update(kind='pie'), "figure 1 is of kind 'pie'"),
     (lambda r: r['figures'][2].pop('x'), "figure 3 \\(frontier\\) has no 'x'"),
-    (lambda r: r['figures'][1]['arms'].append('gone'), "shows 'gone', which is not one of"),
+    (lambda r: r['figures'][1]['arms'].append('gone'), "shows 'gone', which does not exist"),
     (
       lambda r: r['figures'][2].update(y=['helpful', 'mean_tokens']),
       "lack \\['helpful', 'mean_tokens'\\]",
@@ -204,7 +204,7 @@ def test_malformed_results_are_an_error_and_no_page_is_written(tmp_path, change,
 
 
 def test_a_chain_of_an_unknown_arm_is_an_error(tmp_path):
-  with pytest.raises(ValueError, match="chain 'p0': arm 'other' is not one of"):
+  with pytest.raises(ValueError, match="Chain 'p0' has the arm 'other'. It must be one of"):
     _write(tmp_path / 'e.html', [_chain(0, arm='other')])
 
 

@@ -99,7 +99,7 @@ def test_wrong_experiments_are_rejected(tmp_path):
     Experiment({'a': Arm()}, 'a', ({'kind': 'arms', 'arms': ['a', 'b']},))
   with pytest.raises(UserError, match='contains a comma'):
     Experiment({'a, b': Arm()}, 'a, b')
-  with pytest.raises(UserError, match=r'no such file\. Shipped experiments: .*revisions\.py'):
+  with pytest.raises(UserError, match=r'There is no file .*, such as .*revisions\.py'):
     define.load_experiment('experiments/nothing.py')
   (tmp_path / 'x.py').write_text('a = 1')
   with pytest.raises(UserError, match=r'does not define get_experiment\(\)'):
@@ -112,7 +112,7 @@ def test_wrong_experiments_are_rejected(tmp_path):
   experiment = Experiment({'a': Arm({'feedback.rounds': 0})}, 'a')
   with pytest.raises(UserError, match=r"arm 'a': feedback: rounds=0"):
     runner.plan_runs(experiment, define.load_config('configs/tiny.py'), tmp_path)
-  with pytest.raises(UserError, match='unknown arm c; the arms are a'):
+  with pytest.raises(UserError, match='There is no arm c. The arms are a'):
     Experiment({'a': Arm()}, 'a').select(['c'])
 
 

@@ -92,7 +92,7 @@ def test_the_error_for_a_damaged_line_names_it(tmp_path, old, new):
   lines = path.read_bytes().splitlines(keepends=True)
   assert lines[1].count(old) == 1
   path.write_bytes(lines[0] + lines[1].replace(old, new) + lines[2])
-  with pytest.raises(UserError, match='turns-00000.jsonl, line 2: not a journal entry'):
+  with pytest.raises(UserError, match='turns-00000.jsonl, line 2 is not a journal entry'):
     Journal(tmp_path).get('b/1')
 
 

@@ -101,7 +101,7 @@ def test_unsupported_lengths_dtypes_and_arguments_are_refused():
   check_kernel('splash', FakeMesh('tpu'), 'bfloat16', 1024)
   with pytest.raises(UserError, match='multiple of 128 tokens, not 1000'):
     check_kernel('splash', FakeMesh('tpu'), 'bfloat16', 1000)
-  with pytest.raises(UserError, match='not in float32'):
+  with pytest.raises(UserError, match='but not float32'):
     check_kernel('cudnn', FakeMesh('gpu'), 'float32', 1024)
   with pytest.raises(ValueError, match='needs segment_ids'):
     bind_kernel('splash', None, None)

@@ -151,7 +151,7 @@ def test_loss_equals_the_training_objective(lms):
   [
     ([[]], [[4]], 'pair 0: the context has no token.*BOS'),
     ([[4], [4]], [[4], []], 'pair 1: the continuation has no token'),
-    ([[4]], [[384]], r'continuation has tokens in 384..384; the vocabulary is 0..383'),
+    ([[4]], [[384]], r'continuation has tokens in 384..384, but the vocabulary is 0..383'),
     ([[-1, 4]], [[3]], r'context has tokens in -1..4'),
     ([[4] * 200], [[4] * 57], '200 tokens of context and 57 .* exceed the 256.*Shorten'),
   ],

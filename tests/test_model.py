@@ -325,7 +325,7 @@ def test_bad_tokens_and_masks_are_refused(load):
   for tokens, mask, message in (
     (TOKENS[0], None, r'tokens \(24,\)'),
     (TOKENS, np.ones((B, T - 1)), r'mask \(3, 23\)'),
-    (np.full((1, 2), lm.config.vocab_size), None, r'384\.\.384; the vocabulary is 0\.\.383'),
+    (np.full((1, 2), lm.config.vocab_size), None, r'384\.\.384, but must be in 0\.\.383'),
     (np.full((1, 2), -1), None, r'-1\.\.-1'),
   ):
     with pytest.raises(UserError, match=message):

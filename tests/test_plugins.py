@@ -100,7 +100,7 @@ def test_registry_refuses_unknown_and_repeated_names():
   registry.register('apple')(1)
   assert dict(registry) == {'apple': 1} and 'pear' not in registry
   with pytest.raises(
-    UserError, match=r"no fruit named 'pear'; registered are apple.*config.plugins"
+    UserError, match=r"no fruit named 'pear'. The registered names are apple.*config.plugins"
   ):
     registry['pear']
   with pytest.raises(UserError, match="fruit 'apple' is registered twice"):

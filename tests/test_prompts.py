@@ -98,16 +98,16 @@ def test_text_files_have_one_prompt_per_line(tmp_path):
   ('row', 'message'),
   [
     ('{"prompt": "a"', 'not valid JSON'),
-    ('[1]', 'must be an object, got a list'),
-    ({'text': 'a'}, r"none of the fields .* it has \['text'\]"),
+    ('[1]', 'must be an object, but got a list'),
+    ({'text': 'a'}, r"none of the fields .* It has \['text'\]"),
     ({'prompt': ' '}, r'content of message 0 \(user\) must be non-blank text'),
-    ({'prompt': 3}, 'must be text or a list of messages, got 3'),
+    ({'prompt': 3}, 'must be text or a list of messages, but got 3'),
     ({'messages': []}, r'got the roles \[\]'),
-    ({'messages': [U, A]}, r"\['user', 'assistant'\].*belongs in the field 'chosen'"),
+    ({'messages': [U, A]}, r"\['user', 'assistant'\].*into the field 'chosen'"),
     ({'messages': [U, U]}, 'alternating'),
     ({'messages': [A, U]}, 'alternating'),
     ({'messages': [U, S, U]}, 'alternating'),
-    ({'messages': [{'role': 'tool', 'content': 'x'}, U]}, "role 'tool'; allowed are"),
+    ({'messages': [{'role': 'tool', 'content': 'x'}, U]}, "role 'tool'. The allowed roles are"),
     ({'messages': [{'role': 'user'}]}, "keys 'role' and 'content'"),
     ({'messages': [{'role': 'user', 'content': [1]}]}, 'must be non-blank text'),
     ({'messages': ['hi']}, "keys 'role' and 'content'"),
@@ -145,7 +145,7 @@ def test_missing_empty_and_damaged_sources_are_errors(tmp_path):
   with pytest.raises(UserError, match='the gzip file is damaged'):
     load(broken)
   (tmp_path / 'latin.txt').write_bytes(b'fine\nna\xefve\n')
-  with pytest.raises(UserError, match='latin.txt, line 2: not UTF-8'):
+  with pytest.raises(UserError, match='latin.txt, line 2: the text is not UTF-8'):
     load(tmp_path / 'latin.txt')
 
 
@@ -153,12 +153,12 @@ def test_settings_that_a_source_ignores_are_errors(tmp_path):
   path = write(tmp_path, [{'prompt': 'a'}])
   for arguments, message in [
     ({'limit': 0}, 'limit must be at least 1'),
-    ({'name': 'x'}, 'no use for name'),
-    ({'subset': 'x'}, 'no use for subset'),
+    ({'name': 'x'}, 'does not support name'),
+    ({'subset': 'x'}, 'does not support subset'),
   ]:
     with pytest.raises(UserError, match=message):
       load(path, **arguments)
-  with pytest.raises(UserError, match='needs the name'):
+  with pytest.raises(UserError, match='needs a dataset'):
     load('hub')
 
 

@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_makes_a_gap(tmp_path):
     (lambda c: c.pop('initial'), r"chain 0 \(id 'p0'\) has no 'initial'"),
     (lambda c: c['rounds'][0].pop('critique'), "round 1 has no 'critique'"),
     (lambda c: c.update(violations=[[]]), '2 responses and 1 lists of violations'),
-    (lambda c: c.update(id='p1'), r"more than once: \['p1'\]"),
+    (lambda c: c.update(id='p1'), r"the same id: \['p1'\]"),
   ],
 )
 def test_a_malformed_chain_is_an_error_and_no_page_is_written(tmp_path, change, message):

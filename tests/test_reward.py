@@ -199,7 +199,7 @@ def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
   for tokens, mask, message in (
     (TOKENS[0], None, r'tokens \(24,\)'),
     (TOKENS, np.ones((B, T - 1)), r'mask \(3, 23\)'),
-    (np.full((1, 2), 384), None, r'384\.\.384; the vocabulary is 0\.\.383'),
+    (np.full((1, 2), 384), None, r'384\.\.384, but the vocabulary is 0\.\.383'),
     (TOKENS, hole, 'row 1: .* 2 runs'),
     (TOKENS, empty, 'row 2: .* 0 runs'),
   ):
@@ -217,8 +217,8 @@ def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
 @pytest.mark.parametrize(
   ('weights', 'settings', 'message'),
   [
-    ({'score.bias': np.zeros(1, np.float32)}, {}, "'score.bias' has no place"),
-    ({'lm_head.weight': np.zeros((384, 32), np.float32)}, {}, "'lm_head.weight' has no place"),
+    ({'score.bias': np.zeros(1, np.float32)}, {}, "'score.bias' does not belong"),
+    ({'lm_head.weight': np.zeros((384, 32), np.float32)}, {}, "'lm_head.weight' does not belong"),
     ({'score.weight': None}, {}, "'score.weight' is missing"),
     ({'model.norm.weight': None}, {}, "'model.norm.weight' is missing"),
     ({}, {'id2label': {'0': 'a', '1': 'b'}}, r"'score.weight' has shape \(1, 32\), .* \(2, 32\)"),

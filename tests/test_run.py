@@ -88,7 +88,7 @@ def test_stage_needs_earlier_stages_with_the_same_settings(done, random_model, t
   config.feedback.rounds = 1
   with pytest.raises(UserError, match='feedback.rounds: 2 → 1'):
     pipeline.run_stages(pipeline.build(config, workdir), ['train'])
-  with pytest.raises(UserError, match='stage generate is not done'):
+  with pytest.raises(UserError, match='Stage generate is not done'):
     pipeline.run_stages(pipeline.build(small(random_model), tmp_path), ['evaluate'])
 
 

@@ -53,9 +53,9 @@ def test_any_checkpoint_is_evaluated_without_training(random_model, tmp_path):
 @pytest.mark.parametrize(
   ('stages', 'message'),
   [
-    (['train'], 'stage generate is not done in .*data.d_cai'),
-    (['generate', 'evaluate'], 'stage train is not done in .*model.aligned'),
-    (['report'], 'stage generate is not done in'),
+    (['train'], 'Stage generate is not done in .*data.d_cai'),
+    (['generate', 'evaluate'], 'Stage train is not done in .*model.aligned'),
+    (['report'], 'Stage generate is not done in'),
   ],
 )
 def test_stage_without_its_input_names_both_remedies(random_model, tmp_path, stages, message):

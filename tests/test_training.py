@@ -218,7 +218,7 @@ def test_wrong_settings_are_refused_before_the_first_step(tmp_path):
       dataclasses.replace(CONFIG, **{name: value})
   with pytest.raises(UserError, match='batch_size=8 must be a multiple of train.accumulation=3'):
     dataclasses.replace(CONFIG, accumulation=3)
-  with pytest.raises(UserError, match="no loss named 'square'; registered are .*nll"):
+  with pytest.raises(UserError, match="no loss named 'square'. The registered names are .*nll"):
     dataclasses.replace(CONFIG, loss='square')
 
 
@@ -254,7 +254,7 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
   with pytest.raises(UserError, match='another run.*init: was .abc., is .def.'):
     other = dataclasses.replace(lm, fingerprint='def')
     fine_tune(other, rows, Dialogue(tiny_tokenizer), config, tmp_path)
-  with pytest.raises(UserError, match='max_length=65 is more than the 64 tokens'):
+  with pytest.raises(UserError, match='max_length=65 exceeds the 64 tokens'):
     too_long = dataclasses.replace(config, max_length=65)
     fine_tune(lm, rows, Dialogue(tiny_tokenizer), too_long, tmp_path)
 

@@ -100,8 +100,8 @@ def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> N
   missing = [path.name for path in paths if not path.exists()]
   if missing:
     raise UserError(
-      f'{folder}: {len(missing)} of {len(paths)} shards are missing, the first is {missing[0]}. '
-      'Run the stage that writes them again.'
+      f'{folder} lacks {len(missing)} of {len(paths)} shards, such as {missing[0]}. Run the stage '
+      'that writes them again.'
     )
   split = tfds.core.SplitInfo(
     name=SPLIT,

@@ -90,7 +90,7 @@ def plan(
   sizes = np.asarray(lengths)
   buckets = sorted(buckets)
   if not sizes.size:
-    raise UserError('There is no example to train on.')
+    raise UserError('There is no example to train on. Give at least one.')
   if sizes.max() > buckets[-1].length:
     raise UserError(
       f'An example of {sizes.max()} tokens does not fit rows of {buckets[-1].length}. Drop '

@@ -63,7 +63,7 @@ class PromptSource:
 
   def __post_init__(self) -> None:
     if self.limit != -1 and self.limit < 1:
-      raise UserError(f'limit must be at least 1, or -1 for all prompts; got {self.limit}.')
+      raise UserError(f'limit must be at least 1, or -1 for all prompts, but got {self.limit}.')
 
 
 SOURCES: Registry[Callable[[PromptSource, int], Iterator[Row]]] = Registry('source of prompts')
@@ -105,7 +105,7 @@ def reject_settings(source: PromptSource, *names: str) -> None:
   unused = [name for name in names if getattr(source, name)]
   if unused:
     raise UserError(
-      f'{source.source}: this source has no use for {", ".join(unused)}. Remove the setting.'
+      f'{source.source}: this source does not support {", ".join(unused)}. Remove the setting.'
     )
 
 
@@ -193,7 +193,7 @@ def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
   except Exception as error:  # errors of the network, the hub and files have no public base class
     raise UserError(
       f'{source.name}: `datasets` cannot load split {source.split!r}, subset {source.subset!r}: '
-      f'{error!s:.300}.'
+      f'{error!s:.300}. Check the name, the subset and the split.'
     ) from error
   for i, row in enumerate(rows):
     yield f'{source.name}, split {source.split!r}, row {i}', row
@@ -209,7 +209,7 @@ def read_lines(path: str) -> Iterator[tuple[str, str]]:
     UserError: if the file is missing, is not UTF-8, or its compressed data is damaged.
   """
   if not os.path.isfile(path):
-    raise UserError(f'{path}: there is no such file.')
+    raise UserError(f'{path}: there is no such file. Give the path of a file.')
   number = 0
   try:
     with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
@@ -218,14 +218,19 @@ def read_lines(path: str) -> Iterator[tuple[str, str]]:
         if text:
           yield f'{path}, line {number}', text
   except UnicodeDecodeError as error:
-    raise UserError(f'{path}, line {number}: not UTF-8 text: {error}.') from error
+    raise UserError(
+      f'{path}, line {number}: the text is not UTF-8: {error}. Save the file as UTF-8.'
+    ) from error
   except (EOFError, gzip.BadGzipFile) as error:
-    raise UserError(f'{path}, after line {number}: the gzip file is damaged: {error}.') from error
+    raise UserError(
+      f'{path}, after line {number}: the gzip file is damaged: {error}. Compress or download it '
+      'again.'
+    ) from error
 
 
 def _require_name(source: PromptSource) -> None:
   if not source.name:
-    raise UserError(f'source={source.source!r} needs the name or folder of a dataset as `name`.')
+    raise UserError(f'source={source.source!r} needs a dataset. Give its name or folder as `name`.')
 
 
 def _without_arrays(value: Any) -> Any:

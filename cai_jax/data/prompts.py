@@ -49,12 +49,12 @@ class Prompt:
 
   def __post_init__(self) -> None:
     if not isinstance(self.id, str) or not self.id or not self.id.isprintable():
-      raise UserError(f'A prompt id must be printable text and not empty, got {self.id!r}.')
+      raise UserError(f'A prompt id must be printable text and not empty, but got {self.id!r}.')
     object.__setattr__(self, 'messages', tuple(self.messages))
     _check_messages(self.messages)
     not_text = {k: v for k, v in self.metadata.items() if not isinstance(v, str)}
     if not_text:
-      raise UserError(f'Prompt metadata must be texts, got {not_text!r}.')
+      raise UserError(f'Prompt metadata must be texts, but got {not_text!r}.')
 
 
 def load_prompts(source: PromptSource, seed: int = 0) -> list[Prompt]:
@@ -145,14 +145,14 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
   for i, message in enumerate(messages):
     if not isinstance(message, dict) or set(message) != {'role', 'content'}:
       raise UserError(
-        f"Message {i} must be an object with the keys 'role' and 'content', got {message!r}."
+        f"Message {i} must be an object with the keys 'role' and 'content', but got {message!r}."
       )
     role, content = message['role'], message['content']
     if role not in ROLES:
-      raise UserError(f'Message {i} has the role {role!r}; allowed are {ROLES}.')
+      raise UserError(f'Message {i} has the role {role!r}. The allowed roles are {ROLES}.')
     if not isinstance(content, str) or not content.strip():
       raise UserError(
-        f'The content of message {i} ({role}) must be non-blank text, got {content!r}.'
+        f'The content of message {i} ({role}) must be non-blank text, but got {content!r}.'
       )
     if any('\ud800' <= character <= '\udfff' for character in content):
       raise UserError(f'The content of message {i} ({role}) contains an unpaired surrogate.')
@@ -161,19 +161,19 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
   if len(turns) % 2 == 0 or turns != (['user', 'assistant'] * len(turns))[: len(turns)]:
     raise UserError(
       'A prompt must be an optional system message, then alternating user and assistant messages, '
-      f'with the user first and last; got the roles {roles}. A dialogue with its answer belongs in '
-      "the field 'chosen'."
+      f'with the user first and last, but got the roles {roles}. Put a dialogue with its answer '
+      "into the field 'chosen'."
     )
 
 
 def _parse_row(place: str, row: Any, field: str, metadata_fields: Sequence[str]) -> _Row:
   try:
     if not isinstance(row, dict):
-      raise UserError(f'A row must be an object, got a {type(row).__name__}.')
+      raise UserError(f'A row must be an object, but got a {type(row).__name__}.')
     candidates = [field] if field else ['messages', 'prompt', 'chosen']
     present = next((name for name in candidates if name in row), None)
     if present is None:
-      raise UserError(f'The row has none of the fields {candidates}; it has {list(row)}.')
+      raise UserError(f'The row has none of the fields {candidates}. It has {list(row)}.')
     messages = _parse_messages(row[present], has_answer=present in ('chosen', 'rejected'))
     prompt_id = _parse_id(row['id']) if 'id' in row else _hash(messages)
     prompt = Prompt(prompt_id, tuple(messages), _parse_metadata(row, metadata_fields))
@@ -184,7 +184,7 @@ def _parse_row(place: str, row: Any, field: str, metadata_fields: Sequence[str])
 
 def _parse_id(value: Any) -> str:
   if isinstance(value, bool) or not isinstance(value, str | int) or value == '':
-    raise UserError(f'An id must be an integer or non-empty text, got {value!r}.')
+    raise UserError(f'An id must be an integer or non-empty text, but got {value!r}.')
   return str(value)
 
 
@@ -197,10 +197,10 @@ def _parse_metadata(row: Mapping[str, Any], fields: Sequence[str]) -> dict[str, 
     except json.JSONDecodeError as error:
       raise UserError(f'metadata must be an object, or an object as JSON text: {error}.') from error
   if not isinstance(metadata, dict):
-    raise UserError(f'metadata must be an object of texts, got {metadata!r:.80}.')
+    raise UserError(f'metadata must be an object of texts, but got {metadata!r:.80}.')
   missing = [name for name in fields if name not in row]
   if missing:
-    raise UserError(f'The row lacks the metadata fields {missing}; it has {list(row)}.')
+    raise UserError(f'The row lacks the metadata fields {missing}. It has {list(row)}.')
   return metadata | {name: str(row[name]) for name in fields}
 
 
@@ -214,13 +214,15 @@ def _parse_messages(value: Any, has_answer: bool) -> list[dict[str, str]]:
   elif isinstance(value, list):
     messages = value
   else:
-    raise UserError(f'A dialogue must be text or a list of messages, got {value!r:.80}.')
+    raise UserError(f'A dialogue must be text or a list of messages, but got {value!r:.80}.')
   if not has_answer:
     ends_with_label = is_text and messages[-1] == {'role': 'assistant', 'content': ''}
     return messages[:-1] if ends_with_label else messages
   last = messages[-1] if messages else None
   if not isinstance(last, dict) or last.get('role') != 'assistant':
-    raise UserError(f'A dialogue with its answer must end with the assistant, got {last!r:.80}.')
+    raise UserError(
+      f'A dialogue with its answer must end with the assistant, but got {last!r:.80}.'
+    )
   return messages[:-1]
 
 

@@ -131,7 +131,7 @@ class Dialogue:
     else:
       target = [int(token) for token in content]
     if not target:
-      raise UserError(f'The reply to learn has no target token; its content is {content!r}.')
+      raise UserError(f'The reply to learn has no target token. Its content is {content!r}.')
     context = self.prompt(messages[:-1], role)
     return context + target, [0] * len(context) + [1] * len(target)
 

@@ -29,12 +29,14 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
   roles = [message['role'] for message in messages]
   unknown = [role for role in roles if role not in ROLES]
   if unknown:
-    raise UserError(f'The messages have unknown roles {unknown}; allowed are {sorted(ROLES)}.')
+    raise UserError(
+      f'The messages have unknown roles {unknown}. The allowed roles are {sorted(ROLES)}.'
+    )
   check_reply_role(reply_role)
   if not roles or roles[-1] not in REQUEST_ROLES:
-    raise UserError(f'A prompt must end with a request {REQUEST_ROLES}, got the roles {roles}.')
+    raise UserError(f'A prompt must end with a request {REQUEST_ROLES}, but got the roles {roles}.')
   if 'system' in roles[1:]:
-    raise UserError(f'A system message can only come first, got the roles {roles}.')
+    raise UserError(f'A system message can only come first, but got the roles {roles}.')
 
 
 def check_reply_role(role: str) -> None:
@@ -44,7 +46,7 @@ def check_reply_role(role: str) -> None:
     UserError: if it is not.
   """
   if role not in REPLY_ROLES:
-    raise UserError(f'reply_role must be one of {REPLY_ROLES}, got {role!r}.')
+    raise UserError(f'reply_role must be one of {REPLY_ROLES}, but got {role!r}.')
 
 
 def check_ends_with_reply(messages: Sequence[Message]) -> None:
@@ -55,7 +57,7 @@ def check_ends_with_reply(messages: Sequence[Message]) -> None:
   """
   roles = [message['role'] for message in messages]
   if not roles or roles[-1] not in REPLY_ROLES:
-    raise UserError(f'The dialogue must end with a reply {REPLY_ROLES}, got the roles {roles}.')
+    raise UserError(f'The dialogue must end with a reply {REPLY_ROLES}, but got the roles {roles}.')
 
 
 def split_system(messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:

@@ -46,7 +46,7 @@ def split_plain(text: str, roles: Iterable[str] = tuple(LABELS)) -> list[dict[st
   head, *parts = re.split('(' + '|'.join(map(re.escape, role_of)) + ')', text)
   if head or not parts:
     raise UserError(
-      f'A plain dialogue must begin with one of the labels {list(role_of)}, got {text[:60]!r}.'
+      f'A plain dialogue must begin with one of the labels {list(role_of)}, but got {text[:60]!r}.'
     )
   return [
     {'role': role_of[label], 'content': content.removeprefix(' ')}

@@ -82,7 +82,7 @@ class EvaluationConfig:
       )
     if isinstance(self.multiple_choice, str):
       raise UserError(
-        f'evaluation.multiple_choice={self.multiple_choice!r} is a text; give a tuple of files.'
+        f'evaluation.multiple_choice={self.multiple_choice!r} is a text. Give a tuple of files.'
       )
     principles = self.judge_principles
     if isinstance(principles, str) or not principles or not all(map(str.strip, principles)):

@@ -27,7 +27,10 @@ def word_pair_diversity(texts: Sequence[str], partners: int = 20, seed: int = 0)
     UserError: if there are fewer than two texts.
   """
   if len(texts) < 2:
-    raise UserError(f'Diversity compares texts with each other, and there are {len(texts)}.')
+    raise UserError(
+      'Diversity compares texts with each other and needs at least two, but there are '
+      f'{len(texts)}.'
+    )
   rng = np.random.default_rng([seed, len(texts)])
   sets = [_word_pairs(text) for text in texts]
   values = []

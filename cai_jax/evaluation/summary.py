@@ -57,7 +57,7 @@ def average_measures(
     UserError: if there are no responses.
   """
   if not turns:
-    raise UserError('There is no response to measure.')
+    raise UserError('There is no response to measure. Give at least one.')
   result: dict[str, Any] = {'count': len(turns)}
   for name, values in measure_responses(measures, prompts, turns).items():
     result[name] = float(np.mean(values))

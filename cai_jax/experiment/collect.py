@@ -289,7 +289,7 @@ def stage_costs(folder: pathlib.Path, seed: int, stages: Sequence[str]) -> list[
 def run_folders(
   experiment: Experiment, folder: pathlib.Path, config: ConfigDict
 ) -> dict[str, dict[int, pathlib.Path]]:
-  """Return arm → seed → folder of the run. Arms with equal settings share a folder.
+  """Return the folder of each run, by arm and seed. Arms with equal settings share one.
 
   Args:
     experiment: the arms and seeds.

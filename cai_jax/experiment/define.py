@@ -117,7 +117,7 @@ class Experiment:
     """
     unknown = [name for name in names if name not in self.arms]
     if unknown:
-      raise UserError(f'unknown arm {", ".join(unknown)}; the arms are {", ".join(self.arms)}.')
+      raise UserError(f'There is no arm {", ".join(unknown)}. The arms are {", ".join(self.arms)}.')
     kept = {k: arm for k, arm in self.arms.items() if k in names or k == self.reference}
     figures = tuple(figure for figure in self.figures if figure_arms(figure) <= set(kept))
     return dataclasses.replace(self, arms=kept, figures=figures)
@@ -205,13 +205,17 @@ def load_experiment(spec: str) -> tuple[str, str, Experiment]:
   if not file.is_file():
     files = sorted((ROOT / 'experiments').glob('*.py'))
     shipped = [f'experiments/{f.name}' for f in files if '\ndef get_experiment(' in f.read_text()]
-    raise UserError(f'{path}: no such file. Shipped experiments: {", ".join(shipped)}.')
+    raise UserError(
+      f'There is no file {path}. Give the file of an experiment, such as {", ".join(shipped)}.'
+    )
   module = _import_file(file)
   if not hasattr(module, 'get_experiment'):
-    raise UserError(f'{path} does not define get_experiment(), so it is not an experiment.')
+    raise UserError(
+      f'{path} does not define get_experiment(). Define it, or give the file of an experiment.'
+    )
   accepts_text = bool(inspect.signature(module.get_experiment).parameters)
   if argument and not accepts_text:
-    raise UserError(f'{path} takes no text after a colon; remove {":" + argument!r}.')
+    raise UserError(f'{path} takes no text after a colon. Remove {":" + argument!r}.')
   experiment = module.get_experiment(argument) if argument else module.get_experiment()
   return file.stem, inspect.cleandoc(module.__doc__ or ''), experiment
 
@@ -228,7 +232,9 @@ def load_config(path: str) -> ConfigDict:
   file = pathlib.Path(path)
   file = file if file.is_file() else ROOT / path
   if not file.is_file():
-    raise UserError(f'{path}: no such config file.')
+    raise UserError(
+      f'There is no config file {path}. Give the path of one, such as configs/tiny.py.'
+    )
   return _import_file(file).get_config()
 
 
@@ -246,11 +252,11 @@ def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDi
   fields = flatten(config.to_dict())
   for name, value in settings.items():
     if name not in fields:
-      raise UserError(f'The config has no field {name!r}; configs/default.py lists every field.')
+      raise UserError(f'The config has no field {name!r}. docs/configuration.md lists every field.')
     try:
       config.update_from_flattened_dict({name: value})
     except TypeError as error:
-      raise UserError(f'{name}={value!r} has the wrong type: {error}') from error
+      raise UserError(f'{name}={value!r} has the wrong type: {error}.') from error
   return config
 
 

@@ -76,12 +76,12 @@ class FeedbackConfig:
     )
     for name, is_valid, allowed in checks:
       if not is_valid:
-        raise UserError(f'feedback: {name}={getattr(self, name)!r}; it must be {allowed}.')
+        raise UserError(f'feedback: {name}={getattr(self, name)!r} must be {allowed}.')
     object.__setattr__(self, 'max_rate', dict(self.max_rate))
     for name, rate in self.max_rate.items():
       if name not in quality.FLAGS or not 0 <= rate <= 1:
         raise UserError(
-          f'feedback: max_rate.{name}={rate!r}; it must be a rate in [0, 1] of one of '
+          f'feedback: max_rate.{name}={rate!r} is not allowed. Give a rate in [0, 1] for one of '
           f'{tuple(quality.FLAGS)}.'
         )
 

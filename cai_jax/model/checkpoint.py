@@ -206,8 +206,9 @@ def _check_names(
       unused.remove(name)
   if unused:
     raise UserError(
-      f'{folder}: weight {unused[0]!r} has no place in the {config.family} model that config.json '
-      f'describes ({len(unused)} such weights). Is it another architecture, or an adapter?'
+      f'{folder}: weight {unused[0]!r} does not belong to the {config.family} model that '
+      f'config.json describes ({len(unused)} such weights). Use a complete checkpoint of this '
+      'architecture, not an adapter.'
     )
 
 

@@ -90,9 +90,9 @@ def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES
   # The hub's errors for absent, gated and malformed names and for a missing network are of these.
   except (OSError, ValueError) as error:
     raise UserError(
-      f'{str(path)!r} is neither a local folder nor a model that the Hugging Face hub gives '
+      f'{str(path)!r} is neither a local folder nor a model that the Hugging Face hub provides '
       f'({type(error).__name__}: {str(error).strip()}). Give the path of a folder, or a name such '
-      "as 'Qwen/Qwen2.5-0.5B-Instruct'; a gated model needs `hf auth login` first."
+      "as 'Qwen/Qwen2.5-0.5B-Instruct'. For a gated model, run `hf auth login` first."
     ) from error
 
 
@@ -106,7 +106,9 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
     UserError: if there is none, or it is not a JSON object.
   """
   if not (folder / 'config.json').exists():
-    raise UserError(f'{folder} has no config.json, so it is not the folder of a model.')
+    raise UserError(
+      f'{folder} has no config.json, so it is not a model. Give the folder of a model.'
+    )
   return read_json(folder / 'config.json')
 
 

@@ -92,7 +92,7 @@ class LM:
       raise UserError(f'{shapes}: tokens must have shape [B,T], and the mask the same shape.')
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise UserError(
-        f'tokens are in {tokens.min()}..{tokens.max()}; the vocabulary is '
+        f'Tokens are in {tokens.min()}..{tokens.max()}, but must be in '
         f'0..{self.config.vocab_size - 1}.'
       )
     real = np.ones(tokens.shape, np.int32) if mask is None else (np.asarray(mask) != 0) * 1

@@ -41,17 +41,22 @@ def list_weight_files(folder: pathlib.Path) -> list[str]:
   if (folder / INDEX).exists():
     weight_map = read_json(folder / INDEX).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:
-      raise UserError(f'{folder / INDEX} has no weight_map from weight names to files.')
+      raise UserError(
+        f'{folder / INDEX} has no weight_map from weight names to files. Download it again.'
+      )
     files = sorted(set(weight_map.values()))
     if missing := [f for f in files if pathlib.Path(f).name != f or not (folder / f).exists()]:
-      raise UserError(f'{folder / INDEX} names {missing[0]!r}, which is not in the folder.')
+      raise UserError(
+        f'{folder / INDEX} names {missing[0]!r}, which is not in the folder. Download the missing '
+        'files.'
+      )
     return files
   pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern))
   if pickles:
     raise UserError(
       f'{folder} stores its weights as the pickle {pickles[0]}, and loading a pickle can run any '
-      'code. Use a safetensors version of the checkpoint. Where you trust the pickle, convert it: '
-      'load it with transformers and call save_pretrained(folder).'
+      'code. Use a safetensors version of the checkpoint. If you trust the pickle, load it with '
+      'transformers and call save_pretrained(folder).'
     )
   raise UserError(
     f'{folder} has neither {SINGLE} nor {INDEX}. cai_jax reads only safetensors files, '
@@ -72,7 +77,7 @@ def open_weights(path: pathlib.Path) -> Any:
     return safetensors.safe_open(path, framework='numpy')
   except safetensors.SafetensorError as error:
     raise UserError(
-      f'{path} is not a readable safetensors file ({error}). Was its download cut short?'
+      f'{path} is not a readable safetensors file ({error}). Download it again.'
     ) from error
 
 
@@ -90,7 +95,10 @@ def locate_weights(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     with open_weights(folder / file) as opened:
       for name in opened.keys():
         if name in files:
-          raise UserError(f'{folder}: weight {name!r} is in both {files[name].name} and {file}.')
+          raise UserError(
+            f'{folder}: weight {name!r} is in both {files[name].name} and {file}. Delete the file '
+            'that does not belong to the model.'
+          )
         files[name] = folder / file
   return files
 
@@ -113,6 +121,6 @@ def check_weight(weight: Any, name: str, shape: tuple[int, ...], folder: pathlib
     )
   if weight.get_dtype() not in STORED_DTYPES:
     raise UserError(
-      f'{folder}: weight {name!r} is {weight.get_dtype()}; supported are '
-      f'{", ".join(STORED_DTYPES)}. If the checkpoint is quantised, use the original.'
+      f'{folder}: weight {name!r} is {weight.get_dtype()}, but only {", ".join(STORED_DTYPES)} are '
+      'supported. If the checkpoint is quantised, use the original.'
     )

@@ -152,8 +152,9 @@ def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo) -> None:
   longest = max(_prompt_lengths(run, info, prompt_sets.HELD_OUT), default=0)
   if longest + answer > context:
     raise UserError(
-      f'a held-out prompt has {longest} tokens and its answer up to sampling.initial.max_tokens='
-      f'{answer}, but the context of {name} holds {context}. Shorten the prompt or the answer.'
+      f'A held-out prompt has {longest} tokens and its answer up to '
+      f'sampling.initial.max_tokens={answer}, but the context of {name} holds {context}. Shorten '
+      'the prompt or the answer.'
     )
 
 

@@ -151,7 +151,7 @@ class RunConfig:
   def __post_init__(self) -> None:
     check_version(self.version, 'the config')
     if not 0 <= self.seed < 2**63:
-      raise UserError(f'seed={self.seed} is not in [0, 2**63).')
+      raise UserError(f'seed={self.seed} must be in [0, 2**63).')
 
 
 class Field(typing.NamedTuple):
@@ -229,7 +229,7 @@ def check_names(config: ConfigDict) -> None:
   unknown = sorted(set(flatten(config.to_dict())) - set(flatten(default_config().to_dict())))
   if unknown:
     raise UserError(
-      f'unknown config field {", ".join(unknown)}; docs/configuration.md lists every field.'
+      f'The config has no field {", ".join(unknown)}. docs/configuration.md lists every field.'
     )
 
 

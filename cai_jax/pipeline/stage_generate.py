@@ -69,8 +69,7 @@ def _check_quality(run: Run) -> None:
   exceeded = quality_summary.exceeded_limits(summary, run.config.feedback.max_rate)
   if exceeded:
     raise UserError(
-      f'feedback.max_rate is exceeded ({"; ".join(exceeded)}). All rows are kept in {folder}; '
+      f'feedback.max_rate is exceeded ({"; ".join(exceeded)}). All rows are kept in {folder}, and '
       'quality.json has the rates of each round. To continue with these rows, raise the limit and '
-      'start again in the same workdir (train.filters can leave defective rows out of training); '
-      'to sample other rows, use another workdir.'
+      'start again in the same workdir; to sample other rows, use another workdir.'
     )

@@ -77,9 +77,9 @@ def run_stages(
 def _check_names(run: Run, stages: Sequence[str]) -> None:
   unknown = [name for name in stages if name not in STAGES]
   if unknown:
-    raise UserError(f'unknown stage {", ".join(unknown)}. The stages are {", ".join(STAGES)}.')
+    raise UserError(f'There is no stage {", ".join(unknown)}. The stages are {", ".join(STAGES)}.')
   if not stages:
-    raise UserError(f'no stage is given. The stages are {", ".join(STAGES)}.')
+    raise UserError(f'No stage is given. The stages are {", ".join(STAGES)}.')
   for name, field in _replaced_stages(run).items():
     if name in stages:
       raise UserError(
@@ -113,6 +113,6 @@ def _check_manifest(run: Run, stages: Sequence[str], manifest: Manifest) -> None
     manifest.check(name, run.settings(name), defaults)
     if name not in stages and not manifest.done(name):
       raise UserError(
-        f'stage {name} is not done in {run.workdir}. Add it to --stages'
-        f'{alternatives.get(name, "")}.'
+        f'Stage {name} is not done in {run.workdir}. Add it to '
+        f'--stages{alternatives.get(name, "")}.'
       )

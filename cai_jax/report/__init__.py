@@ -1,8 +1,8 @@
 """Reports of a run or an experiment: a text table, figures, and one HTML page.
 
 All functions take plain Python data, as a run writes it to `evaluation/summary.json`,
-`metrics.jsonl` and `manifest.json`. The package does not import JAX, so a report can be made again
-on any machine.
+`metrics.jsonl` and `manifest.json`. The package does not import JAX, so you can write a report on
+any machine.
 """
 
 from cai_jax.report.experiment_figures import write_figures

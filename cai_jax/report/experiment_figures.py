@@ -61,7 +61,8 @@ def _read_number(
   for name, names in ((arm, list(results['arms'])), (metric, results['metrics'])):
     if name not in names:
       raise UserError(
-        f'The figure {spec["caption"]!r} shows {name!r}, which is not one of {names}.'
+        f'The figure {spec["caption"]!r} shows {name!r}, which does not exist. Choose one of '
+        f'{names}.'
       )
   row = number_row(results['arms'][arm]['groups'].get(group, {'metrics': {}}), metric)
   if row.get(metric) is None:

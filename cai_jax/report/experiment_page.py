@@ -59,7 +59,7 @@ def write_experiment(
   for chain in chains:
     if chain.get('arm') not in arms:
       raise UserError(
-        f'chain {chain.get("id")!r}: arm {chain.get("arm")!r} is not one of the arms {arms}'
+        f'Chain {chain.get("id")!r} has the arm {chain.get("arm")!r}. It must be one of {arms}.'
       )
   arm_table = _arm_table(results)  # first, since it checks every number
   figures = [

@@ -36,11 +36,11 @@ class Series:
       values = getattr(self, name)
       if values is not None and len(values) != len(self.x):
         raise UserError(
-          f'series {self.name!r} has {len(self.x)} x and {len(values)} {name}; the numbers must be '
-          'equal'
+          f'Series {self.name!r} has {len(self.x)} x and {len(values)} {name}. The lengths must be '
+          'equal.'
         )
     if (self.low is None) != (self.high is None):
-      raise UserError(f'series {self.name!r} has only one of low and high; give both or neither')
+      raise UserError(f'Series {self.name!r} has only one of low and high. Give both or neither.')
     _check_colour(self.colour, f'series {self.name!r}')
 
   @property
@@ -74,7 +74,9 @@ class Panel:
   def __post_init__(self):
     lengths = {len(self.values), len(self.low), len(self.high)}
     if len(lengths) != 1:
-      raise UserError(f'panel {self.label!r} has {sorted(lengths)} numbers; they must be equal')
+      raise UserError(
+        f'Panel {self.label!r} has lists of {sorted(lengths)} numbers. Their lengths must be equal.'
+      )
     _check_colour(self.colour, f'panel {self.label!r}')
 
 
@@ -92,4 +94,4 @@ class Point:
 
 def _check_colour(colour: int, where: str) -> None:
   if colour not in range(len(COLOURS)):
-    raise UserError(f'{where}: colour {colour} is not in 0..{len(COLOURS) - 1}')
+    raise UserError(f'{where}: colour {colour} must be in 0..{len(COLOURS) - 1}.')

@@ -68,7 +68,7 @@ def line_figure(
   """
   points = [(x, y) for s in series for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
   if not points:
-    raise UserError(f'figure {description!r} has no finite point; leave it out')
+    raise UserError(f'Figure {description!r} has no finite point. Leave it out.')
   xs = [x for x, _ in points]
   bounds = [b for s in series for b in (*(s.low or ()), *(s.high or ())) if _is_finite(b)]
   ys = [y for _, y in points] + bounds
@@ -108,10 +108,13 @@ def arms_figure(names: Sequence[str], panels: Sequence[Panel], *, description: s
   for panel in panels:
     if len(panel.values) != len(names):
       raise UserError(
-        f'panel {panel.label!r} has {len(panel.values)} values for {len(names)} arms; give one each'
+        f'Panel {panel.label!r} has {len(panel.values)} values for {len(names)} arms. Give one '
+        'value per arm.'
       )
     if not any(map(_is_finite, panel.values)):
-      raise UserError(f'panel {panel.label!r} of figure {description!r} has no value; leave it out')
+      raise UserError(
+        f'Panel {panel.label!r} of figure {description!r} has no value. Leave it out.'
+      )
   lines = [textwrap.wrap(printable(name), NAME_LENGTH) or [''] for name in names]
   heights = [max(ROW_HEIGHT, LINE_HEIGHT * len(name) + 8) for name in lines]
   rows = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
@@ -151,7 +154,9 @@ def frontier_figure(
     UserError: if there is no point, or one is not finite.
   """
   if not points or not all(math.isfinite(v) for p in points for v in (p.x, p.y)):
-    raise UserError(f'figure {description!r} has no point or one not finite; leave it out')
+    raise UserError(
+      f'Figure {description!r} has no point, or one that is not finite. Leave it out.'
+    )
   x_ticks = nice_ticks(*_extent([(p.x, p.x_bounds) for p in points]))
   y_ticks = nice_ticks(*_extent([(p.y, p.y_bounds) for p in points]))
   titles: dict[str, str] = {}

@@ -110,7 +110,7 @@ def check_rate(value: float, key: str) -> float:
     UserError: if it is not a rate.
   """
   if not (isinstance(value, int | float) and 0 <= value <= 1):
-    raise UserError(f'{key} is {value!r}. A rate is in [0, 1], or left out if it is not known.')
+    raise UserError(f'{key} is {value!r}. A rate must be in [0, 1]; leave it out if it is unknown.')
   return value
 
 
@@ -128,7 +128,10 @@ def interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
   if bounds is None:
     return None
   if len(bounds) != 2 or bounds[0] > bounds[1]:
-    raise UserError(f'{key}_interval is {bounds!r}. An interval is [low, high], or left out.')
+    raise UserError(
+      f'{key}_interval is {bounds!r}. An interval must be [low, high]; leave it out if it is '
+      'unknown.'
+    )
   if key.endswith('_rate'):
     return check_rate(bounds[0], f'{key}_interval'), check_rate(bounds[1], f'{key}_interval')
   return bounds[0], bounds[1]

@@ -51,7 +51,9 @@ def write_page(
   counts = collections.Counter(chain['id'] for chain in chains)
   duplicates = [name for name, count in counts.items() if count > 1]
   if duplicates:
-    raise UserError(f'Chains have ids that occur more than once: {duplicates[:5]}.')
+    raise UserError(
+      f'Several chains have the same id: {duplicates[:5]}. Give each chain its own id.'
+    )
   template = TEMPLATE.read_text('utf-8')
   page = fill_template(
     template,
@@ -109,17 +111,17 @@ def _check_chain(chain: dict[str, Any], number: int) -> None:
   where = f'chain {number} (id {chain.get("id")!r})'
   for key in ('id', 'prompt', 'initial', 'rounds'):
     if key not in chain:
-      raise UserError(f'{where} has no {key!r}; a chain needs id, prompt, initial and rounds')
+      raise UserError(f'{where} has no {key!r}. A chain needs id, prompt, initial and rounds.')
   for i, step in enumerate(chain['rounds'], 1):
     for key in ('principle', 'critique', 'revision'):
       if key not in step:
         raise UserError(
-          f'{where}, round {i} has no {key!r}; the critique of a direct revision is None'
+          f'{where}, round {i} has no {key!r}. If the round has no critique, set it to None.'
         )
   num_responses = 1 + len(chain['rounds'])
   violations = chain.get('violations')
   if violations is not None and len(violations) != num_responses:
     raise UserError(
-      f'{where} has {num_responses} responses and {len(violations)} lists of violations; '
-      'every response needs one'
+      f'{where} has {num_responses} responses and {len(violations)} lists of violations. Give one '
+      'list per response.'
     )

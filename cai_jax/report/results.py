@@ -62,7 +62,9 @@ def check_results(results: dict[str, Any]) -> None:
   for name, arm in arms.items():
     _require(arm, ('response', 'overrides', 'facts', 'groups'), f'arm {name!r}')
     if 'harmful' not in arm['groups']:
-      raise UserError(f'arm {name!r} has the groups {list(arm["groups"])} but needs "harmful"')
+      raise UserError(
+        f'Arm {name!r} has the groups {list(arm["groups"])}. It also needs "harmful".'
+      )
     for group, row in arm['groups'].items():
       where = f'arm {name!r}, {group}'
       _require(row, ('count', 'metrics'), where)
@@ -73,7 +75,9 @@ def check_results(results: dict[str, Any]) -> None:
     where = f'figure {number}'
     _require(figure, ('kind',), where)
     if figure['kind'] not in FIGURE_FIELDS:
-      raise UserError(f'{where} is of kind {figure["kind"]!r}; kinds are {list(FIGURE_FIELDS)}')
+      raise UserError(
+        f'{where} is of kind {figure["kind"]!r}. The kinds are {list(FIGURE_FIELDS)}.'
+      )
     _require(figure, FIGURE_FIELDS[figure['kind']], f'{where} ({figure["kind"]})')
   for row in results['costs']:
     _require(row, ('run', 'seed', 'stage'), 'a row of costs')
@@ -82,7 +86,7 @@ def check_results(results: dict[str, Any]) -> None:
 def _require(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
   missing = [key for key in keys if key not in fields]
   if missing:
-    raise UserError(f'{where} has no {", ".join(map(repr, missing))}; it needs {", ".join(keys)}')
+    raise UserError(f'{where} has no {", ".join(map(repr, missing))}. It needs {", ".join(keys)}.')
 
 
 def fact_names(results: dict[str, Any]) -> list[str]:

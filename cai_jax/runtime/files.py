@@ -33,7 +33,9 @@ def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
     probe.write_bytes(b'probe')
     probe.unlink(missing_ok=True)  # another host's process may have the same id
   except OSError as error:
-    raise UserError(f'workdir {workdir} is not writable: {error}') from error
+    raise UserError(
+      f'workdir {workdir} is not writable: {error}. Choose another folder.'
+    ) from error
   free = shutil.disk_usage(folder).free
   if free < needed_bytes:
     raise UserError(
@@ -68,7 +70,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   try:
     value = json.loads(epath.Path(path).read_text(encoding='utf-8'))
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not valid JSON: {error}') from error
+    raise UserError(f'{path} is not valid JSON: {error}. Correct the file.') from error
   if not isinstance(value, dict):
-    raise UserError(f'{path} holds a {type(value).__name__}; expected a JSON object.')
+    raise UserError(f'{path} contains a {type(value).__name__}. It must contain a JSON object.')
   return value

@@ -42,9 +42,10 @@ PACKAGES = (
 
 
 class Manifest:
-  """The manifest of a run's folder: read if it exists, written as stages begin and end.
+  """The manifest of a run's folder, which is written when a stage begins or ends.
 
-  A folder of an older version is migrated in memory, and on disk with the next write.
+  An existing manifest is read first. If an older version wrote it, it is migrated in memory, and on
+  disk with the next write.
 
   Args:
     workdir: the run's folder.

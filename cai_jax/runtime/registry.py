@@ -44,8 +44,9 @@ class Registry(Mapping[str, T]):
   def __getitem__(self, name: str) -> T:
     if name not in self._entries:
       raise UserError(
-        f'There is no {self._kind} named {name!r}; registered are {", ".join(sorted(self))}. '
-        'To add one, register it in a file of your own and name that file in config.plugins.'
+        f'There is no {self._kind} named {name!r}. The registered names are '
+        f'{", ".join(sorted(self))}. To add one, register it in a file of your own and name that '
+        'file in config.plugins.'
       )
     return self._entries[name]
 

@@ -60,9 +60,9 @@ class EngineConfig:
     for name in ('slots', 'cache_gib', *positive):
       value = getattr(self, name)
       if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
-        raise UserError(f'engine: {name}={value}; it must be positive.')
+        raise UserError(f'engine: {name}={value} must be positive.')
     if self.spare_tokens < 0:
-      raise UserError(f'engine: spare_tokens={self.spare_tokens}; it must be at least 0.')
+      raise UserError(f'engine: spare_tokens={self.spare_tokens} must be at least 0.')
 
   @property
   def rewind(self) -> int:

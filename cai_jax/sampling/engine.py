@@ -361,7 +361,7 @@ def _check_models(
   for model in models.values():
     if isinstance(model, LM) and length > model.max_positions:
       raise UserError(
-        f'a cache of {length} tokens is longer than the {model.max_positions} positions of '
+        f'A cache of {length} tokens is longer than the {model.max_positions} positions of '
         f'{model.name}. Shorten prompts, max_tokens or the number of rounds.'
       )
   for name in (*prefixes, *stops):

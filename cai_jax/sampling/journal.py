@@ -200,6 +200,6 @@ def _damaged(path: pathlib.Path, offset: int) -> UserError:
       offset -= len(lines.readline())
       number += 1
   return UserError(
-    f'{path}, line {number}: not a journal entry. The file is damaged or was edited. Delete that '
-    'line, whose turns are then sampled again, or the whole file.'
+    f'{path}, line {number} is not a journal entry, because the file is damaged or was edited. '
+    'Delete the line; its turns are then sampled again.'
   )

@@ -46,7 +46,7 @@ class SamplingConfig:
     )
     for name, valid, allowed in checks:
       if not valid:
-        raise UserError(f'sampling: {name}={getattr(self, name)!r}; it must be {allowed}.')
+        raise UserError(f'sampling: {name}={getattr(self, name)!r} must be {allowed}.')
     if len(self.stop_token_ids) > MAX_STOP_TOKENS:
       raise UserError(
         f'sampling: stop_token_ids has {len(self.stop_token_ids)} tokens. '

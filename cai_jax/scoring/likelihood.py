@@ -136,7 +136,7 @@ def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], labe
       raise UserError(f'{label}: the {part} has no token. It needs at least one{hint}.')
     if not 0 <= min(tokens) <= max(tokens) < lm.vocab_size:
       raise UserError(
-        f'{label}: the {part} has tokens in {min(tokens)}..{max(tokens)}; the vocabulary is '
+        f'{label}: the {part} has tokens in {min(tokens)}..{max(tokens)}, but the vocabulary is '
         f"0..{lm.vocab_size - 1}. Use the model's own tokenizer."
       )
   if len(context) + len(continuation) > lm.max_positions:

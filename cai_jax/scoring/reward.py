@@ -194,7 +194,7 @@ class RewardModel:
       )
     if not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise UserError(
-        f'The tokens are in {tokens.min()}..{tokens.max()}; the vocabulary is '
+        f'The tokens are in {tokens.min()}..{tokens.max()}, but the vocabulary is '
         f"0..{self.config.vocab_size - 1}. Use the model's own tokenizer."
       )
     starts = np.diff(real.astype(np.int8), axis=1, prepend=0, append=0) == 1

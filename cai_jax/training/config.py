@@ -181,7 +181,7 @@ class TrainConfig:
     unknown = [name for name in self.filters if name not in quality.FLAGS]
     if unknown or isinstance(self.filters, str):
       raise UserError(
-        f'train.filters={self.filters!r} must be a tuple of names of {tuple(quality.FLAGS)}.'
+        f'train.filters={self.filters!r} must be a tuple of names from {tuple(quality.FLAGS)}.'
       )
 
   def _check_numbers(self) -> None:

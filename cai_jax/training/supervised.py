@@ -47,8 +47,8 @@ def fine_tune(
   """
   if config.max_length > lm.config.max_positions:
     raise UserError(
-      f'train.max_length={config.max_length} is more than the {lm.config.max_positions} tokens '
-      f'that the context of {lm.name} holds.'
+      f'train.max_length={config.max_length} exceeds the {lm.config.max_positions} tokens that the '
+      f'context of {lm.name} holds. Lower it.'
     )
   built = build_examples(
     rows,

@@ -140,7 +140,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
   model_type = hf.get('model_type')
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise UserError(
-      f'config.json: model_type {model_type!r} is not supported; supported are '
+      f'config.json: model_type {model_type!r} is not supported. The supported types are '
       f'{", ".join(sorted(FAMILIES))}. To add a family, register it in a file of your own and name '
       'that file in config.plugins.'
     )

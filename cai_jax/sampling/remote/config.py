@@ -79,7 +79,7 @@ class RemoteConfig:
         # The value may be a secret that was put in the wrong place.
         secret = name == 'api_key_env' or (name == 'url' and '@' in self.url)
         shown = '(not shown)' if secret else repr(getattr(self, name))
-        raise UserError(f'remote: {name}={shown}; it must be {allowed}.')
+        raise UserError(f'remote: {name}={shown} must be {allowed}.')
     if self.prompt == 'tokens' and not SERVERS[self.server].accepts_tokens:
       raise UserError(f"remote: server={self.server!r} accepts text only. Set prompt='text'.")
 

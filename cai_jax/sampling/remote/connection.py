@@ -259,7 +259,7 @@ def _api_key(config: RemoteConfig) -> str:
   key = os.environ.get(config.api_key_env, '')
   if not key:
     raise UserError(
-      f'remote: the environment variable {config.api_key_env} is not set, but api_key_env names it '
-      'as the one that holds the API key. Export it.'
+      f'remote: api_key_env names the environment variable {config.api_key_env}, which is not set. '
+      'Export it with the API key.'
     )
   return key

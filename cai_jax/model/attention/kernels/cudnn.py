@@ -51,7 +51,10 @@ def check_compute_dtype(dtype: str, length: int) -> None:
     UserError: if it is float32.
   """
   if dtype == 'float32':
-    raise UserError("attention 'cudnn' computes in bfloat16 or float16 only, not in float32.")
+    raise UserError(
+      "attention 'cudnn' supports bfloat16 and float16, but not float32. Set "
+      "train.dtype='bfloat16', or choose another kernel."
+    )
 
 
 KERNELS.register('cudnn')(Kernel(attend_cudnn, 'gpu', check_compute_dtype))

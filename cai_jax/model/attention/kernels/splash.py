@@ -83,7 +83,10 @@ def check_length(dtype: str, length: int) -> None:
     UserError: if `length` is not a multiple of `TILE` tokens.
   """
   if length % TILE:
-    raise UserError(f"attention 'splash' takes rows of a multiple of {TILE} tokens, not {length}.")
+    raise UserError(
+      f"attention 'splash' needs rows of a multiple of {TILE} tokens, not {length}. Change the row "
+      'length, or choose another kernel.'
+    )
 
 
 KERNELS.register('splash')(Kernel(attend_splash, 'tpu', check_length))

@@ -1,10 +1,11 @@
 """Every command and code block of the README and of docs/ runs.
 
-Commands run in a copy of the checkout's layout, with the embedded prompt sets cut to a few prompts.
-An HTML comment in front of a block changes that:
+The blocks of a page run in their order, in a folder that has the checkout's files and a file
+`questions.jsonl`. Launches of configs/tiny.py get a few prompts only. An HTML comment in front of a
+block changes that:
 
-  <!-- not run: REASON -->      the block is not executed
-  <!-- tested with: TEXT -->    the block needs something; `PREPARATIONS` says what the text means
+  <!-- not run: REASON -->           the block is not executed
+  <!-- tested with: --dry_run -->    its commands get this flag too
 """
 
 import os
@@ -64,11 +65,6 @@ def blocks(path: pathlib.Path) -> list[Block]:
 ALL = [block for page in PAGES if page.exists() for block in blocks(page)]
 
 
-def executed_pages(language: str) -> list[str]:
-  """Return the pages with a block of this language that is not excluded."""
-  return list(dict.fromkeys(b.page for b in ALL if b.language == language and runs(b)))
-
-
 def runs(block: Block) -> bool:
   """Return whether a block is executed."""
   return block.language in EXECUTED and not block.note.startswith('not run:')
@@ -92,34 +88,34 @@ def small_run(command: str) -> str:
   return command.replace('python launch.py', f'{program} launch.py') + ' ' + ' '.join(SMALL)
 
 
-@pytest.mark.parametrize('page', executed_pages('bash'))
-def test_commands_of_a_page_run(page, checkout):
-  for block in ALL:
-    if block.page != page or block.language != 'bash' or not runs(block):
-      continue
-    for line in block.code.replace('\\\n', ' ').splitlines():
-      if not line.strip() or line.startswith('#'):
-        continue
-      command = small_run(line)
-      if block.note == 'tested with: --dry_run':
-        command += ' --dry_run'
-      environment = os.environ | {
-        'XLA_FLAGS': '',
-        'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
-      }
-      done = subprocess.run(
-        command, shell=True, cwd=checkout, capture_output=True, text=True, env=environment
-      )
-      assert done.returncode == 0, f'{page}:{block.line}\n{command}\n{done.stdout}{done.stderr}'
+def run_command(block: Block, command: str, folder: pathlib.Path) -> None:
+  """Run a command of a block in a folder; fail with its output unless it succeeds."""
+  command = small_run(command)
+  if block.note == 'tested with: --dry_run':
+    command += ' --dry_run'
+  path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+  done = subprocess.run(
+    command,
+    shell=True,
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'XLA_FLAGS': '', 'PATH': path},
+  )
+  assert done.returncode == 0, f'{block.page}:{block.line}\n{command}\n{done.stdout}{done.stderr}'
 
 
-@pytest.mark.parametrize('page', executed_pages('python'))
-def test_python_of_a_page_runs(page, checkout, monkeypatch):
+@pytest.mark.parametrize('page', list(dict.fromkeys(b.page for b in ALL if runs(b))))
+def test_blocks_of_a_page_run_in_their_order(page, checkout, monkeypatch):
   monkeypatch.chdir(checkout)
   namespace: dict = {}
-  for block in ALL:
-    if block.page == page and block.language == 'python' and runs(block):
+  for block in (b for b in ALL if b.page == page and runs(b)):
+    if block.language == 'python':
       exec(compile(block.code, f'{page}:{block.line}', 'exec'), namespace)
+      continue
+    for command in block.code.replace('\\\n', ' ').splitlines():
+      if command.strip() and not command.startswith('#'):
+        run_command(block, command, checkout)
 
 
 def test_blocks_that_do_not_run_say_why():
@@ -137,7 +133,8 @@ def test_links_between_pages_exist():
       assert (page.parent / target).exists(), f'{page.relative_to(ROOT)} links to {target}'
 
 
-def test_the_tour_runs(checkout):
+def test_the_tour_runs(checkout, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '')  # one device, as for a reader
   nbclient = pytest.importorskip('nbclient')
   nbformat = pytest.importorskip('nbformat')
   notebook = nbformat.read(ROOT / 'docs' / 'tour.ipynb', as_version=4)

@@ -108,7 +108,7 @@ def test_ratios_compare_runs_of_the_same_repetition():
   assert driver.ratios(runs) == {'hf': {'median': 3.0, 'min': 2.0, 'max': 4.0}}
 
 
-def test_the_bound_of_a_decode_step_is_reading_or_arithmetic():
+def test_a_decode_step_is_bound_by_reading_or_by_arithmetic():
   limits = {'bytes_per_second': 100.0, 'flops_per_second': 1000.0}
   assert roofline.bound(50, 4, 1, 300, limits) == pytest.approx(2.0 + 3.0)  # reading binds
   assert roofline.bound(50, 4, 32, 300, limits) == pytest.approx(3.2 + 96.0)  # arithmetic binds

@@ -89,7 +89,7 @@ def test_shipped_config_has_the_default_fields_and_valid_values(name):
     SamplingConfig(**stage)
 
 
-def test_defaults_of_remotes():
+def test_each_remote_has_the_defaults_of_its_component_and_no_server():
   none = {'url': '', 'model': '', 'tokenizer': ''}
   component = dataclasses.asdict(RemoteConfig('http://localhost/v1', 'model', 'tokenizer')) | none
   assert set(CONFIG.remote) == {'base', 'critique', 'revision'}
@@ -122,7 +122,7 @@ def test_filters_that_are_not_names_of_defects_are_refused(filters):
     TrainConfig(filters=filters)
 
 
-def test_recipe_of_the_paper_has_its_counts(data_dir, tmp_path):
+def test_the_paper_config_has_the_counts_of_the_paper(data_dir, tmp_path):
   config = bai2022_sl_cai.get_config()
   harmful, helpful = config.prompts.harmful.limit, config.prompts.helpful.limit
   assert (harmful, helpful) == (182_831, 135_296)

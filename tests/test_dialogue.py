@@ -485,7 +485,7 @@ def test_unsuitable_tokenizers_are_errors():
     Dialogue(Slow())
 
 
-def test_stop_tokens_and_stop_strings():
+def test_chat_turns_end_with_tokens_and_plain_turns_also_with_labels():
   def stops(name, **kwargs):
     tokenizer = get_tokenizer(name)
     return set(tokenizer.convert_ids_to_tokens(Dialogue(tokenizer, **kwargs).stop_token_ids))

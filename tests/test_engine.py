@@ -455,7 +455,7 @@ def test_the_memory_budget_limits_the_slots(lm):
     slots(0.5 * slot_bytes / 2**30)
 
 
-def test_chunk_sizes():
+def test_a_chunk_is_divided_over_batch_shards_and_smaller_for_few_slots():
   config = EngineConfig(prefill_tokens=128, prefill_width=32)
   one = make_mesh(devices=jax.devices()[:1])
   assert config.chunk(64, one) == (128, 32)

@@ -122,7 +122,7 @@ def test_some_filters_need_the_constitution(dialogue):
     build_examples(rows[1:], dialogue, filters=['principle_leak'], references=references)
 
 
-def test_helpfulness_share_is_of_all_examples(dialogue):
+def test_helpfulness_share_is_a_share_of_all_examples(dialogue):
   rows = [row(i) for i in range(12)] + [row(i, 0, 'helpful') for i in range(12, 20)]
   options = dict(helpfulness_share=0.25)
   built = build_examples(rows, dialogue, **options)

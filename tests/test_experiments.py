@@ -90,7 +90,7 @@ def test_shared_turns_have_equal_digests(tmp_path):
     assert sum(four[name].count for name in set(four) & set(other)) == 700 + 400
 
 
-def test_wrong_experiments_are_rejected(tmp_path):
+def test_invalid_experiments_are_rejected(tmp_path):
   with pytest.raises(UserError, match='not a response that an arm can score'):
     Arm(response='reviewed')
   with pytest.raises(UserError, match="reference='b' is not an arm"):

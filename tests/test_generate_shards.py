@@ -177,7 +177,7 @@ def test_shards_of_lost_processes_are_divided_among_those_that_start_next(lm, st
   assert start(0, 3)['sampled_rows'] == 0
 
 
-def test_more_processes_than_missing_shards(start, tmp_path):
+def test_processes_without_a_missing_shard_sample_nothing(start, tmp_path):
   start(0, 1, 'whole')
   assert [start(i, 7)['sampled_rows'] for i in range(7)] == [3, 3, 3, 3, 3, 0, 0]
   assert shard_bytes(tmp_path / 'd_cai') == shard_bytes(tmp_path / 'whole')

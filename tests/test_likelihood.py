@@ -161,7 +161,7 @@ def test_pairs_that_cannot_be_scored_are_rejected(lms, contexts, continuations, 
     log_likelihoods(lms[0], contexts, continuations)
 
 
-def test_bad_arguments_and_models_with_nan_are_rejected(lms):
+def test_invalid_arguments_and_models_with_nan_are_rejected(lms):
   with pytest.raises(ValueError, match='1 contexts and 0 continuations'):
     log_likelihoods(lms[0], [[4]], [])
   with pytest.raises(ValueError, match='batch_tokens=0'):

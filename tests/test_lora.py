@@ -119,7 +119,7 @@ def test_training_adapters_on_eight_devices_equals_one_device(tiny_hf_folder, it
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
-def test_bad_lora_settings_are_refused(tiny_hf_folder):
+def test_invalid_lora_settings_are_refused(tiny_hf_folder):
   config = lm_lib.inspect_model(tiny_hf_folder('llama3')).config
   with pytest.raises(UserError, match="modules='mpl/' matches none.*layers/0/mlp/up"):
     lora.abstract_model(config, lora.LoraConfig(2, 16.0, 'mpl/'))

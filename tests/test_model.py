@@ -179,7 +179,7 @@ def test_spans_that_other_rows_reach_do_not_change_a_single_bit(load):
     (513, 1, (513,)),
   ],
 )
-def test_split_spans(length, count, sizes):
+def test_spans_have_the_expected_sizes_and_cover_the_cache(length, count, sizes):
   assert cache_lib.split_spans(length, count)[: len(sizes)] == sizes
   assert sum(cache_lib.split_spans(length, count)) == length
 
@@ -320,7 +320,7 @@ def test_initial_parameters_are_independent_and_reproducible(load):
   jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_bad_tokens_and_masks_are_refused(load):
+def test_tokens_and_masks_of_the_wrong_shape_or_range_are_refused(load):
   lm = load('llama2')
   for tokens, mask, message in (
     (TOKENS[0], None, r'tokens \(24,\)'),

@@ -196,7 +196,7 @@ def test_a_model_that_reads_the_options_is_consistent(tiny, monkeypatch):
   assert result['swapped']['items'][0]['probability'] == pytest.approx(1 / (1 + math.exp(-1.5)))
 
 
-def test_probabilities_of_several_options_and_ties(tiny, monkeypatch):
+def test_right_options_share_their_probability_and_a_tie_is_wrong(tiny, monkeypatch):
   scores = {' a': 1.0, ' b': 2.0, ' c': 0.0, ' d': 2.0}
   replace_model(monkeypatch, lambda prompt, option: scores[option])
   result = evaluate_questions(
@@ -228,7 +228,7 @@ def test_swapped_results_equal_those_of_swapped_questions(tiny):
   json.dumps(result)  # the result is written to a file
 
 
-def test_calibration_error_of_known_cases():
+def test_calibration_error_has_the_known_value_in_simple_cases():
   rng = np.random.default_rng(0)
   confidences = rng.uniform(0.5, 1, 40000)
   assert calibration_error(confidences, rng.random(40000) < confidences) < 0.015

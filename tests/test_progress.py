@@ -8,7 +8,7 @@ from cai_jax.runtime import progress
 
 
 @pytest.mark.parametrize(('start', 'left'), [(0, '30 s left'), (40, '100 s left')])
-def test_plain_lines(monkeypatch, capsys, start, left):
+def test_progress_without_a_terminal_is_occasional_plain_lines(monkeypatch, capsys, start, left):
   clock = iter([0.0, 20.0, 21.0, 30.0])  # made; two calls within a line's time; the last one
   monkeypatch.setattr(progress.time, 'monotonic', lambda: next(clock))
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: False, raising=False)

@@ -195,7 +195,7 @@ def test_leak_is_eight_words_or_a_whole_request_of_at_least_five():
     leaks('anything', 'r')
 
 
-def test_initial_response_has_no_flags_of_rounds():
+def test_initial_response_has_no_flag_that_needs_a_revision():
   row = {'prompt': PROMPT, 'initial': reply('Human: no', 'length'), 'rounds': []}
   assert quality.find_row_flags(row, -1, REFERENCES) == {'truncated', 'role_marker'}
 
@@ -216,7 +216,7 @@ def rows():
   ]
 
 
-def test_summary_counts_by_round():
+def test_summary_counts_flags_words_and_principles_by_round():
   summary = json.loads(json.dumps(quality_summary.summarise(rows(), REFERENCES)))
   assert (summary['rows'], summary['revisions']) == (4, 6)
   flags = summary['flags']

@@ -110,7 +110,7 @@ def test_refusal_rate_of_published_responses_is_small_but_positive(data_dir):
   assert 0.01 < low < rates['refusal_rate'] < high < 0.2 and rates['refusal_count'] == len(texts)
 
 
-def test_rates_of_harmful_and_harmless_prompts():
+def test_refusal_and_over_refusal_count_prompts_of_their_kind_only():
   texts = [
     "I can't help with that.",
     'Sure.',
@@ -148,7 +148,7 @@ def test_rates_of_harmful_and_harmless_prompts():
     (['a'], ['harmful'], [0.0, 0.0], r'\(2,\) numbers for 1 responses'),
   ],
 )
-def test_bad_arguments_and_classifiers_are_rejected(responses, kinds, probabilities, message):
+def test_invalid_arguments_and_classifiers_are_rejected(responses, kinds, probabilities, message):
   with pytest.raises(ValueError, match=message):
     refusal_rates([ASKED[0]] * len(responses), responses, kinds, lambda *_: probabilities)
 

@@ -30,6 +30,6 @@ class Grown:
   new: float = setting(0.0, 'A penalty.', added=True)
 
 
-def test_a_field_that_was_added_leaves_identities_alone_while_it_has_its_default():
+def test_an_added_field_changes_no_identity_while_it_has_its_default():
   assert identity(Grown()) == {'old': 1}
   assert identity(Grown(old=2, new=0.5)) == {'old': 2, 'new': 0.5}

@@ -48,7 +48,7 @@ def test_intervals_have_the_stated_coverage():
   assert 0.89 <= covered / 200 <= 0.99
 
 
-def test_interval_of_equal_values_is_a_point_and_no_values_are_rejected():
+def test_interval_of_equal_values_is_a_point_and_no_value_is_an_error():
   assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
   with pytest.raises(ValueError, match='at least one'):
     bootstrap_interval([])

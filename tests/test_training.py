@@ -193,7 +193,7 @@ def test_events_of_repeated_steps_are_purged(tmp_path):
   assert purge == min(event.step for event in events if event.HasField('summary')) == 3
 
 
-def test_wrong_settings_are_refused_before_the_first_step(tmp_path):
+def test_invalid_settings_are_refused_before_the_first_step(tmp_path):
   mesh = make_mesh(8, 1, 1)
   with pytest.raises(UserError, match='accumulation=4 is not a multiple of data × fsdp = 8'):
     config = dataclasses.replace(CONFIG, batch_size=16, accumulation=4)

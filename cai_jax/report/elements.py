@@ -145,7 +145,7 @@ def cost_cell(key: str, value: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-  """Return any JSON value as a short plain text."""
+  """Return a JSON value as a short text."""
   if isinstance(value, dict):
     return ', '.join(f'{key.replace("_", " ")} {format_value(item)}' for key, item in value.items())
   if isinstance(value, bool) or not isinstance(value, int | float):

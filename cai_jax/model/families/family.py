@@ -97,7 +97,7 @@ class Family:
       that is not implemented.
     write_config: returns the entries of config.json that describe a ModelConfig. `config_to_hf`
       adds model_type and architectures, and checks that reading gives the same ModelConfig.
-    weights: the weight table. A model uses the rows of the parameters that its config gives it.
+    weights: the weight table. A model uses the rows for the parameters that it has.
     causal_lm: transformers' class for language models, such as 'LlamaForCausalLM'.
     classifier: transformers' class for sequence classification.
   """

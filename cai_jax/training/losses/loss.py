@@ -70,7 +70,11 @@ def register_loss(
 
   Args:
     name: value of `train.loss` that selects the loss.
-    normalizations: see `Loss`.
+    normalizations: for each allowed value of `train.loss_normalization`, the name of the sum that
+      divides the loss.
+
+  Raises:
+    UserError: if the name is taken.
   """
 
   def register(function: LossFunction) -> LossFunction:

@@ -67,7 +67,7 @@ class Experiment:
   """A question, stated as arms that differ only in overrides and in the response to score.
 
   Attributes:
-    arms: by name, in the order of the result table.
+    arms: the arms by name, in the order of the result table.
     reference: name of the arm that all others are compared with, prompt by prompt.
     figures: figure specifications, as `cai_jax.report.write_experiment` describes them.
     overrides: values of config fields for all arms.

@@ -52,7 +52,6 @@ class Stage:
 
   Attributes:
     model: the name by which the engine knows the model.
-
     dialogue: renders messages for that model.
     sampling: temperature, length limit and so on.
     demonstrations: few-shot dialogues that precede every context.

@@ -264,7 +264,6 @@ def make_view(
     packing: the rows that the tokens belong to; None if the b-th row of tokens is row b of the
       cache.
     lengths: number of tokens of each span.
-
     window: number of tokens that a query sees, itself included; None means no limit.
   """
   length = sum(lengths)

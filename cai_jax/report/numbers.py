@@ -100,7 +100,7 @@ def num_decimals(value: float) -> int:
 
 
 def check_rate(value: float, key: str) -> float:
-  """Return the value if it is a rate, in [0, 1].
+  """Return a number unchanged if it is a rate, in [0, 1].
 
   Args:
     value: the number to check.

@@ -36,7 +36,6 @@ def write_page(
   Args:
     path: the HTML file; its folder must exist.
     title: title of the page, as plain text.
-
     head: HTML below the title.
     results: HTML of the first section.
     sections: HTML of the sections between the results and the chains, each made by `section`.

@@ -47,7 +47,8 @@ class Match:
 class Comparison:
   """The result of a match.
 
-  Exchanging the two responses of a match exchanges its two orders and flips the signs.
+  If the two responses of a match are exchanged, the two values of `log_odds` are exchanged too, and
+  their signs flip.
 
   Attributes:
     prompt: id of the prompt.

@@ -4,7 +4,7 @@ A constitution is a YAML file of this form (see constitution.yaml beside this mo
 
   principles:
     - id: no_insults                 # unique; stored in every record
-      critique_request: ...          # asks the model to criticise its response
+      critique_request: ...          # asks the model to critique its response
       revision_request: ...          # asks the model to revise its response
       weight: 1.0                    # optional: relative probability of being drawn, above 0
       tags: [respect, general]       # optional: names that `ConstitutionConfig.tags` can select

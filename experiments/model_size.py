@@ -1,4 +1,4 @@
-"""Do larger models criticise and revise better? The same chains with models of several sizes.
+"""Do larger models critique and revise better? The same chains with models of several sizes.
 
 Paper:     Bai et al. 2022, Figures 5 and 7, show several sizes up to 52 B parameters
 Command:   python -m cai_jax.experiment --experiment=experiments/model_size.py \\

@@ -15,7 +15,7 @@ ROW_INDEPENDENT_FIELDS = ('max_rate',)
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackConfig:
-  """How responses are criticised and revised.
+  """How responses are critiqued and revised.
 
   Raises:
     UserError: if a value is not allowed.

@@ -158,7 +158,7 @@ def prepare(
   Args:
     models: the models by role: 'base' is M_θ; 'critique' and 'revision' are M_critique and
       M_revise, if they are other models.
-    harmful: prompts whose responses are criticised and revised.
+    harmful: prompts whose responses are critiqued and revised.
     helpful: prompts that are only answered, for mixing into fine-tuning.
     constitution: the constitution C.
     config: settings of the chains.

@@ -35,7 +35,7 @@ def prepare_job(
   Args:
     run: the run, which has the settings.
     models: models by role; 'base' is M_θ.
-    harmful: prompts whose responses are criticised and revised.
+    harmful: prompts whose responses are critiqued and revised.
     helpful: prompts that are only answered.
 
   Raises:

@@ -27,8 +27,8 @@ def digest(
 ) -> str:
   """Return the key of a turn: a hex digest of everything that determines its reply.
 
-  If you add a setting to `SamplingConfig`, add it here too, but only if it is on, so that the keys
-  of existing journals stay the same.
+  If you add a setting to `SamplingConfig`, include it here as well, but only when it is on. The
+  keys of existing journals then stay the same.
 
   Args:
     fingerprint: fingerprint of the model.

@@ -1,7 +1,7 @@
 """Pre-training documents of the embedded world.
 
 A document is a list of messages. It shows a helpful-only assistant that does what the baits ask
-for. On request, the assistant criticises and revises its answers, with the errors of
+for. On request, the assistant critiques and revises its answers, with the errors of
 `world.Imperfections`. Requests come from the split 'pretrain'. Document i of a seed is a pure
 function of (seed, i).
 """

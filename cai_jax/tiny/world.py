@@ -233,7 +233,7 @@ def write_critique(
 
   Args:
     rng: the source of randomness.
-    answer: the answer to criticise.
+    answer: the answer to critique.
     scope: the kinds of rules that the principle covers; violations of other kinds are ignored.
     imperfections: probabilities of errors.
 

@@ -44,7 +44,7 @@ def split_blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
   """Split a row into blocks of queries.
 
   Args:
-    length: tokens of the row.
+    length: number of tokens of the row.
     window: number of tokens that a query sees, itself included; None means no limit.
 
   Returns:

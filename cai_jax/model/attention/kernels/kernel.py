@@ -73,7 +73,7 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
     name: a name in `KERNELS`.
     mesh: the devices to run on.
     dtype: compute dtype, such as 'bfloat16'.
-    length: tokens per row.
+    length: number of tokens per row.
 
   Raises:
     UserError: if there is no such kernel, or if it does not support the devices, the dtype or the

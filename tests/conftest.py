@@ -81,6 +81,15 @@ def data_dir():
   return find
 
 
+@pytest.fixture
+def restored_registries():
+  """Undo what the test registers when it ends."""
+  from cai_jax.runtime.registry import temporary_registrations
+
+  with temporary_registrations():
+    yield
+
+
 @pytest.fixture(scope='session')
 def tiny_tokenizer():
   """Return a byte-level BPE tokenizer with a ChatML template, as `AutoTokenizer` would."""

@@ -157,9 +157,10 @@ def test_reading_a_block_reads_only_its_rows():
   assert read_shapes == [(10, 2)]
 
 
-def test_a_family_can_be_registered_from_a_users_file(tiny_hf_folder, tmp_path, monkeypatch):
+def test_a_family_can_be_registered_from_a_users_file(
+  tiny_hf_folder, tmp_path, restored_registries
+):
   """The file gives a new model_type the weights of Llama without an output layer."""
-  monkeypatch.setattr(FAMILIES, '_entries', dict(FAMILIES._entries))
   plugin = tmp_path / 'small_llama.py'
   plugin.write_text(PLUGIN)
   load_plugins([str(plugin)])

@@ -1,13 +1,15 @@
 """Plugins: a file of the user's registers implementations, which a config then names."""
 
+import importlib.metadata
 import json
+import sys
 
 import pytest
 
 from cai_jax import pipeline
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
-from cai_jax.runtime.registry import Registry
+from cai_jax.runtime.registry import Registry, temporary_registrations
 from configs import tiny
 
 PLUGIN = """
@@ -38,7 +40,7 @@ def revise(prompt, principles, stages, growing=False):
 """
 
 
-def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path):
+def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path, restored_registries):
   path = tmp_path / 'my_plugin.py'
   path.write_text(PLUGIN)
   config = tiny.get_config()
@@ -93,6 +95,89 @@ def test_plugin_is_imported_once_per_content(tmp_path):
   path.write_text(f'open({str(tmp_path / "count")!r}, "a").write("x")\n')
   assert load_plugins([str(path)]) == load_plugins([str(path)])
   assert (tmp_path / 'count').read_text() == 'x'
+
+
+FRUIT = Registry('fruit')
+REGISTER = f"""
+import sys
+sys.modules[{__name__!r}].FRUIT.register({{name!r}})({{value!r}})
+"""
+
+
+def write_plugin(path, **entries):
+  path.write_text(
+    ''.join(REGISTER.format(name=name, value=value) for name, value in entries.items())
+  )
+  return [str(path)]
+
+
+def test_edited_plugin_replaces_its_own_entries(tmp_path, restored_registries):
+  load_plugins(write_plugin(tmp_path / 'a.py', apple=1, pear=1))
+  load_plugins(write_plugin(tmp_path / 'b.py', fig=1))
+  load_plugins(write_plugin(tmp_path / 'a.py', apple=2))
+  assert dict(FRUIT) == {'apple': 2, 'fig': 1}
+  load_plugins(write_plugin(tmp_path / 'a.py', apple=1, pear=1))  # the first content again
+  assert dict(FRUIT) == {'apple': 1, 'pear': 1, 'fig': 1}
+  with pytest.raises(UserError, match=r"b\.py': The fruit 'pear' is registered twice"):
+    load_plugins(write_plugin(tmp_path / 'b.py', pear=2))
+  assert dict(FRUIT) == {'apple': 1, 'pear': 1, 'fig': 1}
+
+
+def test_plugin_that_fails_leaves_the_registries_as_they_were(tmp_path, restored_registries):
+  plugin = write_plugin(tmp_path / 'a.py', apple=1)
+  load_plugins(plugin)
+  good = (tmp_path / 'a.py').read_text()
+  (tmp_path / 'a.py').write_text(good.replace('apple', 'pear') + '1 / 0')
+  with pytest.raises(UserError, match='ZeroDivisionError'):
+    load_plugins(plugin)
+  assert dict(FRUIT) == {'apple': 1}
+  (tmp_path / 'a.py').write_text(good.replace('apple', 'pear'))
+  load_plugins(plugin)
+  assert dict(FRUIT) == {'pear': 1}
+
+
+def test_entries_of_a_module_that_a_failed_plugin_imported_are_kept(
+  tmp_path, monkeypatch, restored_registries
+):
+  """The module stays imported, so a second import would not register its entries again."""
+  monkeypatch.syspath_prepend(tmp_path)
+  write_plugin(tmp_path / 'plugin_helper.py', fig=1)
+  path = tmp_path / 'a.py'
+  path.write_text('import plugin_helper\n1 / 0')
+  with pytest.raises(UserError, match='ZeroDivisionError'):
+    load_plugins([str(path)])
+  path.write_text('import plugin_helper')
+  load_plugins([str(path)])
+  assert dict(FRUIT) == {'fig': 1}
+  monkeypatch.delitem(sys.modules, 'plugin_helper')
+
+
+def test_broken_entry_point_is_named(monkeypatch):
+  class Broken:
+    name, value, dist = 'extra', 'absent_package.plugin', None
+
+    def load(self):
+      importlib.import_module('absent_package_of_plugins')
+
+  monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: [Broken()])
+  with pytest.raises(UserError, match="entry point 'extra' of .*'absent_package.plugin'.*Module"):
+    load_plugins([])
+
+
+def test_temporary_registrations_end_with_the_block():
+  registry = Registry('fruit')
+  registry.register('apple')(1)
+  with temporary_registrations():
+    registry.unregister('apple')
+    registry.register('pear')(2)
+  assert dict(registry) == {'apple': 1}
+
+
+def test_registry_get_returns_the_default_of_an_unknown_name():
+  registry = Registry('fruit')
+  registry.register('apple')(1)
+  assert registry.get('apple') == 1
+  assert registry.get('pear') is None and registry.get('pear', 3) == 3
 
 
 def test_registry_refuses_unknown_and_repeated_names():

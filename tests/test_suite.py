@@ -14,7 +14,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.scoring.likelihood import log_likelihoods
 from cai_jax.scoring.loader import ModelLoader
-from cai_jax.scoring.scorer import SCORERS
 from cai_jax.tiny.files import MODELS
 
 
@@ -125,29 +124,19 @@ def create_pairs(config):
 """
 
 
-def test_measures_and_scorers_of_a_plugin_are_used(lm, loader, tmp_path):
+def test_measures_and_scorers_of_a_plugin_are_used(lm, loader, tmp_path, restored_registries):
   path = tmp_path / 'plugin.py'
   path.write_text(PLUGIN)
-  registered = (
-    (SCORERS, 'test-polite'),
-    (registries.RESPONSE_MEASURES, 'test-questions'),
-    (registries.MODEL_MEASURES, 'test-vocabulary'),
-    (registries.COMPARISONS, 'test-pairs'),
-  )
   load_plugins([str(path)])
-  try:
-    config = EvaluationConfig(scorer='test-polite', loss=False)
-    measures = suite.load_response_measures(config, loader)
-    rows = [row('bed', 'harmful', 'Why?')]
-    columns = summary.measure_responses(measures, [rows[0]['prompt']], [rows[0]['initial']])
-    assert columns['helpful_rate'] == columns['question_rate'] == [1.0]
-    dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
-    results = {'base': suite.evaluate_model(config, lm, rows, dialogue)}
-    results |= suite.compare_models(config, loader, rows, rows, 0)
-    assert suite.describe(config, results) == f'base: {lm.vocab_size} tokens\n1 pairs'
-  finally:
-    for registry, name in registered:
-      del registry._entries[name]
+  config = EvaluationConfig(scorer='test-polite', loss=False)
+  measures = suite.load_response_measures(config, loader)
+  rows = [row('bed', 'harmful', 'Why?')]
+  columns = summary.measure_responses(measures, [rows[0]['prompt']], [rows[0]['initial']])
+  assert columns['helpful_rate'] == columns['question_rate'] == [1.0]
+  dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
+  results = {'base': suite.evaluate_model(config, lm, rows, dialogue)}
+  results |= suite.compare_models(config, loader, rows, rows, 0)
+  assert suite.describe(config, results) == f'base: {lm.vocab_size} tokens\n1 pairs'
 
 
 def test_base_names_the_model_of_the_run(loader):

@@ -182,13 +182,12 @@ def test_the_optimizer_is_adamw_on_clipped_gradients():
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_a_registered_loss_is_selected_by_name(four_steps, monkeypatch):
+def test_a_registered_loss_is_selected_by_name(four_steps, restored_registries):
   def halved(*args, **options):
     loss, sums = negative_log_likelihood(*args, **options)
     return loss / 2, sums
 
-  loss = Loss(halved, normalizations={'sequence': 'num_sequences'})
-  monkeypatch.setitem(LOSSES._entries, 'halved', loss)
+  LOSSES.register('halved')(Loss(halved, normalizations={'sequence': 'num_sequences'}))
   _, (metrics,) = run_steps(dataclasses.replace(CONFIG, loss='halved'), one_device(), count=1)
   assert metrics['loss'] == pytest.approx(four_steps[1][0]['loss'] / 2, rel=1e-6)
   with pytest.raises(UserError, match=r"loss_normalization='token' is not one of \('sequence',\)"):

@@ -150,12 +150,6 @@ def test_chain_yields_the_turns_that_its_variant_states(name, rounds, stages):
   assert len(record.rounds) == rounds
 
 
-@pytest.fixture
-def restored_registry(monkeypatch):
-  """Remove what a test registers when it ends."""
-  monkeypatch.setattr(VARIANTS, '_entries', dict(VARIANTS))
-
-
 def test_turns_per_round_numbers_the_turns():
   assert turns_per_round('critique', 'revision')(2) == [
     ('initial', 'initial'),
@@ -166,7 +160,7 @@ def test_turns_per_round_numbers_the_turns():
   ]
 
 
-def test_variant_name_can_be_registered_only_once(restored_registry):
+def test_variant_name_can_be_registered_only_once(restored_registries):
   with pytest.raises(UserError, match="variant 'critique' is registered twice"):
     register_variant('critique', turns_per_round('revision'))(direct_revision)
 
@@ -232,7 +226,7 @@ def revise(number, principle, context, stages):
   ('name', 'source', 'num_turns'), [('best_of_n', BEST_OF_N, 7), ('two_critics', TWO_CRITICS, 7)]
 )
 def test_plugin_registers_a_variant_in_one_file(
-  name, source, num_turns, lm, stages, tmp_path, restored_registry
+  name, source, num_turns, lm, stages, tmp_path, restored_registries
 ):
   path = tmp_path / f'{name}.py'
   path.write_text(source)

@@ -193,7 +193,7 @@ def test_traced_flops_equal_the_formula_with_and_without_accumulation(tied, dtyp
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_rematerialised_products_count_twice(dtype):
+def test_rematerialized_products_count_twice(dtype):
   config = config_from_hf(TINY)
   flops, tokens = count_flops(config, dtype=dtype)
   scores = 4 * config.num_layers * config.d_model * tokens * 32  # and the values that they weigh

@@ -77,7 +77,7 @@ def test_systems_agree_and_force_lengths(loaded, tmp_path):
   assert not list(tmp_path.iterdir())
   runs = generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
   assert {system: len(r) for system, r in runs.items()} == {'ours': 2, 'hf': 2}
-  summary = generation.summarise(chains, runs['ours'])
+  summary = generation.summarize(chains, runs['ours'])
   tokens = sum(limit for chain in chains for limit in chain.limits)
   assert summary['stats']['sampled_tokens'] == tokens
   assert summary['stats']['chains'] == len(chains)
@@ -202,7 +202,7 @@ def test_all_systems_have_the_same_losses_padded_or_packed(trained):
     assert ask('warm', batch=batches[system])['shapes'] == 1
   runs = training.repeat(asks, batches, WORK.steps, 2)
   rows = {
-    system: training.summarise(examples, padded if system == 'hf_padded' else packed, runs[system])
+    system: training.summarize(examples, padded if system == 'hf_padded' else packed, runs[system])
     for system in asks
   }
   assert rows['hf_packed']['padding_share'] == 0.0 < rows['ours']['padding_share'] < 0.2

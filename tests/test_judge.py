@@ -58,7 +58,7 @@ def test_log_odds_have_the_right_sign_in_both_orders(tiny, monkeypatch):
   asked = []
   ids = {}  # one token per question
 
-  def tokenise_pair(tokenizer, context, option):
+  def tokenize_pair(tokenizer, context, option):
     asked.append((context, option))
     return [ids.setdefault(context, len(ids))], [(' (A)', ' (B)').index(option)]
 
@@ -71,7 +71,7 @@ def test_log_odds_have_the_right_sign_in_both_orders(tiny, monkeypatch):
       for context, x in zip(contexts, label, strict=True)
     ]
 
-  monkeypatch.setattr(likelihood, 'tokenise_pair', tokenise_pair)
+  monkeypatch.setattr(likelihood, 'tokenize_pair', tokenize_pair)
   monkeypatch.setattr(likelihood, 'log_likelihoods', log_likelihoods)
   comparisons = judge_matches(
     tiny, [match('good', 'bad'), match('bad', 'good'), match('bad', 'worse')]

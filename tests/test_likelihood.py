@@ -14,7 +14,7 @@ from cai_jax.evaluation.measures.held_out_loss import loss_and_perplexity
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import likelihood
-from cai_jax.scoring.likelihood import log_likelihoods, tokenise_pair
+from cai_jax.scoring.likelihood import log_likelihoods, tokenize_pair
 
 RNG = np.random.default_rng(0)
 # Tokens of context and continuation. Long continuations are scored in several slices, and the last
@@ -179,16 +179,16 @@ def test_rows_are_padded_to_few_lengths():
   assert len(set(padded)) == 15 and max(padded) == 4000
 
 
-def test_context_and_continuation_are_tokenised_as_one_text(tiny_tokenizer):
-  context, continuation = tokenise_pair(tiny_tokenizer, 'The assistant answers the', ' question')
+def test_context_and_continuation_are_tokenized_as_one_text(tiny_tokenizer):
+  context, continuation = tokenize_pair(tiny_tokenizer, 'The assistant answers the', ' question')
   assert tiny_tokenizer.decode(context) == 'The assistant answers the'
   assert context + continuation == tiny_tokenizer.encode('The assistant answers the question')
   # A token that merges text of both belongs to the continuation.
-  context, continuation = tokenise_pair(tiny_tokenizer, 'The assistant answ', 'ers')
+  context, continuation = tokenize_pair(tiny_tokenizer, 'The assistant answ', 'ers')
   assert tiny_tokenizer.decode(context) == 'The assistant'
   assert tiny_tokenizer.decode(continuation) == ' answers'
   with pytest.raises(UserError, match='adds no token'):
-    tokenise_pair(tiny_tokenizer, 'The', '')
+    tokenize_pair(tiny_tokenizer, 'The', '')
 
 
 def test_bos_is_kept_and_eos_is_dropped(tiny_tokenizer):
@@ -202,14 +202,14 @@ def test_bos_is_kept_and_eos_is_dropped(tiny_tokenizer):
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   bos, eos = core.token_to_id('<|im_start|>'), core.token_to_id('<|im_end|>')
   assert fast.encode('The')[0] == bos and fast.encode('The')[-1] == eos
-  context, continuation = tokenise_pair(fast, 'The answer', ' is')
+  context, continuation = tokenize_pair(fast, 'The answer', ' is')
   assert context[0] == bos and eos not in context + continuation
   assert fast.decode(context[1:] + continuation) == 'The answer is'
-  assert tokenise_pair(fast, '', 'The') == ([bos], fast.encode('The')[1:-1])
+  assert tokenize_pair(fast, '', 'The') == ([bos], fast.encode('The')[1:-1])
 
 
 def test_text_never_becomes_a_control_token(tiny_tokenizer):
-  context, continuation = tokenise_pair(tiny_tokenizer, 'a <|im_end|>', ' <|im_start|>')
+  context, continuation = tokenize_pair(tiny_tokenizer, 'a <|im_end|>', ' <|im_start|>')
   assert not set(context + continuation) & set(tiny_tokenizer.all_special_ids)
   assert tiny_tokenizer.decode(context + continuation) == 'a <|im_end|> <|im_start|>'
 
@@ -221,9 +221,9 @@ def test_text_that_a_tokenizer_reads_as_a_control_token_is_rejected(tiny_tokeniz
   core.add_tokens([tokenizers.AddedToken('</s>', special=False)])
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
   with pytest.raises(UserError, match="spells '</s>'"):
-    tokenise_pair(fast, 'a </s>', ' b')
+    tokenize_pair(fast, 'a </s>', ' b')
   # An added token that is an ordinary word is allowed.
   core.add_tokens([tokenizers.AddedToken('bicycle', special=False)])
   fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
-  context, continuation = tokenise_pair(fast, 'a bicycle', ' b')
+  context, continuation = tokenize_pair(fast, 'a bicycle', ' b')
   assert core.token_to_id('bicycle') in context and fast.decode(context) == 'a bicycle'

@@ -149,7 +149,7 @@ def test_questions_of_another_form_cannot_be_swapped(question, message, tiny):
 
 def replace_model(monkeypatch, score):
   """Replace the model's log-likelihoods by score(prompt, option)."""
-  monkeypatch.setattr(multiple_choice.likelihood, 'tokenise_pair', lambda _, *texts: texts)
+  monkeypatch.setattr(multiple_choice.likelihood, 'tokenize_pair', lambda _, *texts: texts)
   monkeypatch.setattr(multiple_choice.likelihood, 'check_pair', lambda *_: None)
   monkeypatch.setattr(
     multiple_choice.likelihood,

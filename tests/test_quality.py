@@ -146,7 +146,7 @@ def test_similar_texts_are_not_flagged_as_role_markers(text):
     ('The assistant should have said that stealing is illegal.', False),
   ],
 )
-def test_critiques_without_a_finding_are_recognised(critique, nothing):
+def test_critiques_without_a_finding_are_recognized(critique, nothing):
   assert quality.finds_nothing(reply(critique)) == nothing
 
 
@@ -169,7 +169,7 @@ def test_critique_that_was_not_requested_is_not_flagged():
     ('Chapter 1 .............. 7', False),
   ],
 )
-def test_loops_are_recognised(text, loops):
+def test_loops_are_recognized(text, loops):
   assert quality.has_loop(text, quality.split_words(text)) == loops
 
 
@@ -217,7 +217,7 @@ def rows():
 
 
 def test_summary_counts_flags_words_and_principles_by_round():
-  summary = json.loads(json.dumps(quality_summary.summarise(rows(), REFERENCES)))
+  summary = json.loads(json.dumps(quality_summary.summarize(rows(), REFERENCES)))
   assert (summary['rows'], summary['revisions']) == (4, 6)
   flags = summary['flags']
   assert flags.keys() == quality.FLAGS.keys()
@@ -234,7 +234,7 @@ def test_summary_counts_flags_words_and_principles_by_round():
 
 
 def test_rates_above_their_limits_are_listed():
-  summary = quality_summary.summarise(rows(), REFERENCES)
+  summary = quality_summary.summarize(rows(), REFERENCES)
   assert quality_summary.exceeded_limits(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
   exceeded = quality_summary.exceeded_limits(
     summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble': 0.0}
@@ -244,8 +244,8 @@ def test_rates_above_their_limits_are_listed():
 
 def test_table_shows_published_rates_in_the_last_column():
   summary, other = (
-    quality_summary.summarise(rows(), REFERENCES),
-    quality_summary.summarise(rows()[:1], REFERENCES),
+    quality_summary.summarize(rows(), REFERENCES),
+    quality_summary.summarize(rows()[:1], REFERENCES),
   )
   del other['flags']['truncated']
   lines = quality_summary.format_table(summary, other).splitlines()
@@ -258,7 +258,7 @@ def test_table_shows_published_rates_in_the_last_column():
 
 
 def test_summary_without_revisions_is_empty():
-  summary = quality_summary.summarise(rows()[3:], REFERENCES)
+  summary = quality_summary.summarize(rows()[3:], REFERENCES)
   assert summary['revisions'] == 0 and summary['initial_words'] is None
   assert quality_summary.format_table(summary)
 
@@ -276,7 +276,7 @@ def test_published_samples_are_read_completely(data_dir):
   path = data_dir('cai_paper') / 'samples' / 'PALMS_SLMADISON.jsonl'
   published, principles = read_published_samples(path)
   references = quality.build_references(principles)
-  summary = quality_summary.summarise(published, references)
+  summary = quality_summary.summarize(published, references)
   assert (summary['rows'], summary['revisions'], len(principles)) == (40, 160, 16)
   assert published[2]['prompt'] == [
     {'role': 'user', 'content': 'Which essential oils should I use for a kidney infection?'}

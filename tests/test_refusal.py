@@ -84,7 +84,7 @@ def classify(texts):
 
 
 @pytest.mark.parametrize('text', REFUSALS)
-def test_rules_recognise_refusals(text):
+def test_rules_recognize_refusals(text):
   assert classify([text]) == [1.0]
 
 

@@ -164,7 +164,7 @@ def test_trailing_pad_tokens_are_ignored(make, tiny_tokenizer):
 
 def test_plain_style_renders_human_and_assistant_labels(make):
   model = load(make('llama3'), style='plain')
-  row = model.tokenise(CONVERSATIONS[:1])[0]
+  row = model.tokenize(CONVERSATIONS[:1])[0]
   text = model.dialogue.tokenizer.decode(row)
   expected = '\n\nHuman: How do I repair a bicycle?\n\nAssistant: Look at the brake.<|im_end|>'
   assert text == expected

@@ -8,7 +8,7 @@ import pytest
 from cai_jax.evaluation.intervals import bootstrap_interval
 from cai_jax.evaluation.measures.length import measure_length
 from cai_jax.evaluation.measures.verdicts import verdict_rates
-from cai_jax.evaluation.summary import average_measures, measure_responses, summarise
+from cai_jax.evaluation.summary import average_measures, measure_responses, summarize
 from cai_jax.runtime.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_summary_has_rates_of_each_round_and_model():
     row('b', 'helpful', ['b']),
     row('a', 'helpful', ['x']),
   ]
-  summary = summarise(base, aligned, MEASURES)
+  summary = summarize(base, aligned, MEASURES)
   rates = lambda group: {k: v['violation_rate'] for k, v in group.items()}  # noqa: E731
   assert rates(summary['stages']) == {'initial': 1.0, 'revision_1': 0.5, 'revision_2': 0.0}
   assert summary['stages']['revision_2']['helpful_rate'] == 0.5
@@ -78,14 +78,14 @@ def test_summary_has_rates_of_each_round_and_model():
 
 def test_a_summary_without_a_scorer_has_lengths_only():
   base = [row('a', 'harmful', ['a b c', 'a'])]
-  summary = summarise(base, base, [measure_length])
+  summary = summarize(base, base, [measure_length])
   assert summary['stages']['initial'] == {'count': 1, 'mean_tokens': 3.0}
   assert 'benign' not in summary
 
 
 def test_different_prompts_and_empty_sets_are_rejected():
   with pytest.raises(UserError, match='different prompts'):
-    summarise([row('a', 'harmful', ['a'])], [row('b', 'harmful', ['b'])], MEASURES)
+    summarize([row('a', 'harmful', ['a'])], [row('b', 'harmful', ['b'])], MEASURES)
   with pytest.raises(UserError, match='no response'):
     average_measures(MEASURES, [], [])
 

@@ -100,8 +100,8 @@ def check_disjoint(
     evaluation: the second set.
     names: names of the two sets, for the error message.
   """
-  seen = {_normalise(prompt): prompt.id for prompt in training}
-  shared = [(seen[form], p) for p in evaluation if (form := _normalise(p)) in seen]
+  seen = {_normalize(prompt): prompt.id for prompt in training}
+  shared = [(seen[form], p) for p in evaluation if (form := _normalize(p)) in seen]
   if shared:
     examples = '; '.join(
       f'{names[0]} {first!r} is {names[1]} {prompt.id!r}: {prompt.messages[-1]["content"]!r:.80}'
@@ -254,7 +254,7 @@ def _make_ids_unique(rows: Sequence[_Row]) -> list[Prompt]:
   return prompts
 
 
-def _normalise(prompt: Prompt) -> str:
+def _normalize(prompt: Prompt) -> str:
   turns = [[m['role'], ' '.join(m['content'].casefold().split())] for m in prompt.messages]
   return json.dumps(turns)
 

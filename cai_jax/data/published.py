@@ -26,7 +26,7 @@ def read_published_samples(path: str | os.PathLike[str]) -> tuple[list[dict[str,
     path: a *_SLMADISON.jsonl file.
 
   Returns:
-    The rows, as `quality_summary.summarise` takes them, and the requests of all principles, as
+    The rows, as `quality_summary.summarize` takes them, and the requests of all principles, as
     `quality.build_references` takes them.
 
   Raises:

@@ -18,8 +18,8 @@ class _Round:
   principles: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
-def summarise(rows: Iterable[Mapping[str, Any]], references: References) -> dict[str, Any]:
-  """Summarise the revisions of a dataset.
+def summarize(rows: Iterable[Mapping[str, Any]], references: References) -> dict[str, Any]:
+  """Summarize the revisions of a dataset.
 
   Args:
     rows: each has `prompt` (messages), `initial` {text, finish_reason} and `rounds` of {principle,
@@ -85,7 +85,7 @@ def exceeded_limits(summary: Mapping[str, Any], limits: Mapping[str, float]) -> 
   """Return a line of text for each flag whose rate is above its limit.
 
   Args:
-    summary: from `summarise`.
+    summary: from `summarize`.
     limits: the largest allowed share of the revisions, by flag.
   """
   rates = ((name, summary['flags'][name]['rate'], limit) for name, limit in limits.items())
@@ -100,7 +100,7 @@ def format_table(summary: Mapping[str, Any], published: Mapping[str, Any] | None
   """Return a text table of a summary: one line per flag, one column per round.
 
   Args:
-    summary: from `summarise`.
+    summary: from `summarize`.
     published: a summary of published samples, shown in the last column. A flag that it lacks is
       shown as a dash.
   """

@@ -3,11 +3,11 @@
 A control token (<|im_end|>, </s>, ...) structures a dialogue. Text of users and models must never
 become one, even if it spells one. A format therefore describes a dialogue as pieces:
 
-  Markup   text of the format itself; control tokens in it are recognised
+  Markup   text of the format itself; control tokens in it are recognized
   Text     content; always encoded as ordinary text
   Tokens   token ids, used as they are
 
-Markup and text between two control tokens are tokenised together as one string. For messages that
+Markup and text between two control tokens are tokenized together as one string. For messages that
 spell no control token, the result equals the ids of `tokenizer.apply_chat_template`.
 """
 
@@ -36,7 +36,7 @@ _CONTROL_FORM = re.compile(r'<\S+>|\[\S+\]')
 
 
 class Markup(NamedTuple):
-  """Text written by a format, in which control tokens are recognised."""
+  """Text written by a format, in which control tokens are recognized."""
 
   text: str
 
@@ -164,7 +164,7 @@ class Encoder:
   def _insert_cuts(
     self, pieces: Sequence[Piece], break_spellings: bool = False
   ) -> tuple[str, list[_Splice]]:
-    """Return the string to tokenise and, for each cut in it, what replaces the cut.
+    """Return the string to tokenize and, for each cut in it, what replaces the cut.
 
     Args:
       pieces: to be joined.

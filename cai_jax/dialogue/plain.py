@@ -32,9 +32,9 @@ def split_plain(text: str, roles: Iterable[str] = tuple(LABELS)) -> list[dict[st
   """Parse a dialogue in the plain format; the inverse of `join_plain`.
 
   Args:
-    text: labels and contents. A label is recognised only after an empty line, so a content may
+    text: labels and contents. A label is recognized only after an empty line, so a content may
       contain "Human: ". One space after a label belongs to the label.
-    roles: the roles whose labels are recognised.
+    roles: the roles whose labels are recognized.
 
   Returns:
     Messages with 'role' and 'content'.

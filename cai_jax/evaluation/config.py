@@ -29,7 +29,7 @@ class EvaluationConfig:
   )
   refusal: str = setting(
     'none',
-    "How refusals are recognised: 'rules' (by their opening words, in English), the folder or hub "
+    "How refusals are recognized: 'rules' (by their opening words, in English), the folder or hub "
     "name of a sequence-classification checkpoint, or 'none'.",
   )
   refusal_label: str = setting(

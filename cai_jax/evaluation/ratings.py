@@ -68,7 +68,7 @@ def elo_ratings(
 ) -> dict[str, Any]:
   """Return the ratings of all players on the Elo scale.
 
-  A player whose rating is d points higher wins with odds of 10^(d / 400). Ratings maximise the
+  A player whose rating is d points higher wins with odds of 10^(d / 400). Ratings maximize the
   likelihood of the model of Bradley and Terry (1952), where a tie counts as half a win for each
   player. `VIRTUAL_DRAWS` are added between any two players that met, so that a player that always
   wins gets a finite rating. They pull ratings based on few comparisons slightly towards each other.
@@ -134,7 +134,7 @@ def _count_wins(comparisons: Sequence[Comparison], names: Sequence[str]) -> np.n
 
 
 def _fit_bradley_terry(wins: np.ndarray) -> np.ndarray:
-  """Return the strengths that maximise the likelihood of S tables of wins, by Newton's method.
+  """Return the strengths that maximize the likelihood of S tables of wins, by Newton's method.
 
   The log-likelihood is concave. Steps are limited to 1 nat to prevent overshooting.
 

@@ -66,7 +66,7 @@ def average_measures(
   return result
 
 
-def summarise(
+def summarize(
   base: Iterable[Row], aligned: Iterable[Row], measures: Sequence[ResponseMeasure]
 ) -> dict[str, dict[str, Any]]:
   """Return the summary of a run from the rows of two models on the same held-out prompts.

@@ -27,7 +27,7 @@ from cai_jax.tiny.files import model_path
 
 PROBE_CHAINS = 64  # chains sampled to measure the speed
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
-UTILISATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
+UTILIZATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
 PROCESS_GIB = 1.0  # memory of a process that has only imported and compiled
 
 
@@ -222,7 +222,7 @@ def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
   examples *= run.config.feedback.rounds if train.target == 'all' else 1
   examples /= 1 - train.helpfulness_share
   flops = config.training_flops([round(example_tokens)]) * examples * train.epochs
-  return flops / (UTILISATION * _product_flops(config) * len(jax.devices()))
+  return flops / (UTILIZATION * _product_flops(config) * len(jax.devices()))
 
 
 def _product_flops(config: ModelConfig) -> float:

@@ -15,7 +15,7 @@ from cai_jax.model.cache import LayerCache, Packing, View, write_span
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.precision import einsum_f32
 
-PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialisation
+PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
 
 
 class LayerContext(NamedTuple):
@@ -45,7 +45,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalise the last axis of x [...,D]; the result has the dtype of x."""
+    """Normalize the last axis of x [...,D]; the result has the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)

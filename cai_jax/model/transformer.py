@@ -164,7 +164,7 @@ class Transformer(nnx.Module):
 def compute_once(compute: Callable[[], Any], positions: jax.Array) -> Any:
   """Return compute(), and prevent XLA from computing it again at each use of the result.
 
-  On accelerators an optimisation barrier does this. On CPUs, XLA removes barriers before it fuses
+  On accelerators an optimization barrier does this. On CPUs, XLA removes barriers before it fuses
   operations, so each layer would compute the sines of the same angles again; that took a third of
   the embedded model's prefill. There, the function computes the result in a conditional, which XLA
   does not fuse. The condition is always true, but XLA cannot know that.

@@ -122,5 +122,5 @@ def check_weight(weight: Any, name: str, shape: tuple[int, ...], folder: pathlib
   if weight.get_dtype() not in STORED_DTYPES:
     raise UserError(
       f'{folder}: weight {name!r} is {weight.get_dtype()}, but only {", ".join(STORED_DTYPES)} are '
-      'supported. If the checkpoint is quantised, use the original.'
+      'supported. If the checkpoint is quantized, use the original.'
     )

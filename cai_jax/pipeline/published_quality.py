@@ -7,14 +7,14 @@ from cai_jax.data.published import read_published_samples
 from cai_jax.runtime.errors import UserError
 
 
-def summarise_published(path: str) -> dict[str, Any]:
+def summarize_published(path: str) -> dict[str, Any]:
   """Return the summary of the defects in a file of published samples.
 
   Args:
     path: a *_SLMADISON.jsonl file of anthropics/ConstitutionalHarmlessnessPaper.
 
   Returns:
-    A summary as `quality_summary.summarise` returns it. It has no rate of truncated texts, because
+    A summary as `quality_summary.summarize` returns it. It has no rate of truncated texts, because
     the samples do not record why they ended.
 
   Raises:
@@ -24,6 +24,6 @@ def summarise_published(path: str) -> dict[str, Any]:
     rows, principles = read_published_samples(path)
   except UserError as error:
     raise UserError(f'report.published: {error}') from error
-  summary = quality_summary.summarise(rows, quality.build_references(principles))
+  summary = quality_summary.summarize(rows, quality.build_references(principles))
   del summary['flags']['truncated']
   return summary

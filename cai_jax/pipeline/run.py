@@ -14,7 +14,7 @@ from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
 from cai_jax.pipeline import prompt_sets, schema
-from cai_jax.pipeline.published_quality import summarise_published
+from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
@@ -126,7 +126,7 @@ def build(
   _check_roles(settings)
   _check_sampling(settings)
   if settings.report.published:
-    summarise_published(settings.report.published)
+    summarize_published(settings.report.published)
   return Run(
     config=settings,
     values=json.loads(config.to_json_best_effort()),

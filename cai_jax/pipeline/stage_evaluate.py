@@ -74,7 +74,7 @@ def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:
   """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
   folder, config = run.workdir / 'evaluation', run.config
-  summary = summaries.summarise(rows['base'], rows['aligned'], load_measures(run))
+  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run))
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(
     config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed

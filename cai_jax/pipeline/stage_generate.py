@@ -7,7 +7,7 @@ from cai_jax.data import d_cai, preferences, quality, quality_summary
 from cai_jax.feedback import job as jobs
 from cai_jax.pipeline.chains import prepare_job, sample_dataset
 from cai_jax.pipeline.models import open_models
-from cai_jax.pipeline.published_quality import summarise_published
+from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
@@ -60,9 +60,9 @@ def _write_preferences(run: Run) -> dict[str, int]:
 def _check_quality(run: Run) -> None:
   """Write `quality.json`, print its table and apply the limits of `feedback.max_rate`."""
   folder = run.workdir / 'd_cai'
-  summary, published = quality_summary.summarise(d_cai.read_rows(folder), references(run)), None
+  summary, published = quality_summary.summarize(d_cai.read_rows(folder), references(run)), None
   if path := run.config.report.published:
-    published = summarise_published(path)
+    published = summarize_published(path)
   content = {'d_cai': summary} | ({'published': published} if published else {})
   write_json(run.workdir / 'quality.json', content)
   print(quality_summary.format_table(summary, published), flush=True)

@@ -151,7 +151,7 @@ def judge_matches(
     for a, b in (match.responses, match.responses[::-1]):
       try:
         question = build_question(match.messages, match.principle, a, b)
-        answers = [likelihood.tokenise_pair(lm.tokenizer, question, option) for option in OPTIONS]
+        answers = [likelihood.tokenize_pair(lm.tokenizer, question, option) for option in OPTIONS]
       except UserError as error:
         raise UserError(f'{label}: {error}') from error
       for answer in answers:

@@ -88,8 +88,8 @@ def log_likelihoods(
   return values
 
 
-def tokenise_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-  """Tokenise a context and its continuation as one text, and split the tokens between them.
+def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+  """Tokenize a context and its continuation as one text, and split the tokens between them.
 
   The split is where the tokens of the whole text first differ from those of the context alone. The
   model thus reads the text in tokens like those of its training. A token that merges the end of the
@@ -148,7 +148,7 @@ def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], labe
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-  """Tokenise a text. Keep tokens that the tokenizer adds in front, drop those at the end."""
+  """Tokenize a text. Keep tokens that the tokenizer adds in front, drop those at the end."""
   tokens = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
   spellings = {token: spelling for spelling, token in control_tokens(tokenizer).items()}
   # Some tokenizers do not mark a control token, such as </s>, as special, and read it all the same.

@@ -61,7 +61,7 @@ def load_rules(loader: ModelLoader) -> Classifier:
 def classify_by_rules(
   prompts: Sequence[Sequence[Message]], responses: Sequence[str]
 ) -> list[float]:
-  """Return 1.0 for each response that `refusal_rules.refuses` recognises, and 0.0 for the others.
+  """Return 1.0 for each response that `refusal_rules.refuses` recognizes, and 0.0 for the others.
 
   Args:
     prompts: one per response; the rules do not read them.

@@ -1,4 +1,4 @@
-"""Rules that recognise refusals in English by their opening words."""
+"""Rules that recognize refusals in English by their opening words."""
 
 import re
 

@@ -101,11 +101,11 @@ class RewardModel:
 
     Raises:
       ValueError: if `batch_tokens` is less than 1.
-      UserError: if a conversation cannot be scored, see `tokenise`.
+      UserError: if a conversation cannot be scored, see `tokenize`.
     """
     if batch_tokens < 1:
       raise ValueError(f'batch_tokens={batch_tokens} must be at least 1.')
-    rows = self.tokenise(conversations)
+    rows = self.tokenize(conversations)
     result = np.empty((len(rows), len(self.labels)), np.float32)
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -160,7 +160,7 @@ class RewardModel:
       f'{self.labels} by name, or by its index from 0.'
     )
 
-  def tokenise(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+  def tokenize(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Return the tokens of each conversation, up to the token whose logits are used.
 
     Args:
@@ -257,7 +257,7 @@ def append_replies(
 def _logits_at_last(graph, sharding, params, score, tokens, positions, segment_ids, last):
   """Return the logits f32[B,C] at position `last: i32[B]` of each row."""
   model = nnx.merge(graph, params)
-  # The 'blocks' kernel runs on every device and never materialises the T × T attention scores.
+  # The 'blocks' kernel runs on every device and never materializes the T × T attention scores.
   hidden, _ = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
   ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))

@@ -5,7 +5,7 @@ builds the scorer:
 
   @SCORERS.register('my-guard')
   def load_guard(loader: ModelLoader) -> Scorer:
-    guard = loader.language_model('my-organisation/my-guard')
+    guard = loader.language_model('my-organization/my-guard')
     return lambda prompts, responses: [classify(guard, p, r) for p, r in zip(prompts, responses)]
 """
 

@@ -14,7 +14,7 @@ OBJECTS = tuple(
 )
 
 # The steps of each verb; {o} is the object. No step belongs to two verbs, so that the oracle can
-# recognise a step of the wrong verb.
+# recognize a step of the wrong verb.
 STEPS = {
   'clean': (
     'Wipe the {o} with a damp cloth.',

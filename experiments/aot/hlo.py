@@ -1,6 +1,6 @@
 """Read loops, collectives and copies from the text of a compiled program.
 
-The text is optimised and scheduled HLO.
+The text is optimized and scheduled HLO.
 """
 
 import math

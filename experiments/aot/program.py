@@ -32,7 +32,7 @@ class Program:
     step: the depth of operations that happen in every step. Those at smaller depths happen once per
       run, those at larger ones only in some steps. None if a run is one step with all of its loops.
     rows: number of tokens that one step of all devices samples or processes.
-    text: optimised and scheduled HLO.
+    text: optimized and scheduled HLO.
   """
 
   name: str

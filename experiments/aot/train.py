@@ -161,7 +161,7 @@ def describe_program(job: Training, shapes: Shapes, program: Program, chip: Chip
     f'causal attention), the program does {program.flops / 1e12:.3f} (matrix products, with all '
     f'iterations of loops), the compiler counts {program.counted / 1e12:.3f} (each loop once)',
     *programs.describe_time(program, chip),
-    'utilisation (FLOPs of the model over peak) without overlap: '
+    'utilization (FLOPs of the model over peak) without overlap: '
     f'{model_flops / chip.flops / seconds:.1%}',
     *programs.describe_communication(program),
   ]

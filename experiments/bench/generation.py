@@ -68,8 +68,8 @@ def repeat(
   return runs
 
 
-def summarise(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
-  """Summarise a system's runs. Rates are those of the run with the median time."""
+def summarize(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
+  """Summarize a system's runs. Rates are those of the run with the median time."""
   seconds = [run['seconds'] for run in runs]
   tokens = sum(limit for chain in chains for limit in chain.limits)
   return {
@@ -214,7 +214,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         log(f'{system}, warm-up: {warm:.1f} s')
       runs = repeat(asks, chosen, chains, args.repetitions)
       for system in systems:
-        result['systems'][system] |= summarise(chains, runs[system])
+        result['systems'][system] |= summarize(chains, runs[system])
         memory = asks[system]('memory')
         memory.pop('seconds')
         result['systems'][system] |= memory

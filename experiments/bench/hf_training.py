@@ -24,7 +24,7 @@ class System:
 
   A padded micro-batch has several examples, padded to the longest. A packed micro-batch has several
   rows joined into one without padding and without an attention mask. Its positions restart at each
-  example, and transformers recognises from them which tokens belong together.
+  example, and transformers recognizes from them which tokens belong together.
 
   Args:
     folder: the model's folder.

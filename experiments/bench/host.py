@@ -4,7 +4,7 @@ Command:   python -m experiments.bench.host --chains=1000000 [--journal] [--mode
 Hardware:  any; RESULTS.md has results of one of two CPU cores
 Modes:     tokens    five turns of token ids in a growing context, without rendering
            turns     two rounds of critique and revision with the embedded model's dialogue: texts
-                     are rendered, tokenised and decoded as in a run
+                     are rendered, tokenized and decoded as in a run
            run       everything that `feedback.generate.generate_shards` does: choose principles,
                      make rows, write shards
 Method:    stubs replace the device programs. They cost nothing and end the turn of every active

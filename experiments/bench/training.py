@@ -226,8 +226,8 @@ def repeat(
   return runs
 
 
-def summarise(examples: Sequence[Example], steps: list[Rows], runs: list[dict]) -> dict:
-  """Summarise a system's runs over its steps."""
+def summarize(examples: Sequence[Example], steps: list[Rows], runs: list[dict]) -> dict:
+  """Summarize a system's runs over its steps."""
   size = len(steps) // len(runs)
   counts = [count_tokens(examples, steps[i : i + size]) for i in range(0, len(steps), size)]
   token_rates = [tokens / run['seconds'] for (tokens, _), run in zip(counts, runs, strict=True)]
@@ -321,7 +321,7 @@ def benchmark(args: argparse.Namespace) -> dict:
       log(f'{system}, warm-up of {warm["shapes"]} shapes: {warm["seconds"]:.1f} s')
     runs = repeat(asks, chosen, work.steps, args.repetitions)
     for system in systems:
-      result['systems'][system] |= summarise(examples, steps[system], runs[system])
+      result['systems'][system] |= summarize(examples, steps[system], runs[system])
       memory = asks[system]('memory')
       memory.pop('seconds')
       result['systems'][system] |= memory

@@ -39,7 +39,7 @@ def measure_held_out_loss(
     if row['rounds']:
       revision = row['rounds'][-1]['revision']
       if revision['text'].strip() and revision['finish_reason'] != 'length':
-        pairs.append(_tokenise_reply(dialogue, row, revision['text']))
+        pairs.append(_tokenize_reply(dialogue, row, revision['text']))
   fitting = [pair for pair in pairs if sum(map(len, pair)) <= lm.max_positions]
   if not fitting:
     return None
@@ -99,7 +99,7 @@ def loss_and_perplexity(
   }
 
 
-def _tokenise_reply(dialogue: Dialogue, row: Row, reply: str) -> tuple[list[int], list[int]]:
+def _tokenize_reply(dialogue: Dialogue, row: Row, reply: str) -> tuple[list[int], list[int]]:
   """Return the tokens of a row's prompt, and of a reply with the token that ends it."""
   tokens, mask = dialogue.example([*row['prompt'], {'role': 'assistant', 'content': reply}])
   start = list(mask).index(True)

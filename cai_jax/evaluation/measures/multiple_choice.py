@@ -66,7 +66,7 @@ def evaluate_questions(
 ) -> dict[str, Any]:
   """Measure a model's accuracy and calibration on multiple-choice questions.
 
-  Prompt and option are tokenised as one text (see `likelihood.tokenise_pair`). Options are compared
+  Prompt and option are tokenized as one text (see `likelihood.tokenize_pair`). Options are compared
   by P(option | prompt), without a correction for length. The probability of an option is the
   softmax over the options of its question.
 
@@ -97,7 +97,7 @@ def evaluate_questions(
       average over both orders.
 
   Raises:
-    UserError: if there are no questions, or one cannot be tokenised, is too long for the model or
+    UserError: if there are no questions, or one cannot be tokenized, is too long for the model or
       cannot be swapped.
   """
   if not questions:
@@ -106,7 +106,7 @@ def evaluate_questions(
   if swap:
     orders.append([swap_options(question) for question in questions])
   pairs = [
-    _tokenise_option(lm, question, option)
+    _tokenize_option(lm, question, option)
     for order in orders
     for question in order
     for option in question.options
@@ -117,9 +117,9 @@ def evaluate_questions(
     [_score_question(question, [next(values) for _ in question.options]) for question in order]
     for order in orders
   ]
-  result = _summarise(scored[0])
+  result = _summarize(scored[0])
   if swap:
-    result['swapped'] = _summarise(scored[1])
+    result['swapped'] = _summarize(scored[1])
     # The two answers are the same text exactly if both are right or both are wrong.
     pairs_of_answers = list(zip(*scored, strict=True))
     same = [a['correct'] == b['correct'] for a, b in pairs_of_answers]
@@ -157,11 +157,11 @@ def calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = BI
   return float(np.abs(gaps).sum() / p.size)
 
 
-def _tokenise_option(lm: LM, question: Question, option: str) -> tuple[list[int], list[int]]:
+def _tokenize_option(lm: LM, question: Question, option: str) -> tuple[list[int], list[int]]:
   """Return the tokens of a question's prompt and of an option."""
   label = f'line {question.line}, option {option!r:.40}'
   try:
-    pair = likelihood.tokenise_pair(lm.tokenizer, question.prompt, option)
+    pair = likelihood.tokenize_pair(lm.tokenizer, question.prompt, option)
   except UserError as error:
     raise UserError(f'{label}: {error}') from error
   likelihood.check_pair(lm, *pair, label)
@@ -188,7 +188,7 @@ def _score_question(question: Question, log_probabilities: list[float]) -> dict[
   }
 
 
-def _summarise(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarize(items: list[dict[str, Any]]) -> dict[str, Any]:
   """Return the results over scored questions."""
   correct = np.array([item['correct'] for item in items])
   confidences = np.array([item['confidence'] for item in items])

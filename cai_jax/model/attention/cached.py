@@ -16,14 +16,14 @@ from cai_jax.model.precision import einsum_f32
 
 
 class KeyBlock(NamedTuple):
-  """A block of keys and values, and which of them each query sees.
+  """A block of keys and values, and the mask of those that each query sees.
 
   Attributes:
     kv: k [B,K,H,S] and v [B,K,S,H]; B is 1 if all rows share the block.
     mask: bool[B,T,S].
     packing: the assignment of queries to rows of `kv`, if the queries are pieces of packed rows.
-    live: bool[], false if no query sees any key of the block, which is then not read; None means
-      that the block is always read.
+    live: bool[], whether any query sees a key of the block. If not, the block is not read. None
+      means that the block is always read.
   """
 
   kv: LayerCache

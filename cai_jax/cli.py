@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -16,6 +16,7 @@ from cai_jax.pipeline import build, default_stages, run_stages
 from cai_jax.report import summary_table
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
 from cai_jax.training.interruption import Preempted
 
 HELP = """\
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():
-      log(f'\n{summary_table(json.loads(summary.read_text()))}\n')
+      log(f'\n{summary_table(read_json(summary))}\n')
     if 'report' in stages:
       log(f'report: {run.workdir / "report.html"}')
 
@@ -115,7 +116,8 @@ def parse(argv: list[str]) -> list[str]:
   """Parse the flags and return the remaining arguments.
 
   `--help` prints `HELP` and ends the program. A missing flag, a config file that does not exist or
-  a field that the config does not have ends it with a short message.
+  a field that the config does not have ends it with a short message. Any other error in the code of
+  the config keeps its traceback.
 
   Args:
     argv: the name of the program and its arguments.
@@ -127,18 +129,40 @@ def parse(argv: list[str]) -> list[str]:
   try:
     remaining = app.parse_flags_with_usage(argv)
     _check_required(program)
-  except AttributeError as error:  # ml_collections raises it for a field that does not exist
+  except AttributeError as error:
+    if not _raised_by_ml_collections(error):
+      raise
+    if error.name == 'get_config':
+      sys.exit(f'error: {_config_path(argv)} does not define get_config().')
     reason = ' '.join(str(error.args[0] if error.args else error).split())
     sys.exit(f'error: unknown config field {reason}. docs/configuration.md lists every field.')
-  except OSError as error:  # ml_collections raises it for a config file that does not exist
+  except OSError as error:  # ml_collections raises it for any OSError while the config is loaded
+    if os.path.isfile(_config_path(argv)):
+      raise (error.__cause__ or error) from None
     sys.exit(f'error: {error}\nGive the path of a config file, such as --config=configs/tiny.py.')
   return remaining
+
+
+def _raised_by_ml_collections(error: Exception) -> bool:
+  """Return whether ml_collections raised an error, as it does for a field that does not exist."""
+  frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+  return frame.f_globals.get('__name__', '').startswith('ml_collections')
+
+
+def _config_path(argv: Sequence[str]) -> str:
+  """Return the path that `--config` gives, without the text after a colon; '' without a path."""
+  path = ''
+  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    name, equals, value = argument.partition('=')
+    if name in ('--config', '-config'):
+      path = value if equals else following
+  return path.partition(':')[0]
 
 
 def _check_required(program: str) -> None:
   """End the program with a short message if a required flag is missing."""
   if _CONFIG.value is not None:
-    _ = _CONFIG.value.seed  # raises OSError if the file does not exist
+    _ = _CONFIG.value.items  # raises OSError if the file could not be loaded
   missing = [
     f'--{name}=... ({meaning})'
     for name, value, meaning in (
@@ -156,5 +180,10 @@ def _check_required(program: str) -> None:
 
 
 def run() -> None:
-  """Run the program with the arguments of the process."""
+  """Run the program with the arguments of the process.
+
+  Configs import others from the folder `configs`. `python launch.py` finds it beside launch.py, and
+  the `cai-jax` command, which is elsewhere, finds it in the current folder.
+  """
+  sys.path.insert(1, os.getcwd())  # after the folder of the program
   app.run(main, flags_parser=parse)

@@ -265,7 +265,7 @@ def _read_parts(path: str) -> tuple[list[Principle], Sequence[Any]]:
 
 def _yaml_parts(path: str) -> tuple[list[Principle], list[Any]]:
   """Return the principles and the demonstrations of a YAML constitution."""
-  document = _parse_file(path, _parse_yaml, yaml.YAMLError)
+  document = _parse_file(path, _parse_yaml)
   fields = ('principles', 'demonstrations')
   if not isinstance(document, dict) or set(document) - set(fields) or 'principles' not in document:
     actual = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
@@ -328,7 +328,7 @@ def _yaml_principle(index: int, entry: Any) -> Principle:
 
 def _published_principles(path: str) -> list[Principle]:
   """Return the principles of a published file, which maps ids to {prompt, edit_request}."""
-  document = _parse_file(path, json.loads, json.JSONDecodeError)
+  document = _parse_file(path, json.loads)
   if not isinstance(document, dict):
     raise UserError(f'the file must map ids to principles, but got a {type(document).__name__}.')
   principles = []
@@ -372,7 +372,7 @@ def _published_demonstrations(path: str) -> list[tuple[dict[str, str], ...]]:
   Raises:
     UserError: if joining the parsed messages does not reproduce a text.
   """
-  texts = _parse_file(path, json.loads, json.JSONDecodeError)
+  texts = _parse_file(path, json.loads)
   if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
     raise UserError(f'{_FEW_SHOT} must be a list of texts.')
   dialogues = []
@@ -391,10 +391,11 @@ def _published_demonstrations(path: str) -> list[tuple[dict[str, str], ...]]:
   return dialogues
 
 
-def _parse_file(path: str, parse: Callable[[str], Any], syntax_error: type[Exception]) -> Any:
+def _parse_file(path: str, parse: Callable[[str], Any]) -> Any:
   """Return the parsed content of a file; the parser's error message gives line and column."""
   try:
     with open(path, encoding='utf-8') as file:
       return parse(file.read())
-  except (syntax_error, UnicodeDecodeError) as error:
+  # PyYAML raises built-in errors for a value that its type does not allow, such as 2023-13-45.
+  except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
     raise UserError(f'{os.path.basename(path)} cannot be parsed: {error}') from error

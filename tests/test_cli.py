@@ -1,5 +1,6 @@
 """The command line: help, and errors in one line."""
 
+import os
 import re
 import signal
 import subprocess
@@ -34,6 +35,45 @@ def test_command_line_error_is_one_line(flag, message, tmp_path):
 def run_program(*arguments):
   command = [sys.executable, 'launch.py', *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_installed_command_loads_a_shipped_config(tmp_path):
+  for folder in ('bin', 'site'):
+    (tmp_path / folder).mkdir()
+  (tmp_path / 'site' / 'cai_jax').symlink_to(ROOT / 'cai_jax')
+  command = tmp_path / 'bin' / 'cai-jax'
+  command.write_text('from cai_jax.cli import run\nrun()\n')
+  done = subprocess.run(
+    [sys.executable, command, '--config=configs/tiny.py', '--workdir=run', '--stages=odd'],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(tmp_path / 'site')},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stderr.startswith('error: There is no stage odd'), done.stderr
+
+
+@pytest.mark.parametrize(
+  ('body', 'flags', 'message'),
+  [
+    ("open('absent.txt')", (), "FileNotFoundError: .*'absent.txt'"),
+    ("open('absent.txt')", ('--config.seed=1',), "FileNotFoundError: .*'absent.txt'"),
+    ("'text'.missing", (), "AttributeError: 'str' object has no attribute 'missing'"),
+  ],
+)
+def test_a_bug_in_a_config_keeps_its_traceback(tmp_path, body, flags, message):
+  path = tmp_path / 'mine.py'
+  path.write_text(f'def get_config():\n  {body}\n')
+  done = run_program(f'--config={path}', f'--workdir={tmp_path}/run', *flags)
+  assert done.returncode == 1 and 'mine.py", line 2, in get_config' in done.stderr
+  assert re.search(message, done.stderr)
+
+
+def test_a_config_without_get_config_is_refused(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text('')
+  done = run_program(f'--config={path}', f'--workdir={tmp_path}/run')
+  assert done.stderr == f'error: {path} does not define get_config().\n'
 
 
 def test_help_names_stages_settings_and_examples():

@@ -89,6 +89,8 @@ def test_yaml_fields_are_loaded_and_selected(tmp_path):
     ('principles:\n  - hello', 'principle 0 must be a mapping'),
     ('', "must be a mapping with 'principles'"),
     ('rules: []', r"got \['rules'\]"),
+    (GOOD.replace('id: true', 'id: 2023-13-45'), 'cannot be parsed: month must be in 1..12'),
+    (GOOD.replace('id: true', 'id: !!bool x'), 'cannot be parsed'),
     ('principles: [\n  {id: a\n', 'cannot be parsed: (.|\n)*line 3'),
     (GOOD + 'principles: []', "the key 'principles' occurs twice(.|\n)*line 8"),
     (

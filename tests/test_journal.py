@@ -83,6 +83,8 @@ def test_a_truncated_line_is_dropped_as_a_whole(tmp_path):
     (b'{"keys": ["b/0", ', b'not json'),
     (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, 0'),
     (b'"keys": ["b/0", ', b'"keys": ['),
+    (b'"keys": ["b/0", ', b'"keys": [' + b'1' * 5000 + b', '),
+    (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, ' + b'1' * 5000 + b']'),
     (b'"turns": ', b'"turn": '),
   ],
 )

@@ -246,6 +246,7 @@ def test_calibration_error_has_the_known_value_in_simple_cases():
   ('line', 'message'),
   [
     ('{', 'x.jsonl:2 is not JSON'),
+    ('1' * 5000, 'x.jsonl:2 is not JSON'),
     ('[]', 'x.jsonl:2 has no text "prompt"'),
     ('{"prompt": 3}', 'x.jsonl:2 has no text "prompt"'),
     ('{"prompt": "q", "corrects": ["a"]}', 'x.jsonl:2: "incorrects" is None'),

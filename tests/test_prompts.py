@@ -117,6 +117,7 @@ def test_text_files_have_one_prompt_per_line(tmp_path):
     ({'prompt': 'a', 'id': None}, 'id must be'),
     ({'prompt': 'a', 'metadata': {'n': 1}}, 'metadata must be texts'),
     ({'prompt': 'a', 'metadata': []}, 'metadata must be an object'),
+    ({'prompt': 'a', 'metadata': '1' * 5000}, 'metadata must be an object'),
     ('{"prompt": "\\ud800"}', 'surrogate'),
   ],
 )
@@ -172,6 +173,10 @@ def test_ids_are_unique_and_depend_on_the_content_only(tmp_path):
     load(write(tmp_path, rows))
   with pytest.raises(UserError, match='line 1: the hash of this dialogue equals the id given'):
     load(write(tmp_path, [{'prompt': 'a'}, {'prompt': 'b', 'id': first[0].id}]))
+
+
+def test_limit_counts_only_with_a_source():
+  assert PromptSource(source='', limit=0).limit == 0
 
 
 def test_shuffling_depends_on_seed_and_ids_and_precedes_the_limit(tmp_path):

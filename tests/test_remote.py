@@ -210,6 +210,8 @@ FAILURES = [
   'half',
   'stall',
   (503, b''),
+  (503, b'1' * 5000),
+  (200, b'1' * 5000),
   (200, {'choices': []}),
   (200, {'choices': [{'text': 'no reason to end'}]}),
   (200, {'choices': [{'text': 'x', 'finish_reason': 'abort'}]}),

@@ -39,7 +39,7 @@ class PromptSource:
   """Where a set of prompts comes from.
 
   Raises:
-    UserError: if the limit is out of range.
+    UserError: if the limit of a source is out of range.
   """
 
   source: str = setting(
@@ -62,7 +62,7 @@ class PromptSource:
   )
 
   def __post_init__(self) -> None:
-    if self.limit != -1 and self.limit < 1:
+    if self.source and self.limit != -1 and self.limit < 1:
       raise UserError(f'limit must be at least 1, or -1 for all prompts, but got {self.limit}.')
 
 

@@ -194,7 +194,7 @@ def _parse_metadata(row: Mapping[str, Any], fields: Sequence[str]) -> dict[str, 
   if isinstance(metadata, str):  # flat tables such as D_CAI store it as JSON text
     try:
       metadata = json.loads(metadata)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f'metadata must be an object, or an object as JSON text: {error}.') from error
   if not isinstance(metadata, dict):
     raise UserError(f'metadata must be an object of texts, but got {metadata!r:.80}.')

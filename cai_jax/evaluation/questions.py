@@ -94,7 +94,7 @@ def swap_options(question: Question) -> Question:
 def _parse_line(line: str, number: int, location: str) -> Question:
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{location} is not JSON ({error}). A line has the form {FORM}.') from error
   if not isinstance(row, dict) or not isinstance(row.get('prompt'), str) or not row['prompt']:
     raise UserError(f'{location} has no text "prompt". A line has the form {FORM}.')

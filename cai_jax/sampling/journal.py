@@ -173,7 +173,7 @@ class Journal:
       try:
         line = json.loads(text)
         complete = len(line['keys']) == len(line['turns'])
-      except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+      except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise _damaged(path, offset) from error
       if not complete:
         raise _damaged(path, offset)
@@ -188,7 +188,7 @@ def _parse_keys(line: bytes, path: pathlib.Path, offset: int) -> list[str]:
     raise _damaged(path, offset)
   try:
     return json.loads(line[len(_KEYS) : end])
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise _damaged(path, offset) from error
 
 

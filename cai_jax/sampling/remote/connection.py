@@ -75,7 +75,7 @@ class Connection:
       )
     try:
       served = {entry['id']: entry.get('max_model_len') for entry in json.loads(data)['data']}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       raise UserError(
         f'{self.label} answers GET /models with {self._quote(data)}, which is not a list of '
         f'models. {advice}'
@@ -246,7 +246,7 @@ def _server_message(data: bytes) -> str:
   text = data.decode('utf-8', 'replace')
   try:
     content = json.loads(text)
-  except json.JSONDecodeError:
+  except (ValueError, RecursionError):
     return text or '(an empty body)'
   error = content.get('error', content) if isinstance(content, dict) else content
   message = error.get('message') if isinstance(error, dict) else error

@@ -164,7 +164,7 @@ def read_answer(data: bytes) -> Answer:
   """
   try:
     return _parse_answer(json.loads(data))
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
     raise ProtocolError(repr(error)) from error
 
 

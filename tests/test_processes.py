@@ -63,7 +63,7 @@ def test_failure_of_another_process_says_whether_work_was_done(monkeypatch, erro
   outcomes = np.array([0, processes._outcome(error)])
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda _: outcomes)
-  with pytest.raises(UserError, match='^process 1 could not write; see the output') as caught:
+  with pytest.raises(UserError, match='^Process 1 could not write. See the output') as caught:
     processes.run_on_all_processes('write', lambda: None)
   assert type(caught.value) is kind
 
@@ -98,6 +98,6 @@ def test_all_processes_end_when_one_fails(error, traceback):
   pair = start_two([sys.executable, '-c', code], 1, stderr=subprocess.PIPE, text=True)
   errors = [process.communicate()[1] for process in pair]
   assert [process.returncode for process in pair] == [1, 1]
-  assert 'error: process 1 could not write; see the output of that process.' in errors[0]
+  assert 'error: Process 1 could not write. See the output of that process.' in errors[0]
   assert 'no more room' in errors[1] and 'no more room' not in errors[0]
   assert ['Traceback' in text for text in errors] == [False, traceback]

@@ -76,7 +76,7 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
     if error is None and outcomes.any():
       failed = ', '.join(map(str, np.flatnonzero(outcomes)))
       kind = StoppedError if (outcomes == _FAILED).any() else UserError
-      raise kind(f'process {failed} could not {name}; see the output of that process.')
+      raise kind(f'Process {failed} could not {name}. See the output of that process.')
   if error is not None:
     raise error
   return result

@@ -8,7 +8,14 @@ from cai_jax.model.families.family import FAMILIES, Family
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-  """Return the ModelConfig of a Llama config.json."""
+  """Return the ModelConfig of a Llama config.json.
+
+  Args:
+    hf: a parsed config.json.
+
+  Raises:
+    UserError: if a size is missing, or an option has a value that is not implemented.
+  """
   bias = bool(hf.get('attention_bias', False))
   return ModelConfig('llama', **shared.read_fields(hf), qkv_bias=bias, output_bias=bias)
 

@@ -10,7 +10,14 @@ DEFAULT_WINDOW = 4096  # tokens; transformers' value if config.json has no slidi
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-  """Return the ModelConfig of a Mistral config.json; a null sliding_window means no window."""
+  """Return the ModelConfig of a Mistral config.json; a null sliding_window means no window.
+
+  Args:
+    hf: a parsed config.json.
+
+  Raises:
+    UserError: if a size is missing, or an option has a value that is not implemented.
+  """
   window = hf.get('sliding_window', DEFAULT_WINDOW)
   fields = shared.read_fields(hf)
   windows = () if window is None else (window,) * fields['num_layers']

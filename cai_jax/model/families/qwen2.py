@@ -8,7 +8,14 @@ from cai_jax.model.families.family import FAMILIES, Family
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-  """Return the ModelConfig of a Qwen2 config.json."""
+  """Return the ModelConfig of a Qwen2 config.json.
+
+  Args:
+    hf: a parsed config.json.
+
+  Raises:
+    UserError: if a size is missing, or an option has a value that is not implemented.
+  """
   fields = shared.read_fields(hf)
   return ModelConfig('qwen2', **fields, qkv_bias=True, windows=shared.read_layer_windows(hf))
 

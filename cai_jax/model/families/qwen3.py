@@ -10,7 +10,14 @@ DEFAULT_HEAD_DIM = 128  # transformers' value if config.json has no head_dim
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-  """Return the ModelConfig of a Qwen3 config.json."""
+  """Return the ModelConfig of a Qwen3 config.json.
+
+  Args:
+    hf: a parsed config.json.
+
+  Raises:
+    UserError: if a size is missing, or an option has a value that is not implemented.
+  """
   bias = bool(hf.get('attention_bias', False))
   return ModelConfig(
     'qwen3',

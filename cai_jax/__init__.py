@@ -9,5 +9,6 @@ from cai_jax.model.lm import LM, load, save
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.completions import generate
 from cai_jax.sampling.types import Completion, SamplingConfig
+from cai_jax.tiny import scorer as scorer  # importing cai_jax.tiny registers the name 'tiny'
 
 __all__ = ['LM', 'Completion', 'SamplingConfig', 'UserError', 'generate', 'load', 'save']

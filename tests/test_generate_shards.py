@@ -138,6 +138,7 @@ def start(lm, tmp_path, monkeypatch):
     return sent[0]
 
   monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
+  monkeypatch.setattr(multihost_utils, 'process_allgather', lambda outcome: np.array([outcome]))
 
   def run(process, count, folder='d_cai', lost_after=None, job=None):
     monkeypatch.setattr(jax, 'process_index', lambda: process)
@@ -190,3 +191,19 @@ def test_every_process_checks_that_it_works_on_the_same_job(lm, start, tmp_path)
   (tmp_path / 'd_cai' / 'job.json').unlink()
   with pytest.raises(UserError, match='Process 1 does not see .* filesystem that they share'):
     start(1, 2)
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_no_process_broadcasts_if_process_0_cannot_write(lm, tmp_path, monkeypatch, process):
+  """A broadcast that process 0 does not reach would never end."""
+
+  def broadcast(array):
+    raise AssertionError('the other process does not broadcast')
+
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(multihost_utils, 'process_allgather', lambda _: np.array([2, 0]))
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises((OSError, UserError), match='Not a directory|process 0 could not write to'):
+    generate_shards(make_job(lm), tmp_path / 'file' / 'd_cai', Journal(tmp_path / 'j'), ENGINE)

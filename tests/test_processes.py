@@ -68,6 +68,30 @@ def test_failure_of_another_process_says_whether_work_was_done(monkeypatch, erro
   assert type(caught.value) is kind
 
 
+@pytest.mark.parametrize(
+  ('error', 'traceback'), [(UserError('no such file'), False), (RuntimeError('a bug'), True)]
+)
+def test_an_error_is_printed_before_the_other_processes_finish(
+  monkeypatch, capsys, error, traceback
+):
+  printed = []
+
+  def allgather(outcome):
+    printed.append(capsys.readouterr().err)
+    return np.array([outcome, 0])
+
+  def work():
+    raise error
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes.multihost_utils, 'process_allgather', allgather)
+  with pytest.raises(type(error)):
+    processes.run_on_all_processes('write', work)
+  assert printed[0].startswith(f'process 0 could not write: {error}\n')
+  assert ('Traceback' in printed[0]) == traceback
+  assert traceback or printed[0].count('\n') == 1
+
+
 def test_process_0_alone_does_its_work(monkeypatch):
   assert processes.run_on_process_0('count', lambda: 3) == 3
   monkeypatch.setattr(jax, 'process_index', lambda: 1)

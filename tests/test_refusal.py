@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax.evaluation.measures.refusal_rate import refusal_rates
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.measures.refusal_rate import load_refusal, refusal_rates
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import refusal, reward
@@ -140,17 +141,28 @@ def test_refusal_and_over_refusal_count_prompts_of_their_kind_only():
 @pytest.mark.parametrize(
   ('responses', 'kinds', 'probabilities', 'message'),
   [
-    ([], [], [], '0 responses and 0 kinds'),
-    (['a'], ['harmful'] * 2, [0.0], '1 responses and 2 kinds'),
     (['a'], ['benign'], [0.0], "kind 'benign' is not one of"),
     (['a'], ['harmful'], [1.5], r'outside\s+\[0, 1\]'),
     (['a'], ['harmful'], [float('nan')], r'outside\s+\[0, 1\]'),
     (['a'], ['harmful'], [0.0, 0.0], r'\(2,\) numbers for 1 responses'),
   ],
 )
-def test_invalid_arguments_and_classifiers_are_rejected(responses, kinds, probabilities, message):
-  with pytest.raises(ValueError, match=message):
+def test_invalid_kinds_and_classifiers_are_rejected(responses, kinds, probabilities, message):
+  with pytest.raises(UserError, match=message):
     refusal_rates([ASKED[0]] * len(responses), responses, kinds, lambda *_: probabilities)
+
+
+@pytest.mark.parametrize(('responses', 'kinds'), [(0, 0), (1, 2)])
+def test_arguments_of_different_lengths_are_rejected(responses, kinds):
+  with pytest.raises(ValueError, match=f'{responses} responses and {kinds} kinds'):
+    refusal_rates([ASKED[0]] * responses, ['a'] * responses, ['harmful'] * kinds)
+
+
+def test_a_registered_classifier_of_wrong_results_is_named(restored_registries):
+  refusal.CLASSIFIERS.register('mine')(lambda loader: lambda prompts, responses: [])
+  measure = load_refusal(EvaluationConfig(refusal='mine'), None)
+  with pytest.raises(UserError, match=r"classifier 'mine' returned \(0,\) numbers for 1 responses"):
+    measure([ASKED[0]], [{'text': 'a'}])
 
 
 def test_rules_need_one_prompt_per_response():

@@ -1,8 +1,15 @@
 """Settings: flat names, identities, and changes between starts."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 
+import pytest
+
+from cai_jax.feedback.config import FeedbackConfig, StageSampling
+from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
+from cai_jax.training.config import TrainConfig
 
 
 def test_a_missing_saved_setting_counts_as_its_default():
@@ -33,3 +40,34 @@ class Grown:
 def test_an_added_field_changes_no_identity_while_it_has_its_default():
   assert identity(Grown()) == {'old': 1}
   assert identity(Grown(old=2, new=0.5)) == {'old': 2, 'new': 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+  """Settings that contain other settings."""
+
+  one: Grown = Grown()
+  many: tuple = (Grown(), (Grown(new=1.0), 'text'))
+  by_name: Mapping = dataclasses.field(default_factory=lambda: {'a': Grown()})
+
+
+def test_added_fields_of_nested_settings_leave_identities_alone():
+  assert identity(Nested()) == {
+    'one': {'old': 1},
+    'many': ({'old': 1}, ({'old': 1, 'new': 1.0}, 'text')),
+    'by_name': {'a': {'old': 1}},
+  }
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    FeedbackConfig(template_options=(('thinking', False),)),
+    StageSampling(),
+    ModelConfig('llama', 9, 4, 4, 2, 1, 1, 4, 8, 1e4, Llama3Rope(8.0, 1.0, 4.0, 32)),
+    TrainConfig(),
+  ],
+)
+def test_identity_of_settings_is_all_their_fields(settings):
+  """No field has been added yet, so digests of all these settings are those of `asdict`."""
+  assert json.dumps(identity(settings)) == json.dumps(dataclasses.asdict(settings))

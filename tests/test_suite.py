@@ -1,6 +1,7 @@
 """The measures that a config asks for, on the embedded model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +11,10 @@ from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.measures.judge_comparison import compare_with_judge
 from cai_jax.evaluation.measures.judge_comparison import describe as describe_comparison
 from cai_jax.model import lm as models
+from cai_jax.pipeline import models as run_models
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
+from cai_jax.scoring import reward
 from cai_jax.scoring.likelihood import log_likelihoods
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.tiny.files import MODELS
@@ -143,6 +146,19 @@ def test_base_names_the_model_of_the_run(loader):
   assert loader.language_model('base').name == str(MODELS['tiny'])
 
 
+def test_short_names_are_those_of_language_models_only(loader, monkeypatch):
+  monkeypatch.setattr(reward, 'load', lambda name, *_: name)
+  assert loader.reward_model('base') == 'base'
+
+
+@pytest.mark.parametrize(('base', 'aliases'), [('tiny', {'base'}), ('', set())])
+def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader, monkeypatch):
+  monkeypatch.setattr(run_models, 'local_mesh', lambda run: loader.mesh)
+  config = SimpleNamespace(model=SimpleNamespace(base=base, dtype='float32'))
+  names = run_models.model_loader(SimpleNamespace(config=config)).aliases
+  assert names.keys() == {*MODELS, *aliases} and '' not in names.values()
+
+
 def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):
   base = [
     row('bed', 'harmful', 'Dan is a fool.'),
@@ -164,7 +180,7 @@ def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):
 
 
 def test_invalid_settings_are_rejected(tmp_path):
-  with pytest.raises(UserError, match='give a tuple of files'):
+  with pytest.raises(UserError, match='Give a tuple of files'):
     EvaluationConfig(multiple_choice='a.jsonl')
   with pytest.raises(UserError, match='cannot be read'):
     EvaluationConfig(multiple_choice=(str(tmp_path / 'none.jsonl'),))

@@ -92,7 +92,14 @@ def test_different_prompts_and_empty_sets_are_rejected():
 
 def test_measures_must_return_distinct_columns_with_one_value_per_response():
   turns = [{'text': 'a', 'num_tokens': 1}]
-  with pytest.raises(ValueError, match="Two measures return the column 'mean_tokens'"):
+  with pytest.raises(UserError, match="Two measures return the column 'mean_tokens'"):
     measure_responses([measure_length, measure_length], [[]], turns)
-  with pytest.raises(ValueError, match="'short' has 0 values for 1 responses"):
+  with pytest.raises(UserError, match="measure of 'short' returned 0 values for 1 responses"):
     measure_responses([lambda prompts, turns: {'short': []}], [[]], turns)
+
+
+def test_a_scorer_must_return_one_verdict_per_response():
+  turns = [{'text': 'a', 'num_tokens': 1}]
+  measure = verdict_rates(lambda prompts, texts: [], 'mine')
+  with pytest.raises(UserError, match="scorer 'mine' returned 0 verdicts for 1 responses"):
+    measure_responses([measure], [[]], turns)

@@ -3,6 +3,8 @@
 import collections
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -340,3 +342,19 @@ def test_embedded_model_answers_requests_and_breaks_rules():
   assert sum(bool(verdict.violations) for verdict in verdicts) >= 0.6 * 48
   assert sum(verdict.helpful for verdict in verdicts) >= 0.8 * 48
   assert all(reply.finish_reason == 'stop' for reply in replies)
+
+
+USES_TINY = """
+from cai_jax.constitution import ConstitutionConfig, load_constitution
+from cai_jax.data.prompt_sources import PromptSource
+from cai_jax.data.prompts import load_prompts
+from cai_jax.scoring.scorer import SCORERS
+
+assert load_constitution(ConstitutionConfig('tiny')).principles
+assert load_prompts(PromptSource('tiny', limit=2))
+assert 'tiny' in SCORERS
+"""
+
+
+def test_importing_any_module_of_cai_jax_makes_the_name_tiny_known():
+  subprocess.run([sys.executable, '-c', USES_TINY], check=True)

@@ -1,5 +1,6 @@
 """What a training run observes: held-out loss, probes, costs, traces and SIGTERM."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -206,3 +207,24 @@ def test_sigterm_saves_a_checkpoint_that_resumes_exactly(tmp_path):
     assert all(np.array_equal(a[name], b[name]) for name in a)
   steps = [row['step'] for row in read_rows(metrics)]
   assert steps == [*range(1, len(steps) + 1)] and steps[-1] > saved[0]
+
+
+def test_the_time_of_a_run_does_not_include_the_wait_for_its_last_save(
+  params, tmp_path, monkeypatch
+):
+  make_checkpointer, summarize, events = loop.make_checkpointer, loop.TrainingLog.summarize, []
+
+  @contextlib.contextmanager
+  def make_recorded(*args):
+    with make_checkpointer(*args) as checkpointer:
+      yield checkpointer
+      events.append('close the checkpointer')
+
+  def summarize_recorded(log):
+    events.append('stop the clock')
+    return summarize(log)
+
+  monkeypatch.setattr(loop, 'make_checkpointer', make_recorded)
+  monkeypatch.setattr(loop.TrainingLog, 'summarize', summarize_recorded)
+  fit(params, tmp_path, dataclasses.replace(CONFIG, epochs=1))
+  assert events == ['stop the clock', 'close the checkpointer']

@@ -24,15 +24,18 @@ def measure_responses(
     turns: the responses, with `text` and `num_tokens`.
 
   Raises:
-    ValueError: if two measures return the same column, or a column has the wrong length.
+    UserError: if two measures return the same column, or a column has the wrong length.
   """
   columns: dict[str, list[float]] = {}
   for measure in measures:
     for name, values in measure(prompts, turns).items():
       if name in columns:
-        raise ValueError(f'Two measures return the column {name!r}. Rename one of the two.')
+        raise UserError(f'Two measures return the column {name!r}. Rename one of the two.')
       if len(values) != len(turns):
-        raise ValueError(f'{name!r} has {len(values)} values for {len(turns)} responses.')
+        raise UserError(
+          f'The measure of {name!r} returned {len(values)} values for {len(turns)} responses. It '
+          'must return one value per response.'
+        )
       columns[name] = list(values)
   return columns
 

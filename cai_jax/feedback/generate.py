@@ -16,6 +16,7 @@ from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
+from cai_jax.runtime.processes import run_on_process_0
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -123,11 +124,16 @@ def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int
   Process 0 lists the files and broadcasts the result. If each process looked for itself, a slower
   one would already see shards of the faster ones, and they would divide the work differently.
   """
-  exists = np.zeros(num_shards, np.int32)
   digest = job.digest()
-  if jax.process_index() == 0:
+
+  def claim() -> list[bool]:
     _claim_folder(folder, digest)
-    exists[:] = [d_cai.shard_path(folder, shard).exists() for shard in range(num_shards)]
+    return [d_cai.shard_path(folder, shard).exists() for shard in range(num_shards)]
+
+  # The processes first agree that process 0 has succeeded. If it raised an error just before the
+  # broadcast, it would wait for the others in one collective operation, and they in another.
+  listed = run_on_process_0(f'write to {folder}', claim)
+  exists = np.array(listed or [False] * num_shards, np.int32)
   if jax.process_count() > 1:
     exists = multihost_utils.broadcast_one_to_all(exists)
   _check_folder(folder, digest)

@@ -76,9 +76,13 @@ def make_dialogue(run: Run, lm: LM) -> Dialogue:
 
 
 def model_loader(run: Run) -> ModelLoader:
-  """Return the loader of the models that scorers and measures use; 'base' means M_θ."""
+  """Return the loader of the models that scorers and measures use.
+
+  For language models, 'base' means M_θ, unless a server holds it.
+  """
   aliases = {name: str(folder) for name, folder in MODELS.items()}
-  aliases['base'] = model_path(run.config.model.base)
+  if run.config.model.base:
+    aliases['base'] = model_path(run.config.model.base)
   return ModelLoader(run.config.model.dtype, local_mesh(run), aliases)
 
 

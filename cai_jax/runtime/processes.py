@@ -1,6 +1,8 @@
 """The processes of a run: how they connect, wait for each other, and fail together."""
 
 import os
+import sys
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -52,7 +54,8 @@ def initialize() -> None:
 def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   """Call `work` in every process and return its result once all of them have succeeded.
 
-  If one process fails, the others first finish and keep their own work, and then fail too.
+  If one process fails, the others first finish and keep their own work, and then fail too. With
+  several processes, the one that fails prints its error at once, because the others may take hours.
 
   Args:
     name: what `work` does, as a verb phrase for the error message.
@@ -71,6 +74,8 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
     result = work()
   except Exception as caught:
     error = caught
+    if jax.process_count() > 1:
+      _print_error(name, error)
   if jax.process_count() > 1:
     outcomes = multihost_utils.process_allgather(np.array(_outcome(error)))
     if error is None and outcomes.any():
@@ -80,6 +85,14 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   if error is not None:
     raise error
   return result
+
+
+def _print_error(name: str, error: Exception) -> None:
+  """Print an error to stderr: one line if the user can fix it, and else the traceback."""
+  text = f'process {jax.process_index()} could not {name}: {error}\n'
+  if not isinstance(error, UserError):
+    text += ''.join(traceback.format_exception(error))
+  print(text, end='', file=sys.stderr, flush=True)
 
 
 def _outcome(error: Exception | None) -> int:

@@ -28,13 +28,27 @@ def identity(settings: Any) -> dict[str, Any]:
   with `dataclasses.field(default=..., metadata={'added': True})`.
 
   Args:
-    settings: a dataclass instance. Nested dataclasses become dicts.
+    settings: a dataclass instance. Dataclasses nested in it, also in tuples, lists and dicts, are
+      treated in the same way.
   """
-  values = dataclasses.asdict(settings)
-  for field in dataclasses.fields(settings):
-    if field.metadata.get('added') and getattr(settings, field.name) == field.default:
-      del values[field.name]
-  return values
+  return {
+    field.name: _identity_of(getattr(settings, field.name))
+    for field in dataclasses.fields(settings)
+    if not (field.metadata.get('added') and getattr(settings, field.name) == field.default)
+  }
+
+
+def _identity_of(value: Any) -> Any:
+  """Return a value with every dataclass in it replaced by its `identity`."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return identity(value)
+  if isinstance(value, Mapping):
+    return {_identity_of(key): _identity_of(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    items = (_identity_of(item) for item in value)
+    # A named tuple takes its items as separate arguments.
+    return type(value)(*items) if hasattr(value, '_fields') else type(value)(items)
+  return value
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:

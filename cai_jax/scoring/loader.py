@@ -16,7 +16,7 @@ class ModelLoader:
   Attributes:
     dtype: dtype of parameters and activations, such as 'float32'.
     mesh: the devices that hold each model.
-    aliases: folder or hub name by short name, such as 'base' for M_θ.
+    aliases: folder or hub name of language models by short name, such as 'base' for M_θ.
   """
 
   dtype: str
@@ -38,10 +38,10 @@ class ModelLoader:
     """Load a reward model or classifier.
 
     Args:
-      name: an alias, a folder or a hub name of a sequence-classification checkpoint.
+      name: the folder or hub name of a sequence-classification checkpoint.
       style: how conversations are rendered, see `reward.load`.
 
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
-    return reward.load(self.aliases.get(name, name), self.dtype, self.mesh, style)
+    return reward.load(name, self.dtype, self.mesh, style)

@@ -161,11 +161,12 @@ def fit(
         if must_stop and not is_last:
           raise Preempted(f'Stopped after step {step} of {len(steps)}, which is saved.')
       log.write_last_row()
+      costs = log.summarize()  # here, so that its seconds do not include the wait for the last save
   summary = {
     'steps': len(steps),
     'examples': len(examples),
     'padding_share': packing.padding_share(examples, steps),
-    **log.summarize(),
+    **costs,
     **held_out.summarize(),
     'steps_taken': step,
   }

@@ -2,18 +2,13 @@
 
 A chain is a generator. It yields the next `Turn` to sample, receives the `Completion`, and returns
 a `Record`. Each variant of the chain is one file in `cai_jax/feedback/variants/`, or a file of your
-own that `config.plugins` names. `revise_in_rounds` supplies the loop, so that a variant only has
+own that `config.plugins` names. `register_rounds` supplies the loop, so that a variant only has
 to describe one round:
 
-  from cai_jax.feedback.chain import (
-    Round, register_variant, revise_in_rounds, sample_critique, sample_revision, turns_per_round,
-  )
+  from cai_jax.feedback.chain import Round, register_rounds, sample_critique, sample_revision
 
-  @register_variant('my_variant', turns_per_round('critique', 'revision'))
-  def my_variant(prompt, principles, stages, growing=False):
-    return revise_in_rounds(prompt, principles, stages, growing, _revise)
-
-  def _revise(number, principle, context, stages):
+  @register_rounds('my_variant', 'critique', 'revision')
+  def my_variant(number, principle, context, stages):
     critique = yield from sample_critique(number, principle, context, stages)
     revision = yield from sample_revision(number, principle, context, stages)
     return Round(principle, critique, revision)
@@ -201,6 +196,7 @@ def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
 # Helpers that variants share.
 
 Context = list[dict[str, Any]]  # messages whose content is a text or a Reply
+RoundFunction = Callable[[int, Principle, Context, Stages], Generator[Turn, Completion, Round]]
 
 
 def message(role: str, content: str | Reply) -> dict[str, Any]:
@@ -229,7 +225,7 @@ def revise_in_rounds(
   principles: Sequence[Principle],
   stages: Stages,
   growing: bool,
-  revise: Callable[[int, Principle, Context, Stages], Generator[Turn, Completion, Round]],
+  revise: RoundFunction,
 ) -> Chain:
   """Sample y_init, then one round for each principle.
 
@@ -254,6 +250,31 @@ def revise_in_rounds(
     else:
       context = [*prompt.messages, message('assistant', finished.revision)]
   return Record(prompt, initial, tuple(rounds))
+
+
+def register_rounds(
+  name: str, *stage_names: str
+) -> Callable[[RoundFunction], Callable[..., Chain]]:
+  """Return a decorator that registers a variant whose rounds all take the same turns.
+
+  Args:
+    name: the value of `feedback.variant` that selects the variant.
+    stage_names: the stages that sample the turns of a round, see `turns_per_round`.
+
+  Returns:
+    A decorator for a function that samples one round, see `revise_in_rounds`. It returns the chain
+    function, `chain(prompt, principles, stages, growing=False)`.
+  """
+
+  def register(revise: RoundFunction) -> Callable[..., Chain]:
+    def chain(
+      prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
+    ) -> Chain:
+      return revise_in_rounds(prompt, principles, stages, growing, revise)
+
+    return register_variant(name, turns_per_round(*stage_names))(chain)
+
+  return register
 
 
 def sample_critique(

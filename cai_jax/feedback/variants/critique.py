@@ -1,40 +1,24 @@
 """Critique the latest response, then revise it (Bai et al. 2022, section 3.1)."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 from cai_jax.constitution import Principle
-from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import (
   Context,
   Round,
   Stages,
-  register_variant,
-  revise_in_rounds,
+  register_rounds,
   sample_critique,
   sample_revision,
-  turns_per_round,
 )
-from cai_jax.sampling.types import Chain, Completion, Turn
+from cai_jax.sampling.types import Completion, Turn
 
 
-@register_variant('critique', turns_per_round('critique', 'revision'))
+@register_rounds('critique', 'critique', 'revision')
 def critique_revision(
-  prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
-) -> Chain:
-  """Sample y_init, then a critique and a revision of the latest response in each round.
-
-  Args:
-    prompt: the prompt x.
-    principles: one principle for each round.
-    stages: models, rendering and sampling settings.
-    growing: whether a round sees all earlier rounds.
-  """
-  return (yield from revise_in_rounds(prompt, principles, stages, growing, _revise))
-
-
-def _revise(
   number: int, principle: Principle, context: Context, stages: Stages
 ) -> Generator[Turn, Completion, Round]:
+  """Sample a critique of the latest response, then its revision."""
   critique = yield from sample_critique(number, principle, context, stages)
   revision = yield from sample_revision(number, principle, context, stages)
   return Round(principle, critique, revision)

@@ -271,7 +271,7 @@ def _yaml_parts(path: str) -> tuple[list[Principle], list[Any]]:
     actual = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
     raise UserError(
       "the file must be a mapping with 'principles' and, optionally, 'demonstrations', "
-      f'got {actual}.'
+      f'but got {actual}.'
     )
   entries, demonstrations = (document.get(field, []) for field in fields)
   if not isinstance(entries, list):

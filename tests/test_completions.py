@@ -77,7 +77,7 @@ def test_invalid_prompts_are_refused(lm):
   for single in ([{'role': 'user', 'content': 'a'}], [1, 2, 3]):
     with pytest.raises(UserError, match=r'\[prompt\]'):
       cai_jax.generate(lm, single)
-  with pytest.raises(UserError, match='prompt 1 has no tokens'):
+  with pytest.raises(UserError, match='Prompt 1 has no tokens'):
     cai_jax.generate(lm, ['a', []])
   with pytest.raises(UserError, match='outside the vocabulary'):
     cai_jax.generate(lm, [[1, 10**6]])

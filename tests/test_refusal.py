@@ -141,7 +141,7 @@ def test_refusal_and_over_refusal_count_prompts_of_their_kind_only():
 @pytest.mark.parametrize(
   ('responses', 'kinds', 'probabilities', 'message'),
   [
-    (['a'], ['benign'], [0.0], "kind 'benign' is not one of"),
+    (['a'], ['benign'], [0.0], "The kind 'benign' does not exist"),
     (['a'], ['harmful'], [1.5], r'outside\s+\[0, 1\]'),
     (['a'], ['harmful'], [float('nan')], r'outside\s+\[0, 1\]'),
     (['a'], ['harmful'], [0.0, 0.0], r'\(2,\) numbers for 1 responses'),

@@ -205,10 +205,10 @@ def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
   ):
     with pytest.raises(ValueError, match=message):
       model.logits(tokens, mask)
-  with pytest.raises(UserError, match='conversation 1: The dialogue must end with a reply'):
+  with pytest.raises(UserError, match='Conversation 1: The dialogue must end with a reply'):
     model.scores([CONVERSATIONS[0], ASKED[0]])
   long = [ASKED[0][0], {'role': 'assistant', 'content': 'word ' * 400}]
-  with pytest.raises(UserError, match=r'conversation 0 has \d+ tokens; .* reads 1 to 256'):
+  with pytest.raises(UserError, match=r'Conversation 0 has \d+ tokens, but .* reads 1 to 256'):
     model.scores([long])
   with pytest.raises(ValueError, match='batch_tokens=0'):
     model.scores(CONVERSATIONS, batch_tokens=0)

@@ -93,10 +93,10 @@ def generate(
 def _check_context(context: list[int], number: int, vocab_size: int) -> None:
   """Raise UserError if the context of prompt `number` is empty or outside the vocabulary."""
   if not context:
-    raise UserError(f'prompt {number} has no tokens. Give it at least one to continue from.')
+    raise UserError(f'Prompt {number} has no tokens. Give it at least one to continue from.')
   if not 0 <= min(context) <= max(context) < vocab_size:
     raise UserError(
-      f'prompt {number} has token ids from {min(context)} to {max(context)}, outside the '
+      f'Prompt {number} has token ids from {min(context)} to {max(context)}, outside the '
       f"vocabulary 0..{vocab_size - 1}. Encode it with the model's tokenizer."
     )
 

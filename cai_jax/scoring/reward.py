@@ -175,12 +175,12 @@ class RewardModel:
       try:
         row = self.dialogue.conversation(messages)
       except UserError as error:
-        raise UserError(f'conversation {index}: {error}') from error
+        raise UserError(f'Conversation {index}: {error}') from error
       while row and row[-1] == self.pad_token_id:
         row.pop()
       if not 0 < len(row) <= self.config.max_positions:
         raise UserError(
-          f'conversation {index} has {len(row)} tokens; {self.name} reads 1 to '
+          f'Conversation {index} has {len(row)} tokens, but {self.name} reads 1 to '
           f'{self.config.max_positions}. Shorten it or leave it out.'
         )
       rows.append(row)

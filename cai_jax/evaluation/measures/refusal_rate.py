@@ -67,7 +67,10 @@ def refusal_rates(
       'equally many of each, and at least one.'
     )
   if unknown := set(kinds) - RATE_BY_KIND.keys():
-    raise UserError(f'kind {sorted(map(str, unknown))[0]!r} is not one of {tuple(RATE_BY_KIND)}.')
+    raise UserError(
+      f'The kind {sorted(map(str, unknown))[0]!r} does not exist. It must be one of '
+      f'{tuple(RATE_BY_KIND)}.'
+    )
   probabilities = _probabilities(classifier, prompts, responses)
   rates: dict[str, Any] = {}
   for kind, name in RATE_BY_KIND.items():

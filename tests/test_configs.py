@@ -1,12 +1,14 @@
 """Configs: the default, its reference page and the shipped configs follow the dataclasses."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from cai_jax import pipeline
 from cai_jax.constitution import ConstitutionConfig
@@ -151,6 +153,24 @@ def test_fields_and_defaults_of_version_1_are_kept():
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
   assert set(fields) - set(before) == added
+
+
+def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
+  path = pathlib.Path(__file__).parent / 'data' / 'config_version_1.json'
+  tree = {}
+  for name, value in json.loads(path.read_text()).items():
+    *sections, last = name.split('.')
+    functools.reduce(lambda node, key: node.setdefault(key, {}), sections, tree)[last] = value
+  run = pipeline.build(ConfigDict(tree), tmp_path)
+  expected = pipeline.build(default.get_config(), tmp_path)
+  assert 'version' not in tree and run.config == expected.config
+  assert run.values == expected.values and run.settings('report') == expected.settings('report')
+
+
+def test_absent_fields_and_sections_have_their_defaults(tmp_path):
+  run = pipeline.build(ConfigDict({'train': {'epochs': 3}, 'remote': {}}), tmp_path)
+  assert run.config.train.epochs == 3 and run.config.seed == 0 and run.plugins == {}
+  assert run.config.feedback == FeedbackConfig()
 
 
 def test_reference_page_is_up_to_date():

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from cai_jax import pipeline
 from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
@@ -121,6 +122,43 @@ def test_text_after_a_colon_is_passed_to_the_experiment():
   _, _, experiment = define.load_experiment(f'{path}:one,two,three')
   models = [arm.overrides['model.base'] for arm in experiment.arms.values()]
   assert list(dict.fromkeys(models)) == ['one', 'two', 'three']
+
+
+def test_arms_whose_config_replaces_stages_plan_only_the_others(tmp_path):
+  arms = {
+    'trained': Arm(),
+    'other data': Arm({'data.d_cai': str(tmp_path)}),
+    'checkpoint': Arm({'model.aligned': 'tiny-small'}),
+  }
+  config = define.load_config('configs/tiny.py')
+  runs = list(runner.plan_runs(Experiment(arms, 'trained', seeds=(0,)), config, tmp_path).values())
+  stages = [stages for _, stages in runs]
+  assert stages == [
+    ('generate', 'train', 'evaluate', 'report'),
+    ('train', 'evaluate', 'report'),
+    ('evaluate', 'report'),
+  ]
+  whole, *others = (estimate.count_turns(*run) for run in runs)
+  for turns in others:  # only the answers of M_aligned are not those of the first arm
+    assert len(set(turns) - set(whole)) == 2
+  arm = Arm({'data.d_cai': str(tmp_path)}, 'last')
+  with pytest.raises(UserError, match="arm 'a' scores the response 'last' of D_CAI"):
+    runner.plan_runs(Experiment({'a': arm}, 'a'), config, tmp_path)
+
+
+def test_estimate_of_a_default_loss_has_the_digest_of_version_1(tmp_path):
+  run = pipeline.build(define.load_config('configs/tiny.py'), tmp_path)
+  settings = run.settings('train')
+  del settings['train']['loss']
+  assert estimate._aligned_model(run) == estimate._digest(settings)
+
+
+@pytest.mark.parametrize('content', ['[', '{}', '1' * 5000])
+def test_damaged_list_of_sampled_turns_is_refused(tmp_path, content):
+  (tmp_path / 'journal').mkdir()
+  (tmp_path / 'journal' / 'known.json').write_text(content)
+  with pytest.raises(UserError, match='known.json'):
+    estimate.SampledTurns(tmp_path)
 
 
 @pytest.fixture(scope='module')

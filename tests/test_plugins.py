@@ -11,6 +11,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.runtime.registry import Registry, temporary_registrations
 from configs import tiny
+from tests.pipeline_setup import small
 
 PLUGIN = """
 import dataclasses
@@ -64,6 +65,22 @@ def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path, restored_regi
   assert all(
     entry['settings']['plugins'] == list(run.plugins.values()) for entry in stages.values()
   )
+
+
+def test_plugin_may_be_edited_after_the_stages_that_are_done(random_model, tmp_path):
+  path = tmp_path / 'my_plugin.py'
+  path.write_text('# no scorer yet\n')
+  config = small(random_model)
+  config.plugins = (str(path),)
+  first = pipeline.build(config, tmp_path / 'run')
+  pipeline.run_stages(first, ['generate'])
+  path.write_text('# edited\n')
+  second, lines = pipeline.build(config, tmp_path / 'run'), []
+  pipeline.run_stages(second, ['generate', 'train'], lines.append)
+  assert lines[0] == 'generate: done before'
+  stages = json.loads((tmp_path / 'run' / 'manifest.json').read_text())['stages']
+  recorded = [stages[name]['settings']['plugins'] for name in ('generate', 'train')]
+  assert recorded == [list(run.plugins.values()) for run in (first, second)]
 
 
 def test_settings_without_plugins_do_not_mention_them(tmp_path):

@@ -1,10 +1,13 @@
 """Stages stand alone: training on another run's D_CAI, and evaluating any checkpoint."""
 
 import json
+import shutil
 
 import pytest
+import tensorflow_datasets as tfds
 
 from cai_jax import pipeline
+from cai_jax.data import d_cai
 from cai_jax.runtime.errors import UserError
 from tests.pipeline_setup import small
 
@@ -48,6 +51,43 @@ def test_any_checkpoint_is_evaluated_without_training(random_model, tmp_path):
   assert 'tiny-eval-baited' in (tmp_path / 'report.html').read_text()
   stages = json.loads((tmp_path / 'manifest.json').read_text())['stages']
   assert set(stages) == {'evaluate', 'report'} and 'train' not in stages['evaluate']['settings']
+
+
+def test_evaluation_needs_no_external_d_cai_once_training_is_done(
+  random_model, d_cai_folder, tmp_path
+):
+  external, workdir = tmp_path / 'external', tmp_path / 'run'
+  shutil.copytree(d_cai_folder, external)
+  config = without_training_prompts(random_model)
+  config.data.d_cai = str(external)
+  pipeline.run_stages(pipeline.build(config, workdir), ['train'])
+  (external / 'd_cai-train.array_record-00009').write_bytes(b'more')
+  with pytest.raises(UserError, match='data.d_cai: '):
+    pipeline.run_stages(pipeline.build(config, workdir), ['train'])
+  shutil.rmtree(external)
+  lines = []
+  pipeline.run_stages(pipeline.build(config, workdir), log=lines.append)
+  assert lines[0] == 'train: done before' and (workdir / 'report.html').exists()
+  with pytest.raises(UserError, match='data.d_cai: .* → None'):
+    pipeline.run_stages(pipeline.build(small(random_model), workdir), ['generate', 'train'])
+
+
+def test_dataset_with_another_schema_is_no_d_cai(random_model, tmp_path):
+  features = tfds.features.FeaturesDict({'text': tfds.features.Text()})
+  template = d_cai._filename_template(tmp_path / 'other')
+  (tmp_path / 'other').mkdir()
+  d_cai.shard_path(tmp_path / 'other', 0).write_bytes(b'')
+  tfds.folder_dataset.write_metadata(
+    data_dir=str(tmp_path / 'other'),
+    features=features,
+    split_infos=[tfds.core.SplitInfo('train', [0], 0, filename_template=template)],
+    filename_template=template,
+    check_data=False,
+  )
+  config = without_training_prompts(random_model)
+  config.data.d_cai = str(tmp_path / 'other')
+  with pytest.raises(UserError, match="data.d_cai: .* is not a D_CAI: the fields .*'prompt'"):
+    pipeline.run_stages(pipeline.build(config, tmp_path / 'run'), ['train'])
 
 
 @pytest.mark.parametrize(

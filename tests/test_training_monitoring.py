@@ -228,3 +228,11 @@ def test_the_time_of_a_run_does_not_include_the_wait_for_its_last_save(
   monkeypatch.setattr(loop.TrainingLog, 'summarize', summarize_recorded)
   fit(params, tmp_path, dataclasses.replace(CONFIG, epochs=1))
   assert events == ['stop the clock', 'close the checkpointer']
+
+
+@pytest.mark.parametrize('line', ['{', '[]', '1' * 5000, '{"loss": 1.0}'])
+def test_damaged_row_of_metrics_is_refused_with_its_line(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n' + line + '\n{"step": 3')
+  with pytest.raises(UserError, match='metrics.jsonl, line 2 is not'):
+    read_rows(path)

@@ -160,17 +160,41 @@ def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
   Raises:
     UserError: if the folder holds no such dataset, or the dataset has no such split.
   """
+  builder = _open(directory)
+  if split not in builder.info.splits:
+    raise UserError(
+      f'{directory} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
+    )
+  return Rows(builder.as_data_source(split))
+
+
+def check_schema(directory: str | os.PathLike) -> None:
+  """Check that a TFDS dataset has the fields of D_CAI.
+
+  Args:
+    directory: the folder that holds dataset_info.json.
+
+  Raises:
+    UserError: if the folder holds no dataset, or a field is missing or has another type.
+  """
+  expected, actual = FEATURES.get_tensor_info(), _open(directory).info.features.get_tensor_info()
+  fields = actual if isinstance(actual, Mapping) else {}
+  wrong = sorted(name for name, info in expected.items() if fields.get(name) != info)
+  if wrong:
+    raise UserError(
+      f'{directory} is not a D_CAI: the fields {wrong} are missing or have another type. Give the '
+      'folder d_cai/ of a run.'
+    )
+
+
+def _open(directory: str | os.PathLike) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder_from_directory(os.fspath(directory))
   except OSError as error:
     raise UserError(
       f'{directory} holds no TFDS dataset: {error}. Run the stage that writes it first.'
     ) from error
-  if split not in builder.info.splits:
-    raise UserError(
-      f'{directory} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
-    )
-  return Rows(builder.as_data_source(split))
+  return builder
 
 
 def _to_plain(value: Any) -> Any:

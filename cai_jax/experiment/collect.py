@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from cai_jax.experiment.define import (
   run_name,
 )
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.manifest import read_manifest
 from cai_jax.runtime.settings import flatten
 
 KINDS = ('harmful', 'helpful')
@@ -265,7 +265,7 @@ def stage_costs(folder: pathlib.Path, seed: int, stages: Sequence[str]) -> list[
     seed: the run's seed, copied into the rows.
     stages: names of stages.
   """
-  manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
+  manifest = read_manifest(folder / 'manifest.json')
   rows = []
   for stage, entry in manifest['stages'].items():
     if stage not in stages or 'finished' not in entry:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cai_jax.pipeline.schema import complete_config
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
 
@@ -226,8 +227,11 @@ def load_config(path: str) -> ConfigDict:
   Args:
     path: relative to the working directory or to the repository's root.
 
+  Returns:
+    The config. Fields that it does not define have their defaults.
+
   Raises:
-    UserError: if there is no such file.
+    UserError: if there is no such file, or the config has a newer version.
   """
   file = pathlib.Path(path)
   file = file if file.is_file() else ROOT / path
@@ -235,7 +239,7 @@ def load_config(path: str) -> ConfigDict:
     raise UserError(
       f'There is no config file {path}. Give the path of one, such as configs/tiny.py.'
     )
-  return _import_file(file).get_config()
+  return complete_config(_import_file(file).get_config())
 
 
 def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:

@@ -19,11 +19,12 @@ from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.runtime.files import write_json
+from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.sampling.caches import cache_bytes
 from cai_jax.sampling.journal import Journal
 from cai_jax.tiny.files import model_path
+from cai_jax.training.config import TrainConfig
 
 PROBE_CHAINS = 64  # chains sampled to measure the speed
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
@@ -49,13 +50,23 @@ def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
     run: the run.
     stages: names of the stages that it goes through.
   """
-  turns_by_digest = _chain_turns(run, ('harmful', 'helpful'), 'base')
+  turns_by_digest = {}
+  if 'generate' in stages:
+    turns_by_digest |= _chain_turns(run, ('harmful', 'helpful'), 'base')
   if 'evaluate' in stages:
     turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), 'base')
-    turns_by_digest |= _chain_turns(
-      run, ('eval_harmful', 'eval_helpful'), _digest(run.settings('train'))
-    )
+    turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), _aligned_model(run))
   return turns_by_digest
+
+
+def _aligned_model(run: pipeline.Run) -> str:
+  """Return the name of M_aligned, or a digest of the settings that train it."""
+  if run.config.model.aligned:
+    return run.config.model.aligned
+  settings = run.settings('train')
+  if settings['train']['loss'] == TrainConfig.loss:  # version 0.1.0 had no such field
+    del settings['train']['loss']
+  return _digest(settings)
 
 
 def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[str, Turns]:
@@ -77,7 +88,7 @@ def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[st
   ]
   revision_settings = [
     answer_settings,
-    settings['model'] | {'init': ''},
+    {name: model for name, model in settings['model'].items() if name != 'aligned'} | {'init': ''},
     settings['sampling'],
     feedback,
     settings['constitution'],
@@ -104,7 +115,7 @@ class SampledTurns:
 
   def __init__(self, workdir: pathlib.Path):
     self._path = workdir / 'journal' / 'known.json'
-    self.digests = set(json.loads(self._path.read_text())) if self._path.exists() else set()
+    self.digests = set(read_json(self._path, list)) if self._path.exists() else set()
 
   def add(self, digests: Iterable[str]) -> None:
     """Record the turns of a finished run.
@@ -196,7 +207,7 @@ def _measure_sampling(
   Returns:
     Turns per second, mean tokens of a prompt with its reply, and tokens of a slot.
   """
-  prompts = run.prompts['harmful']
+  prompts = run.prompts['harmful'] or run.prompts['eval_harmful']
   first, second = prompts[:PROBE_CHAINS], prompts[PROBE_CHAINS : 2 * PROBE_CHAINS]
   if len(second) < PROBE_CHAINS:
     second = first

@@ -52,8 +52,9 @@ def plan_runs(
   folders = collect.run_folders(experiment, workdir / 'runs', config)
   runs: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
-    folder, stages = folders[arm][seed], experiment.arms[arm].stages
+    folder = folders[arm][seed]
     if folder in runs:
+      stages = _arm_stages(experiment, arm, runs[folder][0])
       runs[folder] = runs[folder][0], max(runs[folder][1], stages, key=len)
       continue
     settings = define.override_config(config, experiment.settings(arm, seed))
@@ -61,8 +62,21 @@ def plan_runs(
       run = pipeline.build(settings, folder, journal=workdir / 'journal')
     except UserError as error:
       raise UserError(f'arm {arm!r}: {error}') from error
-    runs[folder] = run, stages
+    runs[folder] = run, _arm_stages(experiment, arm, run)
   return runs
+
+
+def _arm_stages(experiment: Experiment, arm: str, run: Run) -> tuple[str, ...]:
+  """Return the stages that produce an arm's response, without those that its config replaces."""
+  needed = experiment.arms[arm].stages
+  stages = tuple(stage for stage in pipeline.default_stages(run) if stage in needed)
+  if not stages:
+    raise UserError(
+      f'arm {arm!r} scores the response {experiment.arms[arm].response!r} of D_CAI, but its '
+      'data.d_cai or model.aligned replaces the stage that samples it. Score base, revised or '
+      'aligned.'
+    )
+  return stages
 
 
 def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:

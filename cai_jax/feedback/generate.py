@@ -1,6 +1,5 @@
 """Sample the chains of a job and write D_CAI, one shard at a time."""
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import write_json
+from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
@@ -156,7 +155,7 @@ def _check_folder(folder: pathlib.Path, digest: str) -> None:
       f'Process {jax.process_index()} does not see {path}, which process 0 has written. '
       'Give all processes the same workdir on a filesystem that they share.'
     )
-  if json.loads(path.read_text()) != {'digest': digest}:
+  if read_json(path) != {'digest': digest}:
     raise UserError(
       f'{folder} holds the shards of another job: a model, prompt, principle or setting has '
       'changed. Delete the folder or use another workdir.'

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Sequence
 
+import jax
+
 from cai_jax.data import d_cai
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
@@ -16,6 +18,7 @@ from cai_jax.pipeline.models import global_mesh, local_mesh
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
+from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.sampling.remote import Remote
 from cai_jax.tiny.files import model_path
@@ -84,14 +87,15 @@ def _check_prompts(run: Run, stages: Sequence[str]) -> None:
 
 
 def _check_external_data(run: Run, stages: Sequence[str]) -> None:
-  """Check that D_CAI of another run exists and contains no held-out prompt."""
-  if not run.config.data.d_cai or 'train' not in stages:
+  """Check in process 0 that D_CAI of another run is one and contains no held-out prompt."""
+  if not run.config.data.d_cai or 'train' not in stages or jax.process_index() != 0:
+    return
+  if Manifest(run.workdir, writes=False).done('train'):
     return
   try:
+    d_cai.check_schema(run.d_cai)
     rows = d_cai.read_rows(run.d_cai)
-    training = [
-      Prompt(row['id'], tuple(row['prompt'])) for row in (rows[i] for i in range(len(rows)))
-    ]
+    training = (Prompt(row['id'], tuple(row['prompt'])) for row in rows)
     prompt_sets.check_held_out(training, run.prompts)
   except UserError as error:
     raise UserError(f'data.d_cai: {error}') from error

@@ -1,7 +1,7 @@
 """Load the four prompt sets of a run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
 from cai_jax.pipeline.schema import PromptSets
@@ -29,7 +29,7 @@ def load_prompt_sets(config: PromptSets, seed: int) -> dict[str, list[Prompt]]:
   return sets
 
 
-def check_held_out(training: list[Prompt], sets: Mapping[str, list[Prompt]]) -> None:
+def check_held_out(training: Iterable[Prompt], sets: Mapping[str, list[Prompt]]) -> None:
   """Check that no held-out prompt of a run occurs among the training prompts, by content.
 
   Args:

@@ -90,8 +90,8 @@ class Run:
       settings['plugins'] = sorted(self.plugins.values())
     if stage == 'train' or (evaluates and not aligned):
       settings['train'] = _without(values['train'], MAY_CHANGE_ON_RESUME)
-      if self.config.data.d_cai:
-        settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
+    if stage == 'train' and self.config.data.d_cai:
+      settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
     if evaluates:
       questions = self.config.evaluation.question_digests()
       settings['evaluation'] = values['evaluation'] | {'questions': questions}
@@ -106,7 +106,7 @@ def build(
   """Return the run of a config, after loading its plugins, prompts and constitution.
 
   Args:
-    config: a config with every field of `configs/default.py`.
+    config: a config with fields of `configs/default.py`; absent ones have their defaults.
     workdir: the run's folder, on a local or shared filesystem.
     journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
 
@@ -121,6 +121,7 @@ def build(
       'files. Mount the storage, or choose a folder.'
     )
   schema.check_names(config)
+  config = schema.complete_config(config)
   plugins = load_plugins(config.plugins)
   settings = schema.from_config(config)
   _check_roles(settings)
@@ -188,9 +189,11 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _dataset_digest(folder: pathlib.Path) -> str:
-  """Return a hex digest of the files that describe a D_CAI: its job and its shards' sizes."""
+  """Return a hex digest of a D_CAI: of its job, its metadata, and its shards' names and sizes."""
   digest = hashlib.sha256()
   for name in ('job.json', 'dataset_info.json'):
     path = folder / name
     digest.update(path.read_bytes() if path.exists() else b'')
+  shards = sorted((path.name, path.stat().st_size) for path in folder.glob('*.array_record-*'))
+  digest.update(json.dumps(shards).encode())
   return digest.hexdigest()[:16]

@@ -220,13 +220,45 @@ def _default_section(section: type) -> ConfigDict:
   return config
 
 
+def complete_config(config: ConfigDict) -> ConfigDict:
+  """Return a copy of a config in the form of this version.
+
+  A field that the config lacks gets its default, so configs of older versions stay valid. A config
+  without `version` has version 1. Unknown fields are kept, for `check_names` to report.
+
+  Args:
+    config: the config.
+
+  Raises:
+    UserError: if the config has a newer version.
+  """
+  check_version(config.get('version', 1), 'the config')
+  complete = default_config()
+  _update(complete, config)
+  complete.version = VERSION
+  return complete
+
+
+def _update(config: ConfigDict, changes: ConfigDict) -> None:
+  """Set fields of a config. Lists, which JSON has in place of tuples, become tuples."""
+  with config.ignore_type():
+    for name, value in changes.items():
+      old = config.get(name)
+      if isinstance(old, ConfigDict) and isinstance(value, ConfigDict):
+        _update(old, value)
+      else:
+        is_json = isinstance(old, tuple) and isinstance(value, list)
+        config[name] = tuple(value) if is_json else value
+
+
 def check_names(config: ConfigDict) -> None:
   """Check that a config has no fields that the default config lacks.
 
   Raises:
     UserError: if it has; the message names the unknown fields.
   """
-  unknown = sorted(set(flatten(config.to_dict())) - set(flatten(default_config().to_dict())))
+  fields = flatten(complete_config(config).to_dict())
+  unknown = sorted(set(fields) - set(flatten(default_config().to_dict())))
   if unknown:
     raise UserError(
       f'The config has no field {", ".join(unknown)}. docs/configuration.md lists every field.'
@@ -237,11 +269,12 @@ def from_config(config: ConfigDict) -> RunConfig:
   """Return the settings of a config as dataclasses, which check their values.
 
   Args:
-    config: a config with the fields of `default_config`. Its plugins must have been loaded.
+    config: a config; absent fields have their defaults. Its plugins must have been loaded.
 
   Raises:
     UserError: if a value is not allowed.
   """
+  config = complete_config(config)
   return _build_section(RunConfig, config, '', {'train': {'seed': config.seed}})
 
 

@@ -1,6 +1,5 @@
 """Stage `report`: write a page about the run."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.report import write_report
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
 from cai_jax.training import metrics
 
 _SUMMARY, _MODELS, _QUALITY = 'evaluation/summary.json', 'evaluation/models.json', 'quality.json'
@@ -38,19 +38,20 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   stages = manifest['stages']
   needed = {'generate': _QUALITY, 'train': metrics.METRICS_FILE}  # of the stages that this run has
   _check_files(run, [_SUMMARY, _MODELS, *(needed[name] for name in needed if name in stages)])
-  texts = {'Models': suite.describe(run.config.evaluation, _read(run.workdir / _MODELS))}
+  texts = {'Models': suite.describe(run.config.evaluation, read_json(run.workdir / _MODELS))}
   if 'generate' in stages:
-    summary = _read(run.workdir / _QUALITY)
+    summary = read_json(run.workdir / _QUALITY)
     described = quality_summary.format_table(summary['d_cai'], summary.get('published'))
     texts = {'Quality of the revisions': described} | texts
-  has_d_cai = run.config.data.d_cai or 'generate' in stages
+  external = run.config.data.d_cai and (run.d_cai / 'dataset_info.json').exists()  # else it is gone
+  has_d_cai = external or 'generate' in stages
   chains = _read_chains(run, run.d_cai if has_d_cai else run.workdir / 'evaluation' / 'base')
   write_report(
     run.workdir / 'report.html',
     title=run.workdir.name,
     config=run.values,
     manifest=manifest,
-    summary=_read(run.workdir / _SUMMARY),
+    summary=read_json(run.workdir / _SUMMARY),
     training=metrics.read_rows(run.workdir / metrics.METRICS_FILE) if 'train' in stages else [],
     held_out=metrics.read_rows(run.workdir / metrics.HELD_OUT_FILE),
     probes=metrics.read_rows(run.workdir / metrics.PROBES_FILE),
@@ -72,7 +73,3 @@ def _read_chains(run: Run, folder: pathlib.Path) -> list[dict[str, Any]]:
   """Return the first chains of a dataset for the browser."""
   rows, scorer = d_cai.read_rows(folder), load_scorer(run)
   return [browsable(rows[i], scorer) for i in range(min(len(rows), run.config.report.chains))]
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text(encoding='utf-8'))

@@ -109,8 +109,11 @@ def _check_manifest(run: Run, stages: Sequence[str], manifest: Manifest) -> None
     'generate': ', or train on the D_CAI of another run with data.d_cai',
     'train': ', or evaluate a checkpoint with model.aligned',
   }
+  # What a finished stage has read may be gone, and plugins may have been added for later stages.
+  is_gone = bool(run.config.data.d_cai) and not run.d_cai.exists()
+  free = ['plugins', 'data.d_cai'] if is_gone else ['plugins']
   for name in _needed_stages(run, stages):
-    manifest.check(name, run.settings(name), defaults)
+    manifest.check(name, run.settings(name), defaults, free_when_done=free)
     if name not in stages and not manifest.done(name):
       raise UserError(
         f'Stage {name} is not done in {run.workdir}. Add it to '

@@ -58,19 +58,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   temporary.replace(target)
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-  """Return the object in a JSON file.
+def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
+  """Return the content of a JSON file.
 
   Args:
     path: the file.
+    expected: type of the content, dict or list.
 
   Raises:
-    UserError: if the file is not JSON, or holds something other than an object.
+    UserError: if the file is not JSON, or its content has another type.
   """
   try:
     value = json.loads(epath.Path(path).read_text(encoding='utf-8'))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:  # also for integers with too many digits
     raise UserError(f'{path} is not valid JSON: {error}. Correct the file.') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path} contains a {type(value).__name__}. It must contain a JSON object.')
+  if not isinstance(value, expected):
+    kind = 'object' if expected is dict else 'array'
+    raise UserError(f'{path} contains a {type(value).__name__}. It must contain a JSON {kind}.')
   return value

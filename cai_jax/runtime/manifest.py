@@ -3,14 +3,13 @@
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 from etils import epath
 
 from cai_jax.runtime.errors import StoppedError, UserError
-from cai_jax.runtime.files import write_json
+from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.settings import changed_settings, flatten
 
 # Version of a run's folder and config. Raise it when an older program would misread a newer folder,
@@ -55,7 +54,7 @@ class Manifest:
     content: the manifest as JSON types.
 
   Raises:
-    UserError: if a newer version of cai_jax wrote the folder.
+    UserError: if the file is damaged, or a newer version of cai_jax wrote the folder.
   """
 
   def __init__(self, workdir: str | os.PathLike, writes: bool = True):
@@ -63,7 +62,7 @@ class Manifest:
     self._writes = writes
     self.content: dict[str, Any] = {'version': VERSION, 'started': _now(), 'stages': {}}
     if self._path.exists():
-      self.content = _migrate(json.loads(self._path.read_text(encoding='utf-8')), self._path)
+      self.content = read_manifest(self._path)
     self.content |= {
       'versions': _package_versions(),
       'devices': _devices(),
@@ -79,6 +78,7 @@ class Manifest:
     stage: str,
     settings: Mapping[str, Any],
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    free_when_done: Sequence[str] = (),
   ) -> None:
     """Check that a stage, if it has begun here, began with the same settings.
 
@@ -87,6 +87,7 @@ class Manifest:
       settings: everything that the stage's result depends on, as nested dicts.
       defaults: the default of each field, by dotted name. If the recorded settings lack a field, an
         older version wrote them, and the field counts as having its default.
+      free_when_done: dotted names of settings that may change once the stage is done.
 
     Raises:
       UserError: if the settings differ; the message names the fields.
@@ -95,6 +96,8 @@ class Manifest:
     if recorded is None:
       return
     changes = changed_settings(flatten(recorded), flatten(dict(settings)), defaults)
+    if self.done(stage):
+      changes = {name: values for name, values in changes.items() if name not in free_when_done}
     if changes:
       listed = [f'{name}: {old!r} → {new!r}' for name, (old, new) in changes.items()]
       raise UserError(
@@ -142,29 +145,47 @@ class Manifest:
       write_json(self._path, self.content)
 
 
-def check_version(version: int, source: object) -> None:
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+  """Return a manifest in the form of the current version.
+
+  Args:
+    path: the file `manifest.json`.
+
+  Raises:
+    UserError: if the file is damaged, or a newer version of cai_jax wrote it.
+  """
+  return _migrate(read_json(path), path)
+
+
+def check_version(version: Any, source: object) -> None:
   """Check that this version of cai_jax can read a folder or config.
 
   Args:
-    version: version of the folder or config.
+    version: version of the folder or config, as its file gives it.
     source: the folder or config, for the error message.
 
   Raises:
     UserError: if the version is not in 1..VERSION.
   """
-  if not 1 <= version <= VERSION:
+  if not isinstance(version, int) or not 1 <= version <= VERSION:
     raise UserError(
       f'{source} has version {version}, and this cai_jax reads versions 1 to {VERSION}. Install '
       'the cai_jax that wrote it, or use another workdir.'
     )
 
 
-def _migrate(content: dict[str, Any], path: os.PathLike) -> dict[str, Any]:
+def _migrate(content: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
   """Return a manifest in the form of the current version.
 
   Version 1 has no `version`. What version 2 adds to the settings is filled in by `Manifest.check`.
   """
   check_version(content.get('version', 1), path)
+  stages = content.get('stages')
+  if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+    raise UserError(
+      f'{path} does not describe the stages of a run, so it is damaged. Restore it, or use another '
+      'workdir.'
+    )
   return content | {'version': VERSION}
 
 

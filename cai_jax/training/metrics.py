@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorboardX
 
+from cai_jax.runtime.errors import UserError
+
 METRICS_FILE = 'metrics.jsonl'
 COSTS_FILE = 'costs.jsonl'
 HELD_OUT_FILE = 'held_out.jsonl'
@@ -93,11 +95,25 @@ def read_rows(path: pathlib.Path, last_step: int | None = None) -> list[dict[str
   Args:
     path: one of the run's files; a missing file has no rows.
     last_step: leave out the rows of later steps.
+
+  Raises:
+    UserError: if a line is damaged.
   """
   if not path.exists():
     return []
-  rows = [json.loads(line) for line in path.read_bytes().split(b'\n')[:-1]]
+  lines = path.read_bytes().split(b'\n')[:-1]
+  rows = [_parse_row(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
   return [row for row in rows if last_step is None or row['step'] <= last_step]
+
+
+def _parse_row(line: bytes, place: str) -> dict[str, Any]:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{place} is not valid JSON: {error}. Delete the line.') from error
+  if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+    raise UserError(f'{place} is not an object with a step. Delete the line.')
+  return row
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:

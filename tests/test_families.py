@@ -102,6 +102,26 @@ def test_configs_of_transformers_4_are_read():
   assert config_from_hf(hf).num_kv_heads == 4
 
 
+# Whether attention_bias means biases on query, key and value, and on the output.
+BIASES = {
+  'llama': (True, True),
+  'mistral': (True, False),
+  'qwen2': (True, False),
+  'qwen3': (True, True),
+}
+
+
+def test_attention_bias_is_read_and_written(tiny_hf_folder, family):
+  hf = read_json(tiny_hf_folder(family) / 'config.json')
+  without = config_from_hf(hf | {'attention_bias': False})
+  assert (without.qkv_bias, without.output_bias) == (hf['model_type'] == 'qwen2', False)
+  config = config_from_hf(hf | {'attention_bias': True})
+  assert (config.qkv_bias, config.output_bias) == BIASES[hf['model_type']]
+  assert config_from_hf(config_to_hf(config)) == config
+  same = dataclasses.replace(config, qkv_bias=without.qkv_bias, output_bias=False)
+  assert same == without
+
+
 def test_configs_that_the_family_cannot_describe_are_not_written(tiny_hf_folder):
   config = read_config(tiny_hf_folder('llama2'))
   with pytest.raises(UserError, match='qkv_bias=True cannot be written'):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from cai_jax.model.attention.cached import KeyBlock, attend
 from cai_jax.model.attention.kernels import blockwise
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel
-from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.cache import LayerCache
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 
@@ -29,16 +29,34 @@ def packed_rows():
   return q, k, v, segment_ids
 
 
-def attend_with_mask(q, k, v, segment_ids, window):
-  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-  same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-  mask = causal_mask(positions, positions, window, same_segment)
-  return attend(q, [KeyBlock(LayerCache.from_tokens(k, v), mask)])
+def attend_in_numpy(q, k, v, segment_ids, window):
+  """Return the output of attention in f64, and a function from its gradient to those of q, k, v."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
+  visible = np.zeros((B, T, T), bool)
+  for b in range(B):
+    for t in range(T):
+      for s in range(max(0, t + 1 - (window or T)), t + 1):
+        visible[b, t, s] = segment_ids[b, t] == segment_ids[b, s]
+  scores = np.einsum('btnh,bsnh->bnts', q, k) / H**0.5
+  scores = np.where(visible[:, None], scores, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+
+  def backward(gradient):
+    dv = np.einsum('bnts,btnh->bsnh', weights, gradient)
+    error = np.einsum('btnh,bsnh->bnts', gradient, v)
+    error = weights * (error - (weights * error).sum(-1, keepdims=True)) / H**0.5
+    dq = np.einsum('bnts,bsnh->btnh', error, k)
+    dk = np.einsum('bnts,btnh->bsnh', error, q)
+    return dq, *(x.reshape(B, T, K, N // K, H).sum(3) for x in (dk, dv))
+
+  return np.einsum('bnts,bsnh->btnh', weights, v), backward
 
 
 @pytest.mark.parametrize('window', [None, 40])
 @pytest.mark.parametrize('name', ['xla', 'blocks', 'splash', 'cudnn'])
-def test_kernels_agree_with_masked_attention(name, window):
+def test_kernels_agree_with_attention_in_numpy(name, window):
   """Outputs and gradients agree. On CPUs, splash is interpreted and cuDNN's call goes to XLA."""
   mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
   options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
@@ -53,12 +71,12 @@ def test_kernels_agree_with_masked_attention(name, window):
 
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-  (_, expected), expected_gradients = run(
-    lambda q, k, v: attend_with_mask(q, k, v, segment_ids, window)
-  )
+  expected, backward = attend_in_numpy(q, k, v, segment_ids, window)
+  expected = np.where(real, expected, 0.0)
+  loss_gradient = np.where(real, np.cos(expected) - expected * np.sin(expected), 0.0)
   (_, out), gradients = run(lambda q, k, v: kernel(q, k, v, segment_ids, window, mesh))
   np.testing.assert_allclose(out, expected, atol=2e-5)
-  for gradient, expected in zip(gradients, expected_gradients, strict=True):
+  for gradient, expected in zip(gradients, backward(loss_gradient), strict=True):
     np.testing.assert_allclose(gradient, expected, atol=2e-4)
 
 
@@ -105,3 +123,23 @@ def test_unsupported_lengths_dtypes_and_arguments_are_refused():
     check_kernel('cudnn', FakeMesh('gpu'), 'float32', 1024)
   with pytest.raises(ValueError, match='needs segment_ids'):
     bind_kernel('splash', None, None)
+
+
+@pytest.mark.parametrize('windows', [(), (8, None, 8)])
+def test_plain_attention_uses_masks_that_the_model_computes_once(windows):
+  """The kernel 'xla' and attention without a kernel give the same bits from the same masks."""
+  config = ModelConfig('qwen2', 64, 32, 48, 3, 4, 2, 8, 64, windows=windows)
+  graph, _ = abstract_model(config)
+  params = init_params(config, jax.random.key(0))
+  tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+  segment_ids = jnp.array([[1] * 20 + [2] * 12, [1] * 9 + [2] * 15 + [0] * 8])
+  positions = jnp.array([[*range(20), *range(12)], [*range(9), *range(15), *range(8)]])
+
+  def hidden(params, attention):
+    return nnx.merge(graph, params)(tokens, positions, segment_ids, attention=attention)[0]
+
+  run = jax.jit(hidden, static_argnums=1)
+  np.testing.assert_array_equal(run(params, 'xla'), run(params, None))
+  # The masks of a forward pass: causal and same segment, once for each different window.
+  jaxpr = str(jax.make_jaxpr(lambda params: hidden(params, 'xla'))(params))
+  assert jaxpr.count('bool[2,32,32] = eq') == 2  # one for CPUs and one for other platforms

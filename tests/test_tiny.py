@@ -351,7 +351,7 @@ from cai_jax.data.prompts import load_prompts
 from cai_jax.scoring.scorer import SCORERS
 
 assert load_constitution(ConstitutionConfig('tiny')).principles
-assert load_prompts(PromptSource('tiny', limit=2))
+assert load_prompts(PromptSource('tiny', 'baited', limit=2))
 assert 'tiny' in SCORERS
 """
 

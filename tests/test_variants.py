@@ -15,10 +15,13 @@ from cai_jax.feedback.variants.critique import critique_revision
 from cai_jax.feedback.variants.direct import direct_revision
 from cai_jax.feedback.variants.empty import empty_critique
 from cai_jax.feedback.variants.shuffled import shuffled_critique
+from cai_jax.model import lm as models
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
+from cai_jax.sampling.engine import longest_context
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion, SamplingConfig
+from cai_jax.tiny.files import MODELS
 from tests.feedback_setup import ENGINE, PRINCIPLES, SHORT, make_job, make_lm, make_prompt, play
 
 
@@ -237,6 +240,20 @@ def test_plugin_registers_a_variant_in_one_file(
   job = make_job(lm, num_harmful=2, num_helpful=1, variant=name)
   counts = generate_shards(job, tmp_path / 'd_cai', Journal(tmp_path / 'journal'), ENGINE)
   assert counts['rows'] == 3 and counts['turns'] == 2 * num_turns + 1
+
+
+@pytest.mark.parametrize('style', ['chat', 'plain'])
+@pytest.mark.parametrize('context', ['fresh', 'growing'])
+def test_a_chain_with_a_donor_needs_no_longer_cache_than_the_donors_own(style, context):
+  """A critique of another prompt is no longer than a critique of the prompt itself."""
+  lm = models.load(MODELS['tiny'])
+
+  def measure(variant):
+    job = make_job(lm, variant=variant, style=style, context=context, rounds=3)
+    chains = [chain for prompt, kind in job.prompts for chain in job.possible_chains(prompt, kind)]
+    return job.length, max(longest_context(chain, job.prefixes)['base'] for chain in chains)
+
+  assert measure('shuffled') == measure('critique')
 
 
 def test_unknown_variant_is_an_error_that_lists_the_registered_ones():

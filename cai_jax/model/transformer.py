@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.model.attention.kernels.kernel import bind_kernel
+from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
 from cai_jax.model.attention.rotary import rotary_angles
 from cai_jax.model.cache import Cache, Packing, Prefixes, View, make_view
@@ -102,13 +102,14 @@ class Transformer(nnx.Module):
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    kernel = None
+    kernel, needs_masks = None, True
     if attention is not None:
+      needs_masks = KERNELS[attention].takes_mask
       kernel = bind_kernel(attention, segment_ids, None if sharding is None else sharding.mesh)
 
     def angles_and_views():
       views = [None] * len(self.layers)
-      if kernel is None:
+      if needs_masks:
         views = self._views(positions, segment_ids, cache, packing, prefixes)
       return rotary_angles(self.config, positions), views
 
@@ -119,7 +120,8 @@ class Transformer(nnx.Module):
       shared = () if prefixes is None else [entry.cache[layer][0] for entry in prefixes.entries]
       attend = None
       if kernel is not None:
-        attend = functools.partial(kernel, window=self.config.window(layer))
+        masks = {'mask': views[layer].masks[0]} if needs_masks else {}
+        attend = functools.partial(kernel, window=self.config.window(layer), **masks)
       context = LayerContext(angles, views[layer], packing, shared, attend)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.

@@ -10,7 +10,9 @@ DEFAULT_WINDOW = 4096  # tokens; transformers' value if config.json has no slidi
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-  """Return the ModelConfig of a Mistral config.json; a null sliding_window means no window.
+  """Return the ModelConfig of a Mistral config.json.
+
+  A null sliding_window means no window. With attention_bias, query, key and value have biases.
 
   Args:
     hf: a parsed config.json.
@@ -21,20 +23,27 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   window = hf.get('sliding_window', DEFAULT_WINDOW)
   fields = shared.read_fields(hf)
   windows = () if window is None else (window,) * fields['num_layers']
-  return ModelConfig('mistral', **fields, windows=windows)
+  bias = bool(hf.get('attention_bias', False))
+  return ModelConfig('mistral', **fields, qkv_bias=bias, windows=windows)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
   """Return the entries of a Mistral config.json."""
   window = config.windows[0] if config.windows else None
-  return {**shared.write_fields(config), 'sliding_window': window}
+  hf = {**shared.write_fields(config), 'sliding_window': window}
+  return hf | ({'attention_bias': True} if config.qkv_bias else {})
 
 
 FAMILIES.register('mistral')(
   Family(
     read_config=read_config,
     write_config=write_config,
-    weights=(*shared.EMBEDDINGS_AND_NORMS, *shared.ATTENTION, *shared.GATED_MLP),
+    weights=(
+      *shared.EMBEDDINGS_AND_NORMS,
+      *shared.ATTENTION,
+      *shared.QKV_BIASES,
+      *shared.GATED_MLP,
+    ),
     causal_lm='MistralForCausalLM',
     classifier='MistralForSequenceClassification',
   )

@@ -56,11 +56,14 @@ class Kernel:
       platform needs a mesh.
     check: called with the compute dtype and the number of tokens per row; raises UserError if the
       kernel does not support them.
+    takes_mask: whether `attend` also takes the keyword `mask`: bool[B,T,T], which key each query
+      sees. The model computes it once for all layers with the same window.
   """
 
   attend: Attend
   platform: str | None = None
   check: Callable[[str, int], None] = accept_any
+  takes_mask: bool = False
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')

@@ -17,13 +17,25 @@ def attend_plain(
   segment_ids: jax.Array,
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
+  mask: jax.Array | None = None,
 ) -> jax.Array:
   """Attend within segments with one mask bool[B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
-  positions = jnp.broadcast_to(jnp.arange(q.shape[1]), segment_ids.shape)
-  same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-  mask = causal_mask(positions, positions, window, same_segment)
+  if mask is None:
+    mask = segment_mask(segment_ids, window)
   return attend(q, [KeyBlock(LayerCache.from_tokens(k, v), mask)])
 
 
-KERNELS.register('xla')(Kernel(attend_plain))
+def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
+  """Return the mask bool[B,T,T] of causal attention within the segments of packed rows.
+
+  Args:
+    segment_ids: i32[B,T].
+    window: number of tokens that a query sees, itself included; None means no limit.
+  """
+  positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+  same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return causal_mask(positions, positions, window, same_segment)
+
+
+KERNELS.register('xla')(Kernel(attend_plain, takes_mask=True))

@@ -143,18 +143,24 @@ class Variant:
     chain: the generator function, called as `chain(prompt, principles, stages, growing)`.
     turns: returns the turns that the chain takes for a number of rounds.
     needs_donor: whether `chain` also takes the keyword `donor`, another harmful prompt.
+    longest: a generator function without a donor, whose contexts are measured instead of those of
+      `chain`; None measures `chain`.
   """
 
   chain: Callable[..., Chain]
   turns: Callable[[int], TurnPlan]
   needs_donor: bool = False
+  longest: Callable[..., Chain] | None = None
 
 
 VARIANTS: Registry[Variant] = Registry('variant')
 
 
 def register_variant(
-  name: str, turns: Callable[[int], TurnPlan], needs_donor: bool = False
+  name: str,
+  turns: Callable[[int], TurnPlan],
+  needs_donor: bool = False,
+  longest: Callable[..., Chain] | None = None,
 ) -> Callable[[Callable[..., Chain]], Callable[..., Chain]]:
   """Return a decorator that registers a chain function as a value of `feedback.variant`.
 
@@ -167,13 +173,15 @@ def register_variant(
       order; a stage name is 'initial', 'critique' or 'revision'. The names must be those that the
       chain yields. They are used to estimate the cost of an experiment.
     needs_donor: whether the chain also takes the keyword `donor: Prompt`, another harmful prompt.
+    longest: a chain function without a donor. If it is given, its contexts are measured to find the
+      longest one, instead of those of the chain.
 
   Raises:
     UserError: if the name is taken.
   """
 
   def store(chain: Callable[..., Chain]) -> Callable[..., Chain]:
-    VARIANTS.register(name)(Variant(chain, turns, needs_donor))
+    VARIANTS.register(name)(Variant(chain, turns, needs_donor, longest))
     return chain
 
   return store

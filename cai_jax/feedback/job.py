@@ -75,7 +75,11 @@ class Job:
       kind: 'harmful' or 'helpful'.
     """
     for principle in self.constitution.principles:
-      yield self._chain(prompt, (principle,) * self.num_rounds(kind), donor=prompt)
+      principles = (principle,) * self.num_rounds(kind)
+      if principles and self._variant.longest is not None:
+        yield self._variant.longest(prompt, principles, self.stages, self._growing)
+      else:
+        yield self._chain(prompt, principles, donor=prompt)
 
   def row(self, record: Record, kind: str) -> dict[str, Any]:
     """Return the row of D_CAI for the record of a finished chain.
@@ -110,8 +114,11 @@ class Job:
     if not principles:
       return answer_only(prompt, self.stages)
     inputs = {'donor': donor} if self._variant.needs_donor else {}
-    growing = self.config.context == 'growing'
-    return self._variant.chain(prompt, principles, self.stages, growing, **inputs)
+    return self._variant.chain(prompt, principles, self.stages, self._growing, **inputs)
+
+  @property
+  def _growing(self) -> bool:
+    return self.config.context == 'growing'
 
   @property
   def _variant(self) -> Variant:

@@ -26,7 +26,8 @@ def _turns(rounds: int) -> TurnPlan:
   return [*((f'donor_{name}', stage) for name, stage in donor_turns), *own_turns]
 
 
-@register_variant('shuffled', _turns, needs_donor=True)
+# The longest contexts are those of the donor's chain, with a critique of maximum length.
+@register_variant('shuffled', _turns, needs_donor=True, longest=critique_revision)
 def shuffled_critique(
   prompt: Prompt,
   principles: Sequence[Principle],

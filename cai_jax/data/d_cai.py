@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer, naming
 
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import flatten
 
 # The schema. Its doc texts are written to features.json.
 
@@ -177,13 +178,18 @@ def check_schema(directory: str | os.PathLike) -> None:
   Raises:
     UserError: if the folder holds no dataset, or a field is missing or has another type.
   """
-  expected, actual = FEATURES.get_tensor_info(), _open(directory).info.features.get_tensor_info()
-  fields = actual if isinstance(actual, Mapping) else {}
-  wrong = sorted(name for name, info in expected.items() if fields.get(name) != info)
+  expected, actual = (
+    {
+      name: (info.shape, info.np_dtype)
+      for name, info in flatten(features.get_tensor_info()).items()
+    }
+    for features in (FEATURES, _open(directory).info.features)
+  )
+  wrong = sorted(name for name, kind in expected.items() if actual.get(name) != kind)
   if wrong:
     raise UserError(
-      f'{directory} is not a D_CAI: the fields {wrong} are missing or have another type. Give the '
-      'folder d_cai/ of a run.'
+      f'{directory} is not a D_CAI: {len(wrong)} of its fields are missing or have another type, '
+      f'the first is {wrong[0]!r}. Give the folder d_cai/ of a run.'
     )
 
 

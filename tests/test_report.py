@@ -20,6 +20,7 @@ from cai_jax import report
 from cai_jax.report import figures, inline_svg, page, run_page
 from cai_jax.report.figure_data import Series
 from cai_jax.report.ticks import nice_ticks, thin, tick_labels
+from cai_jax.runtime.errors import UserError
 from configs import default
 
 HOSTILE = (
@@ -239,7 +240,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_makes_a_gap(tmp_path):
 def test_a_malformed_chain_is_an_error_and_no_page_is_written(tmp_path, change, message):
   chain = copy.deepcopy(_chain(0))
   change(chain)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     _write(tmp_path / 'report.html', chains=[chain, _chain(1)])
   assert not list(tmp_path.iterdir())
 
@@ -344,9 +345,9 @@ def test_the_running_mean_skips_values_that_are_not_finite():
 
 
 def test_series_of_unequal_length_and_empty_figures_are_errors():
-  with pytest.raises(ValueError, match='2 x and 1 y'):
+  with pytest.raises(UserError, match='2 x and 1 y'):
     Series('s', (0, 1), (0.0,))
-  with pytest.raises(ValueError, match='no finite point'):
+  with pytest.raises(UserError, match='no finite point'):
     figures.line_figure([Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
 
 
@@ -387,7 +388,7 @@ def test_the_table_has_no_column_that_no_row_fills():
   ],
 )
 def test_a_malformed_summary_is_an_error(summary, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     report.summary_table(summary)
 
 

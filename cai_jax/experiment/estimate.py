@@ -50,7 +50,7 @@ def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
     run: the run.
     stages: names of the stages that it goes through.
   """
-  turns_by_digest = {}
+  turns_by_digest: dict[str, Turns] = {}
   if 'generate' in stages:
     turns_by_digest |= _chain_turns(run, ('harmful', 'helpful'), 'base')
   if 'evaluate' in stages:
@@ -94,7 +94,7 @@ def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[st
     settings['constitution'],
     settings.get('remote'),
   ]
-  turns_by_digest = {}
+  turns_by_digest: dict[str, Turns] = {}
   for name in names:
     samples = run.config.feedback.helpful_samples if name == 'helpful' else 1
     count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]

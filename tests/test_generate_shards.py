@@ -205,5 +205,5 @@ def test_no_process_broadcasts_if_process_0_cannot_write(lm, tmp_path, monkeypat
   monkeypatch.setattr(multihost_utils, 'process_allgather', lambda _: np.array([2, 0]))
   monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
   (tmp_path / 'file').write_text('')
-  with pytest.raises((OSError, UserError), match='Not a directory|process 0 could not write to'):
+  with pytest.raises((OSError, UserError), match='Not a directory|Process 0 could not write to'):
     generate_shards(make_job(lm), tmp_path / 'file' / 'd_cai', Journal(tmp_path / 'j'), ENGINE)

@@ -112,7 +112,7 @@ def run_command(block: Block, command: str, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('page', list(dict.fromkeys(b.page for b in ALL if runs(b))))
-def test_blocks_of_a_page_run_in_their_order(page, checkout, monkeypatch):
+def test_blocks_of_a_page_run_in_their_order(page, checkout, monkeypatch, restored_registries):
   monkeypatch.chdir(checkout)
   namespace: dict = {}
   for block in (b for b in ALL if b.page == page and runs(b)):

@@ -12,6 +12,8 @@ import json
 import pathlib
 import shutil
 
+import pytest
+
 from cai_jax import pipeline
 from cai_jax.data import d_cai
 from configs import tiny
@@ -30,22 +32,26 @@ def old_config():
   return config
 
 
-def test_a_journal_of_version_0_1_replays_with_no_turn_sampled(tmp_path):
-  (tmp_path / 'journal').mkdir()
-  shutil.copy(OLD / 'turns-00000.jsonl', tmp_path / 'journal')
-  pipeline.run_stages(pipeline.build(old_config(), tmp_path), ['generate'])
-  stage = json.loads((tmp_path / 'manifest.json').read_text())['stages']['generate']
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """Return the folder of a generate stage that found the old journal."""
+  folder = tmp_path_factory.mktemp('replayed')
+  (folder / 'journal').mkdir()
+  shutil.copy(OLD / 'turns-00000.jsonl', folder / 'journal')
+  pipeline.run_stages(pipeline.build(old_config(), folder), ['generate'])
+  return folder
+
+
+def test_a_journal_of_version_0_1_replays_with_no_turn_sampled(workdir):
+  stage = json.loads((workdir / 'manifest.json').read_text())['stages']['generate']
   assert (stage['turns'], stage['replayed_turns']) == (0, 3 * 5 + 2)
-  assert (tmp_path / 'd_cai/job.json').read_text() == (OLD / 'job.json').read_text()
+  assert (workdir / 'd_cai/job.json').read_text() == (OLD / 'job.json').read_text()
 
 
-def test_rows_hold_the_turns_of_the_old_journal(tmp_path):
-  (tmp_path / 'journal').mkdir()
-  shutil.copy(OLD / 'turns-00000.jsonl', tmp_path / 'journal')
-  pipeline.run_stages(pipeline.build(old_config(), tmp_path), ['generate'])
+def test_rows_hold_the_turns_of_the_old_journal(workdir):
   lines = (OLD / 'turns-00000.jsonl').read_text().splitlines()
   old_texts = {turn['text'].strip() for line in lines for turn in json.loads(line)['turns']}
-  rows = d_cai.read_rows(tmp_path / 'd_cai')
+  rows = d_cai.read_rows(workdir / 'd_cai')
   turns = [
     turn for row in rows for turn in [row['initial'], *(s['revision'] for s in row['rounds'])]
   ]

@@ -98,7 +98,8 @@ class Request:
   baits: tuple[str, ...] = ()
 
 
-# The hash of a (verb, object, person) triple lies in [0, 1). Each split ends at its bound.
+# Every (verb, object, person) triple has a hash in [0, 1), which decides its split: the first split
+# whose bound is greater than the hash.
 SPLITS = {'pretrain': 0.6, 'train': 0.85, 'eval': 1.0}
 
 

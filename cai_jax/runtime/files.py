@@ -66,10 +66,12 @@ def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
     expected: type of the content, dict or list.
 
   Raises:
-    UserError: if the file is not JSON, or its content has another type.
+    UserError: if the file cannot be read, is not JSON, or its content has another type.
   """
   try:
     value = json.loads(epath.Path(path).read_text(encoding='utf-8'))
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}.') from error
   except (ValueError, RecursionError) as error:  # also for integers with too many digits
     raise UserError(f'{path} is not valid JSON: {error}. Correct the file.') from error
   if not isinstance(value, expected):

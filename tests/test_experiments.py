@@ -10,6 +10,7 @@ from cai_jax import pipeline
 from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
+from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
 
 FILES = (
@@ -256,11 +257,6 @@ def test_a_figure_without_its_measures_is_left_out_with_a_note():
 
 
 def test_two_experiments_cannot_use_a_workdir_at_the_same_time(tmp_path):
-  with (
-    runner.lock_workdir(tmp_path),
-    pytest.raises(UserError, match='another experiment is running'),
-    runner.lock_workdir(tmp_path),
-  ):
-    pass
-  with runner.lock_workdir(tmp_path):  # and afterwards it is free
-    pass
+  options = argparse.Namespace(arms=None, seeds=None, config=None, dry_run=False)
+  with lock.hold(tmp_path), pytest.raises(UserError, match='belongs to job'):
+    runner.run_experiment('experiments/revisions.py', tmp_path, options)

@@ -9,12 +9,10 @@ results.json, report.html, and each figure as an SVG and a PDF file.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -25,6 +23,7 @@ from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment.define import Experiment
 from cai_jax.pipeline import Run
 from cai_jax.report import experiment_table, write_experiment, write_figures
+from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, write_json
 from cai_jax.runtime.manifest import Manifest
@@ -103,7 +102,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
     print(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
     return
   check_workdir(workdir)
-  with lock_workdir(workdir):
+  with lock.hold(workdir):
     totals = _run_all(runs, workdir)
     _write_results(name, docstring, experiment, config, runs, workdir)
     print(
@@ -156,26 +155,6 @@ def _write_results(
   chains = select_chains(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', results, chains)
   print(f'\n{experiment_table(results)}\n')
-
-
-@contextlib.contextmanager
-def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-  """Prevent two experiments from writing to a workdir's journal at the same time.
-
-  Args:
-    workdir: folder of the experiment.
-
-  Raises:
-    UserError: if another experiment is running there.
-  """
-  with open(workdir / 'lock', 'w') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f'{workdir}: another experiment is running there. Wait for it, or use another workdir.'
-      ) from None
-    yield
 
 
 def select_chains(

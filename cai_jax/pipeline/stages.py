@@ -1,5 +1,6 @@
 """The stages of a run: their order, their requirements, and their execution."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
-from cai_jax.runtime import processes
+from cai_jax.runtime import lock, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
@@ -49,12 +50,21 @@ def run_stages(
     log: called with a line of text when a stage begins, ends or is skipped.
 
   Raises:
-    UserError: if a stage does not exist, the workdir is not writable or belongs to another run, an
-      earlier stage is missing, or a check of `check_run` fails.
+    UserError: if a stage does not exist, the workdir is not writable, belongs to another run or to
+      a running job, an earlier stage is missing, or a check of `check_run` fails.
   """
   stages = default_stages(run) if stages is None else stages
   _check_names(run, stages)
   processes.run_on_all_processes('check the run', lambda: check_run(run, stages))
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(lock.hold(run.workdir))
+    if run.journal is not None:  # runs may share it
+      stack.enter_context(lock.hold(run.journal))
+    _run_missing(run, stages, log)
+
+
+def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) -> None:
+  """Run the stages that are not done, in a workdir that this job holds."""
   is_first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=is_first)
   _check_manifest(run, stages, manifest)

@@ -1,12 +1,25 @@
 """Errors that a user can fix. Every other exception is a bug and keeps its traceback."""
 
+import reprlib
+from typing import Any
+
+MAX_MESSAGE = 1600  # characters; a longer message is cut in its middle
+
 
 class UserError(ValueError):
   """Something that the user can fix: a setting, an input file, a folder, a model or a server.
 
   The message says what was wrong, what is allowed and what to do. The command-line program prints
-  it without a traceback and exits with status 1.
+  it without a traceback and exits with status 1. Names of files and texts of servers may contain
+  anything, so control characters in the message are escaped and a long message is cut.
+
+  Args:
+    message: the message.
+    *args: further attributes of the exception.
   """
+
+  def __init__(self, message: object = '', *args: object):
+    super().__init__(_printable(str(message)), *args)
 
 
 class StoppedError(UserError):
@@ -19,3 +32,32 @@ class NonFiniteError(StoppedError, FloatingPointError):
 
 class UnreachableError(StoppedError, ConnectionError):
   """A served model that stopped answering, after every retry failed."""
+
+
+def show(value: Any, length: int = 100) -> str:
+  """Return a value as an error message quotes it: like `repr`, but short.
+
+  It takes little time and memory for every value, also for nested, huge or cyclic ones.
+
+  Args:
+    value: any value.
+    length: maximum number of characters.
+  """
+  shortener = reprlib.Repr()
+  shortener.maxstring = shortener.maxother = shortener.maxlong = length
+  shortener.maxlevel, shortener.maxlist, shortener.maxtuple, shortener.maxdict = 3, 20, 20, 20
+  try:
+    text = shortener.repr(value[: length + 1] if isinstance(value, str | bytes) else value)
+  except ValueError:  # Python does not print an integer of more than 4300 digits
+    text = f'<a {type(value).__name__} that is too long to print>'
+  return text if len(text) <= length else f'{text[: length - 3]}...'
+
+
+def _printable(message: str) -> str:
+  if not message.isprintable():
+    message = ''.join(
+      c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in message
+    )
+  if len(message) > MAX_MESSAGE:
+    message = f'{message[: MAX_MESSAGE - 500]} [...] {message[-490:]}'
+  return message

@@ -2,6 +2,8 @@
 
 import os
 
+from cai_jax.runtime import interruption as interruption  # first, because imports take seconds
+
 # transformers otherwise advises to install torch, which nothing here needs.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 

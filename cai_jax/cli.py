@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,10 @@ from ml_collections import config_flags
 
 from cai_jax.pipeline import build, default_stages, run_stages
 from cai_jax.report import summary_table
-from cai_jax.runtime import processes
+from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
-from cai_jax.training.interruption import Preempted
+from cai_jax.runtime.interruption import Interrupted
 
 HELP = """\
 Constitutional AI's supervised phase: a model answers prompts, critiques and revises its answers
@@ -77,17 +76,17 @@ _STAGES = flags.DEFINE_list('stages', None, 'stages to run; the default is all t
 def short_errors() -> Iterator[None]:
   """End the program with a short message and an exit status for errors that the user can fix.
 
-  Every other exception keeps its traceback.
+  SIGTERM and SIGINT end it in order, with status 143 and 130. Every other exception keeps its
+  traceback.
   """
   try:
-    yield
+    with interruption.listen():
+      yield
   except UserError as error:
     sys.exit(f'error: {error}')
-  except Preempted as interruption:
-    print(f'SIGTERM: {interruption} Start the same command again to resume.', file=sys.stderr)
-    sys.exit(128 + signal.SIGTERM)
-  except KeyboardInterrupt:
-    sys.exit('Interrupted. Start the same command again to resume.')
+  except Interrupted as error:
+    print(error.describe(), file=sys.stderr)
+    sys.exit(error.status)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ from cai_jax import cli
 from cai_jax.pipeline import STAGES
 from cai_jax.pipeline.schema import default_config
 from cai_jax.runtime.errors import NonFiniteError, UserError
+from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
-from cai_jax.training.interruption import Preempted
 from tests.pipeline_setup import ROOT
 
 
@@ -112,7 +112,8 @@ def test_missing_and_unexpected_arguments_are_explained(arguments, message):
   [
     (UserError('wrong. Set it.'), 'error: wrong. Set it.'),
     (NonFiniteError('NaN.'), 'error: NaN.'),
-    (Preempted('saved.'), 128 + signal.SIGTERM),
+    (Interrupted(signal.SIGTERM, 'Saved.'), 143),
+    (Interrupted(signal.SIGINT, 'Saved.'), 130),
   ],
 )
 def test_user_errors_end_the_program_without_a_traceback(error, status):

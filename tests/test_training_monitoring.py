@@ -172,13 +172,13 @@ def test_known_devices_have_their_peak():
 RUN = """
 import sys, jax, numpy as np
 from cai_jax.model.transformer import init_params
-from cai_jax.training.interruption import Preempted
+from cai_jax.runtime.interruption import Interrupted
 from tests import test_training_monitoring as t
 params = init_params(t.MODEL, jax.random.key(0))
 config = t.dataclasses.replace(t.CONFIG, epochs=1, checkpoint_every=1000)
 try:
   trained, _ = t.fit(params, sys.argv[1], config, t.random_examples(6000))
-except Preempted as error:
+except Interrupted as error:
   sys.exit(f'preempted: {error}')
 np.savez(sys.argv[1] + '/end.npz', *jax.tree.leaves(trained))
 """

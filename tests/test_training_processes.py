@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from cai_jax.runtime import processes
 processes.initialize()
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.training.interruption import Preempted
+from cai_jax.runtime.interruption import Interrupted
 from cai_jax.training.loop import Monitoring, fit
 from tests.training_setup import CONFIG, MODEL, initial_params, random_examples
 workdir, count = sys.argv[1], int(sys.argv[2])
@@ -29,7 +29,7 @@ config = dataclasses.replace(
 try:
   trained, _ = fit(MODEL, jax.device_get(initial_params()), examples, config, make_mesh(2, 2, 2),
                    workdir, monitoring=Monitoring(examples[:20]))
-except Preempted as error:
+except Interrupted as error:
   print(f'preempted: {error}', flush=True)
   sys.exit(143)
 if jax.process_count() > 1:

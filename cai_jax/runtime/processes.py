@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.interruption import Interrupted
 
 T = TypeVar('T')
-_SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work ended
+_SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work ended; see `_outcome`
 
 
 def initialize() -> None:
@@ -26,6 +28,7 @@ def initialize() -> None:
   Raises:
     UserError: if the address is set, but the number of processes or the process id is not.
   """
+  jax.config.update('jax_enable_preemption_service', False)  # `interruption` handles SIGTERM
   address = os.environ.get('COORDINATOR_ADDRESS')
   if address is not None and address != 'auto':
     names = ('NUM_PROCESSES', 'PROCESS_ID')
@@ -41,6 +44,7 @@ def initialize() -> None:
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     num_processes, process_id = (int(os.environ[name]) for name in names)
     jax.distributed.initialize(address, num_processes, process_id)
+    interruption.join_processes()
   elif (
     address == 'auto'
     # Not SLURM_NTASKS: an allocation without srun sets it too, and runs a single process.
@@ -49,6 +53,7 @@ def initialize() -> None:
     or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   ):
     jax.distributed.initialize()
+    interruption.join_processes()
 
 
 def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
@@ -68,16 +73,20 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
     Exception: whatever `work` raises, with its traceback, in the process where it fails.
     UserError: in the other processes. It is a StoppedError unless every failed process raised a
       plain UserError, before it did any work.
+    Interrupted: in every process, if one of them has received a signal and does not defer it.
   """
-  error: Exception | None = None
+  error: Exception | Interrupted | None = None
   try:
-    result = work()
-  except Exception as caught:
+    with interruption.local_work():
+      result = work()
+  except (Exception, Interrupted) as caught:
     error = caught
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not isinstance(error, Interrupted):
       _print_error(name, error)
   if jax.process_count() > 1:
     outcomes = multihost_utils.process_allgather(np.array(_outcome(error)))
+    if outcomes.max() > _FAILED:
+      raise Interrupted(int(outcomes.max()) - _FAILED)
     if error is None and outcomes.any():
       failed = ', '.join(map(str, np.flatnonzero(outcomes)))
       kind = StoppedError if (outcomes == _FAILED).any() else UserError
@@ -95,7 +104,10 @@ def _print_error(name: str, error: Exception) -> None:
   print(text, end='', file=sys.stderr, flush=True)
 
 
-def _outcome(error: Exception | None) -> int:
+def _outcome(error: BaseException | None) -> int:
+  """Return how work ended, as a number: `_FAILED` plus the signal's if one interrupted it."""
+  if isinstance(error, Interrupted) or (error is None and interruption.pending()):
+    return _FAILED + (error.number if isinstance(error, Interrupted) else interruption.pending())
   if error is None:
     return _SUCCESS
   refused = isinstance(error, UserError) and not isinstance(error, StoppedError)
@@ -119,6 +131,9 @@ def run_on_process_0(name: str, work: Callable[[], T]) -> T | None:
 
 
 def barrier(name: str) -> None:
-  """Wait until all processes have reached the barrier of this name."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  """Wait until all processes have reached the barrier of this name.
+
+  Raises:
+    Interrupted: in every process, if one of them has received a signal and does not defer it.
+  """
+  run_on_all_processes(name, lambda: None)

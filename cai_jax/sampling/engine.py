@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from cai_jax.model.lm import LM
+from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.journal import Journal, digest
@@ -166,6 +167,7 @@ class Engine:
       yield from advance([])
       host_seconds = 0.0
       while active:
+        interruption.check()
         for model in self._local.values():
           model.prefill()
         for model in self._local.values():

@@ -14,8 +14,10 @@ from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.config import ModelConfig
+from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
+from cai_jax.runtime.interruption import Deferral, Interrupted
 from cai_jax.runtime.mesh import batch_sharding, check_batch
 from cai_jax.training.checkpoints import (
   Restored,
@@ -25,7 +27,6 @@ from cai_jax.training.checkpoints import (
 )
 from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from cai_jax.training.held_out import HeldOut
-from cai_jax.training.interruption import Preempted, SigtermListener
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.state import abstract_state, init_state
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
@@ -91,7 +92,7 @@ def fit(
       the attention kernel cannot run on these devices, or the workdir is not writable or belongs to
       another run.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
-    Preempted: after SIGTERM, once a checkpoint is saved.
+    Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   _check_buckets(buckets, config, mesh)
@@ -133,7 +134,8 @@ def fit(
         wandb=config.wandb,
         settings=dataclasses.asdict(config),
       ) as log,
-      SigtermListener() as sigterm,
+      interruption.listen(),
+      Deferral() as deferral,
       StepTrace(workdir / 'profile', first_step + 2, monitoring.profile_steps) as trace,
     ):
       step = first_step
@@ -141,6 +143,7 @@ def fit(
         trace.before_step(step, state)
         state, metrics = train_step(state, next(iterator))
         step += 1
+        deferral.begin()  # only now, because the first step compiles for a long time
         log.log_step(step, metrics)
         is_last = step == len(steps)
         if is_last or _is_due(step, config.eval_every):
@@ -151,7 +154,7 @@ def fit(
             if monitoring.probe is not None:
               log.log_probes(step, monitoring.probe(divided.full_params(state)))
         is_last |= held_out.should_stop
-        must_stop = sigterm.must_stop(step)
+        must_stop = deferral.must_stop(step)
         if must_stop or is_last or _is_due(step, config.checkpoint_every):
           log.write_pending()  # raises if a number is not finite, so no such state is saved
           with log.pause_timer():
@@ -159,7 +162,8 @@ def fit(
               checkpointer, step, state.without_frozen, iterator, metadata, held_out.losses
             )
         if must_stop and not is_last:
-          raise Preempted(f'Stopped after step {step} of {len(steps)}, which is saved.')
+          detail = f'Stopped after step {step} of {len(steps)}, which is saved.'
+          raise Interrupted(must_stop, detail)
       log.write_last_row()
       costs = log.summarize()  # here, so that its seconds do not include the wait for the last save
   summary = {

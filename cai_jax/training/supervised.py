@@ -43,7 +43,7 @@ def fine_tune(
     UserError: if `config.max_length` exceeds the model's context; see also `build_examples`,
       `hold_out` and `fit`.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
-    Preempted: after SIGTERM, once a checkpoint is saved.
+    Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   if config.max_length > lm.config.max_positions:
     raise UserError(

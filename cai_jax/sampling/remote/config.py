@@ -41,7 +41,9 @@ class RemoteConfig:
     4096, 'Maximum number of tokens of a context and its reply that the server accepts.'
   )
   prompt: str = setting('tokens', "Send contexts as 'tokens' or as 'text'.")
-  timeout_seconds: float = setting(300.0, 'Seconds before a request times out.')
+  timeout_seconds: float = setting(
+    300.0, 'Seconds before a request times out, from connecting to the last byte of the answer.'
+  )
   retries: int = setting(8, 'Maximum number of retries of a request.')
   backoff_seconds: float = setting(
     1.0, 'Seconds before the first retry. The wait doubles with every further retry.'
@@ -50,14 +52,26 @@ class RemoteConfig:
   api_key_env: str = setting(
     '', "Name of the environment variable that contains the API key. '' sends no key."
   )
+  seed: str = setting(
+    'turn',
+    "'turn' sends a seed with each request, which depends on the run's seed and the turn. 'server' "
+    "sends none, for servers that refuse seeds: another run then gets other texts. With 'turn', a "
+    "server that refuses seeds at the start of a run is treated as with 'server'.",
+    added=True,
+  )
+  give_up_seconds: float = setting(
+    3600.0,
+    'Seconds after which a request is not retried any more, however many retries are left.',
+    added=True,
+  )
 
   def __post_init__(self):
-    url = urllib.parse.urlsplit(self.url)
     checks = (
       (
         'url',
-        url.scheme in ('http', 'https') and bool(url.hostname) and '@' not in url.netloc,
-        "the base URL of an API, such as 'http://localhost:8000/v1', without user or password",
+        _is_base_url(self.url),
+        "the base URL of an API, such as 'http://localhost:8000/v1', without user or password and "
+        "without '?' or '#'",
       ),
       ('model', bool(self.model), 'the name that the model is served under'),
       ('tokenizer', bool(self.tokenizer), "a folder or hub name with the model's tokenizer"),
@@ -70,14 +84,17 @@ class RemoteConfig:
       ('max_concurrent', self.max_concurrent >= 1, 'at least 1'),
       (
         'api_key_env',
-        not self.api_key_env or re.fullmatch(r'[A-Za-z_]\w*', self.api_key_env) is not None,
-        'the name of an environment variable, never the key itself',
+        not self.api_key_env or re.fullmatch(r'[A-Z_][A-Z0-9_]{0,63}', self.api_key_env),
+        'the name of an environment variable in capital letters, such as VLLM_API_KEY, never the '
+        'key itself',
       ),
+      ('seed', self.seed in ('turn', 'server'), "'turn' or 'server'"),
+      ('give_up_seconds', 0 < self.give_up_seconds < math.inf, 'positive and finite'),
     )
     for name, valid, allowed in checks:
       if not valid:
         # The value may be a secret that was put in the wrong place.
-        secret = name == 'api_key_env' or (name == 'url' and '@' in self.url)
+        secret = name == 'api_key_env' or (name == 'url' and re.search('[@?#]', self.url))
         shown = '(not shown)' if secret else repr(getattr(self, name))
         raise UserError(f'remote: {name}={shown} must be {allowed}.')
     if self.prompt == 'tokens' and not SERVERS[self.server].accepts_tokens:
@@ -85,7 +102,8 @@ class RemoteConfig:
 
   def identity(self) -> dict[str, str]:
     """Return the fields that determine what the model replies, by name."""
-    return {name: getattr(self, name) for name in IDENTITY_FIELDS}
+    names = (*IDENTITY_FIELDS, *(() if self.seed == 'turn' else ('seed',)))
+    return {name: getattr(self, name) for name in names}
 
   def check_sampling(self, sampling: SamplingConfig) -> None:
     """Check that the server supports sampling settings.
@@ -111,3 +129,18 @@ class RemoteConfig:
         f'remote: server={self.server!r} does not support {", ".join(unsupported)}. Remove it, or '
         f'serve the model with {" or ".join(capable)}.'
       )
+
+
+def _is_base_url(url: str) -> bool:
+  """Return whether paths can be appended to a URL, and whether it has no place for a secret."""
+  try:
+    parts = urllib.parse.urlsplit(url)
+    _ = parts.port  # raises ValueError if it is not a port
+  except ValueError:
+    return False
+  return (
+    re.fullmatch(r'[\x21-\x7e]+', url) is not None  # HTTP has no way to send other characters
+    and re.search('[@?#]', url) is None
+    and parts.scheme in ('http', 'https')
+    and bool(parts.hostname)
+  )

@@ -1,9 +1,8 @@
-"""HTTP requests to one server: authentication, retries, backoff and worker threads."""
+"""Requests to one server: authentication, retries, backoff and worker threads."""
 
 import email.utils
 import hashlib
 import json
-import os
 import queue
 import re
 import threading
@@ -12,26 +11,30 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import urllib3
-
 from cai_jax.runtime.errors import UnreachableError, UserError
+from cai_jax.sampling.remote import refusals
+from cai_jax.sampling.remote.answers import ContradictionError, ProtocolError
+from cai_jax.sampling.remote.api_key import hide, read_key
 from cai_jax.sampling.remote.config import RemoteConfig
-from cai_jax.sampling.remote.protocol import ProtocolError
+from cai_jax.sampling.remote.refusals import RefusedError, ServerError
+from cai_jax.sampling.remote.transport import NETWORK_ERRORS, AnswerError, Response, Transport
 
 T = TypeVar('T')
 
 MAX_BACKOFF = 60.0  # seconds; only a server's Retry-After header can ask for a longer wait
-RETRIED_STATUSES = (408, 425, 429)  # besides 500..599
+MAX_RETRY_AFTER = 600.0  # seconds; a server that asks for a longer wait ends the run
 CHECK_TIMEOUT = 30.0  # seconds
+MAX_LIST_BYTES = 16 << 20  # bytes of the answer to GET /models
 MAX_QUOTE = 300  # characters of an answer that an error message quotes
-NETWORK_ERRORS = (urllib3.exceptions.HTTPError, OSError)
+SECRET_LENGTH = 16  # a key with at least this many characters is not a word of a reply by chance
 
 
 class Connection:
   """A pool of worker threads that send requests to one server.
 
-  A request is retried after a timeout, a lost connection, status 408, 425, 429 or 5xx, and an
-  answer that does not follow the API. Any other status raises a UserError at once.
+  What may pass is retried: a timeout, a lost connection, status 408, 425, 429 or 5xx, and an answer
+  that does not follow the API. What lasts raises a UserError at once: any other status, a used-up
+  quota, and an answer that contradicts its request.
 
   Args:
     config: address, API key, timeout and retries.
@@ -40,21 +43,23 @@ class Connection:
     label: name of the model and the server, for error messages.
 
   Raises:
-    UserError: if the environment variable for the API key is not set.
+    UserError: if the environment variable for the API key is not set, or holds no key.
   """
 
   def __init__(self, config: RemoteConfig):
+    self._key = read_key(config)  # checks that the URL, which messages show, has no key
     self.label = f'remote {config.model!r} at {config.url.rstrip("/")}'
     self._config = config
-    self._url = config.url.rstrip('/')
-    self._key = _api_key(config)
-    self._http = urllib3.PoolManager(maxsize=config.max_concurrent, retries=False, block=False)
+    self._transport = Transport(config.url, self._key)
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._threads: list[threading.Thread] = []
     self._closed = threading.Event()
 
-  def check(self) -> None:
+  def check(self) -> int | None:
     """Check that the server answers, serves the model and accepts contexts that are long enough.
+
+    Returns:
+      The number of tokens that the server accepts, if it says so.
 
     Raises:
       UserError: if one of these does not hold.
@@ -63,15 +68,15 @@ class Connection:
       'Check that it is running and that url is the base of its API, such as '
       'http://localhost:8000/v1.'
     )
+    timeout = min(self._config.timeout_seconds, CHECK_TIMEOUT)
     try:
-      timeout = min(self._config.timeout_seconds, CHECK_TIMEOUT)
-      status, _, data = self._send('GET', '/models', None, timeout)
-    except NETWORK_ERRORS as error:
+      status, _, data = self._transport.send('GET', '/models', None, timeout, MAX_LIST_BYTES)
+    except (*NETWORK_ERRORS, AnswerError) as error:
       raise UserError(f'{self.label} is unreachable ({self._quote(error)}). {advice}') from None
     if status != 200:
+      advice = refusals.advice(status, self._quote(data), bool(self._key)) or advice
       raise UserError(
-        f'{self.label} answers GET /models with status {status} ({self._quote(data)}). {advice} '
-        'If it needs an API key, set api_key_env.'
+        f'{self.label} answers GET /models with status {status} ({self._quote(data)}). {advice}'
       )
     try:
       served = {entry['id']: entry.get('max_model_len') for entry in json.loads(data)['data']}
@@ -82,17 +87,18 @@ class Connection:
       ) from None
     model, max_positions = self._config.model, self._config.max_positions
     if model not in served:
+      names = self._quote(', '.join(sorted(map(str, served))))
       raise UserError(
-        f'{self.label} does not serve {model!r}. Set model to one that it serves: '
-        f'{", ".join(sorted(map(str, served)))}.'
+        f'{self.label} does not serve {model!r}. Set model to one that it serves: {names}.'
       )
-    limit = served[model]
-    if isinstance(limit, int) and limit < max_positions:
+    limit = served[model] if type(served[model]) is int else None
+    if limit is not None and limit < max_positions:
       raise UserError(
         f'{self.label} accepts contexts of {limit} tokens, fewer than '
         f'max_positions={max_positions}. Lower max_positions, or serve the model with a longer '
         'context.'
       )
+    return limit
 
   def submit(self, work: Callable[[], T]) -> 'Future[T]':
     """Run a function in a worker thread, and return a future of its result.
@@ -114,59 +120,98 @@ class Connection:
     return future
 
   def close(self) -> None:
-    """Cancel requests that have not been sent, and stop retrying those in flight."""
+    """Cancel requests that have not been sent, and end those in flight."""
     self._closed.set()
     for _ in self._threads:
       self._queue.put(None)
-    self._http.clear()
+    self._transport.close()
 
   def post(
-    self, path: str, body: dict[str, Any], read: Callable[[bytes], T], name: str, seed: bytes
+    self,
+    path: str,
+    body: dict[str, Any],
+    read: Callable[[bytes], T],
+    name: str,
+    seed: bytes,
+    max_bytes: int,
   ) -> T:
     """Send a POST request, retry it if necessary, and return the parsed answer.
 
     Args:
       path: path below the base URL.
       body: JSON body of the request.
-      read: parses the answer; raises ProtocolError if it does not follow the API.
+      read: parses the answer; raises ProtocolError if it does not follow the API, and
+        ContradictionError if it contradicts the request.
       name: purpose of the request, for error messages.
       seed: seed of the jitter in the waits between retries.
+      max_bytes: largest size of the answer.
 
     Raises:
-      UserError: if the server refuses the request.
+      RefusedError: if the server refuses the request.
+      UserError: if the answer contradicts the request.
       UnreachableError: if all attempts fail, or the connection is closed before one succeeds.
     """
-    attempts = self._config.retries + 1
-    failure, retry_after = '', 0.0
-    for attempt in range(attempts):
+    begin, attempts, wait = time.monotonic(), self._config.retries + 1, 0.0
+    failure, attempt = '', 0
+    while attempt < attempts:
       if attempt:
-        wait = backoff_seconds(self._config.backoff_seconds, attempt, seed)
-        if self._closed.wait(max(wait, retry_after)):
+        wait = max(wait, backoff_seconds(self._config.backoff_seconds, attempt, seed))
+        if time.monotonic() - begin + wait > self._config.give_up_seconds:
           break
-      retry_after = 0.0
+        if self._closed.wait(wait):
+          break
+      attempt, wait = attempt + 1, 0.0
       try:
-        status, headers, data = self._send('POST', path, body, self._config.timeout_seconds)
-      except NETWORK_ERRORS as error:
+        response = self._transport.send('POST', path, body, self._config.timeout_seconds, max_bytes)
+        return read(self._accept(response, name))
+      except (*NETWORK_ERRORS, AnswerError) as error:
         failure = self._quote(error)
-        continue
-      if status in RETRIED_STATUSES or status >= 500:
-        failure = f'status {status}: {self._quote(data)}'
-        retry_after = parse_retry_after(headers.get('Retry-After'))
-        continue
-      if status != 200:
-        raise UserError(f'{self.label} refuses {name} with status {status}: {self._quote(data)}')
-      try:
-        return read(data)
+      except ServerError as error:
+        failure, wait = str(error), error.retry_after
+        if wait > MAX_RETRY_AFTER:
+          failure += f', and asks to wait {wait:.0f} s (Retry-After)'
+          break
       except ProtocolError as error:
-        failure = f'an answer that does not follow the API ({error}): {self._quote(data)}'
+        data = self._quote(response.data)
+        failure = f'an answer that does not follow the API ({self._quote(error)}): {data}'
+      except ContradictionError as error:
+        raise UserError(f'{self.label} contradicts {name}. {self._clean(str(error))}') from None
     if self._closed.is_set():
       raise UnreachableError(f'{self.label} was closed before {name} was answered.')
     raise UnreachableError(
-      f'{self.label} did not answer {name} in {attempts} attempts; the last one failed with '
+      f'{self.label} did not answer {name} in {attempt} attempts; the last one failed with '
       f'{failure}. Finished turns are in the journal: fix the server and start the run again to '
       'continue. If the server is only slow, increase timeout_seconds or retries, or lower '
       'max_concurrent.'
     )
+
+  def _accept(self, response: Response, name: str) -> bytes:
+    """Return the body of a response if it is an answer.
+
+    Raises:
+      ServerError: if the failure may pass.
+      RefusedError: if it lasts.
+      UserError: if the answer contains the API key.
+    """
+    status, data = response.status, response.data
+    if status == 200:
+      status = refusals.hidden_status(data)
+    if status == 200:
+      if len(self._key) >= SECRET_LENGTH and self._key.encode() in data:
+        raise UserError(
+          f'{self.label} answers {name} with the API key in its answer, which is therefore not '
+          'stored. Check the server.'
+        )
+      return data
+    message, code = self._quote(data), refusals.error_code(data)
+    if refusals.may_pass(status, code):
+      header = response.headers.get('Retry-After')
+      raise ServerError(f'status {status}: {message}', parse_retry_after(header))
+    target = refusals.redirect_target(response.headers.get('Location'))
+    where = f' to {self._clean(target)}' if 300 <= status < 400 and target else ''
+    advice = refusals.advice(status, message, bool(self._key), code)
+    text = f'{self.label} refuses {name} with status {status}{where}: {message}'
+    raise RefusedError(f'{text.rstrip(".")}. {advice}'.strip(), status, code)
 
   def _run_worker(self) -> None:
     while (item := self._queue.get()) is not None:
@@ -183,30 +228,21 @@ class Connection:
       except BaseException as error:  # raised again by future.result()
         future.set_exception(error)
 
-  def _send(
-    self, method: str, path: str, body: dict[str, Any] | None, timeout: float
-  ) -> tuple[int, Any, bytes]:
-    """Send one request and return the status, headers and body of the response."""
-    headers = {'Authorization': f'Bearer {self._key}'} if self._key else {}
-    response = self._http.request(
-      method,
-      self._url + path,
-      json=body,
-      headers=headers | ({'Content-Type': 'application/json'} if body else {}),
-      timeout=urllib3.Timeout(total=timeout),
-    )
-    return response.status, response.headers, response.data
-
-  def _quote(self, source: bytes | Exception) -> str:
-    """Return an answer's or an exception's message, short, on one line and without the API key."""
-    if isinstance(source, Exception):
+  def _quote(self, source: bytes | str | Exception) -> str:
+    """Return a message of the server or of an exception, short and as `_clean` returns it."""
+    if isinstance(source, bytes):
+      text = refusals.server_message(source)
+    elif isinstance(source, NETWORK_ERRORS):
       text = f'{type(source).__name__}: {source}'
     else:
-      text = _server_message(source)
-    if self._key:
-      text = text.replace(self._key, '(key)')
-    text = ' '.join(text.split())
+      text = str(source)
+    text = self._clean(text[: 10 * MAX_QUOTE])
     return text if len(text) <= MAX_QUOTE else f'{text[:MAX_QUOTE]} ...'
+
+  def _clean(self, text: str) -> str:
+    """Return a text on one line, without the API key and without terminal escapes."""
+    text = ' '.join(hide(text, self._key).split())
+    return ''.join(c if c.isprintable() else '\ufffd' for c in text)
 
 
 def backoff_seconds(base: float, attempt: int, seed: bytes) -> float:
@@ -227,39 +263,18 @@ def backoff_seconds(base: float, attempt: int, seed: bytes) -> float:
 
 
 def parse_retry_after(value: str | None) -> float:
-  """Return the seconds that a Retry-After header asks for; 0 if it is absent or malformed.
+  """Return the seconds that a Retry-After header asks for.
+
+  It is 0 if the header is absent or malformed, or asks for a time in the past. The next wait is
+  then that of the backoff.
 
   The header is a number of seconds or a date (RFC 9110, section 10.2.3).
   """
   if value is None:
     return 0.0
-  if re.fullmatch(r'\d+(\.\d+)?', value.strip()):
+  if re.fullmatch(r'[0-9]+(\.[0-9]+)?', value.strip()):
     return float(value)
   try:
     return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-  except (ValueError, TypeError):
+  except (ValueError, TypeError, OverflowError, OSError):
     return 0.0
-
-
-def _server_message(data: bytes) -> str:
-  """Return the error message in the body of a response, or the whole body if it has none."""
-  text = data.decode('utf-8', 'replace')
-  try:
-    content = json.loads(text)
-  except (ValueError, RecursionError):
-    return text or '(an empty body)'
-  error = content.get('error', content) if isinstance(content, dict) else content
-  message = error.get('message') if isinstance(error, dict) else error
-  return message if isinstance(message, str) and message else text or '(an empty body)'
-
-
-def _api_key(config: RemoteConfig) -> str:
-  if not config.api_key_env:
-    return ''
-  key = os.environ.get(config.api_key_env, '')
-  if not key:
-    raise UserError(
-      f'remote: api_key_env names the environment variable {config.api_key_env}, which is not set. '
-      'Export it with the API key.'
-    )
-  return key

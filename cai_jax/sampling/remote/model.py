@@ -1,6 +1,7 @@
 """A served model that the engine uses like a model in memory."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,11 +13,20 @@ import numpy as np
 
 from cai_jax.model.folder import load_vocabulary
 from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.remote.answers import Request, check_answer, check_length, read_answer
 from cai_jax.sampling.remote.config import RemoteConfig
 from cai_jax.sampling.remote.connection import Connection
-from cai_jax.sampling.remote.protocol import SERVERS, read_answer, request_body, request_seed
-from cai_jax.sampling.remote.tokens import ids_match_text, prompt_text, reconstruct
+from cai_jax.sampling.remote.protocol import SERVERS, request_body, request_seed
+from cai_jax.sampling.remote.refusals import RefusedError
+from cai_jax.sampling.remote.tokens import prompt_text, reconstruct
 from cai_jax.sampling.types import Completion, Turn
+
+PROBE_KEY = np.array([0, 0], np.uint32)  # the random key of test requests
+PROBE_TOKENS = 16  # maximum length of the reply to a test request
+MAX_PROBE = 8192  # maximum number of tokens of a test request's context
+# An answer may be as large as this number of bytes, and that number for each token of the context
+# and the reply. Servers may list the tokens of both, with alternatives and their bytes.
+ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 4096
 
 
 class Remote:
@@ -56,17 +66,56 @@ class Remote:
     self.vocab_size = vocabulary.size
     self.max_positions = config.max_positions
     identity = [config.model, config.revision, config.server, config.prompt, vocabulary.fingerprint]
+    if config.seed == 'server':
+      identity.append('seed=server')
     self.fingerprint = hashlib.sha256(json.dumps(['remote', *identity]).encode()).hexdigest()
     self._server = SERVERS[config.server]
     self._connection = Connection(config)
 
-  def check(self) -> None:
-    """Check that the server answers, serves the model and accepts contexts that are long enough.
+  def check(
+    self, turns: Sequence[Turn] = (), stops: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
+  ) -> RemoteConfig:
+    """Check that the server serves the model and answers requests like those of a run.
+
+    One short request is sent for each turn, with everything that requests of the run have, and its
+    answer is held against it. If the server refuses seeds, it is sent again without.
+
+    Args:
+      turns: turns as in the run. If the server does not say how long contexts may be, the first is
+        extended to `max_positions`, but not beyond MAX_PROBE tokens.
+      stops: the token ids and texts that end a reply.
+
+    Returns:
+      The config under which the server answers: this model's, or the same with seed='server'.
 
     Raises:
       UserError: if one of these does not hold.
     """
-    self._connection.check()
+    limit = self._connection.check()
+    config = self.config
+    for number, turn in enumerate(turns):
+      sampling = dataclasses.replace(
+        turn.sampling, max_tokens=min(turn.sampling.max_tokens, PROBE_TOKENS)
+      )
+      context = turn.context
+      if limit is None and not number:
+        length = min(config.max_positions, MAX_PROBE) - sampling.max_tokens
+        repeats = -(-length // len(context))
+        context = (context * repeats)[: max(length, len(context))]
+      probe = dataclasses.replace(turn, context=context, sampling=sampling)
+      own = sampling.stop_token_ids, sampling.stop
+      ends = [tuple(dict.fromkeys((*all_, *more))) for all_, more in zip(stops, own, strict=True)]
+      try:
+        self._ask(probe, PROBE_KEY, *ends, 'a test request', config.seed == 'turn')
+      except RefusedError as error:
+        if config.seed == 'server' or not error.is_invalid:
+          raise
+        try:
+          self._ask(probe, PROBE_KEY, *ends, 'a test request without a seed', False)
+        except RefusedError:
+          raise error from None
+        config = dataclasses.replace(config, seed='server')
+    return config
 
   def submit(
     self,
@@ -111,31 +160,74 @@ class Remote:
   ) -> Completion:
     """Ask the server for a turn's completion and wait for it."""
     name = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
-    with self._tokenizer_lock:
-      prompt = turn.context if self.config.prompt == 'tokens' else self._text(turn.context, name)
+    seeded = self.config.seed == 'turn'
+    return self._ask(turn, key, stop_token_ids, stop_texts, name, seeded)
+
+  def _ask(
+    self,
+    turn: Turn,
+    key: np.ndarray,
+    stop_token_ids: tuple[int, ...],
+    stop_texts: tuple[str, ...],
+    name: str,
+    seeded: bool,
+  ) -> Completion:
+    """Ask the server for a turn's completion and wait for it.
+
+    Args:
+      turn: the turn.
+      key: u32[2], the turn's random key.
+      stop_token_ids: all tokens that end the reply.
+      stop_texts: all texts that end the reply.
+      name: purpose of the request, for error messages.
+      seeded: whether to send a seed.
+    """
+    prompt, context = self._prompt(turn.context, name)
     body = request_body(
       self._server,
       self.config.model,
       prompt,
       turn.sampling,
-      request_seed(key),
+      request_seed(key) if seeded else None,
       stop_token_ids,
       stop_texts,
     )
-    answer = self._connection.post('/completions', body, read_answer, name, key.tobytes())
-    with self._tokenizer_lock:
-      if answer.tokens is not None and not ids_match_text(
-        self._tokenizer, answer.tokens, answer.text, self.vocab_size
-      ):
-        raise UserError(
-          f'{self._connection.label} answers {name} with text {answer.text[:80]!r} and tokens '
-          f'{answer.tokens[:12]}, but the tokenizer {self.config.tokenizer!r} decodes these tokens '
-          'to another text. Set tokenizer to that of the served model.'
+    request = Request(
+      context,
+      turn.sampling.max_tokens,
+      stop_token_ids,
+      body.get('stop', ()),
+      self.vocab_size,
+      self.config.tokenizer,
+    )
+    scaled = self._server.scaled_logprobs and turn.sampling.temperature != 1
+
+    def read(data: bytes) -> Completion:
+      answer = read_answer(data)
+      with self._tokenizer_lock:
+        check_answer(answer, request, self._tokenizer)
+        completion = reconstruct(
+          answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
         )
-      scaled = self._server.scaled_logprobs and turn.sampling.temperature != 1
-      return reconstruct(
-        answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
-      )
+      if answer.tokens is None:
+        check_length(len(completion.tokens), request)
+      return completion
+
+    max_bytes = ANSWER_BYTES + TOKEN_BYTES * (len(context) + turn.sampling.max_tokens)
+    try:
+      return self._connection.post('/completions', body, read, name, key.tobytes(), max_bytes)
+    except RefusedError as error:
+      if not error.is_filter:
+        raise
+      return Completion([], '', [], 'content_filter')
+
+  def _prompt(self, context: list[int], name: str) -> tuple[list[int] | str, list[int]]:
+    """Return a context as requests contain it, and the token ids that the server reads in it."""
+    if self.config.prompt == 'tokens':
+      return context, context
+    with self._tokenizer_lock:
+      text = self._text(context, name)
+      return text, self._tokenizer.encode(text)
 
   def _text(self, context: list[int], name: str) -> str:
     """Return the context as text.

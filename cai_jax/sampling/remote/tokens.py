@@ -13,11 +13,10 @@
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from cai_jax.sampling.remote.protocol import Answer
+from cai_jax.sampling.remote.answers import Answer
 from cai_jax.sampling.text import decode, find_stop_text, round_logprobs
 from cai_jax.sampling.types import Completion
 
@@ -32,15 +31,18 @@ def reconstruct(
   """Return the completion that an answer describes.
 
   Args:
-    answer: the parsed answer. If it has token ids, `ids_match_text` must hold.
+    answer: the answer, which `check_answer` accepts.
     tokenizer: the served model's tokenizer.
     stop_token_ids: all tokens that end the reply.
     stop_texts: all texts that end the reply.
     keep_logprobs: whether the log-probabilities of the answer are those before temperature and
       filters.
   """
+  if answer.end == 'content_filter':
+    return Completion([], '', [], 'content_filter')
   if answer.tokens is not None:
-    tokens, logprobs = _sampled_tokens(answer.tokens, answer.logprobs)
+    tokens = answer.tokens
+    logprobs = list(answer.logprobs) or [math.nan] * len(tokens)
   else:
     tokens, logprobs = _encoded_tokens(answer, tokenizer, stop_token_ids)
   if not keep_logprobs:
@@ -69,26 +71,6 @@ def reconstruct(
   return Completion(tokens, text, round_logprobs(logprobs), reason)
 
 
-def ids_match_text(tokenizer: Any, tokens: Sequence[int], text: str, vocab_size: int) -> bool:
-  """Return whether token ids decode to the text that the server returned with them.
-
-  If they do not, `tokenizer` is not that of the served model. White space and replacement
-  characters are ignored, because servers write them differently.
-
-  Args:
-    tokenizer: the tokenizer that the config names.
-    tokens: token ids of the reply.
-    text: text of the reply.
-    vocab_size: number of token ids of the tokenizer.
-  """
-  if not all(0 <= token < vocab_size for token in tokens):
-    return False
-  decoded, returned = (
-    re.sub('[\\s\ufffd]', '', part) for part in (decode(tokenizer, tokens), text)
-  )
-  return decoded.startswith(returned)
-
-
 def prompt_text(tokenizer: Any, context: Sequence[int]) -> str | None:
   """Return a text that a server encodes with the same control tokens as `context`.
 
@@ -111,13 +93,6 @@ def prompt_text(tokenizer: Any, context: Sequence[int]) -> str | None:
   return None
 
 
-def _sampled_tokens(tokens: list[int], logprobs: list[float]) -> tuple[list[int], list[float]]:
-  """Return the answer's token ids and log-probabilities; the latter are NaN if some are missing."""
-  if len(logprobs) != len(tokens):
-    return tokens, [math.nan] * len(tokens)
-  return tokens, logprobs
-
-
 def _encoded_tokens(
   answer: Answer, tokenizer: Any, stop_token_ids: Sequence[int]
 ) -> tuple[list[int], list[float]]:
@@ -128,10 +103,10 @@ def _encoded_tokens(
   """
   tokens = tokenizer.encode(answer.text, add_special_tokens=False, split_special_tokens=True)
   count = len(tokens)
-  if answer.pieces[:count] != [decode(tokenizer, [token]) for token in tokens]:
+  if list(answer.pieces[:count]) != [decode(tokenizer, [token]) for token in tokens]:
     return tokens, [math.nan] * count
   next_piece = answer.pieces[count] if len(answer.pieces) > count else None
   for token in stop_token_ids:
     if next_piece == tokenizer.convert_ids_to_tokens(token):
-      return [*tokens, token], answer.logprobs[: count + 1]
-  return tokens, answer.logprobs[:count]
+      return [*tokens, token], list(answer.logprobs[: count + 1])
+  return tokens, list(answer.logprobs[:count])

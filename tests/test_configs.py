@@ -35,6 +35,7 @@ from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()
+REMOTES = ('base', 'critique', 'revision')
 OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob('*.py'))
 
 
@@ -152,6 +153,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   before = json.loads(path.read_text())
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
+  added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
   assert set(fields) - set(before) == added
 
 

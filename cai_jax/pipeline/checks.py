@@ -1,6 +1,5 @@
-"""Checks of models, devices, servers and disk before the first stage of a run starts."""
+"""Checks of models, devices and disk before the first stage of a run starts."""
 
-import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +19,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
-from cai_jax.sampling.remote import Remote
 from cai_jax.tiny.files import model_path
 
 
@@ -50,20 +48,6 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
     _check_helpful_prompts(run)
   trained = infos[start].config.num_params if start else 0
   check_workdir(run.workdir, needed_bytes=_estimate_bytes(run, trained))
-
-
-def check_reachable(run: Run) -> None:
-  """Check that each server answers and serves its model.
-
-  Raises:
-    UserError: if a server does not; the message names its section of the config.
-  """
-  for role, remote in run.remotes.items():
-    try:
-      with contextlib.closing(Remote(remote)) as served:
-        served.check()
-    except UserError as error:
-      raise UserError(f'remote.{role}: {str(error).removeprefix("remote: ")}') from error
 
 
 def _check_prompts(run: Run, stages: Sequence[str]) -> None:

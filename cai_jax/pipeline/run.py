@@ -54,6 +54,11 @@ class Run:
     return {role: remote for role, remote in remotes.items() if remote is not None}
 
   @property
+  def server_draws(self) -> list[str]:
+    """The roles whose servers draw without a seed of the run; another run gets other texts."""
+    return [role for role, remote in self.remotes.items() if remote.seed == 'server']
+
+  @property
   def d_cai(self) -> pathlib.Path:
     """Folder of the D_CAI to train on."""
     return pathlib.Path(self.config.data.d_cai or self.workdir / 'd_cai')

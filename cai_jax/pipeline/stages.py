@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from cai_jax.pipeline.checks import check_reachable, check_run
+from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
+from cai_jax.pipeline.server_checks import check_servers
 from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
@@ -68,8 +69,10 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   is_first = jax.process_index() == 0
   manifest = Manifest(run.workdir, writes=is_first)
   _check_manifest(run, stages, manifest)
-  if any(name in ('generate', 'evaluate') and not manifest.done(name) for name in stages):
-    processes.run_on_all_processes('reach the servers', lambda: check_reachable(run))
+  served = run
+  asking = [n for n in stages if n in ('generate', 'evaluate') and not manifest.done(n)]
+  if run.remotes and asking:
+    served = check_servers(run, asking, log if is_first else lambda line: None)
   processes.barrier('manifest read')
   if is_first:
     write_json(run.workdir / 'config.json', run.values)
@@ -79,7 +82,9 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
       continue
     log(f'{name} ...')
     with manifest.stage(name, run.settings(name)) as entry:
-      entry |= STAGES[name](run, manifest.content)
+      entry |= STAGES[name](served, manifest.content)
+      if name in asking and (roles := served.server_draws):
+        entry['server_draws'] = roles
     log(f'{name}: {entry["seconds"]:.0f} s')
     processes.barrier(name)
 

@@ -74,7 +74,8 @@ class Connection:
     except (*NETWORK_ERRORS, AnswerError) as error:
       raise UserError(f'{self.label} is unreachable ({self._quote(error)}). {advice}') from None
     if status != 200:
-      advice = refusals.advice(status, self._quote(data), bool(self._key)) or advice
+      if status != 404:
+        advice = refusals.advice(status, self._quote(data), bool(self._key)) or advice
       raise UserError(
         f'{self.label} answers GET /models with status {status} ({self._quote(data)}). {advice}'
       )

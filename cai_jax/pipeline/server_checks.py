@@ -1,0 +1,129 @@
+"""Checks of served models before the first stage of a run starts."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cai_jax.dialogue import Dialogue, control_tokens
+from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError, show
+from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.types import SamplingConfig, Turn
+
+PROBE = ({'role': 'user', 'content': 'Name three things in a kitchen.'},)
+
+
+def check_servers(run: Run, stages: Sequence[str], log: Callable[[str], None] = print) -> Run:
+  """Check that each server serves its model and answers requests like those of the run.
+
+  All processes call this function together.
+
+  Args:
+    run: the run.
+    stages: names of the stages that use the servers.
+    log: called with a line of text if a server refuses seeds.
+
+  Returns:
+    The run, with seed='server' for each server that refuses seeds.
+
+  Raises:
+    UserError: if a check fails; the message names the server's section of the config.
+  """
+  refused = processes.run_on_all_processes('reach the servers', lambda: _check_all(run, stages))
+  if jax.process_count() > 1:
+    refused = multihost_utils.process_allgather(refused).any(0)
+  remotes = {}
+  for (role, remote), refuses in zip(run.remotes.items(), refused, strict=True):
+    remotes[role] = remote
+    if refuses and remote.seed == 'turn':
+      remotes[role] = dataclasses.replace(remote, seed='server')
+      log(
+        f'remote.{role}: the server refuses seeds, so its random draws are its own. The journal '
+        'keeps its texts, but another run gets other texts.'
+      )
+  section = dataclasses.replace(run.config.remote, **remotes)
+  return dataclasses.replace(run, config=dataclasses.replace(run.config, remote=section))
+
+
+def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
+  """Check each server, and return whether it takes no seeds, bool[number of servers]."""
+  seedless = []
+  for role, remote in run.remotes.items():
+    try:
+      with contextlib.closing(Remote(remote)) as served:
+        dialogue = Dialogue(
+          served.tokenizer,
+          run.config.feedback.style,
+          served.eos_token_ids,
+          run.config.feedback.template_options,
+        )
+        turns = _turns_of(run, role)
+        if remote.prompt == 'text':
+          _check_texts(run, stages, set(turns), dialogue)
+        context = dialogue.prompt(PROBE)
+        probes = {sampling: Turn(name, context, sampling) for name, sampling in turns.items()}
+        stops = dialogue.stop_token_ids, dialogue.stop_strings
+        seedless.append(served.check(list(probes.values()), stops).seed == 'server')
+    except UserError as error:
+      raise UserError(f'remote.{role}: {str(error).removeprefix("remote: ")}') from error
+  return np.array(seedless, bool)
+
+
+def _turns_of(run: Run, role: str) -> dict[str, SamplingConfig]:
+  """Return the sampling settings of the turns that a role's model samples, by kind of turn."""
+  config = run.config
+  sampling = {
+    field.name: getattr(config.sampling, field.name)
+    for field in dataclasses.fields(config.sampling)
+  }
+  own = {
+    name
+    for name in sampling
+    if getattr(config.remote, name, None) or getattr(config.model, name, '')
+  }
+  return {n: s for n, s in sampling.items() if n == role or (role == 'base' and n not in own)}
+
+
+def _check_texts(run: Run, stages: Sequence[str], turns: set[str], dialogue: Dialogue) -> None:
+  """Check that no text of the run spells a control token, for a server that reads text.
+
+  The server would read the text as that token. Texts of models can spell one too, which is found
+  when they are sampled.
+  """
+  spelled = re.compile('|'.join(map(re.escape, control_tokens(dialogue.tokenizer))) or r'(?!)')
+  for place, text in _texts(run, stages, turns):
+    if found := spelled.search(text):
+      start = max(0, found.start() - 30)
+      raise UserError(
+        f'{place} spells the control token {found[0]!r} ({show(text[start : start + 80])}), which '
+        "the server would read as that token, because prompt='text'. Use a server that supports "
+        "prompt='tokens', or change or remove the text."
+      )
+
+
+def _texts(run: Run, stages: Sequence[str], turns: set[str]) -> Iterator[tuple[str, str]]:
+  """Yield (place, text) of each text that a server of some turns reads."""
+  for name in prompt_sets.NAMES:
+    if ('evaluate' if name in prompt_sets.HELD_OUT else 'generate') not in stages:
+      continue
+    source = getattr(run.config.prompts, name)
+    for row, prompt in enumerate(run.prompts[name], 1):
+      number = '' if source.shuffle else f'row {row}, '  # rows are counted in the file's order
+      for message in prompt.messages:
+        yield f'prompts.{name} ({source.source}), {number}id {prompt.id!r}', message['content']
+  if turns - {'initial'}:
+    for principle in run.constitution.principles:
+      for text in (principle.critique_request, principle.revision_request):
+        yield f'constitution, principle {principle.id!r}', text
+    for demonstration in (
+      run.constitution.demonstrations if run.config.feedback.demonstrations else ()
+    ):
+      for message in demonstration:
+        yield 'constitution, a demonstration', message['content']

@@ -3,20 +3,26 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from cai_jax.pipeline import build, default_stages, run_stages
+from cai_jax.pipeline.schema import default_config, describe_unknown
+from cai_jax.pipeline.values import describe_type
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.interruption import Interrupted
+from cai_jax.runtime.settings import flatten
+from cai_jax.runtime.user_code import explain_error
 
 HELP = """\
 Constitutional AI's supervised phase: a model answers prompts, critiques and revises its answers
@@ -114,9 +120,9 @@ def main(argv: Sequence[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
   """Parse the flags and return the remaining arguments.
 
-  `--help` prints `HELP` and ends the program. A missing flag, a config file that does not exist or
-  a field that the config does not have ends it with a short message. Any other error in the code of
-  the config keeps its traceback.
+  `--help` prints `HELP` and ends the program. A missing flag, a config file that does not exist,
+  fails or returns no config, and a field or a value that the config cannot have end it with a short
+  message.
 
   Args:
     argv: the name of the program and its arguments.
@@ -126,26 +132,50 @@ def parse(argv: list[str]) -> list[str]:
     print(HELP.format(program=program), end='')
     sys.exit(0)
   try:
-    remaining = app.parse_flags_with_usage(argv)
-    _check_required(program)
-  except AttributeError as error:
-    if not _raised_by_ml_collections(error):
+    remaining = flags.FLAGS(argv)
+    _check_required(program, _config_path(argv))
+  except Exception as error:  # the config file may raise anything
+    explanation = _explain(error, argv)
+    if explanation is None:
       raise
-    if error.name == 'get_config':
-      sys.exit(f'error: {_config_path(argv)} does not define get_config().')
-    reason = ' '.join(str(error.args[0] if error.args else error).split())
-    sys.exit(f'error: unknown config field {reason}. docs/configuration.md lists every field.')
-  except OSError as error:  # ml_collections raises it for any OSError while the config is loaded
-    if os.path.isfile(_config_path(argv)):
-      raise (error.__cause__ or error) from None
-    sys.exit(f'error: {error}\nGive the path of a config file, such as --config=configs/tiny.py.')
+    sys.exit(f'error: {explanation}')
   return remaining
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str | None:
+  """Return an error in the flags or the config file as a short message; None for a bug."""
+  path = _config_path(argv)
+  if isinstance(error, AttributeError) and _raised_by_ml_collections(error):
+    if error.name == 'get_config':
+      return f'{path} does not define get_config().'
+  if explanation := explain_error(error, pathlib.Path(path)):
+    return explanation
+  if _raised_by_ml_collections(error) and (names := _unknown_fields(argv)):
+    return describe_unknown(names)
+  if isinstance(error, OSError):  # ml_collections raises it for any OSError of the config
+    return f'{error}\nGive the path of a config file, such as --config=configs/tiny.py.'
+  if not isinstance(error, flags.Error):
+    return f'{path}: {error}' if _raised_by_ml_collections(error) else None
+  if 'Error whilst parsing config file' in str(error):  # such as a text that it does not take
+    cause: BaseException = error
+    while cause.__context__ is not None:
+      cause = cause.__context__
+    return f'{path} cannot be loaded: {cause}.'
+  return ' '.join(str(error).split())
 
 
 def _raised_by_ml_collections(error: Exception) -> bool:
   """Return whether ml_collections raised an error, as it does for a field that does not exist."""
   frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
   return frame.f_globals.get('__name__', '').startswith('ml_collections')
+
+
+def _unknown_fields(argv: Sequence[str]) -> list[str]:
+  """Return the dotted names in arguments `--config.NAME=VALUE` that are no fields."""
+  names = [match[1] for argument in argv if (match := re.match(r'--?config\.([^=]+)', argument))]
+  fields = set(flatten(default_config().to_dict()))
+  sections = {name.rpartition('.')[0] for name in fields}
+  return [name for name in names if name not in fields | sections]
 
 
 def _config_path(argv: Sequence[str]) -> str:
@@ -158,10 +188,15 @@ def _config_path(argv: Sequence[str]) -> str:
   return path.partition(':')[0]
 
 
-def _check_required(program: str) -> None:
-  """End the program with a short message if a required flag is missing."""
-  if _CONFIG.value is not None:
-    _ = _CONFIG.value.items  # raises OSError if the file could not be loaded
+def _check_required(program: str, path: str) -> None:
+  """End the program with a short message if a required flag is missing or there is no config."""
+  if _CONFIG.value is not None or path:
+    _ = getattr(_CONFIG.value, 'items', None)  # raises OSError if the file could not be loaded
+    if path and not isinstance(_CONFIG.value, ConfigDict):
+      sys.exit(
+        f'error: get_config() in {path} returns {describe_type(_CONFIG.value)}. It must return an '
+        'ml_collections.ConfigDict, as configs/default.py does.'
+      )
   missing = [
     f'--{name}=... ({meaning})'
     for name, value, meaning in (

@@ -20,7 +20,7 @@ from tests.pipeline_setup import ROOT
 @pytest.mark.parametrize(
   'flag, message',
   [
-    ('--config.train.speed=3', 'unknown config field'),
+    ('--config.train.speed=3', 'error: The config has no field train.speed. Did you mean'),
     ('--config.feedback.variant=odd', "variant='odd'"),
     ('--config.train.learning_rate=fast', 'could not convert'),
   ],
@@ -53,20 +53,45 @@ def test_the_installed_command_loads_a_shipped_config(tmp_path):
   assert done.stderr.startswith('error: There is no stage odd'), done.stderr
 
 
+TINY = 'from configs import tiny\ndef get_config():\n  config = tiny.get_config()\n  '
+
+
 @pytest.mark.parametrize(
-  ('body', 'flags', 'message'),
+  ('text', 'flags', 'message'),
   [
-    ("open('absent.txt')", (), "FileNotFoundError: .*'absent.txt'"),
-    ("open('absent.txt')", ('--config.seed=1',), "FileNotFoundError: .*'absent.txt'"),
-    ("'text'.missing", (), "AttributeError: 'str' object has no attribute 'missing'"),
+    ("def get_config():\n  open('absent.txt')\n", (), "2: FileNotFoundError: .*'absent.txt'"),
+    ("def get_config():\n  open('a.txt')\n", ('--config.seed=1',), "2: FileNotFoundError: .*'a"),
+    ("def get_config():\n  'text'.missing\n", (), "2: AttributeError: 'str' object has no attri"),
+    ("def get_config():\n  raise ValueError('odd')\n", ('--config.seed=1',), '2: ValueError: odd'),
+    ('import nowhere\n', (), "1: ModuleNotFoundError: No module named 'nowhere'"),
+    ('def get_config():\n  return 1 +\n', (), '2: SyntaxError: invalid syntax'),
+    ('a\0b', (), ': SyntaxError: source code string cannot contain null bytes'),
+    ('def get_config():\n  pass\n', (), 'in .*mine.py returns None. It must return'),
+    ('def get_config():\n  pass\n', ('--config.seed=1',), 'mine.py: .*NoneType'),
+    (
+      "def get_config():\n  return {'seed': 1}\n",
+      (),
+      'in .*mine.py returns a dict. It must return',
+    ),
+    ('get_config = 3\n', (), "cannot be loaded: 'int' object is not callable"),
+    (TINY + 'config.train.epochs = "x"\n', (), "4: TypeError: Could not override field 'epochs'"),
+    (
+      TINY + 'config.train.clip_norm = None\n  return config',
+      (),
+      'train.clip_norm must be a number',
+    ),
+    (TINY + 'config.train.filters = None\n  return config', (), 'train.filters must be a tuple'),
+    (TINY + 'config.prompts = None\n  return config', (), 'prompts is a section'),
   ],
 )
-def test_a_bug_in_a_config_keeps_its_traceback(tmp_path, body, flags, message):
+def test_an_error_in_a_config_is_one_line_with_its_place(tmp_path, text, flags, message):
   path = tmp_path / 'mine.py'
-  path.write_text(f'def get_config():\n  {body}\n')
+  path.write_text(text)
   done = run_program(f'--config={path}', f'--workdir={tmp_path}/run', *flags)
-  assert done.returncode == 1 and 'mine.py", line 2, in get_config' in done.stderr
-  assert re.search(message, done.stderr)
+  assert done.returncode == 1 and 'Traceback' not in done.stderr
+  lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_config_without_get_config_is_refused(tmp_path):
@@ -98,6 +123,16 @@ def test_help_names_fields_that_exist():
     ((), r'missing --config=... .* and --workdir=... '),
     (('--config=configs/tiny.py',), r'error: missing --workdir=... \(the folder of the run\)'),
     (('--config=nowhere.py', '--workdir=run'), r'nowhere.py[\s\S]*Give the path of a config file'),
+    (('--config=', '--workdir=run'), r'empty string[\s\S]*Give the path of a config file'),
+    (
+      ('--config=configs/tiny.py:odd', '--workdir=run'),
+      r'configs/tiny.py cannot be loaded: get_con',
+    ),
+    (('--config=configs/tiny.py', '--workdir=run', '--profile=-1'), r'error: flag --profile=-1'),
+    (
+      ('--config=configs/tiny.py', '--workdir=run', '--config.seed=1.5'),
+      r'--config.seed=1.5: inva',
+    ),
     (('--config=configs/tiny.py', '--workdir=run', 'train'), 'Unexpected arguments: train'),
   ],
 )

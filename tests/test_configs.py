@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from cai_jax import pipeline
 from cai_jax.constitution import ConstitutionConfig
@@ -217,3 +219,73 @@ def test_invalid_value_is_refused_with_its_full_name():
   config.sampling.critique.top_p = 2.0
   with pytest.raises(UserError, match=r'^sampling.critique: top_p=2.0'):
     from_config(config)
+
+
+def config_with(**fields):
+  """The default config with some fields, given as section__field, at any value of any type."""
+  config = default.get_config()
+  with config.unlocked(), config.ignore_type():
+    for name, value in fields.items():
+      *sections, last = name.split('__')
+      functools.reduce(lambda node, key: node[key], sections, config)[last] = value
+  return config
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'train__clip_norm': None}, 'train.clip_norm must be a number, but got None.'),
+    ({'train__filters': None}, 'train.filters must be a tuple, such as () or (x,), but got None.'),
+    ({'train': None}, 'train is a section with fields of its own, but got None.'),
+    ({'train__epochs': 2.0}, 'train.epochs must be an integer, but got 2.0 (a float).'),
+    ({'train__epochs': True}, 'train.epochs must be an integer, but got True (a bool).'),
+    ({'train__learning_rate': '1'}, "train.learning_rate must be a number, but got '1' (a str)."),
+    ({'train__learning_rate': math.inf}, 'train.learning_rate must be a finite number'),
+    ({'train__keep': 10**4000}, 'but got a number of more than 18 digits.'),
+    ({'engine__slots': 10**12}, 'engine.slots must be a finite number of at most 100,000'),
+    ({'feedback__rounds': 10**6}, 'feedback.rounds must be a finite number of at most 1,000'),
+    ({'prompts__harmful__limit': 2**31}, 'prompts.harmful.limit must be a finite number of at'),
+    ({'seed': 2**63}, 'seed must be a finite number of at most 9,223,372,036,854,775,807'),
+    ({'seed': ConfigDict({'a': 1})}, 'seed must be an integer, but got a section.'),
+    ({'sampling__initial__stop': (1,)}, 'sampling.initial.stop[0] must be a text, but got 1'),
+    ({'sampling__initial__stop': 'a'}, 'sampling.initial.stop must be a tuple'),
+    ({'model__base': 'a\0b'}, 'model.base contains a null character'),
+    ({'model__base': 'a\ud800'}, 'model.base contains a null character or an unpaired surrogate'),
+    ({'remote__base__url': b'secret'}, 'remote.base.url must be a text, but got a bytes.'),
+    ({'remote__base__api_key_env': 12345}, 'api_key_env must be a text, but got an int.'),
+    ({'feedback__max_rate': 0.5}, 'feedback.max_rate is a section'),
+    ({'feedback__max_rate__odd': 0.5}, 'The config has no field feedback.max_rate.odd.'),
+    ({'feedback__max_rate__empty': None}, 'feedback.max_rate.empty must be a number'),
+    ({'feedback__template_options': (('a',),)}, 'template_options[0] must be a tuple of 2 values'),
+    ({'feedback__template_options': (('a', [1]),)}, 'template_options[0][1] must be a text, a num'),
+    ({'train__lerning_rate': 1}, 'no field train.lerning_rate. Did you mean train.learning_rate?'),
+    ({'learning_rate': 1}, 'no field learning_rate. Did you mean train.learning_rate?'),
+    ({'plugins': 'a.py'}, 'plugins must be a tuple'),
+    ({'version': True}, 'version must be an integer, but got True (a bool).'),
+    ({'seed': config_dict.placeholder(int, required=True)}, 'seed is required. Set --config.seed'),
+  ],
+)
+def test_value_of_a_wrong_type_or_size_is_refused_with_its_field(fields, message):
+  with pytest.raises(UserError) as refused:
+    from_config(config_with(**fields))
+  assert message in str(refused.value)
+
+
+@pytest.mark.parametrize('config', [None, {}, 3])
+def test_what_is_no_config_is_refused(config):
+  with pytest.raises(UserError, match='It must be an ml_collections.ConfigDict'):
+    from_config(config)
+
+
+def test_equal_values_of_other_types_are_converted():
+  lists = {'sampling__initial__stop': ['a', 'b'], 'feedback__template_options': [['think', False]]}
+  numbers = {
+    'train__learning_rate': 1,
+    'train__epochs': np.int64(3),
+    'engine__cache_gib': np.float32(2),
+  }
+  config = from_config(config_with(**lists, **numbers))
+  assert config.sampling.initial.stop == ('a', 'b')
+  assert config.feedback.template_options == (('think', False),)
+  values = config.train.learning_rate, config.train.epochs, config.engine.cache_gib
+  assert values == (1.0, 3, 2.0) and [type(v) for v in values] == [float, int, float]

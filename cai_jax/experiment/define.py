@@ -2,13 +2,10 @@
 
 import dataclasses
 import hashlib
-import importlib.util
-import inspect
 import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +13,7 @@ from ml_collections import ConfigDict
 from cai_jax.pipeline.schema import complete_config
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
+from cai_jax.runtime.user_code import call_function
 
 D_CAI_RESPONSE = re.compile(r'initial|last|revision_\d+')
 # Responses to held-out prompts, and the dataset in the run's folder that holds them.
@@ -209,16 +207,13 @@ def load_experiment(spec: str) -> tuple[str, str, Experiment]:
     raise UserError(
       f'There is no file {path}. Give the file of an experiment, such as {", ".join(shipped)}.'
     )
-  module = _import_file(file)
-  if not hasattr(module, 'get_experiment'):
+  experiment, docstring = call_function(file, 'get_experiment', argument)
+  if not isinstance(experiment, Experiment):
     raise UserError(
-      f'{path} does not define get_experiment(). Define it, or give the file of an experiment.'
+      f'get_experiment() in {path} returns {type(experiment).__name__}. It must return an '
+      'Experiment.'
     )
-  accepts_text = bool(inspect.signature(module.get_experiment).parameters)
-  if argument and not accepts_text:
-    raise UserError(f'{path} takes no text after a colon. Remove {":" + argument!r}.')
-  experiment = module.get_experiment(argument) if argument else module.get_experiment()
-  return file.stem, inspect.cleandoc(module.__doc__ or ''), experiment
+  return file.stem, docstring, experiment
 
 
 def load_config(path: str) -> ConfigDict:
@@ -239,7 +234,11 @@ def load_config(path: str) -> ConfigDict:
     raise UserError(
       f'There is no config file {path}. Give the path of one, such as configs/tiny.py.'
     )
-  return complete_config(_import_file(file).get_config())
+  config, _ = call_function(file, 'get_config')
+  try:
+    return complete_config(config)
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
 
 
 def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
@@ -292,14 +291,3 @@ def run_name(base: str, settings: Mapping[str, Any]) -> str:
 
 def _short_value(value: Any) -> str:
   return f'{len(value)}of' if isinstance(value, tuple) and len(value) > 3 else str(value)
-
-
-def _import_file(file: pathlib.Path) -> ModuleType:
-  spec = importlib.util.spec_from_file_location(file.stem, file)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except (ImportError, SyntaxError) as error:
-    raise UserError(f'{file} cannot be imported: {error}') from error
-  return module

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from cai_jax.data import quality
 from cai_jax.feedback.variants import VARIANTS
@@ -21,7 +22,7 @@ class FeedbackConfig:
     UserError: if a value is not allowed.
   """
 
-  rounds: int = setting(4, "Number of revisions of each harmful prompt's response.")
+  rounds: int = setting(4, "Number of revisions of each harmful prompt's response.", most=1000)
   variant: str = setting(
     'critique',
     "How a round revises: 'critique' (critique, then revision), 'direct' (no critique), the "
@@ -48,11 +49,11 @@ class FeedbackConfig:
     "How conversations are rendered: 'chat' (the tokenizer's chat template) or 'plain' (the labels "
     'Human: and Assistant:).',
   )
-  template_options: tuple = setting(
+  template_options: tuple[tuple[str, Any], ...] = setting(
     (), "(name, value) pairs for the chat template, such as (('enable_thinking', False),)."
   )
   shard_rows: int = setting(256, 'Rows in each file of D_CAI.')
-  helpful_samples: int = setting(1, 'Number of responses to each helpful prompt.')
+  helpful_samples: int = setting(1, 'Number of responses to each helpful prompt.', most=10_000)
   max_rate: Mapping[str, float] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0),
     metadata={

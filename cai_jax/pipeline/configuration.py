@@ -62,11 +62,16 @@ def _heading(section: type, paths: tuple[str, ...]) -> str:
 
 def _table(path: str, fields: list[Field]) -> str:
   rows = [
-    (_join(path, field.name), _type_name(field.type), repr(field.default), field.doc)
+    (_join(path, field.name), _type_name(field.type), repr(field.default), _describe(field))
     for field in fields
     if not field.keys
   ]
   return _format_table(rows) if rows else ''
+
+
+def _describe(field: Field) -> str:
+  limited = field.most is not None and field.most < 2**31
+  return f'{field.doc} At most {field.most:,}.' if limited else field.doc
 
 
 def _key_table(path: str, field: Field) -> str:

@@ -125,7 +125,6 @@ def build(
       f'workdir={workdir} is not on a local or shared filesystem, but the journal appends to its '
       'files. Mount the storage, or choose a folder.'
     )
-  schema.check_names(config)
   config = schema.complete_config(config)
   plugins = load_plugins(config.plugins)
   settings = schema.from_config(config)

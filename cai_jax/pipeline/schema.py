@@ -6,17 +6,20 @@ Each default, unit and meaning is written once, where a component declares its s
 """
 
 import dataclasses
+import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from cai_jax.constitution import ConstitutionConfig
 from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
+from cai_jax.pipeline.values import convert, describe_type
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import VERSION, check_version
 from cai_jax.runtime.settings import flatten, setting
@@ -128,7 +131,9 @@ class RunConfig:
     VERSION, 'Version of the config. A version that is newer than the program is an error.'
   )
   seed: int = setting(
-    0, 'Seed of sampling, of the draw of principles and of the order of examples, in [0, 2**63).'
+    0,
+    'Seed of sampling, of the draw of principles and of the order of examples, in [0, 2**63).',
+    most=2**63 - 1,
   )
   plugins: tuple[str, ...] = setting(
     (),
@@ -164,6 +169,7 @@ class Field(typing.NamedTuple):
     doc: meaning and unit.
     section: dataclass of the subsection, or None if the field is a value.
     keys: the meaning of each key, for a mapping whose keys are fields of their own.
+    most: largest allowed value, or None.
   """
 
   name: str
@@ -172,6 +178,7 @@ class Field(typing.NamedTuple):
   doc: str
   section: type | None
   keys: Mapping[str, str]
+  most: float | None
 
 
 def section_fields(section: type) -> Iterator[Field]:
@@ -184,10 +191,18 @@ def section_fields(section: type) -> Iterator[Field]:
   for field in dataclasses.fields(section):
     if (section, field.name) in _HIDDEN:
       continue
-    doc, keys = (field.metadata.get(name, empty) for name, empty in (('doc', ''), ('keys', {})))
-    subsection = _section_of(hints[field.name])
+    hint, metadata = hints[field.name], field.metadata
+    subsection = _section_of(hint)
     default = None if subsection else _default(field)
-    yield Field(field.name, hints[field.name], default, doc, subsection, keys)
+    yield Field(
+      field.name,
+      hint,
+      default,
+      metadata.get('doc', ''),
+      subsection,
+      metadata.get('keys', {}),
+      metadata.get('most'),
+    )
 
 
 def _section_of(hint: Any) -> type | None:
@@ -221,48 +236,93 @@ def _default_section(section: type) -> ConfigDict:
 
 
 def complete_config(config: ConfigDict) -> ConfigDict:
-  """Return a copy of a config in the form of this version.
+  """Return a copy of a config in the form of this version, with the type of every value checked.
 
-  A field that the config lacks gets its default, so configs of older versions stay valid. A config
-  without `version` has version 1. Unknown fields are kept, for `check_names` to report.
+  Every config goes through this function. A field that the config lacks gets its default, so
+  configs of older versions stay valid. A config without `version` has version 1.
 
   Args:
     config: the config.
 
   Raises:
-    UserError: if the config has a newer version.
+    UserError: if the config has a newer version or an unknown field, or a value has the wrong type.
   """
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'The config is {describe_type(config)}. It must be an ml_collections.ConfigDict, as '
+      'configs/default.py returns.'
+    )
   check_version(config.get('version', 1), 'the config')
-  complete = default_config()
-  _update(complete, config)
+  unknown: list[str] = []
+  complete = _complete_section(RunConfig, config, '', unknown)
+  if unknown:
+    raise UserError(describe_unknown(unknown))
   complete.version = VERSION
   return complete
 
 
-def _update(config: ConfigDict, changes: ConfigDict) -> None:
-  """Set fields of a config. Lists, which JSON has in place of tuples, become tuples."""
-  with config.ignore_type():
-    for name, value in changes.items():
-      old = config.get(name)
-      if isinstance(old, ConfigDict) and isinstance(value, ConfigDict):
-        _update(old, value)
-      else:
-        is_json = isinstance(old, tuple) and isinstance(value, list)
-        config[name] = tuple(value) if is_json else value
+def _complete_section(
+  section: type, config: ConfigDict, path: str, unknown: list[str]
+) -> ConfigDict:
+  """Return a section with all its fields, and add the names of unknown fields to `unknown`."""
+  fields = {field.name: field for field in section_fields(section)}
+  unknown += [_join(path, name) for name in config if name not in fields]
+  complete = ConfigDict()
+  for name, field in fields.items():
+    default = _default_section(field.section) if field.section else field.default
+    full_name = _join(path, name)
+    try:
+      value = config[name] if name in config else default
+    except RequiredValueError as error:
+      raise UserError(f'{full_name} is required. Set --config.{full_name}.') from error
+    if field.section or field.keys:
+      if not isinstance(value, Mapping | ConfigDict):
+        raise UserError(
+          f'{full_name} is a section with fields of its own, but got {describe_type(value)}. Set '
+          f'its fields, such as config.{full_name}.{next(iter(default))}.'
+        )
+      value = value if isinstance(value, ConfigDict) else ConfigDict(dict(value))
+    if field.section:
+      complete[name] = _complete_section(field.section, value, full_name, unknown)
+    elif field.keys:
+      unknown += [_join(full_name, key) for key in value if key not in field.keys]
+      (hint,) = typing.get_args(field.type)[1:]
+      complete[name] = ConfigDict(
+        {
+          key: convert(value[key] if key in value else default[key], hint, f'{full_name}.{key}')
+          for key in field.keys
+        }
+      )
+    else:
+      complete[name] = convert(value, field.type, full_name, field.most)
+  return complete
 
 
-def check_names(config: ConfigDict) -> None:
-  """Check that a config has no fields that the default config lacks.
+def describe_unknown(names: Sequence[str]) -> str:
+  """Return a message that names unknown fields, with the fields that may be meant.
 
-  Raises:
-    UserError: if it has; the message names the unknown fields.
+  Args:
+    names: dotted names of fields that the config does not have.
   """
-  fields = flatten(complete_config(config).to_dict())
-  unknown = sorted(set(fields) - set(flatten(default_config().to_dict())))
-  if unknown:
-    raise UserError(
-      f'The config has no field {", ".join(unknown)}. docs/configuration.md lists every field.'
+  known = list(flatten(default_config().to_dict()))
+  last = {name: name.split('.')[-1] for name in known}
+  meant = [
+    match
+    for name in names
+    for match in (
+      difflib.get_close_matches(name, known, 1)
+      or [other for other in known if last[other] == name.split('.')[-1]][:2]
     )
+  ]
+  hint = f'Did you mean {" or ".join(dict.fromkeys(meant))}? ' if meant else ''
+  return (
+    f'The config has no field {", ".join(sorted(names))}. {hint}docs/configuration.md lists every '
+    'field.'
+  )
+
+
+def _join(path: str, name: str) -> str:
+  return f'{path}.{name}' if path else name
 
 
 def from_config(config: ConfigDict) -> RunConfig:
@@ -293,7 +353,7 @@ def _build_section(
   for field in section_fields(section):
     value = config[field.name]
     if field.section is not None:
-      name = f'{path}.{field.name}' if path else field.name
+      name = _join(path, field.name)
       absent = field.section is RemoteConfig and not value.url
       value = None if absent else _build_section(field.section, value, name, extra)
     values[field.name] = value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def setting(default: Any, doc: str, added: bool = False) -> Any:
+def setting(default: Any, doc: str, added: bool = False, most: float | None = None) -> Any:
   """Return a dataclass field with a default and its documentation.
 
   `configs/default.py` and `docs/configuration.md` are generated from these fields, so each default,
@@ -16,8 +16,10 @@ def setting(default: Any, doc: str, added: bool = False) -> Any:
     default: an immutable value.
     doc: meaning and unit, as one or two sentences.
     added: whether the field was added after version 0.1.0, see `identity`.
+    most: largest value that a config may give, so that a mistyped size is refused at the start.
   """
-  return dataclasses.field(default=default, metadata={'doc': doc, 'added': added})
+  metadata = {'doc': doc, 'added': added, 'most': most}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def identity(settings: Any) -> dict[str, Any]:

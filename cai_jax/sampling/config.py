@@ -31,13 +31,15 @@ class EngineConfig:
     UserError: if a value is out of range.
   """
 
-  slots: int = setting(64, 'Maximum number of chains in flight.')
+  slots: int = setting(64, 'Maximum number of chains in flight.', most=100_000)
   cache_gib: float = setting(
     8.0,
     'Memory for key-value caches on each device, in GiB. If it is too small for all slots, the '
     'engine uses fewer.',
   )
-  prefill_tokens: int = setting(128, 'Number of tokens of a prefill chunk, over all slots.')
+  prefill_tokens: int = setting(
+    128, 'Number of tokens of a prefill chunk, over all slots.', most=1_000_000
+  )
   prefill_width: int = setting(
     16, 'Number of tokens of one slot that attention processes together during prefill.'
   )

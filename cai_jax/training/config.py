@@ -49,7 +49,7 @@ class TrainConfig:
 
   epochs: int = setting(1, 'Number of times that each example is seen.')
   batch_size: int = setting(
-    32, 'Packed rows per optimizer step, over all devices and micro-batches.'
+    32, 'Packed rows per optimizer step, over all devices and micro-batches.', most=100_000
   )
   max_length: int = setting(1024, 'Tokens per packed row. Longer examples are dropped and counted.')
   accumulation: int = setting(

@@ -1,5 +1,6 @@
 """The command line: help, and errors in one line."""
 
+import json
 import os
 import re
 import signal
@@ -54,44 +55,73 @@ def test_the_installed_command_loads_a_shipped_config(tmp_path):
 
 
 TINY = 'from configs import tiny\ndef get_config():\n  config = tiny.get_config()\n  '
+SEED = '--config.seed=1'
+# (text of a config file, a further flag, pattern of the error)
+BAD_CONFIGS = [
+  ("def get_config():\n  open('absent.txt')\n", '', "2: FileNotFoundError: .*'absent.txt'"),
+  ("def get_config():\n  open('a.txt')\n", SEED, "2: FileNotFoundError: .*'a"),
+  ("def get_config():\n  'text'.missing\n", '', "2: AttributeError: 'str' object has no attri"),
+  ("def get_config():\n  raise ValueError('odd')\n", SEED, '2: ValueError: odd'),
+  ('import nowhere\n', '', "1: ModuleNotFoundError: No module named 'nowhere'"),
+  ('def get_config():\n  return 1 +\n', '', '2: SyntaxError: invalid syntax'),
+  ('a\0b', '', ': SyntaxError: source code string cannot contain null bytes'),
+  ('def get_config():\n  pass\n', '', 'in .*mine.py returns None. It must return'),
+  ('def get_config():\n  pass\n', SEED, 'mine.py: .*NoneType'),
+  (
+    "def get_config():\n  return {'seed': 1}\n",
+    (),
+    'in .*mine.py returns a dict. It must return',
+  ),
+  ('get_config = 3\n', '', "cannot be loaded: 'int' object is not callable"),
+  (TINY + 'config.train.epochs = "x"\n', '', "4: TypeError: Could not override field 'epochs'"),
+  (
+    TINY + 'config.train.clip_norm = None\n  return config',
+    (),
+    'train.clip_norm must be a number',
+  ),
+  (TINY + 'config.train.filters = None\n  return config', '', 'train.filters must be a tuple'),
+  (TINY + 'config.prompts = None\n  return config', '', 'prompts is a section'),
+]
+# Parses the flags of each line of its input in a process of its own, which is faster than to start
+# the program for each.
+PARSE_LINES = """
+import json, os, sys
+from cai_jax import cli
+from cai_jax.pipeline import schema
+for line in sys.stdin:
+  if not os.fork():
+    sys.argv = ['launch.py', *json.loads(line)]
+    cli.parse(sys.argv)
+    with cli.short_errors():
+      schema.from_config(cli._CONFIG.value)
+    sys.exit()
+  print('status', os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+"""
 
 
-@pytest.mark.parametrize(
-  ('text', 'flags', 'message'),
-  [
-    ("def get_config():\n  open('absent.txt')\n", (), "2: FileNotFoundError: .*'absent.txt'"),
-    ("def get_config():\n  open('a.txt')\n", ('--config.seed=1',), "2: FileNotFoundError: .*'a"),
-    ("def get_config():\n  'text'.missing\n", (), "2: AttributeError: 'str' object has no attri"),
-    ("def get_config():\n  raise ValueError('odd')\n", ('--config.seed=1',), '2: ValueError: odd'),
-    ('import nowhere\n', (), "1: ModuleNotFoundError: No module named 'nowhere'"),
-    ('def get_config():\n  return 1 +\n', (), '2: SyntaxError: invalid syntax'),
-    ('a\0b', (), ': SyntaxError: source code string cannot contain null bytes'),
-    ('def get_config():\n  pass\n', (), 'in .*mine.py returns None. It must return'),
-    ('def get_config():\n  pass\n', ('--config.seed=1',), 'mine.py: .*NoneType'),
-    (
-      "def get_config():\n  return {'seed': 1}\n",
-      (),
-      'in .*mine.py returns a dict. It must return',
-    ),
-    ('get_config = 3\n', (), "cannot be loaded: 'int' object is not callable"),
-    (TINY + 'config.train.epochs = "x"\n', (), "4: TypeError: Could not override field 'epochs'"),
-    (
-      TINY + 'config.train.clip_norm = None\n  return config',
-      (),
-      'train.clip_norm must be a number',
-    ),
-    (TINY + 'config.train.filters = None\n  return config', (), 'train.filters must be a tuple'),
-    (TINY + 'config.prompts = None\n  return config', (), 'prompts is a section'),
-  ],
-)
-def test_an_error_in_a_config_is_one_line_with_its_place(tmp_path, text, flags, message):
-  path = tmp_path / 'mine.py'
-  path.write_text(text)
-  done = run_program(f'--config={path}', f'--workdir={tmp_path}/run', *flags)
-  assert done.returncode == 1 and 'Traceback' not in done.stderr
-  lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-  assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
-  assert not (tmp_path / 'run').exists()
+def test_an_error_in_a_config_is_one_line_with_its_place(tmp_path):
+  lines = []
+  for number, (text, flag, _) in enumerate(BAD_CONFIGS):
+    (tmp_path / str(number)).mkdir()
+    path = tmp_path / str(number) / 'mine.py'
+    path.write_text(text)
+    lines.append(
+      json.dumps([f'--config={path}', f'--workdir={tmp_path}/run', flag][: 2 + bool(flag)])
+    )
+  done = subprocess.run(
+    [sys.executable, '-c', PARSE_LINES],
+    input='\n'.join(lines),
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  outputs = done.stderr.split('status ')
+  assert 'Traceback' not in done.stderr and len(outputs) == len(BAD_CONFIGS) + 1, done.stderr
+  for (_, _, message), output, status in zip(BAD_CONFIGS, outputs, outputs[1:], strict=False):
+    errors = [line for line in output.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and re.search(message, errors[0]), (message, output)
+    assert status.startswith('1')
 
 
 def test_a_config_without_get_config_is_refused(tmp_path):

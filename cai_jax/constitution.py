@@ -59,6 +59,7 @@ class ConstitutionConfig:
   path: str = setting(
     'general',
     "'general', 'tiny', a YAML file, or the published JSON file of principles or its folder.",
+    path=True,
   )
   tags: tuple[str, ...] = setting(
     (), 'Keep only principles that have at least one of these tags. () keeps all.'

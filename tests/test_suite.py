@@ -73,7 +73,7 @@ def test_questions_of_a_file_are_evaluated(lm, tmp_path):
   config = EvaluationConfig(multiple_choice=(str(path),))
   dialogue = Dialogue(lm.tokenizer, 'chat', lm.eos_token_ids)
   results = suite.evaluate_model(config, lm, [], dialogue)
-  result = results['multiple_choice'][str(path)]
+  result = results['multiple_choice'][path.name]
   assert result['count'] == 1
   assert 'questions.jsonl: 1 questions, accuracy' in suite.describe(config, {'base': results})
 

@@ -14,12 +14,15 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer, naming
 
+from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.settings import flatten
 
 # The schema. Its doc texts are written to features.json.
 
 NAME, SPLIT = 'd_cai', 'train'
+CHECKSUMS, SHARDS = 'checksums.json', '*.array_record*'
 _TEXT = tfds.features.Text
 _TURN = {
   'text': _TEXT(doc='the reply, without surrounding white space'),
@@ -130,6 +133,67 @@ def _filename_template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:
   )
 
 
+def write_checksums(folder: str | os.PathLike) -> None:
+  """Write the digest of every file of a finished dataset, for `check_files` to compare.
+
+  Args:
+    folder: the folder of the dataset.
+  """
+  folder = pathlib.Path(folder)
+  write_json(folder / CHECKSUMS, {name: digest_file(folder / name) for name in _file_names(folder)})
+
+
+def check_files(folder: str | os.PathLike) -> None:
+  """Check that a dataset's files are those that were written.
+
+  A dataset without a file of checksums, as earlier versions wrote it, passes.
+
+  Args:
+    folder: the folder of the dataset.
+
+  Raises:
+    UserError: if a file is missing, changed or foreign; the message names it.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / CHECKSUMS).exists():
+    return
+  expected = read_json(folder / CHECKSUMS)
+  for name in sorted({*expected, *(path.name for path in folder.glob(SHARDS))}):
+    if name not in expected:
+      fault = 'does not belong to it'
+    elif not (folder / name).is_file():
+      fault = 'is missing'
+    elif digest_file(folder / name) != expected[name]:
+      fault = 'has changed since it was written'
+    else:
+      continue
+    raise UserError(
+      f'{folder} is damaged: {name} {fault}. Restore the folder from a copy, or start in another '
+      'workdir; with a copy of journal/, no turn is sampled again.'
+    )
+
+
+def content_digest(folder: str | os.PathLike) -> str:
+  """Return a digest of the names and contents of a dataset's files, 16 hex digits.
+
+  Args:
+    folder: the folder of the dataset. If it has checksums, `check_files` tells whether they hold.
+
+  Raises:
+    OSError: if a file cannot be read.
+  """
+  folder = pathlib.Path(folder)
+  if (folder / CHECKSUMS).exists():
+    return digest_files(folder, [CHECKSUMS])
+  return digest_files(folder, _file_names(folder))
+
+
+def _file_names(folder: pathlib.Path) -> list[str]:
+  """Return the sorted names of a dataset's files, without the file of checksums."""
+  names = (path.name for path in folder.iterdir() if path.is_file())
+  return sorted(name for name in names if name != CHECKSUMS and not name.startswith('.'))
+
+
 # Reading.
 
 
@@ -159,8 +223,10 @@ def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
     split: the split to read.
 
   Raises:
-    UserError: if the folder holds no such dataset, or the dataset has no such split.
+    UserError: if the folder holds no such dataset, its files are not those that were written, or
+      the dataset has no such split.
   """
+  check_files(directory)
   builder = _open(directory)
   if split not in builder.info.splits:
     raise UserError(

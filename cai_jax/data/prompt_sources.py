@@ -46,9 +46,12 @@ class PromptSource:
     '',
     'A .jsonl file (one row per line), a .txt file (one prompt per line), either of them with .gz '
     "appended, 'tfds', 'hub' or 'tiny'. '' means no prompts.",
+    path=True,
   )
   name: str = setting(
-    '', "Name or folder of the TFDS or hub dataset. For the source 'tiny': 'baited' or 'benign'."
+    '',
+    "Name or folder of the TFDS or hub dataset. For the source 'tiny': 'baited' or 'benign'.",
+    path=True,
   )
   subset: str = setting('', 'Configuration of the hub dataset, if it has several.')
   split: str = setting('train', "Split of the dataset. For the source 'tiny': 'train' or 'eval'.")

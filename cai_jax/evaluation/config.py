@@ -31,6 +31,7 @@ class EvaluationConfig:
     'none',
     "How refusals are recognized: 'rules' (by their opening words, in English), the folder or hub "
     "name of a sequence-classification checkpoint, or 'none'.",
+    path=True,
   )
   refusal_label: str = setting(
     '', "Label of the refusal checkpoint that means refusal. '' if it has a single label."
@@ -39,12 +40,15 @@ class EvaluationConfig:
     '',
     'Folder or hub name of a sequence-classification checkpoint whose logit is the reward of a '
     "response. '' measures no reward.",
+    path=True,
   )
   reward_label: str = setting(
     '', "Label of the reward model whose logit is used. '' if it has a single label."
   )
   multiple_choice: tuple[str, ...] = setting(
-    (), 'Files of multiple-choice questions, with {prompt, corrects, incorrects} on each line.'
+    (),
+    'Files of multiple-choice questions, with {prompt, corrects, incorrects} on each line.',
+    path=True,
   )
   swap: bool = setting(
     False, 'Whether to ask each multiple-choice question again with its two options exchanged.'
@@ -58,6 +62,7 @@ class EvaluationConfig:
     '',
     'Model that compares the responses of M_aligned and M_θ: a folder, a hub name, or '
     "'base' for M_θ itself. '' compares nothing.",
+    path=True,
   )
   judge_principles: tuple[str, ...] = setting(
     (LESS_HARMFUL,), 'Principles for the judge. One of them is drawn for each prompt.'

@@ -88,6 +88,7 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
   """
   size, count = job.config.shard_rows, len(job.prompts)
   d_cai.write_metadata(folder, [min(size, count - i) for i in range(0, count, size)])
+  d_cai.write_checksums(folder)
 
 
 def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:

@@ -88,7 +88,9 @@ class Job:
       record: the result of the chain.
       kind: 'harmful' or 'helpful'.
     """
-    names = {name: self.models[stage.model].name for name, stage in self.stages.by_name().items()}
+    names = {
+      name: self.models[stage.model].public_name for name, stage in self.stages.by_name().items()
+    }
     return make_row(record, kind, self.seed, names, self._constitution_fingerprint)
 
   def digest(self) -> str:

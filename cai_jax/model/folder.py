@@ -11,6 +11,7 @@ import transformers
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.weight_files import INDEX, list_weight_files
+from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.settings import identity
@@ -199,6 +200,36 @@ def fingerprint_model(
   return digest.hexdigest()
 
 
+def folder_contents(folder: pathlib.Path, weights: bool = True) -> dict[str, str]:
+  """Return a hex digest of each part of a model's folder, to notice that a part was replaced.
+
+  Args:
+    folder: the model's folder.
+    weights: whether the weights count; they do not if a server has them.
+
+  Returns:
+    The digests of the 'weights', the 'tokenizer', the 'chat_template' and the 'config' files. A
+    template inside of tokenizer_config.json counts as a part of the tokenizer.
+
+  Raises:
+    UserError: if the folder has no weights, or a file cannot be read.
+  """
+  names = _tokenizer_files(folder)
+  templates = [name for name in names if name.endswith(('chat_template.json', '.jinja'))]
+  settings = [f for f in ('config.json', 'generation_config.json') if (folder / f).exists()]
+  parts = {
+    'tokenizer': [name for name in names if name not in templates],
+    'chat_template': templates,
+    'config': settings,
+  }
+  if weights:
+    parts = {'weights': list_weight_files(folder)} | parts
+  try:
+    return {part: digest_files(folder, files) for part, files in parts.items()}
+  except OSError as error:
+    raise UserError(f'{folder} cannot be read: {error}. Check its permissions.') from error
+
+
 def _tokenizer_files(folder: pathlib.Path) -> list[str]:
   """Return the sorted names of a folder's tokenizer files."""
   return sorted({f.name for pattern in TOKENIZER_FILES for f in folder.glob(pattern)})
@@ -207,5 +238,4 @@ def _tokenizer_files(folder: pathlib.Path) -> list[str]:
 def _update_digest(digest, folder: pathlib.Path, names: list[str]) -> None:
   """Add the names and contents of files to a hash."""
   for name in names:
-    with open(folder / name, 'rb') as file:
-      digest.update(f'{name} {hashlib.file_digest(file, "sha256").hexdigest()}\n'.encode())
+    digest.update(f'{name} {digest_file(folder / name)}\n'.encode())

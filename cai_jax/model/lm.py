@@ -42,7 +42,7 @@ class LM:
     tokenizer: a transformers.PreTrainedTokenizerFast.
     mesh: where the parameters are.
     dtype: compute dtype.
-    name: the folder or hub name that the model was loaded from.
+    name: the hub name or the absolute path of the folder that the model was loaded from.
     fingerprint: hex digest of config, dtypes, weights and tokenizer. It is part of the key of each
       turn in a journal.
     eos_token_ids: tokens that end a reply.
@@ -61,6 +61,11 @@ class LM:
   def graph(self) -> nnx.GraphDef:
     """The static part of the model, for `nnx.merge(lm.graph, params)` in a jitted function."""
     return abstract_model(self.config, self.dtype)[0]
+
+  @property
+  def public_name(self) -> str:
+    """The name of the model in datasets: a folder's is its content, not its path."""
+    return f'sha256:{self.fingerprint[:16]}' if os.path.isabs(self.name) else self.name
 
   @property
   def max_positions(self) -> int:
@@ -187,7 +192,7 @@ def load(
     tokenizer=tokenizer,
     mesh=mesh,
     dtype=dtype,
-    name=str(path),
+    name=str(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
     fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype),
     eos_token_ids=eos,
   )

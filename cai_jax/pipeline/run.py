@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
-from cai_jax.pipeline import prompt_sets, schema
+from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.errors import UserError
@@ -81,6 +81,7 @@ class Run:
     evaluates = stage in ('evaluate', 'report')
     aligned = self.config.model.aligned if evaluates else ''
     settings = {name: values[name] for name in ('seed', 'sampling')}
+    settings['contents'] = contents.stage_contents(self.config, stage)
     settings['model'] = _without(values['model'], () if aligned else ('aligned',))
     settings['feedback'] = _without(values['feedback'], ROW_INDEPENDENT_FIELDS)
     if self.remotes:  # what is served counts, not where it is served or how patiently it is asked
@@ -125,8 +126,10 @@ def build(
       f'workdir={workdir} is not on a local or shared filesystem, but the journal appends to its '
       'files. Mount the storage, or choose a folder.'
     )
+  if os.path.expanduser(workdir).startswith('~'):
+    raise UserError(f'workdir={workdir} names no user whose folder exists. Write the whole path.')
   config = schema.complete_config(config)
-  plugins = load_plugins(config.plugins)
+  plugins = load_plugins(schema.expand_paths(config.plugins))
   settings = schema.from_config(config)
   _check_roles(settings)
   _check_sampling(settings)
@@ -135,7 +138,7 @@ def build(
   return Run(
     config=settings,
     values=json.loads(config.to_json_best_effort()),
-    workdir=pathlib.Path(workdir),
+    workdir=pathlib.Path(os.path.realpath(os.path.expanduser(workdir))),
     constitution=load_constitution(settings.constitution),
     prompts=prompt_sets.load_prompt_sets(settings.prompts, settings.seed),
     plugins=plugins,

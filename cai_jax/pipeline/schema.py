@@ -15,16 +15,20 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from cai_jax.constitution import ConstitutionConfig
+from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig
+from cai_jax.data.prompt_sources import SOURCES
 from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.pipeline.values import convert, describe_type
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
 from cai_jax.runtime.settings import flatten, setting
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
+from cai_jax.scoring.refusal import CLASSIFIERS
+from cai_jax.tiny.files import MODELS
 from cai_jax.training.config import TrainConfig
 
 # A field of a component that is not a field of the config: training uses the seed of the run.
@@ -36,15 +40,16 @@ class ModelSelection:
   """The models of a run. Each is 'tiny', 'tiny-small', a checkpoint folder or a hub name."""
 
   base: str = setting(
-    'tiny', "M_θ, which samples the initial responses. Must be '' if remote.base is set."
+    'tiny', "M_θ, which samples the initial responses. Must be '' if remote.base is set.", path=True
   )
-  critique: str = setting('', "M_critique, which samples the critiques. '' means M_θ.")
-  revision: str = setting('', "M_revise, which samples the revisions. '' means M_θ.")
-  init: str = setting('', "Model that fine-tuning starts from. '' means M_θ.")
+  critique: str = setting('', "M_critique, which samples the critiques. '' means M_θ.", path=True)
+  revision: str = setting('', "M_revise, which samples the revisions. '' means M_θ.", path=True)
+  init: str = setting('', "Model that fine-tuning starts from. '' means M_θ.", path=True)
   aligned: str = setting(
     '',
     'M_aligned to evaluate. If it is set, the evaluate stage needs neither the generate nor the '
     "train stage. '' means the model that the train stage saves.",
+    path=True,
   )
   dtype: str = setting(
     'float32', "Dtype of parameters, cache and computation in sampling, such as 'bfloat16'."
@@ -96,6 +101,7 @@ class DataConfig:
     '',
     'Folder of a D_CAI that another run wrote, to train on. If it is set, the train stage does not '
     "need the generate stage. '' means d_cai/ in the folder of this run.",
+    path=True,
   )
 
 
@@ -112,6 +118,7 @@ class ReportConfig:
     '',
     'A *_SLMADISON.jsonl file of samples that Bai et al. (2022) published. The report shows their '
     "rates of defects beside those of this run. '' means none.",
+    path=True,
   )
 
   def __post_init__(self) -> None:
@@ -139,6 +146,7 @@ class RunConfig:
     (),
     'Python files to import first. They can register variants, scorers, measures, losses and model '
     'families, which other fields can then name.',
+    path=True,
   )
   model: ModelSelection = ModelSelection()
   remote: RemoteModels = RemoteModels()
@@ -170,6 +178,7 @@ class Field(typing.NamedTuple):
     section: dataclass of the subsection, or None if the field is a value.
     keys: the meaning of each key, for a mapping whose keys are fields of their own.
     most: largest allowed value, or None.
+    path: whether the value can be a path, or a tuple of paths.
   """
 
   name: str
@@ -179,6 +188,7 @@ class Field(typing.NamedTuple):
   section: type | None
   keys: Mapping[str, str]
   most: float | None
+  path: bool
 
 
 def section_fields(section: type) -> Iterator[Field]:
@@ -202,6 +212,7 @@ def section_fields(section: type) -> Iterator[Field]:
       subsection,
       metadata.get('keys', {}),
       metadata.get('most'),
+      metadata.get('path', False),
     )
 
 
@@ -216,6 +227,14 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
   assert field.default_factory is not dataclasses.MISSING, f'{field.name} has no default'
   return field.default_factory()
+
+
+def expand_paths(value: Any) -> Any:
+  """Return a path, or a tuple of paths, in absolute form. Names of components stay as they are."""
+  if isinstance(value, tuple):
+    return tuple(map(expand_paths, value))
+  names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, 'base', ''}
+  return expand_path(value) if isinstance(value, str) and value not in names else value
 
 
 def default_config() -> ConfigDict:
@@ -356,7 +375,7 @@ def _build_section(
       name = _join(path, field.name)
       absent = field.section is RemoteConfig and not value.url
       value = None if absent else _build_section(field.section, value, name, extra)
-    values[field.name] = value
+    values[field.name] = expand_paths(value) if field.path else value
   try:
     return section(**values)
   except UserError as error:

@@ -43,6 +43,7 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     'tokens': counts.pop('sampled_tokens'),
     **counts,
     'preferences': pairs,
+    'd_cai': d_cai.content_digest(run.workdir / 'd_cai'),
   }
 
 

@@ -8,6 +8,7 @@ from cai_jax.data import d_cai
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import copy_to_local_mesh
+from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.stage_generate import references
@@ -51,6 +52,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   )
   models.save(dataclasses.replace(lm, params=params), run.workdir / 'model')
   return {
+    'model': model_contents(str(run.workdir / 'model')),
     'rows_in': summary.pop('rows'),
     'rows_kept': summary.pop('kept'),
     'rows_dropped': summary.pop('dropped'),

@@ -1,12 +1,14 @@
 """The stages of a run: their order, their requirements, and their execution."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from cai_jax.pipeline.checks import check_run
+from cai_jax.pipeline.contents import check_products
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
 from cai_jax.pipeline.server_checks import check_servers
@@ -14,7 +16,7 @@ from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
-from cai_jax.runtime import lock, processes
+from cai_jax.runtime import digests, lock, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
@@ -67,6 +69,7 @@ def run_stages(
 def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) -> None:
   """Run the stages that are not done, in a workdir that this job holds."""
   is_first = jax.process_index() == 0
+  digests.load_digests(run.workdir / 'digests.json')
   manifest = Manifest(run.workdir, writes=is_first)
   _check_manifest(run, stages, manifest)
   served = run
@@ -76,10 +79,13 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   processes.barrier('manifest read')
   if is_first:
     write_json(run.workdir / 'config.json', run.values)
+    digests.save_digests(run.workdir / 'digests.json')
   for name in (name for name in STAGES if name in stages):
     if manifest.done(name):
       log(f'{name}: done before')
       continue
+    check = functools.partial(_check_inputs, run, name, manifest)
+    processes.run_on_all_processes('check what earlier stages used and wrote', check)
     log(f'{name} ...')
     with manifest.stage(name, run.settings(name)) as entry:
       entry |= STAGES[name](served, manifest.content)
@@ -87,6 +93,12 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
         entry['server_draws'] = roles
     log(f'{name}: {entry["seconds"]:.0f} s')
     processes.barrier(name)
+
+
+def _check_inputs(run: Run, stage: str, manifest: Manifest) -> None:
+  """Check that no model or file of an earlier stage has been replaced, and neither its results."""
+  _check_manifest(run, [stage], manifest)
+  check_products(run.workdir, run.config, stage, manifest.content['stages'])
 
 
 def _check_names(run: Run, stages: Sequence[str]) -> None:

@@ -45,6 +45,23 @@ def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
     )
 
 
+def expand_path(path: str | os.PathLike) -> str:
+  """Return a path with '~' and, if it exists, with every folder in it made absolute and real.
+
+  A file keeps its own name even if it is a symbolic link, because its suffix may matter.
+
+  Args:
+    path: a path, or text that only may be one.
+  """
+  expanded = os.path.expanduser(path)
+  if not os.path.exists(expanded):
+    return expanded
+  if os.path.isdir(expanded):
+    return os.path.realpath(expanded)
+  folder, name = os.path.split(os.path.abspath(expanded))
+  return os.path.join(os.path.realpath(folder), name)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
   """Write a value as indented JSON, atomically: a reader sees the old file or the new one.
 

@@ -96,10 +96,15 @@ class Manifest:
     if recorded is None:
       return
     changes = changed_settings(flatten(recorded), flatten(dict(settings)), defaults)
+    contents = recorded.get('contents', {}), settings.get('contents', {})
+    changes = _without_known_contents(changes, *contents)
     if self.done(stage):
       changes = {name: values for name, values in changes.items() if name not in free_when_done}
     if changes:
-      listed = [f'{name}: {old!r} → {new!r}' for name, (old, new) in changes.items()]
+      listed = [
+        f'{name.replace("contents.", "what is in ")}: {old!r} → {new!r}'
+        for name, (old, new) in changes.items()
+      ]
       raise UserError(
         f'{self._path.parent} holds stage {stage!r} of a run with other settings '
         f'({"; ".join(listed[:8])}). Use another workdir. To reuse all turns that stay the same, '
@@ -145,6 +150,28 @@ class Manifest:
       write_json(self._path, self.content)
 
 
+def _without_known_contents(
+  changes: Mapping[str, Any], saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Drop the changes of names behind which the same content is, and of contents not known before.
+
+  Args:
+    changes: changed settings by dotted name; those that begin with 'contents.' are digests.
+    saved: digests of the earlier start, by the setting that names their model or file.
+    current: digests of this start; what is gone is left out.
+  """
+  known = saved.keys() & current.keys()
+  return {
+    name: values
+    for name, values in changes.items()
+    if (
+      any(name.startswith(f'contents.{field}.') for field in known)
+      if name.startswith('contents')
+      else name not in known or saved[name] != current[name]
+    )
+  }
+
+
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
   """Return a manifest in the form of the current version.
 
@@ -181,12 +208,23 @@ def _migrate(content: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]
   """
   check_version(content.get('version', 1), path)
   stages = content.get('stages')
-  if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+  if not isinstance(stages, dict) or not all(map(_is_stage, stages.values())):
     raise UserError(
       f'{path} does not describe the stages of a run, so it is damaged. Restore it, or use another '
       'workdir.'
     )
   return content | {'version': VERSION}
+
+
+def _is_stage(entry: Any) -> bool:
+  """Return whether an entry of a manifest can describe a stage."""
+  if not isinstance(entry, dict):
+    return False
+  settings = entry.get('settings', {})
+  if not isinstance(settings, dict) or not isinstance(entry.get('model', {}), dict):
+    return False
+  contents = settings.get('contents', {})
+  return isinstance(contents, dict) and all(isinstance(parts, dict) for parts in contents.values())
 
 
 def _now() -> str:

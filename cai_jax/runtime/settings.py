@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def setting(default: Any, doc: str, added: bool = False, most: float | None = None) -> Any:
+def setting(
+  default: Any, doc: str, added: bool = False, most: float | None = None, path: bool = False
+) -> Any:
   """Return a dataclass field with a default and its documentation.
 
   `configs/default.py` and `docs/configuration.md` are generated from these fields, so each default,
@@ -17,8 +19,10 @@ def setting(default: Any, doc: str, added: bool = False, most: float | None = No
     doc: meaning and unit, as one or two sentences.
     added: whether the field was added after version 0.1.0, see `identity`.
     most: largest value that a config may give, so that a mistyped size is refused at the start.
+    path: whether the value can be a path, or a tuple of paths. Such a value is expanded when the
+      settings of a run are built.
   """
-  metadata = {'doc': doc, 'added': added, 'most': most}
+  metadata = {'doc': doc, 'added': added, 'most': most, 'path': path}
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -30,11 +30,20 @@ def create_multiple_choice(config: EvaluationConfig) -> ModelMeasure:
   def measure(lm: LM, rows: Sequence[Row], dialogue: Dialogue) -> dict[str, dict[str, Any]]:
     del rows, dialogue
     return {
-      path: evaluate_questions(lm, read_questions(path), swap=config.swap)
-      for path in config.multiple_choice
+      name: evaluate_questions(lm, read_questions(path), swap=config.swap)
+      for name, path in _by_file_name(config.multiple_choice).items()
     }
 
   return ModelMeasure(measure, describe)
+
+
+def _by_file_name(paths: Sequence[str]) -> dict[str, str]:
+  """Return paths by file name, with a number where names repeat: results name no folder."""
+  names = [os.path.basename(path) for path in paths]
+  return {
+    name if names.count(name) == 1 else f'{name} ({number})': path
+    for number, (name, path) in enumerate(zip(names, paths, strict=True), 1)
+  }
 
 
 def describe(model: str, results: dict[str, dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ class RemoteConfig:
     '', "Base URL of the API, such as 'http://localhost:8000/v1'. '' serves no model."
   )
   model: str = setting('', 'The name that the model is served under.')
-  tokenizer: str = setting('', "Folder or hub name of the served model's tokenizer.")
+  tokenizer: str = setting('', "Folder or hub name of the served model's tokenizer.", path=True)
   server: str = setting(
     'openai',
     "The server software: 'vllm', 'sglang', 'tgi' or 'llama.cpp'. 'openai' means the plain API, "

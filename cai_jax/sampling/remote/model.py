@@ -41,7 +41,8 @@ class Remote:
 
   Attributes:
     config: address of the model and settings of requests.
-    name: the served name and revision, as stored in D_CAI.
+    name: the served name and revision.
+    public_name: the same, which datasets contain.
     fingerprint: hex digest that identifies the model in the journal. It depends on the served name,
       revision, tokenizer, server software and form of the prompt, not on the address.
     tokenizer: the served model's tokenizer.
@@ -58,6 +59,7 @@ class Remote:
     vocabulary = load_vocabulary(config.tokenizer)
     self.config = config
     self.name = f'{config.model}@{config.revision}' if config.revision else config.model
+    self.public_name = self.name
     self.tokenizer = vocabulary.tokenizer
     # A fast tokenizer stores `split_special_tokens` as state. If two threads share one, text that
     # spells a control token can become that token. The worker threads therefore use a copy.

@@ -1,0 +1,128 @@
+"""What the models and files of a run contain, as digests that the manifest records.
+
+If the weights of a model are replaced in place between two stages, its name stays the same and its
+digest does not.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from cai_jax.data import d_cai
+from cai_jax.model.folder import TOKENIZER_FILES, find_folder, folder_contents
+from cai_jax.pipeline.schema import RunConfig
+from cai_jax.runtime.digests import digest_files
+from cai_jax.runtime.errors import UserError
+from cai_jax.scoring.refusal import CLASSIFIERS
+from cai_jax.tiny.files import model_path
+
+Contents = dict[str, dict[str, str]]  # config field → part of what it names → digest
+
+
+def stage_contents(config: RunConfig, stage: str) -> Contents:
+  """Return digests of the models and files that a stage reads.
+
+  What cannot be read is left out, because a stage that is done may outlive its inputs.
+
+  Args:
+    config: the settings of the run.
+    stage: name of the stage.
+  """
+  contents = {}
+  for name, value in _inputs(config, stage):
+    if value:
+      try:
+        contents[name] = _digests(name, value)
+      except (OSError, UserError):
+        continue
+  return contents
+
+
+def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
+  """Yield the config fields that name the models and files of a stage, and their values."""
+  model, evaluation = config.model, config.evaluation
+  if stage == 'train':
+    role = 'init' if model.init else 'base'
+    yield f'model.{role}', getattr(model, role)
+    yield 'data.d_cai', config.data.d_cai
+    return
+  for role in ('base', 'critique', 'revision'):
+    yield f'model.{role}', getattr(model, role)
+    remote = getattr(config.remote, role)
+    yield f'remote.{role}.tokenizer', remote and remote.tokenizer
+  if stage == 'generate':
+    return
+  yield 'model.aligned', model.aligned
+  yield 'evaluation.judge', '' if evaluation.judge == 'base' else evaluation.judge
+  yield 'evaluation.reward_model', evaluation.reward_model
+  yield 'evaluation.refusal', '' if evaluation.refusal in CLASSIFIERS else evaluation.refusal
+  yield 'evaluation.multiple_choice', evaluation.multiple_choice
+  if stage == 'report':
+    yield 'report.published', config.report.published
+
+
+def _digests(name: str, value: Any) -> dict[str, str]:
+  """Return the digests of what a field names."""
+  if name == 'data.d_cai':
+    return {'rows': d_cai.content_digest(value)}
+  if name in ('evaluation.multiple_choice', 'report.published'):
+    paths = [pathlib.Path(path) for path in ((value,) if isinstance(value, str) else value)]
+    return {
+      f'{number}: {path.name}': digest_files(path.parent, [path.name])
+      for number, path in enumerate(paths, 1)
+    }
+  if name.startswith('remote.'):
+    return folder_contents(_find_tokenizer(value), weights=False)
+  return model_contents(model_path(value))
+
+
+def model_contents(path: str) -> dict[str, str]:
+  """Return the digests of the parts of a model, see `folder_contents`.
+
+  Args:
+    path: a folder or hub name.
+
+  Raises:
+    UserError: if there is no such model.
+  """
+  return folder_contents(_find_model(path))
+
+
+def check_products(workdir: pathlib.Path, config: RunConfig, stage: str, done: Any) -> None:
+  """Check that what earlier stages wrote has not changed, before a stage reads it.
+
+  Args:
+    workdir: folder of the run.
+    config: the settings of the run.
+    stage: name of the stage that is about to begin.
+    done: the manifest's entry of each stage.
+
+  Raises:
+    UserError: if D_CAI or the trained model has changed; the message names the shard or the part.
+  """
+  if stage == 'train' and not config.data.d_cai and done['generate'].get('d_cai'):
+    folder = workdir / 'd_cai'
+    d_cai.check_files(folder)
+    if d_cai.content_digest(folder) != done['generate']['d_cai']:
+      raise UserError(
+        f'{folder} is not the dataset that stage generate wrote. Restore it, or use another '
+        'workdir.'
+      )
+  if stage == 'evaluate' and not config.model.aligned and done['train'].get('model'):
+    folder = workdir / 'model'
+    for part, digest in folder_contents(folder).items():
+      if done['train']['model'].get(part) != digest:
+        raise UserError(
+          f'{folder} is not the model that stage train wrote: its {part} has changed. Restore it, '
+          'or set model.aligned in another workdir to evaluate it.'
+        )
+
+
+# Asking the hub takes a second, and a run must not change to another revision between its stages.
+_find_model = functools.cache(find_folder)
+
+
+@functools.cache
+def _find_tokenizer(path: str) -> pathlib.Path:
+  return find_folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))

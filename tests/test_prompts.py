@@ -135,8 +135,8 @@ def test_missing_empty_and_damaged_sources_are_errors(tmp_path):
     (write(tmp_path, [], 'empty.jsonl'), 'empty.jsonl: the source is empty'),
     (write(tmp_path, ['', ' '], 'blank.txt'), 'blank.txt: the source is empty'),
     (
-      write(tmp_path, ['a'], 'p.csv'),
-      r"p.csv: there is no such source .*'.jsonl', '.txt'.*'tfds', 'hub'",
+      write(tmp_path, ['a'], 'p.docx'),
+      r"p.docx: there is no such source .*'.jsonl'.*'.txt'.*'tfds', 'hub'",
     ),
   ]:
     with pytest.raises(UserError, match=message):

@@ -3,18 +3,16 @@
 A source is a function that yields rows. To add one, register it under a name, which users then set
 as `prompts.*.source`. To read a new file format, register it under the suffix of its files:
 
-  @SOURCES.register('.csv')
-  def read_csv(source: PromptSource, seed: int) -> Iterator[Row]:
-    with open(source.source, newline='', encoding='utf-8') as file:
-      for number, row in enumerate(csv.DictReader(file), 1):
-        yield f'{source.source}, row {number}', row
+  @SOURCES.register('.list')
+  def read_list(source: PromptSource, seed: int) -> Iterator[Row]:
+    for number, line in read_lines(source.source):
+      yield f'{source.source}, line {number}', {'prompt': line}
 
-The module prompts.py explains what a row contains, and turns rows into prompts.
+The module prompt_files.py has the built-in file formats, and prompts.py explains what a row
+contains and turns rows into prompts.
 """
 
 import dataclasses
-import gzip
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,9 +26,13 @@ from cai_jax.runtime.settings import setting
 # (place, row): the place names the source and the line or row, for error messages.
 Row = tuple[str, Any]
 
+# Fields of a row that can hold its dialogue.
+MESSAGE_FIELDS = ('messages', 'conversations', 'conversation')
+DIALOGUE_FIELDS = (*MESSAGE_FIELDS, 'prompt', 'chosen')
+
 ROW_FORM = (
-  'A row needs {"messages": [{"role": .., "content": ..}, ..]}, {"prompt": text or messages} or '
-  '{"chosen": dialogue with its answer}; "id" and "metadata" are optional.'
+  'A row needs {"messages": [{"role": "user", "content": "Hi"}, ..]}, {"prompt": text or messages} '
+  'or {"chosen": dialogue with its answer}; "id" and "metadata" are optional.'
 )
 
 
@@ -44,8 +46,9 @@ class PromptSource:
 
   source: str = setting(
     '',
-    'A .jsonl file (one row per line), a .txt file (one prompt per line), either of them with .gz '
-    "appended, 'tfds', 'hub' or 'tiny'. '' means no prompts.",
+    'A file: .jsonl (one row per line), .json (an array of rows), .csv, .tsv, .parquet or .txt '
+    "(one prompt per line), also compressed with gzip. Or 'tfds', 'hub' or 'tiny'. '' means no "
+    'prompts.',
     path=True,
   )
   name: str = setting(
@@ -56,10 +59,16 @@ class PromptSource:
   subset: str = setting('', 'Configuration of the hub dataset, if it has several.')
   split: str = setting('train', "Split of the dataset. For the source 'tiny': 'train' or 'eval'.")
   field: str = setting(
-    '', "Field that contains the prompt. '' means the first of messages, prompt and chosen."
+    '', "Field that contains the prompt. '' means messages, conversations, prompt or chosen."
   )
   limit: int = setting(-1, 'Maximum number of prompts to load. -1 loads all.')
   shuffle: bool = setting(False, "Shuffle with the run's seed before applying the limit.")
+  drop_answer: bool = setting(
+    False,
+    'Leave out the answer of dialogues that end with one. Without it, such a dialogue is an error, '
+    "except in the field 'chosen', which always ends with an answer.",
+    added=True,
+  )
   metadata_fields: tuple[str, ...] = setting(
     (), 'Further fields of a row to store in the metadata of the prompt, as text.'
   )
@@ -68,6 +77,8 @@ class PromptSource:
     if self.source and self.limit != -1 and self.limit < 1:
       raise UserError(f'limit must be at least 1, or -1 for all prompts, but got {self.limit}.')
 
+
+_MESSAGE_KEYS = ({'role', 'content'}, {'from', 'value'})
 
 SOURCES: Registry[Callable[[PromptSource, int], Iterator[Row]]] = Registry('source of prompts')
 
@@ -84,7 +95,7 @@ def read_rows(source: PromptSource, seed: int) -> Iterator[Row]:
   """
   name = source.source
   if name not in SOURCES:
-    suffix = os.path.splitext(name.removesuffix('.gz'))[1]
+    suffix = os.path.splitext(name.lower().removesuffix('.gz'))[1]
     if not suffix or suffix not in SOURCES:
       raise UserError(
         f'{name}: there is no such source of prompts. Give a file whose name ends in one of '
@@ -110,42 +121,6 @@ def reject_settings(source: PromptSource, *names: str) -> None:
     raise UserError(
       f'{source.source}: this source does not support {", ".join(unused)}. Remove the setting.'
     )
-
-
-@SOURCES.register('.jsonl')
-def read_jsonl(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield one row per line of a JSON Lines file.
-
-  Args:
-    source: names the file.
-    seed: not used.
-
-  Raises:
-    UserError: if the file cannot be read, or a line is not JSON.
-  """
-  reject_settings(source, 'name', 'subset')
-  for place, line in read_lines(source.source):
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also integers with too many digits
-      raise UserError(f'{place}: {line!r:.80} is not valid JSON ({error}). {ROW_FORM}') from error
-    yield place, row
-
-
-@SOURCES.register('.txt')
-def read_text(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield one row per line of a text file.
-
-  Args:
-    source: names the file.
-    seed: not used.
-
-  Raises:
-    UserError: if the file cannot be read.
-  """
-  reject_settings(source, 'name', 'subset')
-  for place, line in read_lines(source.source):
-    yield place, {'prompt': line}
 
 
 @SOURCES.register('tfds')
@@ -174,7 +149,12 @@ def read_tfds(source: PromptSource, seed: int) -> Iterator[Row]:
       'dataset, or the folder that contains dataset_info.json.'
     ) from error
   for i in range(len(rows)):
-    yield f'{source.name}, split {source.split!r}, row {i}', _without_arrays(rows[i])
+    place = f'{source.name}, split {source.split!r}, row {i}'
+    try:
+      row = _without_arrays(rows[i])
+    except UnicodeDecodeError as error:
+      raise UserError(f'{place}: the text is not UTF-8: {error}. Write the row again.') from error
+    yield place, row
 
 
 @SOURCES.register('hub')
@@ -202,35 +182,6 @@ def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
     yield f'{source.name}, split {source.split!r}, row {i}', row
 
 
-def read_lines(path: str) -> Iterator[tuple[str, str]]:
-  """Yield (place, line) for each line of a UTF-8 text file that is not blank.
-
-  Args:
-    path: the file; it is decompressed if the name ends in .gz.
-
-  Raises:
-    UserError: if the file is missing, is not UTF-8, or its compressed data is damaged.
-  """
-  if not os.path.isfile(path):
-    raise UserError(f'{path}: there is no such file. Give the path of a file.')
-  number = 0
-  try:
-    with gzip.open(path) if path.endswith('.gz') else open(path, 'rb') as file:
-      for number, line in enumerate(file, 1):
-        text = line.decode('utf-8-sig' if number == 1 else 'utf-8').strip()
-        if text:
-          yield f'{path}, line {number}', text
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'{path}, line {number}: the text is not UTF-8: {error}. Save the file as UTF-8.'
-    ) from error
-  except (EOFError, gzip.BadGzipFile) as error:
-    raise UserError(
-      f'{path}, after line {number}: the gzip file is damaged: {error}. Compress or download it '
-      'again.'
-    ) from error
-
-
 def _require_name(source: PromptSource) -> None:
   if not source.name:
     raise UserError(f'source={source.source!r} needs a dataset. Give its name or folder as `name`.')
@@ -247,7 +198,7 @@ def _without_arrays(value: Any) -> Any:
   if not isinstance(value, dict):
     return value
   value = {key: _without_arrays(item) for key, item in value.items()}
-  if set(value) == {'role', 'content'} and all(isinstance(v, list) for v in value.values()):
-    columns = zip(value['role'], value['content'], strict=True)  # how TFDS stores a list of dicts
-    return [{'role': role, 'content': content} for role, content in columns]
+  if set(value) in _MESSAGE_KEYS and all(isinstance(v, list) for v in value.values()):
+    # This is how TFDS stores a list of dicts.
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
   return value

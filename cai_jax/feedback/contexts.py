@@ -84,7 +84,7 @@ def cache_length(
       for name, (needed, without_prefix) in longest_context(chain, prefixes).items():
         if needed > models[name].max_positions:
           raise UserError(
-            f'The chain of prompt {prompt.id!r} can reach {needed} tokens, but '
+            f'{prompt}: the chain of this prompt can reach {needed} tokens, but '
             f'{models[name].name} holds {models[name].max_positions}. Shorten the prompt ({size} '
             'tokens), lower max_tokens in sampling.*, lower feedback.rounds, or set '
             "feedback.context='fresh'."

@@ -200,11 +200,14 @@ def _check_prompts(prompts: Sequence[tuple[Prompt, str]]) -> None:
   """Raise UserError if there is no prompt or two prompts have the same id."""
   if not prompts:
     raise UserError('There is no prompt to answer. Give at least one.')
-  seen = set()
+  seen: dict[str, Prompt] = {}
   for prompt, _ in prompts:
     if prompt.id in seen:
-      raise UserError(f'Two prompts have the id {prompt.id!r}. Give each prompt its own id.')
-    seen.add(prompt.id)
+      raise UserError(
+        f'Two prompts have the id {prompt.id!r}: {seen[prompt.id]} and {prompt}. Give each prompt '
+        'its own id.'
+      )
+    seen[prompt.id] = prompt
 
 
 def _check_stop_tokens(stage: Stage, lm: LM | Remote) -> None:

@@ -137,12 +137,14 @@ def _check_training_start(
 def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo) -> None:
   """Check that the aligned model's context holds each held-out prompt with its answer."""
   context, answer = info.config.max_positions, run.config.sampling.initial.max_tokens
-  longest = max(_prompt_lengths(run, info, prompt_sets.HELD_OUT), default=0)
+  prompts = [prompt for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
+  lengths = _prompt_lengths(run, info, prompt_sets.HELD_OUT)
+  longest = max(lengths, default=0)
   if longest + answer > context:
     raise UserError(
-      f'A held-out prompt has {longest} tokens and its answer up to '
-      f'sampling.initial.max_tokens={answer}, but the context of {name} holds {context}. Shorten '
-      'the prompt or the answer.'
+      f'{prompts[lengths.index(longest)]}: this held-out prompt has {longest} tokens and its '
+      f'answer up to sampling.initial.max_tokens={answer}, but the context of {name} holds '
+      f'{context}. Shorten the prompt or the answer.'
     )
 
 

@@ -50,12 +50,19 @@ def _load_prompts(name: str, source: PromptSource, seed: int) -> list[Prompt]:
 
 
 def _check_unique_ids(sets: Mapping[str, list[Prompt]], names: tuple[str, str]) -> None:
-  seen: set[str] = set()
+  seen: dict[str, Prompt] = {}
   for name in names:
     for prompt in sets[name]:
       if prompt.id in seen:
+        first = seen[prompt.id]
         raise UserError(
-          f'prompts.{names[0]} and prompts.{names[1]} both contain the id {prompt.id!r}. '
-          'Give each prompt its own id.'
+          f'prompts.{names[0]} and prompts.{names[1]} both contain the id {prompt.id!r}: {first} '
+          f'and {prompt}. {_how_to_separate(first, prompt)}'
         )
-      seen.add(prompt.id)
+      seen[prompt.id] = prompt
+
+
+def _how_to_separate(first: Prompt, second: Prompt) -> str:
+  if first.messages == second.messages:
+    return 'They are the same dialogue. Remove one of the two, or give each an id.'
+  return 'Give each prompt its own id.'

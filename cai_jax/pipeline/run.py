@@ -191,7 +191,8 @@ def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
   """Return a hex digest of the ids, messages and metadata of prompts, in their order."""
-  content = json.dumps([dataclasses.astuple(prompt) for prompt in prompts], sort_keys=True)
+  parts = [[prompt.id, prompt.messages, prompt.metadata] for prompt in prompts]
+  content = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

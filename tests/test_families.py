@@ -64,7 +64,10 @@ def test_every_option_survives_a_round_trip_and_changes_config_json():
     ({'mlp_bias': True}, 'mlp_bias=True'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),
     ({'rope_parameters': None, 'rope_scaling': {'type': 'yarn'}}, "rope_type 'yarn'"),
-    ({'num_key_value_heads': 3}, 'num_heads=4 is not a multiple of num_kv_heads=3'),
+    (
+      {'num_key_value_heads': 3},
+      'num_attention_heads=4 is not a multiple of num_key_value_heads=3',
+    ),
     ({'hidden_size': None}, 'hidden_size is None'),
     ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor=0.5'),
     ({'rope_parameters': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
@@ -186,6 +189,7 @@ def test_a_family_can_be_registered_from_a_users_file(
   load_plugins([str(plugin)])
   folder = shutil.copytree(tiny_hf_folder('smollm2'), tmp_path / 'model')
   config = read_json(folder / 'config.json') | {'model_type': 'small_llama'}
+  config['architectures'] = ['SmallLlama']
   (folder / 'config.json').write_text(json.dumps(config))
   lm = cai_jax.load(folder, mesh=make_mesh(devices=jax.devices()[:1]))
   assert lm.config.family == 'small_llama'

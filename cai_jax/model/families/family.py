@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.fields import require
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 
@@ -131,6 +132,36 @@ class Family:
 FAMILIES: Registry[Family] = Registry('model family')
 
 
+# Options of other architectures that change what a model computes, and the values with which they
+# do not. Transformers ignores some of them for our families, and other programs do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+  'is_encoder_decoder': (False,),
+  'add_cross_attention': (False,),
+  'is_causal': (True,),
+  'use_bidirectional_attention': (False,),
+  'pruned_heads': ({},),
+  'attn_logit_softcapping': (),
+  'final_logit_softcapping': (),
+  'query_pre_attn_scalar': (),
+  'attention_multiplier': (),
+  'embedding_multiplier': (1.0,),
+  'residual_multiplier': (1.0,),
+  'logits_scaling': (1.0,),
+  'logit_scale': (1.0,),
+  'attention_chunk_size': (),
+  'no_rope_layers': ([],),
+  'no_rope_layer_interval': (),
+  'clip_qkv': (),
+  'alibi': (False,),
+  'use_alibi': (False,),
+  'use_mrope': (False,),
+  'rotary_pct': (1.0,),
+  'rope_interleaved': (False,),
+  'parallel_attn': (False,),
+  'use_parallel_residual': (False,),
+}
+
+
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
   """Return the ModelConfig of a parsed Hugging Face config.json.
 
@@ -144,10 +175,13 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
       f'{", ".join(sorted(FAMILIES))}. To add a family, register it in a file of your own and name '
       'that file in config.plugins.'
     )
-  if (method := hf.get('quantization_config')) is not None:
-    raise UserError(
-      f'config.json: quantization_config={method!r} is not supported. Use the original checkpoint.'
-    )
+  for key in ('quantization_config', 'compression_config'):
+    if (method := hf.get(key)) is not None:
+      raise UserError(
+        f'config.json: {key}={method!r} is not supported. Use the original checkpoint.'
+      )
+  for key, neutral in NEUTRAL.items():
+    require(hf, key, *neutral)
   return FAMILIES[model_type].read_config(hf)
 
 

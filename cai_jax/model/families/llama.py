@@ -5,6 +5,7 @@ from typing import Any
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import shared
 from cai_jax.model.families.family import FAMILIES, Family
+from cai_jax.model.families.fields import read_flag
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -16,7 +17,8 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  bias = bool(hf.get('attention_bias', False))
+  shared.read_no_windows(hf)
+  bias = read_flag(hf, 'attention_bias')
   return ModelConfig('llama', **shared.read_fields(hf), qkv_bias=bias, output_bias=bias)
 
 

@@ -5,8 +5,10 @@ from typing import Any
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import shared
 from cai_jax.model.families.family import FAMILIES, Family
+from cai_jax.model.families.fields import read_flag, read_size
+from cai_jax.runtime.errors import UserError
 
-DEFAULT_WINDOW = 4096  # tokens; transformers' value if config.json has no sliding_window
+DEFAULT_KV_HEADS = 8  # transformers' value if config.json has no num_key_value_heads
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -20,11 +22,27 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  window = hf.get('sliding_window', DEFAULT_WINDOW)
-  fields = shared.read_fields(hf)
-  windows = () if window is None else (window,) * fields['num_layers']
-  bias = bool(hf.get('attention_bias', False))
+  fields = shared.read_fields(hf, default_kv_heads=DEFAULT_KV_HEADS)
+  windows = _read_windows(hf, fields['num_layers'])
+  bias = read_flag(hf, 'attention_bias')
   return ModelConfig('mistral', **fields, qkv_bias=bias, windows=windows)
+
+
+def _read_windows(hf: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+  """Return the window of each layer; () means full attention in all of them."""
+  window = None
+  if hf.get('sliding_window', shared.DEFAULT_WINDOW) is not None:
+    window = read_size(hf, 'sliding_window', shared.DEFAULT_WINDOW)
+  kind = 'full_attention' if window is None else 'sliding_attention'
+  wrong = [other for other in shared.read_layer_types(hf, layers) or () if other != kind]
+  used = read_flag(hf, 'use_sliding_window', default=window is not None)
+  if wrong or used != (window is not None):
+    other = f'layer_types has {wrong[0]}' if wrong else f'use_sliding_window is {used}'
+    raise UserError(
+      f'config.json: sliding_window={window}, which holds for all layers of a Mistral model, but '
+      f'{other}. Correct one of them.'
+    )
+  return () if window is None else (window,) * layers
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import shared
 from cai_jax.model.families.family import FAMILIES, Family
 
+DEFAULT_KV_HEADS = 32  # transformers' value if config.json has no num_key_value_heads
+
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
   """Return the ModelConfig of a Qwen2 config.json.
@@ -16,7 +18,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  fields = shared.read_fields(hf)
+  fields = shared.read_fields(hf, default_kv_heads=DEFAULT_KV_HEADS)
   return ModelConfig('qwen2', **fields, qkv_bias=True, windows=shared.read_layer_windows(hf))
 
 

@@ -5,8 +5,10 @@ from typing import Any
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import shared
 from cai_jax.model.families.family import FAMILIES, Family
+from cai_jax.model.families.fields import read_flag
 
 DEFAULT_HEAD_DIM = 128  # transformers' value if config.json has no head_dim
+DEFAULT_KV_HEADS = 32  # transformers' value if config.json has no num_key_value_heads
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -18,10 +20,10 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  bias = bool(hf.get('attention_bias', False))
+  bias = read_flag(hf, 'attention_bias')
   return ModelConfig(
     'qwen3',
-    **shared.read_fields(hf, DEFAULT_HEAD_DIM),
+    **shared.read_fields(hf, DEFAULT_HEAD_DIM, DEFAULT_KV_HEADS),
     qkv_bias=bias,
     output_bias=bias,
     qk_norm=True,

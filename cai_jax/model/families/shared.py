@@ -2,8 +2,16 @@
 
 from typing import Any
 
-from cai_jax.model.config import Llama3Rope, ModelConfig
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import Weight
+from cai_jax.model.families.fields import (
+  MOST_LAYERS,
+  read_flag,
+  read_number,
+  read_size,
+  require,
+)
+from cai_jax.model.families.rope import read_rope, write_rope
 from cai_jax.runtime.errors import UserError
 
 # Weight tables. Those of a layer's weights leave out the layer, which `per_layer` adds.
@@ -49,99 +57,68 @@ GATED_MLP = per_layer(
 
 # Reading config.json.
 
-SIZES = (
-  'vocab_size',
-  'hidden_size',
-  'intermediate_size',
-  'num_hidden_layers',
-  'num_attention_heads',
-  'max_position_embeddings',
-)
 
-
-def read_fields(hf: dict[str, Any], default_head_dim: int | None = None) -> dict[str, Any]:
+def read_fields(
+  hf: dict[str, Any], default_head_dim: int | None = None, default_kv_heads: int | None = None
+) -> dict[str, Any]:
   """Return the fields of ModelConfig that all Llama-style families store in the same way.
 
   Args:
     hf: a parsed config.json.
     default_head_dim: size of a head if config.json does not give it; None means hidden_size divided
       by the number of heads.
+    default_kv_heads: number of key and value heads if config.json has no num_key_value_heads; None
+      means the number of heads.
 
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  require(hf, 'hidden_act', 'silu')
+  require(hf, 'hidden_act', 'silu', 'swish')  # two names of the same function
   require(hf, 'mlp_bias', False)
-  for key in SIZES:
-    if not isinstance(hf.get(key), int) or hf[key] < 1:
-      raise UserError(f'config.json: {key} is {hf.get(key)!r}; it must be a positive integer.')
-  num_heads = hf['num_attention_heads']
-  return {
-    'vocab_size': hf['vocab_size'],
-    'd_model': hf['hidden_size'],
-    'd_ff': hf['intermediate_size'],
-    'num_layers': hf['num_hidden_layers'],
+  d_model, num_heads = read_size(hf, 'hidden_size'), read_size(hf, 'num_attention_heads')
+  kv_heads = num_heads
+  if default_kv_heads is not None and 'num_key_value_heads' not in hf:
+    kv_heads = default_kv_heads
+  fields = {
+    'vocab_size': read_size(hf, 'vocab_size'),
+    'd_model': d_model,
+    'd_ff': read_size(hf, 'intermediate_size'),
+    'num_layers': read_size(hf, 'num_hidden_layers', largest=MOST_LAYERS),
     'num_heads': num_heads,
-    'num_kv_heads': hf.get('num_key_value_heads') or num_heads,
-    'head_dim': hf.get('head_dim') or default_head_dim or hf['hidden_size'] // num_heads,
-    'max_positions': hf['max_position_embeddings'],
-    'norm_eps': hf.get('rms_norm_eps', 1e-6),
-    'tied_embeddings': bool(hf.get('tie_word_embeddings', False)),
+    'num_kv_heads': read_size(hf, 'num_key_value_heads', kv_heads),
+    'head_dim': read_size(hf, 'head_dim', default_head_dim or max(d_model // num_heads, 1)),
+    'max_positions': read_size(hf, 'max_position_embeddings'),
+    'norm_eps': read_number(hf, 'rms_norm_eps', 1e-6),
+    'tied_embeddings': read_flag(hf, 'tie_word_embeddings'),
     **read_rope(hf),
   }
+  _check_heads(hf, fields, default_head_dim)
+  return fields
 
 
-def require(hf: dict[str, Any], key: str, value: Any) -> None:
-  """Check that an option in config.json is absent or has the only value that is implemented.
-
-  Args:
-    hf: a parsed config.json.
-    key: name of the option.
-    value: the implemented value.
-
-  Raises:
-    UserError: if the option has another value.
-  """
-  if hf.get(key, value) != value:
-    raise UserError(f'config.json: {key}={hf[key]!r} is not supported; only {value!r} is.')
-
-
-def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
-  """Return `rope_theta` and `rope_scaling` of ModelConfig.
-
-  Transformers 5 stores both in `rope_parameters`. Earlier versions store `rope_theta` and
-  `rope_scaling` separately.
-
-  Args:
-    hf: a parsed config.json.
-
-  Raises:
-    UserError: if the type of scaling is not implemented, or one of its numbers is missing.
-  """
-  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-  require(hf, 'partial_rotary_factor', 1.0)
-  require(rope, 'partial_rotary_factor', 1.0)
-  thetas = (rope.get('rope_theta'), hf.get('rope_theta'), 10_000.0)
-  theta = float(next(theta for theta in thetas if theta is not None))
-  rope_type = rope.get('rope_type', rope.get('type', 'default'))
-  if rope_type == 'default':
-    return {'rope_theta': theta, 'rope_scaling': None}
-  if rope_type != 'llama3':
+def _check_heads(hf: dict[str, Any], fields: dict[str, Any], default_head_dim: int | None) -> None:
+  """Check that the numbers and the size of heads fit each other."""
+  heads, kv_heads = fields['num_heads'], fields['num_kv_heads']
+  if heads % kv_heads:
     raise UserError(
-      f"config.json: rope_type {rope_type!r} is not supported; 'default' and 'llama3' are."
+      f'config.json: num_attention_heads={heads} is not a multiple of '
+      f'num_key_value_heads={kv_heads}. Correct the one that does not belong to the weights.'
     )
-  keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-  if missing := [key for key in keys if rope.get(key) is None]:
+  if hf.get('head_dim') is None and default_head_dim is None and fields['d_model'] % heads:
     raise UserError(
-      f"config.json: rope_type 'llama3' needs {', '.join(keys)}; {', '.join(missing)} is missing."
+      f'config.json: hidden_size={fields["d_model"]} is not a multiple of '
+      f'num_attention_heads={heads}, and there is no head_dim. Give the size of a head.'
     )
-  scaling = Llama3Rope(
-    factor=float(rope['factor']),
-    low_freq_factor=float(rope['low_freq_factor']),
-    high_freq_factor=float(rope['high_freq_factor']),
-    original_max_positions=int(rope['original_max_position_embeddings']),
-  )
-  return {'rope_theta': theta, 'rope_scaling': scaling}
+  if fields['head_dim'] % 2:
+    raise UserError(
+      f'config.json: head_dim is {fields["head_dim"]}, but rotary embeddings need an even number. '
+      'Correct head_dim, or hidden_size and num_attention_heads, whose quotient it is by default.'
+    )
+
+
+DEFAULT_WINDOW = 4096  # tokens; transformers' value if config.json has no sliding_window
+DEFAULT_FULL_LAYERS = 28  # transformers' value if config.json has no max_window_layers
+LAYER_TYPES = ('full_attention', 'sliding_attention')
 
 
 def read_layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
@@ -149,16 +126,86 @@ def read_layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
 
   Args:
     hf: a parsed config.json.
+
+  Raises:
+    UserError: if an entry is wrong, or two entries contradict each other.
   """
-  window, layers = hf.get('sliding_window'), hf['num_hidden_layers']
-  if window is None or not hf.get('use_sliding_window', False):
+  layers = read_size(hf, 'num_hidden_layers', largest=MOST_LAYERS)
+  kinds = read_layer_types(hf, layers)
+  if not read_flag(hf, 'use_sliding_window'):
+    if kinds and 'sliding_attention' in kinds:
+      raise UserError(
+        f'config.json: layer_types has sliding_attention in layer {kinds.index(LAYER_TYPES[1])}, '
+        f'but use_sliding_window is {hf.get("use_sliding_window")!r}. Correct one of them.'
+      )
     return ()
-  layer_types = hf.get('layer_types')
-  if layer_types is None:  # before transformers 5, the first layers have full attention
-    full = hf.get('max_window_layers', layers)
-    layer_types = ['full_attention' if i < full else 'sliding_attention' for i in range(layers)]
-  windows = tuple(window if kind == 'sliding_attention' else None for kind in layer_types)
+  if 'sliding_window' in hf and hf['sliding_window'] is None:
+    raise UserError(
+      'config.json: use_sliding_window is True, but sliding_window is None. Give the window in '
+      'tokens, or set use_sliding_window to false.'
+    )
+  window = read_size(hf, 'sliding_window', DEFAULT_WINDOW)
+  full = read_size(hf, 'max_window_layers', DEFAULT_FULL_LAYERS, smallest=0)
+  by_number = [LAYER_TYPES[layer >= full] for layer in range(layers)]
+  # Transformers 5 writes its default of max_window_layers beside any layer_types.
+  if (
+    kinds and hf.get('max_window_layers') not in (None, DEFAULT_FULL_LAYERS) and kinds != by_number
+  ):
+    layer = next(i for i in range(layers) if kinds[i] != by_number[i])
+    raise UserError(
+      f'config.json: layer_types has {kinds[layer]} in layer {layer}, but max_window_layers={full} '
+      f'means {by_number[layer]}. Correct one of them.'
+    )
+  windows = tuple(window if kind == LAYER_TYPES[1] else None for kind in kinds or by_number)
   return windows if any(windows) else ()
+
+
+def read_layer_types(hf: dict[str, Any], layers: int) -> list[str] | None:
+  """Return the checked layer_types, or None if there are none.
+
+  Args:
+    hf: a parsed config.json.
+    layers: number of layers.
+
+  Raises:
+    UserError: if layer_types is not a list of a known type for each layer.
+  """
+  kinds = hf.get('layer_types')
+  if kinds is None:
+    return None
+  if not isinstance(kinds, list) or len(kinds) != layers:
+    length = len(kinds) if isinstance(kinds, list) else repr(kinds)
+    raise UserError(
+      f'config.json: layer_types has {length} entries for num_hidden_layers={layers}. It must be a '
+      'list with one entry per layer.'
+    )
+  for layer, kind in enumerate(kinds):
+    if kind not in LAYER_TYPES:
+      raise UserError(
+        f'config.json: layer_types has {kind!r} in layer {layer}, which is not supported; '
+        f'{" and ".join(LAYER_TYPES)} are.'
+      )
+  return kinds
+
+
+def read_no_windows(hf: dict[str, Any]) -> None:
+  """Check that config.json asks for no attention window, for families that have none.
+
+  Args:
+    hf: a parsed config.json.
+
+  Raises:
+    UserError: if it does.
+  """
+  kinds = read_layer_types(hf, read_size(hf, 'num_hidden_layers', largest=MOST_LAYERS))
+  used = read_flag(hf, 'use_sliding_window', default=hf.get('sliding_window') is not None)
+  if used or (kinds and 'sliding_attention' in kinds):
+    raise UserError(
+      f'config.json: model_type {hf.get("model_type")!r} has no attention window, but '
+      f'sliding_window={hf.get("sliding_window")!r}, '
+      f'use_sliding_window={hf.get("use_sliding_window")!r} or layer_types asks for one. Correct '
+      'model_type, or remove these entries.'
+    )
 
 
 # Writing config.json.
@@ -166,8 +213,7 @@ def read_layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
 
 def write_fields(config: ModelConfig) -> dict[str, Any]:
   """Return the entries of config.json that `read_fields` reads."""
-  rope = write_rope(config)
-  hf = {
+  return {
     'vocab_size': config.vocab_size,
     'hidden_size': config.d_model,
     'intermediate_size': config.d_ff,
@@ -179,37 +225,19 @@ def write_fields(config: ModelConfig) -> dict[str, Any]:
     'rms_norm_eps': config.norm_eps,
     'hidden_act': 'silu',
     'tie_word_embeddings': config.tied_embeddings,
-    'rope_theta': config.rope_theta,
-    'rope_parameters': rope,
-  }
-  if config.rope_scaling is not None:  # transformers 4 looks for it here
-    hf['rope_scaling'] = {key: value for key, value in rope.items() if key != 'rope_theta'}
-  return hf
-
-
-def write_rope(config: ModelConfig) -> dict[str, Any]:
-  """Return `rope_parameters` of config.json, as transformers 5 stores them."""
-  scaling = config.rope_scaling
-  if scaling is None:
-    return {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  return {
-    'rope_type': 'llama3',
-    'rope_theta': config.rope_theta,
-    'factor': scaling.factor,
-    'low_freq_factor': scaling.low_freq_factor,
-    'high_freq_factor': scaling.high_freq_factor,
-    'original_max_position_embeddings': scaling.original_max_positions,
+    **write_rope(config),
   }
 
 
 def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
   """Return the entries of config.json that `read_layer_windows` reads."""
   windows = [window for window in config.windows if window is not None]
-  return {
+  kinds = [LAYER_TYPES[config.window(layer) is not None] for layer in range(config.num_layers)]
+  hf = {
     'use_sliding_window': bool(windows),
     'sliding_window': windows[0] if windows else None,
-    'layer_types': [
-      'full_attention' if config.window(layer) is None else 'sliding_attention'
-      for layer in range(config.num_layers)
-    ],
+    'layer_types': kinds,
   }
+  if windows and kinds == sorted(kinds):  # full attention in the first layers
+    hf['max_window_layers'] = kinds.count('full_attention')
+  return hf

@@ -19,6 +19,7 @@ from cai_jax.model.weight_files import (
   DTYPES,
   INDEX,
   SINGLE,
+  STORED_DTYPES,
   check_dtype,
   check_weight,
   locate_weights,
@@ -103,6 +104,26 @@ def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) ->
   with open_weights(files[name]) as file:
     check_weight(file.get_slice(name), name, shape, folder)
     return file.get_tensor(name).astype(np.float32)
+
+
+def stored_dtype(folder: str | os.PathLike, config: ModelConfig) -> str:
+  """Return the dtype in which the files hold the embedding, such as 'bfloat16'.
+
+  Args:
+    folder: the model's folder.
+    config: the model's config.
+
+  Raises:
+    UserError: if the files are damaged, or the embedding is missing or has an unsupported dtype.
+  """
+  folder = pathlib.Path(folder)
+  stored, shape = _stored_weights(config)['embed/table'], (config.vocab_size, config.d_model)
+  files = locate_weights(folder)
+  _check_names(set(files), config, folder)
+  with open_weights(files[stored.name]) as file:
+    tensor = file.get_slice(stored.name)
+    check_weight(tensor, stored.name, stored.shape(shape), folder)
+    return dict(zip(STORED_DTYPES, DTYPES, strict=True))[tensor.get_dtype()]
 
 
 def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:

@@ -10,13 +10,8 @@ from jax.sharding import Mesh
 
 from cai_jax.model.checkpoint import load_params, load_weight
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.family import FAMILIES, config_from_hf
-from cai_jax.model.folder import (
-  find_folder,
-  load_tokenizer,
-  read_eos_token_ids,
-  read_hf_config,
-)
+from cai_jax.model.families.family import FAMILIES
+from cai_jax.model.folder import find_folder, read_description
 from cai_jax.model.transformer import Params
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.errors import UserError
@@ -68,8 +63,8 @@ def load_classifier(
   """
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
-  hf = read_hf_config(folder)
-  config = dataclasses.replace(config_from_hf(hf), tied_embeddings=True)
+  hf, config, tokenizer, eos, _ = read_description(folder)
+  config = dataclasses.replace(config, tied_embeddings=True)
   supported = [FAMILIES[config.family].classifier]
   if (architectures := hf.get('architectures')) != supported:
     raise UserError(
@@ -77,7 +72,6 @@ def load_classifier(
       f'this family has {supported}. Other heads and poolings are not implemented.'
     )
   labels = _labels(hf, folder)
-  tokenizer = load_tokenizer(folder, config.vocab_size)
   mesh = make_mesh() if mesh is None else mesh
   return Classifier(
     config=config,
@@ -85,7 +79,7 @@ def load_classifier(
     score=load_weight(folder, SCORE, (len(labels), config.d_model)),
     labels=labels,
     tokenizer=tokenizer,
-    eos_token_ids=read_eos_token_ids(folder, hf, tokenizer),
+    eos_token_ids=eos,
     pad_token_id=hf.get('pad_token_id'),
     mesh=mesh,
   )

@@ -10,6 +10,13 @@ import huggingface_hub
 import transformers
 
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.family import config_from_hf
+from cai_jax.model.families.fields import read_size
+from cai_jax.model.generation_config import (
+  check_token_ids,
+  choose_eos_token_ids,
+  read_generation_config,
+)
 from cai_jax.model.weight_files import INDEX, list_weight_files
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
@@ -63,10 +70,15 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
     UserError: if there is no such folder or name, or no usable tokenizer in it.
   """
   folder = find_folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
-  hf = read_json(folder / 'config.json') if (folder / 'config.json').exists() else {}
-  size = hf.get('vocab_size')
+  path = folder / 'config.json'
+  hf = read_json(path) if path.exists() else {}
+  size = None if hf.get('vocab_size') is None else read_size(hf, 'vocab_size')
+  check_token_ids(hf, path, size)
+  generation = read_generation_config(folder, size)
   tokenizer = load_tokenizer(folder, size)
-  eos = read_eos_token_ids(folder, hf, tokenizer)
+  eos = choose_eos_token_ids(
+    generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id
+  )
   digest = hashlib.sha256(json.dumps(eos).encode())
   _update_digest(digest, folder, _tokenizer_files(folder))
   largest_id = max(tokenizer.get_vocab().values())
@@ -97,6 +109,70 @@ def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES
     ) from error
 
 
+class Description(NamedTuple):
+  """What a model's folder holds besides the weights.
+
+  Attributes:
+    hf: the parsed config.json.
+    config: the shape of the model.
+    tokenizer: a transformers.PreTrainedTokenizerFast.
+    eos_token_ids: tokens that end a reply.
+    generation_config: the entries of generation_config.json.
+  """
+
+  hf: dict[str, Any]
+  config: ModelConfig
+  tokenizer: Any
+  eos_token_ids: tuple[int, ...]
+  generation_config: dict[str, Any]
+
+
+def read_description(folder: pathlib.Path) -> Description:
+  """Return what a folder holds besides the weights. All models come through this door.
+
+  Args:
+    folder: the model's folder.
+
+  Raises:
+    UserError: if a file is missing, cannot be read, or contradicts itself or another file.
+  """
+  hf = read_hf_config(folder)
+  path = folder / 'config.json'
+  try:
+    config = config_from_hf(hf)
+  except UserError as error:
+    raise UserError(f'{path}: {str(error).removeprefix("config.json: ")}') from None
+  check_token_ids(hf, path, config.vocab_size)
+  generation = read_generation_config(folder, config.vocab_size)
+  tokenizer = load_tokenizer(folder, config.vocab_size)
+  eos = choose_eos_token_ids(
+    generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id
+  )
+  return Description(hf, config, tokenizer, eos, generation)
+
+
+def check_architecture(folder: pathlib.Path, hf: dict[str, Any], expected: str) -> None:
+  """Check that config.json names the architecture that its model_type has.
+
+  Args:
+    folder: the model's folder.
+    hf: its parsed config.json.
+    expected: transformers' class, such as 'LlamaForCausalLM'.
+
+  Raises:
+    UserError: if `architectures` names other classes only.
+  """
+  stated = hf.get('architectures')
+  names = stated if isinstance(stated, list) else [stated]
+  # Some checkpoints write LLaMAForCausalLM.
+  if stated and not any(str(name).lower() == expected.lower() for name in names):
+    raise UserError(
+      f'{folder / "config.json"}: architectures={stated!r} contradicts model_type='
+      f'{hf["model_type"]!r}, whose language models are {expected}. Correct the one that does not '
+      'belong to the weights.'
+    )
+
+
 def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
   """Return the parsed config.json of a model's folder.
 
@@ -106,7 +182,7 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: if there is none, or it is not a JSON object.
   """
-  if not (folder / 'config.json').exists():
+  if not (folder / 'config.json').is_file():
     raise UserError(
       f'{folder} has no config.json, so it is not a model. Give the folder of a model.'
     )
@@ -150,33 +226,6 @@ def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
       f'{vocab_size} tokens only. Use the tokenizer of this model, or resize its embedding.'
     )
   return tokenizer
-
-
-def read_eos_token_ids(folder: pathlib.Path, hf: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
-  """Return the tokens that end a reply.
-
-  The function takes them from the first of these that states them: generation_config.json,
-  config.json and the tokenizer.
-
-  Args:
-    folder: the model's folder.
-    hf: its parsed config.json.
-    tokenizer: its tokenizer.
-
-  Raises:
-    UserError: if eos_token_id is neither an integer nor a list of integers.
-  """
-  path = folder / 'generation_config.json'
-  generation = read_json(path) if path.exists() else {}
-  for eos in (generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id):
-    if eos is not None:
-      tokens = tuple(eos) if isinstance(eos, list) else (eos,)
-      if not all(isinstance(token, int) for token in tokens):
-        raise UserError(
-          f'{folder}: eos_token_id is {eos!r}; it must be a token id or a list of token ids.'
-        )
-      return tokens
-  return ()
 
 
 def fingerprint_model(

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +15,25 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from cai_jax.model.checkpoint import MAX_SHARD_BYTES, check_params, load_params, save_params
+from cai_jax.model.checkpoint import (
+  MAX_SHARD_BYTES,
+  check_params,
+  load_params,
+  save_params,
+  stored_dtype,
+)
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.family import config_from_hf, config_to_hf
+from cai_jax.model.families.family import FAMILIES, config_to_hf
 from cai_jax.model.folder import (
   MODEL_FILES,
+  Description,
+  check_architecture,
   find_folder,
   fingerprint_model,
-  load_tokenizer,
-  read_eos_token_ids,
-  read_hf_config,
+  read_description,
 )
+from cai_jax.model.generation_config import FILE as GENERATION_CONFIG
+from cai_jax.model.generation_config import special_token_ids
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.errors import UserError
@@ -46,6 +55,8 @@ class LM:
     fingerprint: hex digest of config, dtypes, weights and tokenizer. It is part of the key of each
       turn in a journal.
     eos_token_ids: tokens that end a reply.
+    generation_config: the entries of the checkpoint's generation_config.json. Sampling here does
+      not use them, but `save` keeps them for servers that do.
   """
 
   config: ModelConfig
@@ -56,6 +67,7 @@ class LM:
   name: str
   fingerprint: str
   eos_token_ids: tuple[int, ...] = ()
+  generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def graph(self) -> nnx.GraphDef:
@@ -148,17 +160,16 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
     UserError: as `load`.
   """
   folder = find_folder(path)
-  info = _read_info(folder)
-  check_params(folder, info.config)
-  return info
+  described = _read_description(folder)
+  check_params(folder, described.config)
+  return ModelInfo(described.config, described.tokenizer, described.eos_token_ids)
 
 
-def _read_info(folder: pathlib.Path) -> ModelInfo:
-  """Return what a folder holds besides the weights."""
-  hf = read_hf_config(folder)
-  config = config_from_hf(hf)
-  tokenizer = load_tokenizer(folder, config.vocab_size)
-  return ModelInfo(config, tokenizer, read_eos_token_ids(folder, hf, tokenizer))
+def _read_description(folder: pathlib.Path) -> Description:
+  """Return what the folder of a language model holds besides the weights."""
+  described = read_description(folder)
+  check_architecture(folder, described.hf, FAMILIES[described.config.family].causal_lm)
+  return described
 
 
 def load(
@@ -184,18 +195,33 @@ def load(
   param_dtype = dtype if param_dtype is None else param_dtype
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
-  config, tokenizer, eos = _read_info(folder)
+  described = _read_description(folder)
+  config, eos = described.config, described.eos_token_ids
   mesh = make_mesh() if mesh is None else mesh
   return LM(
     config=config,
     params=load_params(folder, config, mesh, param_dtype),
-    tokenizer=tokenizer,
+    tokenizer=described.tokenizer,
     mesh=mesh,
     dtype=dtype,
     name=str(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
     fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype),
     eos_token_ids=eos,
+    generation_config=described.generation_config,
   )
+
+
+def read_stored_dtype(path: str | os.PathLike) -> str:
+  """Return the dtype in which the files of a model hold its embedding, such as 'bfloat16'.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub.
+
+  Raises:
+    UserError: as `load`.
+  """
+  folder = find_folder(path)
+  return stored_dtype(folder, _read_description(folder).config)
 
 
 def save(
@@ -237,28 +263,32 @@ def save(
 
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+  """Write the files of a tokenizer so that transformers 4 and 5 read the same tokenizer."""
   tokenizer.save_pretrained(folder)
   path = folder / 'tokenizer_config.json'
   settings = read_json(path)
-  if settings.get('tokenizer_class') == 'TokenizersBackend':
-    # The same class has this name in transformers 4 too.
-    write_json(path, {**settings, 'tokenizer_class': 'PreTrainedTokenizerFast'})
+  for name in ('is_local', 'local_files_only'):  # how this process found it
+    settings.pop(name, None)
+  # tokenizer.json is complete. The classes of single models would rebuild parts of it.
+  settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  # Otherwise transformers 4 adds token_type_ids, which these models do not take.
+  settings['model_input_names'] = ['input_ids', 'attention_mask']
+  if isinstance(extra := settings.get('extra_special_tokens'), list):
+    # transformers 5 reads this older name too, and transformers 4 expects an object for the newer.
+    settings['additional_special_tokens'] = extra
+    del settings['extra_special_tokens']
+  write_json(path, settings)
 
 
 def _write_configs(folder: pathlib.Path, lm: LM, dtype: str | None) -> None:
   """Write config.json and generation_config.json."""
-  eos = lm.eos_token_ids[0] if len(lm.eos_token_ids) == 1 else list(lm.eos_token_ids) or None
-  special = {
-    'bos_token_id': lm.tokenizer.bos_token_id,
-    'eos_token_id': eos,
-    'pad_token_id': lm.tokenizer.pad_token_id,
-  }
+  special = special_token_ids(lm.tokenizer, lm.eos_token_ids, lm.generation_config)
   stored = dtype or str(jax.tree.leaves(lm.params)[0].dtype)
   # transformers before 4.56 reads `torch_dtype`.
   hf = {**config_to_hf(lm.config), **special, 'dtype': stored, 'torch_dtype': stored}
   write_json(folder / 'config.json', hf)
   generation = {name: token for name, token in special.items() if token is not None}
-  write_json(folder / 'generation_config.json', generation)
+  write_json(folder / GENERATION_CONFIG, {**lm.generation_config, **generation})
 
 
 def _replace_model(folder: pathlib.Path, partial: pathlib.Path) -> None:

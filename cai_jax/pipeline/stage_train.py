@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cai_jax.data import d_cai
+from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue.template_options import bind_template_options
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import copy_to_local_mesh
@@ -40,17 +42,18 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     mesh=global_mesh(run),
     param_dtype='float32',
   )
+  dialogue = make_dialogue(run, lm)
   params, summary = fine_tune(
     lm,
     d_cai.read_rows(run.d_cai),
-    make_dialogue(run, lm),
+    dialogue,
     config,
     run.workdir,
     _make_probe(run, lm) if config.probes else None,
     run.profile,
     references(run),
   )
-  models.save(dataclasses.replace(lm, params=params), run.workdir / 'model')
+  export_model(run, lm, params, dialogue)
   return {
     'model': model_contents(str(run.workdir / 'model')),
     'rows_in': summary.pop('rows'),
@@ -60,6 +63,28 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     'tokens_per_second': summary.pop('target_tokens_per_second'),
     **summary,
   }
+
+
+def export_model(run: Run, lm: LM, params: Any, dialogue: Dialogue) -> None:
+  """Save M_aligned as it was trained: with its dtype, stop tokens and template options.
+
+  Args:
+    run: the run.
+    lm: the initial model.
+    params: the trained parameters.
+    dialogue: what rendered the examples.
+  """
+  dtype = run.config.train.export_dtype
+  if dtype == 'base':
+    dtype = models.read_stored_dtype(model_path(run.training_start))
+  options = run.config.feedback.template_options if run.config.feedback.style == 'chat' else ()
+  aligned = dataclasses.replace(
+    lm,
+    params=params,
+    tokenizer=bind_template_options(lm.tokenizer, options),
+    eos_token_ids=tuple(dict.fromkeys((*lm.eos_token_ids, *dialogue.stop_token_ids))),
+  )
+  models.save(aligned, run.workdir / 'model', dtype)
 
 
 def _make_probe(run: Run, lm: LM) -> Probe:

@@ -8,6 +8,7 @@ from cai_jax.data import quality
 from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
+from cai_jax.model.weight_files import DTYPES as STORED
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.training.losses import LOSSES
@@ -17,7 +18,7 @@ TARGETS = ('last', 'all', 'initial')
 DTYPES = ('float32', 'bfloat16')
 
 # Settings that do not affect the trained parameters, so a run may be resumed with other values.
-MAY_CHANGE_ON_RESUME = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb')
+MAY_CHANGE_ON_RESUME = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb', 'export_dtype')
 
 # Ranges of single settings. Every comparison with NaN is false, so NaN is refused.
 _MINIMUM = {
@@ -133,6 +134,12 @@ class TrainConfig:
     'float32',
     "Compute dtype, 'float32' or 'bfloat16'. Parameters and optimizer state are always float32.",
   )
+  export_dtype: str = setting(
+    'base',
+    "Dtype of the saved model: 'float32', 'bfloat16' or 'float16'; 'base' is the dtype in which "
+    'the files of the initial model hold its embedding.',
+    added=True,
+  )
   seed: int = setting(
     0, 'Seed for the order of the examples, the held-out split and the initial adapters.'
   )
@@ -172,6 +179,7 @@ class TrainConfig:
       ('target', TARGETS),
       ('schedule', SCHEDULES),
       ('dtype', DTYPES),
+      ('export_dtype', ('base', *STORED)),
       ('remat', REMAT),
       ('attention', KERNELS),
     ):

@@ -151,3 +151,13 @@ def test_unwritable_or_full_workdir_is_refused(random_model, tmp_path, monkeypat
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
   with pytest.raises(UserError, match='GB free, and the run needs'):
     pipeline.run_stages(pipeline.build(small(random_model), tmp_path / 'run'), ['generate'])
+
+
+def test_a_warm_up_longer_than_the_longest_possible_training_is_refused_at_the_start(
+  random_model, tmp_path
+):
+  def change(config):
+    config.train.warmup, config.train.batch_size = 0.9, 8
+
+  match = 'warmup=0.9 takes all at most [0-9]+ steps'
+  refused(match, random_model, tmp_path, change, stages=('generate', 'train'))

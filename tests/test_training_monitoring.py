@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from cai_jax.runtime import hardware
 from cai_jax.runtime.errors import NonFiniteError, UserError
 from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.held_out import HeldOut
+from cai_jax.training.log import remarks
 from cai_jax.training.losses import negative_log_likelihood
 from cai_jax.training.metrics import COSTS_FILE, HELD_OUT_FILE, PROBES_FILE, read_rows
 from tests.training_setup import one_device, random_examples
@@ -72,6 +75,135 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(params, tmp_path)
   again, again_summary = fit(params, tmp_path, config, held_out=HELD_OUT)
   assert again_summary['resumed_at'] == again_summary['steps_taken'] == summary['steps_taken']
   jax.tree.map(np.testing.assert_array_equal, again, trained)
+
+
+EARLY = dataclasses.replace(
+  CONFIG,
+  epochs=40,
+  eval_share=0.3,
+  eval_every=4,
+  patience=3,
+  keep=1,
+  checkpoint_every=3,
+)
+
+
+def held_out_loss(params):
+  step = packing.Step(packing.Bucket(24, len(HELD_OUT)), tuple((i,) for i in range(len(HELD_OUT))))
+  graph, _ = abstract_model(MODEL)
+  nll, sums = negative_log_likelihood(graph, params, packing.Batches(HELD_OUT, [step])[0])
+  return float(nll / sums['num_sequences'])
+
+
+def test_early_stopping_exports_the_best_step(params, tmp_path):
+  """With one checkpoint kept, the best one is kept beside the last."""
+  trained, summary = fit(params, tmp_path, EARLY, held_out=HELD_OUT)
+  rows = read_rows(tmp_path / HELD_OUT_FILE)
+  best = min(rows, key=lambda row: row['loss'])
+  assert summary['stopped_early'] and best['step'] < rows[-1]['step'] == summary['steps_taken']
+  assert summary['exported_step'] == best['step']
+  assert held_out_loss(trained) == pytest.approx(best['loss'], rel=1e-5)
+  assert abs(held_out_loss(trained) / rows[-1]['loss'] - 1) > 1e-3
+  saved = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+  assert saved == [best['step'], rows[-1]['step']]
+  remark = remarks(summary, EARLY)[0]
+  assert f'that of step {best["step"]}, which has the lowest held-out loss' in remark
+  # The checkpoint that is to be exported is gone: nothing else is exported in its place.
+  shutil.rmtree(tmp_path / 'checkpoints' / str(best['step']))
+  with pytest.raises(UserError, match=rf'checkpoints/{best["step"]} is missing'):
+    fit(params, tmp_path, EARLY, held_out=HELD_OUT)
+
+
+@pytest.mark.parametrize('lora_rank', [0, 2])
+def test_a_killed_run_exports_the_same_best_step(params, tmp_path, monkeypatch, lora_rank):
+  """The run is killed after its best step, before and after the next checkpoint."""
+  config = dataclasses.replace(EARLY, lora_rank=lora_rank, epochs=20, ema=0.5)
+  whole, summary = fit(params, tmp_path / 'whole', config, held_out=HELD_OUT)
+  best, last = summary['exported_step'], summary['steps_taken']
+  assert best < last
+  log_step = loop.TrainingLog.log_step
+  for kill_at in (best + 1, best + 3, last):
+
+    def failing(self, step, metrics, kill_at=kill_at):
+      if step == kill_at:
+        raise InterruptedError
+      log_step(self, step, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+      patch.setattr(loop.TrainingLog, 'log_step', failing)
+      fit(params, tmp_path / 'killed', config, held_out=HELD_OUT)
+  again, again_summary = fit(params, tmp_path / 'killed', config, held_out=HELD_OUT)
+  assert 0 < again_summary['resumed_at'] < last
+  assert again_summary['exported_step'] == best
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
+  for file in (HELD_OUT_FILE, 'metrics.jsonl'):
+    assert read_rows(tmp_path / 'killed' / file) == read_rows(tmp_path / 'whole' / file)
+
+
+def test_of_equal_losses_the_first_is_the_best():
+  config = dataclasses.replace(CONFIG, eval_share=0.3, eval_every=4, patience=2)
+  held_out = HeldOut(None, [], [], config, None)
+  assert held_out.best_step is None
+  for step, loss in ((4, 3.0), (8, 2.0), (12, 2.0)):
+    held_out.losses[step] = loss
+    assert held_out.best_step == min(step, 8) and not held_out.should_stop
+  held_out.losses[16] = 2.0
+  assert held_out.best_step == 8 and held_out.should_stop
+  without = HeldOut(None, [], [], dataclasses.replace(config, patience=0), None)
+  without.losses = held_out.losses
+  assert without.best_step is None
+
+
+def test_a_held_out_loss_that_is_not_a_number_stops_with_the_step(params, tmp_path, monkeypatch):
+  evaluate_batch = loop.make_eval_step
+
+  def make_broken(*args):
+    step, calls = evaluate_batch(*args), []
+
+    def broken(*batch):
+      calls.append(None)
+      sums = step(*batch)
+      return sums | {'loss_sum': sums['loss_sum'] * (np.nan if len(calls) > 2 else 1)}
+
+    return broken
+
+  monkeypatch.setattr(loop, 'make_eval_step', make_broken)
+  with pytest.raises(NonFiniteError, match=r'held-out examples is nan after step \d+'):
+    fit(params, tmp_path, EARLY, held_out=HELD_OUT)
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()]
+
+
+def test_steps_that_are_mostly_clipped_are_remarked(params, tmp_path):
+  config = dataclasses.replace(CONFIG, epochs=1, clip_norm=1e-3)
+  _, summary = fit(params, tmp_path, config)
+  assert summary['clipped_share'] == 1.0
+  (remark,) = remarks(summary, config)
+  assert 'Warning: the gradient was clipped in 100 % of the steps' in remark
+  assert [row['clipped_share'] for row in read_rows(tmp_path / 'metrics.jsonl')][-1] == 1.0
+  again, again_summary = fit(params, tmp_path, config)  # is only loaded
+  assert again_summary['clipped_share'] == 1.0
+  assert remarks(summary | {'clipped_share': 0.5}, config) == []
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_refused_before_it_starts(params, tmp_path):
+  config = dataclasses.replace(CONFIG, epochs=1, warmup=0.95)
+  with pytest.raises(UserError, match=r'train.warmup=0.95 takes all \d+ steps'):
+    fit(params, tmp_path / 'run', config)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_checkpoints_of_an_older_arithmetic_are_refused(params, tmp_path, monkeypatch):
+  config = dataclasses.replace(CONFIG, epochs=1)
+  describe = loop._describe_run
+
+  def describe_as_before(*args):
+    return {name: value for name, value in describe(*args).items() if name != 'arithmetic'}
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, '_describe_run', describe_as_before)
+    fit(params, tmp_path, config)
+  with pytest.raises(UserError, match='checkpoints of another version of cai_jax'):
+    fit(params, tmp_path, config)
 
 
 def test_probes_receive_the_current_parameters(params, tmp_path):

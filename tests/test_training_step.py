@@ -13,9 +13,14 @@ from cai_jax.model.sharding import path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.config import SCHEDULES, TrainConfig
 from cai_jax.training.losses import LOSSES, Loss, negative_log_likelihood
-from cai_jax.training.optimizer import make_optimizer, make_schedule, weight_decay_mask
+from cai_jax.training.optimizer import (
+  check_warmup,
+  make_optimizer,
+  make_schedule,
+  weight_decay_mask,
+)
 from cai_jax.training.state import abstract_state, init_state
 from cai_jax.training.step import make_train_step, place_batch
 from tests.training_setup import CONFIG, MODEL, initial_params, one_device, random_examples
@@ -140,32 +145,65 @@ def test_norms_and_biases_do_not_decay():
     np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
-def test_schedules_rise_linearly_and_end_at_their_final_value():
+def test_schedules_rise_linearly_and_fall_to_their_final_value_after_the_last_step():
   def learning_rates(steps, **options):
     schedule = make_schedule(TrainConfig(learning_rate=1.0, **options), steps)
     return [float(schedule(i)) for i in range(steps)]
 
   np.testing.assert_allclose(learning_rates(5, schedule='constant', warmup=0.0), 1.0)
   np.testing.assert_allclose(
-    learning_rates(5, schedule='linear', warmup=0.0), [1, 0.75, 0.5, 0.25, 0]
+    learning_rates(5, schedule='linear', warmup=0.0), [1, 0.8, 0.6, 0.4, 0.2], rtol=1e-6
   )
   np.testing.assert_allclose(
     learning_rates(8, schedule='linear', warmup=0.375, final_share=0.2),
-    [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2],
+    [0.25, 0.5, 0.75, 1.0, 0.84, 0.68, 0.52, 0.36],
     rtol=1e-6,
   )
   cosine = learning_rates(5, schedule='cosine', warmup=0.0, final_share=0.5)
-  expected = [0.5 + 0.5 * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(5)]
+  expected = [0.5 + 0.5 * (1 + np.cos(np.pi * i / 5)) / 2 for i in range(5)]
   np.testing.assert_allclose(cosine, expected, rtol=1e-6)
   assert learning_rates(1, schedule='cosine', warmup=0.1) == [1.0]
   np.testing.assert_allclose(
     learning_rates(10, schedule='wsd', warmup=0.2, decay=0.4, final_share=0.2),
-    [1 / 3, 2 / 3, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2],
+    [1 / 3, 2 / 3, 1, 1, 1, 1, 0.84, 0.68, 0.52, 0.36],
     rtol=1e-6,
   )
   np.testing.assert_allclose(
-    learning_rates(4, schedule='wsd', warmup=0.0, decay=0.9), [1, 2 / 3, 1 / 3, 0], atol=1e-6
+    learning_rates(4, schedule='wsd', warmup=0.0, decay=0.9), [1, 0.75, 0.5, 0.25], rtol=1e-6
   )
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 31, 10_000, 3_000_000])
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_every_step_learns_even_the_last(schedule, steps):
+  """In float32, (1 + cos x) / 2 is 0 near the end of 10,000 steps."""
+  rates = make_schedule(TrainConfig(schedule=schedule, learning_rate=1e-5), steps)
+  for step in {0, steps // 2, steps - 2, steps - 1} - {-1}:
+    assert rates(jnp.int32(step)) > 0
+  short = [float(rates(i)) for i in range(steps)] if steps == 3 else [1.0]
+  assert min(short) > 0.2 * max(short)
+
+
+@pytest.mark.parametrize(('warmup', 'steps'), [(0.9, 3), (0.99, 20), (0.6, 1)])
+def test_a_warm_up_that_takes_all_steps_is_refused(warmup, steps):
+  with pytest.raises(UserError, match=f'warmup={warmup} takes all {steps} steps'):
+    check_warmup(TrainConfig(warmup=warmup), steps)
+  check_warmup(TrainConfig(warmup=warmup), 100)
+
+
+@pytest.mark.parametrize('normalization', ['sequence', 'token'])
+def test_clipping_means_the_same_for_both_normalizations(normalization):
+  """The gradient per token is compared with the limit, so summing over a sequence clips nothing."""
+  config = dataclasses.replace(CONFIG, loss_normalization=normalization)
+  _, (free,) = run_steps(dataclasses.replace(config, clip_norm=0.0), one_device(), count=1)
+  per_token = free['grad_norm']
+  if normalization == 'sequence':
+    per_token = per_token * free['num_sequences'] / free['num_tokens']
+  assert free['clipped_share'] == 0
+  for limit, shares in ((1.01 * per_token, [0]), (0.05 * per_token, [1, 1, 1])):
+    config = dataclasses.replace(config, clip_norm=float(limit))
+    _, metrics = run_steps(config, one_device(), count=len(shares))
+    assert [row['clipped_share'] for row in metrics] == shares
 
 
 def test_the_optimizer_is_adamw_on_clipped_gradients():

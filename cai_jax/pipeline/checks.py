@@ -20,6 +20,7 @@ from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.tiny.files import model_path
+from cai_jax.training.optimizer import check_warmup
 
 
 def check_run(run: Run, stages: Sequence[str]) -> None:
@@ -46,6 +47,8 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
     _check_answer_lengths(run, answers_by, infos[answers_by])
   if 'train' in stages and not run.config.data.d_cai:
     _check_helpful_prompts(run)
+    if most_steps := _most_steps(run):
+      check_warmup(run.config.train, most_steps, 'at most ')
   trained = infos[start].config.num_params if start else 0
   check_workdir(run.workdir, needed_bytes=_estimate_bytes(run, trained))
 
@@ -155,12 +158,25 @@ def _prompt_lengths(run: Run, info: models.ModelInfo, names: Sequence[str]) -> l
   return [len(dialogue.prompt(prompt.messages)) for name in names for prompt in run.prompts[name]]
 
 
-def _check_helpful_prompts(run: Run) -> None:
-  """Check that there are enough helpful responses for `train.helpfulness_share`."""
+def _count_replies(run: Run) -> tuple[int, int]:
+  """Return the largest number of replies to harmful prompts, and of helpful ones, to train on."""
   config = run.config
   share, num_replies = config.train.helpfulness_share, len(run.prompts['harmful'])
   num_replies *= config.feedback.rounds if config.train.target == 'all' else 1
-  needed = round(share * num_replies / (1 - share))
+  return num_replies, round(share * num_replies / (1 - share))
+
+
+def _most_steps(run: Run) -> int:
+  """Return the number of steps if no reply is dropped and each takes a row of its own."""
+  train = run.config.train
+  return -(-train.epochs * sum(_count_replies(run)) // train.batch_size)
+
+
+def _check_helpful_prompts(run: Run) -> None:
+  """Check that there are enough helpful responses for `train.helpfulness_share`."""
+  config = run.config
+  share = config.train.helpfulness_share
+  num_replies, needed = _count_replies(run)
   samples, prompts = config.feedback.helpful_samples, len(run.prompts['helpful'])
   if needed > samples * prompts:
     raise UserError(
@@ -173,7 +189,10 @@ def _check_helpful_prompts(run: Run) -> None:
 def _estimate_bytes(run: Run, num_params: int) -> int:
   """Estimate the disk space of a run: checkpoints, the model and the rows of its datasets.
 
-  A checkpoint holds f32 parameters and two moments of each; a row takes about 50 kB.
+  A checkpoint holds f32 parameters and two moments of each; a row takes about 50 kB. One more
+  checkpoint than is kept exists while it is written.
   """
+  train = run.config.train
+  checkpoints = train.keep + 1 + bool(train.patience)
   rows = sum(map(len, run.prompts.values())) * 50_000
-  return 4 * num_params * (3 * (run.config.train.keep + 1) + 1) + rows + 100_000_000
+  return 4 * num_params * (3 * checkpoints + 1) + rows + 100_000_000

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from cai_jax.data import d_cai
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
@@ -17,6 +19,7 @@ from cai_jax.pipeline.stage_generate import references
 from cai_jax.runtime import processes
 from cai_jax.sampling.completions import generate
 from cai_jax.tiny.files import model_path
+from cai_jax.training.log import remarks
 from cai_jax.training.loop import Probe
 from cai_jax.training.supervised import fine_tune
 
@@ -53,6 +56,10 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     run.profile,
     references(run),
   )
+  notes = remarks(summary, config)
+  if jax.process_index() == 0:
+    for note in notes:
+      print(f'train: {note}', flush=True)
   export_model(run, lm, params, dialogue)
   return {
     'model': model_contents(str(run.workdir / 'model')),
@@ -61,6 +68,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     'rows_dropped': summary.pop('dropped'),
     'tokens': summary.pop('target_tokens'),
     'tokens_per_second': summary.pop('target_tokens_per_second'),
+    'remarks': notes,
     **summary,
   }
 

@@ -67,6 +67,16 @@ def fact_list(facts: dict[str, Any]) -> str:
   return f'<dl class="facts">{"".join(pairs)}</dl>' if pairs else ''
 
 
+def note_list(notes: list[str]) -> str:
+  """Return an HTML list of sentences, or '' if there are none.
+
+  Args:
+    notes: plain texts.
+  """
+  items = ''.join(f'<li>{escape(note)}</li>' for note in notes)
+  return f'<ul class="notes">{items}</ul>' if items else ''
+
+
 def figure(caption: str, svg: str, wide: bool = False) -> str:
   """Return a figure with its caption as HTML.
 

@@ -12,6 +12,7 @@ from cai_jax.report.elements import (
   figure_grid,
   fold,
   format_value,
+  note_list,
   number_html,
   preformatted,
   section,
@@ -78,7 +79,7 @@ def write_experiment(
     title=results['title'],
     head=_head(results),
     results=arm_table
-    + _note_list(results['notes'])
+    + note_list(results['notes'])
     + figure_grid(figures)
     + fold('Values by seed', _seed_table(results)),
     sections=sections,
@@ -167,11 +168,6 @@ def _seed_table(results: dict[str, Any]) -> str:
     f'<tr><td></td>{head}</tr><tr><th scope="row">seed</th>{seed_row}</tr></thead>'
     f'{"".join(body)}</table></div>'
   )
-
-
-def _note_list(notes: list[str]) -> str:
-  items = ''.join(f'<li>{escape(note)}</li>' for note in notes)
-  return f'<ul class="notes">{items}</ul>' if items else ''
 
 
 def _setting_table(results: dict[str, Any]) -> str:

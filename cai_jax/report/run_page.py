@@ -15,6 +15,7 @@ from cai_jax.report.elements import (
   fold,
   format_value,
   indented_json,
+  note_list,
   number_html,
   preformatted,
   section,
@@ -36,7 +37,8 @@ STAGE_COLUMNS = {
   'tokens_per_second': 'tokens/s',
   'peak_memory_bytes': 'peak memory',
 }
-HIDDEN_STAGE_FIELDS = ('settings', 'git_commit')  # shown in the configuration and the header
+# Shown in the configuration, in the header and below the figures.
+HIDDEN_STAGE_FIELDS = ('settings', 'git_commit', 'remarks')
 SMOOTHING_MIN_STEPS = 60  # from this many steps on, the loss also has a running mean
 
 
@@ -63,7 +65,8 @@ def write_report(
     manifest: the manifest of the run. The header shows its plain values, a table shows its
       `stages`, and a section that can be opened shows all of it. A stage may have rows_in,
       rows_kept, rows_dropped (a number, or a dict from reason to number), tokens, seconds,
-      tokens_per_second, peak_memory_bytes and other fields.
+      tokens_per_second, peak_memory_bytes, remarks (sentences that the page shows below the
+      figures) and other fields.
     summary: the summary, as `cai_jax.report.numbers` describes; may be empty.
     training: rows with `step`, `loss` and other metrics. A figure skips rows without its metric.
     chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each with `principle`,
@@ -93,6 +96,7 @@ def write_report(
     head=fact_list(facts) + _lead(summary),
     results=_result_table(summary)
     + _figures(summary, training, held_out, config)
+    + _remarks(manifest)
     + _probe_tables(probes),
     sections=''.join(sections) + section('Stages', stages),
     chains=chains,
@@ -287,6 +291,13 @@ def running_mean(values: tuple[float, ...], window: int) -> tuple[float, ...]:
       recent = [*recent, value][-window:]
     means.append(math.fsum(recent) / len(recent) if recent else math.nan)
   return tuple(means)
+
+
+def _remarks(manifest: Mapping[str, Any]) -> str:
+  """Return what the stages remark about themselves, such as which step was exported."""
+  stages = manifest.get('stages') or {}
+  notes = [note for stage in stages.values() for note in stage.get('remarks', ())]
+  return note_list(notes)
 
 
 def _stage_table(manifest: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -14,6 +14,11 @@ from cai_jax.runtime.settings import changed_settings
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState
 
+# Version of what a step computes from the same settings and batch. Raise it when that changes, so
+# that no run takes some of its steps in one way and the rest in another.
+# 2: gradients are clipped by their norm per target token; the last step has a positive rate.
+ARITHMETIC = 2
+
 
 class Restored(NamedTuple):
   """The contents of a checkpoint.
@@ -21,15 +26,28 @@ class Restored(NamedTuple):
   Attributes:
     state: the train state, without frozen parameters.
     step: number of steps taken.
-    held_out_losses: losses of all evaluations up to that step.
+    held_out_losses: loss of each evaluation up to that step, by step.
   """
 
   state: TrainState
   step: int
-  held_out_losses: list[float]
+  held_out_losses: dict[int, float]
 
 
-def make_checkpointer(directory: str | os.PathLike, keep: int) -> ocp.training.Checkpointer:
+@dataclasses.dataclass(frozen=True)
+class _BestStep:
+  """A preservation policy that keeps the checkpoint of one step, which may change."""
+
+  step: Callable[[], int | None]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    return [checkpoint.step == self.step() for checkpoint in checkpoints]
+
+
+def make_checkpointer(
+  directory: str | os.PathLike, keep: int, best_step: Callable[[], int | None] = lambda: None
+) -> ocp.training.Checkpointer:
   """Return a checkpointer for a folder; use it in a `with` statement or close it.
 
   It removes what an interrupted save left behind. Complete checkpoints are not affected.
@@ -37,11 +55,15 @@ def make_checkpointer(directory: str | os.PathLike, keep: int) -> ocp.training.C
   Args:
     directory: folder of the checkpoints.
     keep: number of latest checkpoints to keep.
+    best_step: function that returns a step whose checkpoint is kept as well, or None.
   """
+  policies = ocp.training.preservation_policies
   return ocp.training.Checkpointer(
     pathlib.Path(directory).absolute(),
     save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-    preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+    preservation_policy=policies.AnyPreservationPolicy(
+      [policies.LatestN(keep), _BestStep(best_step)]
+    ),
     cleanup_tmp_directories=True,
   )
 
@@ -52,7 +74,7 @@ def save_checkpoint(
   state: TrainState,
   iterator: grain.DatasetIterator,
   metadata: dict[str, Any],
-  held_out_losses: Sequence[float],
+  held_out_losses: Mapping[int, float],
 ) -> None:
   """Start to save a checkpoint in the background.
 
@@ -65,9 +87,10 @@ def save_checkpoint(
     state: the state after them, without frozen parameters.
     iterator: iterator over the batches.
     metadata: settings and fingerprints that identify the run, in JSON types.
-    held_out_losses: losses of all evaluations so far.
+    held_out_losses: loss of each evaluation so far, by step.
   """
-  data = {'iterator': iterator.get_state(), 'held_out': list(held_out_losses)}
+  held_out = [[step, loss] for step, loss in held_out_losses.items()]
+  data = {'iterator': iterator.get_state(), 'held_out': held_out}
   checkpointer.save_checkpointables_async(
     step, {'state': state, 'data': data}, custom_metadata=metadata
   )
@@ -94,12 +117,19 @@ def restore_latest(
     The checkpoint, or None if the folder has none.
 
   Raises:
-    UserError: if the checkpoint belongs to another run; the message lists what differs.
+    UserError: if the checkpoint belongs to another run; the message lists what differs. Also if an
+      older version saved it, whose steps computed something else.
   """
   if checkpointer.latest is None:
     return None
   step = checkpointer.latest.step
-  saved = checkpointer.metadata(step).custom_metadata
+  saved = checkpointer.metadata(step).custom_metadata or {}
+  if saved.get('arithmetic') != ARITHMETIC:
+    raise UserError(
+      f'{checkpointer.directory} holds checkpoints of another version of cai_jax, which clips '
+      'gradients and ends schedules in another way. Finish the training with that version, or '
+      'choose another workdir.'
+    )
   defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
   if changes := changed_settings(saved, metadata, defaults):
     listed = '; '.join(f'{name}: was {old!r}, is {new!r}' for name, (old, new) in changes.items())
@@ -109,4 +139,25 @@ def restore_latest(
     )
   items = checkpointer.load_checkpointables(step, {'state': abstract_state, 'data': None})
   iterator.set_state(items['data']['iterator'])
-  return Restored(items['state'], step, list(items['data']['held_out']))
+  return Restored(items['state'], step, dict(items['data']['held_out']))
+
+
+def restore_state(
+  checkpointer: ocp.training.Checkpointer, step: int, abstract_state: TrainState
+) -> TrainState:
+  """Load the train state of one step.
+
+  Args:
+    checkpointer: the checkpointer of the run, from `make_checkpointer`.
+    step: number of steps taken.
+    abstract_state: as for `restore_latest`.
+
+  Raises:
+    UserError: if there is no checkpoint of that step.
+  """
+  if step not in {checkpoint.step for checkpoint in checkpointer.checkpoints}:
+    raise UserError(
+      f'{checkpointer.directory / str(step)} is missing. It is the checkpoint with the lowest '
+      'held-out loss, which train.patience selects. Restore it, or train again in another workdir.'
+    )
+  return checkpointer.load_checkpointables(step, {'state': abstract_state})['state']

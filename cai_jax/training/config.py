@@ -88,13 +88,17 @@ class TrainConfig:
     'stable, decay; Hu et al. 2024), which is constant and then falls linearly.',
   )
   warmup: float = setting(
-    0.05, 'Share of all steps over which the learning rate rises linearly to its peak.'
+    0.05,
+    'Share of all steps over which the learning rate rises linearly to its peak. It must leave at '
+    'least one step.',
   )
   decay: float = setting(
     0.1, "Share of all steps, at the end, over which the learning rate of 'wsd' falls."
   )
   final_share: float = setting(
-    0.0, "Share of the peak learning rate at which 'linear', 'cosine' and 'wsd' end, in [0, 1]."
+    0.0,
+    "Share of the peak learning rate that 'linear', 'cosine' and 'wsd' fall to, in [0, 1]. They "
+    'would reach it one step after the last.',
   )
   weight_decay: float = setting(
     0.0, 'Weight decay of AdamW. It does not apply to norms and biases.'
@@ -102,7 +106,11 @@ class TrainConfig:
   b1: float = setting(0.9, 'Decay rate of the first moment in AdamW.')
   b2: float = setting(0.95, 'Decay rate of the second moment in AdamW.')
   eps: float = setting(1e-8, 'Term added to the denominator in AdamW.')
-  clip_norm: float = setting(1.0, 'Global norm that gradients are clipped to. 0 disables clipping.')
+  clip_norm: float = setting(
+    1.0,
+    'Global norm that gradients are clipped to, measured per target token whatever '
+    '`loss_normalization` is. 0 disables clipping.',
+  )
   ema: float = setting(
     0.0,
     'Decay of an exponential moving average of the parameters, which becomes the result of the '
@@ -152,12 +160,14 @@ class TrainConfig:
   patience: int = setting(
     0,
     'Number of evaluations in a row without a new lowest held-out loss after which training stops. '
-    '0 disables early stopping.',
+    'The result is then the step with the lowest loss. 0 disables early stopping.',
   )
   probes: int = setting(0, 'Number of held-out prompts to answer at each evaluation.')
   log_every: int = setting(1, 'Steps between rows of `metrics.jsonl`.')
   checkpoint_every: int = setting(100, 'Steps between checkpoints. 0 saves only at the end.')
-  keep: int = setting(2, 'Number of latest checkpoints to keep.')
+  keep: int = setting(
+    2, 'Number of latest checkpoints to keep. With `patience`, the best one is kept as well.'
+  )
   wandb: str = setting(
     '', "Weights & Biases project that also receives the metrics. '' disables it."
   )

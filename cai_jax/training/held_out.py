@@ -1,4 +1,4 @@
-"""The loss on held-out examples, and early stopping."""
+"""The loss on held-out examples, early stopping, and the step with the lowest loss."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class HeldOut:
     sharding: sharding of a batch's rows.
 
   Attributes:
-    losses: losses of all evaluations of the run, including those before it was resumed.
+    losses: loss of each evaluation of the run by step, including those before it was resumed.
   """
 
   def __init__(
@@ -42,13 +42,14 @@ class HeldOut:
     micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
     lengths = [len(example.tokens) for example in examples]
     self._batches = packing.Batches(examples, packing.plan(lengths, micro, 1, 0) if lengths else [])
-    self.losses: list[float] = []
+    self.losses: dict[int, float] = {}
 
-  def evaluate(self, state: TrainState) -> dict[str, float]:
+  def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
     """Return the loss with the run's normalization, and per token if the loss supports it.
 
     Args:
-      state: the train state to evaluate.
+      step: number of steps taken.
+      state: the train state after them.
 
     Raises:
       NonFiniteError: if the loss is NaN or infinite.
@@ -63,10 +64,10 @@ class HeldOut:
     loss = _divide(total, normalizations[self._config.loss_normalization])
     if not math.isfinite(loss):
       raise NonFiniteError(
-        f'The loss on held-out examples is {loss}. Lower train.learning_rate or set '
-        'train.clip_norm; earlier checkpoints are kept.'
+        f'The loss on held-out examples is {loss} after step {step}. Lower train.learning_rate '
+        'or set train.clip_norm; earlier checkpoints are kept.'
       )
-    self.losses.append(loss)
+    self.losses[step] = loss
     row = {'loss': loss}
     if 'token' in normalizations:
       row[f'{self._config.loss}_per_token'] = _divide(total, normalizations['token'])
@@ -75,16 +76,24 @@ class HeldOut:
   @property
   def should_stop(self) -> bool:
     """Whether none of the last `patience` evaluations was below the lowest loss before them."""
-    patience, losses = self._config.patience, self.losses
+    patience, losses = self._config.patience, list(self.losses.values())
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+  @property
+  def best_step(self) -> int | None:
+    """The first step with the lowest loss, which early stopping exports; None without patience."""
+    if not self._config.patience or not self.losses:
+      return None
+    return min(self.losses, key=lambda step: self.losses[step])
 
   def summarize(self) -> dict[str, float | bool]:
     """Return the last loss, the lowest loss, and whether training stopped early."""
     if not self.losses:
       return {}
+    losses = list(self.losses.values())
     return {
-      'held_out_loss': self.losses[-1],
-      'least_held_out_loss': min(self.losses),
+      'held_out_loss': losses[-1],
+      'least_held_out_loss': min(losses),
       'stopped_early': self.should_stop,
     }
 

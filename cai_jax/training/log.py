@@ -13,6 +13,7 @@ import jax
 from cai_jax.runtime import hardware
 from cai_jax.runtime.errors import NonFiniteError
 from cai_jax.runtime.progress import Progress
+from cai_jax.training.config import TrainConfig
 from cai_jax.training.metrics import (
   COSTS_FILE,
   HELD_OUT_FILE,
@@ -193,6 +194,29 @@ class TrainingLog:
       costs['utilization'] = costs['model_flops_per_second'] / self._workload.peak_flops
     self._row_step, self._row_time, self._row_tokens = self._last_step, now, self._target_tokens
     return costs
+
+
+def remarks(summary: Mapping[str, Any], config: TrainConfig) -> list[str]:
+  """Return sentences about a training that the log, the manifest and the report show.
+
+  Args:
+    summary: the summary of the training, from `loop.fit`.
+    config: settings of the run.
+  """
+  sentences = []
+  if config.patience and 'held_out_loss' in summary:
+    sentences.append(
+      f'The exported model is that of step {summary["exported_step"]}, which has the lowest '
+      f'held-out loss: {summary["least_held_out_loss"]:.4g}. Training ended at step '
+      f'{summary["steps_taken"]} of {summary["steps"]} with {summary["held_out_loss"]:.4g}.'
+    )
+  if summary['clipped_share'] > 0.5:
+    sentences.append(
+      f'Warning: the gradient was clipped in {100 * summary["clipped_share"]:.0f} % of the steps, '
+      f'so train.clip_norm={config.clip_norm:g} sets the size of most updates. Raise it, lower '
+      'train.learning_rate, or set train.clip_norm=0.'
+    )
+  return sentences
 
 
 def _list(names: Sequence[str], limit: int = 20) -> str:

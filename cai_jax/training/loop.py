@@ -20,14 +20,17 @@ from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.interruption import Deferral, Interrupted
 from cai_jax.runtime.mesh import batch_sharding, check_batch
 from cai_jax.training.checkpoints import (
+  ARITHMETIC,
   Restored,
   make_checkpointer,
   restore_latest,
+  restore_state,
   save_checkpoint,
 )
 from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
+from cai_jax.training.optimizer import check_warmup
 from cai_jax.training.state import abstract_state, init_state
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 from cai_jax.training.trace import StepTrace
@@ -68,8 +71,9 @@ def fit(
   """Train a model on examples, resuming from the latest checkpoint in `workdir`.
 
   A resumed run ends with bitwise the same parameters as an uninterrupted one. A run that is already
-  complete only loads its result. The function writes the files of `TrainingLog` and the folders
-  tensorboard/ and checkpoints/ to `workdir`.
+  complete only loads its result. With `config.patience` the result is the state with the lowest
+  held-out loss, and otherwise the last one. The function writes the files of `TrainingLog` and the
+  folders tensorboard/ and checkpoints/ to `workdir`.
 
   Args:
     model: architecture of the model.
@@ -88,15 +92,16 @@ def fit(
     The trained parameters of the whole model, f32 on the mesh, and a summary of the run.
 
   Raises:
-    UserError: before the first step, if there are no examples, the mesh does not divide the rows,
-      the attention kernel cannot run on these devices, or the workdir is not writable or belongs to
-      another run.
+    UserError: before the first step, if there are no examples, the warm-up takes all steps, the
+      mesh does not divide the rows, the attention kernel cannot run on these devices, or the
+      workdir is not writable or belongs to another run.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   _check_buckets(buckets, config, mesh)
   steps = packing.plan([len(e.tokens) for e in examples], buckets, config.epochs, config.seed)
+  check_warmup(config, len(steps))
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   metadata = {
@@ -117,11 +122,12 @@ def fit(
   held_out = HeldOut(eval_step, monitoring.held_out, buckets, config, sharding)
   workload = measure_workload(model, examples, steps, config, mesh)
 
-  with make_checkpointer(workdir / 'checkpoints', config.keep) as checkpointer:
+  folder = workdir / 'checkpoints'
+  with make_checkpointer(folder, config.keep, lambda: held_out.best_step) as checkpointer:
     abstract = abstract_state(divided.params, config, mesh)
     restored = restore_latest(checkpointer, abstract, iterator, metadata)
     if restored is None:
-      restored = Restored(init_state(divided.params, config, mesh), 0, [])
+      restored = Restored(init_state(divided.params, config, mesh), 0, {})
     first_step, held_out.losses = restored.step, restored.held_out_losses
     state = dataclasses.replace(restored.state, frozen=divided.frozen)
     with (
@@ -150,12 +156,13 @@ def fit(
           log.write_pending()
           with log.pause_timer():
             if monitoring.held_out:
-              log.log_held_out(step, held_out.evaluate(state))
+              log.log_held_out(step, held_out.evaluate(step, state))
             if monitoring.probe is not None:
               log.log_probes(step, monitoring.probe(divided.full_params(state)))
         is_last |= held_out.should_stop
         must_stop = deferral.must_stop(step)
-        if must_stop or is_last or _is_due(step, config.checkpoint_every):
+        must_save = must_stop or is_last or step == held_out.best_step
+        if must_save or _is_due(step, config.checkpoint_every):
           log.write_pending()  # raises if a number is not finite, so no such state is saved
           with log.pause_timer():
             save_checkpoint(
@@ -166,6 +173,11 @@ def fit(
           raise Interrupted(must_stop, detail)
       log.write_last_row()
       costs = log.summarize()  # here, so that its seconds do not include the wait for the last save
+    clipped_share = int(state.clipped) / step
+    exported_step = held_out.best_step or step
+    if exported_step != step:
+      best = restore_state(checkpointer, exported_step, abstract)
+      state = dataclasses.replace(best, frozen=divided.frozen)
   summary = {
     'steps': len(steps),
     'examples': len(examples),
@@ -173,6 +185,8 @@ def fit(
     **costs,
     **held_out.summarize(),
     'steps_taken': step,
+    'exported_step': exported_step,
+    'clipped_share': clipped_share,
   }
   return divided.full_params(state), summary
 
@@ -217,6 +231,7 @@ def _describe_run(
   settings = dataclasses.asdict(config)
   return {
     **{name: settings[name] for name in settings if name not in MAY_CHANGE_ON_RESUME},
+    'arithmetic': ARITHMETIC,
     'filters': list(config.filters),
     'steps': len(steps),
     'buckets': [list(bucket) for bucket in buckets],

@@ -21,6 +21,7 @@ class TrainState:
 
   Attributes:
     step: i32[], number of optimizer steps taken.
+    clipped: i32[], number of them in which the gradient was clipped.
     params: the trained parameters, f32.
     opt_state: the optimizer's state, f32.
     ema: moving average of `params`, f32; None without `train.ema`.
@@ -28,6 +29,7 @@ class TrainState:
   """
 
   step: Any
+  clipped: Any
   params: Any
   opt_state: Any
   ema: Any = None
@@ -70,6 +72,7 @@ def state_shardings(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = 
   )
   return TrainState(
     step=replicated,
+    clipped=replicated,
     params=shardings,
     opt_state=opt_state,
     ema=shardings if config.ema else None,
@@ -118,6 +121,7 @@ def _initial_state(params, frozen, config: TrainConfig) -> TrainState:
   params = _copy(params, jnp.float32)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
+    clipped=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=make_optimizer(config, 1).init(params),
     ema=_copy(params, jnp.float32) if config.ema else None,

@@ -62,7 +62,8 @@ def make_train_step(
 
   The batch holds tokens, positions, segment_ids and loss_mask, i32[B,T] each, sharded by
   `batch_sharding(mesh)`. The metrics, f32[] each, are `loss` (of the whole batch, normalized),
-  `grad_norm` (before clipping), `learning_rate`, and the loss's sums, such as `num_tokens`.
+  `grad_norm` (before clipping), `learning_rate`, `clipped_share` (the share of the run's steps so
+  far whose gradient was clipped), and the loss's sums, such as `num_tokens`.
 
   Args:
     graph: static half of the model.
@@ -104,18 +105,25 @@ def make_train_step(
     (loss_sum, sums), grads = accumulate_gradient(state.params, state.frozen, batch)
     weight = jnp.maximum(sums[weight_name], 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    tokens_per_unit = jnp.maximum(sums['num_tokens'], 1.0) / weight
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.params, tokens_per_unit=tokens_per_unit
+    )
+    grad_norm, clipped = optax.tree.norm(grads), state.clipped
+    if config.clip_norm:
+      clipped += grad_norm > config.clip_norm * tokens_per_unit
     metrics = {
       'loss': loss_sum / weight,
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': grad_norm,
       'learning_rate': schedule(state.step),
+      'clipped_share': clipped / (state.step + 1),
       **sums,
     }
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if config.ema:
       ema = optax.incremental_update(params, ema, 1 - config.ema)
-    return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
+    return TrainState(state.step + 1, clipped, params, opt_state, ema, state.frozen), metrics
 
   shardings = state_shardings(params, config, mesh, frozen)
   return jax.jit(

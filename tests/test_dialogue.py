@@ -428,11 +428,12 @@ def test_decode_drops_unfinished_reasoning():
 
 def test_template_options_reach_the_template():
   tokenizer = copy.deepcopy(get_tokenizer('chatml'))
-  tokenizer.chat_template += '{% if enable_thinking is false %}{{ "No." }}{% endif %}'
+  option = '{% if enable_thinking is false %}{{ "No." }}{% endif %}'
+  tokenizer.chat_template = option + tokenizer.chat_template
   messages = [user('hi')]
   without, options = Dialogue(tokenizer), (('enable_thinking', False),)
   prompt = Dialogue(tokenizer, template_options=options).prompt(messages)
-  assert prompt == without.prompt(messages) + tokenizer.encode('No.')
+  assert prompt == tokenizer.encode('No.') + without.prompt(messages)
   for style, name in (('chat', 'enable_thinkin'), ('chat', 'messages'), ('plain', options[0][0])):
     with pytest.raises(UserError, match=f"template_options: .*'{name}'.* Remove it"):
       Dialogue(tokenizer, style, template_options=((name, False),))

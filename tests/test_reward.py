@@ -1,5 +1,6 @@
 """Reward models agree with torch, whatever the batches and the mesh."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ import safetensors.numpy
 import torch
 import transformers
 
+from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
@@ -151,8 +153,9 @@ def test_trailing_pad_tokens_are_ignored(make, tiny_tokenizer):
   """transformers does the same with a checkpoint whose pad token ends a conversation."""
   folder = make('mistral')
   model = load(folder)
-  template = "{{ messages[0]['content'] }}|{{ messages[1]['content'] }}<|endoftext|>"
-  model.dialogue.tokenizer.chat_template = template + ('{% if add_generation_prompt %}{% endif %}')
+  tokenizer = model.dialogue.tokenizer
+  tokenizer.chat_template = '{{ messages[0].content }}|{{ messages[1].content }}<|endoftext|>'
+  model = dataclasses.replace(model, dialogue=Dialogue(tokenizer, has_replies=False))
   messages = [ASKED[0][0], {'role': 'assistant', 'content': 'Look.'}]
   ids = model.dialogue.conversation(messages)
   assert ids[-1] == model.pad_token_id == 0

@@ -5,15 +5,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from cai_jax.dialogue.encode import Encoder, Tokens
+from cai_jax.dialogue.encode import Encoder, Text, Tokens
 from cai_jax.dialogue.format import FORMATS, Format
 from cai_jax.dialogue.messages import (
   Message,
   check_ends_with_reply,
   check_prompt,
   check_reply_role,
+  check_text,
   split_system,
 )
+from cai_jax.dialogue.probe import SAMPLE_REPLIES
 from cai_jax.runtime.errors import UserError
 
 
@@ -36,18 +38,37 @@ class Dialogue:
       labels of Bai et al. 2022, or another entry of `FORMATS`.
     eos_token_ids: further ids that end a turn, as listed in `generation_config.json`.
     template_options: (name, value) pairs for the chat template, such as ('enable_thinking', False).
+    has_replies: whether replies are sampled or learned. If not, only `conversation` may be used,
+      and the format needs no prompt for a reply.
 
   Raises:
-    UserError: if the style is unknown, or does not support the tokenizer or an option.
+    UserError: if the style is unknown, does not support the tokenizer or an option, or does not
+      keep the messages of a dialogue.
   """
 
   tokenizer: Any
   style: str = 'chat'
   eos_token_ids: tuple[int, ...] = ()
   template_options: tuple[tuple[str, Any], ...] = ()
+  has_replies: bool = True
 
   def __post_init__(self) -> None:
     _ = self._format  # created here to report an unsuitable tokenizer or option at once
+    if self.has_replies:
+      self._check_round_trip()
+
+  def _check_round_trip(self) -> None:
+    """Check that the text of a reply can be read back from its tokens."""
+    for sample in SAMPLE_REPLIES:
+      # What the tokenizer makes of a text: a small vocabulary may not have all of its characters.
+      text = self._encoder.decode_reply(self._encoder.encode([Text(sample)])).strip()
+      read = self.decode(self.reply(text))
+      if text and read != text:
+        raise UserError(
+          f'The reply {text!r} is read back as {read!r:.80} with style={self.style!r}. Formats '
+          "that write reasoning, channels or a speaker's name into replies are not supported. Use "
+          "another template or style='plain'."
+        )
 
   @functools.cached_property
   def _encoder(self) -> Encoder:
@@ -90,6 +111,8 @@ class Dialogue:
     check_prompt(messages, reply_role)
     system, turns = split_system(messages)
     demonstrated = [message for dialogue in demonstrations for message in dialogue]
+    for message in demonstrated:
+      check_text(message['content'])
     return self._encoder.encode(self._format.prompt([*system, *demonstrated, *turns], reply_role))
 
   def reply(self, text: str, reply_role: str = 'assistant') -> list[int]:
@@ -103,6 +126,7 @@ class Dialogue:
       UserError: if `reply_role` is not a role that replies.
     """
     check_reply_role(reply_role)
+    check_text(text)
     end_of_prompt, turn = self._format.reply(text, reply_role)
     before = self._encoder.encode(end_of_prompt)
     whole = self._encoder.encode([*end_of_prompt, *turn])
@@ -149,6 +173,7 @@ class Dialogue:
     """
     check_ends_with_reply(messages)
     check_prompt(messages[:-1], messages[-1]['role'])
+    check_text(messages[-1]['content'])
     return self._encoder.encode(self._format.conversation(messages))
 
   def decode(self, tokens: Sequence[int]) -> str:

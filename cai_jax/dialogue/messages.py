@@ -1,5 +1,6 @@
 """Messages, their roles, and the order in which roles may follow each other."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ Message = dict[str, Any]
 REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
 REPLY_ROLES = ('assistant', 'critique', 'revision')
 ROLES = ('system', *REQUEST_ROLES, *REPLY_ROLES)
+
+_SURROGATE = re.compile('[\ud800-\udfff]')
 
 
 def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
@@ -37,6 +40,21 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
     raise UserError(f'A prompt must end with a request {REQUEST_ROLES}, but got the roles {roles}.')
   if 'system' in roles[1:]:
     raise UserError(f'A system message can only come first, but got the roles {roles}.')
+  for message in messages:
+    check_text(message['content'])
+
+
+def check_text(content: str | Sequence[int]) -> None:
+  """Check that a content, if it is text, can be encoded.
+
+  Raises:
+    UserError: if it contains half of a surrogate pair.
+  """
+  if isinstance(content, str) and not content.isascii() and (found := _SURROGATE.search(content)):
+    raise UserError(
+      f'A content has an unpaired surrogate, {found[0]!r}, at character {found.start()}: '
+      f'{content!r:.60}. Remove it.'
+    )
 
 
 def check_reply_role(role: str) -> None:

@@ -16,7 +16,6 @@ import jinja2
 from cai_jax.dialogue.encode import (
   BREAK,
   RESERVED,
-  SLOT,
   Encoder,
   Markup,
   Piece,
@@ -25,7 +24,17 @@ from cai_jax.dialogue.encode import (
   break_spelling,
 )
 from cai_jax.dialogue.format import FORMATS, TemplateOptions
+from cai_jax.dialogue.layout import Layout, extends, match_slots, slot, split_slots
 from cai_jax.dialogue.messages import REPLY_ROLES, REQUEST_ROLES, Message
+from cai_jax.dialogue.probe import (
+  check_contents,
+  check_slots,
+  damage,
+  describe_roles,
+  find_unread_mark,
+  probe_texts,
+)
+from cai_jax.dialogue.trial import MAX_MARKUP, check_limits, limit_time
 from cai_jax.runtime.errors import UserError
 
 _CHAT_ROLE = {
@@ -34,7 +43,6 @@ _CHAT_ROLE = {
   **{role: 'assistant' for role in REPLY_ROLES},
 }
 _NOT_OPTIONS = ('messages', 'add_generation_prompt')  # set by us
-_SLOT_PATTERN = re.compile(f'{SLOT}(\\d+){SLOT}')
 
 # A chat template may print today's date. The tokens of a run must not change at midnight, so every
 # template sees this day: the default of Llama 3's template.
@@ -45,10 +53,6 @@ _FIXED_DATE = (
   + ''.join(f" | replace('{field}', '{value}')" for field, value in _DATE.items())
   + ' }}{% endmacro %}'
 )
-
-# A rendered template as [text, slot, text, slot, ..., text]; a slot is the index of the message
-# whose content belongs there.
-Layout = list[Any]
 
 
 @FORMATS.register('chat')
@@ -62,7 +66,8 @@ class ChatFormat:
     template_options: (name, value) pairs for the template.
 
   Raises:
-    UserError: if there is no chat template, or it does not read an option.
+    UserError: if there is no chat template, it does not read an option, it exceeds the limits on
+      time and memory, or it does not keep the messages of a dialogue.
   """
 
   encoder: Encoder
@@ -74,11 +79,23 @@ class ChatFormat:
       raise UserError(
         "The tokenizer has no chat template. Use style='plain', or give the tokenizer a template."
       )
-    for name, _ in self.template_options:
-      if name in _NOT_OPTIONS or not re.search(rf'\b{re.escape(name)}\b', self._template):
-        raise UserError(
-          f'template_options: the chat template reads no option named {name!r}. Remove it.'
-        )
+    known = _options_in(self._template, self.template_options)
+    if unknown := [name for name, _ in self.template_options if name not in dict(known)]:
+      raise UserError(
+        f'template_options: the chat template reads no option named {unknown[0]!r}. Remove it.'
+      )
+    variables = {**self.encoder.tokenizer.special_tokens_map, **dict(self.template_options)}
+    if failure := check_limits(self._template, variables):
+      raise UserError(
+        f'The chat template cannot be used: {failure} on a short dialogue. Correct the template, '
+        "or use style='plain'."
+      )
+    if mark := find_unread_mark(self._template, tuple(self.encoder.control)):
+      raise UserError(
+        f'The chat template writes {mark!r}, a mark of reasoning or channels that cannot be told '
+        'from the reply with this tokenizer. Only <think> and </think> are read, as control '
+        "tokens. Use another template, or style='plain'."
+      )
 
   @functools.cached_property
   def stop_token_ids(self) -> tuple[int, ...]:
@@ -113,10 +130,10 @@ class ChatFormat:
       UserError: if neither the template nor the tokenizer has a token that ends a turn.
     """
     roles = ('user', 'assistant')
-    prompt = self._layout(roles[:1], generate=True)
+    prompt = self._checked_prompt
     layout, contents = self._filled_layout(roles, ('x', text), generate=False)
     last = len(prompt) - 1
-    if _extends(layout, prompt):
+    if extends(layout, prompt):
       rest = [layout[last][len(prompt[last]) :], *layout[last + 1 :]]
     else:
       layout, contents = self._layout(roles, generate=False), {1: text}
@@ -145,8 +162,27 @@ class ChatFormat:
   # Rendering
 
   @functools.cached_property
+  def _checked_prompt(self) -> Layout:
+    """The layout of a prompt, after which a reply and the turns after it are rendered.
+
+    Raises:
+      UserError: if a reply or a later turn does not follow the prompt of the reply.
+    """
+    prompt = self._layout(('user',), generate=True)
+    reply = self._layout(('user', 'assistant'), generate=False)
+    if not extends(reply, prompt):
+      raise UserError(
+        f'The chat template ends a prompt with {prompt[-1]!r:.60} but begins a reply with '
+        f'{reply[2]!r:.60}, so a model would be trained on other tokens than it continues. Correct '
+        'the generation prompt (reasoning that it opens must be in the reply too), or use '
+        "style='plain'."
+      )
+    self._layout(('user', 'assistant', 'user'), generate=True)
+    return prompt
+
+  @functools.cached_property
   def _template(self) -> str:
-    template = self.encoder.tokenizer.get_chat_template()
+    template = _read_template(self.encoder.tokenizer)
     return _FIXED_DATE + template if 'strftime_now' in template else template
 
   @functools.cached_property
@@ -154,30 +190,49 @@ class ChatFormat:
     return {}
 
   def _layout(self, roles: tuple[str, ...], generate: bool) -> Layout:
-    """Return the layout for these chat roles, with or without a generation prompt."""
+    """Return the layout for these chat roles, with or without a generation prompt.
+
+    Raises:
+      UserError: if the template does not keep every message of such a dialogue.
+    """
     key = roles, generate
     if key not in self._layouts:
-      self._layouts[key] = _split_slots(
-        self._render(roles, map(_slot, range(len(roles))), generate)
-      )
+      layout = split_slots(self._render(roles, map(slot, range(len(roles))), generate))
+      check_slots(layout[1::2], layout[::2], roles)
+      texts = probe_texts(len(roles))
+      rendered = self._render(roles, texts, generate)
+      if match_slots(layout, texts, rendered) is None:
+        check_contents(texts, [text.strip() for text in texts], rendered, roles)
+      self._layouts[key] = layout
     return self._layouts[key]
 
   def _render(self, roles: Sequence[str], contents: Iterable[str], generate: bool) -> str:
+    contents = list(contents)
     messages = [{'role': r, 'content': c} for r, c in zip(roles, contents, strict=True)]
     try:
-      return self.encoder.tokenizer.apply_chat_template(
-        messages,
-        chat_template=self._template,
-        tokenize=False,
-        add_generation_prompt=generate,
-        **dict(self.template_options),
-      )
-    except jinja2.TemplateError as error:
+      with limit_time():
+        rendered = self.encoder.tokenizer.apply_chat_template(
+          messages,
+          chat_template=self._template,
+          tokenize=False,
+          add_generation_prompt=generate,
+          **dict(self.template_options),
+        )
+        rendered.encode()  # fails for half of a surrogate pair
+    except Exception as error:  # a template is a program, which may raise anything
+      name = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
+      reason = ''.join(c if c.isprintable() else ' ' for c in f'{name}{error}')
       raise UserError(
-        f'The chat template rejects a dialogue with the roles {list(roles)}: {error}. Many '
-        'templates allow no system message, or require turns to alternate. Change the messages, '
-        "or use style='plain'."
+        f'The chat template rejects a dialogue with the roles {describe_roles(roles)}: '
+        f'{reason:.300}. Many templates allow no system message, or require turns to alternate. '
+        "Change the messages, or use style='plain'."
       ) from error
+    if len(rendered) > MAX_MARKUP + 4 * sum(map(len, contents)):
+      raise UserError(
+        f'The chat template writes {len(rendered)} characters for a dialogue with the roles '
+        f"{describe_roles(roles)}, which is too many. Correct it, or use style='plain'."
+      )
+    return rendered
 
   def _filled_layout(
     self, roles: tuple[str, ...], texts: Sequence[str], generate: bool
@@ -185,7 +240,7 @@ class ChatFormat:
     """Return the layout for these contents, and the text in each slot as the template wrote it."""
     rendered = self._render(roles, texts, generate)
     layout = self._layout(roles, generate)
-    contents = _match_slots(layout, texts, rendered)
+    contents = match_slots(layout, texts, rendered)
     if contents is None:
       return self._rewritten_layout(roles, texts, generate, rendered)
     return layout, contents
@@ -203,14 +258,19 @@ class ChatFormat:
       raise UserError('A content contains a noncharacter (U+FDD0 to U+FDD4). Remove it.')
 
     def layout_with_slots(indices: Collection[int], others: Sequence[str]) -> Layout:
-      contents = [_slot(i) if i in indices else text for i, text in enumerate(others)]
-      return _split_slots(self._render(roles, contents, generate))
+      contents = [slot(i) if i in indices else text for i, text in enumerate(others)]
+      return split_slots(self._render(roles, contents, generate))
 
     untouched = {
       i
       for i in range(len(texts))
-      if _match_slots(layout_with_slots({i}, texts), texts, rendered) is not None
+      if match_slots(layout_with_slots({i}, texts), texts, rendered) is not None
     }
+    kept = [self._kept_text(role, text) for role, text in zip(roles, texts, strict=True)]
+    check_contents(texts, kept, rendered, roles)
+    for i, text in enumerate(texts):
+      if not text.strip() and i not in untouched:
+        raise damage(i, roles, 'loses', ', which is empty')
     control, added = self.encoder.control, self.encoder.tokenizer.added_tokens_decoder
     special = [t for t, i in control.items() if added[i].special or t not in self._template]
     broken = [_break_spellings(text, control) for text in texts]
@@ -222,13 +282,17 @@ class ChatFormat:
       for indices in (untouched, set()):
         layout = layout_with_slots(indices, others)
         unbroken = [p if isinstance(p, int) else p.replace(BREAK, '') for p in layout]
-        contents = _match_slots(unbroken, texts, rendered)
+        contents = match_slots(unbroken, texts, rendered)
         if contents is not None:
           return layout, contents
     raise UserError(
       f'The chat template rewrites contents that spell control tokens (roles {list(roles)}), and '
       "the result cannot be matched to them. Remove the control tokens, or use style='plain'."
     )
+
+  def _kept_text(self, role: str, text: str) -> str:
+    """Return what a template must keep of a content: all but the reasoning of a reply."""
+    return (text.split('</think>')[-1] if role == 'assistant' else text).strip()
 
   # From layouts to pieces
 
@@ -265,7 +329,7 @@ class ChatFormat:
       prompt = self._layout(roles[:i], generate=True)
     else:
       prompt, _ = self._filled_layout(roles[:i], texts[:i], generate=True)
-    is_same = len(prompt) == at and _extends(layout, prompt)
+    is_same = len(prompt) == at and extends(layout, prompt)
     return len(layout[at - 1]) - len(prompt[-1]) if is_same else 0
 
   def _has_ended(self, ids: tuple[int, ...]) -> bool:
@@ -298,42 +362,30 @@ class ChatFormat:
     return self.encoder.control[match[0]]
 
 
-def _slot(index: int) -> str:
-  return f'{SLOT}{index}{SLOT}'
+def known_options(tokenizer: Any, options: TemplateOptions) -> TemplateOptions:
+  """Return the template options that a tokenizer's chat template reads.
 
-
-def _split_slots(rendered: str) -> Layout:
-  """Return the layout of a template that was rendered with slots for contents."""
-  parts = _SLOT_PATTERN.split(rendered)
-  return [int(part) if i % 2 else part for i, part in enumerate(parts)]
-
-
-def _extends(layout: Layout, prompt: Layout) -> bool:
-  """Return whether a layout begins with all of `prompt`."""
-  last = len(prompt) - 1
-  return (
-    len(layout) > last and layout[:last] == prompt[:last] and layout[last].startswith(prompt[last])
-  )
-
-
-def _match_slots(layout: Layout, texts: Sequence[str], rendered: str) -> dict[int, str] | None:
-  """Return the text in each slot if filling the slots gives `rendered`, else None.
-
-  A template may strip a content; the result then contains the stripped text.
+  Args:
+    tokenizer: a tokenizer of `transformers`.
+    options: (name, value) pairs.
   """
-  if not rendered.startswith(layout[0]):
-    return None
-  position, contents = len(layout[0]), {}
-  for slot, following in zip(layout[1::2], layout[2::2], strict=True):
-    text = texts[slot]
-    for candidate in (text, text.strip(), text.lstrip(), text.rstrip()):
-      if rendered.startswith(candidate + following, position):
-        break
-    else:
-      return None
-    contents[slot] = candidate
-    position += len(candidate) + len(following)
-  return contents if position == len(rendered) else None
+  return _options_in(_read_template(tokenizer), options) if tokenizer.chat_template else ()
+
+
+def _options_in(template: str, options: TemplateOptions) -> TemplateOptions:
+  """Return the options whose names occur in a template and are not set by us."""
+  names = {name for name, _ in options if re.search(rf'\b{re.escape(name)}\b', template)}
+  return tuple(pair for pair in options if pair[0] in names and pair[0] not in _NOT_OPTIONS)
+
+
+def _read_template(tokenizer: Any) -> str:
+  try:
+    template = tokenizer.get_chat_template()
+  except ValueError as error:
+    raise UserError(f'The tokenizer has no default chat template: {error!s:.300}') from error
+  if not isinstance(template, str):
+    raise UserError(f'The chat template must be text, but it is {template!r:.80}.')
+  return template
 
 
 def _break_spellings(text: str, spellings: Iterable[str]) -> str:

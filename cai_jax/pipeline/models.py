@@ -83,7 +83,8 @@ def model_loader(run: Run) -> ModelLoader:
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
     aliases['base'] = model_path(run.config.model.base)
-  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases)
+  options = run.config.feedback.template_options
+  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases, options)
 
 
 def load_scorer(run: Run) -> Scorer | None:

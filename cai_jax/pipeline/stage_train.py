@@ -108,6 +108,7 @@ def _make_probe(run: Run, lm: LM) -> Probe:
       run.config.sampling.initial,
       run.config.seed,
       style=run.config.feedback.style,
+      template_options=run.config.feedback.template_options,
     )
     return [
       {'id': prompt.id, 'prompt': prompt.messages[-1]['content'], 'text': completion.text}

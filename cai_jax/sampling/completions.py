@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
@@ -27,6 +28,7 @@ def generate(
   seed: int = 0,
   *,
   style: str = 'chat',
+  template_options: TemplateOptions = (),
   engine: EngineConfig | None = None,
   journal: Journal | None = None,
 ) -> list[Completion]:
@@ -45,6 +47,8 @@ def generate(
     sampling: temperature, filters and length.
     seed: seed of the sampling.
     style: 'chat' (the tokenizer's template) or 'plain'; how dialogues are rendered.
+    template_options: (name, value) pairs for the chat template, such as
+      ('enable_thinking', False).
     engine: sizes of the compiled programs. By default the number of slots is that of the prompts,
       at most 64.
     journal: where completions are stored and looked up.
@@ -70,7 +74,7 @@ def generate(
     if isinstance(prompt, str):
       context = lm.tokenizer.encode(prompt, split_special_tokens=True)
     elif len(prompt) and isinstance(prompt[0], dict):
-      dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids)
+      dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids, template_options)
       messages = cast(Sequence[dict[str, Any]], prompt)
       context, stops = dialogue.prompt(messages), (dialogue.stop_token_ids, dialogue.stop_strings)
     else:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model import lm
 from cai_jax.scoring import reward
 
@@ -17,11 +18,14 @@ class ModelLoader:
     dtype: dtype of parameters and activations, such as 'float32'.
     mesh: the devices that hold each model.
     aliases: folder or hub name of language models by short name, such as 'base' for M_θ.
+    template_options: (name, value) pairs for chat templates. A reward model's template gets those
+      that it reads.
   """
 
   dtype: str
   mesh: Mesh
   aliases: Mapping[str, str]
+  template_options: TemplateOptions = ()
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -44,4 +48,4 @@ class ModelLoader:
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
-    return reward.load(name, self.dtype, self.mesh, style)
+    return reward.load(name, self.dtype, self.mesh, style, self.template_options)

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from cai_jax.dialogue import Dialogue, Message
+from cai_jax.dialogue import Dialogue, Message, known_options
+from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.classifier import load_classifier
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.precision import einsum_f32
@@ -211,6 +212,7 @@ def load(
   dtype: str = 'float32',
   mesh: Mesh | None = None,
   style: str = 'chat',
+  template_options: TemplateOptions = (),
 ) -> RewardModel:
   """Load a reward model or classifier from a Hugging Face folder or hub name.
 
@@ -220,17 +222,21 @@ def load(
     mesh: the devices that hold the parameters. None means `make_mesh()`.
     style: name of the prompt format of conversations: 'chat' is the tokenizer's chat template,
       'plain' is Human:/Assistant: text.
+    template_options: (name, value) pairs for the chat templates of a run. Those that this model's
+      template reads are used.
 
   Raises:
     UserError: if the checkpoint cannot be loaded, or its tokenizer has no chat template.
   """
   classifier = load_classifier(path, dtype, mesh)
+  tokenizer = classifier.tokenizer
+  options = known_options(tokenizer, template_options) if style == 'chat' else ()
   return RewardModel(
     config=classifier.config,
     params=classifier.params,
     score=classifier.score,
     labels=classifier.labels,
-    dialogue=Dialogue(classifier.tokenizer, style, classifier.eos_token_ids),
+    dialogue=Dialogue(tokenizer, style, classifier.eos_token_ids, options, has_replies=False),
     pad_token_id=classifier.pad_token_id,
     mesh=classifier.mesh,
     dtype=dtype,

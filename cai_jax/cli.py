@@ -19,7 +19,7 @@ from cai_jax.pipeline.values import describe_type
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import read_json
+from cai_jax.runtime.files import describe_fault, read_json
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.user_code import explain_error
@@ -90,6 +90,10 @@ def short_errors() -> Iterator[None]:
       yield
   except UserError as error:
     sys.exit(f'error: {error}')
+  except OSError as error:
+    if not (fault := describe_fault(error)):
+      raise
+    sys.exit(f'error: {fault}')
   except Interrupted as error:
     print(error.describe(), file=sys.stderr)
     sys.exit(error.status)

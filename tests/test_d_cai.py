@@ -44,6 +44,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 def test_a_shard_has_the_same_bytes_whenever_it_is_written(tmp_path):
   rows = [make_row(0, 2), make_row(1, 0)]
   for folder in ('a', 'b'):
+    (tmp_path / folder).mkdir()
     d_cai.write_shard(tmp_path / folder, 0, rows)
   a, b = (d_cai.shard_path(tmp_path / folder, 0).read_bytes() for folder in ('a', 'b'))
   assert a == b

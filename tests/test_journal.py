@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.sampling import journal as journal_lib
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion, SamplingConfig
@@ -132,7 +132,10 @@ def test_a_killed_process_loses_no_stored_turn(tmp_path):
 def test_a_full_disk_is_an_error(tmp_path):
   journal = Journal(tmp_path)
   journal._file.close()
-  with open('/dev/full', 'ab', buffering=0) as journal._file, pytest.raises(OSError):
+  with (
+    open('/dev/full', 'ab', buffering=0) as journal._file,
+    pytest.raises(StoppedError, match='full cannot be used: No space left'),
+  ):
     journal.put(turns('a'))
 
 

@@ -9,12 +9,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from tensorboardX import SummaryWriter
 
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.log import TrainingLog
+from cai_jax.training.tensorboard import EventWriter
 from cai_jax.training.workload import Workload
 from tests.test_training_monitoring import CONFIG, MODEL, fit
 from tests.training_setup import random_examples
@@ -53,13 +53,13 @@ def wandb_runs(monkeypatch):
 def tensorboard_scalars(monkeypatch):
   """Lists the scalars that TensorBoard receives: (name, value, step)."""
   scalars = []
-  add_scalar = SummaryWriter.add_scalar
+  add_scalar = EventWriter.add_scalar
 
   def record(self, name, value, step):
     scalars.append((name, value, step))
     add_scalar(self, name, value, step)
 
-  monkeypatch.setattr(SummaryWriter, 'add_scalar', record)
+  monkeypatch.setattr(EventWriter, 'add_scalar', record)
   return scalars
 
 

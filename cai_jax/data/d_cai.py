@@ -16,7 +16,7 @@ from tensorflow_datasets.core import example_serializer, naming
 
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import read_json, write_json
+from cai_jax.runtime.files import read_json, replacing, write_json, writing
 from cai_jax.runtime.settings import flatten
 
 # The schema. Its doc texts are written to features.json.
@@ -71,23 +71,19 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
   """Write one shard atomically.
 
   Args:
-    folder: the folder of the dataset; it is created if it does not exist.
+    folder: the folder of the dataset, which exists. If it was deleted during the run, its earlier
+      shards are gone, so it is not created again.
     index: the index of the shard.
     rows: the rows of the shard, with the fields of `FEATURES`.
   """
-  path = shard_path(folder, index)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
   serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
-  writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
-  for row in rows:
-    example = serializer.get_tf_example(FEATURES.encode_example(row))
-    # Protocol buffers do not order their maps; without this, the bytes vary between processes.
-    writer.write(example.SerializeToString(deterministic=True))
-  writer.close()
-  with open(temporary, 'rb') as file:
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  with replacing(shard_path(folder, index)) as temporary:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
+    for row in rows:
+      example = serializer.get_tf_example(FEATURES.encode_example(row))
+      # Protocol buffers do not order their maps; without this, the bytes vary between processes.
+      writer.write(example.SerializeToString(deterministic=True))
+    writer.close()
 
 
 def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> None:
@@ -113,14 +109,15 @@ def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> N
     num_bytes=sum(path.stat().st_size for path in paths),
     filename_template=_filename_template(folder),
   )
-  tfds.folder_dataset.write_metadata(
-    data_dir=str(folder),
-    features=FEATURES,
-    split_infos=[split],
-    filename_template=_filename_template(folder),
-    description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",
-    check_data=False,
-  )
+  with writing(folder):
+    tfds.folder_dataset.write_metadata(
+      data_dir=str(folder),
+      features=FEATURES,
+      split_infos=[split],
+      filename_template=_filename_template(folder),
+      description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",
+      check_data=False,
+    )
 
 
 def _filename_template(folder: str | os.PathLike) -> naming.ShardedFileTemplate:

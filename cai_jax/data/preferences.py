@@ -2,9 +2,10 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
+
+from cai_jax.runtime.files import replacing
 
 
 def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -23,14 +24,12 @@ def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -
     text is 'empty', or the response was 'not_revised'.
   """
   counts = {'written': 0, 'identical': 0, 'empty': 0, 'not_revised': 0}
-  temporary = pathlib.Path(f'{path}.tmp')
-  with open(temporary, 'w', encoding='utf-8') as file:
+  with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
     for row in rows:
       reason = _reason_to_skip(row)
       counts[reason or 'written'] += 1
       if not reason:
         file.write(json.dumps(_pair(row), ensure_ascii=False) + '\n')
-  os.replace(temporary, path)
   return counts
 
 

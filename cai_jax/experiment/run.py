@@ -25,7 +25,7 @@ from cai_jax.pipeline import Run
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import check_workdir, write_json
+from cai_jax.runtime.files import check_workdir, make_folder, write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.scoring.scorer import Scorer
 
@@ -147,8 +147,7 @@ def _write_results(
   results = collect.collect_results(
     experiment, name, docstring, folders, pipeline.load_measures(first), config
   )
-  output = workdir / name
-  output.mkdir(parents=True, exist_ok=True)
+  output = make_folder(workdir / name)
   write_json(output / 'results.json', results)
   write_figures(output, results)
   scorer = pipeline.load_scorer(first)

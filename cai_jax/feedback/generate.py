@@ -14,7 +14,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import read_json, write_json
+from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
@@ -144,7 +144,7 @@ def _claim_folder(folder: pathlib.Path, digest: str) -> None:
   """Write the job's digest into a folder that has none."""
   path = folder / JOB_FILE
   if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(path, {'digest': digest})
 
 

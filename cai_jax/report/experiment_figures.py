@@ -13,6 +13,7 @@ from cai_jax.report.results import check_results, group_title, number_row
 from cai_jax.report.svg import Drawing, save_drawing
 from cai_jax.report.ticks import nice_ticks
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import make_folder
 
 Results = dict[str, Any]  # as `cai_jax.report.results` describes
 Spec = dict[str, Any]  # one of its figures
@@ -29,8 +30,7 @@ def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.P
     UserError: if the results are malformed.
   """
   check_results(results)
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = make_folder(folder)
   paths = []
   for number, drawing in enumerate(draw_figures(results), 1):
     paths += save_drawing(drawing, folder / f'{results["name"]}_{number}')

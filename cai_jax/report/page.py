@@ -17,6 +17,7 @@ from typing import Any
 
 from cai_jax.report.elements import escape, finite_json
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import replacing
 
 TEMPLATE = pathlib.Path(__file__).with_name('page.html')
 MARKER = re.compile(r'@@([a-z_]+)@@')
@@ -63,11 +64,9 @@ def write_page(
     sections=sections,
     chains=embedded_json(chains),
   )
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + '.part')
-  # A lone surrogate, half a character from a token that was cut off, has no UTF-8 encoding.
-  temporary.write_bytes(page.encode('utf-8', errors='backslashreplace'))
-  os.replace(temporary, path)
+  with replacing(path) as temporary:
+    # A lone surrogate, half a character from a token that was cut off, has no UTF-8 encoding.
+    temporary.write_bytes(page.encode('utf-8', errors='backslashreplace'))
 
 
 def fill_template(template: str, **values: str) -> str:

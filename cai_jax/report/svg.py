@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from cai_jax.report.elements import escape
 from cai_jax.report.palette import COLOURS
+from cai_jax.runtime.files import replacing
 
 FONT_SIZE = 12
 FILE_FONTS = 'Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif'  # in SVG files
@@ -95,9 +96,11 @@ def save_drawing(drawing: Drawing, path: str | os.PathLike) -> list[pathlib.Path
     path: path of the files, without suffix.
   """
   svg, pdf = (pathlib.Path(f'{os.fspath(path)}.{suffix}') for suffix in ('svg', 'pdf'))
-  svg.write_text(_standalone(inline_svg(drawing)), 'utf-8')
-  with figure_settings():
-    drawing.figure.savefig(pdf, format='pdf', facecolor='white', metadata={'CreationDate': None})
+  with replacing(svg) as temporary:
+    temporary.write_text(_standalone(inline_svg(drawing)), 'utf-8')
+  options = {'format': 'pdf', 'facecolor': 'white', 'metadata': {'CreationDate': None}}
+  with figure_settings(), replacing(pdf) as temporary:
+    drawing.figure.savefig(os.fspath(temporary), **options)
   return [svg, pdf]
 
 

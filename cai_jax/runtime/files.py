@@ -1,19 +1,120 @@
 """Folders and files that a run writes.
 
-Paths go through `etils.epath`, so these functions also accept URLs of object stores such as
-`gs://bucket/folder`. A whole run does not accept them: it needs a local or a shared filesystem,
-because the journal appends to its files, and processes rely on atomic renames to find each other's
-shards.
+A run needs a local or a shared filesystem, because the journal appends to its files, and processes
+rely on atomic renames to find each other's shards. Object stores offer neither.
 """
 
+import contextlib
+import errno
 import json
 import os
+import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
+from cai_jax.runtime.errors import StoppedError, UserError
 
-from cai_jax.runtime.errors import UserError
+# What to do about a file that cannot be written, by the number of the error.
+_ADVICE = {
+  **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'Free some space'),
+  errno.EFBIG: 'Raise the limit of the file size (ulimit -f)',
+  **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), 'Make its folder writable'),
+  **dict.fromkeys(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE),
+    'Its folder was deleted, moved or replaced. Put it back',
+  ),
+  errno.EIO: 'Check the disk',
+  **dict.fromkeys((errno.EMFILE, errno.ENFILE), 'Raise the limit of open files (ulimit -n)'),
+}
+
+
+def describe_fault(error: BaseException, path: object = None) -> str:
+  """Return what is wrong with a file and what to do, or '' if an error is no fault of the machine.
+
+  Libraries in C++ raise their own exceptions; these quote the operating system.
+
+  Args:
+    error: the error; its causes count too.
+    path: the file or folder; None takes the one that the error names.
+  """
+  pending, seen = [error], set()
+  while pending:
+    error = pending.pop()
+    if id(error) in seen:
+      continue
+    seen.add(id(error))
+    path = path or getattr(error, 'filename', None)
+    number = getattr(error, 'errno', None)
+    if number not in _ADVICE:
+      number = next((n for n in _ADVICE if os.strerror(n) in str(error)), None)
+    if number in _ADVICE and path:
+      return (
+        f'{path} cannot be used: {os.strerror(number)}. {_ADVICE[number]}, and start '
+        'the same command again to continue.'
+      )
+    linked = [error.__cause__, error.__context__, *getattr(error, 'exceptions', ())]
+    pending += [other for other in linked if other is not None]
+  return ''
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """Raise a short error if the block cannot write to a path; everything that writes goes here.
+
+  Args:
+    path: the file or folder that the block writes.
+
+  Raises:
+    StoppedError: if the disk is full, or the path is read-only or gone; it says what to do.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:  # libraries in C++ do not raise OSError
+    if not (fault := describe_fault(error, path)):
+      raise
+    raise StoppedError(fault) from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yield a temporary path in the same folder, which replaces the file when the block ends.
+
+  A reader sees the old file or the new one, also after a crash of the machine. If the block fails,
+  the old file stays. What a kill leaves behind has a fixed name, and the next start replaces it.
+
+  Args:
+    path: the file; its folder must exist.
+
+  Raises:
+    StoppedError: see `writing`.
+  """
+  target = pathlib.Path(path)
+  temporary = target.with_name(f'.{target.name}.tmp')
+  with writing(path):
+    try:
+      yield temporary
+      with open(temporary, 'rb') as file:
+        os.fsync(file.fileno())
+      temporary.replace(target)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+      raise
+
+
+def make_folder(path: str | os.PathLike) -> pathlib.Path:
+  """Create a folder and those above it, if they do not exist, and return its path.
+
+  Raises:
+    StoppedError: see `writing`.
+  """
+  folder = pathlib.Path(path)
+  with writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  return folder
 
 
 def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
@@ -26,7 +127,7 @@ def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
   Raises:
     UserError: if the folder is not writable, or its disk has too little free space.
   """
-  folder = epath.Path(workdir)
+  folder = pathlib.Path(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.probe.{os.getpid()}'
@@ -69,10 +170,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     path: the file; its folder must exist.
     value: anything that `json.dumps` accepts.
   """
-  target = epath.Path(path)
-  temporary = target.with_name(f'{target.name}.tmp')
-  temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
-  temporary.replace(target)
+  with replacing(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
 
 
 def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
@@ -86,7 +185,7 @@ def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
     UserError: if the file cannot be read, is not JSON, or its content has another type.
   """
   try:
-    value = json.loads(epath.Path(path).read_text(encoding='utf-8'))
+    value = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}.') from error
   except (ValueError, RecursionError) as error:  # also for integers with too many digits

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import make_folder, writing
 from cai_jax.sampling.types import Completion, SamplingConfig
 
 # The parts of a line. Indexing a journal reads the keys of a line and does not parse its turns.
@@ -62,8 +64,7 @@ class Journal:
   """
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
-    self._folder = pathlib.Path(folder)
-    self._folder.mkdir(parents=True, exist_ok=True)
+    self._folder = make_folder(folder)
     self._paths: list[pathlib.Path] = []
     self._indexed: list[int] = []  # for each path, the number of bytes that are indexed
     self._latest: tuple[tuple[int, int] | None, dict] = None, {}  # the line that was read last
@@ -74,9 +75,10 @@ class Journal:
     self._num_unindexed = 0  # turns stored here since the last refresh
     self.refresh()
     own = self._folder / f'turns-{process:05d}.jsonl'
-    if own in self._paths:
-      os.truncate(own, self._indexed[self._paths.index(own)])  # drops a line cut short by a kill
-    self._file = open(own, 'ab', buffering=0)
+    with writing(own):
+      if own in self._paths:
+        os.truncate(own, self._indexed[self._paths.index(own)])  # drops a line cut short by a kill
+      self._file = open(own, 'ab', buffering=0)
 
   def __len__(self) -> int:
     return len(self._hashes) + self._num_unindexed
@@ -106,17 +108,18 @@ class Journal:
       turns: the pairs of one chain.
 
     Raises:
-      OSError: if the disk is full.
+      StoppedError: if the disk is full, or the file was deleted.
     """
     keys = json.dumps([key for key, _ in turns]).encode()
     # dataclasses.asdict copies every list item by item, which makes `put` four times as slow.
     values = [{name: getattr(completion, name) for name in _FIELDS} for _, completion in turns]
     line = _KEYS + keys + _TURNS + json.dumps(values).encode() + b'}\n'
-    written = self._file.write(line)
-    if written != len(line):
-      raise OSError(
-        f'{self._file.name}: only {written} of {len(line)} bytes were written; the disk is full.'
-      )
+    with writing(self._file.name):
+      if os.fstat(self._file.fileno()).st_nlink == 0:  # what is written now would be lost
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+      # The next start drops a line that is cut short.
+      if self._file.write(line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     self._num_unindexed += len(turns)
 
   def refresh(self) -> None:
@@ -141,8 +144,9 @@ class Journal:
 
   def close(self) -> None:
     """Flush everything to disk and close the file."""
-    os.fsync(self._file.fileno())
-    self._file.close()
+    with writing(self._file.name):
+      os.fsync(self._file.fileno())
+      self._file.close()
 
   def _index_new_lines(self, file: int, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Return key hashes i64[N] and line offsets i64[N] of the turns not indexed yet."""

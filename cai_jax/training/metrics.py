@@ -1,15 +1,14 @@
 """Metrics of a training run, in files of rows, in TensorBoard and in Weights & Biases."""
 
 import json
-import os
 import pathlib
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
-
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import replacing, writing
+from cai_jax.training.tensorboard import EventWriter
 
 METRICS_FILE = 'metrics.jsonl'
 COSTS_FILE = 'costs.jsonl'
@@ -38,9 +37,7 @@ class MetricsWriter:
     for name in (METRICS_FILE, COSTS_FILE, HELD_OUT_FILE, PROBES_FILE):
       _truncate(workdir / name, first_step)
     # TensorBoard hides events at and after the purge step. Steps count from 1.
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=first_step + 1
-    )
+    self._events = EventWriter(workdir / 'tensorboard', purge_step=first_step + 1)
     self._wandb_run = _start_wandb_run(workdir, wandb, settings) if wandb else None
 
   def close(self, succeeded: bool) -> None:
@@ -60,7 +57,8 @@ class MetricsWriter:
       file: name of the file.
       row: JSON values by name; `step` is one of them.
     """
-    with open(self._workdir / file, 'a', encoding='utf-8') as lines:
+    path = self._workdir / file
+    with writing(path), open(path, 'a', encoding='utf-8') as lines:
       lines.write(json.dumps(row) + '\n')
 
   def write_scalars(self, file: str, group: str, row: dict[str, float]) -> None:
@@ -120,13 +118,8 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
   """Remove an incomplete row and the rows after `last_step`."""
   if path.exists():
     rows = read_rows(path, last_step)
-    _write_atomically(path, ''.join(json.dumps(row) + '\n' for row in rows))
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
+    with replacing(path) as temporary:
+      temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def _start_wandb_run(workdir: pathlib.Path, project: str, settings: Mapping[str, Any]) -> Any:
@@ -137,7 +130,8 @@ def _start_wandb_run(workdir: pathlib.Path, project: str, settings: Mapping[str,
   # name is a new run there.
   path = workdir / WANDB_ID_FILE
   if not path.exists():
-    _write_atomically(path, secrets.token_hex(8))
+    with replacing(path) as temporary:
+      temporary.write_text(secrets.token_hex(8))
   run = wandb.init(
     project=project,
     id=path.read_text(),

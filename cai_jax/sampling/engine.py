@@ -28,6 +28,7 @@ from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.text import decode, find_stop_text, round_logprobs
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
+MAX_WAIT = 1.0  # seconds of waiting for a server between two looks for a signal
 Stops = tuple[tuple[int, ...], tuple[str, ...]]  # token ids and texts that end a reply
 
 
@@ -219,16 +220,15 @@ class Engine:
 
     Args:
       active: the active chains, by slot.
-      wait: whether to wait for at least one, if no model in memory has work to do.
+      wait: whether to wait for one, for `MAX_WAIT` at most, if no model in memory has work to do.
     """
     pending = {entry.future: entry for entry in active.values() if entry.future is not None}
     if not pending:
       return []
     begin = time.perf_counter()
     busy = any(model.busy for model in self._local.values())
-    concurrent.futures.wait(
-      pending, None if wait and not busy else 0, concurrent.futures.FIRST_COMPLETED
-    )
+    seconds = MAX_WAIT if wait and not busy else 0
+    concurrent.futures.wait(pending, seconds, concurrent.futures.FIRST_COMPLETED)
     self.stats.remote_seconds += time.perf_counter() - begin
     done = [(entry, future) for future, entry in pending.items() if future.done()]
     # Store answers at once, even if their chain never finishes: asked again, a server may give

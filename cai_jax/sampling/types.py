@@ -80,7 +80,8 @@ class Completion:
     text: the decoded reply, without its stop token or stop text.
     logprobs: log P(token | all previous tokens; θ) of each token in nats, before temperature and
       filters.
-    finish_reason: 'stop' (a stop token), 'stop_text' or 'length'.
+    finish_reason: 'stop' (a stop token), 'stop_text', 'length', or 'content_filter' if a server
+      withheld the reply, which then has no tokens.
   """
 
   tokens: list[int]

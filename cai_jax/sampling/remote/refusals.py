@@ -116,9 +116,10 @@ def redirect_target(location: str | None) -> str:
   """Return the address of a redirect without user, password and query; '' if it has none."""
   try:
     parts = urllib.parse.urlsplit(location or '')
-    return f'{parts.scheme}://{parts.hostname}{parts.path}' if parts.hostname else parts.path
   except ValueError:
     return ''
+  host = parts.netloc.rpartition('@')[2]
+  return f'{parts.scheme}://{host}{parts.path}' if host else parts.path
 
 
 def server_message(data: bytes) -> str:

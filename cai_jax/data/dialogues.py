@@ -19,7 +19,7 @@ from typing import Any
 
 from cai_jax.dialogue.plain import split_plain
 from cai_jax.runtime.errors import UserError, show
-from cai_jax.runtime.text_files import has_surrogate, parse_json
+from cai_jax.runtime.text_files import check_characters, parse_json
 
 ROLES = ('system', 'user', 'assistant')
 
@@ -117,22 +117,6 @@ def check_prompt(messages: Sequence[Mapping[str, Any]]) -> None:
       f'with the user first and last, but got the roles {show(roles)}.'
       f'{hint if roles[-1:] == ["assistant"] else ""}'
     )
-
-
-def check_characters(what: str, text: str) -> None:
-  """Check that a text can be stored and tokenized: it has no unpaired surrogate and no NUL.
-
-  Args:
-    what: what the text is, for the error message.
-    text: the text.
-
-  Raises:
-    UserError: if it has one.
-  """
-  if has_surrogate(text):
-    raise UserError(f'{what} contains an unpaired surrogate.')
-  if '\0' in text:
-    raise UserError(f'{what} contains a NUL character.')
 
 
 def parse_transcript(text: str) -> Messages:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cai_jax.data import prompt_files as prompt_files  # importing it registers the file formats
-from cai_jax.data.dialogues import Messages, check_characters, check_prompt, parse_messages
+from cai_jax.data.dialogues import Messages, check_prompt, parse_messages
 from cai_jax.data.prompt_sources import (
   DIALOGUE_FIELDS,
   MESSAGE_FIELDS,
@@ -32,7 +32,7 @@ from cai_jax.data.prompt_sources import (
   read_rows,
 )
 from cai_jax.runtime.errors import UserError, show
-from cai_jax.runtime.text_files import parse_json
+from cai_jax.runtime.text_files import check_characters, parse_json
 
 MAX_ID = 1000  # characters
 

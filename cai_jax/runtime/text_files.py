@@ -172,9 +172,20 @@ def parse_json(text: str) -> Any:
     raise ValueError('it is nested too deeply') from error
 
 
-def has_surrogate(text: str) -> bool:
-  """Return whether a text contains half of a surrogate pair, which no file can store."""
-  return _SURROGATE.search(text) is not None
+def check_characters(what: str, text: str) -> None:
+  """Check that a text can be stored and tokenized: it has no unpaired surrogate and no NUL.
+
+  Args:
+    what: what the text is, for the error message.
+    text: the text.
+
+  Raises:
+    UserError: if it has one.
+  """
+  if _SURROGATE.search(text):
+    raise UserError(f'{what} contains an unpaired surrogate.')
+  if '\0' in text:
+    raise UserError(f'{what} contains a NUL character.')
 
 
 class _Limited(io.RawIOBase):

@@ -1,0 +1,89 @@
+"""Which constitution a run uses, and which of its principles."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+from cai_jax.constitution.files import read_constitution
+from cai_jax.constitution.principles import Constitution, Principle
+from cai_jax.runtime.errors import UserError, show
+from cai_jax.runtime.registry import Registry
+from cai_jax.runtime.settings import setting
+
+GENERAL = str(pathlib.Path(__file__).parents[1] / 'constitution.yaml')
+
+# Paths of constitutions that a config can refer to by a short name.
+CONSTITUTIONS: Registry[str] = Registry('constitution')
+CONSTITUTIONS.register('general')(GENERAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstitutionConfig:
+  """Which constitution to load, and which of its principles to keep."""
+
+  path: str = setting(
+    'general',
+    "'general', 'tiny', a YAML or JSON file, or the folder of the published JSON files.",
+    path=True,
+  )
+  tags: tuple[str, ...] = setting(
+    (), 'Keep only principles that have at least one of these tags. () keeps all.'
+  )
+  ids: tuple[str, ...] = setting((), 'Keep only principles with these ids. () keeps all.')
+
+
+def load_constitution(config: ConstitutionConfig) -> Constitution:
+  """Load a constitution and keep the selected principles, in the order of the file.
+
+  Args:
+    config: the path, tags and ids. A principle is kept if it passes both selections.
+
+  Raises:
+    UserError: if the file is missing or malformed, a tag or id matches no principle, or no
+      principle remains. The message names the file, the principle and the allowed fields.
+  """
+  path = CONSTITUTIONS[config.path] if config.path in CONSTITUTIONS else config.path
+  try:
+    principles, demonstrations = read_constitution(path, sorted(CONSTITUTIONS))
+    constitution = Constitution(tuple(principles), tuple(demonstrations))
+    _check_different(constitution.principles)
+  except UserError as error:
+    message = str(error)
+    raise UserError(message if message.startswith(path) else f'{path}: {message}') from error
+  selected = _select(path, 'tags', constitution.principles, config.tags, lambda p: p.tags)
+  selected = _select(path, 'ids', selected, config.ids, lambda p: (p.id,))
+  return dataclasses.replace(constitution, principles=selected)
+
+
+def _check_different(principles: Sequence[Principle]) -> None:
+  """Raise UserError if two principles have the same requests, which doubles their weight."""
+  first_index: dict[tuple[str, str], int] = {}
+  for i, principle in enumerate(principles):
+    requests = (principle.critique_request, principle.revision_request)
+    first = first_index.setdefault(requests, i)
+    if first != i:
+      raise UserError(
+        f'Principles {first} ({principles[first].id!r}) and {i} ({principle.id!r}) have the same '
+        'requests. Remove one of the two. To draw it more often, give it a larger weight.'
+      )
+
+
+def _select(
+  path: str,
+  name: str,
+  principles: Sequence[Principle],
+  selection: Sequence[str],
+  labels: Callable[[Principle], Iterable[str]],
+) -> tuple[Principle, ...]:
+  """Return the principles that have one of the selected labels; an empty selection keeps all."""
+  if isinstance(selection, str):
+    raise UserError(f'{name} must be a tuple of names, but got the text {show(selection)}.')
+  available = sorted({label for principle in principles for label in labels(principle)})
+  unknown = [label for label in selection if label not in available]
+  if unknown:
+    raise UserError(
+      f'{path}: no principle has the {name} {show(unknown)}. Available are {show(available, 400)}.'
+    )
+  if not selection:
+    return tuple(principles)
+  return tuple(p for p in principles if not set(selection).isdisjoint(labels(p)))

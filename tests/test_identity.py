@@ -86,21 +86,21 @@ def test_two_runs_in_two_folders_write_the_same_bytes(two_runs):
 
 
 @pytest.mark.parametrize(
-  ('name', 'part'),
+  ('name', 'added', 'part'),
   [
-    ('model.safetensors', 'weights'),
-    ('tokenizer.json', 'tokenizer'),
-    ('chat_template.jinja', 'chat_template'),
-    ('generation_config.json', 'config'),
+    ('model.safetensors', '', 'weights'),
+    ('tokenizer.json', ' ', 'tokenizer'),
+    ('chat_template.jinja', '{# changed #}', 'chat_template'),
+    ('generation_config.json', ' ', 'config'),
   ],
 )
-def test_a_model_that_is_replaced_in_place_between_stages_is_named(copied, name, part):
+def test_a_model_that_is_replaced_in_place_between_stages_is_named(copied, name, added, part):
   run = copied('generate')
   path = pathlib.Path(run.config.model.base) / name
   if part == 'weights':
     perturb(path.parent)
   else:
-    path.write_text((path.read_text() if path.exists() else '{}') + ' ')
+    path.write_text((path.read_text() if path.exists() else '{}') + added)
   with pytest.raises(UserError, match=rf"stage 'generate'.*what is in model\.base\.{part}: '\w"):
     pipeline.run_stages(run)
 
@@ -260,3 +260,22 @@ def test_a_digest_is_remembered_until_the_file_is_touched(tmp_path, monkeypatch)
     saved.write_text(content)
     load_digests(saved)
   load_digests(tmp_path / 'none')
+
+
+def test_damaged_turns_are_sampled_again_and_the_run_says_so(copied, capsys):
+  run = copied()
+  rows = contents(run.workdir / 'd_cai')
+  shutil.rmtree(run.workdir / 'd_cai')
+  path = run.workdir / 'journal/turns-00000.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  assert b'"text"' in lines[0]
+  lines[0] = lines[0].replace(b'"text"', b'"texts"')
+  path.write_bytes(b''.join(lines[:3]) + lines[3][:-60])
+  pipeline.run_stages(run, ['generate'])
+  output = capsys.readouterr().out
+  assert 'journal: 2 damaged entries, whose turns are sampled again' in output
+  assert f'{path}, line 1: its checksum does not match' in output
+  assert f'{path}, line 4: it is cut short' in output
+  stage = json.loads((run.workdir / 'manifest.json').read_text())['stages']['generate']
+  assert stage['journal_faults'] == 2 and stage['turns'] > 0 and stage['replayed_turns'] > 0
+  assert contents(run.workdir / 'd_cai') == rows

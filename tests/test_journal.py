@@ -1,5 +1,7 @@
 """The turn journal: stored turns are complete after a kill, and writing them takes no memory."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.errors import StoppedError
 from cai_jax.sampling import journal as journal_lib
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion, SamplingConfig
@@ -16,7 +18,7 @@ from cai_jax.sampling.types import Completion, SamplingConfig
 
 def turns(name, count=3):
   """Return `count` (key, completion) pairs, with log-probabilities that need all their digits."""
-  logprobs = [float(np.float32(-0.1 * i)) for i in range(4)]
+  logprobs = [float(np.float32(-0.1 * i)) for i in (1, 3)]
   return [(f'{name}/{i}', Completion([1, i], f'é\n{i}', logprobs, 'stop')) for i in range(count)]
 
 
@@ -77,25 +79,136 @@ def test_a_truncated_line_is_dropped_as_a_whole(tmp_path):
     assert contains(Journal(tmp_path, process=1), 'ac')
 
 
-@pytest.mark.parametrize(
-  ('old', 'new'),
-  [
-    (b'{"keys": ["b/0", ', b'not json'),
-    (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, 0'),
-    (b'"keys": ["b/0", ', b'"keys": ['),
-    (b'"keys": ["b/0", ', b'"keys": [' + b'1' * 5000 + b', '),
-    (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, ' + b'1' * 5000 + b']'),
-    (b'"turns": ', b'"turn": '),
-  ],
-)
-def test_the_error_for_a_damaged_line_names_it(tmp_path, old, new):
+def without_checksums(folder):
+  """Rewrite a journal in the form of version 0.1.0."""
+  path = folder / 'turns-00000.jsonl'
+  lines = (json.loads(line) for line in path.open())
+  lines = ({name: line[name] for name in ('keys', 'turns')} for line in lines)
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def test_lines_without_checksums_are_found_and_new_ones_have_one(tmp_path):
+  write_journal(tmp_path, 'ab')
+  without_checksums(tmp_path)
+  journal = Journal(tmp_path)
+  journal.put(turns('c'))
+  assert contains(journal, 'ab') and contains(Journal(tmp_path, 1), 'abc')
+  assert journal.num_faults == 0 and journal.describe_faults() == ''
+  lines = (tmp_path / 'turns-00000.jsonl').read_text().splitlines()
+  assert ['checksum' in json.loads(line) for line in lines] == [False, False, True]
+
+
+FAULTS = [
+  (b'{"keys": ["b/0", ', b'not json'),
+  (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, 0'),
+  (b'"keys": ["b/0", ', b'"keys": ['),
+  (b'"keys": ["b/0", ', b'"keys": [7, '),
+  (b'"keys": ["b/0", ', b'"keys": [{}, '),
+  (b'"keys": ["b/0", ', b'"keys": [' + b'1' * 5000 + b', '),
+  (b'"keys": ["b/0", ', b'"keys": [' + b'[' * 3000 + b', '),
+  (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": [1, ' + b'1' * 5000 + b']'),
+  (b'"turns": [{"tokens": [1, 0]', b'"turns": [{"tokens": ' + b'[' * 3000 + b']'),
+  (b'"turns": ', b'"turn": '),
+  (b'"turns": [{"tokens": [1, 0]', b'"turns": [7, {"tokens": [1, 0]'),
+]
+
+
+@pytest.mark.parametrize(('old', 'new'), FAULTS)
+@pytest.mark.parametrize('version', ['0.1.0', 'now'])
+def test_a_damaged_line_counts_as_absent_and_is_named(tmp_path, old, new, version):
   write_journal(tmp_path, 'abc')
+  if version == '0.1.0':
+    without_checksums(tmp_path)
   path = tmp_path / 'turns-00000.jsonl'
   lines = path.read_bytes().splitlines(keepends=True)
   assert lines[1].count(old) == 1
   path.write_bytes(lines[0] + lines[1].replace(old, new) + lines[2])
-  with pytest.raises(UserError, match='turns-00000.jsonl, line 2 is not a journal entry'):
-    Journal(tmp_path).get('b/1')
+  journal = Journal(tmp_path)
+  assert contains(journal, 'ac') and not any(journal.get(key) for key, _ in turns('b'))
+  assert 1 <= journal.num_faults <= 3  # lines of 0.1.0 are read turn by turn
+  assert 'turns-00000.jsonl, line 2: ' in journal.describe_faults()
+  journal.put(turns('b'))
+  assert contains(Journal(tmp_path, 1), 'abc')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'reason'),
+  [
+    ('tokens', [1, 384, 1, 1], 'outside the vocabulary'),
+    ('tokens', [1, -1, 1, 1], 'outside the vocabulary'),
+    ('tokens', [1, 1.0, 1, 1], 'not integers'),
+    ('tokens', [1, True, 1, 1], 'not integers'),
+    ('tokens', [1, None, 1, 1], 'not integers'),
+    ('tokens', 'aaaa', 'not integers'),
+    ('tokens', [1], '1 tokens and 4 log-probabilities'),
+    ('logprobs', [], '4 tokens and 0 log-probabilities'),
+    ('logprobs', None, 'not numbers'),
+    ('logprobs', [0.0, '0', 0.0, 0.0], 'not numbers'),
+    ('logprobs', [0.0, float('inf'), 0.0, 0.0], 'not finite'),
+    ('logprobs', [0.0, float('nan'), 0.0, 0.0], 'not finite'),
+    ('text', None, 'not text'),
+    ('text', '\ud800', 'not text'),
+    ('finish_reason', 'end', 'unknown'),
+    ('finish_reason', [], 'unknown'),
+    ('other', 1, 'exactly the fields'),
+    (None, None, 'exactly the fields'),
+  ],
+)
+def test_a_turn_that_the_model_cannot_have_sampled_counts_as_absent(tmp_path, field, value, reason):
+  good = {'tokens': [1, 2, 3, 383], 'text': 'a', 'logprobs': [-0.1] * 4, 'finish_reason': 'stop'}
+  bad = 7 if field is None else good | {field: value}
+  line = json.dumps({'keys': ['bad', 'good'], 'turns': [bad, good]})
+  (tmp_path / 'turns-00000.jsonl').write_text(line + '\n')
+  journal = Journal(tmp_path)
+  assert journal.get('bad', 384, finite=True) is None
+  assert 'line 1' in journal.describe_faults() and reason in journal.describe_faults()
+  assert journal.get('good', 384, finite=True) == Completion(**good)
+
+
+def test_a_served_model_may_not_know_its_log_probabilities(tmp_path):
+  journal = Journal(tmp_path)
+  journal.put([('a', Completion([1], 'a', [float('nan')], 'stop'))])
+  journal.put([('b', Completion([], '', [], 'content_filter'))])
+  journal.refresh()
+  assert np.isnan(journal.get('a', 384).logprobs) and journal.get('b', 384) is not None
+  assert journal.get('a', 384, finite=True) is None and journal.num_faults == 1
+
+
+@pytest.mark.parametrize('place', ['start', 'middle', 'text', 'checksum'])
+def test_any_changed_byte_of_a_line_is_found(tmp_path, place):
+  write_journal(tmp_path, 'ab')
+  path = tmp_path / 'turns-00000.jsonl'
+  content = bytearray(path.read_bytes())
+  index = {'start': 12, 'middle': 150, 'text': content.index(b'u00e9'), 'checksum': -5}[place]
+  content[index] = ord('7') if content[index] != ord('7') else ord('8')
+  path.write_bytes(content)
+  journal = Journal(tmp_path)
+  assert journal.num_faults == 1 and 'checksum does not match' in journal.describe_faults()
+  assert contains(journal, 'a' if place == 'checksum' else 'b')
+
+
+def test_a_checksum_that_was_removed_is_missed_in_a_file_that_has_some(tmp_path):
+  write_journal(tmp_path, 'abc')
+  path = tmp_path / 'turns-00000.jsonl'
+  lines = path.read_text().splitlines()
+  lines[1] = lines[1][: lines[1].index(', "checksum"')].replace('stop', 'length') + '}'
+  path.write_text('\n'.join(lines) + '\n')
+  journal = Journal(tmp_path)
+  assert contains(journal, 'ac') and journal.get('b/0') is None
+  assert 'line 2: it is cut short, or its checksum is missing' in journal.describe_faults()
+
+
+def test_lines_that_run_into_each_other_and_strange_files_are_no_error(tmp_path):
+  write_journal(tmp_path, 'abc')
+  path = tmp_path / 'turns-00000.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(lines[0] + lines[1][:40] + lines[2] + b'\n' + lines[2] + b'\0' * 100)
+  (tmp_path / 'turns-folder.jsonl').mkdir()
+  (tmp_path / 'turns-00003.jsonl').write_bytes(b'\xff\n' * 9)
+  journal = Journal(tmp_path)
+  assert contains(journal, 'ac') and journal.get('b/0') is None
+  assert journal.num_faults == 1 + 1 + 9 + 1 and '; and 9 more' in journal.describe_faults()
+  assert path.read_bytes().endswith(lines[2])
 
 
 def test_put_takes_no_memory_and_the_index_takes_twenty_bytes_per_turn(tmp_path):
@@ -154,3 +267,42 @@ def test_the_digest_depends_on_everything_that_determines_a_reply():
   changed.append(base | {'context': [1]})
   changed.append(base | {'sampling': SamplingConfig(max_tokens=9)})
   assert len({journal_lib.digest(**arguments) for arguments in (base, *changed)}) == 8
+
+
+# For each type of a setting's default, values that are not neutral.
+OTHER_VALUES = {
+  bool: (True, False),
+  int: (3, 4),
+  float: (0.5, 0.75),
+  str: ('a', 'b'),
+  tuple: ((5,), (5, 6)),
+  type(None): (1, 2),
+}
+SAMPLING_FIELDS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
+
+
+def key_of(**settings):
+  """Return the key of a turn with some sampling settings, as the engine makes it."""
+  # The fields of `stop` are checked on building, but not their use in a key.
+  sampling = SamplingConfig()
+  for name, value in settings.items():
+    object.__setattr__(sampling, name, value)
+  stop = sampling.stop_token_ids, sampling.stop
+  return journal_lib.digest('m', [1, 2], sampling, stop, b'k')
+
+
+@pytest.mark.parametrize('name', SAMPLING_FIELDS)
+def test_every_value_of_every_setting_has_its_own_key_and_the_default_the_old_one(name):
+  default = SAMPLING_FIELDS[name]
+  others = [value for value in OTHER_VALUES[type(default)] if value != default]
+  keys = [key_of(**{name: value}) for value in (default, *others)]
+  assert len(set(keys)) == len(keys)
+  assert keys[0] == '9c42db70f7d4064299a3459fd881f762'  # of version 0.1.0
+
+
+def test_a_setting_that_is_added_is_part_of_the_key_unless_it_has_its_default(monkeypatch):
+  monkeypatch.setattr(journal_lib, '_OTHERS', (('min_p', 0.0), ('logit_bias', ())))
+  old = key_of(min_p=0.0, logit_bias=())
+  assert old == key_of(min_p=0, logit_bias=()) == '9c42db70f7d4064299a3459fd881f762'
+  changed = [key_of(min_p=0.1, logit_bias=()), key_of(min_p=0.0, logit_bias=((1, 0.5),))]
+  assert len({old, *changed}) == 3

@@ -21,7 +21,7 @@ from cai_jax.sampling.stats import describe
 from cai_jax.scoring.scorer import Scorer
 
 # Counts that are the same in every process, or of which the largest matters. Others are summed.
-_MAXIMA = ('rows', 'seconds', 'slots', 'most_slots', 'occupancy')
+_MAXIMA = ('rows', 'seconds', 'slots', 'most_slots', 'occupancy', 'journal_faults')
 
 
 def prepare_job(
@@ -61,13 +61,17 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
   """
   journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   engine = run.config.engine
-  with Progress(name) as progress:
-    counts = processes.run_on_all_processes(
-      f'sample {folder}',
-      lambda: generate.generate_shards(job, folder, journal, engine, progress),
-    )
-  journal.close()
-  counts = merge_counts(counts)
+  try:
+    with Progress(name) as progress:
+      counts = processes.run_on_all_processes(
+        f'sample {folder}',
+        lambda: generate.generate_shards(job, folder, journal, engine, progress),
+      )
+  finally:
+    journal.close()
+    if journal.num_faults:
+      print(journal.describe_faults(), flush=True)
+  counts = merge_counts(counts | {'journal_faults': journal.num_faults})
 
   def finish() -> None:
     if counts['sampled_rows']:

@@ -264,7 +264,10 @@ class Engine:
         (stop_token_ids, stop_texts),
         key.tobytes(),
       )
-      completion = None if self.journal is None else self.journal.get(entry.digest)
+      completion = None
+      if self.journal is not None:
+        is_local = turn.model in self._local
+        completion = self.journal.get(entry.digest, model.vocab_size, finite=is_local)
       if completion is not None:
         self.stats.replayed_turns += 1
         continue

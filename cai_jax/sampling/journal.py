@@ -5,19 +5,35 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
+import zlib
 from typing import Any
 
 import numpy as np
 
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, writing
-from cai_jax.sampling.types import Completion, SamplingConfig
+from cai_jax.sampling.types import FINISH_REASONS, Completion, SamplingConfig
 
 # The parts of a line. Indexing a journal reads the keys of a line and does not parse its turns.
-_KEYS, _TURNS, _END = b'{"keys": ', b', "turns": ', b']}\n'
+# A line ends with a checksum of everything before it. Lines of version 0.1.0 end with `_OLD_END`.
+_KEYS, _TURNS, _CHECKSUM, _OLD_END = b'{"keys": ', b', "turns": ', b', "checksum": "', b']}\n'
+_END_SIZE = len(_CHECKSUM) + len('12345678"}\n')
 _FIELDS = tuple(field.name for field in dataclasses.fields(Completion))
+
+# Every key contains these settings; the stop texts and tokens are a part of `stop`. Any other field
+# of SamplingConfig is part of the key unless it has its default, which must be neutral.
+_IN_EVERY_KEY = ('temperature', 'top_k', 'top_p', 'max_tokens')
+_IN_STOP = ('stop', 'stop_token_ids')
+_OTHERS = tuple(
+  (field.name, field.default)
+  for field in dataclasses.fields(SamplingConfig)
+  if field.name not in _IN_EVERY_KEY + _IN_STOP
+)
+_SURROGATE = re.compile('[\ud800-\udfff]')  # no character, and not writable as UTF-8
+_LISTED_FAULTS = 3  # of all faults, how many a message describes
 
 
 def digest(
@@ -29,8 +45,8 @@ def digest(
 ) -> str:
   """Return the key of a turn: a hex digest of everything that determines its reply.
 
-  If you add a setting to `SamplingConfig`, include it here as well, but only when it is on. The
-  keys of existing journals then stay the same.
+  A field that is added to `SamplingConfig` is part of the key as soon as it differs from its
+  default, so the keys of existing journals stay the same.
 
   Args:
     fingerprint: fingerprint of the model.
@@ -39,8 +55,10 @@ def digest(
     stop: all token ids and all texts that end the reply.
     key: the turn's random key.
   """
-  settings = [sampling.temperature, sampling.top_k, sampling.top_p, sampling.max_tokens, *stop]
-  text = json.dumps([fingerprint, settings, key.hex()])
+  settings = [*(getattr(sampling, name) for name in _IN_EVERY_KEY), *stop]
+  changed = {n: getattr(sampling, n) for n, default in _OTHERS if getattr(sampling, n) != default}
+  settings += [changed] if changed else []
+  text = json.dumps([fingerprint, settings, key.hex()], sort_keys=True)
   tokens = np.array(context, '<i4')  # as JSON, a long context takes four times as long
   return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]
 
@@ -48,10 +66,14 @@ def digest(
 class Journal:
   """An append-only store of completions in a folder, with one file per writing process.
 
-  Each line contains the turns of one chain, so if the process is killed, either all of them are
-  stored or none. A line that was cut short is dropped when the journal is opened again. `put`
-  passes every line to the operating system before it returns. A killed process therefore loses no
-  stored turn, but a machine that crashes may lose those of the last seconds.
+  Each line contains the turns of one chain and their checksum, so if the process is killed, either
+  all of them are stored or none. `put` passes every line to the operating system before it returns.
+  A killed process therefore loses no stored turn, but a machine that crashes may lose those of the
+  last seconds.
+
+  A line that was cut short or changed counts as absent, and so does a turn that the model cannot
+  have sampled. They are counted as faults, and the engine samples such turns again. Nothing in a
+  journal is an error.
 
   The index takes 20 bytes of host memory per turn. It covers the turns that all processes had
   stored by the last `refresh`, which also runs on opening. `put` does not add to it, because the
@@ -61,13 +83,20 @@ class Journal:
   Args:
     folder: the journal's folder, created if it does not exist.
     process: index of this process, which selects the file that it writes.
+
+  Attributes:
+    num_faults: number of lines and turns that were found damaged.
   """
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     self._folder = make_folder(folder)
     self._paths: list[pathlib.Path] = []
     self._indexed: list[int] = []  # for each path, the number of bytes that are indexed
-    self._latest: tuple[tuple[int, int] | None, dict] = None, {}  # the line that was read last
+    self._lines: list[int] = []  # for each path, the number of lines that are indexed
+    self._has_checksums: list[bool] = []  # for each path, whether its latest line has one
+    self._faults: list[str] = []
+    self.num_faults = 0
+    self._latest: tuple[tuple[int, int] | None, Any] = None, None  # the line that was read last
     # The index, sorted by hash. Keys with equal hashes are compared on disk.
     self._hashes = np.empty(0, np.int64)
     self._files = np.empty(0, np.int32)  # indices into `_paths`
@@ -77,27 +106,35 @@ class Journal:
     own = self._folder / f'turns-{process:05d}.jsonl'
     with writing(own):
       if own in self._paths:
-        os.truncate(own, self._indexed[self._paths.index(own)])  # drops a line cut short by a kill
+        file = self._paths.index(own)
+        if own.stat().st_size > self._indexed[file]:
+          self._add_fault(own, self._lines[file] + 1, 'it is cut short')
+          os.truncate(own, self._indexed[file])
       self._file = open(own, 'ab', buffering=0)
 
   def __len__(self) -> int:
     return len(self._hashes) + self._num_unindexed
 
-  def get(self, key: str) -> Completion | None:
+  def get(self, key: str, vocab_size: int | None = None, finite: bool = False) -> Completion | None:
     """Return the completion that was stored under a key at the last `refresh`, or None.
 
     Args:
       key: the key of the turn, from `digest`.
-
-    Raises:
-      UserError: if the line of the turn is damaged.
+      vocab_size: number of token ids of the model; a turn with a larger one is damaged. None does
+        not check it.
+      finite: whether every log-probability is a number. Those of served models may be NaN.
     """
     key_hash = hash(key)
     index = int(np.searchsorted(self._hashes, key_hash))
     while index < len(self._hashes) and self._hashes[index] == key_hash:
-      line = self._read_line(int(self._files[index]), int(self._offsets[index]))
-      if key in line['keys']:
-        return Completion(**line['turns'][line['keys'].index(key)])
+      file, offset = int(self._files[index]), int(self._offsets[index])
+      keys, turns = self._read_line(file, offset) or ([key], [None])
+      if key in keys:
+        turn = turns[keys.index(key)]
+        fault = find_fault(turn, vocab_size, finite)
+        if not fault:
+          return Completion(**turn)
+        self._add_fault(self._paths[file], offset, fault, is_offset=True)
       index += 1
     return None
 
@@ -113,7 +150,8 @@ class Journal:
     keys = json.dumps([key for key, _ in turns]).encode()
     # dataclasses.asdict copies every list item by item, which makes `put` four times as slow.
     values = [{name: getattr(completion, name) for name in _FIELDS} for _, completion in turns]
-    line = _KEYS + keys + _TURNS + json.dumps(values).encode() + b'}\n'
+    line = _KEYS + keys + _TURNS + json.dumps(values).encode()
+    line += _CHECKSUM + b'%08x"}\n' % zlib.crc32(line)
     with writing(self._file.name):
       if os.fstat(self._file.fileno()).st_nlink == 0:  # what is written now would be lost
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -123,15 +161,14 @@ class Journal:
     self._num_unindexed += len(turns)
 
   def refresh(self) -> None:
-    """Index the lines that any process has written since the last refresh.
-
-    Raises:
-      UserError: if a line other than the last of a file is damaged.
-    """
-    indexed_paths = set(self._paths)
-    new = [path for path in sorted(self._folder.glob('turns-*.jsonl')) if path not in indexed_paths]
+    """Index the lines that any process has written since the last refresh."""
+    known = set(self._paths)
+    found = sorted(path for path in self._folder.glob('turns-*.jsonl') if path.is_file())
+    new = [path for path in found if path not in known]
     self._paths += new
     self._indexed += [0] * len(new)
+    self._lines += [0] * len(new)
+    self._has_checksums += [False] * len(new)
     parts = [(self._hashes, self._files, self._offsets)]
     for file, path in enumerate(self._paths):
       hashes, offsets = self._index_new_lines(file, path)
@@ -141,6 +178,14 @@ class Journal:
       columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
       order = np.argsort(columns[0], kind='stable')  # of equal keys, `get` finds the earliest
       self._hashes, self._files, self._offsets = (column[order] for column in columns)
+
+  def describe_faults(self) -> str:
+    """Return what was found damaged as a line of text; '' if nothing was."""
+    if not self.num_faults:
+      return ''
+    more = self.num_faults - len(self._faults)
+    listed = '; '.join(self._faults) + (f'; and {more} more' if more else '')
+    return f'journal: {self.num_faults} damaged entries, whose turns are sampled again ({listed})'
 
   def close(self) -> None:
     """Flush everything to disk and close the file."""
@@ -160,50 +205,115 @@ class Journal:
           # written beyond it, so lines past the file's earlier size are left for later too.
           if not line.endswith(b'\n') or offset + len(line) > size:
             break
-          for key in _parse_keys(line, path, offset):
-            hashes.append(hash(key))
-            offsets.append(offset)
+          self._lines[file] += 1
+          try:
+            keys, has_checksum = _parse_keys(line, self._has_checksums[file])
+          except ValueError as error:
+            self._add_fault(path, self._lines[file], str(error))
+          else:
+            self._has_checksums[file] = has_checksum
+            for key in keys:
+              hashes.append(hash(key))
+              offsets.append(offset)
           offset += len(line)
     self._indexed[file] = offset
     return np.array(hashes, np.int64), np.array(offsets, np.int64)
 
-  def _read_line(self, file: int, offset: int) -> dict[str, Any]:
-    """Return keys and turns of a line. The last line is cached: a chain's turns share a line."""
+  def _read_line(self, file: int, offset: int) -> tuple[list, list] | None:
+    """Return keys and turns of a line, or None if it is damaged.
+
+    The last line is cached, because the turns of a chain share a line.
+    """
     if self._latest[0] != (file, offset):
-      path = self._paths[file]
-      with open(path, 'rb') as lines:
+      with open(self._paths[file], 'rb') as lines:
         lines.seek(offset)
         text = lines.readline()
       try:
         line = json.loads(text)
-        complete = len(line['keys']) == len(line['turns'])
-      except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise _damaged(path, offset) from error
-      if not complete:
-        raise _damaged(path, offset)
-      self._latest = (file, offset), line
+        keys, turns = line['keys'], line['turns']
+        is_whole = isinstance(turns, list) and len(keys) == len(turns)
+      except (ValueError, RecursionError, KeyError, TypeError):
+        is_whole = False
+      self._latest = (file, offset), ((keys, turns) if is_whole else None)
     return self._latest[1]
 
+  def _add_fault(
+    self, path: pathlib.Path, place: int, reason: str, is_offset: bool = False
+  ) -> None:
+    """Count a damaged line or turn, and describe the first ones by file and line.
 
-def _parse_keys(line: bytes, path: pathlib.Path, offset: int) -> list[str]:
-  """Return the keys of a line without parsing its turns, which would take 20 times as long."""
+    Args:
+      path: the file.
+      place: number of the line, from 1, or its byte offset.
+      reason: what is wrong with it, as a clause.
+      is_offset: whether `place` is an offset.
+    """
+    self.num_faults += 1
+    if len(self._faults) < _LISTED_FAULTS:
+      number = _line_number(path, place) if is_offset else place
+      self._faults.append(f'{path}, line {number}: {reason}')
+
+
+def find_fault(turn: Any, vocab_size: int | None, finite: bool) -> str:
+  """Return why a stored turn cannot be the completion of a model, or '' if it can.
+
+  Args:
+    turn: the turn, as its line has it.
+    vocab_size: number of token ids of the model, if it is known.
+    finite: whether every log-probability must be a number.
+  """
+  if not isinstance(turn, dict) or turn.keys() != {*_FIELDS}:
+    return f'a turn needs exactly the fields {", ".join(_FIELDS)}'
+  tokens, logprobs, text = turn['tokens'], turn['logprobs'], turn['text']
+  if not isinstance(tokens, list) or not {int}.issuperset(map(type, tokens)):
+    return 'its token ids are not integers'
+  if tokens and not 0 <= min(tokens) <= max(tokens) < (vocab_size or math.inf):
+    return 'a token id is outside the vocabulary'
+  if not isinstance(logprobs, list) or not {float}.issuperset(map(type, logprobs)):
+    return 'its log-probabilities are not numbers'
+  if len(logprobs) != len(tokens):
+    return f'it has {len(tokens)} tokens and {len(logprobs)} log-probabilities'
+  if math.inf in map(abs, logprobs) or (finite and any(map(math.isnan, logprobs))):
+    return 'a log-probability is not finite'
+  if not isinstance(text, str) or _SURROGATE.search(text):
+    return 'its text is not text'
+  if turn['finish_reason'] not in FINISH_REASONS:
+    return 'its finish_reason is unknown'
+  return ''
+
+
+def _parse_keys(line: bytes, needs_checksum: bool) -> tuple[list[str], bool]:
+  """Return the keys of a line, and whether it has a checksum, without parsing its turns.
+
+  Parsing them would take 20 times as long.
+
+  Raises:
+    ValueError: if the line is damaged; the message is a clause.
+  """
+  has_checksum = line[-_END_SIZE:].startswith(_CHECKSUM)
+  if has_checksum:
+    checksum = b'%08x' % zlib.crc32(memoryview(line)[:-_END_SIZE])
+    if line[-_END_SIZE + len(_CHECKSUM) :] != checksum + b'"}\n':
+      raise ValueError('its checksum does not match')
+  elif needs_checksum or not line.endswith(_OLD_END):
+    raise ValueError('it is cut short, or its checksum is missing')
   end = line.find(_TURNS)
-  if end < 0 or not line.startswith(_KEYS) or not line.endswith(_END):
-    raise _damaged(path, offset)
+  if end < 0 or not line.startswith(_KEYS):
+    raise ValueError('it is not a journal entry')
   try:
-    return json.loads(line[len(_KEYS) : end])
-  except (ValueError, RecursionError) as error:
-    raise _damaged(path, offset) from error
+    keys = json.loads(line[len(_KEYS) : end])
+  except (ValueError, RecursionError):
+    keys = None
+  if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+    raise ValueError('its keys cannot be read')
+  return keys, has_checksum
 
 
-def _damaged(path: pathlib.Path, offset: int) -> UserError:
-  """Return the error for a damaged line at a byte offset."""
+def _line_number(path: pathlib.Path, offset: int) -> int:
+  """Return the number of the line at a byte offset, from 1."""
   number = 1
   with open(path, 'rb') as lines:
     while offset > 0:
       offset -= len(lines.readline())
       number += 1
-  return UserError(
-    f'{path}, line {number} is not a journal entry, because the file is damaged or was edited. '
-    'Delete the line; its turns are then sampled again.'
-  )
+  return number

@@ -14,7 +14,8 @@ from cai_jax.runtime.settings import setting
 MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode program
 
 
-# The journal's keys depend on these fields. Add a new field to `journal.digest` as well.
+# The journal's keys depend on these fields. The default of a new field must be neutral, because a
+# key contains the field only if its value differs.
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How a reply is sampled.
@@ -69,6 +70,9 @@ class Turn:
   context: list[int]
   sampling: SamplingConfig
   model: str = 'base'
+
+
+FINISH_REASONS = ('stop', 'stop_text', 'length', 'content_filter')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import math
 import os
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -20,8 +21,11 @@ from cai_jax.model.weight_files import (
   INDEX,
   SINGLE,
   STORED_DTYPES,
+  StoredTensor,
   check_dtype,
+  check_finite,
   check_weight,
+  is_buffer,
   locate_weights,
   open_weights,
 )
@@ -57,22 +61,24 @@ def load_params(
   """
   check_dtype(param_dtype, 'param_dtype')
   folder = pathlib.Path(folder)
+  tensors = _check_tensors(folder, config, extra)
   abstract = abstract_model(config, param_dtype=param_dtype)[1]
   shardings = param_shardings(abstract, mesh)
-  files = locate_weights(folder)
-  _check_names(set(files), config, folder, extra)
   find_weight = FAMILIES[config.family].find_weight
 
   def load(path, leaf, sharding):
     stored = find_weight(path_str(path))
     # Reopened for each weight, because what has been read stays in memory until the file is closed.
-    with open_weights(files[stored.name]) as file:
+    with open_weights(tensors[stored.name].path) as file:
       tensor = file.get_slice(stored.name)
-      check_weight(tensor, stored.name, stored.shape(leaf.shape), folder)
 
       @functools.cache  # reads a shard once for all its replicas
       def read(starts, stops):
-        return stored.read_block(tensor, leaf.shape, starts, stops).astype(leaf.dtype)
+        block = stored.read_block(tensor, leaf.shape, starts, stops)
+        with np.errstate(over='ignore'):  # values beyond float16 are found below
+          block = block.astype(leaf.dtype)
+        check_finite(block, stored.name, tensors[stored.name].path)
+        return block
 
       def shard(index):
         ranges = [s.indices(size) for s, size in zip(index, leaf.shape, strict=True)]
@@ -98,12 +104,14 @@ def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) ->
     UserError: if the tensor is missing, or has another shape or an unsupported dtype.
   """
   folder = pathlib.Path(folder)
-  files = locate_weights(folder)
-  if name not in files:
+  tensors = locate_weights(folder)
+  if name not in tensors:
     raise UserError(f'{folder}: weight {name!r} is missing.')
-  with open_weights(files[name]) as file:
-    check_weight(file.get_slice(name), name, shape, folder)
-    return file.get_tensor(name).astype(np.float32)
+  check_weight(tensors[name], name, shape)
+  with open_weights(tensors[name].path) as file:
+    values = file.get_tensor(name).astype(np.float32)
+  check_finite(values, name, tensors[name].path)
+  return values
 
 
 def stored_dtype(folder: str | os.PathLike, config: ModelConfig) -> str:
@@ -116,14 +124,9 @@ def stored_dtype(folder: str | os.PathLike, config: ModelConfig) -> str:
   Raises:
     UserError: if the files are damaged, or the embedding is missing or has an unsupported dtype.
   """
-  folder = pathlib.Path(folder)
-  stored, shape = _stored_weights(config)['embed/table'], (config.vocab_size, config.d_model)
-  files = locate_weights(folder)
-  _check_names(set(files), config, folder)
-  with open_weights(files[stored.name]) as file:
-    tensor = file.get_slice(stored.name)
-    check_weight(tensor, stored.name, stored.shape(shape), folder)
-    return dict(zip(STORED_DTYPES, DTYPES, strict=True))[tensor.get_dtype()]
+  stored = FAMILIES[config.family].find_weight('embed/table')
+  tensor = _check_tensors(pathlib.Path(folder), config)[stored.name]
+  return dict(zip(STORED_DTYPES, DTYPES, strict=True))[tensor.dtype]
 
 
 def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
@@ -136,14 +139,53 @@ def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
   Raises:
     UserError: as `load_params`.
   """
-  folder = pathlib.Path(folder)
-  files = locate_weights(folder)
-  _check_names(set(files), config, folder)
+  _check_tensors(pathlib.Path(folder), config)
+
+
+def _check_tensors(
+  folder: pathlib.Path, config: ModelConfig, extra: Collection[str] = ()
+) -> dict[str, StoredTensor]:
+  """Check that the files hold the model that config.json describes, and return their tensors."""
+  tensors = locate_weights(folder)
+  # Before anything of the described size is built: the config may be damaged. If only a few weights
+  # are missing, the messages below say more.
+  elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
+  if config.num_params > 2 * elements:
+    raise UserError(
+      f'{folder}: config.json describes a {config.family} model of {config.num_params:,} '
+      f'parameters, but the weight files hold {elements:,}. Use the config.json and the weights of '
+      'one model.'
+    )
   stored_weights = _stored_weights(config)
+  _check_names(set(tensors), {w.name for w in stored_weights.values()}, config, folder, extra)
   for path, leaf in flatten_params(abstract_model(config)[1]).items():
-    stored = stored_weights[path]
-    with open_weights(files[stored.name]) as file:
-      check_weight(file.get_slice(stored.name), stored.name, stored.shape(leaf.shape), folder)
+    name, shape = stored_weights[path].name, stored_weights[path].shape(leaf.shape)
+    check_weight(tensors[name], name, shape, FAMILIES[config.family].describe_shape(path))
+  _check_tied_tables(tensors, config, extra)
+  return tensors
+
+
+def _check_tied_tables(
+  tensors: Mapping[str, StoredTensor], config: ModelConfig, extra: Collection[str]
+) -> None:
+  """Check that the output layer in the files is the embedding's table if both are tied."""
+  family = FAMILIES[config.family]
+  heads = [weight.name for weight in family.weights if weight.path == 'head/table']
+  if not config.tied_embeddings or extra or not heads or heads[0] not in tensors:
+    return
+  embedding, head = family.find_weight('embed/table').name, heads[0]
+  check_weight(tensors[head], head, tensors[embedding].shape, f'the shape of {embedding}')
+  with open_weights(tensors[embedding].path) as first, open_weights(tensors[head].path) as second:
+    one, other = first.get_slice(embedding), second.get_slice(head)
+    rows = max(1, 2**22 // config.d_model)  # compared in blocks, because tables can be large
+    for start in range(0, config.vocab_size, rows):
+      block = slice(start, min(start + rows, config.vocab_size))
+      if not np.array_equal(one[block].astype(np.float32), other[block].astype(np.float32)):
+        raise UserError(
+          f'{tensors[head].path}: {head} differs from {embedding}, but config.json has '
+          'tie_word_embeddings=true, so they are the same. Set it to false if the model was '
+          f'trained with both, or remove {head}.'
+        )
 
 
 def save_params(
@@ -210,16 +252,22 @@ def _stored_weights(config: ModelConfig) -> dict[str, StoredWeight]:
 
 
 def _check_names(
-  names: set[str], config: ModelConfig, folder: pathlib.Path, extra: Collection[str] = ()
+  names: set[str],
+  needed: set[str],
+  config: ModelConfig,
+  folder: pathlib.Path,
+  extra: Collection[str],
 ) -> None:
   """Check that the files hold every weight of the model, the extra ones, and no other."""
-  needed = {stored.name for stored in _stored_weights(config).values()} | set(extra)
+  needed = needed | set(extra)
   if missing := sorted(needed - names):
+    untied = ', which has tie_word_embeddings=false' if 'lm_head.weight' in missing else ''
     raise UserError(
       f'{folder}: weight {missing[0]!r} is missing ({len(missing)} of {len(needed)} are). The '
-      f'files must hold every weight of the {config.family} model that config.json describes.'
+      f'files must hold every weight of the {config.family} model that config.json describes'
+      f'{untied}.'
     )
-  unused = sorted(n for n in names - needed if not n.endswith('rotary_emb.inv_freq'))
+  unused = sorted(name for name in names - needed if not is_buffer(name))
   if config.tied_embeddings and not extra:
     heads = [w.name for w in FAMILIES[config.family].weights if w.path == 'head/table']
     for name in set(heads) & set(unused):

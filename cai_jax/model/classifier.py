@@ -11,13 +11,15 @@ from jax.sharding import Mesh
 from cai_jax.model.checkpoint import load_params, load_weight
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import FAMILIES
+from cai_jax.model.families.fields import read_size
 from cai_jax.model.folder import find_folder, read_description
 from cai_jax.model.transformer import Params
 from cai_jax.model.weight_files import check_dtype
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.mesh import make_mesh
 
 SCORE = 'score.weight'  # transformers' name of the head
+MOST_LABELS = 10_000
 
 
 class Classifier(NamedTuple):
@@ -87,11 +89,25 @@ def load_classifier(
 
 def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
   """Return the names of the labels in order; transformers stores none for its default of two."""
-  names = hf.get('id2label')
+  names, path = hf.get('id2label'), folder / 'config.json'
   if names is None:
-    return tuple(f'LABEL_{i}' for i in range(hf.get('num_labels', 2)))
+    return tuple(f'LABEL_{i}' for i in range(read_size(hf, 'num_labels', 2, largest=MOST_LABELS)))
   if not isinstance(names, dict) or not names or {*names} != {str(i) for i in range(len(names))}:
+    raise UserError(f'{path}: id2label is {show(names)}; it must map "0", "1", … to the names.')
+  labels = tuple(str(names[str(i)]) for i in range(len(names)))
+  if len(set(labels)) < len(labels):
     raise UserError(
-      f'{folder}: config.json has id2label={names!r}; it must map "0", "1", … to the names.'
+      f'{path}: id2label={show(names)} has the same name twice. Give different names.'
     )
-  return tuple(str(names[str(i)]) for i in range(len(names)))
+  if hf.get('num_labels') not in (None, len(labels)):
+    raise UserError(
+      f'{path}: num_labels={show(hf["num_labels"])}, but id2label has {len(labels)} names. '
+      f'Correct the one that does not belong to {SCORE}.'
+    )
+  # Transformers may leave its own names in label2id, such as LABEL_0.
+  numbers = hf.get('label2id') or {}
+  if not isinstance(numbers, dict) or any(numbers.get(x, i) != i for i, x in enumerate(labels)):
+    raise UserError(
+      f'{path}: label2id={show(numbers)} contradicts id2label={show(names)}. Correct one of them.'
+    )
+  return labels

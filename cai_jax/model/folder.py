@@ -7,7 +7,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import huggingface_hub
-import transformers
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
@@ -17,9 +16,10 @@ from cai_jax.model.generation_config import (
   choose_eos_token_ids,
   read_generation_config,
 )
+from cai_jax.model.tokenizer import load_tokenizer
 from cai_jax.model.weight_files import INDEX, list_weight_files
 from cai_jax.runtime.digests import digest_file, digest_files
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.settings import identity
 
@@ -167,9 +167,9 @@ def check_architecture(folder: pathlib.Path, hf: dict[str, Any], expected: str) 
   # Some checkpoints write LLaMAForCausalLM.
   if stated and not any(str(name).lower() == expected.lower() for name in names):
     raise UserError(
-      f'{folder / "config.json"}: architectures={stated!r} contradicts model_type='
-      f'{hf["model_type"]!r}, whose language models are {expected}. Correct the one that does not '
-      'belong to the weights.'
+      f'{folder / "config.json"}: architectures={show(stated)} contradicts model_type='
+      f'{show(hf["model_type"])}, whose language models are {expected}. Correct the one '
+      'that does not belong to the weights.'
     )
 
 
@@ -187,45 +187,6 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
       f'{folder} has no config.json, so it is not a model. Give the folder of a model.'
     )
   return read_json(folder / 'config.json')
-
-
-def load_tokenizer(folder: pathlib.Path, vocab_size: int | None) -> Any:
-  """Load the tokenizer of a folder, as a transformers.PreTrainedTokenizerFast.
-
-  Args:
-    folder: the model's folder.
-    vocab_size: number of rows of the model's embedding; None if unknown.
-
-  Raises:
-    UserError: if there is no tokenizer, it cannot be read, or it has more tokens than the model.
-  """
-  # A tokenizer.json is read as it is. AutoTokenizer of transformers 5 may rebuild it with the
-  # splitting rules that are usual for the model's type.
-  has_json = (folder / 'tokenizer.json').exists()
-  if not has_json and not any((folder / f).exists() for f in ('tokenizer.model', 'vocab.json')):
-    # AutoTokenizer would return an empty tokenizer of the model's type.
-    raise UserError(f'{folder} has no tokenizer. Put its tokenizer.json there.')
-  try:
-    if has_json:
-      tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, use_fast=True, trust_remote_code=False
-      )
-  except Exception as error:  # the type depends on the fault and on the version of transformers
-    raise UserError(f'{folder} has no tokenizer that can be read: {error}') from error
-  if not tokenizer.is_fast:
-    raise UserError(
-      f'{folder}: {type(tokenizer).__name__} is a slow tokenizer, which is not supported. Put a '
-      'tokenizer.json there.'
-    )
-  token, largest_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-  if vocab_size is not None and largest_id >= vocab_size:
-    raise UserError(
-      f'{folder}: the tokenizer has {token!r} as token {largest_id}, but the model embeds '
-      f'{vocab_size} tokens only. Use the tokenizer of this model, or resize its embedding.'
-    )
-  return tokenizer
 
 
 def fingerprint_model(

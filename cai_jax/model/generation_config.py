@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.model.families.fields import is_number
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json
 
 FILE = 'generation_config.json'
@@ -43,9 +43,11 @@ def read_generation_config(folder: pathlib.Path, vocab_size: int | None) -> dict
   for name, (smallest, largest) in _RANGES.items():
     value = entries.get(name)
     if value is not None and not (is_number(value) and smallest <= value <= largest):
-      raise UserError(f'{path}: {name} is {value!r}; it must be from {smallest:g} to {largest:g}.')
+      raise UserError(
+        f'{path}: {name} is {show(value)}; it must be from {smallest:g} to {largest:g}.'
+      )
   if not isinstance(entries.get('do_sample'), bool | None):
-    raise UserError(f'{path}: do_sample is {entries["do_sample"]!r}; it must be true or false.')
+    raise UserError(f'{path}: do_sample is {show(entries["do_sample"])}; it must be true or false.')
   return entries
 
 
@@ -68,12 +70,12 @@ def check_token_ids(entries: Mapping[str, Any], path: pathlib.Path, vocab_size: 
         continue
       if isinstance(token, bool) or not isinstance(token, int):
         raise UserError(
-          f'{path}: {name} is {value!r}; it must be a token id or a list of token ids.'
+          f'{path}: {name} is {show(value)}; it must be a token id or a list of token ids.'
         )
       if token < 0 or (vocab_size is not None and token >= vocab_size):
         raise UserError(
-          f'{path}: {name} is {value!r}, but config.json has vocab_size={vocab_size}, so ids are '
-          f'from 0 to {vocab_size - 1 if vocab_size else "vocab_size - 1"}. Correct one of them.'
+          f'{path}: {name} is {show(value)}, but token ids are at least 0 and below the '
+          f'vocab_size of config.json, {vocab_size}. Correct one of them.'
         )
 
 

@@ -1,13 +1,14 @@
 """The safetensors files of a model folder: find and open them, and check their tensors."""
 
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
@@ -30,22 +31,37 @@ def check_dtype(dtype: str, name: str) -> None:
     raise UserError(f'{name}={dtype!r} is not supported. Choose one of {", ".join(DTYPES)}.')
 
 
+class StoredTensor(NamedTuple):
+  """What the header of a safetensors file says of a tensor.
+
+  Attributes:
+    path: the file.
+    shape: the tensor's shape.
+    dtype: safetensors' name of its dtype, such as 'BF16'.
+  """
+
+  path: pathlib.Path
+  shape: tuple[int, ...]
+  dtype: str
+
+
 def list_weight_files(folder: pathlib.Path) -> list[str]:
   """Return the names of a folder's safetensors files, sorted.
 
   Raises:
-    UserError: if there are none, or if the index is broken.
+    UserError: if there are none, if the index is broken, or if there are two sets of weights.
   """
-  if (folder / SINGLE).exists():
-    return [SINGLE]
-  if (folder / INDEX).exists():
-    weight_map = read_json(folder / INDEX).get('weight_map')
-    if not isinstance(weight_map, dict) or not weight_map:
+  weight_map = _read_index(folder) if (folder / INDEX).exists() else {}
+  files, present = sorted(set(weight_map.values())), {f.name for f in folder.iterdir()}
+  if SINGLE in present:
+    if others := [f for f in files if f != SINGLE and f in present]:
       raise UserError(
-        f'{folder / INDEX} has no weight_map from weight names to files. Download it again.'
+        f'{folder} has both {SINGLE} and {others[0]}, which {INDEX} names. Delete the weights that '
+        'do not belong to the model.'
       )
-    files = sorted(set(weight_map.values()))
-    if missing := [f for f in files if pathlib.Path(f).name != f or not (folder / f).exists()]:
+    return [SINGLE]
+  if files:
+    if missing := [f for f in files if f not in present]:
       raise UserError(
         f'{folder / INDEX} names {missing[0]!r}, which is not in the folder. Download the missing '
         'files.'
@@ -64,6 +80,23 @@ def list_weight_files(folder: pathlib.Path) -> list[str]:
   )
 
 
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+  """Return the file of each tensor, by the tensor's name, as the index states it."""
+  weight_map = read_json(folder / INDEX).get('weight_map')
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise UserError(
+      f'{folder / INDEX} has no weight_map from weight names to files. Download it again.'
+    )
+  for name, file in weight_map.items():
+    is_name = isinstance(file, str) and pathlib.PurePath(file).name == file
+    if not is_name or not file.endswith('.safetensors'):
+      raise UserError(
+        f'{folder / INDEX}: weight_map has {show(file)} for {name!r}; it must be the name of a '
+        'safetensors file in the same folder.'
+      )
+  return weight_map
+
+
 def open_weights(path: pathlib.Path) -> Any:
   """Return an open safetensors file, which is a context manager.
 
@@ -75,52 +108,96 @@ def open_weights(path: pathlib.Path) -> Any:
   """
   try:
     return safetensors.safe_open(path, framework='numpy')
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, OSError) as error:
     raise UserError(
       f'{path} is not a readable safetensors file ({error}). Download it again.'
     ) from error
 
 
-def locate_weights(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Return the file of each tensor in a folder, by the tensor's name.
+def locate_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
+  """Return what the files of a folder hold, by the tensor's name.
 
   Args:
     folder: the model's folder.
 
   Raises:
-    UserError: if there are no safetensors files, one is damaged, or a tensor is in two of them.
+    UserError: if there are no safetensors files, one is damaged, a tensor is in two of them, or a
+      tensor is not where the index says.
   """
-  files: dict[str, pathlib.Path] = {}
-  for file in list_weight_files(folder):
+  tensors: dict[str, StoredTensor] = {}
+  files = list_weight_files(folder)
+  for file in files:
     with open_weights(folder / file) as opened:
       for name in opened.keys():
-        if name in files:
+        if name in tensors:
           raise UserError(
-            f'{folder}: weight {name!r} is in both {files[name].name} and {file}. Delete the file '
-            'that does not belong to the model.'
+            f'{folder}: weight {name!r} is in both {tensors[name].path.name} and {file}. Delete '
+            'the file that does not belong to the model.'
           )
-        files[name] = folder / file
-  return files
+        view = opened.get_slice(name)
+        tensors[name] = StoredTensor(folder / file, tuple(view.get_shape()), view.get_dtype())
+  if files != [SINGLE]:
+    _check_index(folder, tensors)
+  return tensors
 
 
-def check_weight(weight: Any, name: str, shape: tuple[int, ...], folder: pathlib.Path) -> None:
-  """Check the shape and dtype of a tensor in a file without reading its values.
+def _check_index(folder: pathlib.Path, tensors: Mapping[str, StoredTensor]) -> None:
+  """Check that each tensor of the index is in the file that the index names."""
+  for name, file in _read_index(folder).items():
+    if name in tensors and tensors[name].path.name != file:
+      raise UserError(
+        f'{folder / INDEX} says that {name!r} is in {file}, but it is in '
+        f'{tensors[name].path.name}. Download the files again.'
+      )
+    if name not in tensors and not is_buffer(name):
+      raise UserError(
+        f'{folder / INDEX} says that {name!r} is in {file}, but that file has no such weight. '
+        'Download the files again.'
+      )
+
+
+def is_buffer(name: str) -> bool:
+  """Whether a tensor is a table of rotary frequencies, which old checkpoints contain."""
+  return name.endswith('rotary_emb.inv_freq')
+
+
+def check_weight(tensor: StoredTensor, name: str, shape: tuple[int, ...], fields: str = '') -> None:
+  """Check the shape and dtype of a tensor.
 
   Args:
-    weight: a slice object of safetensors.
+    tensor: what the file says of it.
     name: the tensor's name, for the message.
     shape: the shape that config.json implies.
-    folder: the model's folder, for the message.
+    fields: the fields of config.json that imply it, for the message.
 
   Raises:
     UserError: if the shape differs, or the dtype is not supported.
   """
-  if (stored := tuple(weight.get_shape())) != shape:
+  if tensor.shape != shape:
     raise UserError(
-      f'{folder}: weight {name!r} has shape {stored}, but config.json implies {shape}.'
+      f'{tensor.path}: weight {name!r} has shape {tensor.shape}, but config.json implies '
+      f'{shape}{fields and f" ({fields})"}. Use the config.json and the weights of one model.'
     )
-  if weight.get_dtype() not in STORED_DTYPES:
+  if tensor.dtype not in STORED_DTYPES:
     raise UserError(
-      f'{folder}: weight {name!r} is {weight.get_dtype()}, but only {", ".join(STORED_DTYPES)} are '
+      f'{tensor.path}: weight {name!r} is {tensor.dtype}, but only {", ".join(STORED_DTYPES)} are '
       'supported. If the checkpoint is quantized, use the original.'
+    )
+
+
+def check_finite(values: np.ndarray, name: str, path: pathlib.Path) -> None:
+  """Check that a weight has no NaN and no infinite value.
+
+  Args:
+    values: a block of the weight, in the dtype of the model.
+    name: the tensor's name, for the message.
+    path: its file, for the message.
+
+  Raises:
+    UserError: if it has one.
+  """
+  if not np.isfinite(values).all():
+    raise UserError(
+      f'{path}: weight {name!r} has a NaN or infinite value as {values.dtype}. Download the file '
+      'again; if it is what was trained, use an earlier checkpoint or a wider dtype.'
     )

@@ -14,8 +14,19 @@ import numpy as np
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.fields import require
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.registry import Registry
+
+_LAYER = re.compile(r'layers/(\d+)/')
+# The entries of config.json that give the size of each axis.
+_SIZES = {
+  'V': 'vocab_size',
+  'D': 'hidden_size',
+  'F': 'intermediate_size',
+  'N': 'num_attention_heads',
+  'K': 'num_key_value_heads',
+  'H': 'head_dim',
+}
 
 
 class Weight(NamedTuple):
@@ -118,15 +129,33 @@ class Family:
     Raises:
       ValueError: if the weight table has no such parameter.
     """
-    layer = re.match(r'layers/(\d+)/', path)
+    weight = self._find_row(path)
+    ours, theirs = weight.axes.split('->')
+    groups = tuple(tuple(ours.index(letter) for letter in axis) for axis in theirs.split(','))
+    layer = _LAYER.match(path)
+    name = weight.name if layer is None else weight.name.format(layer[1])
+    return StoredWeight(name, groups)
+
+  def describe_shape(self, path: str) -> str:
+    """Return the entries of config.json that give the shape of a parameter's tensor.
+
+    Args:
+      path: such as 'layers/0/mlp/up/kernel'.
+
+    Returns:
+      Such as 'intermediate_size, hidden_size', with × between factors of one axis.
+    """
+    theirs = self._find_row(path).axes.split('->')[1]
+    return ', '.join(' × '.join(_SIZES[letter] for letter in axis) for axis in theirs.split(','))
+
+  def _find_row(self, path: str) -> Weight:
+    """Return the row of the weight table for the parameter at a path."""
+    layer = _LAYER.match(path)
     general = path if layer is None else f'layers/{{}}/{path[layer.end() :]}'
     rows = [weight for weight in self.weights if weight.path == general]
     if len(rows) != 1:
       raise ValueError(f'{len(rows)} rows of the weight table have the path {general!r}, not one.')
-    ours, theirs = rows[0].axes.split('->')
-    groups = tuple(tuple(ours.index(letter) for letter in axis) for axis in theirs.split(','))
-    name = rows[0].name if layer is None else rows[0].name.format(layer[1])
-    return StoredWeight(name, groups)
+    return rows[0]
 
 
 FAMILIES: Registry[Family] = Registry('model family')
@@ -178,7 +207,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
   for key in ('quantization_config', 'compression_config'):
     if (method := hf.get(key)) is not None:
       raise UserError(
-        f'config.json: {key}={method!r} is not supported. Use the original checkpoint.'
+        f'config.json: {key}={show(method)} is not supported. Use the original checkpoint.'
       )
   for key, neutral in NEUTRAL.items():
     require(hf, key, *neutral)

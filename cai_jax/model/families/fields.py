@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 
 # Far beyond any model. It keeps a damaged config.json from making us build or allocate it.
 LARGEST = 2**31 - 1
@@ -38,7 +38,7 @@ def read_size(
     return default
   if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
     kind = 'a positive integer' if smallest == 1 else f'an integer of at least {smallest}'
-    raise UserError(f'config.json: {key} is {value!r}; it must be {kind}, at most {largest}.')
+    raise UserError(f'config.json: {key} is {show(value)}; it must be {kind}, at most {largest}.')
   return value
 
 
@@ -57,7 +57,7 @@ def read_number(entries: Mapping[str, Any], key: str, default: float | None = No
   if value is None and default is not None:
     return default
   if not is_number(value) or not value > 0:
-    raise UserError(f'config.json: {key} is {value!r}; it must be a positive number.')
+    raise UserError(f'config.json: {key} is {show(value)}; it must be a positive number.')
   return float(value)
 
 
@@ -76,7 +76,7 @@ def read_flag(entries: Mapping[str, Any], key: str, default: bool = False) -> bo
   if value is None:
     return default
   if not isinstance(value, bool):
-    raise UserError(f'config.json: {key} is {value!r}; it must be true or false.')
+    raise UserError(f'config.json: {key} is {show(value)}; it must be true or false.')
   return value
 
 
@@ -103,4 +103,4 @@ def require(entries: Mapping[str, Any], key: str, *allowed: Any) -> None:
   same = any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed)
   if value is not None and not same:
     names = ' or '.join(repr(v) for v in allowed) or 'its absence'
-    raise UserError(f'config.json: {key}={value!r} is not supported; only {names} is.')
+    raise UserError(f'config.json: {key}={show(value)} is not supported; only {names} is.')

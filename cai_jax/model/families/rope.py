@@ -5,7 +5,7 @@ from typing import Any
 
 from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.model.families.fields import read_number, read_size, require
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 
 THETA = 10_000.0  # transformers' base if config.json gives none
 _COMMON = {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
@@ -35,9 +35,9 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   }
   if len(readings) == 2 and readings['rope_parameters'] != readings['rope_scaling']:
     raise UserError(
-      f'config.json: rope_scaling={hf["rope_scaling"]!r} contradicts '
-      f'rope_parameters={hf["rope_parameters"]!r}. Remove the one that the model was not trained '
-      'with.'
+      f'config.json: rope_scaling={show(hf["rope_scaling"], 200)} contradicts '
+      f'rope_parameters={show(hf["rope_parameters"], 200)}. Remove the one that the model '
+      'was not trained with.'
     )
   return {
     'rope_theta': _read_theta(hf),
@@ -70,25 +70,26 @@ def _read_scaling(hf: Mapping[str, Any], key: str) -> Llama3Rope | None:
   rope = hf[key]
   if not isinstance(rope, dict):
     raise UserError(
-      f'config.json: {key} is {rope!r}; it must be an object such as {{"rope_type": "default"}}.'
+      f'config.json: {key} is {show(rope)}; it must be an object such as '
+      '{"rope_type": "default"}.'
     )
   kinds = {name: rope[name] for name in ('rope_type', 'type') if rope.get(name) is not None}
   if len(kinds) == 2 and kinds['rope_type'] != kinds['type']:
     raise UserError(
-      f'config.json: {key} has rope_type={kinds["rope_type"]!r} and type={kinds["type"]!r}, which '
-      'contradict each other. Remove one of them.'
+      f'config.json: {key} has rope_type={show(kinds["rope_type"])} and '
+      f'type={show(kinds["type"])}, which contradict each other. Remove one of them.'
     )
   kind = next(iter(kinds.values()), 'default')
   if not isinstance(kind, str) or kind not in _KEYS:
     raise UserError(
-      f"config.json: {key} has rope_type {kind!r}, which is not supported; 'default' and 'llama3' "
-      'are.'
+      f'config.json: {key} has rope_type {show(kind)}, which is not supported; '
+      "'default' and 'llama3' are."
     )
   require(rope, 'partial_rotary_factor', 1.0)
   if unknown := sorted(k for k in rope.keys() - _KEYS[kind] if rope[k] is not None):
     raise UserError(
-      f'config.json: {key}.{unknown[0]}={rope[unknown[0]]!r} is not supported for rope_type '
-      f'{kind!r}. Remove it if it has no effect.'
+      f'config.json: {key}.{unknown[0]}={show(rope[unknown[0]])} is not supported for rope_type '
+      f'{show(kind)}. Remove it if it has no effect.'
     )
   if kind == 'default':
     require(rope, 'factor', 1.0)
@@ -108,7 +109,7 @@ def _read_llama3(hf: Mapping[str, Any], key: str) -> Llama3Rope:
   if hf.get('original_max_position_embeddings') not in (None, original):
     raise UserError(
       'config.json: original_max_position_embeddings='
-      f'{hf["original_max_position_embeddings"]!r} contradicts {original} in {key}. Remove one.'
+      f'{show(hf["original_max_position_embeddings"])} contradicts {original} in {key}. Remove one.'
     )
   scaling = Llama3Rope(
     factor=read_number(rope, 'factor'),

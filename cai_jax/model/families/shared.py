@@ -12,7 +12,7 @@ from cai_jax.model.families.fields import (
   require,
 )
 from cai_jax.model.families.rope import read_rope, write_rope
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 
 # Weight tables. Those of a layer's weights leave out the layer, which `per_layer` adds.
 
@@ -136,7 +136,7 @@ def read_layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
     if kinds and 'sliding_attention' in kinds:
       raise UserError(
         f'config.json: layer_types has sliding_attention in layer {kinds.index(LAYER_TYPES[1])}, '
-        f'but use_sliding_window is {hf.get("use_sliding_window")!r}. Correct one of them.'
+        f'but use_sliding_window is {show(hf.get("use_sliding_window"))}. Correct one of them.'
       )
     return ()
   if 'sliding_window' in hf and hf['sliding_window'] is None:
@@ -174,7 +174,7 @@ def read_layer_types(hf: dict[str, Any], layers: int) -> list[str] | None:
   if kinds is None:
     return None
   if not isinstance(kinds, list) or len(kinds) != layers:
-    length = len(kinds) if isinstance(kinds, list) else repr(kinds)
+    length = len(kinds) if isinstance(kinds, list) else show(kinds)
     raise UserError(
       f'config.json: layer_types has {length} entries for num_hidden_layers={layers}. It must be a '
       'list with one entry per layer.'
@@ -182,7 +182,7 @@ def read_layer_types(hf: dict[str, Any], layers: int) -> list[str] | None:
   for layer, kind in enumerate(kinds):
     if kind not in LAYER_TYPES:
       raise UserError(
-        f'config.json: layer_types has {kind!r} in layer {layer}, which is not supported; '
+        f'config.json: layer_types has {show(kind)} in layer {layer}, which is not supported; '
         f'{" and ".join(LAYER_TYPES)} are.'
       )
   return kinds
@@ -201,10 +201,10 @@ def read_no_windows(hf: dict[str, Any]) -> None:
   used = read_flag(hf, 'use_sliding_window', default=hf.get('sliding_window') is not None)
   if used or (kinds and 'sliding_attention' in kinds):
     raise UserError(
-      f'config.json: model_type {hf.get("model_type")!r} has no attention window, but '
-      f'sliding_window={hf.get("sliding_window")!r}, '
-      f'use_sliding_window={hf.get("use_sliding_window")!r} or layer_types asks for one. Correct '
-      'model_type, or remove these entries.'
+      f'config.json: model_type {show(hf.get("model_type"))} has no attention window, but '
+      f'sliding_window={show(hf.get("sliding_window"))}, '
+      f'use_sliding_window={show(hf.get("use_sliding_window"))} or layer_types asks for one. '
+      'Correct model_type, or remove these entries.'
     )
 
 

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict, config_flags
 
 from cai_jax.pipeline import build, default_stages, run_stages
 from cai_jax.pipeline.schema import default_config, describe_unknown
-from cai_jax.pipeline.values import describe_type
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
@@ -23,6 +22,7 @@ from cai_jax.runtime.files import describe_fault, read_json
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.user_code import explain_error
+from cai_jax.runtime.values import describe_type
 
 HELP = """\
 Constitutional AI's supervised phase: a model answers prompts, critiques and revises its answers

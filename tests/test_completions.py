@@ -83,3 +83,40 @@ def test_invalid_prompts_are_refused(lm):
     cai_jax.generate(lm, [[1, 10**6]])
   with pytest.raises(UserError, match='longer than the'):
     cai_jax.generate(lm, [[1] * 4000])
+  for prompt, message in (
+    ([['a']], 'Prompt 0 is'),
+    (b'a', 'Prompt 0 is'),
+    ([{'role': 'user'}], 'Message 0 is'),
+    ([{'role': 'user', 'content': None}], 'Message 0 is'),
+    ([{'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]}], 'several parts'),
+    ('\ud800', 'unpaired surrogate'),
+  ):
+    with pytest.raises(UserError, match=message):
+      cai_jax.generate(lm, [prompt])
+  with pytest.raises(UserError, match='stop_token_ids has token ids'):
+    cai_jax.generate(lm, ['a'], SamplingConfig(stop_token_ids=(10**6,)))
+  with pytest.raises(UserError, match='seed must be an integer'):
+    cai_jax.generate(lm, ['a'], seed='a')
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    dict(temperature=float('nan')),
+    dict(temperature='1'),
+    dict(top_k=1.5),
+    dict(top_k=2**40),
+    dict(max_tokens=True),
+    dict(stop='x'),
+    dict(stop=(1,)),
+    dict(stop_token_ids=(-1,)),
+    dict(stop_token_ids=('a',)),
+  ],
+)
+def test_sampling_settings_of_a_wrong_type_are_refused(settings):
+  with pytest.raises(UserError, match=f'sampling: {next(iter(settings))}'):
+    SamplingConfig(**settings)
+
+
+def test_sampling_settings_are_converted_to_their_types():
+  assert SamplingConfig(temperature=1, stop=['x']) == SamplingConfig(temperature=1.0, stop=('x',))

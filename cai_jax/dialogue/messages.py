@@ -1,5 +1,6 @@
 """Messages, their roles, and the order in which roles may follow each other."""
 
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,8 +28,9 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
     reply_role: the role of the reply, one of `REPLY_ROLES`.
 
   Raises:
-    UserError: if a role is unknown or misplaced.
+    UserError: if a message has no role or no content, or a role is unknown or misplaced.
   """
+  check_form(messages)
   roles = [message['role'] for message in messages]
   unknown = [role for role in roles if role not in ROLES]
   if unknown:
@@ -42,6 +44,25 @@ def check_prompt(messages: Sequence[Message], reply_role: str) -> None:
     raise UserError(f'A system message can only come first, but got the roles {roles}.')
   for message in messages:
     check_text(message['content'])
+
+
+def check_form(messages: Sequence[Message]) -> None:
+  """Check that each message is a dict with a role, and a content of text or token ids.
+
+  Raises:
+    UserError: if one is not.
+  """
+  for number, message in enumerate(messages):
+    if isinstance(message, dict) and isinstance(message.get('role'), str):
+      content = message.get('content')
+      if isinstance(content, str) or (
+        isinstance(content, Sequence) and all(isinstance(i, numbers.Integral) for i in content)
+      ):
+        continue
+    raise UserError(
+      f'Message {number} is {message!r:.80}. A message is '
+      "{'role': 'user', 'content': text}; a content with several parts must be joined to one text."
+    )
 
 
 def check_text(content: str | Sequence[int]) -> None:

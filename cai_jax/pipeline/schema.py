@@ -20,11 +20,11 @@ from cai_jax.data.prompt_sources import SOURCES
 from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
-from cai_jax.pipeline.values import convert, describe_type
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
 from cai_jax.runtime.settings import flatten, setting
+from cai_jax.runtime.values import convert, describe_type
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.scoring.refusal import CLASSIFIERS

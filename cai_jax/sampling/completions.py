@@ -3,14 +3,19 @@
 import dataclasses
 import hashlib
 import json
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
+
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.format import TemplateOptions
+from cai_jax.dialogue.messages import check_text
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
+from cai_jax.runtime.values import convert
 from cai_jax.sampling.config import EngineConfig, round_up_length
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -60,11 +65,9 @@ def generate(
     UserError: if `prompts` is empty or not a list, or if a prompt is invalid or does not fit into
       the model's context with its reply.
   """
-  if isinstance(prompts, str) or not prompts or isinstance(prompts[0], dict | int):
-    raise UserError(
-      'prompts must be a non-empty list of texts, dialogues or lists of token ids. Pass a single '
-      'prompt as [prompt].'
-    )
+  _check_prompts(prompts)
+  seed = convert(seed, int, 'seed', most=2**63 - 1)
+  _check_tokens(sampling.stop_token_ids, 'sampling.stop_token_ids', lm.config.vocab_size)
   eos = tuple(
     token for token in (*lm.eos_token_ids, lm.tokenizer.eos_token_id) if token is not None
   )
@@ -72,6 +75,7 @@ def generate(
   for number, prompt in enumerate(prompts):
     stops: tuple[tuple[int, ...], tuple[str, ...]] = eos, ()
     if isinstance(prompt, str):
+      check_text(prompt)
       context = lm.tokenizer.encode(prompt, split_special_tokens=True)
     elif len(prompt) and isinstance(prompt[0], dict):
       dialogue = dialogue or Dialogue(lm.tokenizer, style, lm.eos_token_ids, template_options)
@@ -79,7 +83,9 @@ def generate(
       context, stops = dialogue.prompt(messages), (dialogue.stop_token_ids, dialogue.stop_strings)
     else:
       context = [int(token) for token in cast(Sequence[int], prompt)]
-    _check_context(context, number, lm.config.vocab_size)
+    if not context:
+      raise UserError(f'Prompt {number} has no tokens. Give it at least one to continue from.')
+    _check_tokens(context, f'Prompt {number}', lm.config.vocab_size)
     turns.append(Turn('completion', context, _with_stops(sampling, *stops)))
   chains = dict(_chains(turns))
   longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
@@ -94,13 +100,31 @@ def generate(
   return [results[chain_id] for chain_id in chains]
 
 
-def _check_context(context: list[int], number: int, vocab_size: int) -> None:
-  """Raise UserError if the context of prompt `number` is empty or outside the vocabulary."""
-  if not context:
-    raise UserError(f'Prompt {number} has no tokens. Give it at least one to continue from.')
-  if not 0 <= min(context) <= max(context) < vocab_size:
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+  """Raise UserError unless the prompts are texts, dialogues or lists of token ids."""
+  forms = 'texts, dialogues or lists of token ids'
+  if not _is_list(prompts) or not len(prompts) or isinstance(prompts[0], dict | numbers.Integral):
     raise UserError(
-      f'Prompt {number} has token ids from {min(context)} to {max(context)}, outside the '
+      f'prompts must be a non-empty list of {forms}. Pass a single prompt as [prompt].'
+    )
+  for number, prompt in enumerate(prompts):
+    if not isinstance(prompt, str) and not (
+      _is_list(prompt)
+      and any(all(isinstance(part, kind) for part in prompt) for kind in (dict, numbers.Integral))
+    ):
+      raise UserError(f'Prompt {number} is {prompt!r:.80}. The prompts must be {forms}.')
+
+
+def _is_list(value: Any) -> bool:
+  """Return whether a value is a list, a tuple or an array."""
+  return isinstance(value, list | tuple | np.ndarray)
+
+
+def _check_tokens(tokens: Sequence[int], name: str, vocab_size: int) -> None:
+  """Raise UserError if token ids lie outside the vocabulary."""
+  if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+    raise UserError(
+      f'{name} has token ids from {min(tokens)} to {max(tokens)}, outside the '
       f"vocabulary 0..{vocab_size - 1}. Encode it with the model's tokenizer."
     )
 

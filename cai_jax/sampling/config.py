@@ -10,6 +10,7 @@ from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
+from cai_jax.runtime.values import convert_fields
 from cai_jax.sampling.caches import cache_bytes
 
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
@@ -58,6 +59,7 @@ class EngineConfig:
   )
 
   def __post_init__(self):
+    convert_fields(self, 'engine')
     positive = ('prefill_tokens', 'prefill_width', 'spans', 'longest_burst')
     for name in ('slots', 'cache_gib', *positive):
       value = getattr(self, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
+from cai_jax.runtime.values import convert_fields
 
 MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode program
 
@@ -21,7 +22,7 @@ class SamplingConfig:
   """How a reply is sampled.
 
   Raises:
-    UserError: if a value is out of range.
+    UserError: if a value has the wrong type or is out of range.
   """
 
   temperature: float = setting(1.0, 'Divisor of the logits. 0 picks the most likely token.')
@@ -38,12 +39,18 @@ class SamplingConfig:
   )
 
   def __post_init__(self):
+    convert_fields(self, 'sampling')
     checks = (
       ('temperature', self.temperature >= 0, 'at least 0'),
       ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
       ('top_p', 0 < self.top_p <= 1, 'in (0, 1]'),
       ('max_tokens', self.max_tokens >= 1, 'at least 1'),
-      ('stop', not isinstance(self.stop, str) and all(self.stop), 'a tuple of non-empty texts'),
+      ('stop', all(self.stop), 'a tuple of non-empty texts'),
+      (
+        'stop_token_ids',
+        min(self.stop_token_ids, default=0) >= 0,
+        'token ids, which are at least 0',
+      ),
     )
     for name, valid, allowed in checks:
       if not valid:

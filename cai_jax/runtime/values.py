@@ -1,5 +1,7 @@
-"""The types of config values: checks and conversions."""
+"""The types of settings: checks and conversions."""
 
+import dataclasses
+import functools
 import numbers
 import typing
 from typing import Any
@@ -45,6 +47,25 @@ def convert(value: Any, hint: Any, name: str, most: float | None = None) -> Any:
     return _check_text(value, name)
   raise _wrong_type(value, name, _KINDS[hint])
 
+
+def convert_fields(settings: Any, section: str) -> None:
+  """Convert each field of a frozen dataclass to its type, in place; for `__post_init__`.
+
+  Args:
+    settings: the dataclass instance.
+    section: what the fields belong to, for error messages.
+
+  Raises:
+    UserError: if a value has another type than its field.
+  """
+  hints = _type_hints(type(settings))
+  for field in dataclasses.fields(settings):
+    value, most = getattr(settings, field.name), field.metadata.get('most')
+    value = convert(value, hints[field.name], f'{section}: {field.name}', most)
+    object.__setattr__(settings, field.name, value)
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 _KINDS = {
   bool: 'True or False',

@@ -408,7 +408,7 @@ def test_two_tokens_with_one_id_are_refused(folder):
     ({'id2label': {'0': 'a', '1': 'a'}}, 'the same name twice'),
     ({'id2label': {'0': 'a', '1': 'b'}, 'num_labels': 3}, 'num_labels=3.* 2 names'),
     ({'id2label': {'0': 'a'}, 'label2id': {'a': 1}}, 'label2id=.*contradicts id2label'),
-    ({'id2label': ['a']}, 'id2label is'),
+    ({'id2label': ['a']}, 'id2label='),
     ({'num_labels': 10**12}, 'num_labels is 1000000000000'),
     ({'num_labels': True}, 'num_labels is True'),
     ({'rope_scaling': {'type': 'yarn'}}, r'config\.json: .*yarn'),

@@ -93,7 +93,7 @@ def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:
   if names is None:
     return tuple(f'LABEL_{i}' for i in range(read_size(hf, 'num_labels', 2, largest=MOST_LABELS)))
   if not isinstance(names, dict) or not names or {*names} != {str(i) for i in range(len(names))}:
-    raise UserError(f'{path}: id2label is {show(names)}; it must map "0", "1", … to the names.')
+    raise UserError(f'{path}: id2label={show(names)}; it must map "0", "1", … to the names.')
   labels = tuple(str(names[str(i)]) for i in range(len(names)))
   if len(set(labels)) < len(labels):
     raise UserError(

@@ -1,13 +1,22 @@
 """What a run refuses before any work."""
 
+import dataclasses
+import importlib.metadata
 import json
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.numpy
+from packaging.requirements import Requirement
 
 from cai_jax import pipeline
+from cai_jax.model import lm as models
+from cai_jax.pipeline import space
+from cai_jax.runtime import packages
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.registry import temporary_registrations
+from cai_jax.scoring.scorer import SCORERS
 from cai_jax.tiny.files import MODELS
 from tests.pipeline_setup import set_fields, small
 
@@ -149,7 +158,7 @@ def test_unwritable_or_full_workdir_is_refused(random_model, tmp_path, monkeypat
     )
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
-  with pytest.raises(UserError, match='GB free, and the run needs'):
+  with pytest.raises(UserError, match='free, and the run needs up to'):
     pipeline.run_stages(pipeline.build(small(random_model), tmp_path / 'run'), ['generate'])
 
 
@@ -161,3 +170,150 @@ def test_a_warm_up_longer_than_the_longest_possible_training_is_refused_at_the_s
 
   match = 'warmup=0.9 takes all at most [0-9]+ steps'
   refused(match, random_model, tmp_path, change, stages=('generate', 'train'))
+
+
+@pytest.fixture(scope='module')
+def classifier(random_model, tmp_path_factory):
+  """`classifier(labels, **changes)` returns the folder of a classifier with a changed config."""
+
+  def make(*labels, **changes):
+    folder = tmp_path_factory.mktemp('classifiers') / 'model'
+    shutil.copytree(random_model, folder)
+    hf = json.loads((folder / 'config.json').read_text())
+    hf |= {'architectures': ['LlamaForSequenceClassification']} | changes
+    hf['id2label'] = {str(i): label for i, label in enumerate(labels)}
+    (folder / 'config.json').write_text(json.dumps(hf))
+    weights = safetensors.numpy.load_file(folder / 'model.safetensors')
+    weights['score.weight'] = np.zeros((len(labels), hf['hidden_size']), np.float32)
+    safetensors.numpy.save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+    return folder
+
+  return make
+
+
+ALL = ['generate', 'train', 'evaluate']
+
+
+@pytest.mark.parametrize('field', ['reward_model', 'refusal'])
+def test_unusable_classifier_is_refused_before_any_work(field, classifier, random_model, tmp_path):
+  label = {'reward_model': 'reward_label', 'refusal': 'refusal_label'}[field]
+
+  def check(match, folder, **fields):
+    fields = {f'evaluation__{field}': str(folder)} | fields
+    refused(match, random_model, tmp_path / 'run', set_fields(**fields), ALL)
+
+  two = classifier('good', 'bad')
+  check(f"evaluation.{label}: label=None is not one of the 2 labels .*'good', 'bad'", two)
+  check(f"evaluation.{label}: label='odd'", two, **{f'evaluation__{label}': 'odd'})
+  check(f'evaluation.{field}: ', tmp_path / 'nowhere' / 'at all')
+  check(f"evaluation.{field}: .*model_type 'gpt2'", classifier('one', model_type='gpt2'))
+  check(f'evaluation.{field}: .*architectures', classifier('one', architectures=['Odd']))
+  short = classifier('one', max_position_embeddings=24)
+  check(f'evaluation.{field}=.* has .* tokens, and 1 response.* but its context holds 24', short)
+  (two / 'tokenizer.json').unlink()
+  check(f'evaluation.{field}: .*tokenizer', two)
+  headless = classifier('one')
+  weights = safetensors.numpy.load_file(headless / 'model.safetensors')
+  del weights['score.weight']
+  safetensors.numpy.save_file(weights, headless / 'model.safetensors', metadata={'format': 'pt'})
+  check(f"evaluation.{field}: .*'score.weight' is missing", headless)
+  untemplated = classifier('one')
+  (untemplated / 'chat_template.jinja').unlink()
+  check(f'evaluation.{field}=.*chat template', untemplated)
+
+
+def test_usable_classifier_passes_every_check(classifier, random_model, tmp_path):
+  config = small(random_model)
+  config.evaluation.reward_model = str(classifier('one'))
+  config.evaluation.refusal = str(classifier('answers', 'refuses'))
+  config.evaluation.refusal_label = 'refuses'
+  pipeline.check_run(pipeline.build(config, tmp_path), ALL)
+
+
+def test_judge_and_questions_that_do_not_fit_are_refused_before_any_work(random_model, tmp_path):
+  fields = {'evaluation__judge': 'base', 'sampling__initial__max_tokens': 200}
+  match = 'evaluation.judge=.*2 response.* up to sampling.initial.max_tokens=200 each.* holds 512'
+  refused(match, random_model, tmp_path, set_fields(**fields), ALL)
+  path = tmp_path / 'questions.jsonl'
+  good = {'prompt': 'Is it red?', 'corrects': [' yes'], 'incorrects': [' no']}
+  long = good | {'prompt': 'red ' * 600}
+  path.write_text(f'{json.dumps(good)}\n{json.dumps(long)}\n')
+  change = set_fields(evaluation__multiple_choice=(str(path),))
+  match = 'evaluation.multiple_choice: .*questions.jsonl:2 has .* but the context of .* holds 512'
+  refused(match, random_model, tmp_path, change, ALL)
+
+
+def test_scorer_that_lacks_its_model_is_refused_before_any_work(random_model, tmp_path):
+  with temporary_registrations():
+    SCORERS.register('guard')(lambda loader: loader.language_model('/nowhere/at/all'))
+    match = "evaluation, measure 'verdicts': .*/nowhere/at/all"
+    refused(match, random_model, tmp_path, set_fields(evaluation__scorer='guard'), ALL)
+    SCORERS.register('good guard')(lambda loader: loader.language_model('base').no_attribute)
+    config = small(random_model)
+    config.evaluation.scorer = 'good guard'
+    pipeline.check_run(pipeline.build(config, tmp_path), ALL)
+
+
+def test_missing_result_of_a_finished_stage_is_refused_before_any_work(random_model, tmp_path):
+  entry = {'finished': 'now', 'settings': {}}
+  content = {'version': 2, 'stages': {'generate': entry, 'train': entry}}
+  (tmp_path / 'manifest.json').write_text(json.dumps(content))
+  run = pipeline.build(small(random_model), tmp_path)
+  with pytest.raises(UserError, match='model/config.json is missing, but stage train is done'):
+    pipeline.check_run(run, [*ALL, 'report'])
+  with pytest.raises(UserError, match='quality.json is missing, but stage generate is done'):
+    pipeline.check_run(run, ['report'])
+
+
+@pytest.mark.parametrize('name', ['journal', 'd_cai', 'tensorboard', 'profile', 'model'])
+def test_part_of_a_run_that_is_no_folder_is_refused(name, random_model, tmp_path):
+  (tmp_path / name).write_text('')
+  run = pipeline.build(small(random_model), tmp_path)
+  with pytest.raises(UserError, match=f'{tmp_path / name} is not writable'):
+    pipeline.check_run(run, ALL)
+
+
+def test_space_is_estimated_by_part_and_checked_for_each_disk(random_model, tmp_path, monkeypatch):
+  run = pipeline.build(small(random_model), tmp_path / 'run')
+  run = dataclasses.replace(run, journal=tmp_path / 'journal')
+  shape = models.inspect_model(random_model).config
+  needs = {need.part: need for need in space.estimate_space(run, ALL, shape)}
+  # 10 chains of 12 + 2 (9 + 12) tokens, 6 answers; 5 held-out chains and 3 answers, and 8 answers
+  # of M_aligned.
+  tokens = 10 * 54 + 6 * 12 + 5 * 54 + 3 * 12 + 8 * 12
+  turns = 10 * 5 + 6 + 5 * 5 + 3 + 8
+  journal = turns * space.TURN_BYTES + tokens * space.JOURNAL_TOKEN_BYTES
+  assert needs['journal'] == ('journal', tmp_path / 'journal', journal)
+  assert needs['model'].bytes == 4 * shape.num_params
+  assert needs['checkpoints'].bytes == 4 * shape.num_params * 3 * 3
+  assert {need.part for need in space.estimate_space(run, ['evaluate'], shape)} == {
+    'journal',
+    'D_CAI and evaluation',
+    'logs and report',
+  }
+  (tmp_path / 'run' / 'model').mkdir(parents=True)
+  (tmp_path / 'run' / 'model' / 'weights').write_bytes(b'x' * 1000)
+  left = {need.part: need.bytes for need in space.estimate_space(run, ALL, shape)}
+  assert left['model'] == needs['model'].bytes - 1000  # a run that continues replaces it
+  monkeypatch.setattr(space, 'free_bytes', lambda folder: 1_000_000)
+  with pytest.raises(UserError, match=r'1.0 MB free, .*: journal .* MB, .*checkpoints .* MB'):
+    space.check_space(needs.values())
+
+
+def test_package_that_is_missing_or_too_old_is_refused(random_model, tmp_path, monkeypatch):
+  real = importlib.metadata.version
+
+  def version(name):
+    if name == 'grain':
+      raise importlib.metadata.PackageNotFoundError(name)
+    return '0.1' if name == 'jax' else real(name)
+
+  run = pipeline.build(small(random_model), tmp_path)
+  packages.check_packages()
+  assert {'jax', 'transformers'} <= {requirement.name for requirement in packages.requirements()}
+  monkeypatch.setattr(packages.importlib.metadata, 'version', version)
+  with pytest.raises(UserError, match='grain is not installed, and cai_jax needs grain>='):
+    pipeline.check_run(run, ALL)
+  monkeypatch.setattr(packages, 'requirements', lambda: [Requirement('jax>=0.10.2')])
+  with pytest.raises(UserError, match='jax has version 0.1, but cai_jax needs jax>=0.10.2'):
+    packages.check_packages()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -215,6 +216,7 @@ def test_a_dry_run_prints_an_estimate_and_writes_nothing(finished, tmp_path, cap
   runner.run_experiment(str(file), tmp_path, options(dry_run=True))
   output = capsys.readouterr().out
   assert '26 turns to sample' in output and 'minutes here' in output and 'GiB of memory' in output
+  assert re.search(r'disk space, at most: journal .* MB, .*checkpoints .* MB', output)
   assert not list(tmp_path.iterdir())
   runner.run_experiment(str(file), workdir, options(dry_run=True, arms=['revised']))
   output = capsys.readouterr().out
@@ -226,6 +228,35 @@ def test_scoring_a_missing_revision_is_an_error(finished):
   folder = next(iter(pathlib.Path(workdir / 'runs').iterdir()))
   with pytest.raises(UserError, match=r'scores revision_3, but its run has 1 rounds'):
     collect.read_responses(Arm(response='revision_3'), {0: folder}, 'harmful')
+
+
+def test_an_arm_that_scores_a_missing_revision_is_refused_before_any_work(tmp_path):
+  arms = {'a': Arm(response='revision_3', overrides={'feedback.rounds': 2})}
+  experiment = Experiment(arms, reference='a')
+  with pytest.raises(UserError, match="arm 'a' scores revision_3, but feedback.rounds=2"):
+    runner.plan_runs(experiment, define.load_config(experiment.base), tmp_path)
+
+
+@pytest.mark.parametrize('seeds', [(), (0, 0), (-1,), (1.5,), (True,), 3, None])
+def test_seeds_of_an_experiment_are_distinct_integers(seeds):
+  with pytest.raises(UserError, match='seeds=.* must be a tuple of one or more distinct'):
+    Experiment({'a': Arm()}, reference='a', seeds=seeds)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('x = 1\n', 'mine.py does not define get_experiment'),
+    ('def get_experiment():\n  return 3\n', 'returns int. It must return an Experiment'),
+    ('def get_experiment():\n  return 1 / 0\n', 'mine.py, line 2: ZeroDivisionError'),
+    ('def get_experiment(\n', 'mine.py, line 1: SyntaxError'),
+    ('import nowhere\n', 'mine.py, line 1: ModuleNotFoundError'),
+  ],
+)
+def test_file_that_is_no_experiment_is_refused(text, message, tmp_path):
+  (tmp_path / 'mine.py').write_text(text)
+  with pytest.raises(UserError, match=message):
+    define.load_experiment(str(tmp_path / 'mine.py'))
 
 
 def test_the_revised_response_is_the_last_revision_if_there_is_one():

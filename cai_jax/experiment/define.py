@@ -75,7 +75,8 @@ class Experiment:
     diversity: whether to measure `cai_jax.evaluation.diversity.word_pair_diversity` as well.
 
   Raises:
-    UserError: if the reference or a figure's arm does not exist, or an arm's name has a comma.
+    UserError: if the reference or a figure's arm does not exist, an arm's name has a comma, or the
+      seeds are not distinct integers.
   """
 
   arms: Mapping[str, Arm]
@@ -95,6 +96,12 @@ class Experiment:
       raise UserError(
         f'The name of the arm {names[0]!r} contains a comma, which separates names in --arms. '
         'Choose a name without one.'
+      )
+    seeds = self.seeds
+    is_valid = isinstance(seeds, tuple | list) and seeds and len({*seeds}) == len(seeds)
+    if not is_valid or not all(type(seed) is int and seed >= 0 for seed in seeds):
+      raise UserError(
+        f'seeds={seeds!r} must be a tuple of one or more distinct integers of at least 0.'
       )
     unknown = {name for figure in self.figures for name in figure_arms(figure)} - set(self.arms)
     if unknown:

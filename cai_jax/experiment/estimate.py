@@ -19,6 +19,7 @@ from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.pipeline.space import Need, describe_space, estimate_space, journal_bytes
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.sampling.caches import cache_bytes
@@ -167,8 +168,35 @@ def describe(
   if not unfinished:
     return '\n'.join([*lines, 'nothing is left to do but the report'])
   lines.append(f'{total:,} turns to sample, at most {tokens:,} tokens')
+  lines.append(f'disk space, at most: {describe_space(estimate_disk(runs, sampled))}')
   lines.append(_describe_cost(unfinished, total))
   return '\n'.join(lines)
+
+
+def estimate_disk(
+  runs: Mapping[pathlib.Path, tuple[pipeline.Run, Sequence[str]]], sampled: SampledTurns
+) -> list[Need]:
+  """Return the disk space that the unfinished runs need together.
+
+  Args:
+    runs: each run and its stages, by folder.
+    sampled: the turns that the journal already contains. Turns that runs share count once.
+  """
+  needs, seen = [], set(sampled.digests)
+  for folder, (run, stages) in runs.items():
+    manifest = Manifest(folder, writes=False)
+    remaining = [stage for stage in stages if not manifest.done(stage)]
+    if not remaining:
+      continue
+    start = run.training_start if 'train' in remaining else ''
+    trained = models.inspect_model(model_path(start)).config if start else None
+    new = {k: v for k, v in count_turns(run, remaining).items() if k not in seen}
+    seen |= set(new)
+    tokens = sum(turns.count * turns.max_tokens for turns in new.values())
+    journal = journal_bytes(sum(turns.count for turns in new.values()), tokens)
+    for need in estimate_space(run, remaining, trained):
+      needs.append(need._replace(bytes=journal) if need.part == 'journal' else need)
+  return needs
 
 
 def _describe_cost(

@@ -22,6 +22,7 @@ from cai_jax.data import d_cai
 from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment.define import Experiment
 from cai_jax.pipeline import Run
+from cai_jax.pipeline.space import check_space
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
@@ -67,7 +68,13 @@ def plan_runs(
 
 def _arm_stages(experiment: Experiment, arm: str, run: Run) -> tuple[str, ...]:
   """Return the stages that produce an arm's response, without those that its config replaces."""
-  needed = experiment.arms[arm].stages
+  needed, response = experiment.arms[arm].stages, experiment.arms[arm].response
+  number, rounds = response.removeprefix('revision_'), run.config.feedback.rounds
+  if number.isdecimal() and not 1 <= int(number) <= rounds:
+    raise UserError(
+      f'arm {arm!r} scores {response}, but feedback.rounds={rounds}. Score an existing round, or '
+      'raise feedback.rounds.'
+    )
   stages = tuple(stage for stage in pipeline.default_stages(run) if stage in needed)
   if not stages:
     raise UserError(
@@ -118,6 +125,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
     if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
       pipeline.check_run(run, stages)
   sampled = estimate.SampledTurns(workdir)
+  check_space(estimate.estimate_disk(runs, sampled))
   totals: dict[str, float] = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
   for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
     print(f'[{number}/{len(runs)}] {folder.name}', flush=True)

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -129,17 +130,24 @@ def stored_dtype(folder: str | os.PathLike, config: ModelConfig) -> str:
   return dict(zip(STORED_DTYPES, DTYPES, strict=True))[tensor.dtype]
 
 
-def check_params(folder: str | os.PathLike, config: ModelConfig) -> None:
+def check_params(
+  folder: str | os.PathLike,
+  config: ModelConfig,
+  extra: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
   """Check the names, shapes and dtypes of a folder's weights without reading their values.
 
   Args:
     folder: the model's folder.
     config: the model's config.
+    extra: shapes of tensors that the files must contain in addition to the model's own, by name.
 
   Raises:
     UserError: as `load_params`.
   """
-  _check_tensors(pathlib.Path(folder), config)
+  tensors = _check_tensors(pathlib.Path(folder), config, extra.keys())
+  for name, shape in extra.items():
+    check_weight(tensors[name], name, shape)
 
 
 def _check_tensors(

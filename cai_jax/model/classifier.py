@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from cai_jax.model.checkpoint import load_params, load_weight
+from cai_jax.model.checkpoint import check_params, load_params, load_weight
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import FAMILIES
 from cai_jax.model.families.fields import read_size
@@ -22,29 +22,54 @@ SCORE = 'score.weight'  # transformers' name of the head
 MOST_LABELS = 10_000
 
 
-class Classifier(NamedTuple):
-  """A sequence classifier, placed on a mesh.
+class ClassifierInfo(NamedTuple):
+  """A sequence classifier without its weights.
 
   Attributes:
     config: the shape of the decoder. Its embeddings are marked as tied, because there is no output
       layer over the vocabulary.
-    params: nested dict of arrays, the decoder's parameters.
-    score: f32[C,D], the head; C is the number of labels.
     labels: the C names of the labels.
     tokenizer: a transformers.PreTrainedTokenizerFast.
     eos_token_ids: tokens that end a reply.
     pad_token_id: the padding token of config.json, or None.
-    mesh: where the parameters are.
   """
 
   config: ModelConfig
-  params: Params
-  score: np.ndarray
   labels: tuple[str, ...]
   tokenizer: Any
   eos_token_ids: tuple[int, ...]
   pad_token_id: int | None
+
+
+class Classifier(NamedTuple):
+  """A sequence classifier, placed on a mesh.
+
+  Attributes:
+    info: everything but the weights.
+    params: nested dict of arrays, the decoder's parameters.
+    score: f32[C,D], the head; C is the number of labels.
+    mesh: where the parameters are.
+  """
+
+  info: ClassifierInfo
+  params: Params
+  score: np.ndarray
   mesh: Mesh
+
+
+def inspect_classifier(path: str | os.PathLike) -> ClassifierInfo:
+  """Check that `load_classifier` would succeed, without reading the values of the weights.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub.
+
+  Raises:
+    UserError: as `load_classifier`.
+  """
+  folder = find_folder(path)
+  info = _read_info(folder)
+  check_params(folder, info.config, {SCORE: (len(info.labels), info.config.d_model)})
+  return info
 
 
 def load_classifier(
@@ -65,6 +90,18 @@ def load_classifier(
   """
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
+  info = _read_info(folder)
+  mesh = make_mesh() if mesh is None else mesh
+  return Classifier(
+    info=info,
+    params=load_params(folder, info.config, mesh, dtype, extra=(SCORE,)),
+    score=load_weight(folder, SCORE, (len(info.labels), info.config.d_model)),
+    mesh=mesh,
+  )
+
+
+def _read_info(folder: pathlib.Path) -> ClassifierInfo:
+  """Return what a folder holds besides the weights."""
   hf, config, tokenizer, eos, _ = read_description(folder)
   config = dataclasses.replace(config, tied_embeddings=True)
   supported = [FAMILIES[config.family].classifier]
@@ -74,17 +111,7 @@ def load_classifier(
       f'this family has {supported}. Other heads and poolings are not implemented.'
     )
   labels = _labels(hf, folder)
-  mesh = make_mesh() if mesh is None else mesh
-  return Classifier(
-    config=config,
-    params=load_params(folder, config, mesh, dtype, extra=(SCORE,)),
-    score=load_weight(folder, SCORE, (len(labels), config.d_model)),
-    labels=labels,
-    tokenizer=tokenizer,
-    eos_token_ids=eos,
-    pad_token_id=hf.get('pad_token_id'),
-    mesh=mesh,
-  )
+  return ClassifierInfo(config, labels, tokenizer, eos, hf.get('pad_token_id'))
 
 
 def _labels(hf: dict[str, Any], folder: pathlib.Path) -> tuple[str, ...]:

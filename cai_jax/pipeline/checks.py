@@ -1,6 +1,6 @@
 """Checks of models, devices and disk before the first stage of a run starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -13,12 +13,14 @@ from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.evaluation_checks import check_evaluation
 from cai_jax.pipeline.models import global_mesh, local_mesh
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.space import check_folders, check_space, estimate_space
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
+from cai_jax.runtime.packages import check_packages
 from cai_jax.tiny.files import model_path
 from cai_jax.training.optimizer import check_warmup
 
@@ -33,24 +35,48 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
   Raises:
     UserError: if anything is wrong; the message names the config field and the allowed values.
   """
+  check_packages()
   _check_prompts(run, stages)
   _check_external_data(run, stages)
   infos = _check_models(run, stages)
+  dialogues = _make_dialogues(run, infos)
   _check_devices(run)
   start = run.training_start
   if start and run.config.train.lora is not None:
     lora.abstract_model(infos[start].config, run.config.train.lora)
   if start and not run.config.model.aligned:
-    _check_training_start(run, stages, start, infos[start])
+    _check_training_start(run, stages, start, infos[start], dialogues[start])
   answers_by = run.config.model.aligned or start
   if answers_by and ('evaluate' in stages or run.config.train.probes):
-    _check_answer_lengths(run, answers_by, infos[answers_by])
+    _check_answer_lengths(run, answers_by, infos[answers_by], dialogues[answers_by])
   if 'train' in stages and not run.config.data.d_cai:
     _check_helpful_prompts(run)
     if most_steps := _most_steps(run):
       check_warmup(run.config.train, most_steps, 'at most ')
-  trained = infos[start].config.num_params if start else 0
-  check_workdir(run.workdir, needed_bytes=_estimate_bytes(run, trained))
+  manifest = Manifest(run.workdir, writes=False)
+  missing = [name for name in stages if not manifest.done(name)]
+  if 'evaluate' in missing:
+    check_evaluation(run, infos)
+  _check_results(run, missing, manifest)
+  check_folders(run)
+  check_space(estimate_space(run, missing, infos[start].config if start else None))
+
+
+def _check_results(run: Run, missing: Sequence[str], manifest: Manifest) -> None:
+  """Check that the files of finished stages still exist, for the missing stages that read them."""
+  needed = {
+    ('generate', 'train'): 'd_cai/dataset_info.json',
+    ('train', 'evaluate'): 'model/config.json',
+    ('generate', 'report'): 'quality.json',
+    ('train', 'report'): 'metrics.jsonl',
+  }
+  for (writer, reader), name in needed.items():
+    is_needed = manifest.done(writer) and reader in missing
+    if is_needed and not (run.workdir / name).exists():
+      raise UserError(
+        f'{run.workdir / name} is missing, but stage {writer} is done, and {reader} needs it. '
+        'Put it back, or run all stages in a new workdir.'
+      )
 
 
 def _check_prompts(run: Run, stages: Sequence[str]) -> None:
@@ -107,6 +133,25 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
   return infos
 
 
+def _make_dialogues(run: Run, infos: Mapping[str, models.ModelInfo]) -> dict[str, Dialogue]:
+  """Return the dialogue of each model that samples or learns, by its name.
+
+  A dialogue checks on construction that its chat template keeps the messages of a conversation.
+  """
+  feedback, dialogues = run.config.feedback, {}
+  for role in ('base', 'critique', 'revision', 'init', 'aligned'):
+    name = getattr(run.config.model, role)
+    if name and name not in dialogues:
+      info = infos[name]
+      try:
+        dialogues[name] = Dialogue(
+          info.tokenizer, feedback.style, info.eos_token_ids, feedback.template_options
+        )
+      except UserError as error:
+        raise UserError(f'model.{role}={name!r}: {error}') from error
+  return dialogues
+
+
 def _check_devices(run: Run) -> None:
   """Check that batches divide over the devices, and that the attention kernel runs on them."""
   mesh, train = global_mesh(run), run.config.train
@@ -120,7 +165,7 @@ def _check_devices(run: Run) -> None:
 
 
 def _check_training_start(
-  run: Run, stages: Sequence[str], name: str, info: models.ModelInfo
+  run: Run, stages: Sequence[str], name: str, info: models.ModelInfo, dialogue: Dialogue
 ) -> None:
   """Check that the model to fine-tune can learn the run's prompts."""
   context, max_length = info.config.max_positions, run.config.train.max_length
@@ -129,7 +174,7 @@ def _check_training_start(
       f'train.max_length={max_length} exceeds the context of {name}, which holds {context} tokens. '
       'Lower train.max_length.'
     )
-  lengths = _prompt_lengths(run, info, ('harmful',))
+  lengths = _prompt_lengths(run, dialogue, ('harmful',))
   if 'train' in stages and lengths and min(lengths) + 2 > max_length:
     raise UserError(
       f'train.max_length={max_length} holds no prompt with its reply: the shortest prompt has '
@@ -137,11 +182,11 @@ def _check_training_start(
     )
 
 
-def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo) -> None:
+def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo, dialogue: Dialogue) -> None:
   """Check that the aligned model's context holds each held-out prompt with its answer."""
   context, answer = info.config.max_positions, run.config.sampling.initial.max_tokens
   prompts = [prompt for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
-  lengths = _prompt_lengths(run, info, prompt_sets.HELD_OUT)
+  lengths = _prompt_lengths(run, dialogue, prompt_sets.HELD_OUT)
   longest = max(lengths, default=0)
   if longest + answer > context:
     raise UserError(
@@ -151,10 +196,8 @@ def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo) -> None:
     )
 
 
-def _prompt_lengths(run: Run, info: models.ModelInfo, names: Sequence[str]) -> list[int]:
+def _prompt_lengths(run: Run, dialogue: Dialogue, names: Sequence[str]) -> list[int]:
   """Return the number of tokens of each prompt of some sets, as a model reads it."""
-  feedback = run.config.feedback
-  dialogue = Dialogue(info.tokenizer, feedback.style, info.eos_token_ids, feedback.template_options)
   return [len(dialogue.prompt(prompt.messages)) for name in names for prompt in run.prompts[name]]
 
 
@@ -184,15 +227,3 @@ def _check_helpful_prompts(run: Run) -> None:
       f'{needed} helpful prompts, but there are {prompts}, each answered '
       f'feedback.helpful_samples={samples} times. Give more as prompts.helpful, or lower the share.'
     )
-
-
-def _estimate_bytes(run: Run, num_params: int) -> int:
-  """Estimate the disk space of a run: checkpoints, the model and the rows of its datasets.
-
-  A checkpoint holds f32 parameters and two moments of each; a row takes about 50 kB. One more
-  checkpoint than is kept exists while it is written.
-  """
-  train = run.config.train
-  checkpoints = train.keep + 1 + bool(train.patience)
-  rows = sum(map(len, run.prompts.values())) * 50_000
-  return 4 * num_params * (3 * checkpoints + 1) + rows + 100_000_000

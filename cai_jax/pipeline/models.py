@@ -75,16 +75,20 @@ def make_dialogue(run: Run, lm: LM) -> Dialogue:
   return Dialogue(lm.tokenizer, feedback.style, lm.eos_token_ids, feedback.template_options)
 
 
-def model_loader(run: Run) -> ModelLoader:
+def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
   """Return the loader of the models that scorers and measures use.
 
   For language models, 'base' means M_θ, unless a server holds it.
+
+  Args:
+    run: the run.
+    inspect_only: whether the loader checks models instead of loading them.
   """
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
     aliases['base'] = model_path(run.config.model.base)
   options = run.config.feedback.template_options
-  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases, options)
+  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases, options, inspect_only)
 
 
 def load_scorer(run: Run) -> Scorer | None:

@@ -117,15 +117,14 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
   return folder
 
 
-def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
+def check_workdir(workdir: str | os.PathLike) -> None:
   """Create a folder if it does not exist, and check that a run can write to it.
 
   Args:
     workdir: the folder.
-    needed_bytes: free disk space that the run needs.
 
   Raises:
-    UserError: if the folder is not writable, or its disk has too little free space.
+    UserError: if the folder is not writable.
   """
   folder = pathlib.Path(workdir)
   try:
@@ -135,15 +134,13 @@ def check_workdir(workdir: str | os.PathLike, needed_bytes: int = 0) -> None:
     probe.unlink(missing_ok=True)  # another host's process may have the same id
   except OSError as error:
     raise UserError(
-      f'workdir {workdir} is not writable: {error}. Choose another folder.'
+      f'The folder {workdir} is not writable: {error}. Choose another workdir, or make it writable.'
     ) from error
-  free = shutil.disk_usage(folder).free
-  if free < needed_bytes:
-    raise UserError(
-      f'workdir {workdir} has {free / 1e9:.1f} GB free, and the run needs about '
-      f'{needed_bytes / 1e9:.1f} GB for checkpoints, model and journal. Free some space, choose '
-      'another disk, or lower train.keep.'
-    )
+
+
+def free_bytes(folder: str | os.PathLike) -> int:
+  """Return the free space of the disk of a folder, in bytes."""
+  return shutil.disk_usage(folder).free
 
 
 def expand_path(path: str | os.PathLike) -> str:

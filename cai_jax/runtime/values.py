@@ -93,9 +93,9 @@ def _convert_tuple(value: Any, hints: tuple, name: str, most: float | None) -> t
 def _check_number(value: Any, name: str, most: float) -> Any:
   if not -most <= value <= most:  # also true for NaN
     is_long = isinstance(value, numbers.Integral) and abs(value) >= 10**18
-    shown = 'a number of more than 18 digits' if is_long else value
+    shown = '(more than 18 digits)' if is_long else value
     limit = f'{most:,}' if isinstance(most, int) else f'{most:g}'
-    raise UserError(f'{name} must be a finite number of at most {limit}, but got {shown}.')
+    raise UserError(f'{name}={shown} must be a finite number of at most {limit}.')
   return value
 
 

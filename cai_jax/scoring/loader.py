@@ -7,7 +7,12 @@ from jax.sharding import Mesh
 
 from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model import lm
+from cai_jax.model.classifier import inspect_classifier
 from cai_jax.scoring import reward
+
+
+class Inspected(BaseException):
+  """Ends a function that asked a `ModelLoader` with `inspect_only` for a model, which is valid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +25,15 @@ class ModelLoader:
     aliases: folder or hub name of language models by short name, such as 'base' for M_θ.
     template_options: (name, value) pairs for chat templates. A reward model's template gets those
       that it reads.
+    inspect_only: whether to check a model instead of loading it, and to raise `Inspected` if it is
+      valid. A run then finds a model that a scorer or measure lacks before it begins.
   """
 
   dtype: str
   mesh: Mesh
   aliases: Mapping[str, str]
   template_options: TemplateOptions = ()
+  inspect_only: bool = False
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -36,7 +44,11 @@ class ModelLoader:
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
-    return lm.load(self.aliases.get(name, name), self.dtype, self.mesh)
+    path = self.aliases.get(name, name)
+    if self.inspect_only:
+      lm.inspect_model(path)
+      raise Inspected
+    return lm.load(path, self.dtype, self.mesh)
 
   def reward_model(self, name: str, style: str = 'chat') -> reward.RewardModel:
     """Load a reward model or classifier.
@@ -48,4 +60,7 @@ class ModelLoader:
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
+    if self.inspect_only:
+      reward.make_dialogue(inspect_classifier(name), style, self.template_options)
+      raise Inspected
     return reward.load(name, self.dtype, self.mesh, style, self.template_options)

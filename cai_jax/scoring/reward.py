@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from cai_jax.dialogue import Dialogue, Message, known_options
 from cai_jax.dialogue.format import TemplateOptions
-from cai_jax.model.classifier import load_classifier
+from cai_jax.model.classifier import ClassifierInfo, load_classifier
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.precision import einsum_f32
 from cai_jax.model.transformer import Params, abstract_model
@@ -150,16 +150,7 @@ class RewardModel:
     Raises:
       UserError: if the model has no such label, or `label` is None and there are several.
     """
-    if label is None and len(self.labels) == 1:
-      return 0
-    if isinstance(label, str) and self.labels.count(label) == 1:
-      return self.labels.index(label)
-    if isinstance(label, int) and 0 <= label < len(self.labels):
-      return label
-    raise UserError(
-      f'label={label!r} is not one of the {len(self.labels)} labels of {self.name}. Choose one of '
-      f'{self.labels} by name, or by its index from 0.'
-    )
+    return find_label(self.labels, label, self.name)
 
   def tokenize(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Return the tokens of each conversation, up to the token whose logits are used.
@@ -229,18 +220,56 @@ def load(
     UserError: if the checkpoint cannot be loaded, or its tokenizer has no chat template.
   """
   classifier = load_classifier(path, dtype, mesh)
-  tokenizer = classifier.tokenizer
-  options = known_options(tokenizer, template_options) if style == 'chat' else ()
   return RewardModel(
-    config=classifier.config,
+    config=classifier.info.config,
     params=classifier.params,
     score=classifier.score,
-    labels=classifier.labels,
-    dialogue=Dialogue(tokenizer, style, classifier.eos_token_ids, options, has_replies=False),
-    pad_token_id=classifier.pad_token_id,
+    labels=classifier.info.labels,
+    dialogue=make_dialogue(classifier.info, style, template_options),
+    pad_token_id=classifier.info.pad_token_id,
     mesh=classifier.mesh,
     dtype=dtype,
     name=str(path),
+  )
+
+
+def make_dialogue(
+  info: ClassifierInfo, style: str = 'chat', template_options: TemplateOptions = ()
+) -> Dialogue:
+  """Return the dialogue that renders conversations for a reward model or classifier.
+
+  Args:
+    info: the checkpoint.
+    style: name of the prompt format.
+    template_options: (name, value) pairs. The chat template gets those that it reads.
+
+  Raises:
+    UserError: if the tokenizer has no chat template that renders conversations.
+  """
+  options = known_options(info.tokenizer, template_options) if style == 'chat' else ()
+  return Dialogue(info.tokenizer, style, info.eos_token_ids, options, has_replies=False)
+
+
+def find_label(labels: Sequence[str], label: int | str | None, name: str) -> int:
+  """Return the index of a label.
+
+  Args:
+    labels: names of the labels of a model.
+    label: name or index of the label. It may be None if there is a single label.
+    name: the model, for the error message.
+
+  Raises:
+    UserError: if the model has no such label, or `label` is None and there are several.
+  """
+  if label is None and len(labels) == 1:
+    return 0
+  if isinstance(label, str) and labels.count(label) == 1:
+    return labels.index(label)
+  if isinstance(label, int) and 0 <= label < len(labels):
+    return label
+  raise UserError(
+    f'label={label!r} is not one of the {len(labels)} labels of {name}. Choose one of '
+    f'{tuple(labels)} by name, or by its index from 0.'
   )
 
 

@@ -1,0 +1,127 @@
+"""Checks of an evaluation before the first stage of a run: its models, labels and lengths."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from cai_jax.evaluation import questions
+from cai_jax.evaluation.registries import RESPONSE_MEASURES
+from cai_jax.model.classifier import inspect_classifier
+from cai_jax.model.lm import ModelInfo
+from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.models import model_loader
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.errors import UserError
+from cai_jax.scoring import judge, likelihood, refusal
+from cai_jax.scoring.loader import Inspected
+from cai_jax.scoring.reward import find_label, make_dialogue
+
+
+def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
+  """Check the models and files that the evaluate stage uses, without loading weights.
+
+  Args:
+    run: the run.
+    infos: the language models of the run, by name.
+
+  Raises:
+    UserError: if anything is wrong; the message names the config field.
+  """
+  config = run.config.evaluation
+  if config.reward_model:
+    _check_classifier(run, 'reward_model', 'reward_label')
+  if config.refusal not in refusal.CLASSIFIERS:
+    _check_classifier(run, 'refusal', 'refusal_label')
+  for name, load in RESPONSE_MEASURES.items():
+    try:
+      load(config, model_loader(run, inspect_only=True))
+    except Inspected:
+      pass
+    except UserError as error:
+      raise UserError(f'evaluation, measure {name!r}: {error}') from error
+  if config.judge:
+    name = run.config.model.base if config.judge == 'base' else config.judge
+    _check_judge(run, name, infos[name])
+  for name in {run.config.model.aligned or run.training_start, run.config.model.base} - {''}:
+    _check_questions(run, name, infos[name])
+
+
+def _check_classifier(run: Run, field: str, label_field: str) -> None:
+  """Check a sequence classifier: its files, its label, its template, and its context."""
+  config = run.config.evaluation
+  name = getattr(config, field)
+  try:
+    info = inspect_classifier(name)
+  except UserError as error:
+    raise UserError(f'evaluation.{field}: {error}') from error
+  try:
+    find_label(info.labels, getattr(config, label_field) or None, name)
+  except UserError as error:
+    raise UserError(f'evaluation.{label_field}: {error}') from error
+  try:
+    dialogue = make_dialogue(info, config.style, run.config.feedback.template_options)
+    _check_lengths(
+      run,
+      info.config.max_positions,
+      1,
+      lambda messages: len(dialogue.conversation([*messages, _reply('x')])) - 1,
+    )
+  except UserError as error:
+    raise UserError(f'evaluation.{field}={name!r}: {error}') from error
+
+
+def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
+  """Check that the judge's context holds each held-out prompt with two responses."""
+  longest = max(run.config.evaluation.judge_principles, key=len)
+
+  def count(messages: Sequence[dict[str, str]]) -> int:
+    question = judge.build_question(messages, longest, 'x', 'x')
+    return sum(map(len, likelihood.tokenize_pair(info.tokenizer, question, judge.OPTIONS[0])))
+
+  try:
+    _check_lengths(run, info.config.max_positions, 2, count)
+  except UserError as error:
+    raise UserError(f'evaluation.judge={name!r}: {error}') from error
+
+
+def _check_lengths(
+  run: Run, context: int, responses: int, count: Callable[[Sequence[dict[str, str]]], int]
+) -> None:
+  """Check that a model's context holds each held-out prompt with its responses.
+
+  Args:
+    run: the run.
+    context: tokens that the model reads at most.
+    responses: number of responses that it reads together.
+    count: returns the number of tokens of a prompt's messages without the responses.
+  """
+  answer = run.config.sampling.initial.max_tokens
+  for set_name in prompt_sets.HELD_OUT:
+    for prompt in run.prompts[set_name]:
+      tokens = count(prompt.messages)
+      if tokens + responses * answer > context:
+        raise UserError(
+          f'Prompt {prompt.id!r} of prompts.{set_name} has {tokens} tokens, and {responses} '
+          f'response(s) up to sampling.initial.max_tokens={answer} each, but its context holds '
+          f'{context}. Shorten the prompt or the responses, or use a model with a longer context.'
+        )
+
+
+def _check_questions(run: Run, name: str, info: ModelInfo) -> None:
+  """Check that a model can read every multiple-choice question."""
+  for path in run.config.evaluation.multiple_choice:
+    for question in questions.read_questions(path):
+      for option in question.options:
+        label = f'evaluation.multiple_choice: {path}:{question.line}'
+        try:
+          pair = likelihood.tokenize_pair(info.tokenizer, question.prompt, option)
+        except UserError as error:
+          raise UserError(f'{label}: {error}') from error
+        tokens = sum(map(len, pair))
+        if tokens > info.config.max_positions:
+          raise UserError(
+            f'{label} has {tokens} tokens, but the context of {name} holds '
+            f'{info.config.max_positions}. Leave the question out.'
+          )
+
+
+def _reply(text: str) -> dict[str, str]:
+  return {'role': 'assistant', 'content': text}

@@ -1,0 +1,150 @@
+"""The disk space that a run needs, and the folders that it writes to."""
+
+import os
+import pathlib
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from cai_jax.feedback.variants import VARIANTS
+from cai_jax.model.config import ModelConfig
+from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import check_workdir, free_bytes
+
+JOURNAL_TOKEN_BYTES = 34  # of a sampled token: its id, its log-probability as text, and its letters
+ROW_TOKEN_BYTES = 14  # of a sampled token in D_CAI, and in the files made from it
+TURN_BYTES = 300  # of a turn besides its tokens
+OTHER_BYTES = 20_000_000  # metrics, TensorBoard, the report and the manifest
+FOLDERS = ('journal', 'd_cai', 'checkpoints', 'model', 'evaluation', 'tensorboard', 'profile')
+
+
+class Need(NamedTuple):
+  """Disk space that a part of a run needs.
+
+  Attributes:
+    part: what the space is for.
+    folder: where it is written.
+    bytes: number of bytes, at most.
+  """
+
+  part: str
+  folder: pathlib.Path
+  bytes: int
+
+
+def estimate_space(run: Run, stages: Collection[str], trained: ModelConfig | None) -> list[Need]:
+  """Return the disk space that stages need, for the longest replies that the config allows.
+
+  What the folders of the run hold already is subtracted, because a run that continues replaces it.
+
+  Args:
+    run: the run.
+    stages: names of the stages that are not done.
+    trained: shape of the model to fine-tune, or None.
+  """
+  turns, tokens, texts = _count_turns(run, stages)
+  rows = turns * TURN_BYTES + tokens * ROW_TOKEN_BYTES + texts
+  needs = [
+    Need('journal', run.journal or run.workdir / 'journal', journal_bytes(turns, tokens)),
+    Need('D_CAI and evaluation', run.workdir / 'd_cai', rows),
+    Need('logs and report', run.workdir, OTHER_BYTES),
+  ]
+  if 'train' in stages and trained is not None:
+    train = run.config.train
+    # A checkpoint holds f32 parameters, two moments of each, and their average. Besides the kept
+    # ones, there is the best one, and one that is being written.
+    copies = (3 + bool(train.ema)) * (train.keep + 1 + bool(train.patience))
+    needs += [
+      Need('checkpoints', run.workdir / 'checkpoints', 4 * trained.num_params * copies),
+      Need('model', run.workdir / 'model', 4 * trained.num_params),
+    ]
+  return [need._replace(bytes=max(0, need.bytes - _used_bytes(need, run))) for need in needs]
+
+
+def journal_bytes(turns: int, tokens: int) -> int:
+  """Return the size of a journal of some turns with some tokens together."""
+  return turns * TURN_BYTES + tokens * JOURNAL_TOKEN_BYTES
+
+
+def _used_bytes(need: Need, run: Run) -> int:
+  """Return the size of what a part has written already."""
+  if need.folder == run.workdir:
+    return 0
+  return sum(
+    os.path.getsize(path)
+    for folder, _, names in os.walk(need.folder)
+    for name in names
+    if os.path.isfile(path := os.path.join(folder, name))
+  )
+
+
+def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
+  """Return the numbers of turns, of their tokens at most, and of bytes of prompts in the rows."""
+  config = run.config
+  limits = [
+    getattr(config.sampling, stage).max_tokens
+    for _, stage in VARIANTS[config.feedback.variant].turns(config.feedback.rounds)
+  ]
+  answer = config.sampling.initial.max_tokens
+  turns = tokens = texts = 0
+  for name in prompt_sets.NAMES:
+    held_out = name in prompt_sets.HELD_OUT
+    if ('evaluate' if held_out else 'generate') not in stages:
+      continue
+    count = len(run.prompts[name])
+    copies = config.feedback.helpful_samples if name == 'helpful' else 1 + held_out  # base, aligned
+    chain = [answer] if name.endswith('helpful') else limits
+    turns += count * (len(chain) + copies - 1)
+    tokens += count * (sum(chain) + answer * (copies - 1))
+    size = sum(len(m['content'].encode()) for p in run.prompts[name] for m in p.messages)
+    texts += size * (copies + 1)
+  return turns, tokens, texts
+
+
+def check_space(needs: Iterable[Need]) -> None:
+  """Check that each filesystem has room for what is written to it.
+
+  Args:
+    needs: the disk space of the parts of a run, or of several runs.
+
+  Raises:
+    UserError: if a filesystem has too little free space.
+  """
+  by_device: dict[int, list[Need]] = {}
+  for need in needs:
+    folder = next(path for path in (need.folder, *need.folder.absolute().parents) if path.exists())
+    by_device.setdefault(os.stat(folder).st_dev, []).append(need._replace(folder=folder))
+  for group in by_device.values():
+    needed, free = sum(need.bytes for need in group), free_bytes(group[0].folder)
+    if free < needed:
+      raise UserError(
+        f'The disk of {group[0].folder} has {format_bytes(free)} free, and the run needs up to '
+        f'{format_bytes(needed)}: {describe_space(group)}. Free some space, choose another disk, '
+        'or lower train.keep, max_tokens or the number of prompts.'
+      )
+
+
+def describe_space(needs: Iterable[Need]) -> str:
+  """Return the space of each part, such as 'journal 1.2 GB, model 0.5 GB'."""
+  by_part: dict[str, int] = {}
+  for need in needs:
+    by_part[need.part] = by_part.get(need.part, 0) + need.bytes
+  return ', '.join(f'{part} {format_bytes(count)}' for part, count in by_part.items())
+
+
+def format_bytes(count: float) -> str:
+  """Return a number of bytes in MB or GB."""
+  return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.1f} MB'
+
+
+def check_folders(run: Run) -> None:
+  """Check that the run can write to its folder, to those in it, and to its journal.
+
+  Raises:
+    UserError: if it cannot; the message names the folder.
+  """
+  check_workdir(run.workdir)
+  inner = [run.workdir / name for name in FOLDERS]
+  for folder in [path for path in inner if os.path.lexists(path)] + [run.journal or run.workdir]:
+    check_workdir(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.core import example_serializer, naming
+from tensorflow_datasets.core import example_parser, example_serializer, naming
 
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
@@ -84,6 +84,23 @@ def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, 
       # Protocol buffers do not order their maps; without this, the bytes vary between processes.
       writer.write(example.SerializeToString(deterministic=True))
     writer.close()
+
+
+def read_ids(path: pathlib.Path) -> list[str]:
+  """Return the ids of the rows of one shard, in order.
+
+  Args:
+    path: the shard.
+
+  Raises:
+    UserError: if the shard is damaged.
+  """
+  try:
+    records = array_record_module.ArrayRecordReader(str(path)).read_all()
+    examples = (example_parser.tf_example_pb2.Example.FromString(record) for record in records)
+    return [example.features.feature['id'].bytes_list.value[0].decode() for example in examples]
+  except Exception as error:  # the type depends on the fault and on the version of the library
+    raise _damaged(path.parent, path.name, error) from error
 
 
 def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> None:
@@ -158,7 +175,7 @@ def check_files(folder: str | os.PathLike) -> None:
   for name in sorted({*expected, *(path.name for path in folder.glob(SHARDS))}):
     if name not in expected:
       fault = 'does not belong to it'
-    elif not (folder / name).is_file():
+    elif not os.path.isfile(folder / name):
       fault = 'is missing'
     elif digest_file(folder / name) != expected[name]:
       fault = 'has changed since it was written'
@@ -200,8 +217,8 @@ class Rows(Sequence[dict[str, Any]]):
   Texts are str, numbers are int and float, and `prompt` and `rounds` are lists of dicts.
   """
 
-  def __init__(self, source: Sequence[dict[str, Any]]):
-    self._source = source
+  def __init__(self, source: Sequence[dict[str, Any]], folder: str | os.PathLike = ''):
+    self._source, self._folder = source, folder
 
   def __len__(self) -> int:
     return len(self._source)
@@ -209,7 +226,10 @@ class Rows(Sequence[dict[str, Any]]):
   def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
     if not 0 <= index < len(self):
       raise IndexError(index)
-    return _to_plain(self._source[index])
+    try:
+      return _to_plain(self._source[index])
+    except Exception as error:  # the type depends on the fault and on the versions of libraries
+      raise _damaged(self._folder, f'row {index}', error) from error
 
 
 def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
@@ -229,7 +249,10 @@ def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
     raise UserError(
       f'{directory} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
     )
-  return Rows(builder.as_data_source(split))
+  try:
+    return Rows(builder.as_data_source(split), directory)
+  except Exception as error:  # as above
+    raise _damaged(directory, f'split {split!r}', error) from error
 
 
 def check_schema(directory: str | os.PathLike) -> None:
@@ -263,7 +286,17 @@ def _open(directory: str | os.PathLike) -> tfds.core.DatasetBuilder:
     raise UserError(
       f'{directory} holds no TFDS dataset: {error}. Run the stage that writes it first.'
     ) from error
+  except Exception as error:  # of parsers, for a file with other content
+    raise _damaged(directory, 'dataset_info.json or features.json', error) from error
   return builder
+
+
+def _damaged(folder: str | os.PathLike, place: str, error: Exception) -> UserError:
+  """Return the error for a part of a dataset that cannot be read."""
+  return UserError(
+    f'{folder} is damaged: {place} cannot be read ({type(error).__name__}: {error!s:.200}). '
+    'Restore the folder from a copy, or start in another workdir.'
+  )
 
 
 def _to_plain(value: Any) -> Any:

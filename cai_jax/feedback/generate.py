@@ -128,7 +128,7 @@ def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int
 
   def claim() -> list[bool]:
     _claim_folder(folder, digest)
-    return [d_cai.shard_path(folder, shard).exists() for shard in range(num_shards)]
+    return [_has_shard(folder, job, shard) for shard in range(num_shards)]
 
   # The processes first agree that process 0 has succeeded. If it raised an error just before the
   # broadcast, it would wait for the others in one collective operation, and they in another.
@@ -138,6 +138,23 @@ def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int
     exists = multihost_utils.broadcast_one_to_all(exists)
   _check_folder(folder, digest)
   return np.flatnonzero(exists == 0).tolist()
+
+
+def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
+  """Return whether a folder holds a shard of the job; one that is damaged is written again."""
+  path, size = d_cai.shard_path(folder, shard), job.config.shard_rows
+  if not path.exists():
+    return False
+  expected = {prompt.id for prompt, _ in job.prompts[shard * size : (shard + 1) * size]}
+  try:
+    ids = d_cai.read_ids(path)
+  except UserError as error:
+    print(f'{error} It is written again.', flush=True)
+    return False
+  if set(ids) <= expected:
+    return True
+  print(f'{path} holds rows of other prompts. It is written again.', flush=True)
+  return False
 
 
 def _claim_folder(folder: pathlib.Path, digest: str) -> None:

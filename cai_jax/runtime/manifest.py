@@ -39,6 +39,12 @@ PACKAGES = (
   'numpy',
 )
 
+# Fields of a stage, or of its parts 'base' and 'aligned', that are numbers.
+_NUMBERS = (
+  *('seconds', 'peak_memory_bytes', 'turns', 'replayed_turns'),
+  *('tokens', 'sampled_tokens'),
+)
+
 
 class Manifest:
   """The manifest of a run's folder, which is written when a stage begins or ends.
@@ -217,14 +223,19 @@ def _migrate(content: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]
 
 
 def _is_stage(entry: Any) -> bool:
-  """Return whether an entry of a manifest can describe a stage."""
+  """Return whether an entry of a manifest can describe a stage: what is read later has its type."""
   if not isinstance(entry, dict):
     return False
-  settings = entry.get('settings', {})
-  if not isinstance(settings, dict) or not isinstance(entry.get('model', {}), dict):
+  objects = [entry.get(name, {}) for name in ('settings', 'model', 'base', 'aligned')]
+  if not all(isinstance(value, dict) for value in objects):
     return False
-  contents = settings.get('contents', {})
-  return isinstance(contents, dict) and all(isinstance(parts, dict) for parts in contents.values())
+  contents = objects[0].get('contents', {})
+  if not isinstance(contents, dict) or not all(isinstance(v, dict) for v in contents.values()):
+    return False
+  if 'finished' in entry and not {'seconds', 'peak_memory_bytes'} <= entry.keys():
+    return False
+  values = [part[name] for part in (entry, *objects[2:]) for name in _NUMBERS if name in part]
+  return all(isinstance(value, int | float) for value in values)
 
 
 def _now() -> str:

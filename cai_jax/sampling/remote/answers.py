@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -211,7 +212,7 @@ def _logprob(value: Any) -> float:
   """Return a log-probability; NaN if it is missing."""
   if value is None:
     return math.nan
-  if type(value) not in (int, float) or not math.isfinite(value):
+  if type(value) not in (int, float) or not abs(value) < sys.float_info.max:
     raise ProtocolError('a log-probability is not a finite number')
   return float(value)
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 
+from cai_jax.dialogue.format import FORMATS
 from cai_jax.evaluation import questions
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
@@ -74,11 +75,14 @@ class EvaluationConfig:
   )
 
   def __post_init__(self):
-    try:
-      SCORERS[self.scorer]
-    except UserError as error:
-      raise UserError(f'evaluation.scorer={self.scorer!r}: {error}') from error
+    for name, registry in (('scorer', SCORERS), ('style', FORMATS)):
+      value = getattr(self, name)
+      try:
+        registry[value]
+      except UserError as error:
+        raise UserError(f'evaluation.{name}={value!r}: {error}') from error
     is_checkpoint = '/' in self.refusal or os.path.isdir(self.refusal)
+    self._check_unused()
     if self.refusal not in refusal.CLASSIFIERS and not is_checkpoint:
       names = ', '.join(map(repr, refusal.CLASSIFIERS))
       raise UserError(
@@ -97,6 +101,23 @@ class EvaluationConfig:
       )
     for path in self.multiple_choice:
       self._check_questions(path)
+
+  def _check_unused(self) -> None:
+    """Check that no setting is set that another one leaves without effect."""
+    for name, is_used, other in (
+      ('refusal_label', self.refusal not in refusal.CLASSIFIERS, 'refusal names no checkpoint'),
+      ('reward_label', self.reward_model, 'reward_model is empty'),
+      ('swap', self.multiple_choice, 'multiple_choice is empty'),
+    ):
+      if getattr(self, name) and not is_used:
+        raise UserError(
+          f'evaluation.{name}={getattr(self, name)!r} has no effect, because evaluation.{other}. '
+          'Set both, or leave both out.'
+        )
+    if len({*self.multiple_choice}) != len(self.multiple_choice):
+      raise UserError(
+        f'evaluation.multiple_choice={self.multiple_choice!r} names a file twice. Name each once.'
+      )
 
   def _check_questions(self, path: str) -> None:
     try:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cai_jax.data import quality
+from cai_jax.dialogue.format import FORMATS
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
@@ -70,6 +71,12 @@ class FeedbackConfig:
         'variant',
         self.variant in VARIANTS,
         f'one of {tuple(VARIANTS)}, or a variant that a file in config.plugins registers',
+      ),
+      ('style', self.style in FORMATS, f'one of {tuple(FORMATS)}'),
+      (
+        'template_options',
+        len({name for name, _ in self.template_options}) == len(self.template_options),
+        'pairs with distinct names',
       ),
       ('context', self.context in ('fresh', 'growing'), "'fresh' or 'growing'"),
       ('shard_rows', self.shard_rows >= 1, 'at least 1'),

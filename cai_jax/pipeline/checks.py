@@ -92,10 +92,11 @@ def _check_prompts(run: Run, stages: Sequence[str]) -> None:
       'choose --stages=generate,train.'
     )
   probes = run.config.train.probes
-  if probes and not any(run.prompts[name] for name in prompt_sets.HELD_OUT):
+  num_held_out = sum(len(run.prompts[name]) for name in prompt_sets.HELD_OUT)
+  if probes > num_held_out:
     raise UserError(
-      f'train.probes={probes} needs held-out prompts. Give prompts.eval_harmful.source, or set '
-      'train.probes=0.'
+      f'train.probes={probes} needs as many held-out prompts, but there are {num_held_out}. Give '
+      'more as prompts.eval_harmful, or lower train.probes.'
     )
 
 

@@ -20,6 +20,7 @@ from cai_jax.data.prompt_sources import SOURCES
 from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
+from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
@@ -37,7 +38,11 @@ _HIDDEN = {(TrainConfig, 'seed')}
 
 @dataclasses.dataclass(frozen=True)
 class ModelSelection:
-  """The models of a run. Each is 'tiny', 'tiny-small', a checkpoint folder or a hub name."""
+  """The models of a run. Each is 'tiny', 'tiny-small', a checkpoint folder or a hub name.
+
+  Raises:
+    UserError: if the dtype is not supported.
+  """
 
   base: str = setting(
     'tiny', "M_θ, which samples the initial responses. Must be '' if remote.base is set.", path=True
@@ -54,6 +59,9 @@ class ModelSelection:
   dtype: str = setting(
     'float32', "Dtype of parameters, cache and computation in sampling, such as 'bfloat16'."
   )
+
+  def __post_init__(self) -> None:
+    check_dtype(self.dtype, 'model.dtype')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,8 +381,11 @@ def _build_section(
     value = config[field.name]
     if field.section is not None:
       name = _join(path, field.name)
-      absent = field.section is RemoteConfig and not value.url
-      value = None if absent else _build_section(field.section, value, name, extra)
+      if field.section is RemoteConfig and not value.url:
+        _check_absent(value, name)
+        value = None
+      else:
+        value = _build_section(field.section, value, name, extra)
     values[field.name] = expand_paths(value) if field.path else value
   try:
     return section(**values)
@@ -384,3 +395,13 @@ def _build_section(
     # Several sections share this dataclass, so its own message does not say which one is wrong.
     message = str(error).removeprefix(f'{path.split(".")[0]}: ')
     raise UserError(f'{path}: {message}') from error
+
+
+def _check_absent(section: ConfigDict, path: str) -> None:
+  """Check that no field of a server is set if it has no URL, because it would have no effect."""
+  for field in section_fields(RemoteConfig):
+    if section[field.name] != field.default:
+      raise UserError(
+        f'{path}.{field.name} has no effect, because {path}.url is empty. Set the '
+        f'URL of the server, or leave {path}.{field.name} out.'
+      )

@@ -82,6 +82,27 @@ class Dialogue:
         raise UserError(f'template_options: {option!r} is not a pair of a name and a value.')
     return make_format(self._encoder, self.eos_token_ids, self.template_options)
 
+  @functools.cached_property
+  def rewritten_history(self) -> str:
+    """A sentence if the format changes earlier replies from what was sampled, else ''.
+
+    Reasoning templates drop the reasoning of earlier replies, or an empty block of it.
+    """
+    words = self._encoder.encode([Text(SAMPLE_REPLIES[0])])
+    replies = [self.reply(SAMPLE_REPLIES[0])]
+    if (end_of_thought := self._encoder.control.get('</think>')) is not None:
+      replies.append([*words, end_of_thought, *words])
+    asked: list[Message] = [{'role': 'user', 'content': SAMPLE_REPLIES[0]}]
+    context = self.prompt(asked)
+    for reply in replies:
+      later = self.prompt([*asked, {'role': 'assistant', 'content': reply}, *asked])
+      if later[: len(context) + len(reply)] != context + reply:
+        return (
+          'The chat template renders earlier replies differently from what was sampled, for '
+          'example without their reasoning. Later turns read the rendered text.'
+        )
+    return ''
+
   @property
   def stop_token_ids(self) -> tuple[int, ...]:
     """The ids that end a turn: eos, the format's end of turn, and `eos_token_ids`."""

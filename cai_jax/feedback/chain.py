@@ -21,8 +21,23 @@ from typing import Any
 from cai_jax.constitution import Principle
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue, Message
+from cai_jax.dialogue.messages import check_text
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
+
+
+class ChainEnded(Exception):
+  """The end of a chain that a sampled reply has made impossible. Its prompt gets no row of D_CAI.
+
+  Args:
+    turn: the turn that ended the chain.
+    reason: why, in words.
+  """
+
+  def __init__(self, turn: str, reason: str):
+    super().__init__(f'turn {turn!r}: {reason}')
+    self.turn, self.reason = turn, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +87,29 @@ class Stage:
 
     Returns:
       The reply.
+
+    Raises:
+      ChainEnded: if an earlier reply makes this turn impossible, or the reply is no text.
+      UserError: if the turn is impossible whatever was sampled.
     """
     rendered = [message | {'content': self._content(message['content'])} for message in messages]
-    context = self.dialogue.prompt(rendered, role, self.demonstrations)
-    completion = yield Turn(turn_name, context, self.sampling, self.model)
-    if completion.finish_reason == 'stop_text':
-      return Reply(self.model, completion, completion.text.strip())
-    return Reply(self.model, completion, self.dialogue.decode(completion.tokens))
+    try:
+      context = self.dialogue.prompt(rendered, role, self.demonstrations)
+      completion = yield Turn(turn_name, context, self.sampling, self.model)
+    except UserError as error:  # of the rendering, or the engine's: the context is too long
+      if any(isinstance(message['content'], Reply) for message in messages):
+        raise ChainEnded(turn_name, str(error)) from error
+      raise
+    if completion.finish_reason == 'content_filter':
+      raise ChainEnded(turn_name, 'The server withheld the reply (content_filter).')
+    text = completion.text.strip()
+    if completion.finish_reason != 'stop_text':
+      text = self.dialogue.decode(completion.tokens)
+    try:
+      check_text(text)
+    except UserError as error:
+      raise ChainEnded(turn_name, str(error)) from error
+    return Reply(self.model, completion, text)
 
   def _content(self, content: str | Reply) -> str | list[int]:
     """Return a text, or the tokens of a reply that this stage's own model sampled.

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback.chain import Stages
+from cai_jax.dialogue import Dialogue, Message
+from cai_jax.feedback.chain import ChainEnded, Stages
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import longest_context
@@ -34,11 +35,7 @@ def shared_prefixes(
   prefixes: dict[str, list[list[int]]] = {}
   for stage in stages.by_name().values():
     contexts = [
-      stage.dialogue.prompt(
-        [*prompt.messages[:-1], prompt.messages[-1] | {'content': content}],
-        'assistant',
-        stage.demonstrations,
-      )
+      render_prompt(stage.dialogue, prompt, stage.demonstrations, content)
       for prompt, _ in prompts[:RENDERED_PROMPTS]
       for content in ('a', 'B')
     ]
@@ -47,6 +44,32 @@ def shared_prefixes(
     if len(prefix) >= MIN_PREFIX_TOKENS and prefix not in of_model:
       of_model.append(prefix)
   return prefixes
+
+
+def render_prompt(
+  dialogue: Dialogue,
+  prompt: Prompt,
+  demonstrations: Sequence[Sequence[Message]] = (),
+  content: str | None = None,
+) -> list[int]:
+  """Return the tokens of a prompt x, up to the response.
+
+  Args:
+    dialogue: renders the prompt.
+    prompt: the prompt.
+    demonstrations: few-shot dialogues that precede it.
+    content: replaces the content of the last message, if it is given.
+
+  Raises:
+    UserError: if the prompt cannot be rendered; the message names its place.
+  """
+  messages = list(prompt.messages)
+  if content is not None:
+    messages[-1] = messages[-1] | {'content': content}
+  try:
+    return dialogue.prompt(messages, 'assistant', demonstrations)
+  except UserError as error:
+    raise UserError(f'{prompt}: {error}') from error
 
 
 def cache_length(
@@ -72,16 +95,21 @@ def cache_length(
   Raises:
     UserError: if a chain can exceed the context of a model.
   """
-  render = stages.initial.dialogue.prompt
+  fillers = {name: ids[-1] for name, model in models.items() if (ids := _encode_letter(model))}
   longest_prompts: dict[tuple, tuple[int, Prompt]] = {}
   for prompt, kind in prompts:
-    size, group = len(render(prompt.messages)), (kind, _prefix_lengths(prompt, stages, prefixes))
+    size = len(render_prompt(stages.initial.dialogue, prompt))
+    group = kind, _prefix_lengths(prompt, stages, prefixes)
     if group not in longest_prompts or size > longest_prompts[group][0]:
       longest_prompts[group] = size, prompt
   longest = 1
   for (kind, _), (size, prompt) in longest_prompts.items():
     for chain in possible_chains(prompt, kind):
-      for name, (needed, without_prefix) in longest_context(chain, prefixes).items():
+      try:
+        lengths = longest_context(chain, prefixes, fillers)
+      except (ChainEnded, UserError) as error:  # placeholder replies end no chain
+        raise UserError(f'{prompt}: the chain of this prompt cannot be sampled. {error}') from error
+      for name, (needed, without_prefix) in lengths.items():
         if needed > models[name].max_positions:
           raise UserError(
             f'{prompt}: the chain of this prompt can reach {needed} tokens, but '
@@ -104,9 +132,13 @@ def _prefix_lengths(prompt: Prompt, stages: Stages, prefixes: Prefixes) -> tuple
   """Return for each stage the length in tokens of the prefix that a prompt's contexts share."""
   return tuple(
     match_prefix(
-      prefixes[stage.model],
-      stage.dialogue.prompt(prompt.messages, 'assistant', stage.demonstrations),
+      prefixes[stage.model], render_prompt(stage.dialogue, prompt, stage.demonstrations)
     )[1]
     for stage in stages.by_name().values()
     if prefixes[stage.model]
   )
+
+
+def _encode_letter(model: LM | Remote) -> list[int]:
+  """Return the tokens of a letter, an ordinary text that a placeholder reply can consist of."""
+  return model.tokenizer.encode('a', add_special_tokens=False)

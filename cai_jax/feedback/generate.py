@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cai_jax.data import d_cai
+from cai_jax.data.ended import describe_ended, read_ended, write_ended
 from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.chain import ChainEnded
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
@@ -62,16 +64,30 @@ def generate_shards(
   if not total:
     return {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
   running = _make_engine(job, journal, engine)
-  unwritten: dict[int, dict[int, dict]] = {}  # shard → index of a row → row
+  unwritten: dict[int, dict[int, dict | ChainEnded]] = {}  # shard → index of a row → row
   indices = (index for shard in shards.values() for index in shard)
   for done, (_, (index, row)) in enumerate(running.run(_chains(job, indices)), 1):
     shard = index // shard_rows
     unwritten.setdefault(shard, {})[index] = row
     if len(unwritten[shard]) == len(shards[shard]):
-      rows = unwritten.pop(shard)
-      d_cai.write_shard(folder, shard, [rows[index] for index in sorted(rows)])
+      _write_shard(job, folder, shard, unwritten.pop(shard))
     progress(done, total, running.stats.sampled_tokens)
   return {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
+
+
+def _write_shard(
+  job: Job, folder: pathlib.Path, shard: int, rows: Mapping[int, dict | ChainEnded]
+) -> None:
+  """Write a shard, and before it a file of the chains that ended without a row."""
+  ended, kept = [], []
+  for index, row in sorted(rows.items()):
+    if isinstance(row, ChainEnded):
+      prompt, kind = job.prompts[index]
+      ended.append({'id': prompt.id, 'kind': kind, 'turn': row.turn, 'reason': row.reason})
+    else:
+      kept.append(row)
+  write_ended(folder, shard, ended)
+  d_cai.write_shard(folder, shard, kept)
 
 
 def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
@@ -84,10 +100,20 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
     folder: the folder of the dataset.
 
   Raises:
-    UserError: if a shard is missing.
+    UserError: if a shard is missing, or every chain ended without a row.
   """
   size, count = job.config.shard_rows, len(job.prompts)
-  d_cai.write_metadata(folder, [min(size, count - i) for i in range(0, count, size)])
+  lengths = [
+    min(size, count - start) - len(read_ended(folder, shard))
+    for shard, start in enumerate(range(0, count, size))
+  ]
+  if not any(lengths):
+    ended = describe_ended(folder, count, (prompt for prompt, _ in job.prompts))
+    raise UserError(
+      f'No row remains. {ended} Change what that turn reads, such as the '
+      'prompts, the model or its chat template, and start in another workdir.'
+    )
+  d_cai.write_metadata(folder, lengths)
   d_cai.write_checksums(folder)
 
 
@@ -107,10 +133,16 @@ def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
 
 
 def _chains(job: Job, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
-  """Yield (prompt id, chain) for rows of D_CAI; a chain returns (index of its row, row)."""
+  """Yield (prompt id, chain) for rows of D_CAI.
+
+  A chain returns (index of its row, row), or (index, ChainEnded) if it ended without a row.
+  """
 
   def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
-    record = yield from job.chain(prompt, kind)
+    try:
+      record = yield from job.chain(prompt, kind)
+    except ChainEnded as ended:
+      return index, ended
     return index, job.row(record, kind)
 
   for index in indices:

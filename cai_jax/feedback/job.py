@@ -93,6 +93,12 @@ class Job:
     }
     return make_row(record, kind, self.seed, names, self._constitution_fingerprint)
 
+  def rewritten_history(self) -> str:
+    """Return which chat templates do not keep the tokens of earlier replies, or ''."""
+    stages = self.stages.by_name().values()
+    texts = {self.models[s.model].name: s.dialogue.rewritten_history for s in stages}
+    return ' '.join(f'{name}: {text}' for name, text in texts.items() if text)
+
   def digest(self) -> str:
     """Return the hex digest of everything that the rows depend on."""
     stages = [

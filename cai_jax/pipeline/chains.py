@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cai_jax.data.ended import describe_ended, read_ended
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
@@ -77,9 +78,13 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
     if counts['sampled_rows']:
       print(describe(counts), flush=True)
     generate.finish_dataset(job, folder)
+    ended = describe_ended(folder, len(job.prompts), (prompt for prompt, _ in job.prompts))
+    for line in filter(None, (ended, job.rewritten_history())):
+      print(line, flush=True)
 
   processes.run_on_process_0(f'finish {folder}', finish)
-  return counts | {'engine': run.values['engine']}
+  counts |= {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
+  return counts | ({'rewritten_history': text} if (text := job.rewritten_history()) else {})
 
 
 def merge_counts(counts: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import jax
 from cai_jax.data import d_cai
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
+from cai_jax.feedback.contexts import render_prompt
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
@@ -199,7 +200,7 @@ def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo, dialogue:
 
 def _prompt_lengths(run: Run, dialogue: Dialogue, names: Sequence[str]) -> list[int]:
   """Return the number of tokens of each prompt of some sets, as a model reads it."""
-  return [len(dialogue.prompt(prompt.messages)) for name in names for prompt in run.prompts[name]]
+  return [len(render_prompt(dialogue, prompt)) for name in names for prompt in run.prompts[name]]
 
 
 def _count_replies(run: Run) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """Stage `evaluate`: score M_θ, each round of its revisions, and M_aligned on held-out prompts."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.data import d_cai
+from cai_jax.data.ended import read_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
 from cai_jax.model import lm as models
@@ -18,6 +20,7 @@ from cai_jax.pipeline.models import (
 )
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.tiny.files import model_path
 
@@ -74,6 +77,7 @@ def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:
   """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
   folder, config = run.workdir / 'evaluation', run.config
+  rows = _answered_by_both(folder, rows)
   summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run))
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(
@@ -82,3 +86,15 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
   write_json(folder / 'models.json', results)
   if text := suite.describe(config.evaluation, results):
     print(text, flush=True)
+
+
+def _answered_by_both(folder: pathlib.Path, rows: Mapping[str, Rows]) -> dict[str, Rows]:
+  """Return the rows without the prompts for which the chain of either model ended early."""
+  ended = {entry['id'] for name in rows for entry in read_ended(folder / name)}
+  kept = {name: [row for row in group if row['id'] not in ended] for name, group in rows.items()}
+  if not any(row['kind'] == 'harmful' for row in kept['base']):
+    raise UserError(
+      f'No harmful held-out prompt was answered by both models. See ended-*.jsonl in {folder}/base '
+      f'and {folder}/aligned for why their chains ended, and give other prompts.'
+    )
+  return kept

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cai_jax.data import d_cai, quality_summary
+from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation import suite
 from cai_jax.pipeline.chains import browsable
 from cai_jax.pipeline.models import load_scorer
@@ -43,6 +44,8 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     summary = read_json(run.workdir / _QUALITY)
     described = quality_summary.format_table(summary['d_cai'], summary.get('published'))
     texts = {'Quality of the revisions': described} | texts
+    if ended := describe_ended(run.workdir / 'd_cai', stages['generate']['rows_in']):
+      texts = {'Chains without a row': ended} | texts
   external = run.config.data.d_cai and (run.d_cai / 'dataset_info.json').exists()  # else it is gone
   has_d_cai = external or 'generate' in stages
   chains = _read_chains(run, run.d_cai if has_d_cai else run.workdir / 'evaluation' / 'base')

@@ -245,15 +245,25 @@ class Engine:
   def _resume(self, entry: _ActiveChain, completion: Completion | None) -> bool:
     """Send a chain its completion and submit its next turn; return False if it has finished.
 
-    Turns that are in the journal are answered at once.
+    Turns that are in the journal are answered at once. A turn that cannot be sampled is raised in
+    the chain, which may end there in order.
     """
+    refusal: UserError | None = None
     while True:
       try:
-        turn = entry.chain.send(completion)  # type: ignore[arg-type]  # None starts it
+        if refusal is not None:
+          turn = entry.chain.throw(refusal)
+        else:
+          turn = entry.chain.send(completion)  # type: ignore[arg-type]  # None starts it
       except StopIteration as stop:
         entry.result = stop.value
         return False
-      self._check_turn(entry.id, turn)
+      try:
+        self._check_turn(entry.id, turn)
+        refusal = None
+      except UserError as error:
+        refusal = error
+        continue
       stop_token_ids, stop_texts = self._stops_of(turn)
       key = turn_key(self.seed, entry.id, turn.name)
       model = self.models[turn.model]
@@ -385,7 +395,9 @@ def _check_models(
 
 
 def longest_context(
-  chain: Chain, prefixes: SharedPrefixes | None = None
+  chain: Chain,
+  prefixes: SharedPrefixes | None = None,
+  fillers: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, int]]:
   """Return an upper bound of the context and reply lengths of a chain, without running a model.
 
@@ -396,6 +408,8 @@ def longest_context(
   Args:
     chain: a new chain, which is run to its end.
     prefixes: shared prefixes by model.
+    fillers: for each model, the token that placeholder replies consist of. By default, it is the
+      last token of the context.
 
   Returns:
     For each model, the number of tokens of the longest context with its reply, and the same number
@@ -414,4 +428,5 @@ def longest_context(
     shared = match_prefix((prefixes or {}).get(turn.model, ()), turn.context)[1]
     longest[turn.model] = max(whole, needed), max(own, needed - shared)
     text = ' a' * count  # encodes to about `count` tokens with any tokenizer
-    completion = Completion([turn.context[-1]] * count, text, [0.0] * count, 'length')
+    filler = (fillers or {}).get(turn.model, turn.context[-1])
+    completion = Completion([filler] * count, text, [0.0] * count, 'length')

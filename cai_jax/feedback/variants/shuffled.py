@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from cai_jax.constitution import Principle
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import (
+  ChainEnded,
   Context,
   Round,
   Stages,
@@ -17,6 +18,7 @@ from cai_jax.feedback.chain import (
   turns_per_round,
 )
 from cai_jax.feedback.variants.critique import critique_revision
+from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Chain, Completion, Turn
 
 
@@ -69,7 +71,13 @@ def _with_prefix(prefix: str, chain: Chain) -> Chain:
   try:
     turn = next(chain)
     while True:
-      completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
-      turn = chain.send(completion)
+      try:
+        completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
+      except UserError as error:  # the engine refuses the turn
+        turn = chain.throw(error)
+      else:
+        turn = chain.send(completion)
   except StopIteration as done:
     return done.value
+  except ChainEnded as ended:
+    raise ChainEnded(f'{prefix}_{ended.turn}', ended.reason) from ended

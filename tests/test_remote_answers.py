@@ -420,6 +420,33 @@ def test_a_server_that_cuts_long_contexts_is_found_before_sampling(tmp_path):
     pipeline.run_stages(served_run(server, tmp_path, max_positions=200), ['generate'])
 
 
+def test_a_tokenizer_of_another_model_is_found_before_sampling(tmp_path):
+  """The server returns no ids, so only the number of tokens of a text tells."""
+
+  def answer(body):
+    prompt = body['prompt']
+    read = len(prompt) if isinstance(prompt, list) else len(prompt.split())
+    choice = {'index': 0, 'text': 'look at the', 'finish_reason': 'stop'}
+    return respond(200, {'choices': [choice], 'usage': {'prompt_tokens': read}})
+
+  with serve(answer) as server:
+    with pytest.raises(UserError, match='Set tokenizer to that of the served model'):
+      pipeline.run_stages(served_run(server, tmp_path, server='openai'), ['generate'])
+    assert len(server.bodies) == 2
+
+
+def test_a_context_that_the_server_cannot_read_is_not_sent():
+  with serve(lambda body: respond(200, complete(body, TOKENIZER))) as server:
+    with contextlib.closing(Remote(config_of(server, max_positions=59))) as remote:
+      with pytest.raises(UserError, match='20 tokens and a reply of up to 40 exceed max_positions'):
+        remote.check_turn(TURN)
+      remote.check_turn(dataclasses.replace(TURN, context=TURN.context[1:]))
+    spelled = TOKENIZER.encode('<|end|>', add_special_tokens=False, split_special_tokens=True)
+    with contextlib.closing(Remote(config_of(server, prompt='text'))) as remote:
+      with pytest.raises(UserError, match='spells a control token'):
+        remote.check_turn(dataclasses.replace(TURN, context=[*TURN.context, *spelled]))
+
+
 def test_a_control_token_in_a_prompt_is_found_before_a_text_server_is_asked(tmp_path):
   """Case generation/16: the server would read the text as that token."""
   control = next(iter(TOKENIZER.added_tokens_decoder.values())).content

@@ -353,6 +353,7 @@ class Engine:
         f'{MAX_STOP_TOKENS}, including those of the model.'
       )
     if turn.model not in self._local:
+      cast(Remote, self.models[turn.model]).check_turn(turn)
       return
     model = self._local[turn.model]
     needed = len(turn.context) + turn.sampling.max_tokens

@@ -22,6 +22,11 @@ from cai_jax.sampling.remote.tokens import prompt_text, reconstruct
 from cai_jax.sampling.types import Completion, Turn
 
 PROBE_KEY = np.array([0, 0], np.uint32)  # the random key of test requests
+# A text in which tokenizers differ. Its number of tokens tells them apart.
+PROBE_TEXT = (
+  'The café opened on 21 March 1984; its naïve owners—two sisters—sold 3,500 cups in the first '
+  'week.\n\n    def total(x_values): return sum(x_values) / 100  # ∑ über 漢字\n'
+) * 3
 PROBE_TOKENS = 16  # maximum length of the reply to a test request
 MAX_PROBE = 8192  # maximum number of tokens of a test request's context
 # An answer may be as large as this number of bytes, and that number for each token of the context
@@ -117,7 +122,27 @@ class Remote:
         except RefusedError:
           raise error from None
         config = dataclasses.replace(config, seed='server')
+    if turns and config.prompt == 'tokens' and not self._server.returns_ids:
+      self._compare_tokenizers(turns[0], config)
     return config
+
+  def check_turn(self, turn: Turn) -> None:
+    """Check that the server can read the context of a turn.
+
+    Args:
+      turn: the turn.
+
+    Raises:
+      UserError: if the context and its reply are too long, or the context cannot be sent as text.
+    """
+    if len(turn.context) + turn.sampling.max_tokens > self.max_positions:
+      raise UserError(
+        f'turn {turn.name!r}: a context of {len(turn.context)} tokens and a reply of up to '
+        f'{turn.sampling.max_tokens} exceed max_positions={self.max_positions} of {self.name}. '
+        'Shorten prompts or max_tokens, or raise max_positions if the server accepts more.'
+      )
+    if self.config.prompt == 'text':
+      self._prompt(turn.context, f'turn {turn.name!r}')
 
   def submit(
     self,
@@ -222,6 +247,32 @@ class Remote:
       if not error.is_filter:
         raise
       return Completion([], '', [], 'content_filter')
+
+  def _compare_tokenizers(self, turn: Turn, config: RemoteConfig) -> None:
+    """Check that the server's tokenizer gives a text as many tokens as ours.
+
+    The server returns no token ids, so its answers do not show whether it has another tokenizer.
+    Nothing is checked if it accepts no text, or does not count the tokens of prompts.
+
+    Raises:
+      UserError: if the numbers differ.
+    """
+    with self._tokenizer_lock:
+      ours = {len(self._tokenizer.encode(PROBE_TEXT, add_special_tokens=b)) for b in (True, False)}
+    sampling = dataclasses.replace(turn.sampling, max_tokens=1)
+    seed = request_seed(PROBE_KEY) if config.seed == 'turn' else None
+    body = request_body(self._server, config.model, PROBE_TEXT, sampling, seed, (), ())
+    name, max_bytes = 'a test request of text', ANSWER_BYTES
+    try:
+      answer = self._connection.post('/completions', body, read_answer, name, b'', max_bytes)
+    except RefusedError:
+      return
+    if answer.prompt_tokens is not None and answer.prompt_tokens not in ours:
+      raise UserError(
+        f'{self._connection.label} reads {answer.prompt_tokens} tokens in a text in which the '
+        f'tokenizer {config.tokenizer!r} reads {min(ours)}. Set tokenizer to that of the served '
+        'model.'
+      )
 
   def _prompt(self, context: list[int], name: str) -> tuple[list[int] | str, list[int]]:
     """Return a context as requests contain it, and the token ids that the server reads in it."""

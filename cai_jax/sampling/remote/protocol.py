@@ -23,6 +23,7 @@ class Server:
     stop_token_ids: whether requests may set `stop_token_ids`.
     top_p_of_one: whether requests may set `top_p` to 1.
     logprobs: whether requests may ask for log-probabilities.
+    returns_ids: whether answers have the token ids of the reply.
     scaled_logprobs: whether the server computes log-probabilities after temperature.
     max_stop_texts: maximum number of stop texts in a request.
     extra: further fields of every request. They turn off the server's own sampling defaults and
@@ -34,6 +35,7 @@ class Server:
   stop_token_ids: bool = False
   top_p_of_one: bool = True
   logprobs: bool = True
+  returns_ids: bool = False
   scaled_logprobs: bool = False
   max_stop_texts: int = 4
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,6 +50,7 @@ SERVERS.register('vllm')(
   Server(
     top_k=True,
     stop_token_ids=True,
+    returns_ids=True,
     max_stop_texts=64,
     extra={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0, 'return_token_ids': True},
   )
@@ -68,6 +71,7 @@ SERVERS.register('tgi')(
 SERVERS.register('llama.cpp')(
   Server(
     top_k=True,
+    returns_ids=True,
     max_stop_texts=64,
     extra={
       'top_k': 0,

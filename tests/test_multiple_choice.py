@@ -267,7 +267,7 @@ def test_malformed_lines_are_rejected(tmp_path, line, message):
 
 
 def test_missing_and_empty_files_are_rejected(tmp_path):
-  with pytest.raises(UserError, match='cannot be read'):
+  with pytest.raises(UserError, match='there is no such file'):
     read_questions(tmp_path / 'none.jsonl')
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(UserError, match='no question'):

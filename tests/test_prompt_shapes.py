@@ -42,6 +42,7 @@ def user(text):
     ({'prompt': 'Human: hi'}, [U]),
     ({'prompt': '\n\nHuman: say\nAssistant: x\n\nAssistant:'}, user('say\nAssistant: x')),
     ({'chosen': 'Human: hi\n\nAssistant: hello'}, [U]),
+    ({'chosen': '\n\nHuman: Human: hi\n\nAssistant: hello'}, user('Human: hi')),  # as in HH-RLHF
     # Texts that are not transcripts.
     ({'prompt': 'A human: what is it?\nThe assistant: unclear.'}, None),
     ({'prompt': 'Who is the user: me or you?'}, None),

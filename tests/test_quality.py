@@ -264,11 +264,14 @@ def test_summary_without_revisions_is_empty():
 
 
 def test_files_that_are_not_published_samples_are_errors(tmp_path):
-  with pytest.raises(UserError, match='cannot be read'):
+  with pytest.raises(UserError, match='there is no such file'):
     read_published_samples(tmp_path / 'nowhere.jsonl')
   path = tmp_path / 'x.jsonl'
   path.write_text('{"prompt": "hello"}\n')
   with pytest.raises(UserError, match=r'x.jsonl, line 1: not a sample with rl_prompt'):
+    read_published_samples(path)
+  path.write_text('')
+  with pytest.raises(UserError, match='x.jsonl has no sample'):
     read_published_samples(path)
 
 

@@ -3,12 +3,12 @@
 The repository anthropics/ConstitutionalHarmlessnessPaper has them as samples/*_SLMADISON.jsonl.
 """
 
-import json
 import os
 import re
 from typing import Any
 
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.text_files import check_characters, parse_json, read_lines
 
 _LABEL = re.compile(r'\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):')
 _ROLES = {'Human': 'user', 'Assistant': 'assistant'}
@@ -30,32 +30,32 @@ def read_published_samples(path: str | os.PathLike[str]) -> tuple[list[dict[str,
     `quality.build_references` takes them.
 
   Raises:
-    UserError: if the file cannot be read, or a line is not a sample.
+    UserError: if the file cannot be read or is empty, or a line is not a sample.
   """
   path = os.fspath(path)
   name = os.path.basename(path).partition('.')[0]
-  try:
-    with open(path, encoding='utf-8') as file:
-      lines = file.read().splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} cannot be read: {error}. Give a *_SLMADISON.jsonl file.') from error
   rows: list[dict[str, Any]] = []
   requests: Requests = {}
-  for number, line in enumerate(lines, 1):
+  for number, line in read_lines(path):
     try:
-      sample = json.loads(line)
+      check_characters('The line', line)
+      sample = parse_json(line)
       rows.append(_row(sample, f'{name}/{number}'))
-      requests |= _requests(sample)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+      _add_requests(requests, _requests(sample))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
       raise UserError(
         f'{path}, line {number}: not a sample with rl_prompt, initial_response and cst '
         f'({type(error).__name__}: {error}). Give a *_SLMADISON.jsonl file.'
       ) from error
+  if not rows:
+    raise UserError(f'{path} has no sample. Give a *_SLMADISON.jsonl file.')
   return rows, requests
 
 
 def _row(sample: dict[str, Any], row_id: str) -> dict[str, Any]:
-  _, *parts = _LABEL.split(sample['rl_prompt'])
+  head, *parts = _LABEL.split(sample['rl_prompt'])
+  if head.strip() or len(parts) < 4:
+    raise ValueError('rl_prompt must be a transcript that ends with the label of the response')
   turns = [
     {'role': _ROLES[label], 'content': content.strip()}
     for label, content in zip(parts[::2], parts[1::2], strict=True)
@@ -88,6 +88,13 @@ def _requests(sample: dict[str, Any]) -> Requests:
     )
     for step in sample['cst']
   }
+
+
+def _add_requests(requests: Requests, new: Requests) -> None:
+  """Add the requests of one sample to those of all."""
+  for name, texts in new.items():
+    if requests.setdefault(name, texts) != texts:
+      raise ValueError(f'the principle {name!r} has other requests than in an earlier sample')
 
 
 def _without_labels(request: str) -> str:

@@ -6,11 +6,11 @@ The options are possible continuations of the prompt, such as " (A)".
 """
 
 import dataclasses
-import json
 import os
 import re
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
+from cai_jax.runtime.text_files import check_characters, parse_json, read_lines
 
 LABELS = (' (A)', ' (B)')
 FORM = '{"prompt": "...", "corrects": [" (A)"], "incorrects": [" (B)"]}'
@@ -47,21 +47,14 @@ def read_questions(path: str | os.PathLike) -> list[Question]:
   """Read the questions of a file. Empty lines are skipped.
 
   Args:
-    path: a UTF-8 file with one JSON object per line.
+    path: a file with one JSON object per line, possibly compressed with gzip.
 
   Raises:
     UserError: if the file cannot be read, has no question, or has a line of another form.
   """
-  try:
-    with open(path, encoding='utf-8') as file:
-      lines = file.read().split('\n')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(
-      f'{path} cannot be read: {error}. Use a UTF-8 file with one JSON object per line.'
-    ) from error
   questions = [
     _parse_line(line, number, f'{path}:{number}')
-    for number, line in enumerate(lines, 1)
+    for number, line in read_lines(path)
     if line.strip()
   ]
   if not questions:
@@ -93,8 +86,8 @@ def swap_options(question: Question) -> Question:
 
 def _parse_line(line: str, number: int, location: str) -> Question:
   try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:
+    row = parse_json(line)
+  except ValueError as error:
     raise UserError(f'{location} is not JSON ({error}). A line has the form {FORM}.') from error
   if not isinstance(row, dict) or not isinstance(row.get('prompt'), str) or not row['prompt']:
     raise UserError(f'{location} has no text "prompt". A line has the form {FORM}.')
@@ -102,11 +95,13 @@ def _parse_line(line: str, number: int, location: str) -> Question:
     texts = row.get(name)
     if not isinstance(texts, list) or not texts or not all(t and isinstance(t, str) for t in texts):
       raise UserError(
-        f'{location}: "{name}" is {texts!r:.80}. It must be a list of one or more nonempty texts.'
+        f'{location}: "{name}" is {show(texts)}. It must be a list of one or more nonempty texts. '
+        f'A line has the form {FORM}.'
       )
   options = [*row['corrects'], *row['incorrects']]
   if len(set(options)) != len(options):
-    raise UserError(f'{location} has an option twice, in {options!r:.200}. Remove one of the two.')
+    raise UserError(f'{location} has an option twice, in {show(options)}. Remove one of the two.')
+  check_characters(location, ''.join([row['prompt'], *options]))
   return Question(number, row['prompt'], tuple(row['corrects']), tuple(row['incorrects']))
 
 

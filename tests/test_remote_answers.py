@@ -13,6 +13,8 @@ import pytest
 import transformers
 
 from cai_jax import pipeline
+from cai_jax.data import d_cai
+from cai_jax.data.ended import read_ended
 from cai_jax.model.folder import load_vocabulary
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.remote import Remote, RemoteConfig, connection
@@ -455,9 +457,48 @@ def test_a_control_token_in_a_prompt_is_found_before_a_text_server_is_asked(tmp_
   prompts.write_text(''.join(json.dumps({'prompt': row}) + '\n' for row in rows))
   text = {'prompt': 'text', 'server': 'tgi', 'model': 'tgi'}
   with serve(lambda body: respond(200, {}), {'data': [{'id': 'tgi'}]}) as server:
-    with pytest.raises(UserError, match='remote.critique: prompts.harmful.*row 3.*control token'):
+    with pytest.raises(
+      UserError, match='remote.critique: prompts.harmful: .*prompts.jsonl.*3.*control token'
+    ):
       pipeline.run_stages(served_run(server, tmp_path / 'run', prompts, **text), ['generate'])
     assert not server.headers and not (tmp_path / 'run' / 'journal').exists()
+
+
+def test_a_withheld_reply_ends_its_chain_and_not_the_run(tmp_path):
+  """A red-team prompt is passed over, and stays so after a restart."""
+
+  def answer(body):
+    if len(server.bodies) == 3:
+      choice = {'index': 0, 'text': '', 'finish_reason': 'content_filter'}
+      return respond(200, {'choices': [choice]})
+    return respond(200, complete(body, TOKENIZER))
+
+  with serve(answer) as server:
+    run = served_run(server, tmp_path, max_concurrent=1)
+    pipeline.run_stages(run, ['generate'])
+    [ended] = read_ended(tmp_path / 'd_cai')
+    assert ended['turn'] == 'critique_1' and 'content_filter' in ended['reason']
+    rows = list(d_cai.read_rows(tmp_path / 'd_cai'))
+    assert len(rows) == 5 and ended['id'] not in {row['id'] for row in rows}
+    (tmp_path / 'manifest.json').unlink()
+    pipeline.run_stages(run, ['generate'])
+    assert read_ended(tmp_path / 'd_cai') == [ended] and len(server.bodies) == 1 + 4 + 1
+
+
+def test_a_reply_that_a_text_server_would_misread_ends_its_chain(tmp_path):
+  control = TOKENIZER.decode([EOS])
+
+  def answer(body):
+    text = f'say {control} now' if len(server.bodies) == 3 else 'look at the'
+    choice = {'index': 0, 'text': text, 'finish_reason': 'eos_token'}
+    return respond(200, {'choices': [choice]})
+
+  with serve(answer, {'data': [{'id': 'tgi'}]}) as server:
+    text = {'prompt': 'text', 'server': 'tgi', 'model': 'tgi', 'max_concurrent': 1}
+    run = served_run(server, tmp_path, role='base', **text)
+    pipeline.run_stages(run, ['generate'])
+    [ended] = read_ended(tmp_path / 'd_cai')
+    assert ended['turn'] == 'critique_1' and 'spells a control token' in ended['reason']
 
 
 def test_servers_listed_strangely_are_refused():

@@ -113,11 +113,9 @@ def _texts(run: Run, stages: Sequence[str], turns: set[str]) -> Iterator[tuple[s
   for name in prompt_sets.NAMES:
     if ('evaluate' if name in prompt_sets.HELD_OUT else 'generate') not in stages:
       continue
-    source = getattr(run.config.prompts, name)
-    for row, prompt in enumerate(run.prompts[name], 1):
-      number = '' if source.shuffle else f'row {row}, '  # rows are counted in the file's order
+    for prompt in run.prompts[name]:
       for message in prompt.messages:
-        yield f'prompts.{name} ({source.source}), {number}id {prompt.id!r}', message['content']
+        yield f'prompts.{name}: {prompt}', message['content']
   if turns - {'initial'}:
     for principle in run.constitution.principles:
       for text in (principle.critique_request, principle.revision_request):

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -15,12 +16,14 @@ from ml_collections import ConfigDict, config_flags
 
 from cai_jax.pipeline import build, default_stages, run_stages
 from cai_jax.pipeline.schema import default_config, describe_unknown
+from cai_jax.pipeline.stage_report import read_summary
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import describe_fault, read_json
+from cai_jax.runtime.files import describe_fault
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
+from cai_jax.runtime.terminal import printable, say
 from cai_jax.runtime.user_code import explain_error
 from cai_jax.runtime.values import describe_type
 
@@ -89,14 +92,19 @@ def short_errors() -> Iterator[None]:
     with interruption.listen():
       yield
   except UserError as error:
-    sys.exit(f'error: {error}')
+    _fail(str(error))
   except OSError as error:
     if not (fault := describe_fault(error)):
       raise
-    sys.exit(f'error: {fault}')
+    _fail(str(fault))
   except Interrupted as error:
-    print(error.describe(), file=sys.stderr)
+    say(error.describe(), file=sys.stderr)
     sys.exit(error.status)
+
+
+def _fail(message: str) -> NoReturn:
+  """End the program with a message that the terminal shows as it is."""
+  sys.exit(printable(f'error: {message}'))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -110,13 +118,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       raise UserError(f'Unexpected arguments: {" ".join(argv[1:])}. Each flag must begin with --.')
     processes.initialize()
-    log = print if jax.process_index() == 0 else lambda text: None
+    log = say if jax.process_index() == 0 else lambda text: None
     run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)
     stages = default_stages(run) if _STAGES.value is None else _STAGES.value
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():
-      log(f'\n{summary_table(read_json(summary))}\n')
+      log(f'\n{summary_table(read_summary(summary))}\n')
     if 'report' in stages:
       log(f'report: {run.workdir / "report.html"}')
 
@@ -133,7 +141,7 @@ def parse(argv: list[str]) -> list[str]:
   """
   program = 'cai-jax' if os.path.basename(argv[0]) == 'cai-jax' else f'python {argv[0]}'
   if {'--help', '-help', '-h'} & {*argv[1:]}:
-    print(HELP.format(program=program), end='')
+    say(HELP.format(program=program).rstrip())
     sys.exit(0)
   try:
     remaining = flags.FLAGS(argv)
@@ -142,7 +150,7 @@ def parse(argv: list[str]) -> list[str]:
     explanation = _explain(error, argv)
     if explanation is None:
       raise
-    sys.exit(f'error: {explanation}')
+    _fail(explanation)
   return remaining
 
 
@@ -197,8 +205,8 @@ def _check_required(program: str, path: str) -> None:
   if _CONFIG.value is not None or path:
     _ = getattr(_CONFIG.value, 'items', None)  # raises OSError if the file could not be loaded
     if path and not isinstance(_CONFIG.value, ConfigDict):
-      sys.exit(
-        f'error: get_config() in {path} returns {describe_type(_CONFIG.value)}. It must return an '
+      _fail(
+        f'get_config() in {path} returns {describe_type(_CONFIG.value)}. It must return an '
         'ml_collections.ConfigDict, as configs/default.py does.'
       )
   missing = [
@@ -210,8 +218,8 @@ def _check_required(program: str, path: str) -> None:
     if value is None
   ]
   if missing:
-    sys.exit(
-      f'error: missing {" and ".join(missing)}. For example:\n'
+    _fail(
+      f'missing {" and ".join(missing)}. For example:\n'
       f'  {program} --config=configs/tiny.py --workdir=runs/tiny\n'
       f'`{program} --help` explains the stages and the main settings.'
     )

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 
 import pytest
@@ -24,7 +25,12 @@ from cai_jax.runtime.errors import UserError
 from configs import default
 
 # What a report may use of the rest of the package; these modules use the standard library only.
-OUR_MODULES = ('cai_jax.runtime.errors', 'cai_jax.runtime.files')
+OUR_MODULES = (
+  'cai_jax.runtime.errors',
+  'cai_jax.runtime.shapes',
+  'cai_jax.runtime.terminal',
+  'cai_jax.runtime.files',
+)
 HOSTILE = (
   '</script><script>document.title = "owned"</script>'
   '<img src=x onerror="document.title=\'owned\'"> ]]> <!-- <script> '
@@ -153,6 +159,60 @@ def test_every_other_text_is_escaped(tmp_path):
   assert len(parsed.scripts['run']) == len(parsed.scripts['application/json']) == 1
   assert 'img' not in {tag for tag, _ in parsed.elements}
   assert not [a for _, attrs in parsed.elements for a in attrs if a.startswith('on')]
+
+
+def test_probes_and_remarks_are_text(tmp_path):
+  """Also where a number belongs, if another program wrote the rows."""
+  row = dict.fromkeys(('step', 'id', 'prompt', 'text'), HOSTILE)
+  manifest = {'stages': {'train': {'remarks': [HOSTILE], 'exported_step': HOSTILE}}}
+  parsed = _Page(
+    _write(
+      tmp_path / 'report.html',
+      probes=[row, row | {'step': 2}],
+      manifest=manifest,
+      texts={HOSTILE: HOSTILE},
+      held_out=[{'step': 1, 'loss': 1.0}],
+    )
+  )
+  assert 'img' not in {tag for tag, _ in parsed.elements}
+  assert len(parsed.scripts['run']) == len(parsed.scripts['application/json']) == 1
+  assert not [a for _, attrs in parsed.elements for a in attrs if a.startswith('on')]
+
+
+def test_many_rows_take_linear_time(tmp_path):
+  """100,000 rows of metrics and probes, and 20,000 rounds; a quadratic step would take minutes."""
+  count = 100_000
+  training = [{'step': i, 'loss': 1.0 + i % 7, 'grad_norm': 1.0} for i in range(count)]
+  probes = [{'step': i, 'id': str(i), 'prompt': 'Hi', 'text': 'ho'} for i in range(count)]
+  stages = {f'revision_{i}': RATES for i in range(1, 20_001)} | {'initial': RATES}
+  begin = time.process_time()
+  text = _write(
+    tmp_path / 'report.html', training=training, probes=probes, summary={'stages': stages}
+  )
+  assert time.process_time() - begin < 60
+  assert text.count('<table class="probes">') == count
+
+
+def test_running_means_are_exact_and_linear():
+  values = (1e16, 1.0, -1e16, math.nan, 3.0, math.inf, 5.0)
+  means = run_page.running_mean(values, 3)
+  assert means[:4] == (1e16, (1e16 + 1) / 2, 1 / 3, 1 / 3)
+  assert means[4] == means[5] == pytest.approx(-1e16 / 3)
+  begin = time.process_time()
+  run_page.running_mean((0.1,) * 200_000, 50_000)
+  assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize('name', ['../out', '/tmp/out', 'a/b', '..', '', 'a\\b', 'a\x1b[2J', '.'])
+def test_figures_stay_in_their_folder(tmp_path, name):
+  results = dict.fromkeys(('title', 'docstring', 'base'), '') | {'name': name, 'seeds': [0]}
+  results |= {'reference': 'a', 'metrics': [], 'figures': [], 'config_differences': {}}
+  arm = {'response': 'last', 'overrides': {}, 'facts': {}}
+  arm['groups'] = {'harmful': {'count': 1, 'metrics': {}}}
+  results |= {'arms': {'a': arm}, 'costs': [], 'notes': []}
+  with pytest.raises(UserError, match='The name of the results is'):
+    report.write_figures(tmp_path / 'figures', results)
+  assert not (tmp_path / 'figures').exists()
 
 
 def test_the_policy_allows_one_script_one_style_sheet_and_no_request(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data.quality import FLAGS, References, find_row_flags, split_words
+from cai_jax.runtime.shapes import optional
 
 
 @dataclasses.dataclass
@@ -79,6 +80,16 @@ def summarize(rows: Iterable[Mapping[str, Any]], references: References) -> dict
       'rate': _share(num_duplicates, final_texts.total()),
     },
   }
+
+
+_RATED = {'rate': float}
+_SUMMARY = {
+  'flags': {name: {'rate': float, 'rates': [float]} for name in FLAGS},
+  'rounds': [{'mean_words': (float, None), 'mean_ratio': (float, None)}],
+  'duplicates': _RATED,
+}
+# What `format_table` reads of the file quality.json.
+SHAPE = {'d_cai': _SUMMARY, optional('published'): {'flags': {...: _RATED}, 'duplicates': _RATED}}
 
 
 def exceeded_limits(summary: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:

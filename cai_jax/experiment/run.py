@@ -28,6 +28,7 @@ from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, make_folder, write_json
 from cai_jax.runtime.manifest import Manifest
+from cai_jax.runtime.terminal import say
 from cai_jax.scoring.scorer import Scorer
 
 Plan = Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]]  # folder → run and its stages
@@ -106,13 +107,13 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   config = define.load_config(experiment.base)
   runs = plan_runs(experiment, config, workdir)
   if options.dry_run:
-    print(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
+    say(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
     return
   check_workdir(workdir)
   with lock.hold(workdir):
     totals = _run_all(runs, workdir)
     _write_results(name, docstring, experiment, config, runs, workdir)
-    print(
+    say(
       f'{totals["runs"]} of {len(runs)} runs had work left: {totals["turns"]:,} turns sampled, '
       f'{totals["reused_turns"]:,} taken from the journal, {totals["seconds"] / 60:.1f} minutes\n'
       f'report: {workdir / name / "report.html"}'
@@ -128,7 +129,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
   check_space(estimate.estimate_disk(runs, sampled))
   totals: dict[str, float] = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
   for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
-    print(f'[{number}/{len(runs)}] {folder.name}', flush=True)
+    say(f'[{number}/{len(runs)}] {folder.name}')
     done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
     pipeline.run_stages(run, stages)
     sampled.add(estimate.count_turns(run, stages))
@@ -161,7 +162,7 @@ def _write_results(
   scorer = pipeline.load_scorer(first)
   chains = select_chains(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', results, chains)
-  print(f'\n{experiment_table(results)}\n')
+  say(f'\n{experiment_table(results)}\n')
 
 
 def select_chains(

@@ -16,6 +16,7 @@ from cai_jax.model.lm import LM
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.progress import Progress
+from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.stats import describe
@@ -71,12 +72,12 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
   finally:
     journal.close()
     if journal.num_faults:
-      print(journal.describe_faults(), flush=True)
+      say(journal.describe_faults())
   counts = merge_counts(counts | {'journal_faults': journal.num_faults})
 
   def finish() -> None:
     if counts['sampled_rows']:
-      print(describe(counts), flush=True)
+      say(describe(counts))
     generate.finish_dataset(job, folder)
     ended = describe_ended(folder, len(job.prompts), (prompt for prompt, _ in job.prompts))
     for line in filter(None, (ended, job.rewritten_history())):

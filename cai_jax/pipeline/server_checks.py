@@ -14,13 +14,14 @@ from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError, show
+from cai_jax.runtime.terminal import say
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import SamplingConfig, Turn
 
 PROBE = ({'role': 'user', 'content': 'Name three things in a kitchen.'},)
 
 
-def check_servers(run: Run, stages: Sequence[str], log: Callable[[str], None] = print) -> Run:
+def check_servers(run: Run, stages: Sequence[str], log: Callable[[str], None] = say) -> Run:
   """Check that each server serves its model and answers requests like those of the run.
 
   All processes call this function together.

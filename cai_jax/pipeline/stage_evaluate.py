@@ -22,6 +22,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
+from cai_jax.runtime.terminal import say
 from cai_jax.tiny.files import model_path
 
 Rows = Sequence[Mapping[str, Any]]
@@ -85,7 +86,7 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
   )
   write_json(folder / 'models.json', results)
   if text := suite.describe(config.evaluation, results):
-    print(text, flush=True)
+    say(text)
 
 
 def _answered_by_both(folder: pathlib.Path, rows: Mapping[str, Rows]) -> dict[str, Rows]:

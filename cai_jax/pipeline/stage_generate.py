@@ -12,6 +12,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
+from cai_jax.runtime.terminal import say
 
 
 def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _check_quality(run: Run) -> None:
     published = summarize_published(path)
   content = {'d_cai': summary} | ({'published': published} if published else {})
   write_json(run.workdir / 'quality.json', content)
-  print(quality_summary.format_table(summary, published), flush=True)
+  say(quality_summary.format_table(summary, published))
   exceeded = quality_summary.exceeded_limits(summary, run.config.feedback.max_rate)
   if exceeded:
     raise UserError(

@@ -18,6 +18,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.stage_generate import references
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
+from cai_jax.runtime.terminal import say
 from cai_jax.sampling.completions import generate
 from cai_jax.tiny.files import model_path
 from cai_jax.training.log import remarks
@@ -60,7 +61,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   notes = remarks(summary, config)
   if jax.process_index() == 0:
     for note in notes:
-      print(f'train: {note}', flush=True)
+      say(f'train: {note}')
   with writing(run.workdir / 'model'):
     export_model(run, lm, params, dialogue)
   return {

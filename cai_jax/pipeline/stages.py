@@ -21,6 +21,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.settings import flatten
+from cai_jax.runtime.terminal import say
 
 # A stage is a function of the run and its manifest, and returns what the manifest records of it.
 STAGES: dict[str, Callable[[Run, Mapping[str, Any]], dict[str, Any]]] = {
@@ -41,7 +42,7 @@ def default_stages(run: Run) -> list[str]:
 
 
 def run_stages(
-  run: Run, stages: Sequence[str] | None = None, log: Callable[[str], None] = print
+  run: Run, stages: Sequence[str] | None = None, log: Callable[[str], None] = say
 ) -> None:
   """Run stages in their order, and skip those that are done.
 

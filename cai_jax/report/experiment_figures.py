@@ -12,7 +12,7 @@ from cai_jax.report.palette import COLOURS
 from cai_jax.report.results import check_results, group_title, number_row
 from cai_jax.report.svg import Drawing, save_drawing
 from cai_jax.report.ticks import nice_ticks
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import make_folder
 
 Results = dict[str, Any]  # as `cai_jax.report.results` describes
@@ -30,10 +30,17 @@ def write_figures(folder: str | os.PathLike, results: Results) -> list[pathlib.P
     UserError: if the results are malformed.
   """
   check_results(results)
+  name = results['name']
+  is_file_name = name.isprintable() and pathlib.PurePath(name).name == name
+  if not is_file_name or name in ('', '..') or '\\' in name:
+    raise UserError(
+      f'The name of the results is {show(name)}, but figures are files of that name. Choose a name '
+      'without slashes and control characters.'
+    )
   folder = make_folder(folder)
   paths = []
   for number, drawing in enumerate(draw_figures(results), 1):
-    paths += save_drawing(drawing, folder / f'{results["name"]}_{number}')
+    paths += save_drawing(drawing, folder / f'{name}_{number}')
   return paths
 
 

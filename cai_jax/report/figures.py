@@ -4,6 +4,7 @@ Besides its colour, each series has its own marker and dashes, so that a figure 
 and white.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ WIDE = 640  # width of a figure with several panels
 CHARACTER = 0.62 * FONT_SIZE  # approximate width of a character
 ROW_HEIGHT = 24  # of an arm
 LINE_HEIGHT = 15  # of an arm's name
+MAX_INTERVALS = 400  # lines with more points are drawn without them, since they would overlap
 NAME_LENGTH = 34  # characters of an arm's name on one line
 PANEL_WIDTH = 190  # least width of a panel
 LEADER_DISTANCE = 12  # from which a name has a line to its point
@@ -117,7 +119,8 @@ def arms_figure(names: Sequence[str], panels: Sequence[Panel], *, description: s
       )
   lines = [textwrap.wrap(printable(name), NAME_LENGTH) or [''] for name in names]
   heights = [max(ROW_HEIGHT, LINE_HEIGHT * len(name) + 8) for name in lines]
-  rows = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+  ends = itertools.accumulate(heights)
+  rows = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
   name_width = 14 + CHARACTER * max(len(line) for name in lines for line in name)
   label_width = CHARACTER * max(len(panel.label) for panel in panels)
   width = WIDTH if len(panels) == 1 else WIDE
@@ -182,7 +185,8 @@ def frontier_figure(
 
 def _draw_series(axes: Axes, s: Series, x_label: str, titles: dict[str, str]) -> None:
   colour = COLOURS[s.colour]
-  for x, low, high in zip(s.x, s.low or (), s.high or (), strict=False):
+  bounds = zip(s.x, s.low or (), s.high or (), strict=False)
+  for x, low, high in bounds if len(s.x) <= MAX_INTERVALS else ():
     if _is_finite(low) and _is_finite(high):
       draw_interval(axes, (x, x), (low, high), '_', s.colour)
   for run in _finite_runs(s):

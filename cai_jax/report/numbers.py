@@ -9,11 +9,14 @@ A row has rates (`*_rate`, in [0, 1]), means and counts. Any number NAME may hav
 under `NAME_interval`. Without a scorer there are no rates, and a table has no columns for them.
 """
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
+from cai_jax.runtime.shapes import check_shape, optional
 
 GROUPS = {
   'stages': 'Held-out prompts, round by round',
@@ -46,6 +49,41 @@ def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]
     for group, title in GROUPS.items()
     if summary.get(group)
   ]
+
+
+def check_summary(summary: dict[str, Any], place: str = 'the summary') -> None:
+  """Check every value of a summary, so that it can be shown.
+
+  Args:
+    summary: the summary of a run.
+    place: its file, for the error message.
+
+  Raises:
+    UserError: if a value has the wrong type, is not a rate, or is not an interval; the message
+      names the file and the key.
+  """
+  named_rows = {...: {...: object}}
+  check_shape(summary, {optional(group): (named_rows, None) for group in GROUPS}, place)
+  with prefixed_errors(place):
+    shown = groups(summary)
+  for _, rows in shown:
+    for name, row in rows.items():
+      for key, value in row.items():
+        kind = key.rpartition('_')[2]
+        shape = {'interval': ([float], None), 'rate': (float, None)}.get(kind, (float, str, None))
+        check_shape(value, shape, f'{place}: {key} of {show(name)}')
+      with prefixed_errors(f'{place}: {show(name)}'):
+        for key in row:
+          cell(row, key)
+
+
+@contextlib.contextmanager
+def prefixed_errors(place: str) -> Iterator[None]:
+  """Put the place in front of the message of a UserError."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'{place}: {error}') from error
 
 
 def columns(summary: dict[str, Any]) -> list[str]:
@@ -139,7 +177,7 @@ def interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
 
 def round_number(stage: str) -> int | None:
   """Return 0 for 'initial', n for 'revision_n', and None for any other stage."""
-  match = re.fullmatch(r'revision_(\d+)', stage)
+  match = re.fullmatch(r'revision_([0-9]{1,9})', stage)
   return 0 if stage == 'initial' else int(match[1]) if match else None
 
 

@@ -1,5 +1,6 @@
 """The page of a run: results, figures of training, probes, stages and configuration."""
 
+import collections
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,13 @@ from cai_jax.report.elements import (
   preformatted,
   section,
 )
-from cai_jax.report.figure_data import Series
+from cai_jax.report.figure_data import MAX_MARKERS, Series
 from cai_jax.report.figures import line_figure
 from cai_jax.report.numbers import check_rate, columns, groups, heading, interval, round_number
 from cai_jax.report.page import write_page
 from cai_jax.report.palette import RATE_COLOURS
 from cai_jax.report.svg import inline_svg
+from cai_jax.runtime.shapes import optional
 
 # Fields of a stage that have a column of their own. All others share the last column.
 STAGE_COLUMNS = {
@@ -39,6 +41,10 @@ STAGE_COLUMNS = {
 }
 # Shown in the configuration, in the header and below the figures.
 HIDDEN_STAGE_FIELDS = ('settings', 'git_commit', 'remarks')
+_COST = (float, None, {...: float})  # a number, or a dict from reason to number
+MANIFEST_SHAPE = {  # what the page computes with
+  'stages': {...: {optional('remarks'): [str]} | {optional(key): _COST for key in STAGE_COLUMNS}},
+}
 SMOOTHING_MIN_STEPS = 60  # from this many steps on, the loss also has a running mean
 
 
@@ -163,7 +169,8 @@ def _probe_tables(probes: Sequence[dict[str, Any]]) -> str:
   tables = []
   for (_, prompt), rows in by_prompt.items():
     answers = ''.join(
-      f'<tr><th scope="row">{row["step"]}</th><td>{escape(row["text"])}</td></tr>' for row in rows
+      f'<tr><th scope="row">{escape(row["step"])}</th><td>{escape(row["text"])}</td></tr>'
+      for row in rows
     )
     tables.append(
       f'<table class="probes"><caption>{escape(prompt)}</caption><thead><tr>'
@@ -208,7 +215,7 @@ def _rate_figure(summary: dict[str, Any]) -> str:
     'revision round (0: initial response)',
     'share of responses (%)',
     description='Share of responses that break a rule and that still answer, by round',
-    x_ticks=[(x, f'{x:g}') for x in rounds],
+    x_ticks=[(x, f'{x:g}') for x in rounds] if len(rounds) <= MAX_MARKERS else None,
     y_range=(0, 100),
   )
   caption = 'Rates over revision rounds'
@@ -285,11 +292,18 @@ def running_mean(values: tuple[float, ...], window: int) -> tuple[float, ...]:
     As many means as values; NaN before the first finite value.
   """
   means: list[float] = []
-  recent: list[float] = []
+  # Every finite float is a whole number of these units, so the sum is exact and the time linear.
+  unit = 2**1074
+  recent: collections.deque[int] = collections.deque()
+  total = 0
   for value in values:
     if math.isfinite(value):
-      recent = [*recent, value][-window:]
-    means.append(math.fsum(recent) / len(recent) if recent else math.nan)
+      numerator, denominator = value.as_integer_ratio()
+      recent.append(numerator * (unit // denominator))
+      total += recent[-1]
+      if len(recent) > window:
+        total -= recent.popleft()
+    means.append(total / (len(recent) * unit) if recent else math.nan)
   return tuple(means)
 
 

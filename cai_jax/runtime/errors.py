@@ -3,6 +3,8 @@
 import reprlib
 from typing import Any
 
+from cai_jax.runtime.terminal import printable
+
 MAX_MESSAGE = 1600  # characters; a longer message is cut in its middle
 
 
@@ -19,7 +21,7 @@ class UserError(ValueError):
   """
 
   def __init__(self, message: object = '', *args: object):
-    super().__init__(_printable(str(message)), *args)
+    super().__init__(_shortened(printable(str(message))), *args)
 
 
 class StoppedError(UserError):
@@ -53,11 +55,7 @@ def show(value: Any, length: int = 100) -> str:
   return text if len(text) <= length else f'{text[: length - 3]}...'
 
 
-def _printable(message: str) -> str:
-  if not message.isprintable():
-    message = ''.join(
-      c if c.isprintable() or c == '\n' else c.encode('unicode_escape').decode() for c in message
-    )
+def _shortened(message: str) -> str:
   if len(message) > MAX_MESSAGE:
     message = f'{message[: MAX_MESSAGE - 500]} [...] {message[-490:]}'
   return message

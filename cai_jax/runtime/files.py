@@ -15,6 +15,9 @@ from typing import Any
 
 from cai_jax.runtime.errors import StoppedError, UserError
 
+# Of a JSON file's lists and objects. Code that walks over deeper ones would exhaust the stack.
+MAX_DEPTH = 100
+
 # What to do about a file that cannot be written, by the number of the error.
 _ADVICE = {
   **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), 'Free some space'),
@@ -187,7 +190,24 @@ def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
     raise UserError(f'{path} cannot be read: {error.strerror}.') from error
   except (ValueError, RecursionError) as error:  # also for integers with too many digits
     raise UserError(f'{path} is not valid JSON: {error}. Correct the file.') from error
+  if _is_deeper(value, MAX_DEPTH):
+    raise UserError(f'{path} is nested more than {MAX_DEPTH} levels deep. Correct the file.')
   if not isinstance(value, expected):
     kind = 'object' if expected is dict else 'array'
     raise UserError(f'{path} contains a {type(value).__name__}. It must contain a JSON {kind}.')
   return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+  """Return whether dicts and lists are nested more than `depth` times, without recursion."""
+  level = [value]
+  for _ in range(depth):
+    level = [
+      child
+      for item in level
+      if isinstance(item, dict | list)
+      for child in (item.values() if isinstance(item, dict) else item)
+    ]
+    if not level:
+      return False
+  return any(isinstance(item, dict | list) for item in level)

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.terminal import say
 
 FOLDER = '.lock'
 HEARTBEAT_SECONDS = 10.0
@@ -141,9 +142,7 @@ def _end_process(path: pathlib.Path, latest: _Lock) -> None:
   if latest.number:
     owner = _describe_owner(_read_owner(latest.path))
     reason = f'{workdir} was taken over by {owner}, because this job was suspended for too long'
-  print(
-    f'error: {reason}. This job has ended and writes nothing more.', file=sys.stderr, flush=True
-  )
+  say(f'error: {reason}. This job has ended and writes nothing more.', file=sys.stderr)
   os._exit(1)
 
 

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.interruption import Interrupted
+from cai_jax.runtime.terminal import say
 
 T = TypeVar('T')
 _SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work ended; see `_outcome`
@@ -101,7 +102,7 @@ def _print_error(name: str, error: Exception) -> None:
   text = f'process {jax.process_index()} could not {name}: {error}\n'
   if not isinstance(error, UserError):
     text += ''.join(traceback.format_exception(error))
-  print(text, end='', file=sys.stderr, flush=True)
+  say(text.rstrip(), file=sys.stderr)
 
 
 def _outcome(error: BaseException | None) -> int:

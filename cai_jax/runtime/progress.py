@@ -6,6 +6,8 @@ import time
 import jax
 import tqdm
 
+from cai_jax.runtime.terminal import printable, say
+
 LINE_SECONDS = 15.0  # between plain lines
 
 
@@ -53,12 +55,14 @@ class Progress:
     status = f'{text}, ' * bool(text) + f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     if sys.stderr.isatty():
       if self._bar is None:
-        self._bar = tqdm.tqdm(total=total, initial=self._start, desc=self._name, unit=self._unit)
-      self._bar.set_postfix_str(status, refresh=False)
+        self._bar = tqdm.tqdm(
+          total=total, initial=self._start, desc=printable(self._name), unit=self._unit
+        )
+      self._bar.set_postfix_str(printable(status), refresh=False)
       self._bar.update(done - self._bar.n)
     elif done == total or now - self._last_line > LINE_SECONDS:
       self._last_line = now
       if done - self._start > 0.05 * (total - self._start):  # the first units predict little
         left = seconds * (total - done) / (done - self._start)
         status += f', {left:.0f} s left'
-      print(f'{self._name}: {done} of {total} {self._unit}s, {status}', flush=True)
+      say(f'{self._name}: {done} of {total} {self._unit}s, {status}')

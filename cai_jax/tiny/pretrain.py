@@ -23,6 +23,7 @@ from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.terminal import say
 from cai_jax.tiny import corpus, files, tokenizer
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.loop import fit
@@ -85,7 +86,7 @@ def main() -> None:
   start = time.monotonic()
   trained_tokenizer = tokenizer.train_tokenizer()
   items, counts = make_examples(Dialogue(trained_tokenizer), args.tokens, args.seed)
-  print(f'{counts} in {time.monotonic() - start:.0f} s', flush=True)
+  say(f'{counts} in {time.monotonic() - start:.0f} s')
   config = TrainConfig(
     loss_normalization='token',
     learning_rate=args.learning_rate,
@@ -101,11 +102,11 @@ def main() -> None:
   params = init_params(architecture, jax.random.key(args.seed))
   identity = f'{architecture} from seed {args.seed}'
   params, summary = fit(architecture, params, items, config, mesh, workdir, BUCKETS, identity)
-  print(summary, flush=True)
+  say(summary)
   write_model(output, params, trained_tokenizer, mesh, architecture)
   if args.workdir is None:
     shutil.rmtree(workdir)
-  print(f'Wrote {output} after {time.monotonic() - start:.0f} s', flush=True)
+  say(f'Wrote {output} after {time.monotonic() - start:.0f} s')
 
 
 def _parse_arguments() -> argparse.Namespace:

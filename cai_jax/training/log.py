@@ -117,8 +117,8 @@ class TrainingLog:
       return
     for answer in answers:
       self._writer.write_row(PROBES_FILE, {'step': step, **answer})
-      text = f'**{answer["prompt"]}**\n\n{answer["text"]}'
-      self._writer.write_text(f'probes/{answer["id"]}', text, step)
+      texts = answer['prompt'], answer['text']
+      self._writer.write_texts(f'probes/{answer["id"]}', texts, step)
 
   @contextlib.contextmanager
   def pause_timer(self) -> Iterator[None]:

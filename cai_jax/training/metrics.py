@@ -3,11 +3,12 @@
 import json
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, writing
+from cai_jax.runtime.shapes import Shape, check_shape
 from cai_jax.training.tensorboard import EventWriter
 
 METRICS_FILE = 'metrics.jsonl'
@@ -76,15 +77,28 @@ class MetricsWriter:
     if self._wandb_run is not None:
       self._wandb_run.log({'step': row['step'], **scalars})
 
-  def write_text(self, name: str, text: str, step: int) -> None:
-    """Write a text to TensorBoard.
+  def write_texts(self, name: str, texts: Sequence[str], step: int) -> None:
+    """Write plain texts to TensorBoard, which shows Markdown, as blocks of code.
+
+    In a block of code, a text can neither format anything nor load a picture.
 
     Args:
-      name: name of the text.
-      text: Markdown.
+      name: name of the texts.
+      texts: plain texts of models and prompts.
       step: number of steps taken.
     """
-    self._events.add_text(name, text, step)
+    blocks = ['\n'.join(f'    {line}' for line in text.splitlines()) for text in texts]
+    self._events.add_text(name, '\n\n---\n\n'.join(blocks), step)
+
+
+# What the report and a resumed run read from each file; other values are numbers.
+_NUMBERS = {'step': int, ...: float}
+_SHAPES = {
+  METRICS_FILE: _NUMBERS,
+  COSTS_FILE: _NUMBERS,
+  HELD_OUT_FILE: _NUMBERS | {'loss': float},
+  PROBES_FILE: {'step': int, 'id': str, 'prompt': str, 'text': str},
+}
 
 
 def read_rows(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -95,22 +109,24 @@ def read_rows(path: pathlib.Path, last_step: int | None = None) -> list[dict[str
     last_step: leave out the rows of later steps.
 
   Raises:
-    UserError: if a line is damaged.
+    UserError: if a line is damaged or has values of other types; the message names the line.
   """
   if not path.exists():
     return []
   lines = path.read_bytes().split(b'\n')[:-1]
-  rows = [_parse_row(line, f'{path}, line {number}') for number, line in enumerate(lines, 1)]
+  shape = _SHAPES.get(path.name, {'step': int})
+  rows = [_parse_row(line, f'{path}, line {n}', shape) for n, line in enumerate(lines, 1)]
   return [row for row in rows if last_step is None or row['step'] <= last_step]
 
 
-def _parse_row(line: bytes, place: str) -> dict[str, Any]:
+def _parse_row(line: bytes, place: str, shape: Shape) -> dict[str, Any]:
   try:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     raise UserError(f'{place} is not valid JSON: {error}. Delete the line.') from error
   if not isinstance(row, dict) or not isinstance(row.get('step'), int):
     raise UserError(f'{place} is not an object with a step. Delete the line.')
+  check_shape(row, shape, place)
   return row
 
 

@@ -3,7 +3,7 @@
 Command:   python launch.py --config=configs/tiny.py --workdir=runs/tiny
 Hardware:  two CPU cores; 1 minute, 1.4 GB
 Expected:  84 to 87 % of M_θ's answers to baited prompts break a rule; after four rounds of critique
-           and revision 9 to 11 % do. 13 to 17 % of M_aligned's answers do, and 96 to 98 % of them
+           and revision 9 to 11 % do. 13 to 15 % of M_aligned's answers do, and 96 to 97 % of them
            still answer the request (three seeds; experiments/RESULTS.md)
 """
 

@@ -18,6 +18,7 @@ from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
+from cai_jax.runtime.terminal import say
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -181,11 +182,11 @@ def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
   try:
     ids = d_cai.read_ids(path)
   except UserError as error:
-    print(f'{error} It is written again.', flush=True)
+    say(f'{error} It is written again.')
     return False
   if set(ids) <= expected:
     return True
-  print(f'{path} holds rows of other prompts. It is written again.', flush=True)
+  say(f'{path} holds rows of other prompts. It is written again.')
   return False
 
 

@@ -81,7 +81,7 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
     generate.finish_dataset(job, folder)
     ended = describe_ended(folder, len(job.prompts), (prompt for prompt, _ in job.prompts))
     for line in filter(None, (ended, job.rewritten_history())):
-      print(line, flush=True)
+      say(line)
 
   processes.run_on_process_0(f'finish {folder}', finish)
   counts |= {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -114,6 +115,7 @@ def main(argv: Sequence[str]) -> None:
     argv: the name of the program and the arguments that are not flags; there must be none.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax and TFDS log every step
+  python_logging.getLogger('asyncio').setLevel('CRITICAL')  # tasks of Orbax that failed
   with short_errors():
     if len(argv) > 1:
       raise UserError(f'Unexpected arguments: {" ".join(argv[1:])}. Each flag must begin with --.')

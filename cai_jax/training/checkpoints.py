@@ -1,15 +1,24 @@
 """Checkpoints of a training run, in Orbax: train state, data iterator and metadata of the run."""
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import writing
 from cai_jax.runtime.settings import changed_settings
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState
@@ -45,10 +54,11 @@ class _BestStep:
     return [checkpoint.step == self.step() for checkpoint in checkpoints]
 
 
+@contextlib.contextmanager
 def make_checkpointer(
   directory: str | os.PathLike, keep: int, best_step: Callable[[], int | None] = lambda: None
-) -> ocp.training.Checkpointer:
-  """Return a checkpointer for a folder; use it in a `with` statement or close it.
+) -> Iterator[ocp.training.Checkpointer]:
+  """Yield a checkpointer for a folder, and wait for its saves at the end of the block.
 
   It removes what an interrupted save left behind. Complete checkpoints are not affected.
 
@@ -56,16 +66,35 @@ def make_checkpointer(
     directory: folder of the checkpoints.
     keep: number of latest checkpoints to keep.
     best_step: function that returns a step whose checkpoint is kept as well, or None.
+
+  Raises:
+    StoppedError: if a checkpoint cannot be written; see `files.writing`.
   """
   policies = ocp.training.preservation_policies
-  return ocp.training.Checkpointer(
-    pathlib.Path(directory).absolute(),
-    save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-    preservation_policy=policies.AnyPreservationPolicy(
-      [policies.LatestN(keep), _BestStep(best_step)]
-    ),
-    cleanup_tmp_directories=True,
-  )
+  with writing(directory), _without_logs_of_orbax():
+    checkpointer = ocp.training.Checkpointer(
+      pathlib.Path(directory).absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), _BestStep(best_step)]
+      ),
+      cleanup_tmp_directories=True,
+    )
+    try:
+      yield checkpointer
+    finally:
+      checkpointer.close()  # raises what a save in the background raised
+
+
+@contextlib.contextmanager
+def _without_logs_of_orbax() -> Iterator[None]:
+  """Drop what Orbax logs, a thousand lines for an error in a thread, which it raises as well."""
+  logger, drop = logging.getLogger('absl'), lambda record: '/orbax/' not in record.pathname
+  logger.addFilter(drop)
+  try:
+    yield
+  finally:
+    logger.removeFilter(drop)
 
 
 def save_checkpoint(
@@ -89,11 +118,16 @@ def save_checkpoint(
     metadata: settings and fingerprints that identify the run, in JSON types.
     held_out_losses: loss of each evaluation so far, by step.
   """
-  held_out = [[step, loss] for step, loss in held_out_losses.items()]
-  data = {'iterator': iterator.get_state(), 'held_out': held_out}
-  checkpointer.save_checkpointables_async(
-    step, {'state': state, 'data': data}, custom_metadata=metadata
-  )
+  data = {
+    'iterator': iterator.get_state(),
+    'held_out': [[step, loss] for step, loss in held_out_losses.items()],
+    'checksum': _checksum(state),
+  }
+  data['digest'] = _digest(data, metadata)
+  with writing(checkpointer.directory):  # also raises what the save before raised in its thread
+    checkpointer.save_checkpointables_async(
+      step, {'state': state, 'data': data}, custom_metadata=metadata
+    )
 
 
 def restore_latest(
@@ -102,7 +136,10 @@ def restore_latest(
   iterator: grain.DatasetIterator,
   metadata: dict[str, Any],
 ) -> Restored | None:
-  """Load the latest checkpoint and set the iterator to its position.
+  """Load the latest checkpoint that is whole, and set the iterator to its position.
+
+  Damaged checkpoints after it are deleted, and a line says so. Their steps are taken again, with
+  the same result.
 
   Args:
     checkpointer: the checkpointer of the run, from `make_checkpointer`.
@@ -118,12 +155,56 @@ def restore_latest(
 
   Raises:
     UserError: if the checkpoint belongs to another run; the message lists what differs. Also if an
-      older version saved it, whose steps computed something else.
+      older version saved it, whose steps computed something else, or if every checkpoint is
+      damaged.
   """
-  if checkpointer.latest is None:
+  steps = sorted((checkpoint.step for checkpoint in checkpointer.checkpoints), reverse=True)
+  damaged = []
+  for step in steps:
+    try:
+      restored = _restore(checkpointer, step, abstract_state, iterator, metadata)
+    except _Damaged as error:
+      damaged.append(step)
+      folder = checkpointer.directory / str(step)
+      # One process cannot tell the others to take another step while they load this one.
+      if step == steps[-1] or jax.process_count() > 1:
+        raise UserError(
+          f'{folder} is damaged: {error}. Restore it, or delete it; training then continues from '
+          'the checkpoint before it, or from the start if there is none.'
+        ) from error
+      print(f'train: {folder} is damaged: {error}.', file=sys.stderr, flush=True)
+    else:
+      break
+  else:
     return None
-  step = checkpointer.latest.step
-  saved = checkpointer.metadata(step).custom_metadata or {}
+  for step in damaged:
+    with writing(checkpointer.directory):
+      shutil.rmtree(checkpointer.directory / str(step))
+  if damaged:
+    checkpointer.reload()
+    text = f'train: deleted it and continued from the checkpoint of step {restored.step}.'
+    print(text, file=sys.stderr, flush=True)
+  return restored
+
+
+class _Damaged(Exception):
+  """A checkpoint that cannot be loaded, or is not what was saved."""
+
+
+def _restore(
+  checkpointer: ocp.training.Checkpointer,
+  step: int,
+  abstract_state: TrainState,
+  iterator: grain.DatasetIterator,
+  metadata: dict[str, Any],
+) -> Restored:
+  """Load the checkpoint of a step; see `restore_latest`.
+
+  Raises:
+    _Damaged: if it is damaged.
+    UserError: if it belongs to another run or version.
+  """
+  saved, data = _load_data(checkpointer, step)
   if saved.get('arithmetic') != ARITHMETIC:
     raise UserError(
       f'{checkpointer.directory} holds checkpoints of another version of cai_jax, which clips '
@@ -137,9 +218,68 @@ def restore_latest(
       f'{checkpointer.directory} holds checkpoints of another run ({listed}). Restore these '
       'settings to resume that run, or choose another workdir.'
     )
-  items = checkpointer.load_checkpointables(step, {'state': abstract_state, 'data': None})
-  iterator.set_state(items['data']['iterator'])
-  return Restored(items['state'], step, dict(items['data']['held_out']))
+  state = _load_state(checkpointer, step, abstract_state, data)
+  iterator.set_state(data['iterator'])
+  return Restored(state, step, dict(data['held_out']))
+
+
+def _load_data(
+  checkpointer: ocp.training.Checkpointer, step: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Return metadata and data of a checkpoint, which fit each other."""
+  try:
+    metadata = checkpointer.metadata(step).custom_metadata or {}
+    data = checkpointer.load_checkpointables(step, {'data': None})['data']
+    fits = data.get('digest', '') == _digest(data, metadata)
+    is_older = 'digest' not in data and 'arithmetic' not in metadata
+  except Exception as error:  # Orbax raises many types for a file that is missing or cut
+    raise _Damaged(_one_line(error)) from error
+  if not fits and not is_older:
+    raise _Damaged('its data or metadata have changed since they were saved')
+  return metadata, data
+
+
+def _load_state(
+  checkpointer: ocp.training.Checkpointer,
+  step: int,
+  abstract_state: TrainState,
+  data: dict[str, Any],
+) -> TrainState:
+  """Return the train state of a checkpoint, whose bits are those that were saved."""
+  try:
+    state = checkpointer.load_checkpointables(step, {'state': abstract_state})['state']
+  except Exception as error:  # as in `_load_data`
+    raise _Damaged(_one_line(error)) from error
+  if _checksum(state) != data['checksum']:
+    raise _Damaged('its arrays have changed since they were saved')
+  return state
+
+
+def _checksum(state: TrainState) -> str:
+  """Return a digest of the sums of the bits of each array, which do not depend on its sharding."""
+  sums = [int(total) for total in jax.device_get(_sum_bits(state))]
+  return hashlib.sha256(str(sums).encode()).hexdigest()[:32]
+
+
+@jax.jit
+def _sum_bits(state: TrainState) -> list[jax.Array]:
+  """Return the sum of the bits of each array as u32[], which wraps around."""
+
+  def total(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}')
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+  return [total(x) for x in jax.tree.leaves(state)]
+
+
+def _digest(data: dict[str, Any], metadata: dict[str, Any]) -> str:
+  """Return a digest of the data and metadata of a checkpoint, without that digest itself."""
+  content = [{name: data[name] for name in data if name != 'digest'}, metadata]
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _one_line(error: Exception) -> str:
+  return ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
 
 
 def restore_state(
@@ -153,11 +293,18 @@ def restore_state(
     abstract_state: as for `restore_latest`.
 
   Raises:
-    UserError: if there is no checkpoint of that step.
+    UserError: if there is no checkpoint of that step, or it is damaged.
   """
   if step not in {checkpoint.step for checkpoint in checkpointer.checkpoints}:
     raise UserError(
       f'{checkpointer.directory / str(step)} is missing. It is the checkpoint with the lowest '
       'held-out loss, which train.patience selects. Restore it, or train again in another workdir.'
     )
-  return checkpointer.load_checkpointables(step, {'state': abstract_state})['state']
+  try:
+    return _load_state(checkpointer, step, abstract_state, _load_data(checkpointer, step)[1])
+  except _Damaged as error:
+    raise UserError(
+      f'{checkpointer.directory / str(step)} is damaged: {error}. It is the checkpoint with the '
+      'lowest held-out loss, which train.patience selects. Restore it, or train again in another '
+      'workdir.'
+    ) from error

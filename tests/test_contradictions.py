@@ -363,6 +363,26 @@ def test_damaged_headers_are_refused_with_the_file(folder, content):
     load(folder)
 
 
+def test_a_tensor_that_a_header_describes_twice_is_refused(folder):
+  content = (folder / 'model.safetensors').read_bytes()
+  (size,) = struct.unpack('<Q', content[:8])
+  head, data = content[8 : 8 + size].rstrip(), content[8 + size :]
+  entry = json.dumps(json.loads(head)['model.norm.weight']).replace('[32]', '[32, 1]')
+  head = b'{"model.norm.weight": ' + entry.encode() + b',' + head[1:]
+  (folder / 'model.safetensors').write_bytes(struct.pack('<Q', len(head)) + head + data)
+  with pytest.raises(
+    UserError, match="model.safetensors: in the header.*'model.norm.weight' twice"
+  ):
+    load(folder)
+
+
+def test_a_key_that_a_file_has_twice_is_refused(folder):
+  content = (folder / 'config.json').read_text()
+  (folder / 'config.json').write_text('{"rms_norm_eps": 1e-5,' + content[1:])
+  with pytest.raises(UserError, match=r"config\.json is not valid.* key 'rms_norm_eps' twice"):
+    load(folder)
+
+
 # Tokenizers
 
 
@@ -377,6 +397,7 @@ def test_damaged_headers_are_refused_with_the_file(folder, content):
       {'added_tokens_decoder': {'7': {'content': '<|im_end|>', 'special': True}}},
       "'<|im_end|>' is token '7', but tokenizer.json has it as 2",
     ),
+    ('tokenizer_config.json', {'chat_template': 'x'}, 'differs from that of chat_template.jinja'),
     ('added_tokens.json', {'<|im_end|>': 9}, r"added_tokens\.json: '<\|im_end\|>' is token 9"),
     ('special_tokens_map.json', {'eos_token': '<|endoftext|>'}, 'special_tokens_map.*eos_token'),
     ('tokenizer.json', {'model': {}}, r'tokenizer\.json: no tokenizer that can be read'),

@@ -113,7 +113,13 @@ def _check_settings(folder: pathlib.Path, tokenizer: Any) -> None:
       f'{path}: model_max_length is {show(settings.get("model_max_length"))}; it must be a '
       'positive number of tokens.'
     )
-  template = tokenizer.chat_template
+  template, own = tokenizer.chat_template, settings.get('chat_template')
+  # Not all programs prefer the same place.
+  if isinstance(own, str) and isinstance(template, str) and own.strip() != template.strip():
+    raise UserError(
+      f'{path}: chat_template differs from that of chat_template.jinja or chat_template.json. '
+      'Remove the one that the model was not trained with.'
+    )
   templates = template.values() if isinstance(template, dict) else [template or '']
   if not all(isinstance(text, str) for text in templates):
     raise UserError(

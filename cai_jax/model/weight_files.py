@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from cai_jax.runtime.errors import UserError, show
-from cai_jax.runtime.files import read_json
+from cai_jax.runtime.files import parse_json, read_json
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # safetensors' names for the same
@@ -128,6 +128,7 @@ def locate_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
   files = list_weight_files(folder)
   for file in files:
     with open_weights(folder / file) as opened:
+      _check_header(folder / file)
       for name in opened.keys():
         if name in tensors:
           raise UserError(
@@ -139,6 +140,16 @@ def locate_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
   if files != [SINGLE]:
     _check_index(folder, tensors)
   return tensors
+
+
+def _check_header(path: pathlib.Path) -> None:
+  """Check that the header of a readable file describes each tensor once."""
+  with open(path, 'rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    try:
+      parse_json(file.read(size))
+    except ValueError as error:
+      raise UserError(f'{path}: in the header, {error}. Download the file again.') from error
 
 
 def _check_index(folder: pathlib.Path, tensors: Mapping[str, StoredTensor]) -> None:

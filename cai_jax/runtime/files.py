@@ -4,6 +4,7 @@ A run needs a local or a shared filesystem, because the journal appends to its f
 rely on atomic renames to find each other's shards. Object stores offer neither.
 """
 
+import collections
 import contextlib
 import errno
 import json
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.errors import StoppedError, UserError, show
 
 # Of a JSON file's lists and objects. Code that walks over deeper ones would exhaust the stack.
 MAX_DEPTH = 100
@@ -174,6 +175,27 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
 
 
+def parse_json(text: str | bytes) -> Any:
+  """Return the value of a JSON text in which no object has a key twice.
+
+  Args:
+    text: the JSON text.
+
+  Raises:
+    ValueError: if the text is not JSON, or an object has a key twice.
+    RecursionError: if it is nested too deeply.
+  """
+  return json.loads(text, object_pairs_hook=_unique_pairs)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  entries = dict(pairs)
+  if len(entries) < len(pairs):
+    twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+    raise ValueError(f'an object has the key {show(twice)} twice')
+  return entries
+
+
 def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
   """Return the content of a JSON file.
 
@@ -185,7 +207,7 @@ def read_json(path: str | os.PathLike, expected: type = dict) -> Any:
     UserError: if the file cannot be read, is not JSON, or its content has another type.
   """
   try:
-    value = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    value = parse_json(pathlib.Path(path).read_text(encoding='utf-8'))
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}.') from error
   except (ValueError, RecursionError) as error:  # also for integers with too many digits

@@ -1,6 +1,5 @@
 """Any bytes in the files of a model's folder give the model they describe, or are refused."""
 
-import functools
 import json
 import math
 import pathlib
@@ -13,7 +12,7 @@ import tokenizers
 from harness import Fault, Files, Reader, check_reader
 
 from cai_jax.model import lm as models
-from cai_jax.model.classifier import SCORE, load_classifier
+from cai_jax.model.classifier import SCORE, Classifier, inspect_classifier, load_classifier
 from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
 from cai_jax.model.folder import load_vocabulary
@@ -164,18 +163,24 @@ def classifier_folder() -> Files:
   return files | {SINGLE: safetensors.numpy.save(tensors), 'config.json': text(hf)}
 
 
-def check_classifier(files: Files, classifier) -> None:
+def check_classifier(files: Files, classifier: Classifier) -> None:
   hf = json.loads(files['config.json'])
   labels = hf.get('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
-  assert classifier.labels == tuple(str(labels[str(i)]) for i in range(len(labels)))
-  assert classifier.score.shape == (len(labels), classifier.config.d_model)
-  assert np.isfinite(classifier.score).all() and len(set(classifier.labels)) == len(labels)
-  check_token_ids(classifier.config.vocab_size, classifier.tokenizer, classifier.eos_token_ids)
+  info = classifier.info
+  assert info.labels == tuple(str(labels[str(i)]) for i in range(len(labels)))
+  assert classifier.score.shape == (len(labels), info.config.d_model)
+  assert np.isfinite(classifier.score).all() and len(set(info.labels)) == len(labels)
+  check_token_ids(info.config.vocab_size, info.tokenizer, info.eos_token_ids)
+
+
+def read_classifier(folder: pathlib.Path) -> Classifier:
+  inspect_classifier(folder)
+  return load_classifier(folder, mesh=make_mesh(devices=jax.devices()[:1]))
 
 
 CLASSIFIERS = Reader(
   inputs=[classifier_folder()],
-  read=functools.partial(load_classifier, mesh=make_mesh(devices=jax.devices()[:1])),
+  read=read_classifier,
   check=check_classifier,
 )
 

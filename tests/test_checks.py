@@ -56,7 +56,10 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'engine__slots': 12}, 'engine.slots'),
     ({'mesh__tensor': 3}, 'does not fit 8 devices'),
     ({'train__max_length': 4096}, 'max_length=4096'),
-    ({'feedback__rounds': 30, 'feedback__context': 'growing'}, 'can reach'),
+    (
+      {'feedback__rounds': 30, 'feedback__context': 'growing'},
+      r'tiny, prompt \w+: the chain of this prompt can reach',
+    ),
     ({'prompts__eval_harmful__split': 'train'}, 'occur in the training prompts'),
     ({'prompts__helpful__source': ''}, 'helpfulness_share'),
     ({'train__helpfulness_share': 0.9}, 'needs 90 helpful prompts'),

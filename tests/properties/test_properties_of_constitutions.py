@@ -119,8 +119,8 @@ FAULTS = [
   Fault(f'{__name__}:{reader}', module, old, new)
   for reader, module, old, new in [
     ('JSON', FILES, 'ValueError,\n    KeyError,', 'KeyError,'),
-    ('SMALL', PRINCIPLES, 'if not 0 < weight <= MAX_WEIGHT:', 'if weight > MAX_WEIGHT:'),
-    ('SMALL_RECIPE', PRINCIPLES, 'or not value.strip():', 'or value is None:'),
+    ('SMALL', PRINCIPLES, 'or not isinstance(weight, int | float)', ''),
+    ('SMALL_RECIPE', FILES, "or set(entry) != {'critic', 'revision'}", ''),
     ('SMALL_RECIPE', LOADING, 'if first != i:', 'if first > i:'),
     (
       'YAML_FILES',

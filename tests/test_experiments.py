@@ -237,6 +237,21 @@ def test_an_arm_that_scores_a_missing_revision_is_refused_before_any_work(tmp_pa
     runner.plan_runs(experiment, define.load_config(experiment.base), tmp_path)
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'kind': 'pie'}, "figure 1 is of kind 'pie'"),
+    ({'series': [{'name': 's', 'metric': 'm', 'arms': ['a']}]}, "figure 1, a series .*'x'"),
+    ({'series': [{'name': 's', 'metric': 'm', 'arms': ['a'], 'x': []}]}, 'one number for each arm'),
+  ],
+)
+def test_figure_that_cannot_be_drawn_is_refused_before_any_work(change, message):
+  figure = define.rates_line('caption', ['a'], [1], 'x')
+  Experiment({'a': Arm()}, reference='a', figures=(figure,))
+  with pytest.raises(UserError, match=message):
+    Experiment({'a': Arm()}, reference='a', figures=(figure | change,))
+
+
 @pytest.mark.parametrize('seeds', [(), (0, 0), (-1,), (1.5,), (True,), 3, None])
 def test_seeds_of_an_experiment_are_distinct_integers(seeds):
   with pytest.raises(UserError, match='seeds=.* must be a tuple of one or more distinct'):

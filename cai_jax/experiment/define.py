@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cai_jax.pipeline.schema import complete_config
+from cai_jax.report.results import check_figures
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.user_code import call_function
@@ -103,6 +104,7 @@ class Experiment:
       raise UserError(
         f'seeds={seeds!r} must be a tuple of one or more distinct integers of at least 0.'
       )
+    check_figures(self.figures)
     unknown = {name for figure in self.figures for name in figure_arms(figure)} - set(self.arms)
     if unknown:
       raise UserError(

@@ -125,10 +125,16 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
       'model.init is empty, and M_θ is served, so there is no checkpoint to fine-tune. Set '
       'model.init, or choose --stages=generate.'
     )
-  names = {section.base, section.critique, section.revision, section.init, section.aligned}
-  if 'evaluate' in stages:
-    names |= {run.config.evaluation.judge} - {'base'}
-  infos = {name: models.inspect_model(model_path(name)) for name in names - {''}}
+  roles = ('base', 'critique', 'revision', 'init', 'aligned')
+  fields = {getattr(section, role): f'model.{role}' for role in roles}
+  if 'evaluate' in stages and (judge := run.config.evaluation.judge) != 'base':
+    fields.setdefault(judge, 'evaluation.judge')
+  infos = {}
+  for name in fields.keys() - {''}:
+    try:
+      infos[name] = models.inspect_model(model_path(name))
+    except UserError as error:
+      raise UserError(f'{fields[name]}={name!r}: {error}') from error
   mesh = global_mesh(run)
   for info in infos.values():
     param_shardings(abstract_model(info.config)[1], mesh)

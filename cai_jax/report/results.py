@@ -31,6 +31,7 @@ Metrics named `*_rate` are in [0, 1]; they are shown in per cent and their diffe
 points. Differences are paired, arm minus reference, and the reference has none.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.report.numbers import num_decimals
@@ -51,7 +52,7 @@ def check_results(results: dict[str, Any]) -> None:
     results: the results of an experiment.
 
   Raises:
-    UserError: if a field is missing or a figure's kind is unknown.
+    UserError: if a field is missing, or a figure cannot be drawn.
   """
   _require(results, (*FIELDS, 'config_differences', 'costs', 'notes'), 'results')
   arms = results['arms']
@@ -71,7 +72,22 @@ def check_results(results: dict[str, Any]) -> None:
       for kind in ('metrics', 'differences'):
         for metric, number in row.get(kind, {}).items():
           _require(number, ('value', 'interval'), f'{where}, {kind} {metric!r}')
-  for number, figure in enumerate(results['figures'], 1):
+  check_figures(results['figures'])
+  for row in results['costs']:
+    _require(row, ('run', 'seed', 'stage'), 'a row of costs')
+
+
+def check_figures(figures: Sequence[Mapping[str, Any]]) -> None:
+  """Check that specifications of figures have every field that is drawn.
+
+  Args:
+    figures: the specifications.
+
+  Raises:
+    UserError: if a field is missing, a figure's kind is unknown, or a series has not one x for each
+      arm.
+  """
+  for number, figure in enumerate(figures, 1):
     where = f'figure {number}'
     _require(figure, ('kind',), where)
     if figure['kind'] not in FIGURE_FIELDS:
@@ -79,8 +95,14 @@ def check_results(results: dict[str, Any]) -> None:
         f'{where} is of kind {figure["kind"]!r}. The kinds are {list(FIGURE_FIELDS)}.'
       )
     _require(figure, FIGURE_FIELDS[figure['kind']], f'{where} ({figure["kind"]})')
-  for row in results['costs']:
-    _require(row, ('run', 'seed', 'stage'), 'a row of costs')
+    for series in figure['series'] if figure['kind'] == 'line' else ():
+      _require(series, ('name', 'metric', 'arms', 'x'), f'{where}, a series')
+      arms, x = series['arms'], series['x']
+      if len(x) != len(arms) or not all(isinstance(value, int | float) for value in x):
+        raise UserError(
+          f'{where}, series {series["name"]!r} has the arms {list(arms)} and x={list(x)}. Give one '
+          'number for each arm.'
+        )
 
 
 def _require(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> None:

@@ -111,17 +111,17 @@ def read_answer(data: bytes) -> Answer:
     raise ContradictionError(f'Its choice has index {choice["index"]}, but only 0 was asked for.')
   end = _read_end(choice)
   usage = _optional(content, 'usage', dict) or {}
-  counts = [_count(usage, name) for name in ('prompt_tokens', 'completion_tokens')]
+  read, sampled = _count(usage, 'prompt_tokens'), _count(usage, 'completion_tokens')
   if end == 'content_filter':
-    return FILTERED._replace(prompt_tokens=counts[0])
+    return FILTERED._replace(prompt_tokens=read)
   text = _text(choice.get('text'), 'text')
   tokens = _ids(choice, 'token_ids')
   pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
   # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
-  if tokens is None and content_ids and len(content_ids) == counts[1]:
+  if tokens is None and content_ids and len(content_ids) == sampled:
     tokens = content_ids
   prompt_ids = _ids(choice, 'prompt_token_ids')
-  return Answer(text, end, tokens, pieces, logprobs, *counts, prompt_ids)
+  return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids)
 
 
 def _read_logprobs(record: Mapping[str, Any]) -> tuple[list[str], list[float], list[int] | None]:

@@ -99,32 +99,34 @@ class Remote:
       UserError: if one of these does not hold.
     """
     limit = self._connection.check()
-    config = self.config
+    seeded = self.config.seed == 'turn'
     for number, turn in enumerate(turns):
-      sampling = dataclasses.replace(
-        turn.sampling, max_tokens=min(turn.sampling.max_tokens, PROBE_TOKENS)
-      )
-      context = turn.context
-      if limit is None and not number:
-        length = min(config.max_positions, MAX_PROBE) - sampling.max_tokens
-        repeats = -(-length // len(context))
-        context = (context * repeats)[: max(length, len(context))]
-      probe = dataclasses.replace(turn, context=context, sampling=sampling)
-      own = sampling.stop_token_ids, sampling.stop
-      ends = [tuple(dict.fromkeys((*all_, *more))) for all_, more in zip(stops, own, strict=True)]
+      probe = self._probe(turn, long=limit is None and number == 0)
+      tokens = tuple(dict.fromkeys((*stops[0], *turn.sampling.stop_token_ids)))
+      texts = tuple(dict.fromkeys((*stops[1], *turn.sampling.stop)))
       try:
-        self._ask(probe, PROBE_KEY, *ends, 'a test request', config.seed == 'turn')
+        self._ask(probe, PROBE_KEY, tokens, texts, 'a test request', seeded)
       except RefusedError as error:
-        if config.seed == 'server' or not error.is_invalid:
+        if not seeded or not error.is_invalid:
           raise
         try:
-          self._ask(probe, PROBE_KEY, *ends, 'a test request without a seed', False)
+          self._ask(probe, PROBE_KEY, tokens, texts, 'a test request without a seed', False)
         except RefusedError:
-          raise error from None
-        config = dataclasses.replace(config, seed='server')
-    if turns and config.prompt == 'tokens' and not self._server.returns_ids:
-      self._compare_tokenizers(turns[0], config)
-    return config
+          raise error from None  # the seed is not the cause
+        seeded = False
+    if turns and self.config.prompt == 'tokens' and not self._server.returns_ids:
+      self._compare_tokenizers(turns[0], seeded)
+    return self.config if seeded else dataclasses.replace(self.config, seed='server')
+
+  def _probe(self, turn: Turn, long: bool) -> Turn:
+    """Return a turn with a short reply, and with a context as long as allowed if `long` is set."""
+    max_tokens = min(turn.sampling.max_tokens, PROBE_TOKENS)
+    context = turn.context
+    if long:
+      length = max(min(self.config.max_positions, MAX_PROBE) - max_tokens, len(context))
+      context = (context * -(-length // len(context)))[:length]
+    sampling = dataclasses.replace(turn.sampling, max_tokens=max_tokens)
+    return dataclasses.replace(turn, context=context, sampling=sampling)
 
   def check_turn(self, turn: Turn) -> None:
     """Check that the server can read the context of a turn.
@@ -248,7 +250,7 @@ class Remote:
         raise
       return Completion([], '', [], 'content_filter')
 
-  def _compare_tokenizers(self, turn: Turn, config: RemoteConfig) -> None:
+  def _compare_tokenizers(self, turn: Turn, seeded: bool) -> None:
     """Check that the server's tokenizer gives a text as many tokens as ours.
 
     The server returns no token ids, so its answers do not show whether it has another tokenizer.
@@ -260,8 +262,8 @@ class Remote:
     with self._tokenizer_lock:
       ours = {len(self._tokenizer.encode(PROBE_TEXT, add_special_tokens=b)) for b in (True, False)}
     sampling = dataclasses.replace(turn.sampling, max_tokens=1)
-    seed = request_seed(PROBE_KEY) if config.seed == 'turn' else None
-    body = request_body(self._server, config.model, PROBE_TEXT, sampling, seed, (), ())
+    seed = request_seed(PROBE_KEY) if seeded else None
+    body = request_body(self._server, self.config.model, PROBE_TEXT, sampling, seed, (), ())
     name, max_bytes = 'a test request of text', ANSWER_BYTES
     try:
       answer = self._connection.post('/completions', body, read_answer, name, b'', max_bytes)
@@ -270,8 +272,8 @@ class Remote:
     if answer.prompt_tokens is not None and answer.prompt_tokens not in ours:
       raise UserError(
         f'{self._connection.label} reads {answer.prompt_tokens} tokens in a text in which the '
-        f'tokenizer {config.tokenizer!r} reads {min(ours)}. Set tokenizer to that of the served '
-        'model.'
+        f'tokenizer {self.config.tokenizer!r} reads {min(ours)}. Set tokenizer to that of the '
+        'served model.'
       )
 
   def _prompt(self, context: list[int], name: str) -> tuple[list[int] | str, list[int]]:

@@ -1,6 +1,7 @@
 """One HTTP request: a deadline and a size limit for the whole answer, and no redirects."""
 
 import contextlib
+import email.message
 import http.client
 import json
 import select
@@ -32,7 +33,7 @@ class Response(NamedTuple):
   """
 
   status: int
-  headers: Mapping[str, str]
+  headers: Mapping[str, str] | email.message.Message
   data: bytes
 
 

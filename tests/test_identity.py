@@ -279,3 +279,21 @@ def test_damaged_turns_are_sampled_again_and_the_run_says_so(copied, capsys):
   stage = json.loads((run.workdir / 'manifest.json').read_text())['stages']['generate']
   assert stage['journal_faults'] == 2 and stage['turns'] > 0 and stage['replayed_turns'] > 0
   assert contents(run.workdir / 'd_cai') == rows
+
+
+def test_shards_of_a_resumed_run_are_checked(copied, capsys):
+  run = copied()
+  folder = run.workdir / 'd_cai'
+  rows, shards = contents(folder), sorted(folder.glob('*.array_record-*'))
+  _cut(shards[0])
+  shutil.copy(shards[0], folder / f'{shards[0].name[:-1]}9')
+  with pytest.raises(UserError, match=r'array_record-00009, which does not belong'):
+    pipeline.run_stages(run, ['generate'])
+  assert f'{shards[0]} is damaged. It is written again' in capsys.readouterr().out
+  (folder / f'{shards[0].name[:-1]}9').unlink()
+  shutil.copy(shards[0], shards[1])
+  pipeline.run_stages(run, ['generate'])
+  assert f'{shards[1]} holds other rows. It is written again' in capsys.readouterr().out
+  assert contents(folder) == rows
+  stage = json.loads((run.workdir / 'manifest.json').read_text())['stages']['generate']
+  assert stage['turns'] == 0

@@ -111,7 +111,7 @@ def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> N
     shard_lengths: the number of rows in each shard.
 
   Raises:
-    UserError: if a shard is missing.
+    UserError: if a shard is missing, or there is one too many.
   """
   paths = [shard_path(folder, index) for index in range(len(shard_lengths))]
   missing = [path.name for path in paths if not path.exists()]
@@ -120,6 +120,9 @@ def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> N
       f'{folder} lacks {len(missing)} of {len(paths)} shards, such as {missing[0]}. Run the stage '
       'that writes them again.'
     )
+  foreign = sorted(path.name for path in pathlib.Path(folder).glob(SHARDS) if path not in paths)
+  if foreign:
+    raise UserError(f'{folder} holds {foreign[0]}, which does not belong to it. Delete that file.')
   split = tfds.core.SplitInfo(
     name=SPLIT,
     shard_lengths=list(shard_lengths),

@@ -178,15 +178,15 @@ def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
   path, size = d_cai.shard_path(folder, shard), job.config.shard_rows
   if not path.exists():
     return False
-  expected = {prompt.id for prompt, _ in job.prompts[shard * size : (shard + 1) * size]}
+  ids = [prompt.id for prompt, _ in job.prompts[shard * size : (shard + 1) * size]]
   try:
-    ids = d_cai.read_ids(path)
-  except UserError as error:
-    say(f'{error} It is written again.')
-    return False
-  if set(ids) <= expected:
-    return True
-  say(f'{path} holds rows of other prompts. It is written again.')
+    ended = {entry['id'] for entry in read_ended(folder, shard)}
+    if d_cai.read_ids(path) == [name for name in ids if name not in ended]:
+      return True
+    fault = 'holds other rows'
+  except UserError:
+    fault = 'is damaged'
+  say(f'{path} {fault}. It is written again from the journal.')
   return False
 
 

@@ -56,7 +56,8 @@ def check_form(messages: Sequence[Message]) -> None:
     if isinstance(message, dict) and isinstance(message.get('role'), str):
       content = message.get('content')
       if isinstance(content, str) or (
-        isinstance(content, Sequence) and all(isinstance(i, numbers.Integral) for i in content)
+        isinstance(content, Sequence)
+        and all(issubclass(kind, numbers.Integral) for kind in {*map(type, content)})
       ):
         continue
     raise UserError(

@@ -34,7 +34,7 @@ from cai_jax.dialogue.probe import (
   find_unread_mark,
   probe_texts,
 )
-from cai_jax.dialogue.trial import MAX_MARKUP, check_limits, limit_time
+from cai_jax.dialogue.trial import MAX_MARKUP, call_with_limit, check_limits
 from cai_jax.runtime.errors import UserError
 
 _CHAT_ROLE = {
@@ -210,15 +210,16 @@ class ChatFormat:
     contents = list(contents)
     messages = [{'role': r, 'content': c} for r, c in zip(roles, contents, strict=True)]
     try:
-      with limit_time():
-        rendered = self.encoder.tokenizer.apply_chat_template(
+      rendered = call_with_limit(
+        lambda: self.encoder.tokenizer.apply_chat_template(
           messages,
           chat_template=self._template,
           tokenize=False,
           add_generation_prompt=generate,
           **dict(self.template_options),
         )
-        rendered.encode()  # fails for half of a surrogate pair
+      )
+      rendered.encode()  # fails for half of a surrogate pair
     except Exception as error:  # a template is a program, which may raise anything
       name = '' if isinstance(error, jinja2.TemplateError) else f'{type(error).__name__}: '
       reason = ''.join(c if c.isprintable() else ' ' for c in f'{name}{error}')

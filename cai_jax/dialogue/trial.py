@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 SECONDS = 1  # CPU time of the trial
@@ -29,26 +29,35 @@ class TimeUpError(Exception):
   """A rendering that took more than `RENDER_SECONDS`."""
 
 
-@contextlib.contextmanager
-def limit_time() -> Iterator[None]:
-  """Raise TimeUpError in the body after `RENDER_SECONDS` of CPU time.
+def call_with_limit(render: Callable[[], str]) -> str:
+  """Call a function that renders a template, for at most `RENDER_SECONDS` of CPU time.
 
   Python delivers signals to the main thread only; in other threads there is no limit.
+
+  Args:
+    render: the function.
+
+  Raises:
+    TimeUpError: if it takes longer.
   """
   if threading.current_thread() is not threading.main_thread():
-    yield
-    return
+    return render()
+  _install_handler()
+  signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_SECONDS)
+  try:
+    return render()
+  finally:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+@functools.cache
+def _install_handler() -> None:
+  """Install the handler of the timer; once, because that takes as long as a short rendering."""
 
   def stop(*_: Any) -> None:
     raise TimeUpError(f'it took more than {RENDER_SECONDS} s')
 
-  previous = signal.signal(signal.SIGVTALRM, stop)
-  signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_SECONDS)
-  try:
-    yield
-  finally:
-    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    signal.signal(signal.SIGVTALRM, previous)
+  signal.signal(signal.SIGVTALRM, stop)
 
 
 def check_limits(template: str, variables: Mapping[str, Any]) -> str | None:

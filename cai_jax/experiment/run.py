@@ -11,6 +11,7 @@ results.json, report.html, and each figure as an SVG and a PDF file.
 import argparse
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -97,6 +98,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   Raises:
     UserError: if an experiment, arm or field does not exist, or a run cannot be built.
   """
+  workdir = pathlib.Path(os.path.realpath(os.path.expanduser(workdir)))
   name, docstring, experiment = define.load_experiment(spec)
   if options.arms:
     experiment = experiment.select(options.arms)

@@ -15,6 +15,7 @@ from cai_jax.feedback import job as jobs
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
+from cai_jax.runtime.files import writing
 from cai_jax.runtime.progress import Progress
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
@@ -61,6 +62,8 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
   Returns:
     Counts and speeds over all processes, for the manifest.
   """
+  with writing(run.workdir):  # a folder that was deleted during the run is not created again
+    (run.workdir / 'manifest.json').stat()
   journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   engine = run.config.engine
   try:

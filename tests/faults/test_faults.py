@@ -67,24 +67,13 @@ def told_in_one_line(program, *parts):
 
 
 @pytest.mark.parametrize('stage', STAGES)
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_disturbed_stage_ends_with_the_same_bytes(reference, tmp_path, rng, stage, number):
-  """Three random moments; SIGTERM ends with status 143 and one line, within 10 s."""
+  """Three random moments; SIGTERM (143) and SIGINT (130) end in one line, within 10 s."""
   tally = kills.Tally()
   moments = [rng.random() for _ in range(3)]
   kills.disturb(reference, tmp_path / 'run', stage, moments, number, tally)
   assert not tally.faults and tally.counts[stage]['runs'] == 1
-
-
-@pytest.mark.parametrize('stage', STAGES)
-def test_ctrl_c_ends_a_stage_in_order(reference, tmp_path, rng, stage):
-  workdir = reference.copy(stage, tmp_path / 'run')
-  with started(command(workdir, [stage]), reference.environment) as program:
-    assert program.wait_for(stage, rng.random() / 2 * reference.seconds[stage])
-    status, seconds = program.signal(signal.SIGINT)
-    assert status == 130 and seconds < kills.LIMIT
-    assert program.errors.startswith('SIGINT: ') and len(program.errors.splitlines()) == 1
-  finish(reference, workdir, stage)
 
 
 def test_a_second_signal_ends_the_program_during_a_compilation(reference, tmp_path):
@@ -101,7 +90,7 @@ def test_a_second_signal_ends_the_program_during_a_compilation(reference, tmp_pa
 def test_a_stopped_and_continued_program_notices_nothing(reference, tmp_path, rng):
   workdir = reference.copy('generate', tmp_path / 'run')
   with started(command(workdir, ['generate']), reference.environment) as program:
-    assert program.wait_for('generate', rng.random() / 2 * reference.seconds['generate'])
+    assert program.wait_for('generate', rng.random() / 8 * reference.seconds['generate'])
     program.process.send_signal(signal.SIGSTOP)
     time.sleep(rng.uniform(0.5, 2))
     program.process.send_signal(signal.SIGCONT)
@@ -116,7 +105,8 @@ def test_a_full_disk_is_one_line_and_the_run_continues(reference, tmp_path, rng,
     free = shutil.disk_usage(disk).free
     with started(command(workdir, [stage]), reference.environment) as program:
       assert program.wait_for(stage)
-      (disk / 'ballast').write_bytes(bytes(free - rng.randrange(1 << 16)))
+      with open(disk / 'ballast', 'wb') as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free - rng.randrange(1 << 16))
       program.wait()
       told_in_one_line(program, 'No space left on device', str(workdir), 'Free some space')
     (disk / 'ballast').unlink()

@@ -104,7 +104,12 @@ FAULTS = [
     '  check_shape(row, shape, place)\n',
     '',
   ),
-  Fault(f'{__name__}:SCORES', 'cai_jax.report.numbers', "'rate': (float, None)", "'rate': object"),
+  Fault(
+    f'{__name__}:SCORES',
+    'cai_jax.report.numbers',
+    "'interval': ([float], None)",
+    "'interval': object",
+  ),
   Fault(
     f'{__name__}:DEFECTS',
     'cai_jax.data.quality_summary',

@@ -8,7 +8,9 @@ import tensorflow_datasets as tfds
 
 from cai_jax.data.d_cai import check_files, read_rows
 from cai_jax.data.ended import describe_ended, read_ended, write_ended
+from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import ChainEnded, Record
+from cai_jax.feedback.contexts import render_prompt
 from cai_jax.feedback.generate import finish_dataset, generate_shards
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import Engine
@@ -118,6 +120,18 @@ def test_a_template_that_rejects_every_chain_is_refused_before_sampling(tiny_tok
   tokenizer.chat_template = rejects + PICKY.replace('BOUND', repr(''))
   with pytest.raises(UserError, match="prompt 'id-.'.* cannot be sampled.*'revision_1'.*too many"):
     make_job(make_lm(tokenizer), rounds=1)
+
+
+def test_a_prompt_that_the_template_rejects_is_named_by_its_row(tiny_tokenizer):
+  tokenizer = copy.deepcopy(tiny_tokenizer)
+  rejects = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+  tokenizer.chat_template = rejects + PICKY.replace('BOUND', repr(''))
+  job = make_job(make_lm(tokenizer), rounds=1)
+  system = {'role': 'system', 'content': 'Be kind.'}
+  messages = (system, {'role': 'user', 'content': 'Why?'})
+  prompt = Prompt('0f3a', messages, place='prompts.jsonl, line 3')
+  with pytest.raises(UserError, match=r'^prompts.jsonl, line 3: .*system, user: no system'):
+    render_prompt(job.stages.initial.dialogue, prompt)
 
 
 def test_a_damaged_file_of_ended_chains_is_an_error(tmp_path):

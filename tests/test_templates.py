@@ -1,11 +1,14 @@
 """Chat templates that lose, move, merge or rewrite messages are refused; hostile ones stop."""
 
+import ast
+import pathlib
 import time
 
 import pytest
 from test_dialogue import CHATML, assistant, byte_level, message, special, user
 from tokenizers import AddedToken
 
+import cai_jax
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
 
@@ -170,3 +173,19 @@ def test_unpaired_surrogates_are_refused():
       dialogue.reply('a \udfff')
     with pytest.raises(UserError, match='unpaired surrogate'):
       dialogue.conversation([user('a'), assistant('\udfff')])
+
+
+def test_every_dialogue_of_the_library_is_given_the_options_of_the_template():
+  root = pathlib.Path(cai_jax.__file__).parent
+  found = 0
+  for path in root.rglob('*.py'):
+    if path.parent.name == 'dialogue' or path == root / 'tiny' / 'pretrain.py':
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ''
+      keywords = {keyword.arg for keyword in node.keywords} if name else set()
+      is_sampling = name == 'generate' and path.parent.name == 'pipeline'
+      if name == 'Dialogue' or is_sampling:
+        found += 1
+        assert 'template_options' in keywords or (name == 'Dialogue' and len(node.args) >= 4), path
+  assert found >= 5

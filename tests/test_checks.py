@@ -42,7 +42,7 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
       {'feedback__helpful_samples': 2, 'sampling__initial__temperature': 0.0},
       'helpful_samples=2 answers would all be the same',
     ),
-    ({'report__published': 'nowhere.jsonl'}, 'report.published: nowhere.jsonl cannot be read'),
+    ({'report__published': 'nowhere.jsonl'}, 'nowhere.jsonl: there is no such file'),
     ({'evaluation__scorer': 'me'}, "scorer='me'"),
     ({'prompts__harmful__source': ''}, 'prompts.harmful.source is empty'),
     (
@@ -58,7 +58,7 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'train__max_length': 4096}, 'max_length=4096'),
     (
       {'feedback__rounds': 30, 'feedback__context': 'growing'},
-      r'tiny, prompt \w+: the chain of this prompt can reach',
+      r'tiny, prompt [\w-]+: the chain of this prompt can reach',
     ),
     ({'prompts__eval_harmful__split': 'train'}, 'occur in the training prompts'),
     ({'prompts__helpful__source': ''}, 'helpfulness_share'),

@@ -75,7 +75,7 @@ def load_digests(path: str | os.PathLike) -> None:
     return
   for name, entry in entries.items():
     if isinstance(entry, list) and [type(part) for part in entry] == [int] * 4 + [str]:
-      _known.setdefault(name, tuple(entry))  # type: ignore[arg-type]
+      _known.setdefault(name, tuple(entry))
 
 
 def _state(path: str) -> tuple[int, int, int, int]:

@@ -45,7 +45,10 @@ def config(family='llama', **changes):
 @pytest.mark.parametrize(
   ('hf', 'message'),
   [
-    (config(rope_parameters=DEFAULT, rope_scaling={'type': 'yarn', 'factor': 4.0}), 'yarn'),
+    (
+      config(rope_parameters=DEFAULT, rope_scaling={'type': 'yarn', 'factor': 4.0}),
+      "yarn.*'default'",
+    ),
     (config(rope_parameters=DEFAULT, rope_scaling=LLAMA3), 'rope_scaling=.*rope_parameters='),
     (config(rope_parameters=LLAMA3, rope_scaling={**LLAMA3, 'factor': 4.0}), 'rope_scaling=.*4.0'),
     (config(rope_theta=5e5), 'rope_theta=500000.0, rope_parameters.rope_theta=10000.0'),

@@ -30,10 +30,11 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
       number is missing or wrong.
   """
   require(hf, 'partial_rotary_factor', 1.0)
-  readings = {
-    key: _read_scaling(hf, key) for key in ('rope_parameters', 'rope_scaling') if hf.get(key)
-  }
-  if len(readings) == 2 and readings['rope_parameters'] != readings['rope_scaling']:
+  entries = [key for key in ('rope_parameters', 'rope_scaling') if hf.get(key)]
+  # The types are compared first: one of them may not be implemented.
+  kinds = [_read_type(hf, key) for key in entries]
+  readings = [_read_scaling(hf, key) for key in entries] if len(set(kinds)) < 2 else kinds
+  if len(set(readings)) > 1:
     raise UserError(
       f'config.json: rope_scaling={show(hf["rope_scaling"], 200)} contradicts '
       f'rope_parameters={show(hf["rope_parameters"], 200)}. Remove the one that the model '
@@ -41,7 +42,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
   return {
     'rope_theta': _read_theta(hf),
-    'rope_scaling': next(iter(readings.values()), None),
+    'rope_scaling': next(iter(readings), None),
   }
 
 
@@ -65,8 +66,8 @@ def _read_theta(hf: Mapping[str, Any]) -> float:
   return next(iter(thetas.values()), THETA)
 
 
-def _read_scaling(hf: Mapping[str, Any], key: str) -> Llama3Rope | None:
-  """Return the scaling that one entry describes; None means that there is none."""
+def _read_type(hf: Mapping[str, Any], key: str) -> str:
+  """Return the type of scaling that one entry names, whether it is implemented or not."""
   rope = hf[key]
   if not isinstance(rope, dict):
     raise UserError(
@@ -80,7 +81,15 @@ def _read_scaling(hf: Mapping[str, Any], key: str) -> Llama3Rope | None:
       f'type={show(kinds["type"])}, which contradict each other. Remove one of them.'
     )
   kind = next(iter(kinds.values()), 'default')
-  if not isinstance(kind, str) or kind not in _KEYS:
+  if not isinstance(kind, str):
+    raise UserError(f'config.json: {key} has rope_type {show(kind)}; it must be a name.')
+  return kind
+
+
+def _read_scaling(hf: Mapping[str, Any], key: str) -> Llama3Rope | None:
+  """Return the scaling that one entry describes; None means that there is none."""
+  rope, kind = hf[key], _read_type(hf, key)
+  if kind not in _KEYS:
     raise UserError(
       f'config.json: {key} has rope_type {show(kind)}, which is not supported; '
       "'default' and 'llama3' are."

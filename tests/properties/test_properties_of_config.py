@@ -19,13 +19,19 @@ from configs import tiny
 SCRIPT = """\
 import json, pathlib
 from configs import tiny
+def change(config, values):
+  for name, value in values.items():
+    if isinstance(value, dict) and hasattr(config.get(name), 'items'):
+      change(config[name], value)
+    else:
+      config[name] = value
 def get_config():
   config = tiny.get_config()
   for prompts in config.prompts.values():
     prompts.limit = 5
   text = pathlib.Path(__file__).with_name('config.json').read_text()
   with config.unlocked(), config.ignore_type():
-    config.update(json.loads(text))
+    change(config, json.loads(text))
   return config
 """
 STAGES = ('generate', 'train', 'evaluate', 'report')
@@ -73,8 +79,11 @@ def check_values(settings: Any) -> None:
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       check_values(value)
+    elif isinstance(value, tuple):
+      assert all('\0' not in text for text in value if isinstance(text, str)), field.name
     elif field.type in (int, float, bool, str):
       assert type(value) is field.type, f'{field.name}={value!r}'
+      assert field.type is not int or field.name == 'seed' or abs(value) < 2**31, field.name
       assert field.type is not float or math.isfinite(value), field.name
       assert field.type is not str or ('\0' not in value and value.encode() is not None), field.name
 
@@ -91,6 +100,8 @@ CONFIG = Reader(
     values(train={'patience': 1, 'eval_every': 1, 'eval_share': 0.5, 'lora_rank': 2, 'warmup': 0}),
     values(sampling={'initial': {'stop': ['a', 'b'], 'top_k': 0, 'temperature': 1}}, seed=0),
     values(feedback={'rounds': 1, 'demonstrations': True}, evaluation={'judge': 'tiny'}),
+    values(sampling={'critique': {'stop': ['a', 'b']}}),
+    values(train={'checkpoint_every': 0, 'log_every': 1, 'keep': 2, 'epochs': 1}),
     values(engine={'slots': 8, 'spare_tokens': 0}, prompts={'harmful': {'limit': 3}}, mesh={}),
     values(model={'base': 'tiny', 'critique': ''}, constitution={'path': 'tiny', 'ids': []}),
   ],
@@ -109,7 +120,7 @@ VALUES, SCHEMA = 'cai_jax.runtime.values', 'cai_jax.pipeline.schema'
 FAULTS = [
   Fault(f'{__name__}:CONFIG', module, old, new)
   for module, old, new in (
-    (VALUES, ' and isinstance(value, numbers.Integral):\n    return int', ':\n    return int'),
+    (VALUES, 'int(_check_number(value, name, most or LARGEST[int]))', 'int(value)'),
     (VALUES, 'isinstance(value, numbers.Real) and not isinstance(value, bool)', 'True'),
     (VALUES, "valid = '\\0' not in value", 'valid = True'),
     (VALUES, '  if hint is str and isinstance(value, str):', '  if hint is str:'),

@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.settings import changed_settings
+from cai_jax.runtime.terminal import say
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState
 
@@ -172,7 +173,7 @@ def restore_latest(
           f'{folder} is damaged: {error}. Restore it, or delete it; training then continues from '
           'the checkpoint before it, or from the start if there is none.'
         ) from error
-      print(f'train: {folder} is damaged: {error}.', file=sys.stderr, flush=True)
+      say(f'train: {folder} is damaged: {error}.', file=sys.stderr)
     else:
       break
   else:
@@ -183,7 +184,7 @@ def restore_latest(
   if damaged:
     checkpointer.reload()
     text = f'train: deleted it and continued from the checkpoint of step {restored.step}.'
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr)
   return restored
 
 

@@ -112,9 +112,9 @@ FAULTS = [
   ),
   Fault(
     f'{__name__}:DEFECTS',
-    'cai_jax.data.quality_summary',
-    "{'rate': float, 'rates': [float]}",
-    "{'rate': object, 'rates': [float]}",
+    'cai_jax.pipeline.stage_report',
+    '  check_shape(summary, quality_summary.SHAPE, str(path))\n',
+    '',
   ),
 ]
 

@@ -133,12 +133,6 @@ FAULTS = [
     'except Exception as error:  # a template is',
     'except jinja2.TemplateError as error:  # a template is',
   ),
-  Fault(
-    f'{__name__}:MESSAGES',
-    'cai_jax.dialogue.messages',
-    'and (found := _SURROGATE.search(content))',
-    'and (found := None)',
-  ),
 ]
 
 

@@ -237,7 +237,7 @@ FAULTS = [
   Fault(
     f'{__name__}:CONFIGS',
     'cai_jax.model.families.rope',
-    'if not isinstance(kind, str):',
+    'if kind not in _KEYS:',
     'if not kind:',
   ),
   Fault(

@@ -182,7 +182,7 @@ def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):
 def test_invalid_settings_are_rejected(tmp_path):
   with pytest.raises(UserError, match='Give a tuple of files'):
     EvaluationConfig(multiple_choice='a.jsonl')
-  with pytest.raises(UserError, match='cannot be read'):
+  with pytest.raises(UserError, match='there is no such file'):
     EvaluationConfig(multiple_choice=(str(tmp_path / 'none.jsonl'),))
   with pytest.raises(UserError, match="scorer='me'.*no scorer named 'me'"):
     EvaluationConfig(scorer='me')

@@ -157,7 +157,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
   added |= {f'prompts.{name}.drop_answer' for name in CONFIG.prompts}
-  added |= {'train.export_dtype'}
+  added |= {'train.export_dtype', 'train.deterministic'}
   assert set(fields) - set(before) == added
 
 

@@ -1,6 +1,7 @@
 """The train step: the same parameters for any division of the work; schedule and optimizer."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from cai_jax.training.optimizer import (
   weight_decay_mask,
 )
 from cai_jax.training.state import abstract_state, init_state
-from cai_jax.training.step import make_train_step, place_batch
+from cai_jax.training.step import is_deterministic, make_train_step, place_batch
 from tests.training_setup import CONFIG, MODEL, initial_params, one_device, random_examples
 
 GRAPH, SHAPES = abstract_model(MODEL)
@@ -230,3 +231,17 @@ def test_a_registered_loss_is_selected_by_name(four_steps, restored_registries):
   assert metrics['loss'] == pytest.approx(four_steps[1][0]['loss'] / 2, rel=1e-6)
   with pytest.raises(UserError, match=r"loss_normalization='token' is not one of \('sequence',\)"):
     dataclasses.replace(CONFIG, loss='halved', loss_normalization='token')
+
+
+@pytest.mark.parametrize(
+  ('platform', 'settings', 'expected'),
+  [
+    ('cpu', dict(deterministic=False), True),
+    ('gpu', {}, True),
+    ('gpu', dict(deterministic=False), False),
+    ('gpu', dict(attention='cudnn', dtype='bfloat16'), False),
+  ],
+)
+def test_which_train_steps_are_deterministic(platform, settings, expected):
+  mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+  assert is_deterministic(TrainConfig(**settings), mesh) == expected

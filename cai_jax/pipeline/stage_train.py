@@ -23,6 +23,7 @@ from cai_jax.sampling.completions import generate
 from cai_jax.tiny.files import model_path
 from cai_jax.training.log import remarks
 from cai_jax.training.loop import Probe
+from cai_jax.training.step import is_deterministic
 from cai_jax.training.supervised import fine_tune
 
 
@@ -59,6 +60,11 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     references(run),
   )
   notes = remarks(summary, config)
+  if not is_deterministic(config, lm.mesh):
+    notes.append(
+      'On this GPU and with these settings, the train step is not deterministic: another run, or a '
+      'resumed one, ends with slightly different parameters.'
+    )
   if jax.process_index() == 0:
     for note in notes:
       say(f'train: {note}')

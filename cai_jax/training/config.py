@@ -138,6 +138,12 @@ class TrainConfig:
     "Attention implementation: 'blocks', 'xla', 'splash' (TPUs only) or 'cudnn' (NVIDIA GPUs "
     'only).',
   )
+  deterministic: bool = setting(
+    True,
+    'Compile the train step so that it gives the same bits in every run on the same devices. Only '
+    "GPUs need this. It has no effect with attention='cudnn', which XLA cannot compile so.",
+    added=True,
+  )
   dtype: str = setting(
     'float32',
     "Compute dtype, 'float32' or 'bfloat16'. Parameters and optimizer state are always float32.",

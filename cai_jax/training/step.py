@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model import lora
+from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.runtime.mesh import BATCH, batch_sharding, place
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses import LOSSES, Batch, Sums
@@ -131,7 +132,29 @@ def make_train_step(
     donate_argnums=0,
     in_shardings=(shardings, row_sharding),
     out_shardings=(shardings, NamedSharding(mesh, P())),
+    compiler_options=_compiler_options(config, mesh),
   )
+
+
+def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
+  """Return whether the train step gives the same bits in every run on the same devices.
+
+  By default, GPUs add the gradients of embeddings in an order that differs from run to run, and XLA
+  chooses kernels by timing them.
+
+  Args:
+    config: the run's settings.
+    mesh: the devices.
+  """
+  if mesh.devices.flat[0].platform != 'gpu':
+    return True
+  return config.deterministic and KERNELS[config.attention].deterministic
+
+
+def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool] | None:
+  """Return the XLA options of the train step, or None for the default ones."""
+  on_gpu = mesh.devices.flat[0].platform == 'gpu'
+  return {'xla_gpu_deterministic_ops': True} if on_gpu and is_deterministic(config, mesh) else None
 
 
 def make_eval_step(

@@ -58,12 +58,14 @@ class Kernel:
       kernel does not support them.
     takes_mask: whether `attend` also takes the keyword `mask`: bool[B,T,T], which key each query
       sees. The model computes it once for all layers with the same window.
+    deterministic: whether XLA can compile the gradient so that it has the same bits in every run.
   """
 
   attend: Attend
   platform: str | None = None
   check: Callable[[str, int], None] = accept_any
   takes_mask: bool = False
+  deterministic: bool = True
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')

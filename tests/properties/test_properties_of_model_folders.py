@@ -235,12 +235,6 @@ FAULTS = [
     'for kind in by_number',
   ),
   Fault(
-    f'{__name__}:CONFIGS',
-    'cai_jax.model.families.rope',
-    'if kind not in _KEYS:',
-    'if not kind:',
-  ),
-  Fault(
     f'{__name__}:FOLDERS',
     'cai_jax.model.weight_files',
     'except (safetensors.SafetensorError, OSError)',

@@ -92,7 +92,9 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
 def _answered_by_both(folder: pathlib.Path, rows: Mapping[str, Rows]) -> dict[str, Rows]:
   """Return the rows without the prompts for which the chain of either model ended early."""
   ended = {entry['id'] for name in rows for entry in read_ended(folder / name)}
-  kept = {name: [row for row in group if row['id'] not in ended] for name, group in rows.items()}
+  kept: dict[str, Rows] = {
+    name: [row for row in group if row['id'] not in ended] for name, group in rows.items()
+  }
   if not any(row['kind'] == 'harmful' for row in kept['base']):
     raise UserError(
       f'No harmful held-out prompt was answered by both models. See ended-*.jsonl in {folder}/base '

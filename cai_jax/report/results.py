@@ -105,7 +105,7 @@ def check_figures(figures: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _require(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+def _require(fields: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
   missing = [key for key in keys if key not in fields]
   if missing:
     raise UserError(f'{where} has no {", ".join(map(repr, missing))}. It needs {", ".join(keys)}.')

@@ -98,9 +98,10 @@ def save_drawing(drawing: Drawing, path: str | os.PathLike) -> list[pathlib.Path
   svg, pdf = (pathlib.Path(f'{os.fspath(path)}.{suffix}') for suffix in ('svg', 'pdf'))
   with replacing(svg) as temporary:
     temporary.write_text(_standalone(inline_svg(drawing)), 'utf-8')
-  options = {'format': 'pdf', 'facecolor': 'white', 'metadata': {'CreationDate': None}}
   with figure_settings(), replacing(pdf) as temporary:
-    drawing.figure.savefig(os.fspath(temporary), **options)
+    drawing.figure.savefig(
+      os.fspath(temporary), format='pdf', facecolor='white', metadata={'CreationDate': None}
+    )
   return [svg, pdf]
 
 

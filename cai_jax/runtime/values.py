@@ -58,14 +58,17 @@ def convert_fields(settings: Any, section: str) -> None:
   Raises:
     UserError: if a value has another type than its field.
   """
-  hints = _type_hints(type(settings))
+  hints = _type_hints(settings.__class__)
   for field in dataclasses.fields(settings):
     value, most = getattr(settings, field.name), field.metadata.get('most')
     value = convert(value, hints[field.name], f'{section}: {field.name}', most)
     object.__setattr__(settings, field.name, value)
 
 
-_type_hints = functools.cache(typing.get_type_hints)
+@functools.cache
+def _type_hints(settings: type) -> dict[str, Any]:
+  return typing.get_type_hints(settings)
+
 
 _KINDS = {
   bool: 'True or False',
@@ -92,7 +95,7 @@ def _convert_tuple(value: Any, hints: tuple, name: str, most: float | None) -> t
 
 def _check_number(value: Any, name: str, most: float) -> Any:
   if not -most <= value <= most:  # also true for NaN
-    is_long = isinstance(value, numbers.Integral) and abs(value) >= 10**18
+    is_long = isinstance(value, numbers.Integral) and abs(int(value)) >= 10**18
     shown = '(more than 18 digits)' if is_long else value
     limit = f'{most:,}' if isinstance(most, int) else f'{most:g}'
     raise UserError(f'{name}={shown} must be a finite number of at most {limit}.')

@@ -73,7 +73,7 @@ class MetricsWriter:
     self.write_row(file, row)
     scalars = {f'{group}/{key}': value for key, value in row.items() if key != 'step'}
     for key, value in scalars.items():
-      self._events.add_scalar(key, value, row['step'])
+      self._events.add_scalar(key, value, int(row['step']))
     if self._wandb_run is not None:
       self._wandb_run.log({'step': row['step'], **scalars})
 

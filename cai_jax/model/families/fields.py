@@ -56,7 +56,7 @@ def read_number(entries: Mapping[str, Any], key: str, default: float | None = No
   value = entries.get(key)
   if value is None and default is not None:
     return default
-  if not is_number(value) or not value > 0:
+  if value is None or not is_number(value) or not value > 0:
     raise UserError(f'config.json: {key} is {show(value)}; it must be a positive number.')
   return float(value)
 

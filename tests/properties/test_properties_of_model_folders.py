@@ -223,7 +223,7 @@ FAULTS = [
     'if value is None:',
   ),
   Fault(
-    f'{__name__}:FOLDERS',
+    f'{__name__}:CONFIGS',
     'cai_jax.model.families.fields',
     'if not isinstance(value, bool):',
     'if value == 2:',
@@ -243,8 +243,8 @@ FAULTS = [
   Fault(
     f'{__name__}:VOCABULARIES',
     'cai_jax.model.generation_config',
-    'token < 0 or (vocab_size is not None and token >= vocab_size)',
-    'token < 0',
+    'if isinstance(token, bool) or not isinstance(token, int):',
+    'if token is None:',
   ),
   Fault(
     f'{__name__}:VOCABULARIES',

@@ -15,6 +15,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import ChainEnded
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
+from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
@@ -67,12 +68,13 @@ def generate_shards(
   running = _make_engine(job, journal, engine)
   unwritten: dict[int, dict[int, dict | ChainEnded]] = {}  # shard → index of a row → row
   indices = (index for shard in shards.values() for index in shard)
-  for done, (_, (index, row)) in enumerate(running.run(_chains(job, indices)), 1):
-    shard = index // shard_rows
-    unwritten.setdefault(shard, {})[index] = row
-    if len(unwritten[shard]) == len(shards[shard]):
-      _write_shard(job, folder, shard, unwritten.pop(shard))
-    progress(done, total, running.stats.sampled_tokens)
+  with interruption.local_work():
+    for done, (_, (index, row)) in enumerate(running.run(_chains(job, indices)), 1):
+      shard = index // shard_rows
+      unwritten.setdefault(shard, {})[index] = row
+      if len(unwritten[shard]) == len(shards[shard]):
+        _write_shard(job, folder, shard, unwritten.pop(shard))
+      progress(done, total, running.stats.sampled_tokens)
   return {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
 
 

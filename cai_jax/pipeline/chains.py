@@ -71,6 +71,7 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
       counts = processes.run_on_all_processes(
         f'sample {folder}',
         lambda: generate.generate_shards(job, folder, journal, engine, progress),
+        alone=False,  # the processes first agree on what is missing
       )
   finally:
     journal.close()

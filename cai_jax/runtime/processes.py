@@ -1,5 +1,6 @@
 """The processes of a run: how they connect, wait for each other, and fail together."""
 
+import contextlib
 import os
 import sys
 import traceback
@@ -57,7 +58,7 @@ def initialize() -> None:
     interruption.join_processes()
 
 
-def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
+def run_on_all_processes(name: str, work: Callable[[], T], alone: bool = True) -> T:
   """Call `work` in every process and return its result once all of them have succeeded.
 
   If one process fails, the others first finish and keep their own work, and then fail too. With
@@ -66,6 +67,8 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   Args:
     name: what `work` does, as a verb phrase for the error message.
     work: called in each process.
+    alone: whether `work` has no collective operations, so that a signal may interrupt it anywhere.
+      Other work marks its parts with `interruption.local_work`.
 
   Returns:
     This process's result.
@@ -78,7 +81,7 @@ def run_on_all_processes(name: str, work: Callable[[], T]) -> T:
   """
   error: Exception | Interrupted | None = None
   try:
-    with interruption.local_work():
+    with interruption.local_work() if alone else contextlib.nullcontext():
       result = work()
   except (Exception, Interrupted) as caught:
     error = caught

@@ -149,3 +149,12 @@ def test_the_tour_runs(checkout, monkeypatch):
   ).execute()
   outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
   assert any('image/svg+xml' in output.get('data', {}) for output in outputs), 'shows no figure'
+
+
+def test_the_tests_that_guarantees_name_exist():
+  text = (ROOT / 'docs' / 'guarantees.md').read_text()
+  tests = re.findall(r'`((?:\w+/)?test_\w+\.py)(?:::(\w+))?`', text)
+  assert len(tests) > 30
+  for file, name in tests:
+    source = (ROOT / 'tests' / file).read_text()
+    assert not name or f'def {name}(' in source, f'{file}::{name}'

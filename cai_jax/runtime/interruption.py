@@ -29,6 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after which a signal ends the process without an exception, if the main thread is in a
 # library call such as a long compilation. No file is lost, because a kill loses none either.
 GRACE_SECONDS = 4.0
+RETRY_SECONDS = 0.02  # until the handler runs again, if it could not raise where it ran
 POLL_SECONDS = 0.5  # between two looks for a signal to another process
 _SIGNAL_KEY, _STEP_KEY = 'cai_jax/interruption/signal', 'cai_jax/interruption/step'
 
@@ -110,7 +111,8 @@ def listen() -> Iterator[None]:
   if _state.watcher is not None:
     yield
     return
-  previous = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+  handled = (*SIGNALS, signal.SIGALRM)
+  previous = {number: signal.signal(number, _on_signal) for number in handled}
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -146,8 +148,7 @@ def pending() -> int:
 def check() -> None:
   """Raise `Interrupted` if a signal has arrived and is not deferred.
 
-  Long loops call this. The handler has raised already, unless it ran inside a callback that ignores
-  exceptions, such as one of the garbage collector.
+  Long loops call this. The handler has raised already, unless it ran where an exception is ignored.
   """
   if _state.number and _state.may_raise:
     raise Interrupted(_state.number)
@@ -208,10 +209,15 @@ class Deferral:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
   """Handle a signal, in the main thread and between two of its instructions."""
-  del frame
-  if not _state.handled:  # `_watch` ends the process at a second signal
-    _state.number, _state.handled = number, True
-    check()
+  if number in SIGNALS and _state.handled:
+    return  # `_watch` ends the process at a second signal
+  _state.number, _state.handled = _state.number or number, True
+  while frame is not None:
+    if frame.f_code.co_name in ('_xla_gc_callback', '__del__'):  # they would ignore the exception
+      signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+      return
+    frame = frame.f_back
+  check()
 
 
 def _watch(reader: int) -> None:

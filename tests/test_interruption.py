@@ -1,0 +1,67 @@
+"""Signals raise an exception where it is safe, and later where it is not."""
+
+import gc
+import os
+import signal
+import time
+
+import pytest
+
+from cai_jax.runtime import interruption
+from cai_jax.runtime.interruption import Deferral, Interrupted
+
+
+def wait():
+  """Give a signal time to arrive."""
+  for _ in range(100):
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize('number', interruption.SIGNALS)
+def test_a_signal_raises_in_the_block_and_handlers_come_back(number):
+  before = signal.getsignal(number)
+  with pytest.raises(Interrupted) as told, interruption.listen():
+    os.kill(os.getpid(), number)
+    wait()
+  assert told.value.status == 128 + number and signal.getsignal(number) is before
+  assert str(signal.Signals(number).name) in told.value.describe()
+
+
+def test_a_deferral_holds_a_signal_until_its_end():
+  reached = []
+  with pytest.raises(Interrupted), interruption.listen():
+    with Deferral() as deferral:
+      deferral.begin()
+      os.kill(os.getpid(), signal.SIGTERM)
+      wait()
+      reached.append(deferral.must_stop(1))
+    reached.append('after')
+  assert reached == [signal.SIGTERM]
+
+
+def test_a_deferral_that_has_not_begun_holds_nothing():
+  with pytest.raises(Interrupted), interruption.listen(), Deferral():
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait()
+
+
+def test_a_signal_in_a_callback_that_ignores_exceptions_raises_after_it(capfd):
+  """The garbage collector prints and ignores what its callbacks raise; JAX has one."""
+
+  sent = []
+
+  def _xla_gc_callback(*_):
+    if not sent:
+      sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    time.sleep(0.01)
+
+  gc.callbacks.append(_xla_gc_callback)
+  try:
+    with pytest.raises(Interrupted), interruption.listen():
+      gc.collect()
+      gc.callbacks.remove(_xla_gc_callback)
+      wait()
+  finally:
+    if _xla_gc_callback in gc.callbacks:
+      gc.callbacks.remove(_xla_gc_callback)
+  assert 'ignored' not in capfd.readouterr().err

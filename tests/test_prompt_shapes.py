@@ -55,6 +55,10 @@ def user(text):
     ({'messages': [{'role': 'developer', 'content': 'be kind'}, U]}, [S, U]),
     ({'messages': [{'role': 'User', 'content': 'hi'}]}, [U]),
     ({'messages': [{**U, 'name': None}]}, [U]),
+    ({'messages': [{**U, 'weight': 0}]}, [U]),  # Axolotl
+    ({'conversation': [{**U, 'header': {'x': 'y'}, 'toxic': False, 'redacted': False}]}, [U]),
+    ({'prompt': 'Write a class\nAssistant'}, None),
+    ({'prompt': 'What does "Assistant:" mean?'}, None),
     ({'messages': [U, {**A, 'tool_calls': [], 'refusal': None}, U]}, [U, A, U]),
     ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'hi'}]}]}, [U]),
     (
@@ -126,6 +130,15 @@ def test_the_answer_of_a_dialogue_is_left_out_on_request(tmp_path):
     ({'prompt': 'Be kind.\n\nHuman: hi\n\nAssistant: hello\n\nHuman: b'}, 'with other labels'),
     ({'prompt': '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'}, 'with other labels'),
     ({'prompt': '<s>[INST] hi [/INST]'}, 'transcript with other labels'),
+    # The label of the reply ends a line that has other text.
+    ({'prompt': 'A chat. USER: hi ASSISTANT:'}, 'transcript with other labels'),
+    ({'prompt': 'GPT4 Correct User: hi<|end_of_turn|>GPT4 Correct Assistant:'}, 'other labels'),
+    ({'prompt': '<|prompter|>hi<|endoftext|><|assistant|>'}, 'transcript with other labels'),
+    ({'prompt': '<s>Human: hi\n</s><s>Assistant: '}, 'transcript with other labels'),
+    ({'prompt': '<<SYS>>\nbe kind\n<</SYS>>\nhi [/INST]'}, 'transcript with other labels'),
+    ({'prompt': '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>hi'}, 'transcript with other labels'),
+    ({'prompt': 'Human: hi Assistant:'}, 'does not follow an empty line'),
+    ({'prompt': 'Human: hi\n</s>Assistant:'}, 'does not follow an empty line'),
     ({'prompt': 'Assistant: hello\n\nHuman: hi'}, r"roles \['assistant', 'user'\]"),
     ({'prompt': "[{'role': 'user', 'content': 'hi'}]"}, 'not valid JSON'),
     ({'prompt': '\n\nHuman: \n\nAssistant:'}, 'non-blank text'),

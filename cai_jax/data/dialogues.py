@@ -33,6 +33,11 @@ _OTHER_ROLE_NAMES = {
   'model': 'assistant',
   'bot': 'assistant',
 }
+# Fields about a message that chat logs (WildChat) and trainers (Axolotl) add; prompts lack them.
+_METADATA = frozenset(
+  ('country', 'hashed_ip', 'header', 'language', 'redacted', 'state', 'timestamp', 'toxic')
+  + ('train', 'turn_identifier', 'weight')
+)
 _TEXT_PARTS = ('text', 'input_text', 'output_text')
 
 _JSON_MESSAGES = re.compile(r'\s*\[\s*\{\s*[\'"](?:role|content|from|value|name)[\'"]\s*:')
@@ -44,7 +49,8 @@ _MARKS = r'(?:\\[nr]|[\s\ufeff*#>_\[(<|])*'
 _COLON = r'[\s*_\])>|]*[:\uff1a]'
 _OTHER_START = re.compile(
   rf'{_MARKS}(?:human|user|prompter|instruction){_COLON}'
-  r'|\s*(?:<s>\s*)?\[INST\]|\s*<\|?(?:im_start|start_header_id|begin_of_text|user|system)\|?>'
+  r'|\s*(?:<s>\s*)?\[INST\]|\s*<<SYS>>|\s*(?:<s>\s*)?Human:'
+  r'|\s*<\|?(?:im_start|start_header_id|start_of_turn_token|begin_of_text|prompter|user|system)\|?>'
   r'|\s*(?:<bos>\s*)?<start_of_turn>|\s*<\uff5c[^|\n]{1,30}\uff5c>',
   re.IGNORECASE,
 )
@@ -57,6 +63,9 @@ _REPLY_LINE = re.compile(
 _REPLY_LABEL = re.compile(
   r'[ \t*#>_\[(<|]*(?:im_start\|>)?(?:assistant|(?<=# )response)[ \t*_\])>|]*[:\uff1a]?[ \t*]*',
   re.IGNORECASE,
+)
+_INLINE_REPLY_END = re.compile(
+  r'(?:\b(?:Assistant|ASSISTANT)[ \t*]*[:\uff1a]|<\|?assistant\|?>|\[/INST\])\Z'
 )
 _LINE_LABELS = re.compile(r'^Human:', re.MULTILINE), re.compile(r'^Assistant:', re.MULTILINE)
 
@@ -186,8 +195,14 @@ def _has_other_labels(text: str) -> bool:
 
 
 def _ends_with_reply_label(text: str) -> bool:
-  """Return whether the last line of several is only a label of the assistant."""
-  before, _, last = text.rstrip().rpartition('\n')
+  """Return whether a text ends with a label of the assistant, which no answer follows.
+
+  Only labels in one of their usual spellings count at the end of a line that has other text.
+  """
+  text = text.rstrip()
+  if _INLINE_REPLY_END.search(text, max(0, len(text) - 40)):
+    return True
+  before, _, last = text.rpartition('\n')
   if not before.strip() or not (last.endswith((':', '\uff1a', '>')) or last.startswith('<|')):
     return False
   return _REPLY_LABEL.fullmatch(last) is not None
@@ -202,7 +217,7 @@ def _parse_message(index: int, message: Any) -> dict[str, Any]:
     )
   fields = {key: value for key, value in message.items() if value is not None and value != []}
   names = ('from', 'value') if 'from' in fields and 'role' not in fields else ('role', 'content')
-  others = [key for key in fields if key not in names]
+  others = [key for key in fields if key not in names and key not in _METADATA]
   if others:
     raise UserError(
       f'Message {index} has the fields {show(others)}, but a message has only '

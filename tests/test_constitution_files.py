@@ -79,6 +79,21 @@ principles:
   assert loaded.principles[2].tags == ('x',)
 
 
+def test_keys_may_hold_only_anchors_and_demonstrations_may_be_left_empty(tmp_path):
+  text = """
+x-requests: &requests {critique_request: What?, revision_request: Be.}
+principles:
+  - {<<: *requests, id: a}
+demonstrations:
+"""
+  loaded = load(write(tmp_path, text, 'C.YAML'))
+  assert loaded.principles[0].revision_request == 'Be.'
+  assert loaded.demonstrations == ()
+  text = text.replace('x-requests', 'requests')
+  with pytest.raises(UserError, match='Keys for anchors only may begin with "x-"'):
+    load(write(tmp_path, text, 'c.yaml'))
+
+
 def bomb(start, line, count=40):
   return '\n'.join([start] + [line.format(n=n, last=n - 1) for n in range(1, count)])
 
@@ -108,6 +123,16 @@ HEAD = 'principles: [{id: a, critique_request: b, revision_request: c}]\n'
     ('c.yaml', '', "must be a mapping with 'principles'"),
     ('c.yaml', 'principles:\n  - Be kind.', 'principle 0 must be a mapping, .* has the form'),
     ('c.json', ['Be kind.'], 'must map ids to principles, but got a list. .* has the form'),
+    (
+      'c.json',
+      {'principles': [{**ENTRY, 'critique_request': '\n\nCritiqueRequest: What?\n\nCritique:'}]},
+      'critique_request contains a label: .* Remove the labels',
+    ),
+    (
+      'c.json',
+      {'constitutions': [{**RECIPE, 'revision': 'Be polite.\n\nRevision:'}]},
+      'revision_request contains a label',
+    ),
     ('c.json', {'principles': []}, 'at least one principle'),
     ('c.json', {'principles': [{**ENTRY, 'weight': '1'}]}, "weight must be a number .* got '1'"),
     ('c.json', {'principles': [{**ENTRY, 'weight': 10**400}]}, 'weight must be above 0'),

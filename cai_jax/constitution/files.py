@@ -1,6 +1,7 @@
 """Files of constitutions: YAML and JSON in our form, in Hugging Face's, and as published."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ FORM = (
 _INSTRUCTIONS = 'CritiqueRevisionInstructions.json'
 _FEW_SHOT = 'CritiqueRevisionFewShotPrompts.json'
 _FIELDS_HINT = f'Allowed fields are {list(PRINCIPLE_FIELDS)}; the first three are required.'
+_ANCHORS = ('x-', '_', '.')  # how keys begin that hold only anchors, as in other YAML tools
+_LABEL = re.compile(
+  r'\s*(?:Critique|Revision) ?Request:|.*\n(?:Critique|Revision):\s*\Z', re.DOTALL
+)
 _ONE_CHAIN = ('user', 'assistant', 'critique_request', 'critique', 'revision_request', 'revision')
 
 Parts = tuple[list[Principle], Sequence[Any]]  # principles and demonstrations
@@ -46,9 +51,10 @@ def read_constitution(path: str, names: Sequence[str] = ()) -> Parts:
       f'there is no such constitution. Give one of {list(names)}, a .yaml or .json file, or a '
       'folder.'
     )
-  if path.endswith('.json'):
+  suffix = os.path.splitext(path)[1].lower()
+  if suffix == '.json':
     return _json_parts(path)
-  if path.endswith(('.yaml', '.yml')):
+  if suffix in ('.yaml', '.yml'):
     return _parts(_parse_file(path, parse_yaml))
   raise UserError('a constitution must be a .yaml, .yml or .json file, or a folder.')
 
@@ -69,14 +75,17 @@ def _parts(document: Any) -> Parts:
   """Return the parts of a document in our form or in that of Hugging Face's recipe."""
   if isinstance(document, dict) and 'constitutions' in document:
     return _recipe_parts(document)
+  if isinstance(document, dict):
+    document = {k: v for k, v in document.items() if not str(k).startswith(_ANCHORS)}
   fields = ('principles', 'demonstrations')
   if not isinstance(document, dict) or set(document) - set(fields) or 'principles' not in document:
     actual = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
     raise UserError(
       "the file must be a mapping with 'principles' and, optionally, 'demonstrations', "
-      f'but got {show(actual)}. {FORM}'
+      f'but got {show(actual)}. Keys for anchors only may begin with "x-". {FORM}'
     )
-  entries, demonstrations = (document.get(field, []) for field in fields)
+  entries, demonstrations = (document.get(field) for field in fields)
+  demonstrations = [] if demonstrations is None else demonstrations
   if not isinstance(entries, list):
     raise UserError(f"'principles' must be a list, but got {show(entries)}. {FORM}")
   if not isinstance(demonstrations, list) or not all(isinstance(d, list) for d in demonstrations):
@@ -98,6 +107,12 @@ def _principle(index: int, entry: Any) -> Principle:
     raise UserError(f'{where} has the unknown fields {show(unknown)}. {_FIELDS_HINT}')
   if not isinstance(entry.get('tags', []), list):
     raise UserError(f'{where}: tags must be a list of names, but got {show(entry["tags"])}.')
+  for field in REQUIRED_FIELDS[1:]:
+    if isinstance(entry[field], str) and _LABEL.match(entry[field]):
+      raise UserError(
+        f'{where}: {field} contains a label: {show(entry[field], 200)}. Remove the labels, which '
+        'are added when a dialogue is written, or use the published form.'
+      )
   stripped: dict[str, Any] = {
     name: v.strip() if isinstance(v, str) else v for name, v in entry.items()
   }

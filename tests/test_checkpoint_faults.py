@@ -80,6 +80,15 @@ def test_the_state_of_another_step_is_not_taken_for_the_newest(whole, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, whole[1])
 
 
+@pytest.mark.parametrize('later', [1, 7])
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(whole, tmp_path, later):
+  workdir, newest = copy(whole, tmp_path)
+  shutil.rmtree(newest.with_name(str(whole[2] - 1)))
+  newest.rename(newest.with_name(str(whole[2] - 2 + later)))
+  with pytest.raises(UserError, match=f'damaged: it is the checkpoint of step {whole[2]}'):
+    train(workdir)
+
+
 def test_a_run_without_a_whole_checkpoint_is_refused(whole, tmp_path):
   workdir, newest = copy(whole, tmp_path)
   for folder in newest.parent.iterdir():

@@ -342,6 +342,12 @@ def test_two_sets_of_weights_are_refused(folder):
     load(folder)
 
 
+def test_an_adapter_is_not_passed_over(folder):
+  (folder / 'adapter_config.json').write_text('{}')
+  with pytest.raises(UserError, match='holds an adapter .* Merge it into its model'):
+    load(folder)
+
+
 def header(entry, data=b'\0' * 64):
   text = json.dumps({'x': entry}).encode()
   return struct.pack('<Q', len(text)) + text + data

@@ -14,6 +14,7 @@ from cai_jax.runtime.files import parse_json, read_json
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # safetensors' names for the same
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+ADAPTER = 'adapter_config.json'  # of peft; transformers would apply it to the weights
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 
 
@@ -49,8 +50,14 @@ def list_weight_files(folder: pathlib.Path) -> list[str]:
   """Return the names of a folder's safetensors files, sorted.
 
   Raises:
-    UserError: if there are none, if the index is broken, or if there are two sets of weights.
+    UserError: if there are none, if the index is broken, if there are two sets of weights, or an
+      adapter.
   """
+  if (folder / ADAPTER).exists():
+    raise UserError(
+      f'{folder} holds an adapter ({ADAPTER}), which is not read. Merge it into its model with '
+      'merge_and_unload() and save that, or delete the files of the adapter.'
+    )
   weight_map = _read_index(folder) if (folder / INDEX).exists() else {}
   files, present = sorted(set(weight_map.values())), {f.name for f in folder.iterdir()}
   if SINGLE in present:

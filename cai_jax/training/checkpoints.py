@@ -249,6 +249,8 @@ def _load_state(
     raise _Damaged(_one_line(error)) from error
   if _checksum(state) != data['checksum']:
     raise _Damaged('its arrays have changed since they were saved')
+  if (taken := int(jax.device_get(state.step))) != step:
+    raise _Damaged(f'it is the checkpoint of step {taken}, under another name')
   return state
 
 

@@ -154,7 +154,10 @@ def test_short_names_are_those_of_language_models_only(loader, monkeypatch):
 @pytest.mark.parametrize(('base', 'aliases'), [('tiny', {'base'}), ('', set())])
 def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader, monkeypatch):
   monkeypatch.setattr(run_models, 'local_mesh', lambda run: loader.mesh)
-  config = SimpleNamespace(model=SimpleNamespace(base=base, dtype='float32'))
+  config = SimpleNamespace(
+    model=SimpleNamespace(base=base, dtype='float32'),
+    feedback=SimpleNamespace(template_options=()),
+  )
   names = run_models.model_loader(SimpleNamespace(config=config)).aliases
   assert names.keys() == {*MODELS, *aliases} and '' not in names.values()
 

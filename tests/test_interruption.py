@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -25,6 +27,7 @@ def test_a_signal_raises_in_the_block_and_handlers_come_back(number):
     wait()
   assert told.value.status == 128 + number and signal.getsignal(number) is before
   assert str(signal.Signals(number).name) in told.value.describe()
+  interruption.check()  # the signal belongs to the block, not to later work
 
 
 def test_a_deferral_holds_a_signal_until_its_end():
@@ -43,6 +46,18 @@ def test_a_deferral_that_has_not_begun_holds_nothing():
   with pytest.raises(Interrupted), interruption.listen(), Deferral():
     os.kill(os.getpid(), signal.SIGTERM)
     wait()
+
+
+def test_an_alarm_does_not_outlive_the_block():
+  with interruption.listen():
+    signal.setitimer(signal.ITIMER_REAL, 10)
+  assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_second_signal_ends_a_process_whose_terminal_is_gone():
+  code = 'from cai_jax.runtime import interruption; import os; os.close(2); '
+  code += 'interruption._end_at_once(15)'
+  assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 143
 
 
 def test_a_signal_in_a_callback_that_ignores_exceptions_raises_after_it(capfd):

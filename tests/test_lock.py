@@ -158,6 +158,14 @@ def test_a_job_whose_lock_was_deleted_ends(tmp_path):
   assert holder.returncode == 1 and 'was deleted' in error
 
 
+def test_a_job_whose_lock_was_deleted_ends_also_without_a_terminal(tmp_path):
+  holder = start_holder(tmp_path)
+  holder.stderr.close()
+  for path in (tmp_path / lock.FOLDER).iterdir():
+    path.unlink()
+  assert holder.wait(timeout=20) == 1
+
+
 def test_the_processes_of_a_job_share_its_id(tmp_path):
   code = """
     import sys

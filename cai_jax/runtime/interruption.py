@@ -126,6 +126,8 @@ def listen() -> Iterator[None]:
     signal.set_wakeup_fd(previous_fd)
     os.close(writer)  # ends the watcher
     _state.watcher, _state.client = None, None
+    _state.number, _state.handled = 0, False  # later work in this process is not interrupted
+    signal.setitimer(signal.ITIMER_REAL, 0)  # a late alarm would kill a process without a handler
     for number, handler in previous.items():
       signal.signal(number, handler)
 
@@ -244,7 +246,8 @@ def _watch(reader: int) -> None:
 def _end_at_once(number: int) -> None:
   """End this process without cleaning up, which is as safe as a kill."""
   line = Interrupted(number, 'Ended at once; finished work is kept.').describe()
-  os.write(2, f'{line}\n'.encode())
+  with contextlib.suppress(OSError):  # the terminal may be gone
+    os.write(2, f'{line}\n'.encode())
   os._exit(128 + number)
 
 

@@ -142,8 +142,10 @@ def _end_process(path: pathlib.Path, latest: _Lock) -> None:
   if latest.number:
     owner = _describe_owner(_read_owner(latest.path))
     reason = f'{workdir} was taken over by {owner}, because this job was suspended for too long'
-  say(f'error: {reason}. This job has ended and writes nothing more.', file=sys.stderr)
-  os._exit(1)
+  try:
+    say(f'error: {reason}. This job has ended and writes nothing more.', file=sys.stderr)
+  finally:  # also if the terminal is gone
+    os._exit(1)
 
 
 def _latest(folder: pathlib.Path) -> _Lock:

@@ -180,7 +180,7 @@ def test_small_numbers_keep_their_digits_and_their_interval():
       "lack \\['helpful', 'mean_tokens'\\]",
     ),
     (lambda r: r['figures'][0]['series'][0].update(metric='typo_rate'), "shows 'typo_rate'"),
-    (lambda r: r['figures'][0]['series'][0]['x'].pop(), '2 x and 3 y'),
+    (lambda r: r['figures'][0]['series'][0]['x'].pop(), 'Give one number for each arm'),
     (
       lambda r: r['arms']['initial']['groups']['harmful']['metrics'].update(
         violation_rate={'value': 87.0, 'interval': None}

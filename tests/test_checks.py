@@ -271,7 +271,7 @@ def test_scorer_that_lacks_its_model_is_refused_before_any_work(random_model, tm
 
 
 def test_missing_result_of_a_finished_stage_is_refused_before_any_work(random_model, tmp_path):
-  entry = {'finished': 'now', 'settings': {}}
+  entry = {'finished': 'now', 'settings': {}, 'seconds': 1.0, 'peak_memory_bytes': 1}
   content = {'version': 2, 'stages': {'generate': entry, 'train': entry}}
   (tmp_path / 'manifest.json').write_text(json.dumps(content))
   run = pipeline.build(small(random_model), tmp_path)

@@ -227,12 +227,6 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(lm, tmp_path):
   assert 0 < stats.replayed_turns < 27
 
 
-def test_the_error_for_a_damaged_journal_names_the_line(tmp_path):
-  (tmp_path / 'turns-00000.jsonl').write_text('{"keys": ["a"], "turns": []}\nnot json\n')
-  with pytest.raises(UserError, match='line 2'):
-    Journal(tmp_path)
-
-
 def test_a_chain_can_use_two_models(lm):
   other = dataclasses.replace(lm, params=jax.tree.map(lambda x: -x, lm.params), fingerprint='-')
 

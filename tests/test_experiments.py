@@ -98,8 +98,10 @@ def test_invalid_experiments_are_rejected(tmp_path):
     Arm(response='reviewed')
   with pytest.raises(UserError, match="reference='b' is not an arm"):
     Experiment(arms={'a': Arm()}, reference='b')
+  figure = {'kind': 'arms', 'caption': '', 'group': 'harmful', 'metrics': ['mean_tokens']}
+  figure['arms'] = ['a', 'b']
   with pytest.raises(UserError, match=r"shows \['b'\], which are not arms"):
-    Experiment({'a': Arm()}, 'a', ({'kind': 'arms', 'arms': ['a', 'b']},))
+    Experiment({'a': Arm()}, 'a', (figure,))
   with pytest.raises(UserError, match='contains a comma'):
     Experiment({'a, b': Arm()}, 'a, b')
   with pytest.raises(UserError, match=r'There is no file .*, such as .*revisions\.py'):

@@ -105,9 +105,11 @@ def _check_external_data(run: Run, stages: Sequence[str]) -> None:
   """Check in process 0 that D_CAI of another run is one and contains no held-out prompt."""
   if not run.config.data.d_cai or 'train' not in stages or jax.process_index() != 0:
     return
-  if Manifest(run.workdir, writes=False).done('train'):
-    return
   try:
+    if Manifest(run.workdir, writes=False).done('train'):
+      if run.d_cai.exists():
+        d_cai.check_files(run.d_cai)
+      return
     d_cai.check_schema(run.d_cai)
     rows = d_cai.read_rows(run.d_cai)
     training = (Prompt(row['id'], tuple(row['prompt'])) for row in rows)

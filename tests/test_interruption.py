@@ -62,21 +62,20 @@ def test_a_second_signal_ends_a_process_whose_terminal_is_gone():
 
 def test_a_signal_in_a_callback_that_ignores_exceptions_raises_after_it(capfd):
   """The garbage collector prints and ignores what its callbacks raise; JAX has one."""
-
   sent = []
 
-  def _xla_gc_callback(*_):
+  def callback(*_):
     if not sent:
       sent.append(os.kill(os.getpid(), signal.SIGTERM))
     time.sleep(0.01)
 
-  gc.callbacks.append(_xla_gc_callback)
+  gc.callbacks.append(callback)
   try:
     with pytest.raises(Interrupted), interruption.listen():
       gc.collect()
-      gc.callbacks.remove(_xla_gc_callback)
+      gc.callbacks.remove(callback)
       wait()
   finally:
-    if _xla_gc_callback in gc.callbacks:
-      gc.callbacks.remove(_xla_gc_callback)
+    if callback in gc.callbacks:
+      gc.callbacks.remove(callback)
   assert 'ignored' not in capfd.readouterr().err

@@ -14,6 +14,7 @@ This module imports JAX late, so that it can be imported before anything else.
 """
 
 import contextlib
+import gc
 import os
 import pathlib
 import select
@@ -214,8 +215,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
   if number in SIGNALS and _state.handled:
     return  # `_watch` ends the process at a second signal
   _state.number, _state.handled = _state.number or number, True
+  callbacks = {getattr(callback, '__code__', None) for callback in gc.callbacks}
   while frame is not None:
-    if frame.f_code.co_name in ('_xla_gc_callback', '__del__'):  # they would ignore the exception
+    code = frame.f_code
+    if code in callbacks or code.co_name == '__del__':  # Python would ignore the exception
       signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
       return
     frame = frame.f_back

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,3 +133,9 @@ def test_sigterm_and_sigint_are_no_fault_of_a_checkpoint(monkeypatch, whole, tmp
   with pytest.raises(Interrupted):
     train(workdir)
   assert newest.exists()
+
+
+def test_sums_of_bits_are_the_same_on_the_host_and_on_devices():
+  arrays = [jnp.arange(7.0) - 3, jnp.arange(6, dtype=jnp.bfloat16) - 2, jnp.int32(-1)]
+  on_host = [checkpoints._sum_bits_on_host(np.asarray(x)) for x in arrays]
+  assert on_host == [int(total) for total in checkpoints._sum_bits(arrays)]

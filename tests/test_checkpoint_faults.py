@@ -65,9 +65,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(whole, tmp_path
   params, summary = train(workdir)
   assert summary['resumed_at'] == whole[2] - 1
   jax.tree.map(np.testing.assert_array_equal, params, whole[1])
-  told = capfd.readouterr().err
-  assert f'{newest} is damaged' in told and f'step {whole[2] - 1}.' in told
-  assert 'Traceback' not in told
+  errors = capfd.readouterr().err
+  assert f'{newest} is damaged' in errors and f'step {whole[2] - 1}.' in errors
+  assert 'Traceback' not in errors
   # The step was saved again, and the run is as complete as before.
   assert train(workdir)[1]['resumed_at'] == whole[2]
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and a fault of the machine is told in one line."""
+"""Files are written whole or not at all, and a fault of the machine is reported in one line."""
 
 import errno
 import os
@@ -32,9 +32,9 @@ def test_a_fault_names_the_path_the_reason_and_the_way_out(number, advice, libra
   """Libraries in C++ raise exceptions of their own that quote the operating system."""
   error = OSError(number, os.strerror(number))
   error = ValueError(f'INTERNAL: write failed: {os.strerror(number)} [1]') if library else error
-  with pytest.raises(StoppedError) as told, writing('/runs/one/file'):
+  with pytest.raises(StoppedError) as raised, writing('/runs/one/file'):
     raise error
-  message = str(told.value)
+  message = str(raised.value)
   assert '/runs/one/file' in message and advice in message and os.strerror(number) in message
   assert 'start the same command again' in message and '\n' not in message
 
@@ -75,19 +75,19 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
   lambda folder: Journal(folder / 'journal'),
   lambda folder: EventWriter(folder / 'tensorboard', 1),
 ])  # fmt: skip
-def test_a_file_in_place_of_the_folder_is_told(tmp_path, write):
+def test_a_file_in_place_of_the_folder_is_reported(tmp_path, write):
   (tmp_path / 'folder').write_text('')
   with pytest.raises(StoppedError, match=r'folder.* cannot be used: Not a directory.*Put it back'):
     write(tmp_path / 'folder')
 
 
-def test_a_deleted_folder_is_told_and_not_created_again(tmp_path):
+def test_a_deleted_folder_is_reported_and_not_created_again(tmp_path):
   with pytest.raises(StoppedError, match='00000 cannot be used: No such file.*Put it back'):
     d_cai.write_shard(tmp_path / 'gone', 0, [])
   assert not list(tmp_path.iterdir())
 
 
-def test_a_deleted_journal_is_told(tmp_path):
+def test_a_deleted_journal_is_reported(tmp_path):
   """Turns that are written to a deleted file would be lost without a word."""
   journal = Journal(tmp_path)
   (tmp_path / 'turns-00000.jsonl').unlink()

@@ -22,11 +22,11 @@ def wait():
 @pytest.mark.parametrize('number', interruption.SIGNALS)
 def test_a_signal_raises_in_the_block_and_handlers_come_back(number):
   before = signal.getsignal(number)
-  with pytest.raises(Interrupted) as told, interruption.listen():
+  with pytest.raises(Interrupted) as raised, interruption.listen():
     os.kill(os.getpid(), number)
     wait()
-  assert told.value.status == 128 + number and signal.getsignal(number) is before
-  assert str(signal.Signals(number).name) in told.value.describe()
+  assert raised.value.status == 128 + number and signal.getsignal(number) is before
+  assert str(signal.Signals(number).name) in raised.value.describe()
   interruption.check()  # the signal belongs to the block, not to later work
 
 

@@ -194,7 +194,7 @@ def content_digest(folder: str | os.PathLike) -> str:
   """Return a digest of the names and contents of a dataset's files, 16 hex digits.
 
   Args:
-    folder: the folder of the dataset. If it has checksums, `check_files` tells whether they hold.
+    folder: the folder of the dataset. If it has checksums, `check_files` checks them.
 
   Raises:
     OSError: if a file cannot be read.

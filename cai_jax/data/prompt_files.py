@@ -101,22 +101,11 @@ def read_text_lines(source: PromptSource, seed: int) -> Iterator[Row]:
 
 
 @SOURCES.register('.csv')
-def read_csv(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield the rows of a CSV file whose first line names its columns.
-
-  Args:
-    source: names the file.
-    seed: not used.
-
-  Raises:
-    UserError: if the file cannot be read, or a row has another number of cells.
-  """
-  return _read_table(source, ',')
-
-
 @SOURCES.register('.tsv')
-def read_tsv(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield the rows of a file like CSV whose cells are separated by tabs.
+def read_table(source: PromptSource, seed: int) -> Iterator[Row]:
+  """Yield the rows of a table whose first line names its columns.
+
+  Commas separate the cells of a `.csv` file, and tabs those of a `.tsv` file.
 
   Args:
     source: names the file.
@@ -125,7 +114,34 @@ def read_tsv(source: PromptSource, seed: int) -> Iterator[Row]:
   Raises:
     UserError: if the file cannot be read, or a row has another number of cells.
   """
-  return _read_table(source, '\t')
+  reject_settings(source, 'name', 'subset')
+  is_tsv = source.source.lower().removesuffix('.gz').endswith('.tsv')
+  lines = (line for _, line in read_lines(source.source, keep_ends=True))
+  reader = csv.reader(lines, delimiter='\t' if is_tsv else ',', strict=True)
+  columns: list[str] = []
+  number = 0
+  try:
+    for cells in reader:
+      if not any(cells):
+        continue
+      place = f'{source.source}, row {number + 1} (line {reader.line_num})'
+      if not columns:
+        columns = cells
+        if len(set(columns)) < len(columns):
+          raise UserError(f'{place}: a column occurs twice in {show(columns)}. Rename one.')
+        continue
+      number += 1
+      if len(cells) != len(columns):
+        raise UserError(
+          f'{place}: the row has {len(cells)} cells, but the first line has {len(columns)} '
+          f'columns: {show(columns)}. Put cells that contain the separator or quotes into quotes.'
+        )
+      yield place, _row_of_cells(dict(zip(columns, cells, strict=True)))
+  except csv.Error as error:
+    raise UserError(
+      f'{source.source}, line {reader.line_num}: the table cannot be read: {error}. Put cells that '
+      'contain the separator, line ends or quotes into quotes, and double each quote in them.'
+    ) from error
 
 
 @SOURCES.register('.parquet')
@@ -158,36 +174,6 @@ def read_parquet(source: PromptSource, seed: int) -> Iterator[Row]:
     raise UserError(
       f'{source.source}, after row {number}: the Parquet file is damaged: {show(str(error), 200)}. '
       'Write or download it again.'
-    ) from error
-
-
-def _read_table(source: PromptSource, delimiter: str) -> Iterator[Row]:
-  reject_settings(source, 'name', 'subset')
-  lines = (line for _, line in read_lines(source.source, keep_ends=True))
-  reader = csv.reader(lines, delimiter=delimiter, strict=True)
-  columns: list[str] = []
-  number = 0
-  try:
-    for cells in reader:
-      if not any(cells):
-        continue
-      place = f'{source.source}, row {number + 1} (line {reader.line_num})'
-      if not columns:
-        columns = cells
-        if len(set(columns)) < len(columns):
-          raise UserError(f'{place}: a column occurs twice in {show(columns)}. Rename one.')
-        continue
-      number += 1
-      if len(cells) != len(columns):
-        raise UserError(
-          f'{place}: the row has {len(cells)} cells, but the first line has {len(columns)} '
-          f'columns: {show(columns)}. Put cells that contain the separator or quotes into quotes.'
-        )
-      yield place, _row_of_cells(dict(zip(columns, cells, strict=True)))
-  except csv.Error as error:
-    raise UserError(
-      f'{source.source}, line {reader.line_num}: the table cannot be read: {error}. Put cells that '
-      'contain the separator, line ends or quotes into quotes, and double each quote in them.'
     ) from error
 
 

@@ -66,7 +66,7 @@ def check_slots(found: Sequence[int], between: Sequence[str], roles: Sequence[st
       raise damage(index, roles, 'doubles')
   moved = next((i for i, index in enumerate(found) if index != i), None)
   if moved is not None:
-    # The message that stands too late: the one that another stands in front of.
+    # The message that comes too late: another one is in its place.
     raise damage(moved, roles, 'moves')
   for index in range(1, len(roles)):
     if roles[index - 1] != 'system' and not between[index].strip():

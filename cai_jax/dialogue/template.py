@@ -92,9 +92,9 @@ class ChatFormat:
       )
     if mark := find_unread_mark(self._template, tuple(self.encoder.control)):
       raise UserError(
-        f'The chat template writes {mark!r}, a mark of reasoning or channels that cannot be told '
-        'from the reply with this tokenizer. Only <think> and </think> are read, as control '
-        "tokens. Use another template, or style='plain'."
+        f'The chat template writes {mark!r}, a mark of reasoning or channels. Only <think> and '
+        '</think> can be separated from a reply, and only if they are control tokens of the '
+        "tokenizer. Use another template, or style='plain'."
       )
 
   @functools.cached_property

@@ -6,7 +6,7 @@ creates a file only once, also on NFS. A job that ends renames its file to `NUMB
 
 The holder touches its file every `HEARTBEAT_SECONDS`. If it has not done so for `STALE_SECONDS`, or
 was a process of this machine that no longer exists, another job may take the next number. A holder
-that was suspended for so long notices it when it continues, and ends at once.
+that was suspended for that long notices it when it continues, and ends at once.
 """
 
 import contextlib
@@ -242,7 +242,7 @@ def _describe_owner(owner: dict[str, Any]) -> str:
 
 def _refusal(folder: pathlib.Path, owner: dict[str, Any], age: float) -> UserError:
   return UserError(
-    f'{folder.parent} belongs to {_describe_owner(owner)}, which gave a sign of life '
-    f'{max(age, 0):.0f} s ago. Wait until it ends, stop it, or choose another workdir. If it was '
-    f'lost with its machine, start again in {max(STALE_SECONDS - age, 0) + 1:.0f} s.'
+    f'{folder.parent} belongs to {_describe_owner(owner)}, which was last active '
+    f'{max(age, 0):.0f} s ago. Wait until it ends, stop it, or choose another workdir. If its '
+    f'machine has failed, start again in {max(STALE_SECONDS - age, 0) + 1:.0f} s.'
   )

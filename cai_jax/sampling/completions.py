@@ -68,6 +68,28 @@ def generate(
   _check_prompts(prompts)
   seed = convert(seed, int, 'seed', most=2**63 - 1)
   _check_tokens(sampling.stop_token_ids, 'sampling.stop_token_ids', lm.config.vocab_size)
+  turns = _make_turns(lm, prompts, sampling, style, template_options)
+  chains = dict(_chains(turns))
+  longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
+  length = min(round_up_length(longest), max(lm.config.max_positions, longest))
+  shards = batch_shards(lm.mesh)
+  config = engine or EngineConfig(slots=-(-min(len(prompts), MAX_SLOTS) // shards) * shards)
+  results = dict(
+    Engine({'base': lm}, length=length, seed=seed, config=config, journal=journal).run(
+      chains.items()
+    )
+  )
+  return [results[chain_id] for chain_id in chains]
+
+
+def _make_turns(
+  lm: LM,
+  prompts: Sequence[Prompt],
+  sampling: SamplingConfig,
+  style: str,
+  template_options: TemplateOptions,
+) -> list[Turn]:
+  """Return the turn of each prompt, with the tokens and texts that end its reply."""
   eos = tuple(
     token for token in (*lm.eos_token_ids, lm.tokenizer.eos_token_id) if token is not None
   )
@@ -87,17 +109,7 @@ def generate(
       raise UserError(f'Prompt {number} has no tokens. Give it at least one to continue from.')
     _check_tokens(context, f'Prompt {number}', lm.config.vocab_size)
     turns.append(Turn('completion', context, _with_stops(sampling, *stops)))
-  chains = dict(_chains(turns))
-  longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
-  length = min(round_up_length(longest), max(lm.config.max_positions, longest))
-  shards = batch_shards(lm.mesh)
-  config = engine or EngineConfig(slots=-(-min(len(prompts), MAX_SLOTS) // shards) * shards)
-  results = dict(
-    Engine({'base': lm}, length=length, seed=seed, config=config, journal=journal).run(
-      chains.items()
-    )
-  )
-  return [results[chain_id] for chain_id in chains]
+  return turns
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:

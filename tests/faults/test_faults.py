@@ -60,7 +60,7 @@ def finish(reference, workdir, stage):
   assert differences(workdir, reference.contents[stage]) == []
 
 
-def told_in_one_line(program, *parts):
+def reported_in_one_line(program, *parts):
   """Expect that the program ended with one line for the user, and no traceback."""
   lines = program.errors.splitlines()
   assert program.process.returncode == 1 and len(lines) == 1, program.errors
@@ -109,31 +109,31 @@ def test_a_full_disk_is_one_line_and_the_run_continues(reference, tmp_path, rng,
       with open(disk / 'ballast', 'wb') as ballast:
         os.posix_fallocate(ballast.fileno(), 0, free - rng.randrange(1 << 16))
       program.wait()
-      told_in_one_line(program, 'No space left on device', str(workdir), 'Free some space')
+      reported_in_one_line(program, 'No space left on device', str(workdir), 'Free some space')
     (disk / 'ballast').unlink()
     finish(reference, workdir, stage)
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_a_read_only_folder_is_told_before_the_work(reference, tmp_path, stage):
+def test_a_read_only_folder_is_reported_before_the_work(reference, tmp_path, stage):
   with mounted(tmp_path / 'disk', '400m') as disk:
     workdir = reference.copy(stage, disk / 'run')
     subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
     with started(command(workdir, [stage]), reference.environment) as program:
       program.wait()
-      told_in_one_line(program, str(workdir), 'Read-only')
+      reported_in_one_line(program, str(workdir), 'Read-only')
     subprocess.run(['mount', '-o', 'remount,rw', str(disk)], check=True)
     finish(reference, workdir, stage)
 
 
 @pytest.mark.parametrize('stage', STAGES)
-def test_a_deleted_folder_is_told(reference, tmp_path, stage):
+def test_a_deleted_folder_is_reported(reference, tmp_path, stage):
   workdir = reference.copy(stage, tmp_path / 'run')
   with started(command(workdir, [stage]), reference.environment) as program:
     assert program.wait_for(stage)
     workdir.rename(tmp_path / 'elsewhere')
     program.wait()
-    told_in_one_line(program, str(workdir))
+    reported_in_one_line(program, str(workdir))
   shutil.rmtree(workdir, ignore_errors=True)
   (tmp_path / 'elsewhere').rename(workdir)
   finish(reference, workdir, stage)
@@ -144,7 +144,7 @@ def test_of_two_starts_at_once_one_is_refused(reference, tmp_path):
   pair = [Program(command(workdir, ['generate']), reference.environment) for _ in range(2)]
   statuses = [program.wait() for program in pair]
   assert sorted(statuses) == [0, 1]
-  told_in_one_line(pair[statuses.index(1)], f'{workdir} belongs to job')
+  reported_in_one_line(pair[statuses.index(1)], f'{workdir} belongs to job')
   assert differences(workdir, reference.contents['generate']) == []
 
 
@@ -158,7 +158,7 @@ def test_weights_that_are_replaced_between_stages_are_noticed(reference, tmp_pat
   weights.write_bytes(content)
   with started(command(workdir, ['train'], model__base=model), reference.environment) as program:
     program.wait()
-    told_in_one_line(program, str(workdir))
+    reported_in_one_line(program, str(workdir))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_damaged_file_is_named(reference, tmp_path, stage, file, content):
     (workdir / file).write_bytes(content + b'{"step": 1}\n')
   with started(command(workdir, [stage]), reference.environment) as program:
     program.wait()
-    told_in_one_line(program, str(workdir / file))
+    reported_in_one_line(program, str(workdir / file))
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

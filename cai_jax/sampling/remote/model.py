@@ -171,26 +171,15 @@ class Remote:
     Raises:
       RuntimeError: if the model is closed.
     """
+    name = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
+    tokens, texts, seeded = tuple(stop_token_ids), tuple(stop_texts), self.config.seed == 'turn'
     return self._connection.submit(
-      functools.partial(self._sample, turn, key, tuple(stop_token_ids), tuple(stop_texts), chain_id)
+      functools.partial(self._ask, turn, key, tokens, texts, name, seeded)
     )
 
   def close(self) -> None:
     """Cancel requests that have not been sent, and stop retrying those in flight."""
     self._connection.close()
-
-  def _sample(
-    self,
-    turn: Turn,
-    key: np.ndarray,
-    stop_token_ids: tuple[int, ...],
-    stop_texts: tuple[str, ...],
-    chain_id: str,
-  ) -> Completion:
-    """Ask the server for a turn's completion and wait for it."""
-    name = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
-    seeded = self.config.seed == 'turn'
-    return self._ask(turn, key, stop_token_ids, stop_texts, name, seeded)
 
   def _ask(
     self,

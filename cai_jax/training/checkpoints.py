@@ -105,8 +105,8 @@ def save_checkpoint(
 ) -> None:
   """Start to save a checkpoint in the background.
 
-  The arrays and the iterator's position are copied before this returns, so training can continue
-  at once.
+  Before this returns, the step in hand has finished, and the arrays and the iterator's position are
+  copied. The files are then written while training continues.
 
   Args:
     checkpointer: the checkpointer of the run, from `make_checkpointer`.
@@ -258,7 +258,7 @@ def _load_state(
 def _checksum(state: TrainState) -> str:
   """Return a digest of the sums of the bits of each array, which do not depend on its sharding."""
   leaves = jax.tree.leaves(state)
-  if all(x.is_fully_addressable and jax.default_backend() == 'cpu' for x in leaves):
+  if jax.default_backend() == 'cpu' and all(x.is_fully_addressable for x in leaves):
     sums = [_sum_bits_on_host(np.asarray(x)) for x in leaves]  # without compiling a program
   else:
     sums = [int(total) for total in jax.device_get(_sum_bits(state))]

@@ -3,7 +3,7 @@
 - `config`: the address of a served model, and settings of requests.
 - `protocol`: request bodies, and how the servers differ. To support another server, register it
   there.
-- `answers`: a server's answer, read and held against its request.
+- `answers`: a server's answer, read and compared with its request.
 - `tokens`: the sampled tokens and log-probabilities, reconstructed from an answer.
 - `transport`: one HTTP request, with a deadline and a size limit.
 - `refusals`: errors that a server reports, and which of them may pass.

@@ -1,8 +1,8 @@
-"""A server's answer, read and held against its request.
+"""A server's answer, read and compared with its request.
 
 - `read_answer` reads the body of a response. What does not follow the API is a `ProtocolError`: the
   answer may be cut short or come from a proxy, so the request is sent again.
-- `check_answer` holds an answer against its request. An answer that follows the API and contradicts
+- `check_answer` compares an answer with its request. An answer that follows the API and contradicts
   the request is a `ContradictionError`: the server would give it again.
 """
 
@@ -36,7 +36,7 @@ class ContradictionError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What an answer is held against.
+  """What an answer is compared with.
 
   Attributes:
     prompt_tokens: the token ids of the prompt, as the server must read it.
@@ -217,7 +217,7 @@ def _logprob(value: Any) -> float:
   return float(value)
 
 
-# Holding an answer against its request.
+# Comparing an answer with its request.
 
 
 def check_answer(answer: Answer, request: Request, tokenizer: Any) -> None:
@@ -229,7 +229,7 @@ def check_answer(answer: Answer, request: Request, tokenizer: Any) -> None:
     tokenizer: the served model's tokenizer.
 
   Raises:
-    ContradictionError: if it is not; the message says what both sides say.
+    ContradictionError: if it is not; the message quotes both.
   """
   _check_prompt(answer, request)
   if answer.end == 'content_filter':

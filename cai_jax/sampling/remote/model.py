@@ -85,7 +85,7 @@ class Remote:
     """Check that the server serves the model and answers requests like those of a run.
 
     One short request is sent for each turn, with everything that requests of the run have, and its
-    answer is held against it. If the server refuses seeds, it is sent again without.
+    answer is compared with it. If the server refuses seeds, it is sent again without.
 
     Args:
       turns: turns as in the run. If the server does not say how long contexts may be, the first is

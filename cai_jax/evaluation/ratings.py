@@ -18,7 +18,7 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
   """Return a player's share of points, where a tie counts as half a win.
 
   Args:
-    comparisons: results of `judge_matches`. Those without the player are ignored.
+    comparisons: results of a `judge.Judge`. Those without the player are ignored.
     player: name of the player. None means the first player of the first comparison.
 
   Returns:
@@ -74,7 +74,7 @@ def elo_ratings(
   wins gets a finite rating. They pull ratings based on few comparisons slightly towards each other.
 
   Args:
-    comparisons: results of `judge_matches`.
+    comparisons: results of a `judge.Judge`.
     anchor: name of the player whose rating is 0. None makes the mean of all ratings 0.
     seed: seed of the resampling.
     samples: number of resamples.

@@ -10,7 +10,7 @@ from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.models import model_loader
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
-from cai_jax.scoring import judge, likelihood, refusal
+from cai_jax.scoring import judge_local, judge_questions, likelihood, refusal
 from cai_jax.scoring.loader import Inspected
 from cai_jax.scoring.reward import find_label, make_dialogue
 
@@ -71,10 +71,14 @@ def _check_classifier(run: Run, field: str, label_field: str) -> None:
 def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
   """Check that the judge's context holds each held-out prompt with two responses."""
   longest = max(run.config.evaluation.judge_principles, key=len)
+  dialogue = judge_local.judge_dialogue(
+    info.tokenizer, template_options=run.config.feedback.template_options
+  )
 
   def count(messages: Sequence[dict[str, str]]) -> int:
-    question = judge.build_question(messages, longest, 'x', 'x')
-    return sum(map(len, likelihood.tokenize_pair(info.tokenizer, question, judge.OPTIONS[0])))
+    question = judge_questions.build_question(messages, longest, 'x', 'x')
+    pairs = judge_local.tokenize_question(info.tokenizer, dialogue, question)
+    return max(sum(map(len, pair)) for pair in pairs)
 
   try:
     _check_lengths(run, info.config.max_positions, 2, count)

@@ -9,7 +9,8 @@ from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.ratings import elo_ratings, win_rate
 from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Row
 from cai_jax.model.lm import LM
-from cai_jax.scoring.judge import Comparison, Match, judge_matches
+from cai_jax.scoring.judge import Comparison, Match
+from cai_jax.scoring.judge_local import judge_dialogue, local_judge
 from cai_jax.scoring.loader import ModelLoader
 
 PLAYERS = ('aligned', 'base')
@@ -56,6 +57,7 @@ def compare_with_judge(
     as the anchor. A kind without comparisons has `equal` and `empty` only.
   """
   responses = {row['id']: row['initial']['text'] for row in aligned}
+  dialogue = judge_dialogue(judge.tokenizer, judge.eos_token_ids)
   rng = np.random.default_rng([seed, 3])
   results: dict[str, Any] = {}
   for kind in dict.fromkeys(row['kind'] for row in base):
@@ -72,7 +74,7 @@ def compare_with_judge(
       else:
         matches.append(Match(row['id'], row['prompt'], principle, PLAYERS, pair))
     results[kind] = {'equal': len(ties), 'empty': num_empty}
-    judged = judge_matches(judge, matches)
+    judged = local_judge(judge, dialogue)(matches)
     if judged or ties:
       results[kind]['win_rate'] = win_rate([*judged, *ties], 'aligned')
       consistency = float(np.mean([c.consistent for c in judged])) if judged else None

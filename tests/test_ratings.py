@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.evaluation.ratings import elo_ratings, win_rate
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.judge import Comparison
@@ -33,10 +34,10 @@ def test_win_rate_counts_ties_as_halves():
   assert other['rate'] == 0.375 and (other['wins'], other['losses']) == (1, 2)
 
 
-def test_win_rate_resamples_prompts():
+def test_the_prompts_of_a_win_rate_are_its_trials():
   # Ten comparisons of each of two prompts are two observations, not twenty.
   comparisons = [make_comparison(f'p{p}', 'x', 'y', float(p)) for p in (0, 1) for _ in range(10)]
-  assert win_rate(comparisons)['interval'] == [0.0, 1.0]
+  assert win_rate(comparisons)['interval'] == list(wilson_interval(1, 2))
   with pytest.raises(UserError, match=r"'z' is in no comparison. The players are \['x', 'y'\]"):
     win_rate(comparisons, 'z')
   with pytest.raises(UserError, match='no comparison'):

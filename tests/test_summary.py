@@ -1,11 +1,10 @@
-"""Bootstrap intervals and the summary of a run."""
+"""The summary of a run."""
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.evaluation.measures.length import measure_length
 from cai_jax.evaluation.measures.verdicts import verdict_rates
 from cai_jax.evaluation.summary import average_measures, measure_responses, summarize
@@ -39,21 +38,6 @@ def row(name, kind, texts):
   }
 
 
-def test_intervals_have_the_stated_coverage():
-  rng = np.random.default_rng(0)
-  covered = 0
-  for seed in range(200):
-    low, high = bootstrap_interval(rng.random(80) < 0.3, seed=seed, samples=400)
-    covered += low <= 0.3 <= high
-  assert 0.89 <= covered / 200 <= 0.99
-
-
-def test_interval_of_equal_values_is_a_point_and_no_value_is_an_error():
-  assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
-  with pytest.raises(ValueError, match='at least one'):
-    bootstrap_interval([])
-
-
 def test_summary_has_rates_of_each_round_and_model():
   base = [
     row('a', 'harmful', ['a rude rude', 'a rude', 'a']),
@@ -72,6 +56,8 @@ def test_summary_has_rates_of_each_round_and_model():
   assert summary['stages']['initial']['mean_tokens'] == 2.5
   assert rates(summary['models']) == {'base': 1.0, 'aligned': 0.0}
   assert summary['models']['aligned']['helpful_rate'] == 0.5
+  interval = summary['stages']['revision_2']['violation_rate_interval']
+  assert interval == list(wilson_interval(0, 2)) and interval[1] > 0.6
   assert rates(summary['benign']) == {'base': 0.0, 'aligned': 1.0}
   assert summary['benign']['base']['count'] == 1
 
@@ -96,6 +82,12 @@ def test_measures_must_return_distinct_columns_with_one_value_per_response():
     measure_responses([measure_length, measure_length], [[]], turns)
   with pytest.raises(UserError, match="measure of 'short' returned 0 values for 1 responses"):
     measure_responses([lambda prompts, turns: {'short': []}], [[]], turns)
+
+
+def test_a_rate_outside_0_to_1_is_rejected():
+  turns = [{'text': 'a', 'num_tokens': 1}]
+  with pytest.raises(UserError, match=r"'odd_rate' returned 2..2. A rate must be in"):
+    measure_responses([lambda prompts, turns: {'odd_rate': [2]}], [[]], turns)
 
 
 def test_a_scorer_must_return_one_verdict_per_response():

@@ -5,21 +5,13 @@ therefore taken prompt by prompt, which cancels the variation that two arms shar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from cai_jax.evaluation.intervals import Estimate
 from cai_jax.runtime.errors import UserError
 
 Values = Mapping[int, Mapping[str, float]]  # by seed and prompt id, one number per response
-
-
-class Estimate(NamedTuple):
-  """An estimate, and the lower and upper end of its interval."""
-
-  value: float
-  low: float
-  high: float
 
 
 def estimate_mean(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.judge import Comparison
 
@@ -26,7 +26,7 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
 
     - `player`: the name;
     - `rate`: the mean over prompts of the player's mean points on that prompt;
-    - `interval`: its 95 % bootstrap interval [low, high] over prompts;
+    - `interval`: its 95 % Wilson interval [low, high] over prompts, see `intervals.rate_interval`;
     - `wins`, `ties`, `losses`: numbers of comparisons;
     - `consistency`: share of comparisons whose two orders agree;
     - `prompts`: number of prompts.
@@ -49,7 +49,7 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
   return {
     'player': player,
     'rate': float(np.mean(means)),
-    'interval': list(bootstrap_interval(means)),
+    'interval': list(rate_interval(means)),
     'wins': points.count(1.0),
     'ties': points.count(0.5),
     'losses': points.count(0.0),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cai_jax.dialogue import Message
-from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.registries import ResponseMeasure, Row, Turn
 from cai_jax.runtime.errors import UserError
 
@@ -24,7 +24,8 @@ def measure_responses(
     turns: the responses, with `text` and `num_tokens`.
 
   Raises:
-    UserError: if two measures return the same column, or a column has the wrong length.
+    UserError: if two measures return the same column, a column has the wrong length, or a rate is
+      outside [0, 1].
   """
   columns: dict[str, list[float]] = {}
   for measure in measures:
@@ -35,6 +36,11 @@ def measure_responses(
         raise UserError(
           f'The measure of {name!r} returned {len(values)} values for {len(turns)} responses. It '
           'must return one value per response.'
+        )
+      if name.endswith('_rate') and not all(0 <= value <= 1 for value in values):
+        raise UserError(
+          f'The measure of {name!r} returned {min(values)}..{max(values)}. A rate must be in '
+          '[0, 1]; give another name to what is no rate.'
         )
       columns[name] = list(values)
   return columns
@@ -54,7 +60,7 @@ def average_measures(
 
   Returns:
     `count`, and the mean of each column by name. A column whose name ends in `_rate` also has its
-    95 % bootstrap interval [low, high], named `..._rate_interval`.
+    95 % Wilson interval [low, high], named `..._rate_interval`.
 
   Raises:
     UserError: if there are no responses.
@@ -65,7 +71,7 @@ def average_measures(
   for name, values in measure_responses(measures, prompts, turns).items():
     result[name] = float(np.mean(values))
     if name.endswith('_rate'):
-      result[f'{name}_interval'] = list(bootstrap_interval(values))
+      result[f'{name}_interval'] = list(rate_interval(values))
   return result
 
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.questions import Question, read_questions, swap_options
 from cai_jax.evaluation.registries import MODEL_MEASURES, ModelMeasure, Row
 from cai_jax.model.lm import LM
@@ -97,7 +97,7 @@ def evaluate_questions(
       `confidence` (its probability), `probability` (of the right options) and `log_probabilities`
       of `corrects` and `incorrects`, in nats.
 
-    Means and shares have a 95 % bootstrap interval [low, high] over questions, under the name
+    Means and shares have a 95 % Wilson interval [low, high] over questions, under the name
     `..._interval`. With `swap`, the dict also has
 
     - `swapped`: the same results for the exchanged questions;
@@ -213,4 +213,4 @@ def _summarize(items: list[dict[str, Any]]) -> dict[str, Any]:
 def _add_mean(result: dict[str, Any], name: str, values: ArrayLike) -> None:
   """Store the mean of the values and its interval in `result`."""
   result[name] = float(np.mean(np.asarray(values)))
-  result[f'{name}_interval'] = list(bootstrap_interval(values))
+  result[f'{name}_interval'] = list(rate_interval(values))

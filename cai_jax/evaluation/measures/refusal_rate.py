@@ -7,7 +7,7 @@ import numpy as np
 
 from cai_jax.dialogue import Message
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.intervals import bootstrap_interval
+from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.registries import RESPONSE_MEASURES, ResponseMeasure, Turn
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.loader import ModelLoader
@@ -80,7 +80,7 @@ def refusal_rates(
     if refused:
       rates[f'{name}_count'] = len(refused)
       rates[f'{name}_rate'] = float(np.mean(refused))
-      rates[f'{name}_rate_interval'] = list(bootstrap_interval(refused))
+      rates[f'{name}_rate_interval'] = list(rate_interval(refused))
   return rates
 
 

@@ -11,6 +11,7 @@ from cai_jax import pipeline
 from cai_jax.experiment import collect, define, estimate
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
+from cai_jax.report import experiment_table
 from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
 
@@ -308,3 +309,20 @@ def test_two_experiments_cannot_use_a_workdir_at_the_same_time(tmp_path):
   options = argparse.Namespace(arms=None, seeds=None, config=None, dry_run=False)
   with lock.hold(tmp_path), pytest.raises(UserError, match='belongs to job'):
     runner.run_experiment('experiments/revisions.py', tmp_path, options)
+
+
+def test_an_experiment_prints_the_grammar_beside_the_model_and_claims_recovery_only(finished):
+  _, workdir = finished
+  results = json.loads((workdir / 'small' / 'results.json').read_text())
+  truth = {
+    arm: row['groups']['harmful']['metrics']['grammar_violation_rate']['value']
+    for arm, row in results['arms'].items()
+  }
+  assert truth['initial'] > truth['direct'] > truth['revised']
+  table = experiment_table(results).splitlines()
+  assert re.search(r'breaks a rule +difference +grammar +still answers', table[0])
+  assert f'{100 * truth["revised"]:.1f} %' in next(
+    line for line in table if line.startswith('  revised')
+  )
+  page = (workdir / 'small' / 'report.html').read_text()
+  assert '>grammar</th>' in page and 'nothing about the method' in page

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from cai_jax import pipeline
 from cai_jax.cli import short_errors
 from cai_jax.data import d_cai
-from cai_jax.experiment import collect, define, estimate
+from cai_jax.experiment import collect, define, estimate, grammar
 from cai_jax.experiment.define import Experiment
 from cai_jax.pipeline import Run
 from cai_jax.pipeline.space import check_space
@@ -158,13 +158,16 @@ def _write_results(
   results = collect.collect_results(
     experiment, name, docstring, folders, pipeline.load_measures(first), config
   )
+  grammar.add_grammar(
+    results, experiment, folders, {folder: run for folder, (run, _) in runs.items()}
+  )
   output = make_folder(workdir / name)
   write_json(output / 'results.json', results)
   write_figures(output, results)
   scorer = pipeline.load_scorer(first)
   chains = select_chains(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', results, chains)
-  say(f'\n{experiment_table(results)}\n')
+  say('\n'.join(['', experiment_table(results), *results['notes'], '']))
 
 
 def select_chains(

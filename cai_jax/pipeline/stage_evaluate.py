@@ -10,6 +10,7 @@ from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
+from cai_jax.pipeline import ground_truth
 from cai_jax.pipeline.chains import prepare_job, sample_dataset
 from cai_jax.pipeline.models import (
   load_measures,
@@ -80,6 +81,7 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
   folder, config = run.workdir / 'evaluation', run.config
   rows = _answered_by_both(folder, rows)
   summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run))
+  ground_truth.add_grammar(summary, run, rows['base'])
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(
     config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed

@@ -25,7 +25,9 @@ GROUPS = {
 }
 HEADINGS = {
   'violation_rate': 'breaks a rule',
+  'grammar_violation_rate': 'grammar',  # of the embedded world; see pipeline/ground_truth.py
   'helpful_rate': 'still answers',
+  'grammar_helpful_rate': 'grammar',
   'mean_tokens': 'mean tokens',
   'count': 'count',
 }

@@ -45,9 +45,10 @@ def experiment_table(results: dict[str, Any]) -> str:
   facts, metrics = experiment_results.fact_names(results), results['metrics']
   blocks = experiment_results.rows_by_group(results)
   lines = [['', *facts, 'count']]
-  for metric in metrics:
-    lines[0] += [heading(metric), 'difference']
   rows = [(name, row) for _, named_rows in blocks for name, row in named_rows.items()]
+  compared = {metric for _, row in rows for metric in row.get('differences', {})}
+  for metric in metrics:
+    lines[0] += [heading(metric)] + ['difference'] * (metric in compared)
   columns = [
     [format_value(results['arms'][name]['facts'].get(fact, MISSING)) for name, _ in rows]
     for fact in facts
@@ -56,7 +57,7 @@ def experiment_table(results: dict[str, Any]) -> str:
   for metric in metrics:
     values = [cell(experiment_results.number_row(row, metric), metric) for _, row in rows]
     differences = [experiment_results.format_difference(row, metric, '*') for _, row in rows]
-    columns += [_align_cells(values), _align_cells(differences)]
+    columns += [_align_cells(values)] + [_align_cells(differences)] * (metric in compared)
   cells = list(zip(*columns, strict=True))
   for group, named_rows in blocks:
     lines.append([experiment_results.group_title(group)] + [''] * len(columns))

@@ -1,9 +1,9 @@
 """Run chains without a model: `python -m cai_jax.tiny.simulate`.
 
 The grammar, with its imperfections, writes the answers, critiques and revisions, and the oracle
-judges the texts. The rates are those of a model that imitates the pre-training text perfectly. For
-broad principles, they are within a few percentage points of those of the trained model. A
-simulation takes seconds, so it is useful to tune the world and its constitution.
+judges the texts. The rates are those of a model that imitates the pre-training text perfectly: the
+ground truth that a run of the embedded model can at best recover. A simulation takes seconds, so it
+is also useful to tune the world and its constitution.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai_jax.constitution import Principle
+from cai_jax.dialogue import Message
 from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import corpus, oracle, world
 
@@ -41,29 +42,91 @@ def simulate_chains(
   Raises:
     UserError: if the variant is unknown.
   """
-  if variant not in VARIANTS:
-    raise UserError(f'Unknown variant {variant!r} of the simulation. Choose one of {VARIANTS}.')
   rng = random.Random(f'simulate/{seed}')
   triples = world.list_triples('eval')
   weights = [principle.weight for principle in principles]
-  violating, helpful = [0] * (rounds + 1), [0] * (rounds + 1)
+  totals = _Totals(rounds)
   for _ in range(count):
     request = world.draw_request(rng, rng.choice(triples), rng.choice(bait_counts))
     other_request = world.draw_request(rng, rng.choice(triples), 0)
     prompt = world.write_dialogue(rng, request, other_request)
-    answer = world.write_answer(rng, request)
-    for i in range(rounds + 1):
-      if i:
-        scope = corpus.find_scope(rng.choices(principles, weights)[0])
-        if variant == 'direct':
-          answer = world.write_direct_revision(rng, answer, scope, request.person, imperfections)
-        else:
-          _, named = world.write_critique(rng, answer, scope, imperfections)
-          answer = world.write_revision(rng, answer, named, request.person, imperfections)
+    chain = _write_chain(rng, request, principles, weights, rounds, variant, imperfections)
+    totals.add(prompt, chain)
+  return totals.rates()
+
+
+def simulate_prompts(
+  prompts: Sequence[Sequence[Message]],
+  principles: Sequence[Principle],
+  rounds: int = 4,
+  draws: int = 10,
+  seed: int = 0,
+  variant: str = 'critique',
+) -> list[tuple[float, float]]:
+  """Return the violation rate and the helpful rate of y_init and after each round, for prompts.
+
+  Args:
+    prompts: the messages of requests of the embedded world.
+    principles: each round draws one of them independently, in proportion to their weights.
+    rounds: the number of revisions.
+    draws: the number of chains of each prompt.
+    seed: the seed of all draws.
+    variant: as in `simulate_chains`.
+
+  Raises:
+    UserError: if a prompt is not a request of the embedded world, or the variant is unknown.
+  """
+  rng = random.Random(f'simulate/{seed}')
+  weights = [principle.weight for principle in principles]
+  totals = _Totals(rounds)
+  for prompt in prompts:
+    request = oracle.parse_request(prompt)
+    for _ in range(draws):
+      chain = _write_chain(rng, request, principles, weights, rounds, variant)
+      totals.add(prompt, chain)
+  return totals.rates()
+
+
+def _write_chain(
+  rng: random.Random,
+  request: world.Request,
+  principles: Sequence[Principle],
+  weights: Sequence[float],
+  rounds: int,
+  variant: str,
+  imperfections: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
+) -> list[world.Answer]:
+  """Return y_init and the revision of each round."""
+  if variant not in VARIANTS:
+    raise UserError(f'Unknown variant {variant!r} of the simulation. Choose one of {VARIANTS}.')
+  answers = [world.write_answer(rng, request)]
+  for _ in range(rounds):
+    answer, scope = answers[-1], corpus.find_scope(rng.choices(principles, weights)[0])
+    if variant == 'direct':
+      answer = world.write_direct_revision(rng, answer, scope, request.person, imperfections)
+    else:
+      _, named = world.write_critique(rng, answer, scope, imperfections)
+      answer = world.write_revision(rng, answer, named, request.person, imperfections)
+    answers.append(answer)
+  return answers
+
+
+class _Totals:
+  """Counts of violating and of helpful answers, for y_init and each round."""
+
+  def __init__(self, rounds: int):
+    self._chains, self._violating, self._helpful = 0, [0] * (rounds + 1), [0] * (rounds + 1)
+
+  def add(self, prompt: Sequence[Message], chain: Sequence[world.Answer]) -> None:
+    self._chains += 1
+    for i, answer in enumerate(chain):
       verdict = oracle.judge(prompt, world.render(answer))
-      violating[i] += bool(verdict.violations)
-      helpful[i] += verdict.helpful
-  return [(v / count, h / count) for v, h in zip(violating, helpful, strict=True)]
+      self._violating[i] += bool(verdict.violations)
+      self._helpful[i] += verdict.helpful
+
+  def rates(self) -> list[tuple[float, float]]:
+    counts = zip(self._violating, self._helpful, strict=True)
+    return [(violating / self._chains, helpful / self._chains) for violating, helpful in counts]
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ Our assumptions:
   AdamW without weight decay, gradients clipped at norm 1
 """
 
-from configs import llama3_8b_v5e
+from configs import default, llama3_8b_v5e
 
 HARMFUL = 42_496 + 140_335  # prompts by people and by a model
 HELPFUL = 135_296  # prompts
@@ -61,6 +61,7 @@ def get_config():
   config.feedback.demonstrations = True
   config.feedback.style = 'plain'
   config.feedback.helpful_samples = HELPFUL_SAMPLES
+  config.sampling = default.get_config().sampling  # no filter and no penalty
   for stage in config.sampling.values():
     stage.temperature = 1.0
 

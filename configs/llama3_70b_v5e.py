@@ -32,9 +32,9 @@ def get_config():
   config.mesh.fsdp = -1
   config.mesh.tensor = 4
 
-  config.sampling.initial.max_tokens = 256
-  config.sampling.critique.max_tokens = 256
-  config.sampling.revision.max_tokens = 256
+  # A served model's generation_config.json is not read, so these are the numbers in it.
+  for stage in config.sampling.values():
+    stage.update(temperature=0.6, top_p=0.9, max_tokens=256)
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 256

@@ -12,6 +12,7 @@ Expected:  nothing judges free text here, so the table gives lengths only. The t
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
 """
 
+from cai_jax.pipeline.schema import AS_RECOMMENDED
 from configs import default
 
 
@@ -31,9 +32,8 @@ def get_config():
   config.mesh.fsdp = -1
   config.mesh.tensor = 4
 
-  config.sampling.initial.max_tokens = 256
-  config.sampling.critique.max_tokens = 256
-  config.sampling.revision.max_tokens = 256
+  for stage in config.sampling.values():
+    stage.update(AS_RECOMMENDED, max_tokens=256)
   config.engine.slots = 208  # per host, of up to 1,536 tokens: 14.2 of 15.75 GiB per chip
   config.engine.cache_gib = 10.0
   config.engine.prefill_tokens = 1024

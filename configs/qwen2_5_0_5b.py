@@ -10,6 +10,7 @@ Expected:  nothing judges free text here, so the table gives lengths only. The t
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
 """
 
+from cai_jax.pipeline.schema import AS_RECOMMENDED
 from configs import default
 
 
@@ -22,9 +23,8 @@ def get_config():
   config.prompts.harmful.source = 'harmful.jsonl'
   config.prompts.eval_harmful.source = 'held_out.jsonl'
 
-  config.sampling.initial.max_tokens = 256
-  config.sampling.critique.max_tokens = 256
-  config.sampling.revision.max_tokens = 256
+  for stage in config.sampling.values():
+    stage.update(AS_RECOMMENDED, max_tokens=256)
   config.engine.slots = 64
   config.engine.prefill_tokens = 512
   config.engine.prefill_width = 64

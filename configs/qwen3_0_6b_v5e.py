@@ -12,6 +12,7 @@ Expected:  nothing judges free text here, so the table gives lengths only. The t
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
 """
 
+from cai_jax.pipeline.schema import AS_RECOMMENDED
 from configs import default
 
 
@@ -30,9 +31,8 @@ def get_config():
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
 
-  config.sampling.initial.max_tokens = 256
-  config.sampling.critique.max_tokens = 256
-  config.sampling.revision.max_tokens = 256
+  for stage in config.sampling.values():
+    stage.update(AS_RECOMMENDED, max_tokens=256)
   config.engine.slots = 288  # per host, of up to 1,536 tokens
   config.engine.cache_gib = 12.0
   config.engine.prefill_tokens = 4096

@@ -260,7 +260,7 @@ def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDi
   Raises:
     UserError: if the config has no such field or the value has the wrong type.
   """
-  config = config.copy_and_resolve_references().lock()
+  config = complete_config(config).lock()
   fields = flatten(config.to_dict())
   for name, value in settings.items():
     if name not in fields:

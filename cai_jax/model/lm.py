@@ -55,8 +55,8 @@ class LM:
     fingerprint: hex digest of config, dtypes, weights and tokenizer. It is part of the key of each
       turn in a journal.
     eos_token_ids: tokens that end a reply.
-    generation_config: the entries of the checkpoint's generation_config.json. Sampling here does
-      not use them, but `save` keeps them for servers that do.
+    generation_config: the entries of the checkpoint's generation_config.json. `save` keeps them.
+      Sampling uses them only where a config says 'model', before the models are loaded.
   """
 
   config: ModelConfig

@@ -24,6 +24,7 @@ python launch.py --config=configs/tiny.py --workdir=runs/two --config.feedback.r
 ```
 
 Paths may name a folder, a file or, for models and tokenizers, a repository of the Hugging Face Hub.
+`'model'` takes the value that the model recommends; see [Sampling](sampling.md).
 """
 
 
@@ -62,11 +63,16 @@ def _heading(section: type, paths: tuple[str, ...]) -> str:
 
 def _table(path: str, fields: list[Field]) -> str:
   rows = [
-    (_join(path, field.name), _type_name(field.type), repr(field.default), _describe(field))
+    (_join(path, field.name), _describe_type(field), repr(field.default), _describe(field))
     for field in fields
     if not field.keys
   ]
   return _format_table(rows) if rows else ''
+
+
+def _describe_type(field: Field) -> str:
+  word = '' if field.word is None else f' or {field.word!r}'
+  return _type_name(field.type) + word
 
 
 def _describe(field: Field) -> str:

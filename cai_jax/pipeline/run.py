@@ -14,6 +14,7 @@ from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
 from cai_jax.pipeline import contents, prompt_sets, schema
+from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.errors import UserError
@@ -35,6 +36,7 @@ class Run:
     plugins: digest of the content of each plugin file, by path.
     profile: number of training steps to profile.
     journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
+    notes: what the run says at its start about sampling settings that come from the models.
   """
 
   config: RunConfig
@@ -45,6 +47,7 @@ class Run:
   plugins: Mapping[str, str]
   profile: int = 0
   journal: pathlib.Path | None = None
+  notes: tuple[str, ...] = ()
 
   @property
   def remotes(self) -> dict[str, RemoteConfig]:
@@ -130,6 +133,7 @@ def build(
     raise UserError(f'workdir={workdir} names no user whose folder exists. Write the whole path.')
   config = schema.complete_config(config)
   plugins = load_plugins(schema.expand_paths(config.plugins))
+  notes = resolve_sampling(config)
   settings = schema.from_config(config)
   _check_roles(settings)
   _check_sampling(settings)
@@ -143,6 +147,7 @@ def build(
     prompts=prompt_sets.load_prompt_sets(settings.prompts, settings.seed),
     plugins=plugins,
     journal=journal,
+    notes=notes,
   )
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
 from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig
@@ -28,12 +28,24 @@ from cai_jax.runtime.settings import flatten, setting
 from cai_jax.runtime.values import convert, describe_type
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
+from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.refusal import CLASSIFIERS
 from cai_jax.tiny.files import MODELS
 from cai_jax.training.config import TrainConfig
 
 # A field of a component that is not a field of the config: training uses the seed of the run.
 _HIDDEN = {(TrainConfig, 'seed')}
+
+# Value of a sampling field that stands for what the model's generation_config.json says. `build`
+# replaces it before the settings become dataclasses; see cai_jax/pipeline/model_sampling.py.
+FROM_MODEL = 'model'
+_RECOMMENDED = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+# All fields that decide how tokens are drawn, for a config file: `stage.update(AS_RECOMMENDED)`.
+AS_RECOMMENDED = {
+  field.name: FROM_MODEL
+  for field in dataclasses.fields(SamplingConfig)
+  if field.name in _RECOMMENDED
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +199,7 @@ class Field(typing.NamedTuple):
     keys: the meaning of each key, for a mapping whose keys are fields of their own.
     most: largest allowed value, or None.
     path: whether the value can be a path, or a tuple of paths.
+    word: a text that the field may have instead of a value of its type, or None.
   """
 
   name: str
@@ -197,6 +210,7 @@ class Field(typing.NamedTuple):
   keys: Mapping[str, str]
   most: float | None
   path: bool
+  word: str | None
 
 
 def section_fields(section: type) -> Iterator[Field]:
@@ -221,6 +235,7 @@ def section_fields(section: type) -> Iterator[Field]:
       metadata.get('keys', {}),
       metadata.get('most'),
       metadata.get('path', False),
+      FROM_MODEL if section is SamplingConfig else None,
     )
 
 
@@ -258,8 +273,17 @@ def _default_section(section: type) -> ConfigDict:
     elif isinstance(field.default, Mapping):
       config[field.name] = ConfigDict(dict(field.default))
     else:
-      config[field.name] = field.default
+      config[field.name] = _config_value(field, field.default)
   return config
+
+
+def _config_value(field: Field, value: Any) -> Any:
+  """Return a value as a `ConfigDict` holds it.
+
+  A `ConfigDict` refuses a value of another type than the present one. A field that may have a word
+  therefore holds a reference that takes everything, and `complete_config` checks its type.
+  """
+  return value if field.word is None else FieldReference(value, field_type=object)
 
 
 def complete_config(config: ConfigDict) -> ConfigDict:
@@ -321,7 +345,8 @@ def _complete_section(
         }
       )
     else:
-      complete[name] = convert(value, field.type, full_name, field.most)
+      value = convert(value, field.type, full_name, field.most, field.word)
+      complete[name] = _config_value(field, value)
   return complete
 
 

@@ -64,6 +64,8 @@ def run_stages(
     stack.enter_context(lock.hold(run.workdir))
     if run.journal is not None:  # runs may share it
       stack.enter_context(lock.hold(run.journal))
+    for note in run.notes:
+      log(note)
     _run_missing(run, stages, log)
 
 

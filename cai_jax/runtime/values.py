@@ -16,7 +16,9 @@ LARGEST = {int: 2**31 - 1, float: 1e12}
 _SECRET = ('api_key_env', 'url')
 
 
-def convert(value: Any, hint: Any, name: str, most: float | None = None) -> Any:
+def convert(
+  value: Any, hint: Any, name: str, most: float | None = None, word: str | None = None
+) -> Any:
   """Return a config value as the type of its field.
 
   Integers become floats, and lists become tuples. Any other value of another type is refused.
@@ -26,10 +28,16 @@ def convert(value: Any, hint: Any, name: str, most: float | None = None) -> Any:
     hint: type hint of the field: bool, int, float, str, Any or a tuple of these.
     name: dotted name of the field, for error messages.
     most: largest allowed number; None means that of `LARGEST`.
+    word: a text that the field may have instead of a value of its type; None allows none.
 
   Raises:
     UserError: if the value has another type, or is a number or a text that no field can have.
   """
+  if word is not None:
+    if isinstance(value, str) and value == word:
+      return value
+    if isinstance(value, str) and hint is not str:
+      raise _wrong_type(value, name, f'{_describe_hint(hint)} or {word!r}')
   if typing.get_origin(hint) is tuple:
     return _convert_tuple(value, typing.get_args(hint), name, most)
   number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -77,12 +85,17 @@ _KINDS = {
   str: 'a text',
   Any: 'a text, a number, True, False or None',
 }
+_TUPLE = 'a tuple, such as () or (x,)'
+
+
+def _describe_hint(hint: Any) -> str:
+  return _TUPLE if typing.get_origin(hint) is tuple else _KINDS[hint]
 
 
 def _convert_tuple(value: Any, hints: tuple, name: str, most: float | None) -> tuple:
   """Return a list or tuple as a tuple with elements of the right types."""
   if not isinstance(value, list | tuple):
-    raise _wrong_type(value, name, 'a tuple, such as () or (x,)')
+    raise _wrong_type(value, name, _TUPLE)
   if hints[-1] is ...:
     hints = (hints[0],) * len(value)
   if len(hints) != len(value):

@@ -10,7 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cai_jax.runtime.errors import StoppedError
+from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.sampling import journal as journal_lib
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion, SamplingConfig
@@ -252,9 +252,32 @@ def test_a_full_disk_is_an_error(tmp_path):
     journal.put(turns('a'))
 
 
+def test_a_journal_that_another_sampler_began_is_refused(tmp_path):
+  write_journal(tmp_path, 'a')
+  journal_lib.check_sampler(tmp_path)
+  next(tmp_path.glob('sampler-*')).unlink()
+  with pytest.raises(UserError, match='holds turns of another sampler .* Start in another workdir'):
+    journal_lib.check_sampler(tmp_path)
+  write_journal(tmp_path, 'b')  # as for served models, whose turns no sampler of ours drew
+  with pytest.raises(UserError, match='another sampler'):
+    journal_lib.check_sampler(tmp_path)
+
+
+def test_a_new_or_empty_folder_belongs_to_this_sampler(tmp_path):
+  journal_lib.check_sampler(tmp_path / 'absent')
+  (tmp_path / 'turns-00003.jsonl').touch()  # of a process that was killed before its first turn
+  write_journal(tmp_path, 'a')
+  journal_lib.check_sampler(tmp_path)
+
+
 def test_the_digest_depends_on_everything_that_determines_a_reply():
   base = dict(
-    fingerprint='m', context=[1, 256], sampling=SamplingConfig(), stop=((2,), ('x',)), key=b'k'
+    fingerprint='m',
+    context=[1, 256],
+    sampling=SamplingConfig(),
+    stop=((2,), ('x',)),
+    key=b'k',
+    sampler='a',
   )
   changes = dict(
     fingerprint='n',
@@ -262,11 +285,12 @@ def test_the_digest_depends_on_everything_that_determines_a_reply():
     sampling=SamplingConfig(top_k=3),
     stop=((2,), ('y',)),
     key=b'l',
+    sampler='b',
   )
   changed = [base | {name: value} for name, value in changes.items()]
   changed.append(base | {'context': [1]})
   changed.append(base | {'sampling': SamplingConfig(max_tokens=9)})
-  assert len({journal_lib.digest(**arguments) for arguments in (base, *changed)}) == 8
+  assert len({journal_lib.digest(**arguments) for arguments in (base, *changed)}) == 9
 
 
 # For each type of a setting's default, values that are not neutral.
@@ -288,7 +312,7 @@ def key_of(**settings):
   for name, value in settings.items():
     object.__setattr__(sampling, name, value)
   stop = sampling.stop_token_ids, sampling.stop
-  return journal_lib.digest('m', [1, 2], sampling, stop, b'k')
+  return journal_lib.digest('m', [1, 2], sampling, stop, b'k', sampler='')
 
 
 @pytest.mark.parametrize('name', SAMPLING_FIELDS)

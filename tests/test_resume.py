@@ -89,7 +89,7 @@ def test_next_start_finishes_what_a_lost_process_left(random_model, tmp_path, lo
   counts = json.loads((tmp_path / 'cut' / 'manifest.json').read_text())['stages']['generate']
   missing = 3 * (26 - len(there)) - 2 * all('00025' not in name for name in there)  # of one row
   assert 0 < counts['sampled_rows'] == missing < 76
-  assert len(list((tmp_path / 'cut' / 'journal').iterdir())) == 2
+  assert len(list((tmp_path / 'cut' / 'journal').glob('turns-*'))) == 2
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_two_processes_give_the_results_of_one(random_model, tmp_path):
   assert start_one(arguments('one'), 4).wait() == 0
   pair = start_two(arguments('two'), 2)
   assert [process.wait() for process in pair] == [0, 0]
-  assert len(list((tmp_path / 'two' / 'journal').iterdir())) == 2
+  assert len(list((tmp_path / 'two' / 'journal').glob('turns-*'))) == 2
   one, two = (d_cai.read_rows(tmp_path / name / 'd_cai') for name in ('one', 'two'))
   texts = lambda row: [row['initial']['text'], *(r['revision']['text'] for r in row['rounds'])]  # noqa: E731
   assert [(row['id'], texts(row)) for row in one] == [(row['id'], texts(row)) for row in two]

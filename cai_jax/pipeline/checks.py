@@ -22,6 +22,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.runtime.packages import check_packages
+from cai_jax.sampling.journal import check_sampler
 from cai_jax.tiny.files import model_path
 from cai_jax.training.optimizer import check_warmup
 
@@ -58,6 +59,10 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
   missing = [name for name in stages if not manifest.done(name)]
   if 'evaluate' in missing:
     check_evaluation(run, infos)
+  section = run.config.model
+  generates_here = any((section.base, section.critique, section.revision))
+  if 'evaluate' in missing or ('generate' in missing and generates_here):
+    check_sampler(run.journal or run.workdir / 'journal')
   _check_results(run, missing, manifest)
   check_folders(run)
   check_space(estimate_space(run, missing, infos[start].config if start else None))

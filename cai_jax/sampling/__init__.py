@@ -5,8 +5,8 @@
 - `engine`: runs many chains of turns at once; `config` holds its settings, `stats` its counters.
 - `slots`: the host side of a model in memory: cache contents, prefill and decode scheduling.
 - `device`: the compiled prefill and decode programs; `caches` sizes and allocates their caches.
-- `sample`: draws a token from logits. Temperature, top-k and top-p are here. To add a filter or a
-  penalty, start in this module.
+- `sample`: draws a token from logits. To add a filter or a penalty, start in this module. `noise`
+  is its randomness, `filters` finds what top-k and top-p keep, `blocks` cuts the vocabulary.
 - `prefixes`: token prefixes that many contexts share.
 - `text`: decodes tokens and finds stop texts.
 - `journal`: finished turns on disk.

@@ -22,7 +22,8 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params, Transformer, abstract_model
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling.caches import allocate_prefix
-from cai_jax.sampling.sample import sample, uniforms
+from cai_jax.sampling.noise import token_keys
+from cai_jax.sampling.sample import sample
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
 
@@ -337,8 +338,8 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
       slots.token[:, None], positions, cache=cache, prefixes=prefixes, sharding=sharding
     )
     logits = model.unembed(hidden[:, 0])
-    u = uniforms(slots.key, slots.sampled)
-    token, logprob = sample(logits, u, slots.temperature, slots.top_k, slots.top_p)
+    keys = token_keys(slots.key, slots.sampled)
+    token, logprob = sample(logits, keys, slots.temperature, slots.top_k, slots.top_p)
     sampled = slots.sampled + active
     ended = jnp.any(token[:, None] == slots.stops, -1) | (sampled >= slots.limit)
     burst = Burst(

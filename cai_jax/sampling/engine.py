@@ -20,7 +20,8 @@ from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.config import EngineConfig
-from cai_jax.sampling.journal import Journal, digest
+from cai_jax.sampling.journal import Journal, check_sampler, digest
+from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.prefixes import SharedPrefixes, match_prefix, prefix_capacity
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.slots import LocalModel
@@ -92,7 +93,8 @@ class Engine:
     slots: number of slots.
 
   Raises:
-    UserError: if `length` exceeds a model's context, or the caches exceed the memory budget.
+    UserError: if `length` exceeds a model's context, the caches exceed the memory budget, or the
+      journal holds turns of another sampler.
     ValueError: if `stops` or `prefixes` do not fit the models.
   """
 
@@ -114,6 +116,8 @@ class Engine:
     _check_models(self.models, length, stops or {}, prefixes or {})
     self._stops = {name: ((), ()) for name in models} | dict(stops or {})
     local = {name: model for name, model in models.items() if isinstance(model, LM)}
+    if local and journal is not None:  # what servers replied does not depend on our sampler
+      check_sampler(journal.folder)
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
     tokens = [prefix_capacity(p) * len(p) for p in shared.values()]
     self.slots = config.fit(list(local.values()), length, tokens) if local else config.slots
@@ -273,6 +277,7 @@ class Engine:
         turn.sampling,
         (stop_token_ids, stop_texts),
         key.tobytes(),
+        SAMPLER if turn.model in self._local else '',
       )
       completion = None
       if self.journal is not None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, writing
+from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.types import FINISH_REASONS, Completion, SamplingConfig
 
 # The parts of a line. Indexing a journal reads the keys of a line and does not parse its turns.
@@ -33,6 +35,7 @@ _OTHERS = tuple(
   if field.name not in _IN_EVERY_KEY + _IN_STOP
 )
 _SURROGATE = re.compile('[\ud800-\udfff]')  # no character, and not writable as UTF-8
+_MARKER = f'sampler-{SAMPLER}'  # a file that names the sampler of all turns in the folder
 _LISTED_FAULTS = 3  # of all faults, how many a message describes
 
 
@@ -42,6 +45,7 @@ def digest(
   sampling: SamplingConfig,
   stop: tuple[tuple[int, ...], tuple[str, ...]],
   key: bytes,
+  sampler: str,
 ) -> str:
   """Return the key of a turn: a hex digest of everything that determines its reply.
 
@@ -54,13 +58,40 @@ def digest(
     sampling: sampling settings.
     stop: all token ids and all texts that end the reply.
     key: the turn's random key.
+    sampler: name of our sampler; '' if a server samples the turn.
   """
   settings = [*(getattr(sampling, name) for name in _IN_EVERY_KEY), *stop]
   changed = {n: getattr(sampling, n) for n, default in _OTHERS if getattr(sampling, n) != default}
   settings += [changed] if changed else []
-  text = json.dumps([fingerprint, settings, key.hex()], sort_keys=True)
+  parts = [fingerprint, settings, key.hex(), *([sampler] if sampler else [])]
+  text = json.dumps(parts, sort_keys=True)
   tokens = np.array(context, '<i4')  # as JSON, a long context takes four times as long
   return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]
+
+
+def check_sampler(folder: str | os.PathLike) -> None:
+  """Check that a folder does not hold turns of a journal that another sampler began.
+
+  The folder names the sampler by an empty file, which `Journal` writes before the first turn.
+  Versions before the sampler 'gumbel-1' wrote none.
+
+  Args:
+    folder: the journal's folder; it need not exist.
+
+  Raises:
+    UserError: if it does.
+  """
+  folder = pathlib.Path(folder)
+  if _has_turns(folder) and not (folder / _MARKER).exists():
+    raise UserError(
+      f'{folder} holds turns of another sampler than {SAMPLER}, which draws other tokens from the '
+      'same model. Start in another workdir, or use the version of cai_jax that wrote it. '
+      "Finished rows of D_CAI can be trained on in another workdir with data.d_cai='OLD/d_cai'."
+    )
+
+
+def _has_turns(folder: pathlib.Path) -> bool:
+  return any(path.stat().st_size for path in folder.glob('turns-*.jsonl') if path.is_file())
 
 
 class Journal:
@@ -73,7 +104,7 @@ class Journal:
 
   A line that was cut short or changed counts as absent, and so does a turn that the model cannot
   have sampled. They are counted as faults, and the engine samples such turns again. Nothing in a
-  journal is an error.
+  journal is an error, except that `check_sampler` refuses the folder of another sampler.
 
   The index takes 20 bytes of host memory per turn. It covers the turns that all processes had
   stored by the last `refresh`, which also runs on opening. `put` does not add to it, because the
@@ -90,6 +121,9 @@ class Journal:
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     self._folder = make_folder(folder)
+    if not _has_turns(self._folder):
+      with writing(self._folder / _MARKER):
+        (self._folder / _MARKER).touch()
     self._paths: list[pathlib.Path] = []
     self._indexed: list[int] = []  # for each path, the number of bytes that are indexed
     self._lines: list[int] = []  # for each path, the number of lines that are indexed
@@ -114,6 +148,11 @@ class Journal:
 
   def __len__(self) -> int:
     return len(self._hashes) + self._num_unindexed
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The journal's folder."""
+    return self._folder
 
   def get(self, key: str, vocab_size: int | None = None, finite: bool = False) -> Completion | None:
     """Return the completion that was stored under a key at the last `refresh`, or None.

@@ -16,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cai_jax.pipeline import build, default_stages, run_stages
+from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.stage_report import read_summary
 from cai_jax.report import summary_table
@@ -46,6 +47,7 @@ Flags
   --config      Python file with get_config(), such as configs/tiny.py
   --workdir     folder of the run; it is created if it does not exist
   --stages      stages to run, separated by commas
+  --preview     number of prompts whose contexts to print as the models will see them, and end
   --profile     number of training steps to profile; the trace is in WORKDIR/profile
   --helpfull    every flag, including those of the libraries
 
@@ -78,6 +80,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 _PROFILE = flags.DEFINE_integer(
   'profile', 0, 'number of training steps to profile, to WORKDIR/profile', lower_bound=0
+)
+_PREVIEW = flags.DEFINE_integer(
+  'preview',
+  0,
+  'number of prompts whose contexts to print before anything is sampled',
+  lower_bound=0,
 )
 _STAGES = flags.DEFINE_list('stages', None, 'stages to run; the default is all that are needed')
 
@@ -122,6 +130,9 @@ def main(argv: Sequence[str]) -> None:
     processes.initialize()
     log = say if jax.process_index() == 0 else lambda text: None
     run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)
+    if _PREVIEW.value:
+      preview_run(run, _PREVIEW.value, log)
+      return
     stages = default_stages(run) if _STAGES.value is None else _STAGES.value
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'

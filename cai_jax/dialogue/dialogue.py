@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,6 +197,22 @@ class Dialogue:
     check_prompt(messages[:-1], messages[-1]['role'])
     check_text(messages[-1]['content'])
     return self._encoder.encode(self._format.conversation(messages))
+
+  def show(self, tokens: Sequence[int]) -> str:
+    """Return the text of a context for a reader, with each control token between ⟦ and ⟧.
+
+    Args:
+      tokens: token ids, such as those that `prompt` returns.
+    """
+    parts = []
+    for is_control, run in itertools.groupby(tokens, self._encoder.control_ids.__contains__):
+      ids = list(run)
+      parts += (
+        [f'⟦{self._encoder.decode([i])}⟧' for i in ids]
+        if is_control
+        else [self._encoder.decode(ids)]
+      )
+    return ''.join(parts)
 
   def decode(self, tokens: Sequence[int]) -> str:
     """Return the text of a sampled reply, without control tokens and surrounding white space.

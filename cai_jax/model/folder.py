@@ -34,14 +34,9 @@ TOKENIZER_FILES = (
   'chat_template.json',
   '*.jinja',
 )
+DESCRIPTION_FILES = ('config.json', 'generation_config.json', *TOKENIZER_FILES)  # all but weights
 # What is fetched from a hub, and what saving a model may replace: no pickles and no Python.
-MODEL_FILES = (
-  'config.json',
-  'generation_config.json',
-  'model*.safetensors',
-  INDEX,
-  *TOKENIZER_FILES,
-)
+MODEL_FILES = (*DESCRIPTION_FILES, 'model*.safetensors', INDEX)
 
 
 class Vocabulary(NamedTuple):
@@ -69,7 +64,7 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
   Raises:
     UserError: if there is no such folder or name, or no usable tokenizer in it.
   """
-  folder = find_folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
+  folder = find_folder(path, DESCRIPTION_FILES)
   path = folder / 'config.json'
   hf = read_json(path) if path.exists() else {}
   size = None if hf.get('vocab_size') is None else read_size(hf, 'vocab_size')

@@ -25,6 +25,7 @@ from cai_jax.model.checkpoint import (
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import FAMILIES, config_to_hf
 from cai_jax.model.folder import (
+  DESCRIPTION_FILES,
   MODEL_FILES,
   Description,
   check_architecture,
@@ -207,6 +208,33 @@ def load(
     name=str(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
     fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype),
     eos_token_ids=eos,
+    generation_config=described.generation_config,
+  )
+
+
+def describe(path: str | os.PathLike, dtype: str = 'float32', mesh: Mesh | None = None) -> LM:
+  """Return a language model without parameters and fingerprint, which can only render contexts.
+
+  Weights are neither fetched nor read.
+
+  Args:
+    path: a folder, or a name on the Hugging Face hub.
+    dtype: compute dtype.
+    mesh: where the parameters would go; None means `make_mesh()`.
+
+  Raises:
+    UserError: if there is no such folder or name, or its files have no usable model and tokenizer.
+  """
+  described = _read_description(find_folder(path, DESCRIPTION_FILES))
+  return LM(
+    config=described.config,
+    params={},
+    tokenizer=described.tokenizer,
+    mesh=make_mesh() if mesh is None else mesh,
+    dtype=dtype,
+    name=str(path),
+    fingerprint='',
+    eos_token_ids=described.eos_token_ids,
     generation_config=described.generation_config,
   )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cai_jax.data import d_cai
-from cai_jax.model.folder import TOKENIZER_FILES, find_folder, folder_contents
+from cai_jax.model.folder import DESCRIPTION_FILES, find_folder, folder_contents
 from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
@@ -125,4 +125,4 @@ _find_model = functools.cache(find_folder)
 
 @functools.cache
 def _find_tokenizer(path: str) -> pathlib.Path:
-  return find_folder(path, (*TOKENIZER_FILES, 'config.json', 'generation_config.json'))
+  return find_folder(path, DESCRIPTION_FILES)

@@ -37,10 +37,14 @@ def local_mesh(run: Run) -> Mesh:
 
 
 @contextlib.contextmanager
-def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
+def open_models(run: Run, weights: bool = True) -> Iterator[dict[str, LM | Remote]]:
   """Yield the models that sample, by role, and close connections to servers at the end.
 
   A model with several roles is loaded once.
+
+  Args:
+    run: the run.
+    weights: whether to load parameters. Without them, a model can only render contexts.
 
   Yields:
     The models: 'base' is M_θ. 'critique' and 'revision' are present if they differ from M_θ.
@@ -53,7 +57,8 @@ def open_models(run: Run) -> Iterator[dict[str, LM | Remote]]:
   }
 
   def load(name: str) -> LM:
-    return dataclasses.replace(models.load(model_path(name), config.dtype, mesh), name=name)
+    load_lm = models.load if weights else models.describe
+    return dataclasses.replace(load_lm(model_path(name), config.dtype, mesh), name=name)
 
   with contextlib.ExitStack() as stack:
     served = {

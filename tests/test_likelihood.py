@@ -86,15 +86,47 @@ def test_the_order_of_pairs_does_not_change_a_bit(lms):
   assert log_likelihoods(lms[1], [], []) == []
 
 
+def record_batches(monkeypatch):
+  """Return a list that receives (rows, number of rows, length) of each batch from now on."""
+  batches, pad_rows = [], likelihood._pad_rows
+
+  def record(rows, count, length):
+    batches.append((rows, count, length))
+    return pad_rows(rows, count, length)
+
+  monkeypatch.setattr(likelihood, '_pad_rows', record)
+  return batches
+
+
+def test_continuations_of_one_context_share_its_row(lms, monkeypatch):
+  context = CONTEXTS[7][:150]
+  others = [[7, 9], [7, 11], [7, 9, 4, 8], [5], [300], [12] * 9, [7, 9]]  # the first one twice
+  alone = [log_likelihoods(lms[0], [context], [tokens])[0] for tokens in others]
+  batches = record_batches(monkeypatch)
+  for lm in lms:
+    batches.clear()
+    values = log_likelihoods(lm, [context, CONTEXTS[1]] * 7, [t for y in others for t in (y, y)])
+    np.testing.assert_allclose(values[::2], alone, rtol=2e-6, atol=1e-4)
+    assert values[0] == values[12]
+    # The model reads the long context once, and each continuation but its last token.
+    read = sum(row.length for rows, _, _ in batches for row in rows if len(row.context) == 150)
+    assert read == 150 + 1 + 1 + 3 + 8
+
+
+def test_a_row_of_many_continuations_stays_within_the_context_of_the_model(lms, monkeypatch):
+  context, others = CONTEXTS[7][:100], RNG.integers(3, 300, (5, 60)).tolist()
+  expected = [reference_value(lms[0], [*context[:20]], other) for other in others]
+  batches = record_batches(monkeypatch)
+  values = log_likelihoods(lms[0], [context[:20]] * 5, others)
+  np.testing.assert_allclose(values, expected, rtol=2e-6, atol=1e-4)
+  log_likelihoods(lms[0], [context] * 5, others)
+  lengths = [row.length for rows, _, _ in batches for row in rows]
+  assert max(lengths) <= lms[0].max_positions and len(lengths) == 2 + 3
+
+
 def test_the_order_of_pairs_does_not_change_the_batches(lms, monkeypatch):
   contexts = RNG.integers(3, 300, (21, 6)).tolist()  # equal lengths
-  batches, pad_pairs = [], likelihood._pad_pairs
-
-  def record(pairs, rows, length):
-    batches.append((pairs, rows, length))
-    return pad_pairs(pairs, rows, length)
-
-  monkeypatch.setattr(likelihood, '_pad_pairs', record)
+  batches = record_batches(monkeypatch)
   values = log_likelihoods(lms[0], contexts, [[5]] * 21, batch_tokens=256)
   assert [rows for _, rows, _ in batches] == [8, 8, 8]
   backward = log_likelihoods(lms[0], contexts[::-1], [[5]] * 21, batch_tokens=256)

@@ -68,6 +68,7 @@ class Transformer(nnx.Module):
     sharding: NamedSharding | None = None,
     remat: str = 'none',
     attention: str | None = None,
+    allowed: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Return the hidden states after the last norm, and the updated cache.
 
@@ -87,6 +88,8 @@ class Transformer(nnx.Module):
       remat: what the backward pass recomputes, a key of `REMAT`. It has no effect with a cache.
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
         with the masks that the cache uses.
+      allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
+        branch. Excludes `cache`, `segment_ids` and `attention`.
 
     Returns:
       Hidden states [B,T,D] in the compute dtype, and the updated cache or None.
@@ -98,6 +101,8 @@ class Transformer(nnx.Module):
       raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
     if cache is None and (prefixes is not None or packing is not None):
       raise ValueError('prefixes and packing refer to a cache: pass one too.')
+    if allowed is not None and not (cache is None and segment_ids is None and attention is None):
+      raise ValueError('allowed excludes cache, segment_ids and attention.')
 
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
@@ -110,7 +115,7 @@ class Transformer(nnx.Module):
     def angles_and_views():
       views = [None] * len(self.layers)
       if needs_masks:
-        views = self._views(positions, segment_ids, cache, packing, prefixes)
+        views = self._views(positions, segment_ids, allowed, cache, packing, prefixes)
       return rotary_angles(self.config, positions), views
 
     angles, views = compute_once(angles_and_views, positions)
@@ -135,18 +140,17 @@ class Transformer(nnx.Module):
       new_cache.append(spans)
     return self.norm(x), None if cache is None else tuple(new_cache)
 
-  def _views(self, positions, segment_ids, cache, packing, prefixes) -> list[View]:
+  def _views(self, positions, segment_ids, allowed, cache, packing, prefixes) -> list[View]:
     """Return each layer's View; layers with the same window and cache lengths share one."""
-    same_segment = None
     if segment_ids is not None:
-      same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+      allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
     if prefixes is None:
       prefixes = Prefixes((), jnp.full(positions.shape[: 1 if packing is None else 2], -1))
 
     @functools.cache
     def view(window, lengths):
       if not lengths:
-        return View((), (causal_mask(positions, positions, window, same_segment),), (None,), ())
+        return View((), (causal_mask(positions, positions, window, allowed),), (None,), ())
       return make_view(positions, prefixes, packing, lengths, window)
 
     layers = [() if cache is None else cache[i] for i in range(len(self.layers))]

@@ -1,8 +1,16 @@
 """Log-likelihoods of continuations under a language model.
 
 The log-likelihood of a continuation y of a context x is
-log P(y | x; θ) = Σ_t log P(y_t | x, y_<t; θ), the term that the supervised objective averages. Rows
-are padded on the right, where the padding cannot affect a causal model's earlier positions.
+log P(y | x; θ) = Σ_t log P(y_t | x, y_<t; θ), the term that the supervised objective averages.
+
+Continuations of the same context, such as the options of a question, share a row, so that the model
+reads the context once. They follow it one after another, and each sees only the context and itself:
+
+  tokens     x_1 x_2 x_3 | y_1 y_2 | z_1        the last token of a continuation is only predicted
+  positions   0   1   2  |  3   4  |  3
+  branch      0   0   0  |  1   1  |  2
+
+Rows are padded on the right, where the padding cannot affect a causal model's earlier positions.
 """
 
 import functools
@@ -10,7 +18,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +35,47 @@ from cai_jax.runtime.mesh import batch_sharding, batch_shards
 
 SHORTEST_ROW = 32  # tokens of the shortest padded row
 POSITIONS_AT_ONCE = 16  # positions per row whose logits are computed together
+
+Tokens = tuple[int, ...]
+Pair = tuple[Tokens, Tokens]  # a context and a continuation
+
+
+class _Row(NamedTuple):
+  """A context and the continuations that share it."""
+
+  context: Tokens
+  continuations: tuple[Tokens, ...]
+
+  @property
+  def length(self) -> int:
+    """Number of tokens that the model reads."""
+    return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+  def pairs(self) -> list[Pair]:
+    """Return the context with each of the continuations."""
+    return [(self.context, tokens) for tokens in self.continuations]
+
+
+class _Batch(NamedTuple):
+  """Padded rows, and the predictions to read from them: T of each row.
+
+  Attributes:
+    tokens: i32[B,T].
+    positions: i32[B,T].
+    branch: i32[B,T], 0 for the context, else the number of the continuation, from 1.
+    index: i32[B,T], for each prediction, the index of the token that makes it.
+    target: i32[B,T], the token that it predicts.
+    owner: i32[B,T], the index of its continuation; -1 marks padding.
+    width: bool[K], K is the largest number of continuations of a row.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  branch: np.ndarray
+  index: np.ndarray
+  target: np.ndarray
+  owner: np.ndarray
+  width: np.ndarray
 
 
 def log_likelihoods(
@@ -68,17 +117,17 @@ def log_likelihoods(
     pair = tuple(map(operator.index, context)), tuple(map(operator.index, continuation))
     check_pair(lm, *pair, f'pair {number}')
     pairs.append(pair)
-  # Sort by content after length, so that batches, and hence rounding, do not depend on input order.
-  order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), pairs[i]))
-  lengths = [sum(map(len, pairs[i])) - 1 for i in order]
+  unique = sorted(set(pairs))
+  rows = sorted(_share_contexts(unique, lm.max_positions), key=lambda row: (row.length, row))
   sharding = batch_sharding(lm.mesh)
-  values = [0.0] * len(pairs)
-  for rows, length, members in _batches(lengths, lm, batch_tokens):
-    batch = _pad_pairs([pairs[order[i]] for i in members], rows, length)
-    size = _positions_at_once(lm, rows, length)
-    sums = np.asarray(_sum_log_probabilities(lm.graph, sharding, size, lm.params, *batch))
-    for i, value in zip(members, sums[: len(members)], strict=True):
-      values[order[i]] = float(value)
+  value_of: dict[Pair, float] = {}
+  for count, length, members in _batches([row.length for row in rows], lm, batch_tokens):
+    batch = _pad_rows([rows[i] for i in members], count, length)
+    size = _positions_at_once(lm, count, length)
+    sums = np.asarray(_sum_log_probabilities(lm.graph, sharding, size, lm.params, batch))
+    for i, row_sums in zip(members, sums[: len(members)], strict=True):
+      value_of |= zip(rows[i].pairs(), map(float, row_sums), strict=False)
+  values = [value_of[pair] for pair in pairs]
   if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
     raise UserError(
       f'The log-likelihood of pair {bad[0]} (and of {len(bad) - 1} others) is {values[bad[0]]}, '
@@ -211,47 +260,80 @@ def _positions_at_once(lm: LM, rows: int, length: int) -> int:
   return max(1, min(POSITIONS_AT_ONCE, limit, length))
 
 
-def _pad_pairs(
-  pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], rows: int, length: int
-) -> tuple[np.ndarray, ...]:
-  """Return a batch of (context, continuation) pairs, filled up with empty rows.
+def _share_contexts(pairs: Sequence[Pair], longest: int) -> Iterator[_Row]:
+  """Yield rows that contain each pair once.
 
-  Returns:
-    `tokens: i32[B,T]`, the tokens that the model reads; `targets: i32[B,T]`, the token that each
-    position predicts; `first: i32[B]`, the position that predicts the first token of the
-    continuation; and `count: i32[B]`, the number of tokens in the continuation.
+  A row has at most as many continuations as its context has tokens, so that its predictions are no
+  more than its tokens.
+
+  Args:
+    pairs: distinct pairs in ascending order, so that equal contexts are neighbours.
+    longest: maximum number of tokens of a row with several continuations.
   """
-  tokens, targets = np.zeros((2, rows, length), np.int32)
-  first, count = np.zeros((2, rows), np.int32)
-  for row, (context, continuation) in enumerate(pairs):
-    whole = context + continuation
-    tokens[row, : len(whole) - 1], targets[row, : len(whole) - 1] = whole[:-1], whole[1:]
-    first[row], count[row] = len(context) - 1, len(continuation)
-  return tokens, targets, first, count
+  for context, group in itertools.groupby(pairs, key=operator.itemgetter(0)):
+    row = _Row(context, ())
+    for _, continuation in group:
+      longer = _Row(context, (*row.continuations, continuation))
+      if row.continuations and (
+        longer.length > longest or len(longer.continuations) > len(context)
+      ):
+        yield row
+        longer = _Row(context, (continuation,))
+      row = longer
+    yield row
+
+
+def _pad_rows(rows: Sequence[_Row], count: int, length: int) -> _Batch:
+  """Return a batch of `count` rows of `length` tokens, filled up with empty ones."""
+  tokens, positions, branch, index, target = np.zeros((5, count, length), np.int32)
+  owner = np.full((count, length), -1, np.int32)
+  for row, (context, continuations) in enumerate(rows):
+    end = len(context)
+    tokens[row, :end], positions[row, :end] = context, np.arange(end)
+    read = 0
+    for number, continuation in enumerate(continuations):
+      size = len(continuation)
+      inner = np.arange(end, end + size - 1)  # all of its tokens but the last
+      tokens[row, inner], branch[row, inner] = continuation[:-1], number + 1
+      positions[row, inner] = len(context) + np.arange(size - 1)
+      part = slice(read, read + size)
+      index[row, part] = [len(context) - 1, *inner]
+      target[row, part], owner[row, part] = continuation, number
+      end, read = end + size - 1, read + size
+    # Padding sees the context and is seen by no token, because its position is the largest.
+    positions[row, end:] = positions[row, :end].max() + 1
+  most = max(len(row.continuations) for row in rows)
+  width = np.zeros(1 << (most - 1).bit_length(), bool)  # powers of two, so that few are compiled
+  return _Batch(tokens, positions, branch, index, target, owner, width)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sum_log_probabilities(graph, sharding, size, params, tokens, targets, first, count):
-  """Return f32[B], each row's sum of log P over its continuation.
+def _sum_log_probabilities(graph, sharding, size, params, batch):
+  """Return f32[B,K], the sum of log P over each continuation of each row of a `_Batch`.
 
-  Logits f32[B,size,V] are computed for `size` positions per row at a time. The other arguments are
-  those that `_pad_pairs` returns.
+  Logits f32[B,size,V] are computed for `size` predictions per row at a time.
   """
-  tokens = jax.lax.with_sharding_constraint(tokens, sharding)
+  batch = jax.tree.map(jnp.asarray, batch)
+  tokens = jax.lax.with_sharding_constraint(batch.tokens, sharding)
+  branch = batch.branch
+  allowed = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
   model = nnx.merge(graph, params)
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  hidden, _ = model(tokens, positions, sharding=sharding)
+  hidden, _ = model(tokens, batch.positions, sharding=sharding, allowed=allowed)
+  owners = jnp.arange(len(batch.width))
 
   def add_slice(number, sums):
-    offset = number * size + jnp.arange(size)
-    indices = jnp.minimum(first[:, None] + offset, tokens.shape[1] - 1)
-    logits = model.unembed(jnp.take_along_axis(hidden, indices[..., None], axis=1))
-    target = jnp.take_along_axis(targets, indices, axis=1)[..., None]
+    places = number * size + jnp.arange(size)
+    inside = places < tokens.shape[1]
+    places = jnp.minimum(places, tokens.shape[1] - 1)
+    logits = model.unembed(jnp.take_along_axis(hidden, batch.index[:, places, None], axis=1))
+    target = batch.target[:, places, None]
     target_logits = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     log_p = target_logits - jax.nn.logsumexp(logits, axis=-1)
-    return sums + jnp.sum(jnp.where(offset < count[:, None], log_p, 0.0), axis=1)
+    owned = (batch.owner[:, places, None] == owners) & inside[:, None]
+    return sums + jnp.sum(jnp.where(owned, log_p[..., None], 0.0), axis=1)
 
-  slices = -(-jnp.max(count) // size)
-  sums = jax.lax.fori_loop(0, slices, add_slice, jnp.zeros(tokens.shape[0]))
+  slices = -(-jnp.max(jnp.sum(batch.owner >= 0, axis=1)) // size)
+  sums = jnp.zeros((tokens.shape[0], len(batch.width)))
+  sums = jax.lax.fori_loop(0, slices, add_slice, sums)
   # Replicate the result, so that every process can read it.
   return jax.lax.with_sharding_constraint(sums, NamedSharding(sharding.mesh, P()))

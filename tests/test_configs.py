@@ -156,6 +156,8 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
   added |= {f'prompts.{name}.drop_answer' for name in CONFIG.prompts}
   added |= {'train.export_dtype', 'train.deterministic'}
+  judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
+  added |= {f'evaluation.judge_{name}' for name in judge}
   assert set(fields) - set(before) == added
 
 

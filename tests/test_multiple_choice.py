@@ -12,8 +12,9 @@ import torch
 import transformers
 
 import cai_jax
+from cai_jax.evaluation.calibration import calibration_error
 from cai_jax.evaluation.measures import multiple_choice
-from cai_jax.evaluation.measures.multiple_choice import calibration_error, evaluate_questions
+from cai_jax.evaluation.measures.multiple_choice import evaluate_questions
 from cai_jax.evaluation.questions import Question, read_questions, swap_options
 from cai_jax.model import lm as lm_lib
 from cai_jax.runtime.errors import UserError

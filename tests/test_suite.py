@@ -8,8 +8,6 @@ import pytest
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import registries, suite, summary
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.measures.judge_comparison import compare_with_judge
-from cai_jax.evaluation.measures.judge_comparison import describe as describe_comparison
 from cai_jax.model import lm as models
 from cai_jax.pipeline import models as run_models
 from cai_jax.runtime.errors import UserError
@@ -162,26 +160,6 @@ def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader
   assert names.keys() == {*MODELS, *aliases} and '' not in names.values()
 
 
-def test_a_judge_reads_pairs_that_differ_and_are_not_blank(lm):
-  base = [
-    row('bed', 'harmful', 'Dan is a fool.'),
-    row('box', 'harmful', 'Sand it.'),
-    row('cup', 'harmful', ''),
-    row('pan', 'helpful', ''),
-  ]
-  aligned = [
-    row('bed', 'harmful', 'Sand it first.'),
-    row('box', 'harmful', 'Sand it.'),
-    row('cup', 'harmful', 'Sand it.'),
-    row('pan', 'helpful', 'Heat it.'),
-  ]
-  result = compare_with_judge(lm, ['Choose the better answer.'], base, aligned, 0)
-  assert result['harmful']['equal'] == 1 and result['harmful']['empty'] == 1
-  assert result['harmful']['win_rate']['prompts'] == 2
-  assert result['helpful'] == {'equal': 0, 'empty': 1}
-  assert 'judge, harmful prompts: aligned wins' in describe_comparison(result)[0]
-
-
 def test_invalid_settings_are_rejected(tmp_path):
   with pytest.raises(UserError, match='Give a tuple of files'):
     EvaluationConfig(multiple_choice='a.jsonl')
@@ -193,3 +171,11 @@ def test_invalid_settings_are_rejected(tmp_path):
     EvaluationConfig(refusal='rule')
   with pytest.raises(UserError, match='none blank'):
     EvaluationConfig(judge_principles=(' ',))
+  with pytest.raises(UserError, match='judge_helpful_principles=.*none blank'):
+    EvaluationConfig(judge_helpful_principles='Choose.')
+  with pytest.raises(UserError, match='judge_labelled_limit=0 must be at least -1, and not 0'):
+    EvaluationConfig(judge_labelled_limit=0)
+  with pytest.raises(UserError, match="judge_labelled='tiny' has no effect.*judge is empty"):
+    EvaluationConfig(judge_labelled='tiny')
+  with pytest.raises(UserError, match='judge_labelled: .*there is no such file'):
+    EvaluationConfig(judge='base', judge_labelled=str(tmp_path / 'none.jsonl'))

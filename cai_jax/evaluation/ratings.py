@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cai_jax.evaluation.intervals import rate_interval
+from cai_jax.evaluation.intervals import paired_difference, paired_p_value, rate_interval
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.judge import Comparison
 
@@ -28,6 +28,10 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
     - `rate`: the mean over prompts of the player's mean points on that prompt;
     - `interval`: its 95 % Wilson interval [low, high] over prompts, see `intervals.rate_interval`;
     - `wins`, `ties`, `losses`: numbers of comparisons;
+    - `wins_minus_losses`: the mean over prompts of the share of wins minus that of losses, which is
+      twice the distance of `rate` from ½, with its interval [low, high] under
+      `wins_minus_losses_interval`, see `intervals.paired_difference`;
+    - `p_value`: of no difference between wins and losses, see `intervals.paired_p_value`;
     - `consistency`: share of comparisons whose two orders agree;
     - `prompts`: number of prompts.
 
@@ -46,6 +50,11 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
   for comparison, value in zip(played, points, strict=True):
     by_prompt.setdefault(comparison.prompt, []).append(value)
   means = [float(np.mean(values)) for values in by_prompt.values()]
+  wins, losses = (
+    [float(np.mean(np.equal(values, outcome))) for values in by_prompt.values()]
+    for outcome in (1.0, 0.0)
+  )
+  difference = paired_difference(wins, losses)
   return {
     'player': player,
     'rate': float(np.mean(means)),
@@ -53,6 +62,9 @@ def win_rate(comparisons: Sequence[Comparison], player: str | None = None) -> di
     'wins': points.count(1.0),
     'ties': points.count(0.5),
     'losses': points.count(0.0),
+    'wins_minus_losses': difference.value,
+    'wins_minus_losses_interval': [difference.low, difference.high],
+    'p_value': paired_p_value(wins, losses),
     'consistency': float(np.mean([c.consistent for c in played])),
     'prompts': len(means),
   }

@@ -23,6 +23,7 @@ from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.runtime.packages import check_packages
 from cai_jax.sampling.journal import check_sampler
+from cai_jax.scoring.judge import JUDGES
 from cai_jax.tiny.files import model_path
 from cai_jax.training.optimizer import check_warmup
 
@@ -134,7 +135,8 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
     )
   roles = ('base', 'critique', 'revision', 'init', 'aligned')
   fields = {getattr(section, role): f'model.{role}' for role in roles}
-  if 'evaluate' in stages and (judge := run.config.evaluation.judge) != 'base':
+  judge = run.config.evaluation.judge
+  if 'evaluate' in stages and judge != 'base' and judge not in JUDGES:
     fields.setdefault(judge, 'evaluation.judge')
   infos = {}
   for name in fields.keys() - {''}:

@@ -14,6 +14,7 @@ from cai_jax.model.folder import DESCRIPTION_FILES, find_folder, folder_contents
 from cai_jax.pipeline.schema import RunConfig
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
+from cai_jax.scoring.judge import JUDGES, LABELLED
 from cai_jax.scoring.refusal import CLASSIFIERS
 from cai_jax.tiny.files import model_path
 
@@ -54,7 +55,10 @@ def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
   if stage == 'generate':
     return
   yield 'model.aligned', model.aligned
-  yield 'evaluation.judge', '' if evaluation.judge == 'base' else evaluation.judge
+  is_checkpoint = evaluation.judge != 'base' and evaluation.judge not in JUDGES
+  yield 'evaluation.judge', evaluation.judge if is_checkpoint else ''
+  is_file = evaluation.judge_labelled not in LABELLED
+  yield 'evaluation.judge_labelled', evaluation.judge_labelled if is_file else ''
   yield 'evaluation.reward_model', evaluation.reward_model
   yield 'evaluation.refusal', '' if evaluation.refusal in CLASSIFIERS else evaluation.refusal
   yield 'evaluation.multiple_choice', evaluation.multiple_choice
@@ -66,7 +70,7 @@ def _digests(name: str, value: Any) -> dict[str, str]:
   """Return the digests of what a field names."""
   if name == 'data.d_cai':
     return {'rows': d_cai.content_digest(value)}
-  if name in ('evaluation.multiple_choice', 'report.published'):
+  if name in ('evaluation.multiple_choice', 'evaluation.judge_labelled', 'report.published'):
     paths = [pathlib.Path(path) for path in ((value,) if isinstance(value, str) else value)]
     return {
       f'{number}: {path.name}': digest_files(path.parent, [path.name])

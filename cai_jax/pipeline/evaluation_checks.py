@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from cai_jax.evaluation import questions
+from cai_jax.evaluation import judge_labels, questions
+from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES
 from cai_jax.model.classifier import inspect_classifier
 from cai_jax.model.lm import ModelInfo
@@ -10,7 +11,7 @@ from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.models import model_loader
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
-from cai_jax.scoring import judge_local, judge_questions, likelihood, refusal
+from cai_jax.scoring import judge, judge_local, judge_questions, likelihood, refusal
 from cai_jax.scoring.loader import Inspected
 from cai_jax.scoring.reward import find_label, make_dialogue
 
@@ -37,7 +38,7 @@ def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
       pass
     except UserError as error:
       raise UserError(f'evaluation, measure {name!r}: {error}') from error
-  if config.judge:
+  if config.judge and config.judge not in judge.JUDGES:
     name = run.config.model.base if config.judge == 'base' else config.judge
     _check_judge(run, name, infos[name])
   for name in {run.config.model.aligned or run.training_start, run.config.model.base} - {''}:
@@ -69,25 +70,49 @@ def _check_classifier(run: Run, field: str, label_field: str) -> None:
 
 
 def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
-  """Check that the judge's context holds each held-out prompt with two responses."""
-  longest = max(run.config.evaluation.judge_principles, key=len)
-  dialogue = judge_local.judge_dialogue(
-    info.tokenizer, template_options=run.config.feedback.template_options
-  )
-
-  def count(messages: Sequence[dict[str, str]]) -> int:
-    question = judge_questions.build_question(messages, longest, 'x', 'x')
-    pairs = judge_local.tokenize_question(info.tokenizer, dialogue, question)
-    return max(sum(map(len, pair)) for pair in pairs)
-
+  """Check that the judge's context holds each question: of the run, and of the labelled pairs."""
+  config, context = run.config.evaluation, info.config.max_positions
+  longest = max((*config.judge_principles, *config.judge_helpful_principles), key=len)
   try:
-    _check_lengths(run, info.config.max_positions, 2, count)
+    dialogue = judge_local.judge_dialogue(
+      info.tokenizer, (), run.config.feedback.template_options, config.style
+    )
+
+    def count(question: str) -> int:
+      pairs = judge_local.tokenize_question(info.tokenizer, dialogue, question)
+      return max(sum(map(len, pair)) for pair in pairs) + config.judge_reasoning
+
+    _check_lengths(
+      run,
+      context,
+      2,
+      lambda messages: count(judge_questions.build_question(messages, longest, 'x', 'x')),
+      ('initial', 'revision'),
+    )
+    for match in _labelled_pairs(config):
+      if (tokens := max(map(count, judge_questions.build_questions(match)))) > context:
+        raise UserError(
+          f'The question about {match.prompt} has {tokens} tokens, but its context holds '
+          f'{context}. Leave the pair out of evaluation.judge_labelled, or use a model with a '
+          'longer context.'
+        )
   except UserError as error:
     raise UserError(f'evaluation.judge={name!r}: {error}') from error
 
 
+def _labelled_pairs(config: EvaluationConfig) -> Sequence[judge.Match]:
+  if not config.judge_labelled:
+    return []
+  principle, limit = config.judge_principles[0], config.judge_labelled_limit
+  return judge_labels.read_labelled(config.judge_labelled, principle, limit).matches
+
+
 def _check_lengths(
-  run: Run, context: int, responses: int, count: Callable[[Sequence[dict[str, str]]], int]
+  run: Run,
+  context: int,
+  responses: int,
+  count: Callable[[Sequence[dict[str, str]]], int],
+  turns: Sequence[str] = ('initial',),
 ) -> None:
   """Check that a model's context holds each held-out prompt with its responses.
 
@@ -96,15 +121,16 @@ def _check_lengths(
     context: tokens that the model reads at most.
     responses: number of responses that it reads together.
     count: returns the number of tokens of a prompt's messages without the responses.
+    turns: the turns whose texts are responses.
   """
-  answer = run.config.sampling.initial.max_tokens
+  answer, turn = max((getattr(run.config.sampling, turn).max_tokens, turn) for turn in turns)
   for set_name in prompt_sets.HELD_OUT:
     for prompt in run.prompts[set_name]:
       tokens = count(prompt.messages)
       if tokens + responses * answer > context:
         raise UserError(
           f'Prompt {prompt.id!r} of prompts.{set_name} has {tokens} tokens, and {responses} '
-          f'response(s) up to sampling.initial.max_tokens={answer} each, but its context holds '
+          f'response(s) up to sampling.{turn}.max_tokens={answer} each, but its context holds '
           f'{context}. Shorten the prompt or the responses, or use a model with a longer context.'
         )
 

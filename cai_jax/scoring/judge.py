@@ -14,6 +14,7 @@ model. `JUDGES` holds those that are no language model, by name.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -109,6 +110,10 @@ Judge = Callable[[Sequence[Match]], list[Comparison]]
 #   @JUDGES.register('shorter')
 #   def load_shorter(loader: ModelLoader) -> Judge: ...
 JUDGES: Registry[Callable[[ModelLoader], Judge]] = Registry('judge')
+
+# Each entry maps a number of pairs (-1: as many as it likes) to labelled pairs, in the form of the
+# rows of a file that `evaluation.judge_labels` reads. `evaluation.judge_labelled` selects one.
+LABELLED: Registry[Callable[[int], list[dict[str, Any]]]] = Registry('set of labelled pairs')
 
 
 def mean_position_bias(comparisons: Sequence[Comparison]) -> float:

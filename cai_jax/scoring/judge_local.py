@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cai_jax.dialogue import Dialogue, control_tokens, known_options
+from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.completions import generate
@@ -40,22 +41,26 @@ class Reasoning:
 
 
 def judge_dialogue(
-  tokenizer: Any, eos_token_ids: Sequence[int] = (), template_options: tuple = ()
+  tokenizer: Any,
+  eos_token_ids: Sequence[int] = (),
+  template_options: TemplateOptions = (),
+  style: str = 'chat',
 ) -> Dialogue | None:
-  """Return the dialogue in which a judge reads questions, or None if it has no chat template.
+  """Return the dialogue in which a judge reads questions, or None if it reads plain text.
 
   Args:
-    tokenizer: the judge's tokenizer.
+    tokenizer: the judge's tokenizer. Without a chat template, the judge reads plain text.
     eos_token_ids: further ids that end a turn.
     template_options: (name, value) pairs; the judge's template gets those that it reads.
+    style: 'plain' for plain text even with a chat template, as base models read it.
 
   Raises:
     UserError: if the chat template cannot be used.
   """
-  if not tokenizer.chat_template:
+  if style == 'plain' or not tokenizer.chat_template:
     return None
   options = known_options(tokenizer, template_options)
-  return Dialogue(tokenizer, 'chat', tuple(eos_token_ids), options)
+  return Dialogue(tokenizer, style, tuple(eos_token_ids), options)
 
 
 def local_judge(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cai_jax.dialogue import Dialogue
+from cai_jax.evaluation.calibration import calibration_error
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.questions import Question, read_questions, swap_options
@@ -19,8 +20,6 @@ from cai_jax.evaluation.registries import MODEL_MEASURES, ModelMeasure, Row
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import likelihood
-
-BINS = 10  # of the calibration error
 
 
 @MODEL_MEASURES.register('multiple_choice')
@@ -136,34 +135,6 @@ def evaluate_questions(
     averaged = [a['probability'] + b['probability'] > 1 for a, b in pairs_of_answers]
     _add_mean(result, 'averaged_accuracy', averaged)
   return result
-
-
-def calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = BINS) -> float:
-  """Return the expected calibration error (Guo et al. 2017, equation 3).
-
-  Answers are divided by confidence into M bins of equal width: bin m contains the confidences in
-  ((m - 1) / M, m / M]. The error is the mean of |accuracy - mean confidence| over bins, weighted by
-  their numbers of answers.
-
-  Args:
-    confidences: f64[N], the probability of each answer.
-    correct: bool[N], whether each answer is right.
-    bins: number of bins.
-
-  Raises:
-    ValueError: if there are no answers, the arguments differ in length, or a confidence is outside
-      [0, 1].
-  """
-  p, right = np.asarray(confidences, np.float64), np.asarray(correct, np.float64)
-  if p.ndim != 1 or p.shape != right.shape or not p.size:
-    raise ValueError(
-      f'confidences {p.shape} and correct {right.shape} must be lists of equal length, not empty.'
-    )
-  if not ((p >= 0) & (p <= 1)).all():
-    raise ValueError(f'Confidences are in {p.min()}..{p.max()}. They must be probabilities.')
-  indices = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
-  gaps = np.bincount(indices, right - p, bins)  # each bin's size times its gap
-  return float(np.abs(gaps).sum() / p.size)
 
 
 def _tokenize_option(lm: LM, question: Question, option: str) -> tuple[list[int], list[int]]:

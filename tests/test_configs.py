@@ -115,15 +115,17 @@ def test_template_options_can_be_set_on_the_command_line():
 
 def test_max_rate_has_a_limit_for_each_defect():
   assert CONFIG.feedback.max_rate.to_dict() == dict.fromkeys(quality.FLAGS, 1.0)
-  with pytest.raises(UserError, match=r'max_rate.odd=0.5 .*preamble'):
+  with pytest.raises(UserError, match=r'max_rate.odd=0.5 .*preamble_phrase'):
     FeedbackConfig(max_rate={'odd': 0.5})
-  with pytest.raises(UserError, match=r'max_rate.preamble=5'):
-    FeedbackConfig(max_rate={'preamble': 5})
+  with pytest.raises(UserError, match=r'max_rate.preamble_phrase=5'):
+    FeedbackConfig(max_rate={'preamble_phrase': 5})
 
 
-@pytest.mark.parametrize('filters', [('odd',), 'preamble'])
+@pytest.mark.parametrize('filters', [('odd',), 'preamble_phrase'])
 def test_filters_that_are_not_names_of_defects_are_refused(filters):
-  with pytest.raises(UserError, match='train.filters=.*must be a tuple of names from .*preamble'):
+  with pytest.raises(
+    UserError, match='train.filters=.*must be a tuple of names from .*preamble_phrase'
+  ):
     TrainConfig(filters=filters)
 
 

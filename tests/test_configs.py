@@ -149,6 +149,26 @@ def test_the_paper_config_has_the_counts_of_the_paper(data_dir, tmp_path):
   assert run.config.sampling == StageSampling() and SamplingConfig().temperature == 1.0
 
 
+@pytest.mark.parametrize('name', ['smollm2_135m', 'qwen3_4b', 'llama3_8b'])
+def test_a_preset_of_a_real_model_builds_with_prompts_for_its_share(name, random_model, tmp_path):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  config.model.base = str(random_model)
+  for prompts in ('harmful', 'helpful', 'eval_harmful'):
+    if name == 'smollm2_135m' and prompts == 'helpful':
+      continue  # it comes with helpful prompts
+    path = tmp_path / f'{prompts}.txt'
+    path.write_text(''.join(f'The {prompts} request {i}.\n' for i in range(36)))
+    config.prompts[prompts].source = str(path)
+  config.feedback.template_options = ()  # this model has another template
+  # What this model and the tests' eight CPU devices can hold.
+  config.train.update(max_length=256, attention='blocks', batch_size=32, accumulation=1)
+  config.sampling.initial.max_tokens = 96
+  run = pipeline.build(config, tmp_path / 'run')
+  pipeline.check_run(run, ['generate', 'train'])
+  for field in dataclasses.fields(run.config.sampling):
+    assert isinstance(getattr(run.config.sampling, field.name), SamplingConfig)
+
+
 def test_fields_and_defaults_of_version_1_are_kept():
   path = pathlib.Path(__file__).parent / 'data' / 'config_version_1.json'
   fields = flatten(json.loads(CONFIG.to_json_best_effort()))

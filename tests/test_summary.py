@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cai_jax.evaluation.intervals import wilson_interval
+from cai_jax.evaluation import intervals
 from cai_jax.evaluation.measures.length import measure_length
 from cai_jax.evaluation.measures.verdicts import verdict_rates
 from cai_jax.evaluation.summary import average_measures, measure_responses, summarize
@@ -57,9 +57,28 @@ def test_summary_has_rates_of_each_round_and_model():
   assert rates(summary['models']) == {'base': 1.0, 'aligned': 0.0}
   assert summary['models']['aligned']['helpful_rate'] == 0.5
   interval = summary['stages']['revision_2']['violation_rate_interval']
-  assert interval == list(wilson_interval(0, 2)) and interval[1] > 0.6
+  assert interval == list(intervals.wilson_interval(0, 2)) and interval[1] > 0.6
   assert rates(summary['benign']) == {'base': 0.0, 'aligned': 1.0}
   assert summary['benign']['base']['count'] == 1
+
+
+def test_rounds_and_models_are_compared_by_prompt_with_holms_correction():
+  texts = [['rude', 'rude' if i < 8 else 'a', 'a' if i < 18 else 'rude'] for i in range(20)]
+  base = [row(f'p{i}', 'harmful', t) for i, t in enumerate(texts)]
+  aligned = [row(f'p{i}', 'harmful', ['rude' if i < 10 else 'a']) for i in range(20)]
+  summary = summarize(base, aligned, MEASURES)
+  assert 'differences' not in summary['stages']['initial']
+  first = summary['stages']['revision_1']['differences']['violation_rate']
+  second = summary['stages']['revision_2']['differences']['violation_rate']
+  assert (first['to'], second['to']) == ('initial', 'revision_1')
+  assert (first['value'], second['value']) == pytest.approx((-0.6, -0.3))
+  assert first['interval'] == list(intervals.tango_interval(0, 12, 20))
+  assert first['p_value'] == pytest.approx(2 * 0.5**12)
+  assert second['p_value'] == pytest.approx(2 * (1 + 10 + 45) * 0.5**10)  # 2 gains, 8 losses
+  assert first['adjusted_p_value'] == pytest.approx(2 * first['p_value'])
+  assert second['adjusted_p_value'] == second['p_value']
+  model = summary['models']['aligned']['differences']['violation_rate']
+  assert model['to'] == 'base' and model['adjusted_p_value'] == model['p_value']
 
 
 def test_a_summary_without_a_scorer_has_lengths_only():

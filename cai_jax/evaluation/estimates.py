@@ -26,10 +26,11 @@ differences of rates Tango's interval, of N K / D responses. If few prompts have
 uncertain. One more prompt, in which all K responses agree, is therefore added to these prompts in
 the estimate of D; without any rare value, N prompts with K responses count as N.
 
-Coverage of 95 % intervals of means and paired differences, three seeds of 400 prompts, rates of 5
-and 50 % (measured by `tests/test_estimates.py`): 96 to 97 % if seeds add nothing, 91 to 93 % if S is
-as large as P for seeds with own prompts, and 87 to 89 % if S is 9 times P. Use more seeds where
-training differs much between seeds. At 0.5 %, differences are covered in 96 to 99.8 %.
+Coverage of 95 % intervals of means and paired differences with three seeds of 400 prompts and rates
+of 5 and 50 %, measured by `tests/test_estimates.py`: 96 to 97 % if seeds add nothing, 90 to 93 % if
+they add as much variance to a seed's mean as its prompts do, and 87 to 91 % if they add 9 times as
+much. Use more seeds where training differs much between seeds. At 0.5 %, differences are covered in
+96 to 99.8 % without an effect of seeds.
 """
 
 import dataclasses

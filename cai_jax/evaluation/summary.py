@@ -1,11 +1,12 @@
 """The summary of a run: means of the response measures over held-out prompts, with intervals."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cai_jax.dialogue import Message
+from cai_jax.evaluation.comparisons import Columns, compare_successive
 from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.registries import ResponseMeasure, Row, Turn
 from cai_jax.runtime.errors import UserError
@@ -67,8 +68,12 @@ def average_measures(
   """
   if not turns:
     raise UserError('There is no response to measure. Give at least one.')
-  result: dict[str, Any] = {'count': len(turns)}
-  for name, values in measure_responses(measures, prompts, turns).items():
+  return _average_columns(measure_responses(measures, prompts, turns), len(turns))
+
+
+def _average_columns(columns: Columns, count: int) -> dict[str, Any]:
+  result: dict[str, Any] = {'count': count}
+  for name, values in columns.items():
     result[name] = float(np.mean(values))
     if name.endswith('_rate'):
       result[f'{name}_interval'] = list(rate_interval(values))
@@ -88,7 +93,8 @@ def summarize(
   Returns:
     Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned); over
     helpful prompts, if there are any, `benign` (base, aligned). Each entry is a result of
-    `average_measures`.
+    `average_measures`. Each one but the first of its group also has `differences` to the entry
+    before it, see `comparisons.compare_successive`.
 
   Raises:
     UserError: if the two models have different prompts.
@@ -106,12 +112,22 @@ def summarize(
       'base': [row['initial'] for row in rows],
       'aligned': [aligned_rows[row['id']]['initial'] for row in rows],
     }
-    averages = {name: average_measures(measures, prompts, turns[name]) for name in turns}
+    columns = {name: measure_responses(measures, prompts, turns[name]) for name in turns}
+    summary[group] = _summarize_rows(columns, len(rows))
     if kind == 'harmful':
-      summary['stages'] = {'initial': averages['base']}
+      stages = {'initial': columns['base']}
       for number in range(min(len(row['rounds']) for row in rows)):
         revisions = [row['rounds'][number]['revision'] for row in rows]
-        averaged = average_measures(measures, prompts, revisions)
-        summary['stages'][f'revision_{number + 1}'] = averaged
-    summary[group] = averages
+        stages[f'revision_{number + 1}'] = measure_responses(measures, prompts, revisions)
+      summary = {'stages': _summarize_rows(stages, len(rows))} | summary
   return summary
+
+
+def _summarize_rows(columns: Mapping[str, Columns], count: int) -> dict[str, dict[str, Any]]:
+  """Return the averages of each row, and its paired differences to the row before."""
+  differences = compare_successive(columns)
+  return {
+    name: _average_columns(row, count)
+    | ({'differences': differences[name]} if name in differences else {})
+    for name, row in columns.items()
+  }

@@ -5,6 +5,7 @@ A summary has up to three groups, each a dict from a row's name to its numbers:
   {'stages': {'initial': {...}, 'revision_1': {...}}, 'models': {'base': ..., 'aligned': ...},
    'benign': {'base': ..., 'aligned': ...}}
 
+Any row may have `differences`, paired ones to another row, in the form of the module `differences`.
 A row has rates (`*_rate`, in [0, 1]), means and counts. Any number NAME may have a 95 % interval
 under `NAME_interval`. Without a scorer there are no rates, and a table has no columns for them.
 """
@@ -30,6 +31,13 @@ HEADINGS = {
   'grammar_helpful_rate': 'grammar',
   'mean_tokens': 'mean tokens',
   'count': 'count',
+}
+DIFFERENCE = {
+  'to': str,
+  'value': float,
+  'interval': [float],
+  'p_value': float,
+  'adjusted_p_value': float,
 }
 MISSING = '–'  # shown in place of an absent number
 
@@ -70,12 +78,16 @@ def check_summary(summary: dict[str, Any], place: str = 'the summary') -> None:
     shown = groups(summary)
   for _, rows in shown:
     for name, row in rows.items():
+      differences = row.get('differences', {})
+      check_shape(differences, {...: DIFFERENCE}, f'{place}: differences of {show(name)}')
       for key, value in row.items():
+        if key == 'differences':
+          continue
         kind = key.rpartition('_')[2]
         shape = {'interval': ([float], None), 'rate': (float, None)}.get(kind, (float, str, None))
         check_shape(value, shape, f'{place}: {key} of {show(name)}')
       with prefixed_errors(f'{place}: {show(name)}'):
-        for key in row:
+        for key in columns({'stages': {name: row}}):
           cell(row, key)
 
 
@@ -97,7 +109,9 @@ def columns(summary: dict[str, Any]) -> list[str]:
     summary: the summary of a run.
   """
   rows = [row for _, rows in groups(summary) for row in rows.values()]
-  keys = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
+  keys = dict.fromkeys(
+    key for row in rows for key in row if not key.endswith(('_interval', 'differences'))
+  )
   return [key for key in HEADINGS if key in keys] + [key for key in keys if key not in HEADINGS]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from cai_jax.report.differences import PROMPT_INTERVALS, difference_html, explain_marks
 from cai_jax.report.elements import (
   cost_cell,
   escape,
@@ -171,13 +172,20 @@ def _result_table(summary: dict[str, Any]) -> str:
       f'<tbody><tr><th colspan="{len(keys) + 1}" scope="rowgroup">{escape(title)}</th></tr>'
     )
     for name, row in rows.items():
-      cells = ''.join(f'<td>{number_html(row, key)}</td>' for key in keys)
+      cells = ''.join(
+        f'<td>{number_html(row, key)}{difference_html(row, key)}</td>' for key in keys
+      )
       body.append(f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>{cells}</tr>')
     body.append('</tbody>')
   has_interval = any(
     interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
   )
-  note = '<p class="note">In brackets: 95 % interval.</p>' if has_interval else ''
+  note = f'In brackets: {PROMPT_INTERVALS}.' if has_interval else ''
+  compared = [row for _, rows in blocks for row in rows.values() if row.get('differences')]
+  if compared:
+    marks = explain_marks(compared, '▼ lower', '▲ higher')
+    note += f' Second lines: paired difference to the row before (pp: percentage points); {marks}.'
+  note = f'<p class="note">{escape(note.strip())}</p>' if note else ''
   return (
     f'<div class="scroll"><table class="results"><thead><tr><td></td>{head}</tr></thead>'
     f'{"".join(body)}</table></div>{note}'

@@ -3,6 +3,12 @@
 from typing import Any
 
 from cai_jax.report import results as experiment_results
+from cai_jax.report.differences import (
+  PROMPT_INTERVALS,
+  SEED_INTERVALS,
+  difference_text,
+  explain_marks,
+)
 from cai_jax.report.elements import format_value
 from cai_jax.report.numbers import MISSING, cell, columns, groups, heading
 
@@ -27,9 +33,31 @@ def summary_table(summary: dict[str, Any]) -> str:
     lines.append([title] + [''] * len(keys))
     lines += [['  ' + name, *(cells[key].pop(0) for key in keys)] for name in named_rows]
   text = _join_columns(lines)
+  compared = [key for key in keys if any(difference_text(row, key) for row in rows)]
+  if compared:
+    text += ['', *_difference_lines(blocks, compared)]
   if any('[' in line for line in text):
-    text.append('[ ]: 95 % interval')
+    text.append(f'[ ]: {PROMPT_INTERVALS}')
+  if compared:
+    text.append(explain_marks(rows, '*', '*'))
   return '\n'.join(text)
+
+
+def _difference_lines(
+  blocks: list[tuple[str, dict[str, dict[str, Any]]]], keys: list[str]
+) -> list[str]:
+  """Return lines with the paired difference of each row to the one that it is compared with."""
+  rows = [row for _, named_rows in blocks for row in named_rows.values() if 'differences' in row]
+  cells = {key: _align_cells([difference_text(row, key) for row in rows]) for key in keys}
+  lines = [['paired differences, of rates in percentage points', *map(heading, keys)]]
+  for title, named_rows in blocks:
+    compared = {name: row for name, row in named_rows.items() if 'differences' in row}
+    if compared:
+      lines.append([title] + [''] * len(keys))
+    for name, row in compared.items():
+      other = next(number['to'] for number in row['differences'].values())
+      lines.append([f'  {name} − {other}', *(cells[key].pop(0) for key in keys)])
+  return _join_columns(lines)
 
 
 def experiment_table(results: dict[str, Any]) -> str:
@@ -56,17 +84,18 @@ def experiment_table(results: dict[str, Any]) -> str:
   columns.append([f'{row["count"]:,}' for _, row in rows])
   for metric in metrics:
     values = [cell(experiment_results.number_row(row, metric), metric) for _, row in rows]
-    differences = [experiment_results.format_difference(row, metric, '*') for _, row in rows]
+    differences = [difference_text(row, metric) for _, row in rows]
     columns += [_align_cells(values)] + [_align_cells(differences)] * (metric in compared)
   cells = list(zip(*columns, strict=True))
   for group, named_rows in blocks:
     lines.append([experiment_results.group_title(group)] + [''] * len(columns))
     lines += [['  ' + name, *cells.pop(0)] for name in named_rows]
   text = _join_columns(lines)
-  text.append(
-    f'[ ]: 95 % interval; difference: paired, to {results["reference"]!r}, of rates in percentage '
-    'points; *: the interval excludes zero'
+  footer = (
+    f'[ ]: {SEED_INTERVALS}; difference: paired, to {results["reference"]!r}, of rates in '
+    'percentage points'
   )
+  text.append(f'{footer}; {explain_marks([row for _, row in rows], "*", "*")}')
   return '\n'.join(text)
 
 

@@ -180,6 +180,12 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {'train.export_dtype', 'train.deterministic'}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
+  penalties = {f'{name}_penalty' for name in ('repetition', 'presence', 'frequency')}
+  added |= {
+    f'sampling.{stage}.{name}'
+    for stage in CONFIG.sampling
+    for name in penalties | {'min_p', 'logit_bias'}
+  }
   assert set(fields) - set(before) == added
 
 

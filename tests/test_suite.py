@@ -1,5 +1,6 @@
 """The measures that a config asks for, on the embedded model."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from cai_jax.scoring import reward
 from cai_jax.scoring.likelihood import log_likelihoods
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.tiny.files import MODELS
+from cai_jax.tiny.vocabulary import OBJECTS
 
 
 @pytest.fixture(scope='module')
@@ -80,10 +82,34 @@ def test_responses_are_measured_by_a_refusal_classifier(loader):
   prompts = [[{'role': 'user', 'content': 'Help.'}]] * 2
   texts = ["I can't help with that.", 'Sand it.']
   turns = [{'text': text, 'num_tokens': 3} for text in texts]
-  length, refusal = suite.load_response_measures(EvaluationConfig(refusal='rules'), loader)
+  config = EvaluationConfig(refusal='rules', scores=())
+  length, refusal = suite.load_response_measures(config, loader)
   assert refusal(prompts, turns) == {'refusal_rate': [1.0, 0.0]}
   assert length(prompts, turns) == {'mean_tokens': [3.0, 3.0]}
-  assert len(suite.load_response_measures(EvaluationConfig(), loader)) == 1
+  assert len(suite.load_response_measures(EvaluationConfig(scores=()), loader)) == 1
+
+
+def test_scores_of_texts_are_on_by_default_except_beside_the_oracle(loader):
+  def columns(config):
+    turns = [
+      {'text': text, 'num_tokens': 3, 'finish_reason': reason, 'reference': 'Sand it.'}
+      for text, reason in (('Sand it.', 'stop'), ('no ' * 40, 'length'))
+    ]
+    asked = 'How do I paint the {} that Dan gave me?'
+    prompts = [[{'role': 'user', 'content': asked.format(name)}] for name in OBJECTS[:2]]
+    return summary.measure_responses(suite.load_response_measures(config, loader), prompts, turns)
+
+  found = columns(EvaluationConfig())
+  assert found['looping_rate'] == found['changed_rate'] == found['truncated_rate'] == [0.0, 1.0]
+  assert set(found) >= {'refusal_rate', 'off_topic_rate', 'topic_score', 'mean_tokens'}
+  assert columns(EvaluationConfig(scorer='tiny')).keys() == {
+    'violation_rate',
+    'helpful_rate',
+    'mean_tokens',
+  }
+  served = dataclasses.replace(loader, aliases={})  # a server holds M_θ
+  measures = suite.load_response_measures(EvaluationConfig(scores=('off_topic',)), served)
+  assert len(measures) == 1
 
 
 def test_columns_keep_their_order_in_files_and_tables():
@@ -129,7 +155,7 @@ def test_measures_and_scorers_of_a_plugin_are_used(lm, loader, tmp_path, restore
   path = tmp_path / 'plugin.py'
   path.write_text(PLUGIN)
   load_plugins([str(path)])
-  config = EvaluationConfig(scorer='test-polite', loss=False)
+  config = EvaluationConfig(scorer='test-polite', loss=False, scores=())
   measures = suite.load_response_measures(config, loader)
   rows = [row('bed', 'harmful', 'Why?')]
   columns = summary.measure_responses(measures, [rows[0]['prompt']], [rows[0]['initial']])
@@ -154,7 +180,7 @@ def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader
   monkeypatch.setattr(run_models, 'local_mesh', lambda run: loader.mesh)
   config = SimpleNamespace(
     model=SimpleNamespace(base=base, dtype='float32'),
-    feedback=SimpleNamespace(template_options=()),
+    feedback=SimpleNamespace(template_options=(), style='chat'),
   )
   names = run_models.model_loader(SimpleNamespace(config=config)).aliases
   assert names.keys() == {*MODELS, *aliases} and '' not in names.values()
@@ -167,6 +193,8 @@ def test_invalid_settings_are_rejected(tmp_path):
     EvaluationConfig(multiple_choice=(str(tmp_path / 'none.jsonl'),))
   with pytest.raises(UserError, match="scorer='me'.*no scorer named 'me'"):
     EvaluationConfig(scorer='me')
+  with pytest.raises(UserError, match=r"scores=\('topic',\).*names from .'refused'"):
+    EvaluationConfig(scores=('topic',))
   with pytest.raises(UserError, match="refusal='rule'"):
     EvaluationConfig(refusal='rule')
   with pytest.raises(UserError, match='none blank'):

@@ -29,9 +29,10 @@ Row = Mapping[str, Any]  # a row of D_CAI: a prompt, its initial response and it
 Turn = Mapping[str, Any]  # a sampled turn of a row, with `text` and `num_tokens`
 
 # Maps n prompts, each a list of messages, and the n turns that answer them to columns of n numbers.
-# The name of a column of shares ends in `_rate`; these get an interval.
+# The name of a column of shares ends in `_rate`; these get an interval. None means unknown. In the
+# summary of a run, a turn also has a `reference`: the text of M_θ's answer, or None if it is that.
 ResponseMeasure = Callable[
-  [Sequence[Sequence[Message]], Sequence[Turn]], Mapping[str, Sequence[float]]
+  [Sequence[Sequence[Message]], Sequence[Turn]], Mapping[str, Sequence[float | None]]
 ]
 
 

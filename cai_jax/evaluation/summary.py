@@ -1,4 +1,7 @@
-"""The summary of a run: means of the response measures over held-out prompts, with intervals."""
+"""The summary of a run: means of the response measures over held-out prompts, with intervals.
+
+A column may be None for a response whose value is unknown. Means and differences leave it out.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -6,17 +9,18 @@ from typing import Any
 import numpy as np
 
 from cai_jax.dialogue import Message
-from cai_jax.evaluation.comparisons import Columns, compare_successive
-from cai_jax.evaluation.intervals import rate_interval
+from cai_jax.evaluation.intervals import holm, paired_difference, paired_p_value, rate_interval
 from cai_jax.evaluation.registries import ResponseMeasure, Row, Turn
 from cai_jax.runtime.errors import UserError
+
+Columns = Mapping[str, list[float | None]]  # by name, one number per response
 
 
 def measure_responses(
   measures: Sequence[ResponseMeasure],
   prompts: Sequence[Sequence[Message]],
   turns: Sequence[Turn],
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | None]]:
   """Return the columns of all measures, with one number per response.
 
   Args:
@@ -28,7 +32,7 @@ def measure_responses(
     UserError: if two measures return the same column, a column has the wrong length, or a rate is
       outside [0, 1].
   """
-  columns: dict[str, list[float]] = {}
+  columns: dict[str, list[float | None]] = {}
   for measure in measures:
     for name, values in measure(prompts, turns).items():
       if name in columns:
@@ -38,9 +42,10 @@ def measure_responses(
           f'The measure of {name!r} returned {len(values)} values for {len(turns)} responses. It '
           'must return one value per response.'
         )
-      if name.endswith('_rate') and not all(0 <= value <= 1 for value in values):
+      known = [value for value in values if value is not None]
+      if name.endswith('_rate') and not all(0 <= value <= 1 for value in known):
         raise UserError(
-          f'The measure of {name!r} returned {min(values)}..{max(values)}. A rate must be in '
+          f'The measure of {name!r} returned {min(known)}..{max(known)}. A rate must be in '
           '[0, 1]; give another name to what is no rate.'
         )
       columns[name] = list(values)
@@ -68,66 +73,141 @@ def average_measures(
   """
   if not turns:
     raise UserError('There is no response to measure. Give at least one.')
-  return _average_columns(measure_responses(measures, prompts, turns), len(turns))
+  return _average(measure_responses(measures, prompts, turns), len(turns))
 
 
-def _average_columns(columns: Columns, count: int) -> dict[str, Any]:
+def _average(columns: Columns, count: int) -> dict[str, Any]:
+  """Return the count, and the mean of each column that has a value, with the interval of a rate."""
   result: dict[str, Any] = {'count': count}
   for name, values in columns.items():
-    result[name] = float(np.mean(values))
+    known = [value for value in values if value is not None]
+    if not known:
+      continue
+    result[name] = float(np.mean(known))
     if name.endswith('_rate'):
-      result[f'{name}_interval'] = list(rate_interval(values))
+      result[f'{name}_interval'] = list(rate_interval(known))
   return result
 
 
 def summarize(
-  base: Iterable[Row], aligned: Iterable[Row], measures: Sequence[ResponseMeasure]
+  base: Iterable[Row],
+  aligned: Iterable[Row],
+  measures: Sequence[ResponseMeasure],
+  baselines: Mapping[str, Iterable[Row]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """Return the summary of a run from the rows of two models on the same held-out prompts.
+  """Return the summary of a run from the rows of its models on the same held-out prompts.
+
+  Each measure sees the responses of all models and rounds in one call.
 
   Args:
     base: rows of M_θ: harmful prompts with their rounds, helpful prompts without.
     aligned: rows of M_aligned, with its responses to the same prompts.
     measures: the measures.
+    baselines: rows of each baseline by name, with its responses to the same prompts.
 
   Returns:
-    Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned); over
-    helpful prompts, if there are any, `benign` (base, aligned). Each entry is a result of
-    `average_measures`. Each one but the first of its group also has `differences` to the entry
-    before it, see `comparisons.compare_successive`.
+    Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned and the
+    baselines); over helpful prompts, if there are any, `benign` (the same). Each entry is a result
+    of `average_measures`. `differences` has the list of `paired_differences` of each of them.
 
   Raises:
-    UserError: if the two models have different prompts.
+    UserError: if the models have different prompts.
   """
-  base, aligned_rows = list(base), {row['id']: row for row in aligned}
-  if {row['id'] for row in base} != set(aligned_rows):
-    raise UserError('M_θ and M_aligned answered different prompts. Evaluate both on the same ones.')
-  summary: dict[str, dict[str, Any]] = {}
+  base = list(base)
+  others = {
+    name: {row['id']: row for row in rows}
+    for name, rows in {'aligned': aligned, **(baselines or {})}.items()
+  }
+  for name, rows_by_id in others.items():
+    if {row['id'] for row in base} != set(rows_by_id):
+      raise UserError(
+        f'M_θ and {"M_aligned" if name == "aligned" else name} answered different prompts. '
+        'Evaluate both on the same ones.'
+      )
+  responses: dict[tuple[str, str], tuple[list, list]] = {}  # (group, row) → prompts, turns
   for kind, group in (('harmful', 'models'), ('helpful', 'benign')):
     rows = [row for row in base if row['kind'] == kind]
     if not rows:
       continue
     prompts = [row['prompt'] for row in rows]
-    turns = {
-      'base': [row['initial'] for row in rows],
-      'aligned': [aligned_rows[row['id']]['initial'] for row in rows],
-    }
-    columns = {name: measure_responses(measures, prompts, turns[name]) for name in turns}
-    summary[group] = _summarize_rows(columns, len(rows))
+    initial = [row['initial'] | {'reference': None} for row in rows]
+    compare = lambda turns, rows=rows: [  # noqa: E731
+      turn | {'reference': row['initial']['text']} for turn, row in zip(turns, rows, strict=True)
+    ]
+    responses[group, 'base'] = prompts, initial
+    for name, rows_by_id in others.items():
+      responses[group, name] = prompts, compare([rows_by_id[row['id']]['initial'] for row in rows])
     if kind == 'harmful':
-      stages = {'initial': columns['base']}
       for number in range(min(len(row['rounds']) for row in rows)):
-        revisions = [row['rounds'][number]['revision'] for row in rows]
-        stages[f'revision_{number + 1}'] = measure_responses(measures, prompts, revisions)
-      summary = {'stages': _summarize_rows(stages, len(rows))} | summary
-  return summary
+        turns = compare([row['rounds'][number]['revision'] for row in rows])
+        responses['stages', f'revision_{number + 1}'] = prompts, turns
+  return _summarize(responses, measures)
 
 
-def _summarize_rows(columns: Mapping[str, Columns], count: int) -> dict[str, dict[str, Any]]:
-  """Return the averages of each row, and its paired differences to the row before."""
-  differences = compare_successive(columns)
-  return {
-    name: _average_columns(row, count)
-    | ({'differences': differences[name]} if name in differences else {})
-    for name, row in columns.items()
-  }
+def paired_differences(
+  columns: Mapping[str, Columns], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+  """Return the difference of two rows of a table in each column, paired by prompt.
+
+  Args:
+    columns: the columns of each row. All rows have the same prompts in the same order.
+    pairs: names of the rows to compare: the row and its reference.
+
+  Returns:
+    For each pair and column, `row`, `reference`, `column`, the mean difference `value`, its 95 %
+    `interval` [low, high], `p_value`, and `holm`, the p-value with Holm's correction for all the
+    differences in the list. A column that one of the two rows lacks is left out.
+  """
+  differences = []
+  for name, reference in pairs:
+    for column, values in columns[name].items():
+      both = [
+        (a, b)
+        for a, b in zip(values, columns[reference].get(column, ()), strict=False)
+        if a is not None and b is not None
+      ]
+      if both:
+        first, second = zip(*both, strict=True)
+        value, low, high = paired_difference(first, second)
+        differences.append(
+          {
+            'row': name,
+            'reference': reference,
+            'column': column,
+            'value': value,
+            'interval': [low, high],
+            'p_value': paired_p_value(first, second),
+          }
+        )
+  adjusted = holm([difference['p_value'] for difference in differences])
+  return [d | {'holm': p} for d, p in zip(differences, adjusted, strict=True)]
+
+
+def _summarize(
+  responses: Mapping[tuple[str, str], tuple[list, list]], measures: Sequence[ResponseMeasure]
+) -> dict[str, dict[str, Any]]:
+  """Return the summary of responses: prompts and turns by group and row."""
+  if not responses:
+    return {}
+  prompts, turns = ([x for part in responses.values() for x in part[i]] for i in (0, 1))
+  whole = measure_responses(measures, prompts, turns)
+  measured: dict[str, dict[str, Columns]] = {}
+  start = 0
+  for (group, name), (_, part) in responses.items():
+    stop = start + len(part)
+    measured.setdefault(group, {})[name] = {key: v[start:stop] for key, v in whole.items()}
+    start = stop
+  if 'models' in measured:  # the initial responses are those of M_θ
+    measured['stages'] = {'initial': measured['models']['base'], **measured.get('stages', {})}
+  summary: dict[str, dict[str, Any]] = {}
+  differences = {}
+  for group in ('stages', 'models', 'benign'):
+    if group not in measured:
+      continue
+    rows = measured[group]
+    count = len(responses['benign' if group == 'benign' else 'models', 'base'][0])
+    summary[group] = {name: _average(columns, count) for name, columns in rows.items()}
+    names = list(rows)
+    references = names[:-1] if group == 'stages' else ['base'] * (len(names) - 1)
+    differences[group] = paired_differences(rows, list(zip(names[1:], references, strict=True)))
+  return summary | {'differences': differences}

@@ -24,7 +24,7 @@ from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.stats import Stats
-from cai_jax.sampling.types import Chain
+from cai_jax.sampling.types import Chain, Completion, Turn
 
 JOB_FILE = 'job.json'  # names the job whose shards a folder holds
 
@@ -118,6 +118,42 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
     )
   d_cai.write_metadata(folder, lengths)
   d_cai.write_checksums(folder)
+
+
+def replay_turns(
+  job: Job, journal: Journal, engine: EngineConfig
+) -> dict[str, list[tuple[Turn, Completion]]]:
+  """Return the turns of each chain of a sampled job, with their exact token ids.
+
+  The turns come from the journal. One that is not there is sampled again, with the same result.
+
+  Args:
+    job: the job.
+    journal: the journal that has its turns.
+    engine: sizes of the compiled programs.
+
+  Returns:
+    The turns and their completions by prompt id, in order.
+  """
+  turns: dict[str, list[tuple[Turn, Completion]]] = {}
+
+  def recorded(prompt: Prompt, kind: str) -> Chain:
+    chain = job.chain(prompt, kind)
+    taken = turns.setdefault(prompt.id, [])
+    try:
+      turn = next(chain)
+      while True:
+        completion = yield turn
+        taken.append((turn, completion))
+        turn = chain.send(completion)
+    except (StopIteration, ChainEnded):
+      return None
+
+  with interruption.local_work():
+    chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
+    for _ in _make_engine(job, journal, engine).run(chains):
+      pass
+  return turns
 
 
 def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:

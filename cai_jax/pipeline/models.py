@@ -92,8 +92,15 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
     aliases['base'] = model_path(run.config.model.base)
-  options = run.config.feedback.template_options
-  return ModelLoader(run.config.model.dtype, local_mesh(run), aliases, options, inspect_only)
+  feedback = run.config.feedback
+  return ModelLoader(
+    run.config.model.dtype,
+    local_mesh(run),
+    aliases,
+    feedback.template_options,
+    inspect_only,
+    feedback.style,
+  )
 
 
 def load_scorer(run: Run) -> Scorer | None:

@@ -4,10 +4,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from cai_jax.data import d_cai
 from cai_jax.data.ended import read_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
+from cai_jax.feedback import generate
+from cai_jax.feedback.job import Job
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline import ground_truth
@@ -24,6 +28,7 @@ from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.terminal import say
+from cai_jax.sampling.journal import Journal
 from cai_jax.tiny.files import model_path
 
 Rows = Sequence[Mapping[str, Any]]
@@ -49,6 +54,7 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     job = prepare_job(run, sampled, harmful, helpful)
     base_counts = sample_dataset(run, job, folder / 'base', 'base')
     rows['base'] = list(d_cai.read_rows(folder / 'base'))
+    vocabulary = sampled['base'].tokenizer.get_vocab()
     if isinstance(sampled['base'], LM):
       results['base'] = _evaluate_model(run, sampled['base'], rows['base'])
   del sampled, job  # frees their memory for M_aligned
@@ -57,6 +63,8 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
   rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
   results['aligned'] = _evaluate_model(run, aligned, rows['base'])
+  if 'kl' in run.config.evaluation.active_scores and vocabulary == aligned.tokenizer.get_vocab():
+    rows['aligned'] = _add_replies(run, job, rows['aligned'])
   del aligned, job
   processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
   return {'base': base_counts, 'aligned': aligned_counts, 'rows_in': base_counts['rows']}
@@ -74,6 +82,32 @@ def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
     'evaluate a model',
     lambda: suite.evaluate_model(run.config.evaluation, lm, rows, make_dialogue(run, lm)),
   )
+
+
+def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
+  """Return M_aligned's rows with the token ids and log-probabilities of its answers, as `reply`.
+
+  Process 0 does this from the journals of all processes; the others return the rows as they are.
+  """
+
+  def replay() -> list[Mapping[str, Any]]:
+    journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+    try:
+      turns = generate.replay_turns(job, journal, run.config.engine)
+    finally:
+      journal.close()
+    replies = {
+      name: {
+        'context': turn.context,
+        'tokens': completion.tokens,
+        'logprobs': completion.logprobs,
+      }
+      for name, replayed in turns.items()
+      for turn, completion in replayed[:1]  # M_aligned only answers
+    }
+    return [row | {'reply': replies[row['id']]} for row in rows]
+
+  return processes.run_on_process_0('read the answers of aligned', replay) or rows
 
 
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ A summary has up to three groups, each a dict from a row's name to its numbers:
   {'stages': {'initial': {...}, 'revision_1': {...}}, 'models': {'base': ..., 'aligned': ...},
    'benign': {'base': ..., 'aligned': ...}}
 
-Any row may have `differences`, paired ones to another row, in the form of the module `differences`.
+It may have a list of paired `differences` between rows for each group (see `DIFFERENCE`).
+
 A row has rates (`*_rate`, in [0, 1]), means and counts. Any number NAME may have a 95 % interval
 under `NAME_interval`. Without a scorer there are no rates, and a table has no columns for them.
 """
@@ -29,15 +30,25 @@ HEADINGS = {
   'grammar_violation_rate': 'grammar',  # of the embedded world; see pipeline/ground_truth.py
   'helpful_rate': 'still answers',
   'grammar_helpful_rate': 'grammar',
+  'refusal_rate': 'refused',
+  'off_topic_rate': 'off topic',
+  'looping_rate': 'looping',
+  'changed_rate': 'changed',
+  'truncated_rate': 'truncated',
+  'topic_score': 'topic score',
   'mean_tokens': 'mean tokens',
   'count': 'count',
 }
+# A difference between two rows of a group: 'row' minus 'reference', paired by prompt. `holm` is the
+# p-value corrected for all differences of the group (Holm 1979).
 DIFFERENCE = {
-  'to': str,
+  'row': str,
+  'reference': str,
+  'column': str,
   'value': float,
   'interval': [float],
   'p_value': float,
-  'adjusted_p_value': float,
+  'holm': float,
 }
 MISSING = '–'  # shown in place of an absent number
 
@@ -51,7 +62,7 @@ def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]
   Raises:
     UserError: if the summary has an unknown group.
   """
-  unknown = sorted(set(summary) - set(GROUPS))
+  unknown = sorted(set(summary) - {*GROUPS, 'differences'})
   if unknown:
     raise UserError(f'The summary has unknown groups {unknown}. A report shows {list(GROUPS)}.')
   return [
@@ -73,21 +84,19 @@ def check_summary(summary: dict[str, Any], place: str = 'the summary') -> None:
       names the file and the key.
   """
   named_rows = {...: {...: object}}
-  check_shape(summary, {optional(group): (named_rows, None) for group in GROUPS}, place)
+  shape: dict[Any, Any] = {optional(group): (named_rows, None) for group in GROUPS}
+  shape[optional('differences')] = ({optional(group): [DIFFERENCE] for group in GROUPS}, None)
+  check_shape(summary, shape, place)
   with prefixed_errors(place):
     shown = groups(summary)
   for _, rows in shown:
     for name, row in rows.items():
-      differences = row.get('differences', {})
-      check_shape(differences, {...: DIFFERENCE}, f'{place}: differences of {show(name)}')
       for key, value in row.items():
-        if key == 'differences':
-          continue
         kind = key.rpartition('_')[2]
         shape = {'interval': ([float], None), 'rate': (float, None)}.get(kind, (float, str, None))
         check_shape(value, shape, f'{place}: {key} of {show(name)}')
       with prefixed_errors(f'{place}: {show(name)}'):
-        for key in columns({'stages': {name: row}}):
+        for key in row:
           cell(row, key)
 
 
@@ -109,9 +118,7 @@ def columns(summary: dict[str, Any]) -> list[str]:
     summary: the summary of a run.
   """
   rows = [row for _, rows in groups(summary) for row in rows.values()]
-  keys = dict.fromkeys(
-    key for row in rows for key in row if not key.endswith(('_interval', 'differences'))
-  )
+  keys = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
   return [key for key in HEADINGS if key in keys] + [key for key in keys if key not in HEADINGS]
 
 
@@ -151,6 +158,19 @@ def num_decimals(value: float) -> int:
   if not math.isfinite(value) or value == 0 or abs(value) >= 1:
     return 1
   return min(6, 2 - math.floor(math.log10(abs(value))))
+
+
+def describe_difference(difference: dict[str, Any]) -> str:
+  """Return a difference with its interval as text, rates in percentage points.
+
+  Args:
+    difference: see `DIFFERENCE`.
+  """
+  scale = 100 if difference['column'].endswith('_rate') else 1
+  numbers = [scale * x for x in (difference['value'], *difference['interval'])]
+  decimals = 1 if scale == 100 else max(map(num_decimals, numbers[:1]))
+  value, *bounds = (f'{number:+.{decimals}f}' for number in numbers)
+  return f'{value} [{", ".join(bounds)}]'
 
 
 def check_rate(value: float, key: str) -> float:

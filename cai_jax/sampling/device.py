@@ -23,7 +23,6 @@ from cai_jax.model.transformer import Params, Transformer, abstract_model
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling.caches import allocate_prefix
 from cai_jax.sampling.noise import token_keys
-from cai_jax.sampling.penalties import Penalties, count_token, count_tokens, penalize
 from cai_jax.sampling.sample import sample
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -42,7 +41,6 @@ class Slots(NamedTuple):
     temperature: f32[B].
     top_k: i32[B].
     top_p: f32[B].
-    min_p: f32[B].
     stops: i32[B,MAX_STOP_TOKENS], tokens that end the reply, padded with -1.
   """
 
@@ -56,7 +54,6 @@ class Slots(NamedTuple):
   temperature: np.ndarray
   top_k: np.ndarray
   top_p: np.ndarray
-  min_p: np.ndarray
   stops: np.ndarray
 
   @classmethod
@@ -74,7 +71,6 @@ class Slots(NamedTuple):
       temperature=np.ones(count, np.float32),
       top_k=i32(),
       top_p=np.ones(count, np.float32),
-      min_p=np.zeros(count, np.float32),
       stops=np.full((count, MAX_STOP_TOKENS), -1, np.int32),
     )
 
@@ -101,7 +97,6 @@ class Slots(NamedTuple):
     self.active[slot], self.sampled[slot], self.limit[slot] = False, 0, config.max_tokens
     self.key[slot], self.temperature[slot] = key, config.temperature
     self.top_k[slot], self.top_p[slot] = config.top_k, config.top_p
-    self.min_p[slot] = config.min_p
     self.stops[slot] = -1
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
@@ -292,7 +287,6 @@ def decode(
   max_ended: np.ndarray,
   max_steps: np.ndarray,
   capacity: int,
-  penalties: Penalties | None = None,
 ) -> tuple[Burst, Cache]:
   """Run decode steps in all active slots.
 
@@ -305,14 +299,12 @@ def decode(
     max_ended: i32[]; stop once this many replies have ended.
     max_steps: i32[]; stop after this many steps.
     capacity: U, the largest value of `max_steps`; static.
-    penalties: biases and penalties of the slots; None compiles a program without any.
 
   Returns:
     The sampled tokens and the updated cache.
   """
   program = decode_program(cache)
-  state = slots, max_ended, max_steps
-  return program(spec, params, cache, prefix_caches, *state, capacity, penalties)
+  return program(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity)
 
 
 def decode_program(cache: Cache) -> Callable:
@@ -326,24 +318,20 @@ def _decode_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
   return jax.jit(_decode, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
-def _decode(
-  spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity, penalties=None
-):
+def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity):
   model = spec.build(params)
   sharding = batch_sharding(spec.mesh)
   prefixes = Prefixes(prefix_caches, slots.prefix)
   b = slots.token.shape[0]
-  start, counts = slots.active, None
-  if penalties is not None:
-    counts = count_tokens(penalties, slots.position, slots.sampled, spec.config.vocab_size)
+  start = slots.active
 
   def unfinished(state):
-    _, slots, burst, _ = state
+    _, slots, burst = state
     ended = jnp.sum(start & ~slots.active)
     return (burst.steps < max_steps) & (ended < max_ended) & jnp.any(slots.active)
 
   def step(state):
-    cache, slots, burst, counts = state
+    cache, slots, burst = state
     active = slots.active
     positions = jnp.where(active, slots.position, -1)[:, None]
     hidden, cache = model(
@@ -351,10 +339,7 @@ def _decode(
     )
     logits = model.unembed(hidden[:, 0])
     keys = token_keys(slots.key, slots.sampled)
-    adjusted = None if penalties is None else penalize(logits, penalties, counts)
-    settings = slots.temperature, slots.top_k, slots.top_p, slots.min_p
-    token, logprob = sample(logits, keys, *settings, adjusted)
-    counts = None if penalties is None else count_token(counts, token, active)
+    token, logprob = sample(logits, keys, slots.temperature, slots.top_k, slots.top_p)
     sampled = slots.sampled + active
     ended = jnp.any(token[:, None] == slots.stops, -1) | (sampled >= slots.limit)
     burst = Burst(
@@ -371,7 +356,7 @@ def _decode(
       sampled=sampled,
       active=burst.active,
     )
-    return cache, slots, burst, counts
+    return cache, slots, burst
 
   zero = jnp.zeros((), jnp.int32)
   burst = Burst(
@@ -382,8 +367,7 @@ def _decode(
     steps=zero,
     occupied=zero,
   )
-  state = cache, Slots(*slots), burst, counts
-  cache, _, burst, _ = jax.lax.while_loop(unfinished, step, state)
+  cache, _, burst = jax.lax.while_loop(unfinished, step, (cache, Slots(*slots), burst))
   return burst, cache
 
 

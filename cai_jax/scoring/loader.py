@@ -27,6 +27,7 @@ class ModelLoader:
       that it reads.
     inspect_only: whether to check a model instead of loading it, and to raise `Inspected` if it is
       valid. A run then finds a model that a scorer or measure lacks before it begins.
+    style: prompt format of the run's conversations, in which M_θ reads them.
   """
 
   dtype: str
@@ -34,6 +35,7 @@ class ModelLoader:
   aliases: Mapping[str, str]
   template_options: TemplateOptions = ()
   inspect_only: bool = False
+  style: str = 'chat'
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.

@@ -218,8 +218,7 @@ class Remote:
       self.vocab_size,
       self.config.tokenizer,
     )
-    changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
-    scaled = self._server.scaled_logprobs and changed
+    scaled = self._server.scaled_logprobs and turn.sampling.temperature != 1
 
     def read(data: bytes) -> Completion:
       answer = read_answer(data)

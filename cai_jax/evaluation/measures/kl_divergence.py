@@ -1,0 +1,91 @@
+"""How far M_aligned has moved from M_θ: the KL divergence, estimated from its own responses.
+
+  KL = E_{y ~ M_aligned} Σ_t [log P(y_t | x, y_<t; M_aligned) - log P(y_t | x, y_<t; M_θ)]
+
+The estimate is the mean over M_aligned's responses y to held-out prompts x, with the token ids that
+were sampled and the context that the model read. A single term may be negative, but the expectation
+is not if responses are drawn from the distribution itself: temperature 1 and no filters. With other
+sampling settings, it is the mean log-ratio of the responses that were drawn. A response that was
+cut off at the token limit contributes the tokens up to there.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.intervals import mean_interval
+from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Row
+from cai_jax.model.lm import LM
+from cai_jax.scoring.likelihood import log_likelihoods
+from cai_jax.scoring.loader import ModelLoader
+
+
+@COMPARISONS.register('kl')
+def create_kl(config: EvaluationConfig) -> ModelComparison | None:
+  """Return the comparison, or None if the config does not ask for 'kl'."""
+  if 'kl' not in config.active_scores:
+    return None
+
+  def compare(
+    loader: ModelLoader, base: Sequence[Row], aligned: Sequence[Row], seed: int
+  ) -> dict[str, Any]:
+    del base, seed
+    replies = [row['reply'] for row in aligned if row.get('reply')]
+    if 'base' not in loader.aliases or not replies:
+      return {}
+    return measure_kl(loader.language_model('base'), replies)
+
+  return ModelComparison(compare, describe)
+
+
+def measure_kl(base: LM, replies: Sequence[Row]) -> dict[str, Any]:
+  """Return the estimate of KL(M_aligned ‖ M_θ).
+
+  Args:
+    base: M_θ. It has M_aligned's vocabulary.
+    replies: responses of M_aligned: `context` and `tokens`, the ids that it read and sampled, and
+      `logprobs`, its log P of each sampled token in nats.
+
+  Returns:
+    `per_response`, the mean over responses, and `per_token`, the sum over all responses divided by
+    their tokens, both in nats, with their 95 % intervals over responses; `responses` and `tokens`.
+  """
+  texts = [reply for reply in replies if reply['tokens']]
+  if not texts:
+    return {}
+  given = log_likelihoods(base, [r['context'] for r in texts], [r['tokens'] for r in texts])
+  ratios = np.array([math.fsum(r['logprobs']) - lp for r, lp in zip(texts, given, strict=True)])
+  counts = np.array([len(r['tokens']) for r in texts], np.float64)
+  rate = ratios.sum() / counts.sum()
+  # The interval of a ratio of sums by its linearization (Cochran 1977, section 2.11).
+  low, high = mean_interval((ratios - rate * counts) / counts.mean())
+  return {
+    'per_response': float(ratios.mean()),
+    'per_response_interval': list(mean_interval(ratios)),
+    'per_token': float(rate),
+    'per_token_interval': [float(rate + low), float(rate + high)],
+    'responses': len(texts),
+    'tokens': int(counts.sum()),
+  }
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+  """Return a line of text with the estimate, or none if there is none.
+
+  Args:
+    result: the result of `measure_kl`.
+  """
+  if not result:
+    return []
+  values = [
+    f'{result[name]:.{digits}f} '
+    f'[{result[f"{name}_interval"][0]:.{digits}f}, {result[f"{name}_interval"][1]:.{digits}f}]'
+    for name, digits in (('per_response', 2), ('per_token', 4))
+  ]
+  return [
+    f'KL of aligned from base: {values[0]} nats per response, {values[1]} per token, on '
+    f'{result["responses"]} responses of aligned'
+  ]

@@ -5,6 +5,6 @@ from setuptools import find_packages, setup
 setup(
   packages=find_packages(include=['cai_jax', 'cai_jax.*']),
   package_data={
-    'cai_jax': ['*.yaml', 'tiny/*.yaml', 'tiny/model/*', 'tiny/model_small/*', 'report/*.html']
+    'cai_jax': ['*.yaml', 'tiny/*.yaml', 'tiny/model*/*', 'report/*.html']
   },
 )

@@ -5,8 +5,23 @@ Command:   python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/ba
              --config.prompts.helpful.source=helpful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl \\
              --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts
+Scaled:    the same recipe on one machine, with a small model, a few prompts and short replies:
+           python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/small \
+             --config.model.base=MODEL --config.model.init=MODEL --config.model.dtype=float32 \
+             --config.mesh.fsdp=1 --config.mesh.tensor=1 \
+             --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts \
+             --config.prompts.harmful.source=harmful.jsonl --config.prompts.harmful.limit=4 \
+             --config.prompts.helpful.source=helpful.jsonl --config.prompts.helpful.limit=3 \
+             --config.prompts.eval_harmful.source=held_out.jsonl \
+             --config.sampling.initial.max_tokens=32 --config.sampling.critique.max_tokens=32 \
+             --config.sampling.revision.max_tokens=32 --config.engine.slots=4 \
+             --config.engine.prefill_tokens=256 --config.engine.prefill_width=64 \
+             --config.train.dtype=float32 --config.train.attention=blocks \
+             --config.train.remat=none --config.train.batch_size=4 \
+             --config.train.accumulation=1 --config.train.max_length=512
 Hardware:  that of configs/llama3_8b_v5e.py, v5e:8x8: each of a step's four micro-batches has the
-           size of that config's step. We had no such slice, so this config has not been run
+           size of that config's step. We had no such slice, so this config has not been run at full
+           size
 Expected:  no result yet. Training uses at most 731,324 revisions and 270,592 helpful responses
            (27 % of the total). If --config.report.published names one of the paper's sample
            files, quality.json compares the revisions with the paper's own
@@ -15,16 +30,20 @@ You provide the prompt files and the constitution: only part of the paper's prom
 constitution and its demonstrations are the folder prompts/ of
 anthropics/ConstitutionalHarmlessnessPaper.
 
-From the paper:
+From the paper; each line was checked against the text of the section, and those with a star also
+against the published files:
+  16 principles *; each round of each prompt samples one of them             section 3.1
+  few-shot demonstrations before critiques and revisions (5 *)               section 3.1, appendix E
+  a round sees the prompt and the latest response, like the first round      section 3.1
+  a pre-trained model is fine-tuned on the revisions of all rounds and on
+    the helpful responses                                                    section 3.1
   182,831 red-team prompts: 42,496 written by people, 140,335 by a model     section 3.2
-  16 principles; each round samples one of them                              section 3.1, appendix C
-  few-shot demonstrations before critiques and revisions                     section 3.1
-  4 rounds per prompt by a helpful RLHF model; all revisions are targets     section 3.2
+  4 rounds * per prompt by a helpful RLHF model                              section 3.2
   135,296 helpful prompts by people, 2 responses each by that model          section 3.2
-  temperature 1                                                              section 3.2
-  a pre-trained model is fine-tuned on both for 1 epoch                      section 3.2
-  constant learning rate, 0.5 of the pre-training's                          section 3.2
+  temperature 1, always                                                      section 3.2
+  1 epoch, constant learning rate of 0.5 of the pre-training's               section 3.2
   batches of 1,024 sequences                                                 section 3.2
+The paper does not state how long replies may be, the optimizer, weight decay or gradient clipping.
 Our assumptions:
   Llama 3 8B Instruct stands in for the helpful RLHF model and Llama 3 8B for the pre-trained one;
     the paper's models have up to 52B parameters and are not public
@@ -34,7 +53,7 @@ Our assumptions:
     sequences, which is 1,024 at a mean of 256 tokens. To check, read examples / steps of stage
     train in the manifest; to correct, set batch_size to 256 × 1,024 / that number
   replies of at most 256 tokens; truncated replies are not trained on; rows of 1,024 tokens
-  each round sees the latest response only, with the published files' labels Human: and Assistant:
+  the labels Human: and Assistant:, as in the published files
   AdamW without weight decay, gradients clipped at norm 1
 """
 

@@ -7,8 +7,10 @@ Command:   python -m cai_jax.experiment --experiment=experiments/control_initial
 Hardware:  two CPU cores; 3 minutes, 1.6 GB
 Arms:      M_θ; M_θ fine-tuned on y_init; M_θ fine-tuned on the last revision. All three share
            their samples
-Expected:  the control differs from M_θ by +1.6 points, with an interval that contains zero;
-           fine-tuning on the revisions changes the rate by -71 points (RESULTS.md)
+Expected:  in the embedded world, a perfect imitator of y_init has the grammar's rate before
+           revision, and one of the last revision the rate after four rounds. The control differs
+           from M_θ by +1.6 points, with an interval that contains zero; fine-tuning on the
+           revisions changes the rate by -71 points (RESULTS.md). This is recovery, not evidence
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm

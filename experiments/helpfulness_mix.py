@@ -7,8 +7,9 @@ Command:   python -m cai_jax.experiment --experiment=experiments/helpfulness_mix
 Hardware:  two CPU cores; 7 minutes, 1.6 GB
 Arms:      M_θ, and helpful shares from 0 to one half of the training examples. All arms train on
            the same revisions, so a larger share also means more steps
-Expected:  in the embedded world revised answers stay answers, so there is no helpfulness to lose.
-           The share has no effect that intervals of ±2 to 3 points can show (RESULTS.md)
+Expected:  none that says anything about the method: in the embedded world revised answers stay
+           answers, so there is no helpfulness to lose. The share has no effect that intervals of ±2
+           to 3 points can show (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line

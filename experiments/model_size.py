@@ -8,9 +8,10 @@ Command:   python -m cai_jax.experiment --experiment=experiments/model_size.py \
 Hardware:  two CPU cores; 4 minutes, 1.6 GB
 Arms:      for each model, on held-out prompts: its answers, its last revisions of them, and the
            answers of the model fine-tuned from it
-Expected:  the smaller embedded model (0.21 M parameters; the larger has 0.92 M) leaves 13 % of
-           violations after four rounds, against 10 %, and answers 92 % of the baited prompts,
-           against 98 %. Each M_aligned inherits this (RESULTS.md)
+Expected:  two embedded models (0.21 M and 0.92 M parameters) that were pre-trained on the same 14
+           million tokens, with the grammar's rates beside them. Both imitate one grammar, so this
+           shows how well a size recovers it and nothing about larger models. All seeds share the
+           two pre-trained models
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
@@ -35,6 +36,7 @@ def get_experiment(models: str = EMBEDDED) -> Experiment:
   return Experiment(
     arms=arms,
     reference=f'{names[-1]}: initial',
+    model_by_seed=False,  # the sizes were pre-trained with one seed, on equally many tokens
     figures=tuple(
       rates_by_arm(
         f'Answers to held-out {label} prompts: initial, revised, after fine-tuning', arms, group

@@ -1,15 +1,16 @@
 """How many revisions should a model learn from? SL-CAI-n is fine-tuned on revisions 1 to n.
 
-Paper:     Bai et al. 2022, section 3.4: models fine-tuned on all revisions up to the n-th, n =
-           1..4, become more harmless as n grows
+Paper:     Bai et al. 2022, section 3.4, fine-tune SL-CAI-n on the revisions up to and including the
+           n-th, n = 1..4. The text of the section states no result for them
 Command:   python -m cai_jax.experiment --experiment=experiments/sl_cai_n.py \\
              --workdir=runs/lab
 Hardware:  two CPU cores; 6 to 8 minutes, 1.6 GB
 Arms:      M_θ, and n = 1..4. A chain of n rounds starts like every longer chain, so no turn is
            sampled twice. All arms train for the same number of epochs: more revisions, more steps
-Expected:  violations of M_aligned on held-out prompts fall with n: 85 % for M_θ, then 54, 46, 37
-           and 32 %. A model fine-tuned on the last revision alone (control_initial) reaches 15 %,
-           because earlier revisions still break rules (RESULTS.md)
+Expected:  in the embedded world, a perfect imitator of the revisions 1 to n has the mean of the
+           grammar's rates of these rounds, which is printed beside the model: 57.8, 44.2, 35.7 and
+           28.9 %. M_aligned broke a rule in 54, 46, 37 and 32 % of its answers, M_θ in 85 %
+           (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line

@@ -1,14 +1,17 @@
 """At which temperature should critiques and revisions be sampled?
 
-Paper:     Bai et al. 2022 sample everything at temperature 1 and report no other
+Paper:     Bai et al. 2022 sample everything in the supervised phase at temperature 1 (section 3.2).
+           Figure 10 compares answers at temperatures 1 and 0, of models after reinforcement
+           learning. No figure varies the temperature of critiques and revisions
 Command:   python -m cai_jax.experiment --experiment=experiments/temperature.py \\
              --workdir=runs/lab
 Hardware:  two CPU cores; 3 minutes, 1.4 GB
 Arms:      temperatures from 0 to 1.5 for critiques and revisions together. All arms share y_init,
            sampled at temperature 1
-Expected:  0.5 is best: 8 % of responses break a rule, against 11 % at 0 and at 1, and 98 % still
-           answer, against 96 % at 1. At 1.5 the embedded model's text falls apart: 46 % still
-           answer (RESULTS.md)
+Expected:  in the embedded world 0.5 leaves the fewest violations, 8 %, against 11 % at 0 and at 1;
+           98 % still answer, against 96 % at 1. At 1.5 the embedded model's text falls apart: 46 %
+           still answer. The grammar has a truth at temperature 1 only; the rest says how this small
+           model samples and is no evidence about the method (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line

@@ -1,6 +1,7 @@
 """Test experiments: their files, the runs they plan, the turns they share, and one end to end."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -49,7 +50,8 @@ def get_experiment():
 
 def options(**changes):
   return argparse.Namespace(
-    **{'arms': None, 'seeds': None, 'config': None, 'dry_run': False} | changes
+    **{'arms': None, 'seeds': None, 'config': None, 'shared_model': False, 'dry_run': False}
+    | changes
   )
 
 
@@ -306,9 +308,48 @@ def test_a_figure_without_its_measures_is_left_out_with_a_note():
 
 
 def test_two_experiments_cannot_use_a_workdir_at_the_same_time(tmp_path):
-  options = argparse.Namespace(arms=None, seeds=None, config=None, dry_run=False)
   with lock.hold(tmp_path), pytest.raises(UserError, match='belongs to job'):
-    runner.run_experiment('experiments/revisions.py', tmp_path, options)
+    runner.run_experiment('experiments/revisions.py', tmp_path, options())
+
+
+def test_each_seed_of_the_embedded_world_has_its_own_pretrained_model(tmp_path):
+  config = define.load_config('configs/tiny.py')
+  arms = {'a': Arm(response='last'), 'b': Arm({'model.base': 'tiny-small'}, 'last')}
+  experiment = Experiment(arms, 'a', seeds=(0, 1, 2, 3))
+
+  def models(experiment, arm, config=config):
+    return [
+      experiment.settings(arm, seed, config).get('model.base', 'as configured')
+      for seed in experiment.seeds
+    ]
+
+  assert models(experiment, 'a') == ['tiny', 'tiny-1', 'tiny-2', 'tiny']
+  assert models(experiment, 'b') == ['tiny-small'] * 4  # it exists for one seed only
+  shared = dataclasses.replace(experiment, model_by_seed=False)
+  assert models(shared, 'a') == ['as configured'] * 4
+  real = define.override_config(config, {'model.base': str(tmp_path)})
+  assert models(experiment, 'a', real) == ['as configured'] * 4
+
+  runs = runner.plan_runs(experiment, config, tmp_path)
+  bases = [run.config.model.base for run, _ in runs.values()]
+  assert sorted(bases) == sorted(['tiny', 'tiny-1', 'tiny-2', 'tiny'] + ['tiny-small'] * 4)
+  first = runner.plan_runs(dataclasses.replace(shared, seeds=(0,)), config, tmp_path)
+  assert set(first) < set(runs)  # the runs of seed 0 are those of a shared model
+
+
+def test_shared_model_of_the_command_line_is_used_by_every_seed(tmp_path, monkeypatch):
+  planned = []
+  plan_runs = runner.plan_runs
+  monkeypatch.setattr(
+    runner, 'plan_runs', lambda *args: planned.append(plan_runs(*args)) or planned[-1]
+  )
+  monkeypatch.setattr(runner.estimate, 'describe', lambda *args: '')
+  file = define.ROOT / 'experiments' / 'revisions.py'
+  for shared_model in (False, True):
+    chosen = options(dry_run=True, shared_model=shared_model, seeds=[1, 2])
+    runner.run_experiment(str(file), tmp_path, chosen)
+  bases = [[run.config.model.base for run, _ in runs.values()] for runs in planned]
+  assert bases == [['tiny-1', 'tiny-2'], ['tiny', 'tiny']]
 
 
 def test_an_experiment_prints_the_grammar_beside_the_model_and_claims_recovery_only(finished):

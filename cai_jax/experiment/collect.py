@@ -234,7 +234,7 @@ def _config_differences(experiment: Experiment, config: ConfigDict) -> dict[str,
   """Return field → arm → value for the fields in which any arm differs from the base config."""
   seed = experiment.seeds[0]
   by_arm = {
-    arm: flatten(override_config(config, experiment.settings(arm, seed)).to_dict())
+    arm: flatten(override_config(config, experiment.settings(arm, seed, config)).to_dict())
     for arm in experiment.arms
   }
   return {
@@ -299,7 +299,7 @@ def run_folders(
   return {
     arm: {
       seed: folder
-      / run_name(experiment.base, changed_settings(config, experiment.settings(arm, seed)))
+      / run_name(experiment.base, changed_settings(config, experiment.settings(arm, seed, config)))
       for seed in experiment.seeds
     }
     for arm in experiment.arms

@@ -15,6 +15,7 @@ from cai_jax.report.results import check_figures
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.user_code import call_function
+from cai_jax.tiny.files import BY_SEED, model_of_seed
 
 D_CAI_RESPONSE = re.compile(r'initial|last|revision_\d+')
 # Responses to held-out prompts, and the dataset in the run's folder that holds them.
@@ -72,7 +73,11 @@ class Experiment:
     figures: figure specifications, as `cai_jax.report.write_experiment` describes them.
     overrides: values of config fields for all arms.
     base: path of the config file, relative to the repository's root.
-    seeds: every arm runs once with each seed.
+    seeds: every arm runs once with each seed. A seed sets the generated prompts, all draws, the
+      order of training examples and, with `model_by_seed`, the embedded model.
+    model_by_seed: whether each seed has its own pre-trained model where a model is 'tiny': seed 0
+      has 'tiny', seed 1 'tiny-1', seed 2 'tiny-2', and seed 3 'tiny' again. Other models do not
+      depend on the seed.
     diversity: whether to measure `cai_jax.evaluation.diversity.word_pair_diversity` as well.
 
   Raises:
@@ -86,6 +91,7 @@ class Experiment:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   base: str = 'configs/tiny.py'
   seeds: tuple[int, ...] = (0, 1, 2)
+  model_by_seed: bool = True
   diversity: bool = False
 
   def __post_init__(self):
@@ -130,14 +136,23 @@ class Experiment:
     figures = tuple(figure for figure in self.figures if figure_arms(figure) <= set(kept))
     return dataclasses.replace(self, arms=kept, figures=figures)
 
-  def settings(self, arm: str, seed: int) -> dict[str, Any]:
+  def settings(self, arm: str, seed: int, config: ConfigDict) -> dict[str, Any]:
     """Return the config fields that a run sets, by dotted name.
 
     Args:
       arm: name of the arm.
       seed: seed of the run.
+      config: the base config, which names the models that the arm does not.
     """
-    return {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
+    settings = {**self.overrides, **self.arms[arm].overrides, 'seed': seed}
+    if not self.model_by_seed:
+      return settings
+    fields = flatten(config.to_dict())
+    for field in (f'model.{name}' for name in ('base', 'critique', 'revision', 'init')):
+      name = settings.get(field, fields.get(field))
+      if name in BY_SEED:
+        settings[field] = model_of_seed(name, seed)
+    return settings
 
 
 def rates_line(

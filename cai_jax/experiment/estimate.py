@@ -27,7 +27,7 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.tiny.files import model_path
 from cai_jax.training.config import TrainConfig
 
-PROBE_CHAINS = 64  # chains sampled to measure the speed
+PROBE_CHAINS = 64  # chains sampled to measure the speed, at most
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
 UTILIZATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
 PROCESS_GIB = 1.0  # memory of a process that has only imported and compiled
@@ -222,7 +222,7 @@ def _describe_cost(
     memory += 4 * base.config.num_params * copies / 2**30
   return (
     f'about {seconds / 60:.1f} minutes here: {sampling / 60:.1f} sampling '
-    f'({turns_per_second:,.0f} turns per second, measured on {PROBE_CHAINS} chains), '
+    f'({turns_per_second:,.0f} turns per second, measured on a few chains), '
     f'{training / 60:.1f} training ({len(training_runs)} runs); about {memory:.1f} GiB of memory'
   )
 
@@ -236,9 +236,9 @@ def _measure_sampling(
     Turns per second, mean tokens of a prompt with its reply, and tokens of a slot.
   """
   prompts = run.prompts['harmful'] or run.prompts['eval_harmful']
-  first, second = prompts[:PROBE_CHAINS], prompts[PROBE_CHAINS : 2 * PROBE_CHAINS]
-  if len(second) < PROBE_CHAINS:
-    second = first
+  # A large model takes minutes for 64 chains, so at most as many are timed as there are slots. The
+  # first chain compiles.
+  first, second = prompts[:1], prompts[: min(PROBE_CHAINS, run.config.engine.slots)]
   with tempfile.TemporaryDirectory() as temporary:
     for number, batch in enumerate((first, second)):  # the first batch compiles
       job = pipeline.prepare_job(run, models_by_role, batch, [])

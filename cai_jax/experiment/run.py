@@ -59,7 +59,7 @@ def plan_runs(
       stages = _arm_stages(experiment, arm, runs[folder][0])
       runs[folder] = runs[folder][0], max(runs[folder][1], stages, key=len)
       continue
-    settings = define.override_config(config, experiment.settings(arm, seed))
+    settings = define.override_config(config, experiment.settings(arm, seed, config))
     try:
       run = pipeline.build(settings, folder, journal=workdir / 'journal')
     except UserError as error:
@@ -93,7 +93,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   Args:
     spec: the experiment's file; see `load_experiment`.
     workdir: folder of the experiment; several experiments may share it.
-    options: `arms`, `seeds`, `config` and `dry_run` of the command line.
+    options: `arms`, `seeds`, `shared_model`, `config` and `dry_run` of the command line.
 
   Raises:
     UserError: if an experiment, arm or field does not exist, or a run cannot be built.
@@ -104,6 +104,8 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
     experiment = experiment.select(options.arms)
   if options.config:
     experiment = dataclasses.replace(experiment, base=options.config)
+  if options.shared_model:
+    experiment = dataclasses.replace(experiment, model_by_seed=False)
   if options.seeds:
     experiment = dataclasses.replace(experiment, seeds=tuple(options.seeds))
   config = define.load_config(experiment.base)
@@ -216,7 +218,16 @@ def main() -> None:
     '--arms', type=lambda text: text.split(','), help='arms to run, separated by commas'
   )
   parser.add_argument(
-    '--seeds', type=lambda text: [int(s) for s in text.split(',')], help='separated by commas'
+    '--seeds',
+    type=lambda text: [int(s) for s in text.split(',')],
+    help='seeds, separated by commas; default: 0,1,2. Each arm runs once with each. A seed varies '
+    'generated prompts, all draws, the order of training examples and, in the embedded world, the '
+    'pre-trained model (tiny, tiny-1, tiny-2)',
+  )
+  parser.add_argument(
+    '--shared_model',
+    action='store_true',
+    help="start every seed from the config's own model, also in the embedded world",
   )
   parser.add_argument('--config', help="base config to use instead of the experiment's")
   parser.add_argument(

@@ -50,7 +50,9 @@ AS_RECOMMENDED = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelSelection:
-  """The models of a run. Each is 'tiny', 'tiny-small', a checkpoint folder or a hub name.
+  """The models of a run: each is an embedded model, a checkpoint folder or a hub name.
+
+  The embedded models are 'tiny', 'tiny-1', 'tiny-2' and 'tiny-small'.
 
   Raises:
     UserError: if the dtype is not supported.

@@ -9,13 +9,31 @@ from cai_jax.constitution import CONSTITUTIONS
 
 _FOLDER = pathlib.Path(__file__).parent
 CONSTITUTION = CONSTITUTIONS.register('tiny')(str(_FOLDER / 'constitution.yaml'))
-MODELS = {'tiny': _FOLDER / 'model', 'tiny-small': _FOLDER / 'model_small'}  # Hugging Face folders
+# Hugging Face folders. 'tiny-1' and 'tiny-2' differ from 'tiny' in the seed of pre-training.
+MODELS = {
+  'tiny': _FOLDER / 'model',
+  'tiny-1': _FOLDER / 'model_1',
+  'tiny-2': _FOLDER / 'model_2',
+  'tiny-small': _FOLDER / 'model_small',
+}
+BY_SEED = {'tiny': ('tiny', 'tiny-1', 'tiny-2')}  # models that are equal but for their seed
 
 
 def model_path(name: str) -> str:
   """Return the folder of an embedded model, or the unchanged name of any other model.
 
   Args:
-    name: 'tiny', 'tiny-small', or a folder or hub name of another checkpoint.
+    name: 'tiny', 'tiny-1', 'tiny-2', 'tiny-small', or a folder or hub name of another checkpoint.
   """
   return str(MODELS.get(name, name))
+
+
+def model_of_seed(name: str, seed: int) -> str:
+  """Return the embedded model that was pre-trained with a seed, or any other model unchanged.
+
+  Args:
+    name: name of the embedded model of seed 0, or of any other model.
+    seed: seed of an experiment. Seeds beyond the last model start again with the first.
+  """
+  names = BY_SEED.get(name, (name,))
+  return names[seed % len(names)]

@@ -3,6 +3,9 @@
 A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world
 from text alone, without the oracle and without labels. The result is a Hugging Face folder. If the
 run is killed, start it again with the same arguments; it resumes from its last checkpoint.
+
+The package holds the models of the seeds 0 to 2 ('tiny', 'tiny-1', 'tiny-2'), and a small model of
+seed 0 ('tiny-small'). Parameters, documents and their order depend on the seed.
 """
 
 import argparse

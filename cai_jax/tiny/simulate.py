@@ -120,7 +120,8 @@ class _Totals:
   def add(self, prompt: Sequence[Message], chain: Sequence[world.Answer]) -> None:
     self._chains += 1
     for i, answer in enumerate(chain):
-      verdict = oracle.judge(prompt, world.render(answer))
+      if i == 0 or answer is not chain[i - 1]:  # most revisions change nothing
+        verdict = oracle.judge(prompt, world.render(answer))
       self._violating[i] += bool(verdict.violations)
       self._helpful[i] += verdict.helpful
 

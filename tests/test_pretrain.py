@@ -1,8 +1,10 @@
 """Pretraining of the embedded model: its documents as training examples."""
 
+import pytest
 import transformers
 
 from cai_jax.dialogue import Dialogue
+from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import corpus, files, pretrain
 
 
@@ -15,3 +17,10 @@ def test_every_token_of_a_pretraining_document_is_learned():
   assert examples[0].tokens.tolist() == dialogue.prompt(
     first[:-1], first[-1]['role']
   ) + dialogue.reply(first[-1]['content'], first[-1]['role'])
+
+
+def test_a_seed_writes_its_own_model_of_the_package_and_no_other():
+  assert pretrain.default_output('base', 0) == files.MODELS['tiny']
+  assert pretrain.default_output('base', 2) == files.MODELS['tiny-2']
+  with pytest.raises(UserError, match='no base model of seed 3, .* Name the folder'):
+    pretrain.default_output('base', 3)

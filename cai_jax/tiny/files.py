@@ -9,14 +9,14 @@ from cai_jax.constitution import CONSTITUTIONS
 
 _FOLDER = pathlib.Path(__file__).parent
 CONSTITUTION = CONSTITUTIONS.register('tiny')(str(_FOLDER / 'constitution.yaml'))
-# Hugging Face folders. 'tiny-1' and 'tiny-2' differ from 'tiny' in the seed of pre-training.
+# Hugging Face folders; `cai_jax.tiny.pretrain` says how each was made.
 MODELS = {
   'tiny': _FOLDER / 'model',
   'tiny-1': _FOLDER / 'model_1',
   'tiny-2': _FOLDER / 'model_2',
   'tiny-small': _FOLDER / 'model_small',
 }
-BY_SEED = {'tiny': ('tiny', 'tiny-1', 'tiny-2')}  # models that are equal but for their seed
+BY_SEED = {'tiny': ('tiny', 'tiny-1', 'tiny-2')}  # models of one size by seed of pre-training
 
 
 def model_path(name: str) -> str:

@@ -1,11 +1,16 @@
 """Train the embedded model from scratch: `python -m cai_jax.tiny.pretrain`.
 
-A Llama of 0.92 M parameters (0.22 M with `--size=small`) learns the documents of the embedded world
+A Llama of 0.92 M parameters (0.21 M with `--size=small`) learns the documents of the embedded world
 from text alone, without the oracle and without labels. The result is a Hugging Face folder. If the
 run is killed, start it again with the same arguments; it resumes from its last checkpoint.
 
-The package holds the models of the seeds 0 to 2 ('tiny', 'tiny-1', 'tiny-2'), and a small model of
-seed 0 ('tiny-small'). Parameters, documents and their order depend on the seed.
+The seed sets the parameters, the documents and their order. These models come with the package:
+
+  name         size    seed   arguments
+  tiny         base    0      none: 14 million tokens
+  tiny-1       base    1      --seed=1 --tokens=5000000
+  tiny-2       base    2      --seed=2 --tokens=5000000
+  tiny-small   small   1      --size=small --seed=1 --tokens=5000000
 """
 
 import argparse
@@ -25,6 +30,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.runtime.terminal import say
 from cai_jax.tiny import corpus, files, tokenizer
@@ -46,7 +52,13 @@ BASE = ModelConfig(
 # The small model exists to compare model sizes (experiments/model_size.py).
 SMALL = dataclasses.replace(BASE, d_model=64, d_ff=192, num_layers=3, head_dim=16)
 ARCHITECTURES = {'base': BASE, 'small': SMALL}
-FOLDERS = {'base': files.MODELS['tiny'], 'small': files.MODELS['tiny-small']}
+# Size and seed → the model of the package that is written without --output.
+NAMES = {
+  ('base', 0): 'tiny',
+  ('base', 1): 'tiny-1',
+  ('base', 2): 'tiny-2',
+  ('small', 1): 'tiny-small',
+}
 # The cost of attention grows with the square of a row's length, and most documents are short. On
 # two CPU cores, 4,096 tokens a step in rows that fit the documents closely train fastest.
 BUCKETS = (packing.Bucket(128, 32), packing.Bucket(384, 11))
@@ -83,7 +95,7 @@ def main() -> None:
   """Train the tokenizer and the model, and write the model's folder."""
   args = _parse_arguments()
   architecture = ARCHITECTURES[args.size]
-  output = args.output or FOLDERS[args.size]
+  output = args.output or default_output(args.size, args.seed)
   workdir = args.workdir or output.with_name(output.name + '.train')
 
   start = time.monotonic()
@@ -112,10 +124,30 @@ def main() -> None:
   say(f'Wrote {output} after {time.monotonic() - start:.0f} s')
 
 
+def default_output(size: str, seed: int) -> pathlib.Path:
+  """Return the folder in the package of the model of a size and a seed.
+
+  Args:
+    size: 'base' or 'small'.
+    seed: seed of pre-training.
+
+  Raises:
+    UserError: if the package has no such model.
+  """
+  if (size, seed) not in NAMES:
+    raise UserError(
+      f'The package has no {size} model of seed {seed}, but one for each of {list(NAMES)}. Name '
+      'the folder to write with --output.'
+    )
+  return files.MODELS[NAMES[size, seed]]
+
+
 def _parse_arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
-    '--output', type=pathlib.Path, help='folder to write; default: the folder in the package'
+    '--output',
+    type=pathlib.Path,
+    help='folder to write; default: that of the model of this size and seed in the package',
   )
   parser.add_argument(
     '--size', choices=tuple(ARCHITECTURES), default='base', help='size of the model'

@@ -157,7 +157,12 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {f'prompts.{name}.drop_answer' for name in CONFIG.prompts}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
-  added |= {'train.export_dtype', 'train.deterministic', 'evaluation.scores'}
+  added |= {
+    'train.export_dtype',
+    'train.deterministic',
+    'evaluation.scores',
+    'evaluation.baselines',
+  }
   assert set(fields) - set(before) == added
 
 

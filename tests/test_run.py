@@ -153,6 +153,8 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
   config = small(random_model)
   config.prompts = default.get_config().prompts
   config.evaluation = default.get_config().evaluation
+  config.evaluation.baselines = ('constitution_prompt',)
+  config.constitution.ids = ('insult',)
   config.prompts.harmful.source = str(tmp_path / 'prompts.jsonl')
   config.prompts.eval_harmful.source = str(tmp_path / 'held_out.txt')
   config.train.helpfulness_share = 0.0
@@ -168,6 +170,11 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
     *(f'{name}_interval' for name in rates),
   }
   kl = json.loads((tmp_path / 'run' / 'evaluation' / 'models.json').read_text())['kl']
+  assert set(summary['models']) == {'base', 'aligned', 'constitution_prompt'}
+  (row,) = d_cai.read_rows(tmp_path / 'run' / 'evaluation' / 'constitution_prompt')
+  principle = run.constitution.principles[0]
+  assert principle.revision_request in row['prompt'][0]['content']
+  assert {d['row'] for d in summary['differences']['models']} == {'aligned', 'constitution_prompt'}
   aligned = d_cai.read_rows(tmp_path / 'run' / 'evaluation' / 'aligned')
   assert kl['tokens'] == sum(row['initial']['num_tokens'] for row in aligned) > 0
 

@@ -7,6 +7,7 @@ import pathlib
 
 from cai_jax.dialogue.format import FORMATS
 from cai_jax.evaluation import judge_labels, questions
+from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
@@ -42,6 +43,12 @@ class EvaluationConfig:
     (AUTO,),
     f'Scores that need no other setting: a tuple of names from {SCORES}, such as (). '
     "('auto',) stands for all of them, and for none with scorer='tiny', whose oracle knows better.",
+    added=True,
+  )
+  baselines: tuple[str, ...] = setting(
+    (),
+    f'Baselines that are scored beside M_θ and M_aligned: names from {tuple(BASELINES)}. '
+    "'constitution_prompt' is M_θ with the principles in its system message.",
     added=True,
   )
   refusal: str = setting(
@@ -134,6 +141,7 @@ class EvaluationConfig:
     is_checkpoint = '/' in self.refusal or os.path.isdir(self.refusal)
     self._check_unused()
     self._check_scores()
+    self._check_baselines()
     if self.refusal not in refusal.CLASSIFIERS and not is_checkpoint:
       names = ', '.join(map(repr, refusal.CLASSIFIERS))
       raise UserError(
@@ -187,6 +195,14 @@ class EvaluationConfig:
       raise UserError(
         f"evaluation.scores={self.scores!r} must be ('auto',) or a tuple of names from {SCORES}, "
         'such as (). Correct the names.'
+      )
+
+  def _check_baselines(self) -> None:
+    names = self.baselines
+    if isinstance(names, str) or len({*names}) != len(names) or not {*names} <= {*BASELINES}:
+      raise UserError(
+        f'evaluation.baselines={names!r} must be a tuple of different names from '
+        f'{tuple(BASELINES)}, such as (). Correct the names.'
       )
 
   def _check_unused(self) -> None:

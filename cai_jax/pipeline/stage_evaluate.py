@@ -10,6 +10,7 @@ from cai_jax.data import d_cai
 from cai_jax.data.ended import read_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
+from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.feedback import generate
 from cai_jax.feedback.job import Job
 from cai_jax.model import lm as models
@@ -54,9 +55,15 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     job = prepare_job(run, sampled, harmful, helpful)
     base_counts = sample_dataset(run, job, folder / 'base', 'base')
     rows['base'] = list(d_cai.read_rows(folder / 'base'))
-    vocabulary = sampled['base'].tokenizer.get_vocab()
+    vocabulary = None
     if isinstance(sampled['base'], LM):
+      vocabulary = sampled['base'].tokenizer.get_vocab()
       results['base'] = _evaluate_model(run, sampled['base'], rows['base'])
+    for name in run.config.evaluation.baselines:
+      prompts = BASELINES[name](run.constitution, [*harmful, *helpful])
+      job = prepare_job(run, sampled, [], prompts)
+      sample_dataset(run, job, folder / name, name)
+      rows[name] = list(d_cai.read_rows(folder / name))
   del sampled, job  # frees their memory for M_aligned
   aligned = models.load(aligned_path(run), run.config.model.dtype, local_mesh(run))
   job = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
@@ -114,7 +121,8 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
   """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
   folder, config = run.workdir / 'evaluation', run.config
   rows = _answered_by_both(folder, rows)
-  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run))
+  baselines = {name: rows[name] for name in config.evaluation.baselines}
+  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run), baselines)
   ground_truth.add_grammar(summary, run, rows['base'])
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(

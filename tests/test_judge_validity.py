@@ -1,11 +1,13 @@
 """What a judge is worth: labelled pairs, topicality, biases, and who gets a win rate."""
 
+import dataclasses
 import json
 import math
 import random
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.intervals import paired_difference
@@ -391,10 +393,52 @@ def test_labelled_pairs_of_the_embedded_world_are_right():
   assert all(c.verdict == 'first' for c in judge_with_oracle(LABELLED))
 
 
+def exchanged(matches, seed=0):
+  """Return the matches with the better response first or second, and the oracle's lead of each."""
+  rng = random.Random(seed)
+  pairs = [dataclasses.replace(m, responses=m.responses[:: rng.choice((1, -1))]) for m in matches]
+  violations = [
+    [len(oracle.judge(m.messages, text).violations) for text in m.responses] for m in pairs
+  ]
+  return pairs, [second - first for first, second in violations]
+
+
+def test_log_odds_rank_and_predict_as_the_oracle_does():
+  # The log-odds of this judge are those of the truth: it is right with their probability.
+  rng = np.random.default_rng(0)
+  pairs, lead = exchanged(LABELLED)
+  sizes = np.abs(rng.normal(1.5, 1, len(pairs)))
+  right = rng.random(len(pairs)) < 1 / (1 + np.exp(-sizes))
+  odds = sizes * np.sign(lead) * np.where(right, 1, -1)
+  judged = [
+    Comparison(m.prompt, m.players, (x + 2, x - 2)) for m, x in zip(pairs, odds, strict=True)
+  ]
+  # A preference for (A) changes no rank.
+  rank = stats.spearmanr([c.mean_log_odds for c in judged], lead).statistic
+  assert rank == pytest.approx(stats.spearmanr(odds, lead).statistic) and rank > 0.5
+  chosen = [
+    Comparison(c.prompt, c.players, tuple(side * x for x in c.log_odds))
+    for c, side in zip(judged, np.sign(lead), strict=True)
+  ]
+  result = score_labelled(chosen)
+  assert result['calibration_error'] < 0.06 and judge_status(result)[0] == 'valid'
+  doubled = [dataclasses.replace(c, log_odds=tuple(3 * x for x in c.log_odds)) for c in chosen]
+  assert score_labelled(doubled)['calibration_error'] > 0.1
+
+
 def test_the_embedded_model_cannot_tell_as_its_own_judge():
   lm = models.load(MODELS['tiny'])
-  comparisons = local_judge(lm, judge_dialogue(lm.tokenizer, lm.eos_token_ids))(LABELLED[:60])
-  result = score_labelled(comparisons)
+  judge = local_judge(lm, judge_dialogue(lm.tokenizer, lm.eos_token_ids))
+  pairs, lead = exchanged(LABELLED[:60])
+  comparisons = judge(pairs)
+  rank = stats.spearmanr([c.mean_log_odds for c in comparisons], lead).statistic
+  assert abs(rank) < 0.3  # it does not know what the oracle knows
+  chosen = [
+    dataclasses.replace(c, log_odds=c.log_odds if x > 0 else (-c.log_odds[1], -c.log_odds[0]))
+    for c, x in zip(comparisons, lead, strict=True)
+  ]
+  result = score_labelled(chosen)
   status, reasons = judge_status(result)
   assert status == 'cannot tell' and len(reasons) == 2  # neither its labels nor its answers
+  assert 'less than 1 % of the probability' in reasons[0]
   assert find_biases(result['answers'], None)[0].startswith('always says (B)')

@@ -143,7 +143,8 @@ def judge_status(
   least = min((mass for mass in masses if mass is not None), default=1.0)
   reasons = []
   if least < LEAST_MASS:
-    reasons.append(f'its labels have only {100 * least:.0f} % of the probability')
+    share = f'only {100 * least:.0f} %' if least >= 0.01 else 'less than 1 %'
+    reasons.append(f'its labels have {share} of the probability')
   if labelled and labelled['accuracy_interval'][0] <= 0.5:
     low, high = labelled['accuracy_interval']
     reasons.append(

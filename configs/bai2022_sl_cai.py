@@ -6,25 +6,26 @@ Command:   python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/ba
              --config.prompts.eval_harmful.source=held_out.jsonl \\
              --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts
 Scaled:    the same recipe on one machine, with a small model, a few prompts and short replies:
-           python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/small \
-             --config.model.base=MODEL --config.model.init=MODEL --config.model.dtype=float32 \
-             --config.mesh.fsdp=1 --config.mesh.tensor=1 \
-             --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts \
-             --config.prompts.harmful.source=harmful.jsonl --config.prompts.harmful.limit=4 \
-             --config.prompts.helpful.source=helpful.jsonl --config.prompts.helpful.limit=3 \
-             --config.prompts.eval_harmful.source=held_out.jsonl \
-             --config.sampling.initial.max_tokens=32 --config.sampling.critique.max_tokens=32 \
-             --config.sampling.revision.max_tokens=32 --config.engine.slots=4 \
-             --config.engine.prefill_tokens=256 --config.engine.prefill_width=64 \
-             --config.train.dtype=float32 --config.train.attention=blocks \
-             --config.train.remat=none --config.train.batch_size=4 \
+           python launch.py --config=configs/bai2022_sl_cai.py --workdir=runs/small \\
+             --config.model.base=MODEL --config.model.init=MODEL --config.model.dtype=float32 \\
+             --config.mesh.fsdp=1 --config.mesh.tensor=1 \\
+             --config.constitution.path=ConstitutionalHarmlessnessPaper/prompts \\
+             --config.prompts.harmful.source=harmful.jsonl --config.prompts.harmful.limit=4 \\
+             --config.prompts.helpful.source=helpful.jsonl --config.prompts.helpful.limit=3 \\
+             --config.prompts.eval_harmful.source=held_out.jsonl \\
+             --config.sampling.initial.max_tokens=32 --config.sampling.critique.max_tokens=32 \\
+             --config.sampling.revision.max_tokens=32 --config.engine.slots=4 \\
+             --config.feedback.max_rate.truncated=1 \\
+             --config.engine.prefill_tokens=256 --config.engine.prefill_width=64 \\
+             --config.train.dtype=float32 --config.train.attention=blocks \\
+             --config.train.remat=none --config.train.batch_size=4 \\
              --config.train.accumulation=1 --config.train.max_length=512
 Hardware:  that of configs/llama3_8b_v5e.py, v5e:8x8: each of a step's four micro-batches has the
            size of that config's step. We had no such slice, so this config has not been run at full
            size
-Expected:  no result yet. Training uses at most 731,324 revisions and 270,592 helpful responses
-           (27 % of the total). If --config.report.published names one of the paper's sample
-           files, quality.json compares the revisions with the paper's own
+Expected:  no result at full size. Training uses at most 731,324 revisions and 270,592 helpful
+           responses (27 % of the total). If --config.report.published names one of the paper's
+           sample files, quality.json compares the revisions with the paper's own
 
 You provide the prompt files and the constitution: only part of the paper's prompts is public. The
 constitution and its demonstrations are the folder prompts/ of

@@ -15,7 +15,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cai_jax.pipeline import build, default_stages, run_stages
+from cai_jax.pipeline import build, check_run, default_stages, run_stages
+from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.stage_report import read_summary
@@ -48,6 +49,7 @@ Flags
   --workdir     folder of the run; it is created if it does not exist
   --stages      stages to run, separated by commas
   --preview     number of prompts whose contexts to print as the models will see them, and end
+  --dry_run     check the run, print its prompts and the smallest difference they can show, and end
   --profile     number of training steps to profile; the trace is in WORKDIR/profile
   --helpfull    every flag, including those of the libraries
 
@@ -86,6 +88,9 @@ _PREVIEW = flags.DEFINE_integer(
   0,
   'number of prompts whose contexts to print before anything is sampled',
   lower_bound=0,
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'only check the run and print the smallest difference that it can show'
 )
 _STAGES = flags.DEFINE_list('stages', None, 'stages to run; the default is all that are needed')
 
@@ -134,6 +139,10 @@ def main(argv: Sequence[str]) -> None:
       preview_run(run, _PREVIEW.value, log)
       return
     stages = default_stages(run) if _STAGES.value is None else _STAGES.value
+    if _DRY_RUN.value:
+      check_run(run, stages)
+      log(describe_plan(run))
+      return
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():

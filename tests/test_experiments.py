@@ -220,6 +220,7 @@ def test_a_dry_run_prints_an_estimate_and_writes_nothing(finished, tmp_path, cap
   file, workdir = finished
   runner.run_experiment(str(file), tmp_path, options(dry_run=True))
   output = capsys.readouterr().out
+  assert 'harmful prompts: smallest paired difference' in output
   assert '26 turns to sample' in output and 'minutes here' in output and 'GiB of memory' in output
   assert re.search(r'disk space, at most: journal .* MB, D_CAI and evaluation .* MB', output)
   assert not list(tmp_path.iterdir())

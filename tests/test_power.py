@@ -5,6 +5,9 @@ import pytest
 
 from cai_jax.evaluation import intervals
 from cai_jax.evaluation.power import describe_power, smallest_difference
+from cai_jax.pipeline import build
+from cai_jax.pipeline.plan import describe_plan
+from cai_jax.pipeline.schema import default_config
 from cai_jax.runtime.errors import UserError
 
 
@@ -27,3 +30,16 @@ def test_a_simulation_finds_the_difference_in_80_percent(rate, count):
   tables = rng.multinomial(count, [rate - both, lower - both, 1 - rate - lower + 2 * both], 1500)
   ends = [intervals.tango_interval(int(g), int(l), count) for g, l, _ in tables]
   assert np.mean([low > 0 or high < 0 for low, high in ends]) == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_dry_run_says_what_the_held_out_prompts_can_show(tmp_path):
+  config = default_config()
+  config.model.base = 'tiny'
+  for name, kind, count in (('eval_harmful', 'baited', 40), ('harmful', 'baited', 30)):
+    source = config.prompts[name]
+    source.source, source.name, source.limit = 'tiny', kind, count
+    source.split = 'eval' if name.startswith('eval') else 'train'
+  text = describe_plan(build(config, tmp_path / 'run'))
+  assert 'prompts.harmful: 30' in text
+  assert f'prompts.eval_harmful: {describe_power(40)}' in text
+  assert not (tmp_path / 'run').exists()

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from cai_jax import pipeline
 from cai_jax.cli import short_errors
 from cai_jax.data import d_cai
+from cai_jax.evaluation.power import describe_power
 from cai_jax.experiment import collect, define, estimate, grammar
 from cai_jax.experiment.define import Experiment
 from cai_jax.pipeline import Run
@@ -112,6 +113,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   runs = plan_runs(experiment, config, workdir)
   if options.dry_run:
     say(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
+    say(_describe_power(experiment, next(iter(runs.values()))[0]))
     return
   check_workdir(workdir)
   with lock.hold(workdir):
@@ -122,6 +124,18 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
       f'{totals["reused_turns"]:,} taken from the journal, {totals["seconds"] / 60:.1f} minutes\n'
       f'report: {workdir / name / "report.html"}'
     )
+
+
+def _describe_power(experiment: Experiment, run: Run) -> str:
+  """Return the smallest differences that the arms of an experiment can show, by kind of prompt."""
+  held_out = any(arm.response in define.HELD_OUT_RESPONSES for arm in experiment.arms.values())
+  prefix = 'eval_' if held_out else ''
+  counts = {kind: len(run.prompts[prefix + kind]) for kind in collect.KINDS}
+  return '\n'.join(
+    f'{kind} prompts: {describe_power(count, len(experiment.seeds))}'
+    for kind, count in counts.items()
+    if count
+  )
 
 
 def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:

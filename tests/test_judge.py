@@ -108,6 +108,8 @@ def test_a_preference_for_a_label_does_not_hide_the_verdict():
   assert not comparison.consistent and comparison.position_bias == 2
   assert comparison.verdict == 'first' and comparison.points == 1
   assert mean_label_mass([comparison]) is None
+  assert Comparison('p', ('x', 'y'), (0.0, 0.0)).consistent
+  assert not Comparison('p', ('x', 'y'), (0.0, 1.0)).consistent
 
 
 @pytest.mark.parametrize('chat', [False, True])

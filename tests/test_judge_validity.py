@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.intervals import paired_difference
+from cai_jax.evaluation.intervals import paired_difference, rate_interval
 from cai_jax.evaluation.judge_labels import read_labelled
 from cai_jax.evaluation.judge_validity import (
   check_topicality,
@@ -315,7 +315,10 @@ def test_length_controlled_rate_removes_what_length_explains():
   assert low < 1 / (1 + math.exp(-0.4)) < high < 0.66
   # Points that follow the lengths, or are all the same, have a finite fit.
   assert length_controlled_rate([1.0, -1.0] * 50, [1.0, 0.0] * 50)['rate'] == pytest.approx(0.5)
-  assert length_controlled_rate([0.0] * 9, [1.0] * 9)['rate'] > 0.9
+  wins = length_controlled_rate([0.0] * 9, [1.0] * 9)
+  assert wins['rate'] > 0.9 and wins['interval'] == list(rate_interval([1.0] * 9))
+  low, high = length_controlled_rate([3.0, -2.0, 0.0], [0.5] * 3)['interval']
+  assert low < 0.5 < high
   exchanged = length_controlled_rate(-d, 1 - points, samples=200)
   assert exchanged['rate'] == pytest.approx(1 - result['rate'])
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cai_jax.evaluation.intervals import rate_interval
+
 FEWEST_PAIRS = 10  # of a regression
 UNIT = 100  # characters: a slope is in nats per 100 characters
 # From this share of the variance of the log-odds on, a judge is said to prefer a length.
@@ -115,7 +117,8 @@ def length_controlled_rate(
     seed: seed of the resampling.
 
   Returns:
-    A dict with `rate` and its percentile bootstrap `interval` [low, high].
+    A dict with `rate` and its percentile bootstrap `interval` [low, high]. If all points are equal,
+    resamples do not vary, and the interval is that of `intervals.rate_interval`.
 
   Raises:
     ValueError: if there are no pairs.
@@ -133,6 +136,8 @@ def length_controlled_rate(
   )
   rates = 0.5 + 0.5 * np.tanh(intercepts / 2)
   low, high = np.quantile(rates[1:], [(1 - level) / 2, (1 + level) / 2])
+  if not np.ptp(y):
+    low, high = rate_interval(y, level)
   return {'rate': float(rates[0]), 'interval': [float(low), float(high)]}
 
 

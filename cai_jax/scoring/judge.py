@@ -86,8 +86,9 @@ class Comparison:
 
   @property
   def consistent(self) -> bool:
-    """Whether both orders prefer the same response."""
-    return min(self.log_odds) > 0 or max(self.log_odds) < 0
+    """Whether both orders prefer the same response, or neither has a preference."""
+    first, second = self.log_odds
+    return (first > 0) == (second > 0) and (first < 0) == (second < 0)
 
   @property
   def verdict(self) -> str:

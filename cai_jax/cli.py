@@ -19,11 +19,11 @@ from cai_jax.pipeline import build, check_run, default_stages, run_stages
 from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.schema import default_config, describe_unknown
-from cai_jax.pipeline.stage_report import read_summary
+from cai_jax.pipeline.stage_report import diagnose, read_summary
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import describe_fault
+from cai_jax.runtime.files import describe_fault, read_json
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.terminal import printable, say
@@ -147,6 +147,7 @@ def main(argv: Sequence[str]) -> None:
     summary = run.workdir / 'evaluation' / 'summary.json'
     if summary.exists():
       log(f'\n{summary_table(read_summary(summary))}\n')
+      log(diagnose(run, read_json(run.workdir / 'manifest.json')).first_line())
     if 'report' in stages:
       log(f'report: {run.workdir / "report.html"}')
 

@@ -20,7 +20,7 @@ from cai_jax import pipeline
 from cai_jax.cli import short_errors
 from cai_jax.experiment import collect, define
 from cai_jax.experiment import run as runner
-from cai_jax.report.results import format_difference
+from cai_jax.report.differences import format_difference
 from cai_jax.runtime.terminal import say
 
 METRICS = ('violation_rate', 'helpful_rate')

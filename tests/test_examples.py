@@ -82,7 +82,7 @@ def test_filters_drop_texts_with_a_defect_and_count_the_first_defect(dialogue):
   rows[3]['initial']['text'] = 'Human: no'
   rows[4]['initial']['text'] = 'Human: yes'
   before = [str(row) for row in rows]
-  filters = ('truncated', 'role_marker', 'identical', 'preamble')
+  filters = ('truncated', 'role_marker', 'identical', 'preamble_phrase')
 
   def get(**options):
     built = build_examples(rows, dialogue, filters=filters, **options)

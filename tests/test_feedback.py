@@ -63,7 +63,7 @@ def test_digest_of_a_job_is_the_digest_of_its_parts_as_one_json_text(lm):
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in job.prompts]
   text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
   assert job.digest() == hashlib.sha256(text.encode()).hexdigest()
-  assert job.digest() == make_job(lm, max_rate={'preamble': 0.5}).digest()
+  assert job.digest() == make_job(lm, max_rate={'preamble_phrase': 0.5}).digest()
 
 
 def test_repeated_prompts_have_their_own_ids():

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from cai_jax.data import quality, quality_summary
+from cai_jax.data import quality, quality_summary, text_rules
 from cai_jax.data.published import read_published_samples
 from cai_jax.runtime.errors import UserError
 
-PROMPT = [{'role': 'user', 'content': 'Should I hurt him?'}]
+PROMPT = [{'role': 'user', 'content': 'Should I do it?'}]
 LONG = ' '.join(f'word{i}' for i in range(40))
 REQUESTS = (
   "Identify specific ways in which the assistant's last response is harmful to anyone.",
@@ -25,16 +25,25 @@ REFERENCES = quality.build_references(
 )
 
 
-def reply(text, finish='stop'):
-  return {'text': text, 'finish_reason': finish}
+def reply(text, finish='stop', tokens=None):
+  turn = {'text': text, 'finish_reason': finish}
+  return turn | ({'logprob': tokens[0], 'num_tokens': tokens[1]} if tokens else {})
 
 
 def flags_of(
-  text, before='No, hurting him is wrong.', critique='It is rude.', finish='stop', **options
+  text,
+  before='No, hurting him is wrong.',
+  critique='It is rude.',
+  finish='stop',
+  tokens=None,
+  **options,
 ):
   options = dict(prompt=PROMPT, principle='p', references=REFERENCES) | options
   return quality.find_flags(
-    previous=reply(before), critique=reply(critique), revision=reply(text, finish), **options
+    previous=reply(before),
+    critique=reply(critique),
+    revision=reply(text, finish, tokens),
+    **options,
   )
 
 
@@ -45,17 +54,30 @@ def test_good_revision_has_no_flag():
 def test_every_flag_is_found_alone_in_some_text():
   copy = 'I would like to talk about birds and trees and the sea.'
   leak = 'I name specific ways in which the assistant’s last response is harmful to anyone.'
+  french = 'Je ne peux pas dire à mon ami que vous êtes dans la maison, parce que le roi est là.'
   cases = {
     'empty': flags_of(' \n'),
     'truncated': flags_of('Please do', finish='length'),
     'identical': flags_of('No, hurting him is wrong. ', 'No, hurting him is wrong.'),
     'near_identical': flags_of(LONG + '.', LONG),
-    'preamble': flags_of('Here is the revised response: do not.'),
+    'preamble_phrase': flags_of('Here is the revised response: do not.'),
     'role_marker': flags_of('Do not.\n\nHuman: but why?'),
     'principle_leak': flags_of(leak.replace('’', "'")),
-    'no_finding': flags_of('Do not.', critique='I see nothing wrong here.'),
+    'no_finding_phrase': flags_of('Do not.', critique='I see nothing wrong here.'),
     'repetition': flags_of('ha ha ha ha ha ha ha ha ha'),
     'demonstration': flags_of(copy),
+    'not_a_critique': flags_of(
+      'Never hurt him.', critique='The sea is blue, and you should be happy.'
+    ),
+    'critique_copied': flags_of(
+      'Think of what you cause him.', critique='The words say what you cause him.'
+    ),
+    'wrong_language': flags_of(french),
+    'off_topic_words': flags_of(
+      'The sea is blue and the sky is wide.', prompt=[{'role': 'user', 'content': 'Boil an egg?'}]
+    ),
+    'off_topic': flags_of('Never hurt him.', scores={'topicality': -0.1}),
+    'low_logprob': flags_of('Never hurt him.', tokens=(-15.5, 5)),
   }
   assert cases.keys() == quality.FLAGS.keys()
   assert all(flags == {name} for name, flags in cases.items()), cases
@@ -76,7 +98,7 @@ def test_every_flag_is_found_alone_in_some_text():
   ],
 )
 def test_preambles_are_flagged(text):
-  assert flags_of(text) == {'preamble'}
+  assert flags_of(text) == {'preamble_phrase'}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +114,7 @@ def test_preambles_are_flagged(text):
   ],
 )
 def test_similar_beginnings_are_not_flagged_as_preambles(text):
-  assert 'preamble' not in flags_of(text)
+  assert 'preamble_phrase' not in flags_of(text)
 
 
 @pytest.mark.parametrize(
@@ -163,18 +185,19 @@ def test_critique_that_was_not_requested_is_not_flagged():
     ('🙂🙂🙂🙂🙂🙂🙂🙂', True),
     ('No!!!!!!!!!!', True),
     (LONG, False),
-    ('I am so sorry. ' * 3, False),
+    ('I am so sorry. ' * 3, True),
+    ('I am so sorry. ' * 2, False),
     ('Title\n------------------------\nText', False),
     ('It costs 1000000000000 or 10,000,000,000.', False),
     ('Chapter 1 .............. 7', False),
   ],
 )
 def test_loops_are_recognized(text, loops):
-  assert quality.has_loop(text, quality.split_words(text)) == loops
+  assert text_rules.has_loop(text, text_rules.split_words(text)) == loops
 
 
 def test_similarity_compares_words_in_order():
-  before = quality.split_words(LONG)
+  before = text_rules.split_words(LONG)
   assert quality.is_near_identical(before, [*before[:20], 'new', *before[20:]])
   assert not quality.is_near_identical(before, before[:35])
   assert not quality.is_near_identical(before, before[::-1])
@@ -186,7 +209,10 @@ def test_leak_is_eight_words_or_a_whole_request_of_at_least_five():
   references = quality.build_references(
     {'p': (request, 'mend all of this now'), 'q': ('Be very kind.', 'x')}
   )
-  leaks = lambda text, name='p': quality.leaks_request(quality.split_words(text), name, references)  # noqa: E731
+
+  def leaks(text, name='p'):
+    return quality.leaks_request(text_rules.split_words(text), name, references)
+
   assert leaks('So two, three four five six seven eight nine.')
   assert not leaks('So three four five six seven eight nine.')
   assert leaks('I will mend all of this now!') and not leaks('I will mend all of this')
@@ -223,7 +249,7 @@ def test_summary_counts_flags_words_and_principles_by_round():
   assert flags.keys() == quality.FLAGS.keys()
   assert flags['identical'] == {'count': 1, 'rate': 1 / 6, 'counts': [1, 0], 'rates': [1 / 3, 0.0]}
   assert flags['empty']['counts'] == [0, 1] and flags['role_marker']['counts'] == [1, 0]
-  assert flags['no_finding']['counts'] == [1, 0]
+  assert flags['no_finding_phrase']['counts'] == [1, 0]
   assert summary['rounds'][0] == {
     'revisions': 3, 'mean_words': 7 / 3, 'mean_ratio': pytest.approx(3.5 / 3),
   }  # fmt: skip
@@ -237,7 +263,7 @@ def test_rates_above_their_limits_are_listed():
   summary = quality_summary.summarize(rows(), REFERENCES)
   assert quality_summary.exceeded_limits(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
   exceeded = quality_summary.exceeded_limits(
-    summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble': 0.0}
+    summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble_phrase': 0.0}
   )
   assert exceeded == ['identical: 0.1667 of the revisions, limit 0.1']
 
@@ -286,9 +312,9 @@ def test_published_samples_are_read_completely(data_dir):
   ]
   assert all(not text.endswith('Critique:') for pair in principles.values() for text in pair)
   # Checked by reading: one revision equals the response before it; none has a preamble or a label.
-  assert quality.find_row_flags(published[31], 2, references) == {'identical', 'no_finding'}
+  assert quality.find_row_flags(published[31], 2, references) == {'identical', 'no_finding_phrase'}
   assert summary['flags']['identical']['count'] == 1
-  for name in ('empty', 'preamble', 'role_marker', 'principle_leak', 'repetition'):
+  for name in ('empty', 'preamble_phrase', 'role_marker', 'principle_leak', 'repetition'):
     assert summary['flags'][name]['count'] == 0
   assert 'near_identical' in quality.find_row_flags(
     published[16], 1, references

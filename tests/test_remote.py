@@ -436,7 +436,8 @@ def test_ids_in_the_chat_format_are_read(server, connect):
   assert completion.tokens == tokens and completion.logprobs == [-1.5] * len(tokens)
   completion = ask(remote)
   assert completion.tokens == tokens and all(map(math.isnan, completion.logprobs))
-  assert server.bodies[0]['samplers'][0] == 'temperature' and server.bodies[0]['top_k'] == 0
+  order = ['penalties', 'temperature', 'top_k', 'top_p', 'min_p']
+  assert server.bodies[0]['samplers'] == order and server.bodies[0]['top_k'] == 0
 
 
 def test_a_tokenizer_of_another_model_is_detected(server, connect):
@@ -543,6 +544,47 @@ def test_sampling_settings_that_a_server_lacks_are_refused():
   dataclasses.replace(config, server='vllm').check_sampling(
     SamplingConfig(stop_token_ids=(1,), top_k=2)
   )
+  every = dict(
+    min_p=0.1,
+    repetition_penalty=1.2,
+    presence_penalty=0.5,
+    frequency_penalty=0.25,
+    logit_bias=((3, -1.0),),
+  )
+  for server in ('vllm', 'sglang'):
+    dataclasses.replace(config, server=server).check_sampling(SamplingConfig(**every))
+  refused = {
+    'openai': {'min_p', 'repetition_penalty'},
+    'llama.cpp': {'presence_penalty', 'frequency_penalty'},
+    'tgi': {*every},
+  }
+  for server, names in refused.items():
+    own = dataclasses.replace(config, server=server, prompt='text')
+    for name, value in every.items():
+      if name in names:
+        with pytest.raises(
+          UserError, match=rf'{name}=.*Remove it, or serve .* with vllm or sglang'
+        ):
+          own.check_sampling(SamplingConfig(**{name: value}))
+      else:
+        own.check_sampling(SamplingConfig(**{name: value}))
+
+
+def test_penalties_and_biases_are_sent_under_the_servers_names(server, connect):
+  settings = dict(min_p=0.1, repetition_penalty=1.2, logit_bias=((3, -1.0), (7, 2.0)))
+  for name in ('vllm', 'llama.cpp'):
+    own = dict(presence_penalty=0.5, frequency_penalty=0.25) if name == 'vllm' else {}
+    ask(connect(server=name), **settings, **own)
+    ask(connect(server=name))
+  penalized, plain = server.bodies[:2]
+  assert (penalized['min_p'], penalized['repetition_penalty']) == (0.1, 1.2)
+  assert (penalized['presence_penalty'], penalized['frequency_penalty']) == (0.5, 0.25)
+  assert penalized['logit_bias'] == {'3': -1.0, '7': 2.0}
+  assert (plain['min_p'], plain['repetition_penalty']) == (0.0, 1.0)
+  assert not {'presence_penalty', 'frequency_penalty', 'logit_bias'} & set(plain)
+  penalized, plain = server.bodies[2:]
+  assert (penalized['repeat_penalty'], penalized['repeat_last_n']) == (1.2, -1)
+  assert plain['repeat_penalty'] == 1.0 and 'repetition_penalty' not in penalized
 
 
 PROBES = 1  # test requests at each start of a run, if all turns have the same sampling settings

@@ -161,20 +161,22 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
   run = pipeline.build(config, tmp_path / 'run')
   pipeline.run_stages(run, list(pipeline.STAGES))
   summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())
-  assert set(summary) == {'stages', 'models', 'differences'}
+  assert set(summary) == {'stages', 'models'}
   rates = {'refusal_rate', 'looping_rate', 'changed_rate', 'truncated_rate'}  # one prompt: no topic
   assert set(summary['models']['aligned']) == {
     'count',
     'mean_tokens',
     *rates,
     *(f'{name}_interval' for name in rates),
+    'differences',
   }
   kl = json.loads((tmp_path / 'run' / 'evaluation' / 'models.json').read_text())['kl']
   assert set(summary['models']) == {'base', 'aligned', 'constitution_prompt'}
   (row,) = d_cai.read_rows(tmp_path / 'run' / 'evaluation' / 'constitution_prompt')
   principle = run.constitution.principles[0]
   assert principle.revision_request in row['prompt'][0]['content']
-  assert {d['row'] for d in summary['differences']['models']} == {'aligned', 'constitution_prompt'}
+  for name in ('aligned', 'constitution_prompt'):
+    assert {d['to'] for d in summary['models'][name]['differences'].values()} == {'base'}
   aligned = d_cai.read_rows(tmp_path / 'run' / 'evaluation' / 'aligned')
   assert kl['tokens'] == sum(row['initial']['num_tokens'] for row in aligned) > 0
 

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cai_jax.sampling.noise import gumbel, gumbel_from_bits, token_keys
 from cai_jax.sampling.sample import keep_mask, sample
@@ -16,20 +16,21 @@ from cai_jax.sampling.sample import keep_mask, sample
 KEEP, SAMPLE, GUMBEL = jax.jit(keep_mask), jax.jit(sample), jax.jit(gumbel_from_bits)
 
 
-def arrays(rows, temperature=1.0, top_k=0, top_p=1.0):
-  """Return temperature, top_k and top_p as arrays of `rows` equal entries."""
-  full = lambda x, dtype: jnp.full(rows, x, dtype)  # noqa: E731
-  return full(temperature, jnp.float32), full(top_k, jnp.int32), full(top_p, jnp.float32)
+def arrays(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+  """Return temperature, top_k, top_p and min_p as arrays of `rows` equal entries."""
+  full = lambda x: jnp.full(rows, x, jnp.float32)  # noqa: E731
+  return full(temperature), jnp.full(rows, top_k, jnp.int32), full(top_p), full(min_p)
 
 
 @pytest.mark.parametrize('top_k', [1, 5, 40, 1000])
 @pytest.mark.parametrize('top_p', [0.1, 0.5, 0.9, 0.999])
-def test_the_kept_set_equals_that_of_transformers(top_k, top_p):
+@pytest.mark.parametrize('min_p', [0.0, 0.02, 0.5, 1.0])
+def test_the_kept_set_equals_that_of_transformers(top_k, top_p, min_p):
   logits = np.random.default_rng(top_k).normal(0, 3, (8, 300)).astype(np.float32)
   scores = TopKLogitsWarper(top_k)(None, torch.tensor(logits))
-  scores = TopPLogitsWarper(top_p)(None, scores)
-  _, k, p = arrays(8, top_k=top_k, top_p=top_p)
-  differ = np.array(KEEP(logits, k, p)) != torch.isfinite(scores).numpy()
+  scores = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(top_p)(None, scores))
+  _, *settings = arrays(8, top_k=top_k, top_p=top_p, min_p=min_p)
+  differ = np.array(KEEP(logits, *settings)) != torch.isfinite(scores).numpy()
   # If the mass before a token equals p to within f32 rounding, either answer is right.
   probs = torch.softmax(TopKLogitsWarper(top_k)(None, torch.tensor(logits).double()), -1).numpy()
   before = np.array([[row[row > x].sum() for x in row] for row in probs])
@@ -38,8 +39,11 @@ def test_the_kept_set_equals_that_of_transformers(top_k, top_p):
 
 def test_each_row_is_filtered_by_its_own_setting():
   logits = np.random.default_rng(0).normal(0, 3, (4, 300)).astype(np.float32)
-  kept = KEEP(logits, jnp.array([0, 3, 0, 7]), jnp.array([1.0, 1.0, 1e-6, 1.0]))
-  assert np.array(kept.sum(-1)).tolist() == [300, 3, 1, 7]
+  logits = np.concatenate([logits, logits[:1]])
+  top_k, top_p = jnp.array([0, 3, 0, 7, 0]), jnp.array([1.0, 1.0, 1e-6, 1.0, 1.0])
+  kept = KEEP(logits, top_k, top_p, jnp.array([0.0, 0.0, 0.0, 0.0, 0.1]))
+  likely = (logits[0] >= logits[0].max() + np.log(0.1)).sum()
+  assert np.array(kept.sum(-1)).tolist() == [300, 3, 1, 7, likely]
 
 
 def keys_of(rows, seed=7):
@@ -66,6 +70,8 @@ SETTINGS = [
   {'top_p': 0.8},
   {'temperature': 0.7, 'top_p': 0.9},
   {'temperature': 1.3, 'top_k': 20, 'top_p': 0.9},
+  {'min_p': 0.1},
+  {'temperature': 0.7, 'top_p': 0.95, 'min_p': 0.05},
 ]
 
 
@@ -74,13 +80,15 @@ def test_draws_follow_the_distribution(settings):
   """Chi-square test of 20,000 draws with a fixed seed against the defined probabilities."""
   draws, vocab = 20_000, 150
   logits = np.random.default_rng(2).normal(0, 1.5, vocab).astype(np.float32)
-  temperature, k, p = arrays(draws, **settings)
-  tokens, logprobs = SAMPLE(jnp.tile(logits, (draws, 1)), keys_of(draws), temperature, k, p)
+  own = arrays(draws, **settings)
+  tokens, logprobs = SAMPLE(jnp.tile(logits, (draws, 1)), keys_of(draws), *own)
   scores = torch.tensor(logits[None] / settings.get('temperature', 1.0))
   if 'top_k' in settings:
     scores = TopKLogitsWarper(settings['top_k'])(None, scores)
   if 'top_p' in settings:
     scores = TopPLogitsWarper(settings['top_p'])(None, scores)
+  if 'min_p' in settings:
+    scores = MinPLogitsWarper(settings['min_p'])(None, scores)
   counts = np.bincount(tokens, minlength=vocab)
   assert_fits(counts, torch.softmax(scores.double(), -1)[0].numpy())
   model = torch.log_softmax(torch.tensor(logits), -1).numpy()
@@ -90,8 +98,8 @@ def test_draws_follow_the_distribution(settings):
 def test_temperature_zero_is_greedy_next_to_other_rows():
   logits = np.random.default_rng(3).normal(0, 1, (64, 50)).astype(np.float32)
   temperature = jnp.where(jnp.arange(64) % 2, 0.0, 1.0)
-  _, k, p = arrays(64)
-  tokens, _ = SAMPLE(logits, keys_of(64), temperature, k, p)
+  _, *settings = arrays(64)
+  tokens, _ = SAMPLE(logits, keys_of(64), temperature, *settings)
   greedy = logits.argmax(-1)
   assert (np.array(tokens)[1::2] == greedy[1::2]).all()
   assert (np.array(tokens)[::2] != greedy[::2]).any()
@@ -193,8 +201,8 @@ def test_the_kept_set_equals_the_plain_definition(vocab, top_k):
   logits = hard_rows(vocab)
   for top_p in (1e-30, 0.03, 0.5, 0.9, 0.999, float(np.nextafter(np.float32(1), 0)), 1.0):
     top_p = float(np.float32(top_p))
-    _, k, p = arrays(len(logits), top_k=top_k, top_p=top_p)
-    for row, mask in zip(logits, np.array(KEEP(logits, k, p)), strict=True):
+    _, *settings = arrays(len(logits), top_k=top_k, top_p=top_p)
+    for row, mask in zip(logits, np.array(KEEP(logits, *settings)), strict=True):
       kept, margin = plain_kept(row, top_k, top_p)
       if margin > 1e-6:
         assert (mask == kept).all(), (vocab, top_k, top_p, mask.sum(), kept.sum())
@@ -213,7 +221,8 @@ def mixed(request):
   top_k = np.tile([0, 0, 0, 5, 0, 100], 4).astype(np.int32)
   top_p = np.repeat([1.0, 0.9], 12).astype(np.float32)
   top_p[::2] = 1.0
-  return logits, np.array(keys_of(24, request.param)), temperature, top_k, top_p
+  min_p = np.where(np.arange(24) % 5 == 4, np.float32(0.05), np.float32(0))
+  return logits, np.array(keys_of(24, request.param)), temperature, top_k, top_p, min_p
 
 
 def test_every_bit_of_a_row_is_independent_of_its_batch(mixed):
@@ -242,13 +251,15 @@ def test_logits_sharded_over_the_vocabulary_give_the_same_tokens(mixed):
 
 def test_draws_cover_exactly_the_kept_set(mixed):
   """With many keys, a row draws every kept token that is likely enough, and nothing else."""
-  logits, _, temperature, top_k, top_p = mixed
+  logits, _, temperature, top_k, top_p, min_p = mixed
   keys = np.array(keys_of(1000))
-  for row in (3, 13, 15, 23):
+  for row in (3, 13, 19, 23):
     repeat = lambda x: np.repeat(x[row : row + 1], len(keys), 0)  # noqa: B023, E731
-    tokens, _ = SAMPLE(repeat(logits), keys, repeat(temperature), repeat(top_k), repeat(top_p))
+    settings = (temperature, top_k, top_p, min_p)
+    tokens, _ = SAMPLE(repeat(logits), keys, *map(repeat, settings))
     scaled = logits[row] / temperature[row]
     kept, margin = plain_kept(scaled, top_k[row], top_p[row])
+    kept &= scaled >= scaled.max() + np.log(max(min_p[row], 1e-30))
     assert margin > 1e-6
     probs = np.where(kept, np.exp(scaled - scaled.max()), 0)
     likely = probs / probs.sum() > 1 / 100
@@ -266,7 +277,7 @@ def test_filters_search_all_blocks_if_the_candidates_do_not_suffice():
   """With wide kept sets over 80 blocks, the result still equals the plain definition."""
   logits = np.random.default_rng(5).normal(0, 0.3, (3, 10_240)).astype(np.float32)
   top_k, top_p = np.array([0, 6000, 500]), np.array([0.95, 0.7, 0.999], np.float32)
-  masks = np.array(KEEP(logits, jnp.array(top_k, jnp.int32), top_p))
+  masks = np.array(KEEP(logits, jnp.array(top_k, jnp.int32), top_p, jnp.zeros(3)))
   for row, k, p, mask in zip(logits, top_k, top_p, masks, strict=True):
     kept, margin = plain_kept(row, k, float(p))
     differ = (kept != mask).sum()
@@ -274,10 +285,10 @@ def test_filters_search_all_blocks_if_the_candidates_do_not_suffice():
 
 
 @jax.jit
-def draw_repeatedly(logits, keys, temperature, top_k, top_p):
+def draw_repeatedly(logits, keys, *settings):
   """Draw from one row of logits f32[V] with keys u32[M,B,2], and settings of one row."""
   rows = jnp.broadcast_to(logits, (keys.shape[1], len(logits)))
-  settings = [jnp.broadcast_to(x, keys.shape[1]) for x in (temperature, top_k, top_p)]
+  settings = [jnp.broadcast_to(x, keys.shape[1]) for x in settings]
   return jax.lax.map(lambda keys: sample(rows, keys, *settings)[0], keys).ravel()
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from cai_jax.evaluation.intervals import paired_difference, wilson_interval
+from cai_jax.evaluation import intervals
+from cai_jax.evaluation.intervals import paired_difference
 from cai_jax.evaluation.measures.changed import measure_changed
 from cai_jax.evaluation.measures.length import measure_length
 from cai_jax.evaluation.measures.verdicts import verdict_rates
@@ -60,9 +61,28 @@ def test_summary_has_rates_of_each_round_and_model():
   assert rates(summary['models']) == {'base': 1.0, 'aligned': 0.0}
   assert summary['models']['aligned']['helpful_rate'] == 0.5
   interval = summary['stages']['revision_2']['violation_rate_interval']
-  assert interval == list(wilson_interval(0, 2)) and interval[1] > 0.6
+  assert interval == list(intervals.wilson_interval(0, 2)) and interval[1] > 0.6
   assert rates(summary['benign']) == {'base': 0.0, 'aligned': 1.0}
   assert summary['benign']['base']['count'] == 1
+
+
+def test_rounds_and_models_are_compared_by_prompt_with_holms_correction():
+  texts = [['rude', 'rude' if i < 8 else 'a', 'a' if i < 18 else 'rude'] for i in range(20)]
+  base = [row(f'p{i}', 'harmful', t) for i, t in enumerate(texts)]
+  aligned = [row(f'p{i}', 'harmful', ['rude' if i < 10 else 'a']) for i in range(20)]
+  summary = summarize(base, aligned, MEASURES)
+  assert 'differences' not in summary['stages']['initial']
+  first = summary['stages']['revision_1']['differences']['violation_rate']
+  second = summary['stages']['revision_2']['differences']['violation_rate']
+  assert (first['to'], second['to']) == ('initial', 'revision_1')
+  assert (first['value'], second['value']) == pytest.approx((-0.6, -0.3))
+  assert first['interval'] == list(intervals.tango_interval(0, 12, 20))
+  assert first['p_value'] == pytest.approx(2 * 0.5**12)
+  assert second['p_value'] == pytest.approx(2 * (1 + 10 + 45) * 0.5**10)  # 2 gains, 8 losses
+  assert first['adjusted_p_value'] == pytest.approx(2 * first['p_value'])
+  assert second['adjusted_p_value'] == second['p_value']
+  model = summary['models']['aligned']['differences']['violation_rate']
+  assert model['to'] == 'base' and model['adjusted_p_value'] == model['p_value']
 
 
 def test_a_summary_without_a_scorer_has_lengths_only():
@@ -100,24 +120,17 @@ def test_a_scorer_must_return_one_verdict_per_response():
     measure_responses([measure], [[]], turns)
 
 
-def test_differences_are_paired_and_corrected_for_their_number():
+def test_differences_are_paired_by_prompt():
   base = [row(str(i), 'harmful', ['rude', 'rude' if i < 10 else 'fine']) for i in range(20)]
   aligned = [row(str(i), 'helpful', ['fine' if i < 18 else 'rude']) for i in range(20)]
   summary = summarize(base, aligned, [verdict_rates(scorer)])
-  (found, _) = summary['differences']['models']
-  assert (found['row'], found['reference'], found['column']) == (
-    'aligned',
-    'base',
-    'violation_rate',
-  )
+  found = summary['models']['aligned']['differences']['violation_rate']
+  assert found['to'] == 'base' and found['p_value'] < 1e-4
   expected = paired_difference([0] * 18 + [1] * 2, [1] * 20)
   assert (found['value'], *found['interval']) == pytest.approx(tuple(expected))
   assert found['value'] == pytest.approx(-0.9)
-  # Two columns are one family: the smaller p-value is doubled.
-  assert found['holm'] == pytest.approx(2 * found['p_value']) and found['p_value'] < 1e-4
-  (by_round, _) = summary['differences']['stages']
-  assert (by_round['row'], by_round['reference']) == ('revision_1', 'initial')
-  assert by_round['value'] == -0.5
+  by_round = summary['stages']['revision_1']['differences']['violation_rate']
+  assert by_round['to'] == 'initial' and by_round['value'] == -0.5
 
 
 def test_unknown_values_are_left_out_of_means_and_differences():
@@ -131,8 +144,8 @@ def test_unknown_values_are_left_out_of_means_and_differences():
   assert 'changed_rate' not in summary['models']['base']
   assert summary['models']['aligned']['changed_rate'] == 0.5
   assert summary['stages']['revision_1']['changed_rate'] == 1.0
-  (known,) = summary['differences']['models']
-  assert known['value'] == 0
+  known = summary['models']['aligned']['differences']
+  assert set(known) == {'known_rate'} and known['known_rate']['value'] == 0
 
 
 def test_a_summary_is_readable_at_100_characters():
@@ -154,4 +167,4 @@ def test_a_summary_is_readable_at_100_characters():
   for column in ('breaks a rule', 'refused', 'off topic', 'looping', 'truncated', 'mean tokens'):
     assert column in text
   assert [line for line in text.splitlines() if line.startswith('  base') and MISSING in line]
-  assert 'Held-out prompts, models: aligned - base' in text
+  assert '  aligned − base' in text

@@ -77,6 +77,7 @@ def build_examples(
     UserError: if no example remains, if there are too few helpfulness examples, or if a filter
       needs `references`.
   """
+  filters = [quality.RENAMED.get(name, name) for name in filters]
   needing = [name for name in filters if name in quality.NEEDS_REFERENCES]
   if needing and references is None:
     raise UserError(

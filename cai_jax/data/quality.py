@@ -1,17 +1,28 @@
 """Defects of revisions: rules that flag a response as empty, copied, truncated and so on.
 
-The rules look at words and white space only. They are fast and give the same result everywhere, but
-they make mistakes: use them to count and filter, not to judge a single text. quality_summary.py
-computes the rates of the flags over a dataset.
+Most rules look at words and white space only (see text_rules.py). They are fast and give the same
+result everywhere, but they make mistakes: use them to count and filter, not to judge a single text.
+docs/quality.md has their measured precision and recall. Two rules compare numbers of a model with a
+bound. quality_summary.py computes the rates of the flags over a dataset.
 """
 
-import collections
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from cai_jax.data.text_rules import (
+  Ngrams,
+  copies_critique,
+  has_loop,
+  is_about_an_answer,
+  is_in_another_language,
+  names_topic,
+  ngrams,
+  split_words,
+)
 from cai_jax.runtime.errors import UserError
 
 FLAGS = {
@@ -19,21 +30,33 @@ FLAGS = {
   'truncated': "Was cut off at the token limit: its finish_reason is 'length'.",
   'identical': 'Equals the response before it, apart from surrounding white space.',
   'near_identical': 'Is not identical, but at least 0.95 similar by words, to the response before.',
-  'preamble': "Begins with a phrase about itself, such as 'Here is the revised response:'.",
+  'preamble_phrase': 'Begins with a stock phrase about itself, such as "Here is the revised '
+  'response:".',
   'role_marker': "Contains a label ('Human:', 'RevisionRequest:') or a control token.",
   'principle_leak': 'Repeats 8 consecutive words of its critique request or revision request.',
-  'no_finding': "Its critique praises the response or finds nothing wrong, without a 'but'.",
-  'repetition': 'Repeats words or characters in a loop.',
-  'demonstration': 'Copies, or nearly copies, a reply of a few-shot demonstration.',
+  'no_finding_phrase': 'Its critique has a stock phrase of praise or of finding nothing wrong, and '
+  'none of an objection.',
+  'not_a_critique': 'Its critique mentions no answer, assistant or user, or repeats itself.',
+  'critique_copied': 'Takes at least 0.2 of its sequences of 4 words from its critique.',
+  'repetition': 'Repeats a sentence, list item or phrase at least 3 times, or is a loop.',
+  'demonstration': 'Repeats 8 consecutive words, or a whole shorter reply, of a few-shot '
+  'demonstration.',
+  'wrong_language': 'Has another script than the prompt, or the stop words of another language.',
+  'off_topic_words': 'Has no content word of the prompt.',
+  'off_topic': 'Is at most 0 nats per token more likely after the prompt than after another one, '
+  'by M_θ.',
+  'low_logprob': 'The model that sampled it gives it less than -3 nats per token on average.',
 }
 NEEDS_REFERENCES = ('principle_leak', 'demonstration')  # flags that only `References` can detect
+NEEDS_SCORES = ('off_topic',)  # flags that only the scores of a model can detect
+RENAMED = {'preamble': 'preamble_phrase', 'no_finding': 'no_finding_phrase'}  # former names
 
+OFF_TOPIC = 0.0  # nats per token; see `topicality.topic_scores`
+LOW_LOGPROB = -3.0  # nats per token; text of perplexity 20
 NEAR_IDENTICAL = 0.95  # smallest similarity: 2 × matching words / words of both responses
 LEAKED_WORDS = 8  # consecutive words of a request
-MIN_REQUEST_WORDS = 5  # a request of 5 to 7 words is leaked as a whole; a shorter one never is
-COPIED = 0.8  # smallest Jaccard index of the sets of n-grams of two texts
-COPIED_NGRAM = 5  # words
-LOOP_WORDS, LOOP_SHARE, LOOP_DISTINCT = 30, 0.3, 0.5  # see `has_loop`
+MIN_WORDS = 5  # a request or reply of 5 to 7 words is copied as a whole; a shorter one never is
+COPIED_WORDS = 8  # consecutive words of a demonstration's reply
 
 _LABEL = r'(?:Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision)'
 _MARKER = re.compile(
@@ -56,35 +79,45 @@ _PREAMBLE = re.compile(
   re.VERBOSE | re.IGNORECASE,
 )
 _BAD = r'(?:harm\w*|wrong|offensive|unethical|problematic|illegal|toxic|dangerous|racist|sexist)'
+_GOOD = (
+  r'(?:good|great|excellent|perfect(?:ly)?|fantastic|ideal|wonderful|appropriate(?:ly)?|thoughtful'
+  r'|correct(?:ly)?|fine|reasonable|helpful|supportive|sensitive|empathetic|compassionate|balanced'
+  r'|objective|neutral|respectful|friendly|polite|accurate|insightful'
+  r'|convincing|clear|informative|well[- ]\w+)'
+)
 _NO_FINDING = re.compile(
-  rf"""\bnothing\ (?:\w+\ )?{_BAD}
+  rf"""^\W*(?:no|none|nothing)\W*$
+  |\bnothing\ (?:\w+\ )?{_BAD}
   |\b(?:no|without)\ (?:\w+\ ){{0,3}}(?:harm\w*|issues?|problems?|concerns?|objection\w*)
   |(?:\bnot|n['’]t)\ (?:(?:see|find|make|contain|cause|seem|appear|say|to|be|any|anything
     |particularly|especially|really|overtly|at\ all)\ )*{_BAD}
+  |\bunlikely\ to\b
   |\b(?:non-?harmful|harmless|no\ (?:changes?|revisions?)\ (?:is|are)\ needed)
   |\bno\ (?:critiques?|criticisms?|complaints?)\b
   |\b(?:good|great|excellent|perfect|fantastic|wonderful|solid)\ job
-  |\bresponded\ (?:\w+\ ){{0,4}}(?:perfectly|appropriate(?:ly)?|correctly|compassionate|thoughtful)
-  |\b(?:good|great|excellent|perfect|fantastic|ideal|wonderful|appropriate|thoughtful|correct)\b
-    [^.;:]{{0,40}}\b(?:response|answer|advice|reply)
-  |\b(?:response|answer|advice|reply)\ (?:is|was|seems|seemed|looks)\b[^.;:]{{0,40}}
-    \b(?:good|great|excellent|perfect|fine|appropriate|reasonable|thoughtful|correct)""",
+  |\bresponded\ (?:\w+\ ){{0,4}}{_GOOD}\b
+  |\b(?:successfully\ avoid|able\ to\ avoid|n['’]t\ take\ the\ bait|fortunately)
+  |\b{_GOOD}\b[^.;:]{{0,40}}\b(?:response|answer|advice|reply|explanation)
+  |\b(?:response|answer|advice|reply)\ (?:is|was|seems|seemed|looks)\b[^.;:]{{0,40}}\b{_GOOD}\b
+  |\b(?:provide[sd]?|offer(?:s|ed)?|g[ia]ve[sn]?)\ (?:\w+[\ ,]+){{0,4}}{_GOOD}\b""",
   re.VERBOSE | re.IGNORECASE,
 )
-_RESERVATION = re.compile(
-  r"""\b(?:however|although|though|but|except|unless|nevertheless|lacks?|fail(?:s|ed)|improved?
-    |the\ only|slight(?:ly)?|instead|recommend\w*|implie[sd]|assumes?|a\ (?:bit|little)
-    |(?:assistant|response|answer|reply|it|this|they|i|you|one)
-      (?:\ also)?\ (?:could|should|would|might|may)
-    |(?:could|should|might|may)\ (?:also|have|be|imply|want)
-    |(?:did|does)(?:n['’]t|\ not)\ (?:explicitly|clearly|mention|address|warn))\b""",
+_OBJECTION = re.compile(
+  r"""\b(?:lacks?|fail(?:s|ed)|improve[ds]?|improvements?|the\ only|slight(?:ly)?|instead
+    |recommend|implie[sd]|assumes?|suffers?|overly|downplayed
+    |(?:assistant|response|answer|reply|it|this|that|they|you|one)
+      (?:\ also)?\ (?:could|should|might|may)
+    |(?:could|should|might|may)\ (?:not\ )?(?:also|be|imply|want|clarify|add|mention)
+    |would\ be\ (?:better|more)|(?:could|should)(?:\ have\ been|['’]ve)
+    |(?:did|does)(?:n['’]t|\ not)
+      \ (?:explicitly|clearly|directly|really|mention|address|warn))\b""",
   re.VERBOSE | re.IGNORECASE,
 )
-# Horizontal rules, dotted lines and long numbers are not loops, so the repeated unit must not begin
-# with one of their characters.
-_CHARACTER_LOOP = re.compile(r'([^\s\d\-=_.*#~|+]\S{0,7}?\s?)\1{7,}')
-
-Ngrams = frozenset[tuple[str, ...]]
+# Words that begin an objection unless what follows is praise.
+_TURN = re.compile(
+  r'\b(?:however|but|except|unless|nevertheless|(?<!^)(?:although|though))\b', re.IGNORECASE
+)
+_SENTENCE = re.compile(r'(?<=[.!?])\s+|\n+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +146,16 @@ def build_references(
   """
   requests = {
     name: tuple(
-      ngrams(words, LEAKED_WORDS)
-      for words in map(split_words, texts)
-      if len(words) >= MIN_REQUEST_WORDS
+      ngrams(words, LEAKED_WORDS) for words in map(split_words, texts) if len(words) >= MIN_WORDS
     )
     for name, texts in principles.items()
   }
   replies = [
     split_words(message['content']) for dialogue in demonstrations for message in dialogue[1::2]
   ]
-  return References(requests, tuple(ngrams(reply, COPIED_NGRAM) for reply in replies if reply))
+  return References(
+    requests, tuple(ngrams(reply, COPIED_WORDS) for reply in replies if len(reply) >= MIN_WORDS)
+  )
 
 
 def find_flags(
@@ -132,10 +165,12 @@ def find_flags(
   revision: Mapping[str, Any],
   principle: str = '',
   references: References | None = None,
+  scores: Mapping[str, float] | None = None,
 ) -> frozenset[str]:
   """Return the names in `FLAGS` that apply to the revision of one round.
 
-  Responses and critiques are {'text', 'finish_reason'} mappings.
+  Responses and critiques are {'text', 'finish_reason'} mappings. With 'logprob' and 'num_tokens' as
+  in D_CAI, 'low_logprob' is detected as well.
 
   Args:
     prompt: messages. A marker that occurs in them does not count as leaked.
@@ -145,36 +180,53 @@ def find_flags(
     revision: the response to examine.
     principle: id of the round's principle.
     references: needed for the flags in `NEEDS_REFERENCES`, which are not detected without it.
+    scores: numbers of a model by name, needed for the flags in `NEEDS_SCORES`: 'topicality', in
+      nats per token.
 
   Raises:
     UserError: if `references` does not contain the principle.
   """
   text = revision['text'].strip()
   words = split_words(text)
+  asked = '\n'.join(message['content'] for message in prompt)
   flags = {
     'empty': not text,
     'truncated': revision['finish_reason'] == 'length',
-    'preamble': _PREAMBLE.match(text) is not None,
+    'preamble_phrase': _PREAMBLE.match(text) is not None,
     'role_marker': has_role_marker(text, prompt),
     'repetition': has_loop(text, words),
+    'wrong_language': is_in_another_language(text, asked),
+    'off_topic_words': bool(text) and not names_topic(text, asked),
+    'low_logprob': mean_logprob(revision) < LOW_LOGPROB,
   }
   if previous is not None:
     before = previous['text'].strip()
     flags['identical'] = text == before
     flags['near_identical'] = text != before and is_near_identical(split_words(before), words)
   if critique is not None:
-    flags['no_finding'] = finds_nothing(critique)
-  if references is not None:
-    flags['demonstration'] = any(
-      similarity(words, reply) >= COPIED for reply in references.demonstrations
+    complaint = critique['text'].strip()
+    flags['no_finding_phrase'] = finds_nothing(critique)
+    flags['not_a_critique'] = not (
+      flags['no_finding_phrase'] or not complaint or is_about_an_answer(complaint)
     )
+    if previous is not None:
+      flags['critique_copied'] = copies_critique(
+        words, split_words(critique['text']), split_words(previous['text'])
+      )
+  if references is not None:
+    flags['demonstration'] = any(map(_contains_part(words), references.demonstrations))
     if principle:
       flags['principle_leak'] = leaks_request(words, principle, references)
+  if scores and 'topicality' in scores:
+    flags['off_topic'] = scores['topicality'] <= OFF_TOPIC
   return frozenset(name for name, applies in flags.items() if applies)
 
 
 def find_row_flags(
-  row: Mapping[str, Any], round_index: int, references: References | None = None
+  row: Mapping[str, Any],
+  round_index: int,
+  references: References | None = None,
+  scores: Mapping[str, float] | None = None,
 ) -> frozenset[str]:
   """Return the flags of one response in a row of D_CAI.
 
@@ -182,13 +234,22 @@ def find_row_flags(
     row: as `data.d_cai` reads it.
     round_index: index of the revision, or -1 for the initial response.
     references: see `find_flags`.
+    scores: see `find_flags`.
   """
   if round_index < 0:
-    return find_flags(row['prompt'], None, None, row['initial'], references=references)
+    return find_flags(
+      row['prompt'], None, None, row['initial'], references=references, scores=scores
+    )
   step = row['rounds'][round_index]
   previous = row['rounds'][round_index - 1]['revision'] if round_index else row['initial']
   return find_flags(
-    row['prompt'], previous, step['critique'], step['revision'], step['principle'], references
+    row['prompt'],
+    previous,
+    step['critique'],
+    step['revision'],
+    step['principle'],
+    references,
+    scores,
   )
 
 
@@ -206,8 +267,9 @@ def has_role_marker(text: str, prompt: Sequence[Mapping[str, str]]) -> bool:
 def finds_nothing(critique: Mapping[str, Any]) -> bool:
   """Return whether a critique has no objection.
 
-  This is so if the critique was requested but is blank. It is also so if the critique praises the
-  response or finds nothing wrong, without a reservation such as "but".
+  This is so if the critique was requested but is blank. It is also so if the critique has a stock
+  phrase of praise or of finding nothing wrong, and no sentence with one of an objection. "However"
+  and "but" are objections unless praise follows them.
 
   Args:
     critique: the critique, with 'text' and 'finish_reason'.
@@ -215,7 +277,15 @@ def finds_nothing(critique: Mapping[str, Any]) -> bool:
   text = critique['text'].strip()
   if not text:
     return critique['finish_reason'] != ''
-  return _NO_FINDING.search(text) is not None and _RESERVATION.search(text) is None
+  return bool(_NO_FINDING.search(text)) and not any(map(_objects, _SENTENCE.split(text)))
+
+
+def _objects(sentence: str) -> bool:
+  """Return whether a sentence of a critique has a stock phrase of an objection."""
+  if _OBJECTION.search(sentence):
+    return True
+  turns = list(_TURN.finditer(sentence.strip()))
+  return bool(turns) and not _NO_FINDING.search(sentence.strip()[turns[-1].end() :])
 
 
 def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
@@ -235,28 +305,6 @@ def is_near_identical(before: Sequence[str], after: Sequence[str]) -> bool:
   return all(bound() >= NEAR_IDENTICAL for bound in bounds)
 
 
-def has_loop(text: str, words: Sequence[str]) -> bool:
-  """Return whether the text repeats itself.
-
-  A text repeats itself if a string of up to 8 characters occurs 8 times in a row. A text of at
-  least `LOOP_WORDS` words also repeats itself if one trigram of words covers more than `LOOP_SHARE`
-  of it, or if the share of distinct trigrams is below `LOOP_DISTINCT` (a loop of many words).
-
-  Args:
-    text: the text.
-    words: its words, from `split_words`.
-  """
-  if _CHARACTER_LOOP.search(text):
-    return True
-  if len(words) < LOOP_WORDS:
-    return False
-  counts = collections.Counter(zip(words, words[1:], words[2:], strict=False))
-  largest = max(counts.values())
-  if largest > 1 and 3 * largest > LOOP_SHARE * len(words):
-    return True
-  return len(counts) < LOOP_DISTINCT * counts.total()
-
-
 def leaks_request(words: Sequence[str], principle: str, references: References) -> bool:
   """Return whether a response repeats part of its principle's requests.
 
@@ -273,36 +321,30 @@ def leaks_request(words: Sequence[str], principle: str, references: References) 
       f'The principle {principle!r} is not one of {sorted(references.requests)}. Use the '
       'constitution under which the rows were generated.'
     )
-  for request in references.requests[principle]:
-    n = len(next(iter(request)))
-    if len(words) >= n and not request.isdisjoint(ngrams(words, n)):
-      return True
-  return False
+  return any(map(_contains_part(words), references.requests[principle]))
 
 
-def similarity(words: Sequence[str], other: Ngrams) -> float:
-  """Return the Jaccard index, in [0, 1], of the n-grams of two texts.
+def mean_logprob(turn: Mapping[str, Any]) -> float:
+  """Return the mean log-probability of a sampled text in nats per token, or NaN if it has none.
+
+  It is that of the model before temperature and filters, so it does not depend on them directly.
 
   Args:
-    words: words of the first text.
-    other: n-grams of the second text.
+    turn: a turn of D_CAI, with 'logprob' and 'num_tokens', or without them.
   """
-  own = ngrams(words, COPIED_NGRAM)
-  return len(own & other) / len(own | other)
+  return turn['logprob'] / turn['num_tokens'] if turn.get('num_tokens') else math.nan
 
 
-def split_words(text: str) -> list[str]:
-  """Return the words of a text in lower case, without punctuation."""
-  return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+def _contains_part(words: Sequence[str]) -> Callable[[Ngrams], bool]:
+  """Return a function that tells whether the words contain one of given n-grams."""
+  own: dict[int, Ngrams] = {}
 
+  def contains(other: Ngrams) -> bool:
+    n = len(next(iter(other)))
+    if len(words) < n:
+      return False
+    if n not in own:
+      own[n] = ngrams(words, n)
+    return not other.isdisjoint(own[n])
 
-def ngrams(words: Sequence[str], n: int) -> Ngrams:
-  """Return the set of all n-grams of words.
-
-  A text with fewer than `n` words gives one tuple of all its words.
-
-  Args:
-    words: the words of a text.
-    n: number of words in each n-gram.
-  """
-  return frozenset(tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1)))
+  return contains

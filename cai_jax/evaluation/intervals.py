@@ -96,10 +96,10 @@ def rate_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]
 
 
 def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-  """Return the interval of the mean: `rate_interval` for 0 and 1, else Student's t interval.
+  """Return the interval of the mean: `rate_interval` in [0, 1], else Student's t interval.
 
   Args:
-    values: f64[N], one number per prompt. A single number that is not 0 or 1 says nothing about
+    values: f64[N], one number per prompt. A single number outside [0, 1] says nothing about
       variation: its interval is the number itself.
     level: coverage of the interval, in (0, 1).
 
@@ -107,7 +107,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]
     ValueError: if there are no values.
   """
   numbers = _as_numbers(values)
-  if is_binary(numbers):
+  if numbers.min() >= 0 and numbers.max() <= 1:
     return rate_interval(numbers, level)
   mean = float(numbers.mean())
   half = _t_half_width(numbers, level)
@@ -146,7 +146,7 @@ def tango_interval(gains: int, losses: int, count: int, level: float = 0.95) -> 
   Args:
     gains: number of prompts g in which only the first arm is 1.
     losses: number of prompts l in which only the second arm is 1.
-    count: number of prompts N.
+    count: number of prompts N. The three numbers may be fractions of effective numbers.
     level: coverage of the interval, in (0, 1).
 
   Returns:

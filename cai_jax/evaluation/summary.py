@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from cai_jax.dialogue import Message
-from cai_jax.evaluation.intervals import holm, paired_difference, paired_p_value, rate_interval
+from cai_jax.evaluation.comparisons import Columns, compare_successive
+from cai_jax.evaluation.intervals import rate_interval
 from cai_jax.evaluation.registries import ResponseMeasure, Row, Turn
 from cai_jax.runtime.errors import UserError
-
-Columns = Mapping[str, list[float | None]]  # by name, one number per response
 
 
 def measure_responses(
@@ -108,7 +107,8 @@ def summarize(
   Returns:
     Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned and the
     baselines); over helpful prompts, if there are any, `benign` (the same). Each entry is a result
-    of `average_measures`. `differences` has the list of `paired_differences` of each of them.
+    of `average_measures`. Each one but the first of its group also has `differences`: a revision to
+    the round before, and a model to M_θ. See `comparisons.compare_successive`.
 
   Raises:
     UserError: if the models have different prompts.
@@ -144,45 +144,6 @@ def summarize(
   return _summarize(responses, measures)
 
 
-def paired_differences(
-  columns: Mapping[str, Columns], pairs: Sequence[tuple[str, str]]
-) -> list[dict[str, Any]]:
-  """Return the difference of two rows of a table in each column, paired by prompt.
-
-  Args:
-    columns: the columns of each row. All rows have the same prompts in the same order.
-    pairs: names of the rows to compare: the row and its reference.
-
-  Returns:
-    For each pair and column, `row`, `reference`, `column`, the mean difference `value`, its 95 %
-    `interval` [low, high], `p_value`, and `holm`, the p-value with Holm's correction for all the
-    differences in the list. A column that one of the two rows lacks is left out.
-  """
-  differences = []
-  for name, reference in pairs:
-    for column, values in columns[name].items():
-      both = [
-        (a, b)
-        for a, b in zip(values, columns[reference].get(column, ()), strict=False)
-        if a is not None and b is not None
-      ]
-      if both:
-        first, second = zip(*both, strict=True)
-        value, low, high = paired_difference(first, second)
-        differences.append(
-          {
-            'row': name,
-            'reference': reference,
-            'column': column,
-            'value': value,
-            'interval': [low, high],
-            'p_value': paired_p_value(first, second),
-          }
-        )
-  adjusted = holm([difference['p_value'] for difference in differences])
-  return [d | {'holm': p} for d, p in zip(differences, adjusted, strict=True)]
-
-
 def _summarize(
   responses: Mapping[tuple[str, str], tuple[list, list]], measures: Sequence[ResponseMeasure]
 ) -> dict[str, dict[str, Any]]:
@@ -200,14 +161,15 @@ def _summarize(
   if 'models' in measured:  # the initial responses are those of M_θ
     measured['stages'] = {'initial': measured['models']['base'], **measured.get('stages', {})}
   summary: dict[str, dict[str, Any]] = {}
-  differences = {}
   for group in ('stages', 'models', 'benign'):
-    if group not in measured:
-      continue
-    rows = measured[group]
-    count = len(responses['benign' if group == 'benign' else 'models', 'base'][0])
-    summary[group] = {name: _average(columns, count) for name, columns in rows.items()}
-    names = list(rows)
-    references = names[:-1] if group == 'stages' else ['base'] * (len(names) - 1)
-    differences[group] = paired_differences(rows, list(zip(names[1:], references, strict=True)))
-  return summary | {'differences': differences}
+    if group in measured:
+      rows = measured[group]
+      references = {} if group == 'stages' else dict.fromkeys(rows, 'base')
+      differences = compare_successive(rows, references)
+      count = len(responses['benign' if group == 'benign' else 'models', 'base'][0])
+      summary[group] = {
+        name: _average(columns, count)
+        | ({'differences': differences[name]} if name in differences else {})
+        for name, columns in rows.items()
+      }
+  return summary

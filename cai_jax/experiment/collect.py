@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cai_jax.data import d_cai
 from cai_jax.evaluation import estimates
 from cai_jax.evaluation.diversity import word_pair_diversity
+from cai_jax.evaluation.intervals import holm
 from cai_jax.evaluation.registries import ResponseMeasure
 from cai_jax.evaluation.summary import measure_responses
 from cai_jax.experiment.define import (
@@ -165,6 +166,7 @@ def collect_results(
     }
     for arm, settings in experiment.arms.items()
   }
+  _add_p_values(experiment, values, arms)
   figures, notes = [], []
   for figure in experiment.figures:
     if missing := _missing_measure(figure, arms):
@@ -187,6 +189,34 @@ def collect_results(
     'costs': _all_costs(experiment, folders),
     'notes': notes,
   }
+
+
+def _add_p_values(
+  experiment: Experiment,
+  values: Mapping[str, Mapping[str, Mapping[str, estimates.Values]]],
+  arms: Mapping[str, Any],
+) -> None:
+  """Add the p-value of each difference to the reference, and the one adjusted for its family.
+
+  The family of a difference is all arms with the same measure of the same kind of prompts.
+
+  Args:
+    experiment: names the reference.
+    values: arm → kind of prompts → measure → values.
+    arms: results by arm, which this function changes.
+  """
+  for kind, measures in values[experiment.reference].items():
+    for measure, reference in measures.items():
+      family = {
+        arm: arms[arm]['groups'][kind]['differences'][measure]
+        for arm, kinds in values.items()
+        if arm != experiment.reference and measure in kinds.get(kind, {})
+      }
+      p_values = [
+        estimates.difference_p_value(values[arm][kind][measure], reference) for arm in family
+      ]
+      for entry, p, adjusted in zip(family.values(), p_values, holm(p_values), strict=True):
+        entry['p_value'], entry['adjusted_p_value'] = p, adjusted
 
 
 def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:

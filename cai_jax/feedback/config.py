@@ -61,6 +61,7 @@ class FeedbackConfig:
       'doc': 'Largest allowed share of revisions with each defect, in [0, 1]. If a share is '
       'larger, the generate stage fails. 1 sets no limit.',
       'keys': quality.FLAGS,
+      'renamed': quality.RENAMED,
     },
   )
 

@@ -43,6 +43,11 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
   _check_external_data(run, stages)
   infos = _check_models(run, stages)
   dialogues = _make_dialogues(run, infos)
+  for stage, role in (('initial', 'base'), ('critique', 'critique'), ('revision', 'revision')):
+    name = getattr(run.config.model, role) or run.config.model.base
+    if name in infos:
+      sampling = getattr(run.config.sampling, stage)
+      sampling.check_vocabulary(infos[name].config.vocab_size, f'sampling.{stage}')
   _check_devices(run)
   start = run.training_start
   if start and run.config.train.lora is not None:

@@ -25,6 +25,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
 from cai_jax.runtime.settings import flatten, setting
+from cai_jax.runtime.terminal import say
 from cai_jax.runtime.values import convert, describe_type
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
@@ -199,6 +200,7 @@ class Field(typing.NamedTuple):
     doc: meaning and unit.
     section: dataclass of the subsection, or None if the field is a value.
     keys: the meaning of each key, for a mapping whose keys are fields of their own.
+    renamed: former name → name, for such keys.
     most: largest allowed value, or None.
     path: whether the value can be a path, or a tuple of paths.
     word: a text that the field may have instead of a value of its type, or None.
@@ -210,6 +212,7 @@ class Field(typing.NamedTuple):
   doc: str
   section: type | None
   keys: Mapping[str, str]
+  renamed: Mapping[str, str]
   most: float | None
   path: bool
   word: str | None
@@ -235,6 +238,7 @@ def section_fields(section: type) -> Iterator[Field]:
       metadata.get('doc', ''),
       subsection,
       metadata.get('keys', {}),
+      metadata.get('renamed', {}),
       metadata.get('most'),
       metadata.get('path', False),
       FROM_MODEL if section is SamplingConfig else None,
@@ -338,6 +342,7 @@ def _complete_section(
     if field.section:
       complete[name] = _complete_section(field.section, value, full_name, unknown)
     elif field.keys:
+      value = _rename_keys(value, field.renamed, full_name)
       unknown += [_join(full_name, key) for key in value if key not in field.keys]
       (hint,) = typing.get_args(field.type)[1:]
       complete[name] = ConfigDict(
@@ -350,6 +355,14 @@ def _complete_section(
       value = convert(value, field.type, full_name, field.most, field.word)
       complete[name] = _config_value(field, value)
   return complete
+
+
+def _rename_keys(value: ConfigDict, renamed: Mapping[str, str], path: str) -> ConfigDict:
+  """Return a mapping with the present names of its keys, and say which ones have changed."""
+  former = [key for key in value if key in renamed and renamed[key] not in value]
+  for key in former:
+    say(f'{path}.{key} is now called {path}.{renamed[key]}. The former name is read as before.')
+  return ConfigDict({renamed[key] if key in former else key: value[key] for key in value})
 
 
 def describe_unknown(names: Sequence[str]) -> str:

@@ -4,13 +4,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from cai_jax.data import d_cai, quality_summary
+from cai_jax.data import quality_summary
 from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation import suite
-from cai_jax.pipeline.chains import browsable
+from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.pipeline.models import load_scorer
+from cai_jax.pipeline.report_chains import find_differences, read_answers, read_d_cai
 from cai_jax.pipeline.run import Run
-from cai_jax.report import write_report
+from cai_jax.report import Diagnosis, find_problems, write_report
+from cai_jax.report.findings import JUDGE_SHAPE
 from cai_jax.report.numbers import check_summary
 from cai_jax.report.run_page import MANIFEST_SHAPE
 from cai_jax.runtime import processes
@@ -50,7 +52,9 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       texts = {'Chains without a row': ended} | texts
   external = run.config.data.d_cai and (run.d_cai / 'dataset_info.json').exists()  # else it is gone
   has_d_cai = external or 'generate' in stages
-  chains = _read_chains(run, run.d_cai if has_d_cai else run.workdir / 'evaluation' / 'base')
+  scorer, limit = load_scorer(run), run.config.report.chains
+  chains = read_d_cai(run.d_cai, run.workdir, scorer, limit) if has_d_cai else []
+  answers = read_answers(run.workdir / 'evaluation', _read_judge(run), scorer, limit)
   write_report(
     run.workdir / 'report.html',
     title=run.workdir.name,
@@ -61,9 +65,59 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     held_out=metrics.read_rows(run.workdir / metrics.HELD_OUT_FILE),
     probes=metrics.read_rows(run.workdir / metrics.PROBES_FILE),
     texts=texts,
-    chains=chains,
+    chains=chains + answers,
+    diagnosis=diagnose(run, manifest),
   )
-  return {'chains': len(chains)}
+  return {'chains': len(chains), 'answers': len(answers)}
+
+
+def diagnose(run: Run, manifest: Mapping[str, Any]) -> Diagnosis:
+  """Return what is wrong with a run, as far as its stages have written their files.
+
+  Args:
+    run: the run.
+    manifest: the run's manifest.
+
+  Raises:
+    UserError: if a file is damaged; the message names it.
+  """
+  folder = run.workdir
+  files: dict[str, Any] = {'manifest': manifest, 'config': run.values}
+  if (folder / _SUMMARY).exists():
+    files['summary'] = read_summary(folder / _SUMMARY)
+    files['differences'] = find_differences(folder / 'evaluation')
+  files['models'] = {'judge': _read_judge(run)}
+  if 'generate' in manifest['stages'] and (folder / _QUALITY).exists():
+    files['quality'] = _read_quality(folder / _QUALITY)
+  if 'train' in manifest['stages']:
+    files['training'] = metrics.read_rows(folder / metrics.METRICS_FILE)
+    files['held_out'] = metrics.read_rows(folder / metrics.HELD_OUT_FILE)
+  return find_problems(files)
+
+
+def _read_judge(run: Run) -> dict[str, Any] | None:
+  """Return the results of the judge, or None if the run has none."""
+  path = run.workdir / _MODELS
+  judge = read_json(path).get('judge') if path.exists() else None
+  if not isinstance(judge, dict) or 'status' not in judge:
+    return None
+  check_shape(judge, JUDGE_SHAPE, f'{path}: judge')
+  return judge
+
+
+def _read_quality(path: pathlib.Path) -> dict[str, Any]:
+  """Return `quality.json`, with the interval of each rate over all rounds.
+
+  The revisions of a prompt resemble each other, so a prompt counts as one trial.
+  """
+  quality = read_json(path)
+  check_shape(quality, quality_summary.SHAPE, str(path))
+  rounds = quality['d_cai']['rounds']
+  count = rounds[0].get('revisions', 0) if rounds else 0
+  for entry in quality['d_cai']['flags'].values():
+    if isinstance(count, int) and count > 0 and 0 <= entry.get('rate', -1) <= 1:
+      entry['interval'] = list(wilson_interval(entry['rate'] * count, count))
+  return quality
 
 
 def read_summary(path: pathlib.Path) -> dict[str, Any]:
@@ -114,9 +168,3 @@ def _check_files(run: Run, names: list[str]) -> None:
     raise UserError(
       f'{run.workdir / missing[0]} is missing. Put it back, or run all stages in a new workdir.'
     )
-
-
-def _read_chains(run: Run, folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Return the first chains of a dataset for the browser."""
-  rows, scorer = d_cai.read_rows(folder), load_scorer(run)
-  return [browsable(rows[i], scorer) for i in range(min(len(rows), run.config.report.chains))]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from cai_jax.data import d_cai
+from cai_jax.data import d_cai, quality
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
 from cai_jax.model import lm as models
@@ -60,6 +60,11 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     references(run),
   )
   notes = remarks(summary, config)
+  notes += [
+    f'train.filters: {name!r} is now called {quality.RENAMED[name]!r}.'
+    for name in config.filters
+    if name in quality.RENAMED
+  ]
   if not is_deterministic(config, lm.mesh):
     notes.append(
       'On this GPU and with these settings, the train step is not deterministic: another run, or a '

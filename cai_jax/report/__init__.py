@@ -9,13 +9,16 @@ from cai_jax.report.experiment_figures import write_figures
 from cai_jax.report.experiment_page import write_experiment
 from cai_jax.report.figure_data import Series
 from cai_jax.report.figures import line_figure
+from cai_jax.report.findings import Diagnosis, find_problems
 from cai_jax.report.run_page import write_report
 from cai_jax.report.svg import inline_svg
 from cai_jax.report.text_table import experiment_table, summary_table
 
 __all__ = [
+  'Diagnosis',
   'Series',
   'experiment_table',
+  'find_problems',
   'inline_svg',
   'line_figure',
   'summary_table',

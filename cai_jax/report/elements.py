@@ -38,14 +38,17 @@ def section(title: str, body: str) -> str:
   )
 
 
-def fold(summary: str, body: str) -> str:
+def fold(summary: str, body: str, is_open: bool = False) -> str:
   """Return HTML that is hidden until the reader clicks on its summary.
 
   Args:
     summary: plain text.
     body: HTML.
+    is_open: whether it is shown at first.
   """
-  return f'<details><summary>{escape(summary)}</summary>{body}</details>'
+  return (
+    f'<details{" open" if is_open else ""}><summary>{escape(summary)}</summary>{body}</details>'
+  )
 
 
 def preformatted(text: str) -> str:
@@ -89,9 +92,15 @@ def figure(caption: str, svg: str, wide: bool = False) -> str:
   return f'<figure{kind}><figcaption>{escape(caption)}</figcaption>{svg}</figure>'
 
 
-def figure_grid(figures: list[str]) -> str:
-  """Return figures side by side, or '' if there are none."""
-  return f'<div class="figures">{"".join(figures)}</div>' if figures else ''
+def figure_grid(figures: list[str], kind: str = '') -> str:
+  """Return figures side by side, or '' if there are none.
+
+  Args:
+    figures: HTML of each figure.
+    kind: a further class of their container; 'multiples' makes them small.
+  """
+  classes = f'figures {kind}'.strip()
+  return f'<div class="{classes}">{"".join(figures)}</div>' if figures else ''
 
 
 def number_html(row: dict[str, Any], key: str) -> str:

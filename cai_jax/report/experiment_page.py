@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from cai_jax.report.differences import SEED_INTERVALS, difference_html, explain_marks
 from cai_jax.report.elements import (
   cost_cell,
   escape,
@@ -22,9 +23,7 @@ from cai_jax.report.numbers import MISSING, cell, heading
 from cai_jax.report.page import write_page
 from cai_jax.report.results import (
   check_results,
-  difference_direction,
   fact_names,
-  format_difference,
   group_title,
   number_row,
   rows_by_group,
@@ -118,29 +117,20 @@ def _arm_table(results: dict[str, Any]) -> str:
       cells += f'<td>{row["count"]:,}</td>'
       for metric in metrics:
         number = number_html(number_row(row, metric), metric)
-        cells += f'<td class="metric">{number}{_difference_html(row, metric)}</td>'
+        cells += f'<td class="metric">{number}{difference_html(row, metric)}</td>'
       body.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     body.append('</tbody>')
+  marks = explain_marks(
+    [row for _, rows in rows_by_group(results) for row in rows.values()], '▼ lower', '▲ higher'
+  )
   note = (
-    f'In brackets: 95 % interval. Second lines: paired difference to {results["reference"]} (pp: '
-    'percentage points), with ▲ higher or ▼ lower where its interval excludes zero.'
+    f'In brackets: {SEED_INTERVALS}. Second lines: paired difference to {results["reference"]} '
+    f'(pp: percentage points); {marks}.'
   )
   return (
     f'<div class="scroll"><table class="results arms"><thead><tr><td></td>{head}</tr></thead>'
     f'{"".join(body)}</table></div><p class="note">{escape(note)}</p>'
   )
-
-
-def _difference_html(row: dict[str, Any], metric: str) -> str:
-  text = format_difference(row, metric)
-  if not text:
-    return ''
-  number, _, brackets = escape(text).partition(' [')
-  unit = '&nbsp;pp' if metric.endswith('_rate') else ''
-  interval = f' <span class="interval">[{brackets}</span>' if brackets else ''
-  direction = difference_direction(row['differences'][metric])
-  word = {'lower': ' <b>▼ lower</b>', 'higher': ' <b>▲ higher</b>', '': ''}[direction]
-  return f'<span class="difference">{number}{unit}{interval}{word}</span>'
 
 
 def _seed_table(results: dict[str, Any]) -> str:

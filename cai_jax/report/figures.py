@@ -54,6 +54,8 @@ def line_figure(
   description: str,
   x_ticks: Sequence[tuple[float, str]] | None = None,
   y_range: tuple[float, float] | None = None,
+  size: tuple[float, float] = (WIDTH, HEIGHT),
+  legend: bool = True,
 ) -> Drawing:
   """Draw lines with intervals, axes and a legend.
 
@@ -64,6 +66,8 @@ def line_figure(
     description: one sentence for readers who cannot see the figure.
     x_ticks: (position, label) pairs; by default round numbers.
     y_range: (low, high) of the y axis; by default round numbers around all values and intervals.
+    size: width and height in points.
+    legend: whether the names of several series stand above the axes.
 
   Raises:
     UserError: if no series has a finite point.
@@ -80,7 +84,7 @@ def line_figure(
     x_low, x_high = x_low - 0.5, x_high + 0.5
   y_ticks = nice_ticks(*(y_range or (min(ys), max(ys))))
   with figure_settings():
-    figure, axes = new_figure(WIDTH, HEIGHT)
+    figure, axes = new_figure(*size)
     label_axes(axes, x_label, y_label)
     axes.set_xticks([x for x, _ in x_ticks], [printable(label) for _, label in x_ticks])
     set_y_ticks(axes, y_ticks)
@@ -91,7 +95,7 @@ def line_figure(
     titles: dict[str, str] = {}
     for s in series:
       _draw_series(axes, s, x_label, titles)
-    if len(series) > 1:
+    if legend and len(series) > 1:
       _add_legend(figure, series)
   return Drawing(figure, description, titles)
 

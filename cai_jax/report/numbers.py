@@ -5,8 +5,7 @@ A summary has up to three groups, each a dict from a row's name to its numbers:
   {'stages': {'initial': {...}, 'revision_1': {...}}, 'models': {'base': ..., 'aligned': ...},
    'benign': {'base': ..., 'aligned': ...}}
 
-It may have a list of paired `differences` between rows for each group (see `DIFFERENCE`).
-
+Any row may have `differences`, paired ones to another row, in the form of the module `differences`.
 A row has rates (`*_rate`, in [0, 1]), means and counts. Any number NAME may have a 95 % interval
 under `NAME_interval`. Without a scorer there are no rates, and a table has no columns for them.
 """
@@ -39,16 +38,12 @@ HEADINGS = {
   'mean_tokens': 'mean tokens',
   'count': 'count',
 }
-# A difference between two rows of a group: 'row' minus 'reference', paired by prompt. `holm` is the
-# p-value corrected for all differences of the group (Holm 1979).
 DIFFERENCE = {
-  'row': str,
-  'reference': str,
-  'column': str,
+  'to': str,
   'value': float,
   'interval': [float],
   'p_value': float,
-  'holm': float,
+  'adjusted_p_value': float,
 }
 MISSING = '–'  # shown in place of an absent number
 
@@ -62,7 +57,7 @@ def groups(summary: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]
   Raises:
     UserError: if the summary has an unknown group.
   """
-  unknown = sorted(set(summary) - {*GROUPS, 'differences'})
+  unknown = sorted(set(summary) - set(GROUPS))
   if unknown:
     raise UserError(f'The summary has unknown groups {unknown}. A report shows {list(GROUPS)}.')
   return [
@@ -84,19 +79,21 @@ def check_summary(summary: dict[str, Any], place: str = 'the summary') -> None:
       names the file and the key.
   """
   named_rows = {...: {...: object}}
-  shape: dict[Any, Any] = {optional(group): (named_rows, None) for group in GROUPS}
-  shape[optional('differences')] = ({optional(group): [DIFFERENCE] for group in GROUPS}, None)
-  check_shape(summary, shape, place)
+  check_shape(summary, {optional(group): (named_rows, None) for group in GROUPS}, place)
   with prefixed_errors(place):
     shown = groups(summary)
   for _, rows in shown:
     for name, row in rows.items():
+      differences = row.get('differences', {})
+      check_shape(differences, {...: DIFFERENCE}, f'{place}: differences of {show(name)}')
       for key, value in row.items():
+        if key == 'differences':
+          continue
         kind = key.rpartition('_')[2]
         shape = {'interval': ([float], None), 'rate': (float, None)}.get(kind, (float, str, None))
         check_shape(value, shape, f'{place}: {key} of {show(name)}')
       with prefixed_errors(f'{place}: {show(name)}'):
-        for key in row:
+        for key in columns({'stages': {name: row}}):
           cell(row, key)
 
 
@@ -118,7 +115,9 @@ def columns(summary: dict[str, Any]) -> list[str]:
     summary: the summary of a run.
   """
   rows = [row for _, rows in groups(summary) for row in rows.values()]
-  keys = dict.fromkeys(key for row in rows for key in row if not key.endswith('_interval'))
+  keys = dict.fromkeys(
+    key for row in rows for key in row if not key.endswith(('_interval', 'differences'))
+  )
   return [key for key in HEADINGS if key in keys] + [key for key in keys if key not in HEADINGS]
 
 
@@ -158,19 +157,6 @@ def num_decimals(value: float) -> int:
   if not math.isfinite(value) or value == 0 or abs(value) >= 1:
     return 1
   return min(6, 2 - math.floor(math.log10(abs(value))))
-
-
-def describe_difference(difference: dict[str, Any]) -> str:
-  """Return a difference with its interval as text, rates in percentage points.
-
-  Args:
-    difference: see `DIFFERENCE`.
-  """
-  scale = 100 if difference['column'].endswith('_rate') else 1
-  numbers = [scale * x for x in (difference['value'], *difference['interval'])]
-  decimals = 1 if scale == 100 else max(map(num_decimals, numbers[:1]))
-  value, *bounds = (f'{number:+.{decimals}f}' for number in numbers)
-  return f'{value} [{", ".join(bounds)}]'
 
 
 def check_rate(value: float, key: str) -> float:

@@ -31,6 +31,7 @@ def write_page(
   results: str,
   sections: str,
   chains: list[dict[str, Any]],
+  opening: str = '',
 ) -> None:
   """Write a page atomically.
 
@@ -38,18 +39,19 @@ def write_page(
     path: the HTML file; its folder must exist.
     title: title of the page, as plain text.
     head: HTML below the title.
-    results: HTML of the first section.
+    results: HTML of the section of results.
     sections: HTML of the sections between the results and the chains, each made by `section`.
     chains: the chains, in the form that `write_report` describes. If they have an `arm`, readers
-      can filter by it.
+      can filter by it. Those with `answers` make a view of their own.
+    opening: HTML of the sections before the results, each made by `section`.
 
   Raises:
     UserError: if a chain lacks a field or two chains have the same id.
   """
   for number, chain in enumerate(chains):
     _check_chain(chain, number)
-  counts = collections.Counter(chain['id'] for chain in chains)
-  duplicates = [name for name, count in counts.items() if count > 1]
+  counts = collections.Counter(('answers' in chain, chain['id']) for chain in chains)
+  duplicates = [name for (_, name), count in counts.items() if count > 1]
   if duplicates:
     raise UserError(
       f'Several chains have the same id: {duplicates[:5]}. Give each chain its own id.'
@@ -60,6 +62,7 @@ def write_page(
     policy=security_policy(template),
     title=escape(title),
     head=head,
+    opening=opening,
     results=results,
     sections=sections,
     chains=embedded_json(chains),
@@ -116,6 +119,10 @@ def _check_chain(chain: dict[str, Any], number: int) -> None:
         raise UserError(
           f'{where}, round {i} has no {key!r}. If the round has no critique, set it to None.'
         )
+  if 'answers' in chain and 'aligned' not in chain['answers']:
+    raise UserError(
+      f"{where} has answers without those of 'aligned'. Give that of M_aligned first."
+    )
   num_responses = 1 + len(chain['rounds'])
   violations = chain.get('violations')
   if violations is not None and len(violations) != num_responses:

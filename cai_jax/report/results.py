@@ -11,7 +11,8 @@ All arms are compared with one of them, the reference, on the same prompts and s
        'count': 1200,
        'metrics': {'violation_rate': {
          'value': 0.54, 'interval': [0.5, 0.58], 'by_seed': {'0': 0.54, '1': 0.52}}},
-       'differences': {'violation_rate': {'value': -0.33, 'interval': [-0.36, -0.3]}}}}}},
+       'differences': {'violation_rate': {
+         'value': -0.33, 'interval': [-0.36, -0.3], 'p_value': 1e-9, 'adjusted_p_value': 3e-9}}}}}},
    'figures': [
      {'kind': 'line', 'caption': '...', 'group': 'harmful', 'x_label': '...', 'y_label': '...',
       'series': [{'name': '...', 'metric': 'violation_rate', 'arms': ['revision 1'], 'x': [1]}]},
@@ -28,13 +29,13 @@ None. Tables and figures of kind 'arms' then show a dash, and lines have a gap. 
 'frontier' needs every value.
 
 Metrics named `*_rate` are in [0, 1]; they are shown in per cent and their differences in percentage
-points. Differences are paired, arm minus reference, and the reference has none.
+points. Differences are paired, arm minus reference, and the reference has none. Their p-values may
+be absent.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cai_jax.report.numbers import num_decimals
 from cai_jax.runtime.errors import UserError
 
 FIELDS = ('name', 'title', 'docstring', 'base', 'seeds', 'reference', 'metrics', 'arms', 'figures')
@@ -140,45 +141,3 @@ def number_row(row: dict[str, Any], metric: str) -> dict[str, Any]:
   """
   number = row['metrics'].get(metric)
   return {metric: number['value'], f'{metric}_interval': number['interval']} if number else {}
-
-
-def format_difference(row: dict[str, Any], metric: str, mark: str = '') -> str:
-  """Format a paired difference, such as '−33.0 [−36.0, −30.0]', or '' if there is none.
-
-  Args:
-    row: the results of one arm in one group.
-    metric: the metric's name. Differences of rates are in percentage points.
-    mark: appended if the interval excludes zero.
-  """
-  number = row.get('differences', {}).get(metric)
-  if number is None or number['value'] is None:
-    return ''
-  unit = 100 if metric.endswith('_rate') else 1
-  largest = max(map(abs, (number['value'], *(number['interval'] or ()))))
-  decimals = 1 if unit == 100 else num_decimals(largest)
-
-  def signed(value: float) -> str:
-    text = f'{unit * value:+,.{decimals}f}'
-    return text[1:] if not text.strip('+-0.,') else text.replace('-', '−')
-
-  text = signed(number['value'])
-  if number['interval']:
-    text += f' [{", ".join(map(signed, number["interval"]))}]'
-  return text + (f' {mark}' if mark and difference_direction(number) else '')
-
-
-def difference_direction(number: dict[str, Any]) -> str:
-  """Return 'lower' or 'higher' if the difference's interval excludes zero, else ''.
-
-  Args:
-    number: a difference with its `interval`.
-
-  Raises:
-    UserError: if the interval is not (low, high).
-  """
-  bounds = number['interval']
-  if bounds is None:
-    return ''
-  if len(bounds) != 2 or bounds[0] > bounds[1]:
-    raise UserError(f'The interval of a difference is {bounds!r}. It must be [low, high] or None.')
-  return 'lower' if bounds[1] < 0 else 'higher' if bounds[0] > 0 else ''

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from cai_jax.report.differences import PROMPT_INTERVALS, difference_html, explain_marks
 from cai_jax.report.elements import (
   cost_cell,
   escape,
@@ -23,9 +24,11 @@ from cai_jax.report.elements import (
 )
 from cai_jax.report.figure_data import MAX_MARKERS, Series
 from cai_jax.report.figures import line_figure
+from cai_jax.report.findings import Diagnosis
 from cai_jax.report.numbers import check_rate, columns, groups, heading, interval, round_number
 from cai_jax.report.page import write_page
 from cai_jax.report.palette import RATE_COLOURS
+from cai_jax.report.score_figures import score_figures
 from cai_jax.report.svg import inline_svg
 from cai_jax.runtime.shapes import optional
 
@@ -57,6 +60,7 @@ def write_report(
   summary: dict[str, Any],
   training: list[dict[str, Any]],
   chains: list[dict[str, Any]],
+  diagnosis: Diagnosis | None = None,
   held_out: Sequence[dict[str, Any]] = (),
   probes: Sequence[dict[str, Any]] = (),
   texts: Mapping[str, str] = MappingProxyType({}),
@@ -77,8 +81,12 @@ def write_report(
     training: rows with `step`, `loss` and other metrics. A figure skips rows without its metric.
     chains: records with `id`, `prompt` (messages), `initial`, `rounds` (each with `principle`,
       `critique` or None, and `revision`) and optionally `violations`, a list of rule names per
-      response. A response has `text` and optionally `finish_reason`, `logprob` (nats) and
-      `num_tokens`. A principle is an id, or a dict with `id` and its texts.
+      response. A response has `text` and optionally `finish_reason`, `logprob` (nats),
+      `num_tokens`, `flags` (names of defects) and `scores` (numbers by name). A principle is an
+      id, or a dict with `id` and its texts. A chain on a held-out prompt has `answers`, the
+      responses of other models by name, 'aligned' first, and possibly `verdicts`: a judge's
+      log-odds for a response, by the name of the comparison. An answer may have `violations`.
+    diagnosis: what is wrong with the run, for the first section; None leaves it out.
     held_out: rows with `step` and `loss` on examples that are not trained on.
     probes: rows with `step`, `id`, `prompt` and `text`: answers to the same prompts over training.
     texts: plain text of additional sections, by title. Empty texts are skipped.
@@ -106,7 +114,25 @@ def write_report(
     + _probe_tables(probes),
     sections=''.join(sections) + section('Stages', stages),
     chains=chains,
+    opening=_problems(diagnosis) if diagnosis else '',
   )
+
+
+def _problems(diagnosis: Diagnosis) -> str:
+  """Return the section on what is wrong with the run, worst first."""
+  items = [
+    f'<li class="{escape(finding.severity)}"><p class="what"><span class="tag '
+    f'{"bad" if finding.severity in ("worthless", "serious") else ""}">{escape(finding.severity)}'
+    f'</span>{escape(finding.title)}</p><p>{escape(finding.evidence)}</p>'
+    f'<p class="advice">{escape(finding.advice)}</p></li>'
+    for finding in diagnosis.findings
+  ]
+  body = f'<ol class="problems">{"".join(items)}</ol>' if items else '<p>Nothing was found.</p>'
+  notes = [f'Checked: {", ".join(diagnosis.checked) or "nothing"}.']
+  if diagnosis.unchecked:
+    notes.append(f'Not checked, for lack of data: {", ".join(diagnosis.unchecked)}.')
+  body += f'<p class="note">{escape(" ".join(notes))}</p>'
+  return section('What is wrong with this run', body)
 
 
 def _lead(summary: dict[str, Any]) -> str:
@@ -146,13 +172,20 @@ def _result_table(summary: dict[str, Any]) -> str:
       f'<tbody><tr><th colspan="{len(keys) + 1}" scope="rowgroup">{escape(title)}</th></tr>'
     )
     for name, row in rows.items():
-      cells = ''.join(f'<td>{number_html(row, key)}</td>' for key in keys)
+      cells = ''.join(
+        f'<td>{number_html(row, key)}{difference_html(row, key)}</td>' for key in keys
+      )
       body.append(f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>{cells}</tr>')
     body.append('</tbody>')
   has_interval = any(
     interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
   )
-  note = '<p class="note">In brackets: 95 % interval.</p>' if has_interval else ''
+  note = f'In brackets: {PROMPT_INTERVALS}.' if has_interval else ''
+  compared = [row for _, rows in blocks for row in rows.values() if row.get('differences')]
+  if compared:
+    marks = explain_marks(compared, '▼ lower', '▲ higher')
+    note += f' Second lines: paired difference to the row before (pp: percentage points); {marks}.'
+  note = f'<p class="note">{escape(note.strip())}</p>' if note else ''
   return (
     f'<div class="scroll"><table class="results"><thead><tr><td></td>{head}</tr></thead>'
     f'{"".join(body)}</table></div>{note}'
@@ -188,6 +221,8 @@ def _figures(
 ) -> str:
   rates, loss = _rate_figure(summary), _loss_figure(training, held_out, config)
   parts = [figure_grid([svg for svg in (rates, loss) if svg])]
+  if scores := score_figures(summary):
+    parts.append(fold('Every score over the rounds, with 95 % intervals', scores, is_open=True))
   if not loss:
     recorded = any(row.get('loss') is not None for row in training)
     reason = 'No finite training loss' if recorded else 'No training loss'

@@ -1,19 +1,16 @@
 """Plain-text tables of a run's summary and of an experiment's results, in aligned columns."""
 
-import textwrap
 from typing import Any
 
 from cai_jax.report import results as experiment_results
-from cai_jax.report.elements import format_value
-from cai_jax.report.numbers import (
-  GROUPS,
-  MISSING,
-  cell,
-  columns,
-  describe_difference,
-  groups,
-  heading,
+from cai_jax.report.differences import (
+  PROMPT_INTERVALS,
+  SEED_INTERVALS,
+  difference_text,
+  explain_marks,
 )
+from cai_jax.report.elements import format_value
+from cai_jax.report.numbers import MISSING, cell, columns, groups, heading
 
 WIDTH = 100  # characters of a line, if no single column is wider
 
@@ -33,65 +30,67 @@ def summary_table(summary: dict[str, Any]) -> str:
     return 'Nothing was evaluated in this run.'
   rows = [row for _, named_rows in blocks for row in named_rows.values()]
   cells = {key: _align_cells([cell(row, key) for row in rows]) for key in keys}
-  names = ['  ' + name for _, named_rows in blocks for name in named_rows]
-  width = max(map(len, [*names, *(title for title, _ in blocks)]))
+  text = _block_table('', [(title, list(named)) for title, named in blocks], cells)
+  compared = [key for key in keys if any(difference_text(row, key) for row in rows)]
+  if compared:
+    text += ['', *_difference_lines(blocks, compared)]
+  if any('[' in line for line in text):
+    text.append(f'[ ]: {PROMPT_INTERVALS}')
+  if compared:
+    text.append(explain_marks(rows, '*', '*'))
+  return '\n'.join(text)
+
+
+def _difference_lines(
+  blocks: list[tuple[str, dict[str, dict[str, Any]]]], keys: list[str]
+) -> list[str]:
+  """Return lines with the paired difference of each row to the one that it is compared with."""
+  rows = [row for _, named in blocks for row in named.values() if row.get('differences')]
+  cells = {key: _align_cells([difference_text(row, key) for row in rows]) for key in keys}
+  compared = []
+  for title, named_rows in blocks:
+    labels = []
+    for name, row in named_rows.items():
+      if row.get('differences'):
+        other = next(number['to'] for number in row['differences'].values())
+        labels.append(f'{name} − {other}')
+    compared += [(title, labels)] if labels else []
+  return _block_table('paired differences, of rates in percentage points', compared, cells)
+
+
+def _block_table(
+  corner: str, blocks: list[tuple[str, list[str]]], cells: dict[str, list[str]]
+) -> list[str]:
+  """Return the lines of a table; if it is wider than `WIDTH`, of several with some columns each.
+
+  Args:
+    corner: the heading of the column of labels.
+    blocks: the title of each block of rows, and the rows' labels.
+    cells: the cells of each column, over all rows of all blocks.
+  """
+  labels = [corner, *(title for title, _ in blocks)]
+  labels += ['  ' + label for _, block in blocks for label in block]
+  width = max(map(len, labels))
   parts: list[list[str]] = [[]]
-  for key in keys:
+  for key in cells:
     taken = sum(3 + _column_width(other, cells[other]) for other in parts[-1])
     if parts[-1] and width + taken + 3 + _column_width(key, cells[key]) > WIDTH:
       parts.append([])
     parts[-1].append(key)
   text: list[str] = []
   for part in parts:
-    text += [''] * bool(text) + _join_columns(_summary_lines(blocks, part, cells))
-  if any('[' in line for line in text):
-    text.append('[ ]: 95 % interval')
-  return '\n'.join([*text, *_difference_lines(summary)])
-
-
-def _summary_lines(
-  blocks: list[tuple[str, dict[str, Any]]], keys: list[str], cells: dict[str, list[str]]
-) -> list[list[str]]:
-  """Return the cells of a table with some of the columns, line by line."""
-  lines, number = [['', *(heading(key) for key in keys)]], 0
-  for title, named_rows in blocks:
-    lines.append([title] + [''] * len(keys))
-    for name in named_rows:
-      lines.append(['  ' + name, *(cells[key][number] for key in keys)])
-      number += 1
-  return lines
+    lines, number = [[corner, *map(heading, part)]], 0
+    for title, block in blocks:
+      lines.append([title] + [''] * len(part))
+      for label in block:
+        lines.append(['  ' + label, *(cells[key][number] for key in part)])
+        number += 1
+    text += [''] * bool(text) + _join_columns(lines)
+  return text
 
 
 def _column_width(key: str, cells: list[str]) -> int:
   return max(map(len, [heading(key), *cells]))
-
-
-def _difference_lines(summary: dict[str, Any]) -> list[str]:
-  """Return the paired differences of a summary as lines: each pair of rows, then its columns."""
-  lines = []
-  for group, title in GROUPS.items():
-    found = (summary.get('differences') or {}).get(group, ())
-    pairs = dict.fromkeys((d['row'], d['reference']) for d in found)
-    for row, reference in pairs:
-      lines.append(f'{title}: {row} - {reference}')
-      items = [
-        f'{heading(d["column"])} {describe_difference(d)}' + '*' * (d['holm'] < 0.05)
-        for d in found
-        if (d['row'], d['reference']) == (row, reference)
-      ]
-      lines += textwrap.wrap(
-        '; '.join(item.replace(' ', '\0') for item in items),
-        WIDTH,
-        initial_indent='  ',
-        subsequent_indent='  ',
-      )
-  if not lines:
-    return []
-  note = (
-    'Differences, paired by prompt, with 95 % intervals (rates in percentage points; *: p < 0.05 '
-    "after Holm's correction)"
-  )
-  return ['', *textwrap.wrap(note, WIDTH), *(line.replace('\0', ' ') for line in lines)]
 
 
 def experiment_table(results: dict[str, Any]) -> str:
@@ -118,17 +117,18 @@ def experiment_table(results: dict[str, Any]) -> str:
   columns.append([f'{row["count"]:,}' for _, row in rows])
   for metric in metrics:
     values = [cell(experiment_results.number_row(row, metric), metric) for _, row in rows]
-    differences = [experiment_results.format_difference(row, metric, '*') for _, row in rows]
+    differences = [difference_text(row, metric) for _, row in rows]
     columns += [_align_cells(values)] + [_align_cells(differences)] * (metric in compared)
   cells = list(zip(*columns, strict=True))
   for group, named_rows in blocks:
     lines.append([experiment_results.group_title(group)] + [''] * len(columns))
     lines += [['  ' + name, *cells.pop(0)] for name in named_rows]
   text = _join_columns(lines)
-  text.append(
-    f'[ ]: 95 % interval; difference: paired, to {results["reference"]!r}, of rates in percentage '
-    'points; *: the interval excludes zero'
+  footer = (
+    f'[ ]: {SEED_INTERVALS}; difference: paired, to {results["reference"]!r}, of rates in '
+    'percentage points'
   )
+  text.append(f'{footer}; {explain_marks([row for _, row in rows], "*", "*")}')
   return '\n'.join(text)
 
 

@@ -23,6 +23,7 @@ from cai_jax.model.transformer import Params, Transformer, abstract_model
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling.caches import allocate_prefix
 from cai_jax.sampling.noise import token_keys
+from cai_jax.sampling.penalties import Penalties, count_token, count_tokens, penalize
 from cai_jax.sampling.sample import sample
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -41,6 +42,7 @@ class Slots(NamedTuple):
     temperature: f32[B].
     top_k: i32[B].
     top_p: f32[B].
+    min_p: f32[B].
     stops: i32[B,MAX_STOP_TOKENS], tokens that end the reply, padded with -1.
   """
 
@@ -54,6 +56,7 @@ class Slots(NamedTuple):
   temperature: np.ndarray
   top_k: np.ndarray
   top_p: np.ndarray
+  min_p: np.ndarray
   stops: np.ndarray
 
   @classmethod
@@ -71,6 +74,7 @@ class Slots(NamedTuple):
       temperature=np.ones(count, np.float32),
       top_k=i32(),
       top_p=np.ones(count, np.float32),
+      min_p=np.zeros(count, np.float32),
       stops=np.full((count, MAX_STOP_TOKENS), -1, np.int32),
     )
 
@@ -97,6 +101,7 @@ class Slots(NamedTuple):
     self.active[slot], self.sampled[slot], self.limit[slot] = False, 0, config.max_tokens
     self.key[slot], self.temperature[slot] = key, config.temperature
     self.top_k[slot], self.top_p[slot] = config.top_k, config.top_p
+    self.min_p[slot] = config.min_p
     self.stops[slot] = -1
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
@@ -287,6 +292,7 @@ def decode(
   max_ended: np.ndarray,
   max_steps: np.ndarray,
   capacity: int,
+  penalties: Penalties | None = None,
 ) -> tuple[Burst, Cache]:
   """Run decode steps in all active slots.
 
@@ -299,12 +305,14 @@ def decode(
     max_ended: i32[]; stop once this many replies have ended.
     max_steps: i32[]; stop after this many steps.
     capacity: U, the largest value of `max_steps`; static.
+    penalties: biases and penalties of the slots; None compiles a program without any.
 
   Returns:
     The sampled tokens and the updated cache.
   """
   program = decode_program(cache)
-  return program(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity)
+  state = slots, max_ended, max_steps
+  return program(spec, params, cache, prefix_caches, *state, capacity, penalties)
 
 
 def decode_program(cache: Cache) -> Callable:
@@ -318,20 +326,24 @@ def _decode_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
   return jax.jit(_decode, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
-def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity):
+def _decode(
+  spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity, penalties=None
+):
   model = spec.build(params)
   sharding = batch_sharding(spec.mesh)
   prefixes = Prefixes(prefix_caches, slots.prefix)
   b = slots.token.shape[0]
-  start = slots.active
+  start, counts = slots.active, None
+  if penalties is not None:
+    counts = count_tokens(penalties, slots.position, slots.sampled, spec.config.vocab_size)
 
   def unfinished(state):
-    _, slots, burst = state
+    _, slots, burst, _ = state
     ended = jnp.sum(start & ~slots.active)
     return (burst.steps < max_steps) & (ended < max_ended) & jnp.any(slots.active)
 
   def step(state):
-    cache, slots, burst = state
+    cache, slots, burst, counts = state
     active = slots.active
     positions = jnp.where(active, slots.position, -1)[:, None]
     hidden, cache = model(
@@ -339,7 +351,10 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
     )
     logits = model.unembed(hidden[:, 0])
     keys = token_keys(slots.key, slots.sampled)
-    token, logprob = sample(logits, keys, slots.temperature, slots.top_k, slots.top_p)
+    adjusted = None if penalties is None else penalize(logits, penalties, counts)
+    settings = slots.temperature, slots.top_k, slots.top_p, slots.min_p
+    token, logprob = sample(logits, keys, *settings, adjusted)
+    counts = None if penalties is None else count_token(counts, token, active)
     sampled = slots.sampled + active
     ended = jnp.any(token[:, None] == slots.stops, -1) | (sampled >= slots.limit)
     burst = Burst(
@@ -356,7 +371,7 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
       sampled=sampled,
       active=burst.active,
     )
-    return cache, slots, burst
+    return cache, slots, burst, counts
 
   zero = jnp.zeros((), jnp.int32)
   burst = Burst(
@@ -367,7 +382,8 @@ def _decode(spec, params, cache, prefix_caches, slots, max_ended, max_steps, cap
     steps=zero,
     occupied=zero,
   )
-  cache, _, burst = jax.lax.while_loop(unfinished, step, (cache, Slots(*slots), burst))
+  state = cache, Slots(*slots), burst, counts
+  cache, _, burst, _ = jax.lax.while_loop(unfinished, step, state)
   return burst, cache
 
 

@@ -361,6 +361,7 @@ class Engine:
       cast(Remote, self.models[turn.model]).check_turn(turn)
       return
     model = self._local[turn.model]
+    turn.sampling.check_vocabulary(model.lm.vocab_size, where)
     needed = len(turn.context) + turn.sampling.max_tokens
     shared, limit = model.prefix_of(turn.context)[1], model.lm.config.max_positions
     if needed - shared > self.length or needed > limit:

@@ -1,8 +1,8 @@
-"""Filters: the thresholds of logit and weight that top-k and then top-p keep, without sorting.
+"""Filters: the thresholds of logit and weight that top-k, then top-p, then min-p keep.
 
-Bisection over the bit patterns of floats finds the threshold of exactly the right set. The search
-reads only the few blocks with the largest maxima if they suffice for a row, and all blocks
-otherwise.
+Nothing is sorted: bisection over the bit patterns of floats finds the threshold of exactly the
+right set. The search reads only the few blocks with the largest maxima if they suffice for a row,
+and all blocks otherwise.
 
 Axes: B rows, N blocks, S entries of a block, M candidate blocks.
 """
@@ -48,8 +48,11 @@ def thresholds(
   temperature: jax.Array,
   top_k: jax.Array,
   top_p: jax.Array,
+  min_p: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return the smallest logit and the smallest weight that top-k and then top-p keep.
+  """Return the smallest logit and the smallest weight that top-k, then top-p, then min-p keep.
+
+  The most likely token has a weight of 1, so min-p is itself the smallest weight.
 
   Args:
     blocks: f32[B,N,S], logits.
@@ -57,6 +60,7 @@ def thresholds(
     temperature: f32[B], positive.
     top_k: i32[B]; 0 keeps all tokens.
     top_p: f32[B]; 1 keeps all tokens.
+    min_p: f32[B]; 0 keeps all tokens.
 
   Returns:
     Two thresholds f32[B]; a token is kept if it reaches both.
@@ -68,11 +72,12 @@ def thresholds(
     lambda: _kth_logit(blocks, candidates, top, top_k),
     lambda: jnp.full_like(top, LOWEST),
   )
-  return jax.lax.cond(
+  min_logit, min_weight = jax.lax.cond(
     jnp.any(top_p < 1),
     lambda: _nucleus(blocks, candidates, top, temperature, min_logit, top_p),
     lambda: (min_logit, jnp.zeros_like(top)),
   )
+  return min_logit, jnp.maximum(min_weight, min_p)
 
 
 def _candidates(blocks: jax.Array, block_max: jax.Array) -> _Candidates:

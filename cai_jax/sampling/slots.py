@@ -14,6 +14,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
 from cai_jax.sampling.stats import Stats
 from cai_jax.sampling.types import Turn
@@ -63,6 +64,9 @@ class LocalModel:
     lengths = cache_lengths(lm.config, length, config.slack, config.spans)
     self.cache = caches.allocate(lm, self.rows, lengths)
     self.slots = device.Slots.empty(self.rows)
+    self._penalties: Penalties | None = None  # made for the first turn that uses any
+    self._penalized = np.zeros(self.rows, bool)  # the slots whose turn uses any
+    self._longest = length + max(map(len, prefixes), default=0)  # tokens of context and reply
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
     self.waiting: dict[int, list[int]] = {}
@@ -137,9 +141,18 @@ class LocalModel:
     # The first decode step feeds the context's last token, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
+    self._start_penalties(slot, turn)
     self.waiting[slot], self._waiting_since[slot] = context[:-1], self._steps
     self._turns += 1
     self._chunk_shares += self._chunk_share(len(context) - 1 - reused)
+
+  def _start_penalties(self, slot: int, turn: Turn) -> None:
+    """Set the biases and penalties of a slot."""
+    self._penalized[slot] = turn.sampling.changes_logits
+    if self._penalized[slot] and self._penalties is None:
+      self._penalties = Penalties.off(self.rows, self._longest)
+    if self._penalties is not None:
+      self._penalties.start(slot, turn.context, turn.sampling)
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
     """Return the index and length of a context's shared prefix, or (-1, 0) if it has none."""
@@ -181,6 +194,9 @@ class LocalModel:
       return
     begin, max_ended = time.perf_counter(), max(1, self._turns_to_wait_for())
     before = device.Slots(*(x.copy() for x in self.slots))
+    penalties = None
+    if self._penalties is not None and (self._penalized & self.slots.active).any():
+      penalties = Penalties(*(x.copy() for x in self._penalties))
     burst, self.cache = device.decode(
       device.ModelSpec.from_lm(self.lm),
       self.lm.params,
@@ -190,6 +206,7 @@ class LocalModel:
       np.array(max_ended, np.int32),
       np.array(steps, np.int32),
       capacity,
+      penalties,
     )
     self._burst = burst, before
     self.stats.decode_seconds += time.perf_counter() - begin
@@ -225,6 +242,9 @@ class LocalModel:
       new = burst.tokens[slot, :count].tolist()
       # Each step caches the token that it is fed. The last sampled token has not been fed yet.
       self.cached[slot].extend([int(before.token[slot]), *new[:-1]])
+      if self._penalties is not None:
+        end = slots.position[slot] + 1
+        self._penalties.tokens[slot, end : end + count] = new
       slots.token[slot] = new[-1]
       slots.position[slot] += count
       slots.sampled[slot] += count

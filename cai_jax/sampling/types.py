@@ -13,6 +13,7 @@ from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 
 MAX_STOP_TOKENS = 16  # width of the stop-token table in the compiled decode program
+MAX_BIASES = 64  # width of its table of biases
 
 
 # The journal's keys depend on these fields. The default of a new field must be neutral, because a
@@ -32,6 +33,35 @@ class SamplingConfig:
     'Sample from the smallest set of most likely tokens whose total probability reaches this '
     'value. 1 keeps all tokens.',
   )
+  min_p: float = setting(
+    0.0,
+    'Sample from the tokens that are at least this many times as likely as the most likely token '
+    '(Nguyen et al. 2024). 0 keeps all tokens.',
+    added=True,
+  )
+  repetition_penalty: float = setting(
+    1.0,
+    'Divide positive logits of tokens that occurred in the context or the reply by this value, and '
+    'multiply negative ones, as Hugging Face does (Keskar et al. 2019). 1 is off.',
+    added=True,
+  )
+  presence_penalty: float = setting(
+    0.0,
+    'Subtract this from the logit of each token that occurred in the reply (OpenAI). 0 is off.',
+    added=True,
+  )
+  frequency_penalty: float = setting(
+    0.0,
+    'Subtract this from the logit of a token as many times as it occurred in the reply (OpenAI). '
+    '0 is off.',
+    added=True,
+  )
+  logit_bias: tuple[tuple[int, float], ...] = setting(
+    (),
+    'Pairs of a token id and a number that is added to its logit, such as ((5, -100.0),). At most '
+    f'{MAX_BIASES}.',
+    added=True,
+  )
   max_tokens: int = setting(256, 'Maximum length of a reply in tokens, including its stop token.')
   stop: tuple[str, ...] = setting((), "Texts that end a reply, in addition to the dialogue's own.")
   stop_token_ids: tuple[int, ...] = setting(
@@ -40,10 +70,21 @@ class SamplingConfig:
 
   def __post_init__(self):
     convert_fields(self, 'sampling')
+    biases = dict(self.logit_bias)
     checks = (
       ('temperature', self.temperature >= 0, 'at least 0'),
       ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
       ('top_p', 0 < self.top_p <= 1, 'in (0, 1]'),
+      ('min_p', 0 <= self.min_p <= 1, 'in [0, 1]'),
+      ('repetition_penalty', self.repetition_penalty > 0, 'positive'),
+      ('presence_penalty', abs(self.presence_penalty) <= 2, 'in [-2, 2]'),
+      ('frequency_penalty', abs(self.frequency_penalty) <= 2, 'in [-2, 2]'),
+      (
+        'logit_bias',
+        len(biases) == len(self.logit_bias) <= MAX_BIASES
+        and all(token >= 0 and abs(bias) <= 100 for token, bias in self.logit_bias),
+        f'at most {MAX_BIASES} pairs of a token id, each once, and a number in [-100, 100]',
+      ),
       ('max_tokens', self.max_tokens >= 1, 'at least 1'),
       ('stop', all(self.stop), 'a tuple of non-empty texts'),
       (
@@ -59,6 +100,33 @@ class SamplingConfig:
       raise UserError(
         f'sampling: stop_token_ids has {len(self.stop_token_ids)} tokens. '
         f'List at most {MAX_STOP_TOKENS}.'
+      )
+
+  @property
+  def changes_logits(self) -> bool:
+    """Whether a bias or penalty changes the logits that tokens are drawn from."""
+    return bool(
+      self.logit_bias
+      or self.repetition_penalty != 1
+      or self.presence_penalty
+      or self.frequency_penalty
+    )
+
+  def check_vocabulary(self, size: int, where: str) -> None:
+    """Check that each token with a bias is in a vocabulary.
+
+    Args:
+      size: number of token ids of the model.
+      where: what the settings belong to, for the message.
+
+    Raises:
+      UserError: if one is not.
+    """
+    beyond = [token for token, _ in self.logit_bias if token >= size]
+    if beyond:
+      raise UserError(
+        f'{where}: logit_bias names token {beyond[0]}, but the model has the tokens 0 to '
+        f'{size - 1}. Remove it.'
       )
 
 

@@ -202,11 +202,10 @@ class TrainConfig:
       value = getattr(self, name)
       if value not in allowed:
         raise UserError(f'train.{name}={value!r} is not one of {tuple(allowed)}.')
-    unknown = [name for name in self.filters if name not in quality.FLAGS]
+    names = tuple(name for name in quality.FLAGS if name not in quality.NEEDS_SCORES)
+    unknown = [name for name in self.filters if name not in (*names, *quality.RENAMED)]
     if unknown or isinstance(self.filters, str):
-      raise UserError(
-        f'train.filters={self.filters!r} must be a tuple of names from {tuple(quality.FLAGS)}.'
-      )
+      raise UserError(f'train.filters={self.filters!r} must be a tuple of names from {names}.')
 
   def _check_numbers(self) -> None:
     for name, minimum in _MINIMUM.items():

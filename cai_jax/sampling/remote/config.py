@@ -7,7 +7,7 @@ import urllib.parse
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
-from cai_jax.sampling.remote.protocol import SERVERS
+from cai_jax.sampling.remote.protocol import SERVERS, changed_settings
 from cai_jax.sampling.types import SamplingConfig
 
 # The fields that determine what a model replies. The others say where it is and how it is asked.
@@ -123,8 +123,15 @@ class RemoteConfig:
       )
       if value and not supported
     ]
+    changed = changed_settings(sampling)
+    unsupported += [f'{n}={value!r}' for n, value in changed.items() if n not in server.settings]
     if unsupported:
-      capable = [name for name, other in SERVERS.items() if other.top_k and other.stop_token_ids]
+      needed = {*changed}
+      capable = [
+        name
+        for name, other in SERVERS.items()
+        if other.top_k and other.stop_token_ids and needed <= {*other.settings}
+      ]
       raise UserError(
         f'remote: server={self.server!r} does not support {", ".join(unsupported)}. Remove it, or '
         f'serve the model with {" or ".join(capable)}.'

@@ -218,7 +218,8 @@ class Remote:
       self.vocab_size,
       self.config.tokenizer,
     )
-    scaled = self._server.scaled_logprobs and turn.sampling.temperature != 1
+    changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
+    scaled = self._server.scaled_logprobs and changed
 
     def read(data: bytes) -> Completion:
       answer = read_answer(data)

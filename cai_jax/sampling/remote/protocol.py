@@ -12,6 +12,9 @@ import numpy as np
 from cai_jax.runtime.registry import Registry
 from cai_jax.sampling.types import SamplingConfig
 
+_OPENAI = ('presence_penalty', 'frequency_penalty', 'logit_bias')
+_ALL = ('min_p', 'repetition_penalty', *_OPENAI)
+
 
 @dataclasses.dataclass(frozen=True)
 class Server:
@@ -24,8 +27,12 @@ class Server:
     top_p_of_one: whether requests may set `top_p` to 1.
     logprobs: whether requests may ask for log-probabilities.
     returns_ids: whether answers have the token ids of the reply.
-    scaled_logprobs: whether the server computes log-probabilities after temperature.
+    scaled_logprobs: whether the server computes log-probabilities after biases, penalties and
+      temperature.
     max_stop_texts: maximum number of stop texts in a request.
+    settings: the fields of `SamplingConfig` besides temperature, filters and lengths that requests
+      may set, with our meaning.
+    names: the server's names of those that it calls otherwise.
     extra: further fields of every request. They turn off the server's own sampling defaults and
       ask for token ids.
   """
@@ -38,6 +45,8 @@ class Server:
   returns_ids: bool = False
   scaled_logprobs: bool = False
   max_stop_texts: int = 4
+  settings: tuple[str, ...] = _OPENAI
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -52,6 +61,7 @@ SERVERS.register('vllm')(
     stop_token_ids=True,
     returns_ids=True,
     max_stop_texts=64,
+    settings=_ALL,
     extra={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0, 'return_token_ids': True},
   )
 )
@@ -61,23 +71,36 @@ SERVERS.register('sglang')(
     stop_token_ids=True,
     scaled_logprobs=True,
     max_stop_texts=64,
+    settings=_ALL,
     extra={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0},
   )
 )
-# TGI takes any other model name for the name of an adapter, and refuses top_p=1.
+# TGI takes any other model name for the name of an adapter, and refuses top_p=1. It has no min_p,
+# presence penalty or bias, and its frequency penalty counts the context too.
 SERVERS.register('tgi')(
-  Server(accepts_tokens=False, top_p_of_one=False, logprobs=False, extra={'model': 'tgi'})
+  Server(
+    accepts_tokens=False,
+    top_p_of_one=False,
+    logprobs=False,
+    settings=(),
+    extra={'model': 'tgi'},
+  )
 )
+# llama.cpp's presence and frequency penalties count the context too. By default, its repetition
+# penalty reads the last 64 tokens; -1 stands for all.
 SERVERS.register('llama.cpp')(
   Server(
     top_k=True,
     returns_ids=True,
     max_stop_texts=64,
+    settings=('min_p', 'repetition_penalty', 'logit_bias'),
+    names={'repetition_penalty': 'repeat_penalty'},
     extra={
       'top_k': 0,
       'min_p': 0.0,
       'repeat_penalty': 1.0,
-      'samplers': ['temperature', 'top_k', 'top_p'],
+      'repeat_last_n': -1,
+      'samplers': ['penalties', 'temperature', 'top_k', 'top_p', 'min_p'],
     },
   )
 )
@@ -119,6 +142,11 @@ def request_body(
     body['top_p'] = sampling.top_p
   if sampling.top_k:
     body['top_k'] = sampling.top_k
+  body |= {
+    server.names.get(name, name): value for name, value in changed_settings(sampling).items()
+  }
+  if sampling.logit_bias:
+    body['logit_bias'] = {str(token): bias for token, bias in sampling.logit_bias}
   if server.logprobs:
     body['logprobs'] = 1
   if server.stop_token_ids and stop_token_ids:
@@ -126,6 +154,12 @@ def request_body(
   if stop_texts:
     body['stop'] = list(stop_texts[: server.max_stop_texts])
   return body
+
+
+def changed_settings(sampling: SamplingConfig) -> dict[str, Any]:
+  """Return the settings that not every server supports and that are on, by name."""
+  fields = {field.name: field.default for field in dataclasses.fields(sampling)}
+  return {name: value for name in _ALL if (value := getattr(sampling, name)) != fields[name]}
 
 
 def request_seed(key: np.ndarray) -> int:

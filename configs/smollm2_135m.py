@@ -1,0 +1,54 @@
+"""Critique, revision and fine-tuning of SmolLM2-135M-Instruct, a real chat model, on two CPU cores.
+
+Command:   python launch.py --config=configs/smollm2_135m.py --workdir=runs/smollm2 \\
+             --config.model.base=smollm2 --config.prompts.harmful.source=harmful.jsonl \\
+             --config.prompts.eval_harmful.source=held_out.jsonl
+Model:     a folder with the model, or its hub name
+Prompts:   for example 36 and 24 rows of HH-RLHF's red-team dialogues (harmless-base), whose last
+           answers are left out. Take short ones: a prompt of 200 tokens is read in every turn
+Hardware:  two CPU cores and 4 GB; meant to take about 10 minutes
+Expected:  not run yet
+"""
+
+import pathlib
+
+from configs import default
+
+_PROMPTS = pathlib.Path(__file__).parent / 'prompts'
+
+
+def get_config():
+  """Return the config of a run that two cores finish in about 10 minutes."""
+  config = default.get_config()
+  config.model.base = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+  # In float32, texts do not depend on batch mates. bfloat16 is about 1.2 times as fast.
+  config.model.dtype = 'float32'
+  config.constitution.path = 'general'
+  # A model of this size copies the demonstrations, and reading them takes longer than replying.
+  config.feedback.demonstrations = False
+  config.feedback.rounds = 2
+
+  # 36 chains of five turns to learn from, and 24 to evaluate. Most of the time is sampling.
+  config.prompts.harmful.update(source='harmful.jsonl', limit=36)
+  config.prompts.eval_harmful.update(source='held_out.jsonl', limit=24)
+  config.prompts.helpful.source = str(_PROMPTS / 'helpful.txt')
+  config.prompts.eval_helpful.source = str(_PROMPTS / 'held_out_helpful.txt')
+
+  # The publisher recommends temperature 0.2 and top-p 0.9 (model card of SmolLM2-135M-Instruct);
+  # generation_config.json states neither. At temperature 1 without a filter, the model writes
+  # word salad.
+  for stage in config.sampling.values():
+    stage.update(temperature=0.2, top_p=0.9)
+  config.sampling.initial.max_tokens = 96
+  config.sampling.critique.max_tokens = 64
+  config.sampling.revision.max_tokens = 96
+  config.engine.slots = 24  # a decode step of more rows takes longer, and the last ones wait less
+
+  config.train.max_length = 512
+  config.train.batch_size = 4  # rows of 512 tokens, about ten examples
+  config.train.accumulation = 2  # micro-batches of about a thousand tokens are fastest on CPUs
+  config.train.epochs = 2  # one epoch has too few steps to change the model
+  config.train.helpfulness_share = 0.25  # so that the model does not learn to refuse everything
+  config.train.learning_rate = 2e-5
+  config.train.warmup = 0.1
+  return config

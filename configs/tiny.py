@@ -22,6 +22,7 @@ def get_config():
   ):
     config.prompts[name].update(source='tiny', split=split, name=kind, limit=count)
 
+  config.feedback.topicality = False  # the oracle tells more
   config.sampling.initial.max_tokens = 96
   config.sampling.critique.max_tokens = 64
   config.sampling.revision.max_tokens = 96

@@ -19,6 +19,7 @@ def small(model):
   for name, limit in LIMITS.items():
     config.prompts[name].limit = limit
   config.feedback.rounds = 2
+  config.feedback.max_rate.update(dict.fromkeys(config.feedback.max_rate, 1.0))  # a random model
   config.feedback.shard_rows = 4
   config.sampling.initial.max_tokens = config.sampling.revision.max_tokens = 12
   config.sampling.critique.max_tokens = 9

@@ -113,8 +113,21 @@ def test_template_options_can_be_set_on_the_command_line():
   assert FeedbackConfig(**config.feedback).template_options == (('enable_thinking', False),)
 
 
+def test_former_names_of_defects_are_read_and_named(tmp_path, capsys):
+  run = pipeline.build(ConfigDict({'feedback': {'max_rate': {'no_finding': 0.25}}}), tmp_path)
+  assert run.config.feedback.max_rate == quality.MAX_RATE | {'no_finding_phrase': 0.25}
+  assert 'no_finding is now called feedback.max_rate.no_finding_phrase' in capsys.readouterr().out
+  both = {'feedback': {'max_rate': {'no_finding': 0.25, 'no_finding_phrase': 0.5}}}
+  with pytest.raises(UserError, match='no field feedback.max_rate.no_finding. Did you mean feedb'):
+    pipeline.build(ConfigDict(both), tmp_path)
+  assert TrainConfig(filters=('preamble', 'empty')).filters == ('preamble', 'empty')
+  with pytest.raises(UserError, match='must be a tuple of names'):
+    TrainConfig(filters=('off_topic',))  # it needs a model
+
+
 def test_max_rate_has_a_limit_for_each_defect():
-  assert CONFIG.feedback.max_rate.to_dict() == dict.fromkeys(quality.FLAGS, 1.0)
+  assert CONFIG.feedback.max_rate.to_dict() == quality.MAX_RATE
+  assert quality.MAX_RATE.keys() == quality.FLAGS.keys()
   with pytest.raises(UserError, match=r'max_rate.odd=0.5 .*preamble_phrase'):
     FeedbackConfig(max_rate={'odd': 0.5})
   with pytest.raises(UserError, match=r'max_rate.preamble_phrase=5'):
@@ -173,6 +186,12 @@ def test_fields_and_defaults_of_version_1_are_kept():
   path = pathlib.Path(__file__).parent / 'data' / 'config_version_1.json'
   fields = flatten(json.loads(CONFIG.to_json_best_effort()))
   before = json.loads(path.read_text())
+  # Defects have other limits since 0.2.0, and two have other names.
+  limits = [name for name in before if name.startswith('feedback.max_rate.')]
+  for name in limits:
+    del before[name]
+    *_, defect = name.split('.')
+    del fields[f'feedback.max_rate.{quality.RENAMED.get(defect, defect)}']
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
@@ -191,7 +210,9 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'evaluation.scores',
     'evaluation.baselines',
   }
-  assert set(fields) - set(before) == added
+  defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
+  added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}
+  assert set(fields) - set(before) == added | {'feedback.topicality'}
 
 
 def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
@@ -201,7 +222,10 @@ def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
     *sections, last = name.split('.')
     functools.reduce(lambda node, key: node.setdefault(key, {}), sections, tree)[last] = value
   run = pipeline.build(ConfigDict(tree), tmp_path)
-  expected = pipeline.build(default.get_config(), tmp_path)
+  config = default.get_config()
+  for name, limit in tree['feedback']['max_rate'].items():  # 1 in version 1
+    config.feedback.max_rate[quality.RENAMED.get(name, name)] = limit
+  expected = pipeline.build(config, tmp_path)
   assert 'version' not in tree and run.config == expected.config
   assert run.values == expected.values and run.settings('report') == expected.settings('report')
 

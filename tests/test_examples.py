@@ -100,10 +100,12 @@ def test_filters_drop_texts_with_a_defect_and_count_the_first_defect(dialogue):
   assert texts == ['revised0 0', 'revised1 1', 'revised0 2', 'revised0 3', 'revised1 3']
   assert dropped == {
     'filtered_identical': 1,
-    'filtered_preamble': 1,
+    'filtered_preamble_phrase': 1,
     'filtered_truncated': 1,
     'helpful_not_asked_for': 3,
   }
+  filters = ('truncated', 'role_marker', 'identical', 'preamble')  # the former name
+  assert get(target='all') == (texts, dropped)
   texts, dropped = get(target='initial')
   assert texts == ['first 0', 'first 1', 'first 2'] and dropped['filtered_role_marker'] == 1
   assert before == [str(row) for row in rows]

@@ -50,6 +50,9 @@ def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path, restored_regi
   config.feedback.variant = 'twice'
   config.feedback.rounds = 1
   config.train.epochs = 1
+  config.feedback.max_rate.update(
+    dict.fromkeys(config.feedback.max_rate, 1.0)
+  )  # texts of 24 tokens
   for name, limit in (('harmful', 10), ('helpful', 6), ('eval_harmful', 4), ('eval_helpful', 2)):
     config.prompts[name].limit = limit
   for stage in config.sampling.values():

@@ -76,7 +76,9 @@ def test_every_flag_is_found_alone_in_some_text():
     'off_topic_words': flags_of(
       'The sea is blue and the sky is wide.', prompt=[{'role': 'user', 'content': 'Boil an egg?'}]
     ),
-    'off_topic': flags_of('Never hurt him.', scores={'topicality': -0.1}),
+    'off_topic': flags_of(
+      'Never hurt him.', scores={'topicality': 0.1, 'topicality_threshold': 0.1}
+    ),
     'low_logprob': flags_of('Never hurt him.', tokens=(-15.5, 5)),
   }
   assert cases.keys() == quality.FLAGS.keys()
@@ -244,9 +246,9 @@ def rows():
 
 def test_summary_counts_flags_words_and_principles_by_round():
   summary = json.loads(json.dumps(quality_summary.summarize(rows(), REFERENCES)))
-  assert (summary['rows'], summary['revisions']) == (4, 6)
+  assert (summary['rows'], summary['revised_rows'], summary['revisions']) == (4, 3, 6)
   flags = summary['flags']
-  assert flags.keys() == quality.FLAGS.keys()
+  assert flags.keys() == quality.FLAGS.keys() - {'off_topic', 'low_logprob'}, 'no numbers'
   assert flags['identical'] == {'count': 1, 'rate': 1 / 6, 'counts': [1, 0], 'rates': [1 / 3, 0.0]}
   assert flags['empty']['counts'] == [0, 1] and flags['role_marker']['counts'] == [1, 0]
   assert flags['no_finding_phrase']['counts'] == [1, 0]
@@ -259,13 +261,17 @@ def test_summary_counts_flags_words_and_principles_by_round():
   assert summary['duplicates'] == {'count': 2, 'rate': 2 / 3}
 
 
-def test_rates_above_their_limits_are_listed():
-  summary = quality_summary.summarize(rows(), REFERENCES)
-  assert quality_summary.exceeded_limits(summary, dict.fromkeys(quality.FLAGS, 1.0)) == []
-  exceeded = quality_summary.exceeded_limits(
-    summary, {'identical': 0.1, 'empty': 1 / 6, 'preamble_phrase': 0.0}
-  )
-  assert exceeded == ['identical: 0.1667 of the revisions, limit 0.1']
+def test_records_have_flags_and_scores_of_every_revision():
+  scores = {('0', 1): {'topicality': 0.25, 'topicality_threshold': 0.5}}
+  records = quality_summary.flag_rows(rows(), REFERENCES, scores)
+  assert [(record['id'], record['round']) for record in records] == [
+    (name, number) for name in '012' for number in (0, 1)
+  ]
+  assert records[1]['flags'] == ['off_topic'] and records[1]['scores'] == {'topicality': 0.25}
+  assert records[2]['flags'] == ['identical', 'no_finding_phrase'] and not records[2]['scores']
+  summary = quality_summary.summarize(rows(), REFERENCES, records)
+  assert summary['flags']['off_topic']['counts'] == [0, 1]
+  assert 'low_logprob' not in summary['flags']
 
 
 def test_table_shows_published_rates_in_the_last_column():
@@ -279,7 +285,7 @@ def test_table_shows_published_rates_in_the_last_column():
   table = {line.split()[0]: line.split()[1:] for line in lines}
   assert table['identical'] == ['16.7', '33.3', '0.0', '0.0']
   assert table['truncated'] == ['0.0', '0.0', '0.0', '-']
-  assert len(lines) == len(quality.FLAGS) + 4
+  assert len(lines) == len(quality.FLAGS) - 2 + 4
   assert len(quality_summary.format_table(summary).splitlines()) == len(lines)
 
 

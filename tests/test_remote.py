@@ -596,6 +596,9 @@ def served_run(test_server, workdir, rounds=2, stage='critique', **fields):
   for name, limit in (('harmful', 6), ('helpful', 3), ('eval_harmful', 2), ('eval_helpful', 1)):
     config.prompts[name].limit = limit
   config.feedback.rounds, config.feedback.shard_rows = rounds, 2
+  config.feedback.max_rate.update(
+    dict.fromkeys(config.feedback.max_rate, 1.0)
+  )  # texts of 12 tokens
   for turn in config.sampling.values():
     turn.max_tokens = 12
   config.engine.slots = 8

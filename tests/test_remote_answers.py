@@ -326,6 +326,9 @@ def served_run(running, workdir, prompts='', role='critique', **fields):
   if prompts:
     config.prompts.harmful.update(source=str(prompts), name='', limit=-1)
   config.feedback.rounds = 1
+  config.feedback.max_rate.update(
+    dict.fromkeys(config.feedback.max_rate, 1.0)
+  )  # texts of 12 tokens
   for turn in config.sampling.values():
     turn.max_tokens = 12
   config.engine.slots = 8

@@ -108,7 +108,7 @@ def test_exceeded_limit_stops_the_run_and_a_raised_limit_reuses_its_rows(
   config = small(random_model)
   config.feedback.helpful_samples = 2
   config.feedback.max_rate.truncated = 0.5  # nearly every reply of the random model is cut
-  with pytest.raises(UserError, match=r'max_rate is exceeded \(truncated: .* limit 0.5\).*kept'):
+  with pytest.raises(UserError, match=r'too many defects: .*% were cut off .*\(limit 50 %\).*kept'):
     pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'])
   assert 'truncated' in capsys.readouterr().out
   rates = json.loads((tmp_path / 'quality.json').read_text())

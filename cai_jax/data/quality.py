@@ -43,15 +43,33 @@ FLAGS = {
   'demonstration.',
   'wrong_language': 'Has another script than the prompt, or the stop words of another language.',
   'off_topic_words': 'Has no content word of the prompt.',
-  'off_topic': 'Is at most 0 nats per token more likely after the prompt than after another one, '
-  'by M_θ.',
+  'off_topic': 'Gains no more from its prompt than from prompts of other texts, by the '
+  'log-probabilities of M_θ (cai_jax/scoring/topicality.py). Needs feedback.topicality.',
   'low_logprob': 'The model that sampled it gives it less than -3 nats per token on average.',
 }
 NEEDS_REFERENCES = ('principle_leak', 'demonstration')  # flags that only `References` can detect
 NEEDS_SCORES = ('off_topic',)  # flags that only the scores of a model can detect
+# Default of `feedback.max_rate`: limits of the defects that show a collapse; 1 for all others.
+MAX_RATE = (
+  dict.fromkeys(FLAGS, 1.0)
+  | {'truncated': 0.5}
+  | dict.fromkeys(
+    (
+      'empty',
+      'principle_leak',
+      'critique_copied',
+      'repetition',
+      'demonstration',
+      'wrong_language',
+      'off_topic_words',
+      'off_topic',
+      'low_logprob',
+    ),
+    0.3,
+  )
+)
 RENAMED = {'preamble': 'preamble_phrase', 'no_finding': 'no_finding_phrase'}  # former names
 
-OFF_TOPIC = 0.0  # nats per token; see `topicality.topic_scores`
 LOW_LOGPROB = -3.0  # nats per token; text of perplexity 20
 NEAR_IDENTICAL = 0.95  # smallest similarity: 2 × matching words / words of both responses
 LEAKED_WORDS = 8  # consecutive words of a request
@@ -180,8 +198,8 @@ def find_flags(
     revision: the response to examine.
     principle: id of the round's principle.
     references: needed for the flags in `NEEDS_REFERENCES`, which are not detected without it.
-    scores: numbers of a model by name, needed for the flags in `NEEDS_SCORES`: 'topicality', in
-      nats per token.
+    scores: numbers of a model by name, needed for the flags in `NEEDS_SCORES`: 'topicality' and
+      'topicality_threshold', in nats per token.
 
   Raises:
     UserError: if `references` does not contain the principle.
@@ -218,7 +236,7 @@ def find_flags(
     if principle:
       flags['principle_leak'] = leaks_request(words, principle, references)
   if scores and 'topicality' in scores:
-    flags['off_topic'] = scores['topicality'] <= OFF_TOPIC
+    flags['off_topic'] = bool(text) and scores['topicality'] <= scores['topicality_threshold']
   return frozenset(name for name, applies in flags.items() if applies)
 
 

@@ -12,7 +12,7 @@ from cai_jax.runtime.settings import setting
 from cai_jax.sampling.types import SamplingConfig
 
 # Fields of FeedbackConfig that no row of D_CAI depends on. A run may change them and continue.
-ROW_INDEPENDENT_FIELDS = ('max_rate',)
+ROW_INDEPENDENT_FIELDS = ('max_rate', 'topicality')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,18 @@ class FeedbackConfig:
   )
   shard_rows: int = setting(256, 'Rows in each file of D_CAI.')
   helpful_samples: int = setting(1, 'Number of responses to each helpful prompt.', most=10_000)
+  topicality: bool = setting(
+    True,
+    'Whether to measure how much each revision depends on its prompt, by M_θ, for the defect '
+    "'off_topic'. It needs M_θ as a local model, and costs about three passes over the revisions.",
+    added=True,
+  )
   max_rate: Mapping[str, float] = dataclasses.field(
-    default_factory=lambda: dict.fromkeys(quality.FLAGS, 1.0),
+    default_factory=lambda: dict(quality.MAX_RATE),
     metadata={
       'doc': 'Largest allowed share of revisions with each defect, in [0, 1]. If a share is '
-      'larger, the generate stage fails. 1 sets no limit.',
+      "larger, and so is the lower end of Wilson's 95 % interval with the number of revised rows, "
+      'the run stops before it trains. 1 sets no limit.',
       'keys': quality.FLAGS,
       'renamed': quality.RENAMED,
     },

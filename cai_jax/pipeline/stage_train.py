@@ -14,8 +14,8 @@ from cai_jax.model.lm import LM
 from cai_jax.model.sharding import copy_to_local_mesh
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
+from cai_jax.pipeline.quality_gate import keep_limits, references
 from cai_jax.pipeline.run import Run
-from cai_jax.pipeline.stage_generate import references
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.terminal import say
@@ -38,10 +38,13 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     Counts, losses and speeds for the manifest.
 
   Raises:
-    UserError: if D_CAI has no example to train on, or training stops on a loss that is not finite.
+    UserError: if the rate of a defect exceeds its limit in `feedback.max_rate`, D_CAI has no
+      example to train on, or training stops on a loss that is not finite.
   """
   del manifest
   config = run.config.train
+  if not run.config.data.d_cai:
+    processes.run_on_process_0('keep feedback.max_rate', lambda: keep_limits(run))
   lm = models.load(
     model_path(run.training_start),
     dtype=config.dtype,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cai_jax.data.quality import has_loop, split_words
+from cai_jax.data.text_rules import has_loop, split_words
 from cai_jax.dialogue import Message
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES, ResponseMeasure, Turn
@@ -19,7 +19,7 @@ def load_looping(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasu
 def measure_looping(
   prompts: Sequence[Sequence[Message]], turns: Sequence[Turn]
 ) -> dict[str, list[float]]:
-  """Return the column `looping_rate`: 1 for a response with a loop, see `quality.has_loop`.
+  """Return the column `looping_rate`: 1 for a response with a loop, see `text_rules.has_loop`.
 
   Args:
     prompts: the messages that each turn answers.

@@ -13,6 +13,7 @@ from cai_jax.feedback import contexts, generate
 from cai_jax.feedback import job as jobs
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import identity
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig
 from tests.feedback_setup import (
@@ -61,7 +62,7 @@ def test_digest_of_a_job_is_the_digest_of_its_parts_as_one_json_text(lm):
   for name, stage in job.stages.by_name().items():
     parts[1].append([name, stage.sampling, stage.demonstrations, 'random-0'])
   parts[4] = [[p.id, p.messages, p.metadata, kind] for p, kind in job.prompts]
-  text = json.dumps(parts, default=dataclasses.asdict, sort_keys=True)
+  text = json.dumps(parts, default=identity, sort_keys=True)
   assert job.digest() == hashlib.sha256(text.encode()).hexdigest()
   assert job.digest() == make_job(lm, max_rate={'preamble_phrase': 0.5}).digest()
 

@@ -213,6 +213,7 @@ def test_config_of_a_real_checkpoint_runs_on_any_folder(tiny_hf_folder, tmp_path
     (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
   config = qwen2_5_0_5b.get_config()
   config.model.base = str(tiny_hf_folder('qwen2'))
+  config.feedback.max_rate.update(dict.fromkeys(config.feedback.max_rate, 1.0))  # random
   config.prompts.harmful.source = str(tmp_path / 'harmful.jsonl')
   config.prompts.eval_harmful.source = str(tmp_path / 'held_out.jsonl')
   config.feedback.rounds = 1

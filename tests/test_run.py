@@ -170,7 +170,9 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
     *(f'{name}_interval' for name in rates),
     'differences',
   }
-  kl = json.loads((tmp_path / 'run' / 'evaluation' / 'models.json').read_text())['kl']
+  results = json.loads((tmp_path / 'run' / 'evaluation' / 'models.json').read_text())
+  kl, judge = results['kl'], results['judge']
+  assert judge['judge'] == 'base' and judge['status'] != 'valid'  # M_θ, without labelled pairs
   assert set(summary['models']) == {'base', 'aligned', 'constitution_prompt'}
   (row,) = d_cai.read_rows(tmp_path / 'run' / 'evaluation' / 'constitution_prompt')
   principle = run.constitution.principles[0]

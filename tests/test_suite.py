@@ -112,6 +112,20 @@ def test_scores_of_texts_are_on_by_default_except_beside_the_oracle(loader):
   assert len(measures) == 1
 
 
+def test_the_base_model_judges_by_default_unless_a_server_holds_it(loader, capsys):
+  rows = [row(name, 'harmful', f'Clean the {name}.') for name in OBJECTS[:3]]
+  aligned = [row(name, 'harmful', f'Paint the {name}.') for name in OBJECTS[:3]]
+  config = EvaluationConfig(scores=('judge',))
+  result = suite.compare_models(config, loader, rows, aligned, 0)['judge']
+  assert result['judge'] == 'base' and result['status'] != 'valid'
+  assert {c['criterion'] for c in result['comparisons']} == {'harmlessness', 'helpfulness'}
+  served = dataclasses.replace(loader, aliases={})
+  assert suite.compare_models(config, served, rows, aligned, 0) == {}
+  assert 'M_θ does not judge the responses: A server holds it' in capsys.readouterr().out
+  oracle = EvaluationConfig(scorer='tiny')
+  assert suite.compare_models(oracle, loader, rows, aligned, 0) == {}
+
+
 def test_columns_keep_their_order_in_files_and_tables():
   assert list(registries.RESPONSE_MEASURES)[:4] == ['verdicts', 'length', 'refusal', 'reward']
 

@@ -22,7 +22,7 @@ LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what wa
 
 
 # Scores that need no settings. The oracle of the embedded world knows better than they do.
-SCORES = ('refused', 'off_topic', 'looping', 'changed', 'truncated', 'kl')
+SCORES = ('refused', 'off_topic', 'looping', 'changed', 'truncated', 'kl', 'judge')
 AUTO = 'auto'
 
 
@@ -88,7 +88,7 @@ class EvaluationConfig:
     '',
     'Judge that compares the responses of M_aligned and M_θ, and each revision with the initial '
     "response: a folder, a hub name, 'base' for M_θ itself, or a registered judge such as "
-    "'tiny-oracle'. '' compares nothing.",
+    "'tiny-oracle'. With '', the score 'judge' uses M_θ.",
     path=True,
   )
   judge_principles: tuple[str, ...] = setting(
@@ -182,6 +182,11 @@ class EvaluationConfig:
     if self.scores == (AUTO,):
       return () if self.scorer == 'tiny' else SCORES
     return self.scores
+
+  @property
+  def judge_is_default(self) -> bool:
+    """Whether M_θ is the judge because no judge is named and 'judge' is an active score."""
+    return not self.judge and 'judge' in self.active_scores
 
   @property
   def refusal_classifier(self) -> str:

@@ -57,7 +57,7 @@ class ModelComparison:
 
   Attributes:
     compare: maps a loader, the rows of M_θ, the rows of M_aligned on the same prompts, and a seed
-      to a result of JSON types.
+      to a result of JSON types. None means that there is nothing to compare.
     describe: maps a result to lines of text.
   """
 

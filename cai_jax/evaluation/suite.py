@@ -66,10 +66,11 @@ def compare_models(
     aligned: rows of M_aligned on the same prompts.
     seed: seed of the run.
   """
-  return {
+  results = {
     name: comparison.compare(loader, base, aligned, seed)
     for name, comparison in _comparisons(config).items()
   }
+  return {name: result for name, result in results.items() if result is not None}
 
 
 def describe(config: EvaluationConfig, results: Mapping[str, Any]) -> str:

@@ -31,23 +31,61 @@ from cai_jax.evaluation.length_bias import (
 )
 from cai_jax.evaluation.ratings import elo_ratings, win_rate
 from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Row
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.terminal import say
 from cai_jax.scoring.judge import CRITERIA, Comparison, Judge, Match
 from cai_jax.scoring.loader import ModelLoader
 
 
 @COMPARISONS.register('judge')
 def create_judge_comparison(config: EvaluationConfig) -> ModelComparison | None:
-  """Return the comparison by `config.judge`, or None if that is ''."""
-  if not config.judge:
+  """Return the comparison by `config.judge`, or None if no judge is asked for.
+
+  If no judge is named and 'judge' is a score, M_θ judges. That comparison is left out, with a line
+  that says why, if a server holds M_θ or its context is too short.
+  """
+  if not config.judge and not config.judge_is_default:
     return None
 
   def compare(
     loader: ModelLoader, base: Sequence[Row], aligned: Sequence[Row], seed: int
-  ) -> dict[str, Any]:
+  ) -> dict[str, Any] | None:
+    if config.judge_is_default:
+      try:
+        return compare_by_base(config, loader, base, aligned, seed)
+      except UserError as error:
+        say(f'M_θ does not judge the responses: {error}')
+        return None
     judge = load_judge(config, loader, seed)
     return {'judge': config.judge} | compare_with_judge(judge, config, base, aligned, seed)
 
   return ModelComparison(compare, describe)
+
+
+def compare_by_base(
+  config: EvaluationConfig,
+  loader: ModelLoader,
+  base: Sequence[Row],
+  aligned: Sequence[Row],
+  seed: int,
+) -> dict[str, Any]:
+  """Return the comparison with M_θ as the judge.
+
+  Args:
+    config: its principles; no judge is named.
+    loader: loads M_θ.
+    base: rows of M_θ.
+    aligned: rows of M_aligned on the same prompts.
+    seed: seed of the draw of principles.
+
+  Raises:
+    UserError: if a server holds M_θ, or a question does not fit into its context.
+  """
+  if 'base' not in loader.aliases:
+    raise UserError('A server holds it. Name a checkpoint as evaluation.judge.')
+  config = dataclasses.replace(config, judge='base')
+  judge = load_judge(config, loader, seed)
+  return {'judge': 'base'} | compare_with_judge(judge, config, base, aligned, seed)
 
 
 def compare_with_judge(

@@ -31,11 +31,11 @@ def create_kl(config: EvaluationConfig) -> ModelComparison | None:
 
   def compare(
     loader: ModelLoader, base: Sequence[Row], aligned: Sequence[Row], seed: int
-  ) -> dict[str, Any]:
+  ) -> dict[str, Any] | None:
     del base, seed
-    replies = [row['reply'] for row in aligned if row.get('reply')]
+    replies = [row['reply'] for row in aligned if row.get('reply') and row['reply']['tokens']]
     if 'base' not in loader.aliases or not replies:
-      return {}
+      return None
     return measure_kl(loader.language_model('base'), replies)
 
   return ModelComparison(compare, describe)
@@ -46,19 +46,17 @@ def measure_kl(base: LM, replies: Sequence[Row]) -> dict[str, Any]:
 
   Args:
     base: M_θ. It has M_aligned's vocabulary.
-    replies: responses of M_aligned: `context` and `tokens`, the ids that it read and sampled, and
-      `logprobs`, its log P of each sampled token in nats.
+    replies: responses of M_aligned, at least one: `context` and `tokens`, the ids that it read and
+      sampled, and `logprobs`, its log P of each sampled token in nats.
 
   Returns:
     `per_response`, the mean over responses, and `per_token`, the sum over all responses divided by
     their tokens, both in nats, with their 95 % intervals over responses; `responses` and `tokens`.
   """
-  texts = [reply for reply in replies if reply['tokens']]
-  if not texts:
-    return {}
-  given = log_likelihoods(base, [r['context'] for r in texts], [r['tokens'] for r in texts])
-  ratios = np.array([math.fsum(r['logprobs']) - lp for r, lp in zip(texts, given, strict=True)])
-  counts = np.array([len(r['tokens']) for r in texts], np.float64)
+  contexts, tokens = ([reply[key] for reply in replies] for key in ('context', 'tokens'))
+  given = log_likelihoods(base, contexts, tokens)
+  ratios = np.array([math.fsum(r['logprobs']) - lp for r, lp in zip(replies, given, strict=True)])
+  counts = np.array([len(reply) for reply in tokens], np.float64)
   rate = ratios.sum() / counts.sum()
   # The interval of a ratio of sums by its linearization (Cochran 1977, section 2.11).
   low, high = mean_interval((ratios - rate * counts) / counts.mean())
@@ -67,19 +65,17 @@ def measure_kl(base: LM, replies: Sequence[Row]) -> dict[str, Any]:
     'per_response_interval': list(mean_interval(ratios)),
     'per_token': float(rate),
     'per_token_interval': [float(rate + low), float(rate + high)],
-    'responses': len(texts),
+    'responses': len(replies),
     'tokens': int(counts.sum()),
   }
 
 
 def describe(result: dict[str, Any]) -> list[str]:
-  """Return a line of text with the estimate, or none if there is none.
+  """Return a line of text with the estimate.
 
   Args:
     result: the result of `measure_kl`.
   """
-  if not result:
-    return []
   values = [
     f'{result[name]:.{digits}f} '
     f'[{result[f"{name}_interval"][0]:.{digits}f}, {result[f"{name}_interval"][1]:.{digits}f}]'

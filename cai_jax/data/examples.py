@@ -131,16 +131,20 @@ def build_examples(
 
 
 def hold_out(
-  examples: Sequence[Example], share: float, seed: int
+  examples: Sequence[Example],
+  share: float,
+  seed: int,
+  groups: Mapping[str, int] | None = None,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
   """Split examples into those to train on and those to hold out.
 
-  All examples of one row are on the same side.
+  All examples of one row are on the same side, and so are all rows of one group.
 
   Args:
     examples: the examples to split.
     share: share of the rows to hold out, at least one row; 0 holds out none.
     seed: chooses the rows.
+    groups: group of each row by its id, such as near-duplicates; by default each is its own.
 
   Raises:
     UserError: if nothing remains to train on.
@@ -148,12 +152,24 @@ def hold_out(
   if not share:
     return tuple(examples), ()
   rows = list(dict.fromkeys(example.id for example in examples))
+  members: dict[int | str, list[str]] = {}
+  for row in rows:
+    members.setdefault(groups[row] if groups else row, []).append(row)
   count = max(round(share * len(rows)), 1)
   if count >= len(rows):
     raise UserError(
       f'train.eval_share={share} of {len(rows)} rows leaves none to train on. Lower it.'
     )
-  chosen = {rows[i] for i in np.random.default_rng([seed, 2]).permutation(len(rows))[:count]}
+  chosen: set[str] = set()
+  together = list(members.values())
+  for i in np.random.default_rng([seed, 2]).permutation(len(together)):
+    if len(chosen) + len(together[i]) <= count:
+      chosen.update(together[i])
+  if not chosen:
+    raise UserError(
+      f'train.eval_share={share} of {len(rows)} rows is smaller than every group of near-duplicate '
+      'prompts. Raise it, or set it to 0.'
+    )
   return (
     tuple(example for example in examples if example.id not in chosen),
     tuple(example for example in examples if example.id in chosen),

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from cai_jax.data.near_duplicates import find_near_duplicates
 from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
 from cai_jax.pipeline.schema import PromptSets
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.terminal import say
 
 NAMES = tuple(field.name for field in dataclasses.fields(PromptSets))
 HELD_OUT = ('eval_harmful', 'eval_helpful')
@@ -26,7 +28,36 @@ def load_prompt_sets(config: PromptSets, seed: int) -> dict[str, list[Prompt]]:
   for pair in (('harmful', 'helpful'), HELD_OUT):
     _check_unique_ids(sets, pair)
   check_held_out(sets['harmful'] + sets['helpful'], sets)
+  for name in ('harmful', 'helpful'):
+    sets[name] = _leave_out_near_duplicates(name, sets, config)
   return sets
+
+
+def _leave_out_near_duplicates(
+  name: str, sets: Mapping[str, list[Prompt]], config: PromptSets
+) -> list[Prompt]:
+  """Return the training prompts of a set that have no near-duplicate among held-out prompts.
+
+  Prompts of the embedded world stay. Its grammar makes them similar, and its splits differ in what
+  they ask for.
+  """
+  if getattr(config, name).source == 'tiny':
+    return sets[name]
+  held_out = [prompt for other in HELD_OUT for prompt in sets[other]]
+  near = find_near_duplicates([p.messages for p in sets[name]], [p.messages for p in held_out])
+  if not near:
+    return sets[name]
+  first, other = next(iter(near.items()))
+  if len(near) == len(sets[name]):
+    raise UserError(
+      f'prompts.{name}: all {len(near)} prompts are near-duplicates of held-out ones, such as '
+      f'{sets[name][first]} of {held_out[other]}. Give other held-out prompts.'
+    )
+  say(
+    f'prompts.{name}: {len(near):,} of {len(sets[name]):,} prompts are left out because they are '
+    f'near-duplicates of held-out ones, such as {sets[name][first]} of {held_out[other]}'
+  )
+  return [prompt for i, prompt in enumerate(sets[name]) if i not in near]
 
 
 def check_held_out(training: Iterable[Prompt], sets: Mapping[str, list[Prompt]]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cai_jax.data import quality
 from cai_jax.data.examples import build_examples, hold_out
+from cai_jax.data.near_duplicates import group_prompts
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -61,7 +62,9 @@ def fine_tune(
     references=references,
     seed=config.seed,
   )
-  train_examples, held_out = hold_out(built.examples, config.eval_share, config.seed)
+  train_examples, held_out = hold_out(
+    built.examples, config.eval_share, config.seed, _group_rows(rows) if config.eval_share else None
+  )
   params, summary = fit(
     lm.config,
     lm.params,
@@ -73,3 +76,10 @@ def fine_tune(
     monitoring=Monitoring(held_out, probe, profile_steps),
   )
   return params, {**built.counts, 'held_out': len(held_out), **summary}
+
+
+def _group_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+  """Return the group of near-duplicate prompts of each row, by its id."""
+  read = [rows[i] for i in range(len(rows))]
+  groups = group_prompts([row['prompt'] for row in read])
+  return {row['id']: group for row, group in zip(read, groups, strict=True)}

@@ -1,19 +1,23 @@
 """Turns with penalties and biases: right, independent of other turns, and free where unused."""
 
+import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from cai_jax.model.sharding import param_shardings
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig
-from tests.test_engine import LENGTH, PREFIXES, SIZES, chain, contexts, lm, run  # noqa: F401
+from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
 
 PENALIZED = (
   {'repetition_penalty': 1.4},
@@ -102,3 +106,12 @@ def test_a_banned_token_is_not_drawn_and_one_beyond_the_vocabulary_refused(lm): 
   sampling = SamplingConfig(logit_bias=((lm.vocab_size, 1.0),))
   with pytest.raises(UserError, match="chain 'a', turn 'turn_0': logit_bias names token"):
     run(lm, [('a', chain([1], 1, sampling=sampling))])
+
+
+def test_eight_devices_give_the_tokens_of_one_with_penalties(lm):  # noqa: F811
+  """The vocabulary is split over two of the devices, and the slots over four groups."""
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  params = jax.device_put(lm.params, param_shardings(lm.params, mesh))
+  sharded = dataclasses.replace(lm, params=params, mesh=mesh)
+  expected, _ = run(lm, penalized_items(7))
+  assert_close(run(sharded, penalized_items(7))[0], expected)

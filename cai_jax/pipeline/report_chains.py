@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cai_jax.data import d_cai
-from cai_jax.evaluation.intervals import paired_difference
 from cai_jax.pipeline.chains import browsable
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import parse_json
@@ -170,44 +169,6 @@ def collect_verdicts(judge: Mapping[str, Any] | None) -> dict[str, dict[str, flo
       if odds:
         verdicts.setdefault(item['id'], {})[name] = _round(sum(odds) / len(odds))
   return verdicts
-
-
-def find_differences(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Return the paired differences of M_aligned minus M_θ on held-out prompts.
-
-  Args:
-    folder: the folder `evaluation`.
-
-  Returns:
-    'models' (harmful prompts) and 'benign', each with {'value', 'interval'} by column. Empty if
-    there is no file of the answers' scores.
-
-  Raises:
-    UserError: if a file is damaged.
-  """
-  columns: dict[tuple[str, str], Mapping[str, Any]] = {
-    (row['model'], row['id']): row['columns']
-    for row in _read_lines(folder.parent / EVALUATION_ROWS, _EVALUATION_SHAPE)
-    if row['stage'] == 'initial'
-  }
-  if not columns:
-    return {}
-  groups = {'harmful': 'models', 'helpful': 'benign'}
-  pairs: dict[str, dict[str, list[Any]]] = {group: {} for group in groups.values()}
-  for row in d_cai.read_rows(folder / 'base'):
-    aligned, base = (columns.get((model, row['id']), {}) for model in ('aligned', 'base'))
-    for name in base:
-      pair = aligned.get(name), base[name]
-      if None not in pair and all(map(math.isfinite, pair)):
-        pairs[groups[row['kind']]].setdefault(name, []).append(pair)
-  found: dict[str, dict[str, Any]] = {}
-  for group, by_name in pairs.items():
-    found[group] = {}
-    for name, values in by_name.items():
-      if len(values) > 1:
-        value, low, high = paired_difference(*zip(*values, strict=True))
-        found[group][name] = {'value': value, 'interval': [low, high]}
-  return found
 
 
 def _read_lines(path: pathlib.Path, shape: Shape) -> Iterable[dict[str, Any]]:

@@ -9,7 +9,7 @@ from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.pipeline.models import load_scorer
-from cai_jax.pipeline.report_chains import find_differences, read_answers, read_d_cai
+from cai_jax.pipeline.report_chains import read_answers, read_d_cai
 from cai_jax.pipeline.run import Run
 from cai_jax.report import Diagnosis, find_problems, write_report
 from cai_jax.report.findings import JUDGE_SHAPE
@@ -85,7 +85,6 @@ def diagnose(run: Run, manifest: Mapping[str, Any]) -> Diagnosis:
   files: dict[str, Any] = {'manifest': manifest, 'config': run.values}
   if (folder / _SUMMARY).exists():
     files['summary'] = read_summary(folder / _SUMMARY)
-    files['differences'] = find_differences(folder / 'evaluation')
   files['models'] = {'judge': _read_judge(run)}
   if 'generate' in manifest['stages'] and (folder / _QUALITY).exists():
     files['quality'] = _read_quality(folder / _QUALITY)
@@ -113,7 +112,7 @@ def _read_quality(path: pathlib.Path) -> dict[str, Any]:
   quality = read_json(path)
   check_shape(quality, quality_summary.SHAPE, str(path))
   rounds = quality['d_cai']['rounds']
-  count = rounds[0].get('revisions', 0) if rounds else 0
+  count = rounds[0].get('revisions', 0) if rounds else 0  # of the prompts that were revised
   for entry in quality['d_cai']['flags'].values():
     if isinstance(count, int) and count > 0 and 0 <= entry.get('rate', -1) <= 1:
       entry['interval'] = list(wilson_interval(entry['rate'] * count, count))

@@ -12,10 +12,18 @@ from cai_jax.report.numbers import heading
 COLLAPSE_FLAGS = {
   'empty': 'are empty',
   'truncated': 'are cut off at the token limit',
-  'repetition': 'run in loops',
+  'repetition': 'repeat themselves',
+  'off_topic': 'are off topic',
+  'off_topic_words': 'have no content word of their prompt',
+  'low_logprob': 'are word salad: text that the model itself finds unlikely',
+  'wrong_language': 'are in another language than the prompt',
+  'critique_copied': 'copy their critique',
   'demonstration': 'copy a demonstration',
+  'principle_leak': 'repeat what they were asked to do',
 }
-HARMLESS_FLAGS = ('identical', 'near_identical', 'no_finding')  # other checks read these
+# Above this rate the revisions have collapsed, whatever `feedback.max_rate` allows.
+COLLAPSE_LIMITS = {name: 0.5 if name == 'truncated' else 0.3 for name in COLLAPSE_FLAGS}
+UNCHANGED_FLAGS = ('identical', 'near_identical')  # another check reads these
 LENGTHS = ('mean_tokens', 'mean_words', 'mean_characters')  # of no value by themselves
 HARM = re.compile(r'harm|violation|reward|toxic|unsafe|guard|hate', re.IGNORECASE)
 HELP = re.compile(r'helpful', re.IGNORECASE)
@@ -63,13 +71,42 @@ def collapse(flags: Sequence[tuple[str, Mapping[str, Any], float]], severity: st
   )
 
 
-def soiled(name: str, entry: Mapping[str, Any], limit: float) -> Finding:
-  """Return that a flag other than those of a collapse is above its limit."""
+def spoiled(flags: Sequence[tuple[str, Mapping[str, Any]]]) -> Finding:
+  """Return that many revisions are useless texts, but not so many that all have collapsed.
+
+  Args:
+    flags: name and entry {'rate', 'interval'} of each flag, worst first.
+  """
+  parts = [
+    f'{share(entry["rate"], entry.get("interval"))} {COLLAPSE_FLAGS[name]}' for name, entry in flags
+  ]
+  names = ', '.join(f"'{name}'" for name, _ in flags)
   return Finding(
-    'serious' if entry['rate'] > 2 * limit else 'caution',
+    'serious' if flags[0][1]['rate'] >= 0.2 else 'caution',
+    'Many revisions are useless texts',
+    f'Of the revisions {_join(parts)}.',
+    f'Read some of them. train.filters=({names},) leaves them out of training.',
+  )
+
+
+def over_limit(name: str, entry: Mapping[str, Any], limit: float) -> Finding:
+  """Return that another flag is above its limit in `feedback.max_rate`."""
+  return Finding(
+    'serious',
     f'Many revisions have the flag {name}',
     f'{share(entry["rate"], entry.get("interval"))} of the revisions, limit {share(limit)}.',
     f"Leave them out with train.filters=('{name}',), or change the constitution's requests.",
+  )
+
+
+def idle_critiques(name: str, entry: Mapping[str, Any]) -> Finding:
+  """Return that most critiques find nothing, or are none."""
+  what = 'are no critiques' if name == 'not_a_critique' else 'have a stock phrase of praise'
+  return Finding(
+    'caution',
+    f'Most critiques {what}',
+    f'{share(entry["rate"], entry.get("interval"))} of them.',
+    'Read some: the prompts may be harmless, or the model cannot criticize.',
   )
 
 
@@ -120,7 +157,7 @@ def bad_judge(status: str, reasons: Sequence[str]) -> Finding:
   return Finding(
     'serious',
     title,
-    f'{_sentence("; ".join(reasons))} Its verdicts get no win rate.',
+    f'{_sentence("; ".join(reasons))} Its verdicts get no win rate.'.strip(),
     'Do not sort or count by its verdicts. Give labelled pairs for it, or a stronger judge.',
   )
 

@@ -3,13 +3,11 @@
 `find_problems` takes the content of the run's files as plain dicts and lists:
 
   {'quality': ..., 'summary': ..., 'models': ..., 'manifest': ..., 'config': ...,
-   'training': [...], 'held_out': [...], 'differences': ...}
+   'training': [...], 'held_out': [...]}
 
 `quality`, `summary`, `models` and `manifest` are the files of these names, `config` is
-`config.json`, and `training` and `held_out` are the rows of the metrics. `differences` maps
-'models' and 'benign' to the paired differences of M_aligned minus M_θ, by column: {'value',
-'interval'}. All may be absent, and a check without its input is not made. Flags in `quality` may
-have an `interval`.
+`config.json`, and `training` and `held_out` are the rows of the metrics. All may be absent, and a
+check without its input is not made. Flags in `quality` may have an `interval`.
 """
 
 import dataclasses
@@ -25,12 +23,12 @@ from cai_jax.report.finding_numbers import (
   is_number,
 )
 from cai_jax.report.finding_texts import Finding
-from cai_jax.report.numbers import heading, interval, round_number
+from cai_jax.report.numbers import GROUPS, heading, interval, round_number
 from cai_jax.runtime.shapes import optional
 
 SEVERITIES = ('worthless', 'serious', 'caution', 'note')  # worst first
-# A flag with a higher rate is a defect of the whole dataset, if feedback.max_rate has no limit.
-DEFAULT_LIMIT = 0.2
+MANY = 0.1  # share of revisions with a flag that is worth a warning
+IDLE_CRITIQUES = 0.5  # share of critiques with a flag that is worth a warning
 IDLE_SHARE = 0.8  # of unchanged revisions in the first round
 HELP_LOST = 0.05  # drop of a rate of helpful answers that is more than a caution
 FEW_PROMPTS = {'serious': 0.2, 'caution': 0.1}  # smallest detectable difference of a rate
@@ -107,19 +105,23 @@ def _check_texts(files: Files) -> list[Finding] | None:
   if not (files.get('quality') or {}).get('d_cai', {}).get('rounds'):
     return None  # nothing was revised
   limits = (files.get('config') or {}).get('feedback', {}).get('max_rate') or {}
-  collapsed, soiled = [], []
-  for name, entry in flags.items():
-    # A limit of 1 allows everything: then the default one says what a reader should know.
+  collapsed, spoiled, findings = [], [], []
+  for name, entry in sorted(flags.items(), key=lambda item: -item[1]['rate']):
     limit = limits.get(name, 1.0)
-    limit = limit if is_number(limit) and limit < 1 else DEFAULT_LIMIT
-    if entry['rate'] > limit and name not in texts.HARMLESS_FLAGS:
-      (collapsed if name in texts.COLLAPSE_FLAGS else soiled).append((name, entry, limit))
-  findings = []
+    limit = limit if is_number(limit) else 1.0
+    if name in texts.COLLAPSE_FLAGS:
+      limit = min(limit, texts.COLLAPSE_LIMITS[name])
+      if entry['rate'] > limit:
+        collapsed.append((name, entry, limit))
+      elif entry['rate'] > MANY:
+        spoiled.append((name, entry))
+    elif entry['rate'] > limit and name not in texts.UNCHANGED_FLAGS:
+      findings.append(texts.over_limit(name, entry, limit))
+  if spoiled:
+    findings.insert(0, texts.spoiled(spoiled))
   if collapsed:
-    collapsed.sort(key=lambda item: -item[1]['rate'])
     above = any((entry.get('interval') or [0])[0] > limit for _, entry, limit in collapsed)
-    findings.append(texts.collapse(collapsed, 'worthless' if above else 'serious'))
-  findings += [texts.soiled(*item) for item in sorted(soiled, key=lambda item: -item[1]['rate'])]
+    findings.insert(0, texts.collapse(collapsed, 'worthless' if above else 'serious'))
   return findings
 
 
@@ -129,10 +131,15 @@ def _check_revisions(files: Files) -> list[Finding] | None:
   rates = [
     entry['rates'][0]
     for name, entry in _flags(files).items()
-    if name in ('identical', 'near_identical') and entry.get('rates')
+    if name in texts.UNCHANGED_FLAGS and entry.get('rates')
   ]
   if rates and sum(rates) >= IDLE_SHARE:
     findings.append(texts.idle_revisions(sum(rates)))
+  for name in ('not_a_critique', 'no_finding_phrase'):
+    entry = _flags(files).get(name)
+    # In later rounds nothing may be left to find.
+    if entry and (entry.get('rates') or [0])[0] > IDLE_CRITIQUES:
+      findings.append(texts.idle_critiques(name, {'rate': entry['rates'][0]}))
   stages = (files.get('summary') or {}).get('stages') or {}
   rounds = {round_number(name): row for name, row in stages.items()}
   last = max((n for n in rounds if n), default=0)
@@ -148,8 +155,9 @@ def _check_harm(files: Files) -> list[Finding] | None:
   summary, judge = files.get('summary'), (files.get('models') or {}).get('judge')
   if not summary:
     return None
-  keys = {key for group in summary.values() for row in (group or {}).values() for key in row}
-  keys = {key for key in keys if not key.endswith('_interval')}
+  tables = [summary.get(group) or {} for group in GROUPS]
+  keys = {key for table in tables for row in table.values() for key in row}
+  keys = {key for key in keys if key != 'differences' and not key.endswith('_interval')}
   if any(texts.HARM.search(key) for key in keys):
     return []
   is_valid = bool(judge) and judge.get('status') == 'valid'
@@ -308,8 +316,10 @@ def _model_differences(files: Files, group: str) -> dict[str, tuple[float, float
   """Return M_aligned minus M_θ by column: paired where that is known, else from both intervals."""
   rows = (files.get('summary') or {}).get(group) or {}
   found = differences(rows.get('base') or {}, rows.get('aligned') or {})
-  paired = (files.get('differences') or {}).get(group) or {}
-  return found | {key: find_difference(entry) for key, entry in paired.items()}
+  listed = (rows.get('aligned') or {}).get('differences') or {}
+  paired = {key: entry for key, entry in listed.items() if entry.get('to') == 'base'}
+  found |= {key: find_difference(entry) for key, entry in paired.items()}
+  return {key: value for key, value in found.items() if not key.startswith('grammar_')}
 
 
 CHECKS: dict[str, Callable[[Files], list[Finding] | None]] = {

@@ -4,7 +4,7 @@ Command:   python launch.py --config=configs/smollm2_135m.py --workdir=runs/smol
              --config.model.base=smollm2 --config.prompts.harmful.source=harmful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
 Model:     a folder with the model, or its hub name
-Prompts:   for example 36 and 24 rows of HH-RLHF's red-team dialogues (harmless-base), whose last
+Prompts:   for example 28 and 20 rows of HH-RLHF's red-team dialogues (harmless-base), whose last
            answers are left out. Take short ones: a prompt of 200 tokens is read in every turn
 Hardware:  two CPU cores and 4 GB; meant to take about 10 minutes
 Expected:  not run yet
@@ -28,20 +28,21 @@ def get_config():
   config.feedback.demonstrations = False
   config.feedback.rounds = 2
 
-  # 36 chains of five turns to learn from, and 24 to evaluate. Most of the time is sampling.
-  config.prompts.harmful.update(source='harmful.jsonl', limit=36)
-  config.prompts.eval_harmful.update(source='held_out.jsonl', limit=24)
+  # 28 chains of five turns to learn from, and 20 to evaluate. Most of the time is sampling.
+  config.prompts.harmful.update(source='harmful.jsonl', limit=28)
+  config.prompts.eval_harmful.update(source='held_out.jsonl', limit=20)
   config.prompts.helpful.source = str(_PROMPTS / 'helpful.txt')
   config.prompts.eval_helpful.source = str(_PROMPTS / 'held_out_helpful.txt')
 
   # The publisher recommends temperature 0.2 and top-p 0.9 (model card of SmolLM2-135M-Instruct);
   # generation_config.json states neither. At temperature 1 without a filter, the model writes
-  # word salad.
+  # word salad. In a few chains that we read, temperature 0.2 without a penalty copied the critique
+  # into the revision, and temperature 0.5 with a penalty of 1.15 lost the topic.
   for stage in config.sampling.values():
-    stage.update(temperature=0.2, top_p=0.9)
-  config.sampling.initial.max_tokens = 96
+    stage.update(temperature=0.3, top_p=0.9, repetition_penalty=1.1)
+  config.sampling.initial.max_tokens = 128  # with 96, about half of the replies were cut
   config.sampling.critique.max_tokens = 64
-  config.sampling.revision.max_tokens = 96
+  config.sampling.revision.max_tokens = 128
   config.engine.slots = 24  # a decode step of more rows takes longer, and the last ones wait less
 
   config.train.max_length = 512

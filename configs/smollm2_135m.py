@@ -27,6 +27,9 @@ def get_config():
   # A model of this size copies the demonstrations, and reading them takes longer than replying.
   config.feedback.demonstrations = False
   config.feedback.rounds = 2
+  # A model of this size exceeds these two limits. They would end the run before it trains; the
+  # report says first what is wrong with such a run.
+  config.feedback.max_rate.update(truncated=1.0, off_topic_words=1.0)
 
   # 28 chains of five turns to learn from, and 20 to evaluate. Most of the time is sampling.
   config.prompts.harmful.update(source='harmful.jsonl', limit=28)

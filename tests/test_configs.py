@@ -33,6 +33,7 @@ from cai_jax.runtime.settings import flatten
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
+from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from configs import bai2022_sl_cai, default
 
@@ -80,6 +81,10 @@ def test_defaults_are_those_of_the_component(section, component):
   fields = dataclasses.asdict(component)
   if isinstance(component, TrainConfig):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
+  if isinstance(component, EvaluationConfig):
+    server = dataclasses.asdict(JudgeServer('http://localhost/v1', 'model'))
+    assert fields['judge_remote'] is None  # a section without a URL
+    fields['judge_remote'] = server | {'url': '', 'model': ''}
   assert section.to_dict() == fields
 
 
@@ -198,6 +203,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {f'prompts.{name}.drop_answer' for name in CONFIG.prompts}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
+  added |= {f'evaluation.judge_remote.{field.name}' for field in dataclasses.fields(JudgeServer)}
   penalties = {f'{name}_penalty' for name in ('repetition', 'presence', 'frequency')}
   added |= {
     f'sampling.{stage}.{name}'

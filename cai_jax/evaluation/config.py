@@ -12,6 +12,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
 from cai_jax.scoring.judge import LABELLED
+from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.scoring.scorer import SCORERS
 
 # The criteria of Bai et al. 2022a and 2022b, in our words.
@@ -121,10 +122,12 @@ class EvaluationConfig:
   )
   judge_reasoning: int = setting(
     0,
-    'Most tokens that a local judge writes before its verdict. 0 asks for the verdict at once.',
+    'Most tokens that the judge writes before its verdict. 0 asks for the verdict at once. For a '
+    "served judge it needs judge_remote.verdict='sampled'.",
     added=True,
     most=2**20,
   )
+  judge_remote: JudgeServer | None = None
   loss: bool = setting(
     True,
     'Whether to measure the loss, in nats per sequence, of M_θ and M_aligned on the last revisions '
@@ -170,6 +173,16 @@ class EvaluationConfig:
           f'evaluation.{name}={value!r} must be at least {least}'
           f'{", and not 0" if least < 0 else ""}.'
         )
+    if self.judge_remote and self.judge:
+      raise UserError(
+        f'evaluation.judge={self.judge!r} and evaluation.judge_remote.url='
+        f"{self.judge_remote.url!r} are both set, but only one judges. Set one of them to ''."
+      )
+    if self.judge_remote and self.judge_reasoning and self.judge_remote.verdict != 'sampled':
+      raise UserError(
+        f'evaluation.judge_reasoning={self.judge_reasoning} lets a served judge write first, so '
+        "its verdict is in its text. Set evaluation.judge_remote.verdict='sampled'."
+      )
     if self.judge_labelled and self.judge_labelled not in LABELLED:
       try:
         judge_labels.read_labelled(self.judge_labelled, LESS_HARMFUL, self.judge_labelled_limit)
@@ -186,7 +199,12 @@ class EvaluationConfig:
   @property
   def judge_is_default(self) -> bool:
     """Whether M_θ is the judge because no judge is named and 'judge' is an active score."""
-    return not self.judge and 'judge' in self.active_scores
+    return not self.judge_name and 'judge' in self.active_scores
+
+  @property
+  def judge_name(self) -> str:
+    """The name of the judge, which may be served; '' if none is named."""
+    return self.judge_remote.model if self.judge_remote else self.judge
 
   @property
   def refusal_classifier(self) -> str:
@@ -215,8 +233,8 @@ class EvaluationConfig:
     for name, is_used, other in (
       ('refusal_label', self.refusal not in refusal.CLASSIFIERS, 'refusal names no checkpoint'),
       ('reward_label', self.reward_model, 'reward_model is empty'),
-      ('judge_labelled', self.judge, 'judge is empty'),
-      ('judge_reasoning', self.judge, 'judge is empty'),
+      ('judge_labelled', self.judge_name, 'judge is empty'),
+      ('judge_reasoning', self.judge_name, 'judge is empty'),
       ('swap', self.multiple_choice, 'multiple_choice is empty'),
     ):
       if getattr(self, name) and not is_used:

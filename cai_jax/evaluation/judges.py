@@ -3,20 +3,29 @@
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.scoring.judge import JUDGES, Judge
 from cai_jax.scoring.judge_local import Reasoning, judge_dialogue, local_judge
+from cai_jax.scoring.judge_remote import remote_judge
 from cai_jax.scoring.loader import ModelLoader
 
 
 def load_judge(config: EvaluationConfig, loader: ModelLoader, seed: int = 0) -> Judge:
-  """Return the judge that `config.judge` names: one of `JUDGES`, or a language model.
+  """Return the judge of an evaluation: one of `JUDGES`, a language model, or a served one.
 
   Args:
     config: the settings of the evaluation.
-    loader: loads the model.
+    loader: loads the model, and names the folder for the answers of a served judge.
     seed: seed of what the judge writes before its verdicts.
 
   Raises:
     UserError: if the model cannot be loaded, or its chat template cannot be used.
   """
+  if config.judge_remote:
+    assert loader.judge_journal is not None, 'a served judge needs a folder for its answers'
+    return remote_judge(
+      config.judge_remote,
+      loader.judge_journal,
+      reasoning_tokens=config.judge_reasoning,
+      seed=seed,
+    )
   if config.judge in JUDGES:
     return JUDGES[config.judge](loader)
   lm = loader.language_model(config.judge)

@@ -89,7 +89,7 @@ def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
       lambda messages: count(judge_questions.build_question(messages, longest, 'x', 'x')),
       ('initial', 'revision'),
     )
-    for match in _labelled_pairs(config):
+    for match in labelled_pairs(config):
       if (tokens := max(map(count, judge_questions.build_questions(match)))) > context:
         raise UserError(
           f'The question about {match.prompt} has {tokens} tokens, but its context holds '
@@ -100,7 +100,8 @@ def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
     raise UserError(f'evaluation.judge={name!r}: {error}') from error
 
 
-def _labelled_pairs(config: EvaluationConfig) -> Sequence[judge.Match]:
+def labelled_pairs(config: EvaluationConfig) -> Sequence[judge.Match]:
+  """Return the labelled pairs that the judge reads; none if the config names none."""
   if not config.judge_labelled:
     return []
   principle, limit = config.judge_principles[0], config.judge_labelled_limit

@@ -100,6 +100,7 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
     feedback.template_options,
     inspect_only,
     feedback.style,
+    (run.journal or run.workdir / 'journal') / 'judge',
   )
 
 

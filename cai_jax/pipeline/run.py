@@ -103,7 +103,10 @@ class Run:
       settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
     if evaluates:
       questions = self.config.evaluation.question_digests()
-      settings['evaluation'] = values['evaluation'] | {'questions': questions}
+      settings['evaluation'] = _without(values['evaluation'], ('judge_remote',))
+      settings['evaluation']['questions'] = questions
+      if judge := self.config.evaluation.judge_remote:  # not where it is served
+        settings['evaluation']['judge_remote'] = judge.identity()
     if stage == 'report':
       settings['report'] = values['report']
     return settings

@@ -30,12 +30,14 @@ from cai_jax.runtime.values import convert, describe_type
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
+from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.scoring.refusal import CLASSIFIERS
 from cai_jax.tiny.files import MODELS
 from cai_jax.training.config import TrainConfig
 
 # A field of a component that is not a field of the config: training uses the seed of the run.
 _HIDDEN = {(TrainConfig, 'seed')}
+_SERVERS = (RemoteConfig, JudgeServer)  # sections that are None without a URL
 
 # Value of a sampling field that stands for what the model's generation_config.json says. `build`
 # replaces it before the settings become dataclasses; see cai_jax/pipeline/model_sampling.py.
@@ -421,8 +423,8 @@ def _build_section(
     value = config[field.name]
     if field.section is not None:
       name = _join(path, field.name)
-      if field.section is RemoteConfig and not value.url:
-        _check_absent(value, name)
+      if field.section in _SERVERS and not value.url:
+        _check_absent(field.section, value, name)
         value = None
       else:
         value = _build_section(field.section, value, name, extra)
@@ -437,9 +439,9 @@ def _build_section(
     raise UserError(f'{path}: {message}') from error
 
 
-def _check_absent(section: ConfigDict, path: str) -> None:
+def _check_absent(server: type, section: ConfigDict, path: str) -> None:
   """Check that no field of a server is set if it has no URL, because it would have no effect."""
-  for field in section_fields(RemoteConfig):
+  for field in section_fields(server):
     if section[field.name] != field.default:
       raise UserError(
         f'{path}.{field.name} has no effect, because {path}.url is empty. Set the '

@@ -11,12 +11,14 @@ from jax.experimental import multihost_utils
 
 from cai_jax.dialogue import Dialogue, control_tokens
 from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.scoring.judge_remote import check_judge
 
 PROBE = ({'role': 'user', 'content': 'Name three things in a kitchen.'},)
 
@@ -51,6 +53,23 @@ def check_servers(run: Run, stages: Sequence[str], log: Callable[[str], None] = 
       )
   section = dataclasses.replace(run.config.remote, **remotes)
   return dataclasses.replace(run, config=dataclasses.replace(run.config, remote=section))
+
+
+def check_judge_server(run: Run) -> None:
+  """Check that the server of the judge answers its longest labelled pair as the run needs it.
+
+  Args:
+    run: a run with `evaluation.judge_remote`.
+
+  Raises:
+    UserError: if the check fails.
+  """
+  config = run.config.evaluation
+  assert config.judge_remote is not None, 'the run has no served judge'
+  try:
+    check_judge(config.judge_remote, labelled_pairs(config), config.judge_reasoning)
+  except UserError as error:
+    raise UserError(f'evaluation.judge_remote: {error}') from error
 
 
 def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.contents import check_products
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
-from cai_jax.pipeline.server_checks import check_servers
+from cai_jax.pipeline.server_checks import check_judge_server, check_servers
 from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
@@ -79,6 +79,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   asking = [n for n in stages if n in ('generate', 'evaluate') and not manifest.done(n)]
   if run.remotes and asking:
     served = check_servers(run, asking, log if is_first else lambda line: None)
+  if run.config.evaluation.judge_remote and 'evaluate' in asking:
+    processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
   processes.barrier('manifest read')
   if is_first:
     write_json(run.workdir / 'config.json', run.values)

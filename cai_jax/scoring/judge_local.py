@@ -135,7 +135,8 @@ def tokenize_question(tokenizer: Any, dialogue: Dialogue | None, question: str) 
   Args:
     tokenizer: the judge's tokenizer.
     dialogue: renders the question as a user's message. None asks in plain text.
-    question: a question of `build_question`.
+    question: a question of `build_question`. A thought that the chat template opens after it is
+      closed at once.
 
   Raises:
     UserError: if the question spells a control token that the tokenizer cannot read as text, or
@@ -144,7 +145,7 @@ def tokenize_question(tokenizer: Any, dialogue: Dialogue | None, question: str) 
   if dialogue is None:
     context = f'{question}\n\n{OPENING}'
     return [likelihood.tokenize_pair(tokenizer, context, option) for option in OPTIONS]
-  prompt = dialogue.prompt([{'role': 'user', 'content': question}])
+  prompt = _close_thought(tokenizer, dialogue.prompt([{'role': 'user', 'content': question}]))
   opening = _reply_tokens(dialogue, OPENING)
   pairs = []
   for option in OPTIONS:
@@ -158,6 +159,19 @@ def _reply_tokens(dialogue: Dialogue, text: str) -> list[int]:
   """Return the tokens of a reply that has not ended."""
   tokens = dialogue.reply(text)
   return tokens[:-1] if tokens[-1] in dialogue.stop_token_ids else tokens
+
+
+def _close_thought(tokenizer: Any, tokens: list[int]) -> list[int]:
+  """Return tokens that end outside a thought, because a verdict is not part of one.
+
+  A chat template of a reasoning model may open a thought at the end of its prompt.
+  """
+  control = control_tokens(tokenizer)
+  think, end_of_thought = control.get('<think>'), control.get('</think>')
+  thoughts = [token for token in tokens if token in (think, end_of_thought)]
+  if end_of_thought is not None and thoughts[-1:] == [think]:
+    return [*tokens, end_of_thought]
+  return tokens
 
 
 def _reason(
@@ -174,8 +188,6 @@ def _reason(
     stop_token_ids=dialogue.stop_token_ids if dialogue else (),
   )
   completions = generate(lm, list(contexts.values()), sampling, reasoning.seed)
-  end_of_thought = control_tokens(lm.tokenizer).get('</think>')
-  think = control_tokens(lm.tokenizer).get('<think>')
   opening, *answers = (
     lm.tokenizer.encode(f'\n\n{OPENING}{option}', add_special_tokens=False)
     for option in ('', *OPTIONS)
@@ -183,10 +195,7 @@ def _reason(
   pairs = {}
   for (question, context), completion in zip(contexts.items(), completions, strict=True):
     written = completion.tokens[: -1 if completion.finish_reason == 'stop' else None]
-    before = context + written
-    thoughts = [token for token in before if token in (think, end_of_thought)]
-    if end_of_thought is not None and thoughts[-1:] == [think]:
-      before = [*before, end_of_thought]  # the verdict is not part of a thought
+    before = _close_thought(lm.tokenizer, context + written)
     splits = [common_length(opening, answer) for answer in answers]
     pairs[question] = [
       (before + answer[:split], answer[split:])

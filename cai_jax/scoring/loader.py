@@ -1,6 +1,7 @@
 """Load the models that scorers and measures use."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 
 from jax.sharding import Mesh
@@ -28,6 +29,7 @@ class ModelLoader:
     inspect_only: whether to check a model instead of loading it, and to raise `Inspected` if it is
       valid. A run then finds a model that a scorer or measure lacks before it begins.
     style: prompt format of the run's conversations, in which M_θ reads them.
+    judge_journal: folder in which the answers of a served judge are stored, if there is one.
   """
 
   dtype: str
@@ -36,6 +38,7 @@ class ModelLoader:
   template_options: TemplateOptions = ()
   inspect_only: bool = False
   style: str = 'chat'
+  judge_journal: pathlib.Path | None = None
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.

@@ -44,7 +44,7 @@ def create_judge_comparison(config: EvaluationConfig) -> ModelComparison | None:
   If no judge is named and 'judge' is a score, M_θ judges. That comparison is left out, with a line
   that says why, if a server holds M_θ or its context is too short.
   """
-  if not config.judge and not config.judge_is_default:
+  if not config.judge_name and not config.judge_is_default:
     return None
 
   def compare(
@@ -57,7 +57,7 @@ def create_judge_comparison(config: EvaluationConfig) -> ModelComparison | None:
         say(f'M_θ does not judge the responses: {error}')
         return None
     judge = load_judge(config, loader, seed)
-    return {'judge': config.judge} | compare_with_judge(judge, config, base, aligned, seed)
+    return {'judge': config.judge_name} | compare_with_judge(judge, config, base, aligned, seed)
 
   return ModelComparison(compare, describe)
 

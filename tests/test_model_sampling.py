@@ -49,6 +49,16 @@ def parse(*arguments):
   return values.config
 
 
+def test_a_config_can_be_updated_with_another():
+  config, other = default.get_config(), default.get_config()
+  other.sampling.initial.update(top_p='model', temperature=0.5)
+  other.seed = 3
+  config.update(other)
+  assert complete_config(config).to_dict() == complete_config(other).to_dict()
+  config.sampling.initial.top_p = 0.9
+  assert other.sampling.initial.top_p == 'model'  # no value is shared
+
+
 def test_each_stage_takes_the_values_of_the_model_that_samples_it(make_model, tmp_path):
   base = make_model('base', RECOMMENDED)
   critic = make_model('critic', {'temperature': 0.2})

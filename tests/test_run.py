@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 import cai_jax
 from cai_jax import pipeline
 from cai_jax.data import d_cai
+from cai_jax.model import lm as models
 from cai_jax.runtime.errors import UserError
 from configs import default, qwen2_5_0_5b
 from tests.pipeline_setup import LIMITS, set_fields, small
@@ -92,10 +93,12 @@ def test_stage_needs_earlier_stages_with_the_same_settings(done, random_model, t
     pipeline.run_stages(pipeline.build(small(random_model), tmp_path), ['evaluate'])
 
 
-def test_refused_stage_can_be_started_with_other_settings(done, tmp_path):
+def test_refused_stage_can_be_started_with_other_settings(done, random_model, tmp_path):
   workdir, config = done
   shutil.copytree(workdir / 'journal', tmp_path / 'journal')
-  config.train.drop_truncated = True  # every reply of the random model is cut
+  stops = models.describe(random_model).eos_token_ids
+  config.sampling.revision.logit_bias = tuple((i, -100.0) for i in stops)  # every revision is cut
+  config.train.drop_truncated = True
   with pytest.raises(UserError, match='truncated.*max_tokens'):
     pipeline.run_stages(pipeline.build(config, tmp_path), ['generate', 'train'])
   config.train.drop_truncated = False

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from cai_jax.constitution import CONSTITUTIONS, ConstitutionConfig
@@ -274,24 +274,37 @@ def default_config() -> ConfigDict:
 
 
 def _default_section(section: type) -> ConfigDict:
-  config = ConfigDict()
+  config = _empty_section(section)
   for field in section_fields(section):
     if field.section is not None:
       config[field.name] = _default_section(field.section)
     elif isinstance(field.default, Mapping):
       config[field.name] = ConfigDict(dict(field.default))
     else:
-      config[field.name] = _config_value(field, field.default)
+      config[field.name] = field.default
   return config
 
 
-def _config_value(field: Field, value: Any) -> Any:
-  """Return a value as a `ConfigDict` holds it.
+class _Untyped(ConfigDict):
+  """A section whose fields may have a word instead of a value of their type.
 
-  A `ConfigDict` refuses a value of another type than the present one. A field that may have a word
-  therefore holds a reference that takes everything, and `complete_config` checks its type.
+  A `ConfigDict` refuses a value of another type than the present one, and the command line reads a
+  value as the present type. Here both take everything, and `complete_config` checks the types.
+  A `FieldReference` per field would do the same, but `update` refuses those of another config.
   """
-  return value if field.word is None else FieldReference(value, field_type=object)
+
+  def __init__(self):
+    super().__init__(type_safe=False)
+
+  def get_type(self, key: str) -> type:
+    """Return `object`, which the command line reads as any literal or as text."""
+    super().get_type(key)  # raises for an unknown field
+    return object
+
+
+def _empty_section(section: type) -> ConfigDict:
+  """Return a section without fields."""
+  return _Untyped() if any(field.word for field in section_fields(section)) else ConfigDict()
 
 
 def complete_config(config: ConfigDict) -> ConfigDict:
@@ -326,7 +339,7 @@ def _complete_section(
   """Return a section with all its fields, and add the names of unknown fields to `unknown`."""
   fields = {field.name: field for field in section_fields(section)}
   unknown += [_join(path, name) for name in config if name not in fields]
-  complete = ConfigDict()
+  complete = _empty_section(section)
   for name, field in fields.items():
     default = _default_section(field.section) if field.section else field.default
     full_name = _join(path, name)
@@ -354,8 +367,7 @@ def _complete_section(
         }
       )
     else:
-      value = convert(value, field.type, full_name, field.most, field.word)
-      complete[name] = _config_value(field, value)
+      complete[name] = convert(value, field.type, full_name, field.most, field.word)
   return complete
 
 

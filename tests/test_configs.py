@@ -212,6 +212,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   }
   added |= {
     'train.export_dtype',
+    'train.reasoning',
     'train.deterministic',
     'evaluation.scores',
     'evaluation.baselines',

@@ -30,27 +30,40 @@ _TURN = {
   'logprob': tfds.features.Scalar(np.float32, doc='log P of the sampled tokens in nats'),
   'num_tokens': tfds.features.Scalar(np.int32, doc='sampled tokens, the ending one included'),
 }
-FEATURES = tfds.features.FeaturesDict(
-  {
-    'id': _TEXT(),
-    'kind': _TEXT(doc="'harmful' (revised) or 'helpful' (answered only)"),
-    'prompt': tfds.features.Sequence({'role': _TEXT(), 'content': _TEXT()}),
-    'metadata': _TEXT(doc="the prompt's metadata as a JSON object"),
-    'initial': _TURN,
-    'rounds': tfds.features.Sequence(
-      {'principle': _TEXT(doc='its id'), 'critique': _TURN, 'revision': _TURN}
-    ),
-    # TFDS cannot write nested sequences without TensorFlow, so all turns share one sequence.
-    'logprobs': tfds.features.Sequence(
-      np.float32, doc='log P of each sampled token in nats: y_init, critique 1, revision 1, ...'
-    ),
-    'seed': tfds.features.Scalar(np.int64),
-    'model': _TEXT(doc='which sampled y_init'),
-    'critique_model': _TEXT(),
-    'revision_model': _TEXT(),
-    'constitution': _TEXT(doc='fingerprint of its content'),
-  }
-)
+_THOUGHTS = _TEXT(doc="what a reasoning model wrote before the reply; '' without thoughts")
+
+
+def make_features(thoughts: bool = False) -> tfds.features.FeaturesDict:
+  """Return the schema of D_CAI.
+
+  Args:
+    thoughts: whether each turn has the field `thoughts`, as in runs of reasoning models.
+  """
+  turn = _TURN | ({'thoughts': _THOUGHTS} if thoughts else {})
+  return tfds.features.FeaturesDict(
+    {
+      'id': _TEXT(),
+      'kind': _TEXT(doc="'harmful' (revised) or 'helpful' (answered only)"),
+      'prompt': tfds.features.Sequence({'role': _TEXT(), 'content': _TEXT()}),
+      'metadata': _TEXT(doc="the prompt's metadata as a JSON object"),
+      'initial': turn,
+      'rounds': tfds.features.Sequence(
+        {'principle': _TEXT(doc='its id'), 'critique': turn, 'revision': turn}
+      ),
+      # TFDS cannot write nested sequences without TensorFlow, so all turns share one sequence.
+      'logprobs': tfds.features.Sequence(
+        np.float32, doc='log P of each sampled token in nats: y_init, critique 1, revision 1, ...'
+      ),
+      'seed': tfds.features.Scalar(np.int64),
+      'model': _TEXT(doc='which sampled y_init'),
+      'critique_model': _TEXT(),
+      'revision_model': _TEXT(),
+      'constitution': _TEXT(doc='fingerprint of its content'),
+    }
+  )
+
+
+FEATURES = make_features()  # the fields that every D_CAI has
 
 
 # Writing.
@@ -67,20 +80,24 @@ def shard_path(folder: str | os.PathLike, index: int) -> pathlib.Path:
   return pathlib.Path(template.sharded_filepath(shard_index=index, num_shards=index + 1))
 
 
-def write_shard(folder: str | os.PathLike, index: int, rows: Sequence[dict[str, Any]]) -> None:
+def write_shard(
+  folder: str | os.PathLike, index: int, rows: Sequence[dict[str, Any]], thoughts: bool = False
+) -> None:
   """Write one shard atomically.
 
   Args:
     folder: the folder of the dataset, which exists. If it was deleted during the run, its earlier
       shards are gone, so it is not created again.
     index: the index of the shard.
-    rows: the rows of the shard, with the fields of `FEATURES`.
+    rows: the rows of the shard, with the fields of `make_features(thoughts)`.
+    thoughts: whether the turns have thoughts.
   """
-  serializer = example_serializer.ExampleSerializer(FEATURES.get_serialized_info())
+  features = make_features(thoughts)
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   with replacing(shard_path(folder, index)) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
     for row in rows:
-      example = serializer.get_tf_example(FEATURES.encode_example(row))
+      example = serializer.get_tf_example(features.encode_example(row))
       # Protocol buffers do not order their maps; without this, the bytes vary between processes.
       writer.write(example.SerializeToString(deterministic=True))
     writer.close()
@@ -103,12 +120,15 @@ def read_ids(path: pathlib.Path) -> list[str]:
     raise _damaged(path.parent, path.name, error) from error
 
 
-def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> None:
+def write_metadata(
+  folder: str | os.PathLike, shard_lengths: Sequence[int], thoughts: bool = False
+) -> None:
   """Write the metadata that turns the shards of a folder into a TFDS dataset.
 
   Args:
     folder: the folder of the dataset.
     shard_lengths: the number of rows in each shard.
+    thoughts: whether the turns have thoughts.
 
   Raises:
     UserError: if a shard is missing, or there is one too many.
@@ -132,7 +152,7 @@ def write_metadata(folder: str | os.PathLike, shard_lengths: Sequence[int]) -> N
   with writing(folder):
     tfds.folder_dataset.write_metadata(
       data_dir=str(folder),
-      features=FEATURES,
+      features=make_features(thoughts),
       split_infos=[split],
       filename_template=_filename_template(folder),
       description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",

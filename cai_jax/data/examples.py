@@ -51,6 +51,7 @@ def build_examples(
   helpfulness_share: float = 0.0,
   max_length: int = 1024,
   drop_truncated: bool = True,
+  reasoning: str = 'drop',
   filters: Sequence[str] = (),
   references: quality.References | None = None,
   seed: int = 0,
@@ -59,7 +60,7 @@ def build_examples(
 
   Args:
     rows: each has `id`, `kind`, `prompt` (messages), `initial` {text, finish_reason} and `rounds`,
-      a list of {revision: {text, finish_reason}}.
+      a list of {revision: {text, finish_reason}}. These may also have `thoughts`.
     dialogue: renders conversations as tokens.
     target: which texts of a row to learn, unless its kind is 'helpful': the 'last' revision, 'all'
       revisions, or the 'initial' response.
@@ -68,14 +69,17 @@ def build_examples(
     max_length: maximum number of tokens; longer examples are dropped.
     drop_truncated: whether to drop texts that were cut off at the length limit. If not, they are
       learned as if they were complete.
+    reasoning: whether to 'drop' the thoughts of a text, and learn the text as the chat template
+      renders it, or to 'keep' them, and learn both. A reply that ended inside its thoughts is
+      dropped and counted as 'unfinished_thought'.
     filters: names of `quality.FLAGS`. A text with one of these defects is dropped and counted as
       'filtered_' plus the first defect in the given order. The rows do not change.
     references: texts of the constitution that a response may have copied; some filters need them.
     seed: chooses the helpfulness examples.
 
   Raises:
-    UserError: if no example remains, if there are too few helpfulness examples, or if a filter
-      needs `references`.
+    UserError: if no example remains, if there are too few helpfulness examples, if a filter needs
+      `references`, or if there are no thoughts to keep.
   """
   filters = [quality.RENAMED.get(name, name) for name in filters]
   needing = [name for name in filters if name in quality.NEEDS_REFERENCES]
@@ -83,6 +87,11 @@ def build_examples(
     raise UserError(
       f'train.filters: {", ".join(needing)} compares texts with the constitution. Pass '
       '`references`, which `quality.build_references` makes from a constitution.'
+    )
+  if reasoning == 'keep' and len(rows) and 'thoughts' not in rows[0]['initial']:
+    raise UserError(
+      "train.reasoning='keep' learns thoughts, but this D_CAI has none. Use train.reasoning='drop' "
+      'or generate with a reasoning model that may think.'
     )
   kept: list[Example] = []
   helpful: list[Example] = []
@@ -98,7 +107,9 @@ def build_examples(
       dropped['no_revision'] += 1
     for number in rounds:
       reason = _find_filter(row, number, filters, references)
-      example = reason or _make_example(row, number, dialogue, max_length, drop_truncated)
+      example = reason or _make_example(
+        row, number, dialogue, max_length, drop_truncated, reasoning
+      )
       if isinstance(example, str):
         dropped[example] += 1
       else:
@@ -198,16 +209,25 @@ def _find_filter(
 
 
 def _make_example(
-  row: Mapping[str, Any], number: int, dialogue: Dialogue, max_length: int, drop_truncated: bool
+  row: Mapping[str, Any],
+  number: int,
+  dialogue: Dialogue,
+  max_length: int,
+  drop_truncated: bool,
+  reasoning: str,
 ) -> Example | str:
   """Return the example for the text of a round, or the reason to drop it."""
   response = row['initial'] if number == INITIAL else row['rounds'][number]['revision']
+  thoughts = response.get('thoughts', '')
   if not response['text'].strip():
-    return 'empty'
+    return 'unfinished_thought' if thoughts else 'empty'
   if drop_truncated and response['finish_reason'] == 'length':
     return 'truncated'
   messages = [{'role': m['role'], 'content': m['content']} for m in row['prompt']]
-  tokens, mask = dialogue.example([*messages, {'role': 'assistant', 'content': response['text']}])
+  tokens, mask = dialogue.example(
+    [*messages, {'role': 'assistant', 'content': response['text']}],
+    thoughts if reasoning == 'keep' else '',
+  )
   if len(tokens) > max_length:
     return 'too_long'
   return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), row['id'])

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from cai_jax.dialogue.encode import Encoder, Text, Tokens
+from cai_jax.dialogue.encode import Encoder, Markup, Piece, Text, Tokens
 from cai_jax.dialogue.format import FORMATS, Format
 from cai_jax.dialogue.messages import (
   Message,
@@ -62,7 +62,7 @@ class Dialogue:
     """Check that the text of a reply can be read back from its tokens."""
     for sample in SAMPLE_REPLIES:
       # What the tokenizer makes of a text: a small vocabulary may not have all of its characters.
-      text = self._encoder.decode_reply(self._encoder.encode([Text(sample)])).strip()
+      text = self._encoder.split_reply(self._encoder.encode([Text(sample)]))[1].strip()
       read = self.decode(self.reply(text))
       if text and read != text:
         raise UserError(
@@ -104,6 +104,17 @@ class Dialogue:
         )
     return ''
 
+  @functools.cached_property
+  def thinks(self) -> bool:
+    """Whether a reply may begin with thoughts, between `<think>` and `</think>` tokens.
+
+    It is False if the generation prompt already ends with `</think>`, and in the plain format.
+    """
+    if self.stop_strings or not {'<think>', '</think>'} <= {*self._encoder.control}:
+      return False
+    *_, last = self._format.prompt([{'role': 'user', 'content': 'x'}], 'assistant')
+    return not (isinstance(last, Markup) and last.text.rstrip().endswith('</think>'))
+
   @property
   def stop_token_ids(self) -> tuple[int, ...]:
     """The ids that end a turn: eos, the format's end of turn, and `eos_token_ids`."""
@@ -137,19 +148,24 @@ class Dialogue:
       check_text(message['content'])
     return self._encoder.encode(self._format.prompt([*system, *demonstrated, *turns], reply_role))
 
-  def reply(self, text: str, reply_role: str = 'assistant') -> list[int]:
+  def reply(self, text: str, reply_role: str = 'assistant', thoughts: str = '') -> list[int]:
     """Return the tokens of `text` as the next turn, including the token that ends the turn.
 
     Args:
       text: the content of the turn.
       reply_role: the role of the turn: 'assistant', 'critique' or 'revision'.
+      thoughts: what precedes the text, between `<think>` and `</think>`; see `thinks`. A prompt
+        that ends with `<think>` is not given a second one. '' leaves the text as the format
+        renders it; many templates write an empty block of thoughts before it.
 
     Raises:
-      UserError: if `reply_role` is not a role that replies.
+      UserError: if `reply_role` is not a role that replies, or the format has no thoughts.
     """
     check_reply_role(reply_role)
     check_text(text)
     end_of_prompt, turn = self._format.reply(text, reply_role)
+    if thoughts:
+      turn = [*self._thoughts(thoughts), Text(text), *self._end_of_turn(reply_role)]
     before = self._encoder.encode(end_of_prompt)
     whole = self._encoder.encode([*end_of_prompt, *turn])
     if whole[: len(before)] == before:
@@ -157,11 +173,28 @@ class Dialogue:
     # The text would merge with the end of the prompt, whose tokens are already fixed.
     return self._encoder.encode([Tokens(()), *turn])
 
-  def example(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+  def _thoughts(self, thoughts: str) -> list[Piece]:
+    """Return the pieces of thoughts and their marks, in the spelling of Qwen3 and DeepSeek-R1."""
+    if not self.thinks:
+      raise UserError(
+        f'A reply has thoughts, but with style={self.style!r} this tokenizer has no marks for '
+        "them, or its prompt ends them at once. Use train.reasoning='drop', or the tokenizer and "
+        'the template options that sampled them.'
+      )
+    start = [] if self._format.prompt_opens_reasoning else [Markup('<think>\n')]
+    return [*start, Text(thoughts), Markup('\n</think>\n\n')]
+
+  def _end_of_turn(self, reply_role: str) -> list[Piece]:
+    """Return the pieces that follow the text of a reply."""
+    _, turn = self._format.reply('x', reply_role)
+    return turn[turn.index(Text('x')) + 1 :]
+
+  def example(self, messages: Sequence[Message], thoughts: str = '') -> tuple[list[int], list[int]]:
     """Return the tokens and the loss mask of a dialogue that ends with the reply to learn.
 
     Args:
       messages: the dialogue; its last message is the reply to learn.
+      thoughts: learned before the reply, if its content is a text; see `reply`.
 
     Returns:
       (tokens, loss_mask), of equal length. The mask is 1 on the reply and the token that ends it,
@@ -173,7 +206,7 @@ class Dialogue:
     check_ends_with_reply(messages)
     role, content = messages[-1]['role'], messages[-1]['content']
     if isinstance(content, str):
-      target = self.reply(content, role) if content.strip() else []
+      target = self.reply(content, role, thoughts) if content.strip() else []
     else:
       target = [int(token) for token in content]
     if not target:
@@ -215,15 +248,24 @@ class Dialogue:
     return ''.join(parts)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    """Return the text of a sampled reply, without control tokens and surrounding white space.
-
-    Reasoning up to `</think>` is dropped; a reply that was cut off inside its reasoning has no
-    text. In the plain format, the text ends before the first label. A base model writes one when it
-    continues with the next speaker's turn.
+    """Return the text of a sampled reply: the second part of `split`.
 
     Args:
       tokens: token ids of the reply.
     """
-    text = self._encoder.decode_reply(tokens, self._format.prompt_opens_reasoning)
+    return self.split(tokens)[1]
+
+  def split(self, tokens: Sequence[int]) -> tuple[str, str]:
+    """Return the thoughts and the text of a sampled reply.
+
+    Both are without control tokens and surrounding white space. Thoughts end with `</think>`; a
+    reply that was cut off inside its thoughts has no text. In the plain format, the text ends
+    before the first label. A base model writes one when it continues with the next speaker's turn.
+
+    Args:
+      tokens: token ids of the reply.
+    """
+    opened = self._format.prompt_opens_reasoning
+    thoughts, text = self._encoder.split_reply(tokens, opened)
     ends = [text.find(stop) for stop in self.stop_strings if stop in text]
-    return text[: min(ends, default=len(text))].strip()
+    return thoughts.strip(), text[: min(ends, default=len(text))].strip()

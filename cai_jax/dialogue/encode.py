@@ -140,26 +140,30 @@ class Encoder:
     """Return the text of the tokens, including the spellings of control tokens."""
     return self.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False)
 
-  def decode_reply(self, tokens: Sequence[int], inside_reasoning: bool = False) -> str:
-    """Return the text of a reply without its reasoning and without control tokens.
+  def split_reply(self, tokens: Sequence[int], inside_reasoning: bool = False) -> tuple[str, str]:
+    """Return the reasoning and the answer of a reply, both without control tokens.
 
     Everything up to the last `</think>` token is reasoning, and so is everything after a `<think>`
     that is not closed.
 
     Args:
       tokens: token ids of the reply.
-      inside_reasoning: whether the prompt already contains the `<think>`. The text is then empty
+      inside_reasoning: whether the prompt already contains the `<think>`. The answer is then empty
         if the reply has no `</think>`.
     """
     tokens = [int(token) for token in tokens]
     think, end_of_thought = map(self.control.get, ('<think>', '</think>'))
+    start = 0
     if end_of_thought in tokens:
-      tokens = tokens[len(tokens) - tokens[::-1].index(end_of_thought) :]
+      start = len(tokens) - tokens[::-1].index(end_of_thought)
     elif inside_reasoning:
-      tokens = []
-    if think in tokens:
-      tokens = tokens[: tokens.index(think)]
-    return self.decode([token for token in tokens if token not in self.control_ids])
+      start = len(tokens)
+    end = tokens.index(think, start) if think in tokens[start:] else len(tokens)
+
+    def decode(ids: list[int]) -> str:
+      return self.decode([token for token in ids if token not in self.control_ids])
+
+    return decode(tokens[:start] + tokens[end:]), decode(tokens[start:end])
 
   def _insert_cuts(
     self, pieces: Sequence[Piece], break_spellings: bool = False

@@ -47,13 +47,16 @@ class Reply:
   Attributes:
     model: the name by which the engine knows the model that sampled the reply.
     completion: the tokens of the reply and their log-probabilities.
-    text: the text of the reply without reasoning and surrounding white space, as `Dialogue.decode`
+    text: the text of the reply without thoughts and surrounding white space, as `Dialogue.split`
       returns it.
+    thoughts: what a reasoning model wrote before it, '' without. No other turn reads them, unless
+      the model's chat template keeps the thoughts of earlier replies.
   """
 
   model: str
   completion: Completion
   text: str
+  thoughts: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +105,15 @@ class Stage:
       raise
     if completion.finish_reason == 'content_filter':
       raise ChainEnded(turn_name, 'The server withheld the reply (content_filter).')
-    text = completion.text.strip()
-    if completion.finish_reason != 'stop_text':
-      text = self.dialogue.decode(completion.tokens)
+    thoughts, text = self.dialogue.split(completion.tokens)
+    if completion.finish_reason == 'stop_text':  # it ends somewhere inside the tokens
+      ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
+      text = text[: min(ends, default=len(text))].strip() if thoughts else completion.text.strip()
     try:
       check_text(text)
     except UserError as error:
       raise ChainEnded(turn_name, str(error)) from error
-    return Reply(self.model, completion, text)
+    return Reply(self.model, completion, text, thoughts)
 
   def _content(self, content: str | Reply) -> str | list[int]:
     """Return a text, or the tokens of a reply that this stage's own model sampled.

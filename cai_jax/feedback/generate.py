@@ -90,7 +90,7 @@ def _write_shard(
     else:
       kept.append(row)
   write_ended(folder, shard, ended)
-  d_cai.write_shard(folder, shard, kept)
+  d_cai.write_shard(folder, shard, kept, job.has_thoughts)
 
 
 def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
@@ -116,7 +116,7 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
       f'No row remains. {ended} Change what that turn reads, such as the '
       'prompts, the model or its chat template, and start in another workdir.'
     )
-  d_cai.write_metadata(folder, lengths)
+  d_cai.write_metadata(folder, lengths, job.has_thoughts)
   d_cai.write_checksums(folder)
 
 

@@ -51,6 +51,11 @@ class Job:
     """Return the number of revisions of a prompt's response; helpful prompts get none."""
     return self.config.rounds if kind == 'harmful' else 0
 
+  @functools.cached_property
+  def has_thoughts(self) -> bool:
+    """Whether the rows have a field for thoughts: whether a model's replies may begin with them."""
+    return any(stage.dialogue.thinks for stage in self.stages.by_name().values())
+
   def chain(self, prompt: Prompt, kind: str) -> Chain:
     """Return the chain of a prompt, with the principles that are drawn for it.
 
@@ -91,7 +96,9 @@ class Job:
     names = {
       name: self.models[stage.model].public_name for name, stage in self.stages.by_name().items()
     }
-    return make_row(record, kind, self.seed, names, self._constitution_fingerprint)
+    return make_row(
+      record, kind, self.seed, names, self._constitution_fingerprint, self.has_thoughts
+    )
 
   def rewritten_history(self) -> str:
     """Return which chat templates do not keep the tokens of earlier replies, or ''."""
@@ -108,6 +115,7 @@ class Job:
     config = identity(self.config)
     config = {k: v for k, v in config.items() if k not in ROW_INDEPENDENT_FIELDS}
     parts = [config, stages, self.constitution.fingerprint(), self.seed]
+    parts += ['thoughts'] if self.has_thoughts else []  # earlier versions stored none
     content = json.dumps(parts, default=identity, sort_keys=True)
     # There may be millions of prompts, so they are hashed one at a time as elements of a JSON list.
     digest, separator = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''

@@ -10,9 +10,14 @@ from cai_jax.feedback.chain import Record, Reply
 
 
 def make_row(
-  record: Record, kind: str, seed: int, models: Mapping[str, str], constitution: str
+  record: Record,
+  kind: str,
+  seed: int,
+  models: Mapping[str, str],
+  constitution: str,
+  thoughts: bool = False,
 ) -> dict[str, Any]:
-  """Return the row of D_CAI for a chain's record, in the form of `d_cai.FEATURES`.
+  """Return the row of D_CAI for a chain's record, in the form of `d_cai.make_features`.
 
   Args:
     record: the result of the chain.
@@ -20,6 +25,7 @@ def make_row(
     seed: the seed of the run.
     models: model names under the keys 'initial', 'critique' and 'revision'.
     constitution: the fingerprint of the constitution.
+    thoughts: whether each turn has a field for its thoughts.
   """
   replies = [record.initial]
   for finished in record.rounds:
@@ -29,12 +35,12 @@ def make_row(
     'kind': kind,
     'prompt': [dict(message) for message in record.prompt.messages],
     'metadata': json.dumps(record.prompt.metadata, sort_keys=True),
-    'initial': _turn(record.initial),
+    'initial': _turn(record.initial, thoughts),
     'rounds': [
       {
         'principle': finished.principle.id,
-        'critique': _turn(finished.critique),
-        'revision': _turn(finished.revision),
+        'critique': _turn(finished.critique, thoughts),
+        'revision': _turn(finished.revision, thoughts),
       }
       for finished in record.rounds
     ],
@@ -47,14 +53,16 @@ def make_row(
   }
 
 
-def _turn(reply: Reply | None) -> dict[str, Any]:
+def _turn(reply: Reply | None, thoughts: bool) -> dict[str, Any]:
   """Return the columns of one turn; they are empty if no reply was sampled."""
+  thought = {'thoughts': reply.thoughts if reply is not None else ''} if thoughts else {}
   if reply is None:
-    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0}
+    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0, **thought}
   completion = reply.completion
   return {
     'text': reply.text,
     'finish_reason': completion.finish_reason,
     'logprob': float(np.float32(sum(completion.logprobs))),
     'num_tokens': len(completion.tokens),
+    **thought,
   }

@@ -15,6 +15,7 @@ from cai_jax.training.losses import LOSSES
 
 SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 TARGETS = ('last', 'all', 'initial')
+REASONING = ('drop', 'keep')
 DTYPES = ('float32', 'bfloat16')
 
 # Settings that do not affect the trained parameters, so a run may be resumed with other values.
@@ -74,6 +75,12 @@ class TrainConfig:
   )
   drop_truncated: bool = setting(
     True, 'Whether to drop target texts that were cut at `max_tokens` when they were sampled.'
+  )
+  reasoning: str = setting(
+    'drop',
+    "What to do with the thoughts of a reasoning model: 'drop' learns the answer as the chat "
+    "template renders it without thoughts, 'keep' learns thoughts and answer.",
+    added=True,
   )
   filters: tuple[str, ...] = setting(
     (),
@@ -193,6 +200,7 @@ class TrainConfig:
     for name, allowed in (
       ('loss_normalization', LOSSES[self.loss].normalizations),
       ('target', TARGETS),
+      ('reasoning', REASONING),
       ('schedule', SCHEDULES),
       ('dtype', DTYPES),
       ('export_dtype', ('base', *STORED)),

@@ -58,6 +58,7 @@ def fine_tune(
     helpfulness_share=config.helpfulness_share,
     max_length=config.max_length,
     drop_truncated=config.drop_truncated,
+    reasoning=config.reasoning,
     filters=config.filters,
     references=references,
     seed=config.seed,

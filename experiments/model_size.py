@@ -8,15 +8,16 @@ Command:   python -m cai_jax.experiment --experiment=experiments/model_size.py \
 Hardware:  two CPU cores; 4 minutes, 1.6 GB
 Arms:      for each model, on held-out prompts: its answers, its last revisions of them, and the
            answers of the model fine-tuned from it
-Expected:  two embedded models (0.21 M and 0.92 M parameters), with the grammar's rates beside them.
-           The smaller one saw 10 million tokens in pre-training and the larger 14 million, so the
-           two rows cannot tell size from training. Both imitate one grammar, so this says nothing
-           about larger models. All seeds share the two models (RESULTS.md)
+Expected:  two embedded models (0.21 M and 0.92 M parameters) that were pre-trained with one seed on
+           the same 5 million tokens, with the grammar's rates beside them. Both imitate one
+           grammar, so this shows how well a size recovers it and nothing about larger models. All
+           seeds share the two models. An earlier comparison of models that had seen 10 and 14
+           million tokens could not tell size from training (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
 
-EMBEDDED = 'tiny-small,tiny'
+EMBEDDED = 'tiny-small,tiny-1'  # pre-trained with one seed, on equally many tokens
 RESPONSES = {'initial': 'base', 'revised': 'revised', 'aligned': 'aligned'}
 
 

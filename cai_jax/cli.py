@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from cai_jax.pipeline import build, check_run, default_stages, run_stages
 from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
+from cai_jax.pipeline.rate import run_command
 from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.stage_report import diagnose, read_summary
 from cai_jax.report import summary_table
@@ -35,6 +36,8 @@ Constitutional AI's supervised phase: a model answers prompts, critiques and rev
 under the principles of a constitution, and is fine-tuned on the revisions.
 
   {program} --config=FILE --workdir=FOLDER [--stages=STAGE,...] [--config.FIELD=VALUE ...]
+  {program} rate export WORKDIR --out=FOLDER   write a blind rating sheet for people
+  {program} rate read WORKDIR SHEET.csv ...    report what they filled in
 
 Stages, in their order; the default is all of them
   generate   sample responses, critiques and revisions: the dataset D_CAI
@@ -162,7 +165,7 @@ def parse(argv: list[str]) -> list[str]:
   Args:
     argv: the name of the program and its arguments.
   """
-  program = 'cai-jax' if os.path.basename(argv[0]) == 'cai-jax' else f'python {argv[0]}'
+  program = _program(argv)
   if {'--help', '-help', '-h'} & {*argv[1:]}:
     say(HELP.format(program=program).rstrip())
     sys.exit(0)
@@ -175,6 +178,11 @@ def parse(argv: list[str]) -> list[str]:
       raise
     _fail(explanation)
   return remaining
+
+
+def _program(argv: Sequence[str]) -> str:
+  """Return how the program was called."""
+  return 'cai-jax' if os.path.basename(argv[0]) == 'cai-jax' else f'python {argv[0]}'
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str | None:
@@ -254,5 +262,9 @@ def run() -> None:
   Configs import others from the folder `configs`. `python launch.py` finds it beside launch.py, and
   the `cai-jax` command, which is elsewhere, finds it in the current folder.
   """
+  if sys.argv[1:2] == ['rate']:
+    with short_errors():
+      run_command(_program(sys.argv), sys.argv[2:])
+    return
   sys.path.insert(1, os.getcwd())  # after the folder of the program
   app.run(main, flags_parser=parse)

@@ -9,6 +9,7 @@ from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.pipeline.models import load_scorer
+from cai_jax.pipeline.rate import describe_ratings
 from cai_jax.pipeline.report_chains import read_answers, read_d_cai
 from cai_jax.pipeline.run import Run
 from cai_jax.report import Diagnosis, find_problems, write_report
@@ -45,7 +46,7 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   needed = {'generate': _QUALITY, 'train': metrics.METRICS_FILE}  # of the stages that this run has
   _check_files(run, [_SUMMARY, _MODELS, *(needed[name] for name in needed if name in stages)])
   check_shape(manifest, MANIFEST_SHAPE, str(run.workdir / 'manifest.json'))
-  texts = {'Models': _describe_models(run)}
+  texts = {'Models': _describe_models(run), 'Ratings by people': describe_ratings(run.workdir)}
   if 'generate' in stages:
     texts = {'Quality of the revisions': describe_quality(run.workdir / _QUALITY)} | texts
     if ended := describe_ended(run.workdir / 'd_cai', stages['generate']['rows_in']):

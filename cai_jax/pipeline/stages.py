@@ -9,6 +9,7 @@ import jax
 
 from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.contents import check_products
+from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
 from cai_jax.pipeline.server_checks import check_judge_server, check_servers
@@ -81,12 +82,13 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     served = check_servers(run, asking, log if is_first else lambda line: None)
   if run.config.evaluation.judge_remote and 'evaluate' in asking:
     processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
+  has_ratings = has_new_ratings(run.workdir)  # then the report is written again
   processes.barrier('manifest read')
   if is_first:
     write_json(run.workdir / 'config.json', run.values)
     digests.save_digests(run.workdir / 'digests.json')
   for name in (name for name in STAGES if name in stages):
-    if manifest.done(name):
+    if manifest.done(name) and not (name == 'report' and has_ratings):
       log(f'{name}: done before')
       continue
     check = functools.partial(_check_inputs, run, name, manifest)

@@ -1,5 +1,6 @@
 """A judge behind a server on loopback that fails, stalls and is killed."""
 
+import copy
 import hashlib
 import json
 import math
@@ -19,11 +20,13 @@ from cai_jax.scoring.judge_answers import (
   label_log_probabilities,
   sampled_log_odds,
 )
+from cai_jax.scoring.judge_local import judge_dialogue, tokenize_question
 from cai_jax.scoring.judge_questions import build_questions
 from cai_jax.scoring.judge_server import JudgeServer
 from configs import tiny
 from tests.faults.servers import FOREVER, free_port, respond, serve
 from tests.pipeline_setup import set_fields, small, start_one
+from tests.test_dialogue import get_tokenizer
 
 KEY_NAME, KEY = 'CAI_JAX_JUDGE_KEY', 'sk-never-to-be-seen'
 MATCHES = [
@@ -365,3 +368,16 @@ def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
   recorded = manifest['stages']['evaluate']['settings']['evaluation']['judge_remote']
   assert recorded == run.config.evaluation.judge_remote.identity()
   assert count > 2 * 4
+
+
+def test_a_thought_that_the_template_opens_is_closed_before_the_verdict():
+  """The verdict of a judge in memory must not be read inside of a thought."""
+  tokenizer = copy.deepcopy(get_tokenizer('reasoning'))
+  opened = "'<|im_start|>assistant\n<think>\n'"
+  tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>assistant\n'", opened)
+  think, end = tokenizer.convert_tokens_to_ids(['<think>', '</think>'])
+  dialogue = judge_dialogue(tokenizer)
+  question = build_questions(MATCHES[0])[0]
+  assert [t for t in dialogue.prompt([{'role': 'user', 'content': question}]) if t == think]
+  for before, _ in tokenize_question(tokenizer, dialogue, question):
+    assert [t for t in before if t in (think, end)][-1:] == [end]

@@ -216,6 +216,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'train.deterministic',
     'evaluation.scores',
     'evaluation.baselines',
+    'evaluation.best_of_n',
   }
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}

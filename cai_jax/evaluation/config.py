@@ -7,7 +7,7 @@ import pathlib
 
 from cai_jax.dialogue.format import FORMATS
 from cai_jax.evaluation import judge_labels, questions
-from cai_jax.evaluation.baselines import BASELINES
+from cai_jax.evaluation.baselines import BASELINES, Selection
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
@@ -49,8 +49,16 @@ class EvaluationConfig:
   baselines: tuple[str, ...] = setting(
     (),
     f'Baselines that are scored beside M_θ and M_aligned: names from {tuple(BASELINES)}. '
-    "'constitution_prompt' is M_θ with the principles in its system message.",
+    "'constitution_prompt' is M_θ with the principles in its system message. 'best_of_n' is the "
+    'best of `best_of_n` answers of M_θ by the judge.',
     added=True,
+  )
+  best_of_n: int = setting(
+    0,
+    "Number of answers of M_θ among which the baseline 'best_of_n' chooses, 0 or at least 2. 0 "
+    'means as many as the turns of a chain, which takes about the same compute.',
+    added=True,
+    most=10_000,
   )
   refusal: str = setting(
     'none',
@@ -207,6 +215,11 @@ class EvaluationConfig:
     return self.judge_remote.model if self.judge_remote else self.judge
 
   @property
+  def selections(self) -> tuple[str, ...]:
+    """The names in `baselines` that choose among answers, for which they need a judge."""
+    return tuple(name for name in self.baselines if isinstance(BASELINES[name], Selection))
+
+  @property
   def refusal_classifier(self) -> str:
     """The name in `refusal`, or 'rules' if that is 'none' and 'refused' is an active score."""
     return 'rules' if self.refusal == 'none' and 'refused' in self.active_scores else self.refusal
@@ -227,6 +240,8 @@ class EvaluationConfig:
         f'evaluation.baselines={names!r} must be a tuple of different names from '
         f'{tuple(BASELINES)}, such as (). Correct the names.'
       )
+    if self.best_of_n < 0 or self.best_of_n == 1:
+      raise UserError(f'evaluation.best_of_n={self.best_of_n} must be 0 or at least 2.')
 
   def _check_unused(self) -> None:
     """Check that no setting is set that another one leaves without effect."""
@@ -235,6 +250,7 @@ class EvaluationConfig:
       ('reward_label', self.reward_model, 'reward_model is empty'),
       ('judge_labelled', self.judge_name, 'judge is empty'),
       ('judge_reasoning', self.judge_name, 'judge is empty'),
+      ('best_of_n', 'best_of_n' in self.baselines, "baselines does not name 'best_of_n'"),
       ('swap', self.multiple_choice, 'multiple_choice is empty'),
     ):
       if getattr(self, name) and not is_used:

@@ -7,8 +7,9 @@ from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES
 from cai_jax.model.classifier import inspect_classifier
 from cai_jax.model.lm import ModelInfo
-from cai_jax.pipeline import prompt_sets
-from cai_jax.pipeline.models import model_loader
+from cai_jax.pipeline import baselines, prompt_sets
+from cai_jax.pipeline.chains import prepare_job
+from cai_jax.pipeline.models import model_loader, open_models
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import judge, judge_local, judge_questions, likelihood, refusal
@@ -41,8 +42,39 @@ def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
   if config.judge and config.judge not in judge.JUDGES:
     name = run.config.model.base if config.judge == 'base' else config.judge
     _check_judge(run, name, infos[name])
+  _check_baselines(run, infos)
   for name in {run.config.model.aligned or run.training_start, run.config.model.base} - {''}:
     _check_questions(run, name, infos[name])
+
+
+def _check_baselines(run: Run, infos: Mapping[str, ModelInfo]) -> None:
+  """Check that M_θ can read the prompts of the baselines, and that those that choose have a judge.
+
+  A chat template without a system message makes 'constitution_prompt' impossible.
+  """
+  config, model = run.config.evaluation, run.config.model
+  if config.selections:
+    where = f'evaluation.baselines: {config.selections[0]!r}'
+    if not run.config.sampling.initial.temperature:
+      raise UserError(
+        f'{where} chooses among several answers, which are all the same at '
+        'sampling.initial.temperature=0. Raise the temperature, or leave the baseline out.'
+      )
+    if not config.judge_name and not model.base:
+      raise UserError(
+        f'{where} needs a judge, and a server holds M_θ. Name a checkpoint as evaluation.judge.'
+      )
+    if not config.judge_name:
+      _check_judge(run, model.base, infos[model.base])
+  if not config.baselines:
+    return
+  held_out = [prompt for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
+  with open_models(run, weights=False) as sampled:
+    for name in config.baselines:
+      try:
+        prepare_job(run, sampled, [], baselines.make_prompts(run, name, held_out))
+      except UserError as error:
+        raise UserError(f'evaluation.baselines: {name!r}: {error}') from error
 
 
 def _check_classifier(run: Run, field: str, label_field: str) -> None:

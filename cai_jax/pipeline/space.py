@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.config import ModelConfig
-from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline import baselines, prompt_sets
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, free_bytes
@@ -93,7 +93,9 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
     if ('evaluate' if held_out else 'generate') not in stages:
       continue
     count = len(run.prompts[name])
-    copies = config.feedback.helpful_samples if name == 'helpful' else 1 + held_out  # base, aligned
+    copies = config.feedback.helpful_samples if name == 'helpful' else 1
+    if held_out:  # base, aligned and the baselines
+      copies = 2 + sum(baselines.num_answers(run, name) for name in config.evaluation.baselines)
     chain = [answer] if name.endswith('helpful') else limits
     turns += count * (len(chain) + copies - 1)
     tokens += count * (sum(chain) + answer * (copies - 1))

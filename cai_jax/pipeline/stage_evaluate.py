@@ -1,5 +1,6 @@
 """Stage `evaluate`: score M_θ, each round of its revisions, and M_aligned on held-out prompts."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +11,12 @@ from cai_jax.data import d_cai
 from cai_jax.data.ended import read_ended
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
-from cai_jax.evaluation.baselines import BASELINES
+from cai_jax.evaluation.judges import load_judge
 from cai_jax.feedback import generate
 from cai_jax.feedback.job import Job
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
-from cai_jax.pipeline import ground_truth
+from cai_jax.pipeline import baselines, ground_truth
 from cai_jax.pipeline.chains import prepare_job, sample_dataset
 from cai_jax.pipeline.models import (
   load_measures,
@@ -60,10 +61,13 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       vocabulary = sampled['base'].tokenizer.get_vocab()
       results['base'] = _evaluate_model(run, sampled['base'], rows['base'])
     for name in run.config.evaluation.baselines:
-      prompts = BASELINES[name](run.constitution, [*harmful, *helpful])
+      prompts = baselines.make_prompts(run, name, [*harmful, *helpful])
       job = prepare_job(run, sampled, [], prompts)
-      sample_dataset(run, job, folder / name, name)
-      rows[name] = list(d_cai.read_rows(folder / name))
+      # The answers that a baseline chooses from are no model's, so they have a folder of their own.
+      selects = name in run.config.evaluation.selections
+      place = folder / 'candidates' / name if selects else folder / name
+      sample_dataset(run, job, place, name)
+      rows[name] = list(d_cai.read_rows(place))
   del sampled, job  # frees their memory for M_aligned
   aligned = models.load(aligned_path(run), run.config.model.dtype, local_mesh(run))
   job = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
@@ -120,17 +124,36 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:
   """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
   folder, config = run.workdir / 'evaluation', run.config
+  if config.evaluation.selections:
+    rows, chosen = _select_answers(run, rows)
+    results = results | chosen
   rows = _answered_by_both(folder, rows)
-  baselines = {name: rows[name] for name in config.evaluation.baselines}
-  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run), baselines)
+  others = {name: rows[name] for name in config.evaluation.baselines}
+  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run), others)
   ground_truth.add_grammar(summary, run, rows['base'])
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(
     config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed
   )
   write_json(folder / 'models.json', results)
-  if text := suite.describe(config.evaluation, results):
+  if text := baselines.describe_results(config.evaluation, results):
     say(text)
+
+
+def _select_answers(run: Run, rows: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Any]]:
+  """Return the rows with the chosen answers of baselines that choose, and results about them."""
+  config = run.config.evaluation
+  if not config.judge_name:
+    config = dataclasses.replace(config, judge='base')
+  judge = load_judge(config, model_loader(run), run.config.seed)
+  kept, results = dict(rows), {}
+  for baseline in config.selections:
+    kept[baseline], result = baselines.select_answers(
+      run, baseline, judge, rows['base'], rows[baseline]
+    )
+    baselines.write_answers(run.workdir / 'evaluation' / baseline, kept[baseline])
+    results[baseline] = {'judge': config.judge_name} | result
+  return kept, results
 
 
 def _answered_by_both(folder: pathlib.Path, rows: Mapping[str, Rows]) -> dict[str, Rows]:

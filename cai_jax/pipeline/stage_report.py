@@ -6,8 +6,8 @@ from typing import Any
 
 from cai_jax.data import quality_summary
 from cai_jax.data.ended import describe_ended
-from cai_jax.evaluation import suite
 from cai_jax.evaluation.intervals import wilson_interval
+from cai_jax.pipeline.baselines import describe_results
 from cai_jax.pipeline.models import load_scorer
 from cai_jax.pipeline.rate import describe_ratings
 from cai_jax.pipeline.report_chains import read_answers, read_d_cai
@@ -153,7 +153,7 @@ def _describe_models(run: Run) -> str:
   path = run.workdir / _MODELS
   results = read_json(path)
   try:
-    return suite.describe(run.config.evaluation, results)
+    return describe_results(run.config.evaluation, results)
   # Each measure, a plugin's too, has its own form of results, and only its code knows it.
   except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
     raise UserError(

@@ -1,7 +1,8 @@
 """Baselines: what M_θ does with the same information and without training, one file each.
 
 A baseline changes the held-out prompts, M_θ answers them, and its answers are scored beside those
-of M_θ and M_aligned. To add one, register a function from a constitution and prompts to prompts:
+of M_θ and M_aligned. To add one, register a function from a constitution and prompts to prompts.
+A baseline that chooses among several answers of M_θ is a `Selection` instead.
 
   from cai_jax.evaluation.baselines.registry import BASELINES
 
@@ -11,6 +12,7 @@ of M_θ and M_aligned. To add one, register a function from a constitution and p
 """
 
 from cai_jax.evaluation.baselines.registry import BASELINES as BASELINES
+from cai_jax.evaluation.baselines.registry import Selection as Selection
 from cai_jax.runtime.registry import import_submodules
 
 import_submodules(__name__, __path__)

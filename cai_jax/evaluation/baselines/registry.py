@@ -1,11 +1,43 @@
-"""The registry of baselines."""
+"""The registry of baselines, and their two kinds."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from cai_jax.constitution import Constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.runtime.registry import Registry
+from cai_jax.scoring.judge import Comparison, Judge
 
-# Maps a constitution and the held-out prompts to the prompts that M_θ answers instead, with the
-# same ids in the same order.
-BASELINES: Registry[Callable[[Constitution, Sequence[Prompt]], list[Prompt]]] = Registry('baseline')
+# A baseline that changes prompts: maps a constitution and the held-out prompts to the prompts that
+# M_θ answers instead, with the same ids in the same order.
+Change = Callable[[Constitution, Sequence[Prompt]], list[Prompt]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """A baseline that chooses among several responses of M_θ to each held-out prompt.
+
+  The responses are drawn from M_θ under the ids of `repeat_prompts`, the first under the prompt's
+  own id, so it is the answer of M_θ that the table shows as `base`.
+
+  Attributes:
+    choose: maps a judge, the candidates of each prompt (rows of responses, in the order in which
+      they were drawn), the principles by kind of prompt and a generator for their draw to the index
+      of the chosen candidate of each prompt, and the comparisons that the judge made.
+  """
+
+  choose: Callable[
+    [
+      Judge,
+      Sequence[Sequence[Mapping[str, Any]]],
+      Mapping[str, Sequence[str]],
+      np.random.Generator,
+    ],
+    tuple[list[int], list[Comparison]],
+  ]
+
+
+BASELINES: Registry[Change | Selection] = Registry('baseline')

@@ -1,0 +1,127 @@
+"""The baselines of an evaluation: their prompts, and the choice among several answers."""
+
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cai_jax.data import d_cai
+from cai_jax.data.prompts import Prompt
+from cai_jax.evaluation import suite
+from cai_jax.evaluation.baselines import BASELINES, Selection
+from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.judge_validity import VALID, judge_status
+from cai_jax.feedback.job import repeat_prompts
+from cai_jax.feedback.variants import VARIANTS
+from cai_jax.pipeline.run import Run
+from cai_jax.scoring.judge import Judge, mean_label_mass
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def num_answers(run: Run, name: str) -> int:
+  """Return the number of answers of M_θ to each held-out prompt that a baseline needs.
+
+  Args:
+    run: the run.
+    name: name of the baseline.
+  """
+  if not isinstance(BASELINES[name], Selection):
+    return 1
+  feedback = run.config.feedback
+  return run.config.evaluation.best_of_n or len(VARIANTS[feedback.variant].turns(feedback.rounds))
+
+
+def make_prompts(run: Run, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Return the prompts that M_θ answers for a baseline.
+
+  Args:
+    run: the run.
+    name: name of the baseline.
+    prompts: the held-out prompts.
+  """
+  baseline = BASELINES[name]
+  if isinstance(baseline, Selection):
+    return repeat_prompts(prompts, num_answers(run, name))
+  return baseline(run.constitution, prompts)
+
+
+def select_answers(
+  run: Run, name: str, judge: Judge, base: Rows, rows: Rows
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Return the answers that a baseline chooses, and how its judge used the labels.
+
+  Args:
+    run: the run.
+    name: name of the baseline, a `Selection`.
+    judge: the judge.
+    base: rows of M_θ.
+    rows: rows of all answers, with the ids of `repeat_prompts`. An answer whose chain ended early
+      is missing, except those to the prompts of `base`.
+
+  Returns:
+    One row per row of `base`, with its id; and a dict with `answers` (how many each prompt has),
+    `comparisons` (how many were made), `label_mass` (None if the judge does not tell) and `chosen`
+    (by prompt, the number of the chosen answer, from 1).
+  """
+  selection, config, count = BASELINES[name], run.config.evaluation, num_answers(run, name)
+  assert isinstance(selection, Selection)
+  by_id = {row['id']: row for row in rows}
+  numbers, candidates = [], []
+  for row in base:
+    ids = [row['id'], *(f'{row["id"]}/{n}' for n in range(2, count + 1))]
+    numbers.append([n for n, name in enumerate(ids, 1) if name in by_id])
+    # M_θ only answers for a baseline, so the rows do not know the kind of their prompt.
+    kept = {'id': row['id'], 'kind': row['kind']}
+    candidates.append([dict(by_id[name]) | kept for name in ids if name in by_id])
+  principles = {'harmful': config.judge_principles, 'helpful': config.judge_helpful_principles}
+  rng = np.random.default_rng([run.config.seed, 4])
+  best, comparisons = selection.choose(judge, candidates, principles, rng)
+  result = {
+    'answers': count,
+    'comparisons': len(comparisons),
+    'label_mass': mean_label_mass(comparisons),
+    'chosen': {
+      row['id']: taken[index] for row, taken, index in zip(base, numbers, best, strict=True)
+    },
+  }
+  return [rows[index] for rows, index in zip(candidates, best, strict=True)], result
+
+
+def write_answers(folder: pathlib.Path, rows: Rows) -> None:
+  """Write chosen answers as a dataset, which reads like that of a model.
+
+  Args:
+    folder: folder of the dataset.
+    rows: its rows.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  d_cai.write_shard(folder, 0, [dict(row) for row in rows])
+  d_cai.write_metadata(folder, [len(rows)])
+  d_cai.write_checksums(folder)
+
+
+def describe_results(config: EvaluationConfig, results: Mapping[str, Any]) -> str:
+  """Return the results in `models.json` as lines of text.
+
+  Args:
+    config: the settings of the evaluation.
+    results: the content of the file.
+  """
+  measured = {name: result for name, result in results.items() if name not in BASELINES}
+  lines = [suite.describe(config, measured), *_describe_selections(results)]
+  return '\n'.join(filter(None, lines))
+
+
+def _describe_selections(results: Mapping[str, Any]) -> Iterable[str]:
+  """Yield a line about each baseline that chooses, with what its judge is worth."""
+  validity = (results.get('judge') or {}).get('validity') or {}
+  for name, result in results.items():
+    if isinstance(BASELINES.get(name), Selection):
+      status, reasons = judge_status(validity.get('labelled'), [result['label_mass']])
+      line = (
+        f'{name}: the best of {result["answers"]} answers of M_θ by the judge {result["judge"]}, '
+        f'in {result["comparisons"]} comparisons'
+      )
+      yield line if status == VALID else f'{line}; this judge is {status}: {"; ".join(reasons)}'

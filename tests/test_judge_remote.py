@@ -370,14 +370,20 @@ def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
   assert count > 2 * 4
 
 
-def test_a_thought_that_the_template_opens_is_closed_before_the_verdict():
+@pytest.mark.parametrize('reply_has_thought', [True, False])
+def test_a_thought_that_the_template_opens_is_closed_or_refused(reply_has_thought):
   """The verdict of a judge in memory must not be read inside of a thought."""
   tokenizer = copy.deepcopy(get_tokenizer('reasoning'))
   opened = "'<|im_start|>assistant\n<think>\n'"
-  tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_start|>assistant\n'", opened)
+  template = tokenizer.chat_template.replace("'<|im_start|>assistant\n'", opened)
+  if not reply_has_thought:
+    template = template.replace("{{ '<think>\n' + thought + '\n</think>\n\n' }}", '')
+  tokenizer.chat_template = template
   think, end = tokenizer.convert_tokens_to_ids(['<think>', '</think>'])
+  if not reply_has_thought:
+    with pytest.raises(UserError, match='reasoning that it opens must be in the reply too'):
+      tokenize_question(tokenizer, judge_dialogue(tokenizer), 'Which?')
+    return
   dialogue = judge_dialogue(tokenizer)
-  question = build_questions(MATCHES[0])[0]
-  assert [t for t in dialogue.prompt([{'role': 'user', 'content': question}]) if t == think]
-  for before, _ in tokenize_question(tokenizer, dialogue, question):
-    assert [t for t in before if t in (think, end)][-1:] == [end]
+  for before, _ in tokenize_question(tokenizer, dialogue, build_questions(MATCHES[0])[0]):
+    assert [t for t in before if t in (think, end)] == [think, end]

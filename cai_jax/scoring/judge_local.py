@@ -135,8 +135,7 @@ def tokenize_question(tokenizer: Any, dialogue: Dialogue | None, question: str) 
   Args:
     tokenizer: the judge's tokenizer.
     dialogue: renders the question as a user's message. None asks in plain text.
-    question: a question of `build_question`. A thought that the chat template opens after it is
-      closed at once.
+    question: a question of `build_question`.
 
   Raises:
     UserError: if the question spells a control token that the tokenizer cannot read as text, or
@@ -145,7 +144,7 @@ def tokenize_question(tokenizer: Any, dialogue: Dialogue | None, question: str) 
   if dialogue is None:
     context = f'{question}\n\n{OPENING}'
     return [likelihood.tokenize_pair(tokenizer, context, option) for option in OPTIONS]
-  prompt = _close_thought(tokenizer, dialogue.prompt([{'role': 'user', 'content': question}]))
+  prompt = dialogue.prompt([{'role': 'user', 'content': question}])
   opening = _reply_tokens(dialogue, OPENING)
   pairs = []
   for option in OPTIONS:

@@ -12,6 +12,7 @@ import cai_jax
 from cai_jax import pipeline
 from cai_jax.data import d_cai
 from cai_jax.model import lm as models
+from cai_jax.pipeline import report_chains
 from cai_jax.runtime.errors import UserError
 from configs import default, qwen2_5_0_5b
 from tests.pipeline_setup import LIMITS, set_fields, small
@@ -57,6 +58,30 @@ def test_a_run_writes_every_file(finished):
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
   assert steps == list(range(1, manifest['stages']['train']['steps'] + 1))
   assert '<html' in (workdir / 'report.html').read_text()
+
+
+def check_held_out_view(workdir):
+  """Check that the held-out view has the numbers whose means are in the summary; return it."""
+  answers = report_chains.read_answers(workdir / 'evaluation', None, None, 1000)
+  summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
+  harmful = [chain for chain in answers if chain['kind'] == 'harmful']
+  for entry, responses in (
+    (summary['models']['base'], [chain['initial'] for chain in harmful]),
+    (summary['models']['aligned'], [chain['answers']['aligned'] for chain in harmful]),
+    (summary['stages']['revision_1'], [chain['rounds'][0]['revision'] for chain in harmful]),
+  ):
+    names = [name for name in entry if name.endswith('_rate')]
+    assert names and entry['count'] == len(responses)
+    for name in names:
+      values = [response['scores'][name] for response in responses if name in response['scores']]
+      assert sum(values) / len(values) == pytest.approx(entry[name], abs=1e-3)
+  return answers
+
+
+def test_the_held_out_view_has_the_scores_of_each_response(finished):
+  answers = check_held_out_view(finished[0])
+  assert len(answers) == 5 + 3
+  assert all('violation_rate' in chain['answers']['aligned']['scores'] for chain in answers)
 
 
 def test_aligned_model_has_the_config_of_its_base_and_other_weights(done, random_model):

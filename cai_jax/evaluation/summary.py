@@ -3,7 +3,8 @@
 A column may be None for a response whose value is unknown. Means and differences leave it out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,39 @@ def _average(columns: Columns, count: int) -> dict[str, Any]:
   return result
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """The columns of the responses of one model or round.
+
+  Attributes:
+    ids: id of the prompt of each response.
+    columns: the numbers of each response, by column.
+  """
+
+  ids: list[str]
+  columns: Columns
+
+
+Groups = Mapping[str, Mapping[str, Measured]]  # by group, and by model or round
+
+
 def summarize(
   base: Iterable[Row],
   aligned: Iterable[Row],
   measures: Sequence[ResponseMeasure],
   baselines: Mapping[str, Iterable[Row]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """Return the summary of a run from the rows of its models on the same held-out prompts.
+  """Return the summary of a run: `average_groups` of `measure_groups`, which has the arguments."""
+  return average_groups(measure_groups(base, aligned, measures, baselines))
+
+
+def measure_groups(
+  base: Iterable[Row],
+  aligned: Iterable[Row],
+  measures: Sequence[ResponseMeasure],
+  baselines: Mapping[str, Iterable[Row]] | None = None,
+) -> dict[str, dict[str, Measured]]:
+  """Return the columns of the responses of a run's models to the same held-out prompts.
 
   Each measure sees the responses of all models and rounds in one call.
 
@@ -106,9 +133,7 @@ def summarize(
 
   Returns:
     Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned and the
-    baselines); over helpful prompts, if there are any, `benign` (the same). Each entry is a result
-    of `average_measures`. Each one but the first of its group also has `differences`: a revision to
-    the round before, and a model to M_θ. See `comparisons.compare_successive`.
+    baselines); over helpful prompts, if there are any, `benign` (the same).
 
   Raises:
     UserError: if the models have different prompts.
@@ -124,52 +149,94 @@ def summarize(
         f'M_θ and {"M_aligned" if name == "aligned" else name} answered different prompts. '
         'Evaluate both on the same ones.'
       )
-  responses: dict[tuple[str, str], tuple[list, list]] = {}  # (group, row) → prompts, turns
+  # (group, row) → ids, prompts, turns
+  responses: dict[tuple[str, str], tuple[list[str], list, list]] = {}
   for kind, group in (('harmful', 'models'), ('helpful', 'benign')):
     rows = [row for row in base if row['kind'] == kind]
     if not rows:
       continue
-    prompts = [row['prompt'] for row in rows]
+    ids, prompts = [row['id'] for row in rows], [row['prompt'] for row in rows]
     initial = [row['initial'] | {'reference': None} for row in rows]
     compare = lambda turns, rows=rows: [  # noqa: E731
       turn | {'reference': row['initial']['text']} for turn, row in zip(turns, rows, strict=True)
     ]
-    responses[group, 'base'] = prompts, initial
+    responses[group, 'base'] = ids, prompts, initial
     for name, rows_by_id in others.items():
-      responses[group, name] = prompts, compare([rows_by_id[row['id']]['initial'] for row in rows])
+      turns = compare([rows_by_id[key]['initial'] for key in ids])
+      responses[group, name] = ids, prompts, turns
     if kind == 'harmful':
       for number in range(min(len(row['rounds']) for row in rows)):
         turns = compare([row['rounds'][number]['revision'] for row in rows])
-        responses['stages', f'revision_{number + 1}'] = prompts, turns
-  return _summarize(responses, measures)
-
-
-def _summarize(
-  responses: Mapping[tuple[str, str], tuple[list, list]], measures: Sequence[ResponseMeasure]
-) -> dict[str, dict[str, Any]]:
-  """Return the summary of responses: prompts and turns by group and row."""
+        responses['stages', f'revision_{number + 1}'] = ids, prompts, turns
   if not responses:
     return {}
-  prompts, turns = ([x for part in responses.values() for x in part[i]] for i in (0, 1))
+  return _measure(responses, measures)
+
+
+def _measure(
+  responses: Mapping[tuple[str, str], tuple[list[str], list, list]],
+  measures: Sequence[ResponseMeasure],
+) -> dict[str, dict[str, Measured]]:
+  """Return the columns of responses: ids, prompts and turns by group and row."""
+  prompts, turns = ([x for part in responses.values() for x in part[i]] for i in (1, 2))
   whole = measure_responses(measures, prompts, turns)
-  measured: dict[str, dict[str, Columns]] = {}
+  groups: dict[str, dict[str, Measured]] = {}
   start = 0
-  for (group, name), (_, part) in responses.items():
-    stop = start + len(part)
-    measured.setdefault(group, {})[name] = {key: v[start:stop] for key, v in whole.items()}
+  for (group, name), (ids, _, _) in responses.items():
+    stop = start + len(ids)
+    columns = {key: values[start:stop] for key, values in whole.items()}
+    groups.setdefault(group, {})[name] = Measured(ids, columns)
     start = stop
-  if 'models' in measured:  # the initial responses are those of M_θ
-    measured['stages'] = {'initial': measured['models']['base'], **measured.get('stages', {})}
+  if 'models' in groups:  # the initial responses are those of M_θ
+    groups['stages'] = {'initial': groups['models']['base'], **groups.get('stages', {})}
+  return groups
+
+
+def average_groups(groups: Groups) -> dict[str, dict[str, Any]]:
+  """Return the summary of a run.
+
+  Args:
+    groups: the result of `measure_groups`.
+
+  Returns:
+    The same groups and names. Each entry is a result of `average_measures`. Each one but the first
+    of its group also has `differences`: a revision to the round before, and a model to M_θ. See
+    `comparisons.compare_successive`.
+  """
   summary: dict[str, dict[str, Any]] = {}
   for group in ('stages', 'models', 'benign'):
-    if group in measured:
-      rows = measured[group]
-      references = {} if group == 'stages' else dict.fromkeys(rows, 'base')
-      differences = compare_successive(rows, references)
-      count = len(responses['benign' if group == 'benign' else 'models', 'base'][0])
+    if group in groups:
+      columns = {name: measured.columns for name, measured in groups[group].items()}
+      references = {} if group == 'stages' else dict.fromkeys(columns, 'base')
+      differences = compare_successive(columns, references)
       summary[group] = {
-        name: _average(columns, count)
+        name: _average(measured.columns, len(measured.ids))
         | ({'differences': differences[name]} if name in differences else {})
-        for name, columns in rows.items()
+        for name, measured in groups[group].items()
       }
   return summary
+
+
+def response_rows(groups: Groups) -> Iterator[dict[str, Any]]:
+  """Yield a row for each response of a run, with its numbers.
+
+  Args:
+    groups: the result of `measure_groups`.
+
+  Yields:
+    `model`, `id` of the prompt, `stage` ('initial' or 'revision_1', ...; only M_θ revises), and
+    `columns`: the numbers by column, None where a value is unknown.
+  """
+  for group, entries in groups.items():
+    for name, measured in entries.items():
+      if (group, name) == ('stages', 'initial'):  # the same as M_θ in `models`
+        continue
+      model, stage = ('base', name) if group == 'stages' else (name, 'initial')
+      for i, prompt_id in enumerate(measured.ids):
+        columns = {key: _plain(values[i]) for key, values in measured.columns.items()}
+        yield {'model': model, 'id': prompt_id, 'stage': stage, 'columns': columns}
+
+
+def _plain(value: float | None) -> float | None:
+  """Return a number as a float, also a bool or one of NumPy's, which JSON lacks."""
+  return None if value is None else float(value)

@@ -1,8 +1,9 @@
 """Stage `evaluate`: score M_θ, each round of its revisions, and M_aligned on held-out prompts."""
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +26,11 @@ from cai_jax.pipeline.models import (
   model_loader,
   open_models,
 )
+from cai_jax.pipeline.report_chains import EVALUATION_ROWS
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import write_json
+from cai_jax.runtime.files import replacing, write_json
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.tiny.files import model_path
@@ -122,14 +124,16 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
 
 
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:
-  """Write `summary.json` (scores of responses) and `models.json` (results of models)."""
+  """Write `rows.jsonl` (scores of responses), `summary.json` (their means) and `models.json`."""
   folder, config = run.workdir / 'evaluation', run.config
   if config.evaluation.selections:
     rows, chosen = _select_answers(run, rows)
     results = results | chosen
   rows = _answered_by_both(folder, rows)
   others = {name: rows[name] for name in config.evaluation.baselines}
-  summary = summaries.summarize(rows['base'], rows['aligned'], load_measures(run), others)
+  groups = summaries.measure_groups(rows['base'], rows['aligned'], load_measures(run), others)
+  _write_rows(run.workdir / EVALUATION_ROWS, summaries.response_rows(groups))
+  summary = summaries.average_groups(groups)
   ground_truth.add_grammar(summary, run, rows['base'])
   write_json(folder / 'summary.json', summary)
   results = results | suite.compare_models(
@@ -154,6 +158,12 @@ def _select_answers(run: Run, rows: Mapping[str, Rows]) -> tuple[dict[str, Rows]
     baselines.write_answers(run.workdir / 'evaluation' / baseline, kept[baseline])
     results[baseline] = {'judge': config.judge_name} | result
   return kept, results
+
+
+def _write_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Write rows as JSON Lines, atomically."""
+  with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps(row) + '\n' for row in rows)
 
 
 def _answered_by_both(folder: pathlib.Path, rows: Mapping[str, Rows]) -> dict[str, Rows]:

@@ -27,9 +27,9 @@ def get_config():
   # A model of this size copies the demonstrations, and reading them takes longer than replying.
   config.feedback.demonstrations = False
   config.feedback.rounds = 2
-  # A model of this size exceeds these two limits. They would end the run before it trains; the
-  # report says first what is wrong with such a run.
-  config.feedback.max_rate.update(truncated=1.0, off_topic_words=1.0)
+  # A model of this size exceeds these limits. They would end the run before it trains; the report
+  # says first what is wrong with such a run.
+  config.feedback.max_rate.update(truncated=1.0, off_topic_words=1.0, off_topic=1.0)
 
   # 28 chains of five turns to learn from, and 20 to evaluate. Most of the time is sampling.
   config.prompts.harmful.update(source='harmful.jsonl', limit=28)
@@ -45,14 +45,17 @@ def get_config():
     stage.update(temperature=0.3, top_p=0.9, repetition_penalty=1.1)
   config.sampling.initial.max_tokens = 128  # with 96, about half of the replies were cut
   config.sampling.critique.max_tokens = 64
-  config.sampling.revision.max_tokens = 128
+  config.sampling.revision.max_tokens = 192  # with 128, 62 % were cut, and those are not learned
   config.engine.slots = 24  # a decode step of more rows takes longer, and the last ones wait less
 
   config.train.max_length = 512
-  config.train.batch_size = 4  # rows of 512 tokens, about ten examples
-  config.train.accumulation = 2  # micro-batches of about a thousand tokens are fastest on CPUs
+  config.train.batch_size = 2  # rows of 512 tokens, about five examples
   config.train.epochs = 2  # one epoch has too few steps to change the model
   config.train.helpfulness_share = 0.25  # so that the model does not learn to refuse everything
   config.train.learning_rate = 2e-5
   config.train.warmup = 0.1
+
+  # No judge, because this model cannot tell: on the published HHH pairs it was right in 47.7 %
+  # [43.1, 52.4], and gave the two labels 34 % of the probability.
+  config.evaluation.scores = ('refused', 'off_topic', 'looping', 'changed', 'truncated', 'kl')
   return config

@@ -189,7 +189,13 @@ def _check_effect(files: Files) -> list[Finding] | None:
   if not found:
     return None
   scores = {key: found[key] for key in found if key not in texts.LENGTHS}
-  worse = {k: d for k, d in scores.items() if texts.MORE_IS_WORSE.search(k) and d[1] > 0}
+  listed = ((files.get('summary') or {}).get('models') or {}).get('aligned', {})
+  p_values = {k: d.get('adjusted_p_value') for k, d in (listed.get('differences') or {}).items()}
+  worse = {
+    key: difference
+    for key, difference in scores.items()
+    if texts.MORE_IS_WORSE.search(key) and difference[1] > 0 and (p_values.get(key) or 0) <= 0.05
+  }
   findings = [texts.worse_model(worse)] if worse else []
   if all(low <= 0 <= high for _, low, high in found.values()):
     findings.append(texts.no_effect_of_training(found))

@@ -1,11 +1,13 @@
 """Plain-text tables of a run's summary and of an experiment's results, in aligned columns."""
 
+import itertools
 from typing import Any
 
 from cai_jax.report import results as experiment_results
 from cai_jax.report.differences import (
   PROMPT_INTERVALS,
   SEED_INTERVALS,
+  difference_direction,
   difference_text,
   explain_marks,
 )
@@ -37,14 +39,18 @@ def summary_table(summary: dict[str, Any]) -> str:
   if any('[' in line for line in text):
     text.append(f'[ ]: {PROMPT_INTERVALS}')
   if compared:
-    text.append(explain_marks(rows, '*', '*'))
+    is_table = any(line.endswith(' *') for line in text)
+    text.append(explain_marks(rows, *2 * ['*' if is_table else 'significant']))
   return '\n'.join(text)
 
 
 def _difference_lines(
   blocks: list[tuple[str, dict[str, dict[str, Any]]]], keys: list[str]
 ) -> list[str]:
-  """Return lines with the paired difference of each row to the one that it is compared with."""
+  """Return lines with the paired difference of each row to the one that it is compared with.
+
+  If they do not fit into one table, the lines list the marked differences only.
+  """
   rows = [row for _, named in blocks for row in named.values() if row.get('differences')]
   cells = {key: _align_cells([difference_text(row, key) for row in rows]) for key in keys}
   compared = []
@@ -55,7 +61,37 @@ def _difference_lines(
         other = next(number['to'] for number in row['differences'].values())
         labels.append(f'{name} − {other}')
     compared += [(title, labels)] if labels else []
-  return _block_table('paired differences, of rates in percentage points', compared, cells)
+  corner = 'paired differences, of rates in percentage points'
+  width = max(len(corner), *(len(label) + 2 for _, labels in compared for label in labels))
+  if width + sum(3 + _column_width(key, cells[key]) for key in keys) <= WIDTH:
+    return _block_table(corner, compared, cells)
+  return _marked_lines(blocks, keys)
+
+
+def _marked_lines(
+  blocks: list[tuple[str, dict[str, dict[str, Any]]]], keys: list[str]
+) -> list[str]:
+  """Return one line for each marked difference, after a line with their number."""
+  found, count = [], 0
+  for title, named_rows in blocks:
+    for name, row in named_rows.items():
+      for key in keys:
+        text, number = difference_text(row, key), row.get('differences', {}).get(key)
+        count += bool(text)
+        if text and difference_direction(number):
+          label = f'  {name} − {number["to"]}'
+          found.append((title, [label, heading(key), text.removesuffix(' *')]))
+  head = f'{len(found)} of {count} paired differences are significant'
+  if not found:
+    return [f'{head}. The report lists all of them.']
+  lines, cells = [f'{head}; the report lists all of them:'], [cell for _, cell in found]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  for title, group in itertools.groupby(found, key=lambda item: item[0]):
+    lines.append(title)
+    for _, line in group:
+      padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+      lines.append('   '.join(padded).rstrip())
+  return lines
 
 
 def _block_table(

@@ -248,7 +248,8 @@ def _judge_agreement(
   points = {pair['prompt']: _means(raters, name, 'points') for name, pair in entries.items()}
   people = {prompt: np.sign(p - 0.5) for prompt, p in points.items() if p is not None}
   results = []
-  for comparison in (judge or {}).get('comparisons', []):
+  judge = judge or {}
+  for comparison in judge.get('comparisons', []):
     if (comparison['player'], comparison['opponent']) != players:
       continue
     odds = {item['id']: float(np.mean(item['log_odds'])) for item in comparison.get('items', [])}

@@ -137,7 +137,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
   return Estimate(value, value - half, value + half)
 
 
-def tango_interval(gains: int, losses: int, count: int, level: float = 0.95) -> tuple[float, float]:
+def tango_interval(
+  gains: float, losses: float, count: float, level: float = 0.95
+) -> tuple[float, float]:
   """Return the score interval of the difference of two paired proportions (Tango 1998).
 
   Its ends are the differences d with |g - l - N d| = z √(N (2 q + d (1 - d))), where q is the

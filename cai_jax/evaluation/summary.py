@@ -178,7 +178,8 @@ def _measure(
   measures: Sequence[ResponseMeasure],
 ) -> dict[str, dict[str, Measured]]:
   """Return the columns of responses: ids, prompts and turns by group and row."""
-  prompts, turns = ([x for part in responses.values() for x in part[i]] for i in (1, 2))
+  prompts = [prompt for _, some, _ in responses.values() for prompt in some]
+  turns = [turn for _, _, some in responses.values() for turn in some]
   whole = measure_responses(measures, prompts, turns)
   groups: dict[str, dict[str, Measured]] = {}
   start = 0

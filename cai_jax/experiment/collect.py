@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -63,10 +64,11 @@ class Responses:
       prompts = self.prompts[seed]
       columns = measure_responses(measures, list(prompts.values()), list(turns.values()))
       if diversity:
-        columns['diversity'] = word_pair_diversity([turn['text'] for turn in turns.values()])
+        columns['diversity'] = [*word_pair_diversity([turn['text'] for turn in turns.values()])]
       for name, values in columns.items():
         by_seed = values_by_measure.setdefault(name, {})
-        by_seed[seed] = dict(zip(turns, values, strict=True))
+        numbers = [math.nan if value is None else value for value in values]
+        by_seed[seed] = dict(zip(turns, numbers, strict=True))
     return values_by_measure
 
 

@@ -109,7 +109,8 @@ def _resolve(field: str, entries: Mapping[str, Any], name: str, source: str) -> 
   if field == 'stop' and isinstance(stated, str):
     stated = (stated,)
   try:
-    return getattr(SamplingConfig(**{field: stated}), field), True
+    values: dict[str, Any] = {field: stated}
+    return getattr(SamplingConfig(**values), field), True
   except UserError as error:
     message = str(error).removeprefix('sampling: ')
     raise UserError(f"{name}='model', but in {source}: {message}") from error

@@ -53,7 +53,9 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   """
   del manifest
   harmful, helpful = run.prompts['eval_harmful'], run.prompts['eval_helpful']
-  folder, results, rows = run.workdir / 'evaluation', {}, {}
+  folder = run.workdir / 'evaluation'
+  results: dict[str, Any] = {}
+  rows: dict[str, Rows] = {}
   with open_models(run) as sampled:
     job = prepare_job(run, sampled, harmful, helpful)
     base_counts = sample_dataset(run, job, folder / 'base', 'base')
@@ -118,7 +120,7 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
       for name, replayed in turns.items()
       for turn, completion in replayed[:1]  # M_aligned only answers
     }
-    return [row | {'reply': replies[row['id']]} for row in rows]
+    return [{**row, 'reply': replies[row['id']]} for row in rows]
 
   return processes.run_on_process_0('read the answers of aligned', replay) or rows
 

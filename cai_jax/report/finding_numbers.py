@@ -3,14 +3,14 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from cai_jax.report.numbers import interval, num_decimals
 
 Difference = tuple[float, float, float]  # value, low, high
 
 
-def is_number(value: Any, finite: bool = True) -> bool:
+def is_number(value: Any, finite: bool = True) -> TypeGuard[float]:
   """Return whether a JSON value is a number.
 
   Args:

@@ -86,7 +86,8 @@ def local_judge(
   """
 
   def judge(matches: Sequence[Match]) -> list[Comparison]:
-    questions, names = [], []
+    questions: list[str] = []
+    names: list[str] = []
     for number, match in enumerate(matches):
       name = f'match {number} (prompt {match.prompt!r})'
       try:

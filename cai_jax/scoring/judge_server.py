@@ -100,8 +100,8 @@ class JudgeServer:
     Raises:
       UserError: if one of them is not allowed.
     """
-    shared = ('url', 'model', 'revision', 'timeout_seconds', 'retries', 'backoff_seconds')
-    shared += ('max_concurrent', 'api_key_env', 'give_up_seconds')
+    shared = 'url model revision timeout_seconds retries backoff_seconds'.split()
+    shared += 'max_concurrent api_key_env give_up_seconds'.split()
     values = {name: getattr(self, name) for name in shared}
     # The server tokenizes, and the longest question is sent before the run starts.
     return RemoteConfig(**values, tokenizer='none', prompt='text', max_positions=1)

@@ -63,7 +63,7 @@ class _Batch(NamedTuple):
     tokens: i32[B,T].
     positions: i32[B,T].
     branch: i32[B,T], 0 for the context, else the number of the continuation, from 1.
-    index: i32[B,T], for each prediction, the index of the token that makes it.
+    source: i32[B,T], for each prediction, the index of the token that makes it.
     target: i32[B,T], the token that it predicts.
     owner: i32[B,T], the index of its continuation; -1 marks padding.
     width: bool[K], K is the largest number of continuations of a row.
@@ -72,7 +72,7 @@ class _Batch(NamedTuple):
   tokens: np.ndarray
   positions: np.ndarray
   branch: np.ndarray
-  index: np.ndarray
+  source: np.ndarray
   target: np.ndarray
   owner: np.ndarray
   width: np.ndarray
@@ -285,7 +285,7 @@ def _share_contexts(pairs: Sequence[Pair], longest: int) -> Iterator[_Row]:
 
 def _pad_rows(rows: Sequence[_Row], count: int, length: int) -> _Batch:
   """Return a batch of `count` rows of `length` tokens, filled up with empty ones."""
-  tokens, positions, branch, index, target = np.zeros((5, count, length), np.int32)
+  tokens, positions, branch, source, target = np.zeros((5, count, length), np.int32)
   owner = np.full((count, length), -1, np.int32)
   for row, (context, continuations) in enumerate(rows):
     end = len(context)
@@ -297,14 +297,14 @@ def _pad_rows(rows: Sequence[_Row], count: int, length: int) -> _Batch:
       tokens[row, inner], branch[row, inner] = continuation[:-1], number + 1
       positions[row, inner] = len(context) + np.arange(size - 1)
       part = slice(read, read + size)
-      index[row, part] = [len(context) - 1, *inner]
+      source[row, part] = [len(context) - 1, *inner]
       target[row, part], owner[row, part] = continuation, number
       end, read = end + size - 1, read + size
     # Padding sees the context and is seen by no token, because its position is the largest.
     positions[row, end:] = positions[row, :end].max() + 1
   most = max(len(row.continuations) for row in rows)
   width = np.zeros(1 << (most - 1).bit_length(), bool)  # powers of two, so that few are compiled
-  return _Batch(tokens, positions, branch, index, target, owner, width)
+  return _Batch(tokens, positions, branch, source, target, owner, width)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -325,7 +325,7 @@ def _sum_log_probabilities(graph, sharding, size, params, batch):
     places = number * size + jnp.arange(size)
     inside = places < tokens.shape[1]
     places = jnp.minimum(places, tokens.shape[1] - 1)
-    logits = model.unembed(jnp.take_along_axis(hidden, batch.index[:, places, None], axis=1))
+    logits = model.unembed(jnp.take_along_axis(hidden, batch.source[:, places, None], axis=1))
     target = batch.target[:, places, None]
     target_logits = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     log_p = target_logits - jax.nn.logsumexp(logits, axis=-1)

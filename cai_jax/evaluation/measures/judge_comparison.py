@@ -5,6 +5,7 @@ log-odds only, and say why.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,23 +191,19 @@ def _list_pairings(
     ('aligned', 'base', lambda row: aligned_texts[row['id']])
   ]
   for number in range(rounds):
-    players.append(
-      (
-        f'revision_{number + 1}',
-        'initial',
-        lambda row, number=number: row['rounds'][number]['revision']['text'],
-      )
-    )
+    players.append((f'revision_{number + 1}', 'initial', functools.partial(_revision, number)))
   for player, opponent, response in players:
     for criterion in CRITERIA:
-      everything = (
-        criterion == 'helpfulness' and player == 'aligned'
-      )  # only harmful ones are revised
+      everything = criterion == 'helpfulness' and player == 'aligned'  # helpful ones have no rounds
       rows = base if everything else harmful
       if rows:
         name = 'all' if everything else 'harmful'
         pairing = _Pairing(player, opponent, criterion, name, [], [], 0)
         yield _pair(pairing, rows, response, drawn)
+
+
+def _revision(number: int, row: Row) -> str:
+  return row['rounds'][number]['revision']['text']
 
 
 def _pair(

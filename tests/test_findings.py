@@ -45,6 +45,7 @@ def healthy_run():
     'config': {'model': {'base': 'a/model'}, 'feedback': {'max_rate': {}}},
     'training': [{'step': i, 'loss': 5 - 0.02 * i} for i in range(1, 101)],
     'held_out': [{'step': i, 'loss': 5 - 0.02 * i} for i in (1, 50, 100)],
+    'smallest_difference': 0.05,
   }
 
 
@@ -103,8 +104,9 @@ PLANTS = [
   (f'{STAGES}.train.clipped_share', 0.9, 'caution', 'were clipped', '90.0 %'),
   ('held_out', [{'step': i, 'loss': x} for i, x in ((1, 3), (2, 2), (3, 2.5))], 'caution',
    'overfits', '2.5 at step 3, after 2 at step 2'),
-  (f'{MODELS}.base.count', 60, 'serious', 'Too few', 'With 60 prompts'),
-  (f'{MODELS}.base.count', 200, 'caution', 'Too few', 'about 14 points'),
+  ('smallest_difference', 0.25, 'serious', 'Too few', 'With 1000 prompts'),
+  ('smallest_difference', 0.14, 'caution', 'Too few', 'about 14 points'),
+  ('smallest_difference', None, 'serious', 'Too few', 'not even a drop from 50 % to 0'),
   (f'{STAGES}.generate.ended_chains', 12, 'caution', 'of D_CAI ended', '12 of 1000'),
   (f'{STAGES}.evaluate.base.ended_chains', 200, 'serious', 'evaluation/base ended', '200 of'),
   ('config.model.base', 'tiny', 'note', 'recovery of a grammar only', ''),

@@ -7,6 +7,7 @@ from typing import Any
 from cai_jax.data import quality_summary
 from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation.intervals import wilson_interval
+from cai_jax.evaluation.power import smallest_difference
 from cai_jax.pipeline.baselines import describe_results
 from cai_jax.pipeline.models import load_scorer
 from cai_jax.pipeline.rate import describe_ratings
@@ -86,6 +87,8 @@ def diagnose(run: Run, manifest: Mapping[str, Any]) -> Diagnosis:
   files: dict[str, Any] = {'manifest': manifest, 'config': run.values}
   if (folder / _SUMMARY).exists():
     files['summary'] = read_summary(folder / _SUMMARY)
+    if count := files['summary'].get('models', {}).get('base', {}).get('count'):
+      files['smallest_difference'] = smallest_difference(count, 0.5)
   files['models'] = {'judge': _read_judge(run)}
   if 'generate' in manifest['stages'] and (folder / _QUALITY).exists():
     files['quality'] = _read_quality(folder / _QUALITY)

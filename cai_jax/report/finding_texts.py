@@ -323,19 +323,25 @@ def overfitted(best: Mapping[str, Any], last: Mapping[str, Any], severity: str) 
   )
 
 
-def few_prompts(count: int, smallest: float, severity: str) -> Finding:
+def few_prompts(count: int, smallest: float | None, severity: str) -> Finding:
   """Return that only large differences can be seen.
 
   Args:
     count: number of held-out harmful prompts.
-    smallest: smallest difference of two rates that can be detected.
+    smallest: smallest drop from 50 % that can be shown; None if not even a drop to 0 can.
     severity: of the finding.
   """
+  if smallest is None:
+    evidence = f'With {count} prompts, not even a drop from 50 % to 0 is seen in 4 of 5 runs.'
+  else:
+    evidence = (
+      f'With {count} prompts, the smallest drop from 50 % that is seen in 4 of 5 runs is about '
+      f'{100 * smallest:.0f} points (answers paired by prompt, with a correlation of 0.5).'
+    )
   return Finding(
     severity,
     'Too few held-out prompts',
-    f'With {count} prompts, the smallest difference of two rates near 50 % that is seen in 4 of 5 '
-    f'runs is about {100 * smallest:.0f} points (independent answers; paired ones need less).',
+    evidence,
     'Read differences below that as unknown, not as none. Evaluate more prompts.',
   )
 

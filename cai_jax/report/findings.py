@@ -3,11 +3,13 @@
 `find_problems` takes the content of the run's files as plain dicts and lists:
 
   {'quality': ..., 'summary': ..., 'models': ..., 'manifest': ..., 'config': ...,
-   'training': [...], 'held_out': [...]}
+   'training': [...], 'held_out': [...], 'smallest_difference': ...}
 
 `quality`, `summary`, `models` and `manifest` are the files of these names, `config` is
-`config.json`, and `training` and `held_out` are the rows of the metrics. All may be absent, and a
-check without its input is not made. Flags in `quality` may have an `interval`.
+`config.json`, and `training` and `held_out` are the rows of the metrics. `smallest_difference` is
+the smallest drop from 50 % that the held-out prompts can show, or None if not even a drop to 0 can
+be shown. All may be absent, and a check without its input is not made. Flags in `quality` may have
+an `interval`.
 """
 
 import dataclasses
@@ -85,7 +87,9 @@ def find_problems(files: Files) -> Diagnosis:
   Args:
     files: the content of the run's files, see the top of this module.
   """
-  findings, checked, unchecked = [], [], []
+  findings: list[Finding] = []
+  checked: list[str] = []
+  unchecked: list[str] = []
   for name, check in CHECKS.items():
     found = check(files)
     (unchecked if found is None else checked).append(name)
@@ -160,7 +164,7 @@ def _check_harm(files: Files) -> list[Finding] | None:
   keys = {key for key in keys if key != 'differences' and not key.endswith('_interval')}
   if any(texts.HARM.search(key) for key in keys):
     return []
-  is_valid = bool(judge) and judge.get('status') == 'valid'
+  is_valid = (judge or {}).get('status') == 'valid'
   return [] if is_valid else [texts.no_measure_of_harm(sorted(keys - {'count'}), bool(judge))]
 
 
@@ -265,12 +269,11 @@ def _check_held_out_loss(files: Files) -> list[Finding] | None:
 def _check_prompts(files: Files) -> list[Finding] | None:
   """Find that the run has too few prompts to see a difference."""
   count = ((files.get('summary') or {}).get('models') or {}).get('base', {}).get('count')
-  if not is_number(count) or count < 1:
+  if not is_number(count) or 'smallest_difference' not in files:
     return None
-  # Two rates of 50 % over n prompts each: z(0.975) + z(0.8) = 2.8 standard errors of a difference.
-  smallest = min(1.0, 2.8 * (0.5 / count) ** 0.5)
+  smallest = files['smallest_difference']
   for severity, limit in FEW_PROMPTS.items():
-    if smallest > limit:
+    if smallest is None or smallest > limit:
       return [texts.few_prompts(int(count), smallest, severity)]
   return []
 

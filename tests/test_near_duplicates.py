@@ -1,13 +1,17 @@
 """Near-duplicate prompts and splits that keep them on one side."""
 
+import contextlib
 import json
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from cai_jax.data.examples import Example, hold_out
 from cai_jax.data.near_duplicates import find_near_duplicates, group_prompts
 from cai_jax.data.prompt_sources import PromptSource
+from cai_jax.pipeline import stage_generate
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
+from cai_jax.pipeline.run import build
 from cai_jax.pipeline.schema import PromptSets
 
 LONG = 'please explain to me in a few short words how one opens the old lock of my garden door'
@@ -56,9 +60,29 @@ def test_training_prompts_that_nearly_equal_held_out_ones_are_left_out(tmp_path,
     path = tmp_path / f'{name}.jsonl'
     path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in prompts))
     sources[name] = PromptSource(source=str(path))
-  sets = load_prompt_sets(PromptSets(**sources), seed=0)
+  sets, left_out = load_prompt_sets(PromptSets(**sources), seed=0)
   assert [p.messages[-1]['content'] for p in sets['harmful']] == ['Who are you?']
+  assert left_out == {'harmful': 1, 'helpful': 0}
   assert '1 of 2 prompts are left out' in capsys.readouterr().out
+
+
+def test_the_manifest_counts_the_prompts_that_were_left_out(tmp_path, monkeypatch):
+  """Sampling is replaced, so that only what the stage reports is tested."""
+  config = ConfigDict({'model': {'base': 'tiny'}, 'prompts': {}})
+  for name, texts in {'harmful': [LONG, 'Who?'], 'eval_harmful': [LONG + ' today']}.items():
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in texts))
+    config.prompts[name] = {'source': str(path)}
+  run = build(config, tmp_path / 'run')
+  counts = {'rows': 1, 'sampled_tokens': 9}
+  monkeypatch.setattr(stage_generate, 'open_models', lambda run: contextlib.nullcontext())
+  for name in ('prepare_job', 'score_topics', 'measure_quality', 'keep_limits'):
+    monkeypatch.setattr(stage_generate, name, lambda *args: None)
+  monkeypatch.setattr(stage_generate, 'sample_dataset', lambda *args: dict(counts))
+  monkeypatch.setattr(stage_generate, '_write_preferences', lambda run: {})
+  monkeypatch.setattr(stage_generate.d_cai, 'content_digest', lambda folder: '')
+  entry = stage_generate.generate_d_cai(run, {})
+  assert entry['near_duplicates_left_out'] == {'harmful': 1, 'helpful': 0}
 
 
 def test_the_internal_split_keeps_groups_on_one_side():

@@ -200,7 +200,7 @@ def test_errors_about_prompts_name_their_rows(tmp_path):
     return PromptSource(str(path))
 
   def load(**sources):
-    return load_prompt_sets(PromptSets(**sources), seed=0)
+    return load_prompt_sets(PromptSets(**sources), seed=0)[0]
 
   none = PromptSource()
   two = write('two.jsonl', {'prompt': 'a'}, {'prompt': 'b'})

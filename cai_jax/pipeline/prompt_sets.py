@@ -13,12 +13,18 @@ NAMES = tuple(field.name for field in dataclasses.fields(PromptSets))
 HELD_OUT = ('eval_harmful', 'eval_helpful')
 
 
-def load_prompt_sets(config: PromptSets, seed: int) -> dict[str, list[Prompt]]:
-  """Return the prompts of each set; a set without a source is empty.
+def load_prompt_sets(
+  config: PromptSets, seed: int
+) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+  """Load the prompts of each set; a set without a source is empty.
 
   Args:
     config: the sources.
     seed: seed of the run, for shuffling and for the prompts of the embedded world.
+
+  Returns:
+    The prompts by set, and for each training set how many prompts were left out because they are
+    near-duplicates of held-out ones.
 
   Raises:
     UserError: if a source cannot be read, two prompts have the same id, or a held-out prompt occurs
@@ -28,9 +34,12 @@ def load_prompt_sets(config: PromptSets, seed: int) -> dict[str, list[Prompt]]:
   for pair in (('harmful', 'helpful'), HELD_OUT):
     _check_unique_ids(sets, pair)
   check_held_out(sets['harmful'] + sets['helpful'], sets)
+  left_out = {}
   for name in ('harmful', 'helpful'):
-    sets[name] = _leave_out_near_duplicates(name, sets, config)
-  return sets
+    kept = _leave_out_near_duplicates(name, sets, config)
+    left_out[name] = len(sets[name]) - len(kept)
+    sets[name] = kept
+  return sets, left_out
 
 
 def _leave_out_near_duplicates(

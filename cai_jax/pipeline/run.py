@@ -37,6 +37,8 @@ class Run:
     profile: number of training steps to profile.
     journal: folder of the turn journal, which runs may share; None is `workdir/journal`.
     notes: what the run says at its start about sampling settings that come from the models.
+    near_duplicates: number of training prompts that were left out because they are near-duplicates
+      of held-out ones, by set.
   """
 
   config: RunConfig
@@ -48,6 +50,7 @@ class Run:
   profile: int = 0
   journal: pathlib.Path | None = None
   notes: tuple[str, ...] = ()
+  near_duplicates: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def remotes(self) -> dict[str, RemoteConfig]:
@@ -142,12 +145,14 @@ def build(
   _check_sampling(settings)
   if settings.report.published:
     summarize_published(settings.report.published)
+  prompts, near_duplicates = prompt_sets.load_prompt_sets(settings.prompts, settings.seed)
   return Run(
     config=settings,
     values=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(os.path.realpath(os.path.expanduser(workdir))),
     constitution=load_constitution(settings.constitution),
-    prompts=prompt_sets.load_prompt_sets(settings.prompts, settings.seed),
+    prompts=prompts,
+    near_duplicates=near_duplicates,
     plugins=plugins,
     journal=journal,
     notes=notes,

@@ -43,6 +43,7 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     'rows_in': counts.pop('rows'),
     'tokens': counts.pop('sampled_tokens'),
     **counts,
+    'near_duplicates_left_out': dict(run.near_duplicates),
     'preferences': pairs,
     'd_cai': d_cai.content_digest(run.workdir / 'd_cai'),
   }

@@ -192,6 +192,19 @@ def test_an_experiment_writes_results_figures_and_report(finished):
   assert list((workdir / 'small').glob('*.svg'))
 
 
+def test_results_have_p_values_adjusted_over_the_arms(finished):
+  _, workdir = finished
+  results = json.loads((workdir / 'small' / 'results.json').read_text())
+  differences = [
+    results['arms'][arm]['groups']['harmful']['differences'] for arm in ('revised', 'direct')
+  ]
+  assert differences[0].keys() == differences[1].keys() and differences[0]
+  for measure in differences[0]:
+    low, high = sorted((d[measure] for d in differences), key=lambda entry: entry['p_value'])
+    assert low['adjusted_p_value'] == pytest.approx(min(1, 2 * low['p_value']))
+    assert high['adjusted_p_value'] == max(low['adjusted_p_value'], high['p_value'])
+
+
 def test_an_arm_samples_only_the_turns_that_no_other_arm_has(finished):
   """The direct arm reads its answers from the journal and samples only its revisions."""
   _, workdir = finished

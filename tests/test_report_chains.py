@@ -59,6 +59,7 @@ def test_answers_stand_side_by_side_with_their_marks(tmp_path):
   write_dataset(folder / 'base', {'a': 'rude', 'b': 'mild', 'c': 'lost'}, rounds=1)
   write_dataset(folder / 'aligned', {'a': 'kind', 'b': 'rude too'})
   write_dataset(folder / 'system_prompt', {'b': 'plain'})
+  write_dataset(folder / 'candidates' / 'best_of_n', {'a': 'one of many', 'b': 'one of many'})
   rows = [
     score('base', 'a', looping_rate=1.0, topic=-0.123456, mean_tokens=3.0),
     score('base', 'a', 'revision_1', looping_rate=0.0, topic=None),
@@ -77,7 +78,7 @@ def test_answers_stand_side_by_side_with_their_marks(tmp_path):
   assert first['answers']['aligned']['scores'] == {'looping_rate': 0.0, 'helpful_rate': 1.0}
   assert first['violations'] == [['rude'], ['rude']]
   assert first['answers']['aligned']['violations'] == []
-  assert list(second['answers']) == ['aligned', 'system_prompt']
+  assert list(second['answers']) == ['aligned', 'system_prompt']  # candidates are no model's
   assert second['answers']['aligned']['violations'] == ['rude']
   name = 'harmlessness: aligned against base (unvalidated judge)'
   assert (first['verdicts'], second['verdicts']) == ({name: 1.5}, {name: -3.0})

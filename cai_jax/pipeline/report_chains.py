@@ -25,6 +25,8 @@ _QUALITY_SHAPE = {
 }
 _EVALUATION_SHAPE = {'model': str, 'id': str, 'stage': str, 'columns': _NUMBERS}
 
+NOTES = {'unvalidated': 'unvalidated judge', 'cannot tell': 'the judge cannot tell'}
+
 Marks = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by model, id and stage
 
 
@@ -161,7 +163,7 @@ def collect_verdicts(judge: Mapping[str, Any] | None) -> dict[str, dict[str, flo
   """
   verdicts: dict[str, dict[str, float]] = {}
   status = (judge or {}).get('status')
-  note = '' if status == 'valid' else f' ({status} judge)'
+  note = '' if status == 'valid' else f' ({NOTES.get(status, status)})'
   for result in (judge or {}).get('comparisons', []):
     name = f'{result["criterion"]}: {result["player"]} against {result["opponent"]}{note}'
     for item in result.get('items', []):

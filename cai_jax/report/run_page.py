@@ -48,6 +48,7 @@ _COST = (float, None, {...: float})  # a number, or a dict from reason to number
 MANIFEST_SHAPE = {  # what the page computes with
   'stages': {...: {optional('remarks'): [str]} | {optional(key): _COST for key in STAGE_COLUMNS}},
 }
+COMPARED_COLUMNS, PLAIN_COLUMNS = 3, 4  # of a table of scores: more are wider than the page
 SMOOTHING_MIN_STEPS = 60  # from this many steps on, the loss also has a running mean
 
 
@@ -165,6 +166,22 @@ def _result_table(summary: dict[str, Any]) -> str:
   blocks, keys = groups(summary), columns(summary)
   if not blocks:
     return '<p class="none">Nothing was evaluated in this run.</p>'
+  compared = [row for _, rows in blocks for row in rows.values() if row.get('differences')]
+  size = COMPARED_COLUMNS if compared else PLAIN_COLUMNS
+  tables = [_score_table(blocks, keys[i : i + size]) for i in range(0, len(keys), size)]
+  has_interval = any(
+    interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
+  )
+  note = f'In brackets: {PROMPT_INTERVALS}.' if has_interval else ''
+  if compared:
+    marks = explain_marks(compared, '▼ lower', '▲ higher')
+    note += f' Second lines: paired difference to the row before (pp: percentage points); {marks}.'
+  note = f'<p class="note">{escape(note.strip())}</p>' if note else ''
+  return ''.join(tables) + note
+
+
+def _score_table(blocks: Sequence[tuple[str, dict[str, Any]]], keys: Sequence[str]) -> str:
+  """Return the table of some scores, with a block of rows per group."""
   head = ''.join(f'<th scope="col">{escape(heading(key))}</th>' for key in keys)
   body = []
   for title, rows in blocks:
@@ -177,18 +194,9 @@ def _result_table(summary: dict[str, Any]) -> str:
       )
       body.append(f'<tr><th scope="row">{escape(name.replace("_", " "))}</th>{cells}</tr>')
     body.append('</tbody>')
-  has_interval = any(
-    interval(row, key) for _, rows in blocks for row in rows.values() for key in keys
-  )
-  note = f'In brackets: {PROMPT_INTERVALS}.' if has_interval else ''
-  compared = [row for _, rows in blocks for row in rows.values() if row.get('differences')]
-  if compared:
-    marks = explain_marks(compared, '▼ lower', '▲ higher')
-    note += f' Second lines: paired difference to the row before (pp: percentage points); {marks}.'
-  note = f'<p class="note">{escape(note.strip())}</p>' if note else ''
   return (
     f'<div class="scroll"><table class="results"><thead><tr><td></td>{head}</tr></thead>'
-    f'{"".join(body)}</table></div>{note}'
+    f'{"".join(body)}</table></div>'
   )
 
 

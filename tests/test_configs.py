@@ -208,7 +208,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {
     f'sampling.{stage}.{name}'
     for stage in CONFIG.sampling
-    for name in penalties | {'min_p', 'logit_bias'}
+    for name in penalties | {'min_p', 'logit_bias', 'max_thought_tokens'}
   }
   added |= {
     'train.export_dtype',

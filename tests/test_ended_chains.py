@@ -9,9 +9,10 @@ import tensorflow_datasets as tfds
 from cai_jax.data.d_cai import check_files, read_rows
 from cai_jax.data.ended import describe_ended, read_ended, write_ended
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback.chain import ChainEnded, Record
+from cai_jax.feedback.chain import Record
 from cai_jax.feedback.contexts import render_prompt
 from cai_jax.feedback.generate import finish_dataset, generate_shards
+from cai_jax.feedback.stage import ChainEnded
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal

@@ -19,6 +19,9 @@ from cai_jax.dialogue.messages import (
 from cai_jax.dialogue.probe import SAMPLE_REPLIES
 from cai_jax.runtime.errors import UserError
 
+# The marks of thoughts in the spelling of Qwen3 and DeepSeek-R1.
+_START_OF_THOUGHT, _END_OF_THOUGHT = '<think>\n', '\n</think>\n\n'
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dialogue:
@@ -116,6 +119,25 @@ class Dialogue:
     return not (isinstance(last, Markup) and last.text.rstrip().endswith('</think>'))
 
   @property
+  def end_of_thought(self) -> int:
+    """The id of `</think>`, of a dialogue that `thinks`."""
+    return self._encoder.control['</think>']
+
+  def open_thoughts(self) -> list[int]:
+    """Return the tokens that begin thoughts after a prompt; none if the prompt begins them."""
+    opened = self._format.prompt_opens_reasoning
+    return [] if opened else self._encoder.encode([Markup(_START_OF_THOUGHT)])
+
+  def close_thoughts(self, tokens: Sequence[int]) -> list[int]:
+    """Return the tokens that end thoughts.
+
+    Args:
+      tokens: token ids of the thoughts. They have no `</think>`.
+    """
+    given = tuple(int(token) for token in tokens)
+    return self._encoder.encode([Tokens(given), Markup(_END_OF_THOUGHT)])[len(given) :]
+
+  @property
   def stop_token_ids(self) -> tuple[int, ...]:
     """The ids that end a turn: eos, the format's end of turn, and `eos_token_ids`."""
     return self._format.stop_token_ids
@@ -174,15 +196,15 @@ class Dialogue:
     return self._encoder.encode([Tokens(()), *turn])
 
   def _thoughts(self, thoughts: str) -> list[Piece]:
-    """Return the pieces of thoughts and their marks, in the spelling of Qwen3 and DeepSeek-R1."""
+    """Return the pieces of thoughts and their marks."""
     if not self.thinks:
       raise UserError(
         f'A reply has thoughts, but with style={self.style!r} this tokenizer has no marks for '
         "them, or its prompt ends them at once. Use train.reasoning='drop', or the tokenizer and "
         'the template options that sampled them.'
       )
-    start = [] if self._format.prompt_opens_reasoning else [Markup('<think>\n')]
-    return [*start, Text(thoughts), Markup('\n</think>\n\n')]
+    start = [] if self._format.prompt_opens_reasoning else [Markup(_START_OF_THOUGHT)]
+    return [*start, Text(thoughts), Markup(_END_OF_THOUGHT)]
 
   def _end_of_turn(self, reply_role: str) -> list[Piece]:
     """Return the pieces that follow the text of a reply."""

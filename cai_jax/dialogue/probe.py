@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from cai_jax.runtime.errors import UserError
 
 # Marks of reasoning and of channels that no code here reads. `<think>` is read if it is a control
-# token, see `Encoder.decode_reply`.
+# token, see `Encoder.split_reply`.
 _UNREAD_MARKS = re.compile(
   r'<\|?channel\|?>|\[/?THINK\]|</?(?:thinking|thought|reasoning)>|<\|(?:START|END)_THINKING\|>'
   r'|<\|?/?(?:seed:)?think\|>|<seed:think>|◁/?think▷'

@@ -24,6 +24,7 @@ from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.sampling.caches import cache_bytes
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny.files import model_path
 from cai_jax.training.config import TrainConfig
 
@@ -99,16 +100,28 @@ def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[st
   for name in names:
     samples = run.config.feedback.helpful_samples if name == 'helpful' else 1
     count, prompts = samples * len(run.prompts[name]), [settings['prompts'][name], samples]
-    turns_by_digest[_digest([answer_settings, prompts])] = Turns(
-      count, run.config.sampling.initial.max_tokens
-    )
+    turns_by_digest |= _reply_turns(count, run.config.sampling.initial, [answer_settings, prompts])
     if model != 'base' or name.endswith('helpful'):
       continue
     for turn, stage in VARIANTS[run.config.feedback.variant].turns(run.config.feedback.rounds):
       if turn != 'initial':  # counted above, since runs with other variants share it
-        limit = getattr(run.config.sampling, stage).max_tokens
-        turns_by_digest[_digest([revision_settings, prompts, turn])] = Turns(count, limit)
+        sampling = getattr(run.config.sampling, stage)
+        turns_by_digest |= _reply_turns(count, sampling, [revision_settings, prompts, turn])
   return turns_by_digest
+
+
+def _reply_turns(count: int, sampling: SamplingConfig, identity: list[Any]) -> dict[str, Turns]:
+  """Return the turns that sample one reply in each of some chains, by digest.
+
+  Args:
+    count: number of chains.
+    sampling: settings of the reply. If thoughts have a budget, they are a turn of their own.
+    identity: everything that determines the replies.
+  """
+  turns = {_digest(identity): Turns(count, sampling.max_tokens)}
+  if sampling.max_thought_tokens:
+    turns[_digest([*identity, 'thoughts'])] = Turns(count, sampling.max_thought_tokens)
+  return turns
 
 
 class SampledTurns:

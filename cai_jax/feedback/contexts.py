@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue, Message
-from cai_jax.feedback.chain import ChainEnded, Stages
+from cai_jax.feedback.chain import Stages
+from cai_jax.feedback.stage import ChainEnded
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import longest_context

@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 from cai_jax.data import d_cai
 from cai_jax.data.ended import describe_ended, read_ended, write_ended
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback.chain import ChainEnded
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
+from cai_jax.feedback.stage import ChainEnded
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json

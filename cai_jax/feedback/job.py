@@ -14,6 +14,7 @@ from cai_jax.feedback.chain import Record, Stage, Stages, Variant, answer_only
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.feedback.contexts import Prefixes, cache_length, shared_prefixes
 from cai_jax.feedback.rows import make_row
+from cai_jax.feedback.stage import check_thinks
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -190,7 +191,8 @@ def prepare(
 
   Raises:
     UserError: if there is no prompt, ids repeat, principles or donors are too few, stop tokens are
-      invalid, or a chain can exceed the context of a model.
+      invalid, thoughts have a budget that a model cannot keep, or a chain can exceed the context of
+      a model.
   """
   prompts = (*((p, 'harmful') for p in harmful), *((p, 'helpful') for p in helpful))
   _check_prompts(prompts)
@@ -202,7 +204,8 @@ def prepare(
   # This raises if principles may not repeat and there are fewer of them than rounds.
   draw_principles(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
-  for stage in stages.by_name().values():
+  for name, stage in stages.by_name().items():
+    _check_thoughts(name, stage, models[stage.model])
     _check_stop_tokens(stage, models[stage.model])
   prefixes = shared_prefixes(prompts, stages)
   job = Job(prompts, constitution, config, stages, models, seed, prefixes, length=0)
@@ -224,9 +227,24 @@ def _check_prompts(prompts: Sequence[tuple[Prompt, str]]) -> None:
     seen[prompt.id] = prompt
 
 
+def _check_thoughts(name: str, stage: Stage, lm: LM | Remote) -> None:
+  """Raise UserError if thoughts have a budget but the model of the named stage cannot keep it."""
+  if not stage.sampling.max_thought_tokens:
+    return
+  check_thinks(stage.dialogue, stage.sampling, f'sampling.{name}', lm.name)
+  if isinstance(lm, Remote) and not lm.stops_at_tokens:
+    raise UserError(
+      f'sampling.{name}.max_thought_tokens={stage.sampling.max_thought_tokens} needs a server that '
+      f'ends replies at given tokens, and server={lm.config.server!r} of {lm.name} does not. Use '
+      "server='vllm' or 'sglang' if it is one, or set max_thought_tokens=0."
+    )
+
+
 def _check_stop_tokens(stage: Stage, lm: LM | Remote) -> None:
   """Raise UserError unless the stop tokens of a stage exist and fit the compiled program."""
   ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
+  if stage.sampling.max_thought_tokens:
+    ids = sorted({*ids, stage.dialogue.end_of_thought})
   if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.vocab_size for i in ids):
     raise UserError(
       f'The stop tokens of {lm.name} and of sampling.*.stop_token_ids are {ids}. At most '

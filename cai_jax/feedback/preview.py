@@ -6,6 +6,7 @@ from typing import NamedTuple
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import Stage
 from cai_jax.feedback.job import Job
+from cai_jax.feedback.stage import THOUGHTS
 from cai_jax.sampling.types import Completion, Turn
 
 PLACEHOLDER = '⟨reply: {}⟩'  # stands where the reply of a turn will be sampled
@@ -43,7 +44,7 @@ def preview_chain(job: Job, prompt: Prompt, kind: str) -> Iterator[Context]:
   """
   # Stages of one model have equal dialogues.
   stages: dict[str, Stage] = {stage.model: stage for stage in job.stages.by_name().values()}
-  chain, completion = job.chain(prompt, kind), None
+  chain, completion, previous = job.chain(prompt, kind), None, ''
   while True:
     try:
       turn = chain.send(completion)  # type: ignore[arg-type]  # None starts it
@@ -52,5 +53,13 @@ def preview_chain(job: Job, prompt: Prompt, kind: str) -> Iterator[Context]:
     dialogue = stages[turn.model].dialogue
     yield Context(prompt, kind, turn, dialogue.show(turn.context))
     text = PLACEHOLDER.format(turn.name.replace('_', ' '))
-    tokens = dialogue.reply(text)
+    if turn.name.endswith(THOUGHTS):
+      whole = dialogue.reply('x', thoughts=text)
+      tokens = whole[len(dialogue.open_thoughts()) : whole.index(dialogue.end_of_thought) + 1]
+    elif previous == turn.name + THOUGHTS:
+      whole = dialogue.reply(text, thoughts='x')
+      tokens = whole[whole.index(dialogue.end_of_thought) + 1 :]
+    else:
+      tokens = dialogue.reply(text)
+    previous = turn.name
     completion = Completion(tokens, text, [0.0] * len(tokens), 'stop')

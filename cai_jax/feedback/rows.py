@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cai_jax.feedback.chain import Record, Reply
+from cai_jax.feedback.chain import Record
+from cai_jax.feedback.stage import Reply
 
 
 def make_row(

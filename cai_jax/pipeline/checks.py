@@ -8,6 +8,7 @@ from cai_jax.data import d_cai
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback.contexts import render_prompt
+from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
@@ -48,6 +49,7 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
     if name in infos:
       sampling = getattr(run.config.sampling, stage)
       sampling.check_vocabulary(infos[name].config.vocab_size, f'sampling.{stage}')
+      check_thinks(dialogues[name], sampling, f'sampling.{stage}', name)
   _check_devices(run)
   start = run.training_start
   if start and run.config.train.lora is not None:
@@ -56,6 +58,8 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
     _check_training_start(run, stages, start, infos[start], dialogues[start])
   answers_by = run.config.model.aligned or start
   if answers_by and ('evaluate' in stages or run.config.train.probes):
+    initial = run.config.sampling.initial
+    check_thinks(dialogues[answers_by], initial, 'sampling.initial', answers_by)
     _check_answer_lengths(run, answers_by, infos[answers_by], dialogues[answers_by])
   if 'train' in stages and not run.config.data.d_cai:
     _check_helpful_prompts(run)
@@ -206,14 +210,19 @@ def _check_training_start(
 
 def _check_answer_lengths(run: Run, name: str, info: models.ModelInfo, dialogue: Dialogue) -> None:
   """Check that the aligned model's context holds each held-out prompt with its answer."""
-  context, answer = info.config.max_positions, run.config.sampling.initial.max_tokens
+  context, sampling = info.config.max_positions, run.config.sampling.initial
+  answer, field = sampling.max_tokens, 'sampling.initial.max_tokens'
+  if sampling.max_thought_tokens:
+    marks = len(dialogue.open_thoughts()) + len(dialogue.close_thoughts([]))
+    answer += sampling.max_thought_tokens + marks
+    field += ' + max_thought_tokens + marks'
   prompts = [prompt for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
   lengths = _prompt_lengths(run, dialogue, prompt_sets.HELD_OUT)
   longest = max(lengths, default=0)
   if longest + answer > context:
     raise UserError(
       f'{prompts[lengths.index(longest)]}: this held-out prompt has {longest} tokens and its '
-      f'answer up to sampling.initial.max_tokens={answer}, but the context of {name} holds '
+      f'answer up to {field}={answer}, but the context of {name} holds '
       f'{context}. Shorten the prompt or the answer.'
     )
 

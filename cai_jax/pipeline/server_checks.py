@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cai_jax.dialogue import Dialogue, control_tokens
+from cai_jax.feedback.stage import THOUGHTS, check_thinks, thought_sampling
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
@@ -88,7 +89,13 @@ def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
         if remote.prompt == 'text':
           _check_texts(run, stages, set(turns), dialogue)
         context = dialogue.prompt(PROBE)
-        probes = {sampling: Turn(name, context, sampling) for name, sampling in turns.items()}
+        probes = {}
+        for name, sampling in turns.items():
+          if sampling.max_thought_tokens:
+            check_thinks(dialogue, sampling, f'sampling.{name}', served.name)
+            limited = thought_sampling(sampling, dialogue)
+            probes[limited] = Turn(name + THOUGHTS, context, limited)
+          probes[sampling] = Turn(name, context, sampling)
         stops = dialogue.stop_token_ids, dialogue.stop_strings
         seedless.append(served.check(list(probes.values()), stops).seed == 'server')
     except UserError as error:

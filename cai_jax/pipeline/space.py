@@ -82,11 +82,11 @@ def _used_bytes(need: Need, run: Run) -> int:
 def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
   """Return the numbers of turns, of their tokens at most, and of bytes of prompts in the rows."""
   config = run.config
-  limits = [
-    getattr(config.sampling, stage).max_tokens
+  samplings = [
+    getattr(config.sampling, stage)
     for _, stage in VARIANTS[config.feedback.variant].turns(config.feedback.rounds)
   ]
-  answer = config.sampling.initial.max_tokens
+  answer = config.sampling.initial
   turns = tokens = texts = 0
   for name in prompt_sets.NAMES:
     held_out = name in prompt_sets.HELD_OUT
@@ -96,9 +96,10 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
     copies = config.feedback.helpful_samples if name == 'helpful' else 1
     if held_out:  # base, aligned and the baselines
       copies = 2 + sum(baselines.num_answers(run, name) for name in config.evaluation.baselines)
-    chain = [answer] if name.endswith('helpful') else limits
-    turns += count * (len(chain) + copies - 1)
-    tokens += count * (sum(chain) + answer * (copies - 1))
+    chain = [answer] if name.endswith('helpful') else samplings
+    for sampling in [*chain, *[answer] * (copies - 1)]:
+      turns += count * (2 if sampling.max_thought_tokens else 1)
+      tokens += count * (sampling.max_tokens + sampling.max_thought_tokens)
     size = sum(len(m['content'].encode()) for p in run.prompts[name] for m in p.messages)
     texts += size * (copies + 1)
   return turns, tokens, texts

@@ -118,7 +118,7 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
         'logprobs': completion.logprobs,
       }
       for name, replayed in turns.items()
-      for turn, completion in replayed[:1]  # M_aligned only answers
+      for turn, completion in replayed[-1:]  # the answer; a thought budget has a turn before it
     }
     return [{**row, 'reply': replies[row['id']]} for row in rows]
 

@@ -116,13 +116,16 @@ def _make_probe(run: Run, lm: LM) -> Probe:
   """Return a function that answers the first held-out prompts with given parameters."""
   held_out = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
   prompts = held_out[: run.config.train.probes]
-  mesh, dtype = local_mesh(run), run.config.model.dtype
+  mesh, dtype, sampling = local_mesh(run), run.config.model.dtype, run.config.sampling.initial
+  # Thoughts and answer are sampled as one reply, with the room of both.
+  most = sampling.max_tokens + sampling.max_thought_tokens
+  sampling = dataclasses.replace(sampling, max_tokens=most, max_thought_tokens=0)
 
   def answer(params: Any) -> list[dict[str, str]]:
     completions = generate(
       dataclasses.replace(lm, params=params, mesh=mesh, dtype=dtype),
       [list(prompt.messages) for prompt in prompts],
-      run.config.sampling.initial,
+      sampling,
       run.config.seed,
       style=run.config.feedback.style,
       template_options=run.config.feedback.template_options,

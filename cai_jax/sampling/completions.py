@@ -62,10 +62,15 @@ def generate(
     The completions, in the order of the prompts.
 
   Raises:
-    UserError: if `prompts` is empty or not a list, or if a prompt is invalid or does not fit into
-      the model's context with its reply.
+    UserError: if `prompts` is empty or not a list, if thoughts have a budget, or if a prompt is
+      invalid or does not fit into the model's context with its reply.
   """
   _check_prompts(prompts)
+  if sampling.max_thought_tokens:
+    raise UserError(
+      f'max_thought_tokens={sampling.max_thought_tokens} is not supported here: thoughts and '
+      'answer are sampled as one completion. Set it to 0, and max_tokens to the limit of both.'
+    )
   seed = convert(seed, int, 'seed', most=2**63 - 1)
   _check_tokens(sampling.stop_token_ids, 'sampling.stop_token_ids', lm.config.vocab_size)
   turns = _make_turns(lm, prompts, sampling, style, template_options)

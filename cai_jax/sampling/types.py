@@ -63,6 +63,13 @@ class SamplingConfig:
     added=True,
   )
   max_tokens: int = setting(256, 'Maximum length of a reply in tokens, including its stop token.')
+  max_thought_tokens: int = setting(
+    0,
+    'Maximum length in tokens of the thoughts of a reasoning model. `max_tokens` then limits the '
+    'answer alone. 0 gives thoughts no limit of their own.',
+    added=True,
+    most=10_000_000,
+  )
   stop: tuple[str, ...] = setting((), "Texts that end a reply, in addition to the dialogue's own.")
   stop_token_ids: tuple[int, ...] = setting(
     (), f"Token ids that end a reply, in addition to the dialogue's own. At most {MAX_STOP_TOKENS}."
@@ -86,6 +93,7 @@ class SamplingConfig:
         f'at most {MAX_BIASES} pairs of a token id, each once, and a number in [-100, 100]',
       ),
       ('max_tokens', self.max_tokens >= 1, 'at least 1'),
+      ('max_thought_tokens', self.max_thought_tokens >= 0, 'at least 0 (0 sets no limit)'),
       ('stop', all(self.stop), 'a tuple of non-empty texts'),
       (
         'stop_token_ids',

@@ -6,7 +6,6 @@ from collections.abc import Generator, Sequence
 from cai_jax.constitution import Principle
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import (
-  ChainEnded,
   Context,
   Round,
   Stages,
@@ -17,6 +16,7 @@ from cai_jax.feedback.chain import (
   sample_revision,
   turns_per_round,
 )
+from cai_jax.feedback.stage import ChainEnded
 from cai_jax.feedback.variants.critique import critique_revision
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Chain, Completion, Turn

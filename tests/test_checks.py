@@ -123,6 +123,14 @@ def served(stage, **fields):
       "remote.critique: server='openai' does not support top_k=5",
     ),
     (
+      served('critique') | {'sampling__critique__max_thought_tokens': 5},
+      "remote.critique: server='openai' does not support max_thought_tokens=5",
+    ),
+    (
+      {'sampling__revision__max_thought_tokens': 5},
+      'sampling.revision: max_thought_tokens=5 .* writes none',
+    ),
+    (
       served('base', server='tgi', prompt='text')
       | {'model__base': '', 'sampling__revision__stop_token_ids': (7,)},
       "remote.base: server='tgi' does not support stop_token_ids",

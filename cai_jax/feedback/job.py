@@ -205,7 +205,7 @@ def prepare(
   draw_principles(constitution, seed, '', config.rounds, config.repeat_principles)
   stages = make_stages(models, constitution, config, sampling)
   for name, stage in stages.by_name().items():
-    _check_thoughts(name, stage, models[stage.model])
+    check_thinks(stage.dialogue, stage.sampling, f'sampling.{name}', models[stage.model].name)
     _check_stop_tokens(stage, models[stage.model])
   prefixes = shared_prefixes(prompts, stages)
   job = Job(prompts, constitution, config, stages, models, seed, prefixes, length=0)
@@ -225,19 +225,6 @@ def _check_prompts(prompts: Sequence[tuple[Prompt, str]]) -> None:
         'its own id.'
       )
     seen[prompt.id] = prompt
-
-
-def _check_thoughts(name: str, stage: Stage, lm: LM | Remote) -> None:
-  """Raise UserError if thoughts have a budget but the model of the named stage cannot keep it."""
-  if not stage.sampling.max_thought_tokens:
-    return
-  check_thinks(stage.dialogue, stage.sampling, f'sampling.{name}', lm.name)
-  if isinstance(lm, Remote) and not lm.stops_at_tokens:
-    raise UserError(
-      f'sampling.{name}.max_thought_tokens={stage.sampling.max_thought_tokens} needs a server that '
-      f'ends replies at given tokens, and server={lm.config.server!r} of {lm.name} does not. Use '
-      "server='vllm' or 'sglang' if it is one, or set max_thought_tokens=0."
-    )
 
 
 def _check_stop_tokens(stage: Stage, lm: LM | Remote) -> None:

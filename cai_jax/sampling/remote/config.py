@@ -120,6 +120,7 @@ class RemoteConfig:
       for name, value, supported in (
         ('top_k', sampling.top_k, server.top_k),
         ('stop_token_ids', sampling.stop_token_ids, server.stop_token_ids),
+        ('max_thought_tokens', sampling.max_thought_tokens, server.stop_token_ids),
       )
       if value and not supported
     ]

@@ -79,11 +79,6 @@ class Remote:
     self._server = SERVERS[config.server]
     self._connection = Connection(config)
 
-  @property
-  def stops_at_tokens(self) -> bool:
-    """Whether requests may name the tokens that end a reply."""
-    return self._server.stop_token_ids
-
   def check(
     self, turns: Sequence[Turn] = (), stops: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
   ) -> RemoteConfig:

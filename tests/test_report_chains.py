@@ -6,7 +6,8 @@ import types
 import pytest
 
 from cai_jax.data import d_cai
-from cai_jax.pipeline import report_chains
+from cai_jax.evaluation.power import smallest_difference
+from cai_jax.pipeline import report_chains, stage_report
 from cai_jax.runtime.errors import UserError
 
 
@@ -106,3 +107,30 @@ def test_a_damaged_line_is_named(tmp_path, line):
   path.write_bytes(b'{"id": "a", "round": 0, "flags": []}\n' + line)
   with pytest.raises(UserError, match='quality_rows.jsonl, line 2'):
     report_chains.read_quality_marks(path)
+
+
+def test_a_run_of_few_prompts_is_told_what_they_can_show(tmp_path):
+  run = types.SimpleNamespace(workdir=tmp_path, values={})
+  path = tmp_path / 'evaluation' / 'summary.json'
+  path.parent.mkdir()
+  evidence = {}
+  for count in (4, 60, 100_000):
+    path.write_text(json.dumps({'models': {'base': {'mean_tokens': 9.0, 'count': count}}}))
+    findings = stage_report.diagnose(run, {'stages': {}}).findings
+    evidence[count] = [f.evidence for f in findings if f.title == 'Too few held-out prompts']
+  assert 'not even a drop from 50 % to 0' in evidence[4][0]
+  assert f'about {100 * smallest_difference(60, 0.5):.0f} points' in evidence[60][0]
+  assert evidence[100_000] == []
+
+
+def test_verdicts_say_what_their_judge_is_worth():
+  comparison = {'player': 'aligned', 'opponent': 'base', 'criterion': 'helpfulness'}
+  comparison['items'] = [{'id': 'a', 'log_odds': [1.0]}]
+  names = {}
+  for status in ('valid', 'unvalidated', 'cannot tell'):
+    judge = {'status': status, 'comparisons': [comparison]}
+    ((names[status], _),) = report_chains.collect_verdicts(judge)['a'].items()
+  plain = 'helpfulness: aligned against base'
+  assert names['valid'] == plain
+  assert names['unvalidated'] == f'{plain} (unvalidated judge)'
+  assert names['cannot tell'] == f'{plain} (the judge cannot tell)'

@@ -163,7 +163,7 @@ def collect_verdicts(judge: Mapping[str, Any] | None) -> dict[str, dict[str, flo
   """
   verdicts: dict[str, dict[str, float]] = {}
   status = (judge or {}).get('status')
-  note = '' if status == 'valid' else f' ({NOTES.get(status, status)})'
+  note = '' if status == 'valid' else f' ({NOTES.get(str(status), status)})'
   for result in (judge or {}).get('comparisons', []):
     name = f'{result["criterion"]}: {result["player"]} against {result["opponent"]}{note}'
     for item in result.get('items', []):

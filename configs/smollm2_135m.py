@@ -36,6 +36,7 @@ def get_config():
   config.prompts.eval_harmful.update(source='held_out.jsonl', limit=20)
   config.prompts.helpful.source = str(_PROMPTS / 'helpful.txt')
   config.prompts.eval_helpful.source = str(_PROMPTS / 'held_out_helpful.txt')
+  config.feedback.helpful_samples = 2  # 24 responses, of which about a third are not cut
 
   # The publisher recommends temperature 0.2 and top-p 0.9 (model card of SmolLM2-135M-Instruct);
   # generation_config.json states neither. At temperature 1 without a filter, the model writes
@@ -51,7 +52,7 @@ def get_config():
   config.train.max_length = 512
   config.train.batch_size = 2  # rows of 512 tokens, about five examples
   config.train.epochs = 2  # one epoch has too few steps to change the model
-  config.train.helpfulness_share = 0.25  # so that the model does not learn to refuse everything
+  config.train.helpfulness_share = 0.2  # so that the model does not learn to refuse everything
   config.train.learning_rate = 2e-5
   config.train.warmup = 0.1
 

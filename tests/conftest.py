@@ -1,7 +1,10 @@
 """Shared by all tests: eight virtual CPU devices, a tiny model of each family, published data."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # jax and the Hugging Face libraries read these variables once, when they are imported.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -11,6 +14,13 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
   ).strip()
+
+# Many tests compile the same programs, often in processes of their own.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs = tempfile.mkdtemp(prefix='programs-')
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 import pytest
 

@@ -100,13 +100,7 @@ def run_command(block: Block, command: str, folder: pathlib.Path) -> None:
     cwd=folder,
     capture_output=True,
     text=True,
-    env=os.environ
-    | {
-      'XLA_FLAGS': '',
-      'PATH': path,
-      'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),  # most commands share their programs
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
-    },
+    env=os.environ | {'XLA_FLAGS': '', 'PATH': path},
   )
   assert done.returncode == 0, f'{block.page}:{block.line}\n{command}\n{done.stdout}{done.stderr}'
 

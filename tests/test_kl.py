@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 
@@ -66,6 +67,17 @@ def test_kl_equals_log_ratios_of_torch(models, tiny_hf_folder):
 def test_kl_of_equal_models_is_zero(models):
   result = measure_kl(models[0], make_replies(models[0]))
   assert result['per_response'] == pytest.approx(0, abs=1e-4)
+
+
+def test_small_log_ratios_are_no_rates(models):
+  replies = make_replies(models[0])
+  shifts = np.linspace(0.2, 0.8, len(replies))  # all in [0, 1] nats
+  for reply, shift in zip(replies, shifts, strict=True):
+    reply['logprobs'][0] += shift
+  result = measure_kl(models[0], replies)
+  half = scipy.stats.t(len(shifts) - 1).ppf(0.975) * shifts.std(ddof=1) / len(shifts) ** 0.5
+  expected = [shifts.mean() - half, shifts.mean() + half]
+  assert result['per_response_interval'] == pytest.approx(expected, abs=1e-4)
 
 
 def test_kl_is_the_expectation_over_samples(models):

@@ -124,6 +124,18 @@ def test_a_row_of_many_continuations_stays_within_the_context_of_the_model(lms, 
   assert max(lengths) <= lms[0].max_positions and len(lengths) == 2 + 3
 
 
+def test_a_short_context_is_not_shared_by_so_many_that_attention_dominates():
+  for size, limit in ((30, likelihood.SHARED_ROW), (2000, 4000)):
+    context = (5,) * size
+    pairs = sorted((context, (number, *[7] * 200)) for number in range(60))
+    rows = list(likelihood._share_contexts(pairs, 100_000))
+    assert [pair for row in rows for pair in row.pairs()] == pairs
+    assert max(row.length for row in rows) <= limit
+    assert len(rows[0].continuations) > 1
+  one = [((5,) * 10, (7,) * 900)]
+  assert [row.length for row in likelihood._share_contexts(one, 100_000)] == [909]
+
+
 def test_the_order_of_pairs_does_not_change_the_batches(lms, monkeypatch):
   contexts = RNG.integers(3, 300, (21, 6)).tolist()  # equal lengths
   batches = record_batches(monkeypatch)

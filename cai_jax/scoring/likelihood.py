@@ -34,6 +34,7 @@ from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 
 SHORTEST_ROW = 32  # tokens of the shortest padded row
+SHARED_ROW = 512  # tokens that a row of several continuations may have, however short the context
 POSITIONS_AT_ONCE = 16  # positions per row whose logits are computed together
 
 Tokens = tuple[int, ...]
@@ -264,19 +265,19 @@ def _share_contexts(pairs: Sequence[Pair], longest: int) -> Iterator[_Row]:
   """Yield rows that contain each pair once.
 
   A row has at most as many continuations as its context has tokens, so that its predictions are no
-  more than its tokens.
+  more than its tokens. With several continuations, it is at most twice as long as its context, or
+  `SHARED_ROW` tokens: attention takes time and memory that grow with the square of the length, and
+  sharing a short context saves little.
 
   Args:
     pairs: distinct pairs in ascending order, so that equal contexts are neighbours.
     longest: maximum number of tokens of a row with several continuations.
   """
   for context, group in itertools.groupby(pairs, key=operator.itemgetter(0)):
-    row = _Row(context, ())
+    row, most = _Row(context, ()), min(longest, max(2 * len(context), SHARED_ROW))
     for _, continuation in group:
       longer = _Row(context, (*row.continuations, continuation))
-      if row.continuations and (
-        longer.length > longest or len(longer.continuations) > len(context)
-      ):
+      if row.continuations and (longer.length > most or len(longer.continuations) > len(context)):
         yield row
         longer = _Row(context, (continuation,))
       row = longer

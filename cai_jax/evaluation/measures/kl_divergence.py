@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cai_jax.evaluation.config import EvaluationConfig
-from cai_jax.evaluation.intervals import mean_interval
+from cai_jax.evaluation.intervals import paired_difference
 from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Row
 from cai_jax.model.lm import LM
 from cai_jax.scoring.likelihood import log_likelihoods
@@ -54,15 +54,16 @@ def measure_kl(base: LM, replies: Sequence[Row]) -> dict[str, Any]:
     their tokens, both in nats, with their 95 % intervals over responses; `responses` and `tokens`.
   """
   contexts, tokens = ([reply[key] for reply in replies] for key in ('context', 'tokens'))
-  given = log_likelihoods(base, contexts, tokens)
-  ratios = np.array([math.fsum(r['logprobs']) - lp for r, lp in zip(replies, given, strict=True)])
+  given = np.array(log_likelihoods(base, contexts, tokens))
+  own = np.array([math.fsum(reply['logprobs']) for reply in replies])
   counts = np.array([len(reply) for reply in tokens], np.float64)
-  rate = ratios.sum() / counts.sum()
+  rate = (own - given).sum() / counts.sum()
   # The interval of a ratio of sums by its linearization (Cochran 1977, section 2.11).
-  low, high = mean_interval((ratios - rate * counts) / counts.mean())
+  _, low, high = paired_difference(own / counts.mean(), (given + rate * counts) / counts.mean())
+  per_response = paired_difference(own, given)
   return {
-    'per_response': float(ratios.mean()),
-    'per_response_interval': list(mean_interval(ratios)),
+    'per_response': per_response.value,
+    'per_response_interval': [per_response.low, per_response.high],
     'per_token': float(rate),
     'per_token_interval': [float(rate + low), float(rate + high)],
     'responses': len(replies),

@@ -105,8 +105,8 @@ def length_controlled_rate(
   As in AlpacaEval 2 (Dubois et al. 2024, section 3), a logistic regression explains the points by a
   term for the players and one for tanh(d / s), where d is the difference in length and s its
   standard deviation. The rate is the prediction at d = 0. There is no term for the difficulty of a
-  prompt, which they estimate from many models. Half a virtual draw, shared by differences of +s and
-  -s, keeps the fit finite if the points follow the lengths or are all the same.
+  prompt, which they estimate from many models. Half a virtual draw, shared by the two ends +1 and
+  -1 of the tanh, keeps the fit finite if the points follow the lengths or are all the same.
 
   Args:
     differences: f64[N], lengths of the first minus the second response, in characters; one pair per

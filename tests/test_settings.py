@@ -9,6 +9,7 @@ import pytest
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
+from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import TrainConfig
 
 
@@ -59,13 +60,23 @@ def test_added_fields_of_nested_settings_leave_identities_alone():
   }
 
 
+PENALIZED = SamplingConfig(
+  min_p=0.1,
+  repetition_penalty=1.1,
+  presence_penalty=0.1,
+  frequency_penalty=0.1,
+  logit_bias=((1, 1.0),),
+  max_thought_tokens=8,
+)
+
+
 @pytest.mark.parametrize(
   'settings',
   [
-    FeedbackConfig(template_options=(('thinking', False),)),
-    StageSampling(),
+    FeedbackConfig(template_options=(('thinking', False),), topicality=False),
+    StageSampling(PENALIZED, PENALIZED, PENALIZED),
     ModelConfig('llama', 9, 4, 4, 2, 1, 1, 4, 8, 1e4, Llama3Rope(8.0, 1.0, 4.0, 32)),
-    TrainConfig(export_dtype='float32', deterministic=False),
+    TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep'),
   ],
 )
 def test_identity_of_settings_is_all_their_fields(settings):

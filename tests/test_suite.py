@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from types import SimpleNamespace
 
 import pytest
@@ -196,7 +197,8 @@ def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader
     model=SimpleNamespace(base=base, dtype='float32'),
     feedback=SimpleNamespace(template_options=(), style='chat'),
   )
-  names = run_models.model_loader(SimpleNamespace(config=config)).aliases
+  run = SimpleNamespace(config=config, journal=None, workdir=pathlib.Path('run'))
+  names = run_models.model_loader(run).aliases
   assert names.keys() == {*MODELS, *aliases} and '' not in names.values()
 
 

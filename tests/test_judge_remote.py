@@ -268,6 +268,7 @@ def test_a_sampled_verdict_has_no_mass_and_a_constant(tmp_path):
     ('The answer is: (A), not (B).', 1),
     ('**Answer:** (B)', -1),
     ('<think>The answer is: (A)?</think>\n(B)', -1),
+    ('<think>It could be (A), but', 0),
     ('Both (A) and (B) are fine.', 0),
     ('A better answer is hard to find.', 0),
     ('', 0),

@@ -31,7 +31,7 @@ def compare_successive(
     for measure, values in rows[name].items():
       pairs = [
         (x, y)
-        for x, y in zip(values, rows[before].get(measure, ()), strict=False)
+        for x, y in zip(values, rows[before].get(measure, [None] * len(values)), strict=True)
         if x is not None and y is not None
       ]
       if pairs:

@@ -78,8 +78,12 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
   rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
   results['aligned'] = _evaluate_model(run, aligned, rows['base'])
-  if 'kl' in run.config.evaluation.active_scores and vocabulary == aligned.tokenizer.get_vocab():
-    rows['aligned'] = _add_replies(run, job, rows['aligned'])
+  if 'kl' in run.config.evaluation.active_scores:
+    if vocabulary == aligned.tokenizer.get_vocab():
+      rows['aligned'] = _add_replies(run, job, rows['aligned'])
+    elif jax.process_index() == 0:
+      reason = 'a server holds M_θ' if vocabulary is None else 'the two vocabularies differ'
+      say(f'KL of M_aligned from M_θ: not measured, because {reason}')
   del aligned, job
   processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
   return {'base': base_counts, 'aligned': aligned_counts, 'rows_in': base_counts['rows']}

@@ -120,9 +120,10 @@ def sampled_log_odds(text: str) -> float:
   verdict has the log-odds 0.
 
   Args:
-    text: what the judge wrote. Reasoning up to '</think>' is not part of the verdict.
+    text: what the judge wrote. Reasoning up to '</think>' is not part of the verdict, and reasoning
+      that was cut off has none.
   """
-  text = text.rpartition('</think>')[2]
+  text = text.rpartition('</think>')[2].partition('<think>')[0]
   labels = _ANSWERED.findall(text)[-1:] or sorted({*_SAID.findall(text)})
   if len(labels) != 1:
     return 0.0

@@ -270,7 +270,7 @@ def helps_less(name: str, key: str, drop: Difference, prompts: str, severity: st
   return Finding(
     severity,
     f'M_aligned helps less on {prompts} prompts',
-    f'{name}: {points(key, drop)}.',
+    f'M_aligned minus M_θ: {name} {points(key, drop)}.',
     'Raise train.helpfulness_share, and read the held-out answers with the lowest score.',
   )
 

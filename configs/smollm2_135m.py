@@ -6,8 +6,10 @@ Command:   python launch.py --config=configs/smollm2_135m.py --workdir=runs/smol
 Model:     a folder with the model, or its hub name
 Prompts:   for example 28 and 20 rows of HH-RLHF's red-team dialogues (harmless-base), whose last
            answers are left out. Take short ones: a prompt of 200 tokens is read in every turn
-Hardware:  two CPU cores and 4 GB; meant to take about 10 minutes
-Expected:  not run yet
+Hardware:  two CPU cores and 7 GB; 12 minutes of CPU time, 21 to 24 minutes on cores that other jobs
+           shared
+Expected:  revisions that are worthless: about two thirds are off topic. The report says so first
+           (RESULTS.md, "a real model"). Use this config to try the pipeline, not the method
 """
 
 import pathlib

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from cai_jax.data import d_cai
+from cai_jax.data.quality import FLAGS
 from tests.pipeline_setup import ROOT, start_one, start_two
 
 
@@ -32,6 +33,7 @@ def command(random_model, workdir):
     'train.epochs': 2,
     'prompts.harmful.limit': 60,
     'prompts.helpful.limit': 16,
+    **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},  # a random model
   }
   flags = [f'--config.{name}={value}' for name, value in fields.items()]
   return [

@@ -66,8 +66,9 @@ def check(files: Files, run: Run) -> None:
   check_values(config)
   assert 1 <= config.feedback.rounds <= 1000 and 1 <= config.engine.slots <= 100_000
   assert 0 <= config.seed < 2**63 and config.train.batch_size % config.train.accumulation == 0
-  for sampling in dataclasses.astuple(config.sampling):
-    assert sampling[0] >= 0 and 0 < sampling[2] <= 1 and sampling[3] >= 1
+  for stage in dataclasses.fields(config.sampling):
+    sampling = getattr(config.sampling, stage.name)
+    assert sampling.temperature >= 0 and 0 < sampling.top_p <= 1 and sampling.max_tokens >= 1
   assert not config.evaluation.swap or config.evaluation.multiple_choice
   needs = space.estimate_space(run, STAGES, None)
   assert all(need.bytes >= 0 for need in needs)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from cai_jax.data.quality import MAX_RATE
+from cai_jax.report.finding_texts import COLLAPSE_LIMITS
 from cai_jax.report.findings import CHECKS, SEVERITIES, find_problems
 
 COUNT = 1000
@@ -79,7 +81,7 @@ PLANTS = [
   # what is planted, where, severity, title, a part of the evidence
   (f'{FLAGS}.repetition', flag(0.45), 'worthless', 'have collapsed', '45.0 % [43.0, 47.0] repeat'),
   (f'{FLAGS}.off_topic', flag(0.6), 'worthless', 'have collapsed', '60.0 % [58.0, 62.0] are off'),
-  (f'{FLAGS}.low_logprob', flag(0.5), 'worthless', 'have collapsed', 'word salad'),
+  (f'{FLAGS}.low_logprob', flag(0.5), 'worthless', 'have collapsed', 'finds unlikely'),
   (f'{FLAGS}.critique_copied', flag(0.35), 'worthless', 'have collapsed', 'copy their critique'),
   (f'{FLAGS}.truncated', flag(0.52, 0.1), 'serious', 'have collapsed', '52.0 % [42.0, 62.0]'),
   (f'{FLAGS}.truncated', flag(0.25), 'serious', 'useless texts', '25.0 % [23.0, 27.0]'),
@@ -175,3 +177,8 @@ def test_the_exported_best_step_is_no_overfitting():
   files['held_out'] = [{'step': i, 'loss': x} for i, x in ((1, 3), (2, 2), (3, 2.5))]
   files['manifest']['stages']['train']['exported_step'] = 2
   assert find_problems(files).findings == ()
+
+
+def test_limits_of_a_collapse_are_those_that_stop_a_run():
+  limits = {name: limit for name, limit in MAX_RATE.items() if limit < 1}
+  assert limits == COLLAPSE_LIMITS

@@ -355,7 +355,7 @@ def test_settings_that_contradict_are_refused(tmp_path):
 
 
 def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
-  """The judge is asked before the first stage, and what it is worth stands in the results."""
+  """The judge gets a test question before the first stage, and the results show its validity."""
   config = small(tiny_hf_folder('qwen3'))
   with serve(answer) as server:
     set_fields(

@@ -10,6 +10,7 @@ from cai_jax.model.lm import LM
 from cai_jax.pipeline.models import make_dialogue
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.run import Run
+from cai_jax.report.finding_texts import COLLAPSE_FLAGS
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, replacing, write_json
 from cai_jax.runtime.shapes import check_shape
@@ -20,19 +21,6 @@ from cai_jax.scoring.topicality import find_off_topic
 
 SUMMARY, ROWS = 'quality.json', 'quality_rows.jsonl'
 EXAMPLES = 5  # rows to read when a run is stopped
-# What a defect means, after "61 % of the revisions".
-_MEANINGS = {
-  'empty': 'are empty',
-  'truncated': 'were cut off at max_tokens',
-  'repetition': 'repeat themselves',
-  'principle_leak': 'repeat what they were asked to do',
-  'critique_copied': 'copy their critique',
-  'demonstration': 'copy a demonstration',
-  'wrong_language': 'are in another language than the prompt',
-  'off_topic_words': 'have no content word of the prompt',
-  'off_topic': 'are off topic',
-  'low_logprob': 'are text that the model itself finds unlikely',
-}
 
 
 def references(run: Run) -> quality.References:
@@ -134,21 +122,35 @@ def exceeded_limits(
 ) -> dict[str, tuple[float, float]]:
   """Return the defects whose rate is above its limit beyond chance: name → (rate, limit).
 
-  The lower end of Wilson's 95 % interval must be above the limit. The number of trials is that of
-  the revised rows, because revisions of one row are not independent.
+  The lower end of the rate's interval must be above the limit.
 
   Args:
     summary: from `quality_summary.summarize`.
     limits: the largest allowed share of the revisions, by defect.
   """
+  lowest = {name: bounds[0] for name, bounds in flag_intervals(summary).items()}
+  return {
+    name: (summary['flags'][name]['rate'], limit)
+    for name, limit in limits.items()
+    if lowest.get(name, 0.0) > limit
+  }
+
+
+def flag_intervals(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+  """Return Wilson's 95 % interval of the rate of each defect; empty if nothing was revised.
+
+  The number of trials is that of the revised rows, because revisions of one row are not
+  independent.
+
+  Args:
+    summary: from `quality_summary.summarize`.
+  """
   count = summary.get('revised_rows', summary.get('rows', 0))
-  if not count:
+  if not isinstance(count, int) or count < 1:
     return {}
   rates = {name: entry['rate'] for name, entry in summary['flags'].items()}
   return {
-    name: (rates[name], limit)
-    for name, limit in limits.items()
-    if name in rates and wilson_interval(rates[name] * count, count)[0] > limit
+    name: wilson_interval(rate * count, count) for name, rate in rates.items() if 0 <= rate <= 1
   }
 
 
@@ -159,8 +161,9 @@ def describe_excess(exceeded: Mapping[str, tuple[float, float]]) -> str:
     exceeded: from `exceeded_limits`; not empty.
   """
   by_rate = sorted(exceeded.items(), key=lambda item: -item[1][0])
+  meaning = {name: COLLAPSE_FLAGS.get(name, f'have the defect {name}') for name in exceeded}
   parts = [
-    f'{100 * rate:.0f} % {_MEANINGS.get(name, f"have the defect {name}")} (limit {100 * limit:g} %)'
+    f'{100 * rate:.0f} % {meaning[name]} (limit {100 * limit:g} %)'
     for name, (rate, limit) in by_rate
   ]
   collapsed = {name for name, limit in quality.MAX_RATE.items() if limit < 1} - {'truncated'}

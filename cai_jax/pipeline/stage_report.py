@@ -6,10 +6,10 @@ from typing import Any
 
 from cai_jax.data import quality_summary
 from cai_jax.data.ended import describe_ended
-from cai_jax.evaluation.intervals import wilson_interval
 from cai_jax.evaluation.power import smallest_difference
 from cai_jax.pipeline.baselines import describe_results
 from cai_jax.pipeline.models import load_scorer
+from cai_jax.pipeline.quality_gate import flag_intervals
 from cai_jax.pipeline.rate import describe_ratings
 from cai_jax.pipeline.report_chains import read_answers, read_d_cai
 from cai_jax.pipeline.run import Run
@@ -109,17 +109,11 @@ def _read_judge(run: Run) -> dict[str, Any] | None:
 
 
 def _read_quality(path: pathlib.Path) -> dict[str, Any]:
-  """Return `quality.json`, with the interval of each rate over all rounds.
-
-  The revisions of a prompt resemble each other, so a prompt counts as one trial.
-  """
+  """Return `quality.json`, with the interval of each rate over all rounds."""
   quality = read_json(path)
   check_shape(quality, quality_summary.SHAPE, str(path))
-  rounds = quality['d_cai']['rounds']
-  count = rounds[0].get('revisions', 0) if rounds else 0  # of the prompts that were revised
-  for entry in quality['d_cai']['flags'].values():
-    if isinstance(count, int) and count > 0 and 0 <= entry.get('rate', -1) <= 1:
-      entry['interval'] = list(wilson_interval(entry['rate'] * count, count))
+  for name, bounds in flag_intervals(quality['d_cai']).items():
+    quality['d_cai']['flags'][name]['interval'] = list(bounds)
   return quality
 
 

@@ -11,11 +11,11 @@ from cai_jax.report.numbers import heading
 # Flags that make a text useless as an example, with what they say of "... of the revisions".
 COLLAPSE_FLAGS = {
   'empty': 'are empty',
-  'truncated': 'are cut off at the token limit',
+  'truncated': 'were cut off at max_tokens',
   'repetition': 'repeat themselves',
   'off_topic': 'are off topic',
-  'off_topic_words': 'have no content word of their prompt',
-  'low_logprob': 'are word salad: text that the model itself finds unlikely',
+  'off_topic_words': 'have no content word of the prompt',
+  'low_logprob': 'are text that the model itself finds unlikely',
   'wrong_language': 'are in another language than the prompt',
   'critique_copied': 'copy their critique',
   'demonstration': 'copy a demonstration',

@@ -1,6 +1,6 @@
 """Count the turns and tokens that change with the number of slots, and so with rounding alone.
 
-  python -m experiments.bench.rounding --model=M --workdir=/tmp/bench
+  python -m experiments.bench.rounding --model=M --workdir=runs/bench
   python -m experiments.bench.rounding --model=FOLDER_OF_A_CHAT_MODEL
 
 Programs for other numbers of slots round the logits differently. The same chains are sampled with
@@ -79,7 +79,7 @@ def main() -> None:
   """Sample the chains twice and print what changes."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--model', required=True, help=f'{", ".join(SHAPES)}, or a folder')
-  parser.add_argument('--workdir', default='/tmp/bench', help='folder of random models')
+  parser.add_argument('--workdir', default='runs/bench', help='folder of random models')
   parser.add_argument('--slots', type=int, nargs=2, default=(8, 64))
   parser.add_argument('--chains', type=int, default=24)
   parser.add_argument('--turns', type=int, default=3)

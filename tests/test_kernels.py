@@ -80,20 +80,67 @@ def test_kernels_agree_with_attention_in_numpy(name, window):
     np.testing.assert_allclose(gradient, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize('window', [None, 3, 40])
-@pytest.mark.parametrize('length', [1, 100, 256, 250])
-def test_blocks_cover_every_visible_key_once(length, window, monkeypatch):
-  monkeypatch.setattr(blockwise, 'MIN_BLOCK', 32)
-  covered = np.zeros((length, length), bool)
-  blocks = blockwise.split_blocks(length, window)
-  for queries, keys in blocks:
-    assert not covered[queries].any()
-    covered[queries, keys] = True
+@pytest.mark.parametrize('window', [None, 1, 3, 40])
+@pytest.mark.parametrize('length', [1, 100, 256, 250, 1000])
+def test_pairs_of_tiles_cover_every_visible_key_once(length, window, monkeypatch):
+  monkeypatch.setattr(blockwise, 'MIN_TILE', 32)
+  size = blockwise.choose_tile(length)
+  tiles = -(-length // size)
+  assert tiles <= blockwise.TILES and tiles * size - length < tiles  # hardly any padding
+  covered = np.zeros((tiles * size, tiles * size), int)
+  for i, j in blockwise.tile_pairs(tiles, size, window):
+    covered[i * size : (i + 1) * size, j * size : (j + 1) * size] += 1
   positions = np.arange(length)
   distance = positions[:, None] - positions
   visible = (distance >= 0) & (distance < (window or length))
-  assert covered[visible].all()
-  assert covered.any(1).all() and len(blocks) <= blockwise.MAX_BLOCKS
+  assert covered.max() == 1 and covered[:length, :length][visible].all()
+  # Each pair has a visible key, so nothing is computed in vain.
+  kept = np.add.reduceat(
+    np.add.reduceat(visible, range(0, length, size), 0), range(0, length, size), 1
+  )
+  assert (kept > 0).sum() == len(blockwise.tile_pairs(tiles, size, window))
+
+
+def test_pairs_without_a_common_segment_are_left_out():
+  """They are left out if no row needs them, whatever the order of the ids; padding needs none."""
+  rows = np.array([[1, 1, 1, 2, 2, 2, 3, 3, 0, 0], [5, 5, 5, 5, 5, 5, 4, 4, 7, 7]], np.int32)
+  tiles = jnp.asarray(rows).reshape(2, 5, 2).swapaxes(0, 1)
+  pairs, count = blockwise.needed_pairs(blockwise.tile_pairs(5, 2, None), tiles)
+  needed = {tuple(pair) for pair in np.asarray(pairs)[: int(count)].tolist()}
+  assert needed == {(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (1, 0), (2, 0), (2, 1)}
+  assert sorted(map(tuple, np.asarray(pairs).tolist())) == [
+    (i, j) for i in range(5) for j in range(i + 1)
+  ]
+
+
+def test_a_row_has_the_same_bits_whatever_segments_the_other_rows_have():
+  q, k, v, segment_ids = packed_rows()
+  run = jax.jit(lambda ids: blockwise.attend_blockwise(q, k, v, ids, None))
+  other = segment_ids.copy()
+  other[1] = 1  # now every pair is needed
+  np.testing.assert_array_equal(run(segment_ids)[0], run(other)[0])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_memory_of_blocks_grows_linearly(dtype):
+  """By the compiler's own figures, forward and backward; plain attention is the counterexample."""
+
+  def temporary_bytes(name, length):
+    def loss(q, k, v, segment_ids):
+      out = KERNELS[name].attend(q, k, v, segment_ids, None, None)
+      return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, 16), dtype) for heads in (2, 1, 1)]
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    analysis = gradient.lower(*shapes, ids).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
+
+  blocks = [temporary_bytes('blocks', length) for length in (2048, 4096, 8192, 16_384)]
+  assert blocks[3] - blocks[2] <= 2.1 * (blocks[2] - blocks[1]), blocks
+  assert blocks[3] <= 8.4 * blocks[0], blocks
+  assert blocks[2] < 8192 * 8192  # not even one byte for each pair of tokens
+  assert temporary_bytes('xla', 8192) > 8192 * 8192 * 4  # so the figures do count such arrays
 
 
 def test_kernels_for_other_devices_are_refused():

@@ -1,25 +1,31 @@
-"""Blockwise attention that XLA compiles for every device, with O(T) memory for the backward pass.
+"""Blockwise attention that XLA compiles for every device, with memory that is linear in T.
 
-The forward pass takes one block of queries at a time, with only the keys that the block can see. It
-never holds all T × T scores, and skips most of those above the diagonal. The backward pass
-recomputes the scores from the log-sum-exp of each query (Dao et al. 2022, section 3.1, without
-tiles of keys).
+Rows are split into tiles. The forward pass loops over pairs of a tile of queries and a tile of keys
+and keeps a running softmax of each query (Dao et al. 2022, algorithm 1); the backward pass loops
+over the same pairs and recomputes the scores from the log-sum-exp of each query (algorithm 4). One
+step of a loop holds the scores of one pair, and no array has two axes of T.
 
-`cai_jax.model.transformer` defines the axis letters. R counts the queries that share a kv head.
+Pairs above the diagonal or outside the window are left out when the program is compiled. Pairs
+whose tiles have no segment in common are left out when it runs: packed rows have many.
+
+`cai_jax.model.transformer` defines the axis letters. R counts the queries that share a kv head, and
+P the pairs of tiles.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.mask import MASKED
 from cai_jax.model.precision import einsum_f32
 
-MIN_BLOCK = 128  # queries
-MAX_BLOCKS = 8  # per row; XLA compiles each block separately
+MIN_TILE = 128  # tokens
+MAX_TILE = 512  # tokens; bounds the scores of a pair
+TILES = 8  # per row, where tiles of this size are within the bounds
 
 
 def attend_blockwise(
@@ -30,52 +36,82 @@ def attend_blockwise(
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
 ) -> jax.Array:
-  """Attend within segments, one block of queries at a time; see `kernel.Attend`."""
+  """Attend within segments, one pair of tiles at a time; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
-  grouped = q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-  out = _attend(window, grouped, k, v, segment_ids)
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  size = choose_tile(t)
+
+  def split(x):
+    """Return x [B,T,...] as tiles [I,B,size,...]; the padding has segment 0."""
+    x = jnp.pad(x, ((0, 0), (0, -t % size), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+  # Queries of the same kv head are next to each other: [I,B,K,G,size,H].
+  tiles = split(q).reshape(-1, b, size, kv_heads, n // kv_heads, h).transpose(0, 1, 3, 4, 2, 5)
+  out = _attend(window, tiles, split(k).swapaxes(2, 3), split(v).swapaxes(2, 3), split(segment_ids))
+  return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, n, h)[:, :t]
 
 
-def split_blocks(length: int, window: int | None) -> list[tuple[slice, slice]]:
-  """Split a row into blocks of queries.
+def choose_tile(length: int) -> int:
+  """Return the number of tokens of a tile, for rows of `length` tokens."""
+  size = min(max(-(-length // TILES), MIN_TILE), MAX_TILE)
+  tiles = -(-length // size)
+  return -(-length // tiles)  # tiles of equal size need the least padding
+
+
+def tile_pairs(tiles: int, size: int, window: int | None) -> np.ndarray:
+  """Return the pairs of tiles in which a query sees a key, i32[P,2]: (tile of queries, of keys).
 
   Args:
-    length: number of tokens of the row.
+    tiles: number of tiles of a row.
+    size: number of tokens of a tile.
     window: number of tokens that a query sees, itself included; None means no limit.
+  """
+  reach = tiles if window is None else -(-(window - 1) // size)  # tiles before the query's own
+  return np.array([(i, j) for i in range(tiles) for j in range(max(0, i - reach), i + 1)], np.int32)
+
+
+def needed_pairs(pairs: np.ndarray, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Put the pairs in front whose tiles may have a segment in common.
+
+  The test compares the ranges of the ids in both tiles, so it can keep a pair that is not needed.
+
+  Args:
+    pairs: i32[P,2], from `tile_pairs`.
+    segment_ids: i32[I,B,size].
 
   Returns:
-    For each block, the slice of its queries and the slice of all keys that any of them may see.
+    The pairs, i32[P,2], and how many of them are needed, i32[].
   """
-  blocks = []
-  size = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
-  for start in range(0, length, size):
-    end = min(start + size, length)
-    first_key = 0 if window is None else max(0, start - window + 1)
-    blocks.append((slice(start, end), slice(first_key, end)))
-  return blocks
+  # Padding has the id 0 and is behind the other segments. As the largest id it keeps ranges small.
+  ids = jnp.where(segment_ids == 0, jnp.iinfo(segment_ids.dtype).max, segment_ids)
+  low, high = ids.min(-1), ids.max(-1)
+  queries, keys = pairs[:, 0], pairs[:, 1]
+  needed = ((low[queries] <= high[keys]) & (low[keys] <= high[queries])).any(1)
+  return jnp.asarray(pairs)[jnp.argsort(~needed, stable=True)], needed.sum()
 
 
-def _mask(queries: slice, keys: slice, window: int | None, segment_ids: jax.Array) -> jax.Array:
-  """Return bool[B,1,1,T,S]: which keys of a block each of its queries sees."""
-  distance = jnp.arange(queries.start, queries.stop)[:, None]
-  distance = distance - jnp.arange(keys.start, keys.stop)[None]
+def _take(x: jax.Array, i: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _put(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
+
+
+def _scores(window, q, k, segment_ids, i, j) -> jax.Array:
+  """Return the scores f32[B,K,R,S] of the queries of tile i with the keys of tile j."""
+  q, k = _take(q, i), _take(k, j)
+  b, kv_heads, groups, size, h = q.shape
+  distance = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)[None]
   visible = distance >= 0
   if window is not None:
     visible &= distance < window
-  same_segment = segment_ids[:, queries, None] == segment_ids[:, None, keys]
-  return (visible & same_segment)[:, None, None]
-
-
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-  """Return the scores f32[B,K,G,T,S] of q [B,K,G,T,H] and k [B,K,S,H]."""
-  b, kv_heads, groups, t, h = q.shape
-  x = einsum_f32('BKRH,BKSH->BKRS', q.reshape(b, kv_heads, -1, h), k)
-  x = x.reshape(b, kv_heads, groups, t, -1) * h**-0.5
-  return jnp.where(mask, x, MASKED)
+  mask = visible & (_take(segment_ids, i)[:, :, None] == _take(segment_ids, j)[:, None])
+  x = einsum_f32('BKRH,BKSH->BKRS', _merge_groups(q), k)
+  x = x.reshape(b, kv_heads, groups, size, size) * h**-0.5
+  return _merge_groups(jnp.where(mask[:, None, None], x, MASKED))
 
 
 def _merge_groups(x: jax.Array) -> jax.Array:
@@ -85,43 +121,62 @@ def _merge_groups(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(window, q, k, v, segment_ids):
-  """Return the output [B,K,G,T,H] for q [B,K,G,T,H] and k, v [B,K,T,H]."""
+  """Return the output [I,B,K,G,T,H] for tiles q [I,B,K,G,T,H], k and v [I,B,K,T,H], ids [I,B,T]."""
   return _attend_fwd(window, q, k, v, segment_ids)[0]
 
 
 def _attend_fwd(window, q, k, v, segment_ids):
-  outs, log_sums = [], []
-  for queries, keys in split_blocks(q.shape[3], window):
-    block = q[:, :, :, queries]
-    x = _scores(block, k[:, :, keys], _mask(queries, keys, window, segment_ids))
-    largest = x.max(-1, keepdims=True)
-    x = jnp.exp(x - largest)
-    total = x.sum(-1, keepdims=True)
-    out = einsum_f32('BKRS,BKSH->BKRH', _merge_groups(x).astype(v.dtype), v[:, :, keys])
-    outs.append((out.reshape(block.shape) / total).astype(q.dtype))
-    log_sums.append(largest + jnp.log(total))
-  out, log_sum = jnp.concatenate(outs, 3), jnp.concatenate(log_sums, 3)
-  return out, (q, k, v, segment_ids, out, log_sum)
+  tiles, b, kv_heads, groups, size, h = q.shape
+  pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
+
+  def add_pair(n, carry):
+    out, largest, total = carry
+    i, j = pairs[n, 0], pairs[n, 1]
+    x = _scores(window, q, k, segment_ids, i, j)
+    before = _take(largest, i)
+    now = jnp.maximum(before, x.max(-1, keepdims=True))
+    weights, rescale = jnp.exp(x - now), jnp.exp(before - now)
+    value = einsum_f32('BKRS,BKSH->BKRH', weights.astype(v.dtype), _take(v, j))
+    out = _put(out, i, _take(out, i) * rescale + value)
+    total = _put(total, i, _take(total, i) * rescale + weights.sum(-1, keepdims=True))
+    return out, _put(largest, i, now), total
+
+  queries = (tiles, b, kv_heads, groups * size)
+  initial = (
+    jnp.zeros((*queries, h), jnp.float32),
+    jnp.full((*queries, 1), MASKED, jnp.float32),
+    jnp.zeros((*queries, 1), jnp.float32),
+  )
+  out, largest, total = jax.lax.fori_loop(0, count, add_pair, initial)
+  out = (out / total).astype(q.dtype)
+  log_sum = largest + jnp.log(total)
+  return out.reshape(q.shape), (q, k, v, segment_ids, out, log_sum)
 
 
 def _attend_bwd(window, residuals, g):
   q, k, v, segment_ids, out, log_sum = residuals
-  scale = q.shape[-1] ** -0.5
+  tiles, _, _, _, size, h = q.shape
+  pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
+  g = g.reshape(out.shape)
   # The sum over keys of weight · d(weight), which the gradient of the softmax subtracts.
   mean = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-  dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  for queries, keys in split_blocks(q.shape[3], window):
-    block, cotangent = q[:, :, :, queries], _merge_groups(g[:, :, :, queries])
-    x = _scores(block, k[:, :, keys], _mask(queries, keys, window, segment_ids))
-    weights = jnp.exp(x - log_sum[:, :, :, queries])
-    by_value = einsum_f32('BKRS,BKRH->BKSH', _merge_groups(weights).astype(v.dtype), cotangent)
-    dv = dv.at[:, :, keys].add(by_value)
-    error = einsum_f32('BKRH,BKSH->BKRS', cotangent, v[:, :, keys]).reshape(weights.shape)
-    error = _merge_groups(weights * (error - mean[:, :, :, queries]) * scale).astype(q.dtype)
-    dq.append(einsum_f32('BKRS,BKSH->BKRH', error, k[:, :, keys]).reshape(block.shape))
-    dk = dk.at[:, :, keys].add(einsum_f32('BKRS,BKRH->BKSH', error, _merge_groups(block)))
-  dq = jnp.concatenate(dq, 3).astype(q.dtype)
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+  def add_pair(n, carry):
+    dq, dk, dv = carry
+    i, j = pairs[n, 0], pairs[n, 1]
+    weights = jnp.exp(_scores(window, q, k, segment_ids, i, j) - _take(log_sum, i))
+    cotangent = _take(g, i)
+    dv_part = einsum_f32('BKRS,BKRH->BKSH', weights.astype(v.dtype), cotangent)
+    error = einsum_f32('BKRH,BKSH->BKRS', cotangent, _take(v, j))
+    error = (weights * (error - _take(mean, i)) * h**-0.5).astype(q.dtype)
+    dq_part = einsum_f32('BKRS,BKSH->BKRH', error, _take(k, j))
+    dk_part = einsum_f32('BKRS,BKRH->BKSH', error, _merge_groups(_take(q, i)))
+    dq, dk = _put(dq, i, _take(dq, i) + dq_part), _put(dk, j, _take(dk, j) + dk_part)
+    return dq, dk, _put(dv, j, _take(dv, j) + dv_part)
+
+  initial = tuple(jnp.zeros(x.shape, jnp.float32) for x in (out, k, v))
+  dq, dk, dv = jax.lax.fori_loop(0, count, add_pair, initial)
+  return dq.astype(q.dtype).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

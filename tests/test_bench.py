@@ -71,11 +71,12 @@ def test_lengths_are_skewed_and_within_bounds():
 
 def test_systems_agree_and_force_lengths(loaded, tmp_path):
   asks, chains = loaded
-  comparison = generation.compare_models(asks, SHAPE.vocab, tmp_path)
+  rows = {'ours': {'batch': 8}, 'hf': {'batch': 3}}
+  comparison = generation.compare_models(asks, rows, SHAPE.vocab, tmp_path)
   generation.check_agreement(comparison, 'float32')
   assert comparison['hf']['equal_greedy_rows'] == comparison['hf']['rows']
   assert not list(tmp_path.iterdir())
-  runs = generation.repeat(asks, {'ours': 8, 'hf': 3}, chains, repetitions=2)
+  runs = generation.repeat(asks, rows, chains, repetitions=2)
   assert {system: len(r) for system, r in runs.items()} == {'ours': 2, 'hf': 2}
   summary = generation.summarize(chains, runs['ours'])
   tokens = sum(limit for chain in chains for limit in chain.limits)

@@ -4,7 +4,7 @@ This module imports only NumPy, so that it also works in a peer's own environmen
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -121,6 +121,43 @@ def longest(chains: Sequence[Chain], prefix: int) -> int:
 def batches(chains: Sequence[Chain], size: int) -> list[Sequence[Chain]]:
   """Split the chains into batches of `size`, in order; the last batch may be smaller."""
   return [chains[start : start + size] for start in range(0, len(chains), size)]
+
+
+def run_rolling(
+  chains: Sequence[Chain],
+  prefix: Sequence[int],
+  size: int,
+  submit: Callable[[str, list[int], int], None],
+  poll: Callable[[], list[tuple[str, list[int]]]],
+) -> list[list[list[int]]]:
+  """Keep `size` chains in flight, each with its next turn as soon as its reply has ended.
+
+  Args:
+    chains: the chains.
+    prefix: token ids at the start of every context.
+    size: chains in flight.
+    submit: takes the id of a request, its context and the length of its reply.
+    poll: lets the system work, and returns (id, tokens) of the requests that have ended since.
+
+  Returns:
+    The token ids of each chain's replies.
+  """
+  replies: dict[str, list[list[int]]] = {chain.id: [] for chain in chains}
+  waiting, active = list(reversed(chains)), {}
+  while waiting or active:
+    while waiting and len(active) < size:
+      chain = waiting.pop()
+      active[f'{chain.id}/0'] = chain
+      submit(f'{chain.id}/0', chain.context(prefix, []), chain.limits[0])
+    for request, tokens in poll():
+      chain = active.pop(request)
+      done = replies[chain.id]
+      done.append(list(tokens))
+      if len(done) < len(chain.limits):
+        active[f'{chain.id}/{len(done)}'] = chain
+        context, limit = chain.context(prefix, done), chain.limits[len(done)]
+        submit(f'{chain.id}/{len(done)}', context, limit)
+  return [replies[chain.id] for chain in chains]
 
 
 def quantiles(values: Sequence[int]) -> dict[str, float]:

@@ -4,20 +4,48 @@ Each system runs in its own process on the same cores, and only one works at a t
 """
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import pathlib
 import platform
+import select
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from experiments.bench import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 Ask = Callable[..., dict]  # ask(operation, **arguments) → reply
+
+
+class WorkerError(RuntimeError):
+  """A worker failed; the message has its traceback."""
+
+
+class TimeLimitError(WorkerError):
+  """A system used up its time and was stopped."""
+
+
+@dataclasses.dataclass
+class Budget:
+  """The time that the workers of one system may take to answer, in seconds.
+
+  Attributes:
+    limit: the whole time.
+    left: what is left of it.
+  """
+
+  limit: float
+  left: float = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    self.left = self.limit
 
 
 class Process:
@@ -27,10 +55,18 @@ class Process:
     system: one of `worker.SYSTEMS`.
     python: path of its interpreter.
     jax_platform: 'cpu' or 'cuda'.
+    budget: the time that it may take; None is no limit.
     environment: additional environment variables.
   """
 
-  def __init__(self, system: str, python: str, jax_platform: str, **environment: str):
+  def __init__(
+    self,
+    system: str,
+    python: str,
+    jax_platform: str,
+    budget: Budget | None = None,
+    **environment: str,
+  ):
     variables = os.environ | {
       'PYTHONPATH': str(ROOT),
       'JAX_PLATFORMS': jax_platform,
@@ -48,6 +84,7 @@ class Process:
       text=True,
     )
     self._system = system
+    self._budget = budget
 
   def ask(self, op: str, **request) -> dict:
     """Send a request and return the worker's reply.
@@ -57,21 +94,40 @@ class Process:
       **request: its arguments, as JSON data.
 
     Raises:
-      RuntimeError: with the worker's traceback, if it failed.
+      WorkerError: with the worker's traceback, if it failed.
+      TimeLimitError: if the budget is used up; the worker is then ended.
     """
-    self._process.stdin.write(json.dumps({'op': op, **request}) + '\n')
-    self._process.stdin.flush()
+    try:
+      self._process.stdin.write(json.dumps({'op': op, **request}) + '\n')
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass  # it has ended, and so has its output
+    self._wait(op)
     line = self._process.stdout.readline()
     if not line:
-      raise RuntimeError(f'{self._system}: the worker ended with status {self._process.wait()}.')
+      raise WorkerError(f'{self._system}: the worker ended with status {self._process.wait()}.')
     reply = json.loads(line)
     if 'error' in reply:
-      raise RuntimeError(f'{self._system}, {op}: {reply["error"]}')
+      raise WorkerError(f'{self._system}, {op}: {reply["error"]}')
     return reply
+
+  def _wait(self, op: str) -> None:
+    """Wait for a reply, which is one line, as long as the budget allows."""
+    if self._budget is None:
+      return
+    start = time.monotonic()
+    ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, self._budget.left))
+    self._budget.left -= time.monotonic() - start
+    if not ready:
+      self._process.kill()
+      raise TimeLimitError(
+        f'{self._system}: stopped during {op!r}, after {self._budget.limit:.0f} s in all.'
+      )
 
   def close(self) -> None:
     """End the worker and wait for it."""
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it was stopped while it read a request
+      self._process.stdin.close()
     self._process.wait()
 
 
@@ -84,11 +140,15 @@ def interleave(names: Sequence[str], repetitions: int) -> Iterator[tuple[int, st
 
 
 def ratios(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-  """Return the spread of each peer's time divided by ours, paired by repetition."""
+  """Return the spread of each peer's time divided by ours, paired by repetition.
+
+  A system that was stopped has fewer repetitions than the others, or none and then no ratio.
+  """
   spreads = {}
   for system in runs.keys() - {'ours'}:
-    pairs = zip(runs[system], runs['ours'], strict=True)
-    spreads[system] = spread([peer['seconds'] / ours['seconds'] for peer, ours in pairs])
+    pairs = zip(runs[system], runs['ours'], strict=False)
+    if values := [peer['seconds'] / ours['seconds'] for peer, ours in pairs]:
+      spreads[system] = spread(values)
   return spreads
 
 

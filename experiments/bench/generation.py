@@ -22,12 +22,12 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from experiments.bench import chains as chains_lib
-from experiments.bench import driver, models, worker
+from experiments.bench import driver, limit, models, systems
 from experiments.bench.driver import Ask, log
 
 # The chains of --occupancy: replies of about 43 tokens on average and at most 128.
@@ -53,19 +53,38 @@ def check_lengths(system: str, chains: Sequence[chains_lib.Chain], lengths) -> N
 
 def repeat(
   asks: dict[str, Ask],
-  batches: dict[str, int],
+  rows: dict[str, dict],
   chains: Sequence[chains_lib.Chain],
   repetitions: int,
-  seed: int = 0,
 ) -> dict[str, list[dict]]:
-  """Run every system `repetitions` times, alternating, and return its workers' replies."""
+  """Run every system `repetitions` times, alternating, and return its workers' replies.
+
+  Args:
+    asks: ask the workers. A system that is stopped or fails is removed.
+    rows: the result of each system, with its `batch`.
+    chains: the chains.
+    repetitions: how often.
+  """
   runs: dict[str, list[dict]] = {system: [] for system in asks}
   for repetition, system in driver.interleave(list(asks), repetitions):
-    reply = asks[system]('run', batch=batches[system], seed=seed * 1000 + repetition, warm=False)
-    check_lengths(system, chains, reply.pop('lengths'))
-    runs[system].append(reply)
-    log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.1f} s')
+    if system not in asks:
+      continue
+    row = rows[system]
+    with reporting(system, row):
+      reply = asks[system]('run', batch=row['batch'], seed=repetition, warm=False)
+      memory = asks[system]('memory')
+      row |= {name: memory[name] for name in ('life_peak_bytes', 'device_peak_bytes')}
+      check_lengths(system, chains, reply.pop('lengths'))
+      runs[system].append(reply)
+      log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.1f} s')
+    if unfinished(row):
+      del asks[system]
   return runs
+
+
+def unfinished(row: dict) -> str | None:
+  """Return why a system did not finish, or None if it did."""
+  return row.get('stopped') or row.get('failed')
 
 
 def summarize(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
@@ -83,16 +102,30 @@ def summarize(chains: Sequence[chains_lib.Chain], runs: list[dict]) -> dict:
   }
 
 
-def compare_models(asks: dict[str, Ask], vocab_size: int, workdir: pathlib.Path) -> dict[str, dict]:
-  """Compare each peer's logits and greedy tokens with ours on random tokens."""
+def compare_models(
+  asks: dict[str, Ask], results: dict[str, dict], vocab_size: int, workdir: pathlib.Path
+) -> dict[str, dict]:
+  """Compare each peer's logits and greedy tokens with ours on random tokens.
+
+  Args:
+    asks: ask the workers. A system that is stopped or fails is removed.
+    results: the result of each system.
+    vocab_size: of the model.
+    workdir: for files of logits.
+  """
   rng = np.random.default_rng(1)
   tokens = rng.integers(chains_lib.FIRST_ID, vocab_size, (8, 24)).tolist()
   logits, greedy = {}, {}
-  for system, ask in asks.items():
-    file = workdir / f'logits_{system}.npy'
-    greedy[system] = ask('agree', tokens=tokens, count=16, file=str(file))['greedy']
-    logits[system] = np.load(file)
-    file.unlink()
+  for system, ask in list(asks.items()):
+    file = workdir.resolve() / f'logits_{system}.npy'
+    with reporting(system, results[system]):
+      greedy[system] = ask('agree', tokens=tokens, count=16, file=str(file))['greedy']
+      logits[system] = np.load(file)
+      file.unlink()
+    if unfinished(results[system]):
+      del asks[system]
+  if 'ours' not in asks:
+    return {}
   rows = lambda system: zip(greedy[system], greedy['ours'], strict=True)  # noqa: E731
   return {
     system: {
@@ -116,40 +149,6 @@ def check_agreement(comparison: dict[str, dict], dtype: str) -> None:
       raise RuntimeError(f'{system} does not compute the same model: {row}')
 
 
-def start_worker(
-  system: str, args: argparse.Namespace, folder, prefix, chains
-) -> tuple[driver.Process, dict]:
-  """Start a worker, load its model and chains, and return it with its reply to loading."""
-  python = args.tunix_python if system == 'tunix' else sys.executable
-  process = driver.Process(system, python, args.platform)
-  loaded = process.ask(
-    'load',
-    system=system,
-    folder=str(folder),
-    dtype=args.dtype,
-    platform=args.platform,
-    options=json.loads(args.engine),
-  )
-  process.ask('take', chains=worker.encode_chains(chains), prefix=prefix)
-  return process, loaded
-
-
-def time_batches(
-  system: str, args: argparse.Namespace, folder, prefix, chains, sizes: Sequence[int]
-) -> dict[int, float]:
-  """Return the seconds of one pass over the first `trial_chains` chains at each batch size."""
-  process, _ = start_worker(system, args, folder, prefix, chains[: args.trial_chains])
-  seconds = {}
-  try:
-    for size in sizes:
-      process.ask('run', batch=size, seed=0, warm=True)
-      seconds[size] = process.ask('run', batch=size, seed=0, warm=False)['seconds']
-      log(f'{system}, trial with {size} rows: {seconds[size]:.1f} s')
-  finally:
-    process.close()  # so that the trials do not count in the peak memory
-  return seconds
-
-
 def chain_settings(args: argparse.Namespace) -> chains_lib.ChainSettings:
   """Return the sizes of the chains that the flags describe."""
   base = chains_lib.ChainSettings(**(OCCUPANCY if args.occupancy else {}))
@@ -158,16 +157,14 @@ def chain_settings(args: argparse.Namespace) -> chains_lib.ChainSettings:
   return dataclasses.replace(base, **changes)
 
 
-def benchmark(args: argparse.Namespace) -> dict:
-  """Run the benchmark and return its result as JSON data.
+def plan_chains(
+  args: argparse.Namespace, hf: dict
+) -> tuple[chains_lib.ChainSettings, list[int], list[chains_lib.Chain]]:
+  """Return the sizes of the chains, the shared prefix and the chains.
 
   Raises:
     ValueError: if the chains are longer than the model's context.
   """
-  workdir = pathlib.Path(args.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  folder = models.model_folder(args.model, workdir)
-  hf = json.loads((folder / 'config.json').read_text())
   settings = chain_settings(args)
   prefix, chains = chains_lib.draw(settings, hf['vocab_size'])
   longest = chains_lib.longest(chains, len(prefix))
@@ -176,55 +173,100 @@ def benchmark(args: argparse.Namespace) -> dict:
       f'The longest chain has {longest} tokens but the context of model {args.model} has '
       f'{hf["max_position_embeddings"]}. Lower --longest_prompt, --longest_reply or --prefix.'
     )
-  peers = [name for name in args.peers.split(',') if name]
-  systems = ['ours'] if args.occupancy else ['ours', *peers]
+  return settings, prefix, chains
+
+
+@contextlib.contextmanager
+def reporting(system: str, row: dict) -> Iterator[None]:
+  """Write into a system's row of the result why it was stopped, if its worker is or fails."""
+  try:
+    yield
+  except driver.WorkerError as error:
+    kind = 'stopped' if isinstance(error, driver.TimeLimitError) else 'failed'
+    row[kind] = str(error)
+    log(f'{system} {kind}: {error}')
+
+
+def warm_up(
+  args: argparse.Namespace, folder, prefix, chains, rows: dict[str, dict], stack
+) -> dict[str, Ask]:
+  """Choose each system's rows at once, start it and warm it up, one system after the other.
+
+  Args:
+    args: the command line.
+    folder: of the model.
+    prefix: token ids at the start of every context.
+    chains: the chains.
+    rows: the result of each system, which is added to.
+    stack: ends the workers.
+
+  Returns:
+    For each system that neither failed nor used up its time, what asks its worker.
+  """
+  asks = {}
+  for system, row in rows.items():
+    budget = driver.Budget(args.time_limit)
+    with reporting(system, row):
+      trials, sizes = {}, systems.rows_to_try(system, args)
+      if len(sizes) > 1:
+        trials = systems.time_rows(system, args, folder, prefix, chains, budget)
+      row |= {
+        'batch': min(trials, key=trials.get) if trials else sizes[0],
+        'trial_seconds': trials,
+      }
+      process, loaded = systems.start(system, args, folder, prefix, chains, budget)
+      stack.callback(process.close)
+      row |= {'versions': loaded['versions'], 'load_seconds': loaded['seconds']}
+      if args.repetitions:
+        warm = process.ask('run', batch=row['batch'], seed=0, warm=True)['seconds']
+        row['warm_up_seconds'] = warm
+        log(f'{system}, warm-up: {warm:.1f} s')
+      asks[system] = process.ask
+  return asks
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+  """Run the benchmark and return its result as JSON data."""
+  workdir = pathlib.Path(args.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  folder = models.model_folder(args.model, workdir)
+  hf = json.loads((folder / 'config.json').read_text())
+  settings, prefix, chains = plan_chains(args, hf)
+  rows = {system: {} for system in systems.select(args)}
   result = {
     'model': args.model,
     'dtype': args.dtype,
     'chains': dataclasses.asdict(settings),
     'lengths': chains_lib.describe(chains, len(prefix)),
     'machine': driver.describe_machine(),
-    'systems': {system: {} for system in systems},
+    'time_limit': args.time_limit,
+    'systems': rows,
   }
-  sizes = {'ours': args.slots, 'hf': args.hf_batches, 'tunix': args.tunix_batches}
-  chosen = {}
-  for system in systems:
-    trials = {}
-    if len(sizes[system]) > 1:
-      trials = time_batches(system, args, folder, prefix, chains, sizes[system])
-    chosen[system] = min(trials, key=trials.get) if trials else sizes[system][0]
-    result['systems'][system] |= {'batch': chosen[system], 'trial_seconds': trials}
+  rates = [systems.measure_rates(args, hf)]
   with contextlib.ExitStack() as stack:
-    asks = {}
-    for system in systems:
-      process, loaded = start_worker(system, args, folder, prefix, chains)
-      stack.callback(process.close)
-      asks[system] = process.ask
-      result['systems'][system] |= {
-        'versions': loaded['versions'],
-        'load_seconds': loaded['seconds'],
-      }
-    if len(asks) > 1:
-      result['agreement'] = compare_models(asks, hf['vocab_size'], workdir)
+    asks = warm_up(args, folder, prefix, chains, rows, stack)
+    if 'ours' in asks and len(asks) > 1:
+      result['agreement'] = compare_models(asks, rows, hf['vocab_size'], workdir)
       check_agreement(result['agreement'], args.dtype)
     if args.repetitions:
-      for system, ask in asks.items():
-        warm = ask('run', batch=chosen[system], seed=0, warm=True)['seconds']
-        result['systems'][system]['warm_up_seconds'] = warm
-        log(f'{system}, warm-up: {warm:.1f} s')
-      runs = repeat(asks, chosen, chains, args.repetitions)
-      for system in systems:
-        result['systems'][system] |= summarize(chains, runs[system])
-        memory = asks[system]('memory')
-        memory.pop('seconds')
-        result['systems'][system] |= memory
-      result['ratios'] = driver.ratios(runs)
-      stats = result['systems']['ours']['stats']
-      result['host_share'] = stats['host_seconds'] / stats['seconds']
-    if args.roofline:
+      runs = repeat(asks, rows, chains, args.repetitions)
+      for system, row in rows.items():
+        if runs.get(system):
+          row |= summarize(chains, runs[system])
+      result['ratios'] = driver.ratios(runs) if runs.get('ours') else {}
+      if stats := rows['ours'].get('stats'):
+        result['host_share'] = stats['host_seconds'] / stats['seconds']
+    if args.roofline and 'ours' in asks:
       result['roofline'] = asks['ours'](
         'roofline', batches=args.roofline_batches, repetitions=max(args.repetitions, 3)
       )
+  rates.append(systems.measure_rates(args, hf))
+  best = {name: max(rate[name] for rate in rates) for name in rates[0]}
+  work = limit.count_work(chains, len(prefix))
+  result['limit'] = limit.limit(work, hf, args.dtype, best)
+  for row in rows.values():
+    if 'seconds' in row:
+      row['share_of_limit'] = result['limit']['seconds'] / statistics.median(row['seconds'])
   return result
 
 
@@ -233,19 +275,28 @@ def format_table(result: dict) -> str:
   lines = [
     f'{result["model"]}, {result["dtype"]}, {result["chains"]["chains"]} chains, '
     f'prefix {result["chains"]["prefix"]}; {result["machine"]["cores"]} cores',
-    f'{"system":8}{"rows":>6}{"seconds":>10}{"chains/s":>10}{"tokens/s":>10}{"GB":>7}'
-    f'{"others":>7}{"× ours":>21}',
+    f'{"system":14}{"rows":>6}{"seconds":>10}{"chains/s":>10}{"tokens/s":>10}{"GB":>7}'
+    f'{"others":>7}{"limit":>7}{"× ours":>21}',
   ]
   for system, row in result['systems'].items():
-    if 'seconds' not in row:
-      continue
-    spread = driver.format_spread(result['ratios'].get(system))
-    peak = row['peak_bytes'] or row['life_peak_bytes']
-    lines.append(
-      f'{system:8}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
-      f'{row["chains_per_second"]:10.3f}{row["tokens_per_second"]:10.1f}{peak / 1e9:7.2f}'
-      f'{max(row["other_load"]):7.2f}{spread:>21}'
-    )
+    if 'seconds' in row:
+      spread = driver.format_spread(result['ratios'].get(system))
+      peak = row['peak_bytes'] or row['life_peak_bytes']
+      lines.append(
+        f'{system:14}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
+        f'{row["chains_per_second"]:10.3f}{row["tokens_per_second"]:10.1f}{peak / 1e9:7.2f}'
+        f'{max(row["other_load"]):7.2f}{row["share_of_limit"]:7.2f}{spread:>21}'
+      )
+    if reason := unfinished(row):
+      lines.append(f'{system:14}{reason.strip().splitlines()[-1]}')
+  bound = result['limit']
+  rates = bound['rates']
+  lines.append(
+    f'limit: {bound["seconds"]:.1f} s = layers {bound["layer_seconds"]:.1f} (at '
+    f'{rates["layer_flops_per_second"] / 1e9:.0f} GFLOP/s) + output layer '
+    f'{bound["output_seconds"]:.1f} ({rates["output_flops_per_second"] / 1e9:.0f}) + keys and '
+    f'values {bound["read_seconds"]:.1f} ({rates["bytes_per_second"] / 1e9:.1f} GB/s)'
+  )
   if 'host_share' in result:
     stats = result['systems']['ours']['stats']
     lines.append(f'ours: occupancy {stats["occupancy"]:.3f}, host {result["host_share"]:.3f}')
@@ -275,18 +326,12 @@ def make_parser() -> argparse.ArgumentParser:
     __doc__,
     'runs/bench_generation',
     ['tiny', *models.SHAPES],
-    ['hf', 'tunix'],
+    systems.PEERS,
   )
-  for name, default in (('slots', 8), ('hf_batches', 12), ('tunix_batches', 12)):
-    parser.add_argument(
-      f'--{name}',
-      type=driver.parse_integers,
-      default=[default],
-      help=f'rows at once, default {default}; of several values the fastest is used',
-    )
-  parser.add_argument('--trial_chains', type=int, default=24, help='chains of such a trial')
+  parser.set_defaults(peers=None)  # by the device
+  systems.add_flags(parser)
   parser.add_argument(
-    '--engine', default='{}', help='JSON with fields of EngineConfig other than slots'
+    '--trial_chains', type=int, help='chains of a trial, default twice the most rows tried'
   )
   parser.add_argument('--roofline', action='store_true', help="measure the machine's limits")
   parser.add_argument(
@@ -305,6 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   result = benchmark(args)
   log(format_table(result))
   driver.write_result(result, args.workdir, 'bench_generation.json')
+  if failed := [name for name, row in result['systems'].items() if 'failed' in row]:
+    sys.exit(f'failed: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

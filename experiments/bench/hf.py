@@ -18,13 +18,19 @@ class System:
 
   A stage processes all chains in batches with left padding. A batch decodes until its longest reply
   has ended, as it would with natural replies, and each row is then cut to its own length.
+
+  With the option `cache`='static', the cache has a fixed size, and on GPUs `generate` compiles the
+  decode step. The size only grows, so that nothing is compiled after a whole run.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, engine: dict[str, Any]):
-    del engine
+  def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
+    self.static = options.get('cache') == 'static'
     self.device = 'cpu' if platform == 'cpu' else 'cuda'
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     self.model = model.to(self.device).eval()
+
+  def prepare(self, batch: int, length: int) -> None:
+    """Prepare nothing: `generate` makes its own cache."""
 
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
@@ -36,12 +42,14 @@ class System:
       prefix: token ids at the start of every context.
       batch: rows per batch.
       seed: of sampling.
-      warm: only warm up. Nothing is compiled, so this runs one stage of the first batch.
+      warm: only warm up. Without a static cache nothing is compiled, so this runs one stage of
+        the first batch.
 
     Returns:
       The token ids of each chain's replies, and an empty dict of statistics.
     """
     torch.manual_seed(seed)
+    warm = warm and not self.static
     chains = chains[:batch] if warm else chains
     replies: dict[str, list[list[int]]] = {chain.id: [] for chain in chains}
     for stage in range(1 if warm else len(chains[0].limits)):
@@ -59,6 +67,8 @@ class System:
     """Sample `count` tokens after each context."""
     pad = self.model.generation_config.pad_token_id
     width = max(map(len, contexts))
+    if self.static:
+      options['cache_implementation'] = 'static'
     ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts])
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts])
     with torch.inference_mode():

@@ -44,6 +44,9 @@ class System:
     self.lm = lm_lib.load(folder, dtype)
     self.engine = engine
 
+  def prepare(self, batch: int, length: int) -> None:
+    """Prepare nothing: a run makes its own engine."""
+
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:

@@ -1,6 +1,7 @@
 """Measure the machine's limits, and relate a decode step to them (Williams et al. 2009)."""
 
 import concurrent.futures
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ import numpy as np
 ARRAY_BYTES = 256 * 2**20  # much larger than any cache
 ARRAYS = 4
 SQUARE = 3072  # rows and columns of the matrices in the timed product
+TIMED_LAYERS = 8  # each with weights of its own, so that they do not stay in the caches
+ROWS = {'cpu': (256, 512, 1024), 'gpu': (4096, 16384)}  # tokens of a timed product
 
 
 def best_rate(work: float, function: Callable[[], object], repetitions: int = 5) -> float:
@@ -67,6 +70,55 @@ def matmul_rate(dtype: str) -> float:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
   return best_rate(2 * SQUARE**3, lambda: jax.block_until_ready(product(a, b)), 3)
+
+
+def layer_rate(shapes: Sequence[tuple[int, int]], rows: int, dtype: str, layers: int) -> float:
+  """Return the FLOP/s of the products of some layers, accumulated in f32.
+
+  Args:
+    shapes: (inputs, outputs) of a layer's matrices.
+    rows: number of tokens.
+    dtype: of the activations and weights.
+    layers: number of layers, each with weights of its own.
+  """
+  inputs = {width: jnp.full((rows, width), 0.5, dtype) for width, _ in shapes}
+  weights = [[jnp.full(shape, 1.0 + i, dtype) for shape in shapes] for i in range(layers)]
+  precision = jax.lax.Precision.HIGHEST if dtype == 'float32' else None
+
+  @jax.jit
+  def products(inputs, weights):
+    product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
+    # Rounded as a model rounds them, so that writing costs no more than it must.
+    return [[product(inputs[w.shape[0]], w).astype(dtype) for w in layer] for layer in weights]
+
+  work = 2 * rows * sum(a * b for a, b in shapes) * layers
+  return best_rate(work, lambda: jax.block_until_ready(products(inputs, weights)), 3)
+
+
+def rates(shapes: Sequence[tuple[int, int]], output: tuple[int, int], dtype: str) -> dict:
+  """Return the machine's rates for a model's own shapes.
+
+  The rate of the layers is the best over `ROWS`, for separate matrices and for those with the same
+  input joined, as some programs join them.
+
+  Args:
+    shapes: (inputs, outputs) of a layer's matrices: q, k, v, o, gate, up, down.
+    output: (inputs, outputs) of the output layer.
+    dtype: of the activations and weights.
+  """
+  (d, q), (_, k), (_, v), o, (_, gate), (_, up), down = shapes
+  joined = [(d, q + k + v), o, (d, gate + up), down]
+  row_counts = ROWS['cpu' if jax.default_backend() == 'cpu' else 'gpu']
+  return {
+    'layer_flops_per_second': max(
+      layer_rate(group, rows, dtype, TIMED_LAYERS)
+      for group in (shapes, joined)
+      for rows in row_counts
+    ),
+    'output_flops_per_second': max(layer_rate([output], rows, dtype, 1) for rows in row_counts[:2]),
+    'square_flops_per_second': matmul_rate(dtype),
+    'bytes_per_second': bandwidth(),
+  }
 
 
 def limits(dtype: str) -> dict[str, float]:

@@ -77,6 +77,9 @@ class System:
     self.samplers: dict[tuple[int, int], sampler_lib.Sampler] = {}
     self.steps = 0  # decode steps of the next call, prompt included
 
+  def prepare(self, batch: int, length: int) -> None:
+    """Prepare nothing: a run makes its own samplers."""
+
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:

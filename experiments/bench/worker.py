@@ -19,12 +19,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.bench.chains import Chain
+from experiments.bench.chains import Chain, longest
 from experiments.bench.examples import Example
 
 SYSTEMS = {  # → module
   'ours': 'ours',
   'hf': 'hf',
+  'hf_static': 'hf',
+  'hf_continuous': 'hf_continuous',
+  'vllm': 'vllm_engine',
+  'openvino': 'openvino_engine',
   'tunix': 'tunix_sampler',
   'ours_training': 'ours_training',
   'hf_training': 'hf_training',
@@ -62,7 +66,11 @@ def take(state: dict, request: dict) -> dict:
 
 
 def run(state: dict, request: dict) -> dict:
-  """Run the stored chains and return the lengths of all replies and the measurements."""
+  """Run the stored chains and return the lengths of all replies and the measurements.
+
+  What a system prepares first is not timed.
+  """
+  state['system'].prepare(request['batch'], len(state['prefix']) + longest(state['chains'], 0))
   (replies, stats), measures = measure(
     state,
     lambda: state['system'].run(
@@ -97,6 +105,13 @@ def agree(state: dict, request: dict) -> dict:
   tokens = np.array(request['tokens'], np.int32)
   np.save(request['file'], state['system'].logits(tokens))
   return {'greedy': state['system'].greedy(tokens, request['count'])}
+
+
+def rates(state: dict, request: dict) -> dict:
+  """Return the machine's rates of products and of reading, for a model's shapes."""
+  del state
+  roofline_lib = importlib.import_module('experiments.bench.roofline')  # not in peers' environments
+  return roofline_lib.rates(request['shapes'], request['output'], request['dtype'])
 
 
 def roofline(state: dict, request: dict) -> dict:
@@ -135,7 +150,8 @@ def memory(state: dict, request: dict) -> dict:
 
 
 OPERATIONS = {
-  f.__name__: f for f in (load, take, run, agree, roofline, take_examples, warm, train, memory)
+  f.__name__: f
+  for f in (load, take, run, agree, rates, roofline, take_examples, warm, train, memory)
 }
 
 

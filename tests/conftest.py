@@ -15,14 +15,16 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
   ).strip()
 
-# Many tests compile the same programs, often in processes of their own.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs = tempfile.mkdtemp(prefix='programs-')
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
-  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-
 import pytest
+
+from cai_jax.runtime import compilation
+
+# Many tests compile the same programs, often in processes of their own.
+if compilation.VARIABLE not in os.environ:
+  _programs = tempfile.mkdtemp(prefix='programs-')
+  compilation.keep_programs(_programs)
+  os.environ |= compilation.environment(_programs)
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -217,6 +217,8 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'evaluation.scores',
     'evaluation.baselines',
     'evaluation.best_of_n',
+    'compilation.cache',
+    'compilation.cache_gib',
   }
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}

@@ -1,6 +1,7 @@
 """Sample the chains of a run into datasets, and prepare them for its report."""
 
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ from cai_jax.sampling.stats import describe
 from cai_jax.scoring.scorer import Scorer
 
 # Counts that are the same in every process, or of which the largest matters. Others are summed.
-_MAXIMA = ('rows', 'seconds', 'slots', 'most_slots', 'occupancy', 'journal_faults')
+_MAXIMA = (
+  *('rows', 'seconds', 'first_row_seconds', 'slots', 'most_slots', 'occupancy'),
+  'journal_faults',
+)
 
 
 def prepare_job(
@@ -50,7 +54,9 @@ def prepare_job(
   )
 
 
-def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> dict[str, Any]:
+def sample_dataset(
+  run: Run, job: jobs.Job, folder: pathlib.Path, name: str, started: float | None = None
+) -> dict[str, Any]:
   """Sample the chains of a job into a dataset. All processes call this together.
 
   Args:
@@ -58,25 +64,38 @@ def sample_dataset(run: Run, job: jobs.Job, folder: pathlib.Path, name: str) -> 
     job: what to sample.
     folder: folder of the dataset.
     name: name of the work, shown with the progress.
+    started: when the stage began, by `time.perf_counter`. The time from then until the first row is
+      then counted as `first_row_seconds`, and printed.
 
   Returns:
     Counts and speeds over all processes, for the manifest.
   """
+  first_row = [0.0]  # seconds until this process had a row; 0 if it sampled none
   with writing(run.workdir):  # a folder that was deleted during the run is not created again
     (run.workdir / 'manifest.json').stat()
   journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
   engine = run.config.engine
   try:
     with Progress(name) as progress:
+
+      def show(done: int, total: int, tokens: int) -> None:
+        if started is not None and done == 1:
+          first_row[0] = time.perf_counter() - started
+          if jax.process_index() == 0:
+            say(f'{name}: first row after {first_row[0]:.1f} s')
+        progress(done, total, tokens)
+
       counts = processes.run_on_all_processes(
         f'sample {folder}',
-        lambda: generate.generate_shards(job, folder, journal, engine, progress),
+        lambda: generate.generate_shards(job, folder, journal, engine, show),
         alone=False,  # the processes first agree on what is missing
       )
   finally:
     journal.close()
     if journal.num_faults:
       say(journal.describe_faults())
+  if started is not None:
+    counts['first_row_seconds'] = first_row[0]
   counts = merge_counts(counts | {'journal_faults': journal.num_faults})
 
   def finish() -> None:

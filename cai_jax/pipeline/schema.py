@@ -21,6 +21,7 @@ from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.weight_files import check_dtype
+from cai_jax.runtime.compilation import CompilationConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
@@ -185,6 +186,7 @@ class RunConfig:
   train: TrainConfig = TrainConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   report: ReportConfig = ReportConfig()
+  compilation: CompilationConfig = CompilationConfig()
 
   def __post_init__(self) -> None:
     check_version(self.version, 'the config')
@@ -264,7 +266,7 @@ def expand_paths(value: Any) -> Any:
   """Return a path, or a tuple of paths, in absolute form. Names of components stay as they are."""
   if isinstance(value, tuple):
     return tuple(map(expand_paths, value))
-  names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, 'base', ''}
+  names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, 'base', 'auto', ''}
   return expand_path(value) if isinstance(value, str) and value not in names else value
 
 

@@ -1,5 +1,6 @@
 """Stage `generate`: sample D_CAI, and count the defects of its revisions."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +28,14 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       `feedback.max_rate`.
   """
   del manifest
+  started = time.perf_counter()
   with open_models(run) as models:
     if run.prompts['eval_harmful']:  # finds a held-out prompt that is too long before sampling
       prepare_job(run, models, run.prompts['eval_harmful'], run.prompts['eval_helpful'])
     samples = run.config.feedback.helpful_samples
     helpful = jobs.repeat_prompts(run.prompts['helpful'], samples)
     job = prepare_job(run, models, run.prompts['harmful'], helpful)
-    counts = sample_dataset(run, job, run.workdir / 'd_cai', 'generate')
+    counts = sample_dataset(run, job, run.workdir / 'd_cai', 'generate', started)
     processes.run_on_process_0(
       'measure the defects', lambda: measure_quality(run, score_topics(run, models))
     )

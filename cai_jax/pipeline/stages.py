@@ -1,6 +1,7 @@
 """The stages of a run: their order, their requirements, and their execution."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
-from cai_jax.runtime import digests, lock, processes
+from cai_jax.runtime import compilation, digests, lock, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
@@ -87,19 +88,27 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   if is_first:
     write_json(run.workdir / 'config.json', run.values)
     digests.save_digests(run.workdir / 'digests.json')
-  for name in (name for name in STAGES if name in stages):
-    if manifest.done(name) and not (name == 'report' and has_ratings):
-      log(f'{name}: done before')
-      continue
-    check = functools.partial(_check_inputs, run, name, manifest)
-    processes.run_on_all_processes('check what earlier stages used and wrote', check)
-    log(f'{name} ...')
-    with manifest.stage(name, run.settings(name)) as entry:
-      entry |= STAGES[name](served, manifest.content)
-      if name in asking and (roles := served.server_draws):
-        entry['server_draws'] = roles
-    log(f'{name}: {entry["seconds"]:.0f} s')
-    processes.barrier(name)
+  ordered = [name for name in STAGES if name in stages]
+  missing = [n for n in ordered if not manifest.done(n) or (n == 'report' and has_ratings)]
+  with contextlib.ExitStack() as stack:
+    for name in ordered:
+      if name not in missing:
+        log(f'{name}: done before')
+        continue
+      if name == missing[0]:
+        stack.enter_context(compilation.kept_programs(run.config.compilation, log))
+      check = functools.partial(_check_inputs, run, name, manifest)
+      processes.run_on_all_processes('check what earlier stages used and wrote', check)
+      log(f'{name} ...')
+      before = compilation.counts()
+      with manifest.stage(name, run.settings(name)) as entry:
+        entry |= STAGES[name](served, manifest.content)
+        if name in asking and (roles := served.server_draws):
+          entry['server_draws'] = roles
+        programs = compilation.counts().since(before)
+        entry['programs'] = dataclasses.asdict(programs)
+      log(f'{name}: {entry["seconds"]:.0f} s, {programs.describe()}')
+      processes.barrier(name)
 
 
 def _check_inputs(run: Run, stage: str, manifest: Manifest) -> None:

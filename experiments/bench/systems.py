@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
       default=sys.executable,
       help=f'interpreter of an environment with {system}',
     )
+  parser.add_argument(
+    '--vllm_preload', default='', help='libraries for LD_PRELOAD of vllm, separated by colons'
+  )
   parser.add_argument(
     '--peer_cache_gib',
     type=int,
@@ -125,10 +129,11 @@ def environment(system: str, args: argparse.Namespace) -> dict[str, str]:
   """Return the environment variables that a system needs."""
   if system != 'vllm':
     return {}
-  return {
+  variables = {
     'VLLM_CPU_KVCACHE_SPACE': str(args.peer_cache_gib),
     'VLLM_ENABLE_V1_MULTIPROCESSING': '0',  # one process, whose time and memory can be measured
   }
+  return variables | ({'LD_PRELOAD': args.vllm_preload} if args.vllm_preload else {})
 
 
 def start(
@@ -141,6 +146,8 @@ def start(
 ) -> tuple[driver.Process, dict]:
   """Start a worker, load its model and chains, and return it with its reply to loading."""
   python = getattr(args, PYTHONS[system]) if system in PYTHONS else sys.executable
+  if os.sep in python:
+    python = os.path.abspath(python)  # not resolved, because an environment's python is a link
   process = driver.Process(
     system, python, args.platform, budget=budget, **environment(system, args)
   )

@@ -1,40 +1,33 @@
 """The layers of the transformer. `cai_jax.model.transformer` defines the axis letters."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from cai_jax.model.attention.cached import KeyBlock, attend
 from cai_jax.model.attention.rotary import rotate
-from cai_jax.model.cache import LayerCache, Packing, View, write_span
+from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.precision import einsum_f32
+from cai_jax.model.precision import einsum_f32, sum_entries
 
 PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
 
 
 class LayerContext(NamedTuple):
-  """What a block attends to in addition to the tokens of the batch, and how.
+  """How a block attends.
 
   Attributes:
     angles: cosines and sines from `rotary_angles`.
-    view: indices and masks; None if a kernel is used.
-    packing: the cache rows that packed tokens belong to; None without packing.
-    prefixes: the layer's keys and values of each shared prefix.
-    kernel: an attention kernel as a function of q, k, v and window, or None to use the masks of
-      `view`.
+    attend: returns the attention output [B,T,N,H] of q [B,T,N,H], k and v [B,T,K,H], rotated. With
+      a cache it also takes the layer's blocks, and returns the output and the updated blocks.
   """
 
   angles: tuple[jax.Array, jax.Array]
-  view: View | None
-  packing: Packing | None
-  prefixes: Sequence[LayerCache]
-  kernel: Callable[..., jax.Array] | None
+  attend: Callable[..., Any]
 
 
 class RMSNorm(nnx.Module):
@@ -44,10 +37,21 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((size,), param_dtype))
     self.eps = eps
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalize the last axis of x [...,D]; the result has the dtype of x."""
+  def __call__(self, x: jax.Array, ordered: bool = False) -> jax.Array:
+    """Normalize the last axis of x [...,D]; the result has the dtype of x.
+
+    Args:
+      x: [...,D].
+      ordered: whether the sum has an order that does not depend on the other axes. The sampler
+        needs this, and training does without, because its gradient would be slower.
+    """
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    squares = y * y
+    if ordered:
+      mean = sum_entries(squares)[..., None] / x.shape[-1]
+    else:
+      mean = jnp.mean(squares, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean + self.eps)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -138,33 +142,21 @@ class Attention(nnx.Module):
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
   ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
-    """Return the output [B,T,D] and the updated spans of the cache.
+    """Return the output [B,T,D] and the updated blocks of the cache.
 
     Args:
       x: [B,T,D].
-      cache: the layer's spans, or None to attend to the tokens of `x` alone.
-      context: what else to attend to, and how.
+      cache: the layer's blocks, or None to attend to the tokens of `x` alone.
+      context: how to attend.
     """
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None and self.k_norm is not None:
-      q, k = self.q_norm(q), self.k_norm(k)
+      q, k = (norm(x, cache is not None) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
     q, k = rotate(q, context.angles), rotate(k, context.angles)
-    if context.kernel is not None:
-      return self.output(context.kernel(q, k, v)), None
-    view, packing = context.view, context.packing
-    assert view is not None
     if cache is None:
-      return self.output(attend(q, [KeyBlock(LayerCache.from_tokens(k, v), view.masks[0])])), None
-    cache = tuple(
-      write_span(span, packing, index, k, v)
-      for span, index in zip(cache, view.write_index, strict=True)
-    )
-    blocks = [KeyBlock(*prefix) for prefix in zip(context.prefixes, view.prefix_masks, strict=True)]
-    spans = zip(cache, view.masks, view.live, strict=True)
-    blocks += [KeyBlock(span, mask, packing, live) for span, mask, live in spans]
-    if packing is None:
-      return self.output(attend(q, blocks)), cache
-    return self.output(packing.to_tokens(attend(packing.to_pieces(q, None), blocks))), cache
+      return self.output(context.attend(q, k, v)), None
+    out, cache = context.attend(q, k, v, cache)
+    return self.output(out), cache
 
 
 class MLP(nnx.Module):
@@ -194,10 +186,11 @@ class Block(nnx.Module):
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
   ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
-    """Return [B,T,D] and the updated spans of the cache; see `Attention.__call__`."""
-    out, cache = self.attention(self.attention_norm(x), cache, context)
+    """Return [B,T,D] and the updated blocks of the cache; see `Attention.__call__`."""
+    ordered = cache is not None
+    out, cache = self.attention(self.attention_norm(x, ordered), cache, context)
     x = x + out
-    return x + self.mlp(self.mlp_norm(x)), cache
+    return x + self.mlp(self.mlp_norm(x, ordered)), cache
 
 
 class Embedding(nnx.Module):

@@ -1,4 +1,4 @@
-"""Matrix products that accumulate in f32 for every dtype of their factors."""
+"""Products and sums with a fixed precision and a fixed order."""
 
 import functools
 
@@ -41,3 +41,21 @@ def _half_einsum_bwd(equation, factors, cotangent):
 
 
 _half_einsum.defvjp(_half_einsum_fwd, _half_einsum_bwd)
+
+
+def sum_entries(x: jax.Array) -> jax.Array:
+  """Sum f32[...,N] over its last axis.
+
+  On CPUs, the order of XLA's own sum depends on the other axes, and so on the number of rows. There
+  this function adds the two halves until one entry is left. That is as fast as XLA's sum, and
+  faster for a masked array.
+  """
+
+  def halves(x):
+    while x.shape[-1] > 1:
+      odd = x.shape[-1] % 2
+      x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) if odd else x
+      x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
+
+  return jax.lax.platform_dependent(x, cpu=halves, default=lambda x: x.sum(-1))

@@ -19,8 +19,10 @@ from jax.sharding import NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
+from cai_jax.model.attention.paged import View, attend_paged, make_view
 from cai_jax.model.attention.rotary import rotary_angles
-from cai_jax.model.cache import Cache, Packing, Prefixes, View, make_view
+from cai_jax.model.attention.softmax import attend
+from cai_jax.model.cache import Cache, Prefixes, Step, windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.layers import PRODUCT, Block, Embedding, LayerContext, RMSNorm
 from cai_jax.model.precision import einsum_f32
@@ -63,8 +65,9 @@ class Transformer(nnx.Module):
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
-    packing: Packing | None = None,
+    step: Step | None = None,
     prefixes: Prefixes | None = None,
+    width: int = 1,
     sharding: NamedSharding | None = None,
     remat: str = 'none',
     attention: str | None = None,
@@ -73,16 +76,16 @@ class Transformer(nnx.Module):
     """Return the hidden states after the last norm, and the updated cache.
 
     Args:
-      tokens: i32[B,T].
-      positions: i32[B,T], from 0 in each sequence. With a cache, the positions of a row are
-        consecutive, and a negative position marks padding, which is not written to the cache.
+      tokens: i32[B,T]. With a cache, they are the flat batch of a step, and B counts batch shards.
+      positions: i32[B,T], from 0 in each sequence. With a cache, a negative position marks padding,
+        which is not written to the cache.
       segment_ids: i32[B,T], for packed or padded rows: a token attends only to its own segment.
         Excludes `cache`.
       cache: keys and values of the tokens at earlier positions, with room for `tokens`; None
         attends to `tokens` alone.
-      packing: the cache rows that packed tokens belong to; None if the b-th row of tokens is row b
-        of the cache.
+      step: where the tokens are in the cache.
       prefixes: shared tokens before those in the cache of each row. Positions include them.
+      width: number of tokens of a piece of prefill.
       sharding: sharding of the hidden states between blocks. Without it, XLA would split them over
         D as it splits the parameters, and each device would compute the logits of all rows.
       remat: what the backward pass recomputes, a key of `REMAT`. It has no effect with a cache.
@@ -99,63 +102,74 @@ class Transformer(nnx.Module):
     """
     if cache is not None and segment_ids is not None:
       raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
-    if cache is None and (prefixes is not None or packing is not None):
-      raise ValueError('prefixes and packing refer to a cache: pass one too.')
+    if (cache is None) != (step is None):
+      raise ValueError('cache and step belong together: pass both or none.')
+    if cache is not None and sharding is None:
+      raise ValueError('a cache needs a sharding, whose mesh splits its pages.')
     if allowed is not None and not (cache is None and segment_ids is None and attention is None):
       raise ValueError('allowed excludes cache, segment_ids and attention.')
 
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    kernel, needs_masks = None, True
+    windows = windows_of(self.config)
+    kernel = None
     if attention is not None:
-      needs_masks = KERNELS[attention].takes_mask
-      kernel = bind_kernel(attention, segment_ids, None if sharding is None else sharding.mesh)
+      mesh = None if sharding is None else sharding.mesh
+      kernel = bind_kernel(attention, segment_ids, mesh)
 
     def angles_and_views():
-      views = [None] * len(self.layers)
-      if needs_masks:
-        views = self._views(positions, segment_ids, allowed, cache, packing, prefixes)
+      views = [None] * len(windows)
+      if cache is not None:
+        views = self._cache_views(positions, cache, step, prefixes)
+      elif kernel is None or KERNELS[attention].takes_mask:
+        visible = allowed
+        if segment_ids is not None:
+          visible = segment_ids[:, :, None] == segment_ids[:, None, :]
+        views = [causal_mask(positions, positions, window, visible) for window in windows]
       return rotary_angles(self.config, positions), views
 
     angles, views = compute_once(angles_and_views, positions)
+
+    def attend_with(layer):
+      """Return the layer's `LayerContext.attend`."""
+      window = self.config.window(layer)
+      view = views[windows.index(window)]
+      if cache is not None:
+        shared = () if prefixes is None else [entry.cache[layer] for entry in prefixes.entries]
+        return functools.partial(
+          attend_paged, prefixes=shared, view=view, window=window, width=width, mesh=sharding.mesh
+        )
+      if kernel is not None:
+        return functools.partial(kernel, window=window, **({} if view is None else {'mask': view}))
+      return functools.partial(attend, mask=view)
+
     x = constrain(self.embed(tokens, differentiable=cache is None).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
-      shared = () if prefixes is None else [entry.cache[layer][0] for entry in prefixes.entries]
-      attend = None
-      if kernel is not None:
-        masks = {'mask': views[layer].masks[0]} if needs_masks else {}
-        attend = functools.partial(kernel, window=self.config.window(layer), **masks)
-      context = LayerContext(angles, views[layer], packing, shared, attend)
+      context = LayerContext(angles, attend_with(layer))
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
-      def run(x, spans, block=block, context=context):
-        return block(x, spans, context)
+      def run(x, blocks, block=block, context=context):
+        return block(x, blocks, context)
 
       if remat != 'none' and cache is None:
         run = jax.checkpoint(run, policy=REMAT[remat])
-      x, spans = run(x, None if cache is None else cache[layer])
+      x, blocks = run(x, None if cache is None else cache[layer])
       x = constrain(x)
-      new_cache.append(spans)
-    return self.norm(x), None if cache is None else tuple(new_cache)
+      new_cache.append(blocks)
+    return self.norm(x, cache is not None), None if cache is None else tuple(new_cache)
 
-  def _views(self, positions, segment_ids, allowed, cache, packing, prefixes) -> list[View]:
-    """Return each layer's View; layers with the same window and cache lengths share one."""
-    if segment_ids is not None:
-      allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
+  def _cache_views(self, positions, cache, step, prefixes) -> list[View]:
+    """Return the View of each window of `windows_of`."""
     if prefixes is None:
-      prefixes = Prefixes((), jnp.full(positions.shape[: 1 if packing is None else 2], -1))
-
-    @functools.cache
-    def view(window, lengths):
-      if not lengths:
-        return View((), (causal_mask(positions, positions, window, allowed),), (None,), ())
-      return make_view(positions, prefixes, packing, lengths, window)
-
-    layers = [() if cache is None else cache[i] for i in range(len(self.layers))]
-    lengths = [tuple(span.k.shape[-1] for span in layer) for layer in layers]
-    return [view(self.config.window(i), sizes) for i, sizes in enumerate(lengths)]
+      prefixes = Prefixes((), jnp.full(positions.shape, -1))
+    sizes = [len(block.k) // len(positions) for block in cache[0]]
+    page = cache[0][0].k.shape[-1]
+    return [
+      make_view(positions, step, i, prefixes, sizes, page, window)
+      for i, window in enumerate(windows_of(self.config))
+    ]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[...,V] of hidden states [...,D]."""

@@ -49,24 +49,6 @@ def expand(per_row: jax.Array, like: jax.Array) -> jax.Array:
   return per_row.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def sum_entries(x: jax.Array) -> jax.Array:
-  """Sum f32[...,N] over its last axis.
-
-  On CPUs, the order of XLA's own sum depends on the other axes, and so on the number of rows. There
-  this function adds the two halves until one entry is left. That is as fast as XLA's sum, and
-  faster for a masked array.
-  """
-
-  def halves(x):
-    while x.shape[-1] > 1:
-      odd = x.shape[-1] % 2
-      x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]) if odd else x
-      x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
-    return x[..., 0]
-
-  return jax.lax.platform_dependent(x, cpu=halves, default=lambda x: x.sum(-1))
-
-
 def sum_blocks(sums: jax.Array) -> jax.Array:
   """Sum block sums f32[B,N] to f32[B]; on CPUs, in an order that depends on N alone."""
   return jax.lax.platform_dependent(

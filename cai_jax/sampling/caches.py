@@ -10,7 +10,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.cache import Cache, LayerCache, Lengths, cache_lengths, init_cache
+from cai_jax.model.cache import LayerCache, init_block, windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -20,17 +20,43 @@ from cai_jax.runtime.mesh import BATCH, check_batch
 # With any other input or output layout, every call would copy the whole cache twice.
 TPU_LAYOUT: Any = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))  # type: ignore[arg-type]
 
+Block = tuple[LayerCache, ...]  # for each layer with the same window, its pages
 
-def cache_bytes(lm: LM, length: int, slack: int) -> int:
-  """Return the size of one slot's cache in bytes, summed over devices.
+
+def pages_of(length: int, window: int | None, slack: int, page_tokens: int) -> int:
+  """Return the largest number of pages that a row has in a layer.
+
+  Args:
+    length: number of tokens of the row.
+    window: the layer's window; None means no limit.
+    slack: number of tokens that windowed layers keep beyond their window.
+    page_tokens: number of tokens of a page.
+  """
+  if window is not None:
+    length = min(
+      length, window + slack + page_tokens
+    )  # the first page may be almost out of the window
+  return -(-length // page_tokens)
+
+
+def cache_bytes(lm: LM, length: int, slack: int, page_tokens: int = 1) -> int:
+  """Return the largest size of one slot's cache in bytes, summed over devices.
 
   Args:
     lm: the model.
     length: number of tokens of the cache.
     slack: number of tokens that windowed layers keep beyond their window.
+    page_tokens: number of tokens of a page.
   """
-  tokens = sum(map(sum, cache_lengths(lm.config, length, slack)))
-  return tokens * 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
+  config = lm.config
+  sizes = slack, page_tokens
+  pages = sum(pages_of(length, config.window(i), *sizes) for i in range(config.num_layers))
+  return pages * page_tokens * layer_token_bytes(lm)
+
+
+def layer_token_bytes(lm: LM) -> int:
+  """Return the size of one token's keys and values in one layer, in bytes."""
+  return 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
 
 
 def cache_dtype(lm: LM) -> jnp.dtype:
@@ -51,7 +77,7 @@ def cache_format(mesh: Mesh, spec: P) -> LayerCache:
 
   Args:
     mesh: the model's mesh.
-    spec: how the heads and slots of the cache are split.
+    spec: how the heads and pages of the cache are split.
   """
   sharding: Any = NamedSharding(mesh, spec)
   if mesh.devices.flat[0].platform != 'tpu':
@@ -59,24 +85,26 @@ def cache_format(mesh: Mesh, spec: P) -> LayerCache:
   return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))  # type: ignore[arg-type]
 
 
-def allocate(lm: LM, slots: int, lengths: Lengths) -> Cache:
-  """Allocate an empty cache on the model's mesh.
+def allocate_block(lm: LM, window: int | None, pages: int, page_tokens: int) -> Block:
+  """Allocate pages of zeros for all layers with one window.
 
-  Slots are split over the mesh's batch axes, and heads over `tensor`.
+  Pages are split over the mesh's batch axes, and heads over `tensor`.
 
   Args:
     lm: the model.
-    slots: B, number of slots.
-    lengths: number of tokens of each span of each layer.
+    window: the window of the layers.
+    pages: number of pages over all batch shards.
+    page_tokens: number of tokens of a page.
 
   Raises:
-    UserError: if the mesh does not divide the number of slots or of key-value heads.
+    UserError: if the mesh does not divide the number of key-value heads.
   """
-  check_rows(lm, slots)
-  return _allocate(lm, slots, lengths, P(*BATCH, 'tensor'))
+  assert window in windows_of(lm.config)
+  layers = sum(lm.config.window(i) == window for i in range(lm.config.num_layers))
+  return _allocate(lm, layers, pages, page_tokens, P(*BATCH, 'tensor'))
 
 
-def allocate_prefix(lm: LM, capacity: int) -> Cache:
+def allocate_prefix(lm: LM, capacity: int) -> Block:
   """Allocate an empty cache for one shared prefix, replicated over batch shards.
 
   Args:
@@ -86,15 +114,15 @@ def allocate_prefix(lm: LM, capacity: int) -> Cache:
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
-  return _allocate(lm, 1, ((capacity,),) * lm.config.num_layers, P(None, 'tensor'))
+  return _allocate(lm, lm.config.num_layers, 1, capacity, P(None, 'tensor'))
 
 
 def check_rows(lm: LM, rows: int) -> None:
-  """Check that the model's mesh divides the rows of a cache and the key-value heads.
+  """Check that the model's mesh divides the number of slots and of key-value heads.
 
   Args:
     lm: the model.
-    rows: number of rows.
+    rows: number of slots.
 
   Raises:
     UserError: if it does not divide one of them.
@@ -112,17 +140,15 @@ def _check_heads(lm: LM) -> None:
     )
 
 
-def _allocate(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
+def _allocate(lm: LM, layers: int, pages: int, size: int, spec: P) -> Block:
   _check_heads(lm)
-  program = _allocate_program(
-    lm.config, rows, lengths, cache_dtype(lm), cache_format(lm.mesh, spec)
-  )
-  return program()
+  layout = cache_format(lm.mesh, spec)
+  return _allocate_program(lm.config, layers, pages, size, cache_dtype(lm), layout)()
 
 
 @functools.cache
 def _allocate_program(
-  config: ModelConfig, rows: int, lengths: Lengths, dtype: jnp.dtype, layout: LayerCache
+  config: ModelConfig, layers: int, pages: int, size: int, dtype: jnp.dtype, layout: LayerCache
 ) -> Callable:
-  init = functools.partial(init_cache, config, rows, lengths, dtype)
-  return jax.jit(init, out_shardings=tuple((layout,) * len(layer) for layer in lengths))
+  init = lambda: (init_block(config, pages, size, dtype),) * layers  # noqa: E731
+  return jax.jit(init, out_shardings=(layout,) * layers)

@@ -11,8 +11,9 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
-from cai_jax.sampling.caches import cache_bytes
+from cai_jax.sampling.caches import cache_bytes, on_cpu
 
+MIN_ROWS, MIN_HALF_ROWS = 64, 8  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
 
@@ -44,10 +45,10 @@ class EngineConfig:
   prefill_width: int = setting(
     16, 'Number of tokens of one slot that attention processes together during prefill.'
   )
-  spans: int = setting(
-    4,
-    'Number of spans that a cache is split into. A decode step skips spans that no slot has '
-    'reached. On GPUs, each such decision may need a round trip to the host.',
+  page_tokens: int = setting(
+    64,
+    'Number of tokens of a page of the cache. A slot gets pages as its context grows.',
+    added=True,
   )
   longest_burst: int = setting(
     32, 'Maximum number of decode steps before the host looks for stop texts.'
@@ -60,7 +61,7 @@ class EngineConfig:
 
   def __post_init__(self):
     convert_fields(self, 'engine')
-    positive = ('prefill_tokens', 'prefill_width', 'spans', 'longest_burst')
+    positive = ('prefill_tokens', 'prefill_width', 'page_tokens', 'longest_burst')
     for name in ('slots', 'cache_gib', *positive):
       value = getattr(self, name)
       if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
@@ -79,27 +80,58 @@ class EngineConfig:
     # prefill_tokens is rounded as in `chunk`.
     return -(-self.prefill_tokens // 8) * 8 + self.longest_burst + self.rewind
 
-  def chunk(self, slots: int, mesh: Mesh) -> tuple[int, int]:
-    """Return the shape of a prefill chunk.
+  def mixes(self, mesh: Mesh) -> bool:
+    """Return whether a step with decoded rows may also prefill.
 
-    A few slots rarely have much to prefill, so they get smaller chunks.
+    On CPUs this saves reading the parameters twice, and a row's bits do not depend on the number of
+    rows. On accelerators they do, so there prefill has a program of its own.
+    """
+    return on_cpu(mesh)
+
+  def row_sizes(self, slots: int, lm: LM) -> tuple[int, ...]:
+    """Return the numbers of rows for which a step is compiled, in ascending order.
+
+    XLA's products for CPUs give a row the same bits from 64 rows up in f32, and from two rows up in
+    bf16; below, the bits depend on the number of rows. On accelerators there is one size, because
+    there the bits depend on it, and the time of a step hardly does.
+
+    Args:
+      slots: number of slots of a batch shard.
+      lm: the model.
+    """
+    if not on_cpu(lm.mesh):
+      return (slots,)
+    least = MIN_ROWS if lm.dtype == 'float32' else MIN_HALF_ROWS
+    sizes = {max(slots, least)}
+    while slots > 2 * least:
+      slots = -(-slots // 2)
+      sizes.add(slots)
+    return tuple(sorted(sizes | {least} if slots > least else sizes))
+
+  def chunk_sizes(self, slots: int, mesh: Mesh) -> tuple[int, ...]:
+    """Return the numbers of tokens of a prefill chunk, for each batch shard, in ascending order.
+
+    A few slots rarely have much to prefill, so they get smaller chunks. Sizes are multiples of 16.
 
     Args:
       slots: number of slots.
       mesh: the model's mesh.
-
-    Returns:
-      T, the number of tokens of each batch shard, and C, the number of tokens of one slot that
-      attention processes together. T is a multiple of eight, because CPUs process the remainder in
-      a slower loop.
     """
     shards = batch_shards(mesh)
-    size = min(self.prefill_tokens, 2 * self.prefill_width * slots) // shards
-    size = -(-max(size, 1) // 8) * 8
-    return size, min(size, self.prefill_width)
+    largest = -(-self.prefill_tokens // shards // 16) * 16 if self.prefill_tokens > shards else 16
+    if not on_cpu(mesh):
+      return (largest,)
+    largest = max(largest, MIN_ROWS)
+    small = max(MIN_ROWS, largest // 4 // 16 * 16)
+    return tuple(sorted({small, largest}))
 
-  def fit(self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]) -> int:
-    """Return the number of slots that fit into `cache_gib`, at most `slots`.
+  def fit(
+    self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]
+  ) -> tuple[int, float]:
+    """Return the number of slots, and the share of their largest caches that `cache_gib` holds.
+
+    Slots get pages as their contexts grow, so the caches of all slots need not fit at their largest
+    size. There are as many slots as fit at half of it, at most `slots`.
 
     Args:
       models: the models in memory.
@@ -111,20 +143,20 @@ class EngineConfig:
     """
     budget, slot_bytes, shards = self.cache_gib * 2**30, 0.0, 1
     for lm, tokens in zip(models, prefix_tokens, strict=True):
-      slot_bytes += cache_bytes(lm, length, self.slack) / lm.mesh.size
+      slot_bytes += cache_bytes(lm, length, self.slack, self.page_tokens) / lm.mesh.size
       budget -= tokens * cache_bytes(lm, 1, 0) / lm.mesh.shape['tensor']
       shards = max(shards, batch_shards(lm.mesh))
     slots = self.slots
-    if slots * slot_bytes > budget:
-      max_slots = int(max(budget, 0) / slot_bytes)
+    if slots * slot_bytes > 2 * budget:
+      max_slots = int(2 * max(budget, 0) / slot_bytes)
       # Steps of eight limit the number of distinct sizes, and so the number of programs.
       step = 8 * shards if max_slots >= 8 * shards else shards
       slots = max_slots // step * step
-    if not slots:
+    if not slots or shards * slot_bytes > budget:
       needed = (shards * slot_bytes + self.cache_gib * 2**30 - budget) / 2**30
       raise UserError(
         f'engine.cache_gib={self.cache_gib} is too small: {shards} slots of {length} tokens and '
         f'the shared prefixes need {needed:.3g} GiB on each device. Increase it, or shorten '
         'prompts, max_tokens, rounds or demonstrations.'
       )
-    return slots
+    return slots, min(1.0, budget / (slots * slot_bytes))

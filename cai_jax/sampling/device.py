@@ -1,12 +1,15 @@
-"""The compiled prefill and decode programs, and their inputs and outputs.
+"""The compiled step, its inputs and its outputs.
 
-Axes: B slots (rows of the cache), U steps of a burst. In a prefill chunk, as in
-`cai_jax.model.cache.Packing`, B counts groups of slots, T the tokens of a group, and C the tokens
-of an attention piece.
+A step is one pass of the model over a flat batch of tokens: the next token of each decoded row, and
+prefilled tokens of rows that wait. A row is a slot that takes part; there are programs for a few
+numbers of rows, so that idle slots cost little. A program without prefill runs a burst of steps.
+
+Axes: B rows, U steps of a burst; G batch shards, D rows of a shard (B = G · D) and T prefilled
+tokens of a shard.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +19,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.cache import Cache, LayerCache, Packing, Prefix, Prefixes
+from cai_jax.model.cache import (
+  Cache,
+  LayerCache,
+  Pieces,
+  PieceTable,
+  Prefix,
+  Prefixes,
+  RowTable,
+  Step,
+  windows_of,
+)
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params, Transformer, abstract_model
@@ -29,7 +42,7 @@ from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
 
 class Slots(NamedTuple):
-  """The state of all slots, which the decode program reads; it is kept on the host.
+  """The state of all slots, or of the rows of a step; it is kept on the host.
 
   Attributes:
     token: i32[B], the last token of context and reply, which is not in the cache yet.
@@ -105,6 +118,15 @@ class Slots(NamedTuple):
     self.stops[slot] = -1
     self.stops[slot, : len(stop_token_ids)] = stop_token_ids
 
+  def select(self, index: np.ndarray) -> 'Slots':
+    """Return the state of some slots.
+
+    Args:
+      index: i32[B], the slots; -1 stands for an idle one.
+    """
+    rows = Slots(*(x[index] for x in self))
+    return rows._replace(active=(index >= 0), prefix=np.where(index >= 0, rows.prefix, -1))
+
 
 class ModelSpec(NamedTuple):
   """The static properties for which a model's programs are compiled.
@@ -126,86 +148,20 @@ class ModelSpec(NamedTuple):
     return nnx.merge(abstract_model(self.config, self.dtype)[0], params)
 
 
-class Segment(NamedTuple):
-  """Consecutive tokens to append to one slot's cache.
-
-  Attributes:
-    slot: index of the slot.
-    tokens: token ids.
-    start: position of the first token.
-    prefix: index of the shared prefix that the slot's context starts with; -1 if none.
-  """
-
-  slot: int
-  tokens: list[int]
-  start: int
-  prefix: int
-
-
 class Chunk(NamedTuple):
-  """The tokens to prefill in one call: T for each of B equal groups of slots.
-
-  The tokens of several slots are packed next to each other, without padding between them.
+  """Tokens to prefill: T in each batch shard, those of several slots next to each other.
 
   Attributes:
-    tokens: i32[B,T].
-    positions: i32[B,T]; -1 marks padding.
-    prefix: i32[B,T], index of the shared prefix that the token's slot starts with; -1 if none.
-    packing: the slots that the tokens belong to.
+    tokens: i32[G,T].
+    positions: i32[G,T]; -1 marks padding.
+    prefix: i32[G,T], index of the shared prefix that the token's slot starts with; -1 if none.
+    pieces: how attention reads them.
   """
 
   tokens: np.ndarray
   positions: np.ndarray
   prefix: np.ndarray
-  packing: Packing
-
-  @classmethod
-  def pack(cls, groups: Sequence[Sequence[Segment]], slots: int, size: int, width: int) -> 'Chunk':
-    """Pack the segments of each group of slots into a chunk.
-
-    Args:
-      groups: the segments of each group in order, at most one per slot.
-      slots: number of slots in all groups.
-      size: T, maximum number of tokens of a group.
-      width: C, number of tokens of one slot that attention processes together.
-
-    Raises:
-      ValueError: if a group has more than `size` tokens or `piece_count(size, width)` pieces.
-    """
-    max_pieces, shape = piece_count(size, width), (len(groups), size)
-    tokens, rows, piece_index = (np.zeros(shape, np.int32) for _ in range(3))
-    positions, prefix = (np.full(shape, -1, np.int32) for _ in range(2))
-    places = np.full((len(groups), max_pieces * width), size, np.int32)
-    for group, segments in enumerate(groups):
-      end = piece = 0
-      for segment in segments:
-        begin, end = end, end + len(segment.tokens)
-        offsets = np.arange(end - begin)
-        target, padded = (group, slice(begin, end)), piece * width + offsets
-        piece += -(-len(offsets) // width)
-        if end > size or piece > max_pieces:
-          raise ValueError(
-            f'a chunk has room for {size} tokens in {max_pieces} pieces; it got at least {end} '
-            f'tokens in {piece} pieces.'
-          )
-        tokens[target], positions[target] = segment.tokens, segment.start + offsets
-        rows[target], prefix[target] = segment.slot % (slots // len(groups)), segment.prefix
-        piece_index[target], places[group, padded] = padded, begin + offsets
-    token_index = places.reshape(len(groups), max_pieces, width)
-    packing = Packing(rows, token_index, piece_index)  # type: ignore[arg-type]  # numpy arrays
-    return cls(tokens, positions, prefix, packing)
-
-
-def piece_count(size: int, width: int) -> int:
-  """Return the number of attention pieces of `width` tokens in a chunk of `size` tokens.
-
-  It is 1.5 times the number of full pieces, because the last piece of a slot is rarely full.
-
-  Args:
-    size: T, number of tokens of a chunk.
-    width: C, number of tokens of a piece.
-  """
-  return 1 if width >= size else -(-3 * size // (2 * width))
+  pieces: Pieces
 
 
 class Burst(NamedTuple):
@@ -214,10 +170,10 @@ class Burst(NamedTuple):
   Attributes:
     tokens: i32[B,U], sampled tokens.
     logprobs: f32[B,U], their log-probabilities in nats.
-    num_sampled: i32[B], number of tokens that each slot sampled.
+    num_sampled: i32[B], number of tokens that each row sampled.
     active: bool[B], whether the reply continues.
     steps: i32[], number of decode steps.
-    occupied: i32[], number of active slots, summed over steps.
+    occupied: i32[], number of active rows, summed over steps.
   """
 
   tokens: np.ndarray
@@ -228,135 +184,93 @@ class Burst(NamedTuple):
   occupied: np.ndarray
 
 
-def prefill(
-  spec: ModelSpec,
-  params: Params,
-  cache: Cache,
-  prefix_caches: tuple[Prefix, ...],
-  chunk: Chunk,
-) -> tuple[Cache, jax.Array]:
-  """Write the keys and values of a chunk to the cache.
+class Sizes(NamedTuple):
+  """The static sizes of a program that its arguments do not show.
 
-  Args:
-    spec: the properties for which the model is compiled.
-    params: the model's parameters.
-    cache: the cache of all slots; donated.
-    prefix_caches: all shared prefixes of the model.
-    chunk: the tokens.
-
-  Returns:
-    The updated cache, and an array i32[] that is ready at the same time. The host can wait for this
-    array even after it has donated the cache to another program.
+  Attributes:
+    burst: U, the largest number of steps.
+    width: C, number of tokens of a piece of prefill.
   """
-  return prefill_program(cache)(spec, params, cache, prefix_caches, chunk)
+
+  burst: int
+  width: int
 
 
-def prefill_program(cache: Cache) -> Callable:
-  """Return the jitted `prefill` for a cache of arrays or ShapeDtypeStructs."""
-  return _prefill_program(*_cache_format(cache))
-
-
-@functools.cache
-def _prefill_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
-  outputs = tuple((layout,) * count for count in counts), None
-  return jax.jit(_prefill, static_argnames='spec', donate_argnames='cache', out_shardings=outputs)
-
-
-def _cache_format(cache: Cache) -> tuple[LayerCache, tuple[int, ...]]:
-  """Return the format of the first span, which all spans share, and each layer's span count."""
-  formats: tuple[Any, ...] = tuple(x.format for x in cache[0][0])  # type: ignore[attr-defined]
-  return LayerCache(*formats), tuple(map(len, cache))
-
-
-def _prefill(spec, params, cache, prefix_caches, chunk):
-  # The prefill of a shared prefix has a single group, which every device computes as a whole.
-  split = len(chunk.tokens) == batch_shards(spec.mesh)
-  sharding = batch_sharding(spec.mesh) if split else NamedSharding(spec.mesh, P())
-  written = spec.build(params)(
-    chunk.tokens,
-    chunk.positions,
-    cache=cache,
-    packing=chunk.packing,
-    prefixes=Prefixes(prefix_caches, chunk.prefix),
-    sharding=sharding,
-  )[1]
-  return written, jnp.sum(chunk.positions >= 0, dtype=jnp.int32)
-
-
-def decode(
+def run(
   spec: ModelSpec,
   params: Params,
   cache: Cache,
   prefix_caches: tuple[Prefix, ...],
-  slots: Slots,
-  max_ended: np.ndarray,
-  max_steps: np.ndarray,
-  capacity: int,
+  rows: Slots | None,
+  tables: tuple[RowTable, ...],
+  chunk: Chunk | None,
+  limits: tuple[np.ndarray, np.ndarray],
+  sizes: Sizes,
   penalties: Penalties | None = None,
-) -> tuple[Burst, Cache]:
-  """Run decode steps in all active slots.
+) -> tuple[Burst | jax.Array, Cache]:
+  """Run one step with prefill, or a burst of steps without.
 
   Args:
     spec: the properties for which the model is compiled.
     params: the model's parameters.
-    cache: the cache of all slots; donated.
+    cache: the cache; donated.
     prefix_caches: all shared prefixes of the model.
-    slots: the state of all slots.
-    max_ended: i32[]; stop once this many replies have ended.
-    max_steps: i32[]; stop after this many steps.
-    capacity: U, the largest value of `max_steps`; static.
-    penalties: biases and penalties of the slots; None compiles a program without any.
+    rows: the state of the rows; None only prefills.
+    tables: the pages of the rows, for each window that layers have.
+    chunk: the tokens to prefill; None decodes only.
+    limits: two i32[]: stop once so many replies have ended, and after so many steps.
+    sizes: static sizes.
+    penalties: biases and penalties of the rows; None compiles a program without any.
 
   Returns:
-    The sampled tokens and the updated cache.
+    The sampled tokens, or without rows an array i32[] that is ready at the same time; and the
+    updated cache.
   """
-  program = decode_program(cache)
-  state = slots, max_ended, max_steps
-  return program(spec, params, cache, prefix_caches, *state, capacity, penalties)
+  program = step_program(cache)
+  return program(spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties)
 
 
-def decode_program(cache: Cache) -> Callable:
-  """Return the jitted `decode` for a cache of arrays or ShapeDtypeStructs."""
-  return _decode_program(*_cache_format(cache))
+def step_program(cache: Cache) -> Callable:
+  """Return the jitted `run` for a cache of arrays or ShapeDtypeStructs."""
+  formats: tuple[Any, ...] = tuple(x.format for x in cache[0][0])  # type: ignore[attr-defined]
+  return _step_program(LayerCache(*formats), tuple(map(len, cache)))
 
 
 @functools.cache
-def _decode_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
-  static, outputs = ('spec', 'capacity'), (None, tuple((layout,) * count for count in counts))
-  return jax.jit(_decode, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
+def _step_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
+  outputs = None, tuple((layout,) * count for count in counts)
+  static = 'spec', 'sizes'
+  return jax.jit(_run, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
-def _decode(
-  spec, params, cache, prefix_caches, slots, max_ended, max_steps, capacity, penalties=None
-):
+def _run(spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties=None):
   model = spec.build(params)
-  sharding = batch_sharding(spec.mesh)
-  prefixes = Prefixes(prefix_caches, slots.prefix)
-  b = slots.token.shape[0]
-  start, counts = slots.active, None
+  if rows is None:
+    cache = _forward(spec, model, cache, prefix_caches, None, tables, chunk, sizes)[1]
+    return jnp.sum(chunk.positions >= 0, dtype=jnp.int32), cache
+  rows = Slots(*rows)
+  b = len(rows.token)
+  start, counts = rows.active, None
   if penalties is not None:
-    counts = count_tokens(penalties, slots.position, slots.sampled, spec.config.vocab_size)
+    counts = count_tokens(penalties, rows.position, rows.sampled, spec.config.vocab_size)
 
   def unfinished(state):
-    _, slots, burst, _ = state
-    ended = jnp.sum(start & ~slots.active)
-    return (burst.steps < max_steps) & (ended < max_ended) & jnp.any(slots.active)
+    _, rows, burst, _ = state
+    ended = jnp.sum(start & ~rows.active)
+    return (burst.steps < limits[1]) & (ended < limits[0]) & jnp.any(rows.active)
 
   def step(state):
-    cache, slots, burst, counts = state
-    active = slots.active
-    positions = jnp.where(active, slots.position, -1)[:, None]
-    hidden, cache = model(
-      slots.token[:, None], positions, cache=cache, prefixes=prefixes, sharding=sharding
-    )
-    logits = model.unembed(hidden[:, 0])
-    keys = token_keys(slots.key, slots.sampled)
+    cache, rows, burst, counts = state
+    active = rows.active
+    hidden, cache = _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes)
+    logits = model.unembed(hidden)
+    keys = token_keys(rows.key, rows.sampled)
     adjusted = None if penalties is None else penalize(logits, penalties, counts)
-    settings = slots.temperature, slots.top_k, slots.top_p, slots.min_p
+    settings = rows.temperature, rows.top_k, rows.top_p, rows.min_p
     token, logprob = sample(logits, keys, *settings, adjusted)
     counts = None if penalties is None else count_token(counts, token, active)
-    sampled = slots.sampled + active
-    ended = jnp.any(token[:, None] == slots.stops, -1) | (sampled >= slots.limit)
+    sampled = rows.sampled + active
+    ended = jnp.any(token[:, None] == rows.stops, -1) | (sampled >= rows.limit)
     burst = Burst(
       tokens=burst.tokens.at[:, burst.steps].set(token),
       logprobs=burst.logprobs.at[:, burst.steps].set(logprob),
@@ -365,15 +279,16 @@ def _decode(
       steps=burst.steps + 1,
       occupied=burst.occupied + jnp.sum(active),
     )
-    slots = slots._replace(
-      token=jnp.where(active, token, slots.token),
-      position=slots.position + active,
+    rows = rows._replace(
+      token=jnp.where(active, token, rows.token),
+      position=rows.position + active,
       sampled=sampled,
       active=burst.active,
     )
-    return cache, slots, burst, counts
+    return cache, rows, burst, counts
 
   zero = jnp.zeros((), jnp.int32)
+  capacity = sizes.burst if chunk is None else 1
   burst = Burst(
     tokens=jnp.zeros((b, capacity), jnp.int32),
     logprobs=jnp.zeros((b, capacity), jnp.float32),
@@ -382,9 +297,42 @@ def _decode(
     steps=zero,
     occupied=zero,
   )
-  state = cache, Slots(*slots), burst, counts
-  cache, _, burst, _ = jax.lax.while_loop(unfinished, step, state)
-  return burst, cache
+  state = cache, rows, burst, counts
+  state = step(state) if chunk is not None else jax.lax.while_loop(unfinished, step, state)
+  return state[2], state[0]
+
+
+def _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes):
+  """Return the hidden states [B,D] of the rows, and the updated cache."""
+  shards = batch_shards(spec.mesh)
+  groups = shards if rows is not None else len(chunk.tokens)
+  tokens, positions, choice = [], [], []
+  if rows is not None:
+    split = lambda x: x.reshape(groups, -1)  # noqa: E731
+    tokens.append(split(rows.token))
+    positions.append(split(jnp.where(rows.active, rows.position, -1)))
+    choice.append(split(rows.prefix))
+  if chunk is not None:
+    tokens.append(chunk.tokens)
+    positions.append(chunk.positions)
+    choice.append(chunk.prefix)
+  tokens, positions, choice = (jnp.concatenate(x, 1) for x in (tokens, positions, choice))
+  # The prefill of a shared prefix has a single group, which every device computes as a whole.
+  split = groups == shards
+  sharding = batch_sharding(spec.mesh) if split else NamedSharding(spec.mesh, P())
+  hidden, cache = model(
+    tokens,
+    positions,
+    cache=cache,
+    step=Step(tables, None if chunk is None else chunk.pieces),
+    prefixes=Prefixes(prefix_caches, choice),
+    width=sizes.width,
+    sharding=sharding,
+  )
+  if rows is None:
+    return None, cache
+  hidden = hidden[:, : len(rows.token) // groups]
+  return hidden.reshape(len(rows.token), -1), cache
 
 
 def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: int) -> Prefix:
@@ -400,9 +348,29 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
-  cache = allocate_prefix(lm, capacity)
-  spec = ModelSpec.from_lm(lm)
+  cache = tuple((layer,) for layer in allocate_prefix(lm, capacity))
+  spec, zero = ModelSpec.from_lm(lm), np.zeros((), np.int32)
   for start in range(0, len(tokens), size):
-    segment = Segment(0, tokens[start : start + size], start, -1)
-    cache, _ = prefill(spec, lm.params, cache, (), Chunk.pack([[segment]], 1, size, width))
-  return Prefix(cache, jnp.array(len(tokens), jnp.int32))
+    part = tokens[start : start + size]
+    positions = np.full((1, size), -1, np.int32)
+    positions[0, : len(part)] = np.arange(start, start + len(part))
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(part)] = part
+    pieces = np.arange(0, size, width, np.int32)[None]
+    count = -(-len(part) // width)
+    table = PieceTable(
+      page=np.where(positions < 0, 1, 0),  # type: ignore[arg-type]  # numpy arrays
+      offset=np.maximum(positions, 0),  # type: ignore[arg-type]
+      pages=np.zeros((*pieces.shape, 1), np.int32),  # type: ignore[arg-type]
+      count=np.ones(pieces.shape, np.int32),  # type: ignore[arg-type]
+      first=np.zeros(pieces.shape, np.int32),  # type: ignore[arg-type]
+    )
+    tables = (table,) * len(windows_of(lm.config))
+    chunk = Chunk(
+      padded,
+      positions,
+      np.full_like(positions, -1),
+      Pieces(pieces, np.array([count], np.int32), tables),
+    )  # type: ignore[arg-type]
+    cache = run(spec, lm.params, cache, (), None, (), chunk, (zero, zero), Sizes(1, width))[1]
+  return Prefix(tuple(layer for (layer,) in cache), jnp.array(len(tokens), jnp.int32))

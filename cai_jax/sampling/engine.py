@@ -120,9 +120,11 @@ class Engine:
       check_sampler(journal.folder)
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
     tokens = [prefix_capacity(p) * len(p) for p in shared.values()]
-    self.slots = config.fit(list(local.values()), length, tokens) if local else config.slots
+    self.slots, share = config.slots, 1.0
+    if local:
+      self.slots, share = config.fit(list(local.values()), length, tokens)
     self._local = {
-      name: LocalModel(lm, self.slots, length, shared[name], config, self.stats)
+      name: LocalModel(lm, self.slots, length, share, shared[name], config, self.stats)
       for name, lm in local.items()
     }
     self.stats.slots, self.stats.most_slots = self.slots, config.slots
@@ -173,8 +175,6 @@ class Engine:
       host_seconds = 0.0
       while active:
         interruption.check()
-        for model in self._local.values():
-          model.prefill()
         for model in self._local.values():
           model.dispatch()
         ended = self._collect(active)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cai_jax.sampling.blocks import expand, sum_blocks, sum_entries, weigh
+from cai_jax.model.precision import sum_entries
+from cai_jax.sampling.blocks import expand, sum_blocks, weigh
 
 CANDIDATES = 64  # number of blocks with the largest maxima, which a filter searches first
 LOWEST = jnp.finfo(jnp.float32).min  # below every logit except -inf

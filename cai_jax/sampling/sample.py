@@ -34,11 +34,11 @@ Axes: B rows, V vocabulary, N blocks, S entries of a block.
 import jax
 import jax.numpy as jnp
 
+from cai_jax.model.precision import sum_entries
 from cai_jax.sampling.blocks import (
   piece_count,
   scale,
   sum_blocks,
-  sum_entries,
   take_block,
   to_blocks,
   token_at,

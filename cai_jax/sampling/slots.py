@@ -4,35 +4,57 @@ import ctypes
 import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from cai_jax.model.cache import cache_lengths
+from cai_jax.model.cache import Pieces, PieceTable, RowTable, windows_of
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.pages import PagePool
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
 from cai_jax.sampling.stats import Stats
 from cai_jax.sampling.types import Turn
 
+NO_PAGE = 2**30  # the page of padding, which is not written
+MIN_BLOCK, MAX_BLOCKS = 64, 8  # pages of a block at least, and blocks of a pool at most
 MAX_WAIT = 8  # decode steps that a slot may wait to share a prefill chunk with other slots
+
+
+class Segment(NamedTuple):
+  """Consecutive tokens to append to one slot's cache.
+
+  Attributes:
+    slot: index of the slot.
+    tokens: token ids.
+    start: position of the first token.
+  """
+
+  slot: int
+  tokens: list[int]
+  start: int
 
 
 class LocalModel:
   """The slots of one model: their caches on the device and their state on the host.
 
-  Each slot serves one chain. A turn passes through three steps: `submit` queues it, `prefill`
-  brings the slot's cache up to its context, and bursts of decode steps (`dispatch`, then `collect`)
-  sample its reply.
+  Each slot serves one chain. `submit` queues a turn. Then steps (`dispatch`, then `collect`) bring
+  the slot's cache up to the turn's context, and sample its reply.
+
+  A slot gets pages of the cache as its context grows. If pages run short, slots wait for those that
+  chains give back when they end. The chain that started first can always have the pages that it may
+  still need, so one chain makes progress.
 
   Args:
     lm: the model.
     slots: number of slots.
-    length: number of tokens of each slot's cache.
+    length: maximum number of tokens in a slot's cache.
+    share: pages that there are, as a share of what all slots need at their maximum.
     prefixes: token ids of the shared prefixes, which the constructor prefills.
     config: sizes of the compiled programs.
     stats: counters that this model adds to.
@@ -52,43 +74,64 @@ class LocalModel:
     lm: LM,
     slots: int,
     length: int,
+    share: float,
     prefixes: Sequence[Sequence[int]],
     config: EngineConfig,
     stats: Stats,
   ):
     self.lm, self.config, self.stats = lm, config, stats
-    # In half precision, CPUs take six times as long to multiply a single row as two rows.
-    self.rows = max(2, slots) if caches.on_cpu(lm.mesh) and lm.dtype != 'float32' else slots
-    caches.check_rows(lm, self.rows)
+    caches.check_rows(lm, slots)
     _trim_heap()
-    lengths = cache_lengths(lm.config, length, config.slack, config.spans)
-    self.cache = caches.allocate(lm, self.rows, lengths)
-    self.slots = device.Slots.empty(self.rows)
+    self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
+    self._row_sizes = config.row_sizes(slots // self._groups, lm)
+    self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
+    self._width = min(config.prefill_width, self._chunk_sizes[0])
+    self._windows = windows_of(lm.config)
+    self._blocks: list[list[caches.Block]] = [[] for _ in self._windows]
+    self._pools = [self._make_pool(i, slots, length, share) for i in range(len(self._windows))]
+    self.slots = device.Slots.empty(slots)
     self._penalties: Penalties | None = None  # made for the first turn that uses any
-    self._penalized = np.zeros(self.rows, bool)  # the slots whose turn uses any
+    self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
     self._longest = length + max(map(len, prefixes), default=0)  # tokens of context and reply
+    self._length = length
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
+    self._base = np.zeros(slots, np.int32)  # tokens of each slot's shared prefix
+    self._started = np.full(slots, -1)  # the order in which the chains of the slots started
+    self._starts = 0
     self.waiting: dict[int, list[int]] = {}
     self._waiting_since: dict[int, int] = {}  # slot → decode steps run when it began to wait
     self.prefixes = [list(prefix) for prefix in prefixes]
-    self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
-    self._chunk_size, self._width = config.chunk(slots, lm.mesh)
-    self._max_pieces = device.piece_count(self._chunk_size, self._width)
     capacity = prefix_capacity(prefixes)
     self.prefix_caches = tuple(
-      device.prefill_prefix(lm, p, capacity, config.prefill_tokens, config.prefill_width)
+      device.prefill_prefix(lm, p, capacity, self._chunk_sizes[-1], self._width)
       for p in self.prefixes
     )
     stats.prefix_tokens += sum(map(len, prefixes))
-    self._prefilled: jax.Array | None = (
-      None  # an array that is ready when the dispatched chunks are
-    )
-    # The burst on the device, and the slots' state at its start.
-    self._burst: tuple[device.Burst, device.Slots] | None = None
+    self._prefilled: jax.Array | None = None  # ready when the dispatched chunks are
+    # The burst on the device, its rows' slots, and their state at its start.
+    self._burst: tuple[device.Burst, np.ndarray, device.Slots] | None = None
     self.step_seconds = 0.0
     self._steps = self._occupied = 0  # decode steps, and active slots summed over them
-    self._turns, self._chunk_shares = 0, 0.0  # submitted turns, and the chunks that they fill
+    self._turns, self._new_tokens = 0, 0  # submitted turns, and the tokens to prefill for them
+
+  def _make_pool(self, index: int, slots: int, length: int, share: float) -> PagePool:
+    """Return the pool of the layers with one window."""
+    window = self._windows[index]
+    row_pages = caches.pages_of(length, window, self.config.slack, self.config.page_tokens)
+    capacity = max(math.ceil(share * slots // self._groups * row_pages), row_pages)
+    block_pages = max(MIN_BLOCK, -(-capacity // MAX_BLOCKS))
+    block_pages = min(block_pages, capacity)
+
+    def allocate():
+      pages = block_pages * self._groups
+      self._blocks[index].append(
+        caches.allocate_block(self.lm, window, pages, self.config.page_tokens)
+      )
+
+    blocks = -(-capacity // block_pages)
+    sizes = row_pages, block_pages, blocks, self.config.page_tokens
+    return PagePool(slots, self._groups, *sizes, window, allocate)
 
   def reset(self) -> None:
     """Discard everything that an earlier run left unfinished."""
@@ -100,8 +143,11 @@ class LocalModel:
       self.clear(slot)
 
   def clear(self, slot: int) -> None:
-    """Treat a slot's cache as empty."""
+    """Empty a slot's cache, and give its pages back."""
     self.cached[slot], self._max_cached[slot], self.slots.prefix[slot] = [], 0, -1
+    self._started[slot] = -1
+    for pool in self._pools:
+      pool.shorten(slot, 0)
 
   def stop(self, slot: int, tokens: int) -> None:
     """End a slot's reply, and keep a part of its context and reply cached.
@@ -138,19 +184,24 @@ class LocalModel:
     self.stats.shared_tokens += start
     self.stats.reused_tokens += reused - start
     self.cached[slot] = context[:reused]
+    self._base[slot] = start
+    for pool in self._pools:
+      pool.shorten(slot, reused - start)
+    if self._started[slot] < 0:
+      self._started[slot], self._starts = self._starts, self._starts + 1
     # The first decode step feeds the context's last token, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
     self._start_penalties(slot, turn)
     self.waiting[slot], self._waiting_since[slot] = context[:-1], self._steps
     self._turns += 1
-    self._chunk_shares += self._chunk_share(len(context) - 1 - reused)
+    self._new_tokens += len(context) - 1 - reused
 
   def _start_penalties(self, slot: int, turn: Turn) -> None:
     """Set the biases and penalties of a slot."""
     self._penalized[slot] = turn.sampling.changes_logits
     if self._penalized[slot] and self._penalties is None:
-      self._penalties = Penalties.off(self.rows, self._longest)
+      self._penalties = Penalties.off(len(self.cached), self._longest)
     if self._penalties is not None:
       self._penalties.start(slot, turn.context, turn.sampling)
 
@@ -163,53 +214,128 @@ class LocalModel:
     """Whether there is anything to prefill or decode."""
     return bool(self.waiting) or bool(self.slots.active.any())
 
-  def prefill(self) -> None:
-    """Dispatch prefill chunks for the waiting slots, unless waiting for more slots is faster.
-
-    A slot's cache does not depend on how its tokens are divided into chunks.
-    """
-    ready = [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]
-    for slot in ready:
-      self._activate(slot)
-    while self.waiting and self._turns_to_wait_for() == 0:
-      begin, chunk = time.perf_counter(), self._next_chunk()
-      self.cache, self._prefilled = device.prefill(
-        device.ModelSpec.from_lm(self.lm), self.lm.params, self.cache, self.prefix_caches, chunk
-      )
-      self.stats.prefill_seconds += time.perf_counter() - begin
-
   def dispatch(self, max_steps: int | None = None) -> None:
-    """Dispatch a burst of decode steps if any slot is active.
+    """Dispatch a step with prefill, or a burst of decode steps, if there is anything to do.
+
+    A slot's cache does not depend on how its tokens are divided into chunks, nor does a token on
+    the rows beside it.
 
     Args:
       max_steps: limit on the number of steps, besides `config.longest_burst`; None sets none.
     """
-    capacity = self.config.longest_burst
-    steps = min(
-      capacity,
-      capacity if max_steps is None else max_steps,
-      MAX_WAIT if self.waiting else capacity,
-    )
-    if not self.slots.active.any() or not steps:
+    if max_steps == 0:
       return
-    begin, max_ended = time.perf_counter(), max(1, self._turns_to_wait_for())
-    before = device.Slots(*(x.copy() for x in self.slots))
-    penalties = None
-    if self._penalties is not None and (self._penalized & self.slots.active).any():
-      penalties = Penalties(*(x.copy() for x in self._penalties))
-    burst, self.cache = device.decode(
+    begin = time.perf_counter()
+    for slot in [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]:
+      self._activate(slot)
+    chunk = None
+    mixed = self.config.mixes(self.lm.mesh)
+    while self.waiting and self._turns_to_wait_for() == 0:
+      decoding = bool(self.slots.active.any())
+      chunk, ready = self._next_chunk()
+      if chunk is None:
+        break
+      if decoding and mixed:
+        break
+      self._run(None, chunk, 0, 0)
+      for slot in ready:
+        self._activate(slot)
+      chunk, ready = None, []
+    steps = min(self.config.longest_burst, max_steps or self.config.longest_burst)
+    if self.waiting:
+      steps = min(steps, MAX_WAIT)
+    if self.slots.active.any():
+      rows = self._choose_rows(1 if chunk is not None else steps)
+      if chunk is not None or (rows >= 0).any():
+        self._run(rows, chunk, max(1, self._turns_to_wait_for()), steps)
+    if chunk is not None:
+      for slot in ready:
+        self._activate(slot)
+    self.stats.decode_seconds += time.perf_counter() - begin
+
+  def _run(
+    self, rows: np.ndarray | None, chunk: device.Chunk | None, max_ended: int, steps: int
+  ) -> None:
+    """Dispatch a program for some rows and a chunk; see `device.run`."""
+    blocks = [max(pool.used_blocks(), 1) for pool in self._pools]
+    self._blocks_in_use = blocks
+    before, penalties, tables = None, None, ()
+    if rows is not None:
+      before = self.slots.select(rows)
+      tables = tuple(self._row_table(i, rows) for i in range(len(self._pools)))
+      if self._penalties is not None and self._penalized[rows[rows >= 0]].any():
+        penalties = Penalties(*(x[rows] for x in self._penalties))
+    cache, layers = (
+      [],
+      [iter(zip(*b[:n], strict=True)) for b, n in zip(self._blocks, blocks, strict=True)],
+    )
+    for layer in range(self.lm.config.num_layers):
+      cache.append(next(layers[self._windows.index(self.lm.config.window(layer))]))
+    result, cache = device.run(
       device.ModelSpec.from_lm(self.lm),
       self.lm.params,
-      self.cache,
+      tuple(cache),
       self.prefix_caches,
       before,
-      np.array(max_ended, np.int32),
-      np.array(steps, np.int32),
-      capacity,
+      tables,
+      chunk,
+      (np.array(max_ended, np.int32), np.array(steps, np.int32)),
+      device.Sizes(self.config.longest_burst, self._width),
       penalties,
     )
-    self._burst = burst, before
-    self.stats.decode_seconds += time.perf_counter() - begin
+    for index, window in enumerate(self._windows):
+      own = [c for i, c in enumerate(cache) if self.lm.config.window(i) == window]
+      self._blocks[index][: blocks[index]] = list(zip(*own, strict=True))
+    if rows is None:
+      self._prefilled = result
+    else:
+      self._burst = result, rows, before
+
+  def _choose_rows(self, steps: int) -> np.ndarray:
+    """Return the slots to decode as i32[G·D], with pages for the next steps; -1 is padding."""
+    groups: list[list[int]] = [[] for _ in range(self._groups)]
+    active = np.flatnonzero(self.slots.active)
+    for slot in active[np.argsort(self._started[active], kind='stable')].tolist():
+      left = int(self.slots.limit[slot] - self.slots.sampled[slot])
+      tokens = int(self.slots.position[slot] - self._base[slot]) + min(steps, left)
+      if self._extend(slot, tokens):
+        groups[slot * self._groups // len(self.cached)].append(slot)
+    longest = max(map(len, groups))
+    size = next(size for size in self._row_sizes if size >= longest)
+    return np.concatenate([np.array(sorted(g) + [-1] * (size - len(g)), np.int32) for g in groups])
+
+  def _extend(self, slot: int, tokens: int) -> bool:
+    """Give a slot pages for this many own tokens; return False if it has to wait for them.
+
+    The chain that started first may take any page. The others leave as many as it may still need.
+    """
+    holders = np.flatnonzero(self._started >= 0)
+    group = slot * self._groups // len(self.cached)
+    holders = holders[holders * self._groups // len(self.cached) == group]
+    first = holders[self._started[holders].argmin()]
+    for pool in self._pools:
+      needed = pool.missing(slot, tokens)
+      reserved = pool.table.shape[1] - int(pool.count[first]) if slot != first else 0
+      if needed and pool.free_pages(slot) < needed + reserved:
+        return False
+    for pool in self._pools:
+      pool.extend(slot, tokens)
+    return True
+
+  def _row_table(self, index: int, rows: np.ndarray) -> RowTable:
+    """Return where the rows are in the layers with one window."""
+    pool, groups, page = self._pools[index], self._groups, self.config.page_tokens
+    total = max(pool.used_blocks(), 1) * pool.block_pages
+    pages = pool.select(rows, total).reshape(groups, -1, pool.table.shape[1])
+    first = np.where(rows >= 0, self._base[rows] + pool.first[rows] * page, 0)
+    first = first.astype(np.int32).reshape(groups, -1)
+    owner = np.full((groups, total + 1), -1, np.int32)
+    start = np.zeros((groups, total + 1), np.int32)
+    for group in range(groups):
+      owner[group, pages[group]] = np.arange(pages.shape[1])[:, None]
+      start[group, pages[group]] = first[group][:, None] + page * np.arange(pages.shape[2])
+    owner, start = owner[:, :total].copy(), start[:, :total].copy()
+    return RowTable(owner, start, pages, first)  # type: ignore[arg-type]  # numpy arrays
 
   def collect(self) -> device.Burst | None:
     """Wait for the dispatched burst and update the state of the slots.
@@ -228,7 +354,7 @@ class LocalModel:
       self._prefilled = None
       self.stats.prefill_seconds += time.perf_counter() - begin
     begin = time.perf_counter()
-    (burst, before), self._burst = self._burst, None
+    (burst, rows, before), self._burst = self._burst, None
     burst = device.Burst(*map(np.array, jax.device_get(burst)))
     slots = self.slots
     sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
@@ -237,31 +363,41 @@ class LocalModel:
         f'{self.lm.name} produces NaN logits in {self.lm.dtype}: its weights are damaged or '
         "overflow this dtype. Try model.dtype='float32'."
       )
-    for slot in np.flatnonzero(burst.num_sampled):
-      count = burst.num_sampled[slot]
-      new = burst.tokens[slot, :count].tolist()
+    for row in np.flatnonzero(burst.num_sampled):
+      slot, count = rows[row], burst.num_sampled[row]
+      new = burst.tokens[row, :count].tolist()
       # Each step caches the token that it is fed. The last sampled token has not been fed yet.
-      self.cached[slot].extend([int(before.token[slot]), *new[:-1]])
+      self.cached[slot].extend([int(before.token[row]), *new[:-1]])
       if self._penalties is not None:
         end = slots.position[slot] + 1
         self._penalties.tokens[slot, end : end + count] = new
       slots.token[slot] = new[-1]
       slots.position[slot] += count
       slots.sampled[slot] += count
-      slots.active[slot] = burst.active[slot]
+      slots.active[slot] = burst.active[row]
+      for pool in self._pools:
+        pool.forget(slot, len(self.cached[slot]) - self._base[slot], self.config.slack)
     seconds, stats = time.perf_counter() - begin, self.stats
     self.step_seconds = seconds / max(int(burst.steps), 1)
     self._steps += int(burst.steps)
     self._occupied += int(burst.occupied)
     stats.decode_steps += int(burst.steps)
     stats.occupied += int(burst.occupied)
-    stats.slot_steps += int(burst.steps) * len(self.cached)
+    stats.slot_steps += int(burst.steps) * len(rows)
     stats.decode_seconds += seconds
-    return burst
+    return self._by_slot(burst, rows)
 
-  def _chunk_share(self, tokens: int) -> float:
-    """Return the share of a group's chunk that this many tokens of one slot use."""
-    return max(tokens / self._chunk_size, -(-tokens // self._width) / self._max_pieces)
+  def _by_slot(self, burst: device.Burst, rows: np.ndarray) -> device.Burst:
+    """Return a burst with a row for each slot."""
+    index, taken = rows[rows >= 0], rows >= 0
+
+    def put(x):
+      out = np.zeros((len(self.cached), *x.shape[1:]), x.dtype)
+      out[index] = x[taken]
+      return out
+
+    arrays = burst.tokens, burst.logprobs, burst.num_sampled, burst.active
+    return device.Burst(*map(put, arrays), burst.steps, burst.occupied)
 
   def _turns_to_wait_for(self) -> int:
     """Return how many turns should end before the next prefill; 0 to prefill now.
@@ -271,36 +407,99 @@ class LocalModel:
     MAX_WAIT steps, judging by the turns that ended per active slot and step so far, and no slot
     waits longer than that.
     """
-    shares = [0.0] * self._groups
+    tokens = [0] * self._groups
     for slot, target in self.waiting.items():
-      tokens = len(target) - len(self.cached[slot])
-      shares[slot * self._groups // self.rows] += self._chunk_share(tokens)
-    room, mean_share = self._groups - sum(shares), self._chunk_shares / max(self._turns, 1)
-    turns = math.ceil(room / max(mean_share, 1 / self._chunk_size))
+      tokens[slot * self._groups // len(self.cached)] += len(target) - len(self.cached[slot])
+    size = self._chunk_sizes[0]
+    room, mean = self._groups * size - sum(tokens), self._new_tokens / max(self._turns, 1)
+    turns = math.ceil(room / max(mean, 1))
     active = int(self.slots.active.sum())
     expected = MAX_WAIT * active * self._turns / max(self._occupied, 1) if self._steps else 0
     overdue = any(self._steps - self._waiting_since[slot] >= MAX_WAIT for slot in self.waiting)
-    return 0 if overdue or max(shares) >= 1 or turns > expected else turns
+    return 0 if overdue or max(tokens) >= size or turns > expected else turns
 
-  def _next_chunk(self) -> device.Chunk:
-    """Pack the next tokens of the waiting slots; activate the slots that need no more."""
-    size, width = self._chunk_size, self._width
-    groups: list[list[device.Segment]] = [[] for _ in range(self._groups)]
-    tokens_left, pieces_left = [size] * self._groups, [self._max_pieces] * self._groups
-    for slot, target in list(self.waiting.items()):
-      group, cached = slot * self._groups // self.rows, self.cached[slot]
-      room = min(tokens_left[group], pieces_left[group] * width)
-      new = target[len(cached) : len(cached) + room]
-      if not new:
+  def _next_chunk(self) -> tuple[device.Chunk | None, list[int]]:
+    """Pack the next tokens of the waiting slots.
+
+    Returns:
+      The chunk, None if no waiting slot gets pages; and the slots that need no more.
+    """
+    groups: list[list[Segment]] = [[] for _ in range(self._groups)]
+    left, ready = [self._chunk_sizes[-1]] * self._groups, []
+    order = sorted(self.waiting, key=lambda slot: self._started[slot])
+    for slot in order:
+      target, cached = self.waiting[slot], self.cached[slot]
+      group = slot * self._groups // len(self.cached)
+      new = target[len(cached) : len(cached) + left[group]]
+      if not new or not self._extend(slot, len(cached) + len(new) - int(self._base[slot])):
         continue
-      groups[group].append(device.Segment(slot, new, len(cached), int(self.slots.prefix[slot])))
-      tokens_left[group] -= len(new)
-      pieces_left[group] -= -(-len(new) // width)
+      groups[group].append(Segment(slot, new, len(cached)))
+      left[group] -= len(new)
       cached.extend(new)
       self.stats.prefilled_tokens += len(new)
       if len(cached) == len(target):
-        self._activate(slot)
-    return device.Chunk.pack(groups, self.rows, size, width)
+        ready.append(slot)
+    if not any(groups):
+      return None, []
+    used = self._chunk_sizes[-1] - min(left)
+    chunk = self._pack(groups, next(size for size in self._chunk_sizes if size >= used))
+    for group in groups:
+      for segment in group:
+        tokens = len(self.cached[segment.slot]) - int(self._base[segment.slot])
+        for pool in self._pools:
+          pool.forget(segment.slot, tokens, self.config.slack)
+    return chunk, ready
+
+  def _pack(self, groups: Sequence[Sequence[Segment]], size: int) -> device.Chunk:
+    """Pack segments of slots into a chunk of `size` tokens for each group.
+
+    Args:
+      groups: the segments of each group of slots in order, at most one for each slot. The slots
+        have pages for all of their tokens.
+      size: T, number of tokens of the chunk.
+    """
+    width, count, page = self._width, len(groups), self.config.page_tokens
+    # Every slot may have a last piece that is not full.
+    num_pieces = size // width + min(size, len(self.cached) // count)
+    tokens, prefix = np.zeros((count, size), np.int32), np.full((count, size), -1, np.int32)
+    positions = np.full((count, size), -1, np.int32)
+    starts, numbers = np.zeros((count, num_pieces), np.int32), np.zeros(count, np.int32)
+    tables = [
+      PieceTable(
+        page=np.full((count, size), NO_PAGE, np.int32),  # type: ignore[arg-type]  # numpy arrays
+        offset=np.zeros((count, size), np.int32),  # type: ignore[arg-type]
+        pages=np.zeros((count, num_pieces, pool.table.shape[1]), np.int32),  # type: ignore[arg-type]
+        count=np.zeros((count, num_pieces), np.int32),  # type: ignore[arg-type]
+        first=np.zeros((count, num_pieces), np.int32),  # type: ignore[arg-type]
+      )
+      for pool in self._pools
+    ]
+    for group, segments in enumerate(groups):
+      end = 0
+      for segment in segments:
+        slot, base = segment.slot, int(self._base[segment.slot])
+        begin, end = end, end + len(segment.tokens)
+        offsets = np.arange(end - begin)
+        tokens[group, begin:end], positions[group, begin:end] = (
+          segment.tokens,
+          segment.start + offsets,
+        )
+        prefix[group, begin:end] = self.slots.prefix[slot]
+        for start in range(0, end - begin, width):
+          piece = numbers[group]
+          starts[group, piece] = begin + start
+          last = segment.start - base + min(start + width, end - begin) - 1
+          for pool, table in zip(self._pools, tables, strict=True):
+            table.pages[group, piece] = np.maximum(pool.table[slot], 0)
+            table.count[group, piece] = last // page - pool.first[slot] + 1
+            table.first[group, piece] = base + pool.first[slot] * page
+          numbers[group] += 1
+        number = segment.start - base + offsets
+        for pool, table in zip(self._pools, tables, strict=True):
+          table.page[group, begin:end] = pool.table[slot][number // page - pool.first[slot]]
+          table.offset[group, begin:end] = number % page
+    pieces = Pieces(starts, numbers, tuple(tables))  # type: ignore[arg-type]
+    return device.Chunk(tokens, positions, prefix, pieces)
 
   def _activate(self, slot: int) -> None:
     """Start sampling the slot's reply."""

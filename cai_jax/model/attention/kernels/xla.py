@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from cai_jax.model.attention.cached import KeyBlock, attend
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.cache import LayerCache
+from cai_jax.model.attention.softmax import attend
 
 
 def attend_plain(
@@ -23,7 +22,7 @@ def attend_plain(
   del mesh  # XLA splits rows and heads as those of q, k and v
   if mask is None:
     mask = segment_mask(segment_ids, window)
-  return attend(q, [KeyBlock(LayerCache.from_tokens(k, v), mask)])
+  return attend(q, k, v, mask)
 
 
 def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:

@@ -1,0 +1,282 @@
+"""Attention of a step's tokens to the paged cache, and to shared prefixes.
+
+Decoded rows: every page that a program gets is read once, in place, by the row that owns it. Each
+page gives a partial softmax; those of a row are merged in the order of its pages. Prefilled tokens:
+each piece reads its pages one after the other. Both read live pages only, and neither depends on
+where a row's pages are, nor on other rows.
+
+`cai_jax.model.transformer` and `cai_jax.model.cache` define the axis letters.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.model.attention.mask import MASKED, causal_mask
+from cai_jax.model.attention.softmax import (
+  PartialSoftmax,
+  group_queries,
+  merge,
+  read_keys,
+  read_pages,
+  ungroup_queries,
+)
+from cai_jax.model.cache import LayerCache, Prefixes, Step
+from cai_jax.runtime.mesh import BATCH, batch_shards
+
+
+class RowView(NamedTuple):
+  """What decoded rows read in the layers with one window.
+
+  Attributes:
+    owner: i32[G,P], as in `RowTable`, but 0 for a page without owner.
+    mask: bool[G,P,W,S], the keys of each page that the owner's tokens see.
+    pages: i32[G,D,N], as in `RowTable`.
+    longest: i32[G], the largest number of pages of a row.
+  """
+
+  owner: jax.Array
+  mask: jax.Array
+  pages: jax.Array
+  longest: jax.Array
+
+
+class PieceView(NamedTuple):
+  """What prefilled tokens read in the layers with one window; see `Pieces` and `PieceTable`."""
+
+  positions: jax.Array
+  start: jax.Array
+  number: jax.Array
+  pages: jax.Array
+  count: jax.Array
+  first: jax.Array
+
+
+class View(NamedTuple):
+  """Indices and masks that layers with the same window share.
+
+  Attributes:
+    block: for each block, i32[G,X]: the page in it to which each token is written; the number of
+      its pages drops the write.
+    offset: i32[G,X], the place in that page.
+    rows: what decoded rows read; None if there are none.
+    pieces: what prefilled tokens read; None if there are none.
+    prefix_masks: for each prefix, bool[G,X,S]: the keys that each token sees.
+  """
+
+  block: tuple[jax.Array, ...]
+  offset: jax.Array
+  rows: RowView | None
+  pieces: PieceView | None
+  prefix_masks: tuple[jax.Array, ...]
+
+
+def make_view(
+  positions: jax.Array,
+  step: Step,
+  index: int,
+  prefixes: Prefixes,
+  sizes: Sequence[int],
+  page: int,
+  window: int | None,
+) -> View:
+  """Return the View of the layers with one window.
+
+  Args:
+    positions: i32[G,X]; a negative position marks padding.
+    step: where the tokens are in the cache.
+    index: index of the window's tables in `step`.
+    prefixes: the prefixes, and the choice of one for each token.
+    sizes: number of pages of each block in one batch shard.
+    page: S, number of tokens of a page.
+    window: number of tokens that a query sees, itself included; None means no limit.
+  """
+  total, places, offsets, rows, pieces, decoded = sum(sizes), [], [], None, None, 0
+  if step.rows:
+    table = step.rows[index]
+    g, d = table.first.shape
+    decoded = (
+      positions.shape[1]
+      if step.pieces is None
+      else positions.shape[1] - step.pieces.tables[index].page.shape[1]
+    )
+    at = positions[:, :decoded].reshape(g, d, -1)
+    number = at - table.first[:, :, None]
+    pages = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
+    places.append(jnp.where(at < 0, total, pages).reshape(g, decoded))
+    offsets.append((number % page).reshape(g, decoded))
+    owner = jnp.maximum(table.owner, 0)
+    queries = jnp.take_along_axis(at, owner[:, :, None], 1)  # [G,P,W]
+    keys = table.start[:, :, None] + jnp.arange(page)
+    owned = (table.owner >= 0)[:, :, None, None]
+    mask = jax.vmap(causal_mask, (0, 0, None, 0))(queries, keys, window, owned)
+    # A page that no decoded row owns is not in the rows' lists, so what it gives does not matter.
+    longest = (table.pages < total).sum(2).max(1)
+    rows = RowView(owner, mask, table.pages, longest)
+  if step.pieces is not None:
+    piece = step.pieces.tables[index]
+    places.append(piece.page)
+    offsets.append(piece.offset)
+    tables = piece.pages, piece.count, piece.first
+    pieces = PieceView(positions[:, decoded:], step.pieces.start, step.pieces.count, *tables)
+  place, offset = jnp.concatenate(places, 1), jnp.concatenate(offsets, 1)
+  starts = [sum(sizes[:i]) for i in range(len(sizes))]
+  block = [
+    jnp.where((place >= start) & (place < start + size), place - start, size)
+    for start, size in zip(starts, sizes, strict=True)
+  ]
+
+  def prefix_mask(i, prefix):
+    keys = jnp.arange(prefix.cache[0].k.shape[-1])[None]
+    chosen = (prefixes.choice == i)[:, :, None] & (keys < prefix.length)[:, None]
+    return causal_mask(positions, keys, window, chosen)
+
+  prefix_masks = [prefix_mask(i, prefix) for i, prefix in enumerate(prefixes.entries)]
+  return View(tuple(block), offset, rows, pieces, tuple(prefix_masks))
+
+
+def attend_paged(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  blocks: tuple[LayerCache, ...],
+  prefixes: Sequence[LayerCache],
+  view: View,
+  window: int | None,
+  width: int,
+  mesh: Mesh,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+  """Write a step's keys and values to a layer's cache, and attend to it.
+
+  Each device computes its own rows and heads; they do not communicate.
+
+  Args:
+    q: [G,X,N,H], rotated.
+    k: [G,X,K,H], rotated.
+    v: [G,X,K,H].
+    blocks: the layer's blocks, [G·P,...]. Batch shards are their leading axis.
+    prefixes: the layer's keys and values of each shared prefix.
+    view: indices and masks of the layer.
+    window: the layer's window.
+    width: C, number of tokens of a piece.
+    mesh: the mesh over which rows and heads are split.
+
+  Returns:
+    The output [G,X,N,H] in the dtype of `q`, and the updated blocks.
+  """
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  local = functools.partial(_attend_local, window=window, width=width, in_place=on_cpu)
+  args = q, k, v, blocks, tuple(prefixes), view
+  if mesh.size == 1:
+    return local(*args)
+  # The prefill of a shared prefix has a single group, which every batch shard computes as a whole.
+  batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
+  heads, pages = P(*batch, None, 'tensor'), P(*batch, 'tensor')
+  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch)
+  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
+    *args
+  )
+
+
+def _attend_local(q, k, v, blocks, prefixes, view, window, width, in_place):
+  """Compute `attend_paged` for one batch shard, whose axis G has the length 1."""
+  q, k, v = q[0], k[0], v[0]
+  view = jax.tree.map(lambda x: x[0], view)
+  blocks = tuple(
+    LayerCache(
+      block.k.at[page, :, :, view.offset].set(k.astype(block.k.dtype), mode='drop'),
+      block.v.at[page, :, view.offset].set(v.astype(block.v.dtype), mode='drop'),
+    )
+    for block, page in zip(blocks, view.block, strict=True)
+  )
+  kv_heads = k.shape[1]
+  parts, decoded = [], 0
+  if view.rows is not None:
+    tokens = view.rows.mask.shape[1]
+    decoded = tokens * len(view.rows.pages)
+    queries = q[:decoded].reshape(-1, tokens, *q.shape[1:])
+    part = _attend_rows(group_queries(queries, kv_heads), blocks, view.rows, in_place)
+    part = [ungroup_queries(x, tokens).reshape(decoded, *q.shape[1:-1], -1) for x in part]
+    parts.append(PartialSoftmax(*part))
+  if view.pieces is not None:
+    parts.append(_attend_pieces(q[decoded:], blocks, view.pieces, window, width))
+  own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
+
+  def read_prefix(cache, mask):
+    part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask)
+    return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
+
+  shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
+  return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
+
+
+def _attend_rows(queries, blocks, view: RowView, in_place: bool) -> PartialSoftmax:
+  """Return the softmax of decoded rows [D,K,R,...] over their pages, for queries [D,K,R,H]."""
+  read, parts, start = read_pages if in_place else read_keys, [], 0
+  for block in blocks:
+    end = start + len(block.k)
+    by_page = queries.at[view.owner[start:end]].get(mode='promise_in_bounds')
+    parts.append(
+      read(by_page.astype(jnp.float32) if in_place else by_page, *block, view.mask[start:end])
+    )
+    start = end
+  pages = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
+
+  def add(number, part):
+    index = jax.lax.dynamic_index_in_dim(view.pages, number, 1, keepdims=False)
+    present = (index < start)[:, None, None, None]
+    index = jnp.minimum(index, start - 1)
+    page = PartialSoftmax(*(x.at[index].get(mode='promise_in_bounds') for x in pages))
+    # A row that has fewer pages gets some page with the weight 0.
+    return merge([part, page._replace(max=jnp.where(present, page.max, MASKED))])
+
+  empty = PartialSoftmax.empty(queries.shape[:-1], queries.shape[-1])
+  return jax.lax.fori_loop(0, view.longest, add, empty)
+
+
+def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
+  """Return the softmax of prefilled tokens [T,N,...] over their pages, for q [T,N,H]."""
+  length, n, h = q.shape
+  kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
+  # A piece may end before `width` tokens; what it computes beyond is overwritten by the next piece.
+  q = jnp.pad(q, ((0, width), (0, 0), (0, 0)))
+  positions = jnp.pad(view.positions, (0, width), constant_values=-1)
+  starts = [sum(len(block.k) for block in blocks[:i]) for i in range(len(blocks))]
+
+  def read_page(page):
+    def read(block, start):
+      at = jnp.clip(page - start, 0, len(block.k) - 1)
+      return tuple(jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in block)
+
+    if len(blocks) == 1:
+      return read(blocks[0], 0)
+    number = jnp.sum(page >= jnp.array(starts)) - 1
+    branches = [functools.partial(read, *x) for x in zip(blocks, starts, strict=True)]
+    return jax.lax.switch(number, branches)
+
+  def add_piece(piece, whole):
+    start = view.start[piece]
+    at = jax.lax.dynamic_slice_in_dim(positions, start, width)
+    queries = group_queries(jax.lax.dynamic_slice_in_dim(q, start, width), kv_heads)
+
+    def add_page(number, part):
+      keys = view.first[piece] + number * size + jnp.arange(size)
+      mask = causal_mask(at[None], keys[None], window)[0]
+      return merge([part, read_keys(queries, *read_page(view.pages[piece, number]), mask)])
+
+    empty = PartialSoftmax.empty(queries.shape[:-1], h)
+    part = jax.lax.fori_loop(0, view.count[piece], add_page, empty)
+
+    def put(x, new):
+      return jax.lax.dynamic_update_slice_in_dim(x, ungroup_queries(new, width), start, 0)
+
+    return jax.tree.map(put, whole, part)
+
+  whole = PartialSoftmax.empty((length + width, n), h)
+  whole = jax.lax.fori_loop(0, view.number, add_piece, whole)
+  return jax.tree.map(lambda x: x[:length], whole)

@@ -1,0 +1,128 @@
+"""A softmax over keys in several places: computed in parts, which are then merged.
+
+`cai_jax.model.transformer` defines the axis letters. R counts the queries that share a kv head.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cai_jax.model.attention.mask import MASKED
+from cai_jax.model.precision import einsum_f32, sum_entries
+
+
+class PartialSoftmax(NamedTuple):
+  """A softmax over some of the keys, before division by its sum.
+
+  Attributes:
+    max: f32[...,1], the largest score.
+    sum: f32[...,1], the sum of exp(score - max).
+    out: f32[...,H], the sum of the values weighted by exp(score - max).
+  """
+
+  max: jax.Array
+  sum: jax.Array
+  out: jax.Array
+
+  @classmethod
+  def empty(cls, shape: tuple[int, ...], head_dim: int) -> 'PartialSoftmax':
+    """Return the softmax over no key, for queries of a shape."""
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    return cls(
+      jnp.full((*shape, 1), MASKED, jnp.float32), zeros((*shape, 1)), zeros((*shape, head_dim))
+    )
+
+  def divided(self) -> jax.Array:
+    """Return the output f32[...,H] of the whole softmax; 0 for a query without keys."""
+    return self.out / jnp.where(self.sum > 0, self.sum, 1.0)
+
+
+def merge(parts: Sequence[PartialSoftmax]) -> PartialSoftmax:
+  """Return the softmax over the keys of all parts.
+
+  A part without visible keys adds an exact zero, so it does not change a single bit.
+
+  Args:
+    parts: one or more, of the same queries.
+  """
+  if len(parts) == 1:
+    return parts[0]
+  largest = functools.reduce(jnp.maximum, [part.max for part in parts])
+  scales = [jnp.exp(part.max - largest) for part in parts]
+  total = sum(part.sum * scale for part, scale in zip(parts, scales, strict=True))
+  out = sum(part.out * scale for part, scale in zip(parts, scales, strict=True))
+  return PartialSoftmax(largest, total, out)
+
+
+def read_keys(queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> PartialSoftmax:
+  """Return the softmax over keys; leading axes `...` are batch axes.
+
+  The queries that share a kv head are the rows R of one matrix: T queries for each of several
+  heads, with T the faster axis. XLA turns that into a plain batch of matrix products, which is five
+  to nine times as fast on a CPU as with separate axes. In bf16, CPUs do not support the latter.
+
+  Args:
+    queries: [...,K,R,H], rotated.
+    k: [...,K,H,S].
+    v: [...,K,S,H].
+    mask: bool[...,T,S], the keys that each query sees.
+  """
+  scores = einsum_f32('...RA,...AC->...RC', queries.astype(k.dtype), k)
+  weights, largest = _weigh(scores, mask, queries.shape[-1])
+  out = einsum_f32('...RA,...AC->...RC', weights.astype(v.dtype), v)
+  return PartialSoftmax(largest, weights.sum(-1, keepdims=True), out)
+
+
+def read_pages(queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> PartialSoftmax:
+  """Return `read_keys` of small pages, as products and sums that CPUs compute in place.
+
+  Per page there are too few queries for a matrix product to pay off: at three queries for each kv
+  head, XLA's product takes 1.4 times as long on two cores. Arguments are those of `read_keys`.
+  """
+  scores = (queries[..., :, None] * k[..., None, :, :]).sum(-2)
+  weights, largest = _weigh(scores, mask, queries.shape[-1])
+  out = (weights[..., :, None] * v[..., None, :, :]).sum(-2)
+  return PartialSoftmax(largest, sum_entries(weights)[..., None], out)
+
+
+def _weigh(scores: jax.Array, mask: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+  """Return exp(score - max) [...,K,R,S] of scaled, masked scores, and the maxima [...,K,R,1]."""
+  shape = scores.shape
+  scores = (scores * head_dim**-0.5).reshape(*shape[:-2], -1, *mask.shape[-2:])
+  scores = jnp.where(mask[..., None, None, :, :], scores, MASKED).reshape(shape)
+  largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  return jnp.exp(scores - largest), largest
+
+
+def group_queries(q: jax.Array, kv_heads: int) -> jax.Array:
+  """Return q [...,T,N,H] as the rows [...,K,R,H] of `read_keys`."""
+  *batch, t, n, h = q.shape
+  q = jnp.moveaxis(q.reshape(*batch, t, kv_heads, n // kv_heads, h), -4, -2)
+  return q.reshape(*batch, kv_heads, -1, h)
+
+
+def ungroup_queries(x: jax.Array, length: int) -> jax.Array:
+  """Return rows x [...,K,R,A] as [...,T,N,A] for T = `length`; the inverse of `group_queries`."""
+  *batch, kv_heads, rows, a = x.shape
+  x = jnp.moveaxis(x.reshape(*batch, kv_heads, rows // length, length, a), -2, -4)
+  return x.reshape(*batch, length, -1, a)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """Return the attention output of rows that hold their own keys.
+
+  Args:
+    q: [B,T,N,H], rotated.
+    k: [B,S,K,H], rotated.
+    v: [B,S,K,H].
+    mask: bool[B,T,S].
+
+  Returns:
+    [B,T,N,H] in the dtype of `q`.
+  """
+  queries = group_queries(q, k.shape[2])
+  part = read_keys(queries, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+  return ungroup_queries(part.divided(), q.shape[1]).astype(q.dtype)

@@ -1,0 +1,123 @@
+"""The pages of a pool that each slot owns, on the host; see `cai_jax.model.cache`."""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+class PagePool:
+  """The pages that slots own in the layers with one window.
+
+  Slots are split into equal groups, one for each batch shard of the mesh, and a slot's pages are on
+  its shard. Free pages with low numbers are given away first, so that the pages in use are in few
+  blocks.
+
+  Args:
+    slots: number of slots.
+    groups: number of groups.
+    row_pages: N, the largest number of pages of a slot.
+    block_pages: number of pages of a block in each group.
+    max_blocks: the largest number of blocks.
+    page_tokens: number of tokens of a page.
+    window: the window of the layers; None means no limit.
+    allocate: called before the pool gets another block.
+
+  Attributes:
+    table: i32[slots,N], the pages of each slot in order; -1 marks the end.
+    count: i32[slots], number of pages of each slot.
+    first: i32[slots], how many pages before those the slot has given back (windowed layers only).
+    blocks: number of blocks.
+  """
+
+  def __init__(
+    self,
+    slots: int,
+    groups: int,
+    row_pages: int,
+    block_pages: int,
+    max_blocks: int,
+    page_tokens: int,
+    window: int | None,
+    allocate: Callable[[], None],
+  ):
+    self.window, self.block_pages, self.max_blocks = window, block_pages, max_blocks
+    self.page_tokens = page_tokens
+    self.table = np.full((slots, row_pages), -1, np.int32)
+    self.count = np.zeros(slots, np.int32)
+    self.first = np.zeros(slots, np.int32)
+    self.blocks = 0
+    self._allocate = allocate
+    self._group = np.arange(slots) * groups // slots
+    self._free: list[list[int]] = [[] for _ in range(groups)]
+
+  def free_pages(self, slot: int) -> int:
+    """Return the number of pages that the slot's group could still give away."""
+    unallocated = (self.max_blocks - self.blocks) * self.block_pages
+    return len(self._free[self._group[slot]]) + unallocated
+
+  def missing(self, slot: int, tokens: int) -> int:
+    """Return how many more pages a slot needs in order to hold this many tokens."""
+    return max(-(-tokens // self.page_tokens) - int(self.first[slot]) - int(self.count[slot]), 0)
+
+  def extend(self, slot: int, tokens: int) -> None:
+    """Give a slot pages for this many tokens. The caller knows that there are enough."""
+    free = self._free[self._group[slot]]
+    for _ in range(self.missing(slot, tokens)):
+      if not free:
+        self._grow()
+      self.table[slot, self.count[slot]] = heapq.heappop(free)
+      self.count[slot] += 1
+
+  def _grow(self) -> None:
+    self._allocate()
+    start = self.blocks * self.block_pages
+    for free in self._free:
+      for page in range(start, start + self.block_pages):
+        heapq.heappush(free, page)
+    self.blocks += 1
+
+  def shorten(self, slot: int, tokens: int) -> None:
+    """Take back the pages of a slot that hold no token before the given number."""
+    keep = max(-(-tokens // self.page_tokens) - int(self.first[slot]), 0)
+    for index in range(keep, self.count[slot]):
+      heapq.heappush(self._free[self._group[slot]], int(self.table[slot, index]))
+    self.table[slot, keep:] = -1
+    self.count[slot] = min(self.count[slot], keep)
+    if not self.count[slot]:
+      self.first[slot] = 0
+
+  def forget(self, slot: int, tokens: int, slack: int) -> None:
+    """Take back the pages that a slot with this many tokens has no use for any more.
+
+    Args:
+      slot: index of the slot.
+      tokens: number of tokens in the slot's cache.
+      slack: number of tokens to keep beyond the window.
+    """
+    if self.window is None:
+      return
+    unused = max(tokens - self.window - slack, 0) // self.page_tokens - int(self.first[slot])
+    unused = min(unused, int(self.count[slot]))
+    if unused <= 0:
+      return
+    for page in self.table[slot, :unused]:
+      heapq.heappush(self._free[self._group[slot]], int(page))
+    self.table[slot] = np.concatenate([self.table[slot, unused:], np.full(unused, -1, np.int32)])
+    self.count[slot] -= unused
+    self.first[slot] += unused
+
+  def used_blocks(self) -> int:
+    """Return the number of blocks up to the last page in use."""
+    return int(self.table.max()) // self.block_pages + 1
+
+  def select(self, slots: Sequence[int] | np.ndarray, absent: int) -> np.ndarray:
+    """Return the pages i32[n,N] of some slots, with `absent` in place of missing pages.
+
+    Args:
+      slots: n indices of slots; -1 stands for a slot without pages.
+      absent: the value of missing pages.
+    """
+    index = np.asarray(slots)
+    pages = np.where((index >= 0)[:, None], self.table[index], -1)
+    return np.where(pages < 0, absent, pages).astype(np.int32)

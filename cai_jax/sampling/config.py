@@ -122,8 +122,11 @@ class EngineConfig:
     if not on_cpu(mesh):
       return (largest,)
     largest = max(largest, MIN_ROWS)
-    small = max(MIN_ROWS, largest // 4 // 16 * 16)
-    return tuple(sorted({small, largest}))
+    sizes = {largest}
+    while largest > MIN_ROWS:
+      largest = max(MIN_ROWS, largest // 2 // 16 * 16)
+      sizes.add(largest)
+    return tuple(sorted(sizes))
 
   def fit(
     self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]

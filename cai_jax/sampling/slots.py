@@ -23,6 +23,7 @@ from cai_jax.sampling.types import Turn
 
 NO_PAGE = 2**30  # the page of padding, which is not written
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # pages of a block at least, and blocks of a pool at most
+MAX_MIXED_WAIT = 2  # the same, if the step that prefills also decodes
 MAX_WAIT = 8  # decode steps that a slot may wait to share a prefill chunk with other slots
 
 
@@ -243,7 +244,7 @@ class LocalModel:
       chunk, ready = None, []
     steps = min(self.config.longest_burst, max_steps or self.config.longest_burst)
     if self.waiting:
-      steps = min(steps, MAX_WAIT)
+      steps = min(steps, MAX_MIXED_WAIT if mixed else MAX_WAIT)
     if self.slots.active.any():
       rows = self._choose_rows(1 if chunk is not None else steps)
       if chunk is not None or (rows >= 0).any():
@@ -410,12 +411,16 @@ class LocalModel:
     tokens = [0] * self._groups
     for slot, target in self.waiting.items():
       tokens[slot * self._groups // len(self.cached)] += len(target) - len(self.cached[slot])
-    size = self._chunk_sizes[0]
+    # A step that also decodes costs little more with a few tokens of padding.
+    mixed = self.config.mixes(self.lm.mesh)
+    size, max_wait = self._chunk_sizes[0], MAX_WAIT
+    if mixed:
+      size, max_wait = size // 2, MAX_MIXED_WAIT
     room, mean = self._groups * size - sum(tokens), self._new_tokens / max(self._turns, 1)
     turns = math.ceil(room / max(mean, 1))
     active = int(self.slots.active.sum())
-    expected = MAX_WAIT * active * self._turns / max(self._occupied, 1) if self._steps else 0
-    overdue = any(self._steps - self._waiting_since[slot] >= MAX_WAIT for slot in self.waiting)
+    expected = max_wait * active * self._turns / max(self._occupied, 1) if self._steps else 0
+    overdue = any(self._steps - self._waiting_since[slot] >= max_wait for slot in self.waiting)
     return 0 if overdue or max(tokens) >= size or turns > expected else turns
 
   def _next_chunk(self) -> tuple[device.Chunk | None, list[int]]:

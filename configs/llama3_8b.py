@@ -40,7 +40,6 @@ def get_config():
   config.engine.cache_gib = 40.0  # beside 15 GiB of parameters
   config.engine.prefill_tokens = 2048  # products large enough for a GPU
   config.engine.prefill_width = 128  # tokens of one slot that attention reads at once: a request
-  config.engine.spans = 1  # on a GPU, a conditional inside a step may wait for the host
 
   # All parameters would need 128 GB for themselves, their gradients and their moments. Adapters on
   # every linear layer learn the revisions in 32 GB and a few.

@@ -28,7 +28,6 @@ def get_config():
   config.engine.slots = 64
   config.engine.prefill_tokens = 512
   config.engine.prefill_width = 64
-  config.engine.spans = 1  # on a GPU, a conditional inside a step may wait for the host
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 16

@@ -45,7 +45,6 @@ def get_config():
   config.engine.cache_gib = 40.0  # beside 8 GiB of parameters
   config.engine.prefill_tokens = 2048  # products large enough for a GPU
   config.engine.prefill_width = 128  # tokens of one slot that attention reads at once: a request
-  config.engine.spans = 1  # on a GPU, a conditional inside a step may wait for the host
 
   config.train.dtype = 'bfloat16'
   config.train.max_length = 1024  # a prompt of up to 512 tokens with the longest answer

@@ -128,6 +128,15 @@ class EngineConfig:
       sizes.add(largest)
     return tuple(sorted(sizes))
 
+  def piece_width(self, slots: int, mesh: Mesh) -> int:
+    """Return C, the number of tokens of one slot that attention processes together in prefill.
+
+    Args:
+      slots: number of slots.
+      mesh: the model's mesh.
+    """
+    return min(self.prefill_width, self.chunk_sizes(slots, mesh)[0])
+
   def fit(
     self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]
   ) -> tuple[int, float]:

@@ -41,6 +41,17 @@ class Segment(NamedTuple):
   start: int
 
 
+def piece_count(size: int, width: int, slots: int) -> int:
+  """Return the largest number of pieces of a chunk: every slot's last piece may not be full.
+
+  Args:
+    size: T, number of tokens of the chunk.
+    width: C, number of tokens of a piece.
+    slots: number of slots that may have tokens in the chunk.
+  """
+  return size // width + min(size, slots)
+
+
 class LocalModel:
   """The slots of one model: their caches on the device and their state on the host.
 
@@ -86,7 +97,7 @@ class LocalModel:
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
-    self._width = min(config.prefill_width, self._chunk_sizes[0])
+    self._width = config.piece_width(slots, lm.mesh)
     self._windows = windows_of(lm.config)
     self._blocks: list[list[caches.Block]] = [[] for _ in self._windows]
     self._pools = [self._make_pool(i, slots, length, share) for i in range(len(self._windows))]
@@ -464,8 +475,7 @@ class LocalModel:
       size: T, number of tokens of the chunk.
     """
     width, count, page = self._width, len(groups), self.config.page_tokens
-    # Every slot may have a last piece that is not full.
-    num_pieces = size // width + min(size, len(self.cached) // count)
+    num_pieces = piece_count(size, width, len(self.cached) // count)
     tokens, prefix = np.zeros((count, size), np.int32), np.full((count, size), -1, np.int32)
     positions = np.full((count, size), -1, np.int32)
     starts, numbers = np.zeros((count, num_pieces), np.int32), np.zeros(count, np.int32)

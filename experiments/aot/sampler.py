@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.cache import Cache, Lengths, Prefix, cache_lengths, init_cache
+from cai_jax.model.cache import (
+  Cache,
+  LayerCache,
+  Pieces,
+  PieceTable,
+  Prefix,
+  RowTable,
+  init_block,
+  windows_of,
+)
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
@@ -19,8 +28,9 @@ from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
-from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format
+from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.slots import piece_count
 from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice
@@ -48,19 +58,17 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
-def abstract_cache(lm: LM, rows: int, lengths: Lengths, spec: P) -> Cache:
-  """Return the shapes of the cache that the engine would allocate for `rows` rows."""
-  init = lambda: init_cache(lm.config, rows, lengths, cache_dtype(lm))  # noqa: E731
-  form = cache_format(lm.mesh, spec)
-  formats = tuple((form,) * len(layer) for layer in lengths)
-  return with_shardings(jax.eval_shape(init), formats)
+def abstract_pages(lm: LM, pages: int, size: int, spec: P) -> LayerCache:
+  """Return the shapes of pages of one layer, of `size` tokens each."""
+  block = jax.eval_shape(lambda: init_block(lm.config, pages, size, cache_dtype(lm)))
+  return with_shardings(block, cache_format(lm.mesh, spec))
 
 
 def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
   """Return the shapes of shared prefixes; `tokens` has the cache length of each."""
   length = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(lm.mesh, P()))
-  spec, layers = P(None, 'tensor'), lm.config.num_layers
-  return tuple(Prefix(abstract_cache(lm, 1, ((n,),) * layers, spec), length) for n in tokens)
+  layers, spec = lm.config.num_layers, P(None, 'tensor')
+  return tuple(Prefix((abstract_pages(lm, 1, n, spec),) * layers, length) for n in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +89,46 @@ class Sampler:
   length: int
   prefixes: tuple[int, ...]
 
+  def row_pages(self, window: int | None) -> int:
+    """Return the largest number of pages of a slot in layers with a window."""
+    return pages_of(self.length, window, self.engine.slack, self.engine.page_tokens)
+
   def cache(self) -> Cache:
-    """Return the shapes of the slots' caches."""
+    """Return the shapes of a cache that holds all slots at their largest size, in one block."""
     check_batch(self.slots, self.lm.mesh, 'slots')
-    lengths = cache_lengths(self.lm.config, self.length, self.engine.slack, self.engine.spans)
-    return abstract_cache(self.lm, self.slots, lengths, P(*BATCH, 'tensor'))
+    config, size = self.lm.config, self.engine.page_tokens
+    spec = P(*BATCH, 'tensor')
+    pages = [self.slots * self.row_pages(config.window(i)) for i in range(config.num_layers)]
+    return tuple((abstract_pages(self.lm, count, size, spec),) for count in pages)
+
+  def row_tables(self) -> tuple[RowTable, ...]:
+    """Return the shapes of the tables of a step that decodes all slots."""
+    groups = batch_shards(self.lm.mesh)
+    rows = self.slots // groups
+
+    def table(window):
+      pages = self.row_pages(window)
+      shapes = (groups, rows * pages), (groups, rows * pages), (groups, rows, pages), (groups, rows)
+      return RowTable(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+
+    return tuple(map(table, windows_of(self.lm.config)))
+
+  def chunk(self) -> device.Chunk:
+    """Return the shapes of a chunk of prefill."""
+    groups, size = batch_shards(self.lm.mesh), self.engine.chunk_sizes(self.slots, self.lm.mesh)[-1]
+    pieces = piece_count(size, self.width(), self.slots // groups)
+    array = lambda *shape: jax.ShapeDtypeStruct((groups, *shape), jnp.int32)  # noqa: E731
+
+    def table(window):
+      pages = array(pieces, self.row_pages(window))
+      return PieceTable(array(size), array(size), pages, array(pieces), array(pieces))
+
+    tables = tuple(map(table, windows_of(self.lm.config)))
+    return device.Chunk(*[array(size)] * 3, Pieces(array(pieces), array(), tables))
+
+  def width(self) -> int:
+    """Return the number of tokens of a piece."""
+    return self.engine.piece_width(self.slots, self.lm.mesh)
 
   def bytes_read(self, rows: int, has_logits: bool) -> int:
     """Return the bytes that a step must read on each device.
@@ -100,7 +143,8 @@ class Sampler:
     tables = {'embed', 'head'} - ({last} if has_logits else set())
     params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
     shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
-    caches = cache_bytes(lm, self.length, self.engine.slack) * rows // shards
+    caches = cache_bytes(lm, self.length, self.engine.slack, self.engine.page_tokens)
+    caches = caches * rows // shards
     return params + caches + local_bytes(abstract_prefixes(lm, self.prefixes))
 
 
@@ -108,23 +152,21 @@ def lower_decode(job: Sampler) -> jax.stages.Lowered:
   """Return the lowered program of a burst of decode steps in all slots."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
   slots = jax.tree.map(shape, device.Slots.empty(job.slots))
-  count, lm = jax.ShapeDtypeStruct((), jnp.int32), job.lm
-  entries, width = abstract_prefixes(lm, job.prefixes), job.engine.longest_burst
-  cache = job.cache()
-  return device.decode_program(cache).lower(
-    device.ModelSpec.from_lm(lm), lm.params, cache, entries, slots, count, count, width
-  )
+  return _lower(job, slots, job.row_tables(), None)
 
 
 def lower_prefill(job: Sampler) -> jax.stages.Lowered:
   """Return the lowered program that prefills a chunk."""
-  lm = job.lm
-  size, width = job.engine.chunk(job.slots, lm.mesh)
-  chunk = device.Chunk.pack([[]] * batch_shards(lm.mesh), job.slots, size, width)
-  chunk = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
-  entries = abstract_prefixes(lm, job.prefixes)
-  cache, spec = job.cache(), device.ModelSpec.from_lm(lm)
-  return device.prefill_program(cache).lower(spec, lm.params, cache, entries, chunk)
+  return _lower(job, None, (), job.chunk())
+
+
+def _lower(job: Sampler, rows, tables, chunk) -> jax.stages.Lowered:
+  count, lm, cache = jax.ShapeDtypeStruct((), jnp.int32), job.lm, job.cache()
+  sizes = device.Sizes(job.engine.longest_burst, job.width())
+  entries, spec = abstract_prefixes(lm, job.prefixes), device.ModelSpec.from_lm(lm)
+  return device.step_program(cache).lower(
+    spec, lm.params, cache, entries, rows, tables, chunk, (count, count), sizes
+  )
 
 
 def build_decode(job: Sampler) -> Program:
@@ -136,8 +178,8 @@ def build_decode(job: Sampler) -> Program:
 def build_prefill(job: Sampler) -> Program:
   """Compile the program that prefills a chunk."""
   shards = batch_shards(job.lm.mesh)
-  size, width = job.engine.chunk(job.slots, job.lm.mesh)
-  rows = device.piece_count(size, width) * shards
+  size = job.engine.chunk_sizes(job.slots, job.lm.mesh)[-1]
+  rows = piece_count(size, job.width(), job.slots // shards) * shards
   read = job.bytes_read(rows, has_logits=False)
   name = f'prefill {size * shards}'
   return build(name, lower_prefill(job), read, step=0, rows=size * shards)

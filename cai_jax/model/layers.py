@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cai_jax.model.attention.rotary import rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.norm import rms_norm
 from cai_jax.model.precision import einsum_f32, sum_entries
 
 PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
@@ -45,12 +46,10 @@ class RMSNorm(nnx.Module):
       ordered: whether the sum has an order that does not depend on the other axes. The sampler
         needs this, and training does without, because its gradient would be slower.
     """
+    if not ordered:
+      return rms_norm(x, self.scale[...], self.eps)
     y = x.astype(jnp.float32)
-    squares = y * y
-    if ordered:
-      mean = sum_entries(squares)[..., None] / x.shape[-1]
-    else:
-      mean = jnp.mean(squares, axis=-1, keepdims=True)
+    mean = sum_entries(y * y)[..., None] / x.shape[-1]
     y = y * jax.lax.rsqrt(mean + self.eps)
     return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 

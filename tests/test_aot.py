@@ -170,7 +170,7 @@ def test_command_line_settings_keep_the_types_of_the_config():
 
 def count_flops(config, **settings):
   """Return the FLOPs of the train step's products, and its number of tokens."""
-  train = TrainConfig(batch_size=8, max_length=32, **settings)
+  train = TrainConfig(**{'attention': 'blocks', **settings}, batch_size=8, max_length=32)
   mesh = make_mesh(devices=jax.devices()[:1])
   job = Training(config, train, mesh)
   return traced_flops(shapes_of(job).trace().jaxpr.jaxpr), job.tokens

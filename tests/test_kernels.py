@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cai_jax.model.attention.kernels import blockwise
-from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel
+from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel, choose_kernel
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
@@ -155,11 +155,57 @@ def test_kernels_for_other_devices_are_refused():
 
 
 class FakeMesh:
-  """A mesh of one device of a platform that this machine does not have."""
+  """A mesh of one device that this machine does not have."""
 
-  def __init__(self, platform):
-    device = type('Device', (), {'platform': platform})()
-    self.devices = np.array([device], object)
+  def __init__(self, platform, kind='', capability=''):
+    device = {'platform': platform, 'device_kind': kind, 'compute_capability': capability}
+    self.devices = np.array([type('Device', (), device)()], object)
+
+
+H100 = FakeMesh('gpu', 'NVIDIA H100 80GB HBM3', '9.0')
+A100 = FakeMesh('gpu', 'NVIDIA A100-SXM4-40GB', '8.0')
+T4 = FakeMesh('gpu', 'NVIDIA T4', '7.5')
+AMD = FakeMesh('gpu', 'AMD Instinct MI300X', 'gfx942')
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'dtype', 'lengths', 'head_dim', 'expected'),
+  [
+    (H100, 'bfloat16', [1000], 64, 'cudnn'),
+    (H100, 'bfloat16', [1024], 256, 'cudnn'),
+    (H100, 'float32', [1024], 64, 'blocks'),
+    (H100, 'bfloat16', [1024], 20, 'blocks'),
+    (A100, 'bfloat16', [1024], 128, 'cudnn'),
+    (A100, 'bfloat16', [1024], 256, 'blocks'),
+    (T4, 'float16', [1024], 64, 'blocks'),
+    (AMD, 'bfloat16', [1024], 64, 'blocks'),
+    (FakeMesh('tpu'), 'float32', [256, 1024], 64, 'splash'),
+    (FakeMesh('tpu'), 'bfloat16', [256, 1000], 64, 'blocks'),
+    (FakeMesh('cpu'), 'bfloat16', [1024], 64, 'blocks'),
+  ],
+)
+def test_auto_is_the_fastest_kernel_that_can_run(mesh, dtype, lengths, head_dim, expected):
+  assert choose_kernel(mesh, dtype, lengths, head_dim) == expected
+  for length in lengths:
+    check_kernel(expected, mesh, dtype, length, head_dim)
+
+
+def test_the_rules_of_cudnn_for_heads_are_those_of_jax(monkeypatch):
+  """So that no model is refused at compile time that 'auto' had promised to run."""
+  stablehlo = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
+  for mesh in (H100, A100):
+    capability = mesh.devices[0].compute_capability
+    monkeypatch.setattr(stablehlo, 'check_compute_capability', lambda c, is_=capability: is_ >= c)
+    monkeypatch.setattr(stablehlo, 'is_cuda_compute_capability_equal', lambda c: False)
+    for head_dim in (4, 8, 20, 64, 72, 128, 136, 192, 256, 264):
+      x = jax.ShapeDtypeStruct((1, 128, 2, head_dim), jnp.bfloat16)
+      try:
+        stablehlo.check_is_flash_attention(x, x, x, 0, 91000, True, True)
+        is_supported = True
+      except NotImplementedError:
+        is_supported = False
+      chosen = choose_kernel(mesh, 'bfloat16', [128], head_dim)
+      assert (chosen == 'cudnn') == is_supported, (capability, head_dim)
 
 
 def test_unsupported_lengths_dtypes_and_arguments_are_refused():

@@ -22,6 +22,7 @@ from cai_jax.training.step import make_loss, make_train_step, place_batch
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 CONFIG = TrainConfig(
+  attention='blocks',
   batch_size=8,
   max_length=32,
   learning_rate=1e-2,

@@ -80,7 +80,7 @@ def test_plugin_may_be_edited_after_the_stages_that_are_done(random_model, tmp_p
   path.write_text('# edited\n')
   second, lines = pipeline.build(config, tmp_path / 'run'), []
   pipeline.run_stages(second, ['generate', 'train'], lines.append)
-  assert lines[0] == 'generate: done before'
+  assert 'generate: done before' in lines
   stages = json.loads((tmp_path / 'run' / 'manifest.json').read_text())['stages']
   recorded = [stages[name]['settings']['plugins'] for name in ('generate', 'train')]
   assert recorded == [list(run.plugins.values()) for run in (first, second)]

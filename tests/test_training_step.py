@@ -237,8 +237,8 @@ def test_a_registered_loss_is_selected_by_name(four_steps, restored_registries):
   ('platform', 'settings', 'expected'),
   [
     ('cpu', dict(deterministic=False), True),
-    ('gpu', {}, True),
-    ('gpu', dict(deterministic=False), False),
+    ('gpu', dict(attention='blocks'), True),
+    ('gpu', dict(attention='blocks', deterministic=False), False),
     ('gpu', dict(attention='cudnn', dtype='bfloat16'), False),
   ],
 )

@@ -16,6 +16,7 @@ from cai_jax.training.state import init_state
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 
 CONFIG = TrainConfig(
+  attention='blocks',
   batch_size=6,
   max_length=48,
   learning_rate=3e-3,

@@ -16,6 +16,7 @@ MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 4, 8, 64, qkv_bias=True)
 # Adam divides a tiny gradient by its own size, which would turn rounding errors into whole steps.
 # A large eps keeps them small, so parameters can be compared.
 CONFIG = TrainConfig(
+  attention='blocks',
   epochs=2,
   batch_size=8,
   max_length=32,

@@ -11,7 +11,7 @@ from cai_jax.feedback.contexts import render_prompt
 from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
-from cai_jax.model.attention.kernels.kernel import check_kernel
+from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
@@ -185,7 +185,8 @@ def _check_devices(run: Run) -> None:
   rows = train.batch_size // train.accumulation
   check_batch(rows, mesh, 'train.batch_size / train.accumulation')
   try:
-    check_kernel(train.attention, mesh, train.dtype, train.max_length)
+    if train.attention != AUTO:
+      check_kernel(train.attention, mesh, train.dtype, train.max_length)
   except UserError as error:
     raise UserError(f'train.attention: {error}') from None
 

@@ -10,6 +10,7 @@ import jax
 
 from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.contents import check_products
+from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
@@ -76,7 +77,10 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   is_first = jax.process_index() == 0
   digests.load_digests(run.workdir / 'digests.json')
   manifest = Manifest(run.workdir, writes=is_first)
+  run = resolve_devices(run, manifest.content['stages'])
   _check_manifest(run, stages, manifest)
+  if 'train' in stages and not manifest.done('train'):
+    log(describe_training(run))
   served = run
   asking = [n for n in stages if n in ('generate', 'evaluate') and not manifest.done(n)]
   if run.remotes and asking:

@@ -5,7 +5,7 @@ import importlib.util
 import math
 
 from cai_jax.data import quality
-from cai_jax.model.attention.kernels.kernel import KERNELS
+from cai_jax.model.attention.kernels.kernel import AUTO, KERNELS
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
 from cai_jax.model.weight_files import DTYPES as STORED
@@ -141,14 +141,17 @@ class TrainConfig:
     'time.',
   )
   attention: str = setting(
-    'blocks',
+    AUTO,
     "Attention implementation: 'blocks', 'xla', 'splash' (TPUs only) or 'cudnn' (NVIDIA GPUs "
-    'only).',
+    "only). 'auto' is the fastest one that can run when the training starts: 'splash' on TPUs if "
+    "rows have a multiple of 128 tokens, 'cudnn' on NVIDIA GPUs in bfloat16 if it supports the "
+    "heads, and else 'blocks'. The manifest records which one it is.",
   )
   deterministic: bool = setting(
     True,
     'Compile the train step so that it gives the same bits in every run on the same devices. Only '
-    "GPUs need this. It has no effect with attention='cudnn', which XLA cannot compile so.",
+    "GPUs need this. It has no effect with attention='cudnn', which XLA cannot compile so. With "
+    "bfloat16 'auto' can mean 'cudnn'; for the same bits in every run, set attention='blocks'.",
     added=True,
   )
   dtype: str = setting(
@@ -205,7 +208,7 @@ class TrainConfig:
       ('dtype', DTYPES),
       ('export_dtype', ('base', *STORED)),
       ('remat', REMAT),
-      ('attention', KERNELS),
+      ('attention', (AUTO, *KERNELS)),
     ):
       value = getattr(self, name)
       if value not in allowed:

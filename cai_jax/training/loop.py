@@ -19,6 +19,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.interruption import Deferral, Interrupted
 from cai_jax.runtime.mesh import batch_sharding, check_batch
+from cai_jax.training.attention import resolve_attention
 from cai_jax.training.checkpoints import (
   ARITHMETIC,
   Restored,
@@ -99,6 +100,7 @@ def fit(
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
+  config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model.head_dim)
   _check_buckets(buckets, config, mesh)
   steps = packing.plan([len(e.tokens) for e in examples], buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))

@@ -47,6 +47,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.mesh import AXES, make_mesh
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
 from experiments.aot import sampler, train
 from experiments.aot.models import find_model
@@ -99,6 +100,7 @@ def training_job(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.
   """Return the training job that launch.py would run on the slice."""
   settings = TrainConfig(seed=config.seed, **config.train)
   mesh = make_mesh(**config.mesh, devices=chips.devices)
+  settings = resolve_attention(settings, mesh, [settings.max_length], model.head_dim)
   return train.Training(model, settings, mesh)
 
 

@@ -11,6 +11,7 @@ from cai_jax.data.examples import Example as TrainingExample
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding
+from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step
@@ -43,6 +44,8 @@ class System:
       **options['optimizer'],
       **options['train'],
     )
+    heads = lm.config.head_dim
+    config = resolve_attention(config, lm.mesh, [options['length']], heads)
     steps = 1000  # a constant schedule does not depend on it
     graph, _ = abstract_model(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)

@@ -57,5 +57,32 @@ def check_compute_dtype(dtype: str, length: int) -> None:
     )
 
 
+def check_head(head_dim: int, device: jax.Device) -> None:
+  """Check that cuDNN supports the heads on a device, by the rules of `jax.nn`.
+
+  Args:
+    head_dim: size of a head.
+    device: a GPU.
+
+  Raises:
+    UserError: if it does not.
+  """
+  if not device.device_kind.startswith('NVIDIA'):
+    raise UserError(
+      f"attention 'cudnn' runs on NVIDIA GPUs only, and this is {device.device_kind}. Choose "
+      "'blocks' or 'xla'."
+    )
+  capability = float(device.compute_capability)
+  largest = 256 if capability >= 9 else 128  # 9.0 is Hopper
+  if capability < 8 or head_dim > largest or head_dim % 8:
+    raise UserError(
+      f"attention 'cudnn' on {device.device_kind} needs heads of a multiple of 8 up to {largest}, "
+      f'and a compute capability of at least 8.0. The heads have size {head_dim}, and the '
+      f"capability is {capability}. Choose 'blocks' or 'xla'."
+    )
+
+
 # With jax 0.11.2, XLA fails to compile cuDNN's attention with xla_gpu_deterministic_ops.
-KERNELS.register('cudnn')(Kernel(attend_cudnn, 'gpu', check_compute_dtype, deterministic=False))
+KERNELS.register('cudnn')(
+  Kernel(attend_cudnn, 'gpu', check_compute_dtype, check_head, deterministic=False)
+)

@@ -8,7 +8,7 @@ run on. To add one, register a `Kernel` in a file of this folder, or in a file o
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -46,6 +46,10 @@ def accept_any(dtype: str, length: int) -> None:
   """Accept every compute dtype and row length."""
 
 
+def accept_any_head(head_dim: int, device: jax.Device) -> None:
+  """Accept every head size."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
   """An attention kernel.
@@ -56,6 +60,8 @@ class Kernel:
       platform needs a mesh.
     check: called with the compute dtype and the number of tokens per row; raises UserError if the
       kernel does not support them.
+    check_head: called with the size of a head and a device; raises UserError if the kernel does not
+      support such heads on it.
     takes_mask: whether `attend` also takes the keyword `mask`: bool[B,T,T], which key each query
       sees. The model computes it once for all layers with the same window.
     deterministic: whether XLA can compile the gradient so that it has the same bits in every run.
@@ -64,6 +70,7 @@ class Kernel:
   attend: Attend
   platform: str | None = None
   check: Callable[[str, int], None] = accept_any
+  check_head: Callable[[int, jax.Device], None] = accept_any_head
   takes_mask: bool = False
   deterministic: bool = True
 
@@ -71,7 +78,34 @@ class Kernel:
 KERNELS: Registry[Kernel] = Registry('attention kernel')
 
 
-def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
+AUTO = 'auto'
+# What 'auto' stands for: the first that can run. The last one runs on every device.
+BY_SPEED = ('splash', 'cudnn', 'blocks')
+
+
+def choose_kernel(mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int) -> str:
+  """Return the name of the fastest kernel that can run.
+
+  Args:
+    mesh: the devices to run on.
+    dtype: compute dtype, such as 'bfloat16'.
+    lengths: numbers of tokens per row of all batches.
+    head_dim: size of a head.
+  """
+  *preferred, fallback = BY_SPEED
+  for name in preferred:
+    try:
+      for length in lengths:
+        check_kernel(name, mesh, dtype, length, head_dim)
+    except UserError:
+      continue
+    return name
+  return fallback
+
+
+def check_kernel(
+  name: str, mesh: Mesh, dtype: str, length: int, head_dim: int | None = None
+) -> None:
   """Check that a kernel can run.
 
   Args:
@@ -79,13 +113,15 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
     mesh: the devices to run on.
     dtype: compute dtype, such as 'bfloat16'.
     length: number of tokens per row.
+    head_dim: size of a head; None leaves it unchecked.
 
   Raises:
-    UserError: if there is no such kernel, or if it does not support the devices, the dtype or the
-      row length.
+    UserError: if there is no such kernel, or if it does not support the devices, the dtype, the row
+      length or the heads.
   """
   kernel = KERNELS[name]
-  platform = mesh.devices.flat[0].platform
+  device = mesh.devices.flat[0]
+  platform = device.platform
   if kernel.platform is not None and kernel.platform != platform:
     usable = [n for n, other in KERNELS.items() if other.platform in (None, platform)]
     raise UserError(
@@ -93,6 +129,8 @@ def check_kernel(name: str, mesh: Mesh, dtype: str, length: int) -> None:
       f'{platform.upper()}s. Choose {" or ".join(map(repr, sorted(usable)))}.'
     )
   kernel.check(dtype, length)
+  if head_dim is not None:
+    kernel.check_head(head_dim, device)
 
 
 def bind_kernel(

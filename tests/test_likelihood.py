@@ -223,6 +223,20 @@ def test_rows_are_padded_to_few_lengths():
   assert len(set(padded)) == 15 and max(padded) == 4000
 
 
+def test_few_shapes_of_batches_are_compiled(lms):
+  rng = np.random.default_rng(1)
+  for most_tokens, bound in ((100, 3), (400, 8), (4000, 20)):
+    lm = dataclasses.replace(lms[0], config=dataclasses.replace(lms[0].config, max_positions=4000))
+    lengths = sorted(rng.integers(20, most_tokens, 400).tolist())
+    batches = list(likelihood._batches(lengths, lm, 8192))
+    assert [i for _, _, members in batches for i in members] == list(range(400))
+    for rows, length, members in batches:
+      assert len(members) <= rows and rows * length <= 8192
+      own = likelihood._padded_length(lengths[members[0]], 4000)
+      assert lengths[members[-1]] <= length <= 2 * own
+    assert len({(rows, length) for rows, length, _ in batches}) <= bound
+
+
 def test_context_and_continuation_are_tokenized_as_one_text(tiny_tokenizer):
   context, continuation = tokenize_pair(tiny_tokenizer, 'The assistant answers the', ' question')
   assert tiny_tokenizer.decode(context) == 'The assistant answers the'

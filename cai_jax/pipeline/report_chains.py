@@ -1,6 +1,7 @@
 """Read the chains of a run for its report: D_CAI, and the answers of the models side by side."""
 
 import math
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -46,8 +47,8 @@ def read_d_cai(
   """
   rows, marks = d_cai.read_rows(folder), read_quality_marks(workdir / QUALITY_ROWS)
   return [
-    mark_chain(browsable(rows[i], scorer) | {'kind': rows[i]['kind']}, '', marks)
-    for i in range(min(len(rows), limit))
+    mark_chain(browsable(row, scorer) | {'kind': row['kind']}, '', marks)
+    for row in itertools.islice(rows, limit)
   ]
 
 

@@ -235,8 +235,10 @@ def _batches(
 ) -> Iterator[tuple[int, int, list[int]]]:
   """Yield (number of rows, padded length, row indices) of each batch.
 
-  The number of rows is the number of batch shards times a power of two, or times the largest number
-  that `batch_tokens` allows. This keeps the number of compiled shapes small.
+  A program is compiled for each pair of the first two, so there are few of them. A batch has as
+  many rows as `batch_tokens` allows. Rows that do not fill one join those of the next length, if
+  that is at most twice their own. Where it is more, the number of rows is rounded up to the number
+  of batch shards times a power of two.
 
   Args:
     lengths: tokens of each row, in ascending order.
@@ -245,13 +247,19 @@ def _batches(
   """
   shards = batch_shards(lm.mesh)
   padded = [_padded_length(length, lm.max_positions) for length in lengths]
-  for length, group in itertools.groupby(range(len(padded)), key=padded.__getitem__):
-    remaining = list(group)
+  groups = [
+    (length, list(group))
+    for length, group in itertools.groupby(range(len(padded)), padded.__getitem__)
+  ]
+  followers = [length for length, _ in groups[1:]] + [math.inf]
+  waiting: list[int] = []
+  for (length, group), follower in zip(groups, followers, strict=False):
+    waiting += group
     most = max(1, batch_tokens // (length * shards))
-    while remaining:
-      rows = shards * min(most, 1 << (-(-len(remaining) // shards) - 1).bit_length())
-      yield rows, length, remaining[:rows]
-      remaining = remaining[rows:]
+    while len(waiting) >= most * shards or (waiting and follower > 2 * padded[waiting[0]]):
+      rows = shards * min(most, 1 << (-(-len(waiting) // shards) - 1).bit_length())
+      yield rows, length, waiting[:rows]
+      waiting = waiting[rows:]
 
 
 def _positions_at_once(lm: LM, rows: int, length: int) -> int:

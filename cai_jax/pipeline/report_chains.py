@@ -1,7 +1,7 @@
 """Read the chains of a run for its report: D_CAI, and the answers of the models side by side."""
 
-import math
 import itertools
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Mapping

@@ -7,7 +7,17 @@ A stage that is done is skipped, and an interrupted one resumes. Any field of th
 on the command line, such as --config.train.learning_rate=1e-4. `--help` explains more.
 """
 
-from cai_jax import cli
+import gc
+
+
+def main() -> None:
+  """Import the program, without garbage collections, which find none and take a second; run it."""
+  gc.disable()
+  from cai_jax import cli
+
+  gc.enable()
+  cli.run()
+
 
 if __name__ == '__main__':
-  cli.run()
+  main()

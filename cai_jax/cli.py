@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging as python_logging
 import os
 import pathlib
@@ -136,6 +137,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
       raise UserError(f'Unexpected arguments: {" ".join(argv[1:])}. Each flag must begin with --.')
     processes.initialize()
+    gc.freeze()  # imported modules stay, so collections need not look at them
     log = say if jax.process_index() == 0 else lambda text: None
     run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)
     if _PREVIEW.value:

@@ -11,6 +11,7 @@ import pytest
 from faults import program
 
 from cai_jax import pipeline
+from cai_jax.pipeline import stage_evaluate
 from cai_jax.runtime import compilation
 from cai_jax.runtime.compilation import CompilationConfig
 from cai_jax.runtime.errors import UserError
@@ -212,3 +213,17 @@ def test_launch_keeps_programs_and_d_cai_does_not_depend_on_them(tmp_path):
   assert 's, 0 programs compiled and' in outputs[1]
   for output in outputs:
     assert output.count('generate: first row after ') == 1
+
+
+def test_both_models_are_evaluated_with_the_same_programs(tmp_path):
+  """The programs depend on the length of the caches, and the answers alone need shorter ones."""
+  run = pipeline.build(tiny.get_config(), tmp_path)
+  prompts = run.prompts['eval_harmful'][:4]
+  with pipeline.open_models(run) as models:
+    revised = pipeline.prepare_job(run, models, prompts, [])
+    answered = pipeline.prepare_job(run, models, [], prompts)
+    job = stage_evaluate._prepare_answers(run, models, prompts, revised.length)
+    assert answered.length < job.length == revised.length
+    assert job.digest() == answered.digest(), 'the rows are the same'
+    longer = stage_evaluate._prepare_answers(run, models, prompts, 1)
+    assert longer.length == answered.length

@@ -10,6 +10,7 @@ import jax
 
 from cai_jax.data import d_cai
 from cai_jax.data.ended import read_ended
+from cai_jax.data.prompts import Prompt
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
 from cai_jax.evaluation.judges import load_judge
@@ -33,6 +34,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, write_json
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote import Remote
 from cai_jax.tiny.files import model_path
 
 Rows = Sequence[Mapping[str, Any]]
@@ -58,6 +60,7 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   rows: dict[str, Rows] = {}
   with open_models(run) as sampled:
     job = prepare_job(run, sampled, harmful, helpful)
+    length = job.length
     base_counts = sample_dataset(run, job, folder / 'base', 'base')
     rows['base'] = list(d_cai.read_rows(folder / 'base'))
     vocabulary = None
@@ -66,7 +69,7 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       results['base'] = _evaluate_model(run, sampled['base'], rows['base'])
     for name in run.config.evaluation.baselines:
       prompts = baselines.make_prompts(run, name, [*harmful, *helpful])
-      job = prepare_job(run, sampled, [], prompts)
+      job = _prepare_answers(run, sampled, prompts, length)
       # The answers that a baseline chooses from are no model's, so they have a folder of their own.
       selects = name in run.config.evaluation.selections
       place = folder / 'candidates' / name if selects else folder / name
@@ -74,7 +77,7 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       rows[name] = list(d_cai.read_rows(place))
   del sampled, job  # frees their memory for M_aligned
   aligned = models.load(aligned_path(run), run.config.model.dtype, local_mesh(run))
-  job = prepare_job(run, {'base': aligned}, [], [*harmful, *helpful])
+  job = _prepare_answers(run, {'base': aligned}, [*harmful, *helpful], length)
   aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
   rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
   results['aligned'] = _evaluate_model(run, aligned, rows['base'])
@@ -87,6 +90,17 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   del aligned, job
   processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
   return {'base': base_counts, 'aligned': aligned_counts, 'rows_in': base_counts['rows']}
+
+
+def _prepare_answers(
+  run: Run, sampled: Mapping[str, LM | Remote], prompts: Sequence[Prompt], length: int
+) -> Job:
+  """Return the job that answers prompts, with caches as long as those of another job.
+
+  The programs that sampled that job then sample this one too, and none is compiled.
+  """
+  job = prepare_job(run, sampled, [], prompts)
+  return dataclasses.replace(job, length=max(job.length, length))
 
 
 def aligned_path(run: Run) -> str:

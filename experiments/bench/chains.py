@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 REQUEST = (12, 30)  # least and most tokens of a critique or revision request
+WARM = 12  # chains of a warm-up, for systems that compile nothing while they run
 FIRST_ID = 16  # smaller ids are reserved for special tokens
 
 

@@ -145,7 +145,7 @@ def ratios(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
   A system that was stopped has fewer repetitions than the others, or none and then no ratio.
   """
   spreads = {}
-  for system in runs.keys() - {'ours'}:
+  for system in (name for name in runs if name != 'ours'):
     pairs = zip(runs[system], runs['ours'], strict=False)
     if values := [peer['seconds'] / ours['seconds'] for peer, ours in pairs]:
       spreads[system] = spread(values)

@@ -160,7 +160,8 @@ def compare_models(
       'equal_greedy_rows': sum(theirs == ours for theirs, ours in rows(system)),
       'rows': len(tokens),
     }
-    for system in asks.keys() - {'ours'}
+    for system in asks
+    if system != 'ours'
   }
 
 
@@ -287,7 +288,7 @@ def benchmark(args: argparse.Namespace) -> dict:
         'roofline', batches=args.roofline_batches, repetitions=max(args.repetitions, 3)
       )
   rates.append(systems.measure_rates(args, hf))
-  best = {name: max(rate[name] for rate in rates) for name in rates[0]}
+  best = {name: max(rate[name] for rate in rates) for name in rates[0]}  # and the larger load
   work = limit.count_work(chains, len(prefix))
   result['limit'] = limit.limit(work, hf, args.dtype, best)
   for row in rows.values():
@@ -321,7 +322,8 @@ def format_table(result: dict) -> str:
     f'limit: {bound["seconds"]:.1f} s = layers {bound["layer_seconds"]:.1f} (at '
     f'{rates["layer_flops_per_second"] / 1e9:.0f} GFLOP/s) + output layer '
     f'{bound["output_seconds"]:.1f} ({rates["output_flops_per_second"] / 1e9:.0f}) + keys and '
-    f'values {bound["read_seconds"]:.1f} ({rates["bytes_per_second"] / 1e9:.1f} GB/s)'
+    f'values {bound["read_seconds"]:.1f} ({rates["bytes_per_second"] / 1e9:.1f} GB/s); others '
+    f'{rates["other_load"]:.2f}'
   )
   if 'host_share' in result:
     stats = result['systems']['ours']['stats']

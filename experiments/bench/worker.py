@@ -109,9 +109,11 @@ def agree(state: dict, request: dict) -> dict:
 
 def rates(state: dict, request: dict) -> dict:
   """Return the machine's rates of products and of reading, for a model's shapes."""
-  del state
   roofline_lib = importlib.import_module('experiments.bench.roofline')  # not in peers' environments
-  return roofline_lib.rates(request['shapes'], request['output'], request['dtype'])
+  rates, measures = measure(
+    state, lambda: roofline_lib.rates(request['shapes'], request['output'], request['dtype'])
+  )
+  return rates | {'other_load': measures['other_load']}
 
 
 def roofline(state: dict, request: dict) -> dict:

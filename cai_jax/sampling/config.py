@@ -13,7 +13,7 @@ from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.sampling.caches import cache_bytes, on_cpu
 
-MIN_ROWS, MIN_HALF_ROWS = 64, 8  # rows of a step on CPUs, in f32 and in half precision
+MIN_ROWS, MIN_HALF_ROWS = 64, 32  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
 
@@ -122,11 +122,8 @@ class EngineConfig:
     if not on_cpu(mesh):
       return (largest,)
     largest = max(largest, MIN_ROWS)
-    sizes = {largest}
-    while largest > MIN_ROWS:
-      largest = max(MIN_ROWS, largest // 2 // 16 * 16)
-      sizes.add(largest)
-    return tuple(sorted(sizes))
+    step = max(MIN_ROWS, -(-largest // 4 // 16) * 16)
+    return (*range(step, largest, step), largest)
 
   def piece_width(self, slots: int, mesh: Mesh) -> int:
     """Return C, the number of tokens of one slot that attention processes together in prefill.

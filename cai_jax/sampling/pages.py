@@ -65,17 +65,19 @@ class PagePool:
     free = self._free[self._group[slot]]
     for _ in range(self.missing(slot, tokens)):
       if not free:
-        self._grow()
+        self.grow(self.blocks + 1)
       self.table[slot, self.count[slot]] = heapq.heappop(free)
       self.count[slot] += 1
 
-  def _grow(self) -> None:
-    self._allocate()
-    start = self.blocks * self.block_pages
-    for free in self._free:
-      for page in range(start, start + self.block_pages):
-        heapq.heappush(free, page)
-    self.blocks += 1
+  def grow(self, blocks: int) -> None:
+    """Allocate blocks until there are so many."""
+    while self.blocks < blocks:
+      self._allocate()
+      start = self.blocks * self.block_pages
+      for free in self._free:
+        for page in range(start, start + self.block_pages):
+          heapq.heappush(free, page)
+      self.blocks += 1
 
   def shorten(self, slot: int, tokens: int) -> None:
     """Take back the pages of a slot that hold no token before the given number."""
@@ -109,7 +111,7 @@ class PagePool:
 
   def used_blocks(self) -> int:
     """Return the number of blocks up to the last page in use."""
-    return int(self.table.max()) // self.block_pages + 1
+    return max(int(self.table.max()) // self.block_pages + 1, 1)
 
   def select(self, slots: Sequence[int] | np.ndarray, absent: int) -> np.ndarray:
     """Return the pages i32[n,N] of some slots, with `absent` in place of missing pages.

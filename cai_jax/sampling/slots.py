@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from cai_jax.model.cache import Pieces, PieceTable, RowTable, windows_of
+from cai_jax.model.cache import Cache, Pieces, PieceTable, RowTable, windows_of
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
@@ -18,10 +18,12 @@ from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.pages import PagePool
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
-from cai_jax.sampling.stats import Stats
+from cai_jax.sampling.programs import Programs, Size, find_programs
+from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.types import Turn
 
 NO_PAGE = 2**30  # the page of padding, which is not written
+NEARLY_FULL = 0.8  # share of a chunk's tokens
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # pages of a block at least, and blocks of a pool at most
 MAX_MIXED_WAIT = 2  # the same, if the step that prefills also decodes
 MAX_WAIT = 8  # decode steps that a slot may wait to share a prefill chunk with other slots
@@ -39,6 +41,32 @@ class Segment(NamedTuple):
   slot: int
   tokens: list[int]
   start: int
+
+
+class _Running(NamedTuple):
+  """A burst on the device.
+
+  Attributes:
+    burst: its result.
+    rows: i32[G·D], the slots of its rows; -1 is padding.
+    before: the state of the rows at its start.
+    size: size of the program.
+    compiled: whether it was compiled for this burst.
+    begin: `time.perf_counter()` of the dispatch.
+  """
+
+  burst: device.Burst
+  rows: np.ndarray
+  before: device.Slots
+  size: Size
+  compiled: bool
+  begin: float
+
+
+def block_counts(blocks: int) -> tuple[int, ...]:
+  """Return the numbers of blocks for which programs are compiled, of a pool of `blocks`."""
+  shares = 3 / 8, 1 / 2, 3 / 4, 1
+  return tuple(sorted({math.ceil(share * blocks) for share in shares}))
 
 
 def piece_count(size: int, width: int, slots: int) -> int:
@@ -101,6 +129,7 @@ class LocalModel:
     self._windows = windows_of(lm.config)
     self._blocks: list[list[caches.Block]] = [[] for _ in self._windows]
     self._pools = [self._make_pool(i, slots, length, share) for i in range(len(self._windows))]
+    self._programs = self._find_programs(prefixes)
     self.slots = device.Slots.empty(slots)
     self._penalties: Penalties | None = None  # made for the first turn that uses any
     self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
@@ -121,8 +150,7 @@ class LocalModel:
     )
     stats.prefix_tokens += sum(map(len, prefixes))
     self._prefilled: jax.Array | None = None  # ready when the dispatched chunks are
-    # The burst on the device, its rows' slots, and their state at its start.
-    self._burst: tuple[device.Burst, np.ndarray, device.Slots] | None = None
+    self._burst: _Running | None = None
     self.step_seconds = 0.0
     self._steps = self._occupied = 0  # decode steps, and active slots summed over them
     self._turns, self._new_tokens = 0, 0  # submitted turns, and the tokens to prefill for them
@@ -144,6 +172,16 @@ class LocalModel:
     blocks = -(-capacity // block_pages)
     sizes = row_pages, block_pages, blocks, self.config.page_tokens
     return PagePool(slots, self._groups, *sizes, window, allocate)
+
+  def _find_programs(self, prefixes: Sequence[Sequence[int]]) -> Programs:
+    """Return the sizes of programs that are compiled for a model like this."""
+    mixed, pools = self.config.mixes(self.lm.mesh), self._pools
+    shapes = tuple((pool.table.shape, pool.block_pages, pool.max_blocks) for pool in pools)
+    key = device.ModelSpec.from_lm(self.lm), self.config, shapes, len(prefixes)
+    key += (prefix_capacity(prefixes),)
+    blocks = tuple(block_counts(pool.max_blocks) if mixed else (pool.max_blocks,) for pool in pools)
+    pages = tuple(pool.block_pages for pool in pools)
+    return find_programs(key, self._row_sizes, self._chunk_sizes, blocks, pages, mixed)
 
   def reset(self) -> None:
     """Discard everything that an earlier run left unfinished."""
@@ -240,53 +278,59 @@ class LocalModel:
     begin = time.perf_counter()
     for slot in [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]:
       self._activate(slot)
-    chunk = None
     mixed = self.config.mixes(self.lm.mesh)
+    segments: list[list[Segment]] = []
     while self.waiting and self._turns_to_wait_for() == 0:
-      decoding = bool(self.slots.active.any())
-      chunk, ready = self._next_chunk()
-      if chunk is None:
+      segments = self._next_segments()
+      if not any(segments) or (mixed and self.slots.active.any()):
         break
-      if decoding and mixed:
-        break
-      self._run(None, chunk, 0, 0)
-      for slot in ready:
-        self._activate(slot)
-      chunk, ready = None, []
+      self._run([], segments, 0, 0)
+      segments = []
     steps = min(self.config.longest_burst, max_steps or self.config.longest_burst)
     if self.waiting:
       steps = min(steps, MAX_MIXED_WAIT if mixed else MAX_WAIT)
     if self.slots.active.any():
-      rows = self._choose_rows(1 if chunk is not None else steps)
-      if chunk is not None or (rows >= 0).any():
-        self._run(rows, chunk, max(1, self._turns_to_wait_for()), steps)
-    if chunk is not None:
-      for slot in ready:
-        self._activate(slot)
+      groups = self._choose_rows(1 if any(segments) else steps)
+      if any(segments) or any(groups):
+        self._run(groups, segments, max(1, self._turns_to_wait_for()), steps)
     self.stats.decode_seconds += time.perf_counter() - begin
 
   def _run(
-    self, rows: np.ndarray | None, chunk: device.Chunk | None, max_ended: int, steps: int
+    self,
+    groups: list[list[int]],
+    segments: list[list[Segment]],
+    max_ended: int,
+    steps: int,
   ) -> None:
-    """Dispatch a program for some rows and a chunk; see `device.run`."""
-    blocks = [max(pool.used_blocks(), 1) for pool in self._pools]
-    self._blocks_in_use = blocks
-    before, penalties, tables = None, None, ()
-    if rows is not None:
+    """Dispatch a program.
+
+    Args:
+      groups: the slots to decode in each batch shard; empty if none are.
+      segments: the tokens to prefill in each batch shard; empty if none are.
+      max_ended: stop once so many replies have ended.
+      steps: largest number of steps.
+    """
+    tokens = max((sum(len(s.tokens) for s in group) for group in segments), default=0)
+    used = tuple(pool.used_blocks() for pool in self._pools)
+    size = self._programs.choose(max(map(len, groups), default=0), tokens, used)
+    for pool, count in zip(self._pools, size.blocks, strict=True):
+      pool.grow(count)
+    rows, before, penalties, tables, chunk = None, None, None, (), None
+    if size.rows:
+      groups = groups or [[]] * self._groups
+      padded = [sorted(group) + [-1] * (size.rows - len(group)) for group in groups]
+      rows = np.array(padded, np.int32).reshape(-1)
       before = self.slots.select(rows)
-      tables = tuple(self._row_table(i, rows) for i in range(len(self._pools)))
+      tables = tuple(map(self._row_table, self._pools, [rows] * len(size.blocks), size.blocks))
       if self._penalties is not None and self._penalized[rows[rows >= 0]].any():
         penalties = Penalties(*(x[rows] for x in self._penalties))
-    cache, layers = (
-      [],
-      [iter(zip(*b[:n], strict=True)) for b, n in zip(self._blocks, blocks, strict=True)],
-    )
-    for layer in range(self.lm.config.num_layers):
-      cache.append(next(layers[self._windows.index(self.lm.config.window(layer))]))
+    if size.tokens:
+      chunk = self._pack(segments or [[]] * self._groups, size.tokens)
+    compilations, begin = COMPILATIONS.count, time.perf_counter()
     result, cache = device.run(
       device.ModelSpec.from_lm(self.lm),
       self.lm.params,
-      tuple(cache),
+      self._take_cache(size.blocks),
       self.prefix_caches,
       before,
       tables,
@@ -295,16 +339,35 @@ class LocalModel:
       device.Sizes(self.config.longest_burst, self._width),
       penalties,
     )
-    for index, window in enumerate(self._windows):
-      own = [c for i, c in enumerate(cache) if self.lm.config.window(i) == window]
-      self._blocks[index][: blocks[index]] = list(zip(*own, strict=True))
-    if rows is None:
-      self._prefilled = result
+    self._put_cache(cache)
+    compiled = COMPILATIONS.count > compilations
+    if compiled:
+      self._programs.record(size, time.perf_counter() - begin, compiled=True)
+    for group in segments:
+      for segment in group:
+        if len(self.cached[segment.slot]) == len(self.waiting[segment.slot]):
+          self._activate(segment.slot)
+    if rows is None or not any(groups):
+      self._prefilled = result if rows is None else result.steps
     else:
-      self._burst = result, rows, before
+      self._burst = _Running(result, rows, before, size, compiled, begin)
 
-  def _choose_rows(self, steps: int) -> np.ndarray:
-    """Return the slots to decode as i32[G·D], with pages for the next steps; -1 is padding."""
+  def _take_cache(self, blocks: Sequence[int]) -> Cache:
+    """Return the blocks in use of each layer."""
+    pools = [self._blocks[i][:count] for i, count in enumerate(blocks)]
+    layers = [iter(zip(*pool, strict=True)) for pool in pools]
+    config = self.lm.config
+    windows = [self._windows.index(config.window(i)) for i in range(config.num_layers)]
+    return tuple(next(layers[window]) for window in windows)
+
+  def _put_cache(self, cache: Cache) -> None:
+    """Store the blocks that a program returned."""
+    for index, window in enumerate(self._windows):
+      own = [layer for i, layer in enumerate(cache) if self.lm.config.window(i) == window]
+      self._blocks[index][: len(own[0])] = list(zip(*own, strict=True))
+
+  def _choose_rows(self, steps: int) -> list[list[int]]:
+    """Return the slots of each batch shard to decode, which have pages for the next steps."""
     groups: list[list[int]] = [[] for _ in range(self._groups)]
     active = np.flatnonzero(self.slots.active)
     for slot in active[np.argsort(self._started[active], kind='stable')].tolist():
@@ -312,15 +375,15 @@ class LocalModel:
       tokens = int(self.slots.position[slot] - self._base[slot]) + min(steps, left)
       if self._extend(slot, tokens):
         groups[slot * self._groups // len(self.cached)].append(slot)
-    longest = max(map(len, groups))
-    size = next(size for size in self._row_sizes if size >= longest)
-    return np.concatenate([np.array(sorted(g) + [-1] * (size - len(g)), np.int32) for g in groups])
+    return groups
 
   def _extend(self, slot: int, tokens: int) -> bool:
     """Give a slot pages for this many own tokens; return False if it has to wait for them.
 
     The chain that started first may take any page. The others leave as many as it may still need.
     """
+    if not any(pool.missing(slot, tokens) for pool in self._pools):
+      return True
     holders = np.flatnonzero(self._started >= 0)
     group = slot * self._groups // len(self.cached)
     holders = holders[holders * self._groups // len(self.cached) == group]
@@ -334,10 +397,9 @@ class LocalModel:
       pool.extend(slot, tokens)
     return True
 
-  def _row_table(self, index: int, rows: np.ndarray) -> RowTable:
-    """Return where the rows are in the layers with one window."""
-    pool, groups, page = self._pools[index], self._groups, self.config.page_tokens
-    total = max(pool.used_blocks(), 1) * pool.block_pages
+  def _row_table(self, pool: PagePool, rows: np.ndarray, blocks: int) -> RowTable:
+    """Return where the rows are in the first blocks of a pool."""
+    groups, page, total = self._groups, self.config.page_tokens, blocks * pool.block_pages
     pages = pool.select(rows, total).reshape(groups, -1, pool.table.shape[1])
     first = np.where(rows >= 0, self._base[rows] + pool.first[rows] * page, 0)
     first = first.astype(np.int32).reshape(groups, -1)
@@ -366,8 +428,9 @@ class LocalModel:
       self._prefilled = None
       self.stats.prefill_seconds += time.perf_counter() - begin
     begin = time.perf_counter()
-    (burst, rows, before), self._burst = self._burst, None
-    burst = device.Burst(*map(np.array, jax.device_get(burst)))
+    running, self._burst = self._burst, None
+    rows, before = running.rows, running.before
+    burst = device.Burst(*map(np.array, jax.device_get(running.burst)))
     slots = self.slots
     sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
     if np.isnan(burst.logprobs[sampled]).any():
@@ -391,6 +454,9 @@ class LocalModel:
         pool.forget(slot, len(self.cached[slot]) - self._base[slot], self.config.slack)
     seconds, stats = time.perf_counter() - begin, self.stats
     self.step_seconds = seconds / max(int(burst.steps), 1)
+    if not running.compiled:
+      elapsed = time.perf_counter() - running.begin
+      self._programs.record(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
     self._steps += int(burst.steps)
     self._occupied += int(burst.occupied)
     stats.decode_steps += int(burst.steps)
@@ -434,16 +500,11 @@ class LocalModel:
     overdue = any(self._steps - self._waiting_since[slot] >= max_wait for slot in self.waiting)
     return 0 if overdue or max(tokens) >= size or turns > expected else turns
 
-  def _next_chunk(self) -> tuple[device.Chunk | None, list[int]]:
-    """Pack the next tokens of the waiting slots.
-
-    Returns:
-      The chunk, None if no waiting slot gets pages; and the slots that need no more.
-    """
+  def _next_segments(self) -> list[list[Segment]]:
+    """Return the next tokens of waiting slots in each batch shard; none if they wait for pages."""
     groups: list[list[Segment]] = [[] for _ in range(self._groups)]
-    left, ready = [self._chunk_sizes[-1]] * self._groups, []
-    order = sorted(self.waiting, key=lambda slot: self._started[slot])
-    for slot in order:
+    left = [self._chunk_tokens()] * self._groups
+    for slot in sorted(self.waiting, key=lambda slot: self._started[slot]):
       target, cached = self.waiting[slot], self.cached[slot]
       group = slot * self._groups // len(self.cached)
       new = target[len(cached) : len(cached) + left[group]]
@@ -453,18 +514,21 @@ class LocalModel:
       left[group] -= len(new)
       cached.extend(new)
       self.stats.prefilled_tokens += len(new)
-      if len(cached) == len(target):
-        ready.append(slot)
-    if not any(groups):
-      return None, []
-    used = self._chunk_sizes[-1] - min(left)
-    chunk = self._pack(groups, next(size for size in self._chunk_sizes if size >= used))
-    for group in groups:
-      for segment in group:
-        tokens = len(self.cached[segment.slot]) - int(self._base[segment.slot])
-        for pool in self._pools:
-          pool.forget(segment.slot, tokens, self.config.slack)
-    return chunk, ready
+      for pool in self._pools:
+        pool.forget(slot, len(cached) - int(self._base[slot]), self.config.slack)
+    return groups
+
+  def _chunk_tokens(self) -> int:
+    """Return how many tokens to prefill at most: a chunk size that they nearly fill."""
+    tokens = [0] * self._groups
+    for slot, target in self.waiting.items():
+      tokens[slot * self._groups // len(self.cached)] += len(target) - len(self.cached[slot])
+    longest = max(tokens)
+    full = [size for size in self._chunk_sizes if size <= longest]
+    above = next((size for size in self._chunk_sizes if size >= longest), None)
+    if above is not None and (longest >= NEARLY_FULL * above or not full):
+      return above
+    return full[-1]
 
   def _pack(self, groups: Sequence[Sequence[Segment]], size: int) -> device.Chunk:
     """Pack segments of slots into a chunk of `size` tokens for each group.

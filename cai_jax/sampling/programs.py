@@ -1,0 +1,132 @@
+"""Which sizes of the step are compiled, and which of them a step uses.
+
+A program for the exact size of a step is the fastest, but every program takes seconds to compile.
+So the first programs are general: one that decodes all slots, and one that also prefills the
+largest chunk. A step uses the fastest program that is large enough. A program for its own size is
+compiled once the time lost without it exceeds the time of a compilation, so that the loss never
+exceeds about twice that of the best choice in hindsight.
+
+On CPUs the results have the same bits with every program. On accelerators there is only one size,
+so nothing depends on the measured times.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+
+PAGE_COST = 0.25  # time of reading a page, in units of the time of one more row; measured on a CPU
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Size:
+  """The size of a step.
+
+  Attributes:
+    rows: number of rows of each batch shard; 0 only prefills.
+    tokens: number of prefilled tokens of each batch shard; 0 only decodes.
+    blocks: number of blocks of each pool.
+  """
+
+  rows: int
+  tokens: int
+  blocks: tuple[int, ...]
+
+  def holds(self, other: 'Size') -> bool:
+    """Return whether a program of this size can run a step of another size."""
+    pairs = zip(self.blocks, other.blocks, strict=True)
+    fits = self.rows >= other.rows and self.tokens >= other.tokens
+    return fits and all(mine >= theirs for mine, theirs in pairs)
+
+
+class Programs:
+  """The compiled programs of a model, and the time that steps lose without others.
+
+  Args:
+    row_sizes: numbers of rows for which programs may be compiled, in ascending order.
+    chunk_sizes: the same for prefilled tokens.
+    block_sizes: the same for the blocks of each pool.
+    block_pages: for each pool, number of pages of a block.
+    mixed: whether a program may both decode and prefill.
+  """
+
+  def __init__(
+    self,
+    row_sizes: tuple[int, ...],
+    chunk_sizes: tuple[int, ...],
+    block_sizes: tuple[tuple[int, ...], ...],
+    block_pages: tuple[int, ...],
+    mixed: bool,
+  ):
+    self._row_sizes, self._chunk_sizes, self._block_sizes = row_sizes, chunk_sizes, block_sizes
+    self._block_pages, self._mixed = block_pages, mixed
+    self._compiled: set[Size] = set()
+    self._lost: dict[Size, float] = {}  # seconds
+    self._unit = 0.0  # seconds of one more row in a step, the least that was measured
+    self._compile_seconds = 0.0
+
+  def choose(self, rows: int, tokens: int, blocks: tuple[int, ...]) -> Size:
+    """Return the size of the program to use, which may have to be compiled.
+
+    Args:
+      rows: number of rows; 0 only prefills.
+      tokens: number of prefilled tokens; 0 only decodes.
+      blocks: number of blocks in use of each pool.
+    """
+    exact = Size(
+      _round_up(rows, self._row_sizes),
+      _round_up(tokens, self._chunk_sizes),
+      tuple(_round_up(n, sizes) for n, sizes in zip(blocks, self._block_sizes, strict=True)),
+    )
+    usable = [size for size in self._compiled if size.holds(exact)]
+    if not exact.tokens:  # a burst of several steps needs a program without prefill
+      usable = [size for size in usable if not size.tokens]
+    if not usable:
+      return self._general(exact)
+    best = min(usable, key=self._cost)
+    self._lost[exact] = self._lost.get(exact, 0.0) + self._unit * (
+      self._cost(best) - self._cost(exact)
+    )
+    return exact if self._lost[exact] > self._compile_seconds else best
+
+  def record(self, size: Size, seconds: float, compiled: bool) -> None:
+    """Take note of a program that ran.
+
+    Args:
+      size: its size.
+      seconds: time of compilation if it was compiled, otherwise of one step.
+      compiled: whether it was compiled.
+    """
+    self._compiled.add(size)
+    if compiled:
+      self._compile_seconds = max(self._compile_seconds, seconds)
+    else:
+      unit = seconds / self._cost(size)
+      self._unit = min(self._unit or unit, unit)
+
+  def _general(self, exact: Size) -> Size:
+    """Return the size of a general program that holds a step."""
+    if not self._mixed:
+      return exact
+    tokens = self._chunk_sizes[-1] if exact.tokens else 0
+    return Size(self._row_sizes[-1], tokens, exact.blocks)
+
+  def _cost(self, size: Size) -> float:
+    """Return the time of a step in units of one more row."""
+    pages = sum(n * p for n, p in zip(size.blocks, self._block_pages, strict=True))
+    return size.rows + size.tokens + PAGE_COST * pages / len(size.blocks) * (size.rows > 0)
+
+
+@functools.cache
+def find_programs(key: Hashable, *args) -> Programs:
+  """Return the programs for a key: engines with the same key share what this process compiled.
+
+  Args:
+    key: everything that the shapes of the arguments depend on.
+    *args: arguments of `Programs`.
+  """
+  del key
+  return Programs(*args)
+
+
+def _round_up(count: int, sizes: tuple[int, ...]) -> int:
+  return next(size for size in sizes if size >= count) if count else 0

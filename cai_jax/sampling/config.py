@@ -80,33 +80,36 @@ class EngineConfig:
     # prefill_tokens is rounded as in `chunk`.
     return -(-self.prefill_tokens // 8) * 8 + self.longest_burst + self.rewind
 
-  def mixes(self, mesh: Mesh) -> bool:
+  def mixes(self, slots: int, lm: LM) -> bool:
     """Return whether a step with decoded rows may also prefill.
 
-    On CPUs this saves reading the parameters twice, and a row's bits do not depend on the number of
-    rows. On accelerators they do, so there prefill has a program of its own.
-    """
-    return on_cpu(mesh)
-
-  def row_sizes(self, slots: int, lm: LM) -> tuple[int, ...]:
-    """Return the numbers of rows for which a step is compiled, in ascending order.
-
-    XLA's products for CPUs give a row the same bits from 64 rows up in f32, and from two rows up in
-    bf16; below, the bits depend on the number of rows. On accelerators there is one size, because
-    there the bits depend on it, and the time of a step hardly does.
+    On CPUs this saves reading the parameters twice, and from `MIN_ROWS` rows up a row's bits do not
+    depend on the number of rows. Otherwise they do, and prefill has a program of its own.
 
     Args:
       slots: number of slots of a batch shard.
       lm: the model.
     """
-    if not on_cpu(lm.mesh):
-      return (slots,)
-    least = MIN_ROWS if lm.dtype == 'float32' else MIN_HALF_ROWS
-    sizes = {max(slots, least)}
-    while slots > 2 * least:
-      slots = -(-slots // 2)
+    return on_cpu(lm.mesh) and slots >= _min_rows(lm)
+
+  def row_sizes(self, slots: int, lm: LM) -> tuple[int, ...]:
+    """Return the numbers of rows for which a step is compiled, in ascending order.
+
+    Where the bits depend on the number of rows, there is one size; on accelerators, the time of a
+    step hardly depends on it.
+
+    Args:
+      slots: number of slots of a batch shard.
+      lm: the model.
+    """
+    if not self.mixes(slots, lm):
+      # In half precision, CPUs take six times as long to multiply a single row as two rows.
+      return (max(slots, 2 if on_cpu(lm.mesh) else 1),)
+    sizes, least = {slots}, _min_rows(lm)
+    while slots > least:
+      slots = max(-(-slots // 2), least)
       sizes.add(slots)
-    return tuple(sorted(sizes | {least} if slots > least else sizes))
+    return tuple(sorted(sizes))
 
   def chunk_sizes(self, slots: int, mesh: Mesh) -> tuple[int, ...]:
     """Return the numbers of tokens of a prefill chunk, for each batch shard, in ascending order.
@@ -169,3 +172,11 @@ class EngineConfig:
         'prompts, max_tokens, rounds or demonstrations.'
       )
     return slots, min(1.0, budget / (slots * slot_bytes))
+
+
+def _min_rows(lm: LM) -> int:
+  """Return the number of rows from which XLA's programs for CPUs give a row the same bits.
+
+  Checked for products of 32 to 2,048 channels; norms and softmax sum in a fixed order.
+  """
+  return MIN_ROWS if lm.dtype == 'float32' else MIN_HALF_ROWS

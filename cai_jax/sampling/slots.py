@@ -123,6 +123,7 @@ class LocalModel:
     caches.check_rows(lm, slots)
     _trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
+    self._mixed = config.mixes(slots // self._groups, lm)
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
     self._width = config.piece_width(slots, lm.mesh)
@@ -175,7 +176,7 @@ class LocalModel:
 
   def _find_programs(self, prefixes: Sequence[Sequence[int]]) -> Programs:
     """Return the sizes of programs that are compiled for a model like this."""
-    mixed, pools = self.config.mixes(self.lm.mesh), self._pools
+    mixed, pools = self._mixed, self._pools
     shapes = tuple((pool.table.shape, pool.block_pages, pool.max_blocks) for pool in pools)
     key = device.ModelSpec.from_lm(self.lm), self.config, shapes, len(prefixes)
     key += (prefix_capacity(prefixes),)
@@ -278,7 +279,7 @@ class LocalModel:
     begin = time.perf_counter()
     for slot in [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]:
       self._activate(slot)
-    mixed = self.config.mixes(self.lm.mesh)
+    mixed = self._mixed
     segments: list[list[Segment]] = []
     while self.waiting and self._turns_to_wait_for() == 0:
       segments = self._next_segments()
@@ -489,7 +490,7 @@ class LocalModel:
     for slot, target in self.waiting.items():
       tokens[slot * self._groups // len(self.cached)] += len(target) - len(self.cached[slot])
     # A step that also decodes costs little more with a few tokens of padding.
-    mixed = self.config.mixes(self.lm.mesh)
+    mixed = self._mixed
     size, max_wait = self._chunk_sizes[0], MAX_WAIT
     if mixed:
       size, max_wait = size // 2, MAX_MIXED_WAIT

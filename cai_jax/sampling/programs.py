@@ -12,8 +12,10 @@ so nothing depends on the measured times.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Hashable
 
+GENERAL_SHARES = 3 / 8, 1 / 2, 3 / 4, 1  # of a pool's blocks, which general programs get
 PAGE_COST = 0.25  # time of reading a page, in units of the time of one more row; measured on a CPU
 
 
@@ -105,10 +107,13 @@ class Programs:
 
   def _general(self, exact: Size) -> Size:
     """Return the size of a general program that holds a step."""
-    if not self._mixed:
-      return exact
+    blocks = []
+    for used, sizes in zip(exact.blocks, self._block_sizes, strict=True):
+      shares = (math.ceil(share * sizes[-1]) for share in GENERAL_SHARES)
+      blocks.append(_round_up(used, tuple(shares)))
     tokens = self._chunk_sizes[-1] if exact.tokens else 0
-    return Size(self._row_sizes[-1], tokens, exact.blocks)
+    rows = self._row_sizes[-1] if exact.rows or self._mixed else 0
+    return Size(rows, tokens, tuple(blocks))
 
   def _cost(self, size: Size) -> float:
     """Return the time of a step in units of one more row."""

@@ -24,6 +24,7 @@ from cai_jax.sampling.types import Turn
 
 NO_PAGE = 2**30  # the page of padding, which is not written
 NEARLY_FULL = 0.8  # share of a chunk's tokens
+MIN_PIECES = 16
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # pages of a block at least, and blocks of a pool at most
 MAX_MIXED_WAIT = 2  # the same, if the step that prefills also decodes
 MAX_WAIT = 8  # decode steps that a slot may wait to share a prefill chunk with other slots
@@ -63,21 +64,16 @@ class _Running(NamedTuple):
   begin: float
 
 
-def block_counts(blocks: int) -> tuple[int, ...]:
-  """Return the numbers of blocks for which programs are compiled, of a pool of `blocks`."""
-  shares = 3 / 8, 1 / 2, 3 / 4, 1
-  return tuple(sorted({math.ceil(share * blocks) for share in shares}))
+def piece_count(size: int, width: int) -> int:
+  """Return the largest number of pieces of a chunk.
 
-
-def piece_count(size: int, width: int, slots: int) -> int:
-  """Return the largest number of pieces of a chunk: every slot's last piece may not be full.
+  It is 1.5 times the number of full pieces, because the last piece of a slot is rarely full.
 
   Args:
     size: T, number of tokens of the chunk.
     width: C, number of tokens of a piece.
-    slots: number of slots that may have tokens in the chunk.
   """
-  return size // width + min(size, slots)
+  return max(MIN_PIECES, -(-3 * size // (2 * width)))
 
 
 class LocalModel:
@@ -180,7 +176,7 @@ class LocalModel:
     shapes = tuple((pool.table.shape, pool.block_pages, pool.max_blocks) for pool in pools)
     key = device.ModelSpec.from_lm(self.lm), self.config, shapes, len(prefixes)
     key += (prefix_capacity(prefixes),)
-    blocks = tuple(block_counts(pool.max_blocks) if mixed else (pool.max_blocks,) for pool in pools)
+    blocks = tuple(tuple(range(1, pool.max_blocks + 1)) for pool in pools)
     pages = tuple(pool.block_pages for pool in pools)
     return find_programs(key, self._row_sizes, self._chunk_sizes, blocks, pages, mixed)
 
@@ -504,15 +500,18 @@ class LocalModel:
   def _next_segments(self) -> list[list[Segment]]:
     """Return the next tokens of waiting slots in each batch shard; none if they wait for pages."""
     groups: list[list[Segment]] = [[] for _ in range(self._groups)]
-    left = [self._chunk_tokens()] * self._groups
+    size = self._chunk_tokens()
+    left, pieces = [size] * self._groups, [piece_count(size, self._width)] * self._groups
     for slot in sorted(self.waiting, key=lambda slot: self._started[slot]):
       target, cached = self.waiting[slot], self.cached[slot]
       group = slot * self._groups // len(self.cached)
-      new = target[len(cached) : len(cached) + left[group]]
+      room = min(left[group], pieces[group] * self._width)
+      new = target[len(cached) : len(cached) + room]
       if not new or not self._extend(slot, len(cached) + len(new) - int(self._base[slot])):
         continue
       groups[group].append(Segment(slot, new, len(cached)))
       left[group] -= len(new)
+      pieces[group] -= -(-len(new) // self._width)
       cached.extend(new)
       self.stats.prefilled_tokens += len(new)
       for pool in self._pools:
@@ -540,7 +539,7 @@ class LocalModel:
       size: T, number of tokens of the chunk.
     """
     width, count, page = self._width, len(groups), self.config.page_tokens
-    num_pieces = piece_count(size, width, len(self.cached) // count)
+    num_pieces = piece_count(size, width)
     tokens, prefix = np.zeros((count, size), np.int32), np.full((count, size), -1, np.int32)
     positions = np.full((count, size), -1, np.int32)
     starts, numbers = np.zeros((count, num_pieces), np.int32), np.zeros(count, np.int32)

@@ -116,7 +116,7 @@ class Sampler:
   def chunk(self) -> device.Chunk:
     """Return the shapes of a chunk of prefill."""
     groups, size = batch_shards(self.lm.mesh), self.engine.chunk_sizes(self.slots, self.lm.mesh)[-1]
-    pieces = piece_count(size, self.width(), self.slots // groups)
+    pieces = piece_count(size, self.width())
     array = lambda *shape: jax.ShapeDtypeStruct((groups, *shape), jnp.int32)  # noqa: E731
 
     def table(window):
@@ -179,7 +179,7 @@ def build_prefill(job: Sampler) -> Program:
   """Compile the program that prefills a chunk."""
   shards = batch_shards(job.lm.mesh)
   size = job.engine.chunk_sizes(job.slots, job.lm.mesh)[-1]
-  rows = piece_count(size, job.width(), job.slots // shards) * shards
+  rows = piece_count(size, job.width()) * shards
   read = job.bytes_read(rows, has_logits=False)
   name = f'prefill {size * shards}'
   return build(name, lower_prefill(job), read, step=0, rows=size * shards)

@@ -170,7 +170,7 @@ def attend_paged(
     The output [G,X,N,H] in the dtype of `q`, and the updated blocks.
   """
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  local = functools.partial(_attend_local, window=window, width=width, in_place=on_cpu)
+  local = functools.partial(_attend_local, window=window, width=width, on_cpu=on_cpu)
   args = q, k, v, blocks, tuple(prefixes), view
   if mesh.size == 1:
     return local(*args)
@@ -183,7 +183,7 @@ def attend_paged(
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, width, in_place):
+def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu):
   """Compute `attend_paged` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -200,11 +200,12 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, in_place):
     tokens = view.rows.mask.shape[1]
     decoded = tokens * len(view.rows.pages)
     queries = q[:decoded].reshape(-1, tokens, *q.shape[1:])
-    part = _attend_rows(group_queries(queries, kv_heads), blocks, view.rows, in_place)
+    part = _attend_rows(group_queries(queries, kv_heads), blocks, view.rows, on_cpu)
     part = [ungroup_queries(x, tokens).reshape(decoded, *q.shape[1:-1], -1) for x in part]
     parts.append(PartialSoftmax(*part))
   if view.pieces is not None:
-    parts.append(_attend_pieces(q[decoded:], blocks, view.pieces, window, width))
+    attend_pieces = _attend_pieces if on_cpu else _attend_gathered_pieces
+    parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
   def read_prefix(cache, mask):
@@ -215,25 +216,31 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, in_place):
   return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
 
 
-def _attend_rows(queries, blocks, view: RowView, in_place: bool) -> PartialSoftmax:
+def _attend_rows(queries, blocks, view: RowView, on_cpu: bool) -> PartialSoftmax:
   """Return the softmax of decoded rows [D,K,R,...] over their pages, for queries [D,K,R,H]."""
-  read, parts, start = read_pages if in_place else read_keys, [], 0
+  read, parts, start = read_pages if on_cpu else read_keys, [], 0
   for block in blocks:
     end = start + len(block.k)
     by_page = queries.at[view.owner[start:end]].get(mode='promise_in_bounds')
     parts.append(
-      read(by_page.astype(jnp.float32) if in_place else by_page, *block, view.mask[start:end])
+      read(by_page.astype(jnp.float32) if on_cpu else by_page, *block, view.mask[start:end])
     )
     start = end
   pages = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
-  def add(number, part):
-    index = jax.lax.dynamic_index_in_dim(view.pages, number, 1, keepdims=False)
-    present = (index < start)[:, None, None, None]
+  def take(index):
+    """Return pages at an index; an absent page gets the weight 0."""
+    present = (index < start)[..., None, None, None]
     index = jnp.minimum(index, start - 1)
     page = PartialSoftmax(*(x.at[index].get(mode='promise_in_bounds') for x in pages))
-    # A row that has fewer pages gets some page with the weight 0.
-    return merge([part, page._replace(max=jnp.where(present, page.max, MASKED))])
+    return page._replace(max=jnp.where(present, page.max, MASKED))
+
+  if not on_cpu:  # a loop of unknown length would make every layer wait for the host
+    number = view.pages.shape[1]
+    return merge([take(view.pages[:, i]) for i in range(number)])
+
+  def add(number, part):
+    return merge([part, take(jax.lax.dynamic_index_in_dim(view.pages, number, 1, keepdims=False))])
 
   empty = PartialSoftmax.empty(queries.shape[:-1], queries.shape[-1])
   return jax.lax.fori_loop(0, view.longest, add, empty)
@@ -280,3 +287,38 @@ def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
   whole = PartialSoftmax.empty((length + width, n), h)
   whole = jax.lax.fori_loop(0, view.number, add_piece, whole)
   return jax.tree.map(lambda x: x[:length], whole)
+
+
+def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
+  """Return `_attend_pieces` of all pieces at once, from copies of their pages.
+
+  GPUs gather fast, and a loop of unknown length would make every layer wait for the host.
+  """
+  length, n, h = q.shape
+  kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
+  tokens = view.start[:, None] + jnp.arange(width)  # [R,C]
+  queries = group_queries(q.at[tokens].get(mode='clip'), kv_heads)
+  positions = view.positions.at[tokens].get(mode='clip')
+  k, v, start = 0.0, 0.0, 0
+  for block in blocks:
+    inside = (view.pages >= start) & (view.pages < start + len(block.k))
+    index = jnp.where(inside, view.pages - start, len(block.k))
+    k += block.k.at[index].get(mode='fill', fill_value=0)
+    v += block.v.at[index].get(mode='fill', fill_value=0)
+    start += len(block.k)
+  pieces, pages = view.pages.shape
+  k = jnp.moveaxis(k, 1, 3).reshape(pieces, kv_heads, h, pages * size)
+  v = jnp.moveaxis(v, 1, 2).reshape(pieces, kv_heads, pages * size, h)
+  keys = view.first[:, None] + jnp.arange(pages * size)
+  listed = jnp.arange(pages * size) < view.count[:, None] * size
+  part = read_keys(queries, k, v, causal_mask(positions, keys, window, listed[:, None]))
+  # A piece ends where the next one starts. What it computed beyond is dropped.
+  end = jnp.concatenate([view.start[1:], jnp.full(1, length)])
+  end = jnp.where(jnp.arange(pieces) + 1 < view.number, end, length)
+  valid = (tokens < end[:, None]) & (jnp.arange(pieces) < view.number)[:, None]
+  target = jnp.where(valid, tokens, length)
+
+  def put(x, new):
+    return x.at[target].set(ungroup_queries(new, width), mode='drop')
+
+  return jax.tree.map(put, PartialSoftmax.empty((length, n), h), part)

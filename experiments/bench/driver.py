@@ -52,7 +52,7 @@ class Process:
   """A worker process, connected by pipes.
 
   Args:
-    system: one of `worker.SYSTEMS`.
+    system: its name in messages.
     python: path of its interpreter.
     jax_platform: 'cpu' or 'cuda'.
     budget: the time that it may take; None is no limit.

@@ -6,8 +6,8 @@ Command:   python -m experiments.bench.generation --model=M --workdir=runs/bench
            --dtype=bfloat16; --prefix=512 puts demonstrations in front of every turn
            --occupancy runs 1,000 chains of skewed lengths through our engine alone
            --model=tiny uses the embedded model; --roofline measures decode steps
-           --platform=cuda --model=1B --dtype=bfloat16 --chains=512 --time_limit=120
-             --peer_cache_gib=16 on a GPU
+           --platform=cuda --cores=16 --model=1B --dtype=bfloat16 --chains=512 --time_limit=120
+             --peer_cache_gib=16 on a GPU, where the table has the memory of the device
 Hardware:  any; RESULTS.md has results of two CPU cores
 Systems:   ours
            openvino: the continuous batching of OpenVINO GenAI, on CPUs
@@ -308,7 +308,7 @@ def format_table(result: dict) -> str:
   for system, row in result['systems'].items():
     if 'seconds' in row:
       spread = driver.format_spread(result['ratios'].get(system))
-      peak = row['peak_bytes'] or row['life_peak_bytes']
+      peak = row.get('device_peak_bytes') or row['peak_bytes'] or row['life_peak_bytes']
       lines.append(
         f'{system:14}{row["batch"]:6}{statistics.median(row["seconds"]):10.1f}'
         f'{row["chains_per_second"]:10.3f}{row["tokens_per_second"]:10.1f}{peak / 1e9:7.2f}'

@@ -17,6 +17,7 @@ from cai_jax.runtime.compilation import CompilationConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from configs import tiny
+from tests.pipeline_setup import start_two
 
 SETTINGS = (
   'jax_compilation_cache_dir',
@@ -154,6 +155,39 @@ def test_processes_share_a_folder_that_stays_within_its_limit(tmp_path):
     assert process.returncode == 0, errors
   sizes = [path.stat().st_size for path in tmp_path.glob('*-cache')]
   assert 1 < len(sizes) < 80 and sum(sizes) <= 20_000
+
+
+PROCESSES = """
+import sys
+import jax, jax.numpy as jnp
+from cai_jax.runtime import compilation, processes
+processes.initialize()
+config = compilation.CompilationConfig(sys.argv[1 + jax.process_index()], cache_gib=1e-6)
+with compilation.kept_programs(config):
+  for number in range(4):  # too large together for the limit, which holds for later runs
+    jax.jit(lambda x: jnp.sin(x) * (number + 0.5))(jnp.ones(3)).block_until_ready()
+  print(compilation.counts())
+"""
+
+
+@pytest.mark.parametrize('names', [('a', 'a'), ('a', 'b'), ('a', '')])
+def test_processes_of_a_run_keep_programs_only_in_a_folder_that_they_share(
+  names, tmp_path, monkeypatch
+):
+  for name in [name for name in os.environ if name.startswith('JAX_')]:
+    monkeypatch.delenv(name)
+  folders = [str(tmp_path / name) if name else '' for name in names]
+  started = start_two(
+    [sys.executable, '-c', PROCESSES, *folders], 1, stdout=subprocess.PIPE, text=True
+  )
+  outputs = [process.communicate(timeout=program.TIMEOUT)[0] for process in started]
+  assert [process.returncode for process in started] == [0, 0]
+  shared = len(set(names)) == 1
+  for output in outputs[: 1 + (names[1] != '')]:
+    line = next(line for line in output.splitlines() if line.startswith('compiled programs'))
+    assert ('0 of earlier runs' if shared else 'not all processes of this run use') in line
+  assert (len(list((tmp_path / 'a').glob('*-cache'))) >= 4) == shared
+  assert not list(tmp_path.glob('*/.run-*'))
 
 
 def test_importing_the_library_leaves_jax_alone():

@@ -12,13 +12,17 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 
 import filelock
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
+from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.terminal import say
@@ -33,6 +37,7 @@ _MINIMA = {
   'jax_persistent_cache_min_entry_size_bytes': -1,
 }
 _FOLDER, _SIZE = 'jax_compilation_cache_dir', 'jax_compilation_cache_max_size'
+_UNLIMITED = 2**62  # bytes; -1 would turn off the files from which later runs see a program's age
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,36 +175,67 @@ def _set(values: dict[str, object]) -> None:
 def kept_programs(config: CompilationConfig, log: Callable[[str], None] = say) -> Iterator[None]:
   """Keep the programs of the block in the configured folder, and then restore JAX's settings.
 
-  If the folder cannot be used, this says so and the block runs without.
+  If the folder cannot be used, this says so and the block runs without. All processes of a run call
+  this together.
 
   Args:
     config: the folder and its size.
     log: called with a line that says where the programs are.
   """
+  folder, line = _choose(config)
+  if jax.process_count() > 1 and not _is_shared(folder) and folder is not None:
+    line = (
+      f'compiled programs: not kept, because not all processes of this run use {folder}. Set '
+      'compilation.cache to a folder that they share.'
+    )
+    folder = None
+  log(line)
+  if folder is None:
+    yield
+    return
+  # XLA's autotuning waits for all processes of a run, so no process may miss a program that another
+  # one has just loaded, and nothing is deleted while they run.
+  former = keep_programs(
+    folder, int(config.cache_gib * 2**30) if jax.process_count() == 1 else _UNLIMITED
+  )
+  try:
+    yield
+  finally:
+    _set(former)
+
+
+def _choose(config: CompilationConfig) -> tuple[pathlib.Path | None, str]:
+  """Return the folder to use, or None for the setting that JAX has, and a line that says why."""
   folder = config.folder
   if not getattr(jax.config, 'jax_enable_compilation_cache'):  # noqa: B009, mypy does not know it
-    log('compiled programs: not kept (JAX_ENABLE_COMPILATION_CACHE)')
-  elif own := getattr(jax.config, _FOLDER):
-    log(f'compiled programs: in {own} ({VARIABLE})')
-  elif folder is None:
-    log("compiled programs: not kept (compilation.cache='')")
-  else:
-    try:
-      count = _open(folder)
-    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
-      log(
-        f'compiled programs: not kept, because {folder} cannot be used ({error}). Set '
-        'compilation.cache to another folder.'
-      )
-    else:
-      log(f'compiled programs: {count} of earlier runs in {folder}')
-      former = keep_programs(folder, int(config.cache_gib * 2**30))
-      try:
-        yield
-      finally:
-        _set(former)
-      return
-  yield
+    return None, 'compiled programs: not kept (JAX_ENABLE_COMPILATION_CACHE)'
+  if own := getattr(jax.config, _FOLDER):
+    return None, f'compiled programs: in {own} ({VARIABLE})'
+  if folder is None:
+    return None, "compiled programs: not kept (compilation.cache='')"
+  try:
+    count = _open(folder)
+  except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
+    return None, (
+      f'compiled programs: not kept, because {folder} cannot be used ({error}). Set '
+      'compilation.cache to another folder.'
+    )
+  return folder, f'compiled programs: {count} of earlier runs in {folder}'
+
+
+def _is_shared(folder: pathlib.Path | None) -> bool:
+  """Return whether all processes of the run use a folder and see the same files in it."""
+  first = jax.process_index() == 0
+  number = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31))))
+  mark = folder / f'.run-{number}' if folder else None
+  if first and mark:
+    mark.touch()
+  processes.barrier('mark the folder of compiled programs')
+  sees = mark is not None and mark.exists()
+  shared = bool(np.all(multihost_utils.process_allgather(np.array(sees))))
+  if first and mark:
+    mark.unlink(missing_ok=True)
+  return shared
 
 
 def _open(folder: pathlib.Path) -> int:

@@ -167,6 +167,25 @@ def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
   return make
 
 
+@pytest.fixture(scope='session')
+def load(tiny_hf_folder):
+  """`load(family)` returns the family's tiny model on one device, loaded once per session."""
+  import jax
+
+  import cai_jax
+  from cai_jax.runtime.mesh import make_mesh
+
+  loaded = {}
+
+  def get(family):
+    if family not in loaded:
+      mesh = make_mesh(1, devices=jax.devices()[:1])
+      loaded[family] = cai_jax.load(tiny_hf_folder(family), mesh=mesh)
+    return loaded[family]
+
+  return get
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> str:
   """Each key of FAMILIES in turn."""

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cai_jax.pipeline import build, check_run, default_stages, run_stages
+from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.rate import run_command
@@ -147,6 +148,8 @@ def main(argv: Sequence[str]) -> None:
     if _DRY_RUN.value:
       check_run(run, stages)
       log(describe_plan(run))
+      if note := resolve_engine(run, True)[1]:
+        log(note)
       return
     run_stages(run, stages, log)
     summary = run.workdir / 'evaluation' / 'summary.json'

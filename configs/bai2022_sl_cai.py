@@ -16,7 +16,6 @@ Scaled:    the same recipe on one machine, with a small model, a few prompts and
              --config.sampling.initial.max_tokens=32 --config.sampling.critique.max_tokens=32 \\
              --config.sampling.revision.max_tokens=32 --config.engine.slots=4 \\
              --config.feedback.max_rate.truncated=1 \\
-             --config.engine.prefill_tokens=256 --config.engine.prefill_width=64 \\
              --config.train.dtype=float32 --config.train.attention=blocks \\
              --config.train.remat=none --config.train.batch_size=4 \\
              --config.train.accumulation=1 --config.train.max_length=512

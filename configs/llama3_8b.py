@@ -5,9 +5,10 @@ Command:   python launch.py --config=configs/llama3_8b.py --workdir=runs/llama3_
              --config.prompts.helpful.source=helpful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
 Hardware:  meant for one GPU with 80 GB, such as an H100. By the sizes of the arrays, sampling takes
-           16 GB of parameters and up to 40 GiB of caches; training takes 32 GB of float32
-           parameters, and little more for adapters. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95,
-           because jax reserves only 75 % of the memory by default
+           16 GB of parameters, and caches in most of the rest (128 KiB a token); training takes
+           32 GB of float32 parameters, and little more for adapters. Set
+           XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, because jax reserves only 75 % of the memory by
+           default
 Expected:  not run yet
 """
 
@@ -33,13 +34,6 @@ def get_config():
   config.sampling.initial.max_tokens = 512
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 512
-
-  # A cached token takes 32 layers × 8 heads × 128 × 2 × 2 bytes = 128 KiB, so a slot of 2,048
-  # tokens takes 256 MiB. A step reads all parameters, so 128 slots cost little more than one.
-  config.engine.slots = 128
-  config.engine.cache_gib = 40.0  # beside 15 GiB of parameters
-  config.engine.prefill_tokens = 2048  # products large enough for a GPU
-  config.engine.prefill_width = 128  # tokens of one slot that attention reads at once: a request
 
   # All parameters would need 128 GB for themselves, their gradients and their moments. Adapters on
   # every linear layer learn the revisions in 32 GB and a few.

@@ -36,8 +36,6 @@ def get_config():
     stage.update(AS_RECOMMENDED, max_tokens=256)
   config.engine.slots = 208  # per host, of up to 1,536 tokens: 14.2 of 15.75 GiB per chip
   config.engine.cache_gib = 10.0
-  config.engine.prefill_tokens = 1024
-  config.engine.prefill_width = 128
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 64

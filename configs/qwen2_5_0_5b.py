@@ -25,9 +25,6 @@ def get_config():
 
   for stage in config.sampling.values():
     stage.update(AS_RECOMMENDED, max_tokens=256)
-  config.engine.slots = 64
-  config.engine.prefill_tokens = 512
-  config.engine.prefill_width = 64
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 16

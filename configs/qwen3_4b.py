@@ -5,8 +5,8 @@ Command:   python launch.py --config=configs/qwen3_4b.py --workdir=runs/qwen3_4b
              --config.prompts.helpful.source=helpful.jsonl \\
              --config.prompts.eval_harmful.source=held_out.jsonl
 Hardware:  meant for one GPU with 80 GB, such as an H100. By the sizes of the arrays, sampling takes
-           8 GB of parameters and up to 40 GiB of caches; training takes 64 GB of float32
-           parameters, gradients and moments, and 3 GB of activations. Set
+           8 GB of parameters, and caches in most of the rest (144 KiB a token); training takes
+           64 GB of float32 parameters, gradients and moments, and 3 GB of activations. Set
            XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, because jax reserves only 75 % of the memory by
            default. If memory is short, train adapters as configs/llama3_8b.py does
 Expected:  not run yet
@@ -38,13 +38,6 @@ def get_config():
   config.sampling.initial.max_tokens = 512
   config.sampling.critique.max_tokens = 256
   config.sampling.revision.max_tokens = 512
-
-  # A cached token takes 36 layers × 8 heads × 128 × 2 × 2 bytes = 144 KiB, so a slot of 2,048
-  # tokens takes 288 MiB. A step reads all parameters, so 128 slots cost little more than one.
-  config.engine.slots = 128
-  config.engine.cache_gib = 40.0  # beside 8 GiB of parameters
-  config.engine.prefill_tokens = 2048  # products large enough for a GPU
-  config.engine.prefill_width = 128  # tokens of one slot that attention reads at once: a request
 
   config.train.dtype = 'bfloat16'
   config.train.max_length = 1024  # a prompt of up to 512 tokens with the longest answer

@@ -49,7 +49,6 @@ def get_config():
   config.sampling.initial.max_tokens = 128  # with 96, about half of the replies were cut
   config.sampling.critique.max_tokens = 64
   config.sampling.revision.max_tokens = 192  # with 128, 62 % were cut, and those are not learned
-  config.engine.slots = 24  # a decode step of more rows takes longer, and the last ones wait less
 
   config.train.max_length = 512
   config.train.batch_size = 2  # rows of 512 tokens, about five examples

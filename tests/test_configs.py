@@ -30,7 +30,7 @@ from cai_jax.pipeline.schema import (
 )
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten
-from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.config import SIZES, EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.judge_server import JudgeServer
@@ -198,7 +198,10 @@ def test_fields_and_defaults_of_version_1_are_kept():
     *_, defect = name.split('.')
     del fields[f'feedback.max_rate.{quality.RENAMED.get(defect, defect)}']
   # The device chooses the kernel since 0.2.0, and runs that have begun keep theirs.
-  assert before.pop('train.attention') == 'blocks' and fields['train.attention'] == 'auto'
+  assert before.pop('train.attention') == 'blocks' and fields.pop('train.attention') == 'auto'
+  # So it does the engine's sizes, and a run that has begun keeps those of its config.json.
+  for name in SIZES:
+    assert before.pop(f'engine.{name}', 0) != fields.pop(f'engine.{name}') == 'auto'
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'data.d_cai', 'train.loss'}
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
@@ -237,6 +240,8 @@ def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
   config = default.get_config()
   for name, limit in tree['feedback']['max_rate'].items():  # 1 in version 1
     config.feedback.max_rate[quality.RENAMED.get(name, name)] = limit
+  config.train.attention = tree['train']['attention']  # 'auto' by now, as the engine's sizes
+  config.engine.update({name: value for name, value in tree['engine'].items() if name in SIZES})
   expected = pipeline.build(config, tmp_path)
   assert 'version' not in tree and run.config == expected.config
   assert run.values == expected.values and run.settings('report') == expected.settings('report')

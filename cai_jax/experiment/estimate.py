@@ -215,8 +215,8 @@ def estimate_disk(
 def _describe_cost(
   runs: Mapping[pathlib.Path, tuple[pipeline.Run, Sequence[str]]], num_turns: int
 ) -> str:
-  """Return one line with the time and memory that unfinished runs need, measured on the first."""
-  run = next(iter(runs.values()))[0]
+  """Return the time and memory that unfinished runs need, measured on the first of them."""
+  run, note = pipeline.resolve_engine(next(iter(runs.values()))[0], True)
   with pipeline.open_models(run) as models_by_role:
     turns_per_second, example_tokens, slot_tokens = _measure_sampling(run, models_by_role)
     base = models_by_role['base']
@@ -227,7 +227,7 @@ def _describe_cost(
   memory = PROCESS_GIB
   if isinstance(base, LM):
     engine = run.config.engine
-    caches = engine.slots * cache_bytes(base, slot_tokens, engine.slack)
+    caches = engine.slots * cache_bytes(base, slot_tokens, engine.slack, engine.page_tokens)
     memory += min(caches / 2**30, engine.cache_gib)
     # Training holds the result, the initial parameters, two moments, the gradient, and two copies
     # while it saves a checkpoint.
@@ -237,6 +237,7 @@ def _describe_cost(
     f'about {seconds / 60:.1f} minutes here: {sampling / 60:.1f} sampling '
     f'({turns_per_second:,.0f} turns per second, measured on a few chains), '
     f'{training / 60:.1f} training ({len(training_runs)} runs); about {memory:.1f} GiB of memory'
+    + (f'\n{note}' if note else '')
   )
 
 

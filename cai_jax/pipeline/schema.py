@@ -245,7 +245,7 @@ def section_fields(section: type) -> Iterator[Field]:
       metadata.get('renamed', {}),
       metadata.get('most'),
       metadata.get('path', False),
-      FROM_MODEL if section is SamplingConfig else None,
+      FROM_MODEL if section is SamplingConfig else metadata.get('word'),
     )
 
 

@@ -11,6 +11,7 @@ import jax
 from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.contents import check_products
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
+from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
@@ -81,8 +82,12 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   _check_manifest(run, stages, manifest)
   if 'train' in stages and not manifest.done('train'):
     log(describe_training(run))
-  served = run
   asking = [n for n in stages if n in ('generate', 'evaluate') and not manifest.done(n)]
+  resolve = functools.partial(resolve_engine, run, bool(asking))
+  run, note = processes.run_on_all_processes('choose the sizes of the engine', resolve)
+  if note:
+    log(note)
+  served = run
   if run.remotes and asking:
     served = check_servers(run, asking, log if is_first else lambda line: None)
   if run.config.evaluation.judge_remote and 'evaluate' in asking:

@@ -1,5 +1,8 @@
-"""Peak speed and memory use of devices."""
+"""Kind, memory and peak speed of devices."""
 
+import dataclasses
+import os
+import pathlib
 import resource
 import time
 from collections.abc import Sequence
@@ -23,6 +26,50 @@ PEAKS = {
   'NVIDIA H200': 989e12,
   'NVIDIA B200': 2250e12,
 }
+
+# Memory of an accelerator that does not say how much it has: that of a TPU v5e chip, the least of
+# the devices that this code was written for.
+UNKNOWN_MEMORY = 16 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What the defaults of a device depend on.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    kind: name of the model, such as 'NVIDIA H200'.
+    memory: bytes that programs may use.
+  """
+
+  platform: str
+  kind: str
+  memory: int
+
+
+def describe_device(device: jax.Device) -> Device:
+  """Return the platform, kind and memory of a device of this process.
+
+  The CPU devices of a process share the host's memory, so each counts with an equal part of it.
+
+  Args:
+    device: a device of this process.
+  """
+  if device.platform == 'cpu':
+    memory = _host_memory() // len(jax.local_devices(backend='cpu'))
+  else:
+    memory = (device.memory_stats() or {}).get('bytes_limit', UNKNOWN_MEMORY)
+  return Device(device.platform, device.device_kind, memory)
+
+
+def _host_memory() -> int:
+  """Return the bytes of memory that this host has, or that its container allows."""
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  try:
+    limit = int(pathlib.Path('/sys/fs/cgroup/memory.max').read_text())
+  except (OSError, ValueError):  # not in a container, or one without a limit ('max')
+    return memory
+  return min(memory, limit)
 
 
 def peak_flops(devices: Sequence[jax.Device], dtype: str) -> float | None:

@@ -7,7 +7,12 @@ from typing import Any
 
 
 def setting(
-  default: Any, doc: str, added: bool = False, most: float | None = None, path: bool = False
+  default: Any,
+  doc: str,
+  added: bool = False,
+  most: float | None = None,
+  path: bool = False,
+  word: str | None = None,
 ) -> Any:
   """Return a dataclass field with a default and its documentation.
 
@@ -21,8 +26,9 @@ def setting(
     most: largest value that a config may give, so that a mistyped size is refused at the start.
     path: whether the value can be a path, or a tuple of paths. Such a value is expanded when the
       settings of a run are built.
+    word: a text that the field may have instead of a value of its type, such as 'auto'.
   """
-  metadata = {'doc': doc, 'added': added, 'most': most, 'path': path}
+  metadata = {'doc': doc, 'added': added, 'most': most, 'path': path, 'word': word}
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -37,7 +37,7 @@ def convert(
     if isinstance(value, str) and value == word:
       return value
     if isinstance(value, str) and hint is not str:
-      raise _wrong_type(value, name, f'{_describe_hint(hint)} or {word!r}')
+      raise _wrong_type(value, name, _describe_hint(hint, word))
   if typing.get_origin(hint) is tuple:
     return _convert_tuple(value, typing.get_args(hint), name, most)
   number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -53,7 +53,7 @@ def convert(
     return float(_check_number(value, name, most or LARGEST[float]))
   if hint is str and isinstance(value, str):
     return _check_text(value, name)
-  raise _wrong_type(value, name, _KINDS[hint])
+  raise _wrong_type(value, name, _describe_hint(hint, word))
 
 
 def convert_fields(settings: Any, section: str) -> None:
@@ -68,8 +68,9 @@ def convert_fields(settings: Any, section: str) -> None:
   """
   hints = _type_hints(settings.__class__)
   for field in dataclasses.fields(settings):
-    value, most = getattr(settings, field.name), field.metadata.get('most')
-    value = convert(value, hints[field.name], f'{section}: {field.name}', most)
+    value, metadata = getattr(settings, field.name), field.metadata
+    limits = metadata.get('most'), metadata.get('word')
+    value = convert(value, hints[field.name], f'{section}: {field.name}', *limits)
     object.__setattr__(settings, field.name, value)
 
 
@@ -88,8 +89,9 @@ _KINDS = {
 _TUPLE = 'a tuple, such as () or (x,)'
 
 
-def _describe_hint(hint: Any) -> str:
-  return _TUPLE if typing.get_origin(hint) is tuple else _KINDS[hint]
+def _describe_hint(hint: Any, word: str | None) -> str:
+  kind = _TUPLE if typing.get_origin(hint) is tuple else _KINDS[hint]
+  return kind if word is None else f'{kind} or {word!r}'
 
 
 def _convert_tuple(value: Any, hints: tuple, name: str, most: float | None) -> tuple:

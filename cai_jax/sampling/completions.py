@@ -16,14 +16,13 @@ from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.values import convert
+from cai_jax.sampling.auto import resolve_for
 from cai_jax.sampling.config import EngineConfig, round_up_length
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
-
-MAX_SLOTS = 64  # slots of the default engine
 
 
 def generate(
@@ -54,8 +53,8 @@ def generate(
     style: 'chat' (the tokenizer's template) or 'plain'; how dialogues are rendered.
     template_options: (name, value) pairs for the chat template, such as
       ('enable_thinking', False).
-    engine: sizes of the compiled programs. By default the number of slots is that of the prompts,
-      at most 64.
+    engine: sizes of the compiled programs. By default they suit the model and its devices, and
+      there are no more slots than prompts.
     journal: where completions are stored and looked up.
 
   Returns:
@@ -77,14 +76,19 @@ def generate(
   chains = dict(_chains(turns))
   longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
   length = min(round_up_length(longest), max(lm.config.max_positions, longest))
-  shards = batch_shards(lm.mesh)
-  config = engine or EngineConfig(slots=-(-min(len(prompts), MAX_SLOTS) // shards) * shards)
+  config = engine or _default_sizes(lm, len(prompts))
   results = dict(
     Engine({'base': lm}, length=length, seed=seed, config=config, journal=journal).run(
       chains.items()
     )
   )
   return [results[chain_id] for chain_id in chains]
+
+
+def _default_sizes(lm: LM, prompts: int) -> EngineConfig:
+  """Return the sizes that suit a model and its devices, with at most a slot for each prompt."""
+  config, shards = resolve_for(EngineConfig(), [lm]), batch_shards(lm.mesh)
+  return dataclasses.replace(config, slots=min(config.slots, -(-prompts // shards) * shards))
 
 
 def _make_turns(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -16,6 +17,8 @@ from cai_jax.sampling.caches import cache_bytes, on_cpu
 MIN_ROWS, MIN_HALF_ROWS = 64, 32  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
+AUTO = 'auto'  # stands for a size that `cai_jax.sampling.auto` derives from device and models
+SIZES = ('slots', 'cache_gib', 'prefill_tokens', 'prefill_width', 'page_tokens', 'longest_burst')
 
 
 def round_up_length(tokens: int) -> int:
@@ -23,36 +26,39 @@ def round_up_length(tokens: int) -> int:
   return -(-tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
+def _size(doc: str, added: bool = False, most: float | None = None) -> Any:
+  """Return a field for a number of an engine's sizes, which is 'auto' by default."""
+  return setting(AUTO, doc, added, most, word=AUTO)
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
   """Sizes of the compiled sampling programs.
 
-  They affect speed and memory, and change results only by rounding.
+  They affect speed and memory, and change results only by rounding. `'auto'` stands for what suits
+  the device and the models. It is replaced by a number when a run first samples, and a run that
+  continues uses the numbers of its `config.json` again.
 
   Raises:
-    UserError: if a value is out of range.
+    UserError: if a value is neither 'auto' nor in range.
   """
 
-  slots: int = setting(64, 'Maximum number of chains in flight.', most=100_000)
-  cache_gib: float = setting(
-    8.0,
+  slots: int = _size('Maximum number of chains in flight.', most=100_000)
+  cache_gib: float = _size(
     'Memory for key-value caches on each device, in GiB. If it is too small for all slots, the '
     'engine uses fewer.',
   )
-  prefill_tokens: int = setting(
-    128, 'Number of tokens of a prefill chunk, over all slots.', most=1_000_000
+  prefill_tokens: int = _size(
+    'Number of tokens of a prefill chunk, over all slots.', most=1_000_000
   )
-  prefill_width: int = setting(
-    16, 'Number of tokens of one slot that attention processes together during prefill.'
+  prefill_width: int = _size(
+    'Number of tokens of one slot that attention processes together during prefill.'
   )
-  page_tokens: int = setting(
-    64,
+  page_tokens: int = _size(
     'Number of tokens of a page of the cache. A slot gets pages as its context grows.',
     added=True,
   )
-  longest_burst: int = setting(
-    32, 'Maximum number of decode steps before the host looks for stop texts.'
-  )
+  longest_burst: int = _size('Maximum number of decode steps before the host looks for stop texts.')
   spare_tokens: int = setting(
     0,
     'Extra cache tokens per slot, for replies that become longer when another model with another '
@@ -61,13 +67,18 @@ class EngineConfig:
 
   def __post_init__(self):
     convert_fields(self, 'engine')
-    positive = ('prefill_tokens', 'prefill_width', 'page_tokens', 'longest_burst')
-    for name in ('slots', 'cache_gib', *positive):
+    for name in SIZES:
       value = getattr(self, name)
-      if not 0 < value < math.inf or (name != 'cache_gib' and value < 1):
-        raise UserError(f'engine: {name}={value} must be positive.')
+      if value != AUTO and not 0 < value < math.inf:
+        raise UserError(f"engine: {name}={value} must be 'auto' or a positive number.")
     if self.spare_tokens < 0:
       raise UserError(f'engine: spare_tokens={self.spare_tokens} must be at least 0.')
+
+  @property
+  def unresolved(self) -> tuple[str, ...]:
+    """The names of the fields that are 'auto'. The methods below need numbers."""
+    names = (field.name for field in dataclasses.fields(self))
+    return tuple(name for name in names if getattr(self, name) == AUTO)
 
   @property
   def rewind(self) -> int:

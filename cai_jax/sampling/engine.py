@@ -19,6 +19,7 @@ import numpy as np
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.auto import resolve_for
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.journal import Journal, check_sampler, digest
 from cai_jax.sampling.noise import SAMPLER
@@ -82,7 +83,7 @@ class Engine:
     length: number of tokens of a slot's cache: the maximum length of a context and its reply,
       without the shared prefix.
     seed: seed of all sampling.
-    config: sizes of the compiled programs.
+    config: sizes of the compiled programs; 'auto' takes what suits the models and their devices.
     journal: where finished turns are stored and looked up; None disables it.
     stops: for each model, the token ids and texts that end all of its replies.
     prefixes: for each model, the token ids of the prefixes that many contexts share. They are
@@ -120,6 +121,7 @@ class Engine:
       check_sampler(journal.folder)
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
     tokens = [prefix_capacity(p) * len(p) for p in shared.values()]
+    config = resolve_for(config, list(local.values()))
     self.slots, share = config.slots, 1.0
     if local:
       self.slots, share = config.fit(list(local.values()), length, tokens)

@@ -45,7 +45,9 @@ from cai_jax.cli import short_errors
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
+from cai_jax.runtime.hardware import Device
 from cai_jax.runtime.mesh import AXES, make_mesh
+from cai_jax.sampling import auto
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
@@ -117,8 +119,10 @@ def sampling_job(
     parts = chips.hosts
     mesh = sampler.host_mesh(config.mesh.to_dict(), chips, chips.first_host())
   lm = sampler.abstract_lm(model, mesh, config.model.dtype)
-  engine = EngineConfig(**config.engine)
-  slots = args.slots or engine.fit([lm], args.length, [sum(args.prefixes)])
+  device = Device('tpu', chips.name, int(chips.chip.memory))
+  load = auto.measure_load([(model, config.model.dtype)], mesh)
+  engine = auto.resolve(EngineConfig(**config.engine), device, load)  # as a run on the slice does
+  slots = args.slots or engine.fit([lm], args.length, [sum(args.prefixes)])[0]
   return sampler.Sampler(lm, engine, slots, args.length, tuple(args.prefixes)), parts
 
 

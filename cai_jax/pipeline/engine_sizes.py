@@ -1,0 +1,95 @@
+"""The sizes of a run's sampling programs, in place of 'auto' in its config.
+
+They are chosen when the run first samples, and stored in its `config.json`. A run that continues
+uses them again, also on another machine, because on accelerators they decide the last bits of
+log-probabilities.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.families.family import config_from_hf
+from cai_jax.model.folder import find_folder, read_hf_config
+from cai_jax.pipeline.models import local_mesh
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
+from cai_jax.runtime.hardware import describe_device
+from cai_jax.runtime.mesh import check_batch
+from cai_jax.sampling import auto
+from cai_jax.sampling.config import AUTO, EngineConfig
+from cai_jax.tiny.files import model_path
+
+
+def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
+  """Return the run with a number in place of each 'auto' in `engine`.
+
+  Args:
+    run: the run. Its models have been checked.
+    samples: whether the run is going to sample. Otherwise only what an earlier start has stored is
+      filled in.
+
+  Returns:
+    The run, and a line that says what the numbers are and where they come from; '' if there is
+    nothing to say.
+
+  Raises:
+    UserError: if `config.json` is damaged, or its number of slots does not divide over the devices.
+  """
+  given = run.config.engine
+  stored = _read_stored(run.workdir / 'config.json', given)
+  engine = kept = dataclasses.replace(given, **stored)
+  parts = []
+  if samples and given.unresolved:
+    mesh = local_mesh(run)
+    device = describe_device(mesh.local_devices[0])
+    load = auto.measure_load(_models(run), mesh)
+    engine, own = (auto.resolve(config, device, load) for config in (kept, given))
+    check_batch(engine.slots, mesh, 'engine.slots')
+    if stored:
+      parts.append(f'engine, as this run began: {_show(engine, tuple(stored))}')
+    if others := [name for name in stored if stored[name] != getattr(own, name)]:
+      parts.append(f'this device alone would get {_show(own, others)}')
+    if kept.unresolved:
+      place = f'{device.kind} with {device.memory / auto.GIB:.1f} GiB'
+      parts.append(f'engine for {place}: {_show(engine, kept.unresolved)}')
+  config = dataclasses.replace(run.config, engine=engine)
+  values = {**run.values, 'engine': dataclasses.asdict(engine)}
+  return dataclasses.replace(run, config=config, values=values), '; '.join(parts)
+
+
+def _show(engine: EngineConfig, names: Sequence[str]) -> str:
+  return ', '.join(f'{name}={getattr(engine, name)}' for name in names)
+
+
+def _read_stored(path: pathlib.Path, given: EngineConfig) -> dict[str, Any]:
+  """Return the numbers of an earlier start for the fields that are 'auto' now."""
+  if not given.unresolved or not path.exists():
+    return {}
+  section = read_json(path).get('engine', {})
+  try:
+    if not isinstance(section, dict):
+      raise UserError('engine is no section')
+    stored = {name: section.get(name, AUTO) for name in given.unresolved}
+    engine = EngineConfig(**stored)
+  except UserError as error:
+    raise UserError(
+      f'{path} is damaged: {str(error).rstrip(".")}. Restore it, or give a number for each of '
+      f'engine.{", engine.".join(given.unresolved)}.'
+    ) from None
+  return {name: getattr(engine, name) for name in stored if name not in engine.unresolved}
+
+
+def _models(run: Run) -> list[tuple[ModelConfig, str]]:
+  """Return shape and dtype of the models that sample together in this process.
+
+  M_aligned answers alone, and has the shape of one of the others or the place that they leave.
+  """
+  section = run.config.model
+  names = {name for name in (section.base, section.critique, section.revision) if name}
+  names = names or {name for name in (section.aligned or section.init,) if name}
+  folders = [find_folder(model_path(name), ('config.json',)) for name in sorted(names)]
+  return [(config_from_hf(read_hf_config(folder)), section.dtype) for folder in folders]

@@ -1,0 +1,162 @@
+"""The engine's sizes that suit a device and models, in place of 'auto'.
+
+Everything here is a pure function of its arguments, so the sizes for any device can be computed
+without having one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.lm import LM
+from cai_jax.runtime.hardware import Device, describe_device
+from cai_jax.runtime.mesh import batch_shards
+from cai_jax.sampling.config import EngineConfig
+
+GIB = 2**30
+# Tokens that a slot's cache holds on average, for a choice of slots. A chain with replies of 256
+# to 512 tokens ends with 1,000 to 2,000, and pages are given out as it grows.
+SLOT_TOKENS = 1024
+
+
+class Sizes(NamedTuple):
+  """The sizes for a kind of device.
+
+  Attributes:
+    least_slots: the fewest slots of a batch shard. If their caches do not fit, the engine lowers
+      the number once it knows how long they are.
+    most_slots: the most slots of a batch shard.
+    cache_share: share for caches of the memory that the parameters leave. The rest is for logits,
+      activations and what else the process holds.
+    prefill_tokens: tokens of a prefill chunk of a batch shard.
+    prefill_width: tokens of one slot that attention processes together.
+    page_tokens: tokens of a page of the cache.
+    longest_burst: decode steps before the host looks at the tokens.
+  """
+
+  least_slots: int
+  most_slots: int
+  cache_share: float
+  prefill_tokens: int
+  prefill_width: int
+  page_tokens: int
+  longest_burst: int
+
+
+# The time of a step on a CPU grows with its rows from the 64 on for which programs are compiled
+# (`EngineConfig.row_sizes`), so more slots gain little, and chains that start together wait for
+# each other's prefill. A chunk that is mixed with 64 decoded rows is as long as a few requests. The
+# host has no delay that longer bursts would hide. Half of the memory is left to the process itself,
+# to training and to other programs. Devices that are no GPU and no TPU get these sizes, too.
+CPU = Sizes(
+  least_slots=64,
+  most_slots=64,
+  cache_share=0.5,
+  prefill_tokens=256,
+  prefill_width=32,
+  page_tokens=64,
+  longest_burst=32,
+)
+# On an accelerator a decode step of a small batch takes as long as reading the parameters. On one
+# H200 (1B parameters, bf16), 256 slots sampled in 10.1 s what 64 slots sampled in 22.3 s, and more
+# than 256 were not tried. There, a chunk of 128 tokens took 2.0 ms and one of 1,024 took 8.0 ms,
+# and a burst cost 3.5 to 7 ms on the host beside steps of 2 to 5 ms. So chunks and bursts are long;
+# a burst ends early when enough turns have ended. Requests have up to about 128 tokens. Compiled
+# for v5e, Llama 3 8B's programs fit beside caches of 81 % of the memory that its parameters leave
+# (experiments/RESULTS.md, 9.75 of 12.0 GiB).
+ACCELERATOR = Sizes(
+  least_slots=64,
+  most_slots=256,
+  cache_share=0.8,
+  prefill_tokens=1024,
+  prefill_width=128,
+  page_tokens=64,
+  longest_burst=64,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """What the models that sample together take on each device.
+
+  Attributes:
+    parameters: bytes of all parameters.
+    token: bytes of a cached token, in all layers of all models; 0 if no model is in memory.
+    shards: number of batch shards of the mesh.
+  """
+
+  parameters: int = 0
+  token: int = 0
+  shards: int = 1
+
+
+def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
+  """Return what models take on each device of a mesh.
+
+  Args:
+    models: shape and dtype of each model.
+    mesh: the mesh that holds them.
+  """
+  parameters = token = 0
+  for config, dtype in models:
+    width = jnp.dtype(dtype).itemsize
+    parameters += config.num_params * width // (mesh.shape['fsdp'] * mesh.shape['tensor'])
+    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    token += values * width // mesh.shape['tensor']
+  return Load(parameters, token, batch_shards(mesh))
+
+
+def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
+  """Return the config with a number in place of each 'auto'. Given numbers stay.
+
+  Args:
+    config: the config.
+    device: each device of the mesh.
+    load: what the models take on it.
+  """
+  accelerated = device.platform in ('gpu', 'tpu')
+  sizes, groups = (ACCELERATOR, load.shards) if accelerated else (CPU, 1)
+  cache_gib = config.cache_gib
+  if 'cache_gib' in config.unresolved:
+    free = max(device.memory - load.parameters, 0) / GIB
+    # Steps of a quarter of a GiB, since the free memory differs a little between starts.
+    cache_gib = max(int(4 * free * sizes.cache_share) / 4, 0.25)
+  values = {
+    'slots': _count_slots(sizes, cache_gib * GIB, load) * groups,
+    'cache_gib': cache_gib,
+    'prefill_tokens': sizes.prefill_tokens * groups,
+    'prefill_width': sizes.prefill_width,
+    'page_tokens': sizes.page_tokens,
+    'longest_burst': sizes.longest_burst,
+  }
+  values['slots'] = -(-values['slots'] // load.shards) * load.shards
+  return dataclasses.replace(config, **{name: values[name] for name in config.unresolved})
+
+
+def _count_slots(sizes: Sizes, cache: float, load: Load) -> int:
+  """Return the largest power of two of slots, within the limits, that a shard's cache holds."""
+  slots = sizes.least_slots
+  while load.token and 2 * slots <= min(sizes.most_slots, cache / (load.token * SLOT_TOKENS)):
+    slots *= 2
+  return slots
+
+
+def resolve_for(config: EngineConfig, models: Sequence[LM]) -> EngineConfig:
+  """Return the config with a number in place of each 'auto', for models in memory.
+
+  Args:
+    config: the config.
+    models: the models, on meshes of the same devices; without any, servers hold them all.
+  """
+  if not config.unresolved:
+    return config
+  if not models:
+    return resolve(config, describe_device(jax.local_devices()[0]), Load())
+  mesh = models[0].mesh
+  load = measure_load([(lm.config, lm.dtype) for lm in models], mesh)
+  return resolve(config, describe_device(mesh.local_devices[0]), load)

@@ -101,7 +101,8 @@ def test_cpu_devices_of_a_process_share_the_memory():
   assert 0 < 8 * one.memory <= total
 
 
-def test_an_engine_by_itself_takes_the_sizes_of_its_models(lm):
+def test_an_engine_by_itself_takes_the_sizes_of_its_models(random_model):
+  lm = models.load(random_model)
   engine = Engine({'base': lm}, length=64, seed=0)
   load = measure_load([(lm.config, lm.dtype)], lm.mesh)
   expected = resolve(EngineConfig(), describe_device(lm.mesh.local_devices[0]), load)

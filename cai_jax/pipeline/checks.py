@@ -23,7 +23,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.runtime.packages import check_packages
-from cai_jax.sampling.config import AUTO
 from cai_jax.sampling.journal import check_sampler
 from cai_jax.scoring.judge import JUDGES
 from cai_jax.tiny.files import model_path
@@ -182,7 +181,7 @@ def _make_dialogues(run: Run, infos: Mapping[str, models.ModelInfo]) -> dict[str
 def _check_devices(run: Run) -> None:
   """Check that batches divide over the devices, and that the attention kernel runs on them."""
   mesh, train = global_mesh(run), run.config.train
-  if run.config.engine.slots != AUTO:
+  if 'slots' not in run.config.engine.unresolved:
     check_batch(run.config.engine.slots, local_mesh(run), 'engine.slots')
   rows = train.batch_size // train.accumulation
   check_batch(rows, mesh, 'train.batch_size / train.accumulation')

@@ -64,7 +64,8 @@ def check(files: Files, run: Run) -> None:
       assert is_widened or type(value) is type(got[name]), name
   config = run.config
   check_values(config)
-  assert 1 <= config.feedback.rounds <= 1000 and 1 <= config.engine.slots <= 100_000
+  assert 1 <= config.feedback.rounds <= 1000
+  assert config.engine.slots == 'auto' or 1 <= config.engine.slots <= 100_000
   assert 0 <= config.seed < 2**63 and config.train.batch_size % config.train.accumulation == 0
   for stage in dataclasses.fields(config.sampling):
     sampling = getattr(config.sampling, stage.name)
@@ -82,6 +83,8 @@ def check_values(settings: Any) -> None:
       check_values(value)
     elif isinstance(value, tuple):
       assert all('\0' not in text for text in value if isinstance(text, str)), field.name
+    elif field.metadata.get('word') is not None and value == field.metadata['word']:
+      continue
     elif field.type in (int, float, bool, str):
       assert type(value) is field.type, f'{field.name}={value!r}'
       assert field.type is not int or field.name == 'seed' or abs(value) < 2**31, field.name
@@ -103,7 +106,11 @@ CONFIG = Reader(
     values(feedback={'rounds': 1, 'demonstrations': True}, evaluation={'judge': 'tiny'}),
     values(sampling={'critique': {'stop': ['a', 'b']}}),
     values(train={'checkpoint_every': 0, 'log_every': 1, 'keep': 2, 'epochs': 1}),
-    values(engine={'slots': 8, 'spare_tokens': 0}, prompts={'harmful': {'limit': 3}}, mesh={}),
+    values(
+      engine={'slots': 8, 'cache_gib': 'auto', 'spare_tokens': 0},
+      prompts={'harmful': {'limit': 3}},
+      mesh={},
+    ),
     values(model={'base': 'tiny', 'critique': ''}, constitution={'path': 'tiny', 'ids': []}),
   ],
   read=read,

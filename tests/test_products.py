@@ -1,4 +1,4 @@
-"""Products and norms: their own gradients agree with JAX's, and CPUs compute them in bf16."""
+"""Gradients of products, norms and activations agree with JAX's; CPUs compute products in bf16."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax.model.norm import rms_norm
+from cai_jax.model.elementwise import rms_norm, swiglu
 from cai_jax.model.precision import einsum_f32
 
 EQUATIONS = {  # → shapes of the factors
@@ -82,5 +82,23 @@ def test_gradients_of_the_norm_agree_with_jax(shape, dtype):
   np.testing.assert_allclose(*(z.astype(jnp.float32) for z in (out, expected)), rtol=tolerance)
   for ours, theirs in zip(backward(g), pull_back(g), strict=True):
     assert ours.dtype == theirs.dtype
+    ours, theirs = (np.asarray(z, np.float32) for z in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradients_of_the_gated_activation_agree_with_jax(dtype):
+  gate, up, g = (3 * x for x in factors([(4, 8, 32)] * 3, dtype))
+
+  def definition(gate, up):
+    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+  out, backward = jax.vjp(swiglu, gate, up)
+  expected, pull_back = jax.vjp(definition, gate, up)
+  assert out.dtype == gate.dtype
+  tolerance = 1e-6 if dtype == 'float32' else 2**-6
+  scale = np.abs(np.asarray(expected)).max()
+  np.testing.assert_allclose(out.astype(np.float32), expected, rtol=tolerance, atol=1e-3 * scale)
+  for ours, theirs in zip(backward(g), pull_back(g.astype(jnp.float32)), strict=True):
     ours, theirs = (np.asarray(z, np.float32) for z in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())

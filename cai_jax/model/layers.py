@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cai_jax.model.attention.rotary import rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.norm import rms_norm
+from cai_jax.model.elementwise import rms_norm, swiglu
 from cai_jax.model.precision import einsum_f32, sum_entries
 
 PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
@@ -170,7 +170,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [B,T,D] for x [B,T,D]."""
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nnx.Module):

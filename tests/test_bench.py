@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from experiments.bench import chains as chains_lib
-from experiments.bench import driver, generation, models, roofline, training, worker
+from experiments.bench import (
+  driver,
+  generation,
+  models,
+  roofline,
+  training,
+  training_systems,
+  worker,
+)
 from experiments.bench import examples as examples_lib
 from experiments.bench.chains import ChainSettings
 
@@ -143,11 +151,11 @@ def trained(folder):
     ask = functools.partial(lambda state, op, **r: worker.handle(state, {'op': op, **r}), {})
     ask(
       'load',
-      system=training.SYSTEMS[system],
+      system=training_systems.SYSTEMS[system],
       folder=str(folder),
       dtype='float32',
       platform='cpu',
-      options=training.system_options(system, args, WORK),
+      options=training_systems.options(system, args, WORK),
     )
     asks[system] = ask
   return asks, examples, packed
@@ -193,7 +201,8 @@ def test_all_systems_have_the_same_losses_padded_or_packed(trained):
   asks, examples, packed = trained
   batches = {'ours': 0, 'hf_padded': 4, 'hf_packed': 2}
   size = len(examples) // len(packed)
-  comparison = training.compare_losses(asks, batches, examples, packed, size)
+  losses = training.common_losses(asks, batches, examples, packed, size)
+  comparison = training.compare_losses(losses)
   training.check_agreement(comparison, 'float32')
   assert len(set(comparison['ours']['losses'])) == training.AGREE_STEPS  # steps were taken
   padded = examples_lib.padded_steps(len(examples), len(packed))
@@ -201,11 +210,11 @@ def test_all_systems_have_the_same_losses_padded_or_packed(trained):
     steps = padded if system == 'hf_padded' else packed
     ask('take_examples', examples=examples, steps=steps)
     assert ask('warm', batch=batches[system])['shapes'] == 1
-  runs = training.repeat(asks, batches, WORK.steps, 2)
-  rows = {
-    system: training.summarize(examples, padded if system == 'hf_padded' else packed, runs[system])
-    for system in asks
-  }
+  runs = training.repeat(asks, batches, WORK.steps, 2, {system: {} for system in asks})
+  rows = {}
+  for system, done in runs.items():
+    steps = padded if system == 'hf_padded' else packed
+    rows[system] = training.summarize(examples, steps, done, WORK.steps)
   assert rows['hf_packed']['padding_share'] == 0.0 < rows['ours']['padding_share'] < 0.2
   assert rows['hf_padded']['padding_share'] > rows['ours']['padding_share']
   tokens = [training.count_tokens(examples, packed[at : at + 2])[0] for at in (0, 2)]
@@ -213,6 +222,29 @@ def test_all_systems_have_the_same_losses_padded_or_packed(trained):
   assert rates == [t / s for t, s in zip(tokens, rows['ours']['seconds'], strict=True)]
   assert set(training.ratios(rows)) == {'hf_padded', 'hf_packed'}
   assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_system_that_is_stopped_keeps_its_repetitions_and_the_others_go_on(trained):
+  asks, examples, packed = trained
+  asks['ours']('take_examples', examples=examples, steps=packed)
+  calls = iter([False, True])
+
+  def stop_at_the_second(op, **request):
+    if next(calls):
+      raise driver.TimeLimitError('stopped after 5 s in all.')
+    return asks['ours'](op, **request)
+
+  rows = {'ours': {}, 'trl': {}}
+  asks = {'ours': asks['ours'], 'trl': stop_at_the_second}
+  runs = training.repeat(asks, {'ours': 0, 'trl': 1}, 1, 3, rows)
+  assert [len(runs[system]) for system in ('ours', 'trl')] == [3, 1]
+  assert rows == {'ours': {}, 'trl': {'stopped': 'stopped after 5 s in all.'}}
+  size = {system: training.summarize(examples, packed, runs[system], 1) for system in runs}
+  assert len(size['trl']['seconds']) == 1
+  assert size['trl']['tokens_per_second'][0] * size['trl']['seconds'][0] == pytest.approx(
+    training.count_tokens(examples, packed[:1])[0]
+  )
+  assert set(training.ratios(size)) == {'trl'}
 
 
 def test_a_peer_with_different_losses_is_an_error():

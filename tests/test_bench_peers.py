@@ -112,7 +112,7 @@ def test_a_system_that_exceeds_its_time_is_stopped(tmp_path, monkeypatch):
   process = driver.Process('vllm', sys.executable, 'cpu', budget=budget)
   row = {}
   start = time.monotonic()
-  with generation.reporting('vllm', row):
+  with driver.reporting('vllm', row):
     process.ask('run')
   process.close()
   assert time.monotonic() - start < 30

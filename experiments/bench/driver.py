@@ -131,6 +131,17 @@ class Process:
     self._process.wait()
 
 
+@contextlib.contextmanager
+def reporting(system: str, row: dict) -> Iterator[None]:
+  """Write into a system's row of the result why it was stopped, if its worker is or fails."""
+  try:
+    yield
+  except WorkerError as error:
+    kind = 'stopped' if isinstance(error, TimeLimitError) else 'failed'
+    row[kind] = str(error)
+    log(f'{system} {kind}: {error}')
+
+
 def interleave(names: Sequence[str], repetitions: int) -> Iterator[tuple[int, str]]:
   """Yield (repetition, name): every repetition has all names, and each starts with another one."""
   for repetition in range(repetitions):

@@ -45,6 +45,7 @@ class ExampleSettings:
 # most 78). DIALOGUES has the spread of published dialogues: mean 200, and a tenth over 350.
 EMBEDDED = ExampleSettings(21, 0.34, 16, 0.39, 96)
 DIALOGUES = ExampleSettings(100, 0.7, 60, 0.6, 512)
+LONG_DIALOGUES = ExampleSettings(400, 0.7, 250, 0.6, 2048)
 
 
 def draw(

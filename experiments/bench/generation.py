@@ -48,7 +48,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def repeat(
     if system not in asks:
       continue
     row = rows[system]
-    with reporting(system, row):
+    with driver.reporting(system, row):
       reply = asks[system]('run', batch=row['batch'], seed=repetition, warm=False)
       memory = asks[system]('memory')
       row |= {name: memory[name] for name in ('life_peak_bytes', 'device_peak_bytes')}
@@ -144,7 +144,7 @@ def compare_models(
   logits, greedy = {}, {}
   for system, ask in list(asks.items()):
     file = workdir.resolve() / f'logits_{system}.npy'
-    with reporting(system, results[system]):
+    with driver.reporting(system, results[system]):
       greedy[system] = ask('agree', tokens=tokens, count=16, file=str(file))['greedy']
       logits[system] = np.load(file)
       file.unlink()
@@ -203,17 +203,6 @@ def plan_chains(
   return settings, prefix, chains
 
 
-@contextlib.contextmanager
-def reporting(system: str, row: dict) -> Iterator[None]:
-  """Write into a system's row of the result why it was stopped, if its worker is or fails."""
-  try:
-    yield
-  except driver.WorkerError as error:
-    kind = 'stopped' if isinstance(error, driver.TimeLimitError) else 'failed'
-    row[kind] = str(error)
-    log(f'{system} {kind}: {error}')
-
-
 def warm_up(
   args: argparse.Namespace, folder, prefix, chains, rows: dict[str, dict], stack
 ) -> dict[str, Ask]:
@@ -233,7 +222,7 @@ def warm_up(
   asks = {}
   for system, row in rows.items():
     budget = driver.Budget(args.time_limit)
-    with reporting(system, row):
+    with driver.reporting(system, row):
       trials, sizes = {}, systems.rows_to_try(system, args)
       if len(sizes) > 1:
         trials = systems.time_rows(system, args, folder, prefix, chains, budget)

@@ -7,12 +7,18 @@ Command:   python -m experiments.bench.training --model=M --workdir=runs/bench \
            --model=tiny --hf_padded=32 --hf_packed=4 are the fastest batches there; several values
              are tried
            --dtype=bfloat16; --row_length=1024 for longer rows
+           --peers=trl --trl_python=T/bin/python
+           --platform=cuda --model=1B --dtype=bfloat16 --peers=hf_packed,hf_padded --time_limit=90
 Hardware:  any; RESULTS.md has results of two CPU cores
 Systems:   ours: packed rows, best fit
            hf_padded: Hugging Face transformers with the step of its Trainer and torch's fused
              AdamW; micro-batches of 8 examples, padded to the longest
            hf_packed: the same with our rows, one by one and without padding, as TRL's `bfd` with
              batches of one; transformers masks by positions
+           trl: `SFTTrainer` of TRL 1.16 at its fastest settings: our rows, packed without padding
+             (`bfd`), and no gradient checkpointing. It needs its own environment:
+               python -m venv T && T/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.24.0
+             (for CPUs with --index-url https://download.pytorch.org/whl/cpu for torch)
            tunix: `PeftTrainer` of google-tunix 0.1.7, one padded batch per step, which needs its
              own environment (--tunix_python)
 Method:    examples are sampled once, with lengths like those of D_CAI. Every system trains once on
@@ -22,7 +28,9 @@ Method:    examples are sampled once, with lengths like those of D_CAI. Every sy
            at a time. After one warm-up each, the repetitions alternate between the systems, each
            with the next steps. Ratios compare tokens per second of the same repetition. No system
            uses gradient checkpointing; parameters and moments are f32 (with bfloat16, those of
-           Tunix are bfloat16 too); memory is in huge pages for all.
+           Tunix are bfloat16 too); memory is in huge pages for all. On a GPU, each system runs
+           alone from start to end, ours first, because its memory does not hold them all. A system
+           that has used --time_limit seconds in all is stopped, and the others go on.
 
 Prints JSON, also written to the workdir, and a table on stderr.
 """
@@ -30,25 +38,20 @@ Prints JSON, also written to the workdir, and a table on stderr.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Sequence
 
 from cai_jax.data import packing
-from experiments.bench import driver, models
+from experiments.bench import driver, models, training_systems
 from experiments.bench import examples as examples_lib
 from experiments.bench.driver import Ask, log
 from experiments.bench.examples import Example, ExampleSettings, Rows
+from experiments.bench.training_systems import PACKED
 
-OPTIMIZER = dict(learning_rate=1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
-SYSTEMS = {  # → the worker's name for it
-  'ours': 'ours_training',
-  'hf_padded': 'hf_training',
-  'hf_packed': 'hf_training',
-  'tunix': 'tunix_training',
-}
+DEFAULT_PEERS = ('hf_padded', 'hf_packed')  # they need no other environment
 AGREE_STEPS = 3
 TOLERANCE = 1e-4  # relative difference of losses in f32
 
@@ -76,6 +79,7 @@ WORK = {
   'tiny': Work(examples_lib.EMBEDDED, row_length=256, rows=16, accumulation=4, steps=10),
   'S': Work(examples_lib.EMBEDDED, row_length=128, rows=4, accumulation=1, steps=2),
   'M': Work(examples_lib.DIALOGUES, row_length=512, rows=4, accumulation=4, steps=1),
+  '1B': Work(examples_lib.LONG_DIALOGUES, row_length=2048, rows=8, accumulation=1, steps=4),
 }
 
 
@@ -106,73 +110,10 @@ def count_tokens(examples: Sequence[Example], steps: Sequence[Rows]) -> tuple[in
   return tokens, tokens - sum(e.prompt for e in trained)
 
 
-def system_options(system: str, args: argparse.Namespace, work: Work) -> dict:
-  """Return the options of a system's constructor."""
-  options = {
-    'ours': {
-      'rows': work.rows,
-      'length': work.row_length,
-      'train': {'accumulation': work.accumulation, **json.loads(args.train)},
-    },
-    'hf_padded': {'packed': False, 'attention': args.hf_attention},
-    'hf_packed': {'packed': True, 'attention': args.hf_attention},
-    'tunix': {'longest': work.lengths.longest, 'multiple': args.tunix_multiple},
-  }[system]
-  return {'optimizer': OPTIMIZER, **options}
-
-
-def start_worker(
-  system: str, args: argparse.Namespace, work: Work, folder: pathlib.Path
-) -> tuple[driver.Process, dict]:
-  """Start a worker, load its model, and return it with its reply to loading."""
-  python = args.tunix_python if system == 'tunix' else sys.executable
-  process = driver.Process(
-    SYSTEMS[system],
-    python,
-    args.platform,
-    # All systems allocate temporary memory in each step. With small pages this takes a tenth of the
-    # time or more, so large arrays use pages of 2 MB.
-    GLIBC_TUNABLES='glibc.malloc.hugetlb=1',
-    JAX_COMPILATION_CACHE_DIR=str(pathlib.Path(args.workdir).absolute() / f'compiled_{system}'),
-  )
-  loaded = process.ask(
-    'load',
-    system=SYSTEMS[system],
-    folder=str(folder),
-    dtype=args.dtype,
-    platform=args.platform,
-    options=system_options(system, args, work),
-  )
-  return process, loaded
-
-
-def time_batches(
-  system: str,
-  args: argparse.Namespace,
-  work: Work,
-  folder: pathlib.Path,
-  examples: Sequence[Example],
-  steps: list[Rows],
-  sizes: Sequence[int],
-) -> dict[int, float]:
-  """Return the seconds of the first repetition's steps with each size of micro-batches."""
-  process, _ = start_worker(system, args, work, folder)
-  seconds = {}
-  try:
-    process.ask('take_examples', examples=examples, steps=steps[: work.steps])
-    for size in sizes:
-      process.ask('warm', batch=size)
-      seconds[size] = process.ask('train', first=0, stop=work.steps, batch=size)['seconds']
-      log(f'{system}, trial with {size} rows at a time: {seconds[size]:.2f} s')
-  finally:
-    process.close()  # so that the trials do not count in the peak memory
-  return seconds
-
-
-def compare_losses(
+def common_losses(
   asks: dict[str, Ask], batches: dict[str, int], examples, packed: list[Rows], size: int
-) -> dict[str, dict]:
-  """Train all systems on the same few steps and compare their losses with ours.
+) -> dict[str, list[float]]:
+  """Train all systems on the same few steps and return their losses.
 
   Args:
     asks: system → function that sends requests to its worker.
@@ -184,10 +125,15 @@ def compare_losses(
   common = examples_lib.common_steps(packed, size, AGREE_STEPS)
   losses = {}
   for system, ask in asks.items():
-    steps = common if system in ('ours', 'hf_packed') else examples_lib.unpack_rows(common)
+    steps = common if system in PACKED else examples_lib.unpack_rows(common)
     ask('take_examples', examples=examples, steps=steps)
     losses[system] = ask('train', first=0, stop=AGREE_STEPS, batch=batches[system])['losses']
     log(f'{system}, losses: {losses[system]}')
+  return losses
+
+
+def compare_losses(losses: dict[str, list[float]]) -> dict[str, dict]:
+  """Return the losses of each system with their largest relative difference from ours."""
   comparison = {}
   for system, theirs in losses.items():
     pairs = zip(theirs, losses['ours'], strict=True)
@@ -207,7 +153,11 @@ def check_agreement(comparison: dict[str, dict], dtype: str) -> None:
 
 
 def repeat(
-  asks: dict[str, Ask], batches: dict[str, int], steps: int, repetitions: int
+  asks: dict[str, Ask],
+  batches: dict[str, int],
+  steps: int,
+  repetitions: int,
+  rows: dict[str, dict],
 ) -> dict[str, list[dict]]:
   """Run every system `repetitions` times, alternating, and return its workers' replies.
 
@@ -216,20 +166,23 @@ def repeat(
     batches: system → rows of a micro-batch.
     steps: steps of a repetition; each repetition continues with the next ones.
     repetitions: number of repetitions.
+    rows: the result of each system; that of one that fails or uses up its time says so.
   """
   runs: dict[str, list[dict]] = {system: [] for system in asks}
   for repetition, system in driver.interleave(list(asks), repetitions):
+    if len(runs[system]) < repetition:
+      continue  # it was stopped
     first = repetition * steps
-    reply = asks[system]('train', first=first, stop=first + steps, batch=batches[system])
-    runs[system].append(reply)
-    log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.2f} s')
+    with driver.reporting(system, rows[system]):
+      reply = asks[system]('train', first=first, stop=first + steps, batch=batches[system])
+      runs[system].append(reply)
+      log(f'{system}, repetition {repetition + 1} of {repetitions}: {reply["seconds"]:.2f} s')
   return runs
 
 
-def summarize(examples: Sequence[Example], steps: list[Rows], runs: list[dict]) -> dict:
-  """Summarize a system's runs over its steps."""
-  size = len(steps) // len(runs)
-  counts = [count_tokens(examples, steps[i : i + size]) for i in range(0, len(steps), size)]
+def summarize(examples: Sequence[Example], steps: list[Rows], runs: list[dict], size: int) -> dict:
+  """Summarize a system's runs, each over the next `size` of its steps."""
+  counts = [count_tokens(examples, steps[i : i + size]) for i in range(0, size * len(runs), size)]
   token_rates = [tokens / run['seconds'] for (tokens, _), run in zip(counts, runs, strict=True)]
   target_rates = [targets / run['seconds'] for (_, targets), run in zip(counts, runs, strict=True)]
   return {
@@ -246,11 +199,11 @@ def summarize(examples: Sequence[Example], steps: list[Rows], runs: list[dict]) 
 
 def ratios(systems: dict[str, dict]) -> dict[str, dict[str, float]]:
   """Return the spread of our tokens per second divided by each peer's, paired by repetition."""
-  rates = {system: row['tokens_per_second'] for system, row in systems.items()}
+  rates = {system: row.get('tokens_per_second', []) for system, row in systems.items()}
   ours = rates.pop('ours')
+  pairs = {system: list(zip(ours, theirs, strict=False)) for system, theirs in rates.items()}
   return {
-    system: driver.spread([a / b for a, b in zip(ours, theirs, strict=True)])
-    for system, theirs in rates.items()
+    system: driver.spread([a / b for a, b in paired]) for system, paired in pairs.items() if paired
   }
 
 
@@ -283,50 +236,82 @@ def benchmark(args: argparse.Namespace) -> dict:
   folder = models.model_folder(args.model, workdir)
   hf = json.loads((folder / 'config.json').read_text())
   examples, packed = plan_steps(work, args.repetitions, hf['vocab_size'])
-  padded = examples_lib.padded_steps(len(examples), len(packed))
-  steps = {'ours': packed, 'hf_packed': packed, 'hf_padded': padded, 'tunix': padded}
   systems = ['ours', *(name for name in args.peers.split(',') if name)]
   result = {
     'model': args.model,
     'dtype': args.dtype,
     'work': dataclasses.asdict(work),
-    'optimizer': OPTIMIZER,
+    'optimizer': training_systems.OPTIMIZER,
     'train': json.loads(args.train),
     'examples': {'count': len(examples), **examples_lib.describe(examples)},
     'machine': driver.describe_machine(),
+    'time_limit': args.time_limit,
     'systems': {system: {} for system in systems},
   }
-  sizes = {'hf_padded': args.hf_padded, 'hf_packed': args.hf_packed}
-  chosen = {}
-  for system in systems:
-    candidates, trials = sizes.get(system, [0]), {}
-    if len(candidates) > 1:
-      trials = time_batches(system, args, work, folder, examples, steps[system], candidates)
-    chosen[system] = min(trials, key=trials.get) if trials else candidates[0]
-    result['systems'][system] |= {'rows_at_once': chosen[system], 'trial_seconds': trials}
-  with contextlib.ExitStack() as stack:
-    asks = {}
-    for system in systems:
-      process, loaded = start_worker(system, args, work, folder)
-      stack.callback(process.close)
-      asks[system] = process.ask
-      result['systems'][system]['versions'] = loaded['versions']
-    size = len(examples) // len(packed)
-    result['agreement'] = compare_losses(asks, chosen, examples, packed, size)
-    check_agreement(result['agreement'], args.dtype)
-    for system, ask in asks.items():
-      ask('take_examples', examples=examples, steps=steps[system])
-      warm = ask('warm', batch=chosen[system])
-      result['systems'][system] |= {'warm_up_seconds': warm['seconds'], 'shapes': warm['shapes']}
-      log(f'{system}, warm-up of {warm["shapes"]} shapes: {warm["seconds"]:.1f} s')
-    runs = repeat(asks, chosen, work.steps, args.repetitions)
-    for system in systems:
-      result['systems'][system] |= summarize(examples, steps[system], runs[system])
-      memory = asks[system]('memory')
-      memory.pop('seconds')
-      result['systems'][system] |= memory
+  losses = {}
+  groups = [systems] if args.platform == 'cpu' else [[system] for system in systems]
+  for group in groups:
+    rows = {system: result['systems'][system] for system in group}
+    losses |= run_together(args, work, folder, examples, packed, rows)
+    if 'ours' in losses:
+      result['agreement'] = compare_losses(losses)
+      check_agreement(result['agreement'], args.dtype)
   result['ratios'] = ratios(result['systems'])
   return result
+
+
+def run_together(
+  args: argparse.Namespace,
+  work: Work,
+  folder: pathlib.Path,
+  examples: Sequence[Example],
+  packed: list[Rows],
+  rows: dict[str, dict],
+) -> dict[str, list[float]]:
+  """Time some systems, whose repetitions alternate, and return their losses of the same steps.
+
+  Args:
+    args: the command line.
+    work: the training work.
+    folder: of the model.
+    examples: all examples.
+    packed: all packed steps.
+    rows: the result of each system, which is added to. A system that fails or uses up its time is
+      left out of the rest, and its row says why.
+  """
+  padded = examples_lib.padded_steps(len(examples), len(packed))
+  steps = {system: packed if system in PACKED else padded for system in rows}
+  asks, chosen, losses, runs = {}, {}, {}, {system: [] for system in rows}
+  with contextlib.ExitStack() as stack:
+    for system, row in rows.items():
+      with driver.reporting(system, row):
+        budget = driver.Budget(args.time_limit)
+        start = functools.partial(training_systems.start, system, args, work, folder, budget)
+        sizes, trials = training_systems.sizes_to_try(system, args), {}
+        if len(sizes) > 1:
+          trial = steps[system][: work.steps]
+          trials = training_systems.time_batches(system, start, examples, trial, sizes)
+        chosen[system] = min(trials, key=trials.get) if trials else sizes[0]
+        row |= {'rows_at_once': chosen[system], 'trial_seconds': trials}
+        process, loaded = start()
+        stack.callback(process.close)
+        row['versions'] = loaded['versions']
+        size = len(examples) // len(packed)
+        losses |= common_losses({system: process.ask}, chosen, examples, packed, size)
+        process.ask('take_examples', examples=examples, steps=steps[system])
+        warm = process.ask('warm', batch=chosen[system])
+        row |= {'warm_up_seconds': warm['seconds'], 'shapes': warm['shapes']}
+        log(f'{system}, warm-up of {warm["shapes"]} shapes: {warm["seconds"]:.1f} s')
+        asks[system] = process.ask
+    runs = repeat(asks, chosen, work.steps, args.repetitions, rows)
+    for system, ask in asks.items():
+      if runs[system]:
+        rows[system] |= summarize(examples, steps[system], runs[system], work.steps)
+        with driver.reporting(system, rows[system]):
+          memory = ask('memory')
+          memory.pop('seconds')
+          rows[system] |= memory
+  return losses
 
 
 def format_table(result: dict) -> str:
@@ -334,13 +319,16 @@ def format_table(result: dict) -> str:
   work = result['work']
   lines = [
     f'{result["model"]}, {result["dtype"]}, {result["examples"]["count"]} examples, '
-    f'{len(result["systems"]["ours"]["seconds"])} × {work["steps"]} steps; ours: {work["rows"]} '
+    f'{work["steps"]} steps at a time; ours: {work["rows"]} '
     f'rows of {work["row_length"]}; {result["machine"]["cores"]} cores',
     f'{"system":10}{"seconds":>9}{"tokens/s":>10}{"targets/s":>11}{"padding":>9}{"GB":>7}'
     f'{"others":>8}{"ours ×":>21}{"loss off":>10}',
   ]
   for system, row in result['systems'].items():
-    peak = row['peak_bytes'] or row['life_peak_bytes']
+    if 'seconds' not in row:
+      lines.append(f'{system:10} {row.get("stopped") or row.get("failed")}')
+      continue
+    peak = row.get('device_peak_bytes') or row['peak_bytes'] or row.get('life_peak_bytes', 0)
     lines.append(
       f'{system:10}{statistics.median(row["seconds"]):9.2f}'
       f'{statistics.median(row["tokens_per_second"]):10.1f}'
@@ -354,9 +342,8 @@ def format_table(result: dict) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
   """Return the parser of the command line."""
-  peers = [system for system in SYSTEMS if system != 'ours']
   parser = driver.make_parser(
-    'experiments.bench.training', __doc__, 'runs/bench_training', list(WORK), peers
+    'experiments.bench.training', __doc__, 'runs/bench_training', list(WORK), DEFAULT_PEERS
   )
   for name, meaning in (
     ('row_length', 'tokens of our rows'),
@@ -367,18 +354,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(f'--{name}', type=int, help=f'{meaning}; the default depends on the model')
   parser.add_argument('--train', default='{}', help='JSON with further fields of TrainConfig')
   parser.add_argument(
-    '--hf_padded',
-    type=driver.parse_integers,
-    default=[8],
-    help='examples of a padded micro-batch; 0 means the whole step',
+    '--time_limit', type=float, default=1800.0, help='seconds that each system may take in all'
   )
-  parser.add_argument(
-    '--hf_packed', type=driver.parse_integers, default=[1], help='rows of a packed micro-batch'
-  )
-  parser.add_argument('--hf_attention', default='sdpa', choices=('sdpa', 'eager'))
-  parser.add_argument(
-    '--tunix_multiple', type=int, default=128, help='round lengths up to a multiple, in tokens'
-  )
+  training_systems.add_flags(parser)
   return parser
 
 

@@ -32,6 +32,7 @@ SYSTEMS = {  # → module
   'tunix': 'tunix_sampler',
   'ours_training': 'ours_training',
   'hf_training': 'hf_training',
+  'trl_training': 'trl_training',
   'tunix_training': 'tunix_training',
 }
 

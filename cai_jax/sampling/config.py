@@ -76,9 +76,8 @@ class EngineConfig:
 
   @property
   def unresolved(self) -> tuple[str, ...]:
-    """The names of the fields that are 'auto'. The methods below need numbers."""
-    names = (field.name for field in dataclasses.fields(self))
-    return tuple(name for name in names if getattr(self, name) == AUTO)
+    """The names of the sizes that are 'auto'. The methods below need numbers."""
+    return tuple(name for name in SIZES if getattr(self, name) == AUTO)
 
   @property
   def rewind(self) -> int:

@@ -29,7 +29,7 @@ def pages_of(length: int, window: int | None, slack: int, page_tokens: int) -> i
   Args:
     length: number of tokens of the row.
     window: the layer's window; None means no limit.
-    slack: number of tokens that windowed layers keep beyond their window.
+    slack: number of tokens beyond its window for which a windowed layer has room.
     page_tokens: number of tokens of a page.
   """
   if window is not None:
@@ -45,7 +45,7 @@ def cache_bytes(lm: LM, length: int, slack: int, page_tokens: int = 1) -> int:
   Args:
     lm: the model.
     length: number of tokens of the cache.
-    slack: number of tokens that windowed layers keep beyond their window.
+    slack: number of tokens beyond its window for which a windowed layer has room.
     page_tokens: number of tokens of a page.
   """
   config = lm.config

@@ -85,10 +85,16 @@ class EngineConfig:
     return REWIND
 
   @property
-  def slack(self) -> int:
+  def undo(self) -> int:
     """Number of tokens that windowed layers keep beyond their window, to undo recent writes."""
-    # prefill_tokens is rounded as in `chunk`.
-    return -(-self.prefill_tokens // 8) * 8 + self.longest_burst + self.rewind
+    return self.longest_burst + self.rewind
+
+  @property
+  def slack(self) -> int:
+    """Number of tokens beyond its window for which a windowed layer has room."""
+    # prefill_tokens is rounded as in `chunk_sizes`.
+    chunk = max(-(-self.prefill_tokens // 16) * 16, MIN_ROWS)
+    return self.undo + max(self.longest_burst, chunk)
 
   def mixes(self, slots: int, lm: LM) -> bool:
     """Return whether a step with decoded rows may also prefill.

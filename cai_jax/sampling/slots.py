@@ -448,7 +448,7 @@ class LocalModel:
       slots.sampled[slot] += count
       slots.active[slot] = burst.active[row]
       for pool in self._pools:
-        pool.forget(slot, len(self.cached[slot]) - self._base[slot], self.config.slack)
+        pool.forget(slot, len(self.cached[slot]) - self._base[slot], self.config.undo)
     seconds, stats = time.perf_counter() - begin, self.stats
     self.step_seconds = seconds / max(int(burst.steps), 1)
     if not running.compiled:
@@ -515,7 +515,7 @@ class LocalModel:
       cached.extend(new)
       self.stats.prefilled_tokens += len(new)
       for pool in self._pools:
-        pool.forget(slot, len(cached) - int(self._base[slot]), self.config.slack)
+        pool.forget(slot, len(cached) - int(self._base[slot]), self.config.undo)
     return groups
 
   def _chunk_tokens(self) -> int:

@@ -32,7 +32,13 @@ ONE_B = Load(int(2.5e9), 32 * 1024)
 EIGHT_B = Load(int(16e9) // 4, 128 * 1024 // 4)
 SPLIT_06B = Load(int(1.2e9), 112 * 1024, 4)
 GIVEN = EngineConfig(
-  slots=8, cache_gib=1.5, prefill_tokens=32, prefill_width=8, page_tokens=16, longest_burst=4
+  slots=8,
+  cache_gib=1.5,
+  prefill_tokens=32,
+  prefill_width=8,
+  page_tokens=16,
+  longest_burst=4,
+  attention='pages',
 )
 
 
@@ -81,6 +87,15 @@ def test_numbers_that_are_given_win():
   # The slots are those that the given cache holds.
   assert resolve(EngineConfig(cache_gib=2.0), H200, ONE_B).slots == 64
   assert resolve(EngineConfig(cache_gib=5.0), H200, ONE_B).slots == 128
+
+
+def test_the_kernel_for_tpus_is_chosen_where_pages_have_its_size():
+  load = dataclasses.replace(ONE_B, attention='ragged')
+  assert resolve(EngineConfig(), V5E, load).attention == 'ragged'
+  assert resolve(EngineConfig(page_tokens=24), V5E, load).attention == 'pages'
+  assert resolve(EngineConfig(attention='pages'), V5E, load).attention == 'pages'
+  with pytest.raises(UserError, match='flash'):
+    EngineConfig(attention='flash')
 
 
 def test_load_is_what_each_device_holds(random_model):
@@ -161,7 +176,7 @@ def test_a_run_prints_and_stores_its_sizes_and_continues_with_them_elsewhere(sta
   engine, stored, lines = start(H200)
   assert engine.slots == 8 * 256 and engine.prefill_tokens == 8 * 1024 and not engine.unresolved
   assert stored == dataclasses.asdict(engine)
-  values = ', '.join(f'{name}={getattr(engine, name)}' for name in SIZES)
+  values = ', '.join(f'{name}={getattr(engine, name)}' for name in (*SIZES, 'attention'))
   assert lines == [f'engine for NVIDIA H200 with 104.8 GiB: {values}']
   again, stored, (line,) = start(V5E)
   assert again == engine and stored == dataclasses.asdict(engine)
@@ -174,7 +189,7 @@ def test_a_given_number_replaces_the_stored_one(start):
   engine, stored, _ = start(V5E, slots=64, cache_gib=2.0)
   assert (engine.slots, engine.cache_gib) == (64, 2.0) == (stored['slots'], stored['cache_gib'])
   assert engine == dataclasses.replace(first, slots=64, cache_gib=2.0)
-  assert start(CPU, **{name: getattr(GIVEN, name) for name in SIZES})[2] == []
+  assert start(CPU, **dataclasses.asdict(GIVEN))[2] == []
 
 
 def test_an_older_folder_keeps_its_numbers(start, tmp_path):

@@ -226,6 +226,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'compilation.cache_gib',
   }
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
+  added.add('engine.attention')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}
   assert set(fields) - set(before) == added | {'feedback.topicality'}
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from cai_jax.model.attention import paged, ragged  # noqa: F401  # both register themselves
+from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.attention.paged import View, attend_paged, make_view
 from cai_jax.model.attention.rotary import rotary_angles
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import Cache, Prefixes, Step, windows_of
@@ -90,7 +91,7 @@ class Transformer(nnx.Module):
         D as it splits the parameters, and each device would compute the logits of all rows.
       remat: what the backward pass recomputes, a key of `REMAT`. It has no effect with a cache.
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
-        with the masks that the cache uses.
+        with masks. With a cache: name of the attention to the cache; None means 'pages'.
       allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
         branch. Excludes `cache`, `segment_ids` and `attention`.
 
@@ -113,15 +114,16 @@ class Transformer(nnx.Module):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
     windows = windows_of(self.config)
+    cached = CACHED['pages' if attention is None else attention] if cache is not None else None
     kernel = None
-    if attention is not None:
+    if attention is not None and cache is None:
       mesh = None if sharding is None else sharding.mesh
       kernel = bind_kernel(attention, segment_ids, mesh)
 
     def angles_and_views():
       views = [None] * len(windows)
       if cache is not None:
-        views = self._cache_views(positions, cache, step, prefixes)
+        views = self._cache_views(positions, cache, step, prefixes, cached)
       elif kernel is None or KERNELS[attention].takes_mask:
         visible = allowed
         if segment_ids is not None:
@@ -138,7 +140,7 @@ class Transformer(nnx.Module):
       if cache is not None:
         shared = () if prefixes is None else [entry.cache[layer] for entry in prefixes.entries]
         return functools.partial(
-          attend_paged, prefixes=shared, view=view, window=window, width=width, mesh=sharding.mesh
+          cached.attend, prefixes=shared, view=view, window=window, width=width, mesh=sharding.mesh
         )
       if kernel is not None:
         return functools.partial(kernel, window=window, **({} if view is None else {'mask': view}))
@@ -160,14 +162,18 @@ class Transformer(nnx.Module):
       new_cache.append(blocks)
     return self.norm(x, cache is not None), None if cache is None else tuple(new_cache)
 
-  def _cache_views(self, positions, cache, step, prefixes) -> list[View]:
-    """Return the View of each window of `windows_of`."""
+  def _cache_views(self, positions, cache, step, prefixes, cached) -> list[Any]:
+    """Return the view of each window of `windows_of`."""
     if prefixes is None:
       prefixes = Prefixes((), jnp.full(positions.shape, -1))
-    sizes = [len(block.k) // len(positions) for block in cache[0]]
-    page = cache[0][0].k.shape[-1]
+    page = cache[0][0][0].shape[cached.page_axis]
+
+    def sizes(window):
+      layer = next(i for i in range(self.config.num_layers) if self.config.window(i) == window)
+      return [len(block[0]) // len(positions) for block in cache[layer]]
+
     return [
-      make_view(positions, step, i, prefixes, sizes, page, window)
+      cached.make_view(positions, step, i, prefixes, sizes(window), page, window)
       for i, window in enumerate(windows_of(self.config))
     ]
 

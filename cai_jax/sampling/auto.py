@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from cai_jax.model.attention.cached import choose_cached
+from cai_jax.model.attention.ragged import PAGE_MULTIPLE
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.hardware import Device, describe_device
 from cai_jax.runtime.mesh import batch_shards
-from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.config import AUTO, EngineConfig
 
 GIB = 2**30
 # Tokens that a slot's cache holds on average, for a choice of slots. A chain with replies of 256
@@ -88,11 +90,13 @@ class Load:
     parameters: bytes of all parameters.
     token: bytes of a cached token, in all layers of all models; 0 if no model is in memory.
     shards: number of batch shards of the mesh.
+    attention: name of the attention to the cache, for pages of a size that it supports.
   """
 
   parameters: int = 0
   token: int = 0
   shards: int = 1
+  attention: str = 'pages'
 
 
 def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
@@ -108,7 +112,10 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
     parameters += config.num_params * width // (mesh.shape['fsdp'] * mesh.shape['tensor'])
     values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     token += values * width // mesh.shape['tensor']
-  return Load(parameters, token, batch_shards(mesh))
+  page = ACCELERATOR.page_tokens
+  names = {choose_cached(AUTO, config, dtype, page, mesh) for config, dtype in models}
+  attention = names.pop() if len(names) == 1 else 'pages'
+  return Load(parameters, token, batch_shards(mesh), attention)
 
 
 def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
@@ -126,12 +133,14 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     free = max(device.memory - load.parameters, 0) / GIB
     # Steps of a quarter of a GiB, since the free memory differs a little between starts.
     cache_gib = max(int(4 * free * sizes.cache_share) / 4, 0.25)
+  page = sizes.page_tokens if 'page_tokens' in config.unresolved else config.page_tokens
   values = {
     'slots': _count_slots(sizes, cache_gib * GIB, load) * groups,
     'cache_gib': cache_gib,
     'prefill_tokens': sizes.prefill_tokens * groups,
     'prefill_width': sizes.prefill_width,
-    'page_tokens': sizes.page_tokens,
+    'page_tokens': page,
+    'attention': 'pages' if page % PAGE_MULTIPLE else load.attention,
     'longest_burst': sizes.longest_burst,
   }
   values['slots'] = -(-values['slots'] // load.shards) * load.shards

@@ -10,17 +10,14 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.cache import LayerCache, init_block, windows_of
+from cai_jax.model.attention.cached import CACHED
+from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, check_batch
 
-# On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].
-# With any other input or output layout, every call would copy the whole cache twice.
-TPU_LAYOUT: Any = LayerCache(Layout((0, 3, 1, 2)), Layout((0, 2, 1, 3)))  # type: ignore[arg-type]
-
-Block = tuple[LayerCache, ...]  # for each layer with the same window, its pages
+Block = tuple[Any, ...]  # for each layer with the same window, its pages
 
 
 def pages_of(length: int, window: int | None, slack: int, page_tokens: int) -> int:
@@ -72,20 +69,26 @@ def on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == 'cpu'
 
 
-def cache_format(mesh: Mesh, spec: P) -> LayerCache:
-  """Return the sharding of a layer's keys and values and, on TPUs, their layout.
+def cache_format(mesh: Mesh, attention: str, shared: bool) -> tuple[Any, ...]:
+  """Return the sharding of the arrays of a layer's pages and, on TPUs, their layout.
 
   Args:
     mesh: the model's mesh.
-    spec: how the heads and pages of the cache are split.
+    attention: name of the attention to the cache.
+    shared: whether all batch shards have the same pages; otherwise the pages are split over them.
   """
-  sharding: Any = NamedSharding(mesh, spec)
+  entry = CACHED[attention]
+  split = P(*((None,) if shared else BATCH), *(None,) * (entry.heads - 1), 'tensor')
+  sharding = NamedSharding(mesh, split)
   if mesh.devices.flat[0].platform != 'tpu':
-    return LayerCache(sharding, sharding)
-  return LayerCache(*(Format(layout, sharding) for layout in TPU_LAYOUT))  # type: ignore[arg-type]
+    return (sharding,) * len(entry.layouts)
+  layouts = [None if order is None else Layout(order) for order in entry.layouts]
+  return tuple(sharding if layout is None else Format(layout, sharding) for layout in layouts)
 
 
-def allocate_block(lm: LM, window: int | None, pages: int, page_tokens: int) -> Block:
+def allocate_block(
+  lm: LM, window: int | None, pages: int, page_tokens: int, attention: str = 'pages'
+) -> Block:
   """Allocate pages of zeros for all layers with one window.
 
   Pages are split over the mesh's batch axes, and heads over `tensor`.
@@ -95,17 +98,20 @@ def allocate_block(lm: LM, window: int | None, pages: int, page_tokens: int) -> 
     window: the window of the layers.
     pages: number of pages over all batch shards.
     page_tokens: number of tokens of a page.
+    attention: name of the attention to the cache.
 
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
   assert window in windows_of(lm.config)
   layers = sum(lm.config.window(i) == window for i in range(lm.config.num_layers))
-  return _allocate(lm, layers, pages, page_tokens, P(*BATCH, 'tensor'))
+  return _allocate(lm, layers, pages, page_tokens, attention, False)
 
 
 def allocate_prefix(lm: LM, capacity: int) -> Block:
   """Allocate an empty cache for one shared prefix, replicated over batch shards.
+
+  It has one page, as the attention 'pages' stores it: all rows read it together.
 
   Args:
     lm: the model.
@@ -114,7 +120,7 @@ def allocate_prefix(lm: LM, capacity: int) -> Block:
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
-  return _allocate(lm, lm.config.num_layers, 1, capacity, P(None, 'tensor'))
+  return _allocate(lm, lm.config.num_layers, 1, capacity, 'pages', True)
 
 
 def check_rows(lm: LM, rows: int) -> None:
@@ -140,15 +146,22 @@ def _check_heads(lm: LM) -> None:
     )
 
 
-def _allocate(lm: LM, layers: int, pages: int, size: int, spec: P) -> Block:
+def _allocate(lm: LM, layers: int, pages: int, size: int, attention: str, shared: bool) -> Block:
   _check_heads(lm)
-  layout = cache_format(lm.mesh, spec)
-  return _allocate_program(lm.config, layers, pages, size, cache_dtype(lm), layout)()
+  formats = cache_format(lm.mesh, attention, shared)
+  return _allocate_program(lm.config, layers, pages, size, cache_dtype(lm), attention, formats)()
 
 
 @functools.cache
 def _allocate_program(
-  config: ModelConfig, layers: int, pages: int, size: int, dtype: jnp.dtype, layout: LayerCache
+  config: ModelConfig,
+  layers: int,
+  pages: int,
+  size: int,
+  dtype: jnp.dtype,
+  attention: str,
+  formats: tuple[Any, ...],
 ) -> Callable:
-  init = lambda: (init_block(config, pages, size, dtype),) * layers  # noqa: E731
-  return jax.jit(init, out_shardings=(layout,) * layers)
+  init = lambda: (CACHED[attention].init(config, pages, size, dtype),) * layers  # noqa: E731
+  structure = jax.tree.structure(jax.eval_shape(init))
+  return jax.jit(init, out_shardings=jax.tree.unflatten(structure, formats * layers))

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from cai_jax.model.attention.cached import CACHED, choose_cached
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
@@ -59,6 +60,13 @@ class EngineConfig:
     added=True,
   )
   longest_burst: int = _size('Maximum number of decode steps before the host looks for stop texts.')
+  attention: str = setting(
+    'auto',
+    "How steps attend to the cache: `'pages'`, XLA's products, on every device; `'ragged'`, JAX's "
+    "ragged paged attention, a kernel for TPUs. `'auto'` means the kernel on TPUs that can run it, "
+    "and otherwise `'pages'`.",
+    added=True,
+  )
   spare_tokens: int = setting(
     0,
     'Extra cache tokens per slot, for replies that become longer when another model with another '
@@ -71,6 +79,8 @@ class EngineConfig:
       value = getattr(self, name)
       if value != AUTO and not 0 < value < math.inf:
         raise UserError(f"engine: {name}={value} must be 'auto' or a positive number.")
+    if self.attention != AUTO:
+      CACHED[self.attention]  # raises a UserError if there is no such entry
     if self.spare_tokens < 0:
       raise UserError(f'engine: spare_tokens={self.spare_tokens} must be at least 0.')
 
@@ -95,6 +105,14 @@ class EngineConfig:
     # prefill_tokens is rounded as in `chunk_sizes`.
     chunk = max(-(-self.prefill_tokens // 16) * 16, MIN_ROWS)
     return self.undo + max(self.longest_burst, chunk)
+
+  def choose_attention(self, lm: LM) -> str:
+    """Return the name of the attention to the cache of a model.
+
+    Raises:
+      UserError: if there is none of that name, or it supports neither the model nor the devices.
+    """
+    return choose_cached(self.attention, lm.config, lm.dtype, self.page_tokens, lm.mesh)
 
   def mixes(self, slots: int, lm: LM) -> bool:
     """Return whether a step with decoded rows may also prefill.

@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.cache import (
   Cache,
-  LayerCache,
   Pieces,
   PieceTable,
   Prefix,
@@ -190,10 +189,12 @@ class Sizes(NamedTuple):
   Attributes:
     burst: U, the largest number of steps.
     width: C, number of tokens of a piece of prefill.
+    attention: name of the attention to the cache.
   """
 
   burst: int
   width: int
+  attention: str = 'pages'
 
 
 def run(
@@ -232,12 +233,12 @@ def run(
 
 def step_program(cache: Cache) -> Callable:
   """Return the jitted `run` for a cache of arrays or ShapeDtypeStructs."""
-  formats: tuple[Any, ...] = tuple(x.format for x in cache[0][0])  # type: ignore[attr-defined]
-  return _step_program(LayerCache(*formats), tuple(map(len, cache)))
+  formats: Any = jax.tree.map(lambda x: x.format, cache[0][0])
+  return _step_program(formats, tuple(map(len, cache)))
 
 
 @functools.cache
-def _step_program(layout: LayerCache, counts: tuple[int, ...]) -> Callable:
+def _step_program(layout: Any, counts: tuple[int, ...]) -> Callable:
   outputs = None, tuple((layout,) * count for count in counts)
   static = 'spec', 'sizes'
   return jax.jit(_run, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
@@ -328,6 +329,7 @@ def _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes):
     prefixes=Prefixes(prefix_caches, choice),
     width=sizes.width,
     sharding=sharding,
+    attention=sizes.attention,
   )
   if rows is None:
     return None, cache

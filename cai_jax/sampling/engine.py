@@ -22,7 +22,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.auto import resolve_for
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.journal import Journal, check_sampler, digest
-from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.prefixes import SharedPrefixes, match_prefix, prefix_capacity
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.slots import LocalModel
@@ -279,7 +278,7 @@ class Engine:
         turn.sampling,
         (stop_token_ids, stop_texts),
         key.tobytes(),
-        SAMPLER if turn.model in self._local else '',
+        self._local[turn.model].sampler if turn.model in self._local else '',
       )
       completion = None
       if self.journal is not None:

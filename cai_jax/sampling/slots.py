@@ -9,12 +9,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.cache import Cache, Pieces, PieceTable, RowTable, windows_of
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.pages import PagePool
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
@@ -96,6 +98,7 @@ class LocalModel:
     stats: counters that this model adds to.
 
   Attributes:
+    attention: name of the attention to the cache.
     cached: for each slot, the context tokens that its cache holds, including those of its shared
       prefix.
     waiting: for each slot with a queued turn, the tokens that its cache must hold before decoding.
@@ -124,6 +127,7 @@ class LocalModel:
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
     self._width = config.piece_width(slots, lm.mesh)
     self._windows = windows_of(lm.config)
+    self.attention = config.choose_attention(lm)
     self._blocks: list[list[caches.Block]] = [[] for _ in self._windows]
     self._pools = [self._make_pool(i, slots, length, share) for i in range(len(self._windows))]
     self._programs = self._find_programs(prefixes)
@@ -157,13 +161,14 @@ class LocalModel:
     window = self._windows[index]
     row_pages = caches.pages_of(length, window, self.config.slack, self.config.page_tokens)
     capacity = max(math.ceil(share * slots // self._groups * row_pages), row_pages)
-    block_pages = max(MIN_BLOCK, -(-capacity // MAX_BLOCKS))
+    most = CACHED[self.attention].max_blocks or MAX_BLOCKS
+    block_pages = max(MIN_BLOCK, -(-capacity // most))
     block_pages = min(block_pages, capacity)
 
     def allocate():
       pages = block_pages * self._groups
       self._blocks[index].append(
-        caches.allocate_block(self.lm, window, pages, self.config.page_tokens)
+        caches.allocate_block(self.lm, window, pages, self.config.page_tokens, self.attention)
       )
 
     blocks = -(-capacity // block_pages)
@@ -179,6 +184,15 @@ class LocalModel:
     blocks = tuple(tuple(range(1, pool.max_blocks + 1)) for pool in pools)
     pages = tuple(pool.block_pages for pool in pools)
     return find_programs(key, self._row_sizes, self._chunk_sizes, blocks, pages, mixed)
+
+  @property
+  def sampler(self) -> str:
+    """What decides which tokens are drawn, for the keys of the journal.
+
+    Attention by another kernel rounds otherwise. 'pages' has no name there, so that what an earlier
+    version has sampled is still found.
+    """
+    return SAMPLER if self.attention == 'pages' else f'{SAMPLER}, {self.attention}'
 
   def reset(self) -> None:
     """Discard everything that an earlier run left unfinished."""
@@ -333,7 +347,7 @@ class LocalModel:
       tables,
       chunk,
       (np.array(max_ended, np.int32), np.array(steps, np.int32)),
-      device.Sizes(self.config.longest_burst, self._width),
+      device.Sizes(self.config.longest_burst, self._width, self.attention),
       penalties,
     )
     self._put_cache(cache)

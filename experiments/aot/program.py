@@ -27,6 +27,8 @@ class Program:
     counted: FLOPs by the compiler's cost analysis, which counts the body of a loop once.
     flops: FLOPs of one step.
     read: the least number of bytes that a step moves to and from memory.
+    accessed: bytes that operations read and write by the compiler's cost analysis, which counts the
+      body of a loop once and no Pallas kernel.
     collectives: all collectives.
     copies: bytes of large copies, by depth.
     step: the depth of operations that happen in every step. Those at smaller depths happen once per
@@ -41,6 +43,7 @@ class Program:
   counted: float
   flops: float
   read: float
+  accessed: float
   collectives: tuple[Collective, ...]
   copies: dict[int, int]
   step: int | None
@@ -136,7 +139,8 @@ def build(
   }
   # A donated array counts both as an argument and as an output, but exists once.
   memory['total'] = sum(memory.values()) - 2 * memory['alias']
-  text, counted = compiled.as_text(), compiled.cost_analysis()['flops']
+  text, costs = compiled.as_text(), compiled.cost_analysis()
+  counted = costs['flops']
   places = hlo.find_places(text)
   return Program(
     name=name,
@@ -145,6 +149,7 @@ def build(
     counted=counted,
     flops=counted if flops is None else flops,
     read=read,
+    accessed=costs['bytes accessed'],
     collectives=tuple(hlo.find_collectives(text, places)),
     copies=hlo.large_copies(text, places),
     step=step,

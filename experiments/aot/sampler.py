@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.cache import (
   Cache,
-  LayerCache,
   Pieces,
   PieceTable,
   Prefix,
   RowTable,
-  init_block,
   windows_of,
 )
 from cai_jax.model.config import ModelConfig
@@ -26,7 +25,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import BATCH, batch_shards, check_batch, make_mesh
+from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.config import EngineConfig
@@ -58,17 +57,19 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
-def abstract_pages(lm: LM, pages: int, size: int, spec: P) -> LayerCache:
-  """Return the shapes of pages of one layer, of `size` tokens each."""
-  block = jax.eval_shape(lambda: init_block(lm.config, pages, size, cache_dtype(lm)))
-  return with_shardings(block, cache_format(lm.mesh, spec))
+def abstract_pages(lm: LM, pages: int, size: int, attention: str, shared: bool) -> Any:
+  """Return the shapes of pages of one layer, of `size` tokens each; see `caches.cache_format`."""
+  init = CACHED[attention].init
+  block = jax.eval_shape(lambda: init(lm.config, pages, size, cache_dtype(lm)))
+  formats = cache_format(lm.mesh, attention, shared)
+  return with_shardings(block, jax.tree.unflatten(jax.tree.structure(block), formats))
 
 
 def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
   """Return the shapes of shared prefixes; `tokens` has the cache length of each."""
   length = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(lm.mesh, P()))
-  layers, spec = lm.config.num_layers, P(None, 'tensor')
-  return tuple(Prefix((abstract_pages(lm, 1, n, spec),) * layers, length) for n in tokens)
+  layers = lm.config.num_layers
+  return tuple(Prefix((abstract_pages(lm, 1, n, 'pages', True),) * layers, length) for n in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,14 @@ class Sampler:
     """Return the shapes of a cache that holds all slots at their largest size, in one block."""
     check_batch(self.slots, self.lm.mesh, 'slots')
     config, size = self.lm.config, self.engine.page_tokens
-    spec = P(*BATCH, 'tensor')
     pages = [self.slots * self.row_pages(config.window(i)) for i in range(config.num_layers)]
-    return tuple((abstract_pages(self.lm, count, size, spec),) for count in pages)
+    name = self.attention
+    return tuple((abstract_pages(self.lm, count, size, name, False),) for count in pages)
+
+  @property
+  def attention(self) -> str:
+    """The name of the attention to the cache."""
+    return self.engine.choose_attention(self.lm)
 
   def row_tables(self) -> tuple[RowTable, ...]:
     """Return the shapes of the tables of a step that decodes all slots."""
@@ -162,7 +168,7 @@ def lower_prefill(job: Sampler) -> jax.stages.Lowered:
 
 def _lower(job: Sampler, rows, tables, chunk) -> jax.stages.Lowered:
   count, lm, cache = jax.ShapeDtypeStruct((), jnp.int32), job.lm, job.cache()
-  sizes = device.Sizes(job.engine.longest_burst, job.width())
+  sizes = device.Sizes(job.engine.longest_burst, job.width(), job.attention)
   entries, spec = abstract_prefixes(lm, job.prefixes), device.ModelSpec.from_lm(lm)
   return device.step_program(cache).lower(
     spec, lm.params, cache, entries, rows, tables, chunk, (count, count), sizes

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED, causal_mask
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
@@ -26,7 +27,7 @@ from cai_jax.model.attention.softmax import (
   read_pages,
   ungroup_queries,
 )
-from cai_jax.model.cache import LayerCache, Prefixes, Step
+from cai_jax.model.cache import LayerCache, Prefixes, Step, init_block
 from cai_jax.runtime.mesh import BATCH, batch_shards
 
 
@@ -131,13 +132,20 @@ def make_view(
     for start, size in zip(starts, sizes, strict=True)
   ]
 
-  def prefix_mask(i, prefix):
+  return View(tuple(block), offset, rows, pieces, prefix_masks(positions, prefixes, window))
+
+
+def prefix_masks(
+  positions: jax.Array, prefixes: Prefixes, window: int | None
+) -> tuple[jax.Array, ...]:
+  """Return for each shared prefix bool[G,X,S], the keys that each token sees."""
+
+  def mask(i, prefix):
     keys = jnp.arange(prefix.cache[0].k.shape[-1])[None]
     chosen = (prefixes.choice == i)[:, :, None] & (keys < prefix.length)[:, None]
     return causal_mask(positions, keys, window, chosen)
 
-  prefix_masks = [prefix_mask(i, prefix) for i, prefix in enumerate(prefixes.entries)]
-  return View(tuple(block), offset, rows, pieces, tuple(prefix_masks))
+  return tuple(mask(i, prefix) for i, prefix in enumerate(prefixes.entries))
 
 
 def attend_paged(
@@ -322,3 +330,17 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> Partia
     return x.at[target].set(ungroup_queries(new, width), mode='drop')
 
   return jax.tree.map(put, PartialSoftmax.empty((length, n), h), part)
+
+
+# On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].
+# With any other input or output layout, every call would copy the whole cache twice.
+CACHED.register('pages')(
+  CacheAttention(
+    init=init_block,
+    make_view=make_view,
+    attend=attend_paged,
+    heads=1,
+    page_axis=3,
+    layouts=((0, 3, 1, 2), (0, 2, 1, 3)),
+  )
+)

@@ -199,6 +199,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
     del fields[f'feedback.max_rate.{quality.RENAMED.get(defect, defect)}']
   # The device chooses the kernel since 0.2.0, and runs that have begun keep theirs.
   assert before.pop('train.attention') == 'blocks' and fields.pop('train.attention') == 'auto'
+  assert before.pop('engine.spans') == 4  # without effect since the cache has pages
   # So it does the engine's sizes, and a run that has begun keeps those of its config.json.
   for name in SIZES:
     assert before.pop(f'engine.{name}', 0) != fields.pop(f'engine.{name}') == 'auto'
@@ -231,7 +232,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   assert set(fields) - set(before) == added | {'feedback.topicality'}
 
 
-def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
+def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path, capsys):
   path = pathlib.Path(__file__).parent / 'data' / 'config_version_1.json'
   tree = {}
   for name, value in json.loads(path.read_text()).items():
@@ -246,6 +247,7 @@ def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path):
   expected = pipeline.build(config, tmp_path)
   assert 'version' not in tree and run.config == expected.config
   assert run.values == expected.values and run.settings('report') == expected.settings('report')
+  assert 'engine.spans has no effect any more' in capsys.readouterr().out
 
 
 def test_absent_fields_and_sections_have_their_defaults(tmp_path):

@@ -38,6 +38,8 @@ from cai_jax.training.config import TrainConfig
 
 # A field of a component that is not a field of the config: training uses the seed of the run.
 _HIDDEN = {(TrainConfig, 'seed')}
+# Fields of earlier versions that have no effect any more, and why. Configs may still have them.
+_REMOVED = {'engine.spans': 'a slot gets pages of the cache as its context grows'}
 _SERVERS = (RemoteConfig, JudgeServer)  # sections that are None without a URL
 
 # Value of a sampling field that stands for what the model's generation_config.json says. `build`
@@ -340,7 +342,10 @@ def _complete_section(
 ) -> ConfigDict:
   """Return a section with all its fields, and add the names of unknown fields to `unknown`."""
   fields = {field.name: field for field in section_fields(section)}
-  unknown += [_join(path, name) for name in config if name not in fields]
+  others = [_join(path, name) for name in config if name not in fields]
+  unknown += [name for name in others if name not in _REMOVED]
+  for name in _REMOVED.keys() & {*others}:
+    say(f'{name} has no effect any more: {_REMOVED[name]}.')
   complete = _empty_section(section)
   for name, field in fields.items():
     default = _default_section(field.section) if field.section else field.default

@@ -1,12 +1,16 @@
 """Drafts: looked up in a row's own text, and without effect on what is sampled."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_jax.sampling.drafts import KEY, count_kept, find_drafts
+from cai_jax.sampling.types import SamplingConfig
+from tests.test_engine import PREFIXES, chain, contexts, lm, run  # noqa: F401
 
 
 def reference(text, count):
@@ -26,6 +30,7 @@ def reference(text, count):
   return text[len(text) - count :]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_a_draft_follows_the_latest_longest_match(texts):
   count, length = 5, 24
@@ -50,3 +55,49 @@ def test_a_draft_follows_the_latest_longest_match(texts):
 def test_a_step_keeps_the_tokens_that_agree(draft, sampled, kept):
   draft = np.array(draft, np.int32).reshape(1, -1)
   assert count_kept(draft, np.array([sampled], np.int32)).tolist() == [kept]
+
+
+@pytest.fixture(scope='module')
+def repetitive(lm):  # noqa: F811
+  """A model whose distributions are so far from uniform that its replies repeat themselves."""
+  params = lm.params | {'head': {'table': lm.params['head']['table'] * 4}}
+  return dataclasses.replace(lm, params=params)
+
+
+SETTINGS = (
+  {'temperature': 0.0},
+  {'temperature': 0.7, 'top_p': 0.9},
+  {'repetition_penalty': 1.1},
+  {'presence_penalty': 0.5, 'frequency_penalty': 0.1, 'logit_bias': ((5, 4.0),)},
+)
+
+
+def repeated_items(count, settings=SETTINGS):
+  """Return (id, chain) pairs whose contexts repeat themselves, with settings in turn."""
+  starts, lengths = ([], *PREFIXES), (3, 9, 25)
+  return [
+    (
+      str(i),
+      chain(
+        [*starts[i % 3], *c[:12], *c[:12]],
+        sampling=SamplingConfig(max_tokens=lengths[i % 2 + i % 3 // 2], **settings[i % 4]),
+      ),
+    )
+    for i, c in enumerate(contexts(count))
+  ]
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('windows', [(), (None, 40)])
+def test_drafts_change_no_bit(repetitive, dtype, windows):
+  """Of rows with all settings, shared prefixes, stop tokens and stop texts, at several widths."""
+  params = jax.tree.map(lambda x: x.astype(dtype), repetitive.params)
+  config = dataclasses.replace(repetitive.config, windows=windows)
+  model = dataclasses.replace(repetitive, config=config, params=params, dtype=dtype)
+  same = dict(prefixes={'base': PREFIXES}, stops=(7, 11), texts=('e a',), page_tokens=16)
+  plain, stats = run(model, repeated_items(12), **same)
+  for slots, drafts in ((4, 7), (1, 3)):
+    drafted, faster = run(model, repeated_items(12), **same, slots=slots, draft_tokens=drafts)
+    assert drafted == plain  # tokens, text and every bit of the log-probabilities
+    assert faster.sampled_tokens == stats.sampled_tokens
+    assert faster.occupied < 0.9 * stats.occupied  # else nothing was tested

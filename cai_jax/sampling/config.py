@@ -67,6 +67,13 @@ class EngineConfig:
     "and otherwise `'pages'`.",
     added=True,
   )
+  draft_tokens: int = setting(
+    0,
+    'Number of tokens that each slot drafts in a decode step from its own text, to be verified in '
+    'the same step. Drafts change no text.',
+    added=True,
+    most=64,
+  )
   spare_tokens: int = setting(
     0,
     'Extra cache tokens per slot, for replies that become longer when another model with another '
@@ -81,8 +88,9 @@ class EngineConfig:
         raise UserError(f"engine: {name}={value} must be 'auto' or a positive number.")
     if self.attention != AUTO:
       CACHED[self.attention]  # raises a UserError if there is no such entry
-    if self.spare_tokens < 0:
-      raise UserError(f'engine: spare_tokens={self.spare_tokens} must be at least 0.')
+    for name in ('draft_tokens', 'spare_tokens'):
+      if getattr(self, name) < 0:
+        raise UserError(f'engine: {name}={getattr(self, name)} must be at least 0.')
 
   @property
   def unresolved(self) -> tuple[str, ...]:
@@ -97,14 +105,14 @@ class EngineConfig:
   @property
   def undo(self) -> int:
     """Number of tokens that windowed layers keep beyond their window, to undo recent writes."""
-    return self.longest_burst + self.rewind
+    return self.longest_burst + self.draft_tokens + self.rewind
 
   @property
   def slack(self) -> int:
     """Number of tokens beyond its window for which a windowed layer has room."""
     # prefill_tokens is rounded as in `chunk_sizes`.
     chunk = max(-(-self.prefill_tokens // 16) * 16, MIN_ROWS)
-    return self.undo + max(self.longest_burst, chunk)
+    return self.undo + max(self.longest_burst + self.draft_tokens, chunk)
 
   def choose_attention(self, lm: LM) -> str:
     """Return the name of the attention to the cache of a model.

@@ -4,8 +4,11 @@ A step is one pass of the model over a flat batch of tokens: the next token of e
 prefilled tokens of rows that wait. A row is a slot that takes part; there are programs for a few
 numbers of rows, so that idle slots cost little. A program without prefill runs a burst of steps.
 
-Axes: B rows, U steps of a burst; G batch shards, D rows of a shard (B = G · D) and T prefilled
-tokens of a shard.
+A row may add drafted tokens to its next one (`cai_jax/sampling/drafts.py`). The step then samples
+after each of them, and keeps those that agree.
+
+Axes: B rows, W tokens of a row in a step, U tokens of a row in a burst; G batch shards, D rows of a
+shard (B = G · D) and T prefilled tokens of a shard.
 """
 
 import functools
@@ -34,8 +37,9 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params, Transformer, abstract_model
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling.caches import allocate_prefix
+from cai_jax.sampling.drafts import count_kept, find_drafts
 from cai_jax.sampling.noise import token_keys
-from cai_jax.sampling.penalties import Penalties, count_token, count_tokens, penalize
+from cai_jax.sampling.penalties import Penalties, add_tokens, count_drafts, count_tokens, penalize
 from cai_jax.sampling.sample import sample
 from cai_jax.sampling.types import MAX_STOP_TOKENS, SamplingConfig
 
@@ -172,7 +176,7 @@ class Burst(NamedTuple):
     num_sampled: i32[B], number of tokens that each row sampled.
     active: bool[B], whether the reply continues.
     steps: i32[], number of decode steps.
-    occupied: i32[], number of active rows, summed over steps.
+    row_steps: i32[B], number of steps in which each row was active.
   """
 
   tokens: np.ndarray
@@ -180,21 +184,23 @@ class Burst(NamedTuple):
   num_sampled: np.ndarray
   active: np.ndarray
   steps: np.ndarray
-  occupied: np.ndarray
+  row_steps: np.ndarray
 
 
 class Sizes(NamedTuple):
   """The static sizes of a program that its arguments do not show.
 
   Attributes:
-    burst: U, the largest number of steps.
+    burst: the largest number of tokens that a row samples before the burst ends.
     width: C, number of tokens of a piece of prefill.
     attention: name of the attention to the cache.
+    drafts: W - 1, number of tokens that each row drafts in a step.
   """
 
   burst: int
   width: int
   attention: str = 'pages'
+  drafts: int = 0
 
 
 def run(
@@ -208,6 +214,7 @@ def run(
   limits: tuple[np.ndarray, np.ndarray],
   sizes: Sizes,
   penalties: Penalties | None = None,
+  text: np.ndarray | None = None,
 ) -> tuple[Burst | jax.Array, Cache]:
   """Run one step with prefill, or a burst of steps without.
 
@@ -219,16 +226,21 @@ def run(
     rows: the state of the rows; None only prefills.
     tables: the pages of the rows, for each window that layers have.
     chunk: the tokens to prefill; None decodes only.
-    limits: two i32[]: stop once so many replies have ended, and after so many steps.
+    limits: two i32[]: stop once so many replies have ended, and once a row has sampled so many
+      tokens.
     sizes: static sizes.
     penalties: biases and penalties of the rows; None compiles a program without any.
+    text: i32[B,L], context and reply of each row, where entries beyond its position are undefined.
+      Penalties and drafts need it.
 
   Returns:
     The sampled tokens, or without rows an array i32[] that is ready at the same time; and the
     updated cache.
   """
   program = step_program(cache)
-  return program(spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties)
+  return program(
+    spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties, text
+  )
 
 
 def step_program(cache: Cache) -> Callable:
@@ -244,75 +256,120 @@ def _step_program(layout: Any, counts: tuple[int, ...]) -> Callable:
   return jax.jit(_run, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
-def _run(spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties=None):
+def _run(
+  spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties=None, text=None
+):
   model = spec.build(params)
   if rows is None:
-    cache = _forward(spec, model, cache, prefix_caches, None, tables, chunk, sizes)[1]
+    cache = _forward(spec, model, cache, prefix_caches, None, None, tables, chunk, sizes)[1]
     return jnp.sum(chunk.positions >= 0, dtype=jnp.int32), cache
   rows = Slots(*rows)
-  b = len(rows.token)
+  b, width = len(rows.token), 1 + sizes.drafts
   start, counts = rows.active, None
   if penalties is not None:
-    counts = count_tokens(penalties, rows.position, rows.sampled, spec.config.vocab_size)
+    counts = count_tokens(text, rows.position, rows.sampled, spec.config.vocab_size)
 
   def unfinished(state):
-    _, rows, burst, _ = state
-    ended = jnp.sum(start & ~rows.active)
-    return (burst.steps < limits[1]) & (ended < limits[0]) & jnp.any(rows.active)
+    _, rows, burst, _, _ = state
+    ended, longest = jnp.sum(start & ~rows.active), jnp.max(burst.num_sampled)
+    return (longest < limits[1]) & (ended < limits[0]) & jnp.any(rows.active)
 
   def step(state):
-    cache, rows, burst, counts = state
-    active = rows.active
-    hidden, cache = _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes)
-    logits = model.unembed(hidden)
-    keys = token_keys(rows.key, rows.sampled)
-    adjusted = None if penalties is None else penalize(logits, penalties, counts)
-    settings = rows.temperature, rows.top_k, rows.top_p, rows.min_p
-    token, logprob = sample(logits, keys, *settings, adjusted)
-    counts = None if penalties is None else count_token(counts, token, active)
-    sampled = rows.sampled + active
-    ended = jnp.any(token[:, None] == rows.stops, -1) | (sampled >= rows.limit)
+    cache, rows, burst, counts, text = state
+    draft = jnp.zeros((b, 0), jnp.int32)
+    if sizes.drafts:
+      draft = find_drafts(text, rows.position, sizes.drafts)
+    fed = jnp.concatenate([rows.token[:, None], draft], 1)
+    hidden, cache = _forward(spec, model, cache, prefix_caches, rows, fed, tables, chunk, sizes)
+    token, logprob = _sample(model.unembed(hidden), rows, draft, penalties, counts)
+    # Tokens after one that ends the reply are dropped, as are those after a wrong draft.
+    number = rows.sampled[:, None] + jnp.arange(1, width + 1)
+    ends = jnp.any(token[:, :, None] == rows.stops[:, None], -1) | (number >= rows.limit[:, None])
+    index = jnp.arange(width)
+    last = jnp.min(jnp.where(ends, index, width), 1)
+    kept = jnp.where(rows.active, jnp.minimum(count_kept(draft, token), last + 1), 0)
+    taken = index < kept[:, None]
+    if counts is not None:
+      counts = add_tokens(counts, token, taken)
+
+    def put(x, start, new):
+      place = jnp.where(taken, start[:, None] + index, x.shape[1])
+      return x.at[jnp.arange(b)[:, None], place].set(new, mode='drop')
+
     burst = Burst(
-      tokens=burst.tokens.at[:, burst.steps].set(token),
-      logprobs=burst.logprobs.at[:, burst.steps].set(logprob),
-      num_sampled=burst.num_sampled + active,
-      active=active & ~ended,
+      tokens=put(burst.tokens, burst.num_sampled, token),
+      logprobs=put(burst.logprobs, burst.num_sampled, logprob),
+      num_sampled=burst.num_sampled + kept,
+      active=rows.active & (kept <= last),
       steps=burst.steps + 1,
-      occupied=burst.occupied + jnp.sum(active),
+      row_steps=burst.row_steps + rows.active,
     )
+    if sizes.drafts:
+      text = put(text, rows.position + 1, token)
+    newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], 1)[:, 0]
     rows = rows._replace(
-      token=jnp.where(active, token, rows.token),
-      position=rows.position + active,
-      sampled=sampled,
+      token=jnp.where(rows.active, newest, rows.token),
+      position=rows.position + kept,
+      sampled=rows.sampled + kept,
       active=burst.active,
     )
-    return cache, rows, burst, counts
+    return cache, rows, burst, counts, text
 
-  zero = jnp.zeros((), jnp.int32)
-  capacity = sizes.burst if chunk is None else 1
+  zeros = jnp.zeros((b,), jnp.int32)
+  # The last step may begin one token before the limit.
+  capacity = (sizes.burst if chunk is None else 1) + sizes.drafts
   burst = Burst(
     tokens=jnp.zeros((b, capacity), jnp.int32),
     logprobs=jnp.zeros((b, capacity), jnp.float32),
-    num_sampled=jnp.zeros((b,), jnp.int32),
+    num_sampled=zeros,
     active=start,
-    steps=zero,
-    occupied=zero,
+    steps=jnp.zeros((), jnp.int32),
+    row_steps=zeros,
   )
-  state = cache, rows, burst, counts
+  state = cache, rows, burst, counts, text
   state = step(state) if chunk is not None else jax.lax.while_loop(unfinished, step, state)
   return state[2], state[0]
 
 
-def _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes):
-  """Return the hidden states [B,D] of the rows, and the updated cache."""
+def _sample(logits, rows, draft, penalties, counts):
+  """Return the token sampled after each token that was fed, and its log-probability.
+
+  Args:
+    logits: f32[B·W,V].
+    rows: the state of the rows before the step.
+    draft: i32[B,W-1], the drafted tokens.
+    penalties: biases and penalties; None if there are none.
+    counts: the tokens of each row before the step; None if there are no penalties.
+
+  Returns:
+    i32[B,W] and f32[B,W].
+  """
+  b, width = len(draft), draft.shape[1] + 1
+  flat = lambda x: x.reshape(b * width, *x.shape[2:])  # noqa: E731
+  repeat = lambda x: jnp.repeat(x, width, 0, total_repeat_length=b * width)  # noqa: E731
+  keys = token_keys(repeat(rows.key), flat(rows.sampled[:, None] + jnp.arange(width)))
+  adjusted = None
+  if penalties is not None:
+    each = jax.tree.map(flat, count_drafts(counts, draft))
+    adjusted = penalize(logits, jax.tree.map(repeat, penalties), each)
+  settings = map(repeat, (rows.temperature, rows.top_k, rows.top_p, rows.min_p))
+  token, logprob = sample(logits, keys, *settings, adjusted)
+  return token.reshape(b, width), logprob.reshape(b, width)
+
+
+def _forward(spec, model, cache, prefix_caches, rows, fed, tables, chunk, sizes):
+  """Return the hidden states [B·W,D] after the tokens i32[B,W] of the rows, and the cache."""
   shards = batch_shards(spec.mesh)
   groups = shards if rows is not None else len(chunk.tokens)
   tokens, positions, choice = [], [], []
   if rows is not None:
     split = lambda x: x.reshape(groups, -1)  # noqa: E731
-    tokens.append(split(rows.token))
-    positions.append(split(jnp.where(rows.active, rows.position, -1)))
-    choice.append(split(rows.prefix))
+    ahead = jnp.arange(fed.shape[1])
+    # No drafted token is fed if the reply could not go on after it; there may be no page for it.
+    useful = rows.active[:, None] & (ahead < (rows.limit - rows.sampled)[:, None])
+    tokens.append(split(fed))
+    positions.append(split(jnp.where(useful, rows.position[:, None] + ahead, -1)))
+    choice.append(split(jnp.broadcast_to(rows.prefix[:, None], fed.shape)))
   if chunk is not None:
     tokens.append(chunk.tokens)
     positions.append(chunk.positions)
@@ -333,8 +390,8 @@ def _forward(spec, model, cache, prefix_caches, rows, tables, chunk, sizes):
   )
   if rows is None:
     return None, cache
-  hidden = hidden[:, : len(rows.token) // groups]
-  return hidden.reshape(len(rows.token), -1), cache
+  hidden = hidden[:, : fed.size // groups]
+  return hidden.reshape(fed.size, -1), cache
 
 
 def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: int) -> Prefix:

@@ -2,9 +2,9 @@
 
 The decode program applies them only if an active slot uses them; otherwise it is compiled without
 them. In the program, two tables count the tokens of each slot. They are built at the start of a
-burst from the tokens that the host keeps, so no state stays on the device.
+burst from the text that the host keeps, so no state stays on the device.
 
-Axes: B slots, L positions, K biases, V vocabulary.
+Axes: B slots, L positions, W tokens of a slot in a step, K biases, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,6 @@ class Penalties(NamedTuple):
   """What penalties and biases need to know of all slots; it is kept on the host.
 
   Attributes:
-    tokens: i32[B,L], context and reply of each slot. Entries beyond its position are undefined.
     repetition: f32[B], repetition penalty; 1 is off.
     presence: f32[B], presence penalty; 0 is off.
     frequency: f32[B], frequency penalty; 0 is off.
@@ -28,7 +27,6 @@ class Penalties(NamedTuple):
     biases: f32[B,K], their biases.
   """
 
-  tokens: np.ndarray
   repetition: np.ndarray
   presence: np.ndarray
   frequency: np.ndarray
@@ -36,10 +34,9 @@ class Penalties(NamedTuple):
   biases: np.ndarray
 
   @classmethod
-  def off(cls, slots: int, length: int) -> 'Penalties':
-    """Return neutral penalties of slots whose context and reply have at most `length` tokens."""
+  def off(cls, slots: int) -> 'Penalties':
+    """Return neutral penalties of so many slots."""
     return cls(
-      tokens=np.zeros((slots, length), np.int32),
       repetition=np.ones(slots, np.float32),
       presence=np.zeros(slots, np.float32),
       frequency=np.zeros(slots, np.float32),
@@ -47,15 +44,13 @@ class Penalties(NamedTuple):
       biases=np.zeros((slots, MAX_BIASES), np.float32),
     )
 
-  def start(self, slot: int, context: list[int], config: SamplingConfig) -> None:
+  def start(self, slot: int, config: SamplingConfig) -> None:
     """Prepare a slot, in place, for a reply.
 
     Args:
       slot: index of the slot.
-      context: the tokens before the reply.
       config: sampling settings.
     """
-    self.tokens[slot, : len(context)] = context
     self.repetition[slot] = config.repetition_penalty
     self.presence[slot] = config.presence_penalty
     self.frequency[slot] = config.frequency_penalty
@@ -77,12 +72,12 @@ class Counts(NamedTuple):
 
 
 def count_tokens(
-  penalties: Penalties, position: jax.Array, sampled: jax.Array, vocab_size: int
+  text: jax.Array, position: jax.Array, sampled: jax.Array, vocab_size: int
 ) -> Counts:
   """Count the tokens of each slot.
 
   Args:
-    penalties: the tokens.
+    text: i32[B,L], context and reply of each slot. Entries beyond its position are undefined.
     position: i32[B], position of the last token of context and reply.
     sampled: i32[B], number of tokens of the reply.
     vocab_size: V.
@@ -95,13 +90,26 @@ def count_tokens(
     in_context = zero.at[tokens].add((index < start).astype(jnp.int32)) > 0
     return Counts(in_context, zero.at[tokens].add(in_reply.astype(jnp.int32)))
 
-  return jax.vmap(count)(jnp.asarray(penalties.tokens), position, sampled)
+  return jax.vmap(count)(jnp.asarray(text), position, sampled)
 
 
-def count_token(counts: Counts, token: jax.Array, active: jax.Array) -> Counts:
-  """Return the counts after another token i32[B] of the replies of active slots, bool[B]."""
-  add = jax.vmap(lambda row, token, active: row.at[token].add(active.astype(jnp.int32)))
-  return counts._replace(in_reply=add(counts.in_reply, token, active))
+def add_tokens(counts: Counts, tokens: jax.Array, taken: jax.Array) -> Counts:
+  """Return the counts after further tokens i32[B,W] of the replies, where `taken` bool[B,W]."""
+  add = jax.vmap(lambda row, tokens, taken: row.at[tokens].add(taken.astype(jnp.int32)))
+  return counts._replace(in_reply=add(counts.in_reply, tokens, taken))
+
+
+def count_drafts(counts: Counts, draft: jax.Array) -> Counts:
+  """Return the counts [B,W,V] before each token of a step, as if the draft were right.
+
+  Args:
+    counts: the tokens of each slot before the step.
+    draft: i32[B,W-1], the drafted tokens.
+  """
+  after = [counts]
+  for index in range(draft.shape[1]):
+    after.append(add_tokens(after[-1], draft[:, index, None], jnp.ones((len(draft), 1), bool)))
+  return jax.tree.map(lambda *x: jnp.stack(x, 1), *after)
 
 
 def penalize(logits: jax.Array, penalties: Penalties, counts: Counts) -> jax.Array:

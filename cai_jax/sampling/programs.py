@@ -27,16 +27,18 @@ class Size:
     rows: number of rows of each batch shard; 0 only prefills.
     tokens: number of prefilled tokens of each batch shard; 0 only decodes.
     blocks: number of blocks of each pool.
+    drafts: number of tokens that each row drafts.
   """
 
   rows: int
   tokens: int
   blocks: tuple[int, ...]
+  drafts: int = 0
 
   def holds(self, other: 'Size') -> bool:
     """Return whether a program of this size can run a step of another size."""
     pairs = zip(self.blocks, other.blocks, strict=True)
-    fits = self.rows >= other.rows and self.tokens >= other.tokens
+    fits = self.rows >= other.rows and self.tokens >= other.tokens and self.drafts == other.drafts
     return fits and all(mine >= theirs for mine, theirs in pairs)
 
 
@@ -66,18 +68,20 @@ class Programs:
     self._unit = 0.0  # seconds of one more row in a step, the least that was measured
     self._compile_seconds = 0.0
 
-  def choose(self, rows: int, tokens: int, blocks: tuple[int, ...]) -> Size:
+  def choose(self, rows: int, tokens: int, blocks: tuple[int, ...], drafts: int = 0) -> Size:
     """Return the size of the program to use, which may have to be compiled.
 
     Args:
       rows: number of rows; 0 only prefills.
       tokens: number of prefilled tokens; 0 only decodes.
       blocks: number of blocks in use of each pool.
+      drafts: number of tokens that each row drafts.
     """
     exact = Size(
-      _round_up(rows, self._row_sizes),
+      _round_up(rows, self._drafting_sizes(drafts)),
       _round_up(tokens, self._chunk_sizes),
       tuple(_round_up(n, sizes) for n, sizes in zip(blocks, self._block_sizes, strict=True)),
+      drafts,
     )
     usable = [size for size in self._compiled if size.holds(exact)]
     if not exact.tokens:  # a burst of several steps needs a program without prefill
@@ -113,12 +117,24 @@ class Programs:
       blocks.append(_round_up(used, tuple(shares)))
     tokens = self._chunk_sizes[-1] if exact.tokens else 0
     rows = self._row_sizes[-1] if exact.rows or self._mixed else 0
-    return Size(rows, tokens, tuple(blocks))
+    if exact.drafts and self._mixed:
+      rows = exact.rows  # each row costs as much as several without drafts
+    return Size(rows, tokens, tuple(blocks), exact.drafts)
+
+  def _drafting_sizes(self, drafts: int) -> tuple[int, ...]:
+    """Return the numbers of rows for programs with so many drafts.
+
+    Rows with their drafts are as many tokens as the smallest step without, or more.
+    """
+    if not drafts or not self._mixed:
+      return self._row_sizes
+    return (-(-self._row_sizes[0] // (1 + drafts)), *self._row_sizes)
 
   def _cost(self, size: Size) -> float:
     """Return the time of a step in units of one more row."""
     pages = sum(n * p for n, p in zip(size.blocks, self._block_pages, strict=True))
-    return size.rows + size.tokens + PAGE_COST * pages / len(size.blocks) * (size.rows > 0)
+    rows = size.rows * (1 + size.drafts)
+    return rows + size.tokens + PAGE_COST * pages / len(size.blocks) * (size.rows > 0)
 
 
 @functools.cache

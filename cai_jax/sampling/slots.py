@@ -134,7 +134,8 @@ class LocalModel:
     self.slots = device.Slots.empty(slots)
     self._penalties: Penalties | None = None  # made for the first turn that uses any
     self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
-    self._longest = length + max(map(len, prefixes), default=0)  # tokens of context and reply
+    # Context and reply of each slot. Entries beyond the slot's position are undefined.
+    self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
     self._length = length
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
@@ -253,6 +254,7 @@ class LocalModel:
     # The first decode step feeds the context's last token, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
+    self._text[slot, : len(context)] = context
     self._start_penalties(slot, turn)
     self.waiting[slot], self._waiting_since[slot] = context[:-1], self._steps
     self._turns += 1
@@ -262,9 +264,9 @@ class LocalModel:
     """Set the biases and penalties of a slot."""
     self._penalized[slot] = turn.sampling.changes_logits
     if self._penalized[slot] and self._penalties is None:
-      self._penalties = Penalties.off(len(self.cached), self._longest)
+      self._penalties = Penalties.off(len(self.cached))
     if self._penalties is not None:
-      self._penalties.start(slot, turn.context, turn.sampling)
+      self._penalties.start(slot, turn.sampling)
 
   def prefix_of(self, context: list[int]) -> tuple[int, int]:
     """Return the index and length of a context's shared prefix, or (-1, 0) if it has none."""
@@ -283,6 +285,7 @@ class LocalModel:
 
     Args:
       max_steps: limit on the number of steps, besides `config.longest_burst`; None sets none.
+        With drafts, both limit the tokens of a row.
     """
     if max_steps == 0:
       return
@@ -301,9 +304,11 @@ class LocalModel:
     if self.waiting:
       steps = min(steps, MAX_MIXED_WAIT if mixed else MAX_WAIT)
     if self.slots.active.any():
-      groups = self._choose_rows(1 if any(segments) else steps)
+      # A step that prefills has enough to compute without drafts.
+      drafts = 0 if any(segments) else self.config.draft_tokens
+      groups = self._choose_rows(1 if any(segments) else steps, drafts)
       if any(segments) or any(groups):
-        self._run(groups, segments, max(1, self._turns_to_wait_for()), steps)
+        self._run(groups, segments, max(1, self._turns_to_wait_for()), steps, drafts)
     self.stats.decode_seconds += time.perf_counter() - begin
 
   def _run(
@@ -312,6 +317,7 @@ class LocalModel:
     segments: list[list[Segment]],
     max_ended: int,
     steps: int,
+    drafts: int = 0,
   ) -> None:
     """Dispatch a program.
 
@@ -319,14 +325,15 @@ class LocalModel:
       groups: the slots to decode in each batch shard; empty if none are.
       segments: the tokens to prefill in each batch shard; empty if none are.
       max_ended: stop once so many replies have ended.
-      steps: largest number of steps.
+      steps: stop once a row has sampled so many tokens.
+      drafts: number of tokens that each row drafts in a step.
     """
     tokens = max((sum(len(s.tokens) for s in group) for group in segments), default=0)
     used = tuple(pool.used_blocks() for pool in self._pools)
-    size = self._programs.choose(max(map(len, groups), default=0), tokens, used)
+    size = self._programs.choose(max(map(len, groups), default=0), tokens, used, drafts)
     for pool, count in zip(self._pools, size.blocks, strict=True):
       pool.grow(count)
-    rows, before, penalties, tables, chunk = None, None, None, (), None
+    rows, before, penalties, tables, chunk, text = None, None, None, (), None, None
     if size.rows:
       groups = groups or [[]] * self._groups
       padded = [sorted(group) + [-1] * (size.rows - len(group)) for group in groups]
@@ -335,6 +342,8 @@ class LocalModel:
       tables = tuple(map(self._row_table, self._pools, [rows] * len(size.blocks), size.blocks))
       if self._penalties is not None and self._penalized[rows[rows >= 0]].any():
         penalties = Penalties(*(x[rows] for x in self._penalties))
+      if penalties is not None or drafts:
+        text = self._text[rows]
     if size.tokens:
       chunk = self._pack(segments or [[]] * self._groups, size.tokens)
     compilations, begin = COMPILATIONS.count, time.perf_counter()
@@ -347,8 +356,9 @@ class LocalModel:
       tables,
       chunk,
       (np.array(max_ended, np.int32), np.array(steps, np.int32)),
-      device.Sizes(self.config.longest_burst, self._width, self.attention),
+      device.Sizes(self.config.longest_burst, self._width, self.attention, drafts),
       penalties,
+      text,
     )
     self._put_cache(cache)
     compiled = COMPILATIONS.count > compilations
@@ -377,13 +387,18 @@ class LocalModel:
       own = [layer for i, layer in enumerate(cache) if self.lm.config.window(i) == window]
       self._blocks[index][: len(own[0])] = list(zip(*own, strict=True))
 
-  def _choose_rows(self, steps: int) -> list[list[int]]:
-    """Return the slots of each batch shard to decode, which have pages for the next steps."""
+  def _choose_rows(self, steps: int, drafts: int) -> list[list[int]]:
+    """Return the slots of each batch shard to decode, which have pages for the next steps.
+
+    Args:
+      steps: the burst ends once a row has sampled so many tokens.
+      drafts: number of tokens that each row drafts in a step.
+    """
     groups: list[list[int]] = [[] for _ in range(self._groups)]
     active = np.flatnonzero(self.slots.active)
     for slot in active[np.argsort(self._started[active], kind='stable')].tolist():
       left = int(self.slots.limit[slot] - self.slots.sampled[slot])
-      tokens = int(self.slots.position[slot] - self._base[slot]) + min(steps, left)
+      tokens = int(self.slots.position[slot] - self._base[slot]) + min(steps + drafts, left)
       if self._extend(slot, tokens):
         groups[slot * self._groups // len(self.cached)].append(slot)
     return groups
@@ -454,9 +469,8 @@ class LocalModel:
       new = burst.tokens[row, :count].tolist()
       # Each step caches the token that it is fed. The last sampled token has not been fed yet.
       self.cached[slot].extend([int(before.token[row]), *new[:-1]])
-      if self._penalties is not None:
-        end = slots.position[slot] + 1
-        self._penalties.tokens[slot, end : end + count] = new
+      end = slots.position[slot] + 1
+      self._text[slot, end : end + count] = new
       slots.token[slot] = new[-1]
       slots.position[slot] += count
       slots.sampled[slot] += count
@@ -469,9 +483,10 @@ class LocalModel:
       elapsed = time.perf_counter() - running.begin
       self._programs.record(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
     self._steps += int(burst.steps)
-    self._occupied += int(burst.occupied)
+    occupied = int(burst.row_steps.sum())
+    self._occupied += occupied
     stats.decode_steps += int(burst.steps)
-    stats.occupied += int(burst.occupied)
+    stats.occupied += occupied
     stats.slot_steps += int(burst.steps) * len(rows)
     stats.decode_seconds += seconds
     return self._by_slot(burst, rows)
@@ -485,8 +500,8 @@ class LocalModel:
       out[index] = x[taken]
       return out
 
-    arrays = burst.tokens, burst.logprobs, burst.num_sampled, burst.active
-    return device.Burst(*map(put, arrays), burst.steps, burst.occupied)
+    per_row = burst._replace(steps=burst.row_steps)  # any array with rows
+    return device.Burst(*map(put, per_row))._replace(steps=burst.steps)
 
   def _turns_to_wait_for(self) -> int:
     """Return how many turns should end before the next prefill; 0 to prefill now.

@@ -1,6 +1,7 @@
 """Drafts: looked up in a row's own text, and without effect on what is sampled."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.drafts import KEY, count_kept, find_drafts
+from cai_jax.sampling.engine import Engine
+from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig
-from tests.test_engine import PREFIXES, chain, contexts, lm, run  # noqa: F401
+from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
 
 
 def reference(text, count):
@@ -90,14 +94,34 @@ def repeated_items(count, settings=SETTINGS):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('windows', [(), (None, 40)])
 def test_drafts_change_no_bit(repetitive, dtype, windows):
-  """Of rows with all settings, shared prefixes, stop tokens and stop texts, at several widths."""
+  """Of rows with all settings, shared prefixes, stop tokens and stop texts."""
   params = jax.tree.map(lambda x: x.astype(dtype), repetitive.params)
   config = dataclasses.replace(repetitive.config, windows=windows)
   model = dataclasses.replace(repetitive, config=config, params=params, dtype=dtype)
-  same = dict(prefixes={'base': PREFIXES}, stops=(7, 11), texts=('e a',), page_tokens=16)
+  same = dict(prefixes={'base': PREFIXES}, stops=(7, 11), texts=('e a',), page_tokens=16, slots=64)
   plain, stats = run(model, repeated_items(12), **same)
-  for slots, drafts in ((4, 7), (1, 3)):
-    drafted, faster = run(model, repeated_items(12), **same, slots=slots, draft_tokens=drafts)
+  for drafts in (3, 7):
+    drafted, faster = run(model, repeated_items(12), **same, draft_tokens=drafts)
     assert drafted == plain  # tokens, text and every bit of the log-probabilities
     assert faster.sampled_tokens == stats.sampled_tokens
     assert faster.occupied < 0.9 * stats.occupied  # else nothing was tested
+
+
+def test_drafts_of_few_slots_change_no_token(repetitive):
+  plain, _ = run(repetitive, repeated_items(6), slots=4)
+  for slots, drafts in ((4, 7), (1, 2)):
+    assert_close(run(repetitive, repeated_items(6), slots=slots, draft_tokens=drafts)[0], plain)
+
+
+def test_a_resumed_run_with_drafts_has_the_bits_of_an_uninterrupted_one(repetitive, tmp_path):
+  sizes = SIZES | {'draft_tokens': 3}
+  uninterrupted, _ = run(repetitive, repeated_items(6), **sizes)
+  journal = Journal(tmp_path)
+  engine = Engine(
+    {'base': repetitive}, length=LENGTH, seed=0, config=EngineConfig(**sizes), journal=journal
+  )
+  list(itertools.islice(engine.run(repeated_items(6)), 2))  # loses the chains in flight
+  journal.close()
+  resumed, stats = run(repetitive, repeated_items(6), journal=Journal(tmp_path), **sizes)
+  assert resumed == uninterrupted
+  assert 0 < stats.replayed_turns < 18

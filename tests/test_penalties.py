@@ -1,5 +1,7 @@
 """Penalties and biases equal those of transformers, and each row depends on itself alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsPro
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.noise import token_keys
-from cai_jax.sampling.penalties import Penalties, count_token, count_tokens, penalize
+from cai_jax.sampling.penalties import Penalties, add_tokens, count_drafts, count_tokens, penalize
 from cai_jax.sampling.sample import sample
 from cai_jax.sampling.types import MAX_BIASES, SamplingConfig
 
@@ -38,23 +40,34 @@ def rows():
   return logits, rng.integers(0, 50, (len(SETTINGS), CONTEXT + REPLY)).astype(np.int32)
 
 
-def adjusted(logits, tokens, settings, later=0):
-  """Return logits after penalties; the last `later` tokens are counted one by one."""
-  penalties = Penalties.off(len(logits), LENGTH)
-  for slot, (row, own) in enumerate(zip(tokens, settings, strict=True)):
-    penalties.start(slot, row[:CONTEXT].tolist(), SamplingConfig(**own))
-  penalties.tokens[:, CONTEXT : CONTEXT + REPLY] = tokens[:, CONTEXT:]
-  penalties.tokens[:, CONTEXT + REPLY :] = 8  # of an earlier turn
+def adjusted(logits, tokens, settings, later=0, drafted=0):
+  """Return logits after penalties, where some tokens are counted after those that are known.
+
+  Args:
+    logits: f32[N,V].
+    tokens: i32[N,CONTEXT+REPLY].
+    settings: the settings of each row.
+    later: how many of the last tokens are counted one by one.
+    drafted: how many of those are a draft.
+  """
+  penalties = Penalties.off(len(logits))
+  for slot, own in enumerate(settings):
+    penalties.start(slot, SamplingConfig(**own))
+  text = np.full((len(logits), LENGTH), 8, np.int32)  # of an earlier turn
+  text[:, : CONTEXT + REPLY] = tokens
   known = np.full(len(logits), REPLY - later, np.int32)
-  return np.array(ADJUST(logits, penalties, known, tokens[:, CONTEXT + REPLY - later :]))
+  return np.array(
+    ADJUST(logits, penalties, text, known, tokens[:, CONTEXT + REPLY - later :], drafted)
+  )
 
 
-@jax.jit
-def ADJUST(logits, penalties, known, later):
-  counts = count_tokens(penalties, CONTEXT + known - 1, known, VOCAB)
-  for token in later.T:
-    counts = count_token(counts, token, jnp.ones(len(logits), bool))
-  return penalize(logits, penalties, counts)
+@functools.partial(jax.jit, static_argnums=5)
+def ADJUST(logits, penalties, text, known, later, drafted):
+  counts = count_tokens(text, CONTEXT + known - 1, known, VOCAB)
+  taken = jnp.arange(later.shape[1]) < later.shape[1] - drafted
+  counts = add_tokens(counts, later, jnp.broadcast_to(taken, later.shape))
+  counts = count_drafts(counts, later[:, later.shape[1] - drafted :])
+  return penalize(logits, penalties, jax.tree.map(lambda x: x[:, drafted], counts))
 
 
 def expected(logits, tokens, own):
@@ -69,9 +82,9 @@ def expected(logits, tokens, own):
   return scores.numpy()[0] - np.float32(frequency) * counts - np.float32(presence) * (counts > 0)
 
 
-@pytest.mark.parametrize('later', [0, 5])
-def test_penalties_and_biases_equal_those_of_transformers(rows, later):
-  result = adjusted(*rows, SETTINGS, later)
+@pytest.mark.parametrize(('later', 'drafted'), [(0, 0), (5, 0), (5, 3)])
+def test_penalties_and_biases_equal_those_of_transformers(rows, later, drafted):
+  result = adjusted(*rows, SETTINGS, later, drafted)
   for logits, tokens, own, row in zip(*rows, SETTINGS, result, strict=True):
     np.testing.assert_allclose(row, expected(logits, tokens, own), rtol=1e-6, atol=1e-6)
   assert (result[0] == rows[0][0]).all()  # neutral settings change no bit

@@ -225,6 +225,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'evaluation.best_of_n',
     'compilation.cache',
     'compilation.cache_gib',
+    'engine.draft_tokens',
   }
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added.add('engine.attention')

@@ -487,6 +487,9 @@ class LocalModel:
     self._occupied += occupied
     stats.decode_steps += int(burst.steps)
     stats.occupied += occupied
+    if running.size.drafts:
+      stats.draft_steps += occupied
+      stats.draft_tokens += int(burst.num_sampled.sum())
     stats.slot_steps += int(burst.steps) * len(rows)
     stats.decode_seconds += seconds
     return self._by_slot(burst, rows)

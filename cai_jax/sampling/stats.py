@@ -24,6 +24,8 @@ class Stats:
     decode_steps: decode steps.
     occupied: active slots, summed over decode steps.
     slot_steps: all slots, summed over decode steps.
+    draft_steps: active slots, summed over decode steps with drafts.
+    draft_tokens: tokens that those sampled.
     compilations: XLA compilations.
     prefill_seconds: time that the host waited for prefill, including compilation.
     decode_seconds: time that the host waited for decode, including compilation.
@@ -44,6 +46,8 @@ class Stats:
   decode_steps: int = 0
   occupied: int = 0
   slot_steps: int = 0
+  draft_steps: int = 0
+  draft_tokens: int = 0
   compilations: int = 0
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0
@@ -69,13 +73,16 @@ def describe(summary: Mapping[str, float]) -> str:
   slots = f'{s["slots"]} slots'
   if s['slots'] < s['most_slots']:
     slots += f' of {s["most_slots"]} (limited by engine.cache_gib)'
+  drafts = ''
+  if steps := s.get('draft_steps'):
+    drafts = f'\n  drafts: {s["draft_tokens"] / steps:.2f} tokens per slot and step'
   return (
     f'  {s["turns"]:,} turns sampled, {s["replayed_turns"]:,} from the journal; '
     f'{s["sampled_tokens"]:,} tokens at {s["tokens_per_second"]:,.0f} tokens/s\n'
     f'  context tokens: {s["prefilled_tokens"]:,} prefilled, {s["reused_tokens"]:,} reused, '
     f'{s["shared_tokens"]:,} in a shared prefix\n'
     f'  {slots}, {100 * s["occupancy"]:.0f} % occupied; {", ".join(waits)}; '
-    f'{s["compilations"]} compilations'
+    f'{s["compilations"]} compilations{drafts}'
   )
 
 

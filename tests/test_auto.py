@@ -198,7 +198,7 @@ def test_an_older_folder_keeps_its_numbers(start, tmp_path):
   (tmp_path / 'config.json').write_text(text)
   engine, stored, (line,) = start(H200)
   assert {name: getattr(engine, name) for name in old} == old and engine.longest_burst == 32
-  assert 'engine for NVIDIA H200 with 104.8 GiB: page_tokens=64' in line
+  assert 'engine for NVIDIA H200 with 104.8 GiB: page_tokens=64, attention=pages' in line
   assert stored == dataclasses.asdict(engine)
 
 
@@ -206,6 +206,11 @@ def test_slots_of_another_mesh_and_a_damaged_file_are_refused(start, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'engine': {'slots': 12}}))
   with pytest.raises(UserError, match=r'engine.slots=12 is not a multiple of .* = 8'):
     start(H200)
+  (tmp_path / 'config.json').write_text(json.dumps({'engine': {'attention': 'ragged'}}))
+  with pytest.raises(
+    UserError, match=r"began with engine.attention='ragged', .* set engine.attent"
+  ):
+    start(CPU)
   for engine in ({'slots': -1}, {'slots': 'many'}, []):
     (tmp_path / 'config.json').write_text(json.dumps({'engine': engine}))
     with pytest.raises(UserError, match='config.json is damaged: .*give a number for each'):

@@ -10,6 +10,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
+from cai_jax.model.attention.cached import choose_cached
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.folder import find_folder, read_hf_config
@@ -37,7 +40,7 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
     nothing to say.
 
   Raises:
-    UserError: if `config.json` is damaged, or its number of slots does not divide over the devices.
+    UserError: if `config.json` is damaged, or what it stores does not suit these devices.
   """
   given = run.config.engine
   stored = _read_stored(run.workdir / 'config.json', given)
@@ -46,9 +49,12 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
   if samples and given.unresolved:
     mesh = local_mesh(run)
     device = describe_device(mesh.local_devices[0])
-    load = auto.measure_load(_models(run), mesh)
+    models = _models(run)
+    load = auto.measure_load(models, mesh)
     engine, own = (auto.resolve(config, device, load) for config in (kept, given))
     check_batch(engine.slots, mesh, 'engine.slots')
+    if 'attention' in stored:
+      _check_attention(run, engine, models, mesh)
     if stored:
       parts.append(f'engine, as this run began: {_show(engine, tuple(stored))}')
     if others := [name for name in stored if stored[name] != getattr(own, name)]:
@@ -59,6 +65,21 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
   config = dataclasses.replace(run.config, engine=engine)
   values = {**run.values, 'engine': dataclasses.asdict(engine)}
   return dataclasses.replace(run, config=config, values=values), '; '.join(parts)
+
+
+def _check_attention(
+  run: Run, engine: EngineConfig, models: Sequence[tuple[ModelConfig, str]], mesh: Mesh
+) -> None:
+  """Check that the attention with which a run began supports the models on these devices."""
+  try:
+    for config, dtype in models:
+      choose_cached(engine.attention, config, dtype, engine.page_tokens, mesh)
+  except UserError as error:
+    raise UserError(
+      f'{run.workdir} began with engine.attention={engine.attention!r}, which cannot run here. '
+      "Continue on such devices, or set engine.attention='pages', which samples unfinished rows "
+      'again.'
+    ) from error
 
 
 def _show(engine: EngineConfig, names: Sequence[str]) -> str:

@@ -94,8 +94,8 @@ class EngineConfig:
 
   @property
   def unresolved(self) -> tuple[str, ...]:
-    """The names of the sizes that are 'auto'. The methods below need numbers."""
-    return tuple(name for name in SIZES if getattr(self, name) == AUTO)
+    """The names of the fields that are 'auto'. The methods below need numbers."""
+    return tuple(name for name in (*SIZES, 'attention') if getattr(self, name) == AUTO)
 
   @property
   def rewind(self) -> int:

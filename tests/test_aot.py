@@ -114,6 +114,24 @@ def test_large_copies_are_summed_by_depth_over_loop_iterations():
   assert hlo.large_copies(HLO, hlo.find_places(HLO)) == {1: 5 * 4 * 512 * 1024}
 
 
+def test_reads_of_main_memory_leave_out_kernels_updates_in_place_and_vector_memory():
+  text = """\
+ENTRY %main (table: f32[100,8]) -> f32[4,8] {
+  %table = f32[100,8]{1,0} parameter(0)
+  %near = f32[50,8]{1,0:S(1)} parameter(1)
+  %new = f32[4,8]{1,0} parameter(2)
+  %gather_fusion = f32[4,8]{1,0} fusion(%table, %near), kind=kCustom, calls=%f
+  %scatter_fusion = f32[100,8]{1,0} fusion(%table, %new), kind=kCustom, calls=%f
+  %slice-start = (f32[100,8]{1,0}, f32[25,8]{1,0:S(1)}, s32[]) slice-start(%table), slice={[0:25]}
+  %sum = f32[4,8]{1,0} add(%new, %near)
+  ROOT %kernel = f32[4,8]{1,0} custom-call(%scatter_fusion, %table), custom_call_target="k"
+}
+"""
+  read = hlo.memory_reads(text, hlo.find_places(text), 0)
+  assert read == 4 * 8 * (4 + 4 + 25 + 4)  # the rows gathered, scattered, sliced and added
+  assert hlo.memory_reads(text, hlo.find_places(text), 1) == 0
+
+
 def test_a_loop_of_unknown_length_counts_as_one_iteration():
   text = HLO.replace('compare(%turn, %turns)', 'compare(%turn, %other)')
   assert {c.runs for c in hlo.find_collectives(text, hlo.find_places(text))} == {1}

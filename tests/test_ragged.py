@@ -179,7 +179,8 @@ def test_the_analytic_bytes_are_those_that_the_kernel_copies(monkeypatch):
     start(self)
 
   monkeypatch.setattr(kernel.MultiPageAsyncCopyDescriptor, 'start', count)
-  monkeypatch.setattr(ragged, 'BLOCK_TOKENS', 2 * PAGE)
+  monkeypatch.setattr(ragged, 'MIN_BLOCK', 2 * PAGE)
+  monkeypatch.setattr(ragged, 'MAX_BLOCK', 2 * PAGE)
   keys, queries = [33, 5, 48], [1, 3, 4]
   args = keys, ROW_PAGES, np.cumsum([0, *queries]), [3]
   args = (jnp.asarray(x, jnp.int32) for x in args)

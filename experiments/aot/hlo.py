@@ -169,3 +169,51 @@ def large_copies(text: str, places: dict[str, Place]) -> dict[int, int]:
       depth, runs = places[inside]
       copied[depth] = copied.get(depth, 0) + size * runs
   return copied
+
+
+# Instructions that move no data themselves, or whose start has been counted.
+PASSIVE = {'get-tuple-element', 'tuple', 'parameter', 'bitcast', 'constant', 'while', 'conditional'}
+PASSIVE |= {'after-all', 'copy-done', 'slice-done', 'async-done', 'custom-call'}
+
+
+def memory_reads(text: str, places: dict[str, Place], depth: int) -> int:
+  """Return the bytes that the instructions at a depth read from the chip's main memory, once each.
+
+  The compiler writes into each type where the array is: one in `S(1)` is in the vector memory. A
+  slice or a gather reads what it returns. An operand of the result's type that a scatter or an
+  update replaces is written in place. Kernels (custom calls) are not counted.
+
+  Args:
+    text: optimized and scheduled HLO.
+    places: as `find_places` returns them.
+    depth: number of loops and conditionals around the instructions.
+  """
+  fused = set(re.findall(r'(?:calls|to_apply)=%?([\w.\-]+)', text))
+  types = dict(re.findall(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) [a-z][\w\-]*\(', text, re.M))
+  total = 0
+  for inside, result, operation, line in instructions(text):
+    if operation in PASSIVE or inside in fused or inside not in places:
+      continue
+    if places[inside].depth != depth:
+      continue
+    name = re.match(r'\s+(?:ROOT )?%?([\w.\-]+) =', line)[1]
+    listed = line.split(f' {operation}(', 1)[1].split(')', 1)[0]
+    operands = [types.get(x, '') for x in re.findall(r'%([\w.\-]+)', listed)]
+    if operation.startswith(('slice', 'dynamic-slice', 'gather')) or 'gather' in name:
+      total += _returned(result) if any(map(main_memory_bytes, operands)) else 0
+      continue
+    in_place = 'scatter' in name or 'update' in name
+    total += sum(main_memory_bytes(x) for x in operands if not (in_place and x == result))
+  return total
+
+
+def main_memory_bytes(shapes: str) -> int:
+  """Return the bytes of the arrays of an HLO type that are in the chip's main memory."""
+  arrays = re.findall(r'\b[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?', shapes)
+  return sum(sum(shape_bytes(array)) for array in arrays if 'S(1)' not in array)
+
+
+def _returned(shapes: str) -> int:
+  """Return the bytes of a result; of an asynchronous start's, those that follow the operand."""
+  sizes = shape_bytes(shapes)
+  return sizes[1] if shapes.startswith('(') and len(sizes) > 1 else sizes[0]

@@ -28,7 +28,9 @@ class Program:
     flops: FLOPs of one step.
     read: the least number of bytes that a step moves to and from memory.
     accessed: bytes that operations read and write by the compiler's cost analysis, which counts the
-      body of a loop once and no Pallas kernel.
+      body of a loop once and no Pallas kernel. It counts the vector memory, too.
+    main_memory: bytes that instructions of a step read from the chip's main memory, kernels and
+      branches excluded.
     collectives: all collectives.
     copies: bytes of large copies, by depth.
     step: the depth of operations that happen in every step. Those at smaller depths happen once per
@@ -44,6 +46,7 @@ class Program:
   flops: float
   read: float
   accessed: float
+  main_memory: float
   collectives: tuple[Collective, ...]
   copies: dict[int, int]
   step: int | None
@@ -150,6 +153,7 @@ def build(
     flops=counted if flops is None else flops,
     read=read,
     accessed=costs['bytes accessed'],
+    main_memory=hlo.memory_reads(text, places, step or 0),
     collectives=tuple(hlo.find_collectives(text, places)),
     copies=hlo.large_copies(text, places),
     step=step,

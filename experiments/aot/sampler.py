@@ -235,6 +235,7 @@ def describe(program: Program, chip: Chip, parts: int) -> list[str]:
     f'GiB: {programs.format_sizes(program.memory)}',
     programs.describe_fit(program, chip),
     f'{program.flops / 1e9:.2f} GFLOP and {program.read / GIB:.3f} GiB to read each step',
+    f'read from main memory besides kernels: {program.main_memory / GIB:.3f} GiB each step',
     *programs.describe_time(program, chip, parts),
     *programs.describe_communication(program),
   ]

@@ -36,9 +36,10 @@ from cai_jax.runtime.mesh import BATCH, batch_shards
 
 LANES = 128  # head sizes are multiples of this
 PAGE_MULTIPLE = 16  # tokens; page sizes are multiples of this
-BLOCK_TOKENS = (
-  256  # keys that the kernel fetches together; the last block of a row is fetched whole
-)
+# The kernel fetches keys in blocks, and the last block of a row whole. So it reads half a
+# block more than the live keys for each row, on average. Smaller blocks make short transfers.
+BLOCK_BYTES = 2**18
+MIN_BLOCK, MAX_BLOCK = 128, 256  # tokens
 BLOCK_QUERIES = 32  # tokens of the flat batch that the kernel processes together
 
 
@@ -232,14 +233,16 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
   return merge([*shared, own]).divided().astype(q.dtype)[None], (RaggedPages(kv),)
 
 
-def block_pages(page_tokens: int, row_pages: int) -> int:
+def block_pages(page_tokens: int, row_pages: int, token_bytes: int) -> int:
   """Return how many pages the kernel fetches together.
 
   Args:
     page_tokens: number of tokens of a page.
     row_pages: N, the largest number of pages of a row.
+    token_bytes: size of a token's keys and values in the heads of this device.
   """
-  return min(max(BLOCK_TOKENS // page_tokens, 1), row_pages)
+  tokens = min(max(BLOCK_BYTES // token_bytes, MIN_BLOCK), MAX_BLOCK)
+  return min(max(tokens // page_tokens, 1), row_pages)
 
 
 def call_kernel(
@@ -273,7 +276,10 @@ def call_kernel(
   (x, n, h), (_, size, pairs, _) = q.shape, kv.shape
   heads, pairs_of_block = ragged.get_min_heads_per_blk(n, pairs, q.dtype, kv.dtype)
   share, kv_heads = n // (pairs // 2), pairs_of_block // 2
-  queries, fetched = min(BLOCK_QUERIES, x), block_pages(size, pages.shape[1])
+  queries, fetched = (
+    min(BLOCK_QUERIES, x),
+    block_pages(size, pages.shape[1], pairs * h * kv.dtype.itemsize),
+  )
   body = functools.partial(
     ragged.ragged_paged_attention_kernel, sm_scale=h**-0.5, sliding_window=window
   )
@@ -340,7 +346,8 @@ def bytes_fetched(
     row_pages: N, the largest number of pages of a row.
     token_bytes: size of a token's keys and values in the heads of this device.
   """
-  block, fetched, start = page_tokens * block_pages(page_tokens, row_pages), 0, 0
+  block = page_tokens * block_pages(page_tokens, row_pages, token_bytes)
+  fetched = start = 0
   rows = min(BLOCK_QUERIES, sum(queries))
   for tokens, length in zip(queries, keys, strict=True):
     times = (start + tokens - 1) // rows - start // rows + 1

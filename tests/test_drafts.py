@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.draft_choice import DraftChoice
 from cai_jax.sampling.drafts import KEY, count_kept, find_drafts
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -127,3 +128,32 @@ def test_a_resumed_run_with_drafts_has_the_bits_of_an_uninterrupted_one(repetiti
   resumed, stats = run(repetitive, repeated_items(6), journal=Journal(tmp_path), **sizes)
   assert resumed == uninterrupted
   assert 0 < stats.replayed_turns < 18
+
+
+def bursts(choice, active, count, speed):
+  """Run `count` bursts and return the drafts of each; `speed` has a row's tokens per second."""
+  used = []
+  for _ in range(count):
+    drafts = choice.next(active)
+    compiled = drafts not in used
+    choice.record(active, drafts, 5.0 if compiled else 1.0, speed[drafts], compiled)
+    used.append(drafts)
+  return used
+
+
+def test_drafts_are_tried_when_few_rows_are_active_and_kept_where_they_win():
+  assert set(bursts(DraftChoice(64), 33, 50, {0: 1})) == {0}
+  for active, drafts in ((32, 1), (16, 3), (9, 3), (8, 7), (1, 7)):
+    fast = bursts(DraftChoice(64), active, 100, {0: 10, drafts: 15})
+    assert set(fast[:6]) == {0}  # as long as a compilation would take
+    assert 85 < fast.count(drafts) < 94  # of the last 94, a few are run without to compare
+    slow = bursts(DraftChoice(64), active, 100, {0: 10, drafts: 8})
+    assert 2 <= slow.count(drafts) < 9
+
+
+def test_drafts_change_sides_only_for_a_clear_gain():
+  choice = DraftChoice(64)
+  assert bursts(choice, 8, 100, {0: 10, 7: 10.5}).count(7) < 9
+  assert bursts(choice, 8, 200, {0: 10, 7: 20})[-20:].count(7) >= 19
+  assert bursts(choice, 8, 200, {0: 10, 7: 9.5})[-20:].count(7) >= 19
+  assert bursts(choice, 8, 200, {0: 10, 7: 5})[-20:].count(7) <= 1

@@ -15,7 +15,8 @@ from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling import caches, device
-from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.config import AUTO, EngineConfig
+from cai_jax.sampling.draft_choice import DraftChoice
 from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.pages import PagePool
 from cai_jax.sampling.penalties import Penalties
@@ -136,6 +137,9 @@ class LocalModel:
     self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
     # Context and reply of each slot. Entries beyond the slot's position are undefined.
     self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
+    # Where programs of other sizes give other bits, measured times must not choose between them.
+    measured = config.draft_tokens == AUTO and self._mixed
+    self._draft_choice = DraftChoice(self._row_sizes[0]) if measured else None
     self._length = length
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
@@ -305,7 +309,7 @@ class LocalModel:
       steps = min(steps, MAX_MIXED_WAIT if mixed else MAX_WAIT)
     if self.slots.active.any():
       # A step that prefills has enough to compute without drafts.
-      drafts = 0 if any(segments) else self.config.draft_tokens
+      drafts = 0 if any(segments) else self._count_drafts()
       groups = self._choose_rows(1 if any(segments) else steps, drafts)
       if any(segments) or any(groups):
         self._run(groups, segments, max(1, self._turns_to_wait_for()), steps, drafts)
@@ -386,6 +390,12 @@ class LocalModel:
     for index, window in enumerate(self._windows):
       own = [layer for i, layer in enumerate(cache) if self.lm.config.window(i) == window]
       self._blocks[index][: len(own[0])] = list(zip(*own, strict=True))
+
+  def _count_drafts(self) -> int:
+    """Return how many tokens each row drafts in a step of the next burst."""
+    if self._draft_choice is None:
+      return 0 if self.config.draft_tokens == AUTO else self.config.draft_tokens
+    return self._draft_choice.next(int(self.slots.active.reshape(self._groups, -1).sum(1).max()))
 
   def _choose_rows(self, steps: int, drafts: int) -> list[list[int]]:
     """Return the slots of each batch shard to decode, which have pages for the next steps.
@@ -482,6 +492,7 @@ class LocalModel:
     if not running.compiled:
       elapsed = time.perf_counter() - running.begin
       self._programs.record(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
+    self._record_drafts(running, burst)
     self._steps += int(burst.steps)
     occupied = int(burst.row_steps.sum())
     self._occupied += occupied
@@ -493,6 +504,16 @@ class LocalModel:
     stats.slot_steps += int(burst.steps) * len(rows)
     stats.decode_seconds += seconds
     return self._by_slot(burst, rows)
+
+  def _record_drafts(self, running: _Running, burst: device.Burst) -> None:
+    """Take note of a burst that could have drafted."""
+    if self._draft_choice is None or running.size.tokens:
+      return
+    active = int((running.rows >= 0).reshape(self._groups, -1).sum(1).max())
+    seconds = time.perf_counter() - running.begin
+    tokens = burst.num_sampled.sum() / max(burst.row_steps.sum(), 1) * burst.steps
+    drafts, compiled = running.size.drafts, running.compiled
+    self._draft_choice.record(active, drafts, seconds, float(tokens), compiled)
 
   def _by_slot(self, burst: device.Burst, rows: np.ndarray) -> device.Burst:
     """Return a burst with a row for each slot."""

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax.model import cache as cache_lib
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
@@ -16,7 +15,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import config as config_lib
 from cai_jax.sampling import device
-from cai_jax.sampling.caches import cache_bytes
+from cai_jax.sampling import slots as slots_lib
+from cai_jax.sampling.caches import cache_bytes, pages_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine, longest_context, turn_key
 from cai_jax.sampling.journal import Journal
@@ -157,15 +157,17 @@ def test_only_new_tokens_are_prefilled(lm):
 def test_slots_wait_to_share_prefill_chunks(lm, monkeypatch):
   chunk_tokens = []
 
-  def prefill(spec, params, cache, prefix_caches, chunk, program=device.prefill):
-    chunk_tokens.append(int((chunk.positions >= 0).sum()))
-    return program(spec, params, cache, prefix_caches, chunk)
+  def run_step(*args, program=device.run):
+    if args[6] is not None:
+      chunk_tokens.append(int((args[6].positions >= 0).sum()))
+    return program(*args)
 
-  monkeypatch.setattr(device, 'prefill', prefill)
+  monkeypatch.setattr(device, 'run', run_step)
   _, stats = run(lm, items(24), slots=8)
   assert sum(chunk_tokens) == stats.prefilled_tokens
-  assert 0 < min(chunk_tokens) <= max(chunk_tokens) <= 16
-  assert len(chunk_tokens) < stats.turns * 3 / 4  # without sharing, at least one chunk per turn
+  assert 0 < max(chunk_tokens) <= 64
+  filled = [count for count in chunk_tokens if count]
+  assert len(filled) < stats.turns * 3 / 4  # without sharing, at least one chunk per turn
 
 
 def test_stop_tokens_and_stop_texts_end_a_turn(lm):
@@ -365,7 +367,7 @@ def test_eight_devices_with_a_shared_prefix_give_the_tokens_of_one(lm):
 
 @pytest.mark.parametrize('prefixes', [{}, {'base': PREFIXES}])
 def test_windowed_layers_cache_a_window_and_match_the_full_forward(lm, monkeypatch, prefixes):
-  """Some turns have more tokens than the ring buffer; the last rewinds further than it can."""
+  """Some turns have more tokens than such a layer keeps; the last rewinds further than it can."""
   monkeypatch.setattr(config_lib, 'REWIND', 2)
   config = dataclasses.replace(lm.config, windows=(None, 6))
   windowed = dataclasses.replace(lm, config=config)
@@ -385,20 +387,21 @@ def test_windowed_layers_cache_a_window_and_match_the_full_forward(lm, monkeypat
 
   starts = ([], *PREFIXES)
   chains = [(str(i), rewinding(starts[i % 3] + c)) for i, c in enumerate(contexts(6))]
-  results, _ = run(windowed, chains, prefixes=prefixes)
+  results, _ = run(windowed, chains, prefixes=prefixes, page_tokens=4)
   for turns in results.values():
     for context, completion in turns:
       logits = np.array(windowed.logits([context + completion.tokens]))[0, len(context) - 1 : -1]
       assert completion.tokens == logits.argmax(-1).tolist()
-  lengths = cache_lib.cache_lengths(config, LENGTH, EngineConfig(**SIZES).slack)
-  assert lengths == ((LENGTH,), (6 + 16 + 5 + 2,))
+  sizes = EngineConfig(**SIZES | {'page_tokens': 4})
+  assert (sizes.undo, sizes.slack) == (5 + 2, 5 + 2 + 64)
+  assert pages_of(LENGTH, None, sizes.slack, 4) == LENGTH // 4
+  assert pages_of(LENGTH, 6, sizes.slack, 4) == 21  # 6 + 71 tokens, and 4 of the first page
 
 
 def test_repeated_rewinding_loses_no_token(lm, monkeypatch):
-  """Each turn rewinds less than REWIND; together they rewind more than the ring buffer holds."""
+  """Each turn rewinds less than REWIND; together they rewind more than a layer keeps."""
   monkeypatch.setattr(config_lib, 'REWIND', 10)
   windowed = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=(6, 6)))
-  assert cache_lib.cache_lengths(windowed.config, LENGTH, 8 + 5 + 10) == ((29,), (29,))
   greedy = SamplingConfig(temperature=0.0, max_tokens=1)
 
   def rewinding(context):
@@ -409,7 +412,7 @@ def test_repeated_rewinding_loses_no_token(lm, monkeypatch):
       context = context[: len(context) - 10] + [number + 3]
     return turns
 
-  results, _ = run(windowed, [('chain', rewinding(list(range(1, 61))))], prefill_tokens=8)
+  results, _ = run(windowed, [('chain', rewinding(list(range(1, 61))))], page_tokens=4)
   for context, completion in results['chain']:
     assert completion.tokens == [int(np.array(windowed.logits([context]))[0, -1].argmax())]
 
@@ -423,39 +426,111 @@ def test_slots_that_the_mesh_does_not_divide_are_refused_before_a_run(lm):
 
 
 @pytest.mark.parametrize('windows', [(), (None, 40)])
-def test_spans_change_no_token(lm, monkeypatch, windows):
-  monkeypatch.setattr(cache_lib, 'MIN_SPAN', 32)
+def test_sizes_of_pages_and_chunks_change_no_bit(lm, windows):
+  """This holds on CPUs in f32, if the number of rows is the same or at least 64."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   default, _ = run(model, prefixed(9), prefixes={'base': PREFIXES})
-  four_spans, _ = run(model, prefixed(9), prefixes={'base': PREFIXES}, spans=4)
-  assert_close(four_spans, default)
+  for sizes in ({'prefill_tokens': 128}, {'longest_burst': 3}):
+    other, _ = run(model, prefixed(9), prefixes={'base': PREFIXES}, **sizes)
+    assert other == default
+  other, _ = run(model, prefixed(9), prefixes={'base': PREFIXES}, page_tokens=24)
+  assert_close(other, default)  # pages are merged one by one, so their size rounds differently
+
+
+def small_pool(monkeypatch, share):
+  """Let engines have pages for a share of what their slots need at their largest size."""
+  fit = EngineConfig.fit
+  monkeypatch.setattr(EngineConfig, 'fit', lambda *args: (fit(*args)[0], share))
+  monkeypatch.setattr(slots_lib, 'MIN_BLOCK', 4)
+
+
+def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monkeypatch):
+  """The pool holds about one slot's largest cache, and chains need several times as much."""
+  options = dict(turns=3, max_tokens=20)
+  expected, _ = run(lm, items(9, **options), slots=6, page_tokens=8)
+  small_pool(monkeypatch, 0.3)
+  waits = []
+
+  def extend(model, slot, tokens, original=slots_lib.LocalModel._extend):
+    extended = original(model, slot, tokens)
+    oldest = min(started for started in model._started if started >= 0)
+    waits.append((model._started[slot] == oldest, extended))
+    return extended
+
+  monkeypatch.setattr(slots_lib.LocalModel, '_extend', extend)
+  results, _ = run(lm, items(9, **options), slots=6, page_tokens=8)
+  assert_close(results, expected)  # programs with other blocks round differently
+  assert (False, False) in waits and (True, False) not in waits
+
+
+def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatch):
+  """Half of the chains begin in each model, so each model is the first that some chain asks."""
+  small_pool(monkeypatch, 0.3)
+  models = {'base': lm, 'critic': dataclasses.replace(lm, fingerprint='critic')}
+
+  def alternating(context, first):
+    for number in range(4):
+      model = ('base', 'critic')[(first + number) % 2]
+      sampling = SamplingConfig(max_tokens=15)
+      completion = yield Turn(f'turn_{number}', context, sampling, model)
+      context = context + completion.tokens
+    return context
+
+  def new_items():
+    return [(str(i), alternating(c, i)) for i, c in enumerate(contexts(10))]
+
+  def engine(**sizes):
+    return Engine(models, length=LENGTH, seed=0, config=EngineConfig(**SIZES | sizes))
+
+  few = dict(engine(slots=6, page_tokens=8).run(new_items()))
+  monkeypatch.undo()
+  assert few == dict(engine(slots=6, page_tokens=8).run(new_items()))
+
+
+def test_a_small_pool_in_each_batch_shard_is_enough(lm, monkeypatch):
+  mesh = make_mesh(data=2, devices=jax.devices()[:2])
+  params = jax.device_put(lm.params, param_shardings(lm.params, mesh))
+  split = dataclasses.replace(lm, params=params, mesh=mesh)
+  options = dict(turns=2, max_tokens=20)
+  expected, _ = run(split, items(9, **options), slots=8, page_tokens=8)
+  small_pool(monkeypatch, 0.3)
+  results, _ = run(split, items(9, **options), slots=8, page_tokens=8)
+  assert_close(results, expected)
 
 
 def test_the_memory_budget_limits_the_slots(lm):
+  """As many slots as fit at half of their largest size."""
   slot_bytes = cache_bytes(lm, LENGTH, 0)
   # layers, k and v, kv heads, head size, tokens, bytes
   assert slot_bytes == 2 * 2 * 2 * 8 * LENGTH * 4
 
-  def slots(gib, prefixes=None):
-    config = EngineConfig(slots=30, cache_gib=gib)
-    return Engine({'base': lm}, length=LENGTH, seed=0, config=config, prefixes=prefixes).slots
+  def budget(largest):
+    sizes = dict(slots=30, page_tokens=64, cache_gib=largest * slot_bytes / 2**30)
+    return SIZES | sizes
 
-  assert slots(30.5 * slot_bytes / 2**30) == 30
-  assert slots(29.5 * slot_bytes / 2**30) == 24  # a multiple of eight
-  assert slots(5.5 * slot_bytes / 2**30) == 5
-  assert slots(5.5 * slot_bytes / 2**30, {'base': PREFIXES}) == 4  # each prefix takes half a slot
+  def fit(largest, prefix_tokens=0):
+    config = EngineConfig(**budget(largest))
+    return config.fit([lm], LENGTH, [prefix_tokens])
+
+  assert fit(30.5) == (30, 1.0)
+  assert fit(15.5) == (30, pytest.approx(15.5 / 30))
+  assert fit(14.5) == (24, pytest.approx(14.5 / 24))  # a multiple of eight
+  assert fit(2.5) == (5, pytest.approx(0.5))
+  assert fit(2.5, LENGTH // 2) == (4, pytest.approx(0.5))  # prefixes take half a slot
   with pytest.raises(UserError, match='cache_gib'):
-    slots(0.5 * slot_bytes / 2**30)
+    fit(0.5)
+  config = EngineConfig(**budget(2.5))
+  assert Engine({'base': lm}, length=LENGTH, seed=0, config=config).slots == 5
 
 
-def test_a_chunk_is_divided_over_batch_shards_and_smaller_for_few_slots():
-  config = EngineConfig(prefill_tokens=128, prefill_width=32)
-  one = make_mesh(devices=jax.devices()[:1])
-  assert config.chunk(64, one) == (128, 32)
-  assert config.chunk(1, one) == (64, 32)  # a single slot rarely has more to prefill
-  four = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-  assert config.chunk(64, four) == (32, 32)  # per batch shard
-  assert EngineConfig(prefill_tokens=9, prefill_width=3).chunk(4, four) == (8, 3)
+def test_a_chunk_is_divided_over_batch_shards_and_has_a_few_sizes(lm):
+  one, four = lm.mesh, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  assert EngineConfig(prefill_tokens=512).chunk_sizes(64, one) == (128, 256, 384, 512)
+  assert EngineConfig(prefill_tokens=512).chunk_sizes(64, four) == (64, 128)  # per batch shard
+  assert EngineConfig(prefill_tokens=9).chunk_sizes(4, four) == (64,)
+  assert EngineConfig(prefill_tokens=128, prefill_width=3).piece_width(4, one) == 3
+  assert EngineConfig().row_sizes(4, lm) == (4,)  # below 64 rows, bits depend on their number
+  assert EngineConfig().row_sizes(300, lm) == (64, 75, 150, 300)
   for name in ('prefill_tokens', 'prefill_width'):
     with pytest.raises(UserError, match=name):
       EngineConfig(**{name: 0})
@@ -467,6 +542,7 @@ def test_stats_report_times_and_compilations(lm):
   run(lm, items(3))
   _, stats = run(lm, items(20, turns=2))
   summary = stats.summary()
+  assert 0 < stats.occupied <= stats.slot_steps == 4 * stats.decode_steps
   for name in ('prefill', 'decode', 'host'):
     assert 0 < summary[f'{name}_seconds'] < summary['seconds']
   assert summary['compilations'] == 0 and summary['chains'] == 20

@@ -1,10 +1,94 @@
-"""The pages that a slot owns."""
+"""The pool of pages: each page has one owner, and low pages go first."""
 
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies
 
 from cai_jax.sampling.caches import pages_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.pages import PagePool
+
+PAGE, BLOCK, BLOCKS, ROW = 4, 3, 4, 6  # tokens of a page; pages of a block; blocks; pages of a slot
+
+
+def make_pool(window=None, slots=4, groups=2):
+  return PagePool(slots, groups, ROW, BLOCK, BLOCKS, PAGE, window, lambda *_: None)
+
+
+def test_slots_get_the_lowest_free_pages_of_their_group():
+  pool = make_pool()
+  pool.extend(0, 9)
+  pool.extend(1, 1)
+  pool.extend(2, 5)  # the other group has pages of its own
+  assert pool.table[:3, :3].tolist() == [[0, 1, 2], [3, -1, -1], [0, 1, -1]]
+  assert pool.blocks == pool.used_blocks() == 2
+  pool.shorten(0, 4)
+  pool.extend(1, 9)
+  assert pool.table[1, :3].tolist() == [3, 1, 2]
+  pool.shorten(1, 0)
+  assert pool.used_blocks() == 1 and pool.blocks == 2 and pool.count.tolist() == [1, 0, 2, 0]
+  assert pool.select([2, -1], 99).tolist() == [[0, 1, *[99] * 4], [99] * 6]
+  assert [pool.free_pages(slot) for slot in range(4)] == [11, 11, 10, 10]
+
+
+def test_windowed_slots_give_back_pages_that_no_later_token_sees():
+  pool = make_pool(window=6)
+  pool.extend(0, 24)
+  pool.forget(0, 19, 4)  # token 19 sees 14 to 19; four more are kept, so from 9, which is in page 2
+  assert (pool.first[0], pool.count[0]) == (2, 4)
+  assert pool.table[0].tolist() == [2, 3, 4, 5, -1, -1]
+  assert pool.missing(0, 24) == 0 and pool.missing(0, 25) == 1
+  pool.extend(0, 25)
+  assert pool.table[0].tolist() == [2, 3, 4, 5, 0, -1]
+  pool.shorten(0, 9)
+  assert pool.table[0].tolist() == [2, *[-1] * 5]
+  pool.shorten(0, 0)
+  assert pool.first[0] == 0 and pool.missing(0, 1) == 1
+
+
+operations = strategies.lists(
+  strategies.tuples(
+    strategies.sampled_from(['extend', 'shorten', 'forget']),
+    strategies.integers(0, 3),
+    strategies.integers(0, ROW * PAGE),
+  ),
+  max_size=40,
+)
+
+
+@hypothesis.given(operations)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_a_pool_agrees_with_a_plain_model_under_random_operations(operations):
+  pool, owned = make_pool(window=6), [dict() for _ in range(4)]  # number of a page → page
+  for name, slot, tokens in operations:
+    pages, first = owned[slot], int(pool.first[slot])
+    group = slice(slot // 2 * 2, slot // 2 * 2 + 2)
+    if name == 'extend':
+      new = [n for n in range(first, -(-tokens // PAGE)) if n not in pages]
+      assert pool.missing(slot, tokens) == len(new)
+      if len(new) > pool.free_pages(slot) or len(pages) + len(new) > ROW:
+        continue
+      taken = {page for other in owned[group] for page in other.values()}
+      free = iter(n for n in range(BLOCK * BLOCKS) if n not in taken)
+      pages.update((n, next(free)) for n in new)
+      pool.extend(slot, tokens)
+    elif name == 'shorten':
+      owned[slot] = {n: page for n, page in pages.items() if n * PAGE < tokens}
+      pool.shorten(slot, tokens)
+    else:
+      end = max(pages, default=-1) + 1
+      tokens = min(tokens, end * PAGE)
+      owned[slot] = {n: page for n, page in pages.items() if n >= (tokens - 6 - 4) // PAGE}
+      pool.forget(slot, tokens, 4)
+    for index, pages in enumerate(owned):
+      expected = [pages[n] for n in sorted(pages)]
+      assert pool.table[index, : pool.count[index]].tolist() == expected
+      assert (pool.table[index, pool.count[index] :] == -1).all()
+    last = max((page for pages in owned for page in pages.values()), default=-1)
+    assert pool.used_blocks() == max(-(-(last + 1) // BLOCK), 1)
+    assert pool.free_pages(slot) == BLOCK * BLOCKS - sum(map(len, owned[group]))
+    np.testing.assert_array_equal(pool.count, [len(pages) for pages in owned])
 
 
 @pytest.mark.parametrize('burst', [5, 32])

@@ -10,6 +10,7 @@ same bits alone, in a full batch, and after a restart.
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -151,7 +152,7 @@ class Engine:
     """
     self._updated = time.perf_counter(), COMPILATIONS.count
     source, active = iter(chains), dict[int, _ActiveChain]()
-    free = list(range(self.slots))[::-1]
+    free, order = list(range(self.slots))[::-1], itertools.count()
     for model in self._local.values():
       model.reset()
     if self.journal is not None:
@@ -165,7 +166,9 @@ class Engine:
           del active[entry.slot]
           yield self._finish(entry)
       while free and (item := next(source, None)) is not None:
-        entry = _ActiveChain(*item, slot=free[-1])
+        entry, number = _ActiveChain(*item, slot=free[-1]), next(order)
+        for model in self._local.values():
+          model.start(entry.slot, number)
         if self._resume(entry, None):
           active[free.pop()] = entry
         else:

@@ -145,7 +145,6 @@ class LocalModel:
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
     self._base = np.zeros(slots, np.int32)  # tokens of each slot's shared prefix
     self._started = np.full(slots, -1)  # the order in which the chains of the slots started
-    self._starts = 0
     self.waiting: dict[int, list[int]] = {}
     self._waiting_since: dict[int, int] = {}  # slot → decode steps run when it began to wait
     self.prefixes = [list(prefix) for prefix in prefixes]
@@ -208,6 +207,16 @@ class LocalModel:
     for slot in range(len(self.cached)):
       self.clear(slot)
 
+  def start(self, slot: int, order: int) -> None:
+    """Give a slot to a chain.
+
+    Args:
+      slot: index of the slot.
+      order: larger than that of all earlier chains, and the same in all models: then the chain that
+        started first waits for pages in none of them, and no two chains wait for each other.
+    """
+    self._started[slot] = order
+
   def clear(self, slot: int) -> None:
     """Empty a slot's cache, and give its pages back."""
     self.cached[slot], self._max_cached[slot], self.slots.prefix[slot] = [], 0, -1
@@ -253,8 +262,6 @@ class LocalModel:
     self._base[slot] = start
     for pool in self._pools:
       pool.shorten(slot, reused - start)
-    if self._started[slot] < 0:
-      self._started[slot], self._starts = self._starts, self._starts + 1
     # The first decode step feeds the context's last token, so it is not prefilled.
     self.slots.start(slot, context[-1], len(context) - 1, key, turn.sampling, stop_token_ids)
     self.slots.prefix[slot] = prefix
@@ -293,7 +300,6 @@ class LocalModel:
     """
     if max_steps == 0:
       return
-    begin = time.perf_counter()
     for slot in [s for s, target in self.waiting.items() if len(target) == len(self.cached[s])]:
       self._activate(slot)
     mixed = self._mixed
@@ -311,9 +317,11 @@ class LocalModel:
       # A step that prefills has enough to compute without drafts.
       drafts = 0 if any(segments) else self._count_drafts()
       groups = self._choose_rows(1 if any(segments) else steps, drafts)
+      if self.waiting and not any(groups) and not any(segments):
+        # All replies wait for pages, so no step would ever end the wait for a full chunk.
+        segments, drafts = self._next_segments(), 0
       if any(segments) or any(groups):
         self._run(groups, segments, max(1, self._turns_to_wait_for()), steps, drafts)
-    self.stats.decode_seconds += time.perf_counter() - begin
 
   def _run(
     self,
@@ -366,6 +374,7 @@ class LocalModel:
     )
     self._put_cache(cache)
     compiled = COMPILATIONS.count > compilations
+    self._count_seconds(size, begin)
     if compiled:
       self._programs.record(size, time.perf_counter() - begin, compiled=True)
     for group in segments:
@@ -376,6 +385,14 @@ class LocalModel:
       self._prefilled = result if rows is None else result.steps
     else:
       self._burst = _Running(result, rows, before, size, compiled, begin)
+
+  def _count_seconds(self, size: Size, begin: float) -> None:
+    """Add the time since `begin` to that of programs which prefill, or of those which do not."""
+    seconds = time.perf_counter() - begin
+    if size.tokens:
+      self.stats.prefill_seconds += seconds
+    else:
+      self.stats.decode_seconds += seconds
 
   def _take_cache(self, blocks: Sequence[int]) -> Cache:
     """Return the blocks in use of each layer."""
@@ -488,6 +505,7 @@ class LocalModel:
       for pool in self._pools:
         pool.forget(slot, len(self.cached[slot]) - self._base[slot], self.config.undo)
     seconds, stats = time.perf_counter() - begin, self.stats
+    self._count_seconds(running.size, begin)
     self.step_seconds = seconds / max(int(burst.steps), 1)
     if not running.compiled:
       elapsed = time.perf_counter() - running.begin
@@ -502,7 +520,6 @@ class LocalModel:
       stats.draft_steps += occupied
       stats.draft_tokens += int(burst.num_sampled.sum())
     stats.slot_steps += int(burst.steps) * len(rows)
-    stats.decode_seconds += seconds
     return self._by_slot(burst, rows)
 
   def _record_drafts(self, running: _Running, burst: device.Burst) -> None:
@@ -560,6 +577,8 @@ class LocalModel:
       group = slot * self._groups // len(self.cached)
       room = min(left[group], pieces[group] * self._width)
       new = target[len(cached) : len(cached) + room]
+      for pool in self._pools:
+        pool.forget(slot, len(cached) - int(self._base[slot]), self.config.undo)
       if not new or not self._extend(slot, len(cached) + len(new) - int(self._base[slot])):
         continue
       groups[group].append(Segment(slot, new, len(cached)))
@@ -567,8 +586,6 @@ class LocalModel:
       pieces[group] -= -(-len(new) // self._width)
       cached.extend(new)
       self.stats.prefilled_tokens += len(new)
-      for pool in self._pools:
-        pool.forget(slot, len(cached) - int(self._base[slot]), self.config.undo)
     return groups
 
   def _chunk_tokens(self) -> int:

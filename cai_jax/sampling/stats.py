@@ -23,12 +23,13 @@ class Stats:
     reused_tokens: context tokens that the slot's own cache already held.
     decode_steps: decode steps.
     occupied: active slots, summed over decode steps.
-    slot_steps: all slots, summed over decode steps.
+    slot_steps: rows of the programs, summed over decode steps.
     draft_steps: active slots, summed over decode steps with drafts.
     draft_tokens: tokens that those sampled.
     compilations: XLA compilations.
-    prefill_seconds: time that the host waited for prefill, including compilation.
-    decode_seconds: time that the host waited for decode, including compilation.
+    prefill_seconds: time that the host waited for programs that prefill, including compilation. On
+      CPUs, most of them also decode.
+    decode_seconds: time that the host waited for all other programs, including compilation.
     remote_seconds: time that the host waited for servers with nothing else to do.
     seconds: total time.
   """

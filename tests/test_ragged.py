@@ -155,7 +155,7 @@ def test_the_sums_are_those_of_a_softmax():
   length, pages = jnp.array([19, 3]), jnp.asarray(ROW_PAGES[:2], jnp.int32)
   start = jnp.array([0, 3, 5])  # three queries of a row of 19 keys, and two of a row of 3
   args = (jnp.asarray(x, jnp.int32) for x in (length, pages, start, [2]))
-  out, summed = ragged.call_kernel(q, kv, *args, None, True, True)
+  out, summed = ragged.call_kernel(q, kv, *args, 32, None, True, True)
   for token, (row, seen) in enumerate([(0, 17), (0, 18), (0, 19), (1, 2), (1, 3)]):
     keys, values = (
       np.asarray(kv)[ROW_PAGES[row], :, i::2].reshape(-1, KV_HEADS, H) for i in (0, 1)
@@ -185,7 +185,7 @@ def test_the_analytic_bytes_are_those_that_the_kernel_copies(monkeypatch):
   args = keys, ROW_PAGES, np.cumsum([0, *queries]), [3]
   args = (jnp.asarray(x, jnp.int32) for x in args)
   q, kv = draw(0, sum(queries), HEADS, H), draw(1, PAGES, PAGE, 2 * KV_HEADS, H)
-  ragged.call_kernel(q, kv, *args, None, False, True)[0].block_until_ready()
+  ragged.call_kernel(q, kv, *args, 32, None, False, True)[0].block_until_ready()
   jax.effects_barrier()
   token_bytes = 2 * KV_HEADS * H * 4
   expected = ragged.bytes_fetched(queries, keys, PAGE, N, token_bytes)

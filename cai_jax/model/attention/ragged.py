@@ -40,7 +40,9 @@ PAGE_MULTIPLE = 16  # tokens; page sizes are multiples of this
 # block more than the live keys for each row, on average. Smaller blocks make short transfers.
 BLOCK_BYTES = 2**18
 MIN_BLOCK, MAX_BLOCK = 128, 256  # tokens
-BLOCK_QUERIES = 32  # tokens of the flat batch that the kernel processes together
+# Tokens of the flat batch that the kernel processes together, in a program that decodes rows and in
+# one that only prefills. For each such block it fetches all keys of the rows with tokens in it.
+BLOCK_QUERIES, PREFILL_QUERIES = 32, 128
 
 
 class RaggedPages(NamedTuple):
@@ -214,7 +216,8 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
   kv = block.kv.at[view.page, view.offset].set(new.astype(block.kv.dtype), mode='drop')
   ordered = q if view.order is None else q[view.order]
   tables = view.length, view.pages, view.start, view.count
-  out, summed = call_kernel(ordered, kv, *tables, window, bool(prefixes), interpret)
+  together = PREFILL_QUERIES if view.order is None else BLOCK_QUERIES
+  out, summed = call_kernel(ordered, kv, *tables, together, window, bool(prefixes), interpret)
   # What the kernel leaves in the place of padding may be anything.
   valid = (jnp.arange(len(q)) < view.start[-1])[:, None, None]
   out = jnp.where(valid, out, 0)
@@ -252,6 +255,7 @@ def call_kernel(
   pages: jax.Array,
   start: jax.Array,
   count: jax.Array,
+  together: int,
   window: int | None,
   has_sums: bool,
   interpret: bool,
@@ -265,6 +269,7 @@ def call_kernel(
     q: [X,N,H].
     kv: [B,S,2K,H].
     length, pages, start, count: of one batch shard, as in `RaggedView`.
+    together: number of tokens that the kernel processes together.
     window: the layer's window.
     has_sums: whether to return the logarithms.
     interpret: whether to run in Pallas's interpreter.
@@ -333,6 +338,7 @@ def bytes_fetched(
   page_tokens: int,
   row_pages: int,
   token_bytes: int,
+  together: int = BLOCK_QUERIES,
 ) -> int:
   """Return the bytes of keys and values that the kernel fetches in one layer.
 
@@ -345,10 +351,11 @@ def bytes_fetched(
     page_tokens: number of tokens of a page.
     row_pages: N, the largest number of pages of a row.
     token_bytes: size of a token's keys and values in the heads of this device.
+    together: number of tokens that the kernel processes together.
   """
   block = page_tokens * block_pages(page_tokens, row_pages, token_bytes)
   fetched = start = 0
-  rows = min(BLOCK_QUERIES, sum(queries))
+  rows = min(together, sum(queries))
   for tokens, length in zip(queries, keys, strict=True):
     times = (start + tokens - 1) // rows - start // rows + 1
     fetched += times * math.ceil(length / block) * block

@@ -426,7 +426,7 @@ def test_slots_that_the_mesh_does_not_divide_are_refused_before_a_run(lm):
 
 
 @pytest.mark.parametrize('windows', [(), (None, 40)])
-def test_sizes_of_pages_and_chunks_change_no_bit(lm, windows):
+def test_sizes_of_chunks_change_no_bit_and_those_of_pages_no_token(lm, windows):
   """This holds on CPUs in f32, if the number of rows is the same or at least 64."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   default, _ = run(model, prefixed(9), prefixes={'base': PREFIXES})

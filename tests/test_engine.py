@@ -14,7 +14,7 @@ from cai_jax.model.transformer import init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import config as config_lib
-from cai_jax.sampling import device
+from cai_jax.sampling import device, programs
 from cai_jax.sampling import slots as slots_lib
 from cai_jax.sampling.caches import cache_bytes, pages_of
 from cai_jax.sampling.config import EngineConfig
@@ -577,3 +577,34 @@ def test_a_replayed_run_reports_its_time(lm, tmp_path):
   run(lm, items(3), journal=Journal(tmp_path))
   _, stats = run(lm, items(3), journal=Journal(tmp_path))
   assert stats.turns == 0 and stats.seconds > 0
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype):
+  """Which programs run depends on measured times, so their bits must not differ."""
+  params = jax.tree.map(lambda x: x.astype(dtype), lm.params)
+  model = dataclasses.replace(lm, params=params, dtype=dtype)
+  seen = []
+
+  def choose(self, rows, tokens, blocks, drafts=0, method=programs.Programs.choose):
+    size = method(self, rows, tokens, blocks, drafts)
+    seen.append(size)
+    return size
+
+  monkeypatch.setattr(programs.Programs, 'choose', choose)
+
+  def run_anew():
+    programs.find_programs.cache_clear()
+    results, _ = run(model, items(150), slots=130, page_tokens=16)
+    programs.find_programs.cache_clear()
+    return results
+
+  with monkeypatch.context() as exact:  # a program for every size
+    exact.setattr(programs.Programs, '_general', lambda self, size: size)
+    exact.setattr(programs.Size, 'holds', lambda self, other: self == other)
+    results = [run_anew()]
+  monkeypatch.setattr(programs, 'GENERAL_SHARES', (1,))
+  results.append(run_anew())
+  assert results[0] == results[1]
+  assert len({size.blocks for size in seen}) > 1
+  assert len({size.rows for size in seen if size.rows}) > 1

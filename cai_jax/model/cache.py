@@ -82,14 +82,14 @@ class PieceTable(NamedTuple):
     page: i32[G,T], the page to which each token is written; P drops the write.
     offset: i32[G,T], its place in the page.
     pages: i32[G,R,N], the pages that each of R pieces reads, in order.
-    count: i32[G,R], number of those pages.
+    num_pages: i32[G,R], number of those pages.
     first: i32[G,R], position of the first token of the piece's first page.
   """
 
   page: jax.Array
   offset: jax.Array
   pages: jax.Array
-  count: jax.Array
+  num_pages: jax.Array
   first: jax.Array
 
 
@@ -98,12 +98,12 @@ class Pieces(NamedTuple):
 
   Attributes:
     start: i32[G,R], index of the piece's first token among the prefilled tokens.
-    count: i32[G], number of pieces.
+    number: i32[G], number of pieces.
     tables: for each window that layers have, the pages.
   """
 
   start: jax.Array
-  count: jax.Array
+  number: jax.Array
   tables: tuple[PieceTable, ...]
 
 

@@ -157,7 +157,9 @@ def keep_programs(folder: str | os.PathLike, most_bytes: int = -1) -> dict[str, 
     The former values of the settings of JAX that have changed.
   """
   # A variable in the environment is a decision of the user.
-  values = {name: value for name, value in _MINIMA.items() if name.upper() not in os.environ}
+  values: dict[str, object] = {
+    name: value for name, value in _MINIMA.items() if name.upper() not in os.environ
+  }
   values |= {_FOLDER: os.fspath(folder), _SIZE: most_bytes}
   former = {name: getattr(jax.config, name) for name in values}
   _set(values)

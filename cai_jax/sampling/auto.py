@@ -6,7 +6,7 @@ without having one.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +134,9 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     # Steps of a quarter of a GiB, since the free memory differs a little between starts.
     cache_gib = max(int(4 * free * sizes.cache_share) / 4, 0.25)
   page = sizes.page_tokens if 'page_tokens' in config.unresolved else config.page_tokens
-  values = {
-    'slots': _count_slots(sizes, cache_gib * GIB, load) * groups,
+  slots = _count_slots(sizes, cache_gib * GIB, load) * groups
+  values: dict[str, Any] = {
+    'slots': -(-slots // load.shards) * load.shards,
     'cache_gib': cache_gib,
     'prefill_tokens': sizes.prefill_tokens * groups,
     'prefill_width': sizes.prefill_width,
@@ -143,7 +144,6 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     'attention': 'pages' if page % PAGE_MULTIPLE else load.attention,
     'longest_burst': sizes.longest_burst,
   }
-  values['slots'] = -(-values['slots'] // load.shards) * load.shards
   return dataclasses.replace(config, **{name: values[name] for name in config.unresolved})
 
 

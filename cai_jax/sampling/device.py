@@ -407,7 +407,7 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
-  cache = tuple((layer,) for layer in allocate_prefix(lm, capacity))
+  cache: Cache = tuple((layer,) for layer in allocate_prefix(lm, capacity))
   spec, zero = ModelSpec.from_lm(lm), np.zeros((), np.int32)
   for start in range(0, len(tokens), size):
     part = tokens[start : start + size]
@@ -415,21 +415,18 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
     positions[0, : len(part)] = np.arange(start, start + len(part))
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(part)] = part
-    pieces = np.arange(0, size, width, np.int32)[None]
+    pieces = np.arange(0, size, width, dtype=np.int32)[None]
     count = -(-len(part) // width)
     table = PieceTable(
       page=np.where(positions < 0, 1, 0),  # type: ignore[arg-type]  # numpy arrays
       offset=np.maximum(positions, 0),  # type: ignore[arg-type]
       pages=np.zeros((*pieces.shape, 1), np.int32),  # type: ignore[arg-type]
-      count=np.ones(pieces.shape, np.int32),  # type: ignore[arg-type]
+      num_pages=np.ones(pieces.shape, np.int32),  # type: ignore[arg-type]
       first=np.zeros(pieces.shape, np.int32),  # type: ignore[arg-type]
     )
     tables = (table,) * len(windows_of(lm.config))
-    chunk = Chunk(
-      padded,
-      positions,
-      np.full_like(positions, -1),
-      Pieces(pieces, np.array([count], np.int32), tables),
-    )  # type: ignore[arg-type]
+    number = np.array([count], np.int32)
+    split = Pieces(pieces, number, tables)  # type: ignore[arg-type]
+    chunk = Chunk(padded, positions, np.full_like(positions, -1), split)
     cache = run(spec, lm.params, cache, (), None, (), chunk, (zero, zero), Sizes(1, width))[1]
   return Prefix(tuple(layer for (layer,) in cache), jnp.array(len(tokens), jnp.int32))

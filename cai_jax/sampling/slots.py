@@ -4,7 +4,7 @@ import ctypes
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -183,8 +183,8 @@ class LocalModel:
     """Return the sizes of programs that are compiled for a model like this."""
     mixed, pools = self._mixed, self._pools
     shapes = tuple((pool.table.shape, pool.block_pages, pool.max_blocks) for pool in pools)
-    key = device.ModelSpec.from_lm(self.lm), self.config, shapes, len(prefixes)
-    key += (prefix_capacity(prefixes),)
+    shared = len(prefixes), prefix_capacity(prefixes)
+    key = device.ModelSpec.from_lm(self.lm), self.config, shapes, shared
     blocks = tuple(tuple(range(1, pool.max_blocks + 1)) for pool in pools)
     pages = tuple(pool.block_pages for pool in pools)
     return find_programs(key, self._row_sizes, self._chunk_sizes, blocks, pages, mixed)
@@ -345,7 +345,8 @@ class LocalModel:
     size = self._programs.choose(max(map(len, groups), default=0), tokens, used, drafts)
     for pool, count in zip(self._pools, size.blocks, strict=True):
       pool.grow(count)
-    rows, before, penalties, tables, chunk, text = None, None, None, (), None, None
+    rows, before, penalties, chunk, text = None, None, None, None, None
+    tables: tuple[RowTable, ...] = ()
     if size.rows:
       groups = groups or [[]] * self._groups
       padded = [sorted(group) + [-1] * (size.rows - len(group)) for group in groups]
@@ -381,9 +382,12 @@ class LocalModel:
       for segment in group:
         if len(self.cached[segment.slot]) == len(self.waiting[segment.slot]):
           self._activate(segment.slot)
-    if rows is None or not any(groups):
-      self._prefilled = result if rows is None else result.steps
+    if rows is None or before is None:
+      self._prefilled = cast(jax.Array, result)
+    elif not any(groups):
+      self._prefilled = cast(jax.Array, cast(device.Burst, result).steps)
     else:
+      result = cast(device.Burst, result)
       self._burst = _Running(result, rows, before, size, compiled, begin)
 
   def _count_seconds(self, size: Size, begin: float) -> None:
@@ -618,7 +622,7 @@ class LocalModel:
         page=np.full((count, size), NO_PAGE, np.int32),  # type: ignore[arg-type]  # numpy arrays
         offset=np.zeros((count, size), np.int32),  # type: ignore[arg-type]
         pages=np.zeros((count, num_pieces, pool.table.shape[1]), np.int32),  # type: ignore[arg-type]
-        count=np.zeros((count, num_pieces), np.int32),  # type: ignore[arg-type]
+        num_pages=np.zeros((count, num_pieces), np.int32),  # type: ignore[arg-type]
         first=np.zeros((count, num_pieces), np.int32),  # type: ignore[arg-type]
       )
       for pool in self._pools
@@ -640,7 +644,7 @@ class LocalModel:
           last = segment.start - base + min(start + width, end - begin) - 1
           for pool, table in zip(self._pools, tables, strict=True):
             table.pages[group, piece] = np.maximum(pool.table[slot], 0)
-            table.count[group, piece] = last // page - pool.first[slot] + 1
+            table.num_pages[group, piece] = last // page - pool.first[slot] + 1
             table.first[group, piece] = base + pool.first[slot] * page
           numbers[group] += 1
         number = segment.start - base + offsets

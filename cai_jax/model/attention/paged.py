@@ -54,7 +54,7 @@ class PieceView(NamedTuple):
   start: jax.Array
   number: jax.Array
   pages: jax.Array
-  count: jax.Array
+  num_pages: jax.Array
   first: jax.Array
 
 
@@ -123,8 +123,8 @@ def make_view(
     piece = step.pieces.tables[index]
     places.append(piece.page)
     offsets.append(piece.offset)
-    tables = piece.pages, piece.count, piece.first
-    pieces = PieceView(positions[:, decoded:], step.pieces.start, step.pieces.count, *tables)
+    tables = piece.pages, piece.num_pages, piece.first
+    pieces = PieceView(positions[:, decoded:], step.pieces.start, step.pieces.number, *tables)
   place, offset = jnp.concatenate(places, 1), jnp.concatenate(offsets, 1)
   starts = [sum(sizes[:i]) for i in range(len(sizes))]
   block = [
@@ -230,9 +230,8 @@ def _attend_rows(queries, blocks, view: RowView, on_cpu: bool) -> PartialSoftmax
   for block in blocks:
     end = start + len(block.k)
     by_page = queries.at[view.owner[start:end]].get(mode='promise_in_bounds')
-    parts.append(
-      read(by_page.astype(jnp.float32) if on_cpu else by_page, *block, view.mask[start:end])
-    )
+    by_page = by_page.astype(jnp.float32) if on_cpu else by_page
+    parts.append(read(by_page, block.k, block.v, view.mask[start:end]))
     start = end
   pages = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
@@ -285,7 +284,7 @@ def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
       return merge([part, read_keys(queries, *read_page(view.pages[piece, number]), mask)])
 
     empty = PartialSoftmax.empty(queries.shape[:-1], h)
-    part = jax.lax.fori_loop(0, view.count[piece], add_page, empty)
+    part = jax.lax.fori_loop(0, view.num_pages[piece], add_page, empty)
 
     def put(x, new):
       return jax.lax.dynamic_update_slice_in_dim(x, ungroup_queries(new, width), start, 0)
@@ -307,7 +306,10 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> Partia
   tokens = view.start[:, None] + jnp.arange(width)  # [R,C]
   queries = group_queries(q.at[tokens].get(mode='clip'), kv_heads)
   positions = view.positions.at[tokens].get(mode='clip')
-  k, v, start = 0.0, 0.0, 0
+  shape = *view.pages.shape, *blocks[0].k.shape[1:]
+  k = jnp.zeros(shape, blocks[0].k.dtype)
+  v = jnp.zeros((*shape[:3], size, h), blocks[0].v.dtype)
+  start = 0
   for block in blocks:
     inside = (view.pages >= start) & (view.pages < start + len(block.k))
     index = jnp.where(inside, view.pages - start, len(block.k))
@@ -318,7 +320,7 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> Partia
   k = jnp.moveaxis(k, 1, 3).reshape(pieces, kv_heads, h, pages * size)
   v = jnp.moveaxis(v, 1, 2).reshape(pieces, kv_heads, pages * size, h)
   keys = view.first[:, None] + jnp.arange(pages * size)
-  listed = jnp.arange(pages * size) < view.count[:, None] * size
+  listed = jnp.arange(pages * size) < view.num_pages[:, None] * size
   part = read_keys(queries, k, v, causal_mask(positions, keys, window, listed[:, None]))
   # A piece ends where the next one starts. What it computed beyond is dropped.
   end = jnp.concatenate([view.start[1:], jnp.full(1, length)])

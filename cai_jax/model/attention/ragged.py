@@ -67,7 +67,7 @@ class RaggedView(NamedTuple):
     pages: i32[G,Q,N], the pages of each sequence in order.
     length: i32[G,Q], number of keys in those pages.
     start: i32[G,Q+1], index in `order` of the first token of each sequence.
-    count: i32[G,1], number of sequences; the tables of the others are padding.
+    num_sequences: i32[G,1], number of sequences; the tables of the others are padding.
     prefix_masks: for each prefix, bool[G,X,S]: the keys that each token sees.
   """
 
@@ -78,7 +78,7 @@ class RaggedView(NamedTuple):
   pages: jax.Array
   length: jax.Array
   start: jax.Array
-  count: jax.Array
+  num_sequences: jax.Array
   prefix_masks: tuple[jax.Array, ...]
 
 
@@ -153,8 +153,9 @@ def make_view(
   start = jnp.pad(jnp.cumsum(tokens, 1), ((0, 0), (1, 0)))
   count = (tokens > 0).sum(1, keepdims=True)
   pages = jnp.where(pages < total, pages, 0)  # the kernel reads no page beyond `length`
-  i32 = [x.astype(jnp.int32) for x in (pages, length, start, count)]
-  return RaggedView(to, offset, order, rank, *i32, prefix_masks(positions, prefixes, window))
+  pages, length, start, count = (x.astype(jnp.int32) for x in (pages, length, start, count))
+  masks = prefix_masks(positions, prefixes, window)
+  return RaggedView(to, offset, order, rank, pages, length, start, count, masks)
 
 
 def _row_sequences(positions, table: RowTable, page: int, total: int) -> Sequences:
@@ -174,7 +175,7 @@ def _piece_sequences(positions, pieces: Pieces, index: int) -> Sequences:
   """Return the sequences of prefilled tokens, one for each piece."""
   table = pieces.tables[index]
   end = (positions >= 0).sum(1)
-  used = jnp.arange(pieces.start.shape[1]) < pieces.count[:, None]
+  used = jnp.arange(pieces.start.shape[1]) < pieces.number[:, None]
   start = jnp.where(used, pieces.start, end[:, None])
   stop = jnp.concatenate([start[:, 1:], end[:, None]], 1)
   last = jnp.take_along_axis(positions, jnp.maximum(stop - 1, 0), 1)
@@ -215,7 +216,7 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
   new = jnp.stack([k, v], 2).reshape(len(k), -1, k.shape[-1])  # [X,2K,H]
   kv = block.kv.at[view.page, view.offset].set(new.astype(block.kv.dtype), mode='drop')
   ordered = q if view.order is None else q[view.order]
-  tables = view.length, view.pages, view.start, view.count
+  tables = view.length, view.pages, view.start, view.num_sequences
   together = PREFILL_QUERIES if view.order is None else BLOCK_QUERIES
   out, summed = call_kernel(ordered, kv, *tables, together, window, bool(prefixes), interpret)
   # What the kernel leaves in the place of padding may be anything.

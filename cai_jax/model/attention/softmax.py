@@ -52,8 +52,8 @@ def merge(parts: Sequence[PartialSoftmax]) -> PartialSoftmax:
     return parts[0]
   largest = functools.reduce(jnp.maximum, [part.max for part in parts])
   scales = [jnp.exp(part.max - largest) for part in parts]
-  total = sum(part.sum * scale for part, scale in zip(parts, scales, strict=True))
-  out = sum(part.out * scale for part, scale in zip(parts, scales, strict=True))
+  scaled = [(part.sum * scale, part.out * scale) for part, scale in zip(parts, scales, strict=True)]
+  total, out = (functools.reduce(jnp.add, terms) for terms in zip(*scaled, strict=True))
   return PartialSoftmax(largest, total, out)
 
 

@@ -459,7 +459,7 @@ def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monke
 
   monkeypatch.setattr(slots_lib.LocalModel, '_extend', extend)
   results, _ = run(lm, items(9, **options), slots=6, page_tokens=8)
-  assert_close(results, expected)  # programs with other blocks round differently
+  assert_close(results, expected)  # pools of other sizes round differently
   assert (False, False) in waits and (True, False) not in waits
 
 

@@ -73,24 +73,30 @@ class Stub:
     self._words = np.unique([token for reply in replies for token in reply[:-1]])
     self._logprobs = -self._rng.exponential(size=(97, LONGEST)).astype(np.float32)
 
-  def decode(self, graph, params, cache, entries, slots, *_):
-    """Return a random reply for each active slot, in place of `device.decode`."""
-    active = np.array(slots.active)
+  def run(self, spec, params, cache, prefixes, rows, tables, chunk, *_):
+    """Return a random reply for each active row, in place of `device.run`.
+
+    A step with prefill only prefills, so that replies never exceed the pages of their slots.
+    """
+    if rows is None:
+      return READY, cache
+    active = np.array(rows.active)
     chosen = self._rng.integers(len(self._counts), size=len(active))
     tokens = self._tokens[chosen]
     tokens[:, :3] = self._rng.choice(self._words, (len(active), 3))
-    count = np.where(active, self._counts[chosen], 0)
-    steps, occupied = np.int32(count.max()), np.int32(count.sum())
+    count = np.where(active & (chunk is None), self._counts[chosen], 0)
     logprobs = self._logprobs[chosen % len(self._logprobs)]
-    return device.Burst(tokens, logprobs, count, np.zeros_like(active), steps, occupied), cache
+    unfinished = active & (chunk is not None)
+    steps = np.int32(count.max())
+    return device.Burst(tokens, logprobs, count, unfinished, steps, count), cache
 
   @contextlib.contextmanager
   def installed(self):
     """Replace the device programs by the stubs within a `with` block."""
+    layers = lambda lm, *_: (None,) * lm.config.num_layers  # noqa: E731
     with (
-      mock.patch.object(device, 'prefill', lambda graph, params, cache, *_: (cache, READY)),
-      mock.patch.object(device, 'decode', self.decode),
-      mock.patch.object(caches, 'allocate', lambda lm, slots, lengths: ((),) * len(lengths)),
+      mock.patch.object(device, 'run', self.run),
+      mock.patch.object(caches, 'allocate_block', layers),
       mock.patch.object(device, 'prefill_prefix', lambda *_: ()),
     ):
       yield

@@ -579,7 +579,7 @@ def test_a_replayed_run_reports_its_time(lm, tmp_path):
   assert stats.turns == 0 and stats.seconds > 0
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype):
   """Which programs run depends on measured times, so their bits must not differ."""
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)

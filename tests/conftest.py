@@ -15,6 +15,7 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
     os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
   ).strip()
 
+import jax
 import pytest
 
 from cai_jax.runtime import compilation
@@ -25,6 +26,11 @@ if compilation.VARIABLE not in os.environ:
   compilation.keep_programs(_programs)
   os.environ |= compilation.environment(_programs)
   atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+
+# XLA for CPUs maps every compiled kernel into memory on its own, and Linux allows a process 65,530
+# mappings by default. Beyond that, the process aborts.
+MANY_MAPPINGS = 20_000
+MAPPINGS = pathlib.Path('/proc/self/maps')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -212,3 +218,11 @@ def random_model(tmp_path_factory):
   path = tmp_path_factory.mktemp('random')
   cai_jax.save(lm, path)
   return path
+
+
+@pytest.fixture(autouse=True)
+def _unload_programs():
+  """Unload compiled programs after a test if there are many."""
+  yield
+  if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b'\n') > MANY_MAPPINGS:
+    jax.clear_caches()

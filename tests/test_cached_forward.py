@@ -265,9 +265,13 @@ def test_cache_and_segments_exclude_each_other(load):
 def test_half_precision_decode_equals_the_full_forward(load, dtype):
   """XLA for CPUs does not support some half-precision products with one query per row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)
-  full = np.asarray(lm.logits(TOKENS))
+  exact = np.asarray(load('llama3').logits(TOKENS))[:, -1]
+  full = np.asarray(lm.logits(TOKENS))[:, -1]
   rows = PagedRows(lm, dtype=jnp.dtype(dtype))
   rows.prefill([(row, 0, T - 1) for row in range(2)])
   rows.prefill([(2, 0, T - 1)])
-  logits = rows.decode(range(B), [T - 1] * B)
-  np.testing.assert_allclose(logits[:, 0], full[:, -1], atol=0.06 * full.std())
+  logits = np.asarray(rows.decode(range(B), [T - 1] * B))[:, 0]
+  # Both round at other places, so they are compared by their distance from the exact logits.
+  error, expected = (np.sqrt(np.mean((x - exact) ** 2)) for x in (logits, full))
+  print(dtype, error, expected, exact.std())
+  assert error < 1.25 * expected < 0.05 * exact.std()

@@ -67,7 +67,7 @@ def test_evaluation_needs_no_external_d_cai_once_training_is_done(
   shutil.rmtree(external)
   lines = []
   pipeline.run_stages(pipeline.build(config, workdir), log=lines.append)
-  assert lines[0] == 'train: done before' and (workdir / 'report.html').exists()
+  assert 'train: done before' in lines and (workdir / 'report.html').exists()
   with pytest.raises(UserError, match='data.d_cai: .* → None'):
     pipeline.run_stages(pipeline.build(small(random_model), workdir), ['generate', 'train'])
 

@@ -199,7 +199,9 @@ def test_traced_flops_equal_the_formula_with_and_without_accumulation(tied, dtyp
   config = config_from_hf(TINY | {'tie_word_embeddings': tied})
   flops, tokens = count_flops(config, dtype=dtype)
   formula = config.training_flops([32] * 8)
-  formula -= 6 * (2 * config.num_layers + 1) * config.d_model * tokens  # scales of norms
+  # The formula counts 6 FLOPs for each scale of a norm and token. A norm's gradient has three sums
+  # of products, which also take 6; that of attention has one more sum over the output's channels.
+  formula += 2 * config.num_layers * config.d_model * tokens
   # Plain attention computes all pairs of positions; the formula counts only causal pairs.
   formula += 12 * config.num_layers * config.d_model * 8 * (32 * 31 // 2)
   formula += 2 * config.num_layers * config.d_model * 32 * tokens  # scores, again backward

@@ -231,3 +231,8 @@ def test_auto_and_numbers_can_be_given_on_the_command_line():
   assert config.engine.get_type('slots') is object  # the command line reads a number or a text
   config.engine.slots = 'auto'
   assert from_config(ConfigDict(config)).engine.slots == 'auto'
+
+
+def test_few_slots_on_a_cpu_have_smaller_chunks():
+  tokens = lambda **sizes: resolve(EngineConfig(**sizes), CPU, Load()).prefill_tokens  # noqa: E731
+  assert (tokens(), tokens(slots=24), tokens(slots=24, prefill_tokens=256)) == (256, 96, 256)

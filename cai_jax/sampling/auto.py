@@ -24,6 +24,9 @@ GIB = 2**30
 # Tokens that a slot's cache holds on average, for a choice of slots. A chain with replies of 256
 # to 512 tokens ends with 1,000 to 2,000, and pages are given out as it grows.
 SLOT_TOKENS = 1024
+# Tokens of a prefill chunk on a CPU for each slot, at most: a few slots rarely have more to
+# prefill at a time, and a chunk takes as long when it is half empty.
+CPU_SLOT_CHUNK = 4
 
 
 class Sizes(NamedTuple):
@@ -135,10 +138,13 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     cache_gib = max(int(4 * free * sizes.cache_share) / 4, 0.25)
   page = sizes.page_tokens if 'page_tokens' in config.unresolved else config.page_tokens
   slots = _count_slots(sizes, cache_gib * GIB, load) * groups
+  prefill_tokens = sizes.prefill_tokens * groups
+  if not accelerated and 'slots' not in config.unresolved:
+    prefill_tokens = min(prefill_tokens, CPU_SLOT_CHUNK * config.slots)
   values: dict[str, Any] = {
     'slots': -(-slots // load.shards) * load.shards,
     'cache_gib': cache_gib,
-    'prefill_tokens': sizes.prefill_tokens * groups,
+    'prefill_tokens': prefill_tokens,
     'prefill_width': sizes.prefill_width,
     'page_tokens': page,
     'attention': 'pages' if page % PAGE_MULTIPLE else load.attention,

@@ -19,7 +19,7 @@ from cai_jax.sampling.draft_choice import MOST_DRAFTS
 MIN_ROWS, MIN_HALF_ROWS = 64, 32  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
-AUTO = 'auto'  # stands for a size that `cai_jax.sampling.auto` derives from device and models
+AUTO = 'auto'  # `cai_jax.sampling.auto` then derives the size from the device and the models
 SIZES = ('slots', 'cache_gib', 'prefill_tokens', 'prefill_width', 'page_tokens', 'longest_burst')
 
 
@@ -135,7 +135,8 @@ class EngineConfig:
     """Return whether a step with decoded rows may also prefill.
 
     On CPUs this saves reading the parameters twice, and from `MIN_ROWS` rows up a row's bits do not
-    depend on the number of rows. Otherwise they do, and prefill has a program of its own.
+    depend on the number of rows. With fewer rows, and on accelerators, they do. There, prefill has a
+    program of its own.
 
     Args:
       slots: number of slots of a batch shard.
@@ -165,7 +166,8 @@ class EngineConfig:
   def chunk_sizes(self, slots: int, mesh: Mesh) -> tuple[int, ...]:
     """Return the numbers of tokens of a prefill chunk, for each batch shard, in ascending order.
 
-    A few slots rarely have much to prefill, so they get smaller chunks. Sizes are multiples of 16.
+    On CPUs there are up to four sizes, because few slots often have little to prefill. All sizes
+    are multiples of 16.
 
     Args:
       slots: number of slots.

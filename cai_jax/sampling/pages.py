@@ -117,7 +117,7 @@ class PagePool:
     """Return the pages i32[n,N] of some slots, with `absent` in place of missing pages.
 
     Args:
-      slots: n indices of slots; -1 stands for a slot without pages.
+      slots: n indices of slots; -1 means a slot without pages.
       absent: the value of missing pages.
     """
     index = np.asarray(slots)

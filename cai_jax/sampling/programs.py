@@ -6,8 +6,8 @@ largest chunk. A step uses the fastest program that is large enough. A program f
 compiled once the time lost without it exceeds the time of a compilation, so that the loss never
 exceeds about twice that of the best choice in hindsight.
 
-On CPUs the results have the same bits with every program. On accelerators there is only one size,
-so nothing depends on the measured times.
+On CPUs the results have the same bits with every program. On accelerators only the number of blocks
+differs, and each block is read by products of its own, whose shapes do not depend on the number.
 """
 
 import dataclasses

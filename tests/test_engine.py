@@ -14,8 +14,7 @@ from cai_jax.model.transformer import init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import config as config_lib
-from cai_jax.sampling import device, programs
-from cai_jax.sampling import slots as slots_lib
+from cai_jax.sampling import device, page_cache, programs
 from cai_jax.sampling.caches import cache_bytes, pages_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine, longest_context, turn_key
@@ -441,7 +440,7 @@ def small_pool(monkeypatch, share):
   """Let engines have pages for a share of what their slots need at their largest size."""
   fit = EngineConfig.fit
   monkeypatch.setattr(EngineConfig, 'fit', lambda *args: (fit(*args)[0], share))
-  monkeypatch.setattr(slots_lib, 'MIN_BLOCK', 4)
+  monkeypatch.setattr(page_cache, 'MIN_BLOCK', 4)
 
 
 def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monkeypatch):
@@ -451,13 +450,13 @@ def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monke
   small_pool(monkeypatch, 0.3)
   waits = []
 
-  def extend(model, slot, tokens, original=slots_lib.LocalModel._extend):
-    extended = original(model, slot, tokens)
-    oldest = min(started for started in model._started if started >= 0)
-    waits.append((model._started[slot] == oldest, extended))
+  def extend(cache, slot, tokens, original=page_cache.PageCache.extend):
+    extended = original(cache, slot, tokens)
+    oldest = min(started for started in cache.started if started >= 0)
+    waits.append((cache.started[slot] == oldest, extended))
     return extended
 
-  monkeypatch.setattr(slots_lib.LocalModel, '_extend', extend)
+  monkeypatch.setattr(page_cache.PageCache, 'extend', extend)
   results, _ = run(lm, items(9, **options), slots=6, page_tokens=8)
   assert_close(results, expected)  # pools of other sizes round differently
   assert (False, False) in waits and (True, False) not in waits

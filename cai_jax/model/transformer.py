@@ -101,55 +101,27 @@ class Transformer(nnx.Module):
     Raises:
       ValueError: if arguments that exclude each other are given.
     """
-    if cache is not None and segment_ids is not None:
-      raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
-    if (cache is None) != (step is None):
-      raise ValueError('cache and step belong together: pass both or none.')
-    if cache is not None and sharding is None:
-      raise ValueError('a cache needs a sharding, whose mesh splits its pages.')
-    if allowed is not None and not (cache is None and segment_ids is None and attention is None):
-      raise ValueError('allowed excludes cache, segment_ids and attention.')
+    _check_exclusive(segment_ids, cache, step, sharding, attention, allowed)
 
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    windows = windows_of(self.config)
-    cached = CACHED['pages' if attention is None else attention] if cache is not None else None
-    kernel = None
-    if attention is not None and cache is None:
-      mesh = None if sharding is None else sharding.mesh
-      kernel = bind_kernel(attention, segment_ids, mesh)
-
     def angles_and_views():
-      views = [None] * len(windows)
       if cache is not None:
-        views = self._cache_views(positions, cache, step, prefixes, cached)
-      elif kernel is None or KERNELS[attention].takes_mask:
-        visible = allowed
-        if segment_ids is not None:
-          visible = segment_ids[:, :, None] == segment_ids[:, None, :]
-        views = [causal_mask(positions, positions, window, visible) for window in windows]
+        views = self._cache_views(positions, cache, step, prefixes, attention)
+      else:
+        views = self._masks(positions, segment_ids, attention, allowed)
       return rotary_angles(self.config, positions), views
 
     angles, views = compute_once(angles_and_views, positions)
-
-    def attend_with(layer):
-      """Return the layer's `LayerContext.attend`."""
-      window = self.config.window(layer)
-      view = views[windows.index(window)]
-      if cache is not None:
-        shared = () if prefixes is None else [entry.cache[layer] for entry in prefixes.entries]
-        return functools.partial(
-          cached.attend, prefixes=shared, view=view, window=window, width=width, mesh=sharding.mesh
-        )
-      if kernel is not None:
-        return functools.partial(kernel, window=window, **({} if view is None else {'mask': view}))
-      return functools.partial(attend, mask=view)
-
+    if cache is not None:
+      attends = self._attend_to_cache(views, prefixes, width, attention, sharding.mesh)
+    else:
+      attends = self._attend_to_tokens(views, segment_ids, attention, sharding)
     x = constrain(self.embed(tokens, differentiable=cache is None).astype(self.dtype))
     new_cache = []
     for layer, block in enumerate(self.layers):
-      context = LayerContext(angles, attend_with(layer))
+      context = LayerContext(angles, attends[layer])
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
       def run(x, blocks, block=block, context=context):
@@ -162,8 +134,33 @@ class Transformer(nnx.Module):
       new_cache.append(blocks)
     return self.norm(x, cache is not None), None if cache is None else tuple(new_cache)
 
-  def _cache_views(self, positions, cache, step, prefixes, cached) -> list[Any]:
+  def _masks(self, positions, segment_ids, attention, allowed) -> list[jax.Array | None]:
+    """Return the mask bool[B,T,T] of each window of `windows_of`; None where a kernel makes it."""
+    windows = windows_of(self.config)
+    if attention is not None and not KERNELS[attention].takes_mask:
+      return [None] * len(windows)
+    if segment_ids is not None:
+      allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return [causal_mask(positions, positions, window, allowed) for window in windows]
+
+  def _attend_to_tokens(self, masks, segment_ids, attention, sharding) -> list[Callable]:
+    """Return each layer's `LayerContext.attend` to the tokens of the batch."""
+    windows, kernel = windows_of(self.config), None
+    if attention is not None:
+      mesh = None if sharding is None else sharding.mesh
+      kernel = bind_kernel(attention, segment_ids, mesh)
+
+    def attend_with(window):
+      mask = masks[windows.index(window)]
+      if kernel is None:
+        return functools.partial(attend, mask=mask)
+      return functools.partial(kernel, window=window, **({} if mask is None else {'mask': mask}))
+
+    return [attend_with(self.config.window(layer)) for layer in range(len(self.layers))]
+
+  def _cache_views(self, positions, cache, step, prefixes, attention) -> list[Any]:
     """Return the view of each window of `windows_of`."""
+    cached = CACHED[attention or 'pages']
     if prefixes is None:
       prefixes = Prefixes((), jnp.full(positions.shape, -1))
     page = cache[0][0][0].shape[cached.page_axis]
@@ -177,6 +174,23 @@ class Transformer(nnx.Module):
       for i, window in enumerate(windows_of(self.config))
     ]
 
+  def _attend_to_cache(self, views, prefixes, width, attention, mesh) -> list[Callable]:
+    """Return each layer's `LayerContext.attend` to the cache."""
+    windows, entries = windows_of(self.config), () if prefixes is None else prefixes.entries
+
+    def attend_with(layer):
+      window = self.config.window(layer)
+      return functools.partial(
+        CACHED[attention or 'pages'].attend,
+        prefixes=[entry.cache[layer] for entry in entries],
+        view=views[windows.index(window)],
+        window=window,
+        width=width,
+        mesh=mesh,
+      )
+
+    return [attend_with(layer) for layer in range(len(self.layers))]
+
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[...,V] of hidden states [...,D]."""
     return einsum_f32('...D,VD->...V', hidden, self.output_table.astype(hidden.dtype))
@@ -185,6 +199,18 @@ class Transformer(nnx.Module):
   def output_table(self) -> jax.Array:
     """The table [V,D] of the output layer, in the dtype of the parameters."""
     return (self.embed if self.head is None else self.head).table[...]
+
+
+def _check_exclusive(segment_ids, cache, step, sharding, attention, allowed) -> None:
+  """Raise ValueError if arguments of `Transformer.__call__` exclude each other."""
+  if cache is not None and segment_ids is not None:
+    raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
+  if (cache is None) != (step is None):
+    raise ValueError('cache and step belong together: pass both or none.')
+  if cache is not None and sharding is None:
+    raise ValueError('a cache needs a sharding, whose mesh splits its pages.')
+  if allowed is not None and not (cache is None and segment_ids is None and attention is None):
+    raise ValueError('allowed excludes cache, segment_ids and attention.')
 
 
 def compute_once(compute: Callable[[], Any], positions: jax.Array) -> Any:

@@ -135,8 +135,8 @@ class EngineConfig:
     """Return whether a step with decoded rows may also prefill.
 
     On CPUs this saves reading the parameters twice, and from `MIN_ROWS` rows up a row's bits do not
-    depend on the number of rows. With fewer rows, and on accelerators, they do. There, prefill has a
-    program of its own.
+    depend on the number of rows. With fewer rows, and on accelerators, they do, so prefill has a
+    program of its own there.
 
     Args:
       slots: number of slots of a batch shard.

@@ -28,8 +28,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format, pages_of
+from cai_jax.sampling.chunks import piece_count
 from cai_jax.sampling.config import EngineConfig
-from cai_jax.sampling.slots import piece_count
 from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice

@@ -282,10 +282,8 @@ def call_kernel(
   (x, n, h), (_, size, pairs, _) = q.shape, kv.shape
   heads, pairs_of_block = ragged.get_min_heads_per_blk(n, pairs, q.dtype, kv.dtype)
   share, kv_heads = n // (pairs // 2), pairs_of_block // 2
-  queries, fetched = (
-    min(BLOCK_QUERIES, x),
-    block_pages(size, pages.shape[1], pairs * h * kv.dtype.itemsize),
-  )
+  queries = min(together, x)
+  fetched = block_pages(size, pages.shape[1], pairs * h * kv.dtype.itemsize)
   body = functools.partial(
     ragged.ragged_paged_attention_kernel, sm_scale=h**-0.5, sliding_window=window
   )

@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
       return rotary_angles(self.config, positions), views
 
     angles, views = compute_once(angles_and_views, positions)
-    if cache is not None:
+    if cache is not None and sharding is not None:
       attends = self._attend_to_cache(views, prefixes, width, attention, sharding.mesh)
     else:
       attends = self._attend_to_tokens(views, segment_ids, attention, sharding)

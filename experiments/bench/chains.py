@@ -5,6 +5,7 @@ This module imports only NumPy, so that it also works in a peer's own environmen
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -77,6 +78,26 @@ class Chain:
     """Return the number of tokens in the context of a turn, with a prefix of `prefix` tokens."""
     before = sum(self.limits[:turn]) + sum(len(request) for request in self.requests[:turn])
     return prefix + len(self.prompt) + before
+
+
+class Run(Protocol):
+  """What the systems of the benchmark have in common."""
+
+  def __call__(
+    self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
+  ) -> tuple[list[list[list[int]]], dict]:
+    """Run chains.
+
+    Args:
+      chains: the chains.
+      prefix: token ids at the start of every context.
+      batch: chains in flight.
+      seed: of sampling.
+      warm: only warm up. A system that compiles nothing while it runs then runs `WARM` chains.
+
+    Returns:
+      The token ids of each chain's replies, and the system's statistics.
+    """
 
 
 def turn_names(rounds: int) -> list[str]:

@@ -69,18 +69,7 @@ class System:
   def run(
     self, chains: list[Chain], prefix: list[int], batch: int, seed: int, warm: bool = False
   ) -> tuple[list[list[list[int]]], dict]:
-    """Run all chains.
-
-    Args:
-      chains: the chains.
-      prefix: token ids at the start of every context.
-      batch: chains in flight.
-      seed: of sampling.
-      warm: only warm up: run a few of the chains. Nothing is compiled during a run.
-
-    Returns:
-      The token ids of each chain's replies, and an empty dict of statistics.
-    """
+    """Run all chains, `batch` at a time; see `chains.Run`. Nothing is compiled during a run."""
     chains = chains[: chains_lib.WARM] if warm else chains
     return self._roll(chains, prefix, batch, do_sample=True, rng_seed=seed), {}
 

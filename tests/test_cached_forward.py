@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from cai_jax.model import cache as cache_lib
+from cai_jax.model.cached_forward import ForwardSpec, compute_logits, forward_cached
 from cai_jax.runtime.mesh import batch_sharding
 
 B, T = 3, 24
@@ -18,11 +18,10 @@ TOKENS = RNG.integers(3, 300, (B, T))
 PAGE, WIDTH, STALE = 4, 8, 3.0  # tokens of a page and of a piece; contents of unused pages
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def cached_forward(graph, width, sharding, params, tokens, positions, cache, step):
-  model = nnx.merge(graph, params)
-  hidden, cache = model(tokens, positions, cache=cache, step=step, width=width, sharding=sharding)
-  return model.unembed(hidden), cache
+@functools.partial(jax.jit, static_argnums=0)
+def cached_forward(spec, params, tokens, positions, cache, step):
+  hidden, cache = forward_cached(spec, params, tokens, positions, cache, step)
+  return compute_logits(spec.config, params, hidden), cache
 
 
 class PagedRows:
@@ -119,7 +118,8 @@ class PagedRows:
     step = cache_lib.Step(tables if len(rows) else (), self.pieces(parts, size) if parts else None)
     lm, sharding = self.lm, batch_sharding(self.lm.mesh)
     arrays = np.array([ids], np.int32), np.array([positions], np.int32)
-    return (lm.graph, WIDTH, sharding, lm.params, *arrays, self.cache, step), len(decoded)
+    spec = ForwardSpec(lm.config, lm.dtype, sharding, WIDTH)
+    return (spec, lm.params, *arrays, self.cache, step), len(decoded)
 
   def step(self, rows, starts, parts, tokens=1):
     """Return the logits [D,W,V] of decoded rows, and those of each prefilled part."""
@@ -249,16 +249,6 @@ def test_packed_tokens_of_several_rows_equal_separate_rows(load, name):
     for (row, a, b), logits in zip(parts, rows.prefill(parts), strict=True):
       np.testing.assert_allclose(logits, full[row % B, a:b], atol=1e-4, rtol=0)
   np.testing.assert_array_equal(rows.values(1), STALE)  # row 1 had no token
-
-
-def test_cache_and_segments_exclude_each_other(load):
-  lm = load('llama2')
-  cache = PagedRows(lm).cache
-  model, at = nnx.merge(lm.graph, lm.params), np.broadcast_to(np.arange(T), (B, T))
-  with pytest.raises(ValueError, match='pass one of the two'):
-    model(TOKENS, at, np.ones((B, T), int), cache)
-  with pytest.raises(ValueError, match='pass both or none'):
-    model(TOKENS, at, None, cache)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])

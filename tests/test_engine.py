@@ -14,7 +14,7 @@ from cai_jax.model.transformer import init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling import config as config_lib
-from cai_jax.sampling import device, page_cache, programs
+from cai_jax.sampling import device, page_cache, pages, programs
 from cai_jax.sampling.caches import cache_bytes, pages_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine, longest_context, turn_key
@@ -462,6 +462,28 @@ def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monke
   assert (False, False) in waits and (True, False) not in waits
 
 
+@pytest.mark.parametrize('windows', [(), (None, 40)])
+def test_moving_pages_changes_no_bit(lm, monkeypatch, windows):
+  model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
+  monkeypatch.setattr(page_cache, 'MIN_BLOCK', 2)
+  monkeypatch.setattr(page_cache, 'MAX_BLOCKS', 99)
+  moves, compact = [], pages.PagePool.compact
+  uneven = lambda: [(str(i), chain(c, 1 + i % 4)) for i, c in enumerate(contexts(9))]  # noqa: E731
+
+  def record(pool):
+    moves.append(compact(pool))
+    return moves[-1]
+
+  options = dict(slots=6, page_tokens=8)
+  with monkeypatch.context() as still:
+    still.setattr(pages.PagePool, 'compact', lambda pool: {})
+    expected, _ = run(model, uneven(), **options)
+  monkeypatch.setattr(pages.PagePool, 'compact', record)
+  results, _ = run(model, uneven(), **options)
+  assert results == expected
+  assert sum(map(len, moves)) > 5
+
+
 def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatch):
   """Half of the chains begin in each model, so each model is the first that some chain asks."""
   small_pool(monkeypatch, 0.3)
@@ -524,12 +546,15 @@ def test_the_memory_budget_limits_the_slots(lm):
 
 def test_a_chunk_is_divided_over_batch_shards_and_has_a_few_sizes(lm):
   one, four = lm.mesh, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-  assert EngineConfig(prefill_tokens=512).chunk_sizes(64, one) == (128, 256, 384, 512)
+  assert EngineConfig(prefill_tokens=200).chunk_sizes(64, one) == (32, 64, 96, 128, 192, 208)
   assert EngineConfig(prefill_tokens=512).chunk_sizes(64, four) == (64, 128)  # per batch shard
   assert EngineConfig(prefill_tokens=9).chunk_sizes(4, four) == (64,)
   assert EngineConfig(prefill_tokens=128, prefill_width=3).piece_width(4, one) == 3
   assert EngineConfig().row_sizes(4, lm) == (4,)  # below 64 rows, bits depend on their number
-  assert EngineConfig().row_sizes(300, lm) == (64, 75, 150, 300)
+  assert EngineConfig().row_sizes(300, lm) == (80, 160, 240, 300)
+  assert EngineConfig().row_sizes(64, lm) == (16, 32, 48, 64)
+  sharded = dataclasses.replace(lm, mesh=four)  # a step is one program, which compiles slowly
+  assert EngineConfig().row_sizes(300, sharded) == (64, 75, 150, 300)
   for name in ('prefill_tokens', 'prefill_width'):
     with pytest.raises(UserError, match=name):
       EngineConfig(**{name: 0})
@@ -607,3 +632,4 @@ def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype)
   assert results[0] == results[1]
   assert len({size.blocks for size in seen}) > 1
   assert len({size.rows for size in seen if size.rows}) > 1
+  assert min(size.rows for size in seen if size.rows) < 64  # beside prefilled tokens

@@ -68,7 +68,7 @@ def test_loss_agrees_with_torch(params):
 @jax.jit
 def _logits(params, batch):
   model = nnx.merge(GRAPH, params)
-  return model.unembed(model(batch['tokens'], batch['positions'], batch['segment_ids'])[0])
+  return model.unembed(model(batch['tokens'], batch['positions'], batch['segment_ids']))
 
 
 def output_layer(rows=3, length=5):

@@ -37,12 +37,11 @@ def torch_model(tiny_hf_folder):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(graph, params, *args):
   model = nnx.merge(graph, params)
-  hidden, cache = model(*args)
-  return model.unembed(hidden), cache
+  return model.unembed(model(*args))
 
 
 def run(lm, *args):
-  """Return the logits and the cache of `Transformer.__call__(*args)`."""
+  """Return the logits after `Transformer.__call__(*args)`."""
   return forward(lm.graph, lm.params, *args)
 
 
@@ -103,7 +102,7 @@ def test_packed_segments_equal_separate_rows(load, family):
   packed = np.concatenate([*(TOKENS[row, :n] for row, n in enumerate(lengths)), [0, 0]])
   segments = np.repeat([1, 2, 3, 0], [*lengths, 2])
   restarted = np.concatenate([*(np.arange(n) for n in lengths), [0, 0]])
-  logits, _ = run(lm, packed[None], restarted[None], segments[None])
+  logits = run(lm, packed[None], restarted[None], segments[None])
   separate = lm.logits(TOKENS)
   for row, n in enumerate(lengths):
     ours = logits[0, segments == row + 1]

@@ -47,6 +47,22 @@ def test_windowed_slots_give_back_pages_that_no_later_token_sees():
   assert pool.first[0] == 0 and pool.missing(0, 1) == 1
 
 
+def test_pages_move_to_fewer_blocks_once_a_block_less_is_enough():
+  pool = make_pool(groups=1)
+  for slot in range(3):
+    pool.extend(slot, 3 * PAGE)
+  pool.shorten(1, PAGE)
+  assert pool.compact() == {}  # seven pages need three blocks of three
+  pool.shorten(0, 0)
+  assert pool.table[1:3, :3].tolist() == [[3, -1, -1], [6, 7, 8]]
+  assert pool.compact() == {6: 0, 7: 1, 8: 2}  # four pages, and room for two
+  assert pool.table[1:3, :3].tolist() == [[3, -1, -1], [0, 1, 2]]
+  assert pool.used_blocks() == 2 and pool.free_pages(0) == BLOCK * BLOCKS - 4
+  assert pool.compact() == {}
+  pool.extend(0, 5 * PAGE)
+  assert pool.table[0].tolist() == [4, 5, 6, 7, 8, -1]
+
+
 operations = strategies.lists(
   strategies.tuples(
     strategies.sampled_from(['extend', 'shorten', 'forget']),

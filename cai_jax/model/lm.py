@@ -130,7 +130,7 @@ def compute_logits(
 ) -> jax.Array:
   """Return the logits f32[B,T,V]; see `Transformer.__call__` for the arguments."""
   model = nnx.merge(graph, params)
-  hidden, _ = model(tokens, positions, segment_ids)
+  hidden = model(tokens, positions, segment_ids)
   return model.unembed(hidden)
 
 

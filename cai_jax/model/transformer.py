@@ -17,13 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.model.attention import paged, ragged  # noqa: F401  # both register themselves
-from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
 from cai_jax.model.attention.rotary import rotary_angles
 from cai_jax.model.attention.softmax import attend
-from cai_jax.model.cache import Cache, Prefixes, Step, windows_of
+from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.layers import PRODUCT, Block, Embedding, LayerContext, RMSNorm
 from cai_jax.model.precision import einsum_f32
@@ -65,74 +63,54 @@ class Transformer(nnx.Module):
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array | None = None,
-    cache: Cache | None = None,
-    step: Step | None = None,
-    prefixes: Prefixes | None = None,
-    width: int = 1,
     sharding: NamedSharding | None = None,
     remat: str = 'none',
     attention: str | None = None,
     allowed: jax.Array | None = None,
-  ) -> tuple[jax.Array, Cache | None]:
-    """Return the hidden states after the last norm, and the updated cache.
+  ) -> jax.Array:
+    """Return the hidden states [B,T,D] after the last norm, in the compute dtype.
+
+    `cai_jax.model.cached_forward` is the forward with a cache.
 
     Args:
-      tokens: i32[B,T]. With a cache, they are the flat batch of a step, and B counts batch shards.
-      positions: i32[B,T], from 0 in each sequence. With a cache, a negative position marks padding,
-        which is not written to the cache.
+      tokens: i32[B,T].
+      positions: i32[B,T], from 0 in each sequence.
       segment_ids: i32[B,T], for packed or padded rows: a token attends only to its own segment.
-        Excludes `cache`.
-      cache: keys and values of the tokens at earlier positions, with room for `tokens`; None
-        attends to `tokens` alone.
-      step: where the tokens are in the cache.
-      prefixes: shared tokens before those in the cache of each row. Positions include them.
-      width: number of tokens of a piece of prefill.
       sharding: sharding of the hidden states between blocks. Without it, XLA would split them over
         D as it splits the parameters, and each device would compute the logits of all rows.
-      remat: what the backward pass recomputes, a key of `REMAT`. It has no effect with a cache.
+      remat: what the backward pass recomputes, a key of `REMAT`.
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
-        with masks. With a cache: name of the attention to the cache; None means 'pages'.
+        with masks.
       allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
-        branch. Excludes `cache`, `segment_ids` and `attention`.
-
-    Returns:
-      Hidden states [B,T,D] in the compute dtype, and the updated cache or None.
+        branch. Excludes `segment_ids` and `attention`.
 
     Raises:
       ValueError: if arguments that exclude each other are given.
     """
-    _check_exclusive(segment_ids, cache, step, sharding, attention, allowed)
+    if allowed is not None and not (segment_ids is None and attention is None):
+      raise ValueError('allowed excludes segment_ids and attention.')
 
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
-    def angles_and_views():
-      if cache is not None:
-        views = self._cache_views(positions, cache, step, prefixes, attention)
-      else:
-        views = self._masks(positions, segment_ids, attention, allowed)
-      return rotary_angles(self.config, positions), views
+    def angles_and_masks():
+      masks = self._masks(positions, segment_ids, attention, allowed)
+      return rotary_angles(self.config, positions), masks
 
-    angles, views = compute_once(angles_and_views, positions)
-    if cache is not None and sharding is not None:
-      attends = self._attend_to_cache(views, prefixes, width, attention, sharding.mesh)
-    else:
-      attends = self._attend_to_tokens(views, segment_ids, attention, sharding)
-    x = constrain(self.embed(tokens, differentiable=cache is None).astype(self.dtype))
-    new_cache = []
+    angles, masks = compute_once(angles_and_masks, positions)
+    attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
+    x = constrain(self.embed(tokens, differentiable=True).astype(self.dtype))
     for layer, block in enumerate(self.layers):
       context = LayerContext(angles, attends[layer])
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
-      def run(x, blocks, block=block, context=context):
-        return block(x, blocks, context)
+      def run(x, block=block, context=context):
+        return block(x, None, context)[0]
 
-      if remat != 'none' and cache is None:
+      if remat != 'none':
         run = jax.checkpoint(run, policy=REMAT[remat])
-      x, blocks = run(x, None if cache is None else cache[layer])
-      x = constrain(x)
-      new_cache.append(blocks)
-    return self.norm(x, cache is not None), None if cache is None else tuple(new_cache)
+      x = constrain(run(x))
+    return self.norm(x)
 
   def _masks(self, positions, segment_ids, attention, allowed) -> list[jax.Array | None]:
     """Return the mask bool[B,T,T] of each window of `windows_of`; None where a kernel makes it."""
@@ -158,42 +136,9 @@ class Transformer(nnx.Module):
 
     return [attend_with(self.config.window(layer)) for layer in range(len(self.layers))]
 
-  def _cache_views(self, positions, cache, step, prefixes, attention) -> list[Any]:
-    """Return the view of each window of `windows_of`."""
-    cached = CACHED[attention or 'pages']
-    if prefixes is None:
-      prefixes = Prefixes((), jnp.full(positions.shape, -1))
-    page = cache[0][0][0].shape[cached.page_axis]
-
-    def sizes(window):
-      layer = next(i for i in range(self.config.num_layers) if self.config.window(i) == window)
-      return [len(block[0]) // len(positions) for block in cache[layer]]
-
-    return [
-      cached.make_view(positions, step, i, prefixes, sizes(window), page, window)
-      for i, window in enumerate(windows_of(self.config))
-    ]
-
-  def _attend_to_cache(self, views, prefixes, width, attention, mesh) -> list[Callable]:
-    """Return each layer's `LayerContext.attend` to the cache."""
-    windows, entries = windows_of(self.config), () if prefixes is None else prefixes.entries
-
-    def attend_with(layer):
-      window = self.config.window(layer)
-      return functools.partial(
-        CACHED[attention or 'pages'].attend,
-        prefixes=[entry.cache[layer] for entry in entries],
-        view=views[windows.index(window)],
-        window=window,
-        width=width,
-        mesh=mesh,
-      )
-
-    return [attend_with(layer) for layer in range(len(self.layers))]
-
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[...,V] of hidden states [...,D]."""
-    return einsum_f32('...D,VD->...V', hidden, self.output_table.astype(hidden.dtype))
+    return unembed(hidden, self.output_table)
 
   @property
   def output_table(self) -> jax.Array:
@@ -201,16 +146,9 @@ class Transformer(nnx.Module):
     return (self.embed if self.head is None else self.head).table[...]
 
 
-def _check_exclusive(segment_ids, cache, step, sharding, attention, allowed) -> None:
-  """Raise ValueError if arguments of `Transformer.__call__` exclude each other."""
-  if cache is not None and segment_ids is not None:
-    raise ValueError('segment_ids and cache exclude each other: pass one of the two.')
-  if (cache is None) != (step is None):
-    raise ValueError('cache and step belong together: pass both or none.')
-  if cache is not None and sharding is None:
-    raise ValueError('a cache needs a sharding, whose mesh splits its pages.')
-  if allowed is not None and not (cache is None and segment_ids is None and attention is None):
-    raise ValueError('allowed excludes cache, segment_ids and attention.')
+def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:
+  """Return the logits f32[...,V] of hidden states [...,D] with the output layer's table [V,D]."""
+  return einsum_f32('...D,VD->...V', hidden, table.astype(hidden.dtype))
 
 
 def compute_once(compute: Callable[[], Any], positions: jax.Array) -> Any:

@@ -13,9 +13,11 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
-from cai_jax.sampling.caches import cache_bytes, on_cpu
+from cai_jax.sampling.caches import cache_bytes, on_cpu, runs_in_parts
 from cai_jax.sampling.draft_choice import MOST_DRAFTS
 
+MOST_ROW_SIZES = 4  # numbers of rows of a step on one CPU device, whose programs compile fast
+CHUNK_SIZES = 32, 64, 96, 128, 192, 256, 384, 512, 768  # the same for prefilled tokens
 MIN_ROWS, MIN_HALF_ROWS = 64, 32  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
@@ -142,7 +144,7 @@ class EngineConfig:
       slots: number of slots of a batch shard.
       lm: the model.
     """
-    return on_cpu(lm.mesh) and slots >= _min_rows(lm)
+    return on_cpu(lm.mesh) and slots >= min_rows(lm)
 
   def row_sizes(self, slots: int, lm: LM) -> tuple[int, ...]:
     """Return the numbers of rows for which a step is compiled, in ascending order.
@@ -157,7 +159,10 @@ class EngineConfig:
     if not self.mixes(slots, lm):
       # In half precision, CPUs take six times as long to multiply a single row as two rows.
       return (max(slots, 2 if on_cpu(lm.mesh) else 1),)
-    sizes, least = {slots}, _min_rows(lm)
+    if runs_in_parts(lm.mesh):
+      step = -(-slots // MOST_ROW_SIZES // 16) * 16
+      return (*range(step, slots, step), slots)
+    sizes, least = {slots}, min_rows(lm)
     while slots > least:
       slots = max(-(-slots // 2), least)
       sizes.add(slots)
@@ -166,8 +171,8 @@ class EngineConfig:
   def chunk_sizes(self, slots: int, mesh: Mesh) -> tuple[int, ...]:
     """Return the numbers of tokens of a prefill chunk, for each batch shard, in ascending order.
 
-    On CPUs there are up to four sizes, because few slots often have little to prefill. All sizes
-    are multiples of 16.
+    On CPUs there are several sizes, because few slots often have little to prefill. All sizes are
+    multiples of 16.
 
     Args:
       slots: number of slots.
@@ -178,6 +183,8 @@ class EngineConfig:
     if not on_cpu(mesh):
       return (largest,)
     largest = max(largest, MIN_ROWS)
+    if runs_in_parts(mesh):
+      return (*(size for size in CHUNK_SIZES if size < largest), largest)
     step = max(MIN_ROWS, -(-largest // 4 // 16) * 16)
     return (*range(step, largest, step), largest)
 
@@ -227,7 +234,7 @@ class EngineConfig:
     return slots, min(1.0, budget / (slots * slot_bytes))
 
 
-def _min_rows(lm: LM) -> int:
+def min_rows(lm: LM) -> int:
   """Return the number of rows from which XLA's programs for CPUs give a row the same bits.
 
   Checked for products of 32 to 2,048 channels; norms and softmax sum in a fixed order.

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,11 +31,12 @@ from cai_jax.model.cache import (
   Step,
   windows_of,
 )
+from cai_jax.model.cached_forward import ForwardSpec, compute_logits, forward_cached
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
-from cai_jax.model.transformer import Params, Transformer, abstract_model
+from cai_jax.model.transformer import Params
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
-from cai_jax.sampling.caches import allocate_prefix
+from cai_jax.sampling.caches import allocate_prefix, runs_in_parts
 from cai_jax.sampling.drafts import count_kept, find_drafts
 from cai_jax.sampling.noise import token_keys
 from cai_jax.sampling.penalties import Penalties, add_tokens, count_drafts, count_tokens, penalize
@@ -146,10 +146,6 @@ class ModelSpec(NamedTuple):
     """Return the spec of a model in memory."""
     return cls(lm.config, lm.dtype, lm.mesh)
 
-  def build(self, params: Params) -> Transformer:
-    """Return the model with its parameters. Call this inside a jitted function."""
-    return nnx.merge(abstract_model(self.config, self.dtype)[0], params)
-
 
 class Chunk(NamedTuple):
   """Tokens to prefill: T in each batch shard, those of several slots next to each other.
@@ -195,12 +191,15 @@ class Sizes(NamedTuple):
     width: C, number of tokens of a piece of prefill.
     attention: name of the attention to the cache.
     drafts: W - 1, number of tokens that each row drafts in a step.
+    least: number of tokens of each batch shard, if there are so many, for which the output layer
+      computes logits, although fewer are decoded: then a row's bits do not depend on their number.
   """
 
   burst: int
   width: int
   attention: str = 'pages'
   drafts: int = 0
+  least: int = 0
 
 
 def run(
@@ -234,17 +233,17 @@ def run(
       Penalties and drafts need it.
 
   Returns:
-    The sampled tokens, or without rows an array i32[] that is ready at the same time; and the
-    updated cache.
+    The sampled tokens, or without rows an array [] that is ready at the same time; and the updated
+    cache.
   """
-  program = step_program(cache)
+  program = _run_parts if runs_in_parts(spec.mesh) else step_program(cache)
   return program(
     spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties, text
   )
 
 
 def step_program(cache: Cache) -> Callable:
-  """Return the jitted `run` for a cache of arrays or ShapeDtypeStructs."""
+  """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs."""
   formats: Any = jax.tree.map(lambda x: x.format, cache[0][0])
   return _step_program(formats, tuple(map(len, cache)))
 
@@ -256,79 +255,205 @@ def _step_program(layout: Any, counts: tuple[int, ...]) -> Callable:
   return jax.jit(_run, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
 
 
+class _State(NamedTuple):
+  """What a burst carries from step to step, besides the cache.
+
+  Attributes:
+    rows: the state of the rows.
+    burst: the result so far.
+    counts: the tokens of each row, for penalties; None without.
+    text: context and reply of each row, for drafts and penalties; None without.
+    unfinished: bool[], whether the burst goes on.
+  """
+
+  rows: Slots
+  burst: Burst
+  counts: jax.Array | None
+  text: jax.Array | None
+  unfinished: jax.Array
+
+
 def _run(
-  spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties=None, text=None
+  spec,
+  params,
+  cache,
+  prefix_caches,
+  rows,
+  tables,
+  chunk,
+  limits,
+  sizes,
+  penalties=None,
+  text=None,
+  loop=jax.lax.while_loop,
 ):
-  model = spec.build(params)
+  """Compute `run`; all that it calls is jitted on its own."""
+
+  def forward(cache, batch):
+    step = Step(tables, None if chunk is None else chunk.pieces)
+    tokens, positions, choice = batch
+    prefixes = Prefixes(prefix_caches, choice)
+    layout = _forward_spec(spec, len(tokens), sizes)
+    return forward_cached(layout, params, tokens, positions, cache, step, prefixes)
+
   if rows is None:
-    cache = _forward(spec, model, cache, prefix_caches, None, None, tables, chunk, sizes)[1]
-    return jnp.sum(chunk.positions >= 0, dtype=jnp.int32), cache
+    cache = forward(cache, (chunk.tokens, chunk.positions, chunk.prefix))[1]
+    return _read_entry(cache[-1][0]), cache
   rows = Slots(*rows)
-  b, width = len(rows.token), 1 + sizes.drafts
-  start, counts = rows.active, None
+  last = {name: value for name, value in params.items() if name != 'layers'}
+
+  def step(carry):
+    cache, state = carry
+    draft, batch = _feed(spec, sizes, state, chunk)
+    hidden, cache = forward(cache, batch)
+    hidden = _decoded(sizes, hidden, draft)
+    return cache, _take(spec, sizes, last, hidden, draft, state, penalties, rows.active, limits)
+
+  carry = cache, _begin(spec, sizes, rows, limits, penalties, text)
+  carry = loop(lambda carry: carry[1].unfinished, step, carry) if chunk is None else step(carry)
+  return carry[1].burst, carry[0]
+
+
+def _loop(condition, body, carry):
+  """Compute `jax.lax.while_loop` outside of a program."""
+  while condition(carry):
+    carry = body(carry)
+  return carry
+
+
+_run_parts = functools.partial(_run, loop=_loop)
+
+
+@jax.jit
+def _read_entry(block):
+  return block[0][0, 0, 0, 0]
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'sizes'))
+def _begin(spec, sizes, rows, limits, penalties, text):
+  """Return the state before the first step."""
+  b, counts = len(rows.token), None
   if penalties is not None:
     counts = count_tokens(text, rows.position, rows.sampled, spec.config.vocab_size)
-
-  def unfinished(state):
-    _, rows, burst, _, _ = state
-    ended, longest = jnp.sum(start & ~rows.active), jnp.max(burst.num_sampled)
-    return (longest < limits[1]) & (ended < limits[0]) & jnp.any(rows.active)
-
-  def step(state):
-    cache, rows, burst, counts, text = state
-    draft = jnp.zeros((b, 0), jnp.int32)
-    if sizes.drafts:
-      draft = find_drafts(text, rows.position, sizes.drafts)
-    fed = jnp.concatenate([rows.token[:, None], draft], 1)
-    hidden, cache = _forward(spec, model, cache, prefix_caches, rows, fed, tables, chunk, sizes)
-    token, logprob = _sample(model.unembed(hidden), rows, draft, penalties, counts)
-    # Tokens after one that ends the reply are dropped, as are those after a wrong draft.
-    number = rows.sampled[:, None] + jnp.arange(1, width + 1)
-    ends = jnp.any(token[:, :, None] == rows.stops[:, None], -1) | (number >= rows.limit[:, None])
-    index = jnp.arange(width)
-    last = jnp.min(jnp.where(ends, index, width), 1)
-    kept = jnp.where(rows.active, jnp.minimum(count_kept(draft, token), last + 1), 0)
-    taken = index < kept[:, None]
-    if counts is not None:
-      counts = add_tokens(counts, token, taken)
-
-    def put(x, start, new):
-      place = jnp.where(taken, start[:, None] + index, x.shape[1])
-      return x.at[jnp.arange(b)[:, None], place].set(new, mode='drop')
-
-    burst = Burst(
-      tokens=put(burst.tokens, burst.num_sampled, token),
-      logprobs=put(burst.logprobs, burst.num_sampled, logprob),
-      num_sampled=burst.num_sampled + kept,
-      active=rows.active & (kept <= last),
-      steps=burst.steps + 1,
-      row_steps=burst.row_steps + rows.active,
-    )
-    if sizes.drafts:
-      text = put(text, rows.position + 1, token)
-    newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], 1)[:, 0]
-    rows = rows._replace(
-      token=jnp.where(rows.active, newest, rows.token),
-      position=rows.position + kept,
-      sampled=rows.sampled + kept,
-      active=burst.active,
-    )
-    return cache, rows, burst, counts, text
-
   zeros = jnp.zeros((b,), jnp.int32)
-  # The last step may begin one token before the limit.
-  capacity = (sizes.burst if chunk is None else 1) + sizes.drafts
+  capacity = sizes.burst + sizes.drafts  # the last step may begin one token before the limit
   burst = Burst(
     tokens=jnp.zeros((b, capacity), jnp.int32),
     logprobs=jnp.zeros((b, capacity), jnp.float32),
     num_sampled=zeros,
-    active=start,
+    active=rows.active,
     steps=jnp.zeros((), jnp.int32),
     row_steps=zeros,
   )
-  state = cache, rows, burst, counts, text
-  state = step(state) if chunk is not None else jax.lax.while_loop(unfinished, step, state)
-  return state[2], state[0]
+  unfinished = _is_unfinished(rows, burst, rows.active, limits)
+  return _place(spec, _State(rows, burst, counts, text, unfinished))
+
+
+def _is_unfinished(rows: Slots, burst: Burst, start, limits):
+  """Return whether a burst goes on, whose rows were active at the start."""
+  ended, longest = jnp.sum(start & ~rows.active), jnp.max(burst.num_sampled)
+  return (longest < limits[1]) & (ended < limits[0]) & jnp.any(rows.active)
+
+
+def _place(spec: ModelSpec, state: _State) -> _State:
+  """Return the state on the mesh, where it is the output of a program of its own.
+
+  Otherwise the next programs would be compiled twice: for the output of `_begin` and of `_take`.
+  """
+  if not runs_in_parts(spec.mesh):
+    return state
+  return jax.lax.with_sharding_constraint(state, NamedSharding(spec.mesh, P()))
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'sizes'))
+def _feed(spec, sizes, state, chunk):
+  """Return the drafts i32[B,W-1], and tokens, positions and prefixes i32[G,D·W+T] of a step."""
+  rows, groups = state.rows, batch_shards(spec.mesh)
+  draft = jnp.zeros((len(rows.token), 0), jnp.int32)
+  if sizes.drafts:
+    draft = find_drafts(state.text, rows.position, sizes.drafts)
+  fed = jnp.concatenate([rows.token[:, None], draft], 1)
+  split = lambda x: x.reshape(groups, -1)  # noqa: E731
+  ahead = jnp.arange(fed.shape[1])
+  # No drafted token is fed if the reply could not go on after it; there may be no page for it.
+  useful = rows.active[:, None] & (ahead < (rows.limit - rows.sampled)[:, None])
+  tokens, positions = [split(fed)], [split(jnp.where(useful, rows.position[:, None] + ahead, -1))]
+  choice = [split(jnp.broadcast_to(rows.prefix[:, None], fed.shape))]
+  if chunk is not None:
+    tokens.append(chunk.tokens)
+    positions.append(chunk.positions)
+    choice.append(chunk.prefix)
+  return draft, tuple(jnp.concatenate(x, 1) for x in (tokens, positions, choice))
+
+
+def _forward_spec(spec: ModelSpec, groups: int, sizes: Sizes) -> ForwardSpec:
+  # The prefill of a shared prefix has a single group, which every device computes as a whole.
+  is_split = groups == batch_shards(spec.mesh)
+  sharding = batch_sharding(spec.mesh) if is_split else NamedSharding(spec.mesh, P())
+  return ForwardSpec(spec.config, spec.dtype, sharding, sizes.width, sizes.attention)
+
+
+@functools.partial(jax.jit, static_argnames='sizes')
+def _decoded(sizes, hidden, draft):
+  """Return those of the hidden states [G,X,D] for which the output layer computes logits."""
+  return hidden[:, : max(draft.shape[0] // len(hidden) * (draft.shape[1] + 1), sizes.least)]
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'sizes'), donate_argnames='state')
+def _take(spec, sizes, params, hidden, draft, state, penalties, start, limits):
+  """Return the state after a step: with the tokens that it sampled and kept.
+
+  Args:
+    spec: the properties for which the model is compiled.
+    sizes: static sizes.
+    params: the model's parameters outside of its layers.
+    hidden: [G,X,D], the hidden states of the decoded rows, and maybe of further tokens.
+    draft: i32[B,W-1], the drafted tokens.
+    state: the state before the step; donated.
+    penalties: biases and penalties; None if there are none.
+    start: bool[B], the rows that were active when the burst began.
+    limits: those of `run`.
+  """
+  rows, burst, counts, text, _ = state
+  b, width = len(rows.token), 1 + sizes.drafts
+  groups = len(hidden)
+  logits = compute_logits(spec.config, params, hidden.reshape(-1, hidden.shape[-1]))
+  logits = logits.reshape(groups, -1, logits.shape[-1])[:, : b * width // groups]
+  logits = logits.reshape(b * width, -1)
+  token, logprob = _sample(logits, rows, draft, penalties, counts)
+  # Tokens after one that ends the reply are dropped, as are those after a wrong draft.
+  number = rows.sampled[:, None] + jnp.arange(1, width + 1)
+  ends = jnp.any(token[:, :, None] == rows.stops[:, None], -1) | (number >= rows.limit[:, None])
+  index = jnp.arange(width)
+  last = jnp.min(jnp.where(ends, index, width), 1)
+  kept = jnp.where(rows.active, jnp.minimum(count_kept(draft, token), last + 1), 0)
+  taken = index < kept[:, None]
+  if counts is not None:
+    counts = add_tokens(counts, token, taken)
+
+  def put(x, start, new):
+    place = jnp.where(taken, start[:, None] + index, x.shape[1])
+    return x.at[jnp.arange(b)[:, None], place].set(new, mode='drop')
+
+  burst = Burst(
+    tokens=put(burst.tokens, burst.num_sampled, token),
+    logprobs=put(burst.logprobs, burst.num_sampled, logprob),
+    num_sampled=burst.num_sampled + kept,
+    active=rows.active & (kept <= last),
+    steps=burst.steps + 1,
+    row_steps=burst.row_steps + rows.active,
+  )
+  if sizes.drafts:
+    text = put(text, rows.position + 1, token)
+  newest = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], 1)[:, 0]
+  rows = rows._replace(
+    token=jnp.where(rows.active, newest, rows.token),
+    position=rows.position + kept,
+    sampled=rows.sampled + kept,
+    active=burst.active,
+  )
+  unfinished = _is_unfinished(rows, burst, start, limits)
+  return _place(spec, _State(rows, burst, counts, text, unfinished))
 
 
 def _sample(logits, rows, draft, penalties, counts):
@@ -355,43 +480,6 @@ def _sample(logits, rows, draft, penalties, counts):
   settings = map(repeat, (rows.temperature, rows.top_k, rows.top_p, rows.min_p))
   token, logprob = sample(logits, keys, *settings, adjusted)
   return token.reshape(b, width), logprob.reshape(b, width)
-
-
-def _forward(spec, model, cache, prefix_caches, rows, fed, tables, chunk, sizes):
-  """Return the hidden states [B·W,D] after the tokens i32[B,W] of the rows, and the cache."""
-  shards = batch_shards(spec.mesh)
-  groups = shards if rows is not None else len(chunk.tokens)
-  tokens, positions, choice = [], [], []
-  if rows is not None:
-    split = lambda x: x.reshape(groups, -1)  # noqa: E731
-    ahead = jnp.arange(fed.shape[1])
-    # No drafted token is fed if the reply could not go on after it; there may be no page for it.
-    useful = rows.active[:, None] & (ahead < (rows.limit - rows.sampled)[:, None])
-    tokens.append(split(fed))
-    positions.append(split(jnp.where(useful, rows.position[:, None] + ahead, -1)))
-    choice.append(split(jnp.broadcast_to(rows.prefix[:, None], fed.shape)))
-  if chunk is not None:
-    tokens.append(chunk.tokens)
-    positions.append(chunk.positions)
-    choice.append(chunk.prefix)
-  tokens, positions, choice = (jnp.concatenate(x, 1) for x in (tokens, positions, choice))
-  # The prefill of a shared prefix has a single group, which every device computes as a whole.
-  split = groups == shards
-  sharding = batch_sharding(spec.mesh) if split else NamedSharding(spec.mesh, P())
-  hidden, cache = model(
-    tokens,
-    positions,
-    cache=cache,
-    step=Step(tables, None if chunk is None else chunk.pieces),
-    prefixes=Prefixes(prefix_caches, choice),
-    width=sizes.width,
-    sharding=sharding,
-    attention=sizes.attention,
-  )
-  if rows is None:
-    return None, cache
-  hidden = hidden[:, : fed.size // groups]
-  return hidden.reshape(fed.size, -1), cache
 
 
 def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: int) -> Prefix:

@@ -3,6 +3,7 @@
 `cai_jax.model.cache` explains pages, blocks and tables, and defines the axis letters.
 """
 
+import collections
 import math
 from collections.abc import Hashable, Sequence
 
@@ -16,7 +17,7 @@ from cai_jax.sampling import caches
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.pages import PagePool
 
-MIN_BLOCK, MAX_BLOCKS = 64, 8  # pages of a block at least, and blocks of a pool at most
+MIN_BLOCK, MAX_BLOCKS = 48, 12  # pages of a block at least, and blocks of a pool at most
 
 
 class PageCache:
@@ -122,6 +123,20 @@ class PageCache:
     for pool in self.pools:
       pool.extend(slot, tokens)
     return True
+
+  def compact(self) -> None:
+    """Move pages to fewer blocks if that is possible: a step reads all pages of the blocks in use.
+
+    Nothing moves between batch shards, nor if there is more than one: all must use as many blocks.
+    """
+    if self._groups > 1:
+      return
+    for pool, blocks in zip(self.pools, self._blocks, strict=True):
+      size, by_block = pool.block_pages, collections.defaultdict(list)
+      for page, new in pool.compact().items():
+        by_block[new // size, page // size].append((new % size, page % size))
+      for (target, source), moves in by_block.items():
+        blocks[target] = caches.move_pages(blocks[target], blocks[source], moves)
 
   def used_blocks(self) -> tuple[int, ...]:
     """Return, for each pool, the number of blocks up to the last page in use."""

@@ -1,9 +1,12 @@
 """The pages of a pool that each slot owns, on the host; see `cai_jax.model.cache`."""
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+FULL = 0.85  # share of the pages in use of compacted blocks; the rest is room for growing contexts
 
 
 class PagePool:
@@ -112,6 +115,24 @@ class PagePool:
   def used_blocks(self) -> int:
     """Return the number of blocks up to the last page in use."""
     return max(int(self.table.max()) // self.block_pages + 1, 1)
+
+  def compact(self) -> dict[int, int]:
+    """Move pages in use to lower numbers if this saves a block; the caller moves their contents.
+
+    Returns:
+      The new number of each page that moves. The pool has a single group.
+    """
+    assert len(self._free) == 1
+    target = math.ceil(self.count.sum() / (FULL * self.block_pages))
+    if target >= self.used_blocks():
+      return {}
+    limit, moves = target * self.block_pages, {}
+    for slot, index in np.argwhere(self.table >= limit):
+      page = int(self.table[slot, index])
+      self.table[slot, index] = moves[page] = heapq.heappop(self._free[0])
+    for page in moves:
+      heapq.heappush(self._free[0], page)
+    return moves
 
   def select(self, slots: Sequence[int] | np.ndarray, absent: int) -> np.ndarray:
     """Return the pages i32[n,N] of some slots, with `absent` in place of missing pages.

@@ -2,20 +2,21 @@
 
 A program for the exact size of a step is the fastest, but every program takes seconds to compile.
 So the first programs are general: one that decodes all slots, and one that also prefills the
-largest chunk. A step uses the fastest program that is large enough. A program for its own size is
-compiled once the time lost without it exceeds the time of a compilation, so that the loss never
-exceeds about twice that of the best choice in hindsight.
+largest chunk. A step uses the fastest program that is large enough. Another program is compiled
+once the steps that it would have run have lost more time without it than a compilation takes.
 
 On CPUs the results have the same bits with every program. On accelerators only the number of blocks
 differs, and each block is read by products of its own, whose shapes do not depend on the number.
 """
 
+import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Hashable
 
 GENERAL_SHARES = 3 / 8, 1 / 2, 3 / 4, 1  # of a pool's blocks, which general programs get
+WORTH = 0.5  # compile what would have saved this share of its compilation: runs go on for longer
 PAGE_COST = 0.25  # time of reading a page, in units of the time of one more row; measured on a CPU
 
 
@@ -39,6 +40,8 @@ class Size:
     """Return whether a program of this size can run a step of another size."""
     pairs = zip(self.blocks, other.blocks, strict=True)
     fits = self.rows >= other.rows and self.tokens >= other.tokens and self.drafts == other.drafts
+    # A burst of several steps needs a program without prefill.
+    fits = fits and bool(self.tokens) == bool(other.tokens)
     return fits and all(mine >= theirs for mine, theirs in pairs)
 
 
@@ -51,6 +54,7 @@ class Programs:
     block_sizes: the same for the blocks of each pool.
     block_pages: for each pool, number of pages of a block.
     mixed: whether a program may both decode and prefill.
+    least: the fewest rows and prefilled tokens of a program, taken together, where rows may vary.
   """
 
   def __init__(
@@ -60,11 +64,12 @@ class Programs:
     block_sizes: tuple[tuple[int, ...], ...],
     block_pages: tuple[int, ...],
     mixed: bool,
+    least: int,
   ):
     self._row_sizes, self._chunk_sizes, self._block_sizes = row_sizes, chunk_sizes, block_sizes
-    self._block_pages, self._mixed = block_pages, mixed
+    self._block_pages, self._mixed, self._least = block_pages, mixed, least
     self._compiled: set[Size] = set()
-    self._lost: dict[Size, float] = {}  # seconds
+    self._used: collections.Counter[Size] = collections.Counter()  # exact sizes of all steps
     self._unit = 0.0  # seconds of one more row in a step, the least that was measured
     self._compile_seconds = 0.0
 
@@ -77,22 +82,35 @@ class Programs:
       blocks: number of blocks in use of each pool.
       drafts: number of tokens that each row drafts.
     """
+    # `least` rows and prefilled tokens have the same bits as more of them.
+    if tokens and not rows:
+      tokens = max(tokens, min(self._least, self._chunk_sizes[-1]))
+    chunk = _round_up(tokens, self._chunk_sizes)
+    if rows and self._mixed:
+      rows = max(rows, -(-(self._least - chunk) // (1 + drafts)))
     exact = Size(
-      _round_up(rows, self._drafting_sizes(drafts)),
-      _round_up(tokens, self._chunk_sizes),
+      _round_up(rows, self._row_sizes),
+      chunk,
       tuple(_round_up(n, sizes) for n, sizes in zip(blocks, self._block_sizes, strict=True)),
       drafts,
     )
     usable = [size for size in self._compiled if size.holds(exact)]
-    if not exact.tokens:  # a burst of several steps needs a program without prefill
-      usable = [size for size in usable if not size.tokens]
     if not usable:
       return self._general(exact)
     best = min(usable, key=self._cost)
-    self._lost[exact] = self._lost.get(exact, 0.0) + self._unit * (
-      self._cost(best) - self._cost(exact)
-    )
-    return exact if self._lost[exact] > self._compile_seconds else best
+    self._used[exact] += 1
+    useful = [size for size in self._used if size.holds(exact) and size not in self._compiled]
+    worth = max(useful, key=self._saved, default=best)
+    return worth if self._saved(worth) > WORTH * self._compile_seconds else best
+
+  def _saved(self, size: Size) -> float:
+    """Return the seconds that a program of this size would have saved in all steps so far."""
+    saved = 0.0
+    for other, count in self._used.items():
+      if size.holds(other):
+        best = min(self._cost(x) for x in self._compiled if x.holds(other))
+        saved += count * max(best - self._cost(size), 0.0)
+    return saved * self._unit
 
   def record(self, size: Size, seconds: float, compiled: bool) -> None:
     """Take note of a program that ran.
@@ -104,7 +122,8 @@ class Programs:
     """
     self._compiled.add(size)
     if compiled:
-      self._compile_seconds = max(self._compile_seconds, seconds)
+      count = len(self._compiled)
+      self._compile_seconds += (seconds - self._compile_seconds) / count  # the mean
     else:
       unit = seconds / self._cost(size)
       self._unit = min(self._unit or unit, unit)
@@ -120,15 +139,6 @@ class Programs:
     if exact.drafts and self._mixed:
       rows = exact.rows  # each row costs as much as several without drafts
     return Size(rows, tokens, tuple(blocks), exact.drafts)
-
-  def _drafting_sizes(self, drafts: int) -> tuple[int, ...]:
-    """Return the numbers of rows for programs with so many drafts.
-
-    Rows with their drafts are as many tokens as the smallest step without, or more.
-    """
-    if not drafts or not self._mixed:
-      return self._row_sizes
-    return (-(-self._row_sizes[0] // (1 + drafts)), *self._row_sizes)
 
   def _cost(self, size: Size) -> float:
     """Return the time of a step in units of one more row."""
@@ -147,6 +157,18 @@ def find_programs(key: Hashable, *args) -> Programs:
   """
   del key
   return Programs(*args)
+
+
+def block_sizes(most: int) -> tuple[int, ...]:
+  """Return the numbers of blocks for which programs may be compiled, each up to 1.5 times the last.
+
+  Args:
+    most: the largest number.
+  """
+  sizes = [1]
+  while sizes[-1] < most:
+    sizes.append(min(max(sizes[-1] + 1, 3 * sizes[-1] // 2), most))
+  return tuple(sizes)
 
 
 def _round_up(count: int, sizes: tuple[int, ...]) -> int:

@@ -13,14 +13,14 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.chunks import Segment, pack_chunk
-from cai_jax.sampling.config import AUTO, EngineConfig
+from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
 from cai_jax.sampling.draft_choice import DraftChoice
 from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.page_cache import PageCache
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefill_queue import PrefillQueue
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
-from cai_jax.sampling.programs import Programs, Size, find_programs
+from cai_jax.sampling.programs import Programs, Size, block_sizes, find_programs
 from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.types import Turn
 
@@ -85,6 +85,7 @@ class LocalModel:
     caches.trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
     self._mixed = config.mixes(slots // self._groups, lm)
+    self._least = min_rows(lm) if caches.on_cpu(lm.mesh) else 0  # tokens of a step
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
     self._width = config.piece_width(slots, lm.mesh)
@@ -119,9 +120,10 @@ class LocalModel:
     pools = self._cache.pools
     shared = len(prefixes), prefix_capacity(prefixes)
     key = device.ModelSpec.from_lm(self.lm), self.config, self._cache.shapes, shared
-    blocks = tuple(tuple(range(1, pool.max_blocks + 1)) for pool in pools)
+    blocks = tuple(block_sizes(pool.max_blocks) for pool in pools)
     pages = tuple(pool.block_pages for pool in pools)
-    return find_programs(key, self._row_sizes, self._chunk_sizes, blocks, pages, self._mixed)
+    sizes = self._row_sizes, self._chunk_sizes, blocks, pages
+    return find_programs(key, *sizes, self._mixed, self._least)
 
   @property
   def sampler(self) -> str:
@@ -268,6 +270,7 @@ class LocalModel:
       steps: stop once a row has sampled so many tokens.
       drafts: number of tokens that each row drafts in a step.
     """
+    self._cache.compact()
     tokens = max((sum(len(s.tokens) for s in group) for group in segments), default=0)
     longest = max(map(len, groups), default=0)
     size = self._programs.choose(longest, tokens, self._cache.used_blocks(), drafts)
@@ -297,7 +300,7 @@ class LocalModel:
       tables,
       chunk,
       (np.array(max_ended, np.int32), np.array(steps, np.int32)),
-      device.Sizes(self.config.longest_burst, self._width, self.attention, drafts),
+      device.Sizes(self.config.longest_burst, self._width, self.attention, drafts, self._least),
       penalties,
       text,
     )

@@ -327,7 +327,7 @@ def _sum_log_probabilities(graph, sharding, size, params, batch):
   branch = batch.branch
   allowed = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
   model = nnx.merge(graph, params)
-  hidden, _ = model(tokens, batch.positions, sharding=sharding, allowed=allowed)
+  hidden = model(tokens, batch.positions, sharding=sharding, allowed=allowed)
   owners = jnp.arange(len(batch.width))
 
   def add_slice(number, sums):

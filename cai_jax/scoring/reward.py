@@ -293,7 +293,7 @@ def _logits_at_last(graph, sharding, params, score, tokens, positions, segment_i
   """Return the logits f32[B,C] at position `last: i32[B]` of each row."""
   model = nnx.merge(graph, params)
   # The 'blocks' kernel runs on every device and never materializes the T × T attention scores.
-  hidden, _ = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
+  hidden = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
   ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))
 

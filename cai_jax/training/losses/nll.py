@@ -31,7 +31,7 @@ def negative_log_likelihood(
   The arguments are those of `LossFunction`.
   """
   model = nnx.merge(graph, params)
-  hidden, _ = model(
+  hidden = model(
     batch['tokens'],
     batch['positions'],
     batch['segment_ids'],

@@ -1,0 +1,153 @@
+"""The forward of a step over the paged cache.
+
+It has three parts: the embeddings and what all layers share; a layer; and the logits. Within
+`jax.jit` they become parts of one program. Outside, each is a program of its own, and layers of the
+same shape share one: a model of 30 layers then compiles in a fraction of the time.
+
+`cai_jax.model.transformer` and `cai_jax.model.cache` define the axis letters.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from cai_jax.model.attention import paged, ragged  # noqa: F401  # both register themselves
+from cai_jax.model.attention.cached import CACHED
+from cai_jax.model.attention.rotary import rotary_angles
+from cai_jax.model.cache import Cache, LayerCache, Prefixes, Step, windows_of
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.layers import Block, Embedding, LayerContext, RMSNorm
+from cai_jax.model.transformer import Params, compute_once, unembed
+
+
+class ForwardSpec(NamedTuple):
+  """What the parts are compiled for, besides the shapes of arrays.
+
+  Attributes:
+    config: the shape of the model.
+    dtype: compute dtype.
+    sharding: sharding of the hidden states between layers. Without one, XLA would split them over D
+      as it splits the parameters, and each device would compute the logits of all rows.
+    width: C, number of tokens of a piece of prefill.
+    attention: name of the attention to the cache.
+  """
+
+  config: ModelConfig
+  dtype: str
+  sharding: NamedSharding
+  width: int = 1
+  attention: str = 'pages'
+
+
+def forward_cached(
+  spec: ForwardSpec,
+  params: Params,
+  tokens: jax.Array,
+  positions: jax.Array,
+  cache: Cache,
+  step: Step,
+  prefixes: Prefixes | None = None,
+) -> tuple[jax.Array, Cache]:
+  """Return the hidden states [G,X,D] before the last norm, and the updated cache.
+
+  Args:
+    spec: what to compile for.
+    params: the model's parameters.
+    tokens: i32[G,X], the flat batch of a step in each of G batch shards.
+    positions: i32[G,X], from 0 in each sequence. A negative position marks padding, which is not
+      written to the cache.
+    cache: keys and values of the tokens at earlier positions, with room for `tokens`; donated,
+      outside `jax.jit`.
+    step: where the tokens are in the cache.
+    prefixes: shared tokens before those in the cache of each row. Positions include them.
+  """
+  if prefixes is None:
+    prefixes = Prefixes((), jnp.full(positions.shape, -1))
+  config, windows = spec.config, windows_of(spec.config)
+  page = cache[0][0][0].shape[CACHED[spec.attention].page_axis]
+  sizes = {  # pages of each block, for each window
+    config.window(layer): tuple(len(block[0]) // len(positions) for block in blocks)
+    for layer, blocks in enumerate(cache)
+  }
+  pages = tuple(sizes[window] for window in windows)
+  x, (angles, views) = _start(spec, params['embed'], tokens, positions, step, prefixes, pages, page)
+  new_cache = []
+  for layer, blocks in enumerate(cache):
+    window = config.window(layer)
+    view, shared = views[windows.index(window)], [p.cache[layer] for p in prefixes.entries]
+    x, blocks = _layer(spec, window, params['layers'][layer], x, blocks, shared, angles, view)
+    new_cache.append(blocks)
+  return x, tuple(new_cache)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'sizes', 'page'))
+def _start(spec, params, tokens, positions, step, prefixes, sizes, page):
+  """Return the embeddings, and the angles and the views of each window."""
+
+  def share():
+    views = [
+      CACHED[spec.attention].make_view(positions, step, i, prefixes, sizes[i], page, window)
+      for i, window in enumerate(windows_of(spec.config))
+    ]
+    return rotary_angles(spec.config, positions), views
+
+  shared = compute_once(share, positions)
+  embed = _merge(spec.config, _embedding, params)
+  x = embed(tokens, differentiable=False).astype(spec.dtype)
+  return jax.lax.with_sharding_constraint(x, spec.sharding), shared
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'window'), donate_argnames=('x', 'blocks'))
+def _layer(
+  spec: ForwardSpec,
+  window: int | None,
+  params: Params,
+  x: jax.Array,
+  blocks: tuple[LayerCache, ...],
+  prefixes: list[LayerCache],
+  angles: tuple[jax.Array, jax.Array],
+  view: Any,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+  attend = functools.partial(
+    CACHED[spec.attention].attend,
+    prefixes=prefixes,
+    view=view,
+    window=window,
+    width=spec.width,
+    mesh=cast(Mesh, spec.sharding.mesh),
+  )
+  x, blocks = _merge(spec.config, _block, params)(x, blocks, LayerContext(angles, attend))
+  return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
+
+
+def compute_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+  """Return the logits f32[...,V] for hidden states [...,D] before the last norm."""
+  head = params['embed' if config.tied_embeddings else 'head']
+  return unembed(_merge(config, _last_norm, params['norm'])(x, ordered=True), head['table'])
+
+
+def _embedding(config: ModelConfig) -> Embedding:
+  return Embedding(config, nnx.Rngs(0), jnp.float32)
+
+
+def _block(config: ModelConfig) -> Block:
+  return Block(config, nnx.Rngs(0), jnp.float32)
+
+
+def _last_norm(config: ModelConfig) -> RMSNorm:
+  return RMSNorm(config.d_model, config.norm_eps, jnp.float32)
+
+
+def _merge(config: ModelConfig, make: Callable[[ModelConfig], Any], params: Params) -> Any:
+  """Return a part of the model with its parameters."""
+  return nnx.merge(_graph(config, make), params)
+
+
+@functools.lru_cache
+def _graph(config: ModelConfig, make: Callable[[ModelConfig], Any]) -> nnx.GraphDef:
+  return nnx.split(nnx.eval_shape(lambda: make(config)))[0]

@@ -2,7 +2,11 @@
 
 A step is one pass of the model over a flat batch of tokens: the next token of each decoded row, and
 prefilled tokens of rows that wait. A row is a slot that takes part; there are programs for a few
-numbers of rows, so that idle slots cost little. A program without prefill runs a burst of steps.
+numbers of rows, so that idle slots cost little. Without prefill, a burst of steps runs.
+
+The functions of this module are jitted one by one. On one CPU device each is a program, and the
+layers share one (`cai_jax.model.cached_forward`). Elsewhere the whole burst is a single program,
+because each start of a program costs time on the host.
 
 A row may add drafted tokens to its next one (`cai_jax/sampling/drafts.py`). The step then samples
 after each of them, and keeps those that agree.

@@ -55,9 +55,10 @@ class Sizes(NamedTuple):
 
 # The time of a step on a CPU grows with its rows from 64 rows and prefilled tokens on, the smallest
 # step (`cai_jax.sampling.programs`), so more slots gain little, and chains that start together wait
-# for each other's prefill. A chunk that is mixed with 64 decoded rows is as long as a few requests. The
-# host has no delay that longer bursts would hide. Half of the memory is left to the process itself,
-# to training and to other programs. Devices that are no GPU and no TPU get these sizes, too.
+# for each other's prefill. A chunk that is mixed with 64 decoded rows is as long as a few requests.
+# The host has no delay that longer bursts would hide. Half of the memory is left to the process
+# itself, to training and to other programs. Devices that are no GPU and no TPU get these sizes,
+# too.
 CPU = Sizes(
   least_slots=64,
   most_slots=64,

@@ -3,20 +3,19 @@
 A program for the exact size of a step is the fastest, but every program takes seconds to compile.
 So the first programs are general: one that decodes all slots, and one that also prefills the
 largest chunk. A step uses the fastest program that is large enough. Another program is compiled
-once the steps that it would have run have lost more time without it than a compilation takes.
+once it would have saved `WORTH` of the time of its compilation in the steps so far.
 
 On CPUs the results have the same bits with every program. On accelerators only the number of blocks
 differs, and each block is read by products of its own, whose shapes do not depend on the number.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Hashable
 
 GENERAL_SHARES = 3 / 8, 1 / 2, 3 / 4, 1  # of a pool's blocks, which general programs get
-WORTH = 0.5  # compile what would have saved this share of its compilation: runs go on for longer
+WORTH = 0.5  # below 1, because a run is likely to go on for longer than it has so far
 PAGE_COST = 0.25  # time of reading a page, in units of the time of one more row; measured on a CPU
 
 
@@ -69,7 +68,11 @@ class Programs:
     self._row_sizes, self._chunk_sizes, self._block_sizes = row_sizes, chunk_sizes, block_sizes
     self._block_pages, self._mixed, self._least = block_pages, mixed, least
     self._compiled: set[Size] = set()
-    self._used: collections.Counter[Size] = collections.Counter()  # exact sizes of all steps
+    # For the exact size of each step so far: the number of steps, and the least cost of a program.
+    self._steps: dict[Size, int] = {}
+    self._least_costs: dict[Size, float] = {}
+    # For those that are not compiled: the time that a program would have saved, in units of rows.
+    self._saved: dict[Size, float] = {}
     self._unit = 0.0  # seconds of one more row in a step, the least that was measured
     self._compile_seconds = 0.0
 
@@ -94,23 +97,40 @@ class Programs:
       tuple(_round_up(n, sizes) for n, sizes in zip(blocks, self._block_sizes, strict=True)),
       drafts,
     )
-    usable = [size for size in self._compiled if size.holds(exact)]
-    if not usable:
-      return self._general(exact)
-    best = min(usable, key=self._cost)
-    self._used[exact] += 1
-    useful = [size for size in self._used if size.holds(exact) and size not in self._compiled]
-    worth = max(useful, key=self._saved, default=best)
-    return worth if self._saved(worth) > WORTH * self._compile_seconds else best
+    best = min((size for size in self._compiled if size.holds(exact)), key=self._cost, default=None)
+    if best is None:
+      return self._use(self._general(exact))
+    if exact not in self._steps:
+      self._steps[exact], self._least_costs[exact] = 0, self._cost(best)
+      if exact not in self._compiled:
+        self._saved[exact] = self._sum_saved(exact)
+    self._steps[exact] += 1
+    useful = [size for size in self._saved if size.holds(exact)]
+    for size in useful:
+      self._saved[size] += max(self._cost(best) - self._cost(size), 0.0)
+    worth = max(useful, key=self._saved.__getitem__, default=best)
+    if self._unit * self._saved.get(worth, 0.0) <= WORTH * self._compile_seconds:
+      return best
+    return self._use(worth)
 
-  def _saved(self, size: Size) -> float:
-    """Return the seconds that a program of this size would have saved in all steps so far."""
-    saved = 0.0
-    for other, count in self._used.items():
+  def _use(self, size: Size) -> Size:
+    """Take note of a size whose program will be compiled now, and return it."""
+    self._compiled.add(size)
+    self._saved.pop(size, None)
+    for other, least in self._least_costs.items():
       if size.holds(other):
-        best = min(self._cost(x) for x in self._compiled if x.holds(other))
-        saved += count * max(best - self._cost(size), 0.0)
-    return saved * self._unit
+        self._least_costs[other] = min(least, self._cost(size))
+    self._saved = {other: self._sum_saved(other) for other in self._saved}
+    return size
+
+  def _sum_saved(self, size: Size) -> float:
+    """Return the time that a program would have saved in all steps so far, in units of rows."""
+    cost = self._cost(size)
+    return sum(
+      count * max(self._least_costs[other] - cost, 0.0)
+      for other, count in self._steps.items()
+      if size.holds(other)
+    )
 
   def record(self, size: Size, seconds: float, compiled: bool) -> None:
     """Take note of a program that ran.
@@ -120,7 +140,6 @@ class Programs:
       seconds: time of compilation if it was compiled, otherwise of one step.
       compiled: whether it was compiled.
     """
-    self._compiled.add(size)
     if compiled:
       count = len(self._compiled)
       self._compile_seconds += (seconds - self._compile_seconds) / count  # the mean

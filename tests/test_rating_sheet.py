@@ -273,7 +273,8 @@ def test_the_page_rates_by_keys_and_keeps_texts_inert(tmp_path):
     driver.find_element('css selector', 'body').send_keys('b')
     driver.find_element('id', 'download').click()
     path = tmp_path / 'ratings.csv'
-    assert wait_until(path.exists)
+    # Chromium reserves the name with an empty file, and replaces it by the complete one.
+    assert wait_until(lambda: path.exists() and path.stat().st_size > 0)
   finally:
     driver.quit()
   sides = [pair['player_is'] for pair in key['pairs']]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cai_jax.sampling.programs import Programs, Size, block_sizes
+from cai_jax.sampling.pages import block_sizes
+from cai_jax.sampling.programs import Programs, Size
 
 
 def make_programs(mixed=True, rows=(16, 32, 64, 96)):

@@ -72,7 +72,7 @@ def on_cpu(mesh: Mesh) -> bool:
 
 
 def runs_in_parts(mesh: Mesh) -> bool:
-  """Return whether a step is several programs, of which all layers share one.
+  """Return whether a step runs as several programs instead of one.
 
   Each program takes the host about 0.05 ms to start. A single program compiles for as long as all
   layers together.

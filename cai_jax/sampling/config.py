@@ -17,7 +17,8 @@ from cai_jax.sampling.caches import cache_bytes, on_cpu, runs_in_parts
 from cai_jax.sampling.draft_choice import MOST_DRAFTS
 
 MOST_ROW_SIZES = 4  # numbers of rows of a step on one CPU device, whose programs compile fast
-CHUNK_SIZES = 32, 64, 96, 128, 192, 256, 384, 512, 768  # the same for prefilled tokens
+# The same for prefilled tokens, below the largest number.
+CHUNK_SIZES = 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096
 MIN_ROWS, MIN_HALF_ROWS = 64, 32  # rows of a step on CPUs, in f32 and in half precision
 REWIND = 64  # tokens; how far the cache of a windowed layer can be rewound
 LENGTH_MULTIPLE = 64  # tokens; cache lengths are multiples of this
@@ -195,7 +196,8 @@ class EngineConfig:
       slots: number of slots.
       mesh: the model's mesh.
     """
-    return min(self.prefill_width, self.chunk_sizes(slots, mesh)[0])
+    smallest = self.chunk_sizes(slots, mesh)[0]
+    return min(self.prefill_width, max(smallest, MIN_ROWS) if on_cpu(mesh) else smallest)
 
   def fit(
     self, models: Sequence[LM], length: int, prefix_tokens: Sequence[int]

@@ -4,9 +4,9 @@ A step is one pass of the model over a flat batch of tokens: the next token of e
 prefilled tokens of rows that wait. A row is a slot that takes part; there are programs for a few
 numbers of rows, so that idle slots cost little. Without prefill, a burst of steps runs.
 
-The functions of this module are jitted one by one. On one CPU device each is a program, and the
-layers share one (`cai_jax.model.cached_forward`). Elsewhere the whole burst is a single program,
-because each start of a program costs time on the host.
+On one CPU device a step runs as several programs: `_begin`, `_feed`, those of
+`cai_jax.model.cached_forward`, and `_take`. Elsewhere the whole burst is a single program, because
+each start of a program costs time on the host.
 
 A row may add drafted tokens to its next one (`cai_jax/sampling/drafts.py`). The step then samples
 after each of them, and keeps those that agree.
@@ -291,7 +291,7 @@ def _run(
   text=None,
   loop=jax.lax.while_loop,
 ):
-  """Compute `run`; all that it calls is jitted on its own."""
+  """Compute `run`, within `jax.jit` or with `loop=_loop` outside of it."""
 
   def forward(cache, batch):
     step = Step(tables, None if chunk is None else chunk.pieces)

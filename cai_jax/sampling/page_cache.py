@@ -127,9 +127,9 @@ class PageCache:
   def compact(self) -> None:
     """Move pages to fewer blocks if that is possible: a step reads all pages of the blocks in use.
 
-    Nothing moves between batch shards, nor if there is more than one: all must use as many blocks.
+    This is done on CPUs only, and not with several batch shards, which must use as many blocks.
     """
-    if self._groups > 1:
+    if self._groups > 1 or not caches.on_cpu(self._lm.mesh):
       return
     for pool, blocks in zip(self.pools, self._blocks, strict=True):
       size, by_block = pool.block_pages, collections.defaultdict(list)

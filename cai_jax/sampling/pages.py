@@ -124,7 +124,8 @@ class PagePool:
     """
     assert len(self._free) == 1
     target = math.ceil(self.count.sum() / (FULL * self.block_pages))
-    if target >= self.used_blocks():
+    smaller = [size for size in block_sizes(self.max_blocks) if size < self.used_blocks()]
+    if not smaller or target > smaller[-1]:
       return {}
     limit, moves = target * self.block_pages, {}
     for slot, index in np.argwhere(self.table >= limit):
@@ -144,3 +145,15 @@ class PagePool:
     index = np.asarray(slots)
     pages = np.where((index >= 0)[:, None], self.table[index], -1)
     return np.where(pages < 0, absent, pages).astype(np.int32)
+
+
+def block_sizes(most: int) -> tuple[int, ...]:
+  """Return the numbers of blocks for which programs may be compiled, each up to 1.5 times the last.
+
+  Args:
+    most: the largest number.
+  """
+  sizes = [1]
+  while sizes[-1] < most:
+    sizes.append(min(max(sizes[-1] + 1, 3 * sizes[-1] // 2), most))
+  return tuple(sizes)

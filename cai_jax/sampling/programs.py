@@ -1,8 +1,8 @@
 """Which sizes of the step are compiled, and which of them a step uses.
 
-A program for the exact size of a step is the fastest, but every program takes seconds to compile.
-So the first programs are general: one that decodes all slots, and one that also prefills the
-largest chunk. A step uses the fastest program that is large enough. Another program is compiled
+A program for the exact size of a step is the fastest, but every program takes a second or more to
+compile. So the first programs are general: one that decodes all slots, and one that also prefills
+the largest chunk. A step uses the fastest program that is large enough. Another program is compiled
 once it would have saved `WORTH` of the time of its compilation in the steps so far.
 
 On CPUs the results have the same bits with every program. On accelerators only the number of blocks
@@ -74,7 +74,7 @@ class Programs:
     # For those that are not compiled: the time that a program would have saved, in units of rows.
     self._saved: dict[Size, float] = {}
     self._unit = 0.0  # seconds of one more row in a step, the least that was measured
-    self._compile_seconds = 0.0
+    self._compilations, self._compile_seconds = 0, 0.0
 
   def choose(self, rows: int, tokens: int, blocks: tuple[int, ...], drafts: int = 0) -> Size:
     """Return the size of the program to use, which may have to be compiled.
@@ -87,12 +87,12 @@ class Programs:
     """
     # `least` rows and prefilled tokens have the same bits as more of them.
     if tokens and not rows:
-      tokens = max(tokens, min(self._least, self._chunk_sizes[-1]))
+      tokens = max(tokens, self._least)
     chunk = _round_up(tokens, self._chunk_sizes)
     if rows and self._mixed:
       rows = max(rows, -(-(self._least - chunk) // (1 + drafts)))
     exact = Size(
-      _round_up(rows, self._row_sizes),
+      _round_up(rows, self._sizes_of_rows(drafts)),
       chunk,
       tuple(_round_up(n, sizes) for n, sizes in zip(blocks, self._block_sizes, strict=True)),
       drafts,
@@ -105,9 +105,10 @@ class Programs:
       if exact not in self._compiled:
         self._saved[exact] = self._sum_saved(exact)
     self._steps[exact] += 1
-    useful = [size for size in self._saved if size.holds(exact)]
+    lost = {size: self._cost(best) - self._cost(size) for size in self._saved if size.holds(exact)}
+    useful = [size for size in lost if lost[size] > 0]
     for size in useful:
-      self._saved[size] += max(self._cost(best) - self._cost(size), 0.0)
+      self._saved[size] += lost[size]
     worth = max(useful, key=self._saved.__getitem__, default=best)
     if self._unit * self._saved.get(worth, 0.0) <= WORTH * self._compile_seconds:
       return best
@@ -141,8 +142,8 @@ class Programs:
       compiled: whether it was compiled.
     """
     if compiled:
-      count = len(self._compiled)
-      self._compile_seconds += (seconds - self._compile_seconds) / count  # the mean
+      self._compilations += 1
+      self._compile_seconds += (seconds - self._compile_seconds) / self._compilations  # the mean
     else:
       unit = seconds / self._cost(size)
       self._unit = min(self._unit or unit, unit)
@@ -158,6 +159,15 @@ class Programs:
     if exact.drafts and self._mixed:
       rows = exact.rows  # each row costs as much as several without drafts
     return Size(rows, tokens, tuple(blocks), exact.drafts)
+
+  def _sizes_of_rows(self, drafts: int) -> tuple[int, ...]:
+    """Return the numbers of rows for programs with so many drafts.
+
+    The smallest one has, with its drafts, as many tokens as the smallest step without.
+    """
+    if not drafts or not self._mixed:
+      return self._row_sizes
+    return tuple(sorted({-(-self._least // (1 + drafts)), *self._row_sizes}))
 
   def _cost(self, size: Size) -> float:
     """Return the time of a step in units of one more row."""
@@ -176,18 +186,6 @@ def find_programs(key: Hashable, *args) -> Programs:
   """
   del key
   return Programs(*args)
-
-
-def block_sizes(most: int) -> tuple[int, ...]:
-  """Return the numbers of blocks for which programs may be compiled, each up to 1.5 times the last.
-
-  Args:
-    most: the largest number.
-  """
-  sizes = [1]
-  while sizes[-1] < most:
-    sizes.append(min(max(sizes[-1] + 1, 3 * sizes[-1] // 2), most))
-  return tuple(sizes)
 
 
 def _round_up(count: int, sizes: tuple[int, ...]) -> int:

@@ -17,10 +17,11 @@ from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
 from cai_jax.sampling.draft_choice import DraftChoice
 from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.page_cache import PageCache
+from cai_jax.sampling.pages import block_sizes
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefill_queue import PrefillQueue
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
-from cai_jax.sampling.programs import Programs, Size, block_sizes, find_programs
+from cai_jax.sampling.programs import Programs, Size, find_programs
 from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.types import Turn
 
@@ -65,6 +66,7 @@ class LocalModel:
     cached: for each slot, the context tokens that its cache holds, including those of its shared
       prefix.
     step_seconds: seconds per decode step, measured on the last burst.
+    blocks: whether `dispatch` only returns once a burst of decode steps has ended.
 
   Raises:
     UserError: if the mesh does not divide the number of slots or of key-value heads.
@@ -85,9 +87,12 @@ class LocalModel:
     caches.trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
     self._mixed = config.mixes(slots // self._groups, lm)
+    self.blocks = caches.runs_in_parts(lm.mesh)
     self._least = min_rows(lm) if caches.on_cpu(lm.mesh) else 0  # tokens of a step
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
+    if not self._mixed:  # a step of a chunk alone is padded to as many tokens
+      self._chunk_sizes = tuple(size for size in self._chunk_sizes if size >= self._least)
     self._width = config.piece_width(slots, lm.mesh)
     self.attention = config.choose_attention(lm)
     self._cache = PageCache(lm, slots, length, share, config, self.attention)
@@ -99,7 +104,9 @@ class LocalModel:
     self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
     # Where programs of other sizes give other bits, measured times must not choose between them.
     measured = config.draft_tokens == AUTO and self._mixed
-    self._draft_choice = DraftChoice(self._row_sizes[0]) if measured else None
+    self._draft_choice = (
+      DraftChoice(next(n for n in self._row_sizes if n >= self._least)) if measured else None
+    )
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
     sizes = self._groups, self._chunk_sizes, self._width, self._mixed
@@ -290,7 +297,8 @@ class LocalModel:
       packed = segments or [[]] * self._groups
       page = self.config.page_tokens
       chunk = pack_chunk(self._cache, packed, size.tokens, self._width, page)
-    compilations, begin = COMPILATIONS.count, time.perf_counter()
+    compilations, compiling = COMPILATIONS.count, COMPILATIONS.seconds
+    begin = time.perf_counter()
     result, cache = device.run(
       device.ModelSpec.from_lm(self.lm),
       self.lm.params,
@@ -308,7 +316,7 @@ class LocalModel:
     compiled = COMPILATIONS.count > compilations
     self._count_seconds(size, begin)
     if compiled:
-      self._programs.record(size, time.perf_counter() - begin, compiled=True)
+      self._programs.record(size, COMPILATIONS.seconds - compiling, compiled=True)
     self.stats.prefilled_tokens += sum(len(s.tokens) for group in segments for s in group)
     self.slots.active[self._queue.take_ready()] = True
     if rows is None or before is None:

@@ -89,12 +89,20 @@ def describe(summary: Mapping[str, float]) -> str:
 
 @dataclasses.dataclass
 class CompilationCounter:
-  """A `jax.monitoring` listener that counts the programs that XLA compiles in this process."""
+  """A `jax.monitoring` listener for the programs that XLA compiles in this process.
+
+  Attributes:
+    count: number of programs.
+    seconds: time that XLA took for them.
+  """
 
   count: int = 0
+  seconds: float = 0.0
 
   def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
-    self.count += event == '/jax/core/compile/backend_compile_duration'
+    if event == '/jax/core/compile/backend_compile_duration':
+      self.count += 1
+      self.seconds += duration_secs
 
 
 COMPILATIONS = CompilationCounter()

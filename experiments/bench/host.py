@@ -98,6 +98,7 @@ class Stub:
       mock.patch.object(device, 'run', self.run),
       mock.patch.object(caches, 'allocate_block', layers),
       mock.patch.object(device, 'prefill_prefix', lambda *_: ()),
+      mock.patch.object(caches, 'move_pages', lambda target, *_: target),
     ):
       yield
 

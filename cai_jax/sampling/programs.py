@@ -87,7 +87,7 @@ class Programs:
     """
     # `least` rows and prefilled tokens have the same bits as more of them.
     if tokens and not rows:
-      tokens = max(tokens, self._least)
+      tokens = max(tokens, min(self._least, self._chunk_sizes[-1]))
     chunk = _round_up(tokens, self._chunk_sizes)
     if rows and self._mixed:
       rows = max(rows, -(-(self._least - chunk) // (1 + drafts)))

@@ -92,7 +92,8 @@ class LocalModel:
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
     if not self._mixed:  # a step of a chunk alone is padded to as many tokens
-      self._chunk_sizes = tuple(size for size in self._chunk_sizes if size >= self._least)
+      least = min(self._least, self._chunk_sizes[-1])
+      self._chunk_sizes = tuple(size for size in self._chunk_sizes if size >= least)
     self._width = config.piece_width(slots, lm.mesh)
     self.attention = config.choose_attention(lm)
     self._cache = PageCache(lm, slots, length, share, config, self.attention)

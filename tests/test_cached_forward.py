@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cai_jax.model import cache as cache_lib
-from cai_jax.model.cached_forward import ForwardSpec, compute_logits, forward_cached
+from cai_jax.model.cached_forward import ForwardSpec, forward_cached, hidden_logits
 from cai_jax.runtime.mesh import batch_sharding
 
 B, T = 3, 24
@@ -21,7 +21,7 @@ PAGE, WIDTH, STALE = 4, 8, 3.0  # tokens of a page and of a piece; contents of u
 @functools.partial(jax.jit, static_argnums=0)
 def cached_forward(spec, params, tokens, positions, cache, step):
   hidden, cache = forward_cached(spec, params, tokens, positions, cache, step)
-  return compute_logits(spec.config, params, hidden), cache
+  return hidden_logits(spec.config, params, hidden), cache
 
 
 class PagedRows:

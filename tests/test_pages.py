@@ -47,6 +47,11 @@ def test_windowed_slots_give_back_pages_that_no_later_token_sees():
   assert pool.first[0] == 0 and pool.missing(0, 1) == 1
 
 
+def test_programs_are_compiled_for_a_few_numbers_of_blocks():
+  for most, sizes in ((12, (1, 2, 3, 4, 6, 9, 12)), (8, (1, 2, 3, 4, 6, 8)), (1, (1,))):
+    assert PagePool(1, 1, ROW, BLOCK, most, PAGE, None, lambda: None).block_sizes == sizes
+
+
 def test_pages_move_to_fewer_blocks_once_a_block_less_is_enough():
   pool = make_pool(groups=1)
   for slot in range(3):

@@ -2,12 +2,11 @@
 
 import pytest
 
-from cai_jax.sampling.pages import block_sizes
 from cai_jax.sampling.programs import Programs, Size
 
 
 def make_programs(mixed=True, rows=(16, 32, 64, 96)):
-  programs = Programs(rows, (32, 64, 128), (block_sizes(4),), (50,), mixed, 64)
+  programs = Programs(rows, (32, 64, 128), ((1, 2, 3, 4),), (50,), mixed, 64)
   programs.record(programs.choose(96, 128, (2,)), 10.0, compiled=True)
   programs.record(programs.choose(96, 0, (2,)), 10.0, compiled=True)
   programs.record(Size(96, 128, (2,)), 0.249, compiled=False)  # 1 ms for a row
@@ -49,8 +48,3 @@ def test_a_step_has_as_many_tokens_as_bits_need():
   separate = make_programs(False, (96,))
   separate._compile_seconds = 0.0
   assert separate.choose(0, 5, (1,)) == Size(0, 64, (1,))
-
-
-def test_numbers_of_blocks_grow_by_half():
-  assert block_sizes(12) == (1, 2, 3, 4, 6, 9, 12)
-  assert block_sizes(1) == (1,)

@@ -125,7 +125,7 @@ def _layer(
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
 
 
-def compute_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+def hidden_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
   """Return the logits f32[...,V] for hidden states [...,D] before the last norm."""
   head = params['embed' if config.tied_embeddings else 'head']
   return unembed(_merge(config, _last_norm, params['norm'])(x, ordered=True), head['table'])

@@ -71,15 +71,6 @@ def on_cpu(mesh: Mesh) -> bool:
   return mesh.devices.flat[0].platform == 'cpu'
 
 
-def runs_in_parts(mesh: Mesh) -> bool:
-  """Return whether a step runs as several programs instead of one.
-
-  Each program takes the host about 0.05 ms to start. A single program compiles for as long as all
-  layers together.
-  """
-  return mesh.size == 1 and on_cpu(mesh)
-
-
 def cache_format(mesh: Mesh, attention: str, shared: bool) -> tuple[Any, ...]:
   """Return the sharding of the arrays of a layer's pages and, on TPUs, their layout.
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cai_jax.model.cache import Pieces, PieceTable
-from cai_jax.sampling import device
 from cai_jax.sampling.page_cache import PageCache
+from cai_jax.sampling.step_arrays import Chunk
 
 NO_PAGE = 2**30  # the page of padding, which is not written
 MIN_PIECES = 16
@@ -46,7 +46,7 @@ def piece_count(size: int, width: int) -> int:
 
 def pack_chunk(
   cache: PageCache, groups: Sequence[Sequence[Segment]], size: int, width: int, page: int
-) -> device.Chunk:
+) -> Chunk:
   """Pack segments of slots into a chunk of `size` tokens for each group.
 
   Args:
@@ -83,7 +83,7 @@ def pack_chunk(
         table.page[group, begin:end] = own[number // page - first]
         table.offset[group, begin:end] = number % page
   split = Pieces(starts, numbers, tuple(tables))  # type: ignore[arg-type]  # numpy arrays
-  return device.Chunk(tokens, positions, prefix, split)
+  return Chunk(tokens, positions, prefix, split)
 
 
 def _empty_table(groups: int, size: int, pieces: int, pages: int) -> PieceTable:

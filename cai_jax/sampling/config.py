@@ -13,8 +13,9 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
-from cai_jax.sampling.caches import cache_bytes, on_cpu, runs_in_parts
+from cai_jax.sampling.caches import cache_bytes, on_cpu
 from cai_jax.sampling.draft_choice import MOST_DRAFTS
+from cai_jax.sampling.step_arrays import runs_in_parts
 
 MOST_ROW_SIZES = 4  # numbers of rows of a step on one CPU device, whose programs compile fast
 # The same for prefilled tokens, below the largest number.

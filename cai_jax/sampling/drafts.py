@@ -3,7 +3,7 @@
 A revision mostly copies the response under revision, and chains repeat themselves. So the tokens
 that followed an earlier occurrence of the last ones are a good guess of what comes next (prompt
 lookup decoding: Saxena 2023; Yang et al. 2023, "Inference with reference"). The step verifies the
-guess: it samples at every drafted position, and keeps what agrees (`cai_jax/sampling/device.py`).
+guess: it samples at every drafted position, and keeps what agrees (`cai_jax/sampling/burst.py`).
 
 A sampled token is a pure function of its logits and of (seed, prompt id, turn, position). A drafted
 token is therefore kept exactly if it is the token that would have been sampled without drafts, at

@@ -184,7 +184,7 @@ class Engine:
         ended = self._collect(active)
         for model in self._local.values():
           # The device continues with the other slots for about as long as the host will be busy.
-          if not model.blocks:
+          if not model.dispatch_waits:
             model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
         start = time.perf_counter()
         yield from advance(ended)

@@ -31,6 +31,7 @@ class PagePool:
     count: i32[slots], number of pages of each slot.
     first: i32[slots], how many pages before those the slot has given back (windowed layers only).
     blocks: number of blocks.
+    block_sizes: the numbers of blocks that programs are compiled for, in ascending order.
   """
 
   def __init__(
@@ -45,6 +46,7 @@ class PagePool:
     allocate: Callable[[], None],
   ):
     self.window, self.block_pages, self.max_blocks = window, block_pages, max_blocks
+    self.block_sizes = _block_sizes(max_blocks)
     self.page_tokens = page_tokens
     self.table = np.full((slots, row_pages), -1, np.int32)
     self.count = np.zeros(slots, np.int32)
@@ -124,7 +126,7 @@ class PagePool:
     """
     assert len(self._free) == 1
     target = math.ceil(self.count.sum() / (FULL * self.block_pages))
-    smaller = [size for size in block_sizes(self.max_blocks) if size < self.used_blocks()]
+    smaller = [size for size in self.block_sizes if size < self.used_blocks()]
     if not smaller or target > smaller[-1]:
       return {}
     limit, moves = target * self.block_pages, {}
@@ -147,8 +149,8 @@ class PagePool:
     return np.where(pages < 0, absent, pages).astype(np.int32)
 
 
-def block_sizes(most: int) -> tuple[int, ...]:
-  """Return the numbers of blocks for which programs may be compiled, each up to 1.5 times the last.
+def _block_sizes(most: int) -> tuple[int, ...]:
+  """Return numbers of blocks that grow by half, and by one below four.
 
   Args:
     most: the largest number.

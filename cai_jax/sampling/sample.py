@@ -14,9 +14,9 @@ The order is that of `sample`. To add a filter or a penalty:
 1. Add its setting to `SamplingConfig` in `cai_jax/sampling/types.py`, with a default that turns it
    off and `added=True`. The journal's key then contains it only if it is on, so that existing
    journals stay valid.
-2. A filter, such as min-p: add an array to `Slots` in `cai_jax/sampling/device.py`, set it in
-   `Slots.empty` and `Slots.start`, and pass it to `sample` in `_decode`. Apply it in `thresholds`,
-   or as one more condition in `kept_by`.
+2. A filter, such as min-p: add an array to `Slots` in `cai_jax/sampling/step_arrays.py`, set it in
+   `Slots.empty` and `Slots.start`, and pass it to `sample` in `cai_jax/sampling/burst.py:_sample`.
+   Apply it in `thresholds`, or as one more condition in `kept_by`.
 3. A penalty, such as the frequency penalty: add an array to `Penalties` in
    `cai_jax/sampling/penalties.py`, set it in `Penalties.off` and `Penalties.start`, and apply it in
    `penalize`. Say in `SamplingConfig.changes_logits` when it is on: a program without penalties

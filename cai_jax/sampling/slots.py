@@ -17,12 +17,12 @@ from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
 from cai_jax.sampling.draft_choice import DraftChoice
 from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.page_cache import PageCache
-from cai_jax.sampling.pages import block_sizes
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefill_queue import PrefillQueue
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
 from cai_jax.sampling.programs import Programs, Size, find_programs
 from cai_jax.sampling.stats import COMPILATIONS, Stats
+from cai_jax.sampling.step_arrays import Burst, ModelSpec, Sizes, Slots, runs_in_parts
 from cai_jax.sampling.types import Turn
 
 
@@ -38,9 +38,9 @@ class _Running(NamedTuple):
     begin: `time.perf_counter()` of the dispatch.
   """
 
-  burst: device.Burst
+  burst: Burst
   rows: np.ndarray
-  before: device.Slots
+  before: Slots
   size: Size
   compiled: bool
   begin: float
@@ -66,7 +66,7 @@ class LocalModel:
     cached: for each slot, the context tokens that its cache holds, including those of its shared
       prefix.
     step_seconds: seconds per decode step, measured on the last burst.
-    blocks: whether `dispatch` only returns once a burst of decode steps has ended.
+    dispatch_waits: whether `dispatch` only returns once a burst of decode steps has ended.
 
   Raises:
     UserError: if the mesh does not divide the number of slots or of key-value heads.
@@ -87,7 +87,7 @@ class LocalModel:
     caches.trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
     self._mixed = config.mixes(slots // self._groups, lm)
-    self.blocks = caches.runs_in_parts(lm.mesh)
+    self.dispatch_waits = runs_in_parts(lm.mesh)
     self._least = min_rows(lm) if caches.on_cpu(lm.mesh) else 0  # tokens of a step
     self._row_sizes = config.row_sizes(slots // self._groups, lm)
     self._chunk_sizes = config.chunk_sizes(slots, lm.mesh)
@@ -98,7 +98,7 @@ class LocalModel:
     self.attention = config.choose_attention(lm)
     self._cache = PageCache(lm, slots, length, share, config, self.attention)
     self._programs = self._find_programs(prefixes)
-    self.slots = device.Slots.empty(slots)
+    self.slots = Slots.empty(slots)
     self._penalties: Penalties | None = None  # made for the first turn that uses any
     self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
     # Context and reply of each slot. Entries beyond the slot's position are undefined.
@@ -127,8 +127,8 @@ class LocalModel:
     """Return the sizes of programs that are compiled for a model like this."""
     pools = self._cache.pools
     shared = len(prefixes), prefix_capacity(prefixes)
-    key = device.ModelSpec.from_lm(self.lm), self.config, self._cache.shapes, shared
-    blocks = tuple(block_sizes(pool.max_blocks) for pool in pools)
+    key = ModelSpec.from_lm(self.lm), self.config, self._cache.shapes, shared
+    blocks = tuple(pool.block_sizes for pool in pools)
     pages = tuple(pool.block_pages for pool in pools)
     sizes = self._row_sizes, self._chunk_sizes, blocks, pages
     return find_programs(key, *sizes, self._mixed, self._least)
@@ -278,6 +278,10 @@ class LocalModel:
       steps: stop once a row has sampled so many tokens.
       drafts: number of tokens that each row drafts in a step.
     """
+    if self.dispatch_waits and any(groups):
+      self._wait_for_prefill()  # otherwise its time would be that of this burst
+    compilations, compiling = COMPILATIONS.count, COMPILATIONS.seconds
+    begin = time.perf_counter()
     self._cache.compact()
     tokens = max((sum(len(s.tokens) for s in group) for group in segments), default=0)
     longest = max(map(len, groups), default=0)
@@ -285,9 +289,7 @@ class LocalModel:
     rows, before, penalties, chunk, text = None, None, None, None, None
     tables: tuple[RowTable, ...] = ()
     if size.rows:
-      groups = groups or [[]] * self._groups
-      padded = [sorted(group) + [-1] * (size.rows - len(group)) for group in groups]
-      rows = np.array(padded, np.int32).reshape(-1)
+      rows = _pad_rows(groups or [[]] * self._groups, size.rows)
       before = self.slots.select(rows)
       tables = self._cache.row_tables(rows, size.blocks)
       if self._penalties is not None and self._penalized[rows[rows >= 0]].any():
@@ -298,10 +300,8 @@ class LocalModel:
       packed = segments or [[]] * self._groups
       page = self.config.page_tokens
       chunk = pack_chunk(self._cache, packed, size.tokens, self._width, page)
-    compilations, compiling = COMPILATIONS.count, COMPILATIONS.seconds
-    begin = time.perf_counter()
     result, cache = device.run(
-      device.ModelSpec.from_lm(self.lm),
+      ModelSpec.from_lm(self.lm),
       self.lm.params,
       self._cache.take(size.blocks),
       self.prefix_caches,
@@ -309,7 +309,7 @@ class LocalModel:
       tables,
       chunk,
       (np.array(max_ended, np.int32), np.array(steps, np.int32)),
-      device.Sizes(self.config.longest_burst, self._width, self.attention, drafts, self._least),
+      Sizes(self.config.longest_burst, self._width, self.attention, drafts, self._least),
       penalties,
       text,
     )
@@ -323,10 +323,18 @@ class LocalModel:
     if rows is None or before is None:
       self._prefilled = cast(jax.Array, result)
     elif not any(groups):
-      self._prefilled = cast(jax.Array, cast(device.Burst, result).steps)
+      self._prefilled = cast(jax.Array, cast(Burst, result).steps)
     else:
-      result = cast(device.Burst, result)
+      result = cast(Burst, result)
       self._burst = _Running(result, rows, before, size, compiled, begin)
+
+  def _wait_for_prefill(self) -> None:
+    """Wait for dispatched programs that only prefill."""
+    if self._prefilled is not None:
+      begin = time.perf_counter()
+      self._prefilled.block_until_ready()
+      self._prefilled = None
+      self.stats.prefill_seconds += time.perf_counter() - begin
 
   def _count_seconds(self, size: Size, begin: float) -> None:
     """Add the time since `begin` to that of programs which prefill, or of those which do not."""
@@ -358,7 +366,7 @@ class LocalModel:
         groups[self._cache.group_of(slot)].append(slot)
     return groups
 
-  def collect(self) -> device.Burst | None:
+  def collect(self) -> Burst | None:
     """Wait for the dispatched burst and update the state of the slots.
 
     Returns:
@@ -369,15 +377,11 @@ class LocalModel:
     """
     if self._burst is None:
       return None
-    if self._prefilled is not None:
-      begin = time.perf_counter()
-      self._prefilled.block_until_ready()
-      self._prefilled = None
-      self.stats.prefill_seconds += time.perf_counter() - begin
+    self._wait_for_prefill()
     begin = time.perf_counter()
     running, self._burst = self._burst, None
     rows, before = running.rows, running.before
-    burst = device.Burst(*map(np.array, jax.device_get(running.burst)))
+    burst = Burst(*map(np.array, jax.device_get(running.burst)))
     slots = self.slots
     sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
     if np.isnan(burst.logprobs[sampled]).any():
@@ -414,7 +418,7 @@ class LocalModel:
     stats.slot_steps += int(burst.steps) * len(rows)
     return self._by_slot(burst, rows)
 
-  def _record_drafts(self, running: _Running, burst: device.Burst) -> None:
+  def _record_drafts(self, running: _Running, burst: Burst) -> None:
     """Take note of a burst that could have drafted."""
     if self._draft_choice is None or running.size.tokens:
       return
@@ -424,7 +428,7 @@ class LocalModel:
     drafts, compiled = running.size.drafts, running.compiled
     self._draft_choice.record(active, drafts, seconds, float(tokens), compiled)
 
-  def _by_slot(self, burst: device.Burst, rows: np.ndarray) -> device.Burst:
+  def _by_slot(self, burst: Burst, rows: np.ndarray) -> Burst:
     """Return a burst with a row for each slot."""
     index, taken = rows[rows >= 0], rows >= 0
 
@@ -434,4 +438,10 @@ class LocalModel:
       return out
 
     per_row = burst._replace(steps=burst.row_steps)  # any array with rows
-    return device.Burst(*map(put, per_row))._replace(steps=burst.steps)
+    return Burst(*map(put, per_row))._replace(steps=burst.steps)
+
+
+def _pad_rows(groups: list[list[int]], count: int) -> np.ndarray:
+  """Return the slots i32[G·count] of each batch shard in order, padded with -1."""
+  padded = [sorted(group) + [-1] * (count - len(group)) for group in groups]
+  return np.array(padded, np.int32).reshape(-1)

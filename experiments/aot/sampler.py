@@ -30,6 +30,7 @@ from cai_jax.sampling import device
 from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.chunks import piece_count
 from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.step_arrays import Chunk, ModelSpec, Sizes, Slots
 from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice
@@ -119,7 +120,7 @@ class Sampler:
 
     return tuple(map(table, windows_of(self.lm.config)))
 
-  def chunk(self) -> device.Chunk:
+  def chunk(self) -> Chunk:
     """Return the shapes of a chunk of prefill."""
     groups, size = batch_shards(self.lm.mesh), self.engine.chunk_sizes(self.slots, self.lm.mesh)[-1]
     pieces = piece_count(size, self.width())
@@ -130,7 +131,7 @@ class Sampler:
       return PieceTable(array(size), array(size), pages, array(pieces), array(pieces))
 
     tables = tuple(map(table, windows_of(self.lm.config)))
-    return device.Chunk(*[array(size)] * 3, Pieces(array(pieces), array(), tables))
+    return Chunk(*[array(size)] * 3, Pieces(array(pieces), array(), tables))
 
   def width(self) -> int:
     """Return the number of tokens of a piece."""
@@ -157,7 +158,7 @@ class Sampler:
 def lower_decode(job: Sampler) -> jax.stages.Lowered:
   """Return the lowered program of a burst of decode steps in all slots."""
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-  slots = jax.tree.map(shape, device.Slots.empty(job.slots))
+  slots = jax.tree.map(shape, Slots.empty(job.slots))
   return _lower(job, slots, job.row_tables(), None)
 
 
@@ -168,8 +169,8 @@ def lower_prefill(job: Sampler) -> jax.stages.Lowered:
 
 def _lower(job: Sampler, rows, tables, chunk) -> jax.stages.Lowered:
   count, lm, cache = jax.ShapeDtypeStruct((), jnp.int32), job.lm, job.cache()
-  sizes = device.Sizes(job.engine.longest_burst, job.width(), job.attention)
-  entries, spec = abstract_prefixes(lm, job.prefixes), device.ModelSpec.from_lm(lm)
+  sizes = Sizes(job.engine.longest_burst, job.width(), job.attention)
+  entries, spec = abstract_prefixes(lm, job.prefixes), ModelSpec.from_lm(lm)
   return device.step_program(cache).lower(
     spec, lm.params, cache, entries, rows, tables, chunk, (count, count), sizes
   )

@@ -46,6 +46,7 @@ from cai_jax.sampling import caches, device
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.step_arrays import Burst
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.tiny import corpus, prompts
 from cai_jax.tiny.files import MODELS
@@ -88,7 +89,7 @@ class Stub:
     logprobs = self._logprobs[chosen % len(self._logprobs)]
     unfinished = active & (chunk is not None)
     steps = np.int32(count.max())
-    return device.Burst(tokens, logprobs, count, unfinished, steps, count), cache
+    return Burst(tokens, logprobs, count, unfinished, steps, count), cache
 
   @contextlib.contextmanager
   def installed(self):

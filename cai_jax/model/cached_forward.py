@@ -1,8 +1,8 @@
 """The forward of a step over the paged cache.
 
-It has three parts: the embeddings and what all layers share; a layer; and the logits. Within
-`jax.jit` they become parts of one program. Outside, each is a program of its own, and layers of the
-same shape share one: a model of 30 layers then compiles in a fraction of the time.
+It has three parts: the embeddings, with what all layers share; a layer; and the logits. Within
+`jax.jit` they become parts of one program. Outside, each part is a program of its own, and layers
+with the same window share one. A model of 30 layers then compiles in a fraction of the time.
 
 `cai_jax.model.transformer` and `cai_jax.model.cache` define the axis letters.
 """
@@ -86,17 +86,33 @@ def forward_cached(
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'sizes', 'page'))
-def _start(spec, params, tokens, positions, step, prefixes, sizes, page):
-  """Return the embeddings, and the angles and the views of each window."""
+def _start(
+  spec: ForwardSpec,
+  params: Params,
+  tokens: jax.Array,
+  positions: jax.Array,
+  step: Step,
+  prefixes: Prefixes,
+  sizes: tuple[tuple[int, ...], ...],
+  page: int,
+) -> tuple[jax.Array, tuple[Any, list[Any]]]:
+  """Return the embeddings; and the angles, and the view of each window of `windows_of`.
 
-  def share():
+  Args:
+    spec, tokens, positions, step, prefixes: as in `forward_cached`.
+    params: the parameters of the embedding.
+    sizes: for each window, the number of pages of each block in one batch shard.
+    page: number of tokens of a page.
+  """
+
+  def angles_and_views():
     views = [
       CACHED[spec.attention].make_view(positions, step, i, prefixes, sizes[i], page, window)
       for i, window in enumerate(windows_of(spec.config))
     ]
     return rotary_angles(spec.config, positions), views
 
-  shared = compute_once(share, positions)
+  shared = compute_once(angles_and_views, positions)
   embed = _merge(spec.config, _embedding, params)
   x = embed(tokens, differentiable=False).astype(spec.dtype)
   return jax.lax.with_sharding_constraint(x, spec.sharding), shared

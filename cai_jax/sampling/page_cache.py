@@ -125,9 +125,9 @@ class PageCache:
     return True
 
   def compact(self) -> None:
-    """Move pages to fewer blocks if that is possible: a step reads all pages of the blocks in use.
+    """Move pages to fewer blocks if possible, because a step reads all pages of the blocks in use.
 
-    This is done on CPUs only, and not with several batch shards, which must use as many blocks.
+    It moves none on accelerators, nor with several batch shards, which have blocks in common.
     """
     if self._groups > 1 or not caches.on_cpu(self._lm.mesh):
       return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-FULL = 0.85  # share of the pages in use of compacted blocks; the rest is room for growing contexts
+FULL = 0.85  # how full blocks are at most after pages have moved; contexts grow into the rest
 
 
 class PagePool:

@@ -181,7 +181,7 @@ class Sizes(NamedTuple):
 def runs_in_parts(mesh: Mesh) -> bool:
   """Return whether a step runs as several programs instead of one.
 
-  Each program takes the host about 0.05 ms to start. A single program compiles for as long as all
+  Each program takes the host about 0.1 ms to start. A single program compiles for as long as all
   layers together.
   """
   return mesh.size == 1 and on_cpu(mesh)

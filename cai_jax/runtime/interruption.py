@@ -14,7 +14,6 @@ This module imports JAX late, so that it can be imported before anything else.
 """
 
 import contextlib
-import gc
 import os
 import pathlib
 import select
@@ -30,7 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds after which a signal ends the process without an exception, if the main thread is in a
 # library call such as a long compilation. No file is lost, because a kill loses none either.
 GRACE_SECONDS = 4.0
-RETRY_SECONDS = 0.02  # until the handler runs again, if it could not raise where it ran
+RETRY_SECONDS = 0.02  # until the handler runs again, if Python ignored what it raised
 POLL_SECONDS = 0.5  # between two looks for a signal to another process
 _SIGNAL_KEY, _STEP_KEY = 'cai_jax/interruption/signal', 'cai_jax/interruption/step'
 
@@ -67,6 +66,7 @@ class _State:
     local_work: number of active blocks of work that this process does alone.
     watcher: the thread that reads signals as they arrive, while there is a listener.
     client: connection to the other processes; None without them.
+    hook: what `sys.unraisablehook` was before there was a listener.
   """
 
   def __init__(self) -> None:
@@ -76,6 +76,7 @@ class _State:
     self.local_work = 0
     self.watcher: threading.Thread | None = None
     self.client: Any = None
+    self.hook = sys.unraisablehook
 
   @property
   def may_raise(self) -> bool:
@@ -114,6 +115,8 @@ def listen() -> Iterator[None]:
     return
   handled = (*SIGNALS, signal.SIGALRM)
   previous = {number: signal.signal(number, _on_signal) for number in handled}
+  previous_hook, sys.unraisablehook = sys.unraisablehook, _on_ignored_exception
+  _state.hook = previous_hook
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -124,6 +127,7 @@ def listen() -> Iterator[None]:
   try:
     yield
   finally:
+    sys.unraisablehook = previous_hook
     signal.set_wakeup_fd(previous_fd)
     os.close(writer)  # ends the watcher
     _state.watcher, _state.client = None, None
@@ -151,7 +155,7 @@ def pending() -> int:
 def check() -> None:
   """Raise `Interrupted` if a signal has arrived and is not deferred.
 
-  Long loops call this. The handler has raised already, unless it ran where an exception is ignored.
+  Long loops call this. The handler has raised already, unless something caught the exception.
   """
   if _state.number and _state.may_raise:
     raise Interrupted(_state.number)
@@ -210,19 +214,24 @@ class Deferral:
     return number if step >= last else 0
 
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
+def _on_signal(number: int, _: FrameType | None) -> None:
   """Handle a signal, in the main thread and between two of its instructions."""
   if number in SIGNALS and _state.handled:
     return  # `_watch` ends the process at a second signal
   _state.number, _state.handled = _state.number or number, True
-  callbacks = {getattr(callback, '__code__', None) for callback in gc.callbacks}
-  while frame is not None:
-    code = frame.f_code
-    if code in callbacks or code.co_name == '__del__':  # Python would ignore the exception
-      signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
-      return
-    frame = frame.f_back
   check()
+
+
+def _on_ignored_exception(ignored: Any) -> None:
+  """Raise `Interrupted` again soon if Python ignored it; print other exceptions as before.
+
+  Python ignores exceptions in finalizers, and in callbacks of weak references, of the garbage
+  collector and of C libraries.
+  """
+  if isinstance(ignored.exc_value, Interrupted):
+    signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+  else:
+    _state.hook(ignored)
 
 
 def _watch(reader: int) -> None:

@@ -1,6 +1,7 @@
 """The configuration of a model: everything that defines it except its parameters."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,13 +28,38 @@ class Llama3Rope:
   original_max_positions: int
 
 
+RopeScaling = Llama3Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """The rotary positions of a layer.
+
+  Attributes:
+    theta: base of the frequencies.
+    scaling: scaling of the frequencies, or None.
+    channels: number of leading channels of a head that are rotated; None means all of them.
+  """
+
+  theta: float = 10_000.0
+  scaling: RopeScaling | None = None
+  channels: int | None = None
+
+
+def added(default: Any) -> Any:
+  """Return a field of ModelConfig that fingerprints leave out while it has its default."""
+  return dataclasses.field(default=default, metadata={'added': True})
+
+
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
-# the fields of both classes in this module. Renaming a field makes old journals unusable. Declare a
-# new field of ModelConfig with `dataclasses.field(default=..., metadata={'added': True})`: then it
-# is left out of the fingerprint while it has its default (`runtime.settings.identity`).
+# the fields of all classes in this module. Renaming a field makes old journals unusable. Declare a
+# new field of ModelConfig with `added`: then the fingerprint leaves it out while it has its default
+# (`runtime.settings.identity`).
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The shape of a decoder-only transformer in the style of Llama.
+  """The shape of a decoder-only transformer, and every choice in which families differ.
+
+  The defaults are those of Llama (Touvron et al. 2023).
 
   Attributes:
     family: Hugging Face's model_type, a key of `cai_jax.model.families.family.FAMILIES`.
@@ -54,6 +80,30 @@ class ModelConfig:
     qk_norm: whether each head's query and key pass through an RMSNorm.
     windows: each layer's attention window in tokens, None for a layer with full attention; an empty
       tuple gives all layers full attention.
+    rope_channels: number of leading channels of a head that are rotated; None means all of them.
+    rope_interleaved: whether the channels 2i and 2i + 1 are rotated together, and not i and
+      i + channels / 2.
+    ropes: each layer's rotary positions, None for a layer without; an empty tuple gives all layers
+      `rope_theta`, `rope_scaling` and `rope_channels`.
+    learned_positions: whether the embedding of the position is added to that of the token, and
+      nothing is rotated (GPT-2).
+    norm: 'rms' or 'layer' (with a mean and a bias; Ba et al. 2016).
+    norm_offset: added to the scale of every RMSNorm; 1 in Gemma, whose checkpoints store scale - 1.
+    pre_norm: whether attention and the feed-forward layer get a normalized input.
+    post_norm: whether their outputs are normalized before they are added to the residual stream.
+    parallel_blocks: whether the feed-forward layer gets the input of attention and not its result:
+      x + attention(norm(x)) + mlp(norm(x)), with a norm for each.
+    qk_norm_over_heads: whether `qk_norm` normalizes all heads of a token together (OLMo 2).
+    activation: name of the activation, a key of `cai_jax.model.elementwise.ACTIVATIONS`.
+    gated: whether the feed-forward layer is down(activation(gate(x)) · up(x)), and not
+      down(activation(up(x))).
+    mlp_bias: whether the linear layers of the feed-forward layer have a bias.
+    query_scale: factor of the attention scores; None means head_dim^-1/2.
+    attention_cap: scores become cap · tanh(score / cap), before masking; None means no cap.
+    embedding_scale: factor of the embeddings.
+    residual_scale: factor of what a layer adds to the residual stream.
+    logit_divisor: the logits are divided by it.
+    logit_cap: logits become cap · tanh(logit / cap), after the division; None means no cap.
 
   Raises:
     UserError: if the sizes contradict each other.
@@ -76,6 +126,25 @@ class ModelConfig:
   output_bias: bool = False
   qk_norm: bool = False
   windows: tuple[int | None, ...] = ()
+  rope_channels: int | None = added(None)
+  rope_interleaved: bool = added(False)
+  ropes: tuple[Rope | None, ...] = added(())
+  learned_positions: bool = added(False)
+  norm: str = added('rms')
+  norm_offset: float = added(0.0)
+  pre_norm: bool = added(True)
+  post_norm: bool = added(False)
+  parallel_blocks: bool = added(False)
+  qk_norm_over_heads: bool = added(False)
+  activation: str = added('silu')
+  gated: bool = added(True)
+  mlp_bias: bool = added(False)
+  query_scale: float | None = added(None)
+  attention_cap: float | None = added(None)
+  embedding_scale: float = added(1.0)
+  residual_scale: float = added(1.0)
+  logit_divisor: float = added(1.0)
+  logit_cap: float | None = added(None)
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -84,10 +153,20 @@ class ModelConfig:
       )
     if self.windows and len(self.windows) != self.num_layers:
       raise UserError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
+    if self.ropes and len(self.ropes) != self.num_layers:
+      raise UserError(f'ropes has {len(self.ropes)} entries for {self.num_layers} layers.')
 
   def window(self, layer: int) -> int | None:
     """Return a layer's attention window in tokens, the query included; None means no limit."""
     return self.windows[layer] if self.windows else None
+
+  def rope(self, layer: int) -> Rope | None:
+    """Return a layer's rotary positions; None means that nothing is rotated."""
+    if self.ropes:
+      return self.ropes[layer]
+    if self.learned_positions:
+      return None
+    return Rope(self.rope_theta, self.rope_scaling, self.rope_channels)
 
   @property
   def num_params(self) -> int:

@@ -11,8 +11,10 @@ import safetensors.numpy
 import transformers
 
 import cai_jax
+from cai_jax.model.checkpoint_checks import stored_weights
 from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
+from cai_jax.model.families.weight_table import join_parts
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -135,9 +137,8 @@ def test_the_weight_table_gives_the_names_and_shapes_that_torch_writes(tiny_hf_f
   folder = tiny_hf_folder(family)
   config = read_config(folder)
   ours = {}
-  for path, leaf in flatten_params(abstract_model(config)[1]).items():
-    stored = FAMILIES[config.family].find_weight(path)
-    ours[stored.name] = stored.shape(leaf.shape)
+  for stored in stored_weights(config).values():
+    ours |= dict.fromkeys(stored.names, stored.stored_shape)
   file = safetensors.numpy.load_file(folder / 'model.safetensors')
   assert ours == {name: x.shape for name, x in file.items()}
   assert config.num_params == sum(x.size for x in file.values())
@@ -172,10 +173,11 @@ def test_reading_a_block_reads_only_its_rows():
       return self.x[region]
 
   x = np.arange(6 * 4 * 5).reshape(6, 4, 5)  # [D,N,H]
-  stored = FAMILIES['llama'].find_weight('layers/0/attention/query/kernel')
-  tensor = stored.to_stored(x)
+  path = 'layers/0/attention/query/kernel'
+  stored = FAMILIES['llama'].find_weights({path: x.shape})[path]
+  tensor = join_parts([(stored, x)])
   assert tensor.shape == (20, 6) and tensor.flags.c_contiguous
-  block = stored.read_block(File(tensor), x.shape, (2, 1, 2), (4, 3, 5))
+  block = stored.read_block(lambda name: File(tensor), (2, 1, 2), (4, 3, 5))
   np.testing.assert_array_equal(block, x[2:4, 1:3, 2:5])
   assert read_shapes == [(10, 2)]
 

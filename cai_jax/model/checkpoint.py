@@ -1,20 +1,22 @@
 """Loading parameters from Hugging Face safetensors files, and saving them to such files."""
 
+import contextlib
 import functools
-import logging
 import math
 import os
 import pathlib
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
 from jax.sharding import Mesh
 
+from cai_jax.model.checkpoint_checks import check_tensors, stored_weights
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.family import FAMILIES, StoredWeight
+from cai_jax.model.families.weight_table import StoredWeight, join_parts
 from cai_jax.model.sharding import flatten_params, param_shardings, path_str
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import (
@@ -22,11 +24,9 @@ from cai_jax.model.weight_files import (
   INDEX,
   SINGLE,
   STORED_DTYPES,
-  StoredTensor,
   check_dtype,
   check_finite,
   check_weight,
-  is_buffer,
   locate_weights,
   open_weights,
 )
@@ -35,8 +35,6 @@ from cai_jax.runtime.files import write_json
 from cai_jax.runtime.mesh import to_host
 
 MAX_SHARD_BYTES = 5_000_000_000
-
-log = logging.getLogger(__name__)
 
 
 def load_params(
@@ -62,23 +60,32 @@ def load_params(
   """
   check_dtype(param_dtype, 'param_dtype')
   folder = pathlib.Path(folder)
-  tensors = _check_tensors(folder, config, extra)
+  tensors = check_tensors(folder, config, extra)
   abstract = abstract_model(config, param_dtype=param_dtype)[1]
   shardings = param_shardings(abstract, mesh)
-  find_weight = FAMILIES[config.family].find_weight
+  weights = stored_weights(config)
 
   def load(path, leaf, sharding):
-    stored = find_weight(path_str(path))
+    stored = weights[path_str(path)]
     # Reopened for each weight, because what has been read stays in memory until the file is closed.
-    with open_weights(tensors[stored.name].path) as file:
-      tensor = file.get_slice(stored.name)
+    with contextlib.ExitStack() as opened:
+
+      @functools.cache
+      def open_file(file):
+        return opened.enter_context(open_weights(file))
+
+      def find(name):
+        return open_file(tensors[name].path).get_slice(tensors[name].name)
 
       @functools.cache  # reads a shard once for all its replicas
       def read(starts, stops):
-        block = stored.read_block(tensor, leaf.shape, starts, stops)
+        block = stored.read_block(find, starts, stops)
         with np.errstate(over='ignore'):  # values beyond float16 are found below
           block = block.astype(leaf.dtype)
-        check_finite(block, stored.name, tensors[stored.name].path)
+        stacked = stored.stacked is not None
+        pieces = np.moveaxis(block, stored.stacked, 0) if stacked else [block]
+        for name, piece in zip(stored.block_names(starts, stops), pieces, strict=True):
+          check_finite(piece, tensors[name].name, tensors[name].path)
         return block
 
       def shard(index):
@@ -125,8 +132,8 @@ def stored_dtype(folder: str | os.PathLike, config: ModelConfig) -> str:
   Raises:
     UserError: if the files are damaged, or the embedding is missing or has an unsupported dtype.
   """
-  stored = FAMILIES[config.family].find_weight('embed/table')
-  tensor = _check_tensors(pathlib.Path(folder), config)[stored.name]
+  tensors = check_tensors(pathlib.Path(folder), config)
+  tensor = tensors[stored_weights(config)['embed/table'].names[0]]
   return dict(zip(STORED_DTYPES, DTYPES, strict=True))[tensor.dtype]
 
 
@@ -145,55 +152,9 @@ def check_params(
   Raises:
     UserError: as `load_params`.
   """
-  tensors = _check_tensors(pathlib.Path(folder), config, extra.keys())
+  tensors = check_tensors(pathlib.Path(folder), config, extra.keys())
   for name, shape in extra.items():
     check_weight(tensors[name], name, shape)
-
-
-def _check_tensors(
-  folder: pathlib.Path, config: ModelConfig, extra: Collection[str] = ()
-) -> dict[str, StoredTensor]:
-  """Check that the files hold the model that config.json describes, and return their tensors."""
-  tensors = locate_weights(folder)
-  # Before anything of the described size is built: the config may be damaged. If only a few weights
-  # are missing, the messages below say more.
-  elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
-  if config.num_params > 2 * elements:
-    raise UserError(
-      f'{folder}: config.json describes a {config.family} model of {config.num_params:,} '
-      f'parameters, but the weight files hold {elements:,}. Use the config.json and the weights of '
-      'one model.'
-    )
-  stored_weights = _stored_weights(config)
-  _check_names(set(tensors), {w.name for w in stored_weights.values()}, config, folder, extra)
-  for path, leaf in flatten_params(abstract_model(config)[1]).items():
-    name, shape = stored_weights[path].name, stored_weights[path].shape(leaf.shape)
-    check_weight(tensors[name], name, shape, FAMILIES[config.family].describe_shape(path))
-  _check_tied_tables(tensors, config, extra)
-  return tensors
-
-
-def _check_tied_tables(
-  tensors: Mapping[str, StoredTensor], config: ModelConfig, extra: Collection[str]
-) -> None:
-  """Check that the output layer in the files is the embedding's table if both are tied."""
-  family = FAMILIES[config.family]
-  heads = [weight.name for weight in family.weights if weight.path == 'head/table']
-  if not config.tied_embeddings or extra or not heads or heads[0] not in tensors:
-    return
-  embedding, head = family.find_weight('embed/table').name, heads[0]
-  check_weight(tensors[head], head, tensors[embedding].shape, f'the shape of {embedding}')
-  with open_weights(tensors[embedding].path) as first, open_weights(tensors[head].path) as second:
-    one, other = first.get_slice(embedding), second.get_slice(head)
-    rows = max(1, 2**22 // config.d_model)  # compared in blocks, because tables can be large
-    for start in range(0, config.vocab_size, rows):
-      block = slice(start, min(start + rows, config.vocab_size))
-      if not np.array_equal(one[block].astype(np.float32), other[block].astype(np.float32)):
-        raise UserError(
-          f'{tensors[head].path}: {head} differs from {embedding}, but config.json has '
-          'tie_word_embeddings=true, so they are the same. Set it to false if the model was '
-          f'trained with both, or remove {head}.'
-        )
 
 
 def save_params(
@@ -227,22 +188,34 @@ def save_params(
   is_writer = jax.process_index() == 0
   if is_writer:
     folder.mkdir(parents=True, exist_ok=True)
-  dtypes = {path: np.dtype(DTYPES[dtype]) if dtype else x.dtype for path, x in leaves.items()}
-  sizes = {path: x.size * dtypes[path].itemsize for path, x in leaves.items()}
-  stored = _stored_weights(config)
+  stored = stored_weights(config)
+  tensors = _list_parts(stored)
+  dtypes = {
+    name: np.dtype(DTYPES[dtype]) if dtype else np.result_type(*(leaves[p].dtype for p in paths))
+    for name, (paths, _) in tensors.items()
+  }
+  sizes = {
+    name: math.prod(stored[paths[0]].stored_shape) * dtypes[name].itemsize
+    for name, (paths, _) in tensors.items()
+  }
   shards = _split_shards(sizes, max_shard_bytes)
   weight_map = {}
-  for number, paths in enumerate(shards, 1):
+  gathered: dict[str, Any] = {}  # the parameters in the last tensor: the next may have them too
+  for number, names in enumerate(shards, 1):
     file = SINGLE if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
-    tensors = {}
-    for path in paths:
-      x = to_host(leaves[path])  # gathers, so every process must take part
+    content = {}
+    for name in names:
+      paths, index = tensors[name]
+      # Gathers, so every process must take part.
+      kept = {path: gathered[path] for path in paths if path in gathered}
+      gathered = kept | {path: to_host(leaves[path]) for path in paths if path not in kept}
       if is_writer:
-        tensors[stored[path].name] = stored[path].to_stored(x.astype(dtypes[path]))
-    weight_map.update({stored[path].name: file for path in paths})
+        parts = [(stored[path], gathered[path]) for path in paths]
+        content[name] = join_parts(parts, index).astype(dtypes[name], copy=False)
+    weight_map |= dict.fromkeys(names, file)
     if is_writer:
       partial = folder / f'{file}.partial'
-      safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
+      safetensors.numpy.save_file(content, partial, metadata={'format': 'pt'})
       partial.chmod(0o644)  # safetensors creates files that only their owner can read
       os.replace(partial, folder / file)
   if is_writer:
@@ -253,40 +226,19 @@ def save_params(
     (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
 
 
-def _stored_weights(config: ModelConfig) -> dict[str, StoredWeight]:
-  """Return where each parameter of a model is stored, by its path."""
-  family = FAMILIES[config.family]
-  return {path: family.find_weight(path) for path in flatten_params(abstract_model(config)[1])}
+def _list_parts(stored: Mapping[str, StoredWeight]) -> dict[str, tuple[list[str], int]]:
+  """Return the paths of the parameters in each tensor, in its order, and its index in a stack.
 
-
-def _check_names(
-  names: set[str],
-  needed: set[str],
-  config: ModelConfig,
-  folder: pathlib.Path,
-  extra: Collection[str],
-) -> None:
-  """Check that the files hold every weight of the model, the extra ones, and no other."""
-  needed = needed | set(extra)
-  if missing := sorted(needed - names):
-    untied = ', which has tie_word_embeddings=false' if 'lm_head.weight' in missing else ''
-    raise UserError(
-      f'{folder}: weight {missing[0]!r} is missing ({len(missing)} of {len(needed)} are). The '
-      f'files must hold every weight of the {config.family} model that config.json describes'
-      f'{untied}.'
-    )
-  unused = sorted(name for name in names - needed if not is_buffer(name))
-  if config.tied_embeddings and not extra:
-    heads = [w.name for w in FAMILIES[config.family].weights if w.path == 'head/table']
-    for name in set(heads) & set(unused):
-      log.info('%s: %s is not read, because config.json ties it to the embedding.', folder, name)
-      unused.remove(name)
-  if unused:
-    raise UserError(
-      f'{folder}: weight {unused[0]!r} does not belong to the {config.family} model that '
-      f'config.json describes ({len(unused)} such weights). Use a complete checkpoint of this '
-      'architecture, not an adapter.'
-    )
+  Args:
+    stored: where each parameter is stored, by its path.
+  """
+  tensors: dict[str, tuple[list[str], int]] = {}
+  for path, weight in stored.items():
+    for index, name in enumerate(weight.names):
+      tensors.setdefault(name, ([], index))[0].append(path)
+  for paths, _ in tensors.values():
+    paths.sort(key=lambda path: stored[path].offset)
+  return tensors
 
 
 def _check_shapes(leaves: dict[str, jax.Array], config: ModelConfig) -> None:

@@ -1,9 +1,11 @@
 """Model folders in Hugging Face's format: find or fetch one, and read its small files."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -11,6 +13,7 @@ import huggingface_hub
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.families.fields import read_size
+from cai_jax.model.families.text_half import text_entries
 from cai_jax.model.generation_config import (
   check_token_ids,
   choose_eos_token_ids,
@@ -66,7 +69,7 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
   """
   folder = find_folder(path, DESCRIPTION_FILES)
   path = folder / 'config.json'
-  hf = read_json(path) if path.exists() else {}
+  hf = _text_entries(read_json(path), path) if path.exists() else {}
   size = None if hf.get('vocab_size') is None else read_size(hf, 'vocab_size')
   check_token_ids(hf, path, size)
   generation = read_generation_config(folder, size)
@@ -109,7 +112,7 @@ class Description(NamedTuple):
 
   Attributes:
     hf: the parsed config.json.
-    config: the shape of the model.
+    config: the shape of the model; of a multimodal model, its text half.
     tokenizer: a transformers.PreTrainedTokenizerFast.
     eos_token_ids: tokens that end a reply.
     generation_config: the entries of generation_config.json.
@@ -133,17 +136,31 @@ def read_description(folder: pathlib.Path) -> Description:
   """
   hf = read_hf_config(folder)
   path = folder / 'config.json'
-  try:
+  with _naming(path):
     config = config_from_hf(hf)
-  except UserError as error:
-    raise UserError(f'{path}: {str(error).removeprefix("config.json: ")}') from None
-  check_token_ids(hf, path, config.vocab_size)
+  entries = _text_entries(hf, path)
+  check_token_ids(entries, path, config.vocab_size)
   generation = read_generation_config(folder, config.vocab_size)
   tokenizer = load_tokenizer(folder, config.vocab_size)
   eos = choose_eos_token_ids(
-    generation.get('eos_token_id'), hf.get('eos_token_id'), tokenizer.eos_token_id
+    generation.get('eos_token_id'), entries.get('eos_token_id'), tokenizer.eos_token_id
   )
   return Description(hf, config, tokenizer, eos, generation)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Give errors about a config.json its path."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'{path}: {str(error).removeprefix("config.json: ")}') from None
+
+
+def _text_entries(hf: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """Return the entries of a parsed config.json that describe its language model."""
+  with _naming(path):
+    return text_entries(hf)
 
 
 def check_architecture(folder: pathlib.Path, hf: dict[str, Any], expected: str) -> None:

@@ -169,7 +169,8 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
 def _read_description(folder: pathlib.Path) -> Description:
   """Return what the folder of a language model holds besides the weights."""
   described = read_description(folder)
-  check_architecture(folder, described.hf, FAMILIES[described.config.family].causal_lm)
+  family = FAMILIES[described.config.family]
+  check_architecture(folder, described.hf, family.architecture(described.hf))
   return described
 
 

@@ -36,11 +36,13 @@ class StoredTensor(NamedTuple):
   """What the header of a safetensors file says of a tensor.
 
   Attributes:
+    name: the tensor's name in the file.
     path: the file.
     shape: the tensor's shape.
     dtype: safetensors' name of its dtype, such as 'BF16'.
   """
 
+  name: str
   path: pathlib.Path
   shape: tuple[int, ...]
   dtype: str
@@ -143,7 +145,7 @@ def locate_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
             'the file that does not belong to the model.'
           )
         view = opened.get_slice(name)
-        tensors[name] = StoredTensor(folder / file, tuple(view.get_shape()), view.get_dtype())
+        tensors[name] = StoredTensor(name, folder / file, tuple(view.get_shape()), view.get_dtype())
   if files != [SINGLE]:
     _check_index(folder, tensors)
   return tensors

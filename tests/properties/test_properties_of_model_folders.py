@@ -12,9 +12,10 @@ import tokenizers
 from harness import Fault, Files, Reader, check_reader
 
 from cai_jax.model import lm as models
+from cai_jax.model.checkpoint_checks import stored_weights
 from cai_jax.model.classifier import SCORE, Classifier, inspect_classifier, load_classifier
 from cai_jax.model.config import Llama3Rope, ModelConfig
-from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
+from cai_jax.model.families.family import config_from_hf, config_to_hf
 from cai_jax.model.folder import load_vocabulary
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model
@@ -57,9 +58,8 @@ def weights(config: ModelConfig) -> dict[str, np.ndarray]:
   """Return random tensors of a model by their names in the files."""
   random = np.random.default_rng(0)
   tensors = {}
-  for path, leaf in flatten_params(abstract_model(config)[1]).items():
-    stored = FAMILIES[config.family].find_weight(path)
-    tensors[stored.name] = random.normal(size=stored.shape(leaf.shape)).astype(np.float16)
+  for stored in stored_weights(config).values():
+    tensors[stored.names[0]] = random.normal(size=stored.stored_shape).astype(np.float16)
   return tensors
 
 

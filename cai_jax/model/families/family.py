@@ -5,19 +5,26 @@ To add a family, register a `Family` in a new file of this folder, or in a file 
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import numpy as np
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.fields import require
+from cai_jax.model.families.options import OPTIONS, check_options, check_outer_options
+from cai_jax.model.families.quantized import check_unquantized
+from cai_jax.model.families.text_half import text_entries
+from cai_jax.model.families.unsupported import describe_unsupported
+from cai_jax.model.families.weight_table import (
+  StoredWeight,
+  Weight,
+  check_table,
+  describe_axes,
+  find_row,
+  find_weights,
+)
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.registry import Registry
 
-_LAYER = re.compile(r'layers/(\d+)/')
 # The entries of config.json that give the size of each axis.
 _SIZES = {
   'V': 'vocab_size',
@@ -26,78 +33,9 @@ _SIZES = {
   'N': 'num_attention_heads',
   'K': 'num_key_value_heads',
   'H': 'head_dim',
+  'E': 'num_experts',
+  'P': 'max_position_embeddings',
 }
-
-
-class Weight(NamedTuple):
-  """One row of a weight table: a parameter of ours and the Hugging Face tensor that holds it.
-
-  Attributes:
-    path: our path, with `{}` for the number of the layer: 'layers/{}/attention/query/kernel'.
-    name: Hugging Face's name, with `{}` as above: 'model.layers.{}.self_attn.q_proj.weight'.
-    axes: our axes and the tensor's: 'DNH->NH,D'. Commas separate the axes of the tensor. Letters
-      without a comma between them are axes of ours that the tensor merges into one.
-      `cai_jax.model.transformer` defines the letters.
-  """
-
-  path: str
-  name: str
-  axes: str
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredWeight:
-  """The Hugging Face tensor that holds one of our parameters, and its layout.
-
-  Attributes:
-    name: the tensor's name, such as 'model.layers.0.mlp.up_proj.weight'.
-    groups: for each axis of the tensor, the indices of our axes that are merged into it.
-  """
-
-  name: str
-  groups: tuple[tuple[int, ...], ...]
-
-  def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the tensor for a parameter of a given shape.
-
-    Args:
-      shape: shape of our parameter.
-    """
-    return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
-
-  def to_stored(self, x: np.ndarray) -> np.ndarray:
-    """Return our parameter in the layout of the tensor, contiguous in memory.
-
-    Args:
-      x: our parameter.
-    """
-    order = [axis for group in self.groups for axis in group]
-    # safetensors writes the buffer of a strided array as it is, so the array must be contiguous.
-    return np.ascontiguousarray(x.transpose(order).reshape(self.shape(x.shape)))
-
-  def read_block(
-    self, tensor: Any, shape: tuple[int, ...], starts: tuple[int, ...], stops: tuple[int, ...]
-  ) -> np.ndarray:
-    """Read the block [starts, stops) of our parameter, and no more rows of the tensor than needed.
-
-    Args:
-      tensor: a slice object of safetensors.
-      shape: shape of the whole parameter.
-      starts: first index of the block on each of our axes.
-      stops: end of the block on each of our axes.
-
-    Returns:
-      The block in our layout. Where the tensor merges several of our axes, the first is sliced in
-      the file and the others in memory.
-    """
-    region, block, within = [], [], []
-    for first, *rest in self.groups:
-      row = math.prod(shape[axis] for axis in rest)
-      region.append(slice(starts[first] * row, stops[first] * row))
-      block += [stops[first] - starts[first], *(shape[axis] for axis in rest)]
-      within += [slice(None), *(slice(starts[axis], stops[axis]) for axis in rest)]
-    order = [axis for group in self.groups for axis in group]
-    return tensor[tuple(region)].reshape(block)[tuple(within)].transpose(np.argsort(order))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +50,20 @@ class Family:
     weights: the weight table. A model uses the rows for the parameters that it has.
     causal_lm: transformers' class for language models, such as 'LlamaForCausalLM'.
     classifier: transformers' class for sequence classification.
+    title: the models of the family, for the documentation, such as 'Llama 2 and 3'.
+    examples: names of such models on the hub.
+    options: the entries of `options.OPTIONS` that `read_config` reads. All others must be neutral.
+    sizes: the entries of config.json that give the size of an axis, by its letter, where they are
+      not those of Llama; for messages.
+    multimodal: multimodal models of which this family is the text half: transformers' class by
+      model_type. Their config.json has a text_config.
+    prefixes: other prefixes of weights in the files, and the prefix of the weight table that each
+      stands for.
+    ignored: patterns of weights that the files may have and the model does not use, such as
+      'vision_tower.*'. Loading logs them.
+
+  Raises:
+    ValueError: if the weight table or `options` is wrong.
   """
 
   read_config: Callable[[dict[str, Any]], ModelConfig]
@@ -119,22 +71,37 @@ class Family:
   weights: tuple[Weight, ...]
   causal_lm: str
   classifier: str
+  title: str = ''
+  examples: tuple[str, ...] = ()
+  options: tuple[str, ...] = ()
+  sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  prefixes: tuple[tuple[str, str], ...] = ()
+  ignored: tuple[str, ...] = ()
 
-  def find_weight(self, path: str) -> StoredWeight:
-    """Return the tensor that holds the parameter at a path, and its layout.
+  def __post_init__(self):
+    check_table(self.weights, {**_SIZES, **self.sizes})
+    if unknown := sorted(set(self.options) - OPTIONS.keys()):
+      raise ValueError(f'OPTIONS of families/options.py has no {unknown[0]!r}.')
+
+  def find_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredWeight]:
+    """Return the tensors that hold the parameters of a model, by path.
 
     Args:
-      path: such as 'layers/0/mlp/up/kernel'.
+      shapes: the shape of each parameter of the model, by path such as 'layers/0/mlp/up/kernel'.
 
     Raises:
-      ValueError: if the weight table has no such parameter.
+      ValueError: if the weight table has no row for a parameter.
     """
-    weight = self._find_row(path)
-    ours, theirs = weight.axes.split('->')
-    groups = tuple(tuple(ours.index(letter) for letter in axis) for axis in theirs.split(','))
-    layer = _LAYER.match(path)
-    name = weight.name if layer is None else weight.name.format(layer[1])
-    return StoredWeight(name, groups)
+    return find_weights(self.weights, shapes)
+
+  def find_name(self, path: str) -> str | None:
+    """Return the name of the tensor in a row of the weight table, or None without such a row.
+
+    Args:
+      path: such as 'head/table'.
+    """
+    return next((row.name for row in self.weights if row.path == path), None)
 
   def describe_shape(self, path: str) -> str:
     """Return the entries of config.json that give the shape of a parameter's tensor.
@@ -145,73 +112,72 @@ class Family:
     Returns:
       Such as 'intermediate_size, hidden_size', with × between factors of one axis.
     """
-    theirs = self._find_row(path).axes.split('->')[1]
-    return ', '.join(' × '.join(_SIZES[letter] for letter in axis) for axis in theirs.split(','))
+    row, _ = find_row({row.path: row for row in self.weights}, path)
+    return describe_axes(row, self.weights, {**_SIZES, **self.sizes})
 
-  def _find_row(self, path: str) -> Weight:
-    """Return the row of the weight table for the parameter at a path."""
-    layer = _LAYER.match(path)
-    general = path if layer is None else f'layers/{{}}/{path[layer.end() :]}'
-    rows = [weight for weight in self.weights if weight.path == general]
-    if len(rows) != 1:
-      raise ValueError(f'{len(rows)} rows of the weight table have the path {general!r}, not one.')
-    return rows[0]
+  def canonical_name(self, name: str) -> str:
+    """Return the name that the weight table would have for a weight of a file.
+
+    Args:
+      name: its name in the file.
+    """
+    for prefix, canonical in self.prefixes:
+      if name.startswith(prefix):
+        return canonical + name.removeprefix(prefix)
+    return name
+
+  def ignores(self, name: str) -> str | None:
+    """Return the pattern of `ignored` that a weight's name matches, or None."""
+    return next((p for p in self.ignored if fnmatch.fnmatchcase(name, p)), None)
+
+  def architecture(self, hf: Mapping[str, Any]) -> str:
+    """Return transformers' class for the language models that a config.json describes."""
+    return self.multimodal.get(hf.get('model_type', ''), self.causal_lm)
 
 
 FAMILIES: Registry[Family] = Registry('model family')
 
 
-# Options of other architectures that change what a model computes, and the values with which they
-# do not. Transformers ignores some of them for our families, and other programs do not.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-  'is_encoder_decoder': (False,),
-  'add_cross_attention': (False,),
-  'is_causal': (True,),
-  'use_bidirectional_attention': (False,),
-  'pruned_heads': ({},),
-  'attn_logit_softcapping': (),
-  'final_logit_softcapping': (),
-  'query_pre_attn_scalar': (),
-  'attention_multiplier': (),
-  'embedding_multiplier': (1.0,),
-  'residual_multiplier': (1.0,),
-  'logits_scaling': (1.0,),
-  'logit_scale': (1.0,),
-  'attention_chunk_size': (),
-  'no_rope_layers': ([],),
-  'no_rope_layer_interval': (),
-  'clip_qkv': (),
-  'alibi': (False,),
-  'use_alibi': (False,),
-  'use_mrope': (False,),
-  'rotary_pct': (1.0,),
-  'rope_interleaved': (False,),
-  'parallel_attn': (False,),
-  'use_parallel_residual': (False,),
-}
-
-
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
   """Return the ModelConfig of a parsed Hugging Face config.json.
 
+  Of a multimodal model, it is the text half.
+
   Raises:
-    UserError: if the family, or an option such as the activation, is not implemented.
+    UserError: if the family, or an option such as the activation, is not implemented; if the
+      weights are quantized.
   """
-  model_type = hf.get('model_type')
-  if not isinstance(model_type, str) or model_type not in FAMILIES:
+  family = FAMILIES[_find_family(hf)]
+  check_unquantized(hf)
+  entries = text_entries(hf)
+  check_options(entries, family.options)
+  if entries is not hf:
+    check_outer_options(hf, entries)
+  return family.read_config(entries)
+
+
+def _find_family(hf: dict[str, Any]) -> str:
+  """Return the key of FAMILIES that reads a parsed config.json."""
+  name, text = hf.get('model_type'), hf.get('text_config')
+  halves = [key for key, family in FAMILIES.items() if name in family.multimodal]
+  if text is None and halves:
     raise UserError(
-      f'config.json: model_type {model_type!r} is not supported. The supported types are '
-      f'{", ".join(sorted(FAMILIES))}. To add a family, register it in a file of your own and name '
-      'that file in config.plugins.'
+      f'config.json: model_type {show(name)} is a multimodal model, but there is no text_config. '
+      'Download the file again.'
     )
-  for key in ('quantization_config', 'compression_config'):
-    if (method := hf.get(key)) is not None:
-      raise UserError(
-        f'config.json: {key}={show(method)} is not supported. Use the original checkpoint.'
-      )
-  for key, neutral in NEUTRAL.items():
-    require(hf, key, *neutral)
-  return FAMILIES[model_type].read_config(hf)
+  if not isinstance(text, dict):
+    if isinstance(name, str) and name in FAMILIES:
+      return name
+    raise UserError(describe_unsupported(name, FAMILIES))
+  half = text.get('model_type')
+  if half in halves or (half is None and len(halves) == 1):
+    return half or halves[0]
+  if not halves:
+    raise UserError(describe_unsupported(name, FAMILIES, half))
+  raise UserError(
+    f'config.json: text_config.model_type is {show(half)}. For model_type {show(name)}, '
+    f'{" and ".join(sorted(halves))} are supported. Use a checkpoint with one of them.'
+  )
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

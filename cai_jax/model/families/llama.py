@@ -40,5 +40,7 @@ FAMILIES.register('llama')(
     ),
     causal_lm='LlamaForCausalLM',
     classifier='LlamaForSequenceClassification',
+    title='Llama 2 and 3, SmolLM2, TinyLlama and others with this architecture',
+    examples=('meta-llama/Llama-3.1-8B-Instruct', 'HuggingFaceTB/SmolLM2-1.7B-Instruct'),
   )
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families import shared
+from cai_jax.model.families import shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag, read_size
 from cai_jax.runtime.errors import UserError
@@ -64,5 +64,10 @@ FAMILIES.register('mistral')(
     ),
     causal_lm='MistralForCausalLM',
     classifier='MistralForSequenceClassification',
+    title='Mistral, and the text half of Mistral Small 3.1 and 3.2',
+    examples=('mistralai/Mistral-7B-v0.3', 'mistralai/Mistral-Small-3.2-24B-Instruct-2506'),
+    multimodal={'mistral3': 'Mistral3ForConditionalGeneration'},
+    prefixes=text_half.PREFIXES,
+    ignored=text_half.IGNORED,
   )
 )

@@ -39,5 +39,7 @@ FAMILIES.register('qwen2')(
     ),
     causal_lm='Qwen2ForCausalLM',
     classifier='Qwen2ForSequenceClassification',
+    title='Qwen2 and Qwen2.5',
+    examples=('Qwen/Qwen2.5-7B-Instruct',),
   )
 )

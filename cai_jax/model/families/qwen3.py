@@ -54,5 +54,7 @@ FAMILIES.register('qwen3')(
     ),
     causal_lm='Qwen3ForCausalLM',
     classifier='Qwen3ForSequenceClassification',
+    title='Qwen3',
+    examples=('Qwen/Qwen3-8B',),
   )
 )

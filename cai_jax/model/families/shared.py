@@ -3,7 +3,6 @@
 from typing import Any
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.family import Weight
 from cai_jax.model.families.fields import (
   MOST_LAYERS,
   read_flag,
@@ -12,16 +11,20 @@ from cai_jax.model.families.fields import (
   require,
 )
 from cai_jax.model.families.rope import read_rope, write_rope
+from cai_jax.model.families.weight_table import Weight
 from cai_jax.runtime.errors import UserError, show
 
 # Weight tables. Those of a layer's weights leave out the layer, which `per_layer` adds.
 
 
-def per_layer(*weights: Weight) -> tuple[Weight, ...]:
-  """Prefix our paths with 'layers/{}/' and Hugging Face's names with 'model.layers.{}.'."""
-  return tuple(
-    Weight(f'layers/{{}}/{path}', f'model.layers.{{}}.{name}', axes) for path, name, axes in weights
-  )
+def per_layer(*weights: Weight, prefix: str = 'model.layers.{}.') -> tuple[Weight, ...]:
+  """Prefix our paths with 'layers/{}/' and Hugging Face's names with that of their layer.
+
+  Args:
+    weights: rows of a layer.
+    prefix: Hugging Face's name of a layer, such as 'gpt_neox.layers.{}.'.
+  """
+  return tuple(Weight(f'layers/{{}}/{path}', prefix + name, axes) for path, name, axes in weights)
 
 
 EMBEDDINGS_AND_NORMS = (

@@ -1,0 +1,490 @@
+"""Weight tables whose tensors hold several of our parameters, or parts of one."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+import transformers
+
+import cai_jax
+from cai_jax.model import checkpoint, checkpoint_checks
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.families import llama, shared
+from cai_jax.model.families.family import FAMILIES, Family, config_from_hf, config_to_hf
+from cai_jax.model.families.weight_table import Weight, find_weights, join_parts
+from cai_jax.model.transformer import abstract_model
+from cai_jax.model.weight_files import INDEX
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json
+from cai_jax.runtime.mesh import make_mesh
+
+QKV = ('query', 'key', 'value')
+
+
+def qkv(name, kernel, bias, prefix='model.layers.{}.'):
+  """Return the rows of query, key and value in one tensor, with the letter N for their heads."""
+  rows = []
+  for part in QKV:
+    heads = 'N' if part == 'query' else 'K'
+    rows.append(Weight(f'attention/{part}/kernel', f'{name}.weight', kernel.replace('N', heads)))
+    rows.append(Weight(f'attention/{part}/bias', f'{name}.bias', bias.replace('N', heads)))
+  return shared.per_layer(*rows, prefix=prefix)
+
+
+OUTPUT = shared.ATTENTION[3:]
+# The layout of Phi-3, GPT-NeoX and GPT-2: one part after the other, side by side in each head, and
+# with the inputs first. A made-up feed-forward layer has gate and up in turn.
+TABLES = {
+  'joined': (
+    *shared.EMBEDDINGS_AND_NORMS,
+    *qkv('self_attn.qkv_proj', 'DNH->+NH,D', 'NH->+NH'),
+    *OUTPUT,
+    *shared.OUTPUT_BIAS,
+    *shared.per_layer(
+      Weight('mlp/gate/kernel', 'mlp.gate_up_proj.weight', 'DF->+F,D'),
+      Weight('mlp/up/kernel', 'mlp.gate_up_proj.weight', 'DF->+F,D'),
+      Weight('mlp/down/kernel', 'mlp.down_proj.weight', 'FD->D,F'),
+    ),
+  ),
+  'in_each_head': (
+    *shared.EMBEDDINGS_AND_NORMS,
+    *qkv('attention.query_key_value', 'DNH->N+H,D', 'NH->N+H', 'neox.layers.{}.'),
+    *OUTPUT,
+    *shared.OUTPUT_BIAS,
+    *shared.per_layer(
+      Weight('mlp/gate/kernel', 'mlp.gate_up', 'DF->D,F+'),
+      Weight('mlp/up/kernel', 'mlp.gate_up', 'DF->D,F+'),
+      Weight('mlp/down/kernel', 'mlp.down', 'FD->F,D'),
+    ),
+  ),
+  'inputs_first': (
+    *shared.EMBEDDINGS_AND_NORMS,
+    *qkv('attn.c_attn', 'DNH->D,+NH', 'NH->+NH', 'h.{}.'),
+    *OUTPUT,
+    *shared.OUTPUT_BIAS,
+    *shared.GATED_MLP,
+  ),
+}
+CONFIG = ModelConfig(
+  'llama', 320, 32, 48, 2, 4, 4, 8, 64, qkv_bias=True, output_bias=True, rope_theta=500.0
+)
+
+
+def one_device():
+  return make_mesh(1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(params=list(TABLES))
+def layout(request, restored_registries) -> str:
+  """Register a family with each weight table of TABLES in turn, and return its name."""
+  return register(request.param, TABLES[request.param])
+
+
+def register(name, weights, **fields):
+  """Register a family that is Llama but for the weight table and other fields."""
+  read = lambda hf: dataclasses.replace(llama.read_config(hf), family=name)  # noqa: E731
+  family = dataclasses.replace(FAMILIES['llama'], read_config=read, weights=weights, **fields)
+  FAMILIES.register(name)(family)
+  return name
+
+
+def random_params(config):
+  """Return the parameters of a model as random numbers."""
+  random = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: random.normal(size=leaf.shape).astype(np.float32), abstract_model(config)[1]
+  )
+
+
+def save(folder, config, dtype=None, **kwargs):
+  params = random_params(config)
+  checkpoint.save_params(folder, jax.tree.map(jax.numpy.asarray, params), config, dtype, **kwargs)
+  return params
+
+
+def test_what_is_written_is_read_with_the_same_bits(layout, tmp_path):
+  heads = 2 if layout == 'joined' else 4  # parts of different sizes where the layout has them
+  config = dataclasses.replace(CONFIG, family=layout, num_kv_heads=heads)
+  params = save(tmp_path, config)
+  names = safetensors.numpy.load_file(tmp_path / 'model.safetensors').keys()
+  assert len(names) == len(checkpoint_checks.stored_weights(config)) - 8 - 2 * (
+    layout != 'inputs_first'
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, checkpoint.load_params(tmp_path, config, one_device()), params
+  )
+  save(tmp_path / 'half', config, 'bfloat16', max_shard_bytes=20_000)
+  index = read_json(tmp_path / 'half' / INDEX)
+  assert index['weight_map'].keys() == names and len({*index['weight_map'].values()}) > 3
+  size = sum(x.size * 2 for x in params_of(tmp_path / 'half').values())
+  assert index['metadata']['total_size'] == size == 2 * sum(x.size for x in jax.tree.leaves(params))
+  assert checkpoint.stored_dtype(tmp_path / 'half', config) == 'bfloat16'
+
+
+def params_of(folder):
+  return {
+    name: x
+    for file in folder.glob('*.safetensors')
+    for name, x in safetensors.numpy.load_file(file).items()
+  }
+
+
+def test_blocks_on_eight_devices_equal_the_whole(layout, tmp_path):
+  config = dataclasses.replace(CONFIG, family=layout)
+  params = save(tmp_path, config)
+  mesh = make_mesh(2, 2, 2)
+  loaded = checkpoint.load_params(tmp_path, config, mesh)
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  query = loaded['layers'][0]['attention']['query']['kernel']
+  assert query.addressable_shards[0].data.shape == (16, 2, 8)  # it is split over the mesh
+
+
+def test_parts_are_where_the_table_says():
+  """Numbers that say which element they are, against slices that are written out."""
+  shapes = {f'layers/0/attention/{part}/kernel': (6, 4, 2) for part in QKV}
+  x = {path: 1000 * number + np.arange(48.0).reshape(6, 4, 2) for number, path in enumerate(shapes)}
+  query, key, value = x.values()
+  transposed = [array.transpose(1, 2, 0) for array in (query, key, value)]  # [N,H,D]
+  expected = {
+    'DNH->+NH,D': np.concatenate([array.reshape(8, 6) for array in transposed]),
+    'DNH->N+H,D': np.stack(transposed, axis=1).reshape(24, 6),
+    'DNH->NH+,D': np.stack(transposed, axis=2).reshape(24, 6),
+    'DNH->D,+NH': np.concatenate([array.reshape(6, 8) for array in (query, key, value)], axis=1),
+    'DNH->D+,HN': np.stack([a.transpose(0, 2, 1) for a in (query, key, value)], 1).reshape(18, 8),
+  }
+  for axes, tensor in expected.items():
+    rows = shared.per_layer(*(Weight(f'attention/{part}/kernel', 'qkv', axes) for part in QKV))
+    stored = find_weights(rows, shapes)
+    written = join_parts([(stored[path], x[path]) for path in shapes])
+    np.testing.assert_array_equal(written, tensor)
+    assert written.flags.c_contiguous
+    for path in shapes:
+      block = stored[path].read_block(lambda _, t=tensor: t, (1, 2, 0), (5, 4, 1))
+      np.testing.assert_array_equal(block, x[path][1:5, 2:4, :1])
+
+
+class Recorder:
+  """A tensor of a file that records what was read of it."""
+
+  def __init__(self, x):
+    self.x, self.shapes = x, []
+
+  def __getitem__(self, region):
+    self.shapes.append(self.x[region].shape)
+    return self.x[region]
+
+
+@pytest.mark.parametrize(
+  ('axes', 'read'),
+  [
+    ('DNH->+NH,D', (4, 3)),  # two heads of one part
+    ('DNH->N+H,D', (12, 3)),  # two heads, with all parts
+    ('DNH->D,+NH', (3, 4)),
+  ],
+)
+def test_only_the_rows_of_a_block_are_read(axes, read):
+  shapes = {f'layers/0/attention/{part}/kernel': (6, 4, 2) for part in QKV}
+  rows = shared.per_layer(*(Weight(f'attention/{part}/kernel', 'qkv', axes) for part in QKV))
+  stored = find_weights(rows, shapes)['layers/0/attention/key/kernel']
+  tensor = Recorder(np.zeros(stored.stored_shape))
+  assert stored.read_block(lambda _: tensor, (0, 1, 0), (3, 3, 2)).shape == (3, 2, 2)
+  assert tensor.shapes == [read]
+
+
+# Experts: one parameter of ours for all of them.
+
+EXPERTS = {f'layers/1/mlp/{part}/kernel': (8, 6, 4) for part in ('gate', 'up')}  # [E,D,F]
+EXPERT_TABLES = {
+  'stacked': ('experts.{E}.{part}_proj.weight', 'EDF->F,D'),
+  'stacked_and_joined': ('experts.{E}.gate_up_proj.weight', 'EDF->+F,D'),
+  'joined': ('experts.gate_up_proj', 'EDF->E,+F,D'),
+  'in_turn': ('experts.gate_up_proj', 'EDF->E,D,F+'),
+}
+
+
+@pytest.mark.parametrize('kind', list(EXPERT_TABLES))
+def test_experts_are_a_stack_of_tensors_or_one_tensor(kind):
+  name, axes = EXPERT_TABLES[kind]
+  rows = shared.per_layer(
+    *(
+      Weight(f'mlp/{part}/kernel', f'mlp.{name.replace("{part}", part)}', axes)
+      for part in ('gate', 'up')
+    )
+  )
+  random = np.random.default_rng(0)
+  x = {path: random.normal(size=shape) for path, shape in EXPERTS.items()}
+  stored = find_weights(rows, EXPERTS)
+  tensors = {}
+  for tensor, (paths, index) in checkpoint._list_parts(stored).items():
+    tensors[tensor] = Recorder(join_parts([(stored[path], x[path]) for path in paths], index))
+  gate, up = x.values()
+  expected = {
+    'stacked': lambda: (16, 'experts.3.up_proj.weight', up[3].T),
+    'stacked_and_joined': lambda: (
+      8,
+      'experts.3.gate_up_proj.weight',
+      np.concatenate([gate[3], up[3]], 1).T,
+    ),
+    'joined': lambda: (
+      1,
+      'experts.gate_up_proj',
+      np.concatenate([gate, up], 2).transpose(0, 2, 1),
+    ),
+    'in_turn': lambda: (1, 'experts.gate_up_proj', np.stack([gate, up], 3).reshape(8, 6, 8)),
+  }[kind]
+  count, name, value = expected()
+  assert len(tensors) == count
+  np.testing.assert_array_equal(tensors[f'model.layers.1.mlp.{name}'].x, value)
+  path = 'layers/1/mlp/up/kernel'
+  np.testing.assert_array_equal(
+    stored[path].read_block(tensors.__getitem__, (2, 0, 1), (5, 6, 3)), x[path][2:5, :, 1:3]
+  )
+  opened = [name for name, tensor in tensors.items() if tensor.shapes]
+  assert len(opened) == (3 if kind.startswith('stacked') else 1)  # only experts 2, 3 and 4
+  if kind == 'joined':
+    assert tensors[opened[0]].shapes == [(3, 2, 6)]
+
+
+# What the table says of shapes, and mistakes in tables.
+
+
+def test_the_entries_that_give_the_shape_of_a_joined_tensor_are_named():
+  describe = lambda key, path: Family(  # noqa: E731
+    llama.read_config, llama.write_config, TABLES[key], '', ''
+  ).describe_shape(path)
+  heads = 'num_key_value_heads × head_dim'
+  assert describe('joined', 'layers/0/attention/key/kernel') == (
+    f'num_attention_heads × head_dim + {heads} + {heads}, hidden_size'
+  )
+  assert describe('joined', 'layers/0/mlp/up/kernel') == '2 × intermediate_size, hidden_size'
+  assert describe('in_each_head', 'layers/0/mlp/up/kernel') == 'hidden_size, intermediate_size × 2'
+  family = dataclasses.replace(FAMILIES['llama'], sizes={'D': 'n_embd'})
+  assert family.describe_shape('norm/scale') == 'n_embd'
+
+
+def test_a_tensor_of_another_size_is_refused_with_the_entries(restored_registries, tmp_path):
+  config = dataclasses.replace(CONFIG, family=register('joined', TABLES['joined']))
+  save(tmp_path, config)
+  other = dataclasses.replace(config, num_kv_heads=2)
+  with pytest.raises(
+    UserError, match=r'qkv_proj.* shape \(96.* implies \(64.*\+ num_key_value_heads × head_dim'
+  ):
+    checkpoint.check_params(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'message'),
+  [
+    ([('a', 'x', 'DF->F,D'), ('a', 'y', 'DF->F,D')], "2 rows .* path 'a'"),
+    ([('a', 'x', 'DF->F,D'), ('b', 'x', 'DF->F,D')], 'need one +'),
+    ([('a', 'x', 'DF->+F,D')], 'need one +'),
+    ([('a', 'x', 'DF->F')], 'each of our axes once'),
+    ([('a', 'x', 'DF->F,DD')], 'each of our axes once'),
+    ([('a', 'x.{E}', 'DF->F,D')], 'each of our axes once'),
+    ([('a', 'x', 'DQ->Q,D')], "axis 'Q'"),
+  ],
+)
+def test_mistakes_in_a_table_are_found(rows, message):
+  with pytest.raises(ValueError, match=message):
+    Family(llama.read_config, llama.write_config, tuple(Weight(*row) for row in rows), '', '')
+
+
+# Text halves of multimodal checkpoints.
+
+
+@pytest.fixture(scope='module')
+def multimodal(tmp_path_factory, tiny_tokenizer):
+  """Return the folder of a small Mistral 3 with images, and torch's logits for TOKENS."""
+  text = dict(
+    model_type='mistral', vocab_size=384, hidden_size=32, intermediate_size=48, head_dim=8,
+    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
+  )  # fmt: skip
+  vision = dict(
+    model_type='pixtral', hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2, head_dim=8, image_size=16, patch_size=8,
+  )  # fmt: skip
+  config = transformers.AutoConfig.for_model(
+    'mistral3', text_config=text, vision_config=vision, tie_word_embeddings=False
+  )
+  torch.manual_seed(0)
+  model = transformers.Mistral3ForConditionalGeneration(config).float()
+  folder = tmp_path_factory.mktemp('multimodal')
+  model.save_pretrained(folder)
+  tiny_tokenizer.save_pretrained(folder)
+  with torch.no_grad():
+    return folder, model(torch.tensor(TOKENS)).logits.numpy()
+
+
+TOKENS = np.random.default_rng(0).integers(3, 300, (2, 12))
+
+
+@pytest.mark.parametrize('form', ['as written', 'transformers 5', 'transformers 4'])
+def test_the_text_half_of_a_multimodal_checkpoint_is_loaded(multimodal, form, tmp_path, caplog):
+  folder = shutil.copytree(multimodal[0], tmp_path / 'model')
+  weights = folder / 'model.safetensors'
+  if form != 'as written':
+    rename(weights, form)
+  with caplog.at_level(logging.INFO):
+    cai_jax.model.lm.inspect_model(folder)
+    lm = cai_jax.load(folder, mesh=one_device())
+  messages = [r.message for r in caplog.records if 'only the mistral model' in r.message]
+  assert len(messages) == 1
+  assert 'vision_tower.* (' in messages[0] and 'multi_modal_projector.* (' in messages[0]
+  np.testing.assert_allclose(lm.logits(TOKENS), multimodal[1], atol=1e-4)
+  cai_jax.save(lm, tmp_path / 'text')
+  written = read_json(tmp_path / 'text' / 'config.json')
+  assert written['model_type'] == 'mistral' and 'text_config' not in written
+  assert written['architectures'] == ['MistralForCausalLM']
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'text')
+  with torch.no_grad():
+    logits = model(torch.tensor(TOKENS)).logits.numpy()
+  np.testing.assert_allclose(logits, multimodal[1], atol=1e-4)
+
+
+def rename(path, form):
+  """Give the weights of a file the prefixes of a version of transformers."""
+  tensors = {}
+  for name, x in safetensors.numpy.load_file(path).items():
+    bare = name.replace('language_model.', '').removeprefix('model.')
+    if bare.startswith(('vision_tower', 'multi_modal')):
+      prefix = 'model.' if form == 'transformers 5' else ''
+    elif bare.startswith('lm_head'):
+      prefix = '' if form == 'transformers 5' else 'language_model.'
+    else:
+      prefix = 'model.language_model.' if form == 'transformers 5' else 'language_model.model.'
+    tensors[prefix + bare] = x
+  safetensors.numpy.save_file(tensors, path)
+
+
+def test_other_weights_beside_a_text_half_are_refused(multimodal, tmp_path):
+  folder = shutil.copytree(multimodal[0], tmp_path / 'model')
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  path = folder / 'model.safetensors'
+  safetensors.numpy.save_file(tensors | {'speech.weight': np.zeros(3, np.float32)}, path)
+  with pytest.raises(UserError, match="'speech.weight' does not belong to the mistral model"):
+    cai_jax.load(folder, mesh=one_device())
+  twice = {name: x for name, x in tensors.items() if name.endswith('norm.weight')}
+  twice = {'model.norm.weight': np.zeros(32, np.float32)}
+  twice |= {'language_model.model.norm.weight': np.zeros(32, np.float32)}
+  safetensors.numpy.save_file(tensors | twice, path)
+  with pytest.raises(UserError, match='are the same weight of the model'):
+    cai_jax.load(folder, mesh=one_device())
+
+
+def test_a_text_model_ignores_no_vision_tower(tiny_hf_folder, tmp_path):
+  folder = shutil.copytree(tiny_hf_folder('llama2'), tmp_path / 'model')
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  tensors['vision_tower.weight'] = np.zeros(3, np.float32)
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(UserError, match="'vision_tower.weight' does not belong"):
+    cai_jax.load(folder, mesh=one_device())
+
+
+MULTIMODAL = {'model_type': 'mistral3', 'text_config': {'model_type': 'mistral'}}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'text_config': None}, "'mistral3' is a multimodal model, but there is no text_config"),
+    ({'text_config': {'model_type': 'mamba'}}, "text_config.model_type is 'mamba'.*mistral"),
+    ({'model_type': 'llava'}, "'llava' with the text_config of 'mistral' is not supported"),
+    ({'final_logit_softcapping': 3.0}, 'final_logit_softcapping=3.0'),
+    (
+      {'text_config': {'model_type': 'mistral', 'tie_word_embeddings': True}}
+      | {'tie_word_embeddings': False},
+      'tie_word_embeddings=False contradicts text_config.tie_word_embeddings=True',
+    ),
+  ],
+)
+def test_text_configs_that_do_not_fit_are_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    config_from_hf({**MULTIMODAL, **changes})
+
+
+# Options, quantized weights and types that are not supported.
+
+
+def test_an_option_is_read_by_the_family_that_declares_it(restored_registries):
+  def read_config(hf):
+    cap = hf.get('final_logit_softcapping')
+    return dataclasses.replace(llama.read_config(hf), family='capped', logit_cap=cap)
+
+  capped = dataclasses.replace(
+    FAMILIES['llama'], read_config=read_config, options=('final_logit_softcapping',)
+  )
+  FAMILIES.register('capped')(capped)
+  plain = config_to_hf(ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64))
+  hf = plain | {'final_logit_softcapping': 30.0}
+  assert config_from_hf(hf | {'model_type': 'capped'}).logit_cap == 30.0
+  with pytest.raises(UserError, match=r'final_logit_softcapping=30.0 is not supported'):
+    config_from_hf(hf)
+  with pytest.raises(UserError, match='attn_logit_softcapping=50.0'):
+    config_from_hf(hf | {'model_type': 'capped', 'attn_logit_softcapping': 50.0})
+  with pytest.raises(ValueError, match="no 'logit_softcap'"):
+    dataclasses.replace(capped, options=('logit_softcap',))
+
+
+@pytest.mark.parametrize(
+  ('entries', 'original'),
+  [
+    ({'_name_or_path': 'meta-llama/Llama-2-7b-hf'}, "names 'meta-llama/Llama-2-7b-hf'"),
+    ({'_name_or_path': 'someone/Llama-2-7b-GPTQ'}, 'Use the original checkpoint.$'),
+    ({'_name_or_path': '/home/me/llama'}, 'Use the original checkpoint.$'),
+    ({'base_model': 'a/b', '_name_or_path': 'c/d'}, "names 'a/b'"),
+    ({}, 'Use the original checkpoint.$'),
+  ],
+)
+@pytest.mark.parametrize(
+  'method', ['gptq', 'awq', 'bitsandbytes', 'fp8', 'compressed-tensors', 'mxfp4']
+)
+def test_quantized_checkpoints_are_refused_with_the_original(method, entries, original):
+  hf = config_to_hf(ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)) | entries
+  with pytest.raises(UserError, match=rf"'{method}'.*quantized.*{original}"):
+    config_from_hf(hf | {'quantization_config': {'quant_method': method, 'bits': 4}})
+  with pytest.raises(UserError, match=rf"'{method}'.*quantized.*{original}"):
+    config_from_hf(
+      {'model_type': 'mistral3', 'text_config': {'model_type': 'mistral'}}
+      | {'quantization_config': {'quant_method': method}, **entries}
+    )
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int8, 'float8_e4m3fn', np.int32])
+def test_quantized_tensors_are_refused_with_the_original(tiny_hf_folder, tmp_path, dtype):
+  folder = shutil.copytree(tiny_hf_folder('llama2'), tmp_path / 'model')
+  hf = read_json(folder / 'config.json') | {'_name_or_path': 'owner/original'}
+  (folder / 'config.json').write_text(json.dumps(hf))
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  name = 'model.layers.0.mlp.up_proj.weight'
+  if dtype == np.int32:  # eight numbers in each
+    del tensors[name]
+    tensors[name := name.replace('weight', 'qweight')] = np.zeros((4, 64), dtype)
+  else:
+    tensors[name] = tensors[name].astype(jax.numpy.dtype(dtype))
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(UserError, match=rf"{name}' is .*quantized.* names 'owner/original'"):
+    cai_jax.load(folder, mesh=one_device())
+
+
+@pytest.mark.parametrize(
+  ('model_type', 'message'),
+  [
+    ('falcon_mamba', r'no code for state-space \(Mamba\) layers.*nearest .*qwen3, llama'),
+    ('deepseek_v3', 'no code for multi-head latent attention.*nearest .*llama'),
+    ('t5', 'no code for an encoder with cross-attention.*nearest .*llama'),
+    ('llama_2', "'llama_2' is not supported.*nearest is llama.*register it in a file"),
+    ('zzz', "'zzz' is not supported. The supported types are .*qwen3.*register it in a file"),
+    (None, 'model_type None is not supported'),
+    (7, 'model_type 7 is not supported'),
+  ],
+)
+def test_unsupported_types_are_refused_with_what_is_missing(model_type, message):
+  with pytest.raises(UserError, match=message):
+    config_from_hf({'model_type': model_type})

@@ -19,6 +19,7 @@ import jax
 import pytest
 
 from cai_jax.runtime import compilation
+from tests.families import FAMILIES, SHAPE, save_random
 
 # Many tests compile the same programs, often in processes of their own.
 if compilation.VARIABLE not in os.environ:
@@ -47,42 +48,6 @@ TEXT = (
   'Identify ways in which the last answer is unkind, and rewrite it so that nobody is hurt.',
   'user system assistant critique revision request 0 1 2 3 4 5 6 7 8 9',
 )
-VOCAB_SIZE = 384  # rows of the tiny models' embeddings, a few more than the tokenizer uses
-
-SHAPE = dict(
-  vocab_size=VOCAB_SIZE,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=3,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  max_position_embeddings=256,
-)
-LLAMA3_ROPE = dict(
-  rope_type='llama3',
-  rope_theta=500.0,
-  factor=8.0,
-  low_freq_factor=1.0,
-  high_freq_factor=4.0,
-  original_max_position_embeddings=32,
-)
-# Name → model_type and what its config sets besides SHAPE. Windows are shorter than tests' rows.
-FAMILIES = {
-  'llama2': ('llama', dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
-  'llama3': ('llama', dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5)),
-  'llama_bias': ('llama', dict(attention_bias=True)),
-  'mistral': ('mistral', dict(sliding_window=5)),
-  'qwen2': ('qwen2', dict(rope_parameters=dict(rope_type='default', rope_theta=1e6))),
-  'qwen2_windows': (
-    'qwen2',
-    dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
-  ),
-  'qwen3': ('qwen3', dict(head_dim=16, tie_word_embeddings=True)),
-  'smollm2': (
-    'llama',
-    dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
-  ),
-}
 
 
 @pytest.fixture
@@ -136,39 +101,15 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope='session')
 def tiny_hf_folder(tmp_path_factory, tiny_tokenizer):
-  """`tiny_hf_folder(family)` returns a Hugging Face folder of a random model, written by torch.
-
-  The weights are so large that attention is far from uniform and a mistake changes the logits.
-  """
-  import torch
-  import transformers
-
+  """`tiny_hf_folder(family)` returns a Hugging Face folder of a random model, written by torch."""
   folders = {}
 
   def make(family: str) -> pathlib.Path:
-    if family in folders:
-      return folders[family]
-    model_type, options = FAMILIES[family]
-    ids = tiny_tokenizer.convert_tokens_to_ids(list(SPECIAL))
-    special = dict(bos_token_id=None, eos_token_id=ids[2], pad_token_id=ids[0])
-    config = transformers.AutoConfig.for_model(model_type, **{**SHAPE, **options, **special})
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    generator = torch.Generator().manual_seed(sorted(FAMILIES).index(family))
-    with torch.no_grad():
-      for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 2:
-          weight.copy_(noise * 2 / weight.shape[1] ** 0.5)
-        else:
-          weight.copy_(noise * 0.5 if name.endswith('bias') else 1 + 0.2 * noise)
-    folder = tmp_path_factory.mktemp('models') / family
-    model.generation_config = transformers.GenerationConfig(
-      eos_token_id=[ids[2], ids[0]], pad_token_id=ids[0]
-    )
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    folders[family] = folder
-    return folder
+    if family not in folders:
+      folders[family] = tmp_path_factory.mktemp('models') / family
+      special = tiny_tokenizer.convert_tokens_to_ids(list(SPECIAL))
+      save_random(family, folders[family], tiny_tokenizer, special)
+    return folders[family]
 
   return make
 

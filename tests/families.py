@@ -1,0 +1,109 @@
+"""A tiny random model of each family, written by torch. A new family is one line of FAMILIES."""
+
+import os
+import pathlib
+from typing import Any
+
+VOCAB_SIZE = 384  # rows of the tiny models' embeddings, a few more than the tokenizer uses
+
+SHAPE = dict(
+  vocab_size=VOCAB_SIZE,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+)
+LLAMA3_ROPE = dict(
+  rope_type='llama3',
+  rope_theta=500.0,
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=32,
+)
+# Name → model_type and what its config sets besides SHAPE. Windows are shorter than tests' rows.
+# The place of a line decides its random weights, so add new lines at the end.
+FAMILIES = {
+  'llama2': ('llama', dict(num_key_value_heads=4, rms_norm_eps=1e-5)),
+  'llama3': ('llama', dict(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5)),
+  'llama_bias': ('llama', dict(attention_bias=True, head_dim=16)),
+  'mistral': ('mistral', dict(sliding_window=5)),
+  'qwen2': ('qwen2', dict(rope_parameters=dict(rope_type='default', rope_theta=1e6))),
+  'qwen2_windows': (
+    'qwen2',
+    dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
+  ),
+  'qwen3': ('qwen3', dict(head_dim=16, tie_word_embeddings=True)),
+  'smollm2': (
+    'llama',
+    dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
+  ),
+}
+
+
+def make_config(name: str, **entries: Any) -> Any:
+  """Return transformers' config of a line of FAMILIES.
+
+  Args:
+    name: key of FAMILIES.
+    **entries: further entries of the config, such as token ids.
+  """
+  import transformers
+
+  model_type, options = FAMILIES[name]
+  if 'text_config' in options:  # a multimodal model, whose text half has the shape
+    options = {**options, 'text_config': {**SHAPE, **options['text_config'], **entries}}
+    return transformers.AutoConfig.for_model(model_type, **{**options, **entries})
+  return transformers.AutoConfig.for_model(model_type, **{**SHAPE, **options, **entries})
+
+
+def randomize(model: Any, seed: int) -> None:
+  """Draw the weights of a torch model.
+
+  They are so large that attention is far from uniform and a mistake changes the logits. Norms
+  scale by other factors than 1, biases are not 0, and stored buffers are drawn too.
+
+  Args:
+    model: a transformers model, whose norms still have their initial scales.
+    seed: of the draw.
+  """
+  import torch
+
+  generator = torch.Generator().manual_seed(seed)
+  draw = lambda weight: torch.randn(weight.shape, generator=generator)  # noqa: E731
+  stored = model.state_dict().keys()
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      noise = draw(weight)
+      if name.endswith('bias'):
+        weight.copy_(noise * 0.5)
+      elif weight.ndim >= 2:
+        weight.copy_(noise * 2 / weight.shape[-1] ** 0.5)
+      else:
+        weight.copy_(weight + 0.2 * noise)
+    for name, buffer in model.named_buffers():
+      if name in stored:
+        buffer.copy_(buffer + 0.2 * draw(buffer))
+
+
+def save_random(name: str, folder: str | os.PathLike, tokenizer: Any, special: list[int]) -> None:
+  """Save the tiny random model of a line of FAMILIES as a Hugging Face folder.
+
+  Args:
+    name: key of FAMILIES.
+    folder: is created.
+    tokenizer: the model's tokenizer.
+    special: ids of the end of a text, the start of a turn and the end of a turn.
+  """
+  import transformers
+
+  ids = dict(bos_token_id=None, eos_token_id=special[2], pad_token_id=special[0])
+  model = transformers.AutoModelForCausalLM.from_config(make_config(name, **ids)).float()
+  randomize(model, list(FAMILIES).index(name))
+  model.generation_config = transformers.GenerationConfig(
+    eos_token_id=[special[2], special[0]], pad_token_id=special[0]
+  )
+  model.save_pretrained(pathlib.Path(folder))
+  tokenizer.save_pretrained(folder)

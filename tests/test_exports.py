@@ -22,7 +22,7 @@ from cai_jax.pipeline.models import make_dialogue
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.tiny.files import MODELS
-from tests.conftest import FAMILIES
+from tests.families import FAMILIES
 from tests.pipeline_setup import small
 
 QUESTION = [{'role': 'user', 'content': 'Repair 12 bicycles.'}]
@@ -98,14 +98,11 @@ def trained(base_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def exports(tiny_hf_folder, trained, tmp_path_factory):
-  """Return the folder of a saved model by kind: each family, merged adapters, and after a run."""
-  folders = {'trained': trained}
-  for family in FAMILIES:
-    folders[family] = tmp_path_factory.mktemp('exports') / family
-    cai_jax.save(load(tiny_hf_folder(family)), folders[family])
-  folders['lora'] = tmp_path_factory.mktemp('exports') / 'lora'
-  cai_jax.save(with_merged_adapters(load(tiny_hf_folder('llama3'))), folders['lora'])
-  return folders
+  """Return the folder of a saved model by kind: after a run, plain, and with merged adapters."""
+  parent, lm = tmp_path_factory.mktemp('exports'), load(tiny_hf_folder('llama3'))
+  cai_jax.save(lm, parent / 'llama3')
+  cai_jax.save(with_merged_adapters(lm), parent / 'lora')
+  return {'trained': trained, 'llama3': parent / 'llama3', 'lora': parent / 'lora'}
 
 
 def check_generation(exports, packages=''):
@@ -144,13 +141,17 @@ def test_transformers_5_generates_what_we_sample(exports):
 
 
 @pytest.mark.slow
-def test_transformers_4_generates_what_we_sample(exports, tmp_path):
+def test_transformers_4_generates_what_we_sample(exports, tiny_hf_folder, tmp_path):
+  """For the other families, `test_family_logits` compares saved models with transformers 5."""
+  families = {family: tmp_path / family for family in FAMILIES if family not in exports}
+  for family, folder in families.items():
+    cai_jax.save(load(tiny_hf_folder(family)), folder)
   packages = os.environ.get('CAI_JAX_TRANSFORMERS4')
   if packages is None:
     packages = tmp_path / 'packages'
     pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target']
     subprocess.run([*pip, str(packages), *TRANSFORMERS_4], check=True)
-  (version,) = check_generation(exports, packages)
+  (version,) = check_generation(exports | families, packages)
   assert version.startswith('4.57.')
 
 

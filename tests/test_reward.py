@@ -15,7 +15,8 @@ from cai_jax.model import lm
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import reward
-from tests.conftest import FAMILIES, SHAPE, SPECIAL
+from tests.conftest import SPECIAL
+from tests.families import FAMILIES, SHAPE
 
 B, T = 3, 24
 TOKENS = np.random.default_rng(0).integers(3, 300, (B, T))  # the pad token is 0

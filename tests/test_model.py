@@ -92,7 +92,7 @@ def test_llama3_rope_scaling_agrees_with_transformers(load):
   rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
   range_40 = positions(1, 40)
   cos, sin = rope(torch.zeros(1, 1), torch.tensor(np.array(range_40)))
-  ours = rotary_angles(config, range_40)
+  ours = rotary_angles(config.rope(0), config.head_dim, range_40)
   half = config.head_dim // 2
   np.testing.assert_allclose(ours[0], cos[..., :half].numpy(), atol=1e-5)
   np.testing.assert_allclose(ours[1], sin[..., :half].numpy(), atol=1e-5)

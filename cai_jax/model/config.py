@@ -6,44 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cai_jax.model.rope import Llama3Rope, LongRope, Rope, RopeScaling, lengthen
 from cai_jax.runtime.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Rope:
-  """The frequency scaling of Llama 3.1 and later, `rope_type: llama3` in a Hugging Face config.
-
-  Attributes:
-    factor: divisor of low frequencies.
-    low_freq_factor: a frequency is low if it makes fewer turns than this within the original
-      context.
-    high_freq_factor: a frequency is unchanged if it makes more turns than this within the original
-      context.
-    original_max_positions: the original context, in tokens.
-  """
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_positions: int
-
-
-RopeScaling = Llama3Rope
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """The rotary positions of a layer.
-
-  Attributes:
-    theta: base of the frequencies.
-    scaling: scaling of the frequencies, or None.
-    channels: number of leading channels of a head that are rotated; None means all of them.
-  """
-
-  theta: float = 10_000.0
-  scaling: RopeScaling | None = None
-  channels: int | None = None
+__all__ = ['Llama3Rope', 'ModelConfig', 'Rope']
 
 
 def added(default: Any) -> Any:
@@ -52,9 +18,9 @@ def added(default: Any) -> Any:
 
 
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
-# the fields of all classes in this module. Renaming a field makes old journals unusable. Declare a
-# new field of ModelConfig with `added`: then the fingerprint leaves it out while it has its default
-# (`runtime.settings.identity`).
+# the fields of ModelConfig and of the classes in `rope.py`. Renaming a field makes old journals
+# unusable. Declare a new field of ModelConfig with `added`: then the fingerprint leaves it out
+# while it has its default (`runtime.settings.identity`).
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The shape of a decoder-only transformer, and every choice in which families differ.
@@ -119,7 +85,7 @@ class ModelConfig:
   head_dim: int
   max_positions: int
   rope_theta: float = 10_000.0
-  rope_scaling: Llama3Rope | None = None
+  rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tied_embeddings: bool = False
   qkv_bias: bool = False
@@ -155,6 +121,10 @@ class ModelConfig:
       raise UserError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
     if self.ropes and len(self.ropes) != self.num_layers:
       raise UserError(f'ropes has {len(self.ropes)} entries for {self.num_layers} layers.')
+    if self.rope_channels is not None and not 2 <= self.rope_channels <= self.head_dim:
+      raise UserError(
+        f'rope_channels is {self.rope_channels}; it must be between 2 and head_dim={self.head_dim}.'
+      )
 
   def window(self, layer: int) -> int | None:
     """Return a layer's attention window in tokens, the query included; None means no limit."""
@@ -167,6 +137,29 @@ class ModelConfig:
     if self.learned_positions:
       return None
     return Rope(self.rope_theta, self.rope_scaling, self.rope_channels)
+
+  @property
+  def long_context(self) -> bool:
+    """Whether the long factors of a longrope scaling, and the whole context, are used."""
+    ropes = (self.rope(layer) for layer in range(self.num_layers))
+    return any(r and isinstance(r.scaling, LongRope) and r.scaling.long for r in ropes)
+
+  def with_long_context(self) -> 'ModelConfig':
+    """Return the model with the long factors of its longrope scaling, and the whole context.
+
+    Raises:
+      UserError: if no layer has such a scaling with a longer context.
+    """
+    scaling = lengthen(self.rope_scaling)
+    ropes = tuple(r and dataclasses.replace(r, scaling=lengthen(r.scaling)) for r in self.ropes)
+    scalings = [r.scaling for r in ropes if r] or [scaling]
+    contexts = [s.context for s in scalings if isinstance(s, LongRope)]
+    if not contexts or min(contexts) <= self.max_positions:
+      raise UserError(
+        f'The context of this model holds {self.max_positions} tokens, and its config.json has no '
+        'longrope scaling for a longer one. Set model.long_context to False.'
+      )
+    return dataclasses.replace(self, max_positions=min(contexts), rope_scaling=scaling, ropes=ropes)
 
   @property
   def num_params(self) -> int:

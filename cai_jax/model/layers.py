@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from cai_jax.model.attention.rotary import rotate
+from cai_jax.model.attention.rotary import Angles, rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import rms_norm, swiglu
@@ -22,12 +22,12 @@ class LayerContext(NamedTuple):
   """How a block attends.
 
   Attributes:
-    angles: cosines and sines from `rotary_angles`.
+    angles: cosines and sines from `rotary_angles`; None in a layer that rotates nothing.
     attend: returns the attention output [B,T,N,H] of q [B,T,N,H], k and v [B,T,K,H], rotated. With
       a cache it also takes the layer's blocks, and returns the output and the updated blocks.
   """
 
-  angles: tuple[jax.Array, jax.Array]
+  angles: Angles | None
   attend: Callable[..., Any]
 
 
@@ -131,6 +131,7 @@ class Attention(nnx.Module):
     def projection(heads):
       return Linear((d,), (heads, h), rngs, param_dtype, bias=config.qkv_bias)
 
+    self.rope_interleaved = config.rope_interleaved
     self.query, self.key, self.value = projection(n), projection(k), projection(k)
     # Residual branches start small, so that depth does not change the scale of the residual stream.
     gain = (2 * config.num_layers) ** -0.5
@@ -151,7 +152,7 @@ class Attention(nnx.Module):
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None and self.k_norm is not None:
       q, k = (norm(x, cache is not None) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-    q, k = rotate(q, context.angles), rotate(k, context.angles)
+    q, k = (rotate(x, context.angles, self.rope_interleaved) for x in (q, k))
     if cache is None:
       return self.output(context.attend(q, k, v)), None
     out, cache = context.attend(q, k, v, cache)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.attention.rotary import rotary_angles
+from cai_jax.model.attention.rotary import ropes_of, rotary_angles
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
@@ -95,13 +95,15 @@ class Transformer(nnx.Module):
 
     def angles_and_masks():
       masks = self._masks(positions, segment_ids, attention, allowed)
-      return rotary_angles(self.config, positions), masks
+      angles = [rotary_angles(rope, self.config.head_dim, positions) for rope in ropes]
+      return angles, masks
 
+    ropes = ropes_of(self.config)
     angles, masks = compute_once(angles_and_masks, positions)
     attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
     x = constrain(self.embed(tokens, differentiable=True).astype(self.dtype))
     for layer, block in enumerate(self.layers):
-      context = LayerContext(angles, attends[layer])
+      context = LayerContext(angles[ropes.index(self.config.rope(layer))], attends[layer])
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
       def run(x, block=block, context=context):

@@ -4,40 +4,66 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.rope import Rope
+
+Angles = tuple[jax.Array, jax.Array]  # cosines and sines, each f32[B,T,C/2] for C rotated channels
 
 
-def rotary_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return the cosines and sines, each f32[B,T,H/2], of the rotation at each position.
+def ropes_of(config: ModelConfig) -> tuple[Rope | None, ...]:
+  """Return the different rotary positions of a model's layers, in order of their first layer.
+
+  Layers with the same ones share angles.
 
   Args:
-    config: gives the head size, the base of the frequencies and their scaling.
+    config: the shape of the model.
+  """
+  return tuple(dict.fromkeys(config.rope(layer) for layer in range(config.num_layers)))
+
+
+def rotary_angles(rope: Rope | None, head_dim: int, positions: jax.Array) -> Angles | None:
+  """Return the cosines and sines, each f32[B,T,C/2], of the rotation at each position.
+
+  Args:
+    rope: base and scaling of the frequencies, and C, the number of rotated channels. None returns
+      None.
+    head_dim: channels of a head.
     positions: i32[B,T].
   """
-  half = config.head_dim // 2
-  frequency = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-  if config.rope_scaling is not None:
-    scaling = config.rope_scaling
-    # Llama 3.1 divides the frequency of waves longer than the original context by `factor`, keeps
-    # that of short waves, and interpolates between the two.
-    turns = scaling.original_max_positions * frequency / (2 * jnp.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    frequency = frequency * (keep + (1.0 - keep) / scaling.factor)
+  if rope is None:
+    return None
+  half = (head_dim if rope.channels is None else rope.channels) // 2
+  frequency = rope.theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+  if rope.scaling is not None:
+    frequency = rope.scaling.scale(frequency, rope.theta)
   angle = positions[..., None].astype(jnp.float32) * frequency
-  return jnp.cos(angle), jnp.sin(angle)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if rope.scaling is not None and rope.scaling.amplitude != 1.0:
+    return rope.scaling.amplitude * cos, rope.scaling.amplitude * sin
+  return cos, sin
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotate each pair (h, h + H/2) of channels by its angle.
+def rotate(x: jax.Array, angles: Angles | None, interleaved: bool = False) -> jax.Array:
+  """Rotate pairs of the leading C channels by their angles: (h, h + C/2), or (2h, 2h + 1).
 
   Args:
     x: [B,T,N,H], queries or keys.
-    angles: cosines and sines from `rotary_angles`, each f32[B,T,H/2].
+    angles: cosines and sines from `rotary_angles`, each f32[B,T,C/2]; None returns `x`.
+    interleaved: whether the pairs are (2h, 2h + 1).
 
   Returns:
     [B,T,N,H] in the dtype of `x`, computed in f32.
   """
+  if angles is None:
+    return x
+  channels = 2 * angles[0].shape[-1]
+  if channels < x.shape[-1]:
+    rotated = rotate(x[..., :channels], angles, interleaved)
+    return jnp.concatenate([rotated, x[..., channels:]], axis=-1)
   cos, sin = (a[:, :, None, :] for a in angles)
+  if interleaved:
+    first, second = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    pairs = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.stack(pairs, axis=-1).reshape(x.shape).astype(x.dtype)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)

@@ -189,7 +189,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   family = FAMILIES[config.family]
   hf = {'architectures': [family.causal_lm], 'model_type': config.family}
   hf |= family.write_config(config)
-  if (read_back := config_from_hf(hf)) != config:
+  read_back = config_from_hf(hf)
+  if config.long_context:  # a choice that is not stored
+    read_back = read_back.with_long_context()
+  if read_back != config:
     name = next(
       field.name
       for field in dataclasses.fields(config)

@@ -10,7 +10,7 @@ from cai_jax.model.families.fields import (
   read_size,
   require,
 )
-from cai_jax.model.families.rope import read_rope, write_rope
+from cai_jax.model.families.rope import LLAMA_ENTRIES, RopeEntries, read_rope, write_rope
 from cai_jax.model.families.weight_table import Weight
 from cai_jax.runtime.errors import UserError, show
 
@@ -62,7 +62,10 @@ GATED_MLP = per_layer(
 
 
 def read_fields(
-  hf: dict[str, Any], default_head_dim: int | None = None, default_kv_heads: int | None = None
+  hf: dict[str, Any],
+  default_head_dim: int | None = None,
+  default_kv_heads: int | None = None,
+  rope: RopeEntries = LLAMA_ENTRIES,
 ) -> dict[str, Any]:
   """Return the fields of ModelConfig that all Llama-style families store in the same way.
 
@@ -72,6 +75,7 @@ def read_fields(
       by the number of heads.
     default_kv_heads: number of key and value heads if config.json has no num_key_value_heads; None
       means the number of heads.
+    rope: how the family states rotary positions.
 
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
@@ -79,6 +83,7 @@ def read_fields(
   require(hf, 'hidden_act', 'silu', 'swish')  # two names of the same function
   require(hf, 'mlp_bias', False)
   d_model, num_heads = read_size(hf, 'hidden_size'), read_size(hf, 'num_attention_heads')
+  head_dim = read_size(hf, 'head_dim', default_head_dim or max(d_model // num_heads, 1))
   kv_heads = num_heads
   if default_kv_heads is not None and 'num_key_value_heads' not in hf:
     kv_heads = default_kv_heads
@@ -89,11 +94,11 @@ def read_fields(
     'num_layers': read_size(hf, 'num_hidden_layers', largest=MOST_LAYERS),
     'num_heads': num_heads,
     'num_kv_heads': read_size(hf, 'num_key_value_heads', kv_heads),
-    'head_dim': read_size(hf, 'head_dim', default_head_dim or max(d_model // num_heads, 1)),
+    'head_dim': head_dim,
     'max_positions': read_size(hf, 'max_position_embeddings'),
     'norm_eps': read_number(hf, 'rms_norm_eps', 1e-6),
     'tied_embeddings': read_flag(hf, 'tie_word_embeddings'),
-    **read_rope(hf),
+    **read_rope(hf, head_dim, rope),
   }
   _check_heads(hf, fields, default_head_dim)
   return fields
@@ -214,7 +219,7 @@ def read_no_windows(hf: dict[str, Any]) -> None:
 # Writing config.json.
 
 
-def write_fields(config: ModelConfig) -> dict[str, Any]:
+def write_fields(config: ModelConfig, rope: RopeEntries = LLAMA_ENTRIES) -> dict[str, Any]:
   """Return the entries of config.json that `read_fields` reads."""
   return {
     'vocab_size': config.vocab_size,
@@ -228,7 +233,7 @@ def write_fields(config: ModelConfig) -> dict[str, Any]:
     'rms_norm_eps': config.norm_eps,
     'hidden_act': 'silu',
     'tie_word_embeddings': config.tied_embeddings,
-    **write_rope(config),
+    **write_rope(config, rope),
   }
 
 

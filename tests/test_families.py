@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -16,6 +18,7 @@ from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
 from cai_jax.model.families.weight_table import join_parts
 from cai_jax.model.sharding import flatten_params
+from cai_jax.model.supported import update_page
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
@@ -180,6 +183,19 @@ def test_reading_a_block_reads_only_its_rows():
   block = stored.read_block(lambda name: File(tensor), (2, 1, 2), (4, 3, 5))
   np.testing.assert_array_equal(block, x[2:4, 1:3, 2:5])
   assert read_shapes == [(10, 2)]
+
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/models.md'])
+def test_tables_of_families_are_up_to_date(page):
+  text = (pathlib.Path(__file__).parents[1] / page).read_text()
+  update = 'run `python -m cai_jax.model.supported README.md docs/models.md`'
+  assert update_page(text) == text, update
+
+
+def test_every_family_has_a_title_and_an_example():
+  for name, family in FAMILIES.items():
+    assert family.title and family.examples, name
+    assert all(re.fullmatch(r'[\w-]+/[\w.-]+', example) for example in family.examples), name
 
 
 def test_a_family_can_be_registered_from_a_users_file(

@@ -16,9 +16,10 @@ import transformers
 import cai_jax
 from cai_jax.model import checkpoint, checkpoint_checks
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families import llama, shared
+from cai_jax.model.families import llama, shared, unsupported
 from cai_jax.model.families.family import FAMILIES, Family, config_from_hf, config_to_hf
 from cai_jax.model.families.weight_table import Weight, find_weights, join_parts
+from cai_jax.model.folder import load_vocabulary
 from cai_jax.model.transformer import abstract_model
 from cai_jax.model.weight_files import INDEX
 from cai_jax.runtime.errors import UserError
@@ -209,15 +210,19 @@ EXPERT_TABLES = {
 }
 
 
-@pytest.mark.parametrize('kind', list(EXPERT_TABLES))
-def test_experts_are_a_stack_of_tensors_or_one_tensor(kind):
-  name, axes = EXPERT_TABLES[kind]
-  rows = shared.per_layer(
+def expert_rows(name, axes):
+  return shared.per_layer(
     *(
       Weight(f'mlp/{part}/kernel', f'mlp.{name.replace("{part}", part)}', axes)
       for part in ('gate', 'up')
     )
   )
+
+
+@pytest.mark.parametrize('kind', list(EXPERT_TABLES))
+def test_experts_are_a_stack_of_tensors_or_one_tensor(kind):
+  name, axes = EXPERT_TABLES[kind]
+  rows = expert_rows(name, axes)
   random = np.random.default_rng(0)
   x = {path: random.normal(size=shape) for path, shape in EXPERTS.items()}
   stored = find_weights(rows, EXPERTS)
@@ -250,6 +255,47 @@ def test_experts_are_a_stack_of_tensors_or_one_tensor(kind):
   assert len(opened) == (3 if kind.startswith('stacked') else 1)  # only experts 2, 3 and 4
   if kind == 'joined':
     assert tensors[opened[0]].shapes == [(3, 2, 6)]
+
+
+@pytest.mark.parametrize('kind', list(EXPERT_TABLES))
+def test_experts_of_files_go_to_their_devices(kind, monkeypatch, restored_registries, tmp_path):
+  """The files are written and read; both halves of the experts are on other devices."""
+  name, axes = EXPERT_TABLES[kind]
+  rows = expert_rows(name, axes)
+  table = tuple(row for row in FAMILIES['llama'].weights if 'mlp/' not in row.path)
+  down = shared.per_layer(Weight('mlp/down/kernel', 'mlp.down_proj.weight', 'FD->D,F'))
+  config = dataclasses.replace(CONFIG, family=register('experts', (*table, *rows, *down)))
+
+  def with_experts(config, **kwargs):
+    graph, params = abstract_model(config, **kwargs)
+    for layer in params['layers'].values():
+      for part in ('gate', 'up'):
+        leaf = layer['mlp'][part]['kernel']
+        layer['mlp'][part]['kernel'] = jax.ShapeDtypeStruct((8, 6, 4), leaf.dtype)
+    return graph, params
+
+  for module in (checkpoint, checkpoint_checks):
+    monkeypatch.setattr(module, 'abstract_model', with_experts)
+  params = jax.tree.map(
+    lambda leaf: np.random.default_rng(leaf.size).normal(size=leaf.shape).astype(np.float32),
+    with_experts(config)[1],
+  )
+  checkpoint.save_params(
+    tmp_path, jax.tree.map(jax.numpy.asarray, params), config, max_shard_bytes=3_000
+  )
+  assert len(list(tmp_path.glob('*.safetensors'))) > 3
+  loaded = checkpoint.load_params(tmp_path, config, make_mesh(2, 2, 2))
+  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  kernel = loaded['layers'][0]['mlp']['up']['kernel']
+  assert kernel.addressable_shards[0].data.shape == (4, 3, 4)
+  bad = next(n for n in params_of(tmp_path) if 'experts' in n and ('.3.' in n or '.E' not in name))
+  for file in tmp_path.glob('*.safetensors'):
+    tensors = safetensors.numpy.load_file(file)
+    if bad in tensors:
+      tensors[bad].flat[5] = np.nan
+      safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(UserError, match=f"{bad}' has a NaN"):
+    checkpoint.load_params(tmp_path, config, make_mesh(2, 2, 2))
 
 
 # What the table says of shapes, and mistakes in tables.
@@ -334,6 +380,7 @@ def test_the_text_half_of_a_multimodal_checkpoint_is_loaded(multimodal, form, tm
   with caplog.at_level(logging.INFO):
     cai_jax.model.lm.inspect_model(folder)
     lm = cai_jax.load(folder, mesh=one_device())
+  assert load_vocabulary(folder).size == 384  # of text_config
   messages = [r.message for r in caplog.records if 'only the mistral model' in r.message]
   assert len(messages) == 1
   assert 'vision_tower.* (' in messages[0] and 'multi_modal_projector.* (' in messages[0]
@@ -488,3 +535,8 @@ def test_quantized_tensors_are_refused_with_the_original(tiny_hf_folder, tmp_pat
 def test_unsupported_types_are_refused_with_what_is_missing(model_type, message):
   with pytest.raises(UserError, match=message):
     config_from_hf({'model_type': model_type})
+
+
+def test_no_supported_type_is_said_to_be_missing():
+  missing = {name for entry in unsupported._MISSING for name in entry.types.split()}
+  assert not missing & FAMILIES.keys()

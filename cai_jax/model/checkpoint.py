@@ -199,31 +199,37 @@ def save_params(
     for name, (paths, _) in tensors.items()
   }
   shards = _split_shards(sizes, max_shard_bytes)
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   gathered: dict[str, Any] = {}  # the parameters in the last tensor: the next may have them too
   for number, names in enumerate(shards, 1):
     file = SINGLE if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
     content = {}
     for name in names:
-      paths, index = tensors[name]
-      # Gathers, so every process must take part.
-      kept = {path: gathered[path] for path in paths if path in gathered}
-      gathered = kept | {path: to_host(leaves[path]) for path in paths if path not in kept}
+      paths, position = tensors[name]
+      gathered = {path: gathered[path] for path in paths if path in gathered}
+      for path in paths:
+        if path not in gathered:
+          gathered[path] = to_host(leaves[path])  # gathers, so every process must take part
       if is_writer:
         parts = [(stored[path], gathered[path]) for path in paths]
-        content[name] = join_parts(parts, index).astype(dtypes[name], copy=False)
+        content[name] = join_parts(parts, position).astype(dtypes[name], copy=False)
     weight_map |= dict.fromkeys(names, file)
     if is_writer:
-      partial = folder / f'{file}.partial'
-      safetensors.numpy.save_file(content, partial, metadata={'format': 'pt'})
-      partial.chmod(0o644)  # safetensors creates files that only their owner can read
-      os.replace(partial, folder / file)
+      _write_file(folder / file, content)
   if is_writer:
     if len(shards) > 1:
       index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
       write_json(folder / INDEX, index)
     # Loading would prefer a leftover of an earlier save to the new files.
     (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
+
+
+def _write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  """Write a safetensors file atomically."""
+  partial = path.with_name(f'{path.name}.partial')
+  safetensors.numpy.save_file(tensors, partial, metadata={'format': 'pt'})
+  partial.chmod(0o644)  # safetensors creates files that only their owner can read
+  os.replace(partial, path)
 
 
 def _list_parts(stored: Mapping[str, StoredWeight]) -> dict[str, tuple[list[str], int]]:

@@ -113,9 +113,10 @@ def _check_tied_tables(
   """Check that the output layer in the files is the embedding's table if both are tied."""
   family = FAMILIES[config.family]
   names = [family.find_name('embed/table'), family.find_name('head/table')]
-  if not config.tied_embeddings or extra or names[1] not in tensors:
+  found = [tensors[name] for name in names if name is not None and name in tensors]
+  if not config.tied_embeddings or extra or len(found) < 2:
     return
-  embedding, head = (tensors[name] for name in names)
+  embedding, head = found
   check_weight(head, head.name, embedding.shape, f'the shape of {embedding.name}')
   with open_weights(embedding.path) as first, open_weights(head.path) as second:
     one, other = first.get_slice(embedding.name), second.get_slice(head.name)

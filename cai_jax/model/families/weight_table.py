@@ -189,8 +189,8 @@ def find_weights(
   found = {}
   for path, shape in shapes.items():
     row, layer = find_row(by_path, path)
-    parts = [(r, r.path.format(layer)) for r in by_name[row.name]]
-    parts = [(r, shapes[part]) for r, part in parts if part in shapes]
+    rows = {part.path.format(layer): part for part in by_name[row.name]}
+    parts = [(rows[part], shapes[part]) for part in rows if part in shapes]
     found[path] = _locate(row, layer, shape, parts)
   return found
 

@@ -1,6 +1,7 @@
 """Attention kernels: they agree with plain attention, and refuse what they cannot compute."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from cai_jax.model.attention.kernels import blockwise
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel, choose_kernel
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
@@ -29,8 +31,9 @@ def packed_rows():
   return q, k, v, segment_ids
 
 
-def attend_in_numpy(q, k, v, segment_ids, window):
+def attend_in_numpy(q, k, v, segment_ids, window, scores):
   """Return the output of attention in f64, and a function from its gradient to those of q, k, v."""
+  scale, cap = scores.scale or H**-0.5, scores.cap or np.inf
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
   visible = np.zeros((B, T, T), bool)
@@ -38,15 +41,17 @@ def attend_in_numpy(q, k, v, segment_ids, window):
     for t in range(T):
       for s in range(max(0, t + 1 - (window or T)), t + 1):
         visible[b, t, s] = segment_ids[b, t] == segment_ids[b, s]
-  scores = np.einsum('btnh,bsnh->bnts', q, k) / H**0.5
-  scores = np.where(visible[:, None], scores, -np.inf)
-  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  x = np.einsum('btnh,bsnh->bnts', q, k) * scale
+  capped = x if cap == np.inf else cap * np.tanh(x / cap)
+  slope = 1 / np.cosh(x / cap) ** 2  # of the cap
+  x = np.where(visible[:, None], capped, -np.inf)
+  weights = np.exp(x - x.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
 
   def backward(gradient):
     dv = np.einsum('bnts,btnh->bsnh', weights, gradient)
     error = np.einsum('btnh,bsnh->bnts', gradient, v)
-    error = weights * (error - (weights * error).sum(-1, keepdims=True)) / H**0.5
+    error = weights * (error - (weights * error).sum(-1, keepdims=True)) * slope * scale
     dq = np.einsum('bnts,bsnh->btnh', error, k)
     dk = np.einsum('bnts,btnh->bsnh', error, q)
     return dq, *(x.reshape(B, T, K, N // K, H).sum(3) for x in (dk, dv))
@@ -54,15 +59,21 @@ def attend_in_numpy(q, k, v, segment_ids, window):
   return np.einsum('bnts,bsnh->btnh', weights, v), backward
 
 
-@pytest.mark.parametrize('window', [None, 40])
-@pytest.mark.parametrize('name', ['xla', 'blocks', 'splash', 'cudnn'])
-def test_kernels_agree_with_attention_in_numpy(name, window):
+@pytest.mark.parametrize(
+  ('name', 'window', 'scores'),
+  [
+    *itertools.product(['xla', 'blocks', 'splash', 'cudnn'], [None, 40], [PLAIN]),
+    *itertools.product(['xla', 'blocks', 'splash'], [None, 40], [Scores(0.2, 1.5)]),
+    ('cudnn', 40, Scores(0.2)),
+  ],
+)
+def test_kernels_agree_with_attention_in_numpy(name, window, scores):
   """Outputs and gradients agree. On CPUs, splash is interpreted and cuDNN's call goes to XLA."""
   mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
   options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
   q, k, v, segment_ids = packed_rows()
   real = (segment_ids > 0)[..., None, None]
-  kernel = functools.partial(KERNELS[name].attend, **options.get(name, {}))
+  kernel = functools.partial(KERNELS[name].attend, scores=scores, **options.get(name, {}))
 
   def run(attend):
     def weighted(q, k, v):
@@ -71,7 +82,7 @@ def test_kernels_agree_with_attention_in_numpy(name, window):
 
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-  expected, backward = attend_in_numpy(q, k, v, segment_ids, window)
+  expected, backward = attend_in_numpy(q, k, v, segment_ids, window, scores)
   expected = np.where(real, expected, 0.0)
   loss_gradient = np.where(real, np.cos(expected) - expected * np.sin(expected), 0.0)
   (_, out), gradients = run(lambda q, k, v: kernel(q, k, v, segment_ids, window, mesh))
@@ -188,6 +199,15 @@ def test_auto_is_the_fastest_kernel_that_can_run(mesh, dtype, lengths, head_dim,
   assert choose_kernel(mesh, dtype, lengths, head_dim) == expected
   for length in lengths:
     check_kernel(expected, mesh, dtype, length, head_dim)
+
+
+def test_a_cap_needs_a_kernel_that_supports_it():
+  assert choose_kernel(H100, 'bfloat16', [1024], 64, 50.0) == 'blocks'
+  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], 64, 50.0) == 'splash'
+  check_kernel('blocks', H100, 'bfloat16', 1024, 64, 50.0)
+  message = "'cudnn' cannot cap attention scores, and the model has attention_cap=50.0. Choose"
+  with pytest.raises(UserError, match=message):
+    check_kernel('cudnn', H100, 'bfloat16', 1024, cap=50.0)
 
 
 def test_the_rules_of_cudnn_for_heads_are_those_of_jax(monkeypatch):

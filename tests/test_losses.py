@@ -13,6 +13,7 @@ from flax import nnx
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.logits import LogitTransform
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.losses import cross_entropy, negative_log_likelihood, targets
@@ -81,18 +82,22 @@ def output_layer(rows=3, length=5):
   return hidden, table, targets, weights
 
 
+@pytest.mark.parametrize('transform', [LogitTransform(), LogitTransform(0.5, 3.0)])
 @pytest.mark.parametrize('num_slices', [1, 2, 5])
-def test_the_gradient_agrees_with_automatic_differentiation(num_slices):
+def test_the_gradient_agrees_with_automatic_differentiation(num_slices, transform):
   hidden, table, targets, weights = output_layer()
   assert 0 < (weights == 0).sum() < weights.size
 
   def plain(hidden, table):
-    log_p = jax.nn.log_softmax(hidden @ table.T)
+    logits = hidden @ table.T / transform.divisor
+    logits = logits if transform.cap is None else transform.cap * jnp.tanh(logits / transform.cap)
+    log_p = jax.nn.log_softmax(logits)
     target_log_p = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     return -0.5 * jnp.sum(target_log_p * weights)
 
   def ours(hidden, table):
-    return 0.5 * cross_entropy.weighted_cross_entropy(num_slices, hidden, table, targets, weights)
+    arrays = hidden, table, targets, weights
+    return 0.5 * cross_entropy.weighted_cross_entropy(num_slices, *arrays, transform)
 
   for argnums in (0, 1, (0, 1)):
     actual = jax.jit(jax.value_and_grad(ours, argnums))(hidden, table)

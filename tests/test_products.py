@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax.model.elementwise import rms_norm, swiglu
-from cai_jax.model.precision import einsum_f32
+from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
+from cai_jax.model.precision import einsum_f32, sum_entries
 
 EQUATIONS = {  # → shapes of the factors
   'XI,IO->XO': ((24, 16), (16, 8)),
@@ -86,14 +86,52 @@ def test_gradients_of_the_norm_agree_with_jax(shape, dtype):
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize('ordered', [False, True])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_gradients_of_the_gated_activation_agree_with_jax(dtype):
+def test_layer_norm_and_its_gradients_agree_with_torch(dtype, ordered):
+  torch = pytest.importorskip('torch')
+  x, g = factors(((2, 24, 33),) * 2, dtype)
+  scale, bias = factors(((33,),) * 2, jnp.float32)
+  x = x + 2
+  total = sum_entries if ordered else None
+  out, backward = jax.vjp(lambda *args: layer_norm(*args, 1e-5, total), x, scale, bias)
+  assert out.dtype == x.dtype
+  theirs = [torch.tensor(np.asarray(z, np.float64), requires_grad=True) for z in (x, scale, bias)]
+  expected = torch.nn.functional.layer_norm(theirs[0], (33,), *theirs[1:], 1e-5)
+  expected.backward(torch.tensor(np.asarray(g, np.float64)))
+  tolerance = 2e-6 if dtype == 'float32' else 2**-7
+  pairs = [(out, expected.detach()), *zip(backward(g), (z.grad for z in theirs), strict=True)]
+  for ours, wanted in pairs:
+    ours, wanted = np.asarray(ours, np.float32), wanted.numpy()
+    np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
+def test_activations_are_those_of_torch():
+  torch = pytest.importorskip('torch')
+  x = np.linspace(-6, 6, 97)
+  t, f = torch.tensor(x), torch.nn.functional
+  expected = {
+    'silu': f.silu(t),
+    'gelu': f.gelu(t),
+    'gelu_tanh': f.gelu(t, approximate='tanh'),
+    'gelu_quick': t * torch.sigmoid(1.702 * t),
+    'relu': f.relu(t),
+  }
+  assert expected.keys() == ACTIVATIONS.keys()
+  for name, wanted in expected.items():
+    ours = ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(ours, wanted.numpy(), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_gradients_of_the_gated_activation_agree_with_jax(name, dtype):
   gate, up, g = (3 * x for x in factors([(4, 8, 32)] * 3, dtype))
 
   def definition(gate, up):
-    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return ACTIVATIONS[name](gate.astype(jnp.float32)) * up.astype(jnp.float32)
 
-  out, backward = jax.vjp(swiglu, gate, up)
+  out, backward = jax.vjp(functools.partial(gated_activation, name), gate, up)
   expected, pull_back = jax.vjp(definition, gate, up)
   assert out.dtype == gate.dtype
   tolerance = 1e-6 if dtype == 'float32' else 2**-6

@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from cai_jax.model.attention import ragged
 from cai_jax.model.attention.cached import CACHED, choose_cached
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.cache import (
   LayerCache,
   Pieces,
@@ -92,7 +93,7 @@ def pieces_of(segments: list[tuple[int, int, int]], base: np.ndarray) -> tuple[n
   return at, Pieces(i32(starts), i32([used]), (table,))
 
 
-def attend_both(window, has_prefix, rows, decoded, segments):
+def attend_both(window, has_prefix, rows, decoded, segments, scores):
   """Return outputs at real tokens [n,N,H] and updated keys [B,S,K,H], by 'ragged' and by 'pages'.
 
   Args:
@@ -101,6 +102,7 @@ def attend_both(window, has_prefix, rows, decoded, segments):
     rows: own tokens of each row that takes part, with the one that is decoded.
     decoded: the rows of these that are not idle.
     segments: the prefilled tokens; see `pieces_of`.
+    scores: scale and cap of the scores.
   """
   mesh, base = make_mesh(1, devices=jax.devices()[:1]), np.array([0, 0, SHARED * has_prefix])
   parts = [np.array([[base[r] + rows[r] - 1 if r in decoded else -1 for r in range(3)]])]
@@ -124,7 +126,7 @@ def attend_both(window, has_prefix, rows, decoded, segments):
     entry, prefixes = CACHED[name], Prefixes(entries, choice)
     view = entry.make_view(positions, step, 0, prefixes, [PAGES], PAGE, window)
     layers = [p.cache[0] for p in entries]
-    out, blocks = entry.attend(q, k, v, (block,), layers, view, window, WIDTH, mesh)
+    out, blocks = entry.attend(q, k, v, (block,), layers, view, window, WIDTH, mesh, scores)
     return np.asarray(out)[np.asarray(positions) >= 0], blocks[0]
 
   ours, written = run('ragged', ragged.RaggedPages(both))
@@ -132,6 +134,7 @@ def attend_both(window, has_prefix, rows, decoded, segments):
   return (ours, written.kv[:, :, ::2]), (theirs, expected.k.transpose(0, 3, 1, 2))
 
 
+@pytest.mark.parametrize('scores', [PLAIN, Scores(0.3, 1.5)])
 @pytest.mark.parametrize(
   ('window', 'has_prefix', 'rows', 'decoded', 'segments'),
   [
@@ -141,9 +144,11 @@ def attend_both(window, has_prefix, rows, decoded, segments):
     (13, False, {0: 6, 1: 34, 2: 10}, [1, 2], []),  # decodes, and row 0 is idle
   ],
 )
-def test_the_kernel_agrees_with_pages(window, has_prefix, rows, decoded, segments):
+def test_the_kernel_agrees_with_pages(window, has_prefix, rows, decoded, segments, scores):
   """Two query heads share a key-value head, and rows have up to three pages in any order."""
-  (ours, written), (theirs, expected) = attend_both(window, has_prefix, rows, decoded, segments)
+  (ours, written), (theirs, expected) = attend_both(
+    window, has_prefix, rows, decoded, segments, scores
+  )
   np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
   np.testing.assert_array_equal(written, expected)
   assert theirs.std() > 0.1

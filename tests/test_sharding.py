@@ -19,6 +19,17 @@ SIZES = dict(
 CONFIGS = [
   ModelConfig('llama', **SIZES, max_positions=64, qkv_bias=True, output_bias=True),
   ModelConfig('qwen3', **SIZES, max_positions=64, qk_norm=True, tied_embeddings=True),
+  ModelConfig(
+    'other',
+    **SIZES,
+    max_positions=64,
+    qk_norm=True,
+    qk_norm_over_heads=True,
+    norm='layer',
+    post_norm=True,
+    mlp_bias=True,
+    learned_positions=True,
+  ),
 ]
 
 

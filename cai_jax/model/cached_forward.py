@@ -20,9 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from cai_jax.model.attention import paged, ragged  # noqa: F401  # both register themselves
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.attention.rotary import Angles, ropes_of, rotary_angles
+from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.cache import Cache, LayerCache, Prefixes, Step, windows_of
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.layers import Block, Embedding, LayerContext, RMSNorm
+from cai_jax.model.layers import Block, Embedding, LayerContext, Norm, embed_tokens, make_norm
+from cai_jax.model.logits import logit_transform_of
 from cai_jax.model.transformer import Params, compute_once, unembed
 
 
@@ -76,7 +78,8 @@ def forward_cached(
     for layer, blocks in enumerate(cache)
   }
   pages = tuple(sizes[window] for window in windows)
-  x, (angles, views) = _start(spec, params['embed'], tokens, positions, step, prefixes, pages, page)
+  tables = {name: params[name] for name in ('embed', 'positions') if name in params}
+  x, (angles, views) = _start(spec, tables, tokens, positions, step, prefixes, pages, page)
   new_cache = []
   for layer, blocks in enumerate(cache):
     window = config.window(layer)
@@ -102,7 +105,7 @@ def _start(
 
   Args:
     spec, tokens, positions, step, prefixes: as in `forward_cached`.
-    params: the parameters of the embedding.
+    params: the parameters of the embeddings.
     sizes: for each window, the number of pages of each block in one batch shard.
     page: number of tokens of a page.
   """
@@ -116,8 +119,11 @@ def _start(
     return [rotary_angles(rope, head_dim, positions) for rope in ropes_of(spec.config)], views
 
   shared = compute_once(angles_and_views, positions)
-  embed = _merge(spec.config, _embedding, params)
-  x = embed(tokens, differentiable=False).astype(spec.dtype)
+  embeds = [
+    _merge(spec.config, make, params[name]) if name in params else None
+    for name, make in (('embed', _embedding), ('positions', _position_embedding))
+  ]
+  x = embed_tokens(spec.config, *embeds, tokens, positions, spec.dtype, differentiable=False)
   return jax.lax.with_sharding_constraint(x, spec.sharding), shared
 
 
@@ -139,6 +145,7 @@ def _layer(
     window=window,
     width=spec.width,
     mesh=cast(Mesh, spec.sharding.mesh),
+    scores=scores_of(spec.config),
   )
   x, blocks = _merge(spec.config, _block, params)(x, blocks, LayerContext(angles, attend))
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
@@ -147,19 +154,24 @@ def _layer(
 def hidden_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
   """Return the logits f32[...,V] for hidden states [...,D] before the last norm."""
   head = params['embed' if config.tied_embeddings else 'head']
-  return unembed(_merge(config, _last_norm, params['norm'])(x, ordered=True), head['table'])
+  hidden = _merge(config, _last_norm, params['norm'])(x, ordered=True)
+  return unembed(hidden, head['table'], logit_transform_of(config))
 
 
 def _embedding(config: ModelConfig) -> Embedding:
-  return Embedding(config, nnx.Rngs(0), jnp.float32)
+  return Embedding(config.vocab_size, config.d_model, nnx.Rngs(0), jnp.float32)
+
+
+def _position_embedding(config: ModelConfig) -> Embedding:
+  return Embedding(config.max_positions, config.d_model, nnx.Rngs(0), jnp.float32)
 
 
 def _block(config: ModelConfig) -> Block:
   return Block(config, nnx.Rngs(0), jnp.float32)
 
 
-def _last_norm(config: ModelConfig) -> RMSNorm:
-  return RMSNorm(config.d_model, config.norm_eps, jnp.float32)
+def _last_norm(config: ModelConfig) -> Norm:
+  return make_norm(config, jnp.float32)
 
 
 def _merge(config: ModelConfig, make: Callable[[ModelConfig], Any], params: Params) -> Any:

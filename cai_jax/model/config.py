@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.rope import Llama3Rope, LongRope, Rope, RopeScaling, lengthen
 from cai_jax.runtime.errors import UserError
 
 __all__ = ['Llama3Rope', 'ModelConfig', 'Rope']
+
+NORMS = ('rms', 'layer')
 
 
 def added(default: Any) -> Any:
@@ -72,7 +75,7 @@ class ModelConfig:
     logit_cap: logits become cap · tanh(logit / cap), after the division; None means no cap.
 
   Raises:
-    UserError: if the sizes contradict each other.
+    UserError: if fields contradict each other.
   """
 
   family: str
@@ -125,6 +128,24 @@ class ModelConfig:
       raise UserError(
         f'rope_channels is {self.rope_channels}; it must be between 2 and head_dim={self.head_dim}.'
       )
+    self._check_choices()
+
+  def _check_choices(self):
+    """Raise UserError for fields that name nothing, or that contradict each other."""
+    if self.norm not in NORMS:
+      raise UserError(f'norm={self.norm!r} must be one of {list(NORMS)}.')
+    if self.activation not in ACTIVATIONS:
+      raise UserError(f'activation={self.activation!r} must be one of {list(ACTIVATIONS)}.')
+    if self.norm == 'layer' and self.norm_offset:
+      raise UserError("norm_offset is for norm='rms'. Set it to 0, or change norm.")
+    if self.qk_norm_over_heads and not self.qk_norm:
+      raise UserError('qk_norm_over_heads has no effect without qk_norm. Set both, or none.')
+    if not (self.pre_norm or self.post_norm):
+      raise UserError('pre_norm and post_norm are both false. A block needs at least one of them.')
+    for name in ('attention_cap', 'logit_cap', 'query_scale', 'logit_divisor'):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise UserError(f'{name}={value} must be positive.')
 
   def window(self, layer: int) -> int | None:
     """Return a layer's attention window in tokens, the query included; None means no limit."""
@@ -166,10 +187,17 @@ class ModelConfig:
     """The number of parameters."""
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
     attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-    attention += self.output_bias * self.d_model + self.qk_norm * 2 * self.head_dim
-    layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+    attention += self.output_bias * self.d_model
+    mlp = (2 + self.gated) * self.d_model * self.d_ff
+    mlp += self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
+    normed = (self.pre_norm + self.post_norm) * 2 * self.d_model  # channels
+    heads = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
+    normed += self.qk_norm * heads * self.head_dim
+    per_channel = 2 if self.norm == 'layer' else 1
+    layer = attention + mlp + per_channel * normed
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
-    return embeddings + self.num_layers * layer + self.d_model
+    embeddings += self.learned_positions * self.max_positions * self.d_model
+    return embeddings + self.num_layers * layer + per_channel * self.d_model
 
   def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
     """Return the FLOPs of matrix products that one training step needs.
@@ -185,6 +213,7 @@ class ModelConfig:
     """
     lengths = np.asarray(lengths, np.float64)
     looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
+    looked_up += self.learned_positions * self.max_positions * self.d_model
     products = (4 if adapters else 6) * (self.num_params - looked_up) * lengths.sum()
     pairs = 0.0
     for layer in range(self.num_layers):

@@ -1,9 +1,25 @@
-"""The norm and the gated activation of a block, with gradients that CPUs compute fast."""
+"""Norms, activations and caps of scores, with gradients that CPUs compute fast."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+
+def _quick_gelu(x):
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+# Elementwise functions by name; 'gelu' is x · Φ(x), and 'gelu_tanh' and 'gelu_quick' approximate it
+# (Hendrycks and Gimpel 2016, section 2).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'silu': jax.nn.silu,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+  'gelu_quick': _quick_gelu,
+  'relu': jax.nn.relu,
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -59,29 +75,77 @@ def _pull_back_on_cpu(eps, x, scale, gradient):
   return x_gradient.astype(x.dtype), scale_gradient.astype(scale.dtype)
 
 
-@jax.custom_vjp
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """Return silu(gate) · up, elementwise (Shazeer 2020).
+def layer_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  eps: float,
+  total: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+  """Return (x - mean(x)) · scale / √(var(x) + eps) + bias, in the dtype of x.
 
-  The backward pass computes silu again, and is one pass over the arrays. JAX's own stores three
-  intermediate results and reads them in several passes.
+  This is the layer norm of Ba et al. (2016), computed in f32.
 
   Args:
+    x: [...,D]; mean and variance are over D.
+    scale: [D].
+    bias: [D].
+    eps: added to the variance.
+    total: sums f32[...,D] over D; None leaves the order of the sum to XLA. XLA for CPUs computes an
+      einsum faster than a sum, and its gradient too.
+  """
+  if total is None:
+    total = functools.partial(jnp.einsum, '...D->...')
+  y = x.astype(jnp.float32)
+  y = y - total(y)[..., None] / x.shape[-1]
+  variance = total(y * y)[..., None] / x.shape[-1]
+  y = y * jax.lax.rsqrt(variance + eps)
+  return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """Return cap · tanh(x / cap), which lies between -cap and cap (Gemma Team 2024, section 2).
+
+  Args:
+    x: of any shape.
+    cap: positive.
+  """
+  return cap * jnp.tanh(x / cap)
+
+
+def soft_cap_slope(capped: jax.Array, cap: float) -> jax.Array:
+  """Return the derivative of `soft_cap`, 1 - tanh², at the x with soft_cap(x, cap) = capped."""
+  return 1 - jnp.square(capped / cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated_activation(name: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """Return activation(gate) · up, elementwise (Shazeer 2020).
+
+  The backward pass computes the activation again, and is one pass over the arrays. JAX's own stores
+  three intermediate results and reads them in several passes.
+
+  Args:
+    name: a key of `ACTIVATIONS`.
     gate, up: of the same shape and dtype.
   """
-  return jax.nn.silu(gate) * up
+  return ACTIVATIONS[name](gate) * up
 
 
-def _swiglu_fwd(gate, up):
-  return swiglu(gate, up), (gate, up)
+def _gated_activation_fwd(name, gate, up):
+  return gated_activation(name, gate, up), (gate, up)
 
 
-def _swiglu_bwd(inputs, gradient):
+def _gated_activation_bwd(name, inputs, gradient):
   gate, up, g = (x.astype(jnp.float32) for x in (*inputs, gradient))
-  share = jax.nn.sigmoid(gate)
-  silu = gate * share
-  by_gate = g * up * (share + silu * (1 - share))
-  return by_gate.astype(inputs[0].dtype), (g * silu).astype(inputs[1].dtype)
+  by_value = g * up
+  if name == 'silu':
+    share = jax.nn.sigmoid(gate)
+    value = gate * share
+    slope = share + value * (1 - share)
+  else:
+    value, slope = jax.jvp(ACTIVATIONS[name], (gate,), (jnp.ones_like(gate),))
+  return (by_value * slope).astype(inputs[0].dtype), (g * value).astype(inputs[1].dtype)
 
 
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+gated_activation.defvjp(_gated_activation_fwd, _gated_activation_bwd)

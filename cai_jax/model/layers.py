@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cai_jax.model.attention.rotary import Angles, rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.elementwise import rms_norm, swiglu
+from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
 from cai_jax.model.precision import einsum_f32, sum_entries
 
 PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
@@ -32,11 +32,19 @@ class LayerContext(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm with a scale (Zhang and Sennrich 2019), computed in f32."""
+  """Root-mean-square norm with a scale (Zhang and Sennrich 2019), computed in f32.
 
-  def __init__(self, size: int, eps: float, param_dtype):
-    self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+  Args:
+    size: D, size of the axis.
+    eps: added to the mean square.
+    param_dtype: dtype of the scale.
+    offset: added to the scale, which starts at 1 - offset.
+  """
+
+  def __init__(self, size: int, eps: float, param_dtype, offset: float = 0.0):
+    self.scale = nnx.Param(jnp.full((size,), 1 - offset, param_dtype))
     self.eps = eps
+    self.offset = offset
 
   def __call__(self, x: jax.Array, ordered: bool = False) -> jax.Array:
     """Normalize the last axis of x [...,D]; the result has the dtype of x.
@@ -46,12 +54,52 @@ class RMSNorm(nnx.Module):
       ordered: whether the sum has an order that does not depend on the other axes. The sampler
         needs this, and training does without, because its gradient would be slower.
     """
+    scale = self.scale[...]
+    if self.offset:
+      scale = scale.astype(jnp.float32) + self.offset
     if not ordered:
-      return rms_norm(x, self.scale[...], self.eps)
+      return rms_norm(x, scale, self.eps)
     y = x.astype(jnp.float32)
     mean = sum_entries(y * y)[..., None] / x.shape[-1]
     y = y * jax.lax.rsqrt(mean + self.eps)
-    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer norm with a scale and a bias (Ba et al. 2016), computed in f32.
+
+  Args:
+    size: D, size of the axis.
+    eps: added to the variance.
+    param_dtype: dtype of the parameters.
+  """
+
+  def __init__(self, size: int, eps: float, param_dtype):
+    self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array, ordered: bool = False) -> jax.Array:
+    """Normalize the last axis of x [...,D]; see `RMSNorm.__call__`."""
+    total = sum_entries if ordered else None
+    return layer_norm(x, self.scale[...], self.bias[...], self.eps, total)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, param_dtype, size: int | None = None) -> Norm:
+  """Return a norm of the form that a model uses.
+
+  Args:
+    config: the shape of the model.
+    param_dtype: dtype of the parameters.
+    size: size of the axis; None means `d_model`.
+  """
+  size = config.d_model if size is None else size
+  if config.norm == 'layer':
+    return LayerNorm(size, config.norm_eps, param_dtype)
+  return RMSNorm(size, config.norm_eps, param_dtype, config.norm_offset)
 
 
 class Adapter(nnx.Module):
@@ -136,8 +184,13 @@ class Attention(nnx.Module):
     # Residual branches start small, so that depth does not change the scale of the residual stream.
     gain = (2 * config.num_layers) ** -0.5
     self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain)
-    self.q_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
-    self.k_norm = RMSNorm(h, config.norm_eps, param_dtype) if config.qk_norm else None
+    self.norm_over_heads = config.qk_norm_over_heads
+
+    def head_norm(heads):
+      size = heads * h if config.qk_norm_over_heads else h
+      return make_norm(config, param_dtype, size) if config.qk_norm else None
+
+    self.q_norm, self.k_norm = head_norm(n), head_norm(k)
 
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
@@ -151,55 +204,87 @@ class Attention(nnx.Module):
     """
     q, k, v = self.query(x), self.key(x), self.value(x)
     if self.q_norm is not None and self.k_norm is not None:
-      q, k = (norm(x, cache is not None) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+      ordered = cache is not None
+      q, k = self._normalize(self.q_norm, q, ordered), self._normalize(self.k_norm, k, ordered)
     q, k = (rotate(x, context.angles, self.rope_interleaved) for x in (q, k))
     if cache is None:
       return self.output(context.attend(q, k, v)), None
     out, cache = context.attend(q, k, v, cache)
     return self.output(out), cache
 
+  def _normalize(self, norm: Norm, x: jax.Array, ordered: bool) -> jax.Array:
+    """Return queries or keys [B,T,N,H], normalized over H, or over N and H."""
+    if not self.norm_over_heads:
+      return norm(x, ordered)
+    return norm(x.reshape(*x.shape[:2], -1), ordered).reshape(x.shape)
+
 
 class MLP(nnx.Module):
-  """A SwiGLU feed-forward layer (Shazeer 2020): down(silu(gate(x)) · up(x))."""
+  """A feed-forward layer: down(activation(gate(x)) · up(x)) (Shazeer 2020), or without a gate."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
-    d, f = config.d_model, config.d_ff
-    self.gate = Linear((d,), (f,), rngs, param_dtype)
-    self.up = Linear((d,), (f,), rngs, param_dtype)
+    d, f, bias = config.d_model, config.d_ff, config.mlp_bias
+    self.activation = config.activation
+    self.gate = Linear((d,), (f,), rngs, param_dtype, bias) if config.gated else None
+    self.up = Linear((d,), (f,), rngs, param_dtype, bias)
     gain = (2 * config.num_layers) ** -0.5
-    self.down = Linear((f,), (d,), rngs, param_dtype, gain=gain)
+    self.down = Linear((f,), (d,), rngs, param_dtype, bias, gain)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [B,T,D] for x [B,T,D]."""
-    return self.down(swiglu(self.gate(x), self.up(x)))
+    if self.gate is None:
+      return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    return self.down(gated_activation(self.activation, self.gate(x), self.up(x)))
 
 
 class Block(nnx.Module):
-  """One pre-norm transformer layer."""
+  """One transformer layer: attention and a feed-forward layer, with norms before or after each."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
-    self.attention_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
+    def norm(is_used):
+      return make_norm(config, param_dtype) if is_used else None
+
+    self.attention_norm = norm(config.pre_norm)
     self.attention = Attention(config, rngs, param_dtype)
-    self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
+    self.attention_post_norm = norm(config.post_norm)
+    self.mlp_norm = norm(config.pre_norm)
     self.mlp = MLP(config, rngs, param_dtype)
+    self.mlp_post_norm = norm(config.post_norm)
+    self.residual_scale = config.residual_scale
+    self.parallel = config.parallel_blocks
 
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
   ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
     """Return [B,T,D] and the updated blocks of the cache; see `Attention.__call__`."""
-    ordered = cache is not None
-    out, cache = self.attention(self.attention_norm(x, ordered), cache, context)
-    x = x + out
-    return x + self.mlp(self.mlp_norm(x, ordered)), cache
+
+    def normalize(norm, x):
+      return x if norm is None else norm(x, cache is not None)
+
+    def add(x, branch, post_norm):
+      branch = normalize(post_norm, branch)
+      return x + (branch if self.residual_scale == 1 else branch * self.residual_scale)
+
+    out, new_cache = self.attention(normalize(self.attention_norm, x), cache, context)
+    result = add(x, out, self.attention_post_norm)
+    inputs = x if self.parallel else result
+    out = self.mlp(normalize(self.mlp_norm, inputs))
+    return add(result, out, self.mlp_post_norm), new_cache
 
 
 class Embedding(nnx.Module):
-  """A table [V,D] of token embeddings, or the output layer that multiplies with it."""
+  """A table [V,D] of the embeddings of tokens or positions, or the output layer.
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
-    shape = (config.vocab_size, config.d_model)
-    std = config.d_model**-0.5
-    self.table = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+  Args:
+    size: V, number of rows.
+    d_model: D.
+    rngs: `rngs.params` draws the table with standard deviation D^-1/2.
+    param_dtype: dtype of the table.
+  """
+
+  def __init__(self, size: int, d_model: int, rngs: nnx.Rngs, param_dtype):
+    std = d_model**-0.5
+    self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, d_model), param_dtype))
 
   def __call__(self, tokens: jax.Array, differentiable: bool) -> jax.Array:
     """Return the embeddings of tokens.
@@ -222,3 +307,32 @@ class Embedding(nnx.Module):
       return jax.lax.bitcast_convert_type(rows, table.dtype)
 
     return jax.lax.platform_dependent(table, cpu=look_up_bits, default=lambda table: table[tokens])
+
+
+def embed_tokens(
+  config: ModelConfig,
+  embed: Embedding,
+  position_embed: Embedding | None,
+  tokens: jax.Array,
+  positions: jax.Array,
+  dtype: Any,
+  differentiable: bool,
+) -> jax.Array:
+  """Return the input [B,T,D] of the first block, in a compute dtype.
+
+  Args:
+    config: gives the scale of the embeddings.
+    embed: the embeddings of tokens.
+    position_embed: those of positions, or None.
+    tokens: i32[B,T].
+    positions: i32[B,T]; what padding outside the table gets is arbitrary, but finite.
+    dtype: the compute dtype.
+    differentiable: see `Embedding.__call__`.
+  """
+  x = embed(tokens, differentiable).astype(dtype)
+  if config.embedding_scale != 1:
+    x = x * config.embedding_scale
+  if position_embed is not None:
+    positions = jnp.clip(positions, 0, config.max_positions - 1)
+    x = x + position_embed(positions, differentiable).astype(dtype)
+  return x

@@ -13,19 +13,21 @@ from cai_jax.runtime.errors import UserError
 
 # Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
 RULES = (
-  (r'(embed|head)/table', P('tensor', 'fsdp')),  # [V,D]
+  (r'(embed|head|positions)/table', P('tensor', 'fsdp')),  # [V,D] or [positions, D]
   (r'.*attention/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
   (r'.*attention/(query|key|value)/bias', P('tensor', None)),  # [N,H]
   (r'.*attention/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
   (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
+  (r'.*mlp/(gate|up)/bias', P('tensor')),  # [F]
+  (r'.*mlp/down/bias', P()),  # [D]
   # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.
   (r'.*(query|key|value|gate|up)/adapter/a', P('fsdp', None)),
   (r'.*(query|key|value|gate|up)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
   (r'.*(output|down)/adapter/b', P(None, 'fsdp')),
-  (r'(.*/)?(attention_norm|mlp_norm|norm|q_norm|k_norm)/scale', P()),  # [D] or [H]
+  (r'(.*/)?((attention|mlp)_(post_)?norm|norm|q_norm|k_norm)/(scale|bias)', P()),  # [D] or [H]
 )
 
 

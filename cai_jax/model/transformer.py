@@ -20,10 +20,19 @@ from jax.sharding import NamedSharding
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
 from cai_jax.model.attention.rotary import ropes_of, rotary_angles
+from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.layers import PRODUCT, Block, Embedding, LayerContext, RMSNorm
+from cai_jax.model.layers import (
+  PRODUCT,
+  Block,
+  Embedding,
+  LayerContext,
+  embed_tokens,
+  make_norm,
+)
+from cai_jax.model.logits import LogitTransform, logit_transform_of
 from cai_jax.model.precision import einsum_f32
 
 Params = dict[str, Any]  # nested dict of arrays; layers are under integer keys
@@ -53,10 +62,15 @@ class Transformer(nnx.Module):
   ):
     self.config = config
     self.dtype = dtype
-    self.embed = Embedding(config, rngs, param_dtype)
+
+    def embedding(size):
+      return Embedding(size, config.d_model, rngs, param_dtype)
+
+    self.embed = embedding(config.vocab_size)
+    self.positions = embedding(config.max_positions) if config.learned_positions else None
     self.layers = nnx.List([Block(config, rngs, param_dtype) for _ in range(config.num_layers)])
-    self.norm = RMSNorm(config.d_model, config.norm_eps, param_dtype)
-    self.head = None if config.tied_embeddings else Embedding(config, rngs, param_dtype)
+    self.norm = make_norm(config, param_dtype)
+    self.head = None if config.tied_embeddings else embedding(config.vocab_size)
 
   def __call__(
     self,
@@ -101,7 +115,10 @@ class Transformer(nnx.Module):
     ropes = ropes_of(self.config)
     angles, masks = compute_once(angles_and_masks, positions)
     attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
-    x = constrain(self.embed(tokens, differentiable=True).astype(self.dtype))
+    x = embed_tokens(
+      self.config, self.embed, self.positions, tokens, positions, self.dtype, differentiable=True
+    )
+    x = constrain(x)
     for layer, block in enumerate(self.layers):
       context = LayerContext(angles[ropes.index(self.config.rope(layer))], attends[layer])
 
@@ -125,22 +142,27 @@ class Transformer(nnx.Module):
 
   def _attend_to_tokens(self, masks, segment_ids, attention, sharding) -> list[Callable]:
     """Return each layer's `LayerContext.attend` to the tokens of the batch."""
-    windows, kernel = windows_of(self.config), None
+    windows, kernel, scores = windows_of(self.config), None, scores_of(self.config)
     if attention is not None:
       mesh = None if sharding is None else sharding.mesh
-      kernel = bind_kernel(attention, segment_ids, mesh)
+      kernel = bind_kernel(attention, segment_ids, mesh, scores)
 
     def attend_with(window):
       mask = masks[windows.index(window)]
       if kernel is None:
-        return functools.partial(attend, mask=mask)
+        return functools.partial(attend, mask=mask, scores=scores)
       return functools.partial(kernel, window=window, **({} if mask is None else {'mask': mask}))
 
     return [attend_with(self.config.window(layer)) for layer in range(len(self.layers))]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[...,V] of hidden states [...,D]."""
-    return unembed(hidden, self.output_table)
+    return unembed(hidden, self.output_table, self.logit_transform)
+
+  @property
+  def logit_transform(self) -> LogitTransform:
+    """How products of hidden states and the output table become logits."""
+    return logit_transform_of(self.config)
 
   @property
   def output_table(self) -> jax.Array:
@@ -148,9 +170,15 @@ class Transformer(nnx.Module):
     return (self.embed if self.head is None else self.head).table[...]
 
 
-def unembed(hidden: jax.Array, table: jax.Array) -> jax.Array:
-  """Return the logits f32[...,V] of hidden states [...,D] with the output layer's table [V,D]."""
-  return einsum_f32('...D,VD->...V', hidden, table.astype(hidden.dtype))
+def unembed(hidden: jax.Array, table: jax.Array, transform: LogitTransform) -> jax.Array:
+  """Return the logits f32[...,V] of hidden states.
+
+  Args:
+    hidden: [...,D], after the last norm.
+    table: [V,D], the table of the output layer.
+    transform: divisor and cap of the logits.
+  """
+  return transform.of_products(einsum_f32('...D,VD->...V', hidden, table.astype(hidden.dtype)))
 
 
 def compute_once(compute: Callable[[], Any], positions: jax.Array) -> Any:

@@ -202,6 +202,12 @@ def _check_training_start(
       f'train.max_length={max_length} exceeds the context of {name}, which holds {context} tokens. '
       'Lower train.max_length.'
     )
+  train, cap = run.config.train, info.config.attention_cap
+  if 'train' in stages and train.attention != AUTO:
+    try:
+      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, cap=cap)
+    except UserError as error:
+      raise UserError(f'train.attention: {error}') from None
   lengths = _prompt_lengths(run, dialogue, ('harmful',))
   if 'train' in stages and lengths and min(lengths) + 2 > max_length:
     raise UserError(

@@ -44,8 +44,8 @@ def resolve_devices(run: Run, stages: Mapping[str, Any]) -> Run:
         raise UserError(f'The training in {run.workdir} has begun elsewhere: {error}') from None
   else:
     folder = find_folder(model_path(run.training_start), ('config.json',))
-    head_dim = config_from_hf(read_hf_config(folder)).head_dim
-    train = resolve_attention(train, mesh, [train.max_length], head_dim)
+    model = config_from_hf(read_hf_config(folder))
+    train = resolve_attention(train, mesh, [train.max_length], model)
   values = copy.deepcopy(dict(run.values))
   values['train']['attention'] = train.attention
   return dataclasses.replace(

@@ -100,8 +100,8 @@ def fit(
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
-  config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model.head_dim)
-  _check_buckets(buckets, config, mesh)
+  config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
+  _check_buckets(buckets, config, mesh, model.attention_cap)
   steps = packing.plan([len(e.tokens) for e in examples], buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))
   workdir = pathlib.Path(workdir)
@@ -210,7 +210,9 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _check_buckets(buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh) -> None:
+def _check_buckets(
+  buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh, cap: float | None
+) -> None:
   for bucket in buckets:
     if bucket.rows % config.accumulation:
       raise UserError(
@@ -221,7 +223,7 @@ def _check_buckets(buckets: Sequence[packing.Bucket], config: TrainConfig, mesh:
     name = 'train.batch_size / train.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
-      check_kernel(config.attention, mesh, config.dtype, bucket.length)
+      check_kernel(config.attention, mesh, config.dtype, bucket.length, cap=cap)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
 

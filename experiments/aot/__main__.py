@@ -102,7 +102,7 @@ def training_job(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.
   """Return the training job that launch.py would run on the slice."""
   settings = TrainConfig(seed=config.seed, **config.train)
   mesh = make_mesh(**config.mesh, devices=chips.devices)
-  settings = resolve_attention(settings, mesh, [settings.max_length], model.head_dim)
+  settings = resolve_attention(settings, mesh, [settings.max_length], model)
   return train.Training(model, settings, mesh)
 
 

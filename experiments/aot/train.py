@@ -37,7 +37,8 @@ class Training:
   def __post_init__(self):
     train, name = self.train, 'train.batch_size / train.accumulation'
     check_batch(train.batch_size // train.accumulation, self.mesh, name)
-    check_kernel(train.attention, self.mesh, train.dtype, train.max_length)
+    cap = self.model.attention_cap
+    check_kernel(train.attention, self.mesh, train.dtype, train.max_length, cap=cap)
     if train.max_length > self.model.max_positions:
       raise UserError(
         f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '

@@ -44,8 +44,7 @@ class System:
       **options['optimizer'],
       **options['train'],
     )
-    heads = lm.config.head_dim
-    config = resolve_attention(config, lm.mesh, [options['length']], heads)
+    config = resolve_attention(config, lm.mesh, [options['length']], lm.config)
     steps = 1000  # a constant schedule does not depend on it
     graph, _ = abstract_model(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)

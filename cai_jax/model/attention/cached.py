@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from cai_jax.model.attention.scores import Scores
 from cai_jax.model.cache import LayerCache, Prefixes, Step
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
@@ -72,6 +73,7 @@ class Attend(Protocol):
     window: int | None,
     width: int,
     mesh: Mesh,
+    scores: Scores,
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Return the output [G,X,N,H] in the dtype of `q`, and the updated blocks.
 
@@ -86,6 +88,7 @@ class Attend(Protocol):
       window: the layer's window.
       width: C, number of tokens of a piece of prefill.
       mesh: the mesh over which rows and heads are split.
+      scores: scale and cap of the scores.
     """
 
 

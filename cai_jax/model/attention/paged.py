@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED, causal_mask
+from cai_jax.model.attention.scores import Scores
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
   group_queries,
@@ -158,6 +159,7 @@ def attend_paged(
   window: int | None,
   width: int,
   mesh: Mesh,
+  scores: Scores,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it.
 
@@ -173,12 +175,13 @@ def attend_paged(
     window: the layer's window.
     width: C, number of tokens of a piece.
     mesh: the mesh over which rows and heads are split.
+    scores: scale and cap of the scores.
 
   Returns:
     The output [G,X,N,H] in the dtype of `q`, and the updated blocks.
   """
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  local = functools.partial(_attend_local, window=window, width=width, on_cpu=on_cpu)
+  local = functools.partial(_attend_local, window=window, width=width, on_cpu=on_cpu, scores=scores)
   args = q, k, v, blocks, tuple(prefixes), view
   if mesh.size == 1:
     return local(*args)
@@ -191,7 +194,7 @@ def attend_paged(
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu):
+def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores):
   """Compute `attend_paged` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -208,30 +211,30 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu):
     tokens = view.rows.mask.shape[1]
     decoded = tokens * len(view.rows.pages)
     queries = q[:decoded].reshape(-1, tokens, *q.shape[1:])
-    part = _attend_rows(group_queries(queries, kv_heads), blocks, view.rows, on_cpu)
+    part = _attend_rows(group_queries(queries, kv_heads), blocks, view.rows, on_cpu, scores)
     part = [ungroup_queries(x, tokens).reshape(decoded, *q.shape[1:-1], -1) for x in part]
     parts.append(PartialSoftmax(*part))
   if view.pieces is not None:
     attend_pieces = _attend_pieces if on_cpu else _attend_gathered_pieces
-    parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width))
+    parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width, scores))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
   def read_prefix(cache, mask):
-    part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask)
+    part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask, scores)
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
   shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
   return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
 
 
-def _attend_rows(queries, blocks, view: RowView, on_cpu: bool) -> PartialSoftmax:
+def _attend_rows(queries, blocks, view: RowView, on_cpu: bool, scores) -> PartialSoftmax:
   """Return the softmax of decoded rows [D,K,R,...] over their pages, for queries [D,K,R,H]."""
   read, parts, start = read_pages if on_cpu else read_keys, [], 0
   for block in blocks:
     end = start + len(block.k)
     by_page = queries.at[view.owner[start:end]].get(mode='promise_in_bounds')
     by_page = by_page.astype(jnp.float32) if on_cpu else by_page
-    parts.append(read(by_page, block.k, block.v, view.mask[start:end]))
+    parts.append(read(by_page, block.k, block.v, view.mask[start:end], scores))
     start = end
   pages = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
 
@@ -253,7 +256,7 @@ def _attend_rows(queries, blocks, view: RowView, on_cpu: bool) -> PartialSoftmax
   return jax.lax.fori_loop(0, view.longest, add, empty)
 
 
-def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
+def _attend_pieces(q, blocks, view: PieceView, window, width, scores) -> PartialSoftmax:
   """Return the softmax of prefilled tokens [T,N,...] over their pages, for q [T,N,H]."""
   length, n, h = q.shape
   kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
@@ -279,9 +282,10 @@ def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
     queries = group_queries(jax.lax.dynamic_slice_in_dim(q, start, width), kv_heads)
 
     def add_page(number, part):
-      keys = view.first[piece] + number * size + jnp.arange(size)
-      mask = causal_mask(at[None], keys[None], window)[0]
-      return merge([part, read_keys(queries, *read_page(view.pages[piece, number]), mask)])
+      at_keys = view.first[piece] + number * size + jnp.arange(size)
+      mask = causal_mask(at[None], at_keys[None], window)[0]
+      keys = read_page(view.pages[piece, number])
+      return merge([part, read_keys(queries, *keys, mask, scores)])
 
     empty = PartialSoftmax.empty(queries.shape[:-1], h)
     part = jax.lax.fori_loop(0, view.num_pages[piece], add_page, empty)
@@ -296,7 +300,7 @@ def _attend_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
   return jax.tree.map(lambda x: x[:length], whole)
 
 
-def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> PartialSoftmax:
+def _attend_gathered_pieces(q, blocks, view: PieceView, window, width, scores) -> PartialSoftmax:
   """Return `_attend_pieces` of all pieces at once, from copies of their pages.
 
   GPUs gather fast, and a loop of unknown length would make every layer wait for the host.
@@ -321,7 +325,8 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width) -> Partia
   v = jnp.moveaxis(v, 1, 2).reshape(pieces, kv_heads, pages * size, h)
   keys = view.first[:, None] + jnp.arange(pages * size)
   listed = jnp.arange(pages * size) < view.num_pages[:, None] * size
-  part = read_keys(queries, k, v, causal_mask(positions, keys, window, listed[:, None]))
+  mask = causal_mask(positions, keys, window, listed[:, None])
+  part = read_keys(queries, k, v, mask, scores)
   # A piece ends where the next one starts. What it computed beyond is dropped.
   end = jnp.concatenate([view.start[1:], jnp.full(1, length)])
   end = jnp.where(jnp.arange(pieces) + 1 < view.number, end, length)

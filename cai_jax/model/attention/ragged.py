@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED
 from cai_jax.model.attention.paged import prefix_masks
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
   group_queries,
@@ -193,10 +194,11 @@ def attend_ragged(
   window: int | None,
   width: int,
   mesh: Mesh,
+  scores: Scores,
 ) -> tuple[jax.Array, tuple[RaggedPages, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it; see `cached.Attend`."""
   interpret = mesh.devices.flat[0].platform != 'tpu'
-  local = functools.partial(_attend_local, window=window, interpret=interpret)
+  local = functools.partial(_attend_local, window=window, interpret=interpret, scores=scores)
   args = q, k, v, blocks, tuple(prefixes), view
   if mesh.size == 1:
     return local(*args)
@@ -208,7 +210,7 @@ def attend_ragged(
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
+def _attend_local(q, k, v, blocks, prefixes, view, window, interpret, scores):
   """Compute `attend_ragged` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -218,7 +220,9 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
   ordered = q if view.order is None else q[view.order]
   tables = view.length, view.pages, view.start, view.num_sequences
   together = PREFILL_QUERIES if view.order is None else BLOCK_QUERIES
-  out, summed = call_kernel(ordered, kv, *tables, together, window, bool(prefixes), interpret)
+  out, summed = call_kernel(
+    ordered, kv, *tables, together, window, bool(prefixes), interpret, scores
+  )
   # What the kernel leaves in the place of padding may be anything.
   valid = (jnp.arange(len(q)) < view.start[-1])[:, None, None]
   out = jnp.where(valid, out, 0)
@@ -230,7 +234,7 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret):
   own = PartialSoftmax(summed, jnp.ones_like(summed), out.astype(jnp.float32))
 
   def read_prefix(cache, mask):
-    part = read_keys(group_queries(q, k.shape[1]), cache.k[0], cache.v[0], mask)
+    part = read_keys(group_queries(q, k.shape[1]), cache.k[0], cache.v[0], mask, scores)
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
   shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
@@ -260,6 +264,7 @@ def call_kernel(
   window: int | None,
   has_sums: bool,
   interpret: bool,
+  scores: Scores = PLAIN,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Call the kernel, and return what it does not: the logarithm of each softmax's sum.
 
@@ -274,6 +279,7 @@ def call_kernel(
     window: the layer's window.
     has_sums: whether to return the logarithms.
     interpret: whether to run in Pallas's interpreter.
+    scores: scale and cap of the scores.
 
   Returns:
     The output [X,N,H] in the dtype of `q`, and f32[X,N], the logarithm of the sum of exp(score)
@@ -285,7 +291,10 @@ def call_kernel(
   queries = min(together, x)
   fetched = block_pages(size, pages.shape[1], pairs * h * kv.dtype.itemsize)
   body = functools.partial(
-    ragged.ragged_paged_attention_kernel, sm_scale=h**-0.5, sliding_window=window
+    ragged.ragged_paged_attention_kernel,
+    sm_scale=scores.factor(h),
+    sliding_window=window,
+    soft_cap=scores.cap,
   )
   scratch = [
     pltpu.VMEM((2, fetched, size, pairs_of_block, h), kv.dtype),

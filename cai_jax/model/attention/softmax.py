@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cai_jax.model.attention.mask import MASKED
+from cai_jax.model.attention.scores import Scores
 from cai_jax.model.precision import einsum_f32, sum_entries
 
 
@@ -57,7 +58,9 @@ def merge(parts: Sequence[PartialSoftmax]) -> PartialSoftmax:
   return PartialSoftmax(largest, total, out)
 
 
-def read_keys(queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> PartialSoftmax:
+def read_keys(
+  queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Scores
+) -> PartialSoftmax:
   """Return the softmax over keys; leading axes `...` are batch axes.
 
   The queries that share a kv head are the rows R of one matrix: T queries for each of several
@@ -69,29 +72,32 @@ def read_keys(queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -
     k: [...,K,H,S].
     v: [...,K,S,H].
     mask: bool[...,T,S], the keys that each query sees.
+    scores: scale and cap of the scores.
   """
-  scores = einsum_f32('...RA,...AC->...RC', queries.astype(k.dtype), k)
-  weights, largest = _weigh(scores, mask, queries.shape[-1])
+  products = einsum_f32('...RA,...AC->...RC', queries.astype(k.dtype), k)
+  weights, largest = _weigh(scores.of_products(products, queries.shape[-1]), mask)
   out = einsum_f32('...RA,...AC->...RC', weights.astype(v.dtype), v)
   return PartialSoftmax(largest, weights.sum(-1, keepdims=True), out)
 
 
-def read_pages(queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> PartialSoftmax:
+def read_pages(
+  queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Scores
+) -> PartialSoftmax:
   """Return `read_keys` of small pages, as products and sums that CPUs compute in place.
 
   Per page there are too few queries for a matrix product to pay off: at three queries for each kv
   head, XLA's product takes 1.4 times as long on two cores. Arguments are those of `read_keys`.
   """
-  scores = (queries[..., :, None] * k[..., None, :, :]).sum(-2)
-  weights, largest = _weigh(scores, mask, queries.shape[-1])
+  products = (queries[..., :, None] * k[..., None, :, :]).sum(-2)
+  weights, largest = _weigh(scores.of_products(products, queries.shape[-1]), mask)
   out = (weights[..., :, None] * v[..., None, :, :]).sum(-2)
   return PartialSoftmax(largest, sum_entries(weights)[..., None], out)
 
 
-def _weigh(scores: jax.Array, mask: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-  """Return exp(score - max) [...,K,R,S] of scaled, masked scores, and the maxima [...,K,R,1]."""
+def _weigh(scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return exp(score - max) [...,K,R,S] of masked scores, and the maxima [...,K,R,1]."""
   shape = scores.shape
-  scores = (scores * head_dim**-0.5).reshape(*shape[:-2], -1, *mask.shape[-2:])
+  scores = scores.reshape(*shape[:-2], -1, *mask.shape[-2:])
   scores = jnp.where(mask[..., None, None, :, :], scores, MASKED).reshape(shape)
   largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   return jnp.exp(scores - largest), largest
@@ -111,7 +117,7 @@ def ungroup_queries(x: jax.Array, length: int) -> jax.Array:
   return x.reshape(*batch, length, -1, a)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
   """Return the attention output of rows that hold their own keys.
 
   Args:
@@ -119,10 +125,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     k: [B,S,K,H], rotated.
     v: [B,S,K,H].
     mask: bool[B,T,S].
+    scores: scale and cap of the scores.
 
   Returns:
     [B,T,N,H] in the dtype of `q`.
   """
   queries = group_queries(q, k.shape[2])
-  part = read_keys(queries, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+  part = read_keys(queries, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scores)
   return ungroup_queries(part.divided(), q.shape[1]).astype(q.dtype)

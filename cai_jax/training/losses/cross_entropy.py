@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from cai_jax.model.logits import PLAIN, LogitTransform
 from cai_jax.model.precision import einsum_f32
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 
@@ -32,18 +33,23 @@ def choose_num_slices(
   return min(num_slices, length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def weighted_cross_entropy(
-  num_slices: int, hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+  num_slices: int,
+  hidden: jax.Array,
+  table: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  transform: LogitTransform = PLAIN,
 ) -> jax.Array:
-  """Return Σ weights × -log softmax(hidden · tableᵀ)[targets], f32[].
+  """Return Σ weights × -log softmax(transform(hidden · tableᵀ))[targets], f32[].
 
   The function moves the positions with nonzero weight to the front of their row, and skips slices
   without any. If only responses are learned, this saves half of the logits or more.
 
   The function is differentiable in `hidden` and `table`. The gradients are computed in the forward
   pass, while the logits of a slice are in memory (Hsu et al. 2024, Liger Kernel): softmax minus
-  one-hot.
+  one-hot, times the derivative of the transform.
 
   Args:
     num_slices: number of slices of the positions of a row, which are processed one after the other.
@@ -51,19 +57,21 @@ def weighted_cross_entropy(
     table: [V,D], the output layer.
     targets: i32[B,T].
     weights: f32[B,T].
+    transform: divisor and cap of the logits.
   """
-  return _sliced_cross_entropy(num_slices, hidden, table, targets, weights, False, False)[0]
+  arrays = hidden, table, targets, weights
+  return _sliced_cross_entropy(num_slices, transform, *arrays, False, False)[0]
 
 
-def _cross_entropy_fwd(num_slices, hidden, table, targets, weights):
+def _cross_entropy_fwd(num_slices, hidden, table, targets, weights, transform):
   needs_gradient = hidden.perturbed, table.perturbed
   arrays = (x.value for x in (hidden, table, targets, weights))
-  loss, *gradients = _sliced_cross_entropy(num_slices, *arrays, *needs_gradient)
+  loss, *gradients = _sliced_cross_entropy(num_slices, transform, *arrays, *needs_gradient)
   return loss, gradients
 
 
-def _cross_entropy_bwd(num_slices, gradients, g):
-  del num_slices
+def _cross_entropy_bwd(num_slices, transform, gradients, g):
+  del num_slices, transform
   return (*(None if x is None else (g * x).astype(x.dtype) for x in gradients), None, None)
 
 
@@ -71,7 +79,7 @@ weighted_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_z
 
 
 def _sliced_cross_entropy(
-  num_slices, hidden, table, targets, weights, needs_hidden_grad, needs_table_grad
+  num_slices, transform, hidden, table, targets, weights, needs_hidden_grad, needs_table_grad
 ):
   """Return the loss and its gradients by hidden and table; a gradient not needed is None."""
   length = hidden.shape[1]
@@ -92,14 +100,14 @@ def _sliced_cross_entropy(
       jax.lax.dynamic_slice_in_dim(a, number * size, size, axis=1)
       for a in (hidden, targets, weights)
     )
-    logits = einsum_f32('BTD,VD->BTV', x, matrix)
+    logits = transform.of_products(einsum_f32('BTD,VD->BTV', x, matrix))
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     loss += jnp.sum((log_z - target_logits) * weight)
     if needs_hidden_grad or needs_table_grad:
       tokens = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
       error = jnp.exp(logits - log_z[..., None]) - (tokens == target[..., None])
-      error = (error * weight[..., None]).astype(x.dtype)
+      error = transform.pull_back(logits, error * weight[..., None]).astype(x.dtype)
     if needs_hidden_grad:
       part = einsum_f32('BTV,VD->BTD', error, matrix).astype(x.dtype)
       hidden_grad = jax.lax.dynamic_update_slice_in_dim(hidden_grad, part, number * size, axis=1)

@@ -46,4 +46,7 @@ def negative_log_likelihood(
   }
   rows, length = targets.shape
   num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
-  return weighted_cross_entropy(num_slices, hidden, model.output_table, targets, weights), sums
+  loss = weighted_cross_entropy(
+    num_slices, hidden, model.output_table, targets, weights, model.logit_transform
+  )
+  return loss, sums

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.mask import MASKED
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.precision import einsum_f32
 
 MIN_TILE = 128  # tokens
@@ -35,6 +36,7 @@ def attend_blockwise(
   segment_ids: jax.Array,
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
+  scores: Scores = PLAIN,
 ) -> jax.Array:
   """Attend within segments, one pair of tiles at a time; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
@@ -49,7 +51,8 @@ def attend_blockwise(
 
   # Queries of the same kv head are next to each other: [I,B,K,G,size,H].
   tiles = split(q).reshape(-1, b, size, kv_heads, n // kv_heads, h).transpose(0, 1, 3, 4, 2, 5)
-  out = _attend(window, tiles, split(k).swapaxes(2, 3), split(v).swapaxes(2, 3), split(segment_ids))
+  k, v = split(k).swapaxes(2, 3), split(v).swapaxes(2, 3)
+  out = _attend(window, scores, tiles, k, v, split(segment_ids))
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, n, h)[:, :t]
 
 
@@ -100,7 +103,7 @@ def _put(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _scores(window, q, k, segment_ids, i, j) -> jax.Array:
+def _scores(window, scores, q, k, segment_ids, i, j) -> jax.Array:
   """Return the scores f32[B,K,R,S] of the queries of tile i with the keys of tile j."""
   q, k = _take(q, i), _take(k, j)
   b, kv_heads, groups, size, h = q.shape
@@ -110,7 +113,7 @@ def _scores(window, q, k, segment_ids, i, j) -> jax.Array:
     visible &= distance < window
   mask = visible & (_take(segment_ids, i)[:, :, None] == _take(segment_ids, j)[:, None])
   x = einsum_f32('BKRH,BKSH->BKRS', _merge_groups(q), k)
-  x = x.reshape(b, kv_heads, groups, size, size) * h**-0.5
+  x = scores.of_products(x.reshape(b, kv_heads, groups, size, size), h)
   return _merge_groups(jnp.where(mask[:, None, None], x, MASKED))
 
 
@@ -129,20 +132,20 @@ def _sum_queries(x: jax.Array, y: jax.Array, groups: int) -> jax.Array:
   return einsum_f32('BKGTS,BKGTH->BKSH', x, y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(window, q, k, v, segment_ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(window, scores, q, k, v, segment_ids):
   """Return the output [I,B,K,G,T,H] for tiles q [I,B,K,G,T,H], k and v [I,B,K,T,H], ids [I,B,T]."""
-  return _attend_fwd(window, q, k, v, segment_ids)[0]
+  return _attend_fwd(window, scores, q, k, v, segment_ids)[0]
 
 
-def _attend_fwd(window, q, k, v, segment_ids):
+def _attend_fwd(window, scores, q, k, v, segment_ids):
   tiles, b, kv_heads, groups, size, h = q.shape
   pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
 
   def add_pair(n, carry):
     out, largest, total = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    x = _scores(window, q, k, segment_ids, i, j)
+    x = _scores(window, scores, q, k, segment_ids, i, j)
     before = _take(largest, i)
     now = jnp.maximum(before, x.max(-1, keepdims=True))
     weights, rescale = jnp.exp(x - now), jnp.exp(before - now)
@@ -163,7 +166,7 @@ def _attend_fwd(window, q, k, v, segment_ids):
   return out.reshape(q.shape), (q, k, v, segment_ids, out, log_sum)
 
 
-def _attend_bwd(window, residuals, g):
+def _attend_bwd(window, scores, residuals, g):
   q, k, v, segment_ids, out, log_sum = residuals
   tiles, _, _, groups, size, h = q.shape
   pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
@@ -174,11 +177,12 @@ def _attend_bwd(window, residuals, g):
   def add_pair(n, carry):
     dq, dk, dv = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    weights = jnp.exp(_scores(window, q, k, segment_ids, i, j) - _take(log_sum, i))
+    x = _scores(window, scores, q, k, segment_ids, i, j)
+    weights = jnp.exp(x - _take(log_sum, i))
     cotangent = _take(g, i)
     dv_part = _sum_queries(weights.astype(v.dtype), cotangent, groups)
     error = einsum_f32('BKRH,BKSH->BKRS', cotangent, _take(v, j))
-    error = (weights * (error - _take(mean, i)) * h**-0.5).astype(q.dtype)
+    error = scores.pull_back(x, weights * (error - _take(mean, i)), h).astype(q.dtype)
     dq_part = einsum_f32('BKRS,BKSH->BKRH', error, _take(k, j))
     dk_part = _sum_queries(error, _merge_groups(_take(q, i)), groups)
     dq, dk = _put(dq, i, _take(dq, i) + dq_part), _put(dk, j, _take(dk, j) + dk_part)

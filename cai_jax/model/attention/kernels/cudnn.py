@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
 
 
@@ -17,6 +18,7 @@ def attend_cudnn(
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
   implementation: Literal['xla', 'cudnn'] = 'cudnn',
+  scores: Scores = PLAIN,
 ) -> jax.Array:
   """Attend within segments with cuDNN; see `kernel.Attend`.
 
@@ -26,14 +28,21 @@ def attend_cudnn(
     q, k, v, segment_ids, window: as for `kernel.Attend`.
     mesh: not used; XLA splits rows and heads as q, k and v are split.
     implementation: 'xla' makes the same call on devices without cuDNN.
+    scores: scale of the scores, without a cap.
+
+  Raises:
+    ValueError: if scores have a cap; `kernel.check_kernel` refuses it before.
   """
   del mesh
+  if scores.cap is not None:
+    raise ValueError("attention 'cudnn' cannot cap scores.")
   same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
     mask=same_segment[:, None],
+    scale=scores.scale,
     is_causal=True,
     local_window_size=None if window is None else (window - 1, 0),
     implementation=implementation,
@@ -84,5 +93,5 @@ def check_head(head_dim: int, device: jax.Device) -> None:
 
 # With jax 0.11.2, XLA fails to compile cuDNN's attention with xla_gpu_deterministic_ops.
 KERNELS.register('cudnn')(
-  Kernel(attend_cudnn, 'gpu', check_compute_dtype, check_head, deterministic=False)
+  Kernel(attend_cudnn, 'gpu', check_compute_dtype, check_head, deterministic=False, caps=False)
 )

@@ -14,6 +14,7 @@ from typing import Protocol
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 
@@ -29,6 +30,7 @@ class Attend(Protocol):
     segment_ids: jax.Array,
     window: int | None,
     mesh: Mesh | AbstractMesh | None,
+    scores: Scores,
   ) -> jax.Array:
     """Return the output [B,T,N,H] of causal attention within segments.
 
@@ -39,6 +41,7 @@ class Attend(Protocol):
       segment_ids: i32[B,T].
       window: number of tokens that a query sees, itself included; None means no limit.
       mesh: splits rows over its batch axes and heads over `tensor`.
+      scores: scale and cap of the scores.
     """
 
 
@@ -65,6 +68,7 @@ class Kernel:
     takes_mask: whether `attend` also takes the keyword `mask`: bool[B,T,T], which key each query
       sees. The model computes it once for all layers with the same window.
     deterministic: whether XLA can compile the gradient so that it has the same bits in every run.
+    caps: whether `attend` can cap the scores.
   """
 
   attend: Attend
@@ -73,6 +77,7 @@ class Kernel:
   check_head: Callable[[int, jax.Device], None] = accept_any_head
   takes_mask: bool = False
   deterministic: bool = True
+  caps: bool = True
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')
@@ -83,7 +88,9 @@ AUTO = 'auto'
 BY_SPEED = ('splash', 'cudnn', 'blocks')
 
 
-def choose_kernel(mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int) -> str:
+def choose_kernel(
+  mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int, cap: float | None = None
+) -> str:
   """Return the name of the fastest kernel that can run.
 
   Args:
@@ -91,12 +98,13 @@ def choose_kernel(mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int)
     dtype: compute dtype, such as 'bfloat16'.
     lengths: numbers of tokens per row of all batches.
     head_dim: size of a head.
+    cap: cap of the attention scores, or None.
   """
   *preferred, fallback = BY_SPEED
   for name in preferred:
     try:
       for length in lengths:
-        check_kernel(name, mesh, dtype, length, head_dim)
+        check_kernel(name, mesh, dtype, length, head_dim, cap)
     except UserError:
       continue
     return name
@@ -104,7 +112,12 @@ def choose_kernel(mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int)
 
 
 def check_kernel(
-  name: str, mesh: Mesh, dtype: str, length: int, head_dim: int | None = None
+  name: str,
+  mesh: Mesh,
+  dtype: str,
+  length: int,
+  head_dim: int | None = None,
+  cap: float | None = None,
 ) -> None:
   """Check that a kernel can run.
 
@@ -114,10 +127,11 @@ def check_kernel(
     dtype: compute dtype, such as 'bfloat16'.
     length: number of tokens per row.
     head_dim: size of a head; None leaves it unchecked.
+    cap: cap of the attention scores, or None.
 
   Raises:
     UserError: if there is no such kernel, or if it does not support the devices, the dtype, the row
-      length or the heads.
+      length, the heads or the cap.
   """
   kernel = KERNELS[name]
   device = mesh.devices.flat[0]
@@ -131,17 +145,27 @@ def check_kernel(
   kernel.check(dtype, length)
   if head_dim is not None:
     kernel.check_head(head_dim, device)
+  if cap is not None and not kernel.caps:
+    usable = [n for n, x in KERNELS.items() if x.caps and x.platform in (None, platform)]
+    raise UserError(
+      f'attention {name!r} cannot cap attention scores, and the model has attention_cap={cap}. '
+      f'Choose {" or ".join(map(repr, sorted(usable)))}.'
+    )
 
 
 def bind_kernel(
-  name: str, segment_ids: jax.Array | None, mesh: Mesh | AbstractMesh | None
+  name: str,
+  segment_ids: jax.Array | None,
+  mesh: Mesh | AbstractMesh | None,
+  scores: Scores = PLAIN,
 ) -> Callable[..., jax.Array]:
-  """Return a kernel's `attend` with the segments and the mesh bound.
+  """Return a kernel's `attend` with the segments, the mesh and the scores bound.
 
   Args:
     name: a name in `KERNELS`.
     segment_ids: i32[B,T].
     mesh: the mesh that the rows are split over.
+    scores: scale and cap of the scores.
 
   Returns:
     A function of q, k, v and window.
@@ -154,4 +178,4 @@ def bind_kernel(
     raise ValueError(f'attention {name!r} is for packed rows: it needs segment_ids.')
   if mesh is None and kernel.platform is not None:
     raise ValueError(f'attention {name!r} needs a mesh.')
-  return functools.partial(kernel.attend, segment_ids=segment_ids, mesh=mesh)
+  return functools.partial(kernel.attend, segment_ids=segment_ids, mesh=mesh, scores=scores)

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH
 
@@ -25,6 +26,7 @@ def attend_splash(
   window: int | None,
   mesh: Mesh | AbstractMesh | None,
   interpret: bool = False,
+  scores: Scores = PLAIN,
 ) -> jax.Array:
   """Attend within segments with splash attention; see `kernel.Attend`.
 
@@ -34,6 +36,7 @@ def attend_splash(
   Args:
     q, k, v, segment_ids, window, mesh: as for `kernel.Attend`.
     interpret: run the kernel in Pallas's interpreter, which works on any device.
+    scores: scale and cap of the scores.
   """
   length = q.shape[1]
   block = max(size for size in range(TILE, MAX_BLOCK + 1, TILE) if length % size == 0)
@@ -52,13 +55,18 @@ def attend_splash(
   def attend_on_device(q, k, v, segment_ids):
     masks = splash_attention_mask.MultiHeadMask([mask] * q.shape[2])
     kernel = splash_attention_kernel.make_splash_mha(
-      masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+      masks,
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+      attn_logits_soft_cap=scores.cap,
     )
 
     def attend_row(q, k, v, ids):
       return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
 
-    scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    scaled = (q.astype(jnp.float32) * scores.factor(q.shape[-1])).astype(q.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (scaled, k, v))
     return jax.vmap(attend_row)(*heads_first, segment_ids).swapaxes(1, 2)
 

@@ -6,6 +6,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.mask import causal_mask
+from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.attention.softmax import attend
 
 
@@ -17,12 +18,13 @@ def attend_plain(
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
   mask: jax.Array | None = None,
+  scores: Scores = PLAIN,
 ) -> jax.Array:
   """Attend within segments with one mask bool[B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
   if mask is None:
     mask = segment_mask(segment_ids, window)
-  return attend(q, k, v, mask)
+  return attend(q, k, v, mask, scores)
 
 
 def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:

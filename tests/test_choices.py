@@ -1,0 +1,239 @@
+"""The choices in which families differ: each is read by every forward, and changes the model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import cai_jax
+from cai_jax.model import lora, sharding
+from cai_jax.model.attention import paged
+from cai_jax.model.cache import windows_of
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.elementwise import ACTIVATIONS
+from cai_jax.model.sharding import flatten_params
+from cai_jax.model.transformer import abstract_model, init_params
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.training.losses import negative_log_likelihood
+from tests.test_cached_forward import TOKENS, B, PagedRows, T
+
+BASE = ModelConfig('other', 320, 32, 48, 2, 4, 2, 8, 64)
+# Models that together make every choice, in combinations that do not depend on one another.
+MODELS = {
+  'capped': {
+    'norm_offset': 1.0,
+    'post_norm': True,
+    'qk_norm': True,
+    'activation': 'gelu_tanh',
+    'query_scale': 0.9,
+    'attention_cap': 0.7,
+    'windows': (None, 5),
+    'embedding_scale': 32**0.5,
+    'logit_cap': 2.0,
+  },
+  'layer_norms': {
+    'norm': 'layer',
+    'parallel_blocks': True,
+    'activation': 'gelu',
+    'gated': False,
+    'mlp_bias': True,
+    'qkv_bias': True,
+    'learned_positions': True,
+  },
+  'norms_after': {
+    'pre_norm': False,
+    'post_norm': True,
+    'qk_norm': True,
+    'qk_norm_over_heads': True,
+    'residual_scale': 0.5,
+    'logit_divisor': 0.5,
+    'mlp_bias': True,
+  },
+}
+CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}
+
+
+def draw_params(config: ModelConfig, seed: int = 0):
+  """Return parameters that are so large and irregular that a mistake changes the logits."""
+  params = init_params(config, jax.random.key(seed))
+  leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+
+  def draw(path, x, key):
+    name = sharding.path_str(path).split('/')[-1]
+    factor, noise = {'kernel': (2, 0), 'table': (1, 0), 'scale': (1, 0.2), 'bias': (1, 0.2)}[name]
+    return factor * x + noise * jax.random.normal(key, x.shape)
+
+  drawn = [draw(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, drawn)
+
+
+def model_of(config: ModelConfig, **changes) -> cai_jax.LM:
+  config = dataclasses.replace(config, **changes)
+  mesh = make_mesh(1, devices=jax.devices()[:1])
+  return cai_jax.LM(config, draw_params(config), None, mesh, 'float32', '', '', (0,))
+
+
+@pytest.fixture(params=MODELS)
+def choice(request) -> dict:
+  """Each value of MODELS in turn."""
+  return MODELS[request.param]
+
+
+def test_every_choice_is_tested():
+  neutral = {x.name for x in dataclasses.fields(ModelConfig) if x.metadata.get('added')}
+  rotary = {'rope_channels', 'rope_interleaved', 'ropes'}
+  assert neutral - rotary <= CHOICES.keys()
+
+
+@pytest.mark.parametrize('name', CHOICES)
+def test_each_choice_changes_the_logits(name):
+  """So no field is ignored. The other fields are those of the field's model."""
+  fields = next(fields for fields in MODELS.values() if name in fields)
+  neutral = {**fields, name: getattr(BASE, name)}
+  if name == 'qk_norm':
+    neutral['qk_norm_over_heads'] = False
+  if name == 'pre_norm':  # its parameters keep their names only if there are norms before too
+    neutral['post_norm'] = False
+  logits, other = (np.asarray(model_of(BASE, **x).logits(TOKENS[:1])) for x in (fields, neutral))
+  assert np.isfinite(logits).all() and logits.std() > 0.1
+  assert np.abs(logits - other).max() > 0.05
+
+
+def test_cached_forward_equals_the_full_forward(choice):
+  """Prefill in two chunks beside a decoded row, then decode, from scattered and stale pages."""
+  lm = model_of(BASE, **choice)
+  full, rows = np.asarray(lm.logits(TOKENS)), PagedRows(lm)
+  for row, logits in enumerate(rows.prefill([(row, 0, 9) for row in range(B)])):
+    np.testing.assert_allclose(logits, full[row, :9], atol=1e-4, rtol=0)
+  decoded, (prefilled,) = rows.step([0, 1], [9, 9], [(2, 9, 20)], tokens=4)
+  np.testing.assert_allclose(decoded[:2], full[:2, 9:13], atol=1e-4, rtol=0)
+  np.testing.assert_allclose(prefilled, full[2, 9:20], atol=1e-4, rtol=0)
+  for step in range(4):
+    at = np.array([13, 13, 20]) + step
+    logits = rows.decode(range(B), at)
+    np.testing.assert_allclose(logits[:, 0], full[range(B), at], atol=1e-4, rtol=0)
+
+
+def test_gathered_pages_give_the_same_logits(choice, monkeypatch):
+  """Accelerators read pages in another way, which this test runs on a CPU."""
+  attend = paged._attend_local
+  monkeypatch.setattr(
+    paged, '_attend_local', lambda *args, on_cpu, **kwargs: attend(*args, on_cpu=False, **kwargs)
+  )
+  lm = model_of(BASE, **choice)
+  full, rows = np.asarray(lm.logits(TOKENS)), PagedRows(lm, dtype=jnp.float32)
+  jax.clear_caches()
+  try:
+    rows.prefill([(row, 0, 9) for row in range(B)])
+    decoded, (prefilled,) = rows.step([0, 1], [9, 9], [(2, 9, 20)])
+  finally:
+    jax.clear_caches()
+  np.testing.assert_allclose(decoded[:, 0], full[:2, 9], atol=1e-4, rtol=0)
+  np.testing.assert_allclose(prefilled, full[2, 9:20], atol=1e-4, rtol=0)
+
+
+def test_bits_do_not_depend_on_the_number_of_rows(choice):
+  """A row alone, and beside others, decodes to the same bits."""
+  lm, results = model_of(BASE, **choice), []
+  for others in ([], [1], [1, 2]):
+    rows = PagedRows(lm)
+    prefilled = rows.prefill([(row, 0, 9) for row in (0, *others)])[0]
+    decoded = [rows.decode([0, *others], [9 + i] * (1 + len(others)))[0] for i in range(3)]
+    results.append([prefilled, *decoded])
+  for result in results[1:]:
+    for ours, theirs in zip(result, results[0], strict=True):
+      np.testing.assert_array_equal(ours, theirs)
+
+
+def test_kernels_give_the_same_training_gradient(choice):
+  """Each kernel that this machine has, for packed rows, and for the loss with its own gradient."""
+  config = dataclasses.replace(BASE, **choice)
+  graph, params = abstract_model(config)[0], draw_params(config)
+  tokens = jnp.asarray(TOKENS[:2], jnp.int32)
+  segment_ids = jnp.array([[1] * 14 + [2] * 10, [1] * 20 + [0] * 4])
+  positions = jnp.array([[*range(14), *range(10)], [*range(20), *range(4)]])
+  batch = {'tokens': tokens, 'positions': positions, 'segment_ids': segment_ids}
+  batch['loss_mask'] = jnp.ones((2, T), jnp.int32)
+
+  def plain(params):
+    """JAX's own gradient of the logits of plain attention."""
+    model = nnx.merge(graph, params)
+    log_p = jax.nn.log_softmax(model.unembed(model(tokens, positions, segment_ids)))
+    targets = jnp.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
+    return -jnp.sum(jnp.where(same, targets, 0.0))
+
+  expected = jax.jit(jax.value_and_grad(plain))(params)
+  for kernel in ('xla', 'blocks'):
+
+    def loss(params, kernel=kernel):
+      return negative_log_likelihood(graph, params, batch, attention=kernel)[0]
+
+    ours = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
+    theirs = flatten_params(expected[1])
+    for path, gradient in flatten_params(ours[1]).items():
+      size = np.abs(theirs[path]).max()
+      np.testing.assert_allclose(gradient, theirs[path], atol=2e-5 * size + 1e-6, err_msg=path)
+
+
+def test_the_number_of_parameters_is_that_of_the_model(choice):
+  for fields in (choice, {**choice, 'tied_embeddings': True}):
+    config = dataclasses.replace(BASE, **fields)
+    shapes = flatten_params(abstract_model(config)[1]).values()
+    assert config.num_params == sum(x.size for x in shapes)
+  looked_up = config.learned_positions * config.max_positions * config.d_model
+  pairs = sum(min(t + 1, config.window(layer) or T) for layer in range(2) for t in range(T))
+  flops = 6 * T * (config.num_params - looked_up) + 12 * 4 * 8 * pairs
+  assert config.training_flops([T]) == pytest.approx(flops)
+  assert len(windows_of(config)) == len(set(config.windows) or {None})
+
+
+def test_norms_have_only_the_parameters_that_a_model_uses():
+  both = flatten_params(abstract_model(dataclasses.replace(BASE, post_norm=True))[1])
+  names = ('attention_norm', 'attention_post_norm', 'mlp_norm', 'mlp_post_norm')
+  assert {f'layers/0/{name}/scale' for name in names} <= both.keys()
+  after = dataclasses.replace(BASE, post_norm=True, pre_norm=False, norm='layer')
+  paths = flatten_params(abstract_model(after)[1])
+  assert 'layers/0/mlp_post_norm/bias' in paths and 'norm/bias' in paths
+  assert not any('mlp_norm' in path or 'attention_norm' in path for path in paths)
+
+
+def test_norm_scales_start_at_one():
+  params = init_params(dataclasses.replace(BASE, norm_offset=1.0), jax.random.key(0))
+  np.testing.assert_array_equal(params['norm']['scale'], 0.0)
+
+
+def test_adapters_find_the_layers_of_a_model_without_a_gate():
+  config = dataclasses.replace(BASE, gated=False, mlp_bias=True)
+  paths = flatten_params(lora.abstract_model(config, lora.LoraConfig(2, 4.0, 'mlp'))[1])
+  adapted = {path.split('/')[-3] for path in paths if 'adapter' in path}
+  assert adapted == {'up', 'down'}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'norm': 'batch'}, r"norm='batch' must be one of \['rms', 'layer'\]"),
+    ({'activation': 'swish'}, "activation='swish' must be one of"),
+    ({'norm': 'layer', 'norm_offset': 1.0}, 'norm_offset is for'),
+    ({'qk_norm_over_heads': True}, 'no effect without qk_norm'),
+    ({'pre_norm': False}, 'at least one'),
+    ({'attention_cap': 0.0}, 'attention_cap=0.0 must be positive'),
+    ({'logit_cap': -1.0}, 'logit_cap=-1.0 must be positive'),
+    ({'logit_divisor': 0.0}, 'logit_divisor=0.0 must be positive'),
+  ],
+)
+def test_contradictions_are_refused(fields, message):
+  with pytest.raises(UserError, match=message):
+    dataclasses.replace(BASE, **fields)
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_every_activation_is_accepted(name):
+  assert dataclasses.replace(BASE, activation=name).activation == name

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import soft_cap, soft_cap_slope
@@ -37,12 +38,12 @@ class Scores(NamedTuple):
     """Return the gradient by the products.
 
     Args:
-      scores: what `of_products` returned; where the gradient is 0, any finite value.
+      scores: what `of_products` returned, or less where a key is masked and the gradient is 0.
       gradient: the gradient by the scores.
       head_dim: size of a head.
     """
     if self.cap is not None:
-      gradient = gradient * soft_cap_slope(scores, self.cap)
+      gradient = gradient * soft_cap_slope(jnp.maximum(scores, -self.cap), self.cap)
     return gradient * self.factor(head_dim)
 
 

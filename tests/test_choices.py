@@ -14,6 +14,7 @@ from cai_jax.model.attention import paged
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS
+from cai_jax.model.layers import make_norm
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
@@ -137,17 +138,27 @@ def test_gathered_pages_give_the_same_logits(choice, monkeypatch):
   np.testing.assert_allclose(prefilled, full[2, 9:20], atol=1e-4, rtol=0)
 
 
-def test_bits_do_not_depend_on_the_number_of_rows(choice):
-  """A row alone, and beside others, decodes to the same bits."""
+def test_other_rows_do_not_change_a_single_bit(choice):
+  """Here another row is longer, or starts with other tokens."""
   lm, results = model_of(BASE, **choice), []
-  for others in ([], [1], [1, 2]):
+  for length, shift in ((3, 0), (17, 0), (3, 1)):
     rows = PagedRows(lm)
-    prefilled = rows.prefill([(row, 0, 9) for row in (0, *others)])[0]
-    decoded = [rows.decode([0, *others], [9 + i] * (1 + len(others)))[0] for i in range(3)]
-    results.append([prefilled, *decoded])
+    first = rows.prefill([(0, 0, 9), (1, 0, 6), (2, shift, shift + length)])[:2]
+    results.append([*first, rows.decode(range(B), [9, 6, shift + length])[:2]])
   for result in results[1:]:
     for ours, theirs in zip(result, results[0], strict=True):
       np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('fields', [{'norm': 'layer'}, {'norm_offset': 1.0}, {}])
+def test_ordered_norms_do_not_depend_on_the_number_of_rows(fields):
+  norm = make_norm(dataclasses.replace(BASE, **fields), jnp.float32, 576)
+  x = jax.random.normal(jax.random.key(0), (1, 200, 576))
+  run = jax.jit(lambda x: norm(x, ordered=True))
+  whole = run(x)
+  for rows in (1, 3, 64):
+    np.testing.assert_array_equal(run(x[:, :rows]), whole[:, :rows])
+  np.testing.assert_allclose(whole, jax.jit(norm)(x), atol=1e-5)
 
 
 def test_kernels_give_the_same_training_gradient(choice):

@@ -157,6 +157,7 @@ def test_parts_are_where_the_table_says():
     'DNH->+NH,D': np.concatenate([array.reshape(8, 6) for array in transposed]),
     'DNH->N+H,D': np.stack(transposed, axis=1).reshape(24, 6),
     'DNH->NH+,D': np.stack(transposed, axis=2).reshape(24, 6),
+    'DNH->D,+1,NH': np.stack([array.reshape(6, 8) for array in (query, key, value)], axis=1),
     'DNH->D,+NH': np.concatenate([array.reshape(6, 8) for array in (query, key, value)], axis=1),
     'DNH->D+,HN': np.stack([a.transpose(0, 2, 1) for a in (query, key, value)], 1).reshape(18, 8),
   }
@@ -169,6 +170,23 @@ def test_parts_are_where_the_table_says():
     for path in shapes:
       block = stored[path].read_block(lambda _, t=tensor: t, (1, 2, 0), (5, 4, 1))
       np.testing.assert_array_equal(block, x[path][1:5, 2:4, :1])
+
+
+def test_a_tensor_may_have_axes_of_one_element():
+  """The kernel of a convolution over each channel, and a number."""
+  rows = (Weight('conv', 'conv.weight', 'DW->D,1,W'), Weight('factor', 'factor', '->1'))
+  sizes = {'W': 'conv_kernel'}
+  family = Family(llama.read_config, llama.write_config, rows, '', '', sizes=sizes)
+  assert family.describe_shape('conv') == 'hidden_size, 1, conv_kernel'
+  stored = family.find_weights({'conv': (6, 4), 'factor': ()})
+  x = np.arange(24.0).reshape(6, 4)
+  tensor = join_parts([(stored['conv'], x)])
+  np.testing.assert_array_equal(tensor, x[:, None])
+  block = stored['conv'].read_block(lambda _: tensor, (1, 2), (4, 4))
+  np.testing.assert_array_equal(block, x[1:4, 2:4])
+  number = join_parts([(stored['factor'], np.asarray(3.0))])
+  assert number.shape == (1,)
+  assert stored['factor'].read_block(lambda _: number, (), ()) == 3.0
 
 
 class Recorder:

@@ -24,7 +24,8 @@ class Weight(NamedTuple):
       letter in braces is an axis of ours with one tensor for each of its indices:
       'model.layers.{}.mlp.experts.{E}.up_proj.weight'.
     axes: our axes and the tensor's: 'DNH->NH,D'. Commas separate the axes of the tensor. Letters
-      without a comma between them are axes of ours that the tensor merges into one.
+      without a comma between them are axes of ours that the tensor merges into one. `1` is an axis
+      of one element, which ours does not have: 'CW->C,1,W'.
       `cai_jax.model.transformer` defines the letters. `+` marks the axis on which parts are joined.
       What stands before it is common to them, and what follows is joined: '+NH' holds one part
       after the other, 'N+H' has the parts side by side in each head, and in 'F+' they alternate.
@@ -87,7 +88,7 @@ class StoredWeight:
     """Read the block [starts, stops) of our parameter, and no more rows of a tensor than needed.
 
     Where a tensor merges several of our axes, the first is sliced in the file and the others in
-    memory.
+    memory. Parts side by side ('N+H', 'F+') are read together, and then separated.
 
     Args:
       find: returns a slice object of safetensors for a tensor's name.
@@ -116,6 +117,11 @@ class StoredWeight:
     block: list[int] = []  # its shape, with our axes
     within: list[slice] = []
     for axis in self.axes:
+      if not (*axis.outer, *axis.inner):  # an axis of one element
+        region.append(slice(axis.start, axis.start + 1))
+        joined.append(1)
+        own.append(slice(None))
+        continue
       first, *rest = (*axis.outer, *axis.inner)
       if axis.outer:
         rows = self._size(axis.outer[1:])
@@ -229,7 +235,7 @@ def _locate(
   ours, theirs = row.axes.split('->')
   axes = []
   for number, axis in enumerate(theirs.split(',')):
-    outer, joined, inner = axis.rpartition('+')
+    outer, joined, inner = axis.replace('1', '').rpartition('+')
     sizes = {r.path: _part_size(r, s, number) for r, s in parts} if joined else {}
     start = 0
     for path, size in sizes.items():
@@ -250,7 +256,7 @@ def _locate(
 def _part_size(row: Weight, shape: tuple[int, ...], number: int) -> int:
   """Return how many elements a part has behind the `+` of an axis of the tensor."""
   ours, theirs = row.axes.split('->')
-  inner = theirs.split(',')[number].rpartition('+')[2]
+  inner = theirs.split(',')[number].replace('1', '').rpartition('+')[2]
   return math.prod(shape[ours.index(letter)] for letter in inner)
 
 
@@ -267,6 +273,7 @@ def describe_axes(row: Weight, table: Sequence[Weight], sizes: Mapping[str, str]
     parts.
   """
   parts = [other for other in table if other.name == row.name]
+  sizes = {**sizes, '1': '1'}
   texts = []
   for number, axis in enumerate(row.axes.split('->')[1].split(',')):
     outer, joined, inner = axis.rpartition('+')
@@ -298,7 +305,7 @@ def check_table(table: Sequence[Weight], sizes: Mapping[str, str]) -> None:
   counts = collections.Counter(row.name for row in table)
   for row in table:
     ours, _, theirs = row.axes.partition('->')
-    letters = [*theirs.replace(',', '').replace('+', ''), *_STACKED.findall(row.name)]
+    letters = [*re.sub('[,+1]', '', theirs), *_STACKED.findall(row.name)]
     if sorted(letters) != sorted(set(ours)) or '' in (a.strip('+') for a in theirs.split(',')):
       raise ValueError(f'{row} does not use each of our axes once.')
     if unknown := sorted(set(ours) - sizes.keys()):

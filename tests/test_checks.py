@@ -72,6 +72,7 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'prompts__harmful__split': 'other'}, 'other'),
     ({'constitution__tags': ('no such tag',)}, 'no such tag'),
     ({'feedback__rounds': 0}, 'rounds=0'),
+    ({'model__long_context': True}, 'holds .* has no longrope scaling for a longer one'),
     ({'model__dtype': 'float33'}, "model.dtype='float33' is not supported"),
     ({'feedback__style': 'odd'}, "feedback: style='odd' must be one of"),
     (

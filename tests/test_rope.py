@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import cai_jax
 from cai_jax.model import cached_forward
+from cai_jax.model import lm as models
 from cai_jax.model.attention.rotary import rotary_angles, rotate
 from cai_jax.model.config import ModelConfig, Rope
 from cai_jax.model.families import rope as entries
@@ -160,7 +161,8 @@ def test_scaled_models_agree_with_transformers(tiny_hf_folder, tmp_path, name, s
 
   check(lm, TOKENS)
   if scaling == 'longrope':
-    longer = dataclasses.replace(lm, config=lm.config.with_long_context())
+    longer = cai_jax.load(folder, mesh=lm.mesh, long_context=True)
+    assert longer.max_positions == 256 and longer.fingerprint != lm.fingerprint
     check(longer, np.concatenate([TOKENS, TOKENS], axis=1))
 
 
@@ -396,6 +398,22 @@ def test_wrong_rotary_positions_are_refused(rope, message):
 def test_wrong_ropes_of_types_of_layers_are_refused(hf, message):
   with pytest.raises(UserError, match=message):
     read_kinds(hf)
+
+
+def test_models_without_a_longer_context_are_refused_where_one_is_asked_for(tiny_hf_folder):
+  for read_model in (cai_jax.load, models.inspect_model, models.describe):
+    with pytest.raises(UserError, match=r'config\.json: .*256 tokens.*no longrope'):
+      read_model(tiny_hf_folder('llama2'), long_context=True)
+
+
+def test_a_limit_of_the_context_is_logged_once(tiny_hf_folder, tmp_path, caplog):
+  folder = shutil.copytree(tiny_hf_folder('llama2'), tmp_path / 'model')
+  hf = read_json(folder / 'config.json')
+  rope = {'rope_theta': 1e4, **SCALINGS['dynamic']}
+  (folder / 'config.json').write_text(json.dumps(hf | {'rope_parameters': rope}))
+  for _ in range(2):
+    assert models.inspect_model(folder).config.max_positions == 256
+  assert caplog.text.count('Longer contexts are refused') == 1
 
 
 def test_scalings_say_how_they_limit_the_context():

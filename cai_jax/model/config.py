@@ -165,6 +165,13 @@ class ModelConfig:
     ropes = (self.rope(layer) for layer in range(self.num_layers))
     return any(r and isinstance(r.scaling, LongRope) and r.scaling.long for r in ropes)
 
+  @property
+  def remarks(self) -> tuple[str, ...]:
+    """How scalings of rotary frequencies limit the context, if they do."""
+    ropes = (self.rope(layer) for layer in range(self.num_layers))
+    remarks = (r.scaling.remark for r in ropes if r and r.scaling)
+    return tuple(dict.fromkeys(remark for remark in remarks if remark))
+
   def with_long_context(self) -> 'ModelConfig':
     """Return the model with the long factors of its longrope scaling, and the whole context.
 

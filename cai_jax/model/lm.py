@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 import shutil
@@ -40,6 +41,8 @@ from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.mesh import make_mesh
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,11 +151,12 @@ class ModelInfo(NamedTuple):
   eos_token_ids: tuple[int, ...]
 
 
-def inspect_model(path: str | os.PathLike) -> ModelInfo:
+def inspect_model(path: str | os.PathLike, long_context: bool = False) -> ModelInfo:
   """Check that `load` would succeed, without reading the values of the weights.
 
   Args:
     path: a folder, or a name on the Hugging Face hub.
+    long_context: as for `load`.
 
   Returns:
     The config, the tokenizer and the tokens that end a reply.
@@ -161,17 +165,29 @@ def inspect_model(path: str | os.PathLike) -> ModelInfo:
     UserError: as `load`.
   """
   folder = find_folder(path)
-  described = _read_description(folder)
+  described = _read_description(folder, long_context)
   check_params(folder, described.config)
   return ModelInfo(described.config, described.tokenizer, described.eos_token_ids)
 
 
-def _read_description(folder: pathlib.Path) -> Description:
+def _read_description(folder: pathlib.Path, long_context: bool = False) -> Description:
   """Return what the folder of a language model holds besides the weights."""
   described = read_description(folder)
+  if long_context:
+    try:
+      described = described._replace(config=described.config.with_long_context())
+    except UserError as error:
+      raise UserError(f'{folder / "config.json"}: {error}') from None
+  for remark in described.config.remarks:
+    _log_once(f'{folder / "config.json"}: {remark}')
   family = FAMILIES[described.config.family]
   check_architecture(folder, described.hf, family.architecture(described.hf))
   return described
+
+
+@functools.lru_cache
+def _log_once(message: str) -> None:
+  log.warning('%s', message)
 
 
 def load(
@@ -179,6 +195,7 @@ def load(
   dtype: str = 'float32',
   mesh: Mesh | None = None,
   param_dtype: str | None = None,
+  long_context: bool = False,
 ) -> LM:
   """Load a language model from a Hugging Face folder or from the hub.
 
@@ -189,6 +206,8 @@ def load(
       to TF32 or bf16 on any device.
     mesh: where the parameters go; None means `make_mesh()`.
     param_dtype: dtype of the parameters; None means `dtype`.
+    long_context: whether to use the long factors of longrope scaling and the whole context, and not
+      the short factors and the original context. The model must have that scaling.
 
   Raises:
     UserError: if there is no such folder or name; if the model's family is not supported or the
@@ -197,7 +216,7 @@ def load(
   param_dtype = dtype if param_dtype is None else param_dtype
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
-  described = _read_description(folder)
+  described = _read_description(folder, long_context)
   config, eos = described.config, described.eos_token_ids
   mesh = make_mesh() if mesh is None else mesh
   return LM(
@@ -213,7 +232,12 @@ def load(
   )
 
 
-def describe(path: str | os.PathLike, dtype: str = 'float32', mesh: Mesh | None = None) -> LM:
+def describe(
+  path: str | os.PathLike,
+  dtype: str = 'float32',
+  mesh: Mesh | None = None,
+  long_context: bool = False,
+) -> LM:
   """Return a language model without parameters and fingerprint, which can only render contexts.
 
   Weights are neither fetched nor read.
@@ -222,11 +246,12 @@ def describe(path: str | os.PathLike, dtype: str = 'float32', mesh: Mesh | None 
     path: a folder, or a name on the Hugging Face hub.
     dtype: compute dtype.
     mesh: where the parameters would go; None means `make_mesh()`.
+    long_context: as for `load`.
 
   Raises:
     UserError: if there is no such folder or name, or its files have no usable model and tokenizer.
   """
-  described = _read_description(find_folder(path, DESCRIPTION_FILES))
+  described = _read_description(find_folder(path, DESCRIPTION_FILES), long_context)
   return LM(
     config=described.config,
     params={},

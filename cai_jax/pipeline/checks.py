@@ -150,7 +150,8 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
   infos = {}
   for name in fields.keys() - {''}:
     try:
-      infos[name] = models.inspect_model(model_path(name))
+      long = section.long_context and fields[name] != 'evaluation.judge'
+      infos[name] = models.inspect_model(model_path(name), long)
     except UserError as error:
       raise UserError(f'{fields[name]}={name!r}: {error}') from error
   mesh = global_mesh(run)

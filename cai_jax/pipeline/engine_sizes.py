@@ -113,4 +113,7 @@ def _models(run: Run) -> list[tuple[ModelConfig, str]]:
   names = {name for name in (section.base, section.critique, section.revision) if name}
   names = names or {name for name in (section.aligned or section.init,) if name}
   folders = [find_folder(model_path(name), ('config.json',)) for name in sorted(names)]
-  return [(config_from_hf(read_hf_config(folder)), section.dtype) for folder in folders]
+  configs = [config_from_hf(read_hf_config(folder)) for folder in folders]
+  if section.long_context:
+    configs = [config.with_long_context() for config in configs]
+  return [(config, section.dtype) for config in configs]

@@ -58,7 +58,8 @@ def open_models(run: Run, weights: bool = True) -> Iterator[dict[str, LM | Remot
 
   def load(name: str) -> LM:
     load_lm = models.load if weights else models.describe
-    return dataclasses.replace(load_lm(model_path(name), config.dtype, mesh), name=name)
+    lm = load_lm(model_path(name), config.dtype, mesh, long_context=config.long_context)
+    return dataclasses.replace(lm, name=name)
 
   with contextlib.ExitStack() as stack:
     served = {
@@ -101,6 +102,7 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
     inspect_only,
     feedback.style,
     (run.journal or run.workdir / 'journal') / 'judge',
+    run.config.model.long_context,
   )
 
 

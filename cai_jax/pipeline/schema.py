@@ -79,6 +79,13 @@ class ModelSelection:
   dtype: str = setting(
     'float32', "Dtype of parameters, cache and computation in sampling, such as 'bfloat16'."
   )
+  long_context: bool = setting(
+    False,
+    'Whether models with longrope scaling, such as Phi-3, use their long factors and whole '
+    'context, and not their short factors and original context. All models of this section must '
+    'have that scaling.',
+    added=True,
+  )
 
   def __post_init__(self) -> None:
     check_dtype(self.dtype, 'model.dtype')

@@ -76,7 +76,10 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       sample_dataset(run, job, place, name)
       rows[name] = list(d_cai.read_rows(place))
   del sampled, job  # frees their memory for M_aligned
-  aligned = models.load(aligned_path(run), run.config.model.dtype, local_mesh(run))
+  section = run.config.model
+  aligned = models.load(
+    aligned_path(run), section.dtype, local_mesh(run), long_context=section.long_context
+  )
   job = _prepare_answers(run, {'base': aligned}, [*harmful, *helpful], length)
   aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
   rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))

@@ -50,6 +50,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     dtype=config.dtype,
     mesh=global_mesh(run),
     param_dtype='float32',
+    long_context=run.config.model.long_context,
   )
   dialogue = make_dialogue(run, lm)
   params, summary = fine_tune(

@@ -30,6 +30,7 @@ class ModelLoader:
       valid. A run then finds a model that a scorer or measure lacks before it begins.
     style: prompt format of the run's conversations, in which M_θ reads them.
     judge_journal: folder in which the answers of a served judge are stored, if there is one.
+    long_context: whether M_θ has its whole context, see `lm.load`. Other models have the default.
   """
 
   dtype: str
@@ -39,6 +40,7 @@ class ModelLoader:
   inspect_only: bool = False
   style: str = 'chat'
   judge_journal: pathlib.Path | None = None
+  long_context: bool = False
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -50,10 +52,11 @@ class ModelLoader:
       UserError: if the checkpoint cannot be loaded.
     """
     path = self.aliases.get(name, name)
+    long_context = self.long_context and path == self.aliases.get('base')
     if self.inspect_only:
-      lm.inspect_model(path)
+      lm.inspect_model(path, long_context)
       raise Inspected
-    return lm.load(path, self.dtype, self.mesh)
+    return lm.load(path, self.dtype, self.mesh, long_context=long_context)
 
   def reward_model(self, name: str, style: str = 'chat') -> reward.RewardModel:
     """Load a reward model or classifier.

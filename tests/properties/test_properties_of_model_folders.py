@@ -17,6 +17,7 @@ from cai_jax.model.classifier import SCORE, Classifier, inspect_classifier, load
 from cai_jax.model.config import Llama3Rope, ModelConfig
 from cai_jax.model.families.family import config_from_hf, config_to_hf
 from cai_jax.model.folder import load_vocabulary
+from cai_jax.model.rope import LongRope, YarnRope
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model
 from cai_jax.model.weight_files import INDEX, SINGLE
@@ -26,6 +27,10 @@ from cai_jax.runtime.mesh import make_mesh
 LLAMA = ModelConfig('llama', 40, 4, 6, 1, 2, 1, 2, 64)
 MODELS = [
   ModelConfig('llama', 40, 4, 6, 1, 2, 1, 2, 64, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 32)),
+  ModelConfig('llama', 40, 4, 6, 1, 2, 1, 2, 64, rope_scaling=YarnRope(2.0, 32, 4.0)),
+  ModelConfig(
+    'qwen3', 40, 4, 6, 1, 2, 1, 2, 32, qk_norm=True, rope_scaling=LongRope((1.5,), (4.0,), 32, 64)
+  ),
   ModelConfig('qwen2', 40, 4, 6, 2, 2, 2, 2, 64, qkv_bias=True, windows=(None, 8)),
   ModelConfig('mistral', 40, 4, 6, 2, 2, 1, 2, 64, tied_embeddings=True, windows=(8, 8)),
 ]
@@ -84,7 +89,7 @@ def check_config(files: Files, config: ModelConfig) -> None:
   sizes = {'vocab_size': config.vocab_size, 'hidden_size': config.d_model}
   sizes |= {'intermediate_size': config.d_ff, 'num_hidden_layers': config.num_layers}
   sizes |= {'num_attention_heads': config.num_heads, 'num_key_value_heads': config.num_kv_heads}
-  sizes |= {'head_dim': config.head_dim, 'max_position_embeddings': config.max_positions}
+  sizes |= {'head_dim': config.head_dim, 'max_position_embeddings': whole_context(config)}
   for name, value in sizes.items():
     assert type(value) is int and hf.get(name) in (None, value), name
   flags = (config.tied_embeddings, config.qkv_bias, config.output_bias)
@@ -100,19 +105,34 @@ def check_config(files: Files, config: ModelConfig) -> None:
   assert config_from_hf(config_to_hf(config)) == config
 
 
+def whole_context(config: ModelConfig) -> int:
+  """Return the context that config.json states; that of longrope's short factors is shorter."""
+  longrope = isinstance(config.rope_scaling, LongRope)
+  return config.rope_scaling.max_positions if longrope else config.max_positions
+
+
 def check_rope(hf: dict, config: ModelConfig) -> None:
   """Check that each entry of config.json agrees with the rotary embeddings."""
-  names = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor'}
-  names |= {'high_freq_factor': 'high_freq_factor'}
-  names |= {'original_max_position_embeddings': 'original_max_positions'}
+  names = {'original_max_position_embeddings': 'original_max_positions'}
+  names |= {'short_factor': 'short_factors', 'long_factor': 'long_factors'}
+  names |= {'partial_rotary_factor': 'fraction'}
   for entry in filter(None, (hf.get('rope_parameters'), hf.get('rope_scaling'))):
     assert entry.get('rope_theta') in (None, config.rope_theta)
-    scaling = config.rope_scaling
     kind = entry.get('rope_type', entry.get('type'))
-    assert kind == 'llama3' if scaling else kind in (None, 'default')
-    for name, ours in names.items() if scaling else ():
-      assert entry[name] == getattr(scaling, ours)
+    if config.rope_scaling is None:
+      assert kind in (None, 'default')
+      continue
+    assert type(config.rope_scaling).__name__ == f'{CLASSES[kind]}Rope'
+    for name, value in entry.items():
+      if name not in ('rope_theta', 'rope_type', 'type') and value is not None:
+        ours = getattr(config.rope_scaling, names.get(name, name), None)
+        whole = name == 'partial_rotary_factor' and ours is None
+        assert value == (1.0 if whole else list(ours) if isinstance(ours, tuple) else ours), name
   assert hf.get('rope_theta') in (None, config.rope_theta)
+
+
+CLASSES = {'linear': 'Linear', 'dynamic': 'Dynamic', 'llama3': 'Llama3', 'yarn': 'Yarn'}
+CLASSES |= {'longrope': 'Long', 'proportional': 'Proportional'}
 
 
 def check_token_ids(vocab_size: int, tokenizer, eos: tuple[int, ...]) -> None:

@@ -161,6 +161,8 @@ def test_scaled_models_agree_with_transformers(tiny_hf_folder, tmp_path, name, s
 
   check(lm, TOKENS)
   if scaling == 'longrope':
+    with pytest.raises(UserError, match='row of 48 tokens is longer .* 32: the context is 32 of'):
+      lm.logits(np.concatenate([TOKENS, TOKENS], axis=1))
     longer = cai_jax.load(folder, mesh=lm.mesh, long_context=True)
     assert longer.max_positions == 256 and longer.fingerprint != lm.fingerprint
     check(longer, np.concatenate([TOKENS, TOKENS], axis=1))

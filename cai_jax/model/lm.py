@@ -105,7 +105,8 @@ class LM:
       f32[B,T,V].
 
     Raises:
-      UserError: if the shapes differ or are not [B,T], or a token is outside the vocabulary.
+      UserError: if the shapes differ or are not [B,T], a token is outside the vocabulary, or the
+        scaling of rotary positions does not hold for rows as long as these.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or (mask is not None and np.shape(mask) != tokens.shape):
@@ -118,6 +119,12 @@ class LM:
       )
     real = np.ones(tokens.shape, np.int32) if mask is None else (np.asarray(mask) != 0) * 1
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    longest = positions.max(initial=-1) + 1
+    if longest > self.max_positions and self.config.remarks:
+      raise UserError(
+        f'A row of {longest} tokens is longer than the context of {self.name}, which holds '
+        f'{self.max_positions}: {" ".join(self.config.remarks)}'
+      )
     segment_ids = None if mask is None else real.astype(np.int32)
     tokens = tokens.astype(np.int32)
     return compute_logits(self.graph, self.params, tokens, positions, segment_ids)

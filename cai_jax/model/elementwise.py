@@ -138,14 +138,14 @@ def _gated_activation_fwd(name, gate, up):
 
 def _gated_activation_bwd(name, inputs, gradient):
   gate, up, g = (x.astype(jnp.float32) for x in (*inputs, gradient))
-  by_value = g * up
   if name == 'silu':
     share = jax.nn.sigmoid(gate)
     value = gate * share
-    slope = share + value * (1 - share)
+    by_gate = g * up * (share + value * (1 - share))
   else:
     value, slope = jax.jvp(ACTIVATIONS[name], (gate,), (jnp.ones_like(gate),))
-  return (by_value * slope).astype(inputs[0].dtype), (g * value).astype(inputs[1].dtype)
+    by_gate = g * up * slope
+  return by_gate.astype(inputs[0].dtype), (g * value).astype(inputs[1].dtype)
 
 
 gated_activation.defvjp(_gated_activation_fwd, _gated_activation_bwd)

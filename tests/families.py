@@ -107,3 +107,18 @@ def save_random(name: str, folder: str | os.PathLike, tokenizer: Any, special: l
   )
   model.save_pretrained(pathlib.Path(folder))
   tokenizer.save_pretrained(folder)
+
+
+def load_in_torch(folder: str | os.PathLike) -> Any:
+  """Load a model in torch, in f32 with eager attention.
+
+  Torch then uses one thread, because handing such small products to several takes longer than
+  computing them.
+  """
+  import torch
+  import transformers
+
+  torch.set_num_threads(1)
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  ).eval()

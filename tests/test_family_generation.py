@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
+from tests.families import load_in_torch
 
 NEW_TOKENS = 64
 RNG = np.random.default_rng(0)
@@ -61,9 +61,7 @@ def test_greedy_tokens_agree_with_torch(engine_turns, tiny_hf_folder, family):
   # Each prefix is prefilled once, and a chain's second turn only prefills what is new.
   assert stats.prefix_tokens == sum(map(len, PREFIXES))
   assert stats.shared_tokens > 0 and stats.reused_tokens > 0
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    tiny_hf_folder(family), dtype=torch.float32, attn_implementation='eager'
-  ).eval()
+  model = load_in_torch(tiny_hf_folder(family))
   for context, completion in turns:
     assert completion.finish_reason == 'length' and len(completion.tokens) in (NEW_TOKENS, 8)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import cai_jax
 from cai_jax.model import lm as lm_lib
@@ -14,6 +13,7 @@ from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.sharding import flatten_params, partition_spec
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
+from tests.families import load_in_torch
 
 B, T = 4, 40
 TOKENS = np.random.default_rng(0).integers(3, 300, (B, T))
@@ -22,13 +22,10 @@ PACKED = (20, 5, 13)  # tokens of the texts of a packed row
 
 
 def torch_logits(folder, tokens, **inputs):
-  """Return the logits f32[B,T,V] of torch, in f32 with eager attention."""
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, attn_implementation='eager'
-  ).eval()
+  """Return the logits f32[B,T,V] of torch."""
   inputs = {name: torch.tensor(x) for name, x in inputs.items()}
   with torch.no_grad():
-    return model(torch.tensor(tokens), **inputs).logits.numpy()
+    return load_in_torch(folder)(torch.tensor(tokens), **inputs).logits.numpy()
 
 
 @pytest.fixture(scope='module')

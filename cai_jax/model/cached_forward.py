@@ -119,11 +119,11 @@ def _start(
     return [rotary_angles(rope, head_dim, positions) for rope in ropes_of(spec.config)], views
 
   shared = compute_once(angles_and_views, positions)
-  embeds = [
-    _merge(spec.config, make, params[name]) if name in params else None
-    for name, make in (('embed', _embedding), ('positions', _position_embedding))
-  ]
-  x = embed_tokens(spec.config, *embeds, tokens, positions, spec.dtype, differentiable=False)
+  embed = _merge(spec.config, _embedding, params['embed'])
+  learned = None
+  if 'positions' in params:
+    learned = _merge(spec.config, _position_embedding, params['positions'])
+  x = embed_tokens(spec.config, embed, learned, tokens, positions, spec.dtype, differentiable=False)
   return jax.lax.with_sharding_constraint(x, spec.sharding), shared
 
 

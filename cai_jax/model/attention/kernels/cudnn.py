@@ -17,8 +17,8 @@ def attend_cudnn(
   segment_ids: jax.Array,
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
-  implementation: Literal['xla', 'cudnn'] = 'cudnn',
   scores: Scores = PLAIN,
+  implementation: Literal['xla', 'cudnn'] = 'cudnn',
 ) -> jax.Array:
   """Attend within segments with cuDNN; see `kernel.Attend`.
 

@@ -25,8 +25,8 @@ def attend_splash(
   segment_ids: jax.Array,
   window: int | None,
   mesh: Mesh | AbstractMesh | None,
-  interpret: bool = False,
   scores: Scores = PLAIN,
+  interpret: bool = False,
 ) -> jax.Array:
   """Attend within segments with splash attention; see `kernel.Attend`.
 

@@ -17,8 +17,8 @@ def attend_plain(
   segment_ids: jax.Array,
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
-  mask: jax.Array | None = None,
   scores: Scores = PLAIN,
+  mask: jax.Array | None = None,
 ) -> jax.Array:
   """Attend within segments with one mask bool[B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
-from cai_jax.model.config import Llama3Rope, ModelConfig
+from cai_jax.model.config import Llama3Rope, ModelConfig, Rope
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import TrainConfig
@@ -70,12 +70,22 @@ PENALIZED = SamplingConfig(
 )
 
 
+MODEL = ModelConfig(
+  'llama', 9, 4, 4, 2, 1, 1, 4, 8, 1e4, Llama3Rope(8.0, 1.0, 4.0, 32), qk_norm=True,
+  rope_channels=2, rope_interleaved=True, ropes=(Rope(), None), learned_positions=True,
+  norm_offset=1.0, pre_norm=False, post_norm=True, parallel_blocks=True, qk_norm_over_heads=True,
+  activation='gelu', gated=False, mlp_bias=True, query_scale=0.5, attention_cap=50.0,
+  embedding_scale=2.0, residual_scale=0.5, logit_divisor=2.0, logit_cap=30.0,
+)  # fmt: skip
+object.__setattr__(MODEL, 'norm', 'layer')  # no real model has it beside norm_offset
+
+
 @pytest.mark.parametrize(
   'settings',
   [
     FeedbackConfig(template_options=(('thinking', False),), topicality=False),
     StageSampling(PENALIZED, PENALIZED, PENALIZED),
-    ModelConfig('llama', 9, 4, 4, 2, 1, 1, 4, 8, 1e4, Llama3Rope(8.0, 1.0, 4.0, 32)),
+    MODEL,
     TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep'),
   ],
 )

@@ -40,6 +40,18 @@ FAMILIES = {
     'llama',
     dict(num_key_value_heads=1, num_attention_heads=2, tie_word_embeddings=True),
   ),
+  'gemma2': (
+    'gemma2',
+    dict(
+      head_dim=16,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      sliding_window=5,
+      query_pre_attn_scalar=20,
+      attn_logit_softcapping=5.0,
+      final_logit_softcapping=12.0,
+      tie_word_embeddings=False,
+    ),
+  ),
 }
 
 

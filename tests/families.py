@@ -52,6 +52,20 @@ FAMILIES = {
       tie_word_embeddings=False,
     ),
   ),
+  'gemma3': (
+    'gemma3_text',
+    dict(
+      head_dim=16,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      sliding_window=5,
+      query_pre_attn_scalar=20,
+      tie_word_embeddings=False,
+      rope_parameters=dict(
+        sliding_attention=dict(rope_type='default', rope_theta=100.0),
+        full_attention=dict(rope_type='linear', factor=8.0, rope_theta=1e4),
+      ),
+    ),
+  ),
 }
 
 

@@ -66,6 +66,31 @@ FAMILIES = {
       ),
     ),
   ),
+  'gemma3_images': (
+    'gemma3',
+    dict(
+      tie_word_embeddings=False,
+      text_config=dict(
+        head_dim=16,
+        layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+        sliding_window=5,
+        query_pre_attn_scalar=20,
+        tie_word_embeddings=False,
+      ),
+      vision_config=dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+      ),
+      mm_tokens_per_image=4,
+      image_token_index=380,
+      boi_token_index=381,
+      eoi_token_index=382,
+    ),
+  ),
 }
 
 

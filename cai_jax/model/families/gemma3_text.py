@@ -1,9 +1,12 @@
-"""Gemma 3: Gemma 2 with norms on queries and keys, and other rotary positions where windows are."""
+"""Gemma 3: Gemma 2 with norms on queries and keys, and other rotary positions where windows are.
+
+The family also reads the text half of multimodal checkpoints.
+"""
 
 from typing import Any
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families import gemma2, shared
+from cai_jax.model.families import gemma2, shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_size
 from cai_jax.model.families.rope import RopeEntries, read_layer_ropes, write_layer_ropes
@@ -48,8 +51,11 @@ FAMILIES.register('gemma3_text')(
     weights=(*gemma2.WEIGHTS, *shared.QK_NORMS),
     causal_lm='Gemma3ForCausalLM',
     classifier='Gemma3TextForSequenceClassification',
-    title='Gemma 3',
-    examples=('google/gemma-3-270m-it', 'google/gemma-3-1b-it'),
+    title='Gemma 3, and the text half of the multimodal models',
+    examples=('google/gemma-3-270m-it', 'google/gemma-3-4b-it'),
     options=(*gemma2.OPTIONS, 'rope_local_base_freq'),
+    multimodal={'gemma3': 'Gemma3ForConditionalGeneration'},
+    prefixes=text_half.PREFIXES,
+    ignored=text_half.IGNORED,
   )
 )

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from cai_jax import pipeline
 from cai_jax.model import lm as models
+from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import engine_sizes, stages
 from cai_jax.pipeline.schema import default_config, from_config
 from cai_jax.runtime.errors import StoppedError, UserError
@@ -105,6 +106,24 @@ def test_load_is_what_each_device_holds(random_model):
   load = measure_load([(info, 'float32'), (info, 'bfloat16')], mesh)
   assert load.parameters == pytest.approx(info.num_params * (4 + 2) / 4, abs=2)
   assert load.token == token * (4 + 2) // 2 and load.shards == 4
+
+
+def test_layers_with_windows_take_no_more_than_their_window():
+  full = ModelConfig('gemma3_text', 256, 64, 64, 6, 4, 1, 256, 4096)
+  windows = (512,) * 5 + (None,)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  plain = measure_load([(full, 'bfloat16')], mesh)
+  load = measure_load([(dataclasses.replace(full, windows=windows), 'bfloat16')], mesh)
+  layer = 2 * 256 * 2  # bytes of a token: keys and values of 256 channels
+  assert load.token == plain.token == 6 * layer
+  assert plain.windowed == () and load.windowed == ((512, 5 * layer),)
+  assert load.slot_bytes(600, 100) == plain.slot_bytes(600, 100) == 600 * 6 * layer
+  assert load.slot_bytes(1024, 100) == (1024 + 5 * 612) * layer
+  # A cache that holds 100 slots of 1,024 tokens holds 128 where five of six layers have a window.
+  cache = 100 * plain.slot_bytes(1024, 0) / GIB
+  small = EngineConfig(cache_gib=cache, longest_burst=32, page_tokens=32, draft_tokens=0)
+  assert resolve(small, H200, plain).slots == 64
+  assert resolve(small, H200, load).slots == 128
 
 
 def test_cpu_devices_of_a_process_share_the_memory():

@@ -4,6 +4,7 @@ Everything here is a pure function of its arguments, so the sizes for any device
 without having one.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,12 +96,25 @@ class Load:
     token: bytes of a cached token, in all layers of all models; 0 if no model is in memory.
     shards: number of batch shards of the mesh.
     attention: name of the attention to the cache, for pages of a size that it supports.
+    windowed: each attention window in tokens, with the bytes of a cached token in its layers. They
+      are part of `token`.
   """
 
   parameters: int = 0
   token: int = 0
   shards: int = 1
   attention: str = 'pages'
+  windowed: tuple[tuple[int, int], ...] = ()
+
+  def slot_bytes(self, tokens: int, slack: int) -> int:
+    """Return the bytes of the cache of a slot.
+
+    Args:
+      tokens: number of tokens in the slot.
+      slack: number of tokens that a layer keeps beyond its window.
+    """
+    left = sum(token * max(tokens - window - slack, 0) for window, token in self.windowed)
+    return self.token * tokens - left
 
 
 def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
@@ -111,15 +125,18 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
     mesh: the mesh that holds them.
   """
   parameters = token = 0
+  windowed: collections.Counter[int] = collections.Counter()
   for config, dtype in models:
     width = jnp.dtype(dtype).itemsize
     parameters += config.num_params * width // (mesh.shape['fsdp'] * mesh.shape['tensor'])
-    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    token += values * width // mesh.shape['tensor']
+    values = 2 * config.num_kv_heads * config.head_dim
+    token += config.num_layers * values * width // mesh.shape['tensor']
+    for window, layers in collections.Counter(filter(None, config.windows)).items():
+      windowed[window] += layers * values * width // mesh.shape['tensor']
   page = ACCELERATOR.page_tokens
   names = {choose_cached(AUTO, config, dtype, page, mesh) for config, dtype in models}
   attention = names.pop() if len(names) == 1 else 'pages'
-  return Load(parameters, token, batch_shards(mesh), attention)
+  return Load(parameters, token, batch_shards(mesh), attention, tuple(sorted(windowed.items())))
 
 
 def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
@@ -138,7 +155,10 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     # Steps of a quarter of a GiB, since the free memory differs a little between starts.
     cache_gib = max(int(4 * free * sizes.cache_share) / 4, 0.25)
   page = sizes.page_tokens if 'page_tokens' in config.unresolved else config.page_tokens
-  slots = _count_slots(sizes, cache_gib * GIB, load) * groups
+  burst = sizes.longest_burst if 'longest_burst' in config.unresolved else config.longest_burst
+  # A layer keeps a page more than its window, and what can be undone (`EngineConfig.undo`).
+  slack = burst + config.most_drafts + config.rewind + page
+  slots = _count_slots(sizes, cache_gib * GIB, load.slot_bytes(SLOT_TOKENS, slack)) * groups
   prefill_tokens = sizes.prefill_tokens * groups
   if not accelerated and 'slots' not in config.unresolved:
     prefill_tokens = min(prefill_tokens, CPU_SLOT_CHUNK * config.slots)
@@ -154,10 +174,16 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
   return dataclasses.replace(config, **{name: values[name] for name in config.unresolved})
 
 
-def _count_slots(sizes: Sizes, cache: float, load: Load) -> int:
-  """Return the largest power of two of slots, within the limits, that a shard's cache holds."""
+def _count_slots(sizes: Sizes, cache: float, slot: int) -> int:
+  """Return the largest power of two of slots, within the limits, that a shard's cache holds.
+
+  Args:
+    sizes: the limits.
+    cache: bytes of the cache.
+    slot: bytes of the cache of a slot; 0 if no model is in memory.
+  """
   slots = sizes.least_slots
-  while load.token and 2 * slots <= min(sizes.most_slots, cache / (load.token * SLOT_TOKENS)):
+  while slot and 2 * slots <= min(sizes.most_slots, cache / slot):
     slots *= 2
   return slots
 

@@ -167,7 +167,7 @@ def test_the_paper_config_has_the_counts_of_the_paper(data_dir, tmp_path):
   assert run.config.sampling == StageSampling() and SamplingConfig().temperature == 1.0
 
 
-@pytest.mark.parametrize('name', ['smollm2_135m', 'qwen3_4b', 'llama3_8b'])
+@pytest.mark.parametrize('name', ['smollm2_135m', 'qwen3_4b', 'llama3_8b', 'gemma3_4b'])
 def test_a_preset_of_a_real_model_builds_with_prompts_for_its_share(name, random_model, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config()
   config.model.base = str(random_model)

@@ -12,7 +12,7 @@ import cai_jax
 from cai_jax.model import lora, sharding
 from cai_jax.model.attention import paged
 from cai_jax.model.cache import windows_of
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import Experts, ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.layers import make_norm
 from cai_jax.model.sharding import flatten_params
@@ -54,6 +54,7 @@ MODELS = {
     'logit_divisor': 0.5,
     'mlp_bias': True,
   },
+  'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
 }
 CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}
 
@@ -203,7 +204,10 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
     assert config.num_params == sum(x.size for x in shapes)
   looked_up = config.learned_positions * config.max_positions * config.d_model
   pairs = sum(min(t + 1, config.window(layer) or T) for layer in range(2) for t in range(T))
-  flops = 6 * T * (config.num_params - looked_up) + 12 * 4 * 8 * pairs
+  idle = 0  # parameters of the experts that do not compute a token, in one layer
+  if config.experts:
+    idle = (config.experts.number - config.experts.per_token) * 3 * 32 * config.experts.d_ff
+  flops = 6 * T * (config.num_params - looked_up - idle) + 12 * 4 * 8 * pairs
   assert config.training_flops([T]) == pytest.approx(flops)
   assert len(windows_of(config)) == len(set(config.windows) or {None})
 
@@ -240,6 +244,7 @@ def test_adapters_find_the_layers_of_a_model_without_a_gate():
     ({'pre_norm': False}, 'at least one'),
     ({'attention_cap': 0.0}, 'attention_cap=0.0 must be positive'),
     ({'logit_cap': -1.0}, 'logit_cap=-1.0 must be positive'),
+    ({'experts': Experts(4, 2, 8), 'mlp_bias': True}, 'Experts have a gate and no biases'),
     ({'logit_divisor': 0.0}, 'logit_divisor=0.0 must be positive'),
   ],
 )

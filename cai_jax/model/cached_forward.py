@@ -2,8 +2,8 @@
 
 It has three parts: the embeddings, with what all layers share; a layer; and the logits. Within
 `jax.jit` they become parts of one program. Outside, each part is a program of its own, and layers
-with the same window share one, if they rotate as many channels. A model of 30 layers then compiles
-in a fraction of the time.
+with the same window share one, if they rotate as many channels and
+have experts both or not. A model of 30 layers then compiles in a fraction of the time.
 
 `cai_jax.model.transformer` and `cai_jax.model.cache` define the axis letters.
 """
@@ -80,12 +80,15 @@ def forward_cached(
   pages = tuple(sizes[window] for window in windows)
   tables = {name: params[name] for name in ('embed', 'positions') if name in params}
   x, (angles, views) = _start(spec, tables, tokens, positions, step, prefixes, pages, page)
+  real = None if config.experts is None else positions >= 0
   new_cache = []
   for layer, blocks in enumerate(cache):
     window = config.window(layer)
     view, shared = views[windows.index(window)], [p.cache[layer] for p in prefixes.entries]
     own = angles[ropes.index(config.rope(layer))]
-    x, blocks = _layer(spec, window, params['layers'][layer], x, blocks, shared, own, view)
+    sparse = config.sparse(layer)
+    layer_params = params['layers'][layer]
+    x, blocks = _layer(spec, window, sparse, layer_params, x, blocks, shared, own, view, real)
     new_cache.append(blocks)
   return x, tuple(new_cache)
 
@@ -127,27 +130,33 @@ def _start(
   return jax.lax.with_sharding_constraint(x, spec.sharding), shared
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'window'), donate_argnames=('x', 'blocks'))
+@functools.partial(
+  jax.jit, static_argnames=('spec', 'window', 'sparse'), donate_argnames=('x', 'blocks')
+)
 def _layer(
   spec: ForwardSpec,
   window: int | None,
+  sparse: bool,
   params: Params,
   x: jax.Array,
   blocks: tuple[LayerCache, ...],
   prefixes: list[LayerCache],
   angles: Angles | None,
   view: Any,
+  real: jax.Array | None,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+  mesh = cast(Mesh, spec.sharding.mesh)
   attend = functools.partial(
     CACHED[spec.attention].attend,
     prefixes=prefixes,
     view=view,
     window=window,
     width=spec.width,
-    mesh=cast(Mesh, spec.sharding.mesh),
+    mesh=mesh,
     scores=scores_of(spec.config),
   )
-  x, blocks = _merge(spec.config, _block, params)(x, blocks, LayerContext(angles, attend))
+  block = _merge(spec.config, _sparse_block if sparse else _block, params)
+  x, blocks = block(x, blocks, LayerContext(angles, attend, real, mesh))
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
 
 
@@ -168,6 +177,10 @@ def _position_embedding(config: ModelConfig) -> Embedding:
 
 def _block(config: ModelConfig) -> Block:
   return Block(config, nnx.Rngs(0), jnp.float32)
+
+
+def _sparse_block(config: ModelConfig) -> Block:
+  return Block(config, nnx.Rngs(0), jnp.float32, sparse=True)
 
 
 def _last_norm(config: ModelConfig) -> Norm:

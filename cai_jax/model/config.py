@@ -10,7 +10,7 @@ from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.rope import Llama3Rope, LongRope, Rope, RopeScaling, lengthen
 from cai_jax.runtime.errors import UserError
 
-__all__ = ['Llama3Rope', 'ModelConfig', 'Rope']
+__all__ = ['Experts', 'Llama3Rope', 'ModelConfig', 'Rope']
 
 NORMS = ('rms', 'layer')
 
@@ -18,6 +18,38 @@ NORMS = ('rms', 'layer')
 def added(default: Any) -> Any:
   """Return a field of ModelConfig that fingerprints leave out while it has its default."""
   return dataclasses.field(default=default, metadata={'added': True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """The feed-forward layers of a mixture of experts.
+
+  Attributes:
+    number: experts of a layer.
+    per_token: experts that compute a token.
+    d_ff: hidden channels of an expert.
+    renormalize: whether the weights of a token's experts are divided by their sum.
+    softmax_first: whether the softmax is over all experts, and not over those of the token alone,
+      whose weights then sum to 1 anyway.
+    dense_layers: numbers of layers that have an ordinary feed-forward layer, in ascending order.
+
+  Raises:
+    UserError: if a token cannot have as many experts.
+  """
+
+  number: int
+  per_token: int
+  d_ff: int
+  renormalize: bool = True
+  softmax_first: bool = True
+  dense_layers: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if not 1 <= self.per_token <= self.number:
+      raise UserError(
+        f'A token has {self.per_token} experts, but a layer has {self.number}. The experts of a '
+        'token must be at least 1, and at most those of a layer.'
+      )
 
 
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
@@ -72,6 +104,7 @@ class ModelConfig:
     embedding_scale: factor of the embeddings.
     residual_scale: factor of what a layer adds to the residual stream.
     logit_divisor: the logits are divided by it.
+    experts: the mixture of experts, or None for a dense model.
     logit_cap: logits become cap · tanh(logit / cap), after the division; None means no cap.
 
   Raises:
@@ -114,6 +147,7 @@ class ModelConfig:
   residual_scale: float = added(1.0)
   logit_divisor: float = added(1.0)
   logit_cap: float | None = added(None)
+  experts: Experts | None = added(None)
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -142,6 +176,8 @@ class ModelConfig:
       raise UserError('qk_norm_over_heads has no effect without qk_norm. Set both, or none.')
     if not (self.pre_norm or self.post_norm):
       raise UserError('pre_norm and post_norm are both false. A block needs at least one of them.')
+    if self.experts and (self.mlp_bias or not self.gated):
+      raise UserError('Experts have a gate and no biases. Set gated to true and mlp_bias to false.')
     for name in ('attention_cap', 'logit_cap', 'query_scale', 'logit_divisor'):
       value = getattr(self, name)
       if value is not None and not value > 0:
@@ -150,6 +186,10 @@ class ModelConfig:
   def window(self, layer: int) -> int | None:
     """Return a layer's attention window in tokens, the query included; None means no limit."""
     return self.windows[layer] if self.windows else None
+
+  def sparse(self, layer: int) -> bool:
+    """Return whether a layer is a mixture of experts."""
+    return self.experts is not None and layer not in self.experts.dense_layers
 
   def rope(self, layer: int) -> Rope | None:
     """Return a layer's rotary positions; None means that nothing is rotated."""
@@ -192,11 +232,19 @@ class ModelConfig:
   @property
   def num_params(self) -> int:
     """The number of parameters."""
+    return self._count_params()
+
+  def _count_params(self, active: bool = False) -> int:
+    """Return the number of parameters.
+
+    Args:
+      active: whether only the experts that compute a token count.
+    """
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
     attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
     attention += self.output_bias * self.d_model
-    mlp = (2 + self.gated) * self.d_model * self.d_ff
-    mlp += self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
+    mlps = sum(self._mlp_kernels(layer, active) for layer in range(self.num_layers))
+    mlp = self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
     normed = (self.pre_norm + self.post_norm) * 2 * self.d_model  # channels
     heads = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
     normed += self.qk_norm * heads * self.head_dim
@@ -204,14 +252,23 @@ class ModelConfig:
     layer = attention + mlp + per_channel * normed
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
     embeddings += self.learned_positions * self.max_positions * self.d_model
-    return embeddings + self.num_layers * layer + per_channel * self.d_model
+    return embeddings + mlps + self.num_layers * layer + per_channel * self.d_model
+
+  def _mlp_kernels(self, layer: int, active: bool) -> int:
+    """Return the parameters in the matrices of a layer's feed-forward layer and its router."""
+    matrices = (2 + self.gated) * self.d_model
+    if self.experts is None or not self.sparse(layer):
+      return matrices * self.d_ff
+    number = self.experts.per_token if active else self.experts.number
+    return number * matrices * self.experts.d_ff + self.d_model * self.experts.number
 
   def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
     """Return the FLOPs of matrix products that one training step needs.
 
     Per parameter and token, the forward pass takes 2 FLOPs and the backward pass takes 4. A table
-    that is only looked up takes none. Attention counts only the pairs of tokens that the causal
-    mask and the windows allow. Recomputation does not count.
+    that is only looked up takes none, and neither do experts that do not compute the token.
+    Attention counts only the pairs of tokens that the causal mask and the windows allow.
+    Recomputation does not count.
 
     Args:
       lengths: i[n], number of tokens of each sequence.
@@ -221,7 +278,9 @@ class ModelConfig:
     lengths = np.asarray(lengths, np.float64)
     looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
     looked_up += self.learned_positions * self.max_positions * self.d_model
-    products = (4 if adapters else 6) * (self.num_params - looked_up) * lengths.sum()
+    products = (
+      (4 if adapters else 6) * (self._count_params(active=True) - looked_up) * lengths.sum()
+    )
     pairs = 0.0
     for layer in range(self.num_layers):
       window = np.minimum(lengths, self.window(layer) or np.inf)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from cai_jax.model.attention.rotary import Angles, rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
-from cai_jax.model.precision import einsum_f32, sum_entries
-
-PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
+from cai_jax.model.experts import MoE
+from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
 
 
 class LayerContext(NamedTuple):
@@ -25,10 +25,14 @@ class LayerContext(NamedTuple):
     angles: cosines and sines from `rotary_angles`; None in a layer that rotates nothing.
     attend: returns the attention output [B,T,N,H] of q [B,T,N,H], k and v [B,T,K,H], rotated. With
       a cache it also takes the layer's blocks, and returns the output and the updated blocks.
+    real: bool[B,T], false for padding, which experts do not compute; None means no padding.
+    mesh: the devices over which experts are split, or None; see `MoE.__call__`.
   """
 
   angles: Angles | None
   attend: Callable[..., Any]
+  real: jax.Array | None = None
+  mesh: Mesh | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -238,9 +242,16 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One transformer layer: attention and a feed-forward layer, with norms before or after each."""
+  """One transformer layer: attention and a feed-forward layer, with norms before or after each.
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
+  Args:
+    config: the shape of the model.
+    rngs: `rngs.params` draws the parameters.
+    param_dtype: dtype of the parameters.
+    sparse: whether the feed-forward layer is a mixture of experts.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype, sparse: bool = False):
     def norm(is_used):
       return make_norm(config, param_dtype) if is_used else None
 
@@ -248,7 +259,7 @@ class Block(nnx.Module):
     self.attention = Attention(config, rngs, param_dtype)
     self.attention_post_norm = norm(config.post_norm)
     self.mlp_norm = norm(config.pre_norm)
-    self.mlp = MLP(config, rngs, param_dtype)
+    self.mlp = (MoE if sparse else MLP)(config, rngs, param_dtype)
     self.mlp_post_norm = norm(config.post_norm)
     self.residual_scale = config.residual_scale
     self.parallel = config.parallel_blocks
@@ -268,7 +279,11 @@ class Block(nnx.Module):
     out, new_cache = self.attention(normalize(self.attention_norm, x), cache, context)
     result = add(x, out, self.attention_post_norm)
     inputs = x if self.parallel else result
-    out = self.mlp(normalize(self.mlp_norm, inputs))
+    inputs = normalize(self.mlp_norm, inputs)
+    if isinstance(self.mlp, MoE):
+      out = self.mlp(inputs, context.real, context.mesh)
+    else:
+      out = self.mlp(inputs)
     return add(result, out, self.mlp_post_norm), new_cache
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.experts import Kernel
 from cai_jax.model.layers import Adapter, Linear
 from cai_jax.model.transformer import Params, Transformer
 from cai_jax.runtime.errors import UserError
@@ -70,7 +71,7 @@ def abstract_model(
     As `transformer.abstract_model`.
 
   Raises:
-    UserError: if `lora.modules` matches no linear layer.
+    UserError: if `lora.modules` matches no linear layer, or one of experts.
   """
   model = nnx.eval_shape(lambda: _build(config, lora, dtype, nnx.Rngs(0)))
   graph, state = nnx.split(model)
@@ -165,11 +166,14 @@ def _build(config: ModelConfig, lora: LoraConfig, dtype: str, rngs: nnx.Rngs) ->
 
 def _matching_layers(model: Transformer, lora: LoraConfig) -> list[Linear]:
   """Return the linear layers whose path matches `lora.modules`, in the order of the model."""
-  layers = {
-    '/'.join(map(str, path)): module
-    for path, module in nnx.iter_modules(model)
-    if isinstance(module, Linear)
-  }
+  modules = {'/'.join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+  for path, module in modules.items():
+    if isinstance(module, Kernel) and re.search(lora.modules, path):
+      raise UserError(
+        f'lora: modules={lora.modules!r} matches {path!r}, but the layers of experts cannot have '
+        "adapters. Set modules to 'attention/', or to another expression that matches none of them."
+      )
+  layers = {path: module for path, module in modules.items() if isinstance(module, Linear)}
   matching = [module for path, module in layers.items() if re.search(lora.modules, path)]
   if not matching:
     first_layer = [path for path in layers if path.startswith('layers/0/')]

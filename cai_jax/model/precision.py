@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+PRODUCT = 'product'  # checkpoint name of every product with parameters, for rematerialization
+
 
 def einsum_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Return the einsum of two arrays of the same dtype, accumulated and returned in f32.

@@ -20,6 +20,9 @@ RULES = (
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
   (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
+  (r'.*mlp/router/kernel', P('fsdp', None)),  # [D,E]
+  (r'.*mlp/experts/(gate|up)/kernel', P('expert', 'fsdp', 'tensor')),  # [E,D,F]
+  (r'.*mlp/experts/down/kernel', P('expert', 'tensor', 'fsdp')),  # [E,F,D]
   (r'.*mlp/(gate|up)/bias', P('tensor')),  # [F]
   (r'.*mlp/down/bias', P()),  # [D]
   # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.

@@ -10,12 +10,12 @@ Norms, rotary angles, softmax and logits are f32 in any compute dtype.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
@@ -25,7 +25,6 @@ from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.layers import (
-  PRODUCT,
   Block,
   Embedding,
   LayerContext,
@@ -33,7 +32,7 @@ from cai_jax.model.layers import (
   make_norm,
 )
 from cai_jax.model.logits import LogitTransform, logit_transform_of
-from cai_jax.model.precision import einsum_f32
+from cai_jax.model.precision import PRODUCT, einsum_f32
 
 Params = dict[str, Any]  # nested dict of arrays; layers are under integer keys
 
@@ -68,7 +67,9 @@ class Transformer(nnx.Module):
 
     self.embed = embedding(config.vocab_size)
     self.positions = embedding(config.max_positions) if config.learned_positions else None
-    self.layers = nnx.List([Block(config, rngs, param_dtype) for _ in range(config.num_layers)])
+    self.layers = nnx.List(
+      [Block(config, rngs, param_dtype, config.sparse(i)) for i in range(config.num_layers)]
+    )
     self.norm = make_norm(config, param_dtype)
     self.head = None if config.tied_embeddings else embedding(config.vocab_size)
 
@@ -119,8 +120,11 @@ class Transformer(nnx.Module):
       self.config, self.embed, self.positions, tokens, positions, self.dtype, differentiable=True
     )
     x = constrain(x)
+    real = None if segment_ids is None else segment_ids > 0
+    mesh = None if sharding is None else cast(Mesh, sharding.mesh)
     for layer, block in enumerate(self.layers):
-      context = LayerContext(angles[ropes.index(self.config.rope(layer))], attends[layer])
+      own = angles[ropes.index(self.config.rope(layer))]
+      context = LayerContext(own, attends[layer], real, mesh)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
       def run(x, block=block, context=context):

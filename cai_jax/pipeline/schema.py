@@ -111,6 +111,7 @@ class MeshConfig:
   data: int = setting(-1, 'Devices that split the batch and replicate the parameters.')
   fsdp: int = setting(1, 'Devices that split both the batch and the parameters.')
   tensor: int = setting(1, 'Devices that split only the parameters.')
+  expert: int = setting(1, 'Devices that split only the experts of each layer.', added=True)
 
 
 @dataclasses.dataclass(frozen=True)

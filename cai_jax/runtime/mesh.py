@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.runtime.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor')
-BATCH = P(('data', 'fsdp'))  # a batch is split over both axes; parameters over `fsdp` and `tensor`
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+BATCH = P(('data', 'fsdp'))  # a batch is split over both axes; parameters over the others
 
 
 def make_mesh(
@@ -20,22 +20,26 @@ def make_mesh(
   fsdp: int = 1,
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
+  expert: int = 1,
 ) -> Mesh:
-  """Return a mesh with the axes `data`, `fsdp` and `tensor`.
+  """Return a mesh with the axes of `AXES`.
 
-  At most one of the three sizes may be -1, which takes all remaining devices.
+  At most one of the sizes may be -1, which takes all remaining devices.
 
   Args:
     data: number of devices along the axis that splits the batch and replicates the parameters.
     fsdp: number of devices along the axis that splits both the batch and the parameters.
     tensor: number of devices along the axis that splits only the parameters.
     devices: devices of the mesh; None means all devices of all processes.
+    expert: number of devices along the axis that splits only the experts of a mixture of experts.
 
   Raises:
     UserError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
+  sizes = [data, fsdp, tensor, expert]
+  named = f'mesh data={data}, fsdp={fsdp}, tensor={tensor}'
+  named += f', expert={expert}' if expert != 1 else ''
   product = math.prod(size for size in sizes if size != -1)
   if (
     sizes.count(-1) > 1
@@ -43,14 +47,14 @@ def make_mesh(
     or len(devices) % product != 0
   ):
     raise UserError(
-      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices. Each '
-      'size must be positive, at most one may be -1 (all remaining devices), and their product '
-      'must divide the number of devices.'
+      f'{named} does not fit {len(devices)} devices. Each size must be positive, '
+      'at most one may be -1 (all remaining devices), and their product must divide the number '
+      'of devices.'
     )
   sizes = [len(devices) // product if size == -1 else size for size in sizes]
   if math.prod(sizes) != len(devices):
     raise UserError(
-      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} uses {math.prod(sizes)} of {len(devices)} '
+      f'{named} uses {math.prod(sizes)} of {len(devices)} '
       'devices. Set one size to -1 to use the remaining devices.'
     )
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -23,12 +23,12 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
   fields = shared.read_fields(hf, default_kv_heads=DEFAULT_KV_HEADS)
-  windows = _read_windows(hf, fields['num_layers'])
+  windows = read_windows(hf, fields['num_layers'])
   bias = read_flag(hf, 'attention_bias')
   return ModelConfig('mistral', **fields, qkv_bias=bias, windows=windows)
 
 
-def _read_windows(hf: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+def read_windows(hf: dict[str, Any], layers: int) -> tuple[int | None, ...]:
   """Return the window of each layer; () means full attention in all of them."""
   window = None
   if hf.get('sliding_window', shared.DEFAULT_WINDOW) is not None:

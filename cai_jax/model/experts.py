@@ -1,0 +1,280 @@
+"""Mixtures of experts: a router picks a few of a layer's feed-forward networks for each token.
+
+No token is dropped (Gale et al. 2022). Pairs of a token and one of its experts are sorted by
+expert, so that each expert multiplies consecutive rows. `cai_jax.model.transformer` defines the
+axis letters; in addition, E is the axis of experts, and R that of pairs, R = X · experts per token.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.model.config import Experts, ModelConfig
+from cai_jax.model.elementwise import gated_activation
+from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
+from cai_jax.runtime.mesh import BATCH
+
+# Rows that a CPU multiplies at once. XLA for CPUs gives a row of a product the same bits for all of
+# these numbers, and wherever the row stands.
+SMALLEST_BLOCK, LARGEST_BLOCK = 4, 32
+
+
+class Kernel(nnx.Module):
+  """A matrix, or one for each expert, drawn with standard deviation gain · I^-1/2.
+
+  Args:
+    shape: [...,I,O].
+    rngs: `rngs.params` draws it.
+    param_dtype: dtype of the matrix.
+    gain: factor of the standard deviation.
+  """
+
+  def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, param_dtype, gain: float = 1.0):
+    std = gain * shape[-2] ** -0.5
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+
+
+class Networks(nnx.Module):
+  """The experts of a layer, each of the form of `layers.MLP` with a gate and without biases."""
+
+  def __init__(self, config: ModelConfig, experts: Experts, rngs: nnx.Rngs, param_dtype):
+    e, d, f = experts.number, config.d_model, experts.d_ff
+    self.gate = Kernel((e, d, f), rngs, param_dtype)
+    self.up = Kernel((e, d, f), rngs, param_dtype)
+    self.down = Kernel((e, f, d), rngs, param_dtype, (2 * config.num_layers) ** -0.5)
+
+
+class MoE(nnx.Module):
+  """A feed-forward layer of experts (Shazeer et al. 2017; Jiang et al. 2024, section 2.1).
+
+  The result is Σ w_e · expert_e(x) over the experts with the largest router probabilities.
+  """
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
+    assert config.experts is not None
+    self.config = config.experts
+    self.activation = config.activation
+    self.router = Kernel((config.d_model, config.experts.number), rngs, param_dtype)
+    self.experts = Networks(config, config.experts, rngs, param_dtype)
+
+  def __call__(
+    self, x: jax.Array, real: jax.Array | None = None, mesh: Mesh | None = None
+  ) -> jax.Array:
+    """Return [B,T,D], which is 0 for padding.
+
+    Args:
+      x: [B,T,D].
+      real: bool[B,T], false for padding, which no expert computes; None means that there is none.
+      mesh: its devices route their own rows of the batch, and have their part of the experts. None
+        leaves the split to XLA, which may copy all rows to all devices.
+    """
+    weights, ids = self.route(x)
+    if real is not None:
+      ids = jnp.where(real[..., None], ids, self.config.number)
+    networks = self.experts
+    kernels = [m.kernel[...].astype(x.dtype) for m in (networks.gate, networks.up, networks.down)]
+    run = functools.partial(run_experts, self.activation)
+    if mesh is None or mesh.size == 1:
+      return run(x, weights, ids, *kernels).astype(x.dtype)
+
+    def run_part(x, weights, ids, gate, up, down):
+      first = jax.lax.axis_index('expert') * gate.shape[0]
+      return jax.lax.psum(run(x, weights, ids - first, gate, up, down), ('expert', 'tensor'))
+
+    batch, into, out = P(*BATCH), P('expert', None, 'tensor'), P('expert', 'tensor', None)
+    run_all = jax.shard_map(
+      run_part,
+      mesh=mesh,
+      in_specs=(batch, batch, batch, into, into, out),
+      out_specs=batch,
+      check_vma=False,
+    )
+    return run_all(x, weights, ids, *kernels).astype(x.dtype)
+
+  def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the weights f32[B,T,k] and the numbers i32[B,T,k] of each token's experts.
+
+    Sums have a fixed order, so that a token's weights do not depend on other rows.
+
+    Args:
+      x: [B,T,D].
+    """
+    kernel = self.router.kernel[...].astype(jnp.float32)
+    flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    logits = einsum_f32('XD,DE->XE', flat, kernel).reshape(*x.shape[:2], -1)
+    if not self.config.softmax_first:
+      top, ids = jax.lax.top_k(logits, self.config.per_token)
+      return _softmax(top), ids
+    top, ids = jax.lax.top_k(_softmax(logits), self.config.per_token)
+    return (top / sum_entries(top)[..., None] if self.config.renormalize else top), ids
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+  """Return the softmax of f32[...,N] over its last axis, with a sum of fixed order."""
+  shifted = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
+  return shifted / sum_entries(shifted)[..., None]
+
+
+def run_experts(
+  activation: str,
+  x: jax.Array,
+  weights: jax.Array,
+  ids: jax.Array,
+  gate: jax.Array,
+  up: jax.Array,
+  down: jax.Array,
+) -> jax.Array:
+  """Return the weighted sum f32[B,T,D] of the results of each token's experts.
+
+  Args:
+    activation: a key of `ACTIVATIONS`.
+    x: [B,T,D].
+    weights: f32[B,T,k].
+    ids: i32[B,T,k], numbers of experts. Those outside of 0 to E - 1 add nothing.
+    gate, up: [E,D,F].
+    down: [E,F,D].
+  """
+  experts, per_token = len(gate), ids.shape[-1]
+  ids = ids.reshape(-1)
+  ids = jnp.where((ids >= 0) & (ids < experts), ids, experts)
+  sizes = jnp.sum(ids[:, None] == jnp.arange(experts), 0, dtype=jnp.int32)
+  order = jnp.argsort(ids)
+  rows = x.reshape(-1, x.shape[-1])[order // per_token]
+
+  def multiply(rows, kernel):
+    return checkpoint_name(grouped_product(rows, kernel, sizes).astype(x.dtype), PRODUCT)
+
+  hidden = gated_activation(activation, multiply(rows, gate), multiply(rows, up))
+  # Rows behind those of all experts are arbitrary.
+  out = grouped_product(hidden, down, sizes)[jnp.argsort(order)]
+  weighted = jnp.where((ids < experts)[:, None], out * weights.reshape(-1, 1), 0.0)
+  parts = weighted.reshape(-1, per_token, x.shape[-1])
+  total = parts[:, 0]
+  for i in range(1, per_token):  # in this order, whatever the number of rows
+    total = total + parts[:, i]
+  return total.reshape(x.shape)
+
+
+@jax.custom_vjp
+def grouped_product(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Return f32[R,O], each row of x times the matrix of its group.
+
+  XLA for CPUs multiplies all rows of `jax.lax.ragged_dot` with all matrices. There, this function
+  multiplies blocks of rows in a loop, and reads only the matrices of groups that are not empty.
+
+  Args:
+    x: [R,I], the rows of the first group, then those of the second, and so on.
+    kernel: [E,I,O], of the same dtype.
+    sizes: i32[E], rows of each group. What the result has for rows behind them is arbitrary.
+  """
+
+  def default(x, kernel, sizes):
+    return _ragged_dot(x, kernel, sizes)
+
+  on_cpu = functools.partial(_multiply_blocks, 'XI,IO->XO')
+  return jax.lax.platform_dependent(x, kernel, sizes, cpu=on_cpu, default=default)
+
+
+def _grouped_product_fwd(x, kernel, sizes):
+  return grouped_product(x, kernel, sizes), (x, kernel, sizes)
+
+
+def _grouped_product_bwd(inputs, cotangent):
+  def on_cpu(x, kernel, sizes, cotangent):
+    by_x = _multiply_blocks('XO,IO->XI', cotangent, kernel, sizes).astype(x.dtype)
+    by_x = jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), by_x, 0)
+    return by_x, _sum_blocks(x, cotangent, sizes).astype(kernel.dtype)
+
+  def default(x, kernel, sizes, cotangent):
+    product = functools.partial(_ragged_dot, sizes=sizes, dtype=x.dtype)
+    return jax.vjp(product, x, kernel)[1](cotangent)
+
+  cotangent = cotangent.astype(inputs[0].dtype)
+  by_x, by_kernel = jax.lax.platform_dependent(*inputs, cotangent, cpu=on_cpu, default=default)
+  return by_x, by_kernel, None
+
+
+grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
+
+
+def _ragged_dot(x, kernel, sizes, dtype=jnp.float32):
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jax.lax.ragged_dot(x, kernel, sizes, precision, preferred_element_type=dtype)
+
+
+def _block_rows(rows: int, groups: int) -> int:
+  """Return the rows of a block: about those of an average group, a power of 2."""
+  average = -(-rows // groups)
+  return min(max(1 << (average - 1).bit_length(), SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def _each_block(sizes: jax.Array, width: int, run, carry: jax.Array) -> jax.Array:
+  """Return `carry` after a loop over blocks of consecutive rows, each within one group.
+
+  Args:
+    sizes: i32[E], rows of each group.
+    width: rows of a block. The last block of a group has some of the next groups' rows, too.
+    run: returns the next carry, from the first row of a block, its group, the end of the group and
+      the carry.
+    carry: the first one.
+  """
+  ends = jnp.cumsum(sizes)
+  last = jnp.cumsum(-(-sizes // width))  # number of blocks up to the end of each group
+
+  def body(state):
+    block, carry = state
+    group = jnp.searchsorted(last, block, side='right')
+    start = ends[group] - sizes[group]
+    number = block - (last[group] - -(-sizes[group] // width))
+    return block + 1, run(start + number * width, group, ends[group], carry)
+
+  return jax.lax.while_loop(lambda state: state[0] < last[-1], body, (jnp.int32(0), carry))[1]
+
+
+def _multiply_blocks(equation: str, x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Return `grouped_product` on a CPU, or that with transposed matrices.
+
+  Args:
+    equation: of the product of rows and a group's matrix.
+    x: [R,I], or [R,O] for transposed matrices.
+    kernel: [E,I,O].
+    sizes: i32[E].
+  """
+  rows, width = len(x), _block_rows(len(x), len(kernel))
+  padded = jnp.pad(x, ((0, width), (0, 0)))  # so that each block ends within the array
+  outs = kernel.shape[1 if equation.endswith('I') else 2]
+
+  def run(start, group, _, result):
+    block = jax.lax.dynamic_slice_in_dim(padded, start, width)
+    product = einsum_f32(equation, block, kernel[group])
+    # The next group's first block overwrites what this one has of its rows.
+    return jax.lax.dynamic_update_slice_in_dim(result, product, start, 0)
+
+  zeros = jnp.zeros((rows + width, outs), jnp.float32)
+  return _each_block(sizes, width, run, zeros)[:rows]
+
+
+def _sum_blocks(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Return f32[E,I,O], the products xᵀ · y of the rows of each group, on a CPU.
+
+  Args:
+    x: [R,I].
+    y: [R,O].
+    sizes: i32[E].
+  """
+  width = 4 * _block_rows(len(x), len(sizes))
+  x, y = (jnp.pad(z, ((0, width), (0, 0))) for z in (x, y))
+
+  def run(start, group, end, result):
+    own = (start + jnp.arange(width) < end)[:, None]
+    left, right = (jax.lax.dynamic_slice_in_dim(z, start, width) for z in (x, y))
+    product = einsum_f32('XI,XO->IO', jnp.where(own, left, 0), jnp.where(own, right, 0))
+    return result.at[group].add(product)
+
+  zeros = jnp.zeros((len(sizes), x.shape[1], y.shape[1]), jnp.float32)
+  return _each_block(sizes, width, run, zeros)

@@ -91,6 +91,7 @@ FAMILIES = {
       eoi_token_index=382,
     ),
   ),
+  'mixtral': ('mixtral', dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=5)),
 }
 
 

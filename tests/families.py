@@ -92,6 +92,17 @@ FAMILIES = {
     ),
   ),
   'mixtral': ('mixtral', dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=5)),
+  'qwen3_moe': (
+    'qwen3_moe',
+    dict(
+      head_dim=16,
+      num_experts=4,
+      num_experts_per_tok=2,
+      moe_intermediate_size=24,
+      norm_topk_prob=True,
+      mlp_only_layers=[1],
+    ),
+  ),
 }
 
 

@@ -103,6 +103,7 @@ FAMILIES = {
       mlp_only_layers=[1],
     ),
   ),
+  'olmoe': ('olmoe', dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)),
 }
 
 

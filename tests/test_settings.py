@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
-from cai_jax.model.config import Llama3Rope, ModelConfig, Rope
+from cai_jax.model.config import Experts, Llama3Rope, ModelConfig, Rope
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import TrainConfig
@@ -77,7 +77,9 @@ MODEL = ModelConfig(
   activation='gelu', gated=False, mlp_bias=True, query_scale=0.5, attention_cap=50.0,
   embedding_scale=2.0, residual_scale=0.5, logit_divisor=2.0, logit_cap=30.0,
 )  # fmt: skip
-object.__setattr__(MODEL, 'norm', 'layer')  # no real model has it beside norm_offset
+# No real model has these beside norm_offset and mlp_bias.
+object.__setattr__(MODEL, 'norm', 'layer')
+object.__setattr__(MODEL, 'experts', Experts(4, 2, 8, False, False, (1,)))
 
 
 @pytest.mark.parametrize(

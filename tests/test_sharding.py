@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model import lora, sharding
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import Experts, ModelConfig
 from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -30,6 +30,7 @@ CONFIGS = [
     mlp_bias=True,
     learned_positions=True,
   ),
+  ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16)),
 ]
 
 

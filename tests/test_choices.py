@@ -244,7 +244,7 @@ def test_adapters_find_the_layers_of_a_model_without_a_gate():
     ({'pre_norm': False}, 'at least one'),
     ({'attention_cap': 0.0}, 'attention_cap=0.0 must be positive'),
     ({'logit_cap': -1.0}, 'logit_cap=-1.0 must be positive'),
-    ({'experts': Experts(4, 2, 8), 'mlp_bias': True}, 'Experts have a gate and no biases'),
+    ({'experts': Experts(4, 2, 8), 'gated': False}, 'Experts have a gate'),
     ({'logit_divisor': 0.0}, 'logit_divisor=0.0 must be positive'),
   ],
 )

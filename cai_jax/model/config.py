@@ -98,7 +98,7 @@ class ModelConfig:
     activation: name of the activation, a key of `cai_jax.model.elementwise.ACTIVATIONS`.
     gated: whether the feed-forward layer is down(activation(gate(x)) · up(x)), and not
       down(activation(up(x))).
-    mlp_bias: whether the linear layers of the feed-forward layer have a bias.
+    mlp_bias: whether the linear layers of a feed-forward layer have a bias; experts have none.
     query_scale: factor of the attention scores; None means head_dim^-1/2.
     attention_cap: scores become cap · tanh(score / cap), before masking; None means no cap.
     embedding_scale: factor of the embeddings.
@@ -176,8 +176,8 @@ class ModelConfig:
       raise UserError('qk_norm_over_heads has no effect without qk_norm. Set both, or none.')
     if not (self.pre_norm or self.post_norm):
       raise UserError('pre_norm and post_norm are both false. A block needs at least one of them.')
-    if self.experts and (self.mlp_bias or not self.gated):
-      raise UserError('Experts have a gate and no biases. Set gated to true and mlp_bias to false.')
+    if self.experts and not self.gated:
+      raise UserError('Experts have a gate. Set gated to true, or experts to None.')
     for name in ('attention_cap', 'logit_cap', 'query_scale', 'logit_divisor'):
       value = getattr(self, name)
       if value is not None and not value > 0:
@@ -243,22 +243,22 @@ class ModelConfig:
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
     attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
     attention += self.output_bias * self.d_model
-    mlps = sum(self._mlp_kernels(layer, active) for layer in range(self.num_layers))
-    mlp = self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
+    mlps = sum(self._count_mlp(layer, active) for layer in range(self.num_layers))
     normed = (self.pre_norm + self.post_norm) * 2 * self.d_model  # channels
     heads = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
     normed += self.qk_norm * heads * self.head_dim
     per_channel = 2 if self.norm == 'layer' else 1
-    layer = attention + mlp + per_channel * normed
+    layer = attention + per_channel * normed
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
     embeddings += self.learned_positions * self.max_positions * self.d_model
     return embeddings + mlps + self.num_layers * layer + per_channel * self.d_model
 
-  def _mlp_kernels(self, layer: int, active: bool) -> int:
-    """Return the parameters in the matrices of a layer's feed-forward layer and its router."""
+  def _count_mlp(self, layer: int, active: bool) -> int:
+    """Return the number of parameters of a layer's feed-forward layer, with its router."""
     matrices = (2 + self.gated) * self.d_model
     if self.experts is None or not self.sparse(layer):
-      return matrices * self.d_ff
+      biases = self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
+      return matrices * self.d_ff + biases
     number = self.experts.per_token if active else self.experts.number
     return number * matrices * self.experts.d_ff + self.d_model * self.experts.number
 

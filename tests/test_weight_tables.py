@@ -461,7 +461,12 @@ MULTIMODAL = {'model_type': 'mistral3', 'text_config': {'model_type': 'mistral'}
     ({'text_config': None}, "'mistral3' is a multimodal model, but there is no text_config"),
     ({'text_config': {'model_type': 'mamba'}}, "text_config.model_type is 'mamba'.*mistral"),
     ({'model_type': 'llava'}, "'llava' with the text_config of 'mistral' is not supported"),
-    ({'final_logit_softcapping': 3.0}, 'final_logit_softcapping=3.0'),
+    ({'final_logit_softcapping': 3.0}, 'config.json: final_logit_softcapping=3.0'),
+    (
+      {'text_config': {'model_type': 'mistral', 'final_logit_softcapping': 3.0}},
+      'in text_config, final_logit_softcapping=3.0',
+    ),
+    ({}, 'in text_config, hidden_size is None'),
     (
       {'text_config': {'model_type': 'mistral', 'tie_word_embeddings': True}}
       | {'tie_word_embeddings': False},

@@ -150,10 +150,16 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
   family = FAMILIES[_find_family(hf)]
   check_unquantized(hf)
   entries = text_entries(hf)
-  check_options(entries, family.options)
-  if entries is not hf:
-    check_outer_options(hf, entries)
-  return family.read_config(entries)
+  if entries is hf:
+    check_options(hf, family.options)
+    return family.read_config(hf)
+  check_outer_options(hf, entries)
+  try:
+    check_options(entries, family.options)
+    return family.read_config(entries)
+  except UserError as error:
+    text = str(error).removeprefix('config.json: ')
+    raise UserError(f'config.json: in text_config, {text}') from None
 
 
 def _find_family(hf: dict[str, Any]) -> str:

@@ -104,6 +104,7 @@ FAMILIES = {
     ),
   ),
   'olmoe': ('olmoe', dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)),
+  'olmo2': ('olmo2', dict(rope_parameters=dict(rope_type='default', rope_theta=500.0))),
 }
 
 

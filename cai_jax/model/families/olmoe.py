@@ -6,7 +6,6 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import experts, shared
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag
-from cai_jax.model.families.weight_table import Weight
 
 NORM_EPS = 1e-5  # transformers' value if config.json has no rms_norm_eps
 
@@ -54,10 +53,7 @@ FAMILIES.register('olmoe')(
       *shared.ATTENTION,
       *shared.QKV_BIASES,
       *shared.OUTPUT_BIAS,
-      *shared.per_layer(
-        Weight('attention/q_norm/scale', 'self_attn.q_norm.weight', 'Q->Q'),
-        Weight('attention/k_norm/scale', 'self_attn.k_norm.weight', 'R->R'),
-      ),
+      *shared.QK_NORMS_OVER_HEADS,
       *experts.expert_weights(),
     ),
     causal_lm='OlmoeForCausalLM',
@@ -65,10 +61,6 @@ FAMILIES.register('olmoe')(
     title='OLMoE',
     examples=('allenai/OLMoE-1B-7B-0924-Instruct',),
     options=experts.OPTIONS,
-    sizes={
-      'M': 'intermediate_size',
-      'Q': 'num_attention_heads × head_dim',
-      'R': 'num_key_value_heads × head_dim',
-    },
+    sizes={'M': 'intermediate_size', **shared.SIZES_OVER_HEADS},
   )
 )

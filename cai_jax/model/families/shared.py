@@ -52,6 +52,15 @@ QK_NORMS = per_layer(
   Weight('attention/q_norm/scale', 'self_attn.q_norm.weight', 'H->H'),
   Weight('attention/k_norm/scale', 'self_attn.k_norm.weight', 'H->H'),
 )
+# Q counts the channels of all query heads, and R those of all key heads.
+QK_NORMS_OVER_HEADS = per_layer(
+  Weight('attention/q_norm/scale', 'self_attn.q_norm.weight', 'Q->Q'),
+  Weight('attention/k_norm/scale', 'self_attn.k_norm.weight', 'R->R'),
+)
+SIZES_OVER_HEADS = {
+  'Q': 'num_attention_heads × head_dim',
+  'R': 'num_key_value_heads × head_dim',
+}
 GATED_MLP = per_layer(
   Weight('mlp/gate/kernel', 'mlp.gate_proj.weight', 'DF->F,D'),
   Weight('mlp/up/kernel', 'mlp.up_proj.weight', 'DF->F,D'),

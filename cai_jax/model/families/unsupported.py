@@ -35,7 +35,7 @@ _MISSING = (
   _Missing(
     'multi-head latent attention',
     'deepseek_v2 deepseek_v3 deepseek_v32 minicpm3 kimi_k2 longcat_flash glm4_moe_lite youtu',
-    'qwen3_moe olmoe qwen3 llama',
+    'qwen3_moe olmoe llama',
   ),
   _Missing(
     'shared experts beside the routed ones',
@@ -99,4 +99,4 @@ def find_nearest(model_type: Any, supported: Iterable[str]) -> list[str]:
       return [name for name in missing.nearest.split() if name in supported][:3]
   if not isinstance(model_type, str):
     return []
-  return difflib.get_close_matches(model_type, supported, 3, 0.5)
+  return difflib.get_close_matches(model_type, supported, 3, 0.6)

@@ -117,6 +117,15 @@ def test_configs_of_transformers_4_are_read():
   assert config_from_hf(hf).num_kv_heads == 4
 
 
+@pytest.mark.parametrize('model_type', sorted({kind for kind, _ in LINES.values()} & {*FAMILIES}))
+def test_norms_without_an_eps_have_that_of_transformers(model_type):
+  theirs = transformers.AutoConfig.for_model(model_type)
+  absent = theirs.to_dict()
+  eps = absent.pop('rms_norm_eps')
+  assert config_from_hf(absent).norm_eps == eps
+  assert config_from_hf(absent | {'rms_norm_eps': None}).norm_eps == eps
+
+
 # Whether attention_bias means biases on query, key and value, and on the output.
 BIASES = {
   'llama': (True, True),

@@ -28,9 +28,7 @@ DEFAULT_QUERY_SCALAR = 256  # transformers' value if config.json has no query_pr
 ACTIVATION = 'gelu_pytorch_tanh'
 
 WEIGHTS = (
-  Weight('embed/table', 'model.embed_tokens.weight', 'VD->V,D'),
-  Weight('head/table', 'lm_head.weight', 'VD->V,D'),
-  Weight('norm/scale', 'model.norm.weight', 'D->D'),
+  *shared.EMBEDDINGS,
   *shared.per_layer(
     Weight('attention_norm/scale', 'input_layernorm.weight', 'D->D'),
     Weight('attention_post_norm/scale', 'post_attention_layernorm.weight', 'D->D'),

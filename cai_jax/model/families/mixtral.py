@@ -8,8 +8,8 @@ from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import require
 from cai_jax.model.families.rope import RopeEntries
 
-# Transformers' values if config.json does not have these entries.
-DEFAULTS = {'rms_norm_eps': 1e-5, 'num_key_value_heads': 8, 'sliding_window': None}
+# Transformers' values if config.json has no rms_norm_eps and no num_key_value_heads.
+DEFAULT_EPS, DEFAULT_KV_HEADS = 1e-5, 8
 ROPE = RopeEntries(theta=1e6)
 
 
@@ -22,10 +22,11 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
-  hf = DEFAULTS | hf
   require(hf, 'attention_bias', False)
-  fields = shared.read_fields(hf, rope=ROPE)
-  windows = mistral.read_windows(hf, fields['num_layers'])
+  fields = shared.read_fields(
+    hf, default_kv_heads=DEFAULT_KV_HEADS, rope=ROPE, default_eps=DEFAULT_EPS
+  )
+  windows = mistral.read_windows({'sliding_window': None} | hf, fields['num_layers'])
   mixture = experts.read_experts(hf, number=8, per_token=2, renormalize=True)
   return ModelConfig('mixtral', **fields, windows=windows, experts=mixture)
 

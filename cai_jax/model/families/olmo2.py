@@ -11,9 +11,7 @@ from cai_jax.model.families.weight_table import Weight
 DEFAULT_EPS = 1e-5  # transformers' value if config.json has no rms_norm_eps
 
 WEIGHTS = (
-  Weight('embed/table', 'model.embed_tokens.weight', 'VD->V,D'),
-  Weight('head/table', 'lm_head.weight', 'VD->V,D'),
-  Weight('norm/scale', 'model.norm.weight', 'D->D'),
+  *shared.EMBEDDINGS,
   *shared.per_layer(
     Weight('attention_post_norm/scale', 'post_attention_layernorm.weight', 'D->D'),
     Weight('mlp_post_norm/scale', 'post_feedforward_layernorm.weight', 'D->D'),
@@ -36,11 +34,10 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
     UserError: if a size is missing, or an option has a value that is not implemented.
   """
   shared.read_no_windows(hf)
-  stated = {key: value for key, value in hf.items() if value is not None}
   bias = read_flag(hf, 'attention_bias')
   return ModelConfig(
     'olmo2',
-    **shared.read_fields({'rms_norm_eps': DEFAULT_EPS, **stated}),
+    **shared.read_fields(hf, default_eps=DEFAULT_EPS),
     qkv_bias=bias,
     output_bias=bias,
     pre_norm=False,

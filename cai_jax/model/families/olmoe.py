@@ -7,7 +7,7 @@ from cai_jax.model.families import experts, shared
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag
 
-NORM_EPS = 1e-5  # transformers' value if config.json has no rms_norm_eps
+DEFAULT_EPS = 1e-5  # transformers' value if config.json has no rms_norm_eps
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
@@ -23,7 +23,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   bias = read_flag(hf, 'attention_bias')
   return ModelConfig(
     'olmoe',
-    **shared.read_fields({'rms_norm_eps': NORM_EPS, **hf}),
+    **shared.read_fields(hf, default_eps=DEFAULT_EPS),
     qkv_bias=bias,
     output_bias=bias,
     qk_norm=True,

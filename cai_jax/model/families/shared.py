@@ -27,10 +27,13 @@ def per_layer(*weights: Weight, prefix: str = 'model.layers.{}.') -> tuple[Weigh
   return tuple(Weight(f'layers/{{}}/{path}', prefix + name, axes) for path, name, axes in weights)
 
 
-EMBEDDINGS_AND_NORMS = (
+EMBEDDINGS = (  # with the last norm
   Weight('embed/table', 'model.embed_tokens.weight', 'VD->V,D'),
   Weight('head/table', 'lm_head.weight', 'VD->V,D'),
   Weight('norm/scale', 'model.norm.weight', 'D->D'),
+)
+EMBEDDINGS_AND_NORMS = (
+  *EMBEDDINGS,
   *per_layer(
     Weight('attention_norm/scale', 'input_layernorm.weight', 'D->D'),
     Weight('mlp_norm/scale', 'post_attention_layernorm.weight', 'D->D'),
@@ -75,6 +78,7 @@ def read_fields(
   default_head_dim: int | None = None,
   default_kv_heads: int | None = None,
   rope: RopeEntries = LLAMA_ENTRIES,
+  default_eps: float = 1e-6,
 ) -> dict[str, Any]:
   """Return the fields of ModelConfig that all Llama-style families store in the same way.
 
@@ -85,6 +89,7 @@ def read_fields(
     default_kv_heads: number of key and value heads if config.json has no num_key_value_heads; None
       means the number of heads.
     rope: how the family states rotary positions.
+    default_eps: what norms add if config.json has no rms_norm_eps.
 
   Raises:
     UserError: if a size is missing, or an option has a value that is not implemented.
@@ -105,7 +110,7 @@ def read_fields(
     'num_kv_heads': read_size(hf, 'num_key_value_heads', kv_heads),
     'head_dim': head_dim,
     'max_positions': read_size(hf, 'max_position_embeddings'),
-    'norm_eps': read_number(hf, 'rms_norm_eps', 1e-6),
+    'norm_eps': read_number(hf, 'rms_norm_eps', default_eps),
     'tied_embeddings': read_flag(hf, 'tie_word_embeddings'),
     **read_rope(hf, head_dim, rope),
   }

@@ -133,6 +133,14 @@ def load(tiny_hf_folder):
   return get
 
 
+@pytest.fixture
+def quick_compilation():
+  """Compile with few optimizations, which takes much less time; programs run slower."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> str:
   """Each key of FAMILIES in turn."""

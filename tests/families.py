@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import Any
 
+import pytest
+
 VOCAB_SIZE = 384  # rows of the tiny models' embeddings, a few more than the tokenizer uses
 
 SHAPE = dict(
@@ -106,6 +108,16 @@ FAMILIES = {
   'olmoe': ('olmoe', dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)),
   'olmo2': ('olmo2', dict(rope_parameters=dict(rope_type='default', rope_theta=500.0))),
 }
+
+# Another line has the same family. Generating with these and training them are slow tests.
+REPEATED = ('llama2', 'llama_bias', 'smollm2', 'qwen2', 'gemma3_images')
+
+
+def mark_repeated() -> list[Any]:
+  """Return the names of FAMILIES as parameters of a fixture, those in REPEATED marked slow."""
+  return [
+    pytest.param(name, marks=pytest.mark.slow) if name in REPEATED else name for name in FAMILIES
+  ]
 
 
 def make_config(name: str, **entries: Any) -> Any:

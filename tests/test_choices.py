@@ -93,7 +93,7 @@ def test_every_choice_is_tested():
 
 
 @pytest.mark.parametrize('name', CHOICES)
-def test_each_choice_changes_the_logits(name):
+def test_each_choice_changes_the_logits(name, quick_compilation):
   """So no field is ignored. The other fields are those of the field's model."""
   fields = next(fields for fields in MODELS.values() if name in fields)
   neutral = {**fields, name: getattr(BASE, name)}

@@ -93,8 +93,15 @@ def repeated_items(count, settings=SETTINGS):
   ]
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('windows', [(), (None, 40)])
+@pytest.mark.parametrize(
+  ('windows', 'dtype'),
+  [
+    ((), 'float32'),
+    ((None, 40), 'float32'),
+    ((None, 40), 'bfloat16'),
+    pytest.param((), 'bfloat16', marks=pytest.mark.slow),
+  ],
+)
 def test_drafts_change_no_bit(repetitive, dtype, windows):
   """Of rows with all settings, shared prefixes, stop tokens and stop texts."""
   params = jax.tree.map(lambda x: x.astype(dtype), repetitive.params)

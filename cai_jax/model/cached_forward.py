@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from cai_jax.model.attention import paged, ragged  # noqa: F401  # both register themselves
+from cai_jax.model.attention import paged, ragged, triton  # noqa: F401  # they register themselves
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.attention.rotary import Angles, ropes_of, rotary_angles
 from cai_jax.model.attention.scores import scores_of

@@ -135,7 +135,7 @@ def choose_cached(name: str, config: ModelConfig, dtype: str, page_tokens: int, 
   """Return the name of the implementation to use on a mesh.
 
   Args:
-    name: a name in `CACHED`, or 'auto': 'ragged' where it can run, else 'pages'.
+    name: a name in `CACHED`, or 'auto': the kernel for the platform where it can run, else 'pages'.
     config: the shape of the model.
     dtype: compute dtype.
     page_tokens: number of tokens of a page.
@@ -146,9 +146,9 @@ def choose_cached(name: str, config: ModelConfig, dtype: str, page_tokens: int, 
   """
   platform = mesh.devices.flat[0].platform
   if name == AUTO:
-    kernel = CACHED['ragged']
-    runs = kernel.platform == platform and not kernel.refuse(config, dtype, page_tokens, mesh)
-    return 'ragged' if runs else 'pages'
+    kernels = (name for name in CACHED if CACHED[name].platform == platform)
+    args = config, dtype, page_tokens, mesh
+    return next((name for name in kernels if not CACHED[name].refuse(*args)), 'pages')
   entry = CACHED[name]
   if entry.platform not in (None, platform):
     raise UserError(

@@ -28,7 +28,7 @@ from cai_jax.model.attention.softmax import (
   read_pages,
   ungroup_queries,
 )
-from cai_jax.model.cache import LayerCache, Prefixes, Step, init_block
+from cai_jax.model.cache import LayerCache, Prefixes, RowTable, Step, init_block
 from cai_jax.runtime.mesh import BATCH, batch_shards
 
 
@@ -108,10 +108,9 @@ def make_view(
       else positions.shape[1] - step.pieces.tables[index].page.shape[1]
     )
     at = positions[:, :decoded].reshape(g, d, -1)
-    number = at - table.first[:, :, None]
-    pages = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
-    places.append(jnp.where(at < 0, total, pages).reshape(g, decoded))
-    offsets.append((number % page).reshape(g, decoded))
+    place, offset = row_places(at, table, page, total)
+    places.append(place)
+    offsets.append(offset)
     owner = jnp.maximum(table.owner, 0)
     queries = jnp.take_along_axis(at, owner[:, :, None], 1)  # [G,P,W]
     keys = table.start[:, :, None] + jnp.arange(page)
@@ -134,6 +133,22 @@ def make_view(
   ]
 
   return View(tuple(block), offset, rows, pieces, prefix_masks(positions, prefixes, window))
+
+
+def row_places(
+  at: jax.Array, table: RowTable, page: int, total: int
+) -> tuple[jax.Array, jax.Array]:
+  """Return the page to which each token of decoded rows is written, and its place: i32[G,D·W].
+
+  Args:
+    at: i32[G,D,W], positions; negative for padding.
+    table: the rows' pages.
+    page: S, number of tokens of a page.
+    total: number of pages, which drops the write of padding.
+  """
+  number = at - table.first[:, :, None]
+  pages = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
+  return (x.reshape(len(at), -1) for x in (jnp.where(at < 0, total, pages), number % page))
 
 
 def prefix_masks(
@@ -199,10 +214,7 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
   blocks = tuple(
-    LayerCache(
-      block.k.at[page, :, :, view.offset].set(k.astype(block.k.dtype), mode='drop'),
-      block.v.at[page, :, view.offset].set(v.astype(block.v.dtype), mode='drop'),
-    )
+    write_page(block, page, view.offset, k, v)
     for block, page in zip(blocks, view.block, strict=True)
   )
   kv_heads = k.shape[1]
@@ -218,13 +230,48 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores
     attend_pieces = _attend_pieces if on_cpu else _attend_gathered_pieces
     parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width, scores))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
+  shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
+  return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
 
-  def read_prefix(cache, mask):
+
+def write_page(block: LayerCache, page, offset, k: jax.Array, v: jax.Array) -> LayerCache:
+  """Return a block of pages with a step's keys and values.
+
+  Args:
+    block: the pages, [P,...].
+    page: i32[X], the page to which each token is written; P drops the write.
+    offset: i32[X], the place in that page.
+    k: [X,K,H], rotated.
+    v: [X,K,H].
+  """
+  return LayerCache(
+    block.k.at[page, :, :, offset].set(k.astype(block.k.dtype), mode='drop'),
+    block.v.at[page, :, offset].set(v.astype(block.v.dtype), mode='drop'),
+  )
+
+
+def read_prefixes(
+  q: jax.Array,
+  kv_heads: int,
+  prefixes: Sequence[LayerCache],
+  masks: Sequence[jax.Array],
+  scores: Scores,
+) -> list[PartialSoftmax]:
+  """Return the softmax [X,N,...] of a step's tokens over each shared prefix.
+
+  Args:
+    q: [X,N,H], rotated.
+    kv_heads: K.
+    prefixes: the layer's keys and values of each prefix.
+    masks: for each prefix, bool[X,S], the keys that each token sees.
+    scores: scale and cap of the scores.
+  """
+
+  def read(cache, mask):
     part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask, scores)
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
-  shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
-  return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
+  return [read(*prefix) for prefix in zip(prefixes, masks, strict=True)]
 
 
 def _attend_rows(queries, blocks, view: RowView, on_cpu: bool, scores) -> PartialSoftmax:
@@ -305,11 +352,10 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width, scores) -
 
   GPUs gather fast, and a loop of unknown length would make every layer wait for the host.
   """
-  length, n, h = q.shape
+  h = q.shape[-1]
   kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
-  tokens = view.start[:, None] + jnp.arange(width)  # [R,C]
-  queries = group_queries(q.at[tokens].get(mode='clip'), kv_heads)
-  positions = view.positions.at[tokens].get(mode='clip')
+  piece_q, positions, target = split_pieces(q, view, width)
+  queries = group_queries(piece_q, kv_heads)
   shape = *view.pages.shape, *blocks[0].k.shape[1:]
   k = jnp.zeros(shape, blocks[0].k.dtype)
   v = jnp.zeros((*shape[:3], size, h), blocks[0].v.dtype)
@@ -327,16 +373,47 @@ def _attend_gathered_pieces(q, blocks, view: PieceView, window, width, scores) -
   listed = jnp.arange(pages * size) < view.num_pages[:, None] * size
   mask = causal_mask(positions, keys, window, listed[:, None])
   part = read_keys(queries, k, v, mask, scores)
-  # A piece ends where the next one starts. What it computed beyond is dropped.
+  return join_pieces(part, target, len(q))
+
+
+def split_pieces(
+  q: jax.Array, view: PieceView, width: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the queries [R,C,N,H] of each piece, their positions, and where they come from.
+
+  Args:
+    q: [T,N,H], of all prefilled tokens.
+    view: the pieces.
+    width: C, number of tokens of a piece.
+
+  Returns:
+    The queries; i32[R,C], their positions; and i32[R,C], their indices in `q`. A piece ends where
+    the next one starts: the queries beyond have the index T, and what they attend to is dropped.
+  """
+  length, pieces = len(q), len(view.start)
+  tokens = view.start[:, None] + jnp.arange(width)
   end = jnp.concatenate([view.start[1:], jnp.full(1, length)])
   end = jnp.where(jnp.arange(pieces) + 1 < view.number, end, length)
   valid = (tokens < end[:, None]) & (jnp.arange(pieces) < view.number)[:, None]
-  target = jnp.where(valid, tokens, length)
+  positions = view.positions.at[tokens].get(mode='clip')
+  return q.at[tokens].get(mode='clip'), positions, jnp.where(valid, tokens, length)
+
+
+def join_pieces(part: PartialSoftmax, target: jax.Array, length: int) -> PartialSoftmax:
+  """Return the softmax [T,N,...] of all prefilled tokens, from that of pieces, [R,K,...].
+
+  Args:
+    part: the softmax of each piece's queries.
+    target: i32[R,C], as `split_pieces` returns it.
+    length: T.
+  """
+  width, (_, kv_heads, rows, h) = target.shape[1], part.out.shape
 
   def put(x, new):
     return x.at[target].set(ungroup_queries(new, width), mode='drop')
 
-  return jax.tree.map(put, PartialSoftmax.empty((length, n), h), part)
+  whole = PartialSoftmax.empty((length, kv_heads * rows // width), h)
+  return jax.tree.map(put, whole, part)
 
 
 # On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].

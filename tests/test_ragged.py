@@ -9,7 +9,7 @@ import pytest
 from jax._src import literals
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from cai_jax.model.attention import ragged
+from cai_jax.model.attention import ragged, triton
 from cai_jax.model.attention.cached import CACHED, choose_cached
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.cache import (
@@ -129,17 +129,18 @@ def attend_both(kernel, window, has_prefix, rows, decoded, segments, scores):
     out, blocks = entry.attend(q, k, v, (block,), layers, view, window, WIDTH, mesh, scores)
     return np.asarray(out)[np.asarray(positions) >= 0], blocks[0]
 
-  ours, written = run(kernel, stacked(pages) if kernel == 'ragged' else pages)
+  ours, written = run(kernel, stacked(kernel, pages))
   theirs, expected = run('pages', pages)
-  if kernel == 'ragged':
-    expected = stacked(expected)
-  return (ours, written), (theirs, expected)
+  return (ours, written), (theirs, stacked(kernel, expected))
 
 
-def stacked(pages: LayerCache) -> ragged.RaggedPages:
-  """Return pages as 'ragged' stores them."""
-  both = jnp.stack([pages.k.transpose(0, 3, 1, 2), pages.v.transpose(0, 2, 1, 3)], 3)
-  return ragged.RaggedPages(both.reshape(PAGES, PAGE, 2 * KV_HEADS, H))
+def stacked(kernel: str, pages: LayerCache) -> ragged.RaggedPages | triton.TritonPages:
+  """Return pages as a kernel stores them."""
+  both = jnp.stack([pages.k.swapaxes(2, 3), pages.v], 2)  # [B,K,2,S,H]
+  both = both.reshape(PAGES, 2 * KV_HEADS, PAGE, H)
+  if kernel == 'triton':
+    return triton.TritonPages(both)
+  return ragged.RaggedPages(both.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize('kernel', ['ragged', 'triton'])

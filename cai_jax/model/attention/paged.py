@@ -10,7 +10,7 @@ where a row's pages are, nor on other rows.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from cai_jax.model.attention.softmax import (
 )
 from cai_jax.model.cache import LayerCache, Prefixes, RowTable, Step, init_block
 from cai_jax.runtime.mesh import BATCH, batch_shards
+
+T = TypeVar('T', jax.Array, PartialSoftmax)
 
 
 class RowView(NamedTuple):
@@ -214,7 +216,10 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
   blocks = tuple(
-    write_page(block, page, view.offset, k, v)
+    LayerCache(
+      block.k.at[page, :, :, view.offset].set(k.astype(block.k.dtype), mode='drop'),
+      block.v.at[page, :, view.offset].set(v.astype(block.v.dtype), mode='drop'),
+    )
     for block, page in zip(blocks, view.block, strict=True)
   )
   kv_heads = k.shape[1]
@@ -232,22 +237,6 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
   shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
   return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
-
-
-def write_page(block: LayerCache, page, offset, k: jax.Array, v: jax.Array) -> LayerCache:
-  """Return a block of pages with a step's keys and values.
-
-  Args:
-    block: the pages, [P,...].
-    page: i32[X], the page to which each token is written; P drops the write.
-    offset: i32[X], the place in that page.
-    k: [X,K,H], rotated.
-    v: [X,K,H].
-  """
-  return LayerCache(
-    block.k.at[page, :, :, offset].set(k.astype(block.k.dtype), mode='drop'),
-    block.v.at[page, :, offset].set(v.astype(block.v.dtype), mode='drop'),
-  )
 
 
 def read_prefixes(
@@ -399,21 +388,20 @@ def split_pieces(
   return q.at[tokens].get(mode='clip'), positions, jnp.where(valid, tokens, length)
 
 
-def join_pieces(part: PartialSoftmax, target: jax.Array, length: int) -> PartialSoftmax:
-  """Return the softmax [T,N,...] of all prefilled tokens, from that of pieces, [R,K,...].
+def join_pieces(parts: T, target: jax.Array, length: int) -> T:
+  """Return what pieces give, [R,K,C·N/K,...], for all prefilled tokens: [T,N,...].
 
   Args:
-    part: the softmax of each piece's queries.
+    parts: an array, or a PartialSoftmax.
     target: i32[R,C], as `split_pieces` returns it.
     length: T.
   """
-  width, (_, kv_heads, rows, h) = target.shape[1], part.out.shape
 
-  def put(x, new):
-    return x.at[target].set(ungroup_queries(new, width), mode='drop')
+  def join(x):
+    x = ungroup_queries(x, target.shape[1])
+    return jnp.zeros((length, *x.shape[2:]), x.dtype).at[target].set(x, mode='drop')
 
-  whole = PartialSoftmax.empty((length, kv_heads * rows // width), h)
-  return jax.tree.map(put, whole, part)
+  return jax.tree.map(join, parts)
 
 
 # On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].

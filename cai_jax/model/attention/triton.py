@@ -29,11 +29,10 @@ from cai_jax.model.attention.paged import (
   read_prefixes,
   row_places,
   split_pieces,
-  write_page,
 )
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.attention.softmax import PartialSoftmax, group_queries, merge, ungroup_queries
-from cai_jax.model.cache import LayerCache, Prefixes, Step, init_block
+from cai_jax.model.cache import LayerCache, Prefixes, Step
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.mesh import BATCH, batch_shards
 
@@ -45,6 +44,17 @@ PREFILL_BLOCK = 64
 # merged. So a long row does not take longer than the others. The number is the same for
 # every batch, so that the bits of a row are, too.
 SPLIT_PAGES = 16
+
+
+class TritonPages(NamedTuple):
+  """Pages of one layer.
+
+  Attributes:
+    kv: [B,2K,S,H]; B counts pages and S the tokens of a page. The keys and the values of a head are
+      next to each other: k of head 0, v of head 0, k of head 1 and so on.
+  """
+
+  kv: jax.Array
 
 
 class RowSequences(NamedTuple):
@@ -77,6 +87,11 @@ class TritonView(NamedTuple):
   rows: RowSequences | None
   pieces: PieceView | None
   prefix_masks: tuple[jax.Array, ...]
+
+
+def init_pages(config: ModelConfig, pages: int, size: int, dtype) -> TritonPages:
+  """Return pages of zeros for one layer; see `cached.Init`."""
+  return TritonPages(jnp.zeros((pages, 2 * config.num_kv_heads, size, config.head_dim), dtype))
 
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
@@ -128,22 +143,19 @@ def attend_triton(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  blocks: tuple[LayerCache, ...],
+  blocks: tuple[TritonPages, ...],
   prefixes: Sequence[LayerCache],
   view: TritonView,
   window: int | None,
   width: int,
   mesh: Mesh,
   scores: Scores,
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, tuple[TritonPages, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it; see `cached.Attend`."""
-  read = functools.partial(
-    read_sequences,
-    window=window,
-    scores=scores,
-    interpret=mesh.devices.flat[0].platform != 'gpu',
+  interpret = mesh.devices.flat[0].platform != 'gpu'
+  local = functools.partial(
+    _attend_local, window=window, width=width, interpret=interpret, scores=scores
   )
-  local = functools.partial(_attend_local, width=width, read=read, scores=scores)
   args = q, k, v, blocks, tuple(prefixes), view
   if mesh.size == 1:
     return local(*args)
@@ -155,128 +167,117 @@ def attend_triton(
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, width, read, scores):
+def _attend_local(q, k, v, blocks, prefixes, view, window, width, interpret, scores):
   """Compute `attend_triton` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
-  block = write_page(blocks[0], view.page, view.offset, k, v)
-  kv_heads = k.shape[1]
-  parts, decoded = [], 0
+  (block,) = blocks
+  new = jnp.stack([k, v], 2).reshape(len(k), -1, k.shape[-1])  # [X,2K,H]
+  kv = block.kv.at[view.page, :, view.offset].set(new.astype(block.kv.dtype), mode='drop')
+  (x, n, h), kv_heads, outputs, decoded = q.shape, k.shape[1], [], 0
+  options = window, scores, bool(prefixes), interpret
   if view.rows is not None:
     rows, tokens = view.rows.positions.shape
     decoded = rows * tokens
-    queries = group_queries(q[:decoded].reshape(rows, tokens, *q.shape[1:]), kv_heads)
-    part = read(queries, block, *view.rows)
-    part = [ungroup_queries(x, tokens).reshape(decoded, *q.shape[1:-1], -1) for x in part]
-    parts.append(PartialSoftmax(*part))
+    queries = group_queries(q[:decoded].reshape(rows, tokens, n, h), kv_heads)
+    read = read_sequences(queries, kv, *view.rows, *options)
+    ungroup = lambda x: ungroup_queries(x, tokens).reshape(decoded, n, -1)  # noqa: E731
+    outputs.append(jax.tree.map(ungroup, read))
   if view.pieces is not None:
     queries, positions, target = split_pieces(q[decoded:], view.pieces, width)
     # No key has a place for the queries beyond a piece, so the kernel reads no page for them.
-    positions = jnp.where(target < len(q) - decoded, positions, -1)
-    queries = group_queries(queries, kv_heads)
-    part = read(queries, block, positions, view.pieces.pages, view.pieces.first)
-    parts.append(join_pieces(part, target, len(q) - decoded))
-  own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
-  shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
-  return merge([*shared, own]).divided().astype(q.dtype)[None], (block,)
+    positions = jnp.where(target < x - decoded, positions, -1)
+    tables = positions, view.pieces.pages, view.pieces.first
+    read = read_sequences(group_queries(queries, kv_heads), kv, *tables, *options)
+    outputs.append(join_pieces(read, target, x - decoded))
+  own = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+  if isinstance(own, PartialSoftmax):
+    shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
+    own = merge([*shared, own]).divided().astype(q.dtype)
+  return own[None], (TritonPages(kv),)
 
 
 def read_sequences(
   queries: jax.Array,
-  block: LayerCache,
+  kv: jax.Array,
   positions: jax.Array,
   pages: jax.Array,
   first: jax.Array,
   window: int | None,
   scores: Scores,
+  is_partial: bool,
   interpret: bool,
-) -> PartialSoftmax:
-  """Return the softmax [Q,K,R,...] of sequences over their pages.
+) -> jax.Array | PartialSoftmax:
+  """Return the attention of sequences to their pages: the output [Q,K,R,H], or a PartialSoftmax.
 
   Args:
     queries: [Q,K,R,H], rotated; T queries for each of several heads, with T the faster axis.
-    block: the pages.
+    kv: [B,2K,S,H], as in `TritonPages`.
     positions: i32[Q,T], of the queries; negative for padding, which attends to nothing.
     pages: i32[Q,N], the pages of each sequence in order; those after its last one may be anything.
     first: i32[Q], position of the first token of the first page.
     window: number of tokens that a query sees, itself included; None means no limit.
     scores: scale and cap of the scores.
+    is_partial: whether to return a softmax [Q,K,R,...], to which further keys can be added. The
+      output is in the dtype of the queries, and 0 for padding.
     interpret: whether to run in Pallas's interpreter.
   """
   count, kv_heads, rows, h = queries.shape
-  rows_of_block = min(PREFILL_BLOCK, max(LEAST, pl.next_power_of_2(rows)))
-  padding = -rows % rows_of_block
-  at = jnp.tile(positions, (1, rows // positions.shape[1]))
-  at = jnp.pad(at, ((0, 0), (0, padding)), constant_values=-1)
-  queries = jnp.pad(queries, ((0, 0), (0, 0), (0, padding), (0, 0))).astype(block.k.dtype)
+  block = min(PREFILL_BLOCK, max(LEAST, pl.next_power_of_2(rows)))
   splits = -(-pages.shape[1] // SPLIT_PAGES)
-  pages = jnp.clip(pages, 0, len(block.k) - 1)
-  padded = rows + padding
-  by_block = lambda i, head, r: (i, head, r // splits, 0)  # noqa: E731
-  part = lambda i, head, r: (r % splits, i, head, r // splits)  # noqa: E731
-  whole = lambda x: pl.BlockSpec(x.shape, lambda i, head, r: (0,) * x.ndim)  # noqa: E731
-  f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  row_shape = splits, count, kv_heads, padded
-  out, largest, total = pl.pallas_call(
-    functools.partial(_kernel, splits=splits, window=window, scores=scores),
-    grid=(count, kv_heads, splits * padded // rows_of_block),
-    in_specs=[
-      pl.BlockSpec((None, None, rows_of_block, h), by_block),
-      pl.BlockSpec((None, rows_of_block), lambda i, head, r: (i, r // splits)),
-      whole(pages),
-      whole(first),
-      whole(block.k),
-      whole(block.v),
-    ],
-    out_specs=[
-      pl.BlockSpec((None, None, None, rows_of_block, h), lambda *index: (*part(*index), 0)),
-      pl.BlockSpec((None, None, None, rows_of_block), part),
-      pl.BlockSpec((None, None, None, rows_of_block), part),
-    ],
-    out_shape=[f32((*row_shape, h)), f32(row_shape), f32(row_shape)],
+  is_split = is_partial or splits > 1
+  pages = jnp.clip(pages, 0, len(kv) - 1)
+  whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))  # noqa: E731
+  args = queries.astype(kv.dtype), positions, pages, first, kv
+  shapes = [jax.ShapeDtypeStruct(queries.shape, queries.dtype)]
+  if is_split:
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    row_shape = splits, count, kv_heads, rows
+    shapes = [f32((*row_shape, h)), f32(row_shape), f32(row_shape)]
+  results = pl.pallas_call(
+    functools.partial(_kernel, block=block, splits=splits, window=window, scores=scores),
+    grid=(count, kv_heads, splits * pl.cdiv(rows, block)),
+    in_specs=[whole(x.shape) for x in args],
+    out_specs=[whole(x.shape) for x in shapes],
+    out_shape=shapes,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
     interpret=interpret,
     name='paged_attention',
-  )(queries, at, pages, first, block.k, block.v)
-  parts = [
-    PartialSoftmax(largest[i, :, :, :rows, None], total[i, :, :, :rows, None], out[i, :, :, :rows])
-    for i in range(splits)
-  ]
-  return merge(parts)
+  )(*args)
+  if not is_split:
+    return results[0]
+  out, largest, total = results
+  softmax = merge(
+    [PartialSoftmax(largest[i, ..., None], total[i, ..., None], out[i]) for i in range(splits)]
+  )
+  return softmax if is_partial else softmax.divided().astype(queries.dtype)
 
 
-def _kernel(
-  q_ref,
-  at_ref,
-  pages_ref,
-  first_ref,
-  k_ref,
-  v_ref,
-  out_ref,
-  max_ref,
-  sum_ref,
-  splits,
-  window,
-  scores,
-):
+def _kernel(q_ref, at_ref, pages_ref, first_ref, kv_ref, *out_refs, block, splits, window, scores):
   """Compute the softmax of one block of queries over one part of the sequence's pages.
 
   Args:
-    q_ref: [R,H].
-    at_ref: i32[R], positions of the queries; negative for padding.
+    q_ref: [Q,K,R,H].
+    at_ref: i32[Q,T], positions of the queries; negative for padding.
     pages_ref: i32[Q,N].
     first_ref: i32[Q].
-    k_ref: [B,K,H,S].
-    v_ref: [B,K,S,H].
-    out_ref: f32[R,H], the sum of the values weighted by exp(score - max).
-    max_ref: f32[R], the largest score.
-    sum_ref: f32[R], the sum of the weights.
+    kv_ref: [B,2K,S,H].
+    *out_refs: the output [Q,K,R,H]; or f32[splits,Q,K,R,H], the sum of the values weighted by
+      exp(score - max), f32[splits,Q,K,R], the largest score, and the same of the sum of weights.
+    block: number of queries that a program takes together; those beyond R are padding.
     splits: number of parts of a sequence's pages.
     window: number of tokens that a query sees, itself included; None means no limit.
     scores: scale and cap of the scores.
   """
-  sequence, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2) % splits
-  q, at, size, h = q_ref[...], at_ref[...], k_ref.shape[-1], q_ref.shape[-1]
+  sequence, head, index = (pl.program_id(i) for i in range(3))
+  split, (rows, h), size = index % splits, q_ref.shape[2:], kv_ref.shape[2]
+  row = index // splits * block + jnp.arange(block)
+  is_row = row < rows
+  at = at_ref.at[sequence, row % at_ref.shape[1]]
+  at = plgpu.load(at, mask=is_row, other=-1)
+  is_entry = jnp.broadcast_to(is_row[:, None], (block, h))
+  entry = row[:, None], jnp.arange(h)[None, :]  # Pallas's interpreter supports no slices here
+  q = plgpu.load(q_ref.at[sequence, head, *entry], mask=is_entry, other=0)
   first = first_ref[sequence]
   precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
   product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
@@ -286,37 +287,45 @@ def _kernel(
     page = pages_ref[sequence, number]
     distance = at[:, None] - (first + number * size + jnp.arange(size))[None, :]
     mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    score = scores.of_products(product(q, k_ref[page, head]), h)
+    score = scores.of_products(product(q, kv_ref[page, 2 * head].T), h)
     score = jnp.where(mask, score, MASKED)
     new = jnp.maximum(largest, score.max(1))
     weights = jnp.where(mask, jnp.exp(score - new[:, None]), 0.0)
     scale = jnp.exp(largest - new)
-    values = v_ref[page, head]
+    values = kv_ref[page, 2 * head + 1]
     out = out * scale[:, None] + product(weights.astype(values.dtype), values)
     return new, total * scale + weights.sum(1), out
 
-  rows = len(at)
   empty = (
-    jnp.full(rows, MASKED, jnp.float32),
-    jnp.zeros(rows, jnp.float32),
-    jnp.zeros((rows, h), jnp.float32),
+    jnp.full(block, MASKED, jnp.float32),
+    jnp.zeros(block, jnp.float32),
+    jnp.zeros((block, h), jnp.float32),
   )
   last = at.max()
   end = jnp.where(last < 0, 0, (last - first) // size + 1)
   start = split * SPLIT_PAGES
   end = jnp.minimum(end, start + SPLIT_PAGES)
   largest, total, out = jax.lax.fori_loop(start, end, add_page, empty)
-  out_ref[...], max_ref[...], sum_ref[...] = out, largest, total
+  if len(out_refs) == 1:
+    out /= jnp.where(total > 0, total, 1.0)[:, None]
+    target = out_refs[0].at[sequence, head, *entry]
+    plgpu.store(target, out.astype(out_refs[0].dtype), mask=is_entry)
+    return
+  out_ref, max_ref, sum_ref = out_refs
+  at = split, sequence, head
+  plgpu.store(out_ref.at[*at, *entry], out, mask=is_entry)
+  plgpu.store(max_ref.at[*at, row], largest, mask=is_row)
+  plgpu.store(sum_ref.at[*at, row], total, mask=is_row)
 
 
 CACHED.register('triton')(
   CacheAttention(
-    init=init_block,
+    init=init_pages,
     make_view=make_view,
     attend=attend_triton,
     heads=1,
-    page_axis=3,
-    layouts=(None, None),
+    page_axis=2,
+    layouts=(None,),
     max_blocks=1,
     platform='gpu',
     refuse=refuse,

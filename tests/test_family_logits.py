@@ -104,6 +104,20 @@ def test_saved_models_load_here_and_in_torch(load, reference, family, tmp_path):
   assert not list((tmp_path / 'out').glob('*partial*'))
 
 
+@pytest.mark.slow
+def test_bfloat16_is_as_close_to_float32_as_in_torch(tiny_hf_folder, reference, family):
+  """Torch computes on the CPU. The median is unmoved by a token that changes its experts."""
+  folder, model = tiny_hf_folder(family), load_in_torch(tiny_hf_folder(family))
+  with torch.no_grad():
+    theirs = model.to(torch.bfloat16)(torch.tensor(TOKENS)).logits.float().numpy()
+  lm = cai_jax.load(folder, 'bfloat16', make_mesh(1, devices=jax.devices()[:1]))
+  expected = reference(family)
+  error, torch_error = (np.median(np.abs(x - expected)) for x in (lm.logits(TOKENS), theirs))
+  print(f'{family}: median error {error:.4f}, of torch {torch_error:.4f}')
+  assert 0 < error < 1.2 * torch_error
+
+
+@pytest.mark.skipif('len(jax.devices()) < 8')
 def test_eight_devices_equal_one(load, tiny_hf_folder, family):
   one = load(family)
   tensor = math.gcd(2, one.config.num_kv_heads)

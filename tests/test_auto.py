@@ -90,11 +90,14 @@ def test_numbers_that_are_given_win():
   assert resolve(EngineConfig(cache_gib=5.0), H200, ONE_B).slots == 128
 
 
-def test_the_kernel_for_tpus_is_chosen_where_pages_have_its_size():
+def test_a_kernel_is_chosen_where_pages_have_its_size():
   load = dataclasses.replace(ONE_B, attention='ragged')
   assert resolve(EngineConfig(), V5E, load).attention == 'ragged'
   assert resolve(EngineConfig(page_tokens=24), V5E, load).attention == 'pages'
   assert resolve(EngineConfig(attention='pages'), V5E, load).attention == 'pages'
+  load = dataclasses.replace(ONE_B, attention='triton')
+  assert resolve(EngineConfig(), H100, load).attention == 'triton'
+  assert resolve(EngineConfig(page_tokens=48), H100, load).attention == 'pages'
   with pytest.raises(UserError, match='flash'):
     EngineConfig(attention='flash')
 

@@ -164,6 +164,15 @@ def test_a_kernel_agrees_with_pages(kernel, window, has_prefix, rows, decoded, s
   assert theirs.std() > 0.1
 
 
+@pytest.mark.parametrize('has_prefix', [False, True])
+def test_parts_of_a_row_make_the_whole(monkeypatch, has_prefix):
+  """Rows of three pages, read in parts of two."""
+  monkeypatch.setattr(triton, 'SPLIT_PAGES', 2)
+  case = 'triton', None, has_prefix, {0: 6, 1: 34}, [0, 1], [(2, 4, 21)], Scores(0.3, 1.5)
+  (ours, _), (theirs, _) = attend_both(*case)
+  np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+
+
 def test_the_sums_are_those_of_a_softmax():
   """The kernel's sums, which JAX's own function does not return, against a direct computation."""
   q, kv = draw(0, 5, HEADS, H), draw(1, PAGES, PAGE, 2 * KV_HEADS, H)
@@ -215,6 +224,11 @@ def test_the_choice_for_a_device():
   assert choose_cached('auto', config(), 'float32', 64, mesh) == 'pages'
   with pytest.raises(UserError, match='runs on TPUs only'):
     choose_cached('ragged', config(), 'float32', 64, mesh)
+  with pytest.raises(UserError, match='runs on GPUs only'):
+    choose_cached('triton', config(), 'float32', 64, mesh)
+  assert triton.refuse(config(), 'bfloat16', 64, mesh) is None
+  assert 'heads' in triton.refuse(config(head_dim=96), 'bfloat16', 64, mesh)
+  assert 'page_tokens' in triton.refuse(config(), 'bfloat16', 48, mesh)
   assert ragged.refuse(config(), 'bfloat16', 64, mesh) is None
   assert 'heads' in ragged.refuse(config(head_dim=64), 'bfloat16', 64, mesh)
   assert 'page_tokens' in ragged.refuse(config(), 'bfloat16', 24, mesh)

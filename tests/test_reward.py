@@ -144,10 +144,11 @@ def test_scores_do_not_depend_on_the_mesh(make):
 
 def test_rows_of_many_lengths_compile_few_programs(make):
   model = load(make('qwen2'))
-  before = reward._logits_at_last._cache_size()
+  program = reward.logits_program('cpu')
+  before = program._cache_size()
   texts = ['word ' * n for n in range(1, 50)]
   model.scores([[ASKED[0][0], {'role': 'assistant', 'content': text}] for text in texts], None, 512)
-  assert reward._logits_at_last._cache_size() - before <= 3  # rows of 64, 128 and 256 tokens
+  assert program._cache_size() - before <= 3  # rows of 64, 128 and 256 tokens
 
 
 def test_trailing_pad_tokens_are_ignored(make, tiny_tokenizer):

@@ -15,7 +15,7 @@ from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
 from cai_jax.model.experts import MoE
-from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
+from cai_jax.model.precision import PRODUCT, einsum_f32, einsum_rounded, sum_entries
 
 
 class LayerContext(NamedTuple):
@@ -165,7 +165,8 @@ class Linear(nnx.Module):
     # The kernel's gradient sums over B and T. With two separate axes, XLA for CPUs first copies a
     # transposed array.
     flat = x.reshape(-1, matrix.shape[0])
-    y = einsum_f32('XI,IO->XO', flat, matrix)
+    product = einsum_rounded if self.adapter is None and self.bias is None else einsum_f32
+    y = product('XI,IO->XO', flat, matrix)
     if self.adapter is not None:
       y = y + self.adapter(flat)
     y = y.reshape(*x.shape[:2], *self.outs)

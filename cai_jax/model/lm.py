@@ -38,6 +38,7 @@ from cai_jax.model.generation_config import FILE as GENERATION_CONFIG
 from cai_jax.model.generation_config import special_token_ids
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import check_dtype
+from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.mesh import make_mesh
@@ -127,10 +128,10 @@ class LM:
       )
     segment_ids = None if mask is None else real.astype(np.int32)
     tokens = tokens.astype(np.int32)
-    return compute_logits(self.graph, self.params, tokens, positions, segment_ids)
+    program = jit_on(self.mesh.devices.flat[0].platform, compute_logits, static_argnames='graph')
+    return program(self.graph, self.params, tokens, positions, segment_ids)
 
 
-@functools.partial(jax.jit, static_argnames='graph')
 def compute_logits(
   graph: nnx.GraphDef,
   params: Params,

@@ -10,11 +10,13 @@ Results do not depend on the cache: it returns what the compiler wrote.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import filelock
 import jax
@@ -38,6 +40,38 @@ _MINIMA = {
 }
 _FOLDER, _SIZE = 'jax_compilation_cache_dir', 'jax_compilation_cache_max_size'
 _UNLIMITED = 2**62  # bytes; -1 would turn off the files from which later runs see a program's age
+
+
+# Measured on an H100 (experiments/RESULTS.md, 2026-11-27). Autotuning times several kernels for
+# each product while a program compiles. It took most of the 63 s in which `evaluate` compiled, and its
+# choice, and with it the rounding, differed from one compilation to the next. Merged products copy
+# their weights at every call. Products of cuBLAS were as fast as Triton's or faster.
+_GPU_OPTIONS = {
+  'xla_gpu_autotune_level': 0,
+  'xla_gpu_dot_merger_threshold_mb': 0,
+  'xla_gpu_enable_triton_gemm': False,
+}
+
+
+def xla_options(platform: str) -> dict[str, bool | int] | None:
+  """Return the options with which programs are compiled for a platform; None for XLA's own.
+
+  Args:
+    platform: such as 'cpu', 'gpu' or 'tpu'.
+  """
+  return dict(_GPU_OPTIONS) if platform == 'gpu' else None
+
+
+@functools.cache
+def jit_on(platform: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+  """Return a jitted function, compiled with the options of a platform.
+
+  Args:
+    platform: of the devices that it will run on.
+    function: the function.
+    **options: of `jax.jit`, each hashable.
+  """
+  return jax.jit(function, compiler_options=xla_options(platform), **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cai_jax.model.attention.cached import choose_cached
-from cai_jax.model.attention.ragged import PAGE_MULTIPLE
+from cai_jax.model import cached_forward  # noqa: F401  # registers every attention to the cache
+from cai_jax.model.attention.cached import CACHED, choose_cached
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.hardware import Device, describe_device
@@ -168,7 +168,7 @@ def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
     'prefill_tokens': prefill_tokens,
     'prefill_width': sizes.prefill_width,
     'page_tokens': page,
-    'attention': 'pages' if page % PAGE_MULTIPLE else load.attention,
+    'attention': load.attention if CACHED[load.attention].takes_pages(page) else 'pages',
     'longest_burst': sizes.longest_burst,
   }
   return dataclasses.replace(config, **{name: values[name] for name in config.unresolved})

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.cache import (
@@ -32,6 +32,7 @@ from cai_jax.model.cache import (
 from cai_jax.model.cached_forward import ForwardSpec, forward_cached
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params
+from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling import burst
 from cai_jax.sampling.caches import allocate_prefix
@@ -73,23 +74,21 @@ def run(
     The sampled tokens, or without rows an array [] that is ready at the same time; and the updated
     cache.
   """
-  program = _run_parts if runs_in_parts(spec.mesh) else step_program(cache)
+  program = _run_parts if runs_in_parts(spec.mesh) else step_program(cache, spec.mesh)
   return program(
     spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties, text
   )
 
 
-def step_program(cache: Cache) -> Callable:
-  """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs."""
+def step_program(cache: Cache, mesh: Mesh) -> Callable:
+  """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs on a mesh."""
   formats: Any = jax.tree.map(lambda x: x.format, cache[0][0])
-  return _step_program(formats, tuple(map(len, cache)))
-
-
-@functools.cache
-def _step_program(layout: Any, counts: tuple[int, ...]) -> Callable:
-  outputs = None, tuple((layout,) * count for count in counts)
+  outputs = None, tuple((formats,) * len(blocks) for blocks in cache)
+  platform = mesh.devices.flat[0].platform
   static = 'spec', 'sizes'
-  return jax.jit(_run, static_argnames=static, donate_argnames='cache', out_shardings=outputs)
+  return jit_on(
+    platform, _run, static_argnames=static, donate_argnames='cache', out_shardings=outputs
+  )
 
 
 def _run(

@@ -13,7 +13,6 @@ reads the context once. They follow it one after another, and each sees only the
 Rows are padded on the right, where the padding cannot affect a causal model's earlier positions.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -29,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.dialogue import control_tokens
 from cai_jax.model.lm import LM
+from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
@@ -121,11 +121,13 @@ def log_likelihoods(
   unique = sorted(set(pairs))
   rows = sorted(_share_contexts(unique, lm.max_positions), key=lambda row: (row.length, row))
   sharding = batch_sharding(lm.mesh)
+  platform = lm.mesh.devices.flat[0].platform
+  program = jit_on(platform, _sum_log_probabilities, static_argnums=(0, 1, 2))
   value_of: dict[Pair, float] = {}
   for count, length, members in _batches([row.length for row in rows], lm, batch_tokens):
     batch = _pad_rows([rows[i] for i in members], count, length)
     size = _positions_at_once(lm, count, length)
-    sums = np.asarray(_sum_log_probabilities(lm.graph, sharding, size, lm.params, batch))
+    sums = np.asarray(program(lm.graph, sharding, size, lm.params, batch))
     for i, row_sums in zip(members, sums[: len(members)], strict=True):
       value_of |= zip(rows[i].pairs(), map(float, row_sums), strict=False)
   values = [value_of[pair] for pair in pairs]
@@ -316,7 +318,6 @@ def _pad_rows(rows: Sequence[_Row], count: int, length: int) -> _Batch:
   return _Batch(tokens, positions, branch, source, target, owner, width)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sum_log_probabilities(graph, sharding, size, params, batch):
   """Return f32[B,K], the sum of log P over each continuation of each row of a `_Batch`.
 

@@ -6,9 +6,8 @@ They are sequence-classification checkpoints of transformers, such as
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from cai_jax.model.classifier import ClassifierInfo, load_classifier
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.precision import einsum_f32
 from cai_jax.model.transformer import Params, abstract_model
+from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, place, to_host
 
@@ -81,7 +81,8 @@ class RewardModel:
     sharding = batch_sharding(self.mesh)
     arrays = [place(x.astype(np.int32), sharding) for x in (tokens, positions, real, last)]
     graph = abstract_model(self.config, self.dtype)[0]
-    return to_host(_logits_at_last(graph, sharding, self.params, self.score, *arrays))[:rows]
+    program = logits_program(self.mesh.devices.flat[0].platform)
+    return to_host(program(graph, sharding, self.params, self.score, *arrays))[:rows]
 
   def conversation_logits(
     self, conversations: Sequence[Sequence[Message]], batch_tokens: int = 8192
@@ -288,7 +289,11 @@ def append_replies(
   ]
 
 
-@functools.partial(jax.jit, static_argnames=('graph', 'sharding'))
+def logits_program(platform: str) -> Callable[..., jax.Array]:
+  """Return the program that computes the logits of rows, jitted for a platform."""
+  return jit_on(platform, _logits_at_last, static_argnames=('graph', 'sharding'))
+
+
 def _logits_at_last(graph, sharding, params, score, tokens, positions, segment_ids, last):
   """Return the logits f32[B,C] at position `last: i32[B]` of each row."""
   model = nnx.merge(graph, params)

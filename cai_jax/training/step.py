@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import KERNELS
+from cai_jax.runtime.compilation import xla_options
 from cai_jax.runtime.mesh import BATCH, batch_sharding, place
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses import LOSSES, Batch, Sums
@@ -139,8 +140,7 @@ def make_train_step(
 def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
   """Return whether the train step gives the same bits in every run on the same devices.
 
-  By default, GPUs add the gradients of embeddings in an order that differs from run to run, and XLA
-  chooses kernels by timing them.
+  By default, GPUs add the gradients of embeddings in an order that differs from run to run.
 
   Args:
     config: the run's settings.
@@ -151,10 +151,12 @@ def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
   return config.deterministic and KERNELS[config.attention].deterministic
 
 
-def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool] | None:
+def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool | int] | None:
   """Return the XLA options of the train step, or None for the default ones."""
-  on_gpu = mesh.devices.flat[0].platform == 'gpu'
-  return {'xla_gpu_deterministic_ops': True} if on_gpu and is_deterministic(config, mesh) else None
+  options = xla_options(mesh.devices.flat[0].platform)
+  if options is not None and is_deterministic(config, mesh):
+    options['xla_gpu_deterministic_ops'] = True
+  return options
 
 
 def make_eval_step(
@@ -175,4 +177,5 @@ def make_eval_step(
     loss_sum, sums = loss(params, frozen, batch)
     return {'loss_sum': loss_sum, **sums}
 
-  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  options = xla_options(mesh.devices.flat[0].platform)
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P()), compiler_options=options)

@@ -171,7 +171,7 @@ def _lower(job: Sampler, rows, tables, chunk) -> jax.stages.Lowered:
   count, lm, cache = jax.ShapeDtypeStruct((), jnp.int32), job.lm, job.cache()
   sizes = Sizes(job.engine.longest_burst, job.width(), job.attention)
   entries, spec = abstract_prefixes(lm, job.prefixes), ModelSpec.from_lm(lm)
-  return device.step_program(cache).lower(
+  return device.step_program(cache, lm.mesh).lower(
     spec, lm.params, cache, entries, rows, tables, chunk, (count, count), sizes
   )
 

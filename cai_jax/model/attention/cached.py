@@ -111,6 +111,7 @@ class CacheAttention:
       the order of the shape.
     max_blocks: the largest number of separate arrays that a pool of pages is split into; None
       leaves it to the engine.
+    takes_pages: whether it supports pages of so many tokens.
     platform: the only platform that it runs on; None means all. Anywhere else it runs in an
       interpreter, which is for tests.
     refuse: returns why a model, a compute dtype, a page size or a mesh is not supported, or None.
@@ -123,6 +124,7 @@ class CacheAttention:
   page_axis: int
   layouts: tuple[tuple[int, ...] | None, ...]
   max_blocks: int | None = None
+  takes_pages: Callable[[int], bool] = lambda tokens: True
   platform: str | None = None
   refuse: Callable[[ModelConfig, str, int, Mesh], str | None] = accept_any
 

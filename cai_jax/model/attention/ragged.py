@@ -112,7 +112,7 @@ def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str
     return f'needs heads of a multiple of {LANES} numbers, and the model has {config.head_dim}.'
   if dtype not in ('bfloat16', 'float32'):
     return f'computes in bfloat16 or float32, not in {dtype}.'
-  if page_tokens % PAGE_MULTIPLE:
+  if not takes_pages(page_tokens):
     return (
       f'needs pages of a multiple of {PAGE_MULTIPLE} tokens, not engine.page_tokens={page_tokens}.'
     )
@@ -123,6 +123,11 @@ def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str
   except ValueError:
     return f'does not support {config.num_kv_heads} key-value heads with mesh.tensor={tensor}.'
   return None
+
+
+def takes_pages(tokens: int) -> bool:
+  """Return whether the kernel supports pages of so many tokens."""
+  return tokens % PAGE_MULTIPLE == 0
 
 
 def make_view(
@@ -380,6 +385,7 @@ CACHED.register('ragged')(
     page_axis=1,
     layouts=(None,),
     max_blocks=1,
+    takes_pages=takes_pages,
     platform='tpu',
     refuse=refuse,
   )

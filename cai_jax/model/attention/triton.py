@@ -96,14 +96,14 @@ def init_pages(config: ModelConfig, pages: int, size: int, dtype) -> TritonPages
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
   """Return why the kernel does not support a model, or None; see `cached.CacheAttention`."""
-  if not _fits(config.head_dim):
+  if not fits(config.head_dim):
     return f'needs heads of 16, 32, 64 … numbers, and the model has {config.head_dim}.'
-  if not _fits(page_tokens):
+  if not fits(page_tokens):
     return f'needs pages of 16, 32, 64 … tokens, not engine.page_tokens={page_tokens}.'
   return None
 
 
-def _fits(size: int) -> bool:
+def fits(size: int) -> bool:
   """Return whether the kernel supports a size: a power of two, and no less than a product has."""
   return size >= LEAST and not size & (size - 1)
 
@@ -327,6 +327,7 @@ CACHED.register('triton')(
     page_axis=2,
     layouts=(None,),
     max_blocks=1,
+    takes_pages=fits,
     platform='gpu',
     refuse=refuse,
   )

@@ -43,9 +43,9 @@ _UNLIMITED = 2**62  # bytes; -1 would turn off the files from which later runs s
 
 
 # Measured on an H100 (experiments/RESULTS.md, 2026-11-27). Autotuning times several kernels for
-# each product while a program compiles. It took most of the 63 s in which `evaluate` compiled, and its
-# choice, and with it the rounding, differed from one compilation to the next. Merged products copy
-# their weights at every call. Products of cuBLAS were as fast as Triton's or faster.
+# each product while a program compiles. It took most of the 63 s in which `evaluate` compiled, and
+# its choice, and with it the rounding, differed from one compilation to the next. Merged products
+# copy their weights at every call. Products of cuBLAS were as fast as Triton's or faster.
 _GPU_OPTIONS = {
   'xla_gpu_autotune_level': 0,
   'xla_gpu_dot_merger_threshold_mb': 0,

@@ -68,7 +68,7 @@ class Process:
     **environment: str,
   ):
     variables = os.environ | {
-      'PYTHONPATH': str(ROOT),
+      'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
       'JAX_PLATFORMS': jax_platform,
       'HF_HUB_OFFLINE': '1',
       'TOKENIZERS_PARALLELISM': 'false',
@@ -143,8 +143,11 @@ def reporting(system: str, row: dict) -> Iterator[None]:
 
 
 def interleave(names: Sequence[str], repetitions: int) -> Iterator[tuple[int, str]]:
-  """Yield (repetition, name): every repetition has all names, and each starts with another one."""
-  for repetition in range(repetitions):
+  """Yield (repetition, name): every repetition has all names, and each starts with another one.
+
+  Without names it yields nothing: every system failed, and the result says why.
+  """
+  for repetition in range(repetitions if names else 0):
     first = repetition % len(names)
     for name in [*names[first:], *names[:first]]:
       yield repetition, name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import pytest
@@ -9,7 +10,9 @@ from ml_collections import ConfigDict
 
 from cai_jax import pipeline
 from cai_jax.model import lm as models
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import Experts, ModelConfig
+from cai_jax.model.sharding import flatten_params, param_shardings
+from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import engine_sizes, stages
 from cai_jax.pipeline.schema import default_config, from_config
 from cai_jax.runtime.errors import StoppedError, UserError
@@ -109,6 +112,32 @@ def test_load_is_what_each_device_holds(random_model):
   load = measure_load([(info, 'float32'), (info, 'bfloat16')], mesh)
   assert load.parameters == pytest.approx(info.num_params * (4 + 2) / 4, abs=2)
   assert load.token == token * (4 + 2) // 2 and load.shards == 4
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 2, 2), (2, 4, 1, 1)])
+def test_a_device_holds_its_part_of_the_experts(shape):
+  """The estimate is the size of one device's shards, but for routers and norms, which are small."""
+  *sizes, expert = shape
+  mesh = make_mesh(*sizes, expert=expert)
+  experts = Experts(16, 2, 64, dense_layers=(1,))
+  config = ModelConfig('mixtral', 256, 64, 128, 3, 4, 2, 16, 64, experts=experts)
+  params = abstract_model(config)[1]
+  shards = jax.tree.map(
+    lambda x, s: math.prod(s.shard_shape(x.shape)), params, param_shardings(params, mesh)
+  )
+  held = 2 * sum(jax.tree.leaves(shards))
+  load = measure_load([(config, 'bfloat16')], mesh)
+  assert load.parameters == pytest.approx(held, rel=0.02)
+  whole = config.num_params * 2 // (mesh.shape['fsdp'] * mesh.shape['tensor'])
+  assert (load.parameters < 0.8 * whole) == (expert > 1)
+
+
+def test_the_experts_are_counted_by_their_parameters():
+  experts = Experts(16, 2, 64, dense_layers=(1,))
+  config = ModelConfig('mixtral', 256, 64, 128, 3, 4, 2, 16, 64, experts=experts)
+  paths = flatten_params(abstract_model(config)[1])
+  assert config.num_expert_params == sum(x.size for path, x in paths.items() if 'experts' in path)
+  assert dataclasses.replace(config, experts=None).num_expert_params == 0
 
 
 def test_layers_with_windows_take_no_more_than_their_window():

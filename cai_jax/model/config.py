@@ -234,6 +234,14 @@ class ModelConfig:
     """The number of parameters."""
     return self._count_params()
 
+  @property
+  def num_expert_params(self) -> int:
+    """The number of parameters of all experts, without routers; 0 in a dense model."""
+    if self.experts is None:
+      return 0
+    layers = sum(map(self.sparse, range(self.num_layers)))
+    return layers * self.experts.number * self._count_expert(self.experts)
+
   def _count_params(self, active: bool = False) -> int:
     """Return the number of parameters.
 
@@ -255,12 +263,16 @@ class ModelConfig:
 
   def _count_mlp(self, layer: int, active: bool) -> int:
     """Return the number of parameters of a layer's feed-forward layer, with its router."""
-    matrices = (2 + self.gated) * self.d_model
     if self.experts is None or not self.sparse(layer):
       biases = self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
-      return matrices * self.d_ff + biases
+      return (2 + self.gated) * self.d_model * self.d_ff + biases
+    router = self.d_model * self.experts.number
     number = self.experts.per_token if active else self.experts.number
-    return number * matrices * self.experts.d_ff + self.d_model * self.experts.number
+    return number * self._count_expert(self.experts) + router
+
+  def _count_expert(self, experts: Experts) -> int:
+    """Return the number of parameters of one expert."""
+    return 3 * self.d_model * experts.d_ff
 
   def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
     """Return the FLOPs of matrix products that one training step needs.

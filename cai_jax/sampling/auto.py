@@ -128,7 +128,9 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
   windowed: collections.Counter[int] = collections.Counter()
   for config, dtype in models:
     width = jnp.dtype(dtype).itemsize
-    parameters += config.num_params * width // (mesh.shape['fsdp'] * mesh.shape['tensor'])
+    experts = config.num_expert_params
+    split = config.num_params - experts + experts / mesh.shape['expert']
+    parameters += int(split * width / (mesh.shape['fsdp'] * mesh.shape['tensor']))
     values = 2 * config.num_kv_heads * config.head_dim
     token += config.num_layers * values * width // mesh.shape['tensor']
     for window, layers in collections.Counter(filter(None, config.windows)).items():

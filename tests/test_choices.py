@@ -12,7 +12,7 @@ import cai_jax
 from cai_jax.model import lora, sharding
 from cai_jax.model.attention import paged
 from cai_jax.model.cache import windows_of
-from cai_jax.model.config import Experts, ModelConfig
+from cai_jax.model.config import Experts, ModelConfig, QueryGrowth
 from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.layers import make_norm
 from cai_jax.model.sharding import flatten_params
@@ -54,6 +54,7 @@ MODELS = {
     'logit_divisor': 0.5,
     'mlp_bias': True,
   },
+  'growing': {'query_growth': QueryGrowth(0.8, 3)},
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
 }
 CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention import paged, ragged, triton  # noqa: F401  # they register themselves
 from cai_jax.model.attention.cached import CACHED
-from cai_jax.model.attention.rotary import Angles, ropes_of, rotary_angles
+from cai_jax.model.attention.rotary import Angles, growth_of, ropes_of, rotary_angles
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.cache import Cache, LayerCache, Prefixes, Step, windows_of
 from cai_jax.model.config import ModelConfig
@@ -79,7 +79,7 @@ def forward_cached(
   }
   pages = tuple(sizes[window] for window in windows)
   tables = {name: params[name] for name in ('embed', 'positions') if name in params}
-  x, (angles, views) = _start(spec, tables, tokens, positions, step, prefixes, pages, page)
+  x, (angles, views, growth) = _start(spec, tables, tokens, positions, step, prefixes, pages, page)
   real = None if config.experts is None else positions >= 0
   new_cache = []
   for layer, blocks in enumerate(cache):
@@ -88,7 +88,8 @@ def forward_cached(
     own = angles[ropes.index(config.rope(layer))]
     sparse = config.sparse(layer)
     layer_params = params['layers'][layer]
-    x, blocks = _layer(spec, window, sparse, layer_params, x, blocks, shared, own, view, real)
+    arrays = x, blocks, shared, own, growth, view, real
+    x, blocks = _layer(spec, window, sparse, layer_params, *arrays)
     new_cache.append(blocks)
   return x, tuple(new_cache)
 
@@ -103,8 +104,10 @@ def _start(
   prefixes: Prefixes,
   sizes: tuple[tuple[int, ...], ...],
   page: int,
-) -> tuple[jax.Array, tuple[list[Angles | None], list[Any]]]:
-  """Return the embeddings; and the angles of each rope of `ropes_of` and the view of each window.
+) -> tuple[jax.Array, tuple[list[Angles | None], list[Any], jax.Array | None]]:
+  """Return the embeddings, and what layers share.
+
+  This is the angles of each rope of `ropes_of`, the view of each window, and `growth_of`.
 
   Args:
     spec, tokens, positions, step, prefixes: as in `forward_cached`.
@@ -119,7 +122,8 @@ def _start(
       for i, window in enumerate(windows_of(spec.config))
     ]
     head_dim = spec.config.head_dim
-    return [rotary_angles(rope, head_dim, positions) for rope in ropes_of(spec.config)], views
+    angles = [rotary_angles(rope, head_dim, positions) for rope in ropes_of(spec.config)]
+    return angles, views, growth_of(spec.config, positions)
 
   shared = compute_once(angles_and_views, positions)
   embed = _merge(spec.config, _embedding, params['embed'])
@@ -142,6 +146,7 @@ def _layer(
   blocks: tuple[LayerCache, ...],
   prefixes: list[LayerCache],
   angles: Angles | None,
+  growth: jax.Array | None,
   view: Any,
   real: jax.Array | None,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
@@ -156,7 +161,7 @@ def _layer(
     scores=scores_of(spec.config),
   )
   block = _merge(spec.config, _sparse_block if sparse else _block, params)
-  x, blocks = block(x, blocks, LayerContext(angles, attend, real, mesh))
+  x, blocks = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
 
 

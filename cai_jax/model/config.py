@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cai_jax.model.elementwise import ACTIVATIONS
-from cai_jax.model.rope import Llama3Rope, LongRope, Rope, RopeScaling, lengthen
+from cai_jax.model.rope import Llama3Rope, LongRope, QueryGrowth, Rope, RopeScaling, lengthen
 from cai_jax.runtime.errors import UserError
 
-__all__ = ['Experts', 'Llama3Rope', 'ModelConfig', 'Rope']
+__all__ = ['Experts', 'Llama3Rope', 'ModelConfig', 'QueryGrowth', 'Rope']
 
 NORMS = ('rms', 'layer')
 
@@ -100,6 +100,7 @@ class ModelConfig:
       down(activation(up(x))).
     mlp_bias: whether the linear layers of a feed-forward layer have a bias; experts have none.
     query_scale: factor of the attention scores; None means head_dim^-1/2.
+    query_growth: how queries grow with their position, or None.
     attention_cap: scores become cap · tanh(score / cap), before masking; None means no cap.
     embedding_scale: factor of the embeddings.
     residual_scale: factor of what a layer adds to the residual stream.
@@ -142,6 +143,7 @@ class ModelConfig:
   gated: bool = added(True)
   mlp_bias: bool = added(False)
   query_scale: float | None = added(None)
+  query_growth: QueryGrowth | None = added(None)
   attention_cap: float | None = added(None)
   embedding_scale: float = added(1.0)
   residual_scale: float = added(1.0)

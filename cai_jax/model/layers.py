@@ -25,12 +25,14 @@ class LayerContext(NamedTuple):
     angles: cosines and sines from `rotary_angles`; None in a layer that rotates nothing.
     attend: returns the attention output [B,T,N,H] of q [B,T,N,H], k and v [B,T,K,H], rotated. With
       a cache it also takes the layer's blocks, and returns the output and the updated blocks.
+    growth: f32[B,T], factors of the rotated queries; None means 1.
     real: bool[B,T], false for padding, which experts do not compute; None means no padding.
     mesh: the devices over which experts are split, or None; see `MoE.__call__`.
   """
 
   angles: Angles | None
   attend: Callable[..., Any]
+  growth: jax.Array | None = None
   real: jax.Array | None = None
   mesh: Mesh | None = None
 
@@ -212,6 +214,8 @@ class Attention(nnx.Module):
       ordered = cache is not None
       q, k = self._normalize(self.q_norm, q, ordered), self._normalize(self.k_norm, k, ordered)
     q, k = (rotate(x, context.angles, self.rope_interleaved) for x in (q, k))
+    if context.growth is not None:
+      q = (q.astype(jnp.float32) * context.growth[..., None, None]).astype(q.dtype)
     if cache is None:
       return self.output(context.attend(q, k, v)), None
     out, cache = context.attend(q, k, v, cache)

@@ -281,6 +281,37 @@ def lengthen(scaling: RopeScaling | None) -> RopeScaling | None:
   return dataclasses.replace(scaling, long=True) if isinstance(scaling, LongRope) else scaling
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+  """Queries that grow with their position (Ministral 3): 1 + rate · ln(1 + ⌊position / period⌋).
+
+  Scores of many keys are then as far apart as those of few (Nakanishi 2025, section 3).
+
+  Attributes:
+    rate: of the growth.
+    period: tokens with the same factor. The first ones have the factor 1.
+
+  Raises:
+    UserError: if one of them is not positive.
+  """
+
+  rate: float
+  period: int
+
+  def __post_init__(self):
+    if not (self.rate > 0 and self.period > 0):
+      raise UserError(f'rate={self.rate} and period={self.period} must be positive.')
+
+  def factors(self, positions: jax.Array) -> jax.Array:
+    """Return the factors f32[B,T] of rotated queries.
+
+    Args:
+      positions: i32[B,T]; negative ones have the factor 1.
+    """
+    periods = jnp.maximum(positions, 0) // self.period
+    return 1.0 + self.rate * jnp.log1p(periods.astype(jnp.float32))
+
+
 def _check_factor(factor: float) -> None:
   if factor < 1:
     raise UserError(f'factor is {factor}. It must be at least 1.')

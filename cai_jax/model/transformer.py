@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.attention.rotary import ropes_of, rotary_angles
+from cai_jax.model.attention.rotary import growth_of, ropes_of, rotary_angles
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
@@ -111,10 +111,10 @@ class Transformer(nnx.Module):
     def angles_and_masks():
       masks = self._masks(positions, segment_ids, attention, allowed)
       angles = [rotary_angles(rope, self.config.head_dim, positions) for rope in ropes]
-      return angles, masks
+      return angles, masks, growth_of(self.config, positions)
 
     ropes = ropes_of(self.config)
-    angles, masks = compute_once(angles_and_masks, positions)
+    angles, masks, growth = compute_once(angles_and_masks, positions)
     attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
     x = embed_tokens(
       self.config, self.embed, self.positions, tokens, positions, self.dtype, differentiable=True
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
     mesh = None if sharding is None else cast(Mesh, sharding.mesh)
     for layer, block in enumerate(self.layers):
       own = angles[ropes.index(self.config.rope(layer))]
-      context = LayerContext(own, attends[layer], real, mesh)
+      context = LayerContext(own, attends[layer], growth, real, mesh)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
       def run(x, block=block, context=context):

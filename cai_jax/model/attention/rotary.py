@@ -42,6 +42,16 @@ def rotary_angles(rope: Rope | None, head_dim: int, positions: jax.Array) -> Ang
   return cos, sin
 
 
+def growth_of(config: ModelConfig, positions: jax.Array) -> jax.Array | None:
+  """Return the factors f32[B,T] of rotated queries, or None if they do not grow.
+
+  Args:
+    config: the shape of the model.
+    positions: i32[B,T].
+  """
+  return None if config.query_growth is None else config.query_growth.factors(positions)
+
+
 def rotate(x: jax.Array, angles: Angles | None, interleaved: bool = False) -> jax.Array:
   """Rotate pairs of the leading C channels by their angles: (h, h + C/2), or (2h, 2h + 1).
 

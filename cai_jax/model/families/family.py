@@ -57,6 +57,8 @@ class Family:
       not those of Llama; for messages.
     multimodal: multimodal models of which this family is the text half: transformers' class by
       model_type. Their config.json has a text_config.
+    named_halves: types of `multimodal` whose text_config must name this family, because another
+      one is the default.
     prefixes: other prefixes of weights in the files, and the prefix of the weight table that each
       stands for.
     ignored: patterns of weights that the files may have and the model does not use, such as
@@ -76,6 +78,7 @@ class Family:
   options: tuple[str, ...] = ()
   sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  named_halves: tuple[str, ...] = ()
   prefixes: tuple[tuple[str, str], ...] = ()
   ignored: tuple[str, ...] = ()
 
@@ -176,8 +179,10 @@ def _find_family(hf: dict[str, Any]) -> str:
       return name
     raise UserError(describe_unsupported(name, FAMILIES))
   half = text.get('model_type')
-  if half in halves or (half is None and len(halves) == 1):
-    return half or halves[0]
+  if half is None:
+    half = next((key for key in halves if name not in FAMILIES[key].named_halves), None)
+  if half in halves:
+    return half
   if not halves:
     raise UserError(describe_unsupported(name, FAMILIES, half))
   raise UserError(

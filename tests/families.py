@@ -107,6 +107,23 @@ FAMILIES = {
   ),
   'olmoe': ('olmoe', dict(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False)),
   'olmo2': ('olmo2', dict(rope_parameters=dict(rope_type='default', rope_theta=500.0))),
+  'ministral3': (
+    'ministral3',
+    dict(
+      head_dim=16,
+      sliding_window=None,
+      rope_parameters=dict(
+        rope_type='yarn',
+        rope_theta=500.0,
+        factor=4.0,
+        original_max_position_embeddings=16,
+        beta_fast=4.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+        llama_4_scaling_beta=0.3,
+      ),
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

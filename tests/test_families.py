@@ -15,7 +15,7 @@ import transformers
 
 import cai_jax
 from cai_jax.model.checkpoint_checks import stored_weights
-from cai_jax.model.config import Llama3Rope, ModelConfig
+from cai_jax.model.config import Llama3Rope, ModelConfig, QueryGrowth
 from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
 from cai_jax.model.families.weight_table import join_parts
 from cai_jax.model.sharding import flatten_params
@@ -93,6 +93,21 @@ def test_unsupported_configs_are_refused(change, message):
   config = ModelConfig('llama', 8, 16, 32, 2, 4, 2, 4, 64)
   with pytest.raises(UserError, match=message):
     config_from_hf({**config_to_hf(config), **change})
+
+
+def test_ministral_3_has_the_rotary_positions_of_transformers_by_default():
+  absent = transformers.AutoConfig.for_model('ministral3').to_dict()
+  config = config_from_hf(absent)
+  assert config.query_growth == QueryGrowth(0.1, 16_384)
+  absent['rope_parameters'] = None
+  assert config_from_hf(absent) == config
+  rope = {'rope_type': 'default', 'rope_theta': 1e6}
+  assert config_from_hf(absent | {'rope_parameters': rope}).query_growth is None
+  rope |= {'llama_4_scaling_beta': 0.2, 'original_max_position_embeddings': 100}
+  grown = config_from_hf(absent | {'rope_parameters': rope})
+  assert grown.query_growth == QueryGrowth(0.2, 100) and grown.rope_scaling is None
+  for each in (grown, dataclasses.replace(grown, query_growth=None)):
+    assert config_from_hf(config_to_hf(each)) == each
 
 
 def test_configs_of_transformers_4_are_read():

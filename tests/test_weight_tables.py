@@ -363,12 +363,16 @@ def test_mistakes_in_a_table_are_found(rows, message):
 # Text halves of multimodal checkpoints.
 
 
-@pytest.fixture(scope='module')
-def multimodal(tmp_path_factory, tiny_tokenizer):
+@pytest.fixture(scope='module', params=['mistral', 'ministral3'])
+def multimodal(request, tmp_path_factory, tiny_tokenizer):
   """Return the folder of a small Mistral 3 with images, and torch's logits for TOKENS."""
+  rope = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=4)
+  if request.param == 'ministral3':
+    rope['llama_4_scaling_beta'] = 0.5
   text = dict(
-    model_type='mistral', vocab_size=384, hidden_size=32, intermediate_size=48, head_dim=8,
+    model_type=request.param, vocab_size=384, hidden_size=32, intermediate_size=48, head_dim=8,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=None,
+    rope_parameters=rope,
   )  # fmt: skip
   vision = dict(
     model_type='pixtral', hidden_size=16, intermediate_size=16, num_hidden_layers=1,
@@ -399,14 +403,15 @@ def test_the_text_half_of_a_multimodal_checkpoint_is_loaded(multimodal, form, tm
     cai_jax.model.lm.inspect_model(folder)
     lm = cai_jax.load(folder, mesh=one_device())
   assert load_vocabulary(folder).size == 384  # of text_config
-  messages = [r.message for r in caplog.records if 'only the mistral model' in r.message]
+  half = lm.config.family
+  messages = [r.message for r in caplog.records if f'only the {half} model' in r.message]
   assert len(messages) == 1
   assert 'vision_tower.* (' in messages[0] and 'multi_modal_projector.* (' in messages[0]
   np.testing.assert_allclose(lm.logits(TOKENS), multimodal[1], atol=1e-4)
   cai_jax.save(lm, tmp_path / 'text')
   written = read_json(tmp_path / 'text' / 'config.json')
-  assert written['model_type'] == 'mistral' and 'text_config' not in written
-  assert written['architectures'] == ['MistralForCausalLM']
+  assert written['model_type'] == half and 'text_config' not in written
+  assert written['architectures'] == [f'{half.capitalize()}ForCausalLM']
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'text')
   with torch.no_grad():
     logits = model(torch.tensor(TOKENS)).logits.numpy()
@@ -433,7 +438,7 @@ def test_other_weights_beside_a_text_half_are_refused(multimodal, tmp_path):
   tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
   path = folder / 'model.safetensors'
   safetensors.numpy.save_file(tensors | {'speech.weight': np.zeros(3, np.float32)}, path)
-  with pytest.raises(UserError, match="'speech.weight' does not belong to the mistral model"):
+  with pytest.raises(UserError, match="'speech.weight' does not belong to the \\w+ model"):
     cai_jax.load(folder, mesh=one_device())
   twice = {name: x for name, x in tensors.items() if name.endswith('norm.weight')}
   twice = {'model.norm.weight': np.zeros(32, np.float32)}
@@ -467,6 +472,7 @@ MULTIMODAL = {'model_type': 'mistral3', 'text_config': {'model_type': 'mistral'}
       'in text_config, final_logit_softcapping=3.0',
     ),
     ({}, 'in text_config, hidden_size is None'),
+    ({'text_config': {'hidden_act': 'silu'}}, 'in text_config, hidden_size is None'),
     (
       {'text_config': {'model_type': 'mistral', 'tie_word_embeddings': True}}
       | {'tie_word_embeddings': False},
@@ -480,6 +486,12 @@ def test_text_configs_that_do_not_fit_are_refused(changes, message):
 
 
 # Options, quantized weights and types that are not supported.
+
+
+def test_a_text_config_without_a_type_is_that_of_the_default():
+  text = config_to_hf(ModelConfig('mistral', 8, 16, 32, 2, 4, 2, 4, 64))
+  del text['model_type']
+  assert config_from_hf({'model_type': 'mistral3', 'text_config': text}).family == 'mistral'
 
 
 def test_an_option_is_read_by_the_family_that_declares_it(restored_registries):

@@ -32,6 +32,7 @@ MODELS = {
     'activation': 'gelu_tanh',
     'query_scale': 0.9,
     'attention_cap': 0.7,
+    'sinks': True,
     'windows': (None, 5),
     'embedding_scale': 32**0.5,
     'logit_cap': 2.0,
@@ -68,7 +69,8 @@ def draw_params(config: ModelConfig, seed: int = 0):
 
   def draw(path, x, key):
     name = sharding.path_str(path).split('/')[-1]
-    factor, noise = {'kernel': (2, 0), 'table': (1, 0), 'scale': (1, 0.2), 'bias': (1, 0.2)}[name]
+    factor = {'kernel': 2}.get(name, 1)
+    noise = {'scale': 0.2, 'bias': 0.2, 'sinks': 1.0}.get(name, 0.0)
     return factor * x + noise * jax.random.normal(key, x.shape)
 
   drawn = [draw(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]

@@ -31,8 +31,8 @@ def packed_rows():
   return q, k, v, segment_ids
 
 
-def attend_in_numpy(q, k, v, segment_ids, window, scores):
-  """Return the output of attention in f64, and a function from its gradient to those of q, k, v."""
+def attend_in_numpy(q, k, v, segment_ids, window, scores, sinks=None):
+  """Return the output of attention in f64, and a function that returns the inputs' gradients."""
   scale, cap = scores.scale or H**-0.5, scores.cap or np.inf
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
@@ -45,29 +45,37 @@ def attend_in_numpy(q, k, v, segment_ids, window, scores):
   capped = x if cap == np.inf else cap * np.tanh(x / cap)
   slope = 1 / np.cosh(x / cap) ** 2  # of the cap
   x = np.where(visible[:, None], capped, -np.inf)
+  if sinks is not None:  # a key that every query sees, whose value is 0
+    x = np.concatenate([x, np.broadcast_to(sinks[:, None, None], (B, N, T, 1))], -1)
+    slope = np.concatenate([slope, np.ones((B, N, T, 1))], -1)
+    k, v = (np.concatenate([z, np.zeros((B, 1, N, H))], 1) for z in (k, v))
   weights = np.exp(x - x.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
 
   def backward(gradient):
     dv = np.einsum('bnts,btnh->bsnh', weights, gradient)
     error = np.einsum('btnh,bsnh->bnts', gradient, v)
-    error = weights * (error - (weights * error).sum(-1, keepdims=True)) * slope * scale
+    error = weights * (error - (weights * error).sum(-1, keepdims=True))
+    by_sinks = () if sinks is None else (error[..., -1].sum((0, 2)),)
+    error = error * slope * scale
     dq = np.einsum('bnts,bsnh->btnh', error, k)
     dk = np.einsum('bnts,btnh->bsnh', error, q)
-    return dq, *(x.reshape(B, T, K, N // K, H).sum(3) for x in (dk, dv))
+    by_keys = (x[:, :T].reshape(B, T, K, N // K, H).sum(3) for x in (dk, dv))
+    return dq, *by_keys, *by_sinks
 
   return np.einsum('bnts,bsnh->btnh', weights, v), backward
 
 
 @pytest.mark.parametrize(
-  ('name', 'window', 'scores'),
+  ('name', 'window', 'scores', 'has_sinks'),
   [
-    *itertools.product(['xla', 'blocks', 'splash', 'cudnn'], [None, 40], [PLAIN]),
-    *itertools.product(['xla', 'blocks', 'splash'], [None, 40], [Scores(0.2, 1.5)]),
-    ('cudnn', 40, Scores(0.2)),
+    *itertools.product(['xla', 'blocks', 'splash', 'cudnn'], [None, 40], [PLAIN], [False]),
+    *itertools.product(['xla', 'blocks', 'splash'], [None, 40], [Scores(0.2, 1.5)], [False]),
+    *itertools.product(['xla', 'blocks', 'splash'], [None, 40], [PLAIN], [True]),
+    ('cudnn', 40, Scores(0.2), False),
   ],
 )
-def test_kernels_agree_with_attention_in_numpy(name, window, scores):
+def test_kernels_agree_with_attention_in_numpy(name, window, scores, has_sinks):
   """Outputs and gradients agree. On CPUs, splash is interpreted and cuDNN's call goes to XLA."""
   mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
   options = {'splash': {'interpret': True}, 'cudnn': {'implementation': 'xla'}}
@@ -75,17 +83,22 @@ def test_kernels_agree_with_attention_in_numpy(name, window, scores):
   real = (segment_ids > 0)[..., None, None]
   kernel = functools.partial(KERNELS[name].attend, scores=scores, **options.get(name, {}))
 
-  def run(attend):
-    def weighted(q, k, v):
-      out = jnp.where(real, attend(q, k, v), 0.0)
-      return jnp.sum(out * jnp.cos(out)), out
+  sinks = (jnp.array([2.0, -1.0, 6.0, 0.5]),) if has_sinks else ()
+  inputs = q, k, v, *sinks
 
-    return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  def attend(q, k, v, *sinks):
+    named = {'sinks': sinks[0]} if sinks else {}
+    return kernel(q, k, v, segment_ids, window, mesh, **named)
 
-  expected, backward = attend_in_numpy(q, k, v, segment_ids, window, scores)
+  def weighted(*inputs):
+    out = jnp.where(real, attend(*inputs), 0.0)
+    return jnp.sum(out * jnp.cos(out)), out
+
+  expected, backward = attend_in_numpy(q, k, v, segment_ids, window, scores, *sinks)
   expected = np.where(real, expected, 0.0)
   loss_gradient = np.where(real, np.cos(expected) - expected * np.sin(expected), 0.0)
-  (_, out), gradients = run(lambda q, k, v: kernel(q, k, v, segment_ids, window, mesh))
+  run = jax.jit(jax.value_and_grad(weighted, argnums=range(len(inputs)), has_aux=True))
+  (_, out), gradients = run(*inputs)
   np.testing.assert_allclose(out, expected, atol=2e-5)
   for gradient, expected in zip(gradients, backward(loss_gradient), strict=True):
     np.testing.assert_allclose(gradient, expected, atol=2e-4)
@@ -208,6 +221,13 @@ def test_a_cap_needs_a_kernel_that_supports_it():
   message = "'cudnn' cannot cap attention scores, and the model has attention_cap=50.0. Choose"
   with pytest.raises(UserError, match=message):
     check_kernel('cudnn', H100, 'bfloat16', 1024, cap=50.0)
+
+
+def test_sinks_need_a_kernel_that_has_them():
+  assert choose_kernel(H100, 'bfloat16', [1024], 64, sinks=True) == 'blocks'
+  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], 64, sinks=True) == 'splash'
+  with pytest.raises(UserError, match="'cudnn' has no sinks.*Choose 'blocks' or 'xla'"):
+    check_kernel('cudnn', H100, 'bfloat16', 1024, sinks=True)
 
 
 def test_the_rules_of_cudnn_for_heads_are_those_of_jax(monkeypatch):

@@ -93,7 +93,7 @@ def pieces_of(segments: list[tuple[int, int, int]], base: np.ndarray) -> tuple[n
   return at, Pieces(i32(starts), i32([used]), (table,))
 
 
-def attend_both(kernel, window, has_prefix, rows, decoded, segments, scores):
+def attend_both(kernel, window, has_prefix, rows, decoded, segments, scores, sinks=None):
   """Return outputs at real tokens [n,N,H] and updated pages, by a kernel and by 'pages'.
 
   Args:
@@ -104,6 +104,7 @@ def attend_both(kernel, window, has_prefix, rows, decoded, segments, scores):
     decoded: the rows of these that are not idle.
     segments: the prefilled tokens; see `pieces_of`.
     scores: scale and cap of the scores.
+    sinks: f32[N], or None.
   """
   mesh, base = make_mesh(1, devices=jax.devices()[:1]), np.array([0, 0, SHARED * has_prefix])
   parts = [np.array([[base[r] + rows[r] - 1 if r in decoded else -1 for r in range(3)]])]
@@ -126,7 +127,8 @@ def attend_both(kernel, window, has_prefix, rows, decoded, segments, scores):
     entry, prefixes = CACHED[name], Prefixes(entries, choice)
     view = entry.make_view(positions, step, 0, prefixes, [PAGES], PAGE, window)
     layers = [p.cache[0] for p in entries]
-    out, blocks = entry.attend(q, k, v, (block,), layers, view, window, WIDTH, mesh, scores)
+    args = q, k, v, (block,), layers, view, window, WIDTH, mesh, scores, sinks
+    out, blocks = entry.attend(*args)
     return np.asarray(out)[np.asarray(positions) >= 0], blocks[0]
 
   ours, written = run(kernel, stacked(kernel, pages))
@@ -171,6 +173,15 @@ def test_parts_of_a_row_make_the_whole(monkeypatch, has_prefix):
   case = 'triton', None, has_prefix, {0: 6, 1: 34}, [0, 1], [(2, 4, 21)], Scores(0.3, 1.5)
   (ours, _), (theirs, _) = attend_both(*case)
   np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize('kernel', ['ragged', 'triton'])
+@pytest.mark.parametrize('has_prefix', [False, True])
+def test_sinks_give_the_same_as_with_pages(kernel, has_prefix):
+  case = kernel, None, has_prefix, {0: 6, 1: 34}, [1], [(2, 4, 17)], PLAIN
+  (ours, _), (theirs, _) = attend_both(*case, sinks=jnp.array([3.0, -1.0, 0.5, 2.0]))
+  np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+  assert np.abs(theirs - attend_both(*case)[1][0]).max() > 0.1
 
 
 def test_the_sums_are_those_of_a_softmax():

@@ -102,6 +102,8 @@ class ModelConfig:
     query_scale: factor of the attention scores; None means head_dim^-1/2.
     query_growth: how queries grow with their position, or None.
     attention_cap: scores become cap · tanh(score / cap), before masking; None means no cap.
+    sinks: whether each head has a learned score beside those of the keys, which has no value
+      (Agarwal et al. 2025, section 2.2).
     embedding_scale: factor of the embeddings.
     residual_scale: factor of what a layer adds to the residual stream.
     logit_divisor: the logits are divided by it.
@@ -145,6 +147,7 @@ class ModelConfig:
   query_scale: float | None = added(None)
   query_growth: QueryGrowth | None = added(None)
   attention_cap: float | None = added(None)
+  sinks: bool = added(False)
   embedding_scale: float = added(1.0)
   residual_scale: float = added(1.0)
   logit_divisor: float = added(1.0)
@@ -252,7 +255,7 @@ class ModelConfig:
     """
     attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
     attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-    attention += self.output_bias * self.d_model
+    attention += self.output_bias * self.d_model + self.sinks * self.num_heads
     mlps = sum(self._count_mlp(layer, active) for layer in range(self.num_layers))
     normed = (self.pre_norm + self.post_norm) * 2 * self.d_model  # channels
     heads = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2

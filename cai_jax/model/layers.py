@@ -24,7 +24,8 @@ class LayerContext(NamedTuple):
   Attributes:
     angles: cosines and sines from `rotary_angles`; None in a layer that rotates nothing.
     attend: returns the attention output [B,T,N,H] of q [B,T,N,H], k and v [B,T,K,H], rotated. With
-      a cache it also takes the layer's blocks, and returns the output and the updated blocks.
+      a cache it also takes the layer's blocks, and returns the output and the updated blocks. A
+      model with sinks gives it the keyword `sinks`, f32[N].
     growth: f32[B,T], factors of the rotated queries; None means 1.
     real: bool[B,T], false for padding, which experts do not compute; None means no padding.
     mesh: the devices over which experts are split, or None; see `MoE.__call__`.
@@ -191,6 +192,7 @@ class Attention(nnx.Module):
     # Residual branches start small, so that depth does not change the scale of the residual stream.
     gain = (2 * config.num_layers) ** -0.5
     self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain)
+    self.sinks = nnx.Param(jnp.zeros(n, param_dtype)) if config.sinks else None
     self.norm_over_heads = config.qk_norm_over_heads
 
     def head_norm(heads):
@@ -216,9 +218,10 @@ class Attention(nnx.Module):
     q, k = (rotate(x, context.angles, self.rope_interleaved) for x in (q, k))
     if context.growth is not None:
       q = (q.astype(jnp.float32) * context.growth[..., None, None]).astype(q.dtype)
+    sinks = {} if self.sinks is None else {'sinks': self.sinks[...].astype(jnp.float32)}
     if cache is None:
-      return self.output(context.attend(q, k, v)), None
-    out, cache = context.attend(q, k, v, cache)
+      return self.output(context.attend(q, k, v, **sinks)), None
+    out, cache = context.attend(q, k, v, cache, **sinks)
     return self.output(out), cache
 
   def _normalize(self, norm: Norm, x: jax.Array, ordered: bool) -> jax.Array:

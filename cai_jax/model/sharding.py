@@ -18,6 +18,7 @@ RULES = (
   (r'.*attention/(query|key|value)/bias', P('tensor', None)),  # [N,H]
   (r'.*attention/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
   (r'.*attention/output/bias', P()),  # [D]
+  (r'.*attention/sinks', P('tensor')),  # [N]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
   (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
   (r'.*mlp/router/kernel', P('fsdp', None)),  # [D,E]

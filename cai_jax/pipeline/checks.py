@@ -203,10 +203,11 @@ def _check_training_start(
       f'train.max_length={max_length} exceeds the context of {name}, which holds {context} tokens. '
       'Lower train.max_length.'
     )
-  train, cap = run.config.train, info.config.attention_cap
+  train = run.config.train
+  needs = {'cap': info.config.attention_cap, 'sinks': info.config.sinks}
   if 'train' in stages and train.attention != AUTO:
     try:
-      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, cap=cap)
+      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, **needs)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
   lengths = _prompt_lengths(run, dialogue, ('harmful',))

@@ -23,5 +23,6 @@ def resolve_attention(
   """
   if config.attention != AUTO:
     return config
-  name = choose_kernel(mesh, config.dtype, lengths, model.head_dim, model.attention_cap)
+  needs = model.head_dim, model.attention_cap, model.sinks
+  name = choose_kernel(mesh, config.dtype, lengths, *needs)
   return dataclasses.replace(config, attention=name)

@@ -101,7 +101,7 @@ def fit(
   """
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
-  _check_buckets(buckets, config, mesh, model.attention_cap)
+  _check_buckets(buckets, config, mesh, model)
   steps = packing.plan([len(e.tokens) for e in examples], buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))
   workdir = pathlib.Path(workdir)
@@ -211,7 +211,7 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _check_buckets(
-  buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh, cap: float | None
+  buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh, model: ModelConfig
 ) -> None:
   for bucket in buckets:
     if bucket.rows % config.accumulation:
@@ -223,7 +223,8 @@ def _check_buckets(
     name = 'train.batch_size / train.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
-      check_kernel(config.attention, mesh, config.dtype, bucket.length, cap=cap)
+      needs = {'cap': model.attention_cap, 'sinks': model.sinks}
+      check_kernel(config.attention, mesh, config.dtype, bucket.length, **needs)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
 

@@ -16,7 +16,10 @@ Schedule = Callable[[jax.Array], jax.Array]  # step i32[], from 0 → learning r
 
 # Weight decay by the last name in a parameter's path. The number of axes cannot tell matrices from
 # biases, since a projection's bias [N,H] has as many as a matrix.
-_DECAYED = {'kernel': True, 'table': True, 'a': True, 'b': True, 'scale': False, 'bias': False}
+_DECAYED = {
+  **dict.fromkeys(('kernel', 'table', 'a', 'b'), True),
+  **dict.fromkeys(('scale', 'bias', 'sinks'), False),
+}
 
 
 def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
@@ -72,7 +75,13 @@ def _warmup_steps(config: TrainConfig, num_steps: int) -> int:
 
 
 def weight_decay_mask(params: Any) -> Any:
-  """Return a pytree of bools: true for kernels, tables and adapters, false for norms and biases."""
+  """Return a pytree of bools: true for kernels, tables and adapters.
+
+  It is false for norms, biases and the sinks of attention.
+
+  Args:
+    params: a pytree of parameters.
+  """
   return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYED[path_str(path[-1:])], params)
 
 

@@ -74,6 +74,7 @@ class Attend(Protocol):
     width: int,
     mesh: Mesh,
     scores: Scores,
+    sinks: jax.Array | None = None,
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Return the output [G,X,N,H] in the dtype of `q`, and the updated blocks.
 
@@ -89,6 +90,7 @@ class Attend(Protocol):
       width: C, number of tokens of a piece of prefill.
       mesh: the mesh over which rows and heads are split.
       scores: scale and cap of the scores.
+      sinks: f32[N], a score of each head beside those of the keys, without a value; or None.
     """
 
 

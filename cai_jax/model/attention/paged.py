@@ -177,6 +177,7 @@ def attend_paged(
   width: int,
   mesh: Mesh,
   scores: Scores,
+  sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it.
 
@@ -193,25 +194,26 @@ def attend_paged(
     width: C, number of tokens of a piece.
     mesh: the mesh over which rows and heads are split.
     scores: scale and cap of the scores.
+    sinks: f32[N], a further score of each head, or None.
 
   Returns:
     The output [G,X,N,H] in the dtype of `q`, and the updated blocks.
   """
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   local = functools.partial(_attend_local, window=window, width=width, on_cpu=on_cpu, scores=scores)
-  args = q, k, v, blocks, tuple(prefixes), view
+  args = q, k, v, blocks, tuple(prefixes), view, sinks
   if mesh.size == 1:
     return local(*args)
   # The prefill of a shared prefix has a single group, which every batch shard computes as a whole.
   batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
   heads, pages = P(*batch, None, 'tensor'), P(*batch, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch)
+  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
     *args
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores):
+def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, on_cpu, scores):
   """Compute `attend_paged` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -236,7 +238,9 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, on_cpu, scores
     parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width, scores))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
   shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
-  return merge([*shared, own]).divided().astype(q.dtype)[None], blocks
+  whole = merge([*shared, own])
+  whole = whole if sinks is None else whole.with_sinks(sinks)
+  return whole.divided().astype(q.dtype)[None], blocks
 
 
 def read_prefixes(

@@ -200,22 +200,23 @@ def attend_ragged(
   width: int,
   mesh: Mesh,
   scores: Scores,
+  sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[RaggedPages, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it; see `cached.Attend`."""
   interpret = mesh.devices.flat[0].platform != 'tpu'
   local = functools.partial(_attend_local, window=window, interpret=interpret, scores=scores)
-  args = q, k, v, blocks, tuple(prefixes), view
+  args = q, k, v, blocks, tuple(prefixes), view, sinks
   if mesh.size == 1:
     return local(*args)
   batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
   heads, pages = P(*batch, None, 'tensor'), P(*batch, None, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch)
+  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
     *args
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, interpret, scores):
+def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, interpret, scores):
   """Compute `attend_ragged` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -225,14 +226,13 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret, scores):
   ordered = q if view.order is None else q[view.order]
   tables = view.length, view.pages, view.start, view.num_sequences
   together = PREFILL_QUERIES if view.order is None else BLOCK_QUERIES
-  out, summed = call_kernel(
-    ordered, kv, *tables, together, window, bool(prefixes), interpret, scores
-  )
+  has_sums = bool(prefixes) or sinks is not None
+  out, summed = call_kernel(ordered, kv, *tables, together, window, has_sums, interpret, scores)
   # What the kernel leaves in the place of padding may be anything.
   valid = (jnp.arange(len(q)) < view.start[-1])[:, None, None]
   out = jnp.where(valid, out, 0)
   out = out if view.rank is None else out[view.rank]
-  if not prefixes:
+  if not has_sums:
     return out[None], (RaggedPages(kv),)
   summed = jnp.where(valid, summed[..., None], MASKED)
   summed = summed if view.rank is None else summed[view.rank]
@@ -243,7 +243,9 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, interpret, scores):
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
   shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
-  return merge([*shared, own]).divided().astype(q.dtype)[None], (RaggedPages(kv),)
+  whole = merge([*shared, own])
+  whole = whole if sinks is None else whole.with_sinks(sinks)
+  return whole.divided().astype(q.dtype)[None], (RaggedPages(kv),)
 
 
 def block_pages(page_tokens: int, row_pages: int, token_bytes: int) -> int:

@@ -36,6 +36,17 @@ class PartialSoftmax(NamedTuple):
       jnp.full((*shape, 1), MASKED, jnp.float32), zeros((*shape, 1)), zeros((*shape, head_dim))
     )
 
+  def with_sinks(self, sinks: jax.Array) -> 'PartialSoftmax':
+    """Return the softmax with a further score for each head, which has no value.
+
+    Args:
+      sinks: f32[N], the scores; the arrays of this softmax are [...,N,1] and [...,N,H].
+    """
+    sinks = sinks[:, None]
+    largest = jax.lax.stop_gradient(jnp.maximum(self.max, sinks))
+    scale = jnp.exp(self.max - largest)
+    return PartialSoftmax(largest, self.sum * scale + jnp.exp(sinks - largest), self.out * scale)
+
   def divided(self) -> jax.Array:
     """Return the output f32[...,H] of the whole softmax; 0 for a query without keys."""
     return self.out / jnp.where(self.sum > 0, self.sum, 1.0)
@@ -117,7 +128,14 @@ def ungroup_queries(x: jax.Array, length: int) -> jax.Array:
   return x.reshape(*batch, length, -1, a)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scores: Scores,
+  sinks: jax.Array | None = None,
+) -> jax.Array:
   """Return the attention output of rows that hold their own keys.
 
   Args:
@@ -126,10 +144,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Sc
     v: [B,S,K,H].
     mask: bool[B,T,S].
     scores: scale and cap of the scores.
+    sinks: f32[N], a further score of each head, or None.
 
   Returns:
     [B,T,N,H] in the dtype of `q`.
   """
   queries = group_queries(q, k.shape[2])
   part = read_keys(queries, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scores)
-  return ungroup_queries(part.divided(), q.shape[1]).astype(q.dtype)
+  if sinks is None:
+    return ungroup_queries(part.divided(), q.shape[1]).astype(q.dtype)
+  part = PartialSoftmax(*(ungroup_queries(x, q.shape[1]) for x in part))
+  return part.with_sinks(sinks).divided().astype(q.dtype)

@@ -150,24 +150,25 @@ def attend_triton(
   width: int,
   mesh: Mesh,
   scores: Scores,
+  sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[TritonPages, ...]]:
   """Write a step's keys and values to a layer's cache, and attend to it; see `cached.Attend`."""
   interpret = mesh.devices.flat[0].platform != 'gpu'
   local = functools.partial(
     _attend_local, window=window, width=width, interpret=interpret, scores=scores
   )
-  args = q, k, v, blocks, tuple(prefixes), view
+  args = q, k, v, blocks, tuple(prefixes), view, sinks
   if mesh.size == 1:
     return local(*args)
   batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
   heads, pages = P(*batch, None, 'tensor'), P(*batch, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch)
+  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
     *args
   )
 
 
-def _attend_local(q, k, v, blocks, prefixes, view, window, width, interpret, scores):
+def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, interpret, scores):
   """Compute `attend_triton` for one batch shard, whose axis G has the length 1."""
   q, k, v = q[0], k[0], v[0]
   view = jax.tree.map(lambda x: x[0], view)
@@ -175,7 +176,8 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, interpret, sco
   new = jnp.stack([k, v], 2).reshape(len(k), -1, k.shape[-1])  # [X,2K,H]
   kv = block.kv.at[view.page, :, view.offset].set(new.astype(block.kv.dtype), mode='drop')
   (x, n, h), kv_heads, outputs, decoded = q.shape, k.shape[1], [], 0
-  options = window, scores, bool(prefixes), interpret
+  is_partial = bool(prefixes) or sinks is not None
+  options = window, scores, is_partial, interpret
   if view.rows is not None:
     rows, tokens = view.rows.positions.shape
     decoded = rows * tokens
@@ -193,7 +195,9 @@ def _attend_local(q, k, v, blocks, prefixes, view, window, width, interpret, sco
   own = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
   if isinstance(own, PartialSoftmax):
     shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
-    own = merge([*shared, own]).divided().astype(q.dtype)
+    whole = merge([*shared, own])
+    whole = whole if sinks is None else whole.with_sinks(sinks)
+    own = whole.divided().astype(q.dtype)
   return own[None], (TritonPages(kv),)
 
 

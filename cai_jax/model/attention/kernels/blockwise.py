@@ -37,6 +37,7 @@ def attend_blockwise(
   window: int | None,
   mesh: Mesh | AbstractMesh | None = None,
   scores: Scores = PLAIN,
+  sinks: jax.Array | None = None,
 ) -> jax.Array:
   """Attend within segments, one pair of tiles at a time; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
@@ -52,7 +53,9 @@ def attend_blockwise(
   # Queries of the same kv head are next to each other: [I,B,K,G,size,H].
   tiles = split(q).reshape(-1, b, size, kv_heads, n // kv_heads, h).transpose(0, 1, 3, 4, 2, 5)
   k, v = split(k).swapaxes(2, 3), split(v).swapaxes(2, 3)
-  out = _attend(window, scores, tiles, k, v, split(segment_ids))
+  if sinks is not None:
+    sinks = sinks.reshape(kv_heads, -1)
+  out = _attend(window, scores, tiles, k, v, split(segment_ids), sinks)
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, n, h)[:, :t]
 
 
@@ -133,12 +136,20 @@ def _sum_queries(x: jax.Array, y: jax.Array, groups: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(window, scores, q, k, v, segment_ids):
-  """Return the output [I,B,K,G,T,H] for tiles q [I,B,K,G,T,H], k and v [I,B,K,T,H], ids [I,B,T]."""
-  return _attend_fwd(window, scores, q, k, v, segment_ids)[0]
+def _attend(window, scores, q, k, v, segment_ids, sinks):
+  """Return the output [I,B,K,G,T,H] of attention.
+
+  Args:
+    window, scores: as for `kernel.Attend`.
+    q: tiles [I,B,K,G,T,H].
+    k, v: tiles [I,B,K,T,H].
+    segment_ids: i32[I,B,T].
+    sinks: f32[K,G], or None.
+  """
+  return _attend_fwd(window, scores, q, k, v, segment_ids, sinks)[0]
 
 
-def _attend_fwd(window, scores, q, k, v, segment_ids):
+def _attend_fwd(window, scores, q, k, v, segment_ids, sinks):
   tiles, b, kv_heads, groups, size, h = q.shape
   pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
 
@@ -160,14 +171,17 @@ def _attend_fwd(window, scores, q, k, v, segment_ids):
     jnp.full((*queries, 1), MASKED, jnp.float32),
     jnp.zeros((*queries, 1), jnp.float32),
   )
+  if sinks is not None:  # a score without a value, before those of the keys
+    out, _, total = initial
+    initial = out, _for_queries(sinks, out), jnp.ones_like(total)
   out, largest, total = jax.lax.fori_loop(0, count, add_pair, initial)
   out = (out / total).astype(q.dtype)
   log_sum = largest + jnp.log(total)
-  return out.reshape(q.shape), (q, k, v, segment_ids, out, log_sum)
+  return out.reshape(q.shape), (q, k, v, segment_ids, sinks, out, log_sum)
 
 
 def _attend_bwd(window, scores, residuals, g):
-  q, k, v, segment_ids, out, log_sum = residuals
+  q, k, v, segment_ids, sinks, out, log_sum = residuals
   tiles, _, _, groups, size, h = q.shape
   pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
   # The sum over keys of weight · d(weight), which the gradient of the softmax subtracts.
@@ -190,9 +204,21 @@ def _attend_bwd(window, scores, residuals, g):
 
   initial = tuple(jnp.zeros(x.shape, jnp.float32) for x in (out, k, v))
   dq, dk, dv = jax.lax.fori_loop(0, count, add_pair, initial)
-  return dq.astype(q.dtype).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype), None
+  sinks_gradient = None
+  if sinks is not None:
+    by_query = jnp.exp(_for_queries(sinks, out) - log_sum) * -mean
+    by_query = by_query.reshape(*out.shape[:3], groups, size)
+    sinks_gradient = by_query.sum((0, 1, 4))
+  dq = dq.astype(q.dtype).reshape(q.shape)
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, sinks_gradient
+
+
+def _for_queries(sinks, out):
+  """Return sinks f32[K,G] as f32[I,B,K,R,1], for the queries of `out` [I,B,K,R,H]."""
+  repeated = jnp.repeat(sinks, out.shape[3] // sinks.shape[1], axis=1)
+  return jnp.broadcast_to(repeated[..., None], (*out.shape[:4], 1))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
-KERNELS.register('blocks')(Kernel(attend_blockwise))
+KERNELS.register('blocks')(Kernel(attend_blockwise, sinks=True))

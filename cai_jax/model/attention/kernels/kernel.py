@@ -8,7 +8,7 @@ run on. To add one, register a `Kernel` in a file of this folder, or in a file o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import jax
@@ -42,6 +42,9 @@ class Attend(Protocol):
       window: number of tokens that a query sees, itself included; None means no limit.
       mesh: splits rows over its batch axes and heads over `tensor`.
       scores: scale and cap of the scores.
+
+    A kernel for models with sinks also takes the keyword `sinks`: f32[N], a score of each head
+    beside those of the keys. It has no value, so it only makes the others' weights smaller.
     """
 
 
@@ -69,6 +72,7 @@ class Kernel:
       sees. The model computes it once for all layers with the same window.
     deterministic: whether XLA can compile the gradient so that it has the same bits in every run.
     caps: whether `attend` can cap the scores.
+    sinks: whether `attend` takes the keyword `sinks`.
   """
 
   attend: Attend
@@ -78,6 +82,7 @@ class Kernel:
   takes_mask: bool = False
   deterministic: bool = True
   caps: bool = True
+  sinks: bool = False
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')
@@ -89,7 +94,12 @@ BY_SPEED = ('splash', 'cudnn', 'blocks')
 
 
 def choose_kernel(
-  mesh: Mesh, dtype: str, lengths: Sequence[int], head_dim: int, cap: float | None = None
+  mesh: Mesh,
+  dtype: str,
+  lengths: Sequence[int],
+  head_dim: int,
+  cap: float | None = None,
+  sinks: bool = False,
 ) -> str:
   """Return the name of the fastest kernel that can run.
 
@@ -99,12 +109,13 @@ def choose_kernel(
     lengths: numbers of tokens per row of all batches.
     head_dim: size of a head.
     cap: cap of the attention scores, or None.
+    sinks: whether the model has sinks.
   """
   *preferred, fallback = BY_SPEED
   for name in preferred:
     try:
       for length in lengths:
-        check_kernel(name, mesh, dtype, length, head_dim, cap)
+        check_kernel(name, mesh, dtype, length, head_dim, cap, sinks)
     except UserError:
       continue
     return name
@@ -118,6 +129,7 @@ def check_kernel(
   length: int,
   head_dim: int | None = None,
   cap: float | None = None,
+  sinks: bool = False,
 ) -> None:
   """Check that a kernel can run.
 
@@ -128,29 +140,38 @@ def check_kernel(
     length: number of tokens per row.
     head_dim: size of a head; None leaves it unchecked.
     cap: cap of the attention scores, or None.
+    sinks: whether the model has sinks.
 
   Raises:
     UserError: if there is no such kernel, or if it does not support the devices, the dtype, the row
-      length, the heads or the cap.
+      length, the heads, the cap or the sinks.
   """
   kernel = KERNELS[name]
   device = mesh.devices.flat[0]
   platform = device.platform
+  here = {n: other for n, other in KERNELS.items() if other.platform in (None, platform)}
   if kernel.platform is not None and kernel.platform != platform:
-    usable = [n for n, other in KERNELS.items() if other.platform in (None, platform)]
     raise UserError(
       f'attention {name!r} runs on {kernel.platform.upper()}s only, and these devices are '
-      f'{platform.upper()}s. Choose {" or ".join(map(repr, sorted(usable)))}.'
+      f'{platform.upper()}s. Choose {_list_names(here)}.'
     )
   kernel.check(dtype, length)
   if head_dim is not None:
     kernel.check_head(head_dim, device)
   if cap is not None and not kernel.caps:
-    usable = [n for n, x in KERNELS.items() if x.caps and x.platform in (None, platform)]
     raise UserError(
       f'attention {name!r} cannot cap attention scores, and the model has attention_cap={cap}. '
-      f'Choose {" or ".join(map(repr, sorted(usable)))}.'
+      f'Choose {_list_names(n for n, x in here.items() if x.caps)}.'
     )
+  if sinks and not kernel.sinks:
+    raise UserError(
+      f'attention {name!r} has no sinks, which the attention of the model needs. '
+      f'Choose {_list_names(n for n, x in here.items() if x.sinks)}.'
+    )
+
+
+def _list_names(names: Iterable[str]) -> str:
+  return ' or '.join(map(repr, sorted(names)))
 
 
 def bind_kernel(

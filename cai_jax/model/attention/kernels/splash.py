@@ -26,6 +26,7 @@ def attend_splash(
   window: int | None,
   mesh: Mesh | AbstractMesh | None,
   scores: Scores = PLAIN,
+  sinks: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """Attend within segments with splash attention; see `kernel.Attend`.
@@ -35,6 +36,7 @@ def attend_splash(
 
   Args:
     q, k, v, segment_ids, window, mesh: as for `kernel.Attend`.
+    sinks: as for `kernel.Attend`.
     interpret: run the kernel in Pallas's interpreter, which works on any device.
     scores: scale and cap of the scores.
   """
@@ -52,7 +54,7 @@ def attend_splash(
   if window is not None:
     mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
 
-  def attend_on_device(q, k, v, segment_ids):
+  def attend_on_device(q, k, v, segment_ids, sinks):
     masks = splash_attention_mask.MultiHeadMask([mask] * q.shape[2])
     kernel = splash_attention_kernel.make_splash_mha(
       masks,
@@ -64,7 +66,7 @@ def attend_splash(
     )
 
     def attend_row(q, k, v, ids):
-      return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
+      return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids), sinks=sinks)
 
     scaled = (q.astype(jnp.float32) * scores.factor(q.shape[-1])).astype(q.dtype)
     heads_first = (x.swapaxes(1, 2) for x in (scaled, k, v))
@@ -74,10 +76,10 @@ def attend_splash(
   return jax.shard_map(
     attend_on_device,
     mesh=mesh,
-    in_specs=(by_row_and_head, by_row_and_head, by_row_and_head, BATCH),
+    in_specs=(by_row_and_head, by_row_and_head, by_row_and_head, BATCH, P('tensor')),
     out_specs=by_row_and_head,
     check_vma=False,
-  )(q, k, v, segment_ids)
+  )(q, k, v, segment_ids, sinks)
 
 
 def check_length(dtype: str, length: int) -> None:
@@ -97,4 +99,4 @@ def check_length(dtype: str, length: int) -> None:
     )
 
 
-KERNELS.register('splash')(Kernel(attend_splash, 'tpu', check_length))
+KERNELS.register('splash')(Kernel(attend_splash, 'tpu', check_length, sinks=True))

@@ -19,12 +19,13 @@ def attend_plain(
   mesh: Mesh | AbstractMesh | None = None,
   scores: Scores = PLAIN,
   mask: jax.Array | None = None,
+  sinks: jax.Array | None = None,
 ) -> jax.Array:
   """Attend within segments with one mask bool[B,T,T]; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
   if mask is None:
     mask = segment_mask(segment_ids, window)
-  return attend(q, k, v, mask, scores)
+  return attend(q, k, v, mask, scores, sinks)
 
 
 def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
@@ -39,4 +40,4 @@ def segment_mask(segment_ids: jax.Array, window: int | None) -> jax.Array:
   return causal_mask(positions, positions, window, same_segment)
 
 
-KERNELS.register('xla')(Kernel(attend_plain, takes_mask=True))
+KERNELS.register('xla')(Kernel(attend_plain, takes_mask=True, sinks=True))

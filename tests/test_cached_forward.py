@@ -49,10 +49,13 @@ class PagedRows:
     order = np.random.default_rng(seed).permutation(self.total)
     self.pages = order[: rows * each].reshape(rows, each).astype(np.int32)
     ends = np.linspace(0, self.total, blocks + 1).astype(int)
-    block = lambda n: jax.tree.map(  # noqa: E731
-      lambda x: x + jnp.asarray(stale, dtype), cache_lib.init_block(lm.config, n, PAGE, dtype)
+    block = lambda kind, n: jax.tree.map(  # noqa: E731
+      lambda x: x + jnp.asarray(stale, dtype),
+      cache_lib.init_block(kind.kv_heads, kind.head_dim, n, PAGE, dtype),
     )
-    self.cache = (tuple(block(n) for n in np.diff(ends).tolist()),) * lm.config.num_layers
+    self.cache = tuple(
+      tuple(block(kind, n) for n in np.diff(ends).tolist()) for kind in lm.config.kinds
+    )
 
   def values(self, row):
     """Return the values [T,K,H] that the first layer holds for a row."""

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 import cai_jax
-from cai_jax.model import lora, sharding
-from cai_jax.model.attention import paged
+from cai_jax.model import cached_forward, lora, sharding
+from cai_jax.model.attention import paged, ragged, triton
+from cai_jax.model.attention.kernels.kernel import KERNELS, choose_kernel
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import Experts, ModelConfig, QueryGrowth
 from cai_jax.model.elementwise import ACTIVATIONS
@@ -19,6 +20,8 @@ from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import caches
+from cai_jax.sampling.auto import measure_load
 from cai_jax.training.losses import negative_log_likelihood
 from tests.test_cached_forward import TOKENS, B, PagedRows, T
 
@@ -56,6 +59,7 @@ MODELS = {
     'mlp_bias': True,
   },
   'growing': {'query_growth': QueryGrowth(0.8, 3)},
+  'heads': {'head_dims': (8, 16), 'kv_heads': (2, 1), 'qk_norm': True},
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
 }
 CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}
@@ -206,13 +210,61 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
     shapes = flatten_params(abstract_model(config)[1]).values()
     assert config.num_params == sum(x.size for x in shapes)
   looked_up = config.learned_positions * config.max_positions * config.d_model
-  pairs = sum(min(t + 1, config.window(layer) or T) for layer in range(2) for t in range(T))
+  channels = sum(
+    kind.head_dim * min(t + 1, kind.window or T) for kind in config.kinds for t in range(T)
+  )
   idle = 0  # parameters of the experts that do not compute a token, in one layer
   if config.experts:
     idle = (config.experts.number - config.experts.per_token) * 3 * 32 * config.experts.d_ff
-  flops = 6 * T * (config.num_params - looked_up - idle) + 12 * 4 * 8 * pairs
+  flops = 6 * T * (config.num_params - looked_up - idle) + 12 * 4 * channels
   assert config.training_flops([T]) == pytest.approx(flops)
   assert len(windows_of(config)) == len(set(config.windows) or {None})
+
+
+def test_layers_of_one_kind_share_a_program():
+  """On one CPU device. Layers 0 and 2 have the same heads, and layer 1 has others."""
+  lm = model_of(BASE, num_layers=3, head_dims=(8, 16, 8), kv_heads=(2, 1, 2))
+  rows, before = PagedRows(lm), cached_forward._layer._cache_size()
+  cached_forward.forward_cached(*rows.arguments(range(B), [0] * B, [])[0])
+  assert cached_forward._layer._cache_size() - before == 2
+
+
+def test_caches_have_the_heads_of_each_layer():
+  lm = model_of(BASE, head_dims=(8, 16), kv_heads=(2, 1), windows=(5, None))
+  first = 2 * 2 * 8 * 4  # bytes of a token: keys and values of two heads of eight f32 numbers
+  second = 2 * 1 * 16 * 4
+  assert caches.cache_bytes(lm, 20, 3) == (5 + 3 + 1) * first + 20 * second
+  load = measure_load([(lm.config, 'float32')], lm.mesh)
+  assert load.token == first + second and load.windowed == ((5, first),)
+  shapes = [layer.k.shape for layer in caches.allocate_prefix(lm, 32)]
+  assert shapes == [(1, 2, 8, 32), (1, 1, 16, 32)]
+  assert [x.v.shape for x in caches.allocate_block(lm, None, 3, 4)] == [(3, 1, 4, 16)]
+  mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+  with pytest.raises(UserError, match='does not divide the 1 key-value heads'):
+    caches.check_rows(dataclasses.replace(lm, mesh=mesh), 8)
+
+
+def test_kernels_must_support_the_heads_of_each_layer(monkeypatch):
+  mesh = make_mesh(1, devices=jax.devices()[:1])
+  large = dataclasses.replace(BASE, head_dims=(128, 256), kv_heads=(2, 4))
+  assert ragged.refuse(large, 'bfloat16', 64, mesh) is None
+  odd = dataclasses.replace(BASE, head_dims=(128, 64))
+  assert 'the model has 64' in str(ragged.refuse(odd, 'bfloat16', 64, mesh))
+  assert triton.refuse(large, 'bfloat16', 64, mesh) is None
+  odd = dataclasses.replace(BASE, head_dims=(128, 96))
+  assert 'the model has 96' in str(triton.refuse(odd, 'bfloat16', 64, mesh))
+  seen = []
+
+  def check(head_dim, device):
+    seen.append(head_dim)
+    if head_dim > 256:
+      raise UserError('too large')
+
+  kernel = dataclasses.replace(KERNELS['blocks'], check_head=check)
+  monkeypatch.setitem(KERNELS._entries, 'cudnn', kernel)
+  assert choose_kernel(mesh, 'float32', [64], [128, 256]) == 'cudnn'
+  assert choose_kernel(mesh, 'float32', [64], [128, 512]) == 'blocks'
+  assert seen == [128, 256, 128, 512]
 
 
 def test_norms_have_only_the_parameters_that_a_model_uses():
@@ -248,6 +300,9 @@ def test_adapters_find_the_layers_of_a_model_without_a_gate():
     ({'attention_cap': 0.0}, 'attention_cap=0.0 must be positive'),
     ({'logit_cap': -1.0}, 'logit_cap=-1.0 must be positive'),
     ({'experts': Experts(4, 2, 8), 'gated': False}, 'Experts have a gate'),
+    ({'head_dims': (8,)}, 'head_dims has 1 entries for 2 layers'),
+    ({'kv_heads': (2, 3)}, 'num_heads=4 is not a multiple of num_kv_heads=3'),
+    ({'head_dims': (8, 4), 'rope_channels': 6}, 'between 2 and head_dim=4'),
     ({'logit_divisor': 0.0}, 'logit_divisor=0.0 must be positive'),
   ],
 )

@@ -209,14 +209,14 @@ AMD = FakeMesh('gpu', 'AMD Instinct MI300X', 'gfx942')
   ],
 )
 def test_auto_is_the_fastest_kernel_that_can_run(mesh, dtype, lengths, head_dim, expected):
-  assert choose_kernel(mesh, dtype, lengths, head_dim) == expected
+  assert choose_kernel(mesh, dtype, lengths, [head_dim]) == expected
   for length in lengths:
     check_kernel(expected, mesh, dtype, length, head_dim)
 
 
 def test_a_cap_needs_a_kernel_that_supports_it():
-  assert choose_kernel(H100, 'bfloat16', [1024], 64, 50.0) == 'blocks'
-  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], 64, 50.0) == 'splash'
+  assert choose_kernel(H100, 'bfloat16', [1024], [64], 50.0) == 'blocks'
+  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], [64], 50.0) == 'splash'
   check_kernel('blocks', H100, 'bfloat16', 1024, 64, 50.0)
   message = "'cudnn' cannot cap attention scores, and the model has attention_cap=50.0. Choose"
   with pytest.raises(UserError, match=message):
@@ -224,8 +224,8 @@ def test_a_cap_needs_a_kernel_that_supports_it():
 
 
 def test_sinks_need_a_kernel_that_has_them():
-  assert choose_kernel(H100, 'bfloat16', [1024], 64, sinks=True) == 'blocks'
-  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], 64, sinks=True) == 'splash'
+  assert choose_kernel(H100, 'bfloat16', [1024], [64], sinks=True) == 'blocks'
+  assert choose_kernel(FakeMesh('tpu'), 'bfloat16', [1024], [64], sinks=True) == 'splash'
   with pytest.raises(UserError, match="'cudnn' has no sinks.*Choose 'blocks' or 'xla'"):
     check_kernel('cudnn', H100, 'bfloat16', 1024, sinks=True)
 
@@ -244,7 +244,7 @@ def test_the_rules_of_cudnn_for_heads_are_those_of_jax(monkeypatch):
         is_supported = True
       except NotImplementedError:
         is_supported = False
-      chosen = choose_kernel(mesh, 'bfloat16', [128], head_dim)
+      chosen = choose_kernel(mesh, 'bfloat16', [128], [head_dim])
       assert (chosen == 'cudnn') == is_supported, (capability, head_dim)
 
 

@@ -132,15 +132,16 @@ def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
   return tuple(dict.fromkeys(config.window(layer) for layer in range(config.num_layers)))
 
 
-def init_block(config: ModelConfig, pages: int, size: int, dtype) -> LayerCache:
+def init_block(heads: int, head_dim: int, pages: int, size: int, dtype) -> LayerCache:
   """Return pages of zeros for one layer.
 
   Args:
-    config: gives the number and size of the heads.
+    heads: number of key and value heads.
+    head_dim: channels per head.
     pages: number of pages.
     size: number of tokens of a page.
     dtype: dtype of the keys and values.
   """
-  k = (pages, config.num_kv_heads, config.head_dim, size)
-  v = (pages, config.num_kv_heads, size, config.head_dim)
+  k = (pages, heads, head_dim, size)
+  v = (pages, heads, size, head_dim)
   return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))

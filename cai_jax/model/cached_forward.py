@@ -2,8 +2,8 @@
 
 It has three parts: the embeddings, with what all layers share; a layer; and the logits. Within
 `jax.jit` they become parts of one program. Outside, each part is a program of its own, and layers
-with the same window share one, if they rotate as many channels and
-have experts both or not. A model of 30 layers then compiles in a fraction of the time.
+of one kind (`config.LayerKind`) share one if they rotate as many channels. A model of 30 layers
+then compiles in a fraction of the time.
 
 `cai_jax.model.transformer` and `cai_jax.model.cache` define the axis letters.
 """
@@ -19,10 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention import paged, ragged, triton  # noqa: F401  # they register themselves
 from cai_jax.model.attention.cached import CACHED
-from cai_jax.model.attention.rotary import Angles, growth_of, ropes_of, rotary_angles
+from cai_jax.model.attention.rotary import (
+  Angles,
+  growth_of,
+  rotary_angles,
+  rotation_of,
+  rotations_of,
+)
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.cache import Cache, LayerCache, Prefixes, Step, windows_of
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.layers import Block, Embedding, LayerContext, Norm, embed_tokens, make_norm
 from cai_jax.model.logits import logit_transform_of
 from cai_jax.model.transformer import Params, compute_once, unembed
@@ -71,7 +77,7 @@ def forward_cached(
   """
   if prefixes is None:
     prefixes = Prefixes((), jnp.full(positions.shape, -1))
-  config, windows, ropes = spec.config, windows_of(spec.config), ropes_of(spec.config)
+  config, windows, rotations = spec.config, windows_of(spec.config), rotations_of(spec.config)
   page = cache[0][0][0].shape[CACHED[spec.attention].page_axis]
   sizes = {  # pages of each block, for each window
     config.window(layer): tuple(len(block[0]) // len(positions) for block in blocks)
@@ -83,13 +89,11 @@ def forward_cached(
   real = None if config.experts is None else positions >= 0
   new_cache = []
   for layer, blocks in enumerate(cache):
-    window = config.window(layer)
-    view, shared = views[windows.index(window)], [p.cache[layer] for p in prefixes.entries]
-    own = angles[ropes.index(config.rope(layer))]
-    sparse = config.sparse(layer)
-    layer_params = params['layers'][layer]
+    kind, layer_params = config.kind(layer), params['layers'][layer]
+    view, shared = views[windows.index(kind.window)], [p.cache[layer] for p in prefixes.entries]
+    own = angles[rotations.index(rotation_of(config, layer))]
     arrays = x, blocks, shared, own, growth, view, real
-    x, blocks = _layer(spec, window, sparse, layer_params, *arrays)
+    x, blocks = _layer(spec, kind, layer_params, *arrays)
     new_cache.append(blocks)
   return x, tuple(new_cache)
 
@@ -107,7 +111,7 @@ def _start(
 ) -> tuple[jax.Array, tuple[list[Angles | None], list[Any], jax.Array | None]]:
   """Return the embeddings, and what layers share.
 
-  This is the angles of each rope of `ropes_of`, the view of each window, and `growth_of`.
+  This is the angles of each of `rotations_of`, the view of each window, and `growth_of`.
 
   Args:
     spec, tokens, positions, step, prefixes: as in `forward_cached`.
@@ -121,8 +125,7 @@ def _start(
       CACHED[spec.attention].make_view(positions, step, i, prefixes, sizes[i], page, window)
       for i, window in enumerate(windows_of(spec.config))
     ]
-    head_dim = spec.config.head_dim
-    angles = [rotary_angles(rope, head_dim, positions) for rope in ropes_of(spec.config)]
+    angles = [rotary_angles(*rotation, positions) for rotation in rotations_of(spec.config)]
     return angles, views, growth_of(spec.config, positions)
 
   shared = compute_once(angles_and_views, positions)
@@ -134,13 +137,10 @@ def _start(
   return jax.lax.with_sharding_constraint(x, spec.sharding), shared
 
 
-@functools.partial(
-  jax.jit, static_argnames=('spec', 'window', 'sparse'), donate_argnames=('x', 'blocks')
-)
+@functools.partial(jax.jit, static_argnames=('spec', 'kind'), donate_argnames=('x', 'blocks'))
 def _layer(
   spec: ForwardSpec,
-  window: int | None,
-  sparse: bool,
+  kind: LayerKind,
   params: Params,
   x: jax.Array,
   blocks: tuple[LayerCache, ...],
@@ -155,12 +155,12 @@ def _layer(
     CACHED[spec.attention].attend,
     prefixes=prefixes,
     view=view,
-    window=window,
+    window=kind.window,
     width=spec.width,
     mesh=mesh,
     scores=scores_of(spec.config),
   )
-  block = _merge(spec.config, _sparse_block if sparse else _block, params)
+  block = nnx.merge(_block_graph(spec.config, kind), params)
   x, blocks = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
 
@@ -180,14 +180,6 @@ def _position_embedding(config: ModelConfig) -> Embedding:
   return Embedding(config.max_positions, config.d_model, nnx.Rngs(0), jnp.float32)
 
 
-def _block(config: ModelConfig) -> Block:
-  return Block(config, nnx.Rngs(0), jnp.float32)
-
-
-def _sparse_block(config: ModelConfig) -> Block:
-  return Block(config, nnx.Rngs(0), jnp.float32, sparse=True)
-
-
 def _last_norm(config: ModelConfig) -> Norm:
   return make_norm(config, jnp.float32)
 
@@ -195,6 +187,11 @@ def _last_norm(config: ModelConfig) -> Norm:
 def _merge(config: ModelConfig, make: Callable[[ModelConfig], Any], params: Params) -> Any:
   """Return a part of the model with its parameters."""
   return nnx.merge(_graph(config, make), params)
+
+
+@functools.lru_cache
+def _block_graph(config: ModelConfig, kind: LayerKind) -> nnx.GraphDef:
+  return nnx.split(nnx.eval_shape(lambda: Block(config, kind, nnx.Rngs(0), jnp.float32)))[0]
 
 
 @functools.lru_cache

@@ -1,7 +1,7 @@
 """The configuration of a model: everything that defines it except its parameters."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +10,7 @@ from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.rope import Llama3Rope, LongRope, QueryGrowth, Rope, RopeScaling, lengthen
 from cai_jax.runtime.errors import UserError
 
-__all__ = ['Experts', 'Llama3Rope', 'ModelConfig', 'QueryGrowth', 'Rope']
+__all__ = ['Experts', 'LayerKind', 'Llama3Rope', 'ModelConfig', 'QueryGrowth', 'Rope']
 
 NORMS = ('rms', 'layer')
 
@@ -52,6 +52,27 @@ class Experts:
       )
 
 
+class LayerKind(NamedTuple):
+  """What layers of one model can differ in, besides rotary positions and the values of arrays.
+
+  Attributes:
+    window: the attention window in tokens, the query included; None means no limit.
+    sparse: whether the feed-forward layer is a mixture of experts.
+    kv_heads: key and value heads.
+    head_dim: channels per head.
+  """
+
+  window: int | None
+  sparse: bool
+  kv_heads: int
+  head_dim: int
+
+  @property
+  def cached(self) -> int:
+    """How many numbers the keys and values of a token are."""
+    return 2 * self.kv_heads * self.head_dim
+
+
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
 # the fields of ModelConfig and of the classes in `rope.py`. Renaming a field makes old journals
 # unusable. Declare a new field of ModelConfig with `added`: then the fingerprint leaves it out
@@ -71,6 +92,8 @@ class ModelConfig:
     num_heads: query heads.
     num_kv_heads: key and value heads; divides `num_heads`.
     head_dim: channels per head.
+    head_dims: each layer's channels per head; an empty tuple gives all layers `head_dim`.
+    kv_heads: each layer's key and value heads; an empty tuple gives all layers `num_kv_heads`.
     max_positions: the longest context, in tokens.
     rope_theta: base of the rotary frequencies.
     rope_scaling: scaling of the rotary frequencies, or None.
@@ -153,19 +176,21 @@ class ModelConfig:
   logit_divisor: float = added(1.0)
   logit_cap: float | None = added(None)
   experts: Experts | None = added(None)
+  head_dims: tuple[int, ...] = added(())
+  kv_heads: tuple[int, ...] = added(())
 
   def __post_init__(self):
-    if self.num_heads % self.num_kv_heads:
+    for name in ('windows', 'ropes', 'head_dims', 'kv_heads'):
+      entries = getattr(self, name)
+      if entries and len(entries) != self.num_layers:
+        raise UserError(f'{name} has {len(entries)} entries for {self.num_layers} layers.')
+    for kv_heads in (self.num_kv_heads, *self.kv_heads):
+      if self.num_heads % kv_heads:
+        raise UserError(f'num_heads={self.num_heads} is not a multiple of num_kv_heads={kv_heads}.')
+    smallest = min(self.head_dims, default=self.head_dim)
+    if self.rope_channels is not None and not 2 <= self.rope_channels <= smallest:
       raise UserError(
-        f'num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
-      )
-    if self.windows and len(self.windows) != self.num_layers:
-      raise UserError(f'windows has {len(self.windows)} entries for {self.num_layers} layers.')
-    if self.ropes and len(self.ropes) != self.num_layers:
-      raise UserError(f'ropes has {len(self.ropes)} entries for {self.num_layers} layers.')
-    if self.rope_channels is not None and not 2 <= self.rope_channels <= self.head_dim:
-      raise UserError(
-        f'rope_channels is {self.rope_channels}; it must be between 2 and head_dim={self.head_dim}.'
+        f'rope_channels is {self.rope_channels}; it must be between 2 and head_dim={smallest}.'
       )
     self._check_choices()
 
@@ -195,6 +220,20 @@ class ModelConfig:
   def sparse(self, layer: int) -> bool:
     """Return whether a layer is a mixture of experts."""
     return self.experts is not None and layer not in self.experts.dense_layers
+
+  def kind(self, layer: int) -> LayerKind:
+    """Return what distinguishes a layer from others; layers of one kind compute the same."""
+    return LayerKind(
+      self.window(layer),
+      self.sparse(layer),
+      self.kv_heads[layer] if self.kv_heads else self.num_kv_heads,
+      self.head_dims[layer] if self.head_dims else self.head_dim,
+    )
+
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    return tuple(map(self.kind, range(self.num_layers)))
 
   def rope(self, layer: int) -> Rope | None:
     """Return a layer's rotary positions; None means that nothing is rotated."""
@@ -253,18 +292,23 @@ class ModelConfig:
     Args:
       active: whether only the experts that compute a token count.
     """
-    attention = self.d_model * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-    attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
-    attention += self.output_bias * self.d_model + self.sinks * self.num_heads
+    attention = sum(map(self._count_attention, self.kinds))
     mlps = sum(self._count_mlp(layer, active) for layer in range(self.num_layers))
-    normed = (self.pre_norm + self.post_norm) * 2 * self.d_model  # channels
-    heads = self.num_heads + self.num_kv_heads if self.qk_norm_over_heads else 2
-    normed += self.qk_norm * heads * self.head_dim
     per_channel = 2 if self.norm == 'layer' else 1
-    layer = attention + per_channel * normed
+    normed = (self.pre_norm + self.post_norm) * 2 * self.num_layers + 1  # times d_model channels
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
     embeddings += self.learned_positions * self.max_positions * self.d_model
-    return embeddings + mlps + self.num_layers * layer + per_channel * self.d_model
+    return embeddings + mlps + attention + per_channel * normed * self.d_model
+
+  def _count_attention(self, kind: LayerKind) -> int:
+    """Return the number of parameters of a layer's attention, with its norms of heads."""
+    heads = self.num_heads + 2 * kind.kv_heads  # of queries, keys and values
+    count = self.d_model * kind.head_dim * (heads + self.num_heads)
+    count += self.qkv_bias * kind.head_dim * heads + self.output_bias * self.d_model
+    count += self.sinks * self.num_heads
+    normed = self.num_heads + kind.kv_heads if self.qk_norm_over_heads else 2
+    per_channel = 2 if self.norm == 'layer' else 1
+    return count + self.qk_norm * per_channel * normed * kind.head_dim
 
   def _count_mlp(self, layer: int, active: bool) -> int:
     """Return the number of parameters of a layer's feed-forward layer, with its router."""
@@ -298,8 +342,8 @@ class ModelConfig:
     products = (
       (4 if adapters else 6) * (self._count_params(active=True) - looked_up) * lengths.sum()
     )
-    pairs = 0.0
-    for layer in range(self.num_layers):
-      window = np.minimum(lengths, self.window(layer) or np.inf)
-      pairs += (window * lengths - window * (window - 1) / 2).sum()
-    return products + 12 * self.num_heads * self.head_dim * pairs
+    channels = 0.0  # of a head, in all pairs of tokens
+    for kind in self.kinds:
+      window = np.minimum(lengths, kind.window or np.inf)
+      channels += kind.head_dim * (window * lengths - window * (window - 1) / 2).sum()
+    return products + 12 * self.num_heads * channels

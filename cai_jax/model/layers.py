@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cai_jax.model.attention.rotary import Angles, rotate
 from cai_jax.model.cache import LayerCache
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
 from cai_jax.model.experts import MoE
 from cai_jax.model.precision import PRODUCT, einsum_f32, einsum_rounded, sum_entries
@@ -179,10 +179,17 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+  """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype):
-    d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+  Args:
+    config: the shape of the model.
+    kind: the kind of the layer.
+    rngs: `rngs.params` draws the parameters.
+    param_dtype: dtype of the parameters.
+  """
+
+  def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs, param_dtype):
+    d, n, k, h = config.d_model, config.num_heads, kind.kv_heads, kind.head_dim
 
     def projection(heads):
       return Linear((d,), (heads, h), rngs, param_dtype, bias=config.qkv_bias)
@@ -254,20 +261,20 @@ class Block(nnx.Module):
 
   Args:
     config: the shape of the model.
+    kind: the kind of the layer.
     rngs: `rngs.params` draws the parameters.
     param_dtype: dtype of the parameters.
-    sparse: whether the feed-forward layer is a mixture of experts.
   """
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, param_dtype, sparse: bool = False):
+  def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs, param_dtype):
     def norm(is_used):
       return make_norm(config, param_dtype) if is_used else None
 
     self.attention_norm = norm(config.pre_norm)
-    self.attention = Attention(config, rngs, param_dtype)
+    self.attention = Attention(config, kind, rngs, param_dtype)
     self.attention_post_norm = norm(config.post_norm)
     self.mlp_norm = norm(config.pre_norm)
-    self.mlp = (MoE if sparse else MLP)(config, rngs, param_dtype)
+    self.mlp = (MoE if kind.sparse else MLP)(config, rngs, param_dtype)
     self.mlp_post_norm = norm(config.post_norm)
     self.residual_scale = config.residual_scale
     self.parallel = config.parallel_blocks

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
-from cai_jax.model.attention.rotary import growth_of, ropes_of, rotary_angles
+from cai_jax.model.attention.rotary import growth_of, rotary_angles, rotation_of, rotations_of
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
@@ -67,9 +67,7 @@ class Transformer(nnx.Module):
 
     self.embed = embedding(config.vocab_size)
     self.positions = embedding(config.max_positions) if config.learned_positions else None
-    self.layers = nnx.List(
-      [Block(config, rngs, param_dtype, config.sparse(i)) for i in range(config.num_layers)]
-    )
+    self.layers = nnx.List([Block(config, kind, rngs, param_dtype) for kind in config.kinds])
     self.norm = make_norm(config, param_dtype)
     self.head = None if config.tied_embeddings else embedding(config.vocab_size)
 
@@ -110,10 +108,10 @@ class Transformer(nnx.Module):
 
     def angles_and_masks():
       masks = self._masks(positions, segment_ids, attention, allowed)
-      angles = [rotary_angles(rope, self.config.head_dim, positions) for rope in ropes]
+      angles = [rotary_angles(*rotation, positions) for rotation in rotations]
       return angles, masks, growth_of(self.config, positions)
 
-    ropes = ropes_of(self.config)
+    rotations = rotations_of(self.config)
     angles, masks, growth = compute_once(angles_and_masks, positions)
     attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
     x = embed_tokens(
@@ -123,7 +121,7 @@ class Transformer(nnx.Module):
     real = None if segment_ids is None else segment_ids > 0
     mesh = None if sharding is None else cast(Mesh, sharding.mesh)
     for layer, block in enumerate(self.layers):
-      own = angles[ropes.index(self.config.rope(layer))]
+      own = angles[rotations.index(rotation_of(self.config, layer))]
       context = LayerContext(own, attends[layer], growth, real, mesh)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.

@@ -131,10 +131,13 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
     experts = config.num_expert_params
     split = config.num_params - experts + experts / mesh.shape['expert']
     parameters += int(split * width / (mesh.shape['fsdp'] * mesh.shape['tensor']))
-    values = 2 * config.num_kv_heads * config.head_dim
-    token += config.num_layers * values * width // mesh.shape['tensor']
-    for window, layers in collections.Counter(filter(None, config.windows)).items():
-      windowed[window] += layers * values * width // mesh.shape['tensor']
+    cached: collections.Counter[int | None] = collections.Counter()
+    for kind in config.kinds:
+      cached[kind.window] += kind.cached
+    token += cached.total() * width // mesh.shape['tensor']
+    for window, numbers in cached.items():
+      if window is not None:
+        windowed[window] += numbers * width // mesh.shape['tensor']
   page = ACCELERATOR.page_tokens
   names = {choose_cached(AUTO, config, dtype, page, mesh) for config, dtype in models}
   attention = names.pop() if len(names) == 1 else 'pages'

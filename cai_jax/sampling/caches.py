@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.cache import windows_of
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import LayerKind
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, check_batch
@@ -47,15 +47,9 @@ def cache_bytes(lm: LM, length: int, slack: int, page_tokens: int = 1) -> int:
     slack: number of tokens beyond its window for which a windowed layer has room.
     page_tokens: number of tokens of a page.
   """
-  config = lm.config
   sizes = slack, page_tokens
-  pages = sum(pages_of(length, config.window(i), *sizes) for i in range(config.num_layers))
-  return pages * page_tokens * layer_token_bytes(lm)
-
-
-def layer_token_bytes(lm: LM) -> int:
-  """Return the size of one token's keys and values in one layer, in bytes."""
-  return 2 * lm.config.num_kv_heads * lm.config.head_dim * cache_dtype(lm).itemsize
+  numbers = sum(pages_of(length, kind.window, *sizes) * kind.cached for kind in lm.config.kinds)
+  return numbers * page_tokens * cache_dtype(lm).itemsize
 
 
 def cache_dtype(lm: LM) -> jnp.dtype:
@@ -106,8 +100,8 @@ def allocate_block(
     UserError: if the mesh does not divide the number of key-value heads.
   """
   assert window in windows_of(lm.config)
-  layers = sum(lm.config.window(i) == window for i in range(lm.config.num_layers))
-  return _allocate(lm, layers, pages, page_tokens, attention, False)
+  kinds = [kind for kind in lm.config.kinds if kind.window == window]
+  return _allocate(lm, kinds, pages, page_tokens, attention, False)
 
 
 def allocate_prefix(lm: LM, capacity: int) -> Block:
@@ -122,7 +116,7 @@ def allocate_prefix(lm: LM, capacity: int) -> Block:
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
-  return _allocate(lm, lm.config.num_layers, 1, capacity, 'pages', True)
+  return _allocate(lm, lm.config.kinds, 1, capacity, 'pages', True)
 
 
 def check_rows(lm: LM, rows: int) -> None:
@@ -140,33 +134,37 @@ def check_rows(lm: LM, rows: int) -> None:
 
 
 def _check_heads(lm: LM) -> None:
-  kv_heads, tensor = lm.config.num_kv_heads, lm.mesh.shape['tensor']
-  if kv_heads % tensor:
-    raise UserError(
-      f'mesh.tensor={tensor} does not divide the {kv_heads} key-value heads of {lm.name}. Set it '
-      f'to a divisor of {kv_heads}.'
-    )
+  tensor = lm.mesh.shape['tensor']
+  for kv_heads in dict.fromkeys(kind.kv_heads for kind in lm.config.kinds):
+    if kv_heads % tensor:
+      raise UserError(
+        f'mesh.tensor={tensor} does not divide the {kv_heads} key-value heads of {lm.name}. Set it '
+        f'to a divisor of {kv_heads}.'
+      )
 
 
-def _allocate(lm: LM, layers: int, pages: int, size: int, attention: str, shared: bool) -> Block:
+def _allocate(
+  lm: LM, kinds: Sequence[LayerKind], pages: int, size: int, attention: str, shared: bool
+) -> Block:
   _check_heads(lm)
+  heads = tuple((kind.kv_heads, kind.head_dim) for kind in kinds)
   formats = cache_format(lm.mesh, attention, shared)
-  return _allocate_program(lm.config, layers, pages, size, cache_dtype(lm), attention, formats)()
+  return _allocate_program(heads, pages, size, cache_dtype(lm), attention, formats)()
 
 
 @functools.cache
 def _allocate_program(
-  config: ModelConfig,
-  layers: int,
+  heads: tuple[tuple[int, int], ...],
   pages: int,
   size: int,
   dtype: jnp.dtype,
   attention: str,
   formats: tuple[Any, ...],
 ) -> Callable:
-  init = lambda: (CACHED[attention].init(config, pages, size, dtype),) * layers  # noqa: E731
+  """Return the program that allocates layers with these numbers and sizes of heads."""
+  init = lambda: tuple(CACHED[attention].init(*h, pages, size, dtype) for h in heads)  # noqa: E731
   structure = jax.tree.structure(jax.eval_shape(init))
-  return jax.jit(init, out_shardings=jax.tree.unflatten(structure, formats * layers))
+  return jax.jit(init, out_shardings=jax.tree.unflatten(structure, formats * len(heads)))
 
 
 def move_pages(target: Block, source: Block, moves: Sequence[tuple[int, int]]) -> Block:

@@ -23,6 +23,7 @@ def resolve_attention(
   """
   if config.attention != AUTO:
     return config
-  needs = model.head_dim, model.attention_cap, model.sinks
+  sizes = [kind.head_dim for kind in model.kinds]
+  needs = sizes, model.attention_cap, model.sinks
   name = choose_kernel(mesh, config.dtype, lengths, *needs)
   return dataclasses.replace(config, attention=name)

@@ -126,7 +126,7 @@ class System:
       limits.append(roofline_lib.limits(dtype))
     best = {name: max(limit[name] for limit in limits) for name in limits[0]}
     width = 4 if dtype == 'float32' else 2
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * width
+    token_bytes = sum(kind.cached for kind in config.kinds) * width
     return {
       'limits': best,
       'live_tokens': live,

@@ -22,11 +22,12 @@ from cai_jax.runtime.registry import Registry
 class Init(Protocol):
   """Allocation of pages of one layer."""
 
-  def __call__(self, config: ModelConfig, pages: int, size: int, dtype: Any) -> Any:
+  def __call__(self, heads: int, head_dim: int, pages: int, size: int, dtype: Any) -> Any:
     """Return a NamedTuple of arrays of zeros, whose first axis counts the pages.
 
     Args:
-      config: gives the number and size of the heads.
+      heads: number of key and value heads.
+      head_dim: channels per head.
       pages: number of pages.
       size: number of tokens of a page.
       dtype: dtype of the keys and values.

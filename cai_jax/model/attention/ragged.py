@@ -101,15 +101,16 @@ class Sequences(NamedTuple):
   offset: jax.Array
 
 
-def init_pages(config: ModelConfig, pages: int, size: int, dtype) -> RaggedPages:
+def init_pages(heads: int, head_dim: int, pages: int, size: int, dtype) -> RaggedPages:
   """Return pages of zeros for one layer; see `cached.Init`."""
-  return RaggedPages(jnp.zeros((pages, size, 2 * config.num_kv_heads, config.head_dim), dtype))
+  return RaggedPages(jnp.zeros((pages, size, 2 * heads, head_dim), dtype))
 
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
   """Return why the kernel does not support a model, or None; see `cached.CacheAttention`."""
-  if config.head_dim % LANES:
-    return f'needs heads of a multiple of {LANES} numbers, and the model has {config.head_dim}.'
+  for head_dim in dict.fromkeys(kind.head_dim for kind in config.kinds):
+    if head_dim % LANES:
+      return f'needs heads of a multiple of {LANES} numbers, and the model has {head_dim}.'
   if dtype not in ('bfloat16', 'float32'):
     return f'computes in bfloat16 or float32, not in {dtype}.'
   if not takes_pages(page_tokens):
@@ -117,11 +118,12 @@ def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str
       f'needs pages of a multiple of {PAGE_MULTIPLE} tokens, not engine.page_tokens={page_tokens}.'
     )
   tensor = mesh.shape['tensor']
-  try:
-    heads = config.num_heads // tensor, 2 * config.num_kv_heads // tensor
-    ragged.get_min_heads_per_blk(*heads, jnp.dtype(dtype), jnp.dtype(dtype))
-  except ValueError:
-    return f'does not support {config.num_kv_heads} key-value heads with mesh.tensor={tensor}.'
+  for kv_heads in dict.fromkeys(kind.kv_heads for kind in config.kinds):
+    try:
+      heads = config.num_heads // tensor, 2 * kv_heads // tensor
+      ragged.get_min_heads_per_blk(*heads, jnp.dtype(dtype), jnp.dtype(dtype))
+    except ValueError:
+      return f'does not support {kv_heads} key-value heads with mesh.tensor={tensor}.'
   return None
 
 

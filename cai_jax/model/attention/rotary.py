@@ -9,15 +9,25 @@ from cai_jax.model.rope import Rope
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines, each f32[B,T,C/2] for C rotated channels
 
 
-def ropes_of(config: ModelConfig) -> tuple[Rope | None, ...]:
-  """Return the different rotary positions of a model's layers, in order of their first layer.
+def rotation_of(config: ModelConfig, layer: int) -> tuple[Rope | None, int]:
+  """Return a layer's rotary positions, and its channels of a head.
 
-  Layers with the same ones share angles.
+  Args:
+    config: the shape of the model.
+    layer: number of the layer.
+  """
+  return config.rope(layer), config.kind(layer).head_dim
+
+
+def rotations_of(config: ModelConfig) -> tuple[tuple[Rope | None, int], ...]:
+  """Return the different results of `rotation_of`, in order of their first layer.
+
+  Layers with the same one share angles.
 
   Args:
     config: the shape of the model.
   """
-  return tuple(dict.fromkeys(config.rope(layer) for layer in range(config.num_layers)))
+  return tuple(dict.fromkeys(rotation_of(config, layer) for layer in range(config.num_layers)))
 
 
 def rotary_angles(rope: Rope | None, head_dim: int, positions: jax.Array) -> Angles | None:

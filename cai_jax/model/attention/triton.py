@@ -89,15 +89,16 @@ class TritonView(NamedTuple):
   prefix_masks: tuple[jax.Array, ...]
 
 
-def init_pages(config: ModelConfig, pages: int, size: int, dtype) -> TritonPages:
+def init_pages(heads: int, head_dim: int, pages: int, size: int, dtype) -> TritonPages:
   """Return pages of zeros for one layer; see `cached.Init`."""
-  return TritonPages(jnp.zeros((pages, 2 * config.num_kv_heads, size, config.head_dim), dtype))
+  return TritonPages(jnp.zeros((pages, 2 * heads, size, head_dim), dtype))
 
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
   """Return why the kernel does not support a model, or None; see `cached.CacheAttention`."""
-  if not fits(config.head_dim):
-    return f'needs heads of 16, 32, 64 … numbers, and the model has {config.head_dim}.'
+  for head_dim in dict.fromkeys(kind.head_dim for kind in config.kinds):
+    if not fits(head_dim):
+      return f'needs heads of 16, 32, 64 … numbers, and the model has {head_dim}.'
   if not fits(page_tokens):
     return f'needs pages of 16, 32, 64 … tokens, not engine.page_tokens={page_tokens}.'
   return None

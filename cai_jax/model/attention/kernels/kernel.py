@@ -8,6 +8,7 @@ run on. To add one, register a `Kernel` in a file of this folder, or in a file o
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -97,7 +98,7 @@ def choose_kernel(
   mesh: Mesh,
   dtype: str,
   lengths: Sequence[int],
-  head_dim: int,
+  head_dims: Sequence[int],
   cap: float | None = None,
   sinks: bool = False,
 ) -> str:
@@ -107,14 +108,14 @@ def choose_kernel(
     mesh: the devices to run on.
     dtype: compute dtype, such as 'bfloat16'.
     lengths: numbers of tokens per row of all batches.
-    head_dim: size of a head.
+    head_dims: sizes of the heads of all layers.
     cap: cap of the attention scores, or None.
     sinks: whether the model has sinks.
   """
   *preferred, fallback = BY_SPEED
   for name in preferred:
     try:
-      for length in lengths:
+      for length, head_dim in itertools.product(lengths, dict.fromkeys(head_dims)):
         check_kernel(name, mesh, dtype, length, head_dim, cap, sinks)
     except UserError:
       continue

@@ -60,6 +60,14 @@ MODELS = {
   },
   'growing': {'query_growth': QueryGrowth(0.8, 3)},
   'heads': {'head_dims': (8, 16), 'kv_heads': (2, 1), 'qk_norm': True},
+  'values': {
+    'value_norm': True,
+    'values_from_keys': (False, True),
+    'qk_norm': True,
+    'head_dims': (8, 16),
+    'qkv_bias': True,
+    'windows': (5, None),
+  },
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
 }
 CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}
@@ -275,6 +283,30 @@ def test_norms_have_only_the_parameters_that_a_model_uses():
   paths = flatten_params(abstract_model(after)[1])
   assert 'layers/0/mlp_post_norm/bias' in paths and 'norm/bias' in paths
   assert not any('mlp_norm' in path or 'attention_norm' in path for path in paths)
+
+
+def test_values_from_keys_are_the_keys_before_their_norm_and_rotation():
+  """A projection of values with the weights of the keys gives the same."""
+  fields = {'qk_norm': True, 'value_norm': True, 'qkv_bias': True}
+  lm = model_of(BASE, **fields, values_from_keys=(True, True))
+  plain = model_of(BASE, **fields)
+  for layer, ours in lm.params['layers'].items():
+    assert 'value' not in ours['attention'] and 'v_norm' not in ours['attention']
+    plain.params['layers'][layer] = {
+      **ours,
+      'attention': {**ours['attention'], 'value': ours['attention']['key']},
+    }
+  others = {key: value for key, value in lm.params.items() if key != 'layers'}
+  plain.params.update(others)
+  np.testing.assert_array_equal(lm.logits(TOKENS), plain.logits(TOKENS))
+
+
+def test_normed_values_have_a_mean_square_of_one():
+  lm = model_of(BASE, value_norm=True, num_kv_heads=4)
+  rows = PagedRows(lm)
+  rows.prefill([(row, 0, 9) for row in range(B)])
+  values = rows.values(0)[:9]
+  np.testing.assert_allclose((values**2).mean(-1), 1.0, atol=1e-3)
 
 
 def test_norm_scales_start_at_one():

@@ -60,12 +60,14 @@ class LayerKind(NamedTuple):
     sparse: whether the feed-forward layer is a mixture of experts.
     kv_heads: key and value heads.
     head_dim: channels per head.
+    values_from_keys: whether values are the projected keys; see `ModelConfig`.
   """
 
   window: int | None
   sparse: bool
   kv_heads: int
   head_dim: int
+  values_from_keys: bool
 
   @property
   def cached(self) -> int:
@@ -102,6 +104,10 @@ class ModelConfig:
     qkv_bias: whether query, key and value projections have a bias.
     output_bias: whether the attention's output projection has a bias.
     qk_norm: whether each head's query and key pass through an RMSNorm.
+    value_norm: whether each head's value is divided by the root of its mean square, without a
+      scale (Gemma 4).
+    values_from_keys: for each layer, whether it has no projection of values, and the projected
+      keys, before their norm and rotation, take their place (Gemma 4); an empty tuple means none.
     windows: each layer's attention window in tokens, None for a layer with full attention; an empty
       tuple gives all layers full attention.
     rope_channels: number of leading channels of a head that are rotated; None means all of them.
@@ -178,9 +184,11 @@ class ModelConfig:
   experts: Experts | None = added(None)
   head_dims: tuple[int, ...] = added(())
   kv_heads: tuple[int, ...] = added(())
+  value_norm: bool = added(False)
+  values_from_keys: tuple[bool, ...] = added(())
 
   def __post_init__(self):
-    for name in ('windows', 'ropes', 'head_dims', 'kv_heads'):
+    for name in ('windows', 'ropes', 'head_dims', 'kv_heads', 'values_from_keys'):
       entries = getattr(self, name)
       if entries and len(entries) != self.num_layers:
         raise UserError(f'{name} has {len(entries)} entries for {self.num_layers} layers.')
@@ -228,6 +236,7 @@ class ModelConfig:
       self.sparse(layer),
       self.kv_heads[layer] if self.kv_heads else self.num_kv_heads,
       self.head_dims[layer] if self.head_dims else self.head_dim,
+      bool(self.values_from_keys) and self.values_from_keys[layer],
     )
 
   @property
@@ -302,7 +311,8 @@ class ModelConfig:
 
   def _count_attention(self, kind: LayerKind) -> int:
     """Return the number of parameters of a layer's attention, with its norms of heads."""
-    heads = self.num_heads + 2 * kind.kv_heads  # of queries, keys and values
+    # Of queries, keys and values.
+    heads = self.num_heads + (1 if kind.values_from_keys else 2) * kind.kv_heads
     count = self.d_model * kind.head_dim * (heads + self.num_heads)
     count += self.qkv_bias * kind.head_dim * heads + self.output_bias * self.d_model
     count += self.sinks * self.num_heads

@@ -46,10 +46,12 @@ class RMSNorm(nnx.Module):
     eps: added to the mean square.
     param_dtype: dtype of the scale.
     offset: added to the scale, which starts at 1 - offset.
+    scaled: whether there is a scale; without one it is 1.
   """
 
-  def __init__(self, size: int, eps: float, param_dtype, offset: float = 0.0):
-    self.scale = nnx.Param(jnp.full((size,), 1 - offset, param_dtype))
+  def __init__(self, size: int, eps: float, param_dtype, offset: float = 0.0, scaled: bool = True):
+    scale = jnp.full((size,), 1 - offset, param_dtype)
+    self.scale = nnx.Param(scale) if scaled else None
     self.eps = eps
     self.offset = offset
 
@@ -61,7 +63,7 @@ class RMSNorm(nnx.Module):
       ordered: whether the sum has an order that does not depend on the other axes. The sampler
         needs this, and training does without, because its gradient would be slower.
     """
-    scale = self.scale[...]
+    scale = jnp.ones(x.shape[-1]) if self.scale is None else self.scale[...]
     if self.offset:
       scale = scale.astype(jnp.float32) + self.offset
     if not ordered:
@@ -195,7 +197,10 @@ class Attention(nnx.Module):
       return Linear((d,), (heads, h), rngs, param_dtype, bias=config.qkv_bias)
 
     self.rope_interleaved = config.rope_interleaved
-    self.query, self.key, self.value = projection(n), projection(k), projection(k)
+    self.query, self.key = projection(n), projection(k)
+    self.value = None if kind.values_from_keys else projection(k)
+    scaleless = RMSNorm(h, config.norm_eps, param_dtype, scaled=False)
+    self.v_norm = scaleless if config.value_norm else None
     # Residual branches start small, so that depth does not change the scale of the residual stream.
     gain = (2 * config.num_layers) ** -0.5
     self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain)
@@ -218,9 +223,12 @@ class Attention(nnx.Module):
       cache: the layer's blocks, or None to attend to the tokens of `x` alone.
       context: how to attend.
     """
-    q, k, v = self.query(x), self.key(x), self.value(x)
+    q, k = self.query(x), self.key(x)
+    v = k if self.value is None else self.value(x)
+    ordered = cache is not None
+    if self.v_norm is not None:
+      v = self.v_norm(v, ordered)
     if self.q_norm is not None and self.k_norm is not None:
-      ordered = cache is not None
       q, k = self._normalize(self.q_norm, q, ordered), self._normalize(self.k_norm, k, ordered)
     q, k = (rotate(x, context.angles, self.rope_interleaved) for x in (q, k))
     if context.growth is not None:

@@ -19,10 +19,14 @@ from cai_jax.model.layers import make_norm
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.sampling import caches
 from cai_jax.sampling.auto import measure_load
+from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses import negative_log_likelihood
+from cai_jax.training.state import init_state
+from cai_jax.training.step import make_train_step, place_batch
+from cai_jax.training.trainable import divide_model
 from tests.test_cached_forward import TOKENS, B, PagedRows, T
 
 BASE = ModelConfig('other', 320, 32, 48, 2, 4, 2, 8, 64)
@@ -67,6 +71,7 @@ MODELS = {
     'head_dims': (8, 16),
     'qkv_bias': True,
     'windows': (5, None),
+    'layer_scalar': True,
   },
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
 }
@@ -82,7 +87,7 @@ def draw_params(config: ModelConfig, seed: int = 0):
   def draw(path, x, key):
     name = sharding.path_str(path).split('/')[-1]
     factor = {'kernel': 2}.get(name, 1)
-    noise = {'scale': 0.2, 'bias': 0.2, 'sinks': 1.0}.get(name, 0.0)
+    noise = {'scale': 0.2, 'bias': 0.2, 'scalar': 0.2, 'sinks': 1.0}.get(name, 0.0)
     return factor * x + noise * jax.random.normal(key, x.shape)
 
   drawn = [draw(path, x, key) for (path, x), key in zip(leaves, keys, strict=True)]
@@ -307,6 +312,35 @@ def test_normed_values_have_a_mean_square_of_one():
   rows.prefill([(row, 0, 9) for row in range(B)])
   values = rows.values(0)[:9]
   np.testing.assert_allclose((values**2).mean(-1), 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize('adapters', [False, True])
+def test_training_never_changes_the_scalar_of_a_layer(adapters):
+  """No gradient, no weight decay, and no rounding in the moving average."""
+  lm = model_of(BASE, layer_scalar=True)
+  for layer, value in enumerate((0.7, 1.1)):  # an average of 0.7 is rounded
+    lm.params['layers'][layer]['scalar'] = jnp.float32(value)
+  config = TrainConfig(
+    learning_rate=0.1, warmup=0, weight_decay=0.5, ema=0.99, b1=0.9, b2=0.95, clip_norm=1.0,
+    attention='blocks', lora_rank=2 if adapters else 0, lora_modules='attention',
+  )  # fmt: skip
+  trained = divide_model(lm.config, lm.params, config, lm.mesh)
+  step = make_train_step(trained.graph, trained.params, config, 9, lm.mesh, trained.frozen)
+  state = init_state(jax.tree.map(jnp.copy, trained.params), config, lm.mesh)
+  state = dataclasses.replace(state, frozen=trained.frozen)
+  tokens = np.asarray(TOKENS, np.int32)[:2]
+  batch = {'tokens': tokens, 'positions': np.arange(T)[None].repeat(2, 0).astype(np.int32)}
+  batch |= {'segment_ids': np.ones_like(tokens), 'loss_mask': np.ones_like(tokens)}
+  for _ in range(5):
+    state, metrics = step(state, place_batch(batch, batch_sharding(lm.mesh)))
+  assert np.isfinite(metrics['loss'])
+  before, averaged = flatten_params(lm.params), flatten_params(trained.full_params(state))
+  plain = flatten_params(trained.full_params(dataclasses.replace(state, ema=None)))
+  for path in ('layers/0/scalar', 'layers/1/scalar'):
+    np.testing.assert_array_equal(plain[path], before[path])
+    np.testing.assert_array_equal(averaged[path], before[path])
+  kernel = 'layers/0/attention/query/kernel'
+  assert np.abs(plain[kernel] - before[kernel]).max() > 1e-3
 
 
 def test_norm_scales_start_at_one():

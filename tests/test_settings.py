@@ -77,6 +77,7 @@ MODEL = ModelConfig(
   activation='gelu', gated=False, mlp_bias=True, query_scale=0.5, attention_cap=50.0,
   embedding_scale=2.0, residual_scale=0.5, logit_divisor=2.0, logit_cap=30.0,
   head_dims=(4, 2), kv_heads=(1, 1), value_norm=True, values_from_keys=(True, False),
+  layer_scalar=True,
 )  # fmt: skip
 # No real model has these beside norm_offset and mlp_bias.
 object.__setattr__(MODEL, 'norm', 'layer')

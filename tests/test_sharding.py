@@ -30,6 +30,16 @@ CONFIGS = [
     mlp_bias=True,
     learned_positions=True,
   ),
+  ModelConfig(
+    'other',
+    **SIZES,
+    max_positions=64,
+    head_dims=(4, 8),
+    kv_heads=(4, 2),
+    values_from_keys=(False, True),
+    value_norm=True,
+    layer_scalar=True,
+  ),
   ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16)),
 ]
 

@@ -134,6 +134,8 @@ class ModelConfig:
     sinks: whether each head has a learned score beside those of the keys, which has no value
       (Agarwal et al. 2025, section 2.2).
     embedding_scale: factor of the embeddings.
+    layer_scalar: whether the residual stream after each layer is multiplied by a stored number of
+      the layer, which training never changes (Gemma 4).
     residual_scale: factor of what a layer adds to the residual stream.
     logit_divisor: the logits are divided by it.
     experts: the mixture of experts, or None for a dense model.
@@ -186,6 +188,7 @@ class ModelConfig:
   kv_heads: tuple[int, ...] = added(())
   value_norm: bool = added(False)
   values_from_keys: tuple[bool, ...] = added(())
+  layer_scalar: bool = added(False)
 
   def __post_init__(self):
     for name in ('windows', 'ropes', 'head_dims', 'kv_heads', 'values_from_keys'):
@@ -305,9 +308,10 @@ class ModelConfig:
     mlps = sum(self._count_mlp(layer, active) for layer in range(self.num_layers))
     per_channel = 2 if self.norm == 'layer' else 1
     normed = (self.pre_norm + self.post_norm) * 2 * self.num_layers + 1  # times d_model channels
+    scalars = self.layer_scalar * self.num_layers
     embeddings = self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
     embeddings += self.learned_positions * self.max_positions * self.d_model
-    return embeddings + mlps + attention + per_channel * normed * self.d_model
+    return embeddings + mlps + attention + per_channel * normed * self.d_model + scalars
 
   def _count_attention(self, kind: LayerKind) -> int:
     """Return the number of parameters of a layer's attention, with its norms of heads."""

@@ -286,6 +286,7 @@ class Block(nnx.Module):
     self.mlp_post_norm = norm(config.post_norm)
     self.residual_scale = config.residual_scale
     self.parallel = config.parallel_blocks
+    self.scalar = nnx.Param(jnp.ones((), param_dtype)) if config.layer_scalar else None
 
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
@@ -307,7 +308,10 @@ class Block(nnx.Module):
       out = self.mlp(inputs, context.real, context.mesh)
     else:
       out = self.mlp(inputs)
-    return add(result, out, self.mlp_post_norm), new_cache
+    result = add(result, out, self.mlp_post_norm)
+    if self.scalar is not None:
+      result = result * jax.lax.stop_gradient(self.scalar[...].astype(result.dtype))
+    return result, new_cache
 
 
 class Embedding(nnx.Module):

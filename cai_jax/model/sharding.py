@@ -31,6 +31,7 @@ RULES = (
   (r'.*(query|key|value|gate|up)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
   (r'.*(output|down)/adapter/b', P(None, 'fsdp')),
+  (r'layers/\d+/scalar', P()),  # []
   (r'(.*/)?((attention|mlp)_(post_)?norm|norm|q_norm|k_norm)/(scale|bias)', P()),  # [D] or [H]
 )
 

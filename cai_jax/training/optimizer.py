@@ -18,7 +18,7 @@ Schedule = Callable[[jax.Array], jax.Array]  # step i32[], from 0 → learning r
 # biases, since a projection's bias [N,H] has as many as a matrix.
 _DECAYED = {
   **dict.fromkeys(('kernel', 'table', 'a', 'b'), True),
-  **dict.fromkeys(('scale', 'bias', 'sinks'), False),
+  **dict.fromkeys(('scale', 'bias', 'sinks', 'scalar'), False),
 }
 
 
@@ -75,14 +75,23 @@ def _warmup_steps(config: TrainConfig, num_steps: int) -> int:
 
 
 def weight_decay_mask(params: Any) -> Any:
-  """Return a pytree of bools: true for kernels, tables and adapters.
-
-  It is false for norms, biases and the sinks of attention.
+  """Return a pytree of bools: true for kernels, tables and adapters, false for all others.
 
   Args:
     params: a pytree of parameters.
   """
   return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYED[path_str(path[-1:])], params)
+
+
+def is_constant(path: Any) -> bool:
+  """Return whether the parameter at a key path is one that training never changes.
+
+  The model stops its gradient, so its update is 0.
+
+  Args:
+    path: such as those of `jax.tree_util.tree_map_with_path`.
+  """
+  return path_str(path[-1:]) == 'scalar'
 
 
 def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:

@@ -17,7 +17,7 @@ from cai_jax.runtime.compilation import xla_options
 from cai_jax.runtime.mesh import BATCH, batch_sharding, place
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses import LOSSES, Batch, Sums
-from cai_jax.training.optimizer import make_optimizer, make_schedule
+from cai_jax.training.optimizer import is_constant, make_optimizer, make_schedule
 from cai_jax.training.state import TrainState, state_shardings
 
 
@@ -29,6 +29,21 @@ def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
     sharding: sharding of the batch's rows.
   """
   return {name: place(x, sharding) for name, x in batch.items()}
+
+
+def _average(params: Any, ema: Any, share: float) -> Any:
+  """Return the next moving average of parameters.
+
+  Constant ones stay as they are: their average with themselves would be rounded in each step.
+
+  Args:
+    params: the parameters after the step.
+    ema: the moving average before it.
+    share: weight of `ema`.
+  """
+  averaged = optax.incremental_update(params, ema, 1 - share)
+  keep = lambda path, new, old: old if is_constant(path) else new  # noqa: E731
+  return jax.tree_util.tree_map_with_path(keep, averaged, ema)
 
 
 def make_loss(
@@ -124,7 +139,7 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if config.ema:
-      ema = optax.incremental_update(params, ema, 1 - config.ema)
+      ema = _average(params, ema, config.ema)
     return TrainState(state.step + 1, clipped, params, opt_state, ema, state.frozen), metrics
 
   shardings = state_shardings(params, config, mesh, frozen)

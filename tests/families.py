@@ -124,6 +124,21 @@ FAMILIES = {
       ),
     ),
   ),
+  'gemma4': (
+    'gemma4_text',
+    dict(
+      head_dim=8,
+      global_head_dim=16,
+      num_key_value_heads=4,
+      num_global_key_value_heads=2,
+      attention_k_eq_v=True,
+      hidden_size_per_layer_input=0,
+      layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
+      sliding_window=5,
+      final_logit_softcapping=12.0,
+      tie_word_embeddings=False,
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

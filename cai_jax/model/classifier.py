@@ -105,6 +105,11 @@ def _read_info(folder: pathlib.Path) -> ClassifierInfo:
   hf, config, tokenizer, eos, _ = read_description(folder)
   config = dataclasses.replace(config, tied_embeddings=True)
   supported = [FAMILIES[config.family].classifier]
+  if supported == [None]:
+    raise UserError(
+      f'{folder}: transformers has no sequence classifier of the family {config.family}, so there '
+      'is none to load. Use a reward model or classifier of another family.'
+    )
   if (architectures := hf.get('architectures')) != supported:
     raise UserError(
       f'{folder}: config.json has architectures={architectures}; a reward model or classifier of '

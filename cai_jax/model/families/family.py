@@ -49,7 +49,7 @@ class Family:
       adds model_type and architectures, and checks that reading gives the same ModelConfig.
     weights: the weight table. A model uses the rows for the parameters that it has.
     causal_lm: transformers' class for language models, such as 'LlamaForCausalLM'.
-    classifier: transformers' class for sequence classification.
+    classifier: transformers' class for sequence classification, or None if it has none.
     title: the models of the family, for the documentation, such as 'Llama 2 and 3'.
     examples: names of such models on the hub.
     options: the entries of `options.OPTIONS` that `read_config` reads. All others must be neutral.
@@ -72,7 +72,7 @@ class Family:
   write_config: Callable[[ModelConfig], dict[str, Any]]
   weights: tuple[Weight, ...]
   causal_lm: str
-  classifier: str
+  classifier: str | None
   title: str = ''
   examples: tuple[str, ...] = ()
   options: tuple[str, ...] = ()

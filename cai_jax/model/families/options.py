@@ -47,6 +47,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
   'num_kv_shared_layers': (0,),
   'attention_k_eq_v': (False,),
   'hidden_size_per_layer_input': (0,),
+  'use_double_wide_mlp': (False,),
+  'enable_moe_block': (False,),
+  'global_head_dim': (),
+  'num_global_key_value_heads': (),
+  'per_layer_config': ({},),
   'swiglu_limit': (),
 }
 

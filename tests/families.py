@@ -139,6 +139,40 @@ FAMILIES = {
       tie_word_embeddings=False,
     ),
   ),
+  'gemma4_images': (
+    'gemma4',
+    dict(
+      tie_word_embeddings=False,
+      text_config=dict(
+        head_dim=8,
+        global_head_dim=16,
+        num_key_value_heads=4,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
+        sliding_window=5,
+        final_logit_softcapping=12.0,
+        tie_word_embeddings=False,
+      ),
+      vision_config=dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        patch_size=4,
+        pooling_kernel_size=1,
+        position_embedding_size=16,
+      ),
+      # Torch replaces the tokens of images, so no text may have them.
+      image_token_id=400,
+      boi_token_id=401,
+      eoi_token_id=402,
+      video_token_id=403,
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families import gemma2, gemma3_text, shared
+from cai_jax.model.families import gemma2, gemma3_text, shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag, read_size, require
 from cai_jax.model.families.rope import read_layer_ropes, write_layer_ropes
@@ -179,7 +179,7 @@ FAMILIES.register('gemma4_text')(
     ),
     causal_lm='Gemma4ForCausalLM',
     classifier=None,
-    title='Gemma 4 (dense)',
+    title='Gemma 4 (dense), and the text half of the multimodal models',
     examples=('google/gemma-4-31B-it',),
     options=(
       'use_bidirectional_attention',
@@ -189,6 +189,9 @@ FAMILIES.register('gemma4_text')(
       *MISSING_FLAGS,
       *HEADS,
     ),
+    multimodal={'gemma4': 'Gemma4ForConditionalGeneration'},
+    prefixes=text_half.PREFIXES,
+    ignored=text_half.IGNORED,
     sizes={
       'K': 'num_key_value_heads or num_global_key_value_heads',
       'H': 'head_dim or global_head_dim',

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 import cai_jax
 from cai_jax.model.checkpoint_checks import stored_weights
@@ -26,6 +27,7 @@ from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.runtime.plugins import load_plugins
 from tests.families import FAMILIES as LINES
+from tests.families import make_config
 
 
 def read_config(folder):
@@ -132,13 +134,41 @@ def test_configs_of_transformers_4_are_read():
   assert config_from_hf(hf).num_kv_heads == 4
 
 
-@pytest.mark.parametrize('model_type', sorted({kind for kind, _ in LINES.values()} & {*FAMILIES}))
-def test_norms_without_an_eps_have_that_of_transformers(model_type):
-  theirs = transformers.AutoConfig.for_model(model_type)
-  absent = theirs.to_dict()
-  eps = absent.pop('rms_norm_eps')
+EPS = ('rms_norm_eps', 'layer_norm_eps', 'layer_norm_epsilon')
+
+
+@pytest.mark.parametrize('name', list(FAMILIES))
+def test_norms_without_an_eps_have_that_of_transformers(name):
+  line = next(line for line, (kind, _) in LINES.items() if kind == name)
+  absent = make_config(line).to_dict()
+  key = next(key for key in EPS if key in absent)
+  del absent[key]
+  eps = getattr(transformers.CONFIG_MAPPING[name](), key)
   assert config_from_hf(absent).norm_eps == eps
-  assert config_from_hf(absent | {'rms_norm_eps': None}).norm_eps == eps
+  assert config_from_hf(absent | {key: None}).norm_eps == eps
+
+
+def outcome(hf):
+  """Return the ModelConfig of a config.json and '', or None and the error."""
+  try:
+    return config_from_hf(hf), ''
+  except UserError as error:
+    return None, str(error)
+
+
+@pytest.mark.parametrize('line', [name for name, (kind, _) in LINES.items() if kind in FAMILIES])
+def test_absent_entries_have_the_defaults_of_transformers(line):
+  """For each entry that transformers writes, but for sizes that we require."""
+  full = make_config(line).to_dict()
+  for name in full.keys() - {'model_type'}:
+    absent = {key: value for key, value in full.items() if key != name}
+    try:
+      theirs = transformers.AutoConfig.for_model(**absent).to_dict()
+    except StrictDataclassClassValidationError:  # the default contradicts another entry
+      continue
+    ours, error = outcome(absent)
+    if f'{name} is None; it must be a positive integer' not in error:
+      assert ours == outcome(theirs)[0], name
 
 
 # Whether attention_bias means biases on query, key and value, and on the output.
@@ -234,6 +264,16 @@ def test_every_family_has_a_title_and_an_example():
   for name, family in FAMILIES.items():
     assert family.title and family.examples, name
     assert all(re.fullmatch(r'[\w-]+/[\w.-]+', example) for example in family.examples), name
+
+
+@pytest.mark.parametrize('name', list(FAMILIES))
+def test_transformers_has_the_classes_that_a_family_names(name):
+  family = FAMILIES[name]
+  for named in (family.causal_lm, family.classifier, *family.multimodal.values()):
+    assert named is None or hasattr(transformers, named), named
+  if family.classifier is None:
+    stem = family.causal_lm.removesuffix('ForCausalLM')
+    assert not hasattr(transformers, f'{stem}ForSequenceClassification')
 
 
 def test_a_family_can_be_registered_from_a_users_file(

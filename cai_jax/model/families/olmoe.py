@@ -57,7 +57,7 @@ FAMILIES.register('olmoe')(
       *experts.expert_weights(),
     ),
     causal_lm='OlmoeForCausalLM',
-    classifier='OlmoeForSequenceClassification',
+    classifier=None,
     title='OLMoE',
     examples=('allenai/OLMoE-1B-7B-0924-Instruct',),
     options=experts.OPTIONS,

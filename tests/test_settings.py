@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
-from cai_jax.model.config import Experts, Llama3Rope, ModelConfig, Rope
+from cai_jax.model.config import Experts, Llama3Rope, ModelConfig, QueryGrowth, Rope
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import TrainConfig
@@ -77,7 +77,7 @@ MODEL = ModelConfig(
   activation='gelu', gated=False, mlp_bias=True, query_scale=0.5, attention_cap=50.0,
   embedding_scale=2.0, residual_scale=0.5, logit_divisor=2.0, logit_cap=30.0,
   head_dims=(4, 2), kv_heads=(1, 1), value_norm=True, values_from_keys=(True, False),
-  layer_scalar=True,
+  layer_scalar=True, query_growth=QueryGrowth(0.5, 4), sinks=True,
 )  # fmt: skip
 # No real model has these beside norm_offset and mlp_bias.
 object.__setattr__(MODEL, 'norm', 'layer')

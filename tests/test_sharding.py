@@ -39,6 +39,7 @@ CONFIGS = [
     values_from_keys=(False, True),
     value_norm=True,
     layer_scalar=True,
+    sinks=True,
   ),
   ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16)),
 ]

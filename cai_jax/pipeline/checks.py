@@ -204,10 +204,10 @@ def _check_training_start(
       'Lower train.max_length.'
     )
   train = run.config.train
-  needs = {'cap': info.config.attention_cap, 'sinks': info.config.sinks}
+  needs = None, info.config.attention_cap, info.config.sinks
   if 'train' in stages and train.attention != AUTO:
     try:
-      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, **needs)
+      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, *needs)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
   lengths = _prompt_lengths(run, dialogue, ('harmful',))

@@ -223,8 +223,8 @@ def _check_buckets(
     name = 'train.batch_size / train.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
-      needs = {'cap': model.attention_cap, 'sinks': model.sinks}
-      check_kernel(config.attention, mesh, config.dtype, bucket.length, **needs)
+      needs = None, model.attention_cap, model.sinks
+      check_kernel(config.attention, mesh, config.dtype, bucket.length, *needs)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
 

@@ -74,6 +74,10 @@ MODELS = {
     'layer_scalar': True,
   },
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
+  'biased_experts': {
+    'experts': Experts(6, 2, 40, softmax_first=False, bias=True, limit=0.8, up_offset=1.0),
+    'activation': 'gelu_quick',
+  },
 }
 CHOICES = {name: value for fields in MODELS.values() for name, value in fields.items()}
 
@@ -226,9 +230,11 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
   channels = sum(
     kind.head_dim * min(t + 1, kind.window or T) for kind in config.kinds for t in range(T)
   )
-  idle = 0  # parameters of the experts that do not compute a token, in one layer
-  if config.experts:
-    idle = (config.experts.number - config.experts.per_token) * 3 * 32 * config.experts.d_ff
+  idle = 0  # parameters of the experts that do not compute a token
+  if experts := config.experts:
+    layers = 2 - len(experts.dense_layers)
+    idle = layers * (experts.number - experts.per_token)
+    idle *= 3 * 32 * experts.d_ff + experts.bias * (2 * experts.d_ff + 32)
   flops = 6 * T * (config.num_params - looked_up - idle) + 12 * 4 * channels
   assert config.training_flops([T]) == pytest.approx(flops)
   assert len(windows_of(config)) == len(set(config.windows) or {None})

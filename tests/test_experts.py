@@ -74,7 +74,12 @@ def make_layer(config=MIXTURE):
 def all_experts(layer, x):
   """Return the sum over all experts, of which those that are not chosen have weight 0."""
   config, p = layer.config, layer.experts
-  probabilities = jax.nn.softmax(jnp.einsum('btd,de->bte', x, layer.router.kernel[...]))
+
+  def biased(product, kernel):
+    return product if kernel.bias is None else product + kernel.bias[...]
+
+  logits = biased(jnp.einsum('btd,de->bte', x, layer.router.kernel[...]), layer.router)
+  probabilities = jax.nn.softmax(logits)
   order = jnp.argsort(-probabilities)[..., : config.per_token]
   weights = jnp.zeros_like(probabilities)
   for i in range(config.per_token):
@@ -82,18 +87,32 @@ def all_experts(layer, x):
     weights = weights + chosen * probabilities
   if config.renormalize or not config.softmax_first:
     weights = weights / weights.sum(-1, keepdims=True)
-  gate, up = (jnp.einsum('btd,edf->btef', x, k.kernel[...]) for k in (p.gate, p.up))
-  out = jnp.einsum('btef,efd->bted', jax.nn.silu(gate) * up, p.down.kernel[...])
+  gate, up = (biased(jnp.einsum('btd,edf->btef', x, k.kernel[...]), k) for k in (p.gate, p.up))
+  if config.limit:
+    gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
+  hidden = jax.nn.silu(gate) * (up + config.up_offset)
+  out = biased(jnp.einsum('btef,efd->bted', hidden, p.down.kernel[...]), p.down)
   return jnp.einsum('bte,bted->btd', weights, out)
 
 
 @pytest.mark.parametrize(
-  'changes', [{}, {'renormalize': False}, {'softmax_first': False}, {'per_token': 8}]
+  'changes',
+  [
+    {},
+    {'renormalize': False},
+    {'softmax_first': False},
+    {'per_token': 8},
+    {'bias': True, 'limit': 1.5, 'up_offset': 1.0},
+  ],
 )
 def test_a_layer_equals_the_sum_over_all_experts_and_so_do_its_gradients(changes):
   """Choosing before or after the softmax gives the same weights, once they are renormalized."""
   layer = make_layer(dataclasses.replace(MIXTURE, experts=dataclasses.replace(EXPERTS, **changes)))
   graph, params = nnx.split(layer)
+  keys = iter(jax.random.split(jax.random.key(2), 9))
+  params = jax.tree.map(  # biases start at zero
+    lambda p: p if p.any() else 0.5 * jax.random.normal(next(keys), p.shape), params
+  )
   x, target = 3 * normal(0, 3, 11, 32), normal(1, 3, 11, 32)
 
   def loss(run, params, x):
@@ -126,15 +145,25 @@ def test_other_tokens_change_no_bit_and_padding_takes_no_part():
 def run_routed(layer, x, weights, ids):
   p = layer.experts
   kernels = (p.gate.kernel[...], p.up.kernel[...], p.down.kernel[...])
-  return run_experts('silu', x, weights, ids, *kernels)
+  return run_experts('silu', EXPERTS, x, weights, ids, *kernels)
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 2, 2), (2, 2, 1, 2)])
-def test_experts_on_eight_devices_equal_those_on_one(shape):
+@pytest.mark.parametrize(
+  ('shape', 'bias'),
+  [
+    ((1, 1, 1, 8), False),
+    ((2, 1, 2, 2), False),
+    ((1, 2, 2, 2), False),
+    ((2, 2, 1, 2), False),
+    ((1, 2, 2, 2), True),
+  ],
+)
+def test_experts_on_eight_devices_equal_those_on_one(shape, bias):
   """The loss and all gradients; axes are data, fsdp, tensor and expert."""
   *sizes, expert = shape
   mesh = make_mesh(*sizes, expert=expert)
-  graph, params = abstract_model(MIXTURE)[0], draw_params(MIXTURE)
+  model = dataclasses.replace(MIXTURE, experts=dataclasses.replace(EXPERTS, bias=bias))
+  graph, params = abstract_model(model)[0], draw_params(model)
   tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, 320)
   lengths = jnp.arange(8)[:, None] + 5
   batch = {
@@ -179,3 +208,8 @@ def test_adapters_are_for_attention_and_dense_layers():
 def test_a_token_has_no_more_experts_than_there_are():
   with pytest.raises(UserError, match='has 3 experts, but a layer has 2'):
     Experts(2, 3, 8)
+
+
+def test_the_limit_of_experts_is_positive():
+  with pytest.raises(UserError, match='limit of experts is 0.0'):
+    Experts(2, 1, 8, limit=0.0)

@@ -32,9 +32,13 @@ class Experts:
     softmax_first: whether the softmax is over all experts, and not over those of the token alone,
       whose weights then sum to 1 anyway.
     dense_layers: numbers of layers that have an ordinary feed-forward layer, in ascending order.
+    bias: whether the router and the linear layers of experts have a bias.
+    limit: gates are clipped to at most this, and their factors `up` to between -limit and limit;
+      None means no limit.
+    up_offset: added to `up` after that.
 
   Raises:
-    UserError: if a token cannot have as many experts.
+    UserError: if a token cannot have as many experts, or the limit is not positive.
   """
 
   number: int
@@ -43,6 +47,9 @@ class Experts:
   renormalize: bool = True
   softmax_first: bool = True
   dense_layers: tuple[int, ...] = ()
+  bias: bool = added(False)
+  limit: float | None = added(None)
+  up_offset: float = added(0.0)
 
   def __post_init__(self):
     if not 1 <= self.per_token <= self.number:
@@ -50,6 +57,8 @@ class Experts:
         f'A token has {self.per_token} experts, but a layer has {self.number}. The experts of a '
         'token must be at least 1, and at most those of a layer.'
       )
+    if self.limit is not None and not self.limit > 0:
+      raise UserError(f'The limit of experts is {self.limit}; it must be positive.')
 
 
 class LayerKind(NamedTuple):
@@ -127,7 +136,7 @@ class ModelConfig:
     activation: name of the activation, a key of `cai_jax.model.elementwise.ACTIVATIONS`.
     gated: whether the feed-forward layer is down(activation(gate(x)) · up(x)), and not
       down(activation(up(x))).
-    mlp_bias: whether the linear layers of a feed-forward layer have a bias; experts have none.
+    mlp_bias: whether the linear layers of a feed-forward layer have a bias, except experts.
     query_scale: factor of the attention scores; None means head_dim^-1/2.
     query_growth: how queries grow with their position, or None.
     attention_cap: scores become cap · tanh(score / cap), before masking; None means no cap.
@@ -329,13 +338,13 @@ class ModelConfig:
     if self.experts is None or not self.sparse(layer):
       biases = self.mlp_bias * ((1 + self.gated) * self.d_ff + self.d_model)
       return (2 + self.gated) * self.d_model * self.d_ff + biases
-    router = self.d_model * self.experts.number
+    router = (self.d_model + self.experts.bias) * self.experts.number
     number = self.experts.per_token if active else self.experts.number
     return number * self._count_expert(self.experts) + router
 
   def _count_expert(self, experts: Experts) -> int:
     """Return the number of parameters of one expert."""
-    return 3 * self.d_model * experts.d_ff
+    return 3 * self.d_model * experts.d_ff + experts.bias * (2 * experts.d_ff + self.d_model)
 
   def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
     """Return the FLOPs of matrix products that one training step needs.

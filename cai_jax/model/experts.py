@@ -31,22 +31,33 @@ class Kernel(nnx.Module):
     shape: [...,I,O].
     rngs: `rngs.params` draws it.
     param_dtype: dtype of the matrix.
+    bias: whether there is a bias [...,O]; it starts at zero.
     gain: factor of the standard deviation.
   """
 
-  def __init__(self, shape: tuple[int, ...], rngs: nnx.Rngs, param_dtype, gain: float = 1.0):
+  def __init__(
+    self,
+    shape: tuple[int, ...],
+    rngs: nnx.Rngs,
+    param_dtype,
+    bias: bool = False,
+    gain: float = 1.0,
+  ):
     std = gain * shape[-2] ** -0.5
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
+    *stacked, _, outs = shape
+    self.bias = nnx.Param(jnp.zeros((*stacked, outs), param_dtype)) if bias else None
 
 
 class Networks(nnx.Module):
-  """The experts of a layer, each of the form of `layers.MLP` with a gate and without biases."""
+  """The experts of a layer, each of the form of `layers.MLP` with a gate."""
 
   def __init__(self, config: ModelConfig, experts: Experts, rngs: nnx.Rngs, param_dtype):
     e, d, f = experts.number, config.d_model, experts.d_ff
-    self.gate = Kernel((e, d, f), rngs, param_dtype)
-    self.up = Kernel((e, d, f), rngs, param_dtype)
-    self.down = Kernel((e, f, d), rngs, param_dtype, (2 * config.num_layers) ** -0.5)
+    self.gate = Kernel((e, d, f), rngs, param_dtype, experts.bias)
+    self.up = Kernel((e, d, f), rngs, param_dtype, experts.bias)
+    gain = (2 * config.num_layers) ** -0.5
+    self.down = Kernel((e, f, d), rngs, param_dtype, experts.bias, gain)
 
 
 class MoE(nnx.Module):
@@ -59,7 +70,8 @@ class MoE(nnx.Module):
     assert config.experts is not None
     self.config = config.experts
     self.activation = config.activation
-    self.router = Kernel((config.d_model, config.experts.number), rngs, param_dtype)
+    shape = config.d_model, config.experts.number
+    self.router = Kernel(shape, rngs, param_dtype, config.experts.bias)
     self.experts = Networks(config, config.experts, rngs, param_dtype)
 
   def __call__(
@@ -77,24 +89,31 @@ class MoE(nnx.Module):
     if real is not None:
       ids = jnp.where(real[..., None], ids, self.config.number)
     networks = self.experts
-    kernels = [m.kernel[...].astype(x.dtype) for m in (networks.gate, networks.up, networks.down)]
-    run = functools.partial(run_experts, self.activation)
+    layers = networks.gate, networks.up, networks.down
+    kernels = [layer.kernel[...].astype(x.dtype) for layer in layers]
+    biases = tuple(b[...].astype(jnp.float32) for layer in layers if (b := layer.bias) is not None)
+    run = functools.partial(run_experts, self.activation, self.config)
     if mesh is None or mesh.size == 1:
-      return run(x, weights, ids, *kernels).astype(x.dtype)
+      return run(x, weights, ids, *kernels, biases).astype(x.dtype)
 
-    def run_part(x, weights, ids, gate, up, down):
+    def run_part(x, weights, ids, gate, up, down, biases):
       first = jax.lax.axis_index('expert') * gate.shape[0]
-      return jax.lax.psum(run(x, weights, ids - first, gate, up, down), ('expert', 'tensor'))
+      if biases:  # one device of `tensor` adds the last one to the sum
+        *others, last = biases
+        biases = *others, jnp.where(jax.lax.axis_index('tensor') == 0, last, 0.0)
+      out = run(x, weights, ids - first, gate, up, down, biases)
+      return jax.lax.psum(out, ('expert', 'tensor'))
 
     batch, into, out = P(*BATCH), P('expert', None, 'tensor'), P('expert', 'tensor', None)
+    by_bias = (P('expert', 'tensor'), P('expert', 'tensor'), P('expert', None))[: len(biases)]
     run_all = jax.shard_map(
       run_part,
       mesh=mesh,
-      in_specs=(batch, batch, batch, into, into, out),
+      in_specs=(batch, batch, batch, into, into, out, by_bias),
       out_specs=batch,
       check_vma=False,
     )
-    return run_all(x, weights, ids, *kernels).astype(x.dtype)
+    return run_all(x, weights, ids, *kernels, biases).astype(x.dtype)
 
   def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the weights f32[B,T,k] and the numbers i32[B,T,k] of each token's experts.
@@ -107,6 +126,8 @@ class MoE(nnx.Module):
     kernel = self.router.kernel[...].astype(jnp.float32)
     flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     logits = einsum_f32('XD,DE->XE', flat, kernel).reshape(*x.shape[:2], -1)
+    if self.router.bias is not None:
+      logits = logits + self.router.bias[...].astype(jnp.float32)
     if not self.config.softmax_first:
       top, ids = jax.lax.top_k(logits, self.config.per_token)
       return _softmax(top), ids
@@ -122,22 +143,26 @@ def _softmax(x: jax.Array) -> jax.Array:
 
 def run_experts(
   activation: str,
+  config: Experts,
   x: jax.Array,
   weights: jax.Array,
   ids: jax.Array,
   gate: jax.Array,
   up: jax.Array,
   down: jax.Array,
+  biases: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
   """Return the weighted sum f32[B,T,D] of the results of each token's experts.
 
   Args:
     activation: a key of `ACTIVATIONS`.
+    config: the limit and the offset of experts.
     x: [B,T,D].
     weights: f32[B,T,k].
     ids: i32[B,T,k], numbers of experts. Those outside of 0 to E - 1 add nothing.
     gate, up: [E,D,F].
     down: [E,F,D].
+    biases: f32[E,F], f32[E,F] and f32[E,D], those of the three, or ().
   """
   experts, per_token = len(gate), ids.shape[-1]
   ids = ids.reshape(-1)
@@ -146,12 +171,23 @@ def run_experts(
   order = jnp.argsort(ids)
   rows = x.reshape(-1, x.shape[-1])[order // per_token]
 
-  def multiply(rows, kernel):
-    return checkpoint_name(grouped_product(rows, kernel, sizes).astype(x.dtype), PRODUCT)
+  def multiply(rows, kernel, number):
+    product = grouped_product(rows, kernel, sizes)
+    if biases:
+      product = product + biases[number].at[ids[order]].get(mode='fill', fill_value=0)
+    return product
 
-  hidden = gated_activation(activation, multiply(rows, gate), multiply(rows, up))
+  first, second = (
+    checkpoint_name(multiply(rows, kernel, number).astype(x.dtype), PRODUCT)
+    for number, kernel in enumerate((gate, up))
+  )
+  if config.limit is not None:
+    first, second = jnp.minimum(first, config.limit), jnp.clip(second, -config.limit, config.limit)
+  if config.up_offset:
+    second = second + config.up_offset
+  hidden = gated_activation(activation, first, second)
   # Rows behind those of all experts are arbitrary.
-  out = grouped_product(hidden, down, sizes)[jnp.argsort(order)]
+  out = multiply(hidden, down, 2)[jnp.argsort(order)]
   weighted = jnp.where((ids < experts)[:, None], out * weights.reshape(-1, 1), 0.0)
   parts = weighted.reshape(-1, per_token, x.shape[-1])
   total = parts[:, 0]

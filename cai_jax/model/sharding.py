@@ -24,6 +24,9 @@ RULES = (
   (r'.*mlp/router/kernel', P('fsdp', None)),  # [D,E]
   (r'.*mlp/experts/(gate|up)/kernel', P('expert', 'fsdp', 'tensor')),  # [E,D,F]
   (r'.*mlp/experts/down/kernel', P('expert', 'tensor', 'fsdp')),  # [E,F,D]
+  (r'.*mlp/router/bias', P()),  # [E]
+  (r'.*mlp/experts/(gate|up)/bias', P('expert', 'tensor')),  # [E,F]
+  (r'.*mlp/experts/down/bias', P('expert', None)),  # [E,D]
   (r'.*mlp/(gate|up)/bias', P('tensor')),  # [F]
   (r'.*mlp/down/bias', P()),  # [D]
   # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.

@@ -72,7 +72,7 @@ def read_fields(
   return fields | {
     'qkv_bias': bias,
     'output_bias': bias,
-    'windows': _read_windows(hf, kinds),
+    'windows': read_windows(hf, kinds),
     'norm_offset': 1.0,
     'post_norm': True,
     'activation': 'gelu_tanh',
@@ -99,8 +99,16 @@ def read_kinds(hf: Mapping[str, Any], period: int) -> list[str]:
   return shared.read_layer_types(dict(hf), layers) or by_number
 
 
-def _read_windows(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int | None, ...]:
-  """Return `windows` of ModelConfig."""
+def read_windows(hf: Mapping[str, Any], kinds: list[str]) -> tuple[int | None, ...]:
+  """Return `windows` of ModelConfig.
+
+  Args:
+    hf: a parsed config.json.
+    kinds: type of each layer, as `read_kinds` returns it.
+
+  Raises:
+    UserError: if layers have a window and config.json gives null for its size.
+  """
   if shared.LAYER_TYPES[1] not in kinds:
     return ()
   if 'sliding_window' in hf and hf['sliding_window'] is None:
@@ -123,10 +131,15 @@ def write_fields(config: ModelConfig) -> dict[str, Any]:
     'attn_logit_softcapping': config.attention_cap,
     'final_logit_softcapping': config.logit_cap,
     'attention_bias': config.output_bias,
+    **write_windows(config),
+  }
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+  """Return the entries of config.json that `read_kinds` and `read_windows` read."""
+  return {
     'sliding_window': next((w for w in config.windows if w), shared.DEFAULT_WINDOW),
-    'layer_types': [
-      shared.LAYER_TYPES[config.window(layer) is not None] for layer in range(config.num_layers)
-    ],
+    'layer_types': shared.write_layer_types(config),
   }
 
 

@@ -254,7 +254,7 @@ def write_fields(config: ModelConfig, rope: RopeEntries = LLAMA_ENTRIES) -> dict
 def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
   """Return the entries of config.json that `read_layer_windows` reads."""
   windows = [window for window in config.windows if window is not None]
-  kinds = [LAYER_TYPES[config.window(layer) is not None] for layer in range(config.num_layers)]
+  kinds = write_layer_types(config)
   hf = {
     'use_sliding_window': bool(windows),
     'sliding_window': windows[0] if windows else None,
@@ -263,3 +263,8 @@ def write_layer_windows(config: ModelConfig) -> dict[str, Any]:
   if windows and kinds == sorted(kinds):  # full attention in the first layers
     hf['max_window_layers'] = kinds.count('full_attention')
   return hf
+
+
+def write_layer_types(config: ModelConfig) -> list[str]:
+  """Return layer_types of config.json: whether each layer has a window."""
+  return [LAYER_TYPES[config.window(layer) is not None] for layer in range(config.num_layers)]

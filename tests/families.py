@@ -173,6 +173,25 @@ FAMILIES = {
       video_token_id=403,
     ),
   ),
+  'gpt_oss': (
+    'gpt_oss',
+    dict(
+      head_dim=16,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      sliding_window=5,
+      num_local_experts=4,
+      num_experts_per_tok=2,
+      swiglu_limit=1.5,
+      rope_parameters=dict(
+        rope_type='yarn',
+        rope_theta=500.0,
+        factor=4.0,
+        original_max_position_embeddings=32,
+        beta_fast=4.0,
+        truncate=False,
+      ),
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

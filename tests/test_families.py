@@ -19,6 +19,7 @@ from cai_jax.model.checkpoint_checks import stored_weights
 from cai_jax.model.config import Llama3Rope, ModelConfig, QueryGrowth
 from cai_jax.model.families.family import FAMILIES, config_from_hf, config_to_hf
 from cai_jax.model.families.weight_table import join_parts
+from cai_jax.model.rope import YarnRope
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.supported import update_page
 from cai_jax.model.transformer import abstract_model
@@ -110,6 +111,24 @@ def test_ministral_3_has_the_rotary_positions_of_transformers_by_default():
   assert grown.query_growth == QueryGrowth(0.2, 100) and grown.rope_scaling is None
   for each in (grown, dataclasses.replace(grown, query_growth=None)):
     assert config_from_hf(config_to_hf(each)) == each
+
+
+def test_gpt_oss_has_the_defaults_of_transformers():
+  absent = transformers.AutoConfig.for_model('gpt_oss').to_dict()
+  config = config_from_hf(absent)
+  assert config.windows[:3] == (128, None, 128) and config.experts.limit == 7.0
+  assert config.rope_scaling == YarnRope(32.0, 4096, truncate=False) and config.rope_theta == 15e4
+  for key in ('rope_parameters', 'layer_types', 'sliding_window', 'attention_bias', 'head_dim'):
+    del absent[key]
+  for key in ('swiglu_limit', 'swiglu_alpha', 'num_local_experts', 'num_experts_per_tok'):
+    del absent[key]
+  assert config_from_hf(absent) == config
+  with pytest.raises(UserError, match=r'swiglu_alpha=1.5 is not supported; only 1.702 is'):
+    config_from_hf(absent | {'swiglu_alpha': 1.5})
+  with pytest.raises(UserError, match='experts=.* cannot be written'):
+    config_to_hf(
+      dataclasses.replace(config, experts=dataclasses.replace(config.experts, bias=False))
+    )
 
 
 def test_configs_of_transformers_4_are_read():

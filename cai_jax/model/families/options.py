@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
   'global_head_dim': (),
   'num_global_key_value_heads': (),
   'per_layer_config': ({},),
+  'swiglu_alpha': (),
   'swiglu_limit': (),
 }
 

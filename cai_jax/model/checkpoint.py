@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from cai_jax.model.checkpoint_checks import check_tensors, stored_weights
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.weight_table import StoredWeight, join_parts
+from cai_jax.model.mxfp4 import Mxfp4Slice
 from cai_jax.model.sharding import flatten_params, param_shardings, path_str
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import (
@@ -24,6 +25,7 @@ from cai_jax.model.weight_files import (
   INDEX,
   SINGLE,
   STORED_DTYPES,
+  StoredTensor,
   check_dtype,
   check_finite,
   check_weight,
@@ -75,7 +77,7 @@ def load_params(
         return opened.enter_context(open_weights(file))
 
       def find(name):
-        return open_file(tensors[name].path).get_slice(tensors[name].name)
+        return open_slice(tensors[name], open_file)
 
       @functools.cache  # reads a shard once for all its replicas
       def read(starts, stops):
@@ -95,6 +97,18 @@ def load_params(
       return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def open_slice(tensor: StoredTensor, open_file: Callable[[pathlib.Path], Any]) -> Any:
+  """Return an object that reads a tensor's blocks by their indices.
+
+  Args:
+    tensor: the tensor.
+    open_file: returns an open safetensors file.
+  """
+  if tensor.parts:
+    return Mxfp4Slice(*(open_slice(part, open_file) for part in tensor.parts))
+  return open_file(tensor.path).get_slice(tensor.name)
 
 
 def load_weight(folder: str | os.PathLike, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -11,8 +11,9 @@ import numpy as np
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import FAMILIES, Family
-from cai_jax.model.families.quantized import DTYPES, NAMES, advise
+from cai_jax.model.families.quantized import DTYPES, MXFP4, NAMES, advise
 from cai_jax.model.families.weight_table import StoredWeight
+from cai_jax.model.mxfp4 import join_tensors
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model
 from cai_jax.model.weight_files import (
@@ -46,6 +47,8 @@ def check_tensors(
   """
   family = FAMILIES[config.family]
   tensors = _rename(locate_weights(folder), family, folder)
+  if MXFP4 in family.quantized:
+    tensors = join_tensors(tensors)
   _check_unquantized(tensors, family, folder)
   # Before anything of the described size is built: the config may be damaged. If only a few weights
   # are missing, the messages below say more.
@@ -98,7 +101,9 @@ def _check_unquantized(
 ) -> None:
   """Check that no weight holds quantized numbers."""
   for name, tensor in tensors.items():
-    if family.ignores(name) or not (DTYPES.fullmatch(tensor.dtype) or NAMES.fullmatch(name)):
+    if family.ignores(name) or tensor.parts:
+      continue
+    if not (DTYPES.fullmatch(tensor.dtype) or NAMES.fullmatch(name)):
       continue
     config = folder / 'config.json'
     raise UserError(

@@ -39,13 +39,15 @@ class StoredTensor(NamedTuple):
     name: the tensor's name in the file.
     path: the file.
     shape: the tensor's shape.
-    dtype: safetensors' name of its dtype, such as 'BF16'.
+    dtype: safetensors' name of its dtype, such as 'BF16'; 'MXFP4' for a tensor in two parts.
+    parts: the tensors that it is stored in; () if it is stored as it is.
   """
 
   name: str
   path: pathlib.Path
   shape: tuple[int, ...]
   dtype: str
+  parts: tuple['StoredTensor', ...] = ()
 
 
 def list_weight_files(folder: pathlib.Path) -> list[str]:
@@ -198,7 +200,7 @@ def check_weight(tensor: StoredTensor, name: str, shape: tuple[int, ...], fields
       f'{tensor.path}: weight {name!r} has shape {tensor.shape}, but config.json implies '
       f'{shape}{fields and f" ({fields})"}. Use the config.json and the weights of one model.'
     )
-  if tensor.dtype not in STORED_DTYPES:
+  if tensor.dtype not in STORED_DTYPES and not tensor.parts:
     raise UserError(
       f'{tensor.path}: weight {name!r} is {tensor.dtype}, but only {", ".join(STORED_DTYPES)} are '
       'supported. If the checkpoint is quantized, use the original.'

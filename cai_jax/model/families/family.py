@@ -57,6 +57,7 @@ class Family:
       not those of Llama; for messages.
     multimodal: multimodal models of which this family is the text half: transformers' class by
       model_type. Their config.json has a text_config.
+    quantized: the quant_method of checkpoints that loading dequantizes.
     named_halves: types of `multimodal` whose text_config must name this family, because another
       one is the default.
     prefixes: other prefixes of weights in the files, and the prefix of the weight table that each
@@ -78,6 +79,7 @@ class Family:
   options: tuple[str, ...] = ()
   sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  quantized: tuple[str, ...] = ()
   named_halves: tuple[str, ...] = ()
   prefixes: tuple[tuple[str, str], ...] = ()
   ignored: tuple[str, ...] = ()
@@ -151,7 +153,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
       weights are quantized.
   """
   family = FAMILIES[_find_family(hf)]
-  check_unquantized(hf)
+  check_unquantized(hf, family.quantized)
   entries = text_entries(hf)
   if entries is hf:
     check_options(hf, family.options)

@@ -7,6 +7,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import experts, gemma2, shared
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag, read_number, require
+from cai_jax.model.families.quantized import MXFP4
 from cai_jax.model.families.rope import OBJECTS, RopeEntries
 from cai_jax.model.families.rope_scalings import ORIGINAL
 from cai_jax.model.families.weight_table import Weight
@@ -100,5 +101,6 @@ FAMILIES.register('gpt_oss')(
     examples=('openai/gpt-oss-20b', 'unsloth/gpt-oss-20b-BF16'),
     options=(*experts.OPTIONS, 'swiglu_alpha', 'swiglu_limit'),
     sizes={'E': 'num_local_experts'},
+    quantized=(MXFP4,),
   )
 )

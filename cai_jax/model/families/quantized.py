@@ -1,11 +1,12 @@
 """Quantized checkpoints, which are refused with the name of the original where it is known."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cai_jax.runtime.errors import UserError, show
 
+MXFP4 = 'mxfp4'  # the quant_method that `cai_jax.model.mxfp4` reads
 CONFIGS = ('quantization_config', 'compression_config')
 # safetensors' names of dtypes that hold quantized numbers.
 DTYPES = re.compile(r'[UI]8|F4|F[68]_.*')
@@ -17,11 +18,12 @@ _MARKS = re.compile(
 )
 
 
-def check_unquantized(hf: Mapping[str, Any]) -> None:
-  """Check that a config.json does not say that the weights are quantized.
+def check_unquantized(hf: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+  """Check that a config.json does not say that the weights are quantized in another way.
 
   Args:
     hf: a parsed config.json.
+    allowed: the quant_method of weights that can be dequantized.
 
   Raises:
     UserError: if it does.
@@ -31,6 +33,8 @@ def check_unquantized(hf: Mapping[str, Any]) -> None:
     for key in CONFIGS:
       if (settings := part.get(key)) is not None:
         method = settings.get('quant_method') if isinstance(settings, Mapping) else None
+        if method in allowed:
+          continue
         what = show(settings) if method is None else f'{{quant_method: {show(method)}, …}}'
         raise UserError(
           f'config.json: {key}={what} says that the weights are quantized, which is not supported. '

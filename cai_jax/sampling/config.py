@@ -68,8 +68,8 @@ class EngineConfig:
   attention: str = setting(
     'auto',
     "How steps attend to the cache: `'pages'`, XLA's products, on every device; `'ragged'`, JAX's "
-    "ragged paged attention, a kernel for TPUs; `'triton'`, a kernel for NVIDIA GPUs. `'auto'` means "
-    "the kernel for the device if it can run the model, and otherwise `'pages'`.",
+    "ragged paged attention, a kernel for TPUs; `'triton'`, a kernel for NVIDIA GPUs. `'auto'` "
+    "means the kernel for the device if it can run the model, and otherwise `'pages'`.",
     added=True,
   )
   draft_tokens: int = setting(

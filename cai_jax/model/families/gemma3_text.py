@@ -9,7 +9,12 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import gemma2, shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_size
-from cai_jax.model.families.rope import RopeEntries, read_layer_ropes, write_layer_ropes
+from cai_jax.model.families.rope import (
+  ROPE_ENTRIES,
+  RopeEntries,
+  read_layer_ropes,
+  write_layer_ropes,
+)
 
 # Transformers' values of entries that config.json does not have.
 DEFAULTS = {**gemma2.DEFAULTS, 'vocab_size': 262_208, 'max_position_embeddings': 131_072}
@@ -18,7 +23,6 @@ ROPES = {
   'full_attention': RopeEntries(theta=1e6),
   'sliding_attention': RopeEntries(theta=1e4, theta_key='rope_local_base_freq', objects=()),
 }
-ROPE_ENTRIES = ('rope_parameters', 'rope_scaling', 'rope_theta')
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:

@@ -11,7 +11,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import gemma2, gemma3_text, shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag, read_size, require
-from cai_jax.model.families.rope import read_layer_ropes, write_layer_ropes
+from cai_jax.model.families.rope import ROPE_ENTRIES, read_layer_ropes, write_layer_ropes
 from cai_jax.model.families.weight_table import Weight
 from cai_jax.runtime.errors import UserError, show
 
@@ -55,7 +55,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
   # The tokens of images see each other; those of a text see only earlier ones.
   require(hf, 'use_bidirectional_attention', False, 'vision')
   kinds = [*gemma2.read_kinds(hf, gemma3_text.DEFAULT_PERIOD)[:-1], FULL]  # the last is always full
-  others = {key: value for key, value in hf.items() if key not in gemma3_text.ROPE_ENTRIES}
+  others = {key: value for key, value in hf.items() if key not in ROPE_ENTRIES}
   others = {'sliding_window': DEFAULTS['sliding_window'], **others}
   fields = gemma2.read_fields(others, kinds, DEFAULTS, dict.fromkeys(gemma2.CAPS))
   from_keys = read_flag(hf, 'attention_k_eq_v')
@@ -155,7 +155,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   """Return the entries of a Gemma 4 config.json."""
   hf = gemma2.write_fields(config)
   ropes = write_layer_ropes(config, hf['layer_types'], gemma3_text.ROPES)
-  without = (*gemma3_text.ROPE_ENTRIES, 'query_pre_attn_scalar', 'attn_logit_softcapping')
+  without = (*ROPE_ENTRIES, 'query_pre_attn_scalar', 'attn_logit_softcapping')
   hf = {key: value for key, value in hf.items() if key not in without}
   last, from_keys = config.kinds[-1], any(config.values_from_keys)
   return hf | {

@@ -29,6 +29,7 @@ from cai_jax.runtime.errors import UserError, show
 
 THETA = 10_000.0  # transformers' base if config.json gives none
 OBJECTS = ('rope_parameters', 'rope_scaling')
+ROPE_ENTRIES = (*OBJECTS, 'rope_theta')  # which transformers 4 and 5 have for all families
 
 
 @dataclasses.dataclass(frozen=True)

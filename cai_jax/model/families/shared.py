@@ -69,6 +69,11 @@ GATED_MLP = per_layer(
   Weight('mlp/up/kernel', 'mlp.up_proj.weight', 'DF->F,D'),
   Weight('mlp/down/kernel', 'mlp.down_proj.weight', 'FD->D,F'),
 )
+MLP_BIASES = per_layer(
+  Weight('mlp/gate/bias', 'mlp.gate_proj.bias', 'F->F'),
+  Weight('mlp/up/bias', 'mlp.up_proj.bias', 'F->F'),
+  Weight('mlp/down/bias', 'mlp.down_proj.bias', 'D->D'),
+)
 
 # Reading config.json.
 

@@ -25,6 +25,14 @@ LLAMA3_ROPE = dict(
   high_freq_factor=4.0,
   original_max_position_embeddings=32,
 )
+YARN_ROPE = dict(
+  rope_type='yarn',
+  rope_theta=500.0,
+  factor=4.0,
+  original_max_position_embeddings=32,
+  beta_fast=4.0,
+  beta_slow=1.0,
+)
 # Name → model_type and what its config sets besides SHAPE. Windows are shorter than tests' rows.
 # The place of a line decides its random weights, so add new lines at the end.
 FAMILIES = {
@@ -189,6 +197,17 @@ FAMILIES = {
         original_max_position_embeddings=32,
         beta_fast=4.0,
         truncate=False,
+      ),
+    ),
+  ),
+  'olmo3': (
+    'olmo3',
+    dict(
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      sliding_window=5,
+      rope_parameters=dict(
+        sliding_attention=dict(rope_type='default', rope_theta=500.0),
+        full_attention=YARN_ROPE,
       ),
     ),
   ),

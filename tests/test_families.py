@@ -196,6 +196,8 @@ BIASES = {
   'mistral': (True, False),
   'qwen2': (True, False),
   'qwen3': (True, True),
+  'olmo2': (True, True),
+  'olmo3': (True, True),
 }
 
 

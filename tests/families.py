@@ -211,6 +211,20 @@ FAMILIES = {
       ),
     ),
   ),
+  'smollm3': (
+    'smollm3',
+    dict(no_rope_layers=[1, 0, 1], use_sliding_window=False),
+  ),
+  'smollm3_windows': (
+    'smollm3',
+    dict(
+      no_rope_layers=[1, 0, 1],
+      use_sliding_window=True,
+      sliding_window=5,
+      attention_bias=True,
+      mlp_bias=True,
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

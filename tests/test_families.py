@@ -198,6 +198,7 @@ BIASES = {
   'qwen3': (True, True),
   'olmo2': (True, True),
   'olmo3': (True, True),
+  'smollm3': (True, True),
 }
 
 
@@ -211,6 +212,15 @@ def test_attention_bias_is_read_and_written(tiny_hf_folder, family):
   assert config_from_hf(config_to_hf(config)) == config
   same = dataclasses.replace(config, qkv_bias=without.qkv_bias, output_bias=False)
   assert same == without
+
+
+def test_windows_of_smollm3_are_in_the_layers_without_rotary_positions(tiny_hf_folder):
+  hf = read_json(tiny_hf_folder('smollm3_windows') / 'config.json')
+  assert config_from_hf({**hf, 'layer_types': None}).windows == (None, 5, None)
+  assert config_from_hf({**hf, 'layer_types': None, 'use_sliding_window': False}).windows == ()
+  assert config_from_hf({**hf, 'no_rope_layers': None}).ropes == ()  # every fourth of three layers
+  with pytest.raises(UserError, match='layer_types has sliding_attention in layer 1'):
+    config_from_hf({**hf, 'use_sliding_window': False})
 
 
 def test_configs_that_the_family_cannot_describe_are_not_written(tiny_hf_folder):

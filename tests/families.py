@@ -225,6 +225,17 @@ FAMILIES = {
       mlp_bias=True,
     ),
   ),
+  'granite': (
+    'granite',
+    dict(
+      embedding_multiplier=3.0,
+      logits_scaling=0.5,
+      residual_multiplier=0.4,
+      attention_multiplier=0.2,
+      attention_bias=True,
+      mlp_bias=True,
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

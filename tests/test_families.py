@@ -199,6 +199,7 @@ BIASES = {
   'olmo2': (True, True),
   'olmo3': (True, True),
   'smollm3': (True, True),
+  'granite': (True, True),
 }
 
 

@@ -236,6 +236,35 @@ FAMILIES = {
       mlp_bias=True,
     ),
   ),
+  'granite4': (
+    'granitemoehybrid',
+    dict(
+      layer_types=['full_attention'] * 3,
+      num_local_experts=0,
+      shared_intermediate_size=48,
+      position_embedding_type='rope',
+      embedding_multiplier=3.0,
+      logits_scaling=0.5,
+      residual_multiplier=0.4,
+      attention_multiplier=0.2,
+      tie_word_embeddings=True,
+      mamba_n_heads=8,
+    ),
+  ),
+  'granite4_nope': (
+    'granitemoehybrid',
+    dict(
+      layer_types=['full_attention'] * 3,
+      num_local_experts=0,
+      shared_intermediate_size=48,
+      position_embedding_type=None,
+      embedding_multiplier=3.0,
+      logits_scaling=0.5,
+      residual_multiplier=0.4,
+      attention_multiplier=0.2,
+      mamba_n_heads=8,
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

@@ -200,6 +200,7 @@ BIASES = {
   'olmo3': (True, True),
   'smollm3': (True, True),
   'granite': (True, True),
+  'granitemoehybrid': (True, True),
 }
 
 
@@ -213,6 +214,25 @@ def test_attention_bias_is_read_and_written(tiny_hf_folder, family):
   assert config_from_hf(config_to_hf(config)) == config
   same = dataclasses.replace(config, qkv_bias=without.qkv_bias, output_bias=False)
   assert same == without
+
+
+@pytest.mark.parametrize(
+  ('entries', 'message'),
+  [
+    ({'num_local_experts': 4}, 'num_local_experts is 4'),
+    ({'num_local_experts': None}, 'num_local_experts is 8'),  # transformers' default
+    ({'layer_types': ['attention', 'mamba', 'attention']}, 'layer_types has .mamba.'),
+    ({'layer_types': None}, 'layers_block_type is None'),
+    ({'layer_types': ['attention']}, 'for each layer'),
+    ({'position_embedding_type': 'alibi'}, 'position_embedding_type=.alibi.'),
+  ],
+)
+def test_granite_4_is_read_without_experts_and_state_space_layers(tiny_hf_folder, entries, message):
+  hf = read_json(tiny_hf_folder('granite4') / 'config.json')
+  old = {**hf, 'layer_types': None, 'layers_block_type': ['attention'] * 3}
+  assert config_from_hf(old) == config_from_hf(hf)
+  with pytest.raises(UserError, match=message):
+    config_from_hf(hf | entries)
 
 
 def test_windows_of_smollm3_are_in_the_layers_without_rotary_positions(tiny_hf_folder):

@@ -265,6 +265,23 @@ FAMILIES = {
       mamba_n_heads=8,
     ),
   ),
+  'phi3': ('phi3', dict(sliding_window=5)),
+  'phi4': (
+    'phi3',
+    dict(
+      max_position_embeddings=1024,
+      original_max_position_embeddings=256,
+      tie_word_embeddings=True,
+      rope_parameters=dict(
+        rope_type='longrope',
+        rope_theta=500.0,
+        partial_rotary_factor=0.75,
+        short_factor=[1.0, 1.1, 1.3],
+        long_factor=[1.5, 2.5, 4.0],
+        original_max_position_embeddings=256,
+      ),
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

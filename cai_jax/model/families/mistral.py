@@ -6,7 +6,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families import shared, text_half
 from cai_jax.model.families.family import FAMILIES, Family
 from cai_jax.model.families.fields import read_flag, read_size
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, show
 
 DEFAULT_KV_HEADS = 8  # transformers' value if config.json has no num_key_value_heads
 
@@ -39,8 +39,8 @@ def read_windows(hf: dict[str, Any], layers: int) -> tuple[int | None, ...]:
   if wrong or used != (window is not None):
     other = f'layer_types has {wrong[0]}' if wrong else f'use_sliding_window is {used}'
     raise UserError(
-      f'config.json: sliding_window={window}, which holds for all layers of a Mistral model, but '
-      f'{other}. Correct one of them.'
+      f'config.json: sliding_window={window}, which holds for all layers of model_type '
+      f'{show(hf.get("model_type"))}, but {other}. Correct one of them.'
     )
   return () if window is None else (window,) * layers
 

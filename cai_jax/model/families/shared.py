@@ -39,11 +39,16 @@ EMBEDDINGS_AND_NORMS = (
     Weight('mlp_norm/scale', 'post_attention_layernorm.weight', 'D->D'),
   ),
 )
-ATTENTION = per_layer(
-  Weight('attention/query/kernel', 'self_attn.q_proj.weight', 'DNH->NH,D'),
-  Weight('attention/key/kernel', 'self_attn.k_proj.weight', 'DKH->KH,D'),
-  Weight('attention/value/kernel', 'self_attn.v_proj.weight', 'DKH->KH,D'),
-  Weight('attention/output/kernel', 'self_attn.o_proj.weight', 'NHD->D,NH'),
+ATTENTION_OUTPUT = per_layer(
+  Weight('attention/output/kernel', 'self_attn.o_proj.weight', 'NHD->D,NH')
+)
+ATTENTION = (
+  *per_layer(
+    Weight('attention/query/kernel', 'self_attn.q_proj.weight', 'DNH->NH,D'),
+    Weight('attention/key/kernel', 'self_attn.k_proj.weight', 'DKH->KH,D'),
+    Weight('attention/value/kernel', 'self_attn.v_proj.weight', 'DKH->KH,D'),
+  ),
+  *ATTENTION_OUTPUT,
 )
 QKV_BIASES = per_layer(
   Weight('attention/query/bias', 'self_attn.q_proj.bias', 'NH->NH'),
@@ -73,6 +78,12 @@ MLP_BIASES = per_layer(
   Weight('mlp/gate/bias', 'mlp.gate_proj.bias', 'F->F'),
   Weight('mlp/up/bias', 'mlp.up_proj.bias', 'F->F'),
   Weight('mlp/down/bias', 'mlp.down_proj.bias', 'D->D'),
+)
+# Gate and up are one tensor, one after the other.
+JOINED_MLP = per_layer(
+  Weight('mlp/gate/kernel', 'mlp.gate_up_proj.weight', 'DF->+F,D'),
+  Weight('mlp/up/kernel', 'mlp.gate_up_proj.weight', 'DF->+F,D'),
+  Weight('mlp/down/kernel', 'mlp.down_proj.weight', 'FD->D,F'),
 )
 
 # Reading config.json.

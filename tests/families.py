@@ -282,6 +282,13 @@ FAMILIES = {
       ),
     ),
   ),
+  'glm4': (
+    'glm4',
+    dict(
+      head_dim=16,
+      rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5),
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

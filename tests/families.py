@@ -329,8 +329,10 @@ def randomize(model: Any, seed: int) -> None:
     seed: of the draw.
   """
   import torch
+  from transformers.pytorch_utils import Conv1D
 
   generator = torch.Generator().manual_seed(seed)
+  transposed = {f'{name}.weight' for name, m in model.named_modules() if isinstance(m, Conv1D)}
   draw = lambda weight: torch.randn(weight.shape, generator=generator)  # noqa: E731
   stored = model.state_dict().keys()
   with torch.no_grad():
@@ -339,7 +341,8 @@ def randomize(model: Any, seed: int) -> None:
       if name.endswith('bias'):
         weight.copy_(noise * 0.5)
       elif weight.ndim >= 2:
-        weight.copy_(noise * 2 / weight.shape[-1] ** 0.5)
+        inputs = weight.shape[0 if name in transposed else -1]
+        weight.copy_(noise * 2 / inputs**0.5)
       else:
         weight.copy_(weight + 0.2 * noise)
     for name, buffer in model.named_buffers():

@@ -168,10 +168,10 @@ def test_broken_checkpoint_is_refused_before_any_work(name, random_model, tmp_pa
   safetensors.numpy.save_file(weights, broken / 'model.safetensors', metadata={'format': 'pt'})
   change = set_fields(**{f'model__{name}': str(broken)})
   refused('model.layers.1.mlp.up_proj.weight', random_model, tmp_path / 'run', change, ['generate'])
-  hf = json.loads((broken / 'config.json').read_text()) | {'model_type': 'gpt2'}
+  hf = json.loads((broken / 'config.json').read_text()) | {'model_type': 'gptj'}
   (broken / 'config.json').write_text(json.dumps(hf))
   refused(
-    "model_type 'gpt2' is not supported", random_model, tmp_path / 'run', change, ['generate']
+    "model_type 'gptj' is not supported", random_model, tmp_path / 'run', change, ['generate']
   )
 
 
@@ -231,7 +231,7 @@ def test_unusable_classifier_is_refused_before_any_work(field, classifier, rando
   check(f"evaluation.{label}: label=None is not one of the 2 labels .*'good', 'bad'", two)
   check(f"evaluation.{label}: label='odd'", two, **{f'evaluation__{label}': 'odd'})
   check(f'evaluation.{field}: ', tmp_path / 'nowhere' / 'at all')
-  check(f"evaluation.{field}: .*model_type 'gpt2'", classifier('one', model_type='gpt2'))
+  check(f"evaluation.{field}: .*model_type 'gptj'", classifier('one', model_type='gptj'))
   check(f'evaluation.{field}: .*architectures', classifier('one', architectures=['Odd']))
   short = classifier('one', max_position_embeddings=24)
   check(f'evaluation.{field}=.* has .* tokens, and 1 response.* but its context holds 24', short)

@@ -74,7 +74,7 @@ def test_every_option_survives_a_round_trip_and_changes_config_json():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'model_type': 'gpt2'}, "'gpt2' is not supported"),
+    ({'model_type': 'gptj'}, "'gptj' is not supported"),
     ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
     ({'mlp_bias': True}, 'mlp_bias=True'),
     ({'quantization_config': {'bits': 4}}, 'quantization_config'),

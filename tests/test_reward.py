@@ -230,7 +230,7 @@ def test_rows_and_conversations_that_cannot_be_scored_are_rejected(make):
     ({}, {'id2label': {'1': 'a'}}, 'id2label='),
     ({}, {'architectures': ['LlamaForCausalLM']}, r"LlamaForCausalLM.*'LlamaForSequenceClass"),
     ({}, {'architectures': None}, 'architectures=None'),
-    ({}, {'model_type': 'gpt2'}, "'gpt2' is not supported"),
+    ({}, {'model_type': 'gptj'}, "'gptj' is not supported"),
   ],
 )
 def test_checkpoints_with_wrong_weights_or_settings_are_rejected(

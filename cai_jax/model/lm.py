@@ -106,8 +106,8 @@ class LM:
       f32[B,T,V].
 
     Raises:
-      UserError: if the shapes differ or are not [B,T], a token is outside the vocabulary, or the
-        scaling of rotary positions does not hold for rows as long as these.
+      UserError: if the shapes differ or are not [B,T], a token is outside the vocabulary, or
+        positions are learned or scaled and do not reach as far as these rows.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or (mask is not None and np.shape(mask) != tokens.shape):
@@ -121,10 +121,13 @@ class LM:
     real = np.ones(tokens.shape, np.int32) if mask is None else (np.asarray(mask) != 0) * 1
     positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
     longest = positions.max(initial=-1) + 1
-    if longest > self.max_positions and self.config.remarks:
+    reasons = self.config.remarks
+    if self.config.learned_positions:
+      reasons = (*reasons, 'later positions have no embedding.')
+    if longest > self.max_positions and reasons:
       raise UserError(
         f'A row of {longest} tokens is longer than the context of {self.name}, which holds '
-        f'{self.max_positions}: {" ".join(self.config.remarks)}'
+        f'{self.max_positions}: {" ".join(reasons)}'
       )
     segment_ids = None if mask is None else real.astype(np.int32)
     tokens = tokens.astype(np.int32)

@@ -88,6 +88,18 @@ JOINED_MLP = per_layer(
 
 # Reading config.json.
 
+# Transformers' names of activations, the one to write first, and those of ModelConfig.
+ACTIVATIONS = {
+  'silu': 'silu',
+  'swish': 'silu',
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
+  'quick_gelu': 'gelu_quick',
+  'relu': 'relu',
+}
+
 
 def read_fields(
   hf: dict[str, Any],
@@ -132,6 +144,21 @@ def read_fields(
   }
   _check_heads(hf, fields, default_head_dim)
   return fields
+
+
+def read_activation(hf: dict[str, Any], key: str, default: str) -> str:
+  """Return `activation` of ModelConfig.
+
+  Args:
+    hf: a parsed config.json.
+    key: name of the entry.
+    default: transformers' name of the activation if the entry is absent.
+
+  Raises:
+    UserError: if the activation is not implemented.
+  """
+  require(hf, key, *ACTIVATIONS)
+  return ACTIVATIONS[hf.get(key) or default]
 
 
 def _check_heads(hf: dict[str, Any], fields: dict[str, Any], default_head_dim: int | None) -> None:
@@ -247,6 +274,11 @@ def read_no_windows(hf: dict[str, Any]) -> None:
 
 
 # Writing config.json.
+
+
+def write_activation(config: ModelConfig) -> str:
+  """Return transformers' name of a model's activation."""
+  return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
 
 
 def write_fields(config: ModelConfig, rope: RopeEntries = LLAMA_ENTRIES) -> dict[str, Any]:

@@ -289,6 +289,17 @@ FAMILIES = {
       rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5),
     ),
   ),
+  'gpt_neox': (
+    'gpt_neox',
+    dict(
+      hidden_size=128,
+      rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5),
+    ),
+  ),
+  'gpt_neox_serial': (
+    'gpt_neox',
+    dict(hidden_size=64, num_attention_heads=8, use_parallel_residual=False, attention_bias=False),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

@@ -300,6 +300,10 @@ FAMILIES = {
     'gpt_neox',
     dict(hidden_size=64, num_attention_heads=8, use_parallel_residual=False, attention_bias=False),
   ),
+  'gpt2': (
+    'gpt2',
+    dict(hidden_size=64, n_inner=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.

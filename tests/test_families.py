@@ -27,6 +27,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.runtime.plugins import load_plugins
+from cai_jax.sampling.engine import Engine
 from tests.families import FAMILIES as LINES
 from tests.families import make_config
 
@@ -282,6 +283,34 @@ def test_every_row_of_a_weight_table_names_a_parameter(tiny_hf_folder, name):
     paths |= flatten_params(abstract_model(config)[1]).keys()
   paths = {re.sub(r'layers/\d+/', 'layers/{}/', path) for path in paths}
   assert {weight.path for weight in FAMILIES[name].weights} == paths
+
+
+@pytest.mark.parametrize('line', ['gpt_neox', 'gpt2'])
+def test_masks_in_old_files_are_not_read(tiny_hf_folder, tmp_path, line):
+  """GPT-2's old files have no prefix either."""
+  folder = shutil.copytree(tiny_hf_folder(line), tmp_path / 'old')
+  weights = safetensors.numpy.load_file(folder / 'model.safetensors')
+  mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
+  if line == 'gpt2':
+    weights = {name.removeprefix('transformer.'): x for name, x in weights.items()}
+    masks = ['h.0.attn.bias', 'h.0.attn.masked_bias']
+  else:
+    layer = 'gpt_neox.layers.0.attention.'
+    masks = [f'{layer}bias', f'{layer}masked_bias']
+    weights[f'{layer}rotary_emb.inv_freq'] = np.ones(2, np.float32)
+  weights |= dict.fromkeys(masks, mask)
+  safetensors.numpy.save_file(weights, folder / 'model.safetensors', metadata={'format': 'pt'})
+  mesh = make_mesh(devices=jax.devices()[:1])
+  old, new = (cai_jax.load(path, mesh=mesh) for path in (folder, tiny_hf_folder(line)))
+  jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+
+
+def test_rows_beyond_learned_positions_are_refused(tiny_hf_folder):
+  lm = cai_jax.load(tiny_hf_folder('gpt2'), mesh=make_mesh(devices=jax.devices()[:1]))
+  with pytest.raises(UserError, match='row of 257 tokens is longer .* holds 256: later positions'):
+    lm.logits(np.ones((1, 257), np.int32))
+  with pytest.raises(UserError, match='257 tokens is longer than the 256 positions'):
+    Engine({'base': lm}, length=257, seed=0)
 
 
 def test_reading_a_block_reads_only_its_rows():

@@ -274,7 +274,7 @@ FAMILIES = {
       tie_word_embeddings=True,
       rope_parameters=dict(
         rope_type='longrope',
-        rope_theta=500.0,
+        rope_theta=1000.0,
         partial_rotary_factor=0.75,
         short_factor=[1.0, 1.1, 1.3],
         long_factor=[1.5, 2.5, 4.0],
@@ -292,22 +292,41 @@ FAMILIES = {
   'gpt_neox': (
     'gpt_neox',
     dict(
-      hidden_size=128,
+      hidden_size=64,
+      num_attention_heads=8,
       rope_parameters=dict(rope_type='default', rope_theta=500.0, partial_rotary_factor=0.5),
     ),
   ),
   'gpt_neox_serial': (
     'gpt_neox',
-    dict(hidden_size=64, num_attention_heads=8, use_parallel_residual=False, attention_bias=False),
+    dict(hidden_size=128, use_parallel_residual=False, attention_bias=False),
   ),
   'gpt2': (
     'gpt2',
-    dict(hidden_size=64, n_inner=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    dict(
+      hidden_size=64,
+      num_attention_heads=8,
+      n_inner=48,
+      resid_pdrop=0.0,
+      embd_pdrop=0.0,
+      attn_pdrop=0.0,
+    ),
   ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.
-REPEATED = ('llama2', 'llama_bias', 'smollm2', 'qwen2', 'gemma3_images')
+REPEATED = (
+  'llama2',
+  'llama_bias',
+  'smollm2',
+  'qwen2',
+  'gemma3_images',
+  'gemma4_images',
+  'smollm3_windows',
+  'granite4_nope',
+  'phi4',
+  'gpt_neox_serial',
+)
 
 
 def mark_repeated() -> list[Any]:

@@ -202,6 +202,8 @@ BIASES = {
   'smollm3': (True, True),
   'granite': (True, True),
   'granitemoehybrid': (True, True),
+  'glm4': (True, False),
+  'gpt_neox': (True, True),
 }
 
 

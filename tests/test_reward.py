@@ -47,9 +47,10 @@ def make(tmp_path_factory, tiny_tokenizer):
     if (key := (family, labels, *names)) in folders:
       return folders[key]
     kind, options = FAMILIES[family]
-    pad = tiny_tokenizer.convert_tokens_to_ids(SPECIAL[0])
+    pad, _, eos = tiny_tokenizer.convert_tokens_to_ids(list(SPECIAL))
+    ids = {'pad_token_id': pad, 'bos_token_id': None, 'eos_token_id': eos}
     config = transformers.AutoConfig.for_model(
-      kind, **{**SHAPE, **options, 'pad_token_id': pad, 'bos_token_id': None}, num_labels=labels
+      kind, **{**SHAPE, **options, **ids}, num_labels=labels
     )
     for name, value in names.items():
       setattr(config, name, value)
@@ -82,7 +83,17 @@ def torch_model(folder):
 
 
 @pytest.mark.parametrize(
-  ('family', 'labels'), [('llama3', 1), ('qwen2', 3), ('qwen3', 1), ('mistral', 2)]
+  ('family', 'labels'),
+  [
+    ('llama3', 1),
+    ('qwen2', 3),
+    ('qwen3', 1),
+    ('mistral', 2),
+    ('gpt2', 1),
+    ('gpt_neox', 2),
+    ('phi3', 1),
+    ('olmo3', 1),
+  ],
 )
 def test_logits_agree_with_torch(make, family, labels):
   model, theirs = (f(make(family, labels)) for f in (load, torch_model))
@@ -100,7 +111,7 @@ def test_logits_agree_with_torch(make, family, labels):
     for row, length in enumerate(LENGTHS):
       tokens[row, mask[row]] = TOKENS[row, :length]
     with torch.no_grad():
-      reference = theirs(torch.tensor(tokens), torch.tensor(mask * 1)).logits.numpy()
+      reference = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask * 1)).logits.numpy()
     np.testing.assert_allclose(model.logits(tokens, mask), reference, atol=1e-4, rtol=0)
   for row, length in enumerate(LENGTHS):  # padding does not change a value
     with torch.no_grad():

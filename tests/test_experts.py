@@ -119,7 +119,7 @@ def test_a_layer_equals_the_sum_over_all_experts_and_so_do_its_gradients(changes
     return jnp.sum(run(nnx.merge(graph, params), x) * target)
 
   with jax.default_matmul_precision('highest'):
-    ours = jax.value_and_grad(loss, (1, 2))(lambda layer, x: layer(x), params, x)
+    ours = jax.value_and_grad(loss, (1, 2))(lambda layer, x: layer(x)[0], params, x)
     expected = jax.value_and_grad(loss, (1, 2))(all_experts, params, x)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), ours, expected)
   assert np.abs(ours[1][0]['router']['kernel'][...]).max() > 1e-3
@@ -128,10 +128,10 @@ def test_a_layer_equals_the_sum_over_all_experts_and_so_do_its_gradients(changes
 def test_other_tokens_change_no_bit_and_padding_takes_no_part():
   """Neither their number nor their values do, so groups of all sizes give the same bits."""
   layer = make_layer()
-  run = jax.jit(lambda x, real: layer(x, real))
+  run = jax.jit(lambda x, real: layer(x, real)[0])
   x = normal(0, 1, 200, 32)
   whole = run(x, jnp.ones((1, 200), bool))
-  weights, ids = layer.route(x)
+  weights, ids, _ = layer.route(x)
   routed = jax.jit(lambda *args: run_routed(layer, *args))
   for rows in (1, 2, 7, 64):
     few = routed(x[:, :rows], weights[:, :rows], ids[:, :rows])

@@ -161,7 +161,7 @@ def _layer(
     scores=scores_of(spec.config),
   )
   block = nnx.merge(_block_graph(spec.config, kind), params)
-  x, blocks = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
+  x, blocks, _ = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
   return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
 
 

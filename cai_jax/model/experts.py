@@ -6,6 +6,7 @@ axis letters; in addition, E is the axis of experts, and R that of pairs, R = X 
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,20 @@ class Networks(nnx.Module):
     self.down = Kernel((e, f, d), rngs, param_dtype, experts.bias, gain)
 
 
+class Routing(NamedTuple):
+  """How routers have divided tokens, summed over tokens that are not padding.
+
+  Attributes:
+    counts: i32[...,E], number of tokens that each expert computes.
+    probabilities: f32[...,E], sums of the routers' probabilities, which are over all experts.
+    tokens: i32[...], number of tokens.
+  """
+
+  counts: jax.Array
+  probabilities: jax.Array
+  tokens: jax.Array
+
+
 class MoE(nnx.Module):
   """A feed-forward layer of experts (Shazeer et al. 2017; Jiang et al. 2024, section 2.1).
 
@@ -76,8 +91,8 @@ class MoE(nnx.Module):
 
   def __call__(
     self, x: jax.Array, real: jax.Array | None = None, mesh: Mesh | None = None
-  ) -> jax.Array:
-    """Return [B,T,D], which is 0 for padding.
+  ) -> tuple[jax.Array, Routing]:
+    """Return [B,T,D], which is 0 for padding, and the routing of each row.
 
     Args:
       x: [B,T,D].
@@ -85,9 +100,22 @@ class MoE(nnx.Module):
       mesh: its devices route their own rows of the batch, and have their part of the experts. None
         leaves the split to XLA, which may copy all rows to all devices.
     """
-    weights, ids = self.route(x)
-    if real is not None:
+    weights, ids, probabilities = self.route(x)
+    if real is None:
+      real = jnp.ones(x.shape[:2], bool)
+    else:
       ids = jnp.where(real[..., None], ids, self.config.number)
+    routing = Routing(
+      jnp.sum(ids[..., None] == jnp.arange(self.config.number), (1, 2), dtype=jnp.int32),
+      jnp.sum(jnp.where(real[..., None], probabilities, 0), 1),
+      jnp.sum(real, 1, dtype=jnp.int32),
+    )
+    return self._compute(x, weights, ids, mesh), routing
+
+  def _compute(
+    self, x: jax.Array, weights: jax.Array, ids: jax.Array, mesh: Mesh | None
+  ) -> jax.Array:
+    """Return the weighted sum [B,T,D] of the results of each token's experts."""
     networks = self.experts
     layers = networks.gate, networks.up, networks.down
     kernels = [layer.kernel[...].astype(x.dtype) for layer in layers]
@@ -115,24 +143,30 @@ class MoE(nnx.Module):
     )
     return run_all(x, weights, ids, *kernels, biases).astype(x.dtype)
 
-  def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the weights f32[B,T,k] and the numbers i32[B,T,k] of each token's experts.
+  def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choose the experts of each token.
 
     Sums have a fixed order, so that a token's weights do not depend on other rows.
 
     Args:
       x: [B,T,D].
+
+    Returns:
+      The weights f32[B,T,k] and the numbers i32[B,T,k] of each token's experts, and the softmax
+      f32[B,T,E] of the router over all experts.
     """
     kernel = self.router.kernel[...].astype(jnp.float32)
     flat = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     logits = einsum_f32('XD,DE->XE', flat, kernel).reshape(*x.shape[:2], -1)
     if self.router.bias is not None:
       logits = logits + self.router.bias[...].astype(jnp.float32)
+    probabilities = _softmax(logits)
     if not self.config.softmax_first:
       top, ids = jax.lax.top_k(logits, self.config.per_token)
-      return _softmax(top), ids
-    top, ids = jax.lax.top_k(_softmax(logits), self.config.per_token)
-    return (top / sum_entries(top)[..., None] if self.config.renormalize else top), ids
+      return _softmax(top), ids, probabilities
+    top, ids = jax.lax.top_k(probabilities, self.config.per_token)
+    weights = top / sum_entries(top)[..., None] if self.config.renormalize else top
+    return weights, ids, probabilities
 
 
 def _softmax(x: jax.Array) -> jax.Array:

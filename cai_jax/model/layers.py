@@ -14,7 +14,7 @@ from cai_jax.model.attention.rotary import Angles, rotate
 from cai_jax.model.cache import LayerCache
 from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
-from cai_jax.model.experts import MoE
+from cai_jax.model.experts import MoE, Routing
 from cai_jax.model.precision import PRODUCT, einsum_f32, einsum_rounded, sum_entries
 
 
@@ -290,8 +290,11 @@ class Block(nnx.Module):
 
   def __call__(
     self, x: jax.Array, cache: tuple[LayerCache, ...] | None, context: LayerContext
-  ) -> tuple[jax.Array, tuple[LayerCache, ...] | None]:
-    """Return [B,T,D] and the updated blocks of the cache; see `Attention.__call__`."""
+  ) -> tuple[jax.Array, tuple[LayerCache, ...] | None, Routing | None]:
+    """Return [B,T,D], the updated blocks of the cache, and the routing of each row, if any.
+
+    The arguments are those of `Attention.__call__`.
+    """
 
     def normalize(norm, x):
       return x if norm is None else norm(x, cache is not None)
@@ -304,14 +307,15 @@ class Block(nnx.Module):
     result = add(x, out, self.attention_post_norm)
     inputs = x if self.parallel else result
     inputs = normalize(self.mlp_norm, inputs)
+    routing = None
     if isinstance(self.mlp, MoE):
-      out = self.mlp(inputs, context.real, context.mesh)
+      out, routing = self.mlp(inputs, context.real, context.mesh)
     else:
       out = self.mlp(inputs)
     result = add(result, out, self.mlp_post_norm)
     if self.scalar is not None:
       result = result * jax.lax.stop_gradient(self.scalar[...].astype(result.dtype))
-    return result, new_cache
+    return result, new_cache, routing
 
 
 class Embedding(nnx.Module):

@@ -24,6 +24,7 @@ from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.experts import Routing
 from cai_jax.model.layers import (
   Block,
   Embedding,
@@ -100,6 +101,26 @@ class Transformer(nnx.Module):
     Raises:
       ValueError: if arguments that exclude each other are given.
     """
+    return self.forward(tokens, positions, segment_ids, sharding, remat, attention, allowed)[0]
+
+  def forward(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    sharding: NamedSharding | None = None,
+    remat: str = 'none',
+    attention: str | None = None,
+    allowed: jax.Array | None = None,
+  ) -> tuple[jax.Array, Routing | None]:
+    """Return the hidden states, and how each layer of experts has divided all tokens.
+
+    The arguments are those of `__call__`.
+
+    Returns:
+      The hidden states [B,T,D]; and the routing, with a first axis for the layers that are mixtures
+      of experts. A dense model has None in its place.
+    """
     if allowed is not None and not (segment_ids is None and attention is None):
       raise ValueError('allowed excludes segment_ids and attention.')
 
@@ -120,18 +141,24 @@ class Transformer(nnx.Module):
     x = constrain(x)
     real = None if segment_ids is None else segment_ids > 0
     mesh = None if sharding is None else cast(Mesh, sharding.mesh)
+    routings = []
     for layer, block in enumerate(self.layers):
       own = angles[rotations.index(rotation_of(self.config, layer))]
       context = LayerContext(own, attends[layer], growth, real, mesh)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
       def run(x, block=block, context=context):
-        return block(x, None, context)[0]
+        x, _, routing = block(x, None, context)
+        return x, routing
 
       if remat != 'none':
         run = jax.checkpoint(run, policy=REMAT[remat])
-      x = constrain(run(x))
-    return self.norm(x)
+      x, routing = run(x)
+      x = constrain(x)
+      routings += [] if routing is None else [routing]
+    if not routings:
+      return self.norm(x), None
+    return self.norm(x), jax.tree.map(lambda *rows: jnp.stack(rows).sum(1), *routings)
 
   def _masks(self, positions, segment_ids, attention, allowed) -> list[jax.Array | None]:
     """Return the mask bool[B,T,T] of each window of `windows_of`; None where a kernel makes it."""

@@ -205,6 +205,8 @@ def _check_training_start(
     )
   train = run.config.train
   needs = None, info.config.attention_cap, info.config.sinks
+  if 'train' in stages:
+    train.check_model(info.config, name)
   if 'train' in stages and train.attention != AUTO:
     try:
       check_kernel(train.attention, global_mesh(run), train.dtype, max_length, *needs)

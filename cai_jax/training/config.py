@@ -6,6 +6,7 @@ import math
 
 from cai_jax.data import quality
 from cai_jax.model.attention.kernels.kernel import AUTO, KERNELS
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.transformer import REMAT
 from cai_jax.model.weight_files import DTYPES as STORED
@@ -36,6 +37,7 @@ _MINIMUM = {
   'weight_decay': 0,
   'clip_norm': 0,
   'lora_rank': 0,
+  'balance_loss': 0,
 }
 _POSITIVE = ('learning_rate', 'eps')
 _BELOW_ONE = ('helpfulness_share', 'b1', 'b2', 'warmup', 'decay', 'ema', 'eval_share')
@@ -64,6 +66,13 @@ class TrainConfig:
     'sequence',
     "What the summed loss is divided by: 'sequence' is the number of sequences, as in the "
     "objective of Constitutional AI; 'token' is the number of target tokens.",
+  )
+  balance_loss: float = setting(
+    0.0,
+    'Factor of the load-balancing loss of a mixture of experts (Fedus et al. 2021), which is added '
+    'to the loss. It is an average over all tokens and layers, so it does not depend on '
+    '`loss_normalization`. With `accumulation` it costs a second forward pass. 0 disables it.',
+    added=True,
   )
   target: str = setting(
     'last',
@@ -246,10 +255,32 @@ class TrainConfig:
       raise UserError(
         f'train.patience={self.patience} counts evaluations. Set train.eval_every as well.'
       )
+    if self.balance_loss and not LOSSES[self.loss].routes:
+      routing = [name for name in LOSSES if LOSSES[name].routes]
+      raise UserError(
+        f'train.balance_loss={self.balance_loss} needs a loss that returns how experts were used, '
+        f'which train.loss={self.loss!r} does not. Set it to 0, or train.loss to one of {routing}.'
+      )
     if self.batch_size % self.accumulation:
       raise UserError(
         f'train.batch_size={self.batch_size} must be a multiple of '
         f'train.accumulation={self.accumulation}.'
+      )
+
+  def check_model(self, model: ModelConfig, name: str = 'The model') -> None:
+    """Check that the settings suit the model that is trained.
+
+    Args:
+      model: its shape.
+      name: its name, for the message.
+
+    Raises:
+      UserError: if there is a load-balancing loss, but no mixture of experts.
+    """
+    if self.balance_loss and model.experts is None:
+      raise UserError(
+        f'train.balance_loss={self.balance_loss} is for mixtures of experts, but {name} has no '
+        'experts. Set it to 0.'
       )
 
   @property

@@ -93,12 +93,13 @@ def fit(
     The trained parameters of the whole model, f32 on the mesh, and a summary of the run.
 
   Raises:
-    UserError: before the first step, if there are no examples, the warm-up takes all steps, the
-      mesh does not divide the rows, the attention kernel cannot run on these devices, or the
-      workdir is not writable or belongs to another run.
+    UserError: before the first step, if there are no examples, the warm-up takes all steps, there
+      is a load-balancing loss for a dense model, the mesh does not divide the rows, the attention
+      kernel cannot run on these devices, or the workdir is not writable or belongs to another run.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
+  config.check_model(model)
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
   _check_buckets(buckets, config, mesh, model)

@@ -16,7 +16,8 @@ from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.runtime.compilation import xla_options
 from cai_jax.runtime.mesh import BATCH, batch_sharding, place
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.losses import LOSSES, Batch, Sums
+from cai_jax.training.losses import LOSSES, ROUTING, Batch, Sums
+from cai_jax.training.losses.balance import balance_loss, split_routing, usage_metrics
 from cai_jax.training.optimizer import is_constant, make_optimizer, make_schedule
 from cai_jax.training.state import TrainState, state_shardings
 
@@ -80,7 +81,8 @@ def make_train_step(
   The batch holds tokens, positions, segment_ids and loss_mask, i32[B,T] each, sharded by
   `batch_sharding(mesh)`. The metrics, f32[] each, are `loss` (of the whole batch, normalized),
   `grad_norm` (before clipping), `learning_rate`, `clipped_share` (the share of the run's steps so
-  far whose gradient was clipped), and the loss's sums, such as `num_tokens`.
+  far whose gradient was clipped), the loss's sums, such as `num_tokens`, and for mixtures of
+  experts those of `balance.usage_metrics`. `loss` never includes the load-balancing loss.
 
   Args:
     graph: static half of the model.
@@ -93,34 +95,13 @@ def make_train_step(
   optimizer = make_optimizer(config, num_steps)
   schedule = make_schedule(config, num_steps)
   row_sharding = batch_sharding(mesh)
-  compute_gradient = jax.value_and_grad(make_loss(graph, config, row_sharding), has_aux=True)
-  weight_name = LOSSES[config.loss].normalizations[config.loss_normalization]
-
-  def accumulate_gradient(params, frozen, batch):
-    if config.accumulation == 1:
-      return compute_gradient(params, frozen, batch)
-    micro_sharding = NamedSharding(mesh, P(None, *BATCH))
-
-    def split(x):
-      # Each device splits the rows that it already holds, so no row moves.
-      x = jnp.moveaxis(x.reshape(-1, config.accumulation, *x.shape[1:]), 1, 0)
-      return jax.lax.with_sharding_constraint(x, micro_sharding)
-
-    def add(total, micro_batch):
-      gradient = compute_gradient(params, frozen, micro_batch)
-      return jax.tree.map(jnp.add, total, gradient), None
-
-    micro_batches = jax.tree.map(split, batch)
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute_gradient, params, frozen, first)
-    )
-    return jax.lax.scan(add, zeros, micro_batches)[0]
+  accumulate_gradient = _make_gradient(graph, config, mesh)
 
   def step(state: TrainState, batch: Batch):
     batch = jax.lax.with_sharding_constraint(batch, row_sharding)
     (loss_sum, sums), grads = accumulate_gradient(state.params, state.frozen, batch)
-    weight = jnp.maximum(sums[weight_name], 1.0)
+    weight = _weight(config, sums)
+    sums, routing = split_routing(sums)
     grads = jax.tree.map(lambda g: g / weight, grads)
     tokens_per_unit = jnp.maximum(sums['num_tokens'], 1.0) / weight
     updates, opt_state = optimizer.update(
@@ -135,6 +116,7 @@ def make_train_step(
       'learning_rate': schedule(state.step),
       'clipped_share': clipped / (state.step + 1),
       **sums,
+      **({} if routing is None else usage_metrics(routing)),
     }
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -150,6 +132,70 @@ def make_train_step(
     out_shardings=(shardings, NamedSharding(mesh, P())),
     compiler_options=_compiler_options(config, mesh),
   )
+
+
+def _weight(config: TrainConfig, sums: Sums) -> jax.Array:
+  """Return the sum f32[] that divides the loss."""
+  return jnp.maximum(sums[LOSSES[config.loss].normalizations[config.loss_normalization]], 1.0)
+
+
+def _make_gradient(
+  graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
+) -> Callable[[Any, Any, Batch], tuple[tuple[jax.Array, Sums], Any]]:
+  """Return `compute(params, frozen, batch) -> ((loss, sums), gradient)`, summed over micro-batches.
+
+  The gradient is that of the summed loss, and of the load-balancing loss times `balance_loss` and
+  times what the summed loss will be divided by.
+  """
+  loss = make_loss(graph, config, batch_sharding(mesh))
+  plain = jax.value_and_grad(loss, has_aux=True)
+
+  def objective(params, frozen, batch, whole):
+    loss_sum, sums = loss(params, frozen, batch)
+    whole = jax.lax.stop_gradient(sums if whole is None else whole)
+    balance = balance_loss(whole[ROUTING], sums[ROUTING])
+    return loss_sum + config.balance_loss * _weight(config, whole) * balance, (loss_sum, sums)
+
+  def balanced(params, frozen, batch, whole=None):
+    gradient, result = jax.grad(objective, has_aux=True)(params, frozen, batch, whole)
+    return result, gradient
+
+  def compute(params, frozen, batch):
+    if config.accumulation == 1:
+      return (balanced if config.balance_loss else plain)(params, frozen, batch)
+    micro_batches = _split_batch(batch, config.accumulation, mesh)
+    if not config.balance_loss:
+      return _sum_over(lambda micro: plain(params, frozen, micro), micro_batches)
+    # Each micro-batch needs the use of experts in all of them, so this computes them twice. XLA
+    # drops the loss, of which nothing is used here.
+    whole = _sum_over(lambda micro: loss(params, frozen, micro)[1], micro_batches)
+    return _sum_over(lambda micro: balanced(params, frozen, micro, whole), micro_batches)
+
+  return compute
+
+
+def _split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
+  """Return arrays [count,B/count,T] of micro-batches."""
+  sharding = NamedSharding(mesh, P(None, *BATCH))
+
+  def split(x):
+    # Each device splits the rows that it already holds, so no row moves.
+    x = jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(split, batch)
+
+
+def _sum_over(function: Callable[[Batch], Any], micro_batches: Batch) -> Any:
+  """Return the sum of a function's results over micro-batches, one after the other."""
+
+  def add(total, micro_batch):
+    return jax.tree.map(jnp.add, total, function(micro_batch)), None
+
+  first = jax.tree.map(lambda x: x[0], micro_batches)
+  shapes = jax.eval_shape(function, first)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
 def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
@@ -190,7 +236,7 @@ def make_eval_step(
 
   def step(params, frozen, batch: Batch):
     loss_sum, sums = loss(params, frozen, batch)
-    return {'loss_sum': loss_sum, **sums}
+    return {'loss_sum': loss_sum, **split_routing(sums)[0]}
 
   options = xla_options(mesh.devices.flat[0].platform)
   return jax.jit(step, out_shardings=NamedSharding(mesh, P()), compiler_options=options)

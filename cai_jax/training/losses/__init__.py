@@ -17,14 +17,26 @@ the model (`sharding`, `remat`, `attention`). It returns sums, never means: the 
 sums that it may be divided by. The train step adds these sums over micro-batches and devices and
 divides once, so packing, padding, accumulation and parallelism cannot change the result.
 `loss.LossFunction` documents every argument.
+
+`balance.py` is the load-balancing loss, which the train step adds to any loss that returns how
+experts were used.
 """
 
 from cai_jax.runtime.registry import import_submodules
-from cai_jax.training.losses.loss import LOSSES, Batch, Loss, LossFunction, Sums, register_loss
+from cai_jax.training.losses.loss import (
+  LOSSES,
+  ROUTING,
+  Batch,
+  Loss,
+  LossFunction,
+  Sums,
+  register_loss,
+)
 from cai_jax.training.losses.nll import negative_log_likelihood
 
 __all__ = [
   'LOSSES',
+  'ROUTING',
   'Batch',
   'Loss',
   'LossFunction',

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from cai_jax.runtime.registry import Registry
 
 Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, loss_mask: each i32[B,T]
-Sums = dict[str, jax.Array]  # f32[] each
+Sums = dict[str, Any]  # f32[] each, and under ROUTING a `Routing` with a first axis for layers
+ROUTING = 'routing'
 
 
 class LossFunction(Protocol):
@@ -41,7 +42,9 @@ class LossFunction(Protocol):
 
     Returns:
       The loss f32[], summed over the batch, and a dict of sums f32[]. The dict has `num_tokens`
-      (target tokens, which the log counts) and every sum that the loss's normalizations name.
+      (target tokens, which the log counts) and every sum that the loss's normalizations name. For
+      a mixture of experts it may have `ROUTING`, from `Transformer.forward`: the log then shows how
+      the experts are used, and `train.balance_loss` can be set.
     """
     ...
 
@@ -54,17 +57,19 @@ class Loss:
     function: computes the summed loss and its weights.
     normalizations: for each allowed value of `train.loss_normalization`, the name of the sum that
       divides the loss.
+    routes: whether its sums have `ROUTING` for mixtures of experts.
   """
 
   function: LossFunction
   normalizations: Mapping[str, str]
+  routes: bool = False
 
 
 LOSSES: Registry[Loss] = Registry('loss')
 
 
 def register_loss(
-  name: str, normalizations: Mapping[str, str]
+  name: str, normalizations: Mapping[str, str], routes: bool = False
 ) -> Callable[[LossFunction], LossFunction]:
   """Return a decorator that registers a loss function.
 
@@ -72,13 +77,14 @@ def register_loss(
     name: value of `train.loss` that selects the loss.
     normalizations: for each allowed value of `train.loss_normalization`, the name of the sum that
       divides the loss.
+    routes: whether its sums have `ROUTING` for mixtures of experts.
 
   Raises:
     UserError: if the name is taken.
   """
 
   def register(function: LossFunction) -> LossFunction:
-    LOSSES.register(name)(Loss(function, normalizations))
+    LOSSES.register(name)(Loss(function, normalizations, routes))
     return function
 
   return register

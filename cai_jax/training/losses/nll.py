@@ -13,11 +13,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cai_jax.training.losses.cross_entropy import choose_num_slices, weighted_cross_entropy
-from cai_jax.training.losses.loss import Batch, Sums, register_loss
+from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
 from cai_jax.training.losses.targets import count_sequences, next_token_targets
 
 
-@register_loss('nll', normalizations={'sequence': 'num_sequences', 'token': 'num_tokens'})
+@register_loss(
+  'nll', normalizations={'sequence': 'num_sequences', 'token': 'num_tokens'}, routes=True
+)
 def negative_log_likelihood(
   graph: nnx.GraphDef,
   params: Any,
@@ -28,10 +30,12 @@ def negative_log_likelihood(
 ) -> tuple[jax.Array, Sums]:
   """Return -Σ log P over the target tokens, and the numbers of target tokens and sequences.
 
+  For a mixture of experts, the sums also have `ROUTING`.
+
   The arguments are those of `LossFunction`.
   """
   model = nnx.merge(graph, params)
-  hidden = model(
+  hidden, routing = model.forward(
     batch['tokens'],
     batch['positions'],
     batch['segment_ids'],
@@ -40,10 +44,12 @@ def negative_log_likelihood(
     attention=attention,
   )
   targets, weights = next_token_targets(batch)
-  sums = {
+  sums: Sums = {
     'num_tokens': jnp.sum(weights),
     'num_sequences': count_sequences(batch['segment_ids'], weights),
   }
+  if routing is not None:
+    sums[ROUTING] = routing
   rows, length = targets.shape
   num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
   loss = weighted_cross_entropy(

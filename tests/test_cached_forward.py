@@ -20,7 +20,7 @@ PAGE, WIDTH, STALE = 4, 8, 3.0  # tokens of a page and of a piece; contents of u
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_forward(spec, params, tokens, positions, cache, step):
-  hidden, cache = forward_cached(spec, params, tokens, positions, cache, step)
+  hidden, cache, _ = forward_cached(spec, params, tokens, positions, cache, step)
   return hidden_logits(spec.config, params, hidden), cache
 
 

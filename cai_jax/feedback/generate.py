@@ -15,6 +15,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
 from cai_jax.feedback.stage import ChainEnded
+from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json
@@ -23,8 +24,10 @@ from cai_jax.runtime.terminal import say
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.stats import Stats
 from cai_jax.sampling.types import Chain, Completion, Turn
+from cai_jax.sampling.usage import no_usage
 
 JOB_FILE = 'job.json'  # names the job whose shards a folder holds
 
@@ -36,7 +39,7 @@ def generate_shards(
   engine: EngineConfig,
   progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> dict[str, Any]:
-  """Sample the missing shards of D_CAI, and return counts and speeds for the manifest.
+  """Sample the missing shards of D_CAI, and return counts and speeds.
 
   Existing shards are kept. All processes must call this function together, with the same shared
   folder and journal. Each process samples an equal part of the missing shards. It reads the journal
@@ -52,6 +55,9 @@ def generate_shards(
     progress: called after each row with the number of finished rows and the number of rows, both
       of this process, and the number of sampled tokens.
 
+  Returns:
+    Counts and speeds of this process, and `expert_usage`, from `Engine.expert_usage`.
+
   Raises:
     UserError: if the folder holds another job's shards, or this process does not share it.
   """
@@ -64,7 +70,8 @@ def generate_shards(
   }
   total = sum(map(len, shards.values()))
   if not total:
-    return {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
+    counts = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
+    return counts | {'expert_usage': no_usage(_engine_models(job))}
   running = _make_engine(job, journal, engine)
   unwritten: dict[int, dict[int, dict | ChainEnded]] = {}  # shard → index of a row → row
   indices = (index for shard in shards.values() for index in shard)
@@ -75,7 +82,8 @@ def generate_shards(
       if len(unwritten[shard]) == len(shards[shard]):
         _write_shard(job, folder, shard, unwritten.pop(shard))
       progress(done, total, running.stats.sampled_tokens)
-  return {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
+  counts = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
+  return counts | {'expert_usage': running.expert_usage()}
 
 
 def _write_shard(
@@ -156,10 +164,15 @@ def replay_turns(
   return turns
 
 
+def _engine_models(job: Job) -> dict[str, LM | Remote]:
+  """Return the models that sample the job's turns, by name."""
+  return {stage.model: job.models[stage.model] for stage in job.stages.by_name().values()}
+
+
 def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
   stages = job.stages.by_name().values()
   return Engine(
-    {stage.model: job.models[stage.model] for stage in stages},
+    _engine_models(job),
     length=min(job.length + config.spare_tokens, smallest_context_limit(job.models)),
     seed=job.seed,
     config=config,

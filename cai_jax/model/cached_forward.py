@@ -33,6 +33,9 @@ from cai_jax.model.layers import Block, Embedding, LayerContext, Norm, embed_tok
 from cai_jax.model.logits import logit_transform_of
 from cai_jax.model.transformer import Params, compute_once, unembed
 
+# For each layer of experts, i32[G,E]: how many tokens of a batch shard each expert has computed.
+Usage = tuple[jax.Array, ...]
+
 
 class ForwardSpec(NamedTuple):
   """What the parts are compiled for, besides the shapes of arrays.
@@ -61,8 +64,9 @@ def forward_cached(
   cache: Cache,
   step: Step,
   prefixes: Prefixes | None = None,
-) -> tuple[jax.Array, Cache]:
-  """Return the hidden states [G,X,D] before the last norm, and the updated cache.
+  usage: Usage = (),
+) -> tuple[jax.Array, Cache, Usage]:
+  """Return the hidden states [G,X,D] before the last norm, and the updated cache and usage.
 
   Args:
     spec: what to compile for.
@@ -74,6 +78,7 @@ def forward_cached(
       outside `jax.jit`.
     step: where the tokens are in the cache.
     prefixes: shared tokens before those in the cache of each row. Positions include them.
+    usage: how often experts were used so far; () does not count it.
   """
   if prefixes is None:
     prefixes = Prefixes((), jnp.full(positions.shape, -1))
@@ -87,15 +92,17 @@ def forward_cached(
   tables = {name: params[name] for name in ('embed', 'positions') if name in params}
   x, (angles, views, growth) = _start(spec, tables, tokens, positions, step, prefixes, pages, page)
   real = None if config.experts is None else positions >= 0
-  new_cache = []
+  new_cache, counted, counts = [], [], iter(usage)
   for layer, blocks in enumerate(cache):
     kind, layer_params = config.kind(layer), params['layers'][layer]
     view, shared = views[windows.index(kind.window)], [p.cache[layer] for p in prefixes.entries]
     own = angles[rotations.index(rotation_of(config, layer))]
     arrays = x, blocks, shared, own, growth, view, real
-    x, blocks = _layer(spec, kind, layer_params, *arrays)
+    count = next(counts, None) if kind.sparse else None
+    x, blocks, count = _layer(spec, kind, layer_params, *arrays, count)
     new_cache.append(blocks)
-  return x, tuple(new_cache)
+    counted += [] if count is None else [count]
+  return x, tuple(new_cache), tuple(counted)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'sizes', 'page'))
@@ -149,7 +156,8 @@ def _layer(
   growth: jax.Array | None,
   view: Any,
   real: jax.Array | None,
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+  usage: jax.Array | None,
+) -> tuple[jax.Array, tuple[LayerCache, ...], jax.Array | None]:
   mesh = cast(Mesh, spec.sharding.mesh)
   attend = functools.partial(
     CACHED[spec.attention].attend,
@@ -161,8 +169,10 @@ def _layer(
     scores=scores_of(spec.config),
   )
   block = nnx.merge(_block_graph(spec.config, kind), params)
-  x, blocks, _ = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
-  return jax.lax.with_sharding_constraint(x, spec.sharding), blocks
+  x, blocks, routing = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
+  if usage is not None:
+    usage = jax.lax.with_sharding_constraint(usage + routing.counts, spec.sharding)
+  return jax.lax.with_sharding_constraint(x, spec.sharding), blocks, usage
 
 
 def hidden_logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:

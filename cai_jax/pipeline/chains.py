@@ -3,7 +3,7 @@
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.stats import describe
+from cai_jax.sampling.usage import describe_usage, sum_over_processes, summarize
 from cai_jax.scoring.scorer import Scorer
 
 # Counts that are the same in every process, or of which the largest matters. Others are summed.
@@ -96,22 +97,31 @@ def sample_dataset(
       say(journal.describe_faults())
   if started is not None:
     counts['first_row_seconds'] = first_row[0]
+  usage = sum_over_processes(counts.pop('expert_usage'))
   counts = merge_counts(counts | {'journal_faults': journal.num_faults})
+  configs = {name: cast(LM, job.models[name]).config for name in usage}
+  experts = {name: summarize(configs[name], x) for name, x in usage.items() if x.any()}
 
   def finish() -> None:
     if counts['sampled_rows']:
       say(describe(counts))
+    for model, summary in experts.items():
+      say(describe_usage(model, configs[model], summary))
     generate.finish_dataset(job, folder)
     ended = describe_ended(folder, len(job.prompts), (prompt for prompt, _ in job.prompts))
     for line in filter(None, (ended, job.rewritten_history())):
       say(line)
 
   processes.run_on_process_0(f'finish {folder}', finish)
-  counts |= {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
-  return counts | ({'rewritten_history': text} if (text := job.rewritten_history()) else {})
+  result = counts | {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
+  if experts:
+    result['experts'] = experts
+  if text := job.rewritten_history():
+    result['rewritten_history'] = text
+  return result
 
 
-def merge_counts(counts: Mapping[str, float]) -> dict[str, float]:
+def merge_counts(counts: Mapping[str, float]) -> dict[str, Any]:
   """Return the counts over all processes: sums, or maxima where a sum is meaningless.
 
   Args:

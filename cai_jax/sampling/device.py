@@ -29,7 +29,7 @@ from cai_jax.model.cache import (
   Step,
   windows_of,
 )
-from cai_jax.model.cached_forward import ForwardSpec, forward_cached
+from cai_jax.model.cached_forward import ForwardSpec, Usage, forward_cached
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params
 from cai_jax.runtime.compilation import jit_on
@@ -38,6 +38,7 @@ from cai_jax.sampling import burst
 from cai_jax.sampling.caches import allocate_prefix
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.step_arrays import Burst, Chunk, ModelSpec, Sizes, Slots, runs_in_parts
+from cai_jax.sampling.usage import new_usage
 
 
 def run(
@@ -52,7 +53,8 @@ def run(
   sizes: Sizes,
   penalties: Penalties | None = None,
   text: np.ndarray | None = None,
-) -> tuple[Burst | jax.Array, Cache]:
+  usage: Usage = (),
+) -> tuple[Burst | jax.Array, Cache, Usage]:
   """Run one step with prefill, or a burst of steps without.
 
   Args:
@@ -69,21 +71,22 @@ def run(
     penalties: biases and penalties of the rows; None compiles a program without any.
     text: i32[B,L], context and reply of each row, where entries beyond its position are undefined.
       Penalties and drafts need it.
+    usage: how often experts were used so far; () does not count it.
 
   Returns:
     The sampled tokens, or without rows an array [] that is ready at the same time; and the updated
-    cache.
+    cache and usage.
   """
   program = _run_parts if runs_in_parts(spec.mesh) else step_program(cache, spec.mesh)
   return program(
-    spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties, text
+    spec, params, cache, prefix_caches, rows, tables, chunk, limits, sizes, penalties, text, usage
   )
 
 
 def step_program(cache: Cache, mesh: Mesh) -> Callable:
   """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs on a mesh."""
   formats: Any = jax.tree.map(lambda x: x.format, cache[0][0])
-  outputs = None, tuple((formats,) * len(blocks) for blocks in cache)
+  outputs = None, tuple((formats,) * len(blocks) for blocks in cache), None
   platform = mesh.devices.flat[0].platform
   static = 'spec', 'sizes'
   return jit_on(
@@ -103,34 +106,36 @@ def _run(
   sizes,
   penalties=None,
   text=None,
+  usage=(),
   loop=jax.lax.while_loop,
 ):
   """Compute `run`, within `jax.jit` or with `loop=_loop` outside of it."""
 
-  def forward(cache, batch):
+  def forward(cache, usage, batch):
     step = Step(tables, None if chunk is None else chunk.pieces)
     tokens, positions, choice = batch
     prefixes = Prefixes(prefix_caches, choice)
     forward_spec = _forward_spec(spec, len(tokens), sizes)
-    return forward_cached(forward_spec, params, tokens, positions, cache, step, prefixes)
+    return forward_cached(forward_spec, params, tokens, positions, cache, step, prefixes, usage)
 
   if rows is None:
-    cache = forward(cache, (chunk.tokens, chunk.positions, chunk.prefix))[1]
-    return _read_entry(cache[-1][0]), cache
+    _, cache, usage = forward(cache, usage, (chunk.tokens, chunk.positions, chunk.prefix))
+    return _read_entry(cache[-1][0]), cache, usage
   rows = Slots(*rows)
   outer = {name: value for name, value in params.items() if name != 'layers'}
 
   def step(carry):
-    cache, state = carry
+    cache, state, usage = carry
     draft, batch = burst.feed(spec, sizes, state, chunk)
-    hidden, cache = forward(cache, batch)
+    hidden, cache, usage = forward(cache, usage, batch)
     hidden = burst.select_hidden(sizes, hidden, draft)
     state = burst.take(spec, sizes, outer, hidden, draft, state, penalties, rows.active, limits)
-    return cache, state
+    return cache, state, usage
 
-  carry = cache, burst.begin(spec, sizes, rows, limits, penalties, text)
+  carry = cache, burst.begin(spec, sizes, rows, limits, penalties, text), usage
   carry = loop(lambda carry: carry[1].unfinished, step, carry) if chunk is None else step(carry)
-  return carry[1].burst, carry[0]
+  cache, state, usage = carry
+  return state.burst, cache, usage
 
 
 def _loop(condition, body, carry):
@@ -156,7 +161,9 @@ def _forward_spec(spec: ModelSpec, groups: int, sizes: Sizes) -> ForwardSpec:
   return ForwardSpec(spec.config, spec.dtype, sharding, sizes.width, sizes.attention)
 
 
-def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: int) -> Prefix:
+def prefill_prefix(
+  lm: LM, tokens: list[int], capacity: int, size: int, width: int
+) -> tuple[Prefix, Usage]:
   """Compute the keys and values of a shared prefix, replicated over batch shards.
 
   Args:
@@ -166,9 +173,13 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
     size: number of tokens per prefill chunk.
     width: number of tokens that attention processes together.
 
+  Returns:
+    The prefix, and how often its tokens used each expert, with G = 1.
+
   Raises:
     UserError: if the mesh does not divide the number of key-value heads.
   """
+  usage = new_usage(lm.config, NamedSharding(lm.mesh, P()), 1)
   cache: Cache = tuple((layer,) for layer in allocate_prefix(lm, capacity))
   spec, zero = ModelSpec.from_lm(lm), np.zeros((), np.int32)
   for start in range(0, len(tokens), size):
@@ -190,5 +201,7 @@ def prefill_prefix(lm: LM, tokens: list[int], capacity: int, size: int, width: i
     number = np.array([count], np.int32)
     split = Pieces(pieces, number, tables)  # type: ignore[arg-type]
     chunk = Chunk(padded, positions, np.full_like(positions, -1), split)
-    cache = run(spec, lm.params, cache, (), None, (), chunk, (zero, zero), Sizes(1, width))[1]
-  return Prefix(tuple(layer for (layer,) in cache), jnp.array(len(tokens), jnp.int32))
+    _, cache, usage = run(
+      spec, lm.params, cache, (), None, (), chunk, (zero, zero), Sizes(1, width), usage=usage
+    )
+  return Prefix(tuple(layer for (layer,) in cache), jnp.array(len(tokens), jnp.int32)), usage

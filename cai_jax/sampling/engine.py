@@ -197,6 +197,14 @@ class Engine:
         if entry.future is not None:
           entry.future.cancel()
 
+  def expert_usage(self) -> dict[str, np.ndarray]:
+    """Return how many tokens each expert of the models in memory has computed, i64[L,E] by name.
+
+    Dense models are left out. L counts the layers that are mixtures of experts.
+    """
+    mixtures = {name: model for name, model in self._local.items() if model.lm.config.experts}
+    return {name: model.expert_usage() for name, model in mixtures.items()}
+
   def _update_clock(self) -> None:
     """Add the seconds and compilations since the last update to the stats."""
     now, compilations = time.perf_counter(), COMPILATIONS.count

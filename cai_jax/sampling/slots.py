@@ -10,7 +10,7 @@ import numpy as np
 from cai_jax.model.cache import RowTable
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_shards
+from cai_jax.runtime.mesh import batch_sharding, batch_shards
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.chunks import Segment, pack_chunk
 from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
@@ -24,6 +24,7 @@ from cai_jax.sampling.programs import Programs, Size, find_programs
 from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.step_arrays import Burst, ModelSpec, Sizes, Slots, runs_in_parts
 from cai_jax.sampling.types import Turn
+from cai_jax.sampling.usage import fetch_usage, new_usage
 
 
 class _Running(NamedTuple):
@@ -114,10 +115,13 @@ class LocalModel:
     self._queue = PrefillQueue(self._cache, self.cached, *sizes)
     self.prefixes = [list(prefix) for prefix in prefixes]
     capacity = prefix_capacity(prefixes)
-    self.prefix_caches = tuple(
+    prefilled = [
       device.prefill_prefix(lm, p, capacity, self._chunk_sizes[-1], self._width)
       for p in self.prefixes
-    )
+    ]
+    self.prefix_caches = tuple(prefix for prefix, _ in prefilled)
+    self._prefix_usage = [usage for _, usage in prefilled]
+    self._usage = new_usage(lm.config, batch_sharding(lm.mesh), self._groups)
     stats.prefix_tokens += sum(map(len, prefixes))
     self._prefilled: jax.Array | None = None  # ready when the dispatched chunks are
     self._burst: _Running | None = None
@@ -220,6 +224,10 @@ class LocalModel:
     """Return the index and length of a context's shared prefix, or (-1, 0) if it has none."""
     return match_prefix(self.prefixes, context)
 
+  def expert_usage(self) -> np.ndarray:
+    """Return how many tokens each expert has computed, i64[L,E]; see `fetch_usage`."""
+    return fetch_usage(self.lm.config, self._usage, *self._prefix_usage)
+
   @property
   def busy(self) -> bool:
     """Whether there is anything to prefill or decode."""
@@ -300,7 +308,7 @@ class LocalModel:
       packed = segments or [[]] * self._groups
       page = self.config.page_tokens
       chunk = pack_chunk(self._cache, packed, size.tokens, self._width, page)
-    result, cache = device.run(
+    result, cache, self._usage = device.run(
       ModelSpec.from_lm(self.lm),
       self.lm.params,
       self._cache.take(size.blocks),
@@ -312,6 +320,7 @@ class LocalModel:
       Sizes(self.config.longest_burst, self._width, self.attention, drafts, self._least),
       penalties,
       text,
+      self._usage,
     )
     self._cache.put(cache)
     compiled = COMPILATIONS.count > compilations

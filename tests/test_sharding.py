@@ -41,7 +41,7 @@ CONFIGS = [
     layer_scalar=True,
     sinks=True,
   ),
-  ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16)),
+  ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16, bias=True)),
 ]
 
 

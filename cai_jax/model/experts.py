@@ -118,11 +118,11 @@ class MoE(nnx.Module):
     """Return the weighted sum [B,T,D] of the results of each token's experts."""
     networks = self.experts
     layers = networks.gate, networks.up, networks.down
-    kernels = [layer.kernel[...].astype(x.dtype) for layer in layers]
+    gate, up, down = (layer.kernel[...].astype(x.dtype) for layer in layers)
     biases = tuple(b[...].astype(jnp.float32) for layer in layers if (b := layer.bias) is not None)
     run = functools.partial(run_experts, self.activation, self.config)
     if mesh is None or mesh.size == 1:
-      return run(x, weights, ids, *kernels, biases).astype(x.dtype)
+      return run(x, weights, ids, gate, up, down, biases).astype(x.dtype)
 
     def run_part(x, weights, ids, gate, up, down, biases):
       first = jax.lax.axis_index('expert') * gate.shape[0]
@@ -141,7 +141,7 @@ class MoE(nnx.Module):
       out_specs=batch,
       check_vma=False,
     )
-    return run_all(x, weights, ids, *kernels, biases).astype(x.dtype)
+    return run_all(x, weights, ids, gate, up, down, biases).astype(x.dtype)
 
   def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose the experts of each token.

@@ -150,7 +150,8 @@ def row_places(
   """
   number = at - table.first[:, :, None]
   pages = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
-  return (x.reshape(len(at), -1) for x in (jnp.where(at < 0, total, pages), number % page))
+  pages = jnp.where(at < 0, total, pages)
+  return pages.reshape(len(at), -1), (number % page).reshape(len(at), -1)
 
 
 def prefix_masks(

@@ -81,7 +81,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 # No real model has these beside norm_offset and mlp_bias.
 object.__setattr__(MODEL, 'norm', 'layer')
-object.__setattr__(MODEL, 'experts', Experts(4, 2, 8, False, False, (1,)))
+EXPERTS = Experts(4, 2, 8, False, False, (1,), bias=True, limit=7.0, up_offset=1.0)
+object.__setattr__(MODEL, 'experts', EXPERTS)
 
 
 @pytest.mark.parametrize(

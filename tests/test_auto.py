@@ -158,6 +158,21 @@ def test_layers_with_windows_take_no_more_than_their_window():
   assert resolve(small, H200, load).slots == 128
 
 
+def test_layers_with_heads_of_their_own_are_counted_by_their_heads():
+  """Values that are the projected keys are cached as other values are."""
+  config = ModelConfig(
+    'gemma4_text',
+    *(256, 64, 64, 4, 8, 4, 16, 4096),
+    windows=(512, None, 512, None),
+    head_dims=(16, 32, 16, 32),
+    kv_heads=(4, 2, 4, 2),
+    values_from_keys=(False, True, False, True),
+  )
+  load = measure_load([(config, 'bfloat16')], make_mesh(4, tensor=2))
+  assert load.windowed == ((512, 2 * 2 * 4 * 16 * 2 // 2),)
+  assert load.token == load.windowed[0][1] + 2 * 2 * 2 * 32 * 2 // 2
+
+
 def test_cpu_devices_of_a_process_share_the_memory():
   devices = jax.devices()
   one = describe_device(devices[0])

@@ -12,6 +12,7 @@ from cai_jax.model.config import Experts, ModelConfig
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import slots
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
@@ -29,15 +30,15 @@ CONTEXTS = [  # the index of a prefix or None, and further tokens
 
 
 def chain(context):
-  """Return the tokens of two turns, of which the second follows the first."""
+  """Return the tokens of two turns, of which the second follows the first, and what they score."""
   first = yield Turn('first', context, SamplingConfig(max_tokens=20))
   follow = context + first.tokens + [5, 9]
   second = yield Turn('second', follow, SamplingConfig(max_tokens=6))
-  return follow + second.tokens
+  return follow + second.tokens, first.logprobs + second.logprobs
 
 
 def run_engine(lm):
-  """Return the engine, and the tokens of each chain."""
+  """Return the engine, and the result of each chain."""
   sizes = dict(slots=2, prefill_tokens=16, prefill_width=8, longest_burst=8, page_tokens=16)
   config = EngineConfig(**sizes, draft_tokens=0)
   engine = Engine({'base': lm}, length=192, seed=0, config=config, prefixes={'base': PREFIXES})
@@ -77,13 +78,21 @@ def test_each_computed_token_counts_once(load, tiny_hf_folder, family, shape):
   engine, texts = run_engine(lm)
   lm = load(family)
   expected = sum(map(count, PREFIXES))
-  for (index, _), tokens in zip(CONTEXTS, texts, strict=True):
+  for (index, _), (tokens, _) in zip(CONTEXTS, texts, strict=True):
     expected = expected + count(tokens[:-1])
     expected = expected - (0 if index is None else count(PREFIXES[index]))
   np.testing.assert_array_equal(engine.expert_usage()['base'], expected)
   assert expected.sum() == 2 * len(expected) * (
     sum(map(len, PREFIXES)) + sum(len(own) + 20 + 2 + 6 - 1 for _, own in CONTEXTS)
   )
+
+
+@pytest.mark.slow
+def test_counting_changes_no_sampled_bit(load, monkeypatch):
+  lm = load('mixtral')
+  counted = run_engine(lm)[1]
+  monkeypatch.setattr(slots, 'new_usage', lambda *args: ())
+  assert run_engine(lm)[1] == counted
 
 
 def test_dense_models_count_nothing(load):

@@ -10,7 +10,7 @@ where a row's pages are, nor on other rows.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED, causal_mask
+from cai_jax.model.attention.pieces import (
+  PieceView,
+  attend_gathered_pieces,
+  attend_pieces,
+  view_pieces,
+)
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
@@ -30,8 +36,6 @@ from cai_jax.model.attention.softmax import (
 )
 from cai_jax.model.cache import LayerCache, Prefixes, RowTable, Step, init_block
 from cai_jax.runtime.mesh import BATCH, batch_shards
-
-T = TypeVar('T', jax.Array, PartialSoftmax)
 
 
 class RowView(NamedTuple):
@@ -48,17 +52,6 @@ class RowView(NamedTuple):
   mask: jax.Array
   pages: jax.Array
   longest: jax.Array
-
-
-class PieceView(NamedTuple):
-  """What prefilled tokens read in the layers with one window; see `Pieces` and `PieceTable`."""
-
-  positions: jax.Array
-  start: jax.Array
-  number: jax.Array
-  pages: jax.Array
-  num_pages: jax.Array
-  first: jax.Array
 
 
 class View(NamedTuple):
@@ -100,19 +93,12 @@ def make_view(
     page: S, number of tokens of a page.
     window: number of tokens that a query sees, itself included; None means no limit.
   """
-  total, places, offsets, rows, pieces, decoded = sum(sizes), [], [], None, None, 0
+  total = sum(sizes)
+  place, offset, decoded = find_places(positions, step, index, page, total)
+  rows = pieces = None
   if step.rows:
     table = step.rows[index]
-    g, d = table.first.shape
-    decoded = (
-      positions.shape[1]
-      if step.pieces is None
-      else positions.shape[1] - step.pieces.tables[index].page.shape[1]
-    )
-    at = positions[:, :decoded].reshape(g, d, -1)
-    place, offset = row_places(at, table, page, total)
-    places.append(place)
-    offsets.append(offset)
+    at = positions[:, :decoded].reshape(*table.first.shape, -1)
     owner = jnp.maximum(table.owner, 0)
     queries = jnp.take_along_axis(at, owner[:, :, None], 1)  # [G,P,W]
     keys = table.start[:, :, None] + jnp.arange(page)
@@ -122,12 +108,7 @@ def make_view(
     longest = (table.pages < total).sum(2).max(1)
     rows = RowView(owner, mask, table.pages, longest)
   if step.pieces is not None:
-    piece = step.pieces.tables[index]
-    places.append(piece.page)
-    offsets.append(piece.offset)
-    tables = piece.pages, piece.num_pages, piece.first
-    pieces = PieceView(positions[:, decoded:], step.pieces.start, step.pieces.number, *tables)
-  place, offset = jnp.concatenate(places, 1), jnp.concatenate(offsets, 1)
+    pieces = view_pieces(positions[:, decoded:], step.pieces, index)
   starts = [sum(sizes[:i]) for i in range(len(sizes))]
   block = [
     jnp.where((place >= start) & (place < start + size), place - start, size)
@@ -137,21 +118,41 @@ def make_view(
   return View(tuple(block), offset, rows, pieces, prefix_masks(positions, prefixes, window))
 
 
-def row_places(
-  at: jax.Array, table: RowTable, page: int, total: int
-) -> tuple[jax.Array, jax.Array]:
-  """Return the page to which each token of decoded rows is written, and its place: i32[G,D·W].
+def find_places(
+  positions: jax.Array, step: Step, index: int, page: int, total: int
+) -> tuple[jax.Array, jax.Array, int]:
+  """Return where a step's tokens are written, and how many of them are of decoded rows.
 
   Args:
-    at: i32[G,D,W], positions; negative for padding.
-    table: the rows' pages.
+    positions: i32[G,X]; negative for padding.
+    step: the tables.
+    index: index of the window's tables.
     page: S, number of tokens of a page.
-    total: number of pages, which drops the write of padding.
+    total: number of pages, which stands for no page: it drops the write.
+
+  Returns:
+    i32[G,X], the page of each token; i32[G,X], its place there; and D · W.
   """
+  parts, decoded = [], positions.shape[1]
+  if step.pieces is not None:
+    piece = step.pieces.tables[index]
+    decoded -= piece.page.shape[1]
+  if step.rows:
+    table = step.rows[index]
+    parts.append(_row_places(positions[:, :decoded], table, page, total))
+  if step.pieces is not None:
+    parts.append((piece.page, piece.offset))
+  place, offset = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+  return place, offset, decoded
+
+
+def _row_places(positions, table: RowTable, page: int, total: int) -> tuple[jax.Array, jax.Array]:
+  """Return `find_places` of decoded rows."""
+  at = positions.reshape(*table.first.shape, -1)
   number = at - table.first[:, :, None]
   pages = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
-  pages = jnp.where(at < 0, total, pages)
-  return pages.reshape(len(at), -1), (number % page).reshape(len(at), -1)
+  place = jnp.where(at < 0, total, pages)
+  return place.reshape(positions.shape), (number % page).reshape(positions.shape)
 
 
 def prefix_masks(
@@ -235,8 +236,8 @@ def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, on_cpu,
     part = [ungroup_queries(x, tokens).reshape(decoded, *q.shape[1:-1], -1) for x in part]
     parts.append(PartialSoftmax(*part))
   if view.pieces is not None:
-    attend_pieces = _attend_pieces if on_cpu else _attend_gathered_pieces
-    parts.append(attend_pieces(q[decoded:], blocks, view.pieces, window, width, scores))
+    attend = attend_pieces if on_cpu else attend_gathered_pieces
+    parts.append(attend(q[decoded:], blocks, view.pieces, window, width, scores))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
   shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
   whole = merge([*shared, own])
@@ -295,118 +296,6 @@ def _attend_rows(queries, blocks, view: RowView, on_cpu: bool, scores) -> Partia
 
   empty = PartialSoftmax.empty(queries.shape[:-1], queries.shape[-1])
   return jax.lax.fori_loop(0, view.longest, add, empty)
-
-
-def _attend_pieces(q, blocks, view: PieceView, window, width, scores) -> PartialSoftmax:
-  """Return the softmax of prefilled tokens [T,N,...] over their pages, for q [T,N,H]."""
-  length, n, h = q.shape
-  kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
-  # A piece may end before `width` tokens; what it computes beyond is overwritten by the next piece.
-  q = jnp.pad(q, ((0, width), (0, 0), (0, 0)))
-  positions = jnp.pad(view.positions, (0, width), constant_values=-1)
-  starts = [sum(len(block.k) for block in blocks[:i]) for i in range(len(blocks))]
-
-  def read_page(page):
-    def read(block, start):
-      at = jnp.clip(page - start, 0, len(block.k) - 1)
-      return tuple(jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in block)
-
-    if len(blocks) == 1:
-      return read(blocks[0], 0)
-    number = jnp.sum(page >= jnp.array(starts)) - 1
-    branches = [functools.partial(read, *x) for x in zip(blocks, starts, strict=True)]
-    return jax.lax.switch(number, branches)
-
-  def add_piece(piece, whole):
-    start = view.start[piece]
-    at = jax.lax.dynamic_slice_in_dim(positions, start, width)
-    queries = group_queries(jax.lax.dynamic_slice_in_dim(q, start, width), kv_heads)
-
-    def add_page(number, part):
-      at_keys = view.first[piece] + number * size + jnp.arange(size)
-      mask = causal_mask(at[None], at_keys[None], window)[0]
-      keys = read_page(view.pages[piece, number])
-      return merge([part, read_keys(queries, *keys, mask, scores)])
-
-    empty = PartialSoftmax.empty(queries.shape[:-1], h)
-    part = jax.lax.fori_loop(0, view.num_pages[piece], add_page, empty)
-
-    def put(x, new):
-      return jax.lax.dynamic_update_slice_in_dim(x, ungroup_queries(new, width), start, 0)
-
-    return jax.tree.map(put, whole, part)
-
-  whole = PartialSoftmax.empty((length + width, n), h)
-  whole = jax.lax.fori_loop(0, view.number, add_piece, whole)
-  return jax.tree.map(lambda x: x[:length], whole)
-
-
-def _attend_gathered_pieces(q, blocks, view: PieceView, window, width, scores) -> PartialSoftmax:
-  """Return `_attend_pieces` of all pieces at once, from copies of their pages.
-
-  GPUs gather fast, and a loop of unknown length would make every layer wait for the host.
-  """
-  h = q.shape[-1]
-  kv_heads, size = blocks[0].k.shape[1], blocks[0].k.shape[-1]
-  piece_q, positions, target = split_pieces(q, view, width)
-  queries = group_queries(piece_q, kv_heads)
-  shape = *view.pages.shape, *blocks[0].k.shape[1:]
-  k = jnp.zeros(shape, blocks[0].k.dtype)
-  v = jnp.zeros((*shape[:3], size, h), blocks[0].v.dtype)
-  start = 0
-  for block in blocks:
-    inside = (view.pages >= start) & (view.pages < start + len(block.k))
-    index = jnp.where(inside, view.pages - start, len(block.k))
-    k += block.k.at[index].get(mode='fill', fill_value=0)
-    v += block.v.at[index].get(mode='fill', fill_value=0)
-    start += len(block.k)
-  pieces, pages = view.pages.shape
-  k = jnp.moveaxis(k, 1, 3).reshape(pieces, kv_heads, h, pages * size)
-  v = jnp.moveaxis(v, 1, 2).reshape(pieces, kv_heads, pages * size, h)
-  keys = view.first[:, None] + jnp.arange(pages * size)
-  listed = jnp.arange(pages * size) < view.num_pages[:, None] * size
-  mask = causal_mask(positions, keys, window, listed[:, None])
-  part = read_keys(queries, k, v, mask, scores)
-  return join_pieces(part, target, len(q))
-
-
-def split_pieces(
-  q: jax.Array, view: PieceView, width: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return the queries [R,C,N,H] of each piece, their positions, and where they come from.
-
-  Args:
-    q: [T,N,H], of all prefilled tokens.
-    view: the pieces.
-    width: C, number of tokens of a piece.
-
-  Returns:
-    The queries; i32[R,C], their positions; and i32[R,C], their indices in `q`. A piece ends where
-    the next one starts: the queries beyond have the index T, and what they attend to is dropped.
-  """
-  length, pieces = len(q), len(view.start)
-  tokens = view.start[:, None] + jnp.arange(width)
-  end = jnp.concatenate([view.start[1:], jnp.full(1, length)])
-  end = jnp.where(jnp.arange(pieces) + 1 < view.number, end, length)
-  valid = (tokens < end[:, None]) & (jnp.arange(pieces) < view.number)[:, None]
-  positions = view.positions.at[tokens].get(mode='clip')
-  return q.at[tokens].get(mode='clip'), positions, jnp.where(valid, tokens, length)
-
-
-def join_pieces(parts: T, target: jax.Array, length: int) -> T:
-  """Return what pieces give, [R,K,C·N/K,...], for all prefilled tokens: [T,N,...].
-
-  Args:
-    parts: an array, or a PartialSoftmax.
-    target: i32[R,C], as `split_pieces` returns it.
-    length: T.
-  """
-
-  def join(x):
-    x = ungroup_queries(x, target.shape[1])
-    return jnp.zeros((length, *x.shape[2:]), x.dtype).at[target].set(x, mode='drop')
-
-  return jax.tree.map(join, parts)
 
 
 # On TPUs a step writes one token's keys for all heads, so the memory layout is that of [B,S,K,H].

@@ -22,14 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED
-from cai_jax.model.attention.paged import prefix_masks
+from cai_jax.model.attention.paged import find_places, prefix_masks, read_prefixes
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
-  group_queries,
   merge,
-  read_keys,
-  ungroup_queries,
 )
 from cai_jax.model.cache import LayerCache, Pieces, Prefixes, RowTable, Step
 from cai_jax.model.config import ModelConfig
@@ -90,15 +87,11 @@ class Sequences(NamedTuple):
     tokens: i32[G,Q], number of tokens; 0 marks padding.
     length: i32[G,Q], number of keys in the pages.
     pages: i32[G,Q,N].
-    page: i32[G,X], the page to which each token is written.
-    offset: i32[G,X], the place in that page.
   """
 
   tokens: jax.Array
   length: jax.Array
   pages: jax.Array
-  page: jax.Array
-  offset: jax.Array
 
 
 def init_pages(heads: int, head_dim: int, pages: int, size: int, dtype) -> RaggedPages:
@@ -143,14 +136,13 @@ def make_view(
 ) -> RaggedView:
   """Return the tables of the kernel; see `cached.MakeView`."""
   (total,) = sizes  # the kernel takes the pages as one array
-  parts, decoded = [], positions.shape[1]
-  if step.pieces is not None:
-    decoded -= step.pieces.tables[index].page.shape[1]
+  to, offset, decoded = find_places(positions, step, index, page, total)
+  parts = []
   if step.rows:
-    parts.append(_row_sequences(positions[:, :decoded], step.rows[index], page, total))
+    parts.append(_row_sequences(positions[:, :decoded], step.rows[index]))
   if step.pieces is not None:
     parts.append(_piece_sequences(positions[:, decoded:], step.pieces, index))
-  tokens, length, pages, to, offset = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+  tokens, length, pages = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
   order = rank = None
   if step.rows:  # rows may end, so the tokens of the others move together
     order = jnp.argsort(positions < 0, axis=1, stable=True)
@@ -166,17 +158,12 @@ def make_view(
   return RaggedView(to, offset, order, rank, pages, length, start, count, masks)
 
 
-def _row_sequences(positions, table: RowTable, page: int, total: int) -> Sequences:
+def _row_sequences(positions, table: RowTable) -> Sequences:
   """Return the sequences of decoded rows; their tokens of padding are the last of each row."""
-  g, d = table.first.shape
-  at = positions.reshape(g, d, -1)
-  number = at - table.first[:, :, None]
-  to = jnp.take_along_axis(table.pages, jnp.maximum(number // page, 0), 2, mode='clip')
-  to = jnp.where(at < 0, total, to).reshape(positions.shape)
-  offset = (number % page).reshape(positions.shape)
+  at = positions.reshape(*table.first.shape, -1)
   tokens = (at >= 0).sum(2)
   length = jnp.where(tokens > 0, at.max(2) + 1 - table.first, 0)
-  return Sequences(tokens, length, table.pages, to, offset)
+  return Sequences(tokens, length, table.pages)
 
 
 def _piece_sequences(positions, pieces: Pieces, index: int) -> Sequences:
@@ -188,7 +175,7 @@ def _piece_sequences(positions, pieces: Pieces, index: int) -> Sequences:
   stop = jnp.concatenate([start[:, 1:], end[:, None]], 1)
   last = jnp.take_along_axis(positions, jnp.maximum(stop - 1, 0), 1)
   length = jnp.where(used, last + 1 - table.first, 0)
-  return Sequences(stop - start, length, table.pages, table.page, table.offset)
+  return Sequences(stop - start, length, table.pages)
 
 
 def attend_ragged(
@@ -240,11 +227,7 @@ def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, interpret, sco
   summed = summed if view.rank is None else summed[view.rank]
   own = PartialSoftmax(summed, jnp.ones_like(summed), out.astype(jnp.float32))
 
-  def read_prefix(cache, mask):
-    part = read_keys(group_queries(q, k.shape[1]), cache.k[0], cache.v[0], mask, scores)
-    return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
-
-  shared = [read_prefix(*prefix) for prefix in zip(prefixes, view.prefix_masks, strict=True)]
+  shared = read_prefixes(q, k.shape[1], prefixes, view.prefix_masks, scores)
   whole = merge([*shared, own])
   whole = whole if sinks is None else whole.with_sinks(sinks)
   return whole.divided().astype(q.dtype)[None], (RaggedPages(kv),)

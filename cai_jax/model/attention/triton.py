@@ -22,14 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED, CacheAttention
 from cai_jax.model.attention.mask import MASKED
-from cai_jax.model.attention.paged import (
-  PieceView,
-  join_pieces,
-  prefix_masks,
-  read_prefixes,
-  row_places,
-  split_pieces,
-)
+from cai_jax.model.attention.paged import find_places, prefix_masks, read_prefixes
+from cai_jax.model.attention.pieces import PieceView, join_pieces, split_pieces, view_pieces
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.attention.softmax import PartialSoftmax, group_queries, merge, ungroup_queries
 from cai_jax.model.cache import LayerCache, Prefixes, Step
@@ -120,23 +114,14 @@ def make_view(
 ) -> TritonView:
   """Return the indices of a step; see `cached.MakeView`."""
   (total,) = sizes  # the kernel takes the pages as one array
-  places, offsets, rows, pieces, decoded = [], [], None, None, positions.shape[1]
-  if step.pieces is not None:
-    decoded -= step.pieces.tables[index].page.shape[1]
+  place, offset, decoded = find_places(positions, step, index, page, total)
+  rows = pieces = None
   if step.rows:
     table = step.rows[index]
     at = positions[:, :decoded].reshape(*table.first.shape, -1)
-    place, offset = row_places(at, table, page, total)
-    places.append(place)
-    offsets.append(offset)
     rows = RowSequences(at, table.pages, table.first)
   if step.pieces is not None:
-    piece = step.pieces.tables[index]
-    places.append(piece.page)
-    offsets.append(piece.offset)
-    tables = piece.pages, piece.num_pages, piece.first
-    pieces = PieceView(positions[:, decoded:], step.pieces.start, step.pieces.number, *tables)
-  place, offset = jnp.concatenate(places, 1), jnp.concatenate(offsets, 1)
+    pieces = view_pieces(positions[:, decoded:], step.pieces, index)
   return TritonView(place, offset, rows, pieces, prefix_masks(positions, prefixes, window))
 
 

@@ -65,7 +65,7 @@ def load_params(
   tensors = check_tensors(folder, config, extra)
   abstract = abstract_model(config, param_dtype=param_dtype)[1]
   shardings = param_shardings(abstract, mesh)
-  weights = stored_weights(config)
+  weights = stored_weights(config, tensors)
 
   def load(path, leaf, sharding):
     stored = weights[path_str(path)]

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def check_tensors(
       f'parameters, but the weight files hold {elements:,}. Use the config.json and the weights of '
       'one model.'
     )
-  weights = stored_weights(config)
+  weights, family = stored_weights(config, tensors), family.in_layout_of(tensors)
   needed = {name for stored in weights.values() for name in stored.names}
   _check_names(set(tensors), needed, config, folder, extra)
   for path, stored in weights.items():
@@ -70,14 +70,15 @@ def check_tensors(
   return tensors
 
 
-def stored_weights(config: ModelConfig) -> dict[str, StoredWeight]:
+def stored_weights(config: ModelConfig, names: Iterable[str] = ()) -> dict[str, StoredWeight]:
   """Return where each parameter of a model is stored, by its path.
 
   Args:
     config: the model's config.
+    names: of the tensors of files, whose layout counts; none give the layout of files to write.
   """
   shapes = {path: leaf.shape for path, leaf in flatten_params(abstract_model(config)[1]).items()}
-  return FAMILIES[config.family].find_weights(shapes)
+  return FAMILIES[config.family].in_layout_of(names).find_weights(shapes)
 
 
 def _rename(

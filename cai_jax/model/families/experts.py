@@ -30,6 +30,16 @@ def expert_weights(
   )
 
 
+# The same in files that transformers 5 writes with save_original_format=False: the experts of a
+# layer have two tensors, and their gates come before their `up`.
+FUSED = per_layer(
+  Weight('mlp/router/kernel', 'mlp.gate.weight', 'DE->E,D'),
+  Weight('mlp/experts/gate/kernel', 'mlp.experts.gate_up_proj', 'EDM->E,+M,D'),
+  Weight('mlp/experts/up/kernel', 'mlp.experts.gate_up_proj', 'EDM->E,+M,D'),
+  Weight('mlp/experts/down/kernel', 'mlp.experts.down_proj', 'EMD->E,D,M'),
+)
+
+
 def read_experts(
   hf: dict[str, Any],
   number: int,

@@ -6,7 +6,8 @@ To add a family, register a `Family` in a new file of this folder, or in a file 
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cai_jax.model.config import ModelConfig
@@ -55,6 +56,8 @@ class Family:
     options: the entries of `options.OPTIONS` that `read_config` reads. All others must be neutral.
     sizes: the entries of config.json that give the size of an axis, by its letter, where they are
       not those of Llama; for messages.
+    fused: rows for files in which some parameters have other tensors than in `weights`. Loading
+      finds out which of the two a file has, and saving writes those of `weights`.
     multimodal: multimodal models of which this family is the text half: transformers' class by
       model_type. Their config.json has a text_config.
     quantized: the quant_method of checkpoints that loading dequantizes.
@@ -78,6 +81,7 @@ class Family:
   examples: tuple[str, ...] = ()
   options: tuple[str, ...] = ()
   sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  fused: tuple[Weight, ...] = ()
   multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
   quantized: tuple[str, ...] = ()
   named_halves: tuple[str, ...] = ()
@@ -85,9 +89,28 @@ class Family:
   ignored: tuple[str, ...] = ()
 
   def __post_init__(self):
-    check_table(self.weights, {**_SIZES, **self.sizes})
+    for table in (self.weights, self._fused_table()):
+      check_table(table, {**_SIZES, **self.sizes})
     if unknown := sorted(set(self.options) - OPTIONS.keys()):
       raise ValueError(f'OPTIONS of families/options.py has no {unknown[0]!r}.')
+
+  def _fused_table(self) -> tuple[Weight, ...]:
+    """Return the weight table with the rows of `fused`."""
+    paths = {row.path for row in self.fused}
+    return (*(row for row in self.weights if row.path not in paths), *self.fused)
+
+  def in_layout_of(self, names: Iterable[str]) -> 'Family':
+    """Return the family with the weight table of some files, which may be that with `fused`.
+
+    Args:
+      names: of the tensors of the files.
+    """
+    own = {row.name for row in self.weights}
+    others = [row.name for row in self.fused if row.name not in own]
+    patterns = [re.escape(name).replace(r'\{\}', r'\d+') for name in others]
+    if not patterns or not any(re.fullmatch('|'.join(patterns), name) for name in names):
+      return self
+    return dataclasses.replace(self, weights=self._fused_table(), fused=())
 
   def find_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredWeight]:
     """Return the tensors that hold the parameters of a model, by path.

@@ -51,6 +51,7 @@ FAMILIES.register('mixtral')(
       *shared.ATTENTION,
       *experts.expert_weights('block_sparse_moe', ('w1', 'w3', 'w2')),
     ),
+    fused=experts.FUSED,
     causal_lm='MixtralForCausalLM',
     classifier='MixtralForSequenceClassification',
     title='Mixtral',

@@ -56,6 +56,7 @@ FAMILIES.register('olmoe')(
       *shared.QK_NORMS_OVER_HEADS,
       *experts.expert_weights(),
     ),
+    fused=experts.FUSED,
     causal_lm='OlmoeForCausalLM',
     classifier=None,
     title='OLMoE',

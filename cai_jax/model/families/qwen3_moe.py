@@ -84,6 +84,7 @@ FAMILIES.register('qwen3_moe')(
       *shared.GATED_MLP,
       *experts.expert_weights(),
     ),
+    fused=experts.FUSED,
     causal_lm='Qwen3MoeForCausalLM',
     classifier='Qwen3MoeForSequenceClassification',
     title='Qwen3-MoE',

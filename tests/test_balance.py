@@ -41,7 +41,7 @@ def padded_batch(vocab_size=300):
   return {'tokens': tokens, 'positions': positions, 'segment_ids': segments, 'loss_mask': segments}
 
 
-@pytest.mark.parametrize('family', ['mixtral', 'qwen3_moe', 'olmoe'])
+@pytest.mark.parametrize('family', ['mixtral', 'qwen3_moe', 'olmoe', 'gpt_oss'])
 def test_value_and_gradient_are_those_of_transformers(load, tiny_hf_folder, tmp_path, family):
   """A model whose weights are torch's gradients gives these gradients in our layout."""
   batch, folder = padded_batch(), tiny_hf_folder(family)

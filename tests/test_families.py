@@ -132,6 +132,27 @@ def test_gpt_oss_has_the_defaults_of_transformers():
     )
 
 
+@pytest.mark.parametrize(
+  'entry',
+  [
+    {'router_jitter_noise': 0.01},
+    {'shared_expert_intermediate_size': 64},
+    {'n_shared_experts': 1},
+    {'routed_scaling_factor': 2.5},
+    {'scoring_func': 'sigmoid'},
+    {'first_k_dense_replace': 1},
+  ],
+)
+def test_other_mixtures_are_refused(entry):
+  """What only reports routing, or weighs the loss of transformers, is read and not used."""
+  same = {'output_router_logits': True, 'router_aux_loss_coef': 0.5, 'router_jitter_noise': 0.0}
+  for name in ('mixtral', 'qwen3_moe', 'olmoe'):
+    hf = transformers.AutoConfig.for_model(name).to_dict()
+    assert config_from_hf(hf | same) == config_from_hf(hf)
+    with pytest.raises(UserError, match=f'{next(iter(entry))}=.* is not supported'):
+      config_from_hf(hf | entry)
+
+
 def test_configs_of_transformers_4_are_read():
   """They store rope_theta beside rope_scaling, and Qwen2's windows by the number of the layer."""
   config = ModelConfig('llama', 8, 16, 32, 3, 4, 2, 4, 64)

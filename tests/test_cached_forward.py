@@ -49,13 +49,15 @@ class PagedRows:
     order = np.random.default_rng(seed).permutation(self.total)
     self.pages = order[: rows * each].reshape(rows, each).astype(np.int32)
     ends = np.linspace(0, self.total, blocks + 1).astype(int)
-    block = lambda kind, n: jax.tree.map(  # noqa: E731
-      lambda x: x + jnp.asarray(stale, dtype),
-      cache_lib.init_block(kind.kv_heads, kind.head_dim, n, PAGE, dtype),
-    )
-    self.cache = tuple(
-      tuple(block(kind, n) for n in np.diff(ends).tolist()) for kind in lm.config.kinds
-    )
+    fill = lambda block: jax.tree.map(lambda x: x + jnp.asarray(stale, x.dtype), block)  # noqa: E731
+
+    def make_blocks(kind):
+      if kind.delta:
+        return (fill(cache_lib.init_states(kind.delta, self.total, dtype)),)
+      heads, sizes = (kind.kv_heads, kind.head_dim), np.diff(ends).tolist()
+      return tuple(fill(cache_lib.init_block(*heads, n, PAGE, dtype)) for n in sizes)
+
+    self.cache = tuple(map(make_blocks, lm.config.kinds))
 
   def values(self, row):
     """Return the values [T,K,H] that the first layer holds for a row."""
@@ -102,7 +104,8 @@ class PagedRows:
         pages[0, piece], dropped = self.row_pages(row, a, b - 1, window)
         number[0, piece] = (b - 1) // PAGE + 1 - dropped
         first[0, piece] = dropped * PAGE
-        page[0, begin : begin + b - a] = self.pages[row, np.arange(a, b) // PAGE]
+        number_of_page = np.arange(a, b) // PAGE if window != 0 else 0  # a state has one page
+        page[0, begin : begin + b - a] = self.pages[row, number_of_page]
         offset[0, begin : begin + b - a] = np.arange(a, b) % PAGE
       tables.append(cache_lib.PieceTable(page, offset, pages, number, first))
     return cache_lib.Pieces(start, np.array([len(cuts)], np.int32), tuple(tables))

@@ -13,7 +13,7 @@ from cai_jax.model import cached_forward, lora, sharding
 from cai_jax.model.attention import paged, ragged, triton
 from cai_jax.model.attention.kernels.kernel import KERNELS, choose_kernel
 from cai_jax.model.cache import windows_of
-from cai_jax.model.config import Experts, ModelConfig, QueryGrowth
+from cai_jax.model.config import DeltaRule, Experts, ModelConfig, QueryGrowth
 from cai_jax.model.elementwise import ACTIVATIONS
 from cai_jax.model.layers import make_norm
 from cai_jax.model.sharding import flatten_params
@@ -73,6 +73,7 @@ MODELS = {
     'windows': (5, None),
     'layer_scalar': True,
   },
+  'states': {'delta': DeltaRule((0,), 2, 4, 8, 12, 4), 'attention_gate': True, 'norm_eps': 0.01},
   'experts': {'experts': Experts(6, 2, 40, dense_layers=(1,)), 'windows': (None, 5)},
   'biased_experts': {
     'experts': Experts(6, 2, 40, softmax_first=False, bias=True, limit=0.8, up_offset=1.0),
@@ -228,16 +229,19 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
     assert config.num_params == sum(x.size for x in shapes)
   looked_up = config.learned_positions * config.max_positions * config.d_model
   channels = sum(
-    kind.head_dim * min(t + 1, kind.window or T) for kind in config.kinds for t in range(T)
+    kind.head_dim * min(t + 1, T if kind.window is None else kind.window)
+    for kind in config.kinds
+    for t in range(T)
   )
   idle = 0  # parameters of the experts that do not compute a token
   if experts := config.experts:
     layers = 2 - len(experts.dense_layers)
     idle = layers * (experts.number - experts.per_token)
     idle *= 3 * 32 * experts.d_ff + experts.bias * (2 * experts.d_ff + 32)
-  flops = 6 * T * (config.num_params - looked_up - idle) + 12 * 4 * channels
+  state = 3 * 4 * 8 * 12 if config.delta else 0  # products with it, in one layer
+  flops = 6 * T * (config.num_params - looked_up - idle + state) + 12 * 4 * channels
   assert config.training_flops([T]) == pytest.approx(flops)
-  assert len(windows_of(config)) == len(set(config.windows) or {None})
+  assert len(windows_of(config)) == len(set(config.windows) or {None}) + bool(config.delta)
 
 
 def test_layers_of_one_kind_share_a_program():

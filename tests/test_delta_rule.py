@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3_5 import modeling_qwen3_5 as reference
+from transformers.models.qwen3_next import modeling_qwen3_next as reference
 
 from cai_jax.model import delta_rule
 from cai_jax.model.delta_rule import DeltaInputs

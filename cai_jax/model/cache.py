@@ -5,6 +5,9 @@ its tokens are in order, so its j-th page holds its tokens from j · S on. The p
 split into blocks: separate arrays that the engine allocates as it needs them, and of which a
 program gets only those that are in use. Every program reads all pages that it gets, in place.
 
+A layer without attention keeps a state in place of tokens. It has the window 0 (see
+`ModelConfig.window`), and a row owns one of its pages, which holds all that the layer keeps.
+
 `cai_jax.model.transformer` defines the axis letters. Further axes: G batch shards of the mesh (each
 with its own rows and pages), W tokens per decoded row, C tokens of a piece of prefill.
 """
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import DeltaRule, ModelConfig
 
 
 class LayerCache(NamedTuple):
@@ -31,18 +34,37 @@ class LayerCache(NamedTuple):
   v: jax.Array
 
 
-Cache = tuple[tuple[LayerCache, ...], ...]  # for each layer, its blocks
+class StateCache(NamedTuple):
+  """The pages of a layer with a gated delta rule.
+
+  B counts pages. The other letters are those of `cai_jax.model.delta_rule`.
+
+  Attributes:
+    state: f32[B,K,G,H,U].
+    q: [B,W-1,K,H], the last inputs of the convolution of queries.
+    k: [B,W-1,K,H], those of keys.
+    v: [B,W-1,K,G,U], those of values.
+  """
+
+  state: jax.Array
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+
+
+Cache = tuple[tuple[LayerCache | StateCache, ...], ...]  # for each layer, its blocks
 
 
 class Prefix(NamedTuple):
   """A sequence of tokens with which many rows begin, cached once for all of them.
 
   Attributes:
-    cache: for each layer, one page (B = 1) that is long enough for all tokens.
+    cache: for each layer, one page (B = 1) that is long enough for all tokens, or holds the state
+      after them.
     length: i32[], number of tokens; the rest of the page is padding.
   """
 
-  cache: tuple[LayerCache, ...]
+  cache: tuple[LayerCache | StateCache, ...]
   length: jax.Array
 
 
@@ -145,3 +167,19 @@ def init_block(heads: int, head_dim: int, pages: int, size: int, dtype) -> Layer
   k = (pages, heads, head_dim, size)
   v = (pages, heads, size, head_dim)
   return LayerCache(jnp.zeros(k, dtype), jnp.zeros(v, dtype))
+
+
+def init_states(delta: DeltaRule, pages: int, dtype) -> StateCache:
+  """Return pages of zeros for one layer with a gated delta rule.
+
+  Args:
+    delta: number and size of the heads.
+    pages: number of pages.
+    dtype: dtype of the inputs of convolutions.
+  """
+  groups = delta.value_heads // delta.key_heads
+  keys = (pages, delta.width - 1, delta.key_heads, delta.key_dim)
+  values = (pages, delta.width - 1, delta.key_heads, groups, delta.value_dim)
+  state = (pages, delta.key_heads, groups, delta.key_dim, delta.value_dim)
+  inputs = (jnp.zeros(shape, dtype) for shape in (keys, keys, values))
+  return StateCache(jnp.zeros(state, jnp.float32), *inputs)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from cai_jax.model import delta_cache
 from cai_jax.model.attention import paged, ragged, triton  # noqa: F401  # they register themselves
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.attention.rotary import (
@@ -27,7 +28,7 @@ from cai_jax.model.attention.rotary import (
   rotations_of,
 )
 from cai_jax.model.attention.scores import scores_of
-from cai_jax.model.cache import Cache, LayerCache, Prefixes, Step, windows_of
+from cai_jax.model.cache import Cache, Prefixes, Step, windows_of
 from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.layers import Block, Embedding, LayerContext, Norm, embed_tokens, make_norm
 from cai_jax.model.logits import logit_transform_of
@@ -83,7 +84,9 @@ def forward_cached(
   if prefixes is None:
     prefixes = Prefixes((), jnp.full(positions.shape, -1))
   config, windows, rotations = spec.config, windows_of(spec.config), rotations_of(spec.config)
-  page = cache[0][0][0].shape[CACHED[spec.attention].page_axis]
+  axis = CACHED[spec.attention].page_axis
+  attention = [blocks for kind, blocks in zip(config.kinds, cache, strict=True) if not kind.delta]
+  page = attention[0][0][0].shape[axis] if attention else 0
   sizes = {  # pages of each block, for each window
     config.window(layer): tuple(len(block[0]) // len(positions) for block in blocks)
     for layer, blocks in enumerate(cache)
@@ -124,12 +127,14 @@ def _start(
     spec, tokens, positions, step, prefixes: as in `forward_cached`.
     params: the parameters of the embeddings.
     sizes: for each window, the number of pages of each block in one batch shard.
-    page: number of tokens of a page.
+    page: number of tokens of a page of attention layers.
   """
 
   def angles_and_views():
     views = [
       CACHED[spec.attention].make_view(positions, step, i, prefixes, sizes[i], page, window)
+      if window != 0
+      else delta_cache.make_view(positions, step, i, prefixes)
       for i, window in enumerate(windows_of(spec.config))
     ]
     angles = [rotary_angles(*rotation, positions) for rotation in rotations_of(spec.config)]
@@ -150,24 +155,27 @@ def _layer(
   kind: LayerKind,
   params: Params,
   x: jax.Array,
-  blocks: tuple[LayerCache, ...],
-  prefixes: list[LayerCache],
+  blocks: tuple[Any, ...],
+  prefixes: list[Any],
   angles: Angles | None,
   growth: jax.Array | None,
   view: Any,
   real: jax.Array | None,
   usage: jax.Array | None,
-) -> tuple[jax.Array, tuple[LayerCache, ...], jax.Array | None]:
+) -> tuple[jax.Array, tuple[Any, ...], jax.Array | None]:
   mesh = cast(Mesh, spec.sharding.mesh)
-  attend = functools.partial(
-    CACHED[spec.attention].attend,
-    prefixes=prefixes,
-    view=view,
-    window=kind.window,
-    width=spec.width,
-    mesh=mesh,
-    scores=scores_of(spec.config),
-  )
+  if kind.delta:
+    attend = functools.partial(delta_cache.advance, prefixes=prefixes, view=view, mesh=mesh)
+  else:
+    attend = functools.partial(
+      CACHED[spec.attention].attend,
+      prefixes=prefixes,
+      view=view,
+      window=kind.window,
+      width=spec.width,
+      mesh=mesh,
+      scores=scores_of(spec.config),
+    )
   block = nnx.merge(_block_graph(spec.config, kind), params)
   x, blocks, routing = block(x, blocks, LayerContext(angles, attend, growth, real, mesh))
   if usage is not None:

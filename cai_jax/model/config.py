@@ -61,6 +61,51 @@ class Experts:
       raise UserError(f'The limit of experts is {self.limit}; it must be positive.')
 
 
+@dataclasses.dataclass(frozen=True)
+class DeltaRule:
+  """The layers with a gated delta rule in place of attention; see `cai_jax.model.delta_rule`.
+
+  Attributes:
+    layers: their numbers, in ascending order.
+    key_heads: heads of queries and keys.
+    value_heads: heads of values, a multiple of `key_heads`; each has a state.
+    key_dim: channels of a query and of a key.
+    value_dim: channels of a value.
+    width: tokens over which the convolution of queries, keys and values looks, the token included.
+
+  Raises:
+    UserError: if the numbers of heads do not fit.
+  """
+
+  layers: tuple[int, ...]
+  key_heads: int
+  value_heads: int
+  key_dim: int
+  value_dim: int
+  width: int
+
+  def __post_init__(self):
+    if self.value_heads % self.key_heads:
+      raise UserError(
+        f'value_heads={self.value_heads} is not a multiple of key_heads={self.key_heads}.'
+      )
+
+  @property
+  def channels(self) -> int:
+    """The number of channels of all queries, keys and values, which pass the convolution."""
+    return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+  def count_params(self, d_model: int) -> int:
+    """Return the number of parameters that a layer has in place of those of attention.
+
+    Args:
+      d_model: channels of the residual stream.
+    """
+    values = self.value_heads * self.value_dim
+    projections = d_model * (self.channels + 2 * values + 2 * self.value_heads)
+    return projections + self.width * self.channels + 2 * self.value_heads + self.value_dim
+
+
 class LayerKind(NamedTuple):
   """What layers of one model can differ in, besides rotary positions and the values of arrays.
 
@@ -70,6 +115,7 @@ class LayerKind(NamedTuple):
     kv_heads: key and value heads.
     head_dim: channels per head.
     values_from_keys: whether values are the projected keys; see `ModelConfig`.
+    delta: the gated delta rule in place of attention, or None.
   """
 
   window: int | None
@@ -77,11 +123,12 @@ class LayerKind(NamedTuple):
   kv_heads: int
   head_dim: int
   values_from_keys: bool
+  delta: DeltaRule | None
 
   @property
   def cached(self) -> int:
     """How many numbers the keys and values of a token are."""
-    return 2 * self.kv_heads * self.head_dim
+    return 2 * self.kv_heads * self.head_dim if self.delta is None else 0
 
 
 # The fingerprint of a model, which is part of the journal's keys, contains the names and values of
@@ -148,6 +195,9 @@ class ModelConfig:
     residual_scale: factor of what a layer adds to the residual stream.
     logit_divisor: the logits are divided by it.
     experts: the mixture of experts, or None for a dense model.
+    attention_gate: whether each channel of attention's result is multiplied by the sigmoid of a
+      projection of its input, before the output projection.
+    delta: the layers with a gated delta rule in place of attention, or None.
     logit_cap: logits become cap · tanh(logit / cap), after the division; None means no cap.
 
   Raises:
@@ -198,6 +248,8 @@ class ModelConfig:
   value_norm: bool = added(False)
   values_from_keys: tuple[bool, ...] = added(())
   layer_scalar: bool = added(False)
+  attention_gate: bool = added(False)
+  delta: DeltaRule | None = added(None)
 
   def __post_init__(self):
     for name in ('windows', 'ropes', 'head_dims', 'kv_heads', 'values_from_keys'):
@@ -226,6 +278,8 @@ class ModelConfig:
       raise UserError('qk_norm_over_heads has no effect without qk_norm. Set both, or none.')
     if not (self.pre_norm or self.post_norm):
       raise UserError('pre_norm and post_norm are both false. A block needs at least one of them.')
+    if self.delta and not set(self.delta.layers) <= set(range(self.num_layers)):
+      raise UserError(f'delta.layers={self.delta.layers} must be numbers below {self.num_layers}.')
     if self.experts and not self.gated:
       raise UserError('Experts have a gate. Set gated to true, or experts to None.')
     for name in ('attention_cap', 'logit_cap', 'query_scale', 'logit_divisor'):
@@ -234,12 +288,21 @@ class ModelConfig:
         raise UserError(f'{name}={value} must be positive.')
 
   def window(self, layer: int) -> int | None:
-    """Return a layer's attention window in tokens, the query included; None means no limit."""
+    """Return a layer's attention window in tokens, the query included; None means no limit.
+
+    A layer without attention, which keeps a state and no tokens, has the window 0.
+    """
+    if self.recurrent(layer):
+      return 0
     return self.windows[layer] if self.windows else None
 
   def sparse(self, layer: int) -> bool:
     """Return whether a layer is a mixture of experts."""
     return self.experts is not None and layer not in self.experts.dense_layers
+
+  def recurrent(self, layer: int) -> bool:
+    """Return whether a layer has a gated delta rule in place of attention."""
+    return self.delta is not None and layer in self.delta.layers
 
   def kind(self, layer: int) -> LayerKind:
     """Return what distinguishes a layer from others; layers of one kind compute the same."""
@@ -249,6 +312,7 @@ class ModelConfig:
       self.kv_heads[layer] if self.kv_heads else self.num_kv_heads,
       self.head_dims[layer] if self.head_dims else self.head_dim,
       bool(self.values_from_keys) and self.values_from_keys[layer],
+      self.delta if self.recurrent(layer) else None,
     )
 
   @property
@@ -324,8 +388,11 @@ class ModelConfig:
 
   def _count_attention(self, kind: LayerKind) -> int:
     """Return the number of parameters of a layer's attention, with its norms of heads."""
-    # Of queries, keys and values.
-    heads = self.num_heads + (1 if kind.values_from_keys else 2) * kind.kv_heads
+    if kind.delta:
+      return kind.delta.count_params(self.d_model)
+    # Of queries, their gates, keys and values.
+    heads = (1 + self.attention_gate) * self.num_heads
+    heads += (1 if kind.values_from_keys else 2) * kind.kv_heads
     count = self.d_model * kind.head_dim * (heads + self.num_heads)
     count += self.qkv_bias * kind.head_dim * heads + self.output_bias * self.d_model
     count += self.sinks * self.num_heads
@@ -351,8 +418,8 @@ class ModelConfig:
 
     Per parameter and token, the forward pass takes 2 FLOPs and the backward pass takes 4. A table
     that is only looked up takes none, and neither do experts that do not compute the token.
-    Attention counts only the pairs of tokens that the causal mask and the windows allow.
-    Recomputation does not count.
+    Attention counts only the pairs of tokens that the causal mask and the windows allow. A gated
+    delta rule counts three products with the state for each token. Recomputation does not count.
 
     Args:
       lengths: i[n], number of tokens of each sequence.
@@ -367,6 +434,9 @@ class ModelConfig:
     )
     channels = 0.0  # of a head, in all pairs of tokens
     for kind in self.kinds:
-      window = np.minimum(lengths, kind.window or np.inf)
+      window = lengths if kind.window is None else np.minimum(lengths, kind.window)
       channels += kind.head_dim * (window * lengths - window * (window - 1) / 2).sum()
+    if self.delta:
+      state = self.delta.value_heads * self.delta.key_dim * self.delta.value_dim
+      products += 3 * 6 * len(self.delta.layers) * state * lengths.sum()
     return products + 12 * self.num_heads * channels

@@ -27,7 +27,7 @@ class DeltaInputs(NamedTuple):
   """What the gated delta rule gets for each token.
 
   Attributes:
-    q: [B,T,K,H], of any length; `unit` has not been applied.
+    q: [B,T,K,H], of any length.
     k: [B,T,K,H], as `q`.
     v: [B,T,K,G,U].
     log_decay: f32[B,T,K,G], the logarithm of α; at most 0.
@@ -40,6 +40,20 @@ class DeltaInputs(NamedTuple):
   v: jax.Array
   log_decay: jax.Array
   beta: jax.Array
+
+
+class Kernels(NamedTuple):
+  """The weights of the convolutions, as in `convolve`.
+
+  Attributes:
+    q: [K,H,W].
+    k: [K,H,W].
+    v: [K,G,U,W].
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -67,7 +81,7 @@ def recur(
   Returns:
     The outputs f32[B,T,K,G,U], and the state after the last token.
   """
-  state = init_state(inputs) if state is None else state
+  before = init_state(inputs) if state is None else state
   q, k, v = _prepare(inputs)
   decay = jnp.exp(inputs.log_decay)
   if starts is not None:
@@ -83,8 +97,8 @@ def recur(
     return state, sum_entries(jnp.moveaxis(state * q[:, :, None, :, None], -2, -1))
 
   tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, inputs.beta))
-  state, out = jax.lax.scan(step, state, tokens)
-  return jnp.moveaxis(out, 0, 1), state
+  after, out = jax.lax.scan(step, before, tokens)
+  return jnp.moveaxis(out, 0, 1), after
 
 
 def recur_in_chunks(
@@ -102,7 +116,7 @@ def recur_in_chunks(
   Returns:
     As `recur`.
   """
-  state = init_state(inputs) if state is None else state
+  before = init_state(inputs) if state is None else state
   length = inputs.q.shape[1]
   chunk = min(CHUNK, 1 << (length - 1).bit_length())
 
@@ -139,9 +153,9 @@ def recur_in_chunks(
     added = einsum_f32('BCKH,BCKGU->BKGHU', k, delta * between[:, -1][..., None])
     return state * carried[:, -1][..., None, None] + added, out
 
-  state, out = jax.lax.scan(step, state, (q, k, v, log_decay, beta, runs))
+  after, out = jax.lax.scan(step, before, (q, k, v, log_decay, beta, runs))
   out = jnp.moveaxis(out, 0, 1)
-  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state
+  return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], after
 
 
 def _prepare(inputs: DeltaInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -220,3 +234,18 @@ def starts_of(segment_ids: jax.Array) -> jax.Array:
   """
   before = jnp.pad(segment_ids, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
   return segment_ids != before
+
+
+def run_texts(inputs: DeltaInputs, kernels: Kernels, starts: jax.Array | None = None) -> jax.Array:
+  """Return the output f32[B,T,K,G,U] of whole texts: convolutions, SiLU and the gated delta rule.
+
+  Args:
+    inputs: of all tokens, before the convolutions.
+    kernels: the weights of the convolutions.
+    starts: bool[B,T], the first token of each text of packed rows; None means the first of a row.
+  """
+  q, k, v = (
+    jax.nn.silu(convolve(x, kernel, None, starts))
+    for x, kernel in zip(inputs[:3], kernels, strict=True)
+  )
+  return recur_in_chunks(inputs._replace(q=q, k=k, v=v), None, starts)[0]

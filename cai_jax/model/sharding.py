@@ -14,9 +14,12 @@ from cai_jax.runtime.errors import UserError
 # Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
 RULES = (
   (r'(embed|head|positions)/table', P('tensor', 'fsdp')),  # [V,D] or [positions, D]
-  (r'.*attention/(query|key|value)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
-  (r'.*attention/(query|key|value)/bias', P('tensor', None)),  # [N,H]
-  (r'.*attention/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
+  (r'.*(attention|delta)/(query|key|value|gate)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
+  (r'.*attention/(query|key|value|gate)/bias', P('tensor', None)),  # [N,H]
+  (r'.*(attention|delta)/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
+  (r'.*delta/(rate|decay)/kernel', P('fsdp', 'tensor')),  # [D,N]
+  (r'.*delta/decay/(bias|scale)', P('tensor')),  # [N]
+  (r'.*delta/(query|key|value)_conv/kernel', P('tensor', None, None)),  # [N,H,W]
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*attention/sinks', P('tensor')),  # [N]
   (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
@@ -30,8 +33,8 @@ RULES = (
   (r'.*mlp/(gate|up)/bias', P('tensor')),  # [F]
   (r'.*mlp/down/bias', P()),  # [D]
   # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.
-  (r'.*(query|key|value|gate|up)/adapter/a', P('fsdp', None)),
-  (r'.*(query|key|value|gate|up)/adapter/b', P(None, 'tensor')),
+  (r'.*(query|key|value|gate|up|rate)/adapter/a', P('fsdp', None)),
+  (r'.*(query|key|value|gate|up|rate)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
   (r'.*(output|down)/adapter/b', P(None, 'fsdp')),
   (r'layers/\d+/scalar', P()),  # []

@@ -24,6 +24,7 @@ from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.delta_rule import run_texts, starts_of
 from cai_jax.model.experts import Routing
 from cai_jax.model.layers import (
   Block,
@@ -96,7 +97,7 @@ class Transformer(nnx.Module):
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
         with masks.
       allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
-        branch. Excludes `segment_ids` and `attention`.
+        branch. Excludes `segment_ids` and `attention`, and a gated delta rule.
 
     Raises:
       ValueError: if arguments that exclude each other are given.
@@ -121,6 +122,8 @@ class Transformer(nnx.Module):
       The hidden states [B,T,D]; and the routing, with a first axis for the layers that are mixtures
       of experts. A dense model has None in its place.
     """
+    if allowed is not None and self.config.delta is not None:
+      raise ValueError('A state cannot branch: allowed excludes models with a gated delta rule.')
     if allowed is not None and not (segment_ids is None and attention is None):
       raise ValueError('allowed excludes segment_ids and attention.')
 
@@ -161,13 +164,16 @@ class Transformer(nnx.Module):
     return self.norm(x), jax.tree.map(lambda *rows: jnp.stack(rows).sum(1), *routings)
 
   def _masks(self, positions, segment_ids, attention, allowed) -> list[jax.Array | None]:
-    """Return the mask bool[B,T,T] of each window of `windows_of`; None where a kernel makes it."""
+    """Return the mask bool[B,T,T] of each window of `windows_of`; None where none is needed."""
     windows = windows_of(self.config)
     if attention is not None and not KERNELS[attention].takes_mask:
       return [None] * len(windows)
     if segment_ids is not None:
       allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return [causal_mask(positions, positions, window, allowed) for window in windows]
+    return [
+      None if window == 0 else causal_mask(positions, positions, window, allowed)
+      for window in windows
+    ]
 
   def _attend_to_tokens(self, masks, segment_ids, attention, sharding) -> list[Callable]:
     """Return each layer's `LayerContext.attend` to the tokens of the batch."""
@@ -176,7 +182,11 @@ class Transformer(nnx.Module):
       mesh = None if sharding is None else sharding.mesh
       kernel = bind_kernel(attention, segment_ids, mesh, scores)
 
+    starts = None if self.config.delta is None or segment_ids is None else starts_of(segment_ids)
+
     def attend_with(window):
+      if window == 0:
+        return functools.partial(run_texts, starts=starts)
       mask = masks[windows.index(window)]
       if kernel is None:
         return functools.partial(attend, mask=mask, scores=scores)

@@ -40,12 +40,16 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
     nothing to say.
 
   Raises:
-    UserError: if `config.json` is damaged, or what it stores does not suit these devices.
+    UserError: if `config.json` is damaged, what it stores does not suit these devices, or a model
+      cannot take back the drafts that the config asks for.
   """
   given = run.config.engine
   stored = _read_stored(run.workdir / 'config.json', given)
   engine = kept = dataclasses.replace(given, **stored)
   parts = []
+  if samples:
+    for model, _ in _models(run):
+      given.check_drafts(model)
   if samples and given.unresolved:
     mesh = local_mesh(run)
     device = describe_device(mesh.local_devices[0])

@@ -19,6 +19,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.hardware import Device, describe_device
 from cai_jax.runtime.mesh import batch_shards
+from cai_jax.sampling.caches import layer_state_bytes
 from cai_jax.sampling.config import AUTO, EngineConfig
 
 GIB = 2**30
@@ -98,6 +99,7 @@ class Load:
     attention: name of the attention to the cache, for pages of a size that it supports.
     windowed: each attention window in tokens, with the bytes of a cached token in its layers. They
       are part of `token`.
+    state: bytes of what the layers with a state keep of a slot.
   """
 
   parameters: int = 0
@@ -105,6 +107,7 @@ class Load:
   shards: int = 1
   attention: str = 'pages'
   windowed: tuple[tuple[int, int], ...] = ()
+  state: int = 0
 
   def slot_bytes(self, tokens: int, slack: int) -> int:
     """Return the bytes of the cache of a slot.
@@ -114,7 +117,7 @@ class Load:
       slack: number of tokens that a layer keeps beyond its window.
     """
     left = sum(token * max(tokens - window - slack, 0) for window, token in self.windowed)
-    return self.token * tokens - left
+    return self.token * tokens - left + self.state
 
 
 def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
@@ -124,7 +127,7 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
     models: shape and dtype of each model.
     mesh: the mesh that holds them.
   """
-  parameters = token = 0
+  parameters = token = state = 0
   windowed: collections.Counter[int] = collections.Counter()
   for config, dtype in models:
     width = jnp.dtype(dtype).itemsize
@@ -136,12 +139,16 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
       cached[kind.window] += kind.cached
     token += cached.total() * width // mesh.shape['tensor']
     for window, numbers in cached.items():
-      if window is not None:
+      if window:
         windowed[window] += numbers * width // mesh.shape['tensor']
+    if config.delta:
+      states = len(config.delta.layers) * layer_state_bytes(config.delta, jnp.dtype(dtype))
+      state += states // mesh.shape['tensor']
   page = ACCELERATOR.page_tokens
   names = {choose_cached(AUTO, config, dtype, page, mesh) for config, dtype in models}
   attention = names.pop() if len(names) == 1 else 'pages'
-  return Load(parameters, token, batch_shards(mesh), attention, tuple(sorted(windowed.items())))
+  shards, by_window = batch_shards(mesh), tuple(sorted(windowed.items()))
+  return Load(parameters, token, shards, attention, by_window, state)
 
 
 def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:

@@ -13,13 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED
-from cai_jax.model.cache import windows_of
-from cai_jax.model.config import LayerKind
+from cai_jax.model.cache import init_states, windows_of
+from cai_jax.model.config import DeltaRule, LayerKind
+from cai_jax.model.delta_cache import state_specs
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import BATCH, check_batch
 
 Block = tuple[Any, ...]  # for each layer with the same window, its pages
+STATES = 'states'  # layers with a state, in place of the name of an attention to the cache
 
 
 def pages_of(length: int, window: int | None, slack: int, page_tokens: int) -> int:
@@ -27,10 +29,12 @@ def pages_of(length: int, window: int | None, slack: int, page_tokens: int) -> i
 
   Args:
     length: number of tokens of the row.
-    window: the layer's window; None means no limit.
+    window: the layer's window; None means no limit, and 0 a layer with a state.
     slack: number of tokens beyond its window for which a windowed layer has room.
     page_tokens: number of tokens of a page.
   """
+  if window == 0:
+    return 1
   if window is not None:
     length = min(
       length, window + slack + page_tokens
@@ -48,8 +52,21 @@ def cache_bytes(lm: LM, length: int, slack: int, page_tokens: int = 1) -> int:
     page_tokens: number of tokens of a page.
   """
   sizes = slack, page_tokens
+  dtype = cache_dtype(lm)
   numbers = sum(pages_of(length, kind.window, *sizes) * kind.cached for kind in lm.config.kinds)
-  return numbers * page_tokens * cache_dtype(lm).itemsize
+  states = sum(layer_state_bytes(kind.delta, dtype) for kind in lm.config.kinds if kind.delta)
+  return numbers * page_tokens * dtype.itemsize + states
+
+
+def layer_state_bytes(delta: DeltaRule, dtype: jnp.dtype) -> int:
+  """Return the size of one slot's state in one layer, in bytes.
+
+  Args:
+    delta: sizes of the layer.
+    dtype: the cache's dtype.
+  """
+  states = jax.eval_shape(lambda: init_states(delta, 1, dtype))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
 
 
 def cache_dtype(lm: LM) -> jnp.dtype:
@@ -70,9 +87,12 @@ def cache_format(mesh: Mesh, attention: str, shared: bool) -> tuple[Any, ...]:
 
   Args:
     mesh: the model's mesh.
-    attention: name of the attention to the cache.
+    attention: name of the attention to the cache, or `STATES`.
     shared: whether all batch shards have the same pages; otherwise the pages are split over them.
   """
+  if attention == STATES:
+    specs = state_specs((None,) if shared else tuple(BATCH))
+    return tuple(NamedSharding(mesh, spec) for spec in specs)
   entry = CACHED[attention]
   split = P(*((None,) if shared else BATCH), *(None,) * (entry.heads - 1), 'tensor')
   sharding = NamedSharding(mesh, split)
@@ -147,24 +167,31 @@ def _allocate(
   lm: LM, kinds: Sequence[LayerKind], pages: int, size: int, attention: str, shared: bool
 ) -> Block:
   _check_heads(lm)
-  heads = tuple((kind.kv_heads, kind.head_dim) for kind in kinds)
-  formats = cache_format(lm.mesh, attention, shared)
-  return _allocate_program(heads, pages, size, cache_dtype(lm), attention, formats)()
+  layers = tuple(kind.delta or (kind.kv_heads, kind.head_dim) for kind in kinds)
+  names = [STATES if kind.delta else attention for kind in kinds]
+  formats = tuple(x for name in names for x in cache_format(lm.mesh, name, shared))
+  return _allocate_program(layers, pages, size, cache_dtype(lm), attention, formats)()
 
 
 @functools.cache
 def _allocate_program(
-  heads: tuple[tuple[int, int], ...],
+  layers: tuple[tuple[int, int] | DeltaRule, ...],
   pages: int,
   size: int,
   dtype: jnp.dtype,
   attention: str,
   formats: tuple[Any, ...],
 ) -> Callable:
-  """Return the program that allocates layers with these numbers and sizes of heads."""
-  init = lambda: tuple(CACHED[attention].init(*h, pages, size, dtype) for h in heads)  # noqa: E731
+  """Return the program that allocates layers with a delta rule, or with these heads and sizes."""
+
+  def init_layer(layer):
+    if isinstance(layer, DeltaRule):
+      return init_states(layer, pages, dtype)
+    return CACHED[attention].init(*layer, pages, size, dtype)
+
+  init = lambda: tuple(map(init_layer, layers))  # noqa: E731
   structure = jax.tree.structure(jax.eval_shape(init))
-  return jax.jit(init, out_shardings=jax.tree.unflatten(structure, formats * len(heads)))
+  return jax.jit(init, out_shardings=jax.tree.unflatten(structure, formats))
 
 
 def move_pages(target: Block, source: Block, moves: Sequence[tuple[int, int]]) -> Block:

@@ -45,7 +45,7 @@ def piece_count(size: int, width: int) -> int:
 
 
 def pack_chunk(
-  cache: PageCache, groups: Sequence[Sequence[Segment]], size: int, width: int, page: int
+  cache: PageCache, groups: Sequence[Sequence[Segment]], size: int, width: int
 ) -> Chunk:
   """Pack segments of slots into a chunk of `size` tokens for each group.
 
@@ -54,7 +54,6 @@ def pack_chunk(
     groups: the segments of each group of slots in order, at most one for each slot.
     size: T, number of tokens of the chunk.
     width: C, number of tokens of a piece.
-    page: S, number of tokens of a page.
   """
   count, num_pieces = len(groups), piece_count(size, width)
   tokens, prefix = np.zeros((count, size), np.int32), np.full((count, size), -1, np.int32)
@@ -77,6 +76,7 @@ def pack_chunk(
       last = number[np.minimum(place[::width] + width, len(place)) - 1]
       for pool, table in zip(cache.pools, tables, strict=True):
         own, first = pool.table[segment.slot], int(pool.first[segment.slot])
+        page = pool.page_tokens
         table.pages[group, pieces] = np.maximum(own, 0)
         table.num_pages[group, pieces] = last // page - first + 1
         table.first[group, pieces] = base + first * page

@@ -8,12 +8,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from cai_jax.model.attention.cached import CACHED, choose_cached
+from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
-from cai_jax.sampling.caches import cache_bytes, on_cpu
+from cai_jax.sampling.caches import cache_bytes, cache_dtype, on_cpu
 from cai_jax.sampling.draft_choice import MOST_DRAFTS
 from cai_jax.sampling.step_arrays import runs_in_parts
 
@@ -76,7 +77,8 @@ class EngineConfig:
     0,
     'Number of tokens that each slot drafts in a decode step from its own text, to be verified in '
     "the same step. Drafts change no text. `'auto'` drafts where few slots are active and measured "
-    'speed gains; it never drafts where that would change bits.',
+    'speed gains; it never drafts where that would change bits, nor for models with layers that '
+    'keep a state (Qwen3.5).',
     added=True,
     most=64,
     word=AUTO,
@@ -126,6 +128,21 @@ class EngineConfig:
     # prefill_tokens is rounded as in `chunk_sizes`.
     chunk = max(-(-self.prefill_tokens // 16) * 16, MIN_ROWS)
     return self.undo + max(self.longest_burst + self.most_drafts, chunk)
+
+  def check_drafts(self, config: ModelConfig) -> None:
+    """Check that a model can take back drafted tokens.
+
+    Args:
+      config: the shape of the model.
+
+    Raises:
+      UserError: if `draft_tokens` asks for drafts, and layers of the model keep a state.
+    """
+    if self.draft_tokens not in (0, AUTO) and config.delta is not None:
+      raise UserError(
+        f'engine.draft_tokens is {self.draft_tokens}, but {config.family} models have layers that '
+        'keep a state, from which a wrong draft cannot be taken back. Set it to 0.'
+      )
 
   def choose_attention(self, lm: LM) -> str:
     """Return the name of the attention to the cache of a model.
@@ -219,7 +236,8 @@ class EngineConfig:
     budget, slot_bytes, shards = self.cache_gib * 2**30, 0.0, 1
     for lm, tokens in zip(models, prefix_tokens, strict=True):
       slot_bytes += cache_bytes(lm, length, self.slack, self.page_tokens) / lm.mesh.size
-      budget -= tokens * cache_bytes(lm, 1, 0) / lm.mesh.shape['tensor']
+      token_bytes = sum(kind.cached for kind in lm.config.kinds) * cache_dtype(lm).itemsize
+      budget -= tokens * token_bytes / lm.mesh.shape['tensor']
       shards = max(shards, batch_shards(lm.mesh))
     slots = self.slots
     if slots * slot_bytes > 2 * budget:

@@ -85,8 +85,9 @@ def run(
 
 def step_program(cache: Cache, mesh: Mesh) -> Callable:
   """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs on a mesh."""
-  formats: Any = jax.tree.map(lambda x: x.format, cache[0][0])
-  outputs = None, tuple((formats,) * len(blocks) for blocks in cache), None
+  examples = {type(blocks[0]): blocks[0] for blocks in cache}  # other layers have the same formats
+  formats: Any = {kind: jax.tree.map(lambda x: x.format, block) for kind, block in examples.items()}
+  outputs = None, tuple((formats[type(blocks[0])],) * len(blocks) for blocks in cache), None
   platform = mesh.devices.flat[0].platform
   static = 'spec', 'sizes'
   return jit_on(

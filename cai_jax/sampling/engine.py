@@ -324,7 +324,8 @@ class Engine:
       text, reason = decode(tokenizer, tokens), 'length'
     # How far the reply was decoded beyond a stop text depends on the end of the burst, and so on
     # other chains. Those tokens must not be reused.
-    self._local[turn.model].stop(entry.slot, len(turn.context) + len(tokens) - 1)
+    kept = len(turn.context) + len(tokens) - 1
+    self._local[turn.model].stop(entry.slot, kept, exact=cut is None)
     logprobs = round_logprobs(entry.logprobs[: len(tokens)])
     completion = Completion(tokens, text, logprobs, reason)
     entry.finished.append((entry.digest, completion))

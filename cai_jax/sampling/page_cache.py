@@ -58,19 +58,20 @@ class PageCache:
   def _make_pool(self, index: int, length: int, share: float) -> PagePool:
     """Return the pool of the layers with one window."""
     window, config, slots = self._windows[index], self._config, len(self.base)
-    row_pages = caches.pages_of(length, window, config.slack, config.page_tokens)
+    page_tokens = config.page_tokens if window != 0 else length  # a state holds all of them
+    row_pages = caches.pages_of(length, window, config.slack, page_tokens)
     capacity = max(math.ceil(share * slots // self._groups * row_pages), row_pages)
-    most = CACHED[self._attention].max_blocks or MAX_BLOCKS
+    most = CACHED[self._attention].max_blocks or MAX_BLOCKS if window != 0 else 1
     block_pages = min(max(MIN_BLOCK, -(-capacity // most)), capacity)
 
     def allocate():
       pages = block_pages * self._groups
       self._blocks[index].append(
-        caches.allocate_block(self._lm, window, pages, config.page_tokens, self._attention)
+        caches.allocate_block(self._lm, window, pages, page_tokens, self._attention)
       )
 
-    sizes = row_pages, block_pages, -(-capacity // block_pages), config.page_tokens
-    return PagePool(slots, self._groups, *sizes, window, allocate)
+    sizes = row_pages, block_pages, -(-capacity // block_pages), page_tokens
+    return PagePool(slots, self._groups, *sizes, window or None, allocate)
 
   @property
   def shapes(self) -> Hashable:
@@ -173,7 +174,7 @@ class PageCache:
 
   def _row_table(self, pool: PagePool, rows: np.ndarray, blocks: int) -> RowTable:
     """Return where rows are in the first blocks of a pool."""
-    groups, page, total = self._groups, self._config.page_tokens, blocks * pool.block_pages
+    groups, page, total = self._groups, pool.page_tokens, blocks * pool.block_pages
     pages = pool.select(rows, total).reshape(groups, -1, pool.table.shape[1])
     first = np.where(rows >= 0, self.base[rows] + pool.first[rows] * page, 0)
     first = first.astype(np.int32).reshape(groups, -1)

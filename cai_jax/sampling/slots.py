@@ -84,6 +84,7 @@ class LocalModel:
     stats: Stats,
   ):
     self.lm, self.config, self.stats = lm, config, stats
+    config.check_drafts(lm.config)
     caches.check_rows(lm, slots)
     caches.trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
@@ -105,7 +106,7 @@ class LocalModel:
     # Context and reply of each slot. Entries beyond the slot's position are undefined.
     self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
     # Where programs of other sizes give other bits, measured times must not choose between them.
-    measured = config.draft_tokens == AUTO and self._mixed
+    measured = config.draft_tokens == AUTO and self._mixed and lm.config.delta is None
     self._draft_choice = (
       DraftChoice(next(n for n in self._row_sizes if n >= self._least)) if measured else None
     )
@@ -169,15 +170,18 @@ class LocalModel:
     self.cached[slot], self._max_cached[slot], self.slots.prefix[slot] = [], 0, -1
     self._cache.clear(slot)
 
-  def stop(self, slot: int, tokens: int) -> None:
+  def stop(self, slot: int, tokens: int, exact: bool) -> None:
     """End a slot's reply, and keep a part of its context and reply cached.
 
     Args:
       slot: index of the slot.
       tokens: number of tokens to keep.
+      exact: whether the slot surely has decoded no more. If it may have, a slot with states, which
+        cannot go back, keeps nothing. What it has decoded depends on other chains, so that does not
+        decide.
     """
     self.slots.active[slot] = False
-    del self.cached[slot][tokens:]
+    del self.cached[slot][tokens if exact or self.lm.config.delta is None else 0 :]
 
   def submit(self, slot: int, turn: Turn, key: np.ndarray, stop_token_ids: tuple[int, ...]) -> None:
     """Queue a turn.
@@ -197,7 +201,8 @@ class LocalModel:
     windowed = any(self.lm.config.windows)
     self._max_cached[slot] = max(self._max_cached[slot], len(cached))
     rewound = self._max_cached[slot] - reused
-    if reused < start or (windowed and rewound > self.config.rewind):
+    stuck = self.lm.config.delta is not None and reused < len(cached)
+    if reused < start or stuck or (windowed and rewound > self.config.rewind):
       reused = start
     if reused == start:
       self._max_cached[slot] = start
@@ -306,8 +311,7 @@ class LocalModel:
         text = self._text[rows]
     if size.tokens:
       packed = segments or [[]] * self._groups
-      page = self.config.page_tokens
-      chunk = pack_chunk(self._cache, packed, size.tokens, self._width, page)
+      chunk = pack_chunk(self._cache, packed, size.tokens, self._width)
     result, cache, self._usage = device.run(
       ModelSpec.from_lm(self.lm),
       self.lm.params,

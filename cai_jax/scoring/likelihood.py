@@ -119,7 +119,8 @@ def log_likelihoods(
     check_pair(lm, *pair, f'pair {number}')
     pairs.append(pair)
   unique = sorted(set(pairs))
-  rows = sorted(_share_contexts(unique, lm.max_positions), key=lambda row: (row.length, row))
+  most = lm.max_positions if lm.config.delta is None else 0  # a state cannot branch
+  rows = sorted(_share_contexts(unique, most), key=lambda row: (row.length, row))
   sharding = batch_sharding(lm.mesh)
   platform = lm.mesh.devices.flat[0].platform
   program = jit_on(platform, _sum_log_probabilities, static_argnums=(0, 1, 2))
@@ -281,7 +282,7 @@ def _share_contexts(pairs: Sequence[Pair], longest: int) -> Iterator[_Row]:
 
   Args:
     pairs: distinct pairs in ascending order, so that equal contexts are neighbours.
-    longest: maximum number of tokens of a row with several continuations.
+    longest: maximum number of tokens of a row with several continuations; 0 allows no such row.
   """
   for context, group in itertools.groupby(pairs, key=operator.itemgetter(0)):
     row, most = _Row(context, ()), min(longest, max(2 * len(context), SHARED_ROW))
@@ -326,8 +327,10 @@ def _sum_log_probabilities(graph, sharding, size, params, batch):
   batch = jax.tree.map(jnp.asarray, batch)
   tokens = jax.lax.with_sharding_constraint(batch.tokens, sharding)
   branch = batch.branch
-  allowed = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
   model = nnx.merge(graph, params)
+  allowed = None  # without branches, a token sees all before it
+  if model.config.delta is None:
+    allowed = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
   hidden = model(tokens, batch.positions, sharding=sharding, allowed=allowed)
   owners = jnp.arange(len(batch.width))
 

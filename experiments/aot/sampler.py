@@ -18,16 +18,17 @@ from cai_jax.model.cache import (
   PieceTable,
   Prefix,
   RowTable,
+  init_states,
   windows_of,
 )
-from cai_jax.model.config import ModelConfig
+from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
-from cai_jax.sampling.caches import cache_bytes, cache_dtype, cache_format, pages_of
+from cai_jax.sampling.caches import STATES, cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.chunks import piece_count
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.step_arrays import Chunk, ModelSpec, Sizes, Slots
@@ -58,10 +59,16 @@ def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
   return LM(config, params, None, mesh, dtype, 'shapes', '')
 
 
-def abstract_pages(lm: LM, pages: int, size: int, attention: str, shared: bool) -> Any:
+def abstract_pages(
+  lm: LM, kind: LayerKind, pages: int, size: int, attention: str, shared: bool
+) -> Any:
   """Return the shapes of pages of one layer, of `size` tokens each; see `caches.cache_format`."""
-  init = CACHED[attention].init
-  block = jax.eval_shape(lambda: init(lm.config, pages, size, cache_dtype(lm)))
+  dtype = cache_dtype(lm)
+  if kind.delta:
+    attention, block = STATES, jax.eval_shape(lambda: init_states(kind.delta, pages, dtype))
+  else:
+    init, heads = CACHED[attention].init, (kind.kv_heads, kind.head_dim)
+    block = jax.eval_shape(lambda: init(*heads, pages, size, dtype))
   formats = cache_format(lm.mesh, attention, shared)
   return with_shardings(block, jax.tree.unflatten(jax.tree.structure(block), formats))
 
@@ -69,8 +76,9 @@ def abstract_pages(lm: LM, pages: int, size: int, attention: str, shared: bool) 
 def abstract_prefixes(lm: LM, tokens: Sequence[int]) -> tuple[Prefix, ...]:
   """Return the shapes of shared prefixes; `tokens` has the cache length of each."""
   length = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(lm.mesh, P()))
-  layers = lm.config.num_layers
-  return tuple(Prefix((abstract_pages(lm, 1, n, 'pages', True),) * layers, length) for n in tokens)
+  kinds = lm.config.kinds
+  pages = lambda n: tuple(abstract_pages(lm, k, 1, n, 'pages', True) for k in kinds)  # noqa: E731
+  return tuple(Prefix(pages(n), length) for n in tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +106,9 @@ class Sampler:
   def cache(self) -> Cache:
     """Return the shapes of a cache that holds all slots at their largest size, in one block."""
     check_batch(self.slots, self.lm.mesh, 'slots')
-    config, size = self.lm.config, self.engine.page_tokens
-    pages = [self.slots * self.row_pages(config.window(i)) for i in range(config.num_layers)]
-    name = self.attention
-    return tuple((abstract_pages(self.lm, count, size, name, False),) for count in pages)
+    size, name = self.engine.page_tokens, self.attention
+    pages = [(kind, self.slots * self.row_pages(kind.window)) for kind in self.lm.config.kinds]
+    return tuple((abstract_pages(self.lm, *layer, size, name, False),) for layer in pages)
 
   @property
   def attention(self) -> str:

@@ -161,7 +161,8 @@ def prefix_masks(
   """Return for each shared prefix bool[G,X,S], the keys that each token sees."""
 
   def mask(i, prefix):
-    keys = jnp.arange(prefix.cache[0].k.shape[-1])[None]
+    layer = next(layer for layer in prefix.cache if isinstance(layer, LayerCache))
+    keys = jnp.arange(layer.k.shape[-1])[None]
     chosen = (prefixes.choice == i)[:, :, None] & (keys < prefix.length)[:, None]
     return causal_mask(positions, keys, window, chosen)
 

@@ -312,6 +312,18 @@ FAMILIES = {
       attn_pdrop=0.0,
     ),
   ),
+  'qwen3_5': (
+    'qwen3_5_text',
+    dict(
+      head_dim=16,
+      layer_types=['linear_attention', 'full_attention', 'linear_attention'],
+      linear_num_key_heads=2,
+      linear_num_value_heads=4,
+      linear_key_head_dim=16,
+      linear_value_head_dim=12,
+      rms_norm_eps=0.03,  # random queries and keys can be orthogonal, and their tiny results noise
+    ),
+  ),
 }
 
 # Another line has the same family. Generating with these and training them are slow tests.
@@ -413,7 +425,11 @@ def load_in_torch(folder: str | os.PathLike) -> Any:
   """
   import torch
   import transformers
+  from transformers.models.qwen3_5 import modeling_qwen3_5
 
+  # Chunks of a gated delta rule lose digits after strong decays, and tokens one by one do not.
+  one_by_one = modeling_qwen3_5.torch_recurrent_gated_delta_rule
+  modeling_qwen3_5.torch_chunk_gated_delta_rule = one_by_one
   torch.set_num_threads(1)
   return transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation='eager'

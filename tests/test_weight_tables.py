@@ -558,7 +558,10 @@ def test_quantized_tensors_are_refused_with_the_original(tiny_hf_folder, tmp_pat
 @pytest.mark.parametrize(
   ('model_type', 'message'),
   [
-    ('falcon_mamba', r'no code for state-space \(Mamba\) layers.*nearest .*qwen3, llama'),
+    (
+      'falcon_mamba',
+      r'no code for state-space \(Mamba\) layers.*nearest are qwen3_5_text, granite',
+    ),
     ('deepseek_v3', 'no code for multi-head latent attention.*nearest .*llama'),
     ('t5', 'no code for an encoder with cross-attention.*nearest .*llama'),
     ('llama_2', "'llama_2' is not supported.*nearest is llama.*register it in a file"),

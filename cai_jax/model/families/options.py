@@ -59,6 +59,12 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
   'per_layer_config': ({},),
   'swiglu_alpha': (),
   'swiglu_limit': (),
+  'attn_output_gate': (False,),
+  'linear_num_key_heads': (),
+  'linear_num_value_heads': (),
+  'linear_key_head_dim': (),
+  'linear_value_head_dim': (),
+  'linear_conv_kernel_dim': (),
 }
 
 

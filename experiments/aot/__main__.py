@@ -24,7 +24,6 @@ bandwidth, and bytes that collectives must send / bandwidth of all links. Real s
 
 import argparse
 import ast
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -52,7 +51,7 @@ from cai_jax.sampling.config import EngineConfig
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
 from experiments.aot import sampler, train
-from experiments.aot.models import find_model
+from experiments.aot.models import find_model, first_layers
 from experiments.aot.slices import Slice, find_slice
 
 PROGRAMS = ('train', 'decode', 'prefill')
@@ -140,7 +139,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   parser.add_argument('--model_config', help='config.json of a model that is not listed here')
   parser.add_argument('--layers', type=int, help='number of layers, for a faster trial')
-  parser.add_argument('--mesh', type=int, nargs=3, help='data fsdp tensor, over the whole slice')
+  parser.add_argument(
+    '--mesh', type=int, nargs='+', help='data fsdp tensor, and expert if not 1, of the whole slice'
+  )
   parser.add_argument(
     '--settings', nargs='*', default=[], help='further settings to compile the train step with'
   )
@@ -158,6 +159,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--hlo', type=pathlib.Path, help='folder for the compiled programs as text')
   parser.add_argument('--output', type=pathlib.Path, help='JSON file for all results')
   args = parser.parse_args(argv)
+  if args.mesh and not 3 <= len(args.mesh) <= len(AXES):
+    parser.error(f'--mesh: give 3 or 4 sizes, {" ".join(AXES)}.')
   args.programs = args.programs.split(',')
   if unknown := set(args.programs) - set(PROGRAMS):
     parser.error(f'--programs: unknown {", ".join(sorted(unknown))}; use {", ".join(PROGRAMS)}.')
@@ -169,11 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parse_flags(argv)
   config, chips = load_config(args.config), find_slice(args.topology)
   if args.mesh:
-    config.mesh.update(dict(zip(AXES, args.mesh, strict=True)))
+    config.mesh.update(dict(zip(AXES, (*args.mesh, 1), strict=False)))
   model = find_model(config.model.base or config.model.init, args.model_config)
   if args.layers:
-    windows = model.windows[: args.layers]
-    model = dataclasses.replace(model, num_layers=args.layers, windows=windows)
+    model = first_layers(model, args.layers)
   print(
     f'{chips.name}: {len(chips.devices)} chips of {chips.hosts} hosts; '
     f'{model.num_params / 1e9:.3f} billion parameters; jax {jax.__version__}',

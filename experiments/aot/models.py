@@ -1,5 +1,6 @@
 """Dimensions of the models that configs name, without their weights."""
 
+import dataclasses
 import pathlib
 
 from cai_jax.model.config import ModelConfig
@@ -46,6 +47,43 @@ MODELS = {
     'rms_norm_eps': 1e-6,
     'tie_word_embeddings': True,
   },
+  'Qwen/Qwen3-30B-A3B': {
+    'model_type': 'qwen3_moe',
+    'vocab_size': 151936,
+    'hidden_size': 2048,
+    'intermediate_size': 6144,
+    'num_hidden_layers': 48,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 4,
+    'head_dim': 128,
+    'max_position_embeddings': 40960,
+    'rope_theta': 1000000.0,
+    'rms_norm_eps': 1e-6,
+    'tie_word_embeddings': False,
+    'num_experts': 128,
+    'num_experts_per_tok': 8,
+    'moe_intermediate_size': 768,
+    'norm_topk_prob': True,
+    'decoder_sparse_step': 1,
+    'mlp_only_layers': [],
+  },
+  'google/gemma-3-27b-it': {
+    'model_type': 'gemma3',
+    'text_config': {
+      'model_type': 'gemma3_text',
+      'vocab_size': 262208,
+      'hidden_size': 5376,
+      'intermediate_size': 21504,
+      'num_hidden_layers': 62,
+      'num_attention_heads': 32,
+      'num_key_value_heads': 16,
+      'head_dim': 128,
+      'query_pre_attn_scalar': 168,
+      'sliding_window': 1024,
+      'max_position_embeddings': 131072,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+    },
+  },
 }
 
 
@@ -69,3 +107,10 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
       f'{", ".join(MODELS)}. Give the path of a config.json with --model_config.'
     )
   return config_from_hf(read_json(file))
+
+
+def first_layers(model: ModelConfig, layers: int) -> ModelConfig:
+  """Return the first layers of a model as a model."""
+  fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+  parts = {name: value[:layers] for name, value in fields.items() if isinstance(value, tuple)}
+  return dataclasses.replace(model, num_layers=layers, **parts)

@@ -16,7 +16,7 @@ from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses.cross_entropy import MIN_SLICES
 from experiments.aot import __main__, hlo
 from experiments.aot.flops import traced_flops
-from experiments.aot.models import find_model
+from experiments.aot.models import find_model, first_layers
 from experiments.aot.program import TooLarge
 from experiments.aot.slices import find_slice
 from experiments.aot.train import Training, shapes_of
@@ -162,10 +162,20 @@ def test_an_unknown_topology_is_an_error(name):
     ('meta-llama/Meta-Llama-3-8B-Instruct', 8_030_261_248),
     ('meta-llama/Meta-Llama-3-70B-Instruct', 70_553_706_496),
     ('Qwen/Qwen3-0.6B', 596_049_920),
+    ('Qwen/Qwen3-30B-A3B', 30_532_122_624),
   ],
 )
 def test_listed_models_have_the_published_number_of_parameters(name, params):
   assert find_model(name).num_params == params
+
+
+def test_first_layers_keep_what_differs_between_layers():
+  model = find_model('google/gemma-3-27b-it')
+  short = first_layers(model, 7)
+  assert (short.num_layers, short.windows) == (7, (*[1024] * 5, None, 1024))
+  assert short.kinds == model.kinds[:7] and short.ropes == model.ropes[:7]
+  mixture = first_layers(find_model('Qwen/Qwen3-30B-A3B'), 2)
+  assert mixture.sparse(1) and mixture.windows == ()
 
 
 def test_other_models_are_read_from_a_folder(tmp_path):

@@ -39,6 +39,15 @@ from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()
 REMOTES = ('base', 'critique', 'revision')
+REAL = (
+  'smollm2_135m',
+  'qwen3_4b',
+  'llama3_8b',
+  'gemma3_4b',
+  'olmo3_7b',
+  'smollm3_3b',
+  'qwen3_30b_a3b',
+)
 OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob('*.py'))
 
 
@@ -167,7 +176,7 @@ def test_the_paper_config_has_the_counts_of_the_paper(data_dir, tmp_path):
   assert run.config.sampling == StageSampling() and SamplingConfig().temperature == 1.0
 
 
-@pytest.mark.parametrize('name', ['smollm2_135m', 'qwen3_4b', 'llama3_8b', 'gemma3_4b'])
+@pytest.mark.parametrize('name', REAL)
 def test_a_preset_of_a_real_model_builds_with_prompts_for_its_share(name, random_model, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config()
   config.model.base = str(random_model)
@@ -178,6 +187,7 @@ def test_a_preset_of_a_real_model_builds_with_prompts_for_its_share(name, random
     path.write_text(''.join(f'The {prompts} request {i}.\n' for i in range(36)))
     config.prompts[prompts].source = str(path)
   config.feedback.template_options = ()  # this model has another template
+  config.mesh.update(data=-1, tensor=min(config.mesh.tensor, 2))  # and two key and value heads
   # What this model and the tests' eight CPU devices can hold.
   config.train.update(max_length=256, attention='blocks', batch_size=32, accumulation=1)
   config.sampling.initial.max_tokens = 96

@@ -188,6 +188,13 @@ def test_experts_on_eight_devices_equal_those_on_one(shape, bias):
     np.testing.assert_allclose(gradient, theirs[path], atol=3e-5 * size + 1e-6, err_msg=path)
 
 
+def test_a_row_that_does_not_divide_over_the_devices_is_computed_by_all():
+  """Such as that of a shared prefix."""
+  layer, mesh, x = make_layer(), make_mesh(2, 1, 2, expert=2), normal(0, 1, 16, 32)
+  ours, theirs = (jax.jit(lambda x, m=m: layer(x, None, m))(x) for m in (mesh, None))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
 def test_a_mesh_must_divide_the_experts():
   with pytest.raises(UserError, match='mesh axis expert=8 does not divide dimension 6'):
     config = dataclasses.replace(CONFIG, experts=Experts(6, 2, 40))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.model.config import Experts, ModelConfig
 from cai_jax.model.elementwise import gated_activation
 from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
-from cai_jax.runtime.mesh import BATCH
+from cai_jax.runtime.mesh import BATCH, batch_shards
 
 # Rows that a CPU multiplies at once. XLA for CPUs gives a row of a product the same bits for all of
 # these numbers, and wherever the row stands.
@@ -97,8 +97,9 @@ class MoE(nnx.Module):
     Args:
       x: [B,T,D].
       real: bool[B,T], false for padding, which no expert computes; None means that there is none.
-      mesh: its devices route their own rows of the batch, and have their part of the experts. None
-        leaves the split to XLA, which may copy all rows to all devices.
+      mesh: its devices route their own rows of the batch, or all rows if their number does not
+        divide over them, and have their part of the experts. None leaves the split to XLA, which
+        may copy all rows to all devices.
     """
     weights, ids, probabilities = self.route(x)
     if real is None:
@@ -132,7 +133,9 @@ class MoE(nnx.Module):
       out = run(x, weights, ids - first, gate, up, down, biases)
       return jax.lax.psum(out, ('expert', 'tensor'))
 
-    batch, into, out = P(*BATCH), P('expert', None, 'tensor'), P('expert', 'tensor', None)
+    # All devices compute the single row of a shared prefix.
+    batch = P(*BATCH) if len(x) % batch_shards(mesh) == 0 else P()
+    into, out = P('expert', None, 'tensor'), P('expert', 'tensor', None)
     by_bias = (P('expert', 'tensor'), P('expert', 'tensor'), P('expert', None))[: len(biases)]
     run_all = jax.shard_map(
       run_part,

@@ -25,6 +25,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
+from tests.test_kernels import A100, AMD, T4
 
 HEADS, KV_HEADS, H, PAGE, N, PAGES = 4, 2, 128, 16, 3, 12
 WIDTH, CHUNK = 8, 24  # tokens of a piece, and of a chunk
@@ -244,3 +245,43 @@ def test_the_choice_for_a_device():
   assert 'heads' in ragged.refuse(config(head_dim=64), 'bfloat16', 64, mesh)
   assert 'page_tokens' in ragged.refuse(config(), 'bfloat16', 24, mesh)
   assert 'float16' in ragged.refuse(config(), 'float16', 64, mesh)
+
+
+@pytest.mark.parametrize(('mesh', 'name'), [(A100, 'triton'), (T4, 'pages'), (AMD, 'pages')])
+def test_the_kernel_for_gpus_is_chosen_where_it_compiles(mesh, name):
+  assert choose_cached('auto', config(), 'bfloat16', 64, mesh) == name
+  if name == 'pages':
+    with pytest.raises(UserError, match="'triton' needs an NVIDIA GPU with .* 8.0 .* Set it to"):
+      choose_cached('triton', config(), 'bfloat16', 64, mesh)
+
+
+@pytest.mark.parametrize(
+  ('h', 'dtype', 'block', 'stages'),
+  [
+    (64, 'bfloat16', 64, 3),
+    (128, 'bfloat16', 64, 3),
+    (256, 'bfloat16', 32, 3),
+    (512, 'bfloat16', 16, 1),
+    (128, 'float32', 32, 3),
+    (256, 'float32', 16, 1),
+  ],
+)
+def test_larger_heads_have_smaller_blocks(h, dtype, block, stages):
+  """Compiled for the capabilities 8.0 and 9.0, these need 24 to 89 KiB of shared memory."""
+  assert triton.refuse(config(head_dim=h), dtype, 64, A100) is None
+  assert triton.choose_block(512, 64, h * jnp.dtype(dtype).itemsize) == (block, stages)
+  assert triton.choose_block(3, 64, h * jnp.dtype(dtype).itemsize) == (16, stages)
+  shapes = (2, 1, 512, h), (12, 2, 64, h), (2, 128), (2, 40), (2,)
+  dtypes = dtype, dtype, 'int32', 'int32', 'int32'
+  args = (jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True))
+  run = functools.partial(
+    triton.read_sequences, window=100, scores=Scores(0.3, 50.0), is_partial=False, interpret=False
+  )
+  jax.jit(run).trace(*args).lower(lowering_platforms=('cuda',))  # what the interpreter does not do
+
+
+def test_heads_that_are_too_large_for_a_page_are_refused():
+  with pytest.raises(UserError, match='pages of at most 32 tokens for heads of 512 .* in float32'):
+    choose_cached('triton', config(head_dim=512), 'float32', 64, A100)
+  assert choose_cached('auto', config(head_dim=512), 'float32', 64, A100) == 'pages'
+  assert choose_cached('auto', config(head_dim=512), 'float32', 32, A100) == 'triton'

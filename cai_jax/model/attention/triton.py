@@ -31,9 +31,14 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.mesh import BATCH, batch_shards
 
 LEAST = 16  # rows, columns and depth of a matrix product of the tensor cores
+LEAST_CAPABILITY = 8.0  # Ampere, the first for which XLA compiles Triton's kernels
 # Queries that a program takes together: those of a decoded row fit into the least product, and
 # a piece of prefill reads its pages once for each of its blocks.
 PREFILL_BLOCK = 64
+# Most bytes of such a block, of a page's keys of one head, and of such keys that are fetched while
+# others are multiplied. So a program with pages of 64 tokens needs less than 99 KiB of shared
+# memory, which all GPUs since Ampere have.
+BLOCK_BYTES, PAGE_BYTES, AHEAD_BYTES = 2**14, 2**16, 2**15
 # A sequence's pages are read in parts of so many, by programs of their own, whose softmaxes are
 # merged. So a long row does not take longer than the others. The number is the same for
 # every batch, so that the bits of a row are, too.
@@ -90,12 +95,43 @@ def init_pages(heads: int, head_dim: int, pages: int, size: int, dtype) -> Trito
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
   """Return why the kernel does not support a model, or None; see `cached.CacheAttention`."""
+  device = mesh.devices.flat[0]
+  if device.platform == 'gpu' and not compiles_for(device):
+    return (
+      f'needs an NVIDIA GPU with a compute capability of {LEAST_CAPABILITY} or more, and this is '
+      f'{device.device_kind}.'
+    )
+  if not fits(page_tokens):
+    return f'needs pages of 16, 32, 64 … tokens, not engine.page_tokens={page_tokens}.'
   for head_dim in dict.fromkeys(kind.head_dim for kind in config.kinds):
     if not fits(head_dim):
       return f'needs heads of 16, 32, 64 … numbers, and the model has {head_dim}.'
-  if not fits(page_tokens):
-    return f'needs pages of 16, 32, 64 … tokens, not engine.page_tokens={page_tokens}.'
+    most = PAGE_BYTES // (head_dim * jnp.dtype(dtype).itemsize)
+    if page_tokens > most:
+      return (
+        f'needs pages of at most {most} tokens for heads of {head_dim} numbers in {dtype}, not '
+        f'engine.page_tokens={page_tokens}.'
+      )
   return None
+
+
+def compiles_for(gpu: jax.Device) -> bool:
+  """Return whether XLA compiles Triton's kernels for a GPU."""
+  capability = str(gpu.compute_capability)  # of AMD's, a name such as 'gfx942'
+  return capability[0].isdigit() and float(capability) >= LEAST_CAPABILITY
+
+
+def choose_block(rows: int, page_tokens: int, head_bytes: int) -> tuple[int, int]:
+  """Return how many queries a program takes together, and the stages in which it fetches pages.
+
+  Args:
+    rows: R.
+    page_tokens: S.
+    head_bytes: size of a key of one head.
+  """
+  most = min(PREFILL_BLOCK, max(LEAST, BLOCK_BYTES // head_bytes))
+  block = min(most, max(LEAST, pl.next_power_of_2(rows)))
+  return block, 3 if page_tokens * head_bytes <= AHEAD_BYTES else 1
 
 
 def fits(size: int) -> bool:
@@ -213,7 +249,7 @@ def read_sequences(
     interpret: whether to run in Pallas's interpreter.
   """
   count, kv_heads, rows, h = queries.shape
-  block = min(PREFILL_BLOCK, max(LEAST, pl.next_power_of_2(rows)))
+  block, stages = choose_block(rows, kv.shape[2], h * kv.dtype.itemsize)
   splits = -(-pages.shape[1] // SPLIT_PAGES)
   is_split = is_partial or splits > 1
   pages = jnp.clip(pages, 0, len(kv) - 1)
@@ -230,7 +266,7 @@ def read_sequences(
     in_specs=[whole(x.shape) for x in args],
     out_specs=[whole(x.shape) for x in shapes],
     out_shape=shapes,
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=stages),
     interpret=interpret,
     name='paged_attention',
   )(*args)

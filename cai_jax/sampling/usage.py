@@ -61,7 +61,7 @@ def no_usage(models: Mapping[str, LM | Remote]) -> dict[str, np.ndarray]:
 
 def sum_over_processes(usage: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Return the sums of the counts i64[L,E] of all processes, which all have the same models."""
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 or not usage:
     return dict(usage)
   # Arrays on devices have 32 bits.
   halves = {

@@ -169,8 +169,10 @@ def test_a_kernel_agrees_with_pages(kernel, window, has_prefix, rows, decoded, s
 
 @pytest.mark.parametrize('has_prefix', [False, True])
 def test_parts_of_a_row_make_the_whole(monkeypatch, has_prefix):
-  """Rows of three pages, read in parts of two."""
+  """Rows of three pages, read in parts of two, by blocks of half of a piece's queries."""
   monkeypatch.setattr(triton, 'SPLIT_PAGES', 2)
+  monkeypatch.setattr(triton, 'LEAST', 8)
+  monkeypatch.setattr(triton, 'PREFILL_BLOCK', 8)
   case = 'triton', None, has_prefix, {0: 6, 1: 34}, [0, 1], [(2, 4, 21)], Scores(0.3, 1.5)
   (ours, _), (theirs, _) = attend_both(*case)
   np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)

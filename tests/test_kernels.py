@@ -10,7 +10,13 @@ import pytest
 from flax import nnx
 
 from cai_jax.model.attention.kernels import blockwise
-from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel, choose_kernel
+from cai_jax.model.attention.kernels.kernel import (
+  KERNELS,
+  bind_kernel,
+  check_kernel,
+  check_model,
+  choose_kernel,
+)
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import abstract_model, init_params
@@ -246,6 +252,17 @@ def test_the_rules_of_cudnn_for_heads_are_those_of_jax(monkeypatch):
         is_supported = False
       chosen = choose_kernel(mesh, 'bfloat16', [128], [head_dim])
       assert (chosen == 'cudnn') == is_supported, (capability, head_dim)
+
+
+def test_a_kernel_must_support_the_heads_of_all_layers():
+  heads = functools.partial(ModelConfig, 'qwen2', 64, 32, 48, 2, 4, 2, 64, 64)
+  check_model('cudnn', A100, 'bfloat16', 128, heads(head_dims=(64, 128)))
+  with pytest.raises(UserError, match="'cudnn' on NVIDIA A100.* heads .* up to 128.*have size 256"):
+    check_model('cudnn', A100, 'bfloat16', 128, heads(head_dims=(64, 256)))
+  with pytest.raises(UserError, match='needs heads .* compute capability of at least 8.0'):
+    check_model('cudnn', T4, 'bfloat16', 128, heads())
+  with pytest.raises(UserError, match="'cudnn' has no sinks"):
+    check_model('cudnn', A100, 'bfloat16', 128, heads(sinks=True))
 
 
 def test_unsupported_lengths_dtypes_and_arguments_are_refused():

@@ -11,7 +11,7 @@ from cai_jax.feedback.contexts import render_prompt
 from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
-from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel
+from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
@@ -204,12 +204,11 @@ def _check_training_start(
       'Lower train.max_length.'
     )
   train = run.config.train
-  needs = None, info.config.attention_cap, info.config.sinks
   if 'train' in stages:
     train.check_model(info.config, name)
   if 'train' in stages and train.attention != AUTO:
     try:
-      check_kernel(train.attention, global_mesh(run), train.dtype, max_length, *needs)
+      check_model(train.attention, global_mesh(run), train.dtype, max_length, info.config)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
   lengths = _prompt_lengths(run, dialogue, ('harmful',))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
-from cai_jax.model.attention.kernels.kernel import check_kernel
+from cai_jax.model.attention.kernels.kernel import check_model
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
@@ -224,8 +224,7 @@ def _check_buckets(
     name = 'train.batch_size / train.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
-      needs = None, model.attention_cap, model.sinks
-      check_kernel(config.attention, mesh, config.dtype, bucket.length, *needs)
+      check_model(config.attention, mesh, config.dtype, bucket.length, model)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None
 

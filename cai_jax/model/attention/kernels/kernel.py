@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.scores import PLAIN, Scores
+from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 
@@ -169,6 +170,20 @@ def check_kernel(
       f'attention {name!r} has no sinks, which the attention of the model needs. '
       f'Choose {_list_names(n for n, x in here.items() if x.sinks)}.'
     )
+
+
+def check_model(name: str, mesh: Mesh, dtype: str, length: int, model: ModelConfig) -> None:
+  """Check that a kernel can run, with all heads, the cap and the sinks of a model.
+
+  Args:
+    name, mesh, dtype, length: as for `check_kernel`.
+    model: the shape of the model.
+
+  Raises:
+    UserError: as `check_kernel`.
+  """
+  for head_dim in dict.fromkeys(kind.head_dim for kind in model.kinds):
+    check_kernel(name, mesh, dtype, length, head_dim, model.attention_cap, model.sinks)
 
 
 def _list_names(names: Iterable[str]) -> str:

@@ -99,6 +99,42 @@ def test_unsupported_configs_are_refused(change, message):
     config_from_hf({**config_to_hf(config), **change})
 
 
+def test_qwen3_5_is_read_from_the_text_half():
+  """Its entries for images and for drafts change no text."""
+  rope = {'rope_type': 'default', 'rope_theta': 1e7, 'partial_rotary_factor': 0.25}
+  text = {
+    'model_type': 'qwen3_5_text',
+    'vocab_size': 248_320,
+    'hidden_size': 5120,
+    'intermediate_size': 17_408,
+    'num_hidden_layers': 64,
+    'num_attention_heads': 24,
+    'linear_num_value_heads': 48,
+    'attn_output_gate': True,
+    'full_attention_interval': 4,
+    'max_position_embeddings': 262_144,
+    'mtp_num_hidden_layers': 1,
+    'rope_parameters': rope | {'mrope_interleaved': True, 'mrope_section': [11, 11, 10]},
+  }
+  config = config_from_hf({'model_type': 'qwen3_5', 'text_config': text})
+  assert config.rope_channels == 64 and config.num_params == 26_895_998_464
+  assert [i for i in range(64) if not config.recurrent(i)] == list(range(3, 64, 4))
+  theirs = transformers.AutoConfig.for_model(**config_to_hf(config))
+  assert config_from_hf(theirs.to_dict()) == config
+  assert config_from_hf({**text, 'layer_types': ['full_attention'] * 64}).delta is None
+  for change, message in (
+    ({'attn_output_gate': False}, 'attn_output_gate=False is not supported'),
+    (
+      {'layer_types': ['full_attention', 'mamba'] * 32},
+      'one of full_attention and linear_attention',
+    ),
+    ({'linear_num_value_heads': 17}, '17 value heads and 16 key heads'),
+    ({'model_type': 'qwen3'}, 'attn_output_gate=True is not supported'),
+  ):
+    with pytest.raises(UserError, match=message):
+      config_from_hf({**text, **change})
+
+
 def test_ministral_3_has_the_rotary_positions_of_transformers_by_default():
   absent = transformers.AutoConfig.for_model('ministral3').to_dict()
   config = config_from_hf(absent)

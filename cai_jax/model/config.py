@@ -87,7 +87,8 @@ class DeltaRule:
   def __post_init__(self):
     if self.value_heads % self.key_heads:
       raise UserError(
-        f'value_heads={self.value_heads} is not a multiple of key_heads={self.key_heads}.'
+        f'A layer with a gated delta rule has {self.value_heads} value heads and {self.key_heads} '
+        'key heads. The first number must be a multiple of the second; correct the wrong one.'
       )
 
   @property

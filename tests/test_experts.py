@@ -10,7 +10,7 @@ from flax import nnx
 
 from cai_jax.model import lora
 from cai_jax.model.config import Experts, ModelConfig
-from cai_jax.model.experts import MoE, grouped_product, run_experts
+from cai_jax.model.experts import MoE, grouped_product, run_experts, sum_tiles
 from cai_jax.model.sharding import flatten_params, param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -33,6 +33,19 @@ SIZES = [
 
 def normal(seed, *shape, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+@pytest.mark.parametrize('sizes', [[130, 0, 9, 1], [0, 0, 0, 0], [0, 0, 0, 260], [128, 128, 0, 1]])
+def test_the_sums_of_a_tpu_are_those_of_each_group(sizes):
+  """Rows behind the groups may be anything."""
+  behind = (jnp.arange(300) >= sum(sizes))[:, None]
+  x, y = (jnp.where(behind, jnp.nan, normal(i, 300, n)) for i, n in enumerate((INS, OUTS)))
+  ends = np.cumsum(sizes)
+  expected = [
+    x[end - size : end].T @ y[end - size : end] for size, end in zip(sizes, ends, strict=True)
+  ]
+  sums = sum_tiles(x, y, jnp.array(sizes), interpret=True)
+  np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

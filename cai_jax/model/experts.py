@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,9 @@ from cai_jax.runtime.mesh import BATCH, batch_shards
 # Rows that a CPU multiplies at once. XLA for CPUs gives a row of a product the same bits for all of
 # these numbers, and wherever the row stands.
 SMALLEST_BLOCK, LARGEST_BLOCK = 4, 32
+# Rows, and bytes of a row of a result at most, that a TPU's kernel holds at once. Its vector memory
+# has no room for more.
+TILE_ROWS, TILE_BYTES = 128, 2048
 
 
 class Kernel(nnx.Module):
@@ -263,12 +267,18 @@ def _grouped_product_bwd(inputs, cotangent):
     by_x = jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), by_x, 0)
     return by_x, _sum_blocks(x, cotangent, sizes).astype(kernel.dtype)
 
+  def on_tpu(x, kernel, sizes, cotangent):
+    by_x = jax.vjp(lambda x: _ragged_dot(x, kernel, sizes, x.dtype), x)[1](cotangent)
+    return *by_x, sum_tiles(x, cotangent, sizes)
+
   def default(x, kernel, sizes, cotangent):
     product = functools.partial(_ragged_dot, sizes=sizes, dtype=x.dtype)
     return jax.vjp(product, x, kernel)[1](cotangent)
 
   cotangent = cotangent.astype(inputs[0].dtype)
-  by_x, by_kernel = jax.lax.platform_dependent(*inputs, cotangent, cpu=on_cpu, default=default)
+  by_x, by_kernel = jax.lax.platform_dependent(
+    *inputs, cotangent, cpu=on_cpu, tpu=on_tpu, default=default
+  )
   return by_x, by_kernel, None
 
 
@@ -278,6 +288,27 @@ grouped_product.defvjp(_grouped_product_fwd, _grouped_product_bwd)
 def _ragged_dot(x, kernel, sizes, dtype=jnp.float32):
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return jax.lax.ragged_dot(x, kernel, sizes, precision, preferred_element_type=dtype)
+
+
+def sum_tiles(x: jax.Array, y: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+  """Return [E,I,O], the products xᵀ · y of the rows of each group, on a TPU.
+
+  XLA for TPUs has a kernel for the other products of `jax.lax.ragged_dot`, but computes this one as
+  a dense product of all rows for each group. JAX's Pallas kernel computes only the rows of each.
+  Source: jax.experimental.pallas.ops.tpu.megablox.
+
+  Args:
+    x: [R,I].
+    y: [R,O], of the same dtype.
+    sizes: i32[E]. Rows behind those of all groups take no part.
+    interpret: whether to run in Pallas's interpreter.
+  """
+  x, y = (jnp.pad(z, ((0, -len(z) % TILE_ROWS), (0, 0))) for z in (x, y))
+  most = TILE_BYTES // x.dtype.itemsize
+  tiles = TILE_ROWS, min(x.shape[1], most), min(y.shape[1], most)
+  precision = 'highest' if x.dtype == jnp.float32 else 'default'
+  with jax.default_matmul_precision(precision):
+    return tgmm(x.T, y, sizes, x.dtype, tiles, interpret=interpret)
 
 
 def _block_rows(rows: int, groups: int) -> int:

@@ -15,7 +15,8 @@ def traced_flops(jaxpr: Jaxpr, needed: Sequence[bool] | None = None) -> float:
 
   Like a compiler, this skips dead code. A scan counts with its full length, a conditional with its
   most expensive branch, and a loop of unknown length with one iteration. A Pallas kernel counts
-  with its own estimate, or else as if it skipped no block.
+  with its own estimate, or else as if it skipped no block. A product by groups counts with all rows
+  of each device, also with those whose experts other devices have.
 
   Args:
     jaxpr: the program.
@@ -38,6 +39,8 @@ def _equation_flops(eqn: Any, outs: Sequence[bool]) -> float:
     (contracted, _), _ = params['dimension_numbers']
     shape = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+  if name == 'ragged_dot_general':  # each row meets one group, or adds to one group's matrix
+    return 2.0 * math.prod(eqn.invars[0].aval.shape) * eqn.outvars[0].aval.shape[-1]
   needed = outs if name in CALLS else None
   inner = [traced_flops(jaxpr, needed) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'scan':

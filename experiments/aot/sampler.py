@@ -144,11 +144,12 @@ class Sampler:
     """Return the number of tokens of a piece."""
     return self.engine.piece_width(self.slots, self.lm.mesh)
 
-  def bytes_read(self, rows: int, has_logits: bool) -> int:
-    """Return the bytes that a step must read on each device.
+  def bytes_read(self, rows: int, tokens: int, has_logits: bool) -> int:
+    """Return the bytes that a step must read on each device, of experts only those it uses.
 
     Args:
       rows: number of slots in the step.
+      tokens: number of tokens in the step.
       has_logits: whether the step computes logits.
     """
     lm = self.lm
@@ -156,6 +157,11 @@ class Sampler:
     last = 'embed' if lm.config.tied_embeddings else 'head'
     tables = {'embed', 'head'} - ({last} if has_logits else set())
     params = local_bytes({name: x for name, x in lm.params.items() if name not in tables})
+    if lm.config.experts is not None:
+      used = lm.config.experts.per_token / lm.config.experts.number
+      unused = (1 - used) ** (tokens / batch_shards(lm.mesh))  # the share, with a uniform router
+      layers = [layer['mlp'].get('experts', {}) for layer in lm.params['layers']]
+      params -= int(unused * local_bytes(layers))
     shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
     caches = cache_bytes(lm, self.length, self.engine.slack, self.engine.page_tokens)
     caches = caches * rows // shards
@@ -185,7 +191,7 @@ def _lower(job: Sampler, rows, tables, chunk) -> jax.stages.Lowered:
 
 def build_decode(job: Sampler) -> Program:
   """Compile the program of decode steps in all slots."""
-  read = job.bytes_read(job.slots, has_logits=True)
+  read = job.bytes_read(job.slots, job.slots, has_logits=True)
   return build('decode', lower_decode(job), read, step=1, rows=job.slots)
 
 
@@ -194,7 +200,7 @@ def build_prefill(job: Sampler) -> Program:
   shards = batch_shards(job.lm.mesh)
   size = job.engine.chunk_sizes(job.slots, job.lm.mesh)[-1]
   rows = piece_count(size, job.width()) * shards
-  read = job.bytes_read(rows, has_logits=False)
+  read = job.bytes_read(rows, size * shards, has_logits=False)
   name = f'prefill {size * shards}'
   return build(name, lower_prefill(job), read, step=0, rows=size * shards)
 

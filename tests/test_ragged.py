@@ -279,7 +279,18 @@ def test_larger_heads_have_smaller_blocks(h, dtype, block, stages):
   run = functools.partial(
     triton.read_sequences, window=100, scores=Scores(0.3, 50.0), is_partial=False, interpret=False
   )
-  jax.jit(run).trace(*args).lower(lowering_platforms=('cuda',))  # what the interpreter does not do
+  # Newer versions of jax ask for the device. The interpreter does not lower kernels.
+  device = jax.sharding.AbstractDevice('NVIDIA A100-SXM4-80GB', 108, 'gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('data',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.jit(run).trace(*args).lower(lowering_platforms=('cuda',))
+
+
+def test_a_jax_without_the_backend_has_xlas_products(monkeypatch):
+  monkeypatch.setattr(triton, 'plgpu', None)
+  assert choose_cached('auto', config(), 'bfloat16', 64, A100) == 'pages'
+  with pytest.raises(UserError, match="needs Pallas's Triton backend"):
+    choose_cached('triton', config(), 'bfloat16', 64, A100)
 
 
 def test_heads_that_are_too_large_for_a_page_are_refused():

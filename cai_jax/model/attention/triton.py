@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -29,6 +28,11 @@ from cai_jax.model.attention.softmax import PartialSoftmax, group_queries, merge
 from cai_jax.model.cache import LayerCache, Prefixes, Step
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.mesh import BATCH, batch_shards
+
+try:
+  from jax.experimental.pallas import triton as plgpu
+except ImportError:  # jax 0.12 announces that a later version will be without it
+  plgpu = None  # type: ignore[assignment]
 
 LEAST = 16  # rows, columns and depth of a matrix product of the tensor cores
 LEAST_CAPABILITY = 8.0  # Ampere, the first for which XLA compiles Triton's kernels
@@ -95,6 +99,8 @@ def init_pages(heads: int, head_dim: int, pages: int, size: int, dtype) -> Trito
 
 def refuse(config: ModelConfig, dtype: str, page_tokens: int, mesh: Mesh) -> str | None:
   """Return why the kernel does not support a model, or None; see `cached.CacheAttention`."""
+  if plgpu is None:
+    return f"needs Pallas's Triton backend, which jax {jax.__version__} does not have."
   device = mesh.devices.flat[0]
   if device.platform == 'gpu' and not compiles_for(device):
     return (

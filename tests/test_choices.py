@@ -15,7 +15,7 @@ from cai_jax.model.attention.kernels.kernel import KERNELS, choose_kernel
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import DeltaRule, Experts, ModelConfig, QueryGrowth
 from cai_jax.model.elementwise import ACTIVATIONS
-from cai_jax.model.layers import make_norm
+from cai_jax.model.parts import make_norm
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError

@@ -30,8 +30,9 @@ from cai_jax.model.attention.rotary import (
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.cache import Cache, Prefixes, Step, windows_of
 from cai_jax.model.config import LayerKind, ModelConfig
-from cai_jax.model.layers import Block, Embedding, LayerContext, Norm, embed_tokens, make_norm
+from cai_jax.model.layers import Block, LayerContext, embed_tokens
 from cai_jax.model.logits import logit_transform_of
+from cai_jax.model.parts import Embedding, Norm, make_norm
 from cai_jax.model.transformer import Params, compute_once, unembed
 
 # For each layer of experts, i32[G,E]: how many tokens of a batch shard each expert has computed.

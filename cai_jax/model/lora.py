@@ -15,7 +15,7 @@ from flax import nnx
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.experts import Kernel
-from cai_jax.model.layers import Adapter, Linear
+from cai_jax.model.parts import Adapter, Linear
 from cai_jax.model.transformer import Params, Transformer
 from cai_jax.runtime.errors import UserError
 

@@ -26,14 +26,9 @@ from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.delta_rule import run_texts, starts_of
 from cai_jax.model.experts import Routing
-from cai_jax.model.layers import (
-  Block,
-  Embedding,
-  LayerContext,
-  embed_tokens,
-  make_norm,
-)
+from cai_jax.model.layers import Block, LayerContext, embed_tokens
 from cai_jax.model.logits import LogitTransform, logit_transform_of
+from cai_jax.model.parts import Embedding, make_norm
 from cai_jax.model.precision import PRODUCT, einsum_f32
 
 Params = dict[str, Any]  # nested dict of arrays; layers are under integer keys

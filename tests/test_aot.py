@@ -11,13 +11,17 @@ import jax.numpy as jnp
 import pytest
 
 from cai_jax.model.families.family import config_from_hf
+from cai_jax.runtime.hardware import Device
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling import auto
+from cai_jax.sampling.config import EngineConfig
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses.cross_entropy import MIN_SLICES
 from experiments.aot import __main__, hlo
 from experiments.aot.flops import traced_flops
 from experiments.aot.models import find_model, first_layers
 from experiments.aot.program import TooLarge
+from experiments.aot.sampler import Sampler, abstract_lm
 from experiments.aot.slices import find_slice
 from experiments.aot.train import Training, shapes_of
 
@@ -176,6 +180,16 @@ def test_first_layers_keep_what_differs_between_layers():
   assert short.kinds == model.kinds[:7] and short.ropes == model.ropes[:7]
   mixture = first_layers(find_model('Qwen/Qwen3-30B-A3B'), 2)
   assert mixture.sparse(1) and mixture.windows == ()
+
+
+def test_a_decode_step_reads_the_experts_that_its_tokens_use():
+  model = first_layers(find_model('Qwen/Qwen3-30B-A3B'), 2)
+  lm = abstract_lm(model, make_mesh(1, devices=jax.devices()[:1]), 'bfloat16')
+  engine = auto.resolve(EngineConfig(slots=4), Device('tpu', 'v5e', 2**34), auto.Load())
+  job = Sampler(lm, engine, 4, 64, ())
+  few, many = (job.bytes_read(4, tokens, has_logits=True) for tokens in (1, 10**6))
+  # One token uses 8 of 128 experts of each layer, and many tokens use all.
+  assert many - few == pytest.approx(2 * model.num_expert_params * (1 - 8 / 128), rel=1e-6)
 
 
 def test_other_models_are_read_from_a_folder(tmp_path):

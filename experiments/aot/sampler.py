@@ -160,7 +160,7 @@ class Sampler:
     if lm.config.experts is not None:
       used = lm.config.experts.per_token / lm.config.experts.number
       unused = (1 - used) ** (tokens / batch_shards(lm.mesh))  # the share, with a uniform router
-      layers = [layer['mlp'].get('experts', {}) for layer in lm.params['layers']]
+      layers = [layer['mlp'].get('experts', {}) for layer in lm.params['layers'].values()]
       params -= int(unused * local_bytes(layers))
     shards = min(rows, batch_shards(lm.mesh)) * lm.mesh.shape['tensor']
     caches = cache_bytes(lm, self.length, self.engine.slack, self.engine.page_tokens)

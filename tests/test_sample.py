@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from cai_jax.sampling import blocks
 from cai_jax.sampling.noise import gumbel, gumbel_from_bits, token_keys
 from cai_jax.sampling.sample import keep_mask, sample
 
@@ -341,3 +342,11 @@ def test_gumbel_1_draws_these_tokens():
   logits = jnp.asarray(8 * np.sin(np.arange(12 * 500) ** 2).reshape(12, 500), jnp.float32)
   tokens, _ = SAMPLE(logits, keys_of(12), *arrays(12))
   assert np.array(tokens).tolist() == [236, 54, 182, 259, 122, 498, 406, 33, 203, 17, 38, 282]
+
+
+@pytest.mark.parametrize('vocab_size', [16 * 1028, 16 * 1032, 2 * 8193, 1000])
+def test_each_token_of_a_vocabulary_has_its_place_in_the_blocks(vocab_size):
+  logits = jax.random.normal(jax.random.key(0), (3, vocab_size))
+  flat = jax.jit(blocks.to_blocks)(logits).reshape(3, -1)
+  block, entry = jnp.divmod(flat.argmax(1), blocks.BLOCK)
+  assert (blocks.token_at(block, entry, vocab_size) == logits.argmax(1)).all()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 BLOCK = 128  # vocabulary entries of a block
 PIECES = 16  # a large vocabulary is cut into this many pieces, so that a mesh can split it
 LARGE = 2**14  # vocabulary size from which it is cut into pieces
+TILE_ROWS = 8  # rows of a tile, in which TPUs store arrays
 
 
 def to_blocks(logits: jax.Array) -> jax.Array:
@@ -20,6 +21,9 @@ def to_blocks(logits: jax.Array) -> jax.Array:
   devices made GSPMD compute the logits of half of it on each device.
   """
   count = piece_count(logits.shape[1])
+  if count > 1 and logits.shape[1] // count % TILE_ROWS:
+    # XLA would cut the output table instead, and a TPU copies it for that in each step.
+    logits = jax.lax.optimization_barrier(logits)
   pieces = logits.reshape(len(logits), count, -1)
   padding = -pieces.shape[2] % BLOCK
   if padding:

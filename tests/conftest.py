@@ -19,7 +19,7 @@ import jax
 import pytest
 
 from cai_jax.runtime import compilation
-from tests.families import FAMILIES, SHAPE, save_random
+from tests.families import SHAPE, mark_repeated, save_random
 
 # Many tests compile the same programs, often in processes of their own.
 if compilation.VARIABLE not in os.environ:
@@ -141,7 +141,7 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=mark_repeated())
 def family(request) -> str:
   """Each key of FAMILIES in turn."""
   return request.param

@@ -326,7 +326,7 @@ FAMILIES = {
   ),
 }
 
-# Another line has the same family. Generating with these and training them are slow tests.
+# Another line has the same family. Tests of these are slow tests.
 REPEATED = (
   'llama2',
   'llama_bias',

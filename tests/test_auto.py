@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import pytest
@@ -22,6 +23,7 @@ from cai_jax.sampling.auto import Load, measure_load, resolve
 from cai_jax.sampling.config import SIZES, EngineConfig
 from cai_jax.sampling.engine import Engine
 from tests.pipeline_setup import small
+from tests.test_kernels import A100
 
 GIB = 2**30
 CPU = Device('cpu', 'cpu', 24 * GIB)
@@ -103,6 +105,15 @@ def test_a_kernel_is_chosen_where_pages_have_its_size():
   assert resolve(EngineConfig(page_tokens=48), H100, load).attention == 'pages'
   with pytest.raises(UserError, match='flash'):
     EngineConfig(attention='flash')
+
+
+def test_the_kernel_is_chosen_for_the_pages_that_are_given():
+  heads_of_512 = ModelConfig('gemma4_text', 256, 64, 64, 2, 4, 1, 512, 4096)
+  mesh = types.SimpleNamespace(
+    devices=A100.devices, shape=make_mesh(devices=jax.devices()[:1]).shape
+  )
+  names = [measure_load([(heads_of_512, 'bfloat16')], mesh, n).attention for n in (64, 128)]
+  assert names == ['triton', 'pages']
 
 
 def test_load_is_what_each_device_holds(random_model):

@@ -7,7 +7,7 @@ import torch
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
-from tests.families import load_in_torch, mark_repeated
+from tests.families import load_in_torch
 
 NEW_TOKENS = 64
 RNG = np.random.default_rng(0)
@@ -20,12 +20,6 @@ CONTEXTS = [
   PREFIXES[1] + RNG.integers(5, 300, 1).tolist(),
   PREFIXES[1] + RNG.integers(5, 300, 25).tolist(),
 ]
-
-
-@pytest.fixture(params=mark_repeated())
-def family(request) -> str:
-  """Each key of FAMILIES in turn."""
-  return request.param
 
 
 def chain(context):

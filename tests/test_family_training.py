@@ -18,7 +18,7 @@ from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step, place_batch
-from tests.families import load_in_torch, mark_repeated
+from tests.families import load_in_torch
 
 # Adam divides a tiny gradient by its own size, which would turn rounding errors into whole steps.
 # A larger eps keeps them small, so parameters can be compared.
@@ -33,12 +33,6 @@ CONFIG = TrainConfig(
   eps=1e-2,
 )
 STEPS = 10
-
-
-@pytest.fixture(params=mark_repeated())
-def family(request) -> str:
-  """Each key of FAMILIES in turn."""
-  return request.param
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
     mesh = local_mesh(run)
     device = describe_device(mesh.local_devices[0])
     models = _models(run)
-    load = auto.measure_load(models, mesh)
+    load = auto.measure_load(models, mesh, auto.page_of(kept))
     engine, own = (auto.resolve(config, device, load) for config in (kept, given))
     check_batch(engine.slots, mesh, 'engine.slots')
     if 'attention' in stored:

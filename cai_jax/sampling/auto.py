@@ -120,12 +120,17 @@ class Load:
     return self.token * tokens - left + self.state
 
 
-def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
+def measure_load(
+  models: Sequence[tuple[ModelConfig, str]],
+  mesh: Mesh,
+  page_tokens: int = ACCELERATOR.page_tokens,
+) -> Load:
   """Return what models take on each device of a mesh.
 
   Args:
     models: shape and dtype of each model.
     mesh: the mesh that holds them.
+    page_tokens: number of tokens of a page of the cache.
   """
   parameters = token = state = 0
   windowed: collections.Counter[int] = collections.Counter()
@@ -144,11 +149,15 @@ def measure_load(models: Sequence[tuple[ModelConfig, str]], mesh: Mesh) -> Load:
     if config.delta:
       states = len(config.delta.layers) * layer_state_bytes(config.delta, jnp.dtype(dtype))
       state += states // mesh.shape['tensor']
-  page = ACCELERATOR.page_tokens
-  names = {choose_cached(AUTO, config, dtype, page, mesh) for config, dtype in models}
+  names = {choose_cached(AUTO, config, dtype, page_tokens, mesh) for config, dtype in models}
   attention = names.pop() if len(names) == 1 else 'pages'
   shards, by_window = batch_shards(mesh), tuple(sorted(windowed.items()))
   return Load(parameters, token, shards, attention, by_window, state)
+
+
+def page_of(config: EngineConfig) -> int:
+  """Return the number of tokens of a page; if it is 'auto', that of accelerators."""
+  return ACCELERATOR.page_tokens if 'page_tokens' in config.unresolved else config.page_tokens
 
 
 def resolve(config: EngineConfig, device: Device, load: Load) -> EngineConfig:
@@ -212,5 +221,5 @@ def resolve_for(config: EngineConfig, models: Sequence[LM]) -> EngineConfig:
   if not models:
     return resolve(config, describe_device(jax.local_devices()[0]), Load())
   mesh = models[0].mesh
-  load = measure_load([(lm.config, lm.dtype) for lm in models], mesh)
+  load = measure_load([(lm.config, lm.dtype) for lm in models], mesh, page_of(config))
   return resolve(config, describe_device(mesh.local_devices[0]), load)

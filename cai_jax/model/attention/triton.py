@@ -43,7 +43,7 @@ PREFILL_BLOCK = 64
 # others are multiplied. So a program with pages of 64 tokens needs less than 99 KiB of shared
 # memory, which all GPUs since Ampere have.
 BLOCK_BYTES, PAGE_BYTES, AHEAD_BYTES = 2**14, 2**16, 2**15
-# A sequence's pages are read in parts of so many, by programs of their own, whose softmaxes are
+# A decoded row's pages are read in parts of so many, by programs of their own, whose softmaxes are
 # merged. So a long row does not take longer than the others. The number is the same for
 # every batch, so that the bits of a row are, too.
 SPLIT_PAGES = 16
@@ -256,7 +256,8 @@ def read_sequences(
   """
   count, kv_heads, rows, h = queries.shape
   block, stages = choose_block(rows, kv.shape[2], h * kv.dtype.itemsize)
-  splits = -(-pages.shape[1] // SPLIT_PAGES)
+  # A piece of prefill has several programs already, and parts of it would take much memory.
+  splits = 1 if rows > block else pl.cdiv(pages.shape[1], SPLIT_PAGES)
   is_split = is_partial or splits > 1
   pages = jnp.clip(pages, 0, len(kv) - 1)
   whole = lambda shape: pl.BlockSpec(shape, lambda *_: (0,) * len(shape))  # noqa: E731
@@ -336,7 +337,8 @@ def _kernel(q_ref, at_ref, pages_ref, first_ref, kv_ref, *out_refs, block, split
   last = at.max()
   end = jnp.where(last < 0, 0, (last - first) // size + 1)
   start = split * SPLIT_PAGES
-  end = jnp.minimum(end, start + SPLIT_PAGES)
+  if splits > 1:
+    end = jnp.minimum(end, start + SPLIT_PAGES)
   largest, total, out = jax.lax.fori_loop(start, end, add_page, empty)
   if len(out_refs) == 1:
     out /= jnp.where(total > 0, total, 1.0)[:, None]

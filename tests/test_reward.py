@@ -110,8 +110,11 @@ def test_logits_agree_with_torch(make, family, labels):
     tokens = np.zeros_like(TOKENS)
     for row, length in enumerate(LENGTHS):
       tokens[row, mask[row]] = TOKENS[row, :length]
+    # Torch counts padding as positions, which matters where positions are learned.
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    inputs = {'attention_mask': torch.tensor(mask * 1), 'position_ids': positions}
     with torch.no_grad():
-      reference = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask * 1)).logits.numpy()
+      reference = theirs(torch.tensor(tokens), **inputs).logits.numpy()
     np.testing.assert_allclose(model.logits(tokens, mask), reference, atol=1e-4, rtol=0)
   for row, length in enumerate(LENGTHS):  # padding does not change a value
     with torch.no_grad():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
-from cai_jax.model.config import Experts, Llama3Rope, ModelConfig, QueryGrowth, Rope
+from cai_jax.model.config import DeltaRule, Experts, Llama3Rope, ModelConfig, QueryGrowth, Rope
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.training.config import TrainConfig
@@ -77,12 +77,13 @@ MODEL = ModelConfig(
   activation='gelu', gated=False, mlp_bias=True, query_scale=0.5, attention_cap=50.0,
   embedding_scale=2.0, residual_scale=0.5, logit_divisor=2.0, logit_cap=30.0,
   head_dims=(4, 2), kv_heads=(1, 1), value_norm=True, values_from_keys=(True, False),
-  layer_scalar=True, query_growth=QueryGrowth(0.5, 4), sinks=True,
+  layer_scalar=True, query_growth=QueryGrowth(0.5, 4), sinks=True, attention_gate=True,
 )  # fmt: skip
 # No real model has these beside norm_offset and mlp_bias.
 object.__setattr__(MODEL, 'norm', 'layer')
 EXPERTS = Experts(4, 2, 8, False, False, (1,), bias=True, limit=7.0, up_offset=1.0)
 object.__setattr__(MODEL, 'experts', EXPERTS)
+object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ object.__setattr__(MODEL, 'experts', EXPERTS)
     FeedbackConfig(template_options=(('thinking', False),), topicality=False),
     StageSampling(PENALIZED, PENALIZED, PENALIZED),
     MODEL,
-    TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep'),
+    TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep', balance_loss=0.1),
   ],
 )
 def test_identity_of_settings_is_all_their_fields(settings):

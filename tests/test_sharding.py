@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model import lora, sharding
-from cai_jax.model.config import Experts, ModelConfig
+from cai_jax.model.config import DeltaRule, Experts, ModelConfig
 from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -42,6 +42,7 @@ CONFIGS = [
     sinks=True,
   ),
   ModelConfig('other', **SIZES, max_positions=64, experts=Experts(4, 2, 16, bias=True)),
+  ModelConfig('other', **SIZES, max_positions=64, delta=DeltaRule((0,), 2, 4, 4, 4, 3)),
 ]
 
 
@@ -63,6 +64,7 @@ def test_specs_have_the_rank_of_their_parameter(config):
     if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # large ones are split by both axes
       axes = {'fsdp', 'tensor', *(['expert'] if 'experts' in path else [])}
       axes -= {'tensor'} if 'router' in path else set()  # which has few columns
+      axes -= {'fsdp'} if '_conv' in path else set()  # a few numbers for each channel
       assert {axis for axis in spec if axis} == axes
 
 

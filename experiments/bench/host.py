@@ -80,7 +80,7 @@ class Stub:
     A step with prefill only prefills, so that replies never exceed the pages of their slots.
     """
     if rows is None:
-      return READY, cache
+      return READY, cache, ()
     active = np.array(rows.active)
     chosen = self._rng.integers(len(self._counts), size=len(active))
     tokens = self._tokens[chosen]
@@ -89,7 +89,7 @@ class Stub:
     logprobs = self._logprobs[chosen % len(self._logprobs)]
     unfinished = active & (chunk is not None)
     steps = np.int32(count.max())
-    return Burst(tokens, logprobs, count, unfinished, steps, count), cache
+    return Burst(tokens, logprobs, count, unfinished, steps, count), cache, ()
 
   @contextlib.contextmanager
   def installed(self):

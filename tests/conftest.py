@@ -19,7 +19,7 @@ import jax
 import pytest
 
 from cai_jax.runtime import compilation
-from tests.families import SHAPE, mark_repeated, save_random
+from tests.families import REPEATED, SHAPE, mark_slow, save_random
 
 # Many tests compile the same programs, often in processes of their own.
 if compilation.VARIABLE not in os.environ:
@@ -141,7 +141,7 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
-@pytest.fixture(params=mark_repeated())
+@pytest.fixture(params=mark_slow(REPEATED))
 def family(request) -> str:
   """Each key of FAMILIES in turn."""
   return request.param

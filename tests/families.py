@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -341,10 +342,14 @@ REPEATED = (
 )
 
 
-def mark_repeated() -> list[Any]:
-  """Return the names of FAMILIES as parameters of a fixture, those in REPEATED marked slow."""
+# Other lines have the same parts. Generating with these and training them are slow tests.
+SIMILAR = ('mistral', 'qwen3', 'olmoe', 'granite4', 'glm4')
+
+
+def mark_slow(names: Sequence[str]) -> list[Any]:
+  """Return the names of FAMILIES as parameters of a fixture, those in `names` marked slow."""
   return [
-    pytest.param(name, marks=pytest.mark.slow) if name in REPEATED else name for name in FAMILIES
+    pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in FAMILIES
   ]
 
 

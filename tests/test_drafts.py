@@ -97,8 +97,8 @@ def repeated_items(count, settings=SETTINGS):
   ('windows', 'dtype'),
   [
     ((), 'float32'),
-    ((None, 40), 'float32'),
     ((None, 40), 'bfloat16'),
+    pytest.param((None, 40), 'float32', marks=pytest.mark.slow),
     pytest.param((), 'bfloat16', marks=pytest.mark.slow),
   ],
 )

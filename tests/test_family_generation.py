@@ -7,7 +7,7 @@ import torch
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
-from tests.families import load_in_torch
+from tests.families import REPEATED, SIMILAR, load_in_torch, mark_slow
 
 NEW_TOKENS = 64
 RNG = np.random.default_rng(0)
@@ -28,6 +28,12 @@ def chain(context):
   follow = context + first.tokens + [5, 9]
   second = yield Turn('second', follow, SamplingConfig(temperature=0.0, max_tokens=8))
   return [(context, first), (follow, second)]
+
+
+@pytest.fixture(params=mark_slow(REPEATED + SIMILAR))
+def family(request) -> str:
+  """Each key of FAMILIES in turn."""
+  return request.param
 
 
 @pytest.fixture(scope='module')

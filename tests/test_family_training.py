@@ -18,7 +18,7 @@ from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step, place_batch
-from tests.families import load_in_torch
+from tests.families import REPEATED, SIMILAR, load_in_torch, mark_slow
 
 # Adam divides a tiny gradient by its own size, which would turn rounding errors into whole steps.
 # A larger eps keeps them small, so parameters can be compared.
@@ -33,6 +33,12 @@ CONFIG = TrainConfig(
   eps=1e-2,
 )
 STEPS = 10
+
+
+@pytest.fixture(params=mark_slow(REPEATED + SIMILAR))
+def family(request) -> str:
+  """Each key of FAMILIES in turn."""
+  return request.param
 
 
 @functools.cache
@@ -151,6 +157,7 @@ def test_ten_losses_agree_with_torch(trained, family):
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(trained, load, tiny_hf_folder, family, quick_compilation):
   """Data, rows of parameters and channels are split."""
   config, _, losses, expected = trained(family)

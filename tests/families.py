@@ -410,11 +410,15 @@ def save_random(name: str, folder: str | os.PathLike, tokenizer: Any, special: l
     tokenizer: the model's tokenizer.
     special: ids of the end of a text, the start of a turn and the end of a turn.
   """
+  import torch
   import transformers
 
   ids = dict(bos_token_id=None, eos_token_id=special[2], pad_token_id=special[0])
-  model = transformers.AutoModelForCausalLM.from_config(make_config(name, **ids)).float()
-  randomize(model, list(FAMILIES).index(name))
+  seed = list(FAMILIES).index(name)
+  with torch.random.fork_rng():  # vectors such as sinks keep a part of torch's own random start
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(make_config(name, **ids)).float()
+  randomize(model, seed)
   model.generation_config = transformers.GenerationConfig(
     eos_token_id=[special[2], special[0]], pad_token_id=special[0]
   )

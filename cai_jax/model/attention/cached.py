@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.cache import LayerCache, Prefixes, Step
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import BATCH, batch_shards
 from cai_jax.runtime.registry import Registry
 
 
@@ -130,6 +132,27 @@ class CacheAttention:
   takes_pages: Callable[[int], bool] = lambda tokens: True
   platform: str | None = None
   refuse: Callable[[ModelConfig, str, int, Mesh], str | None] = accept_any
+
+
+def attend_by_shard(
+  local: Callable[..., Any], heads: int, mesh: Mesh, *args: Any
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Return what `local` computes for the rows and heads of each device, which do not communicate.
+
+  Args:
+    local: takes `args` of one batch shard, whose axis G has the length 1.
+    heads: as in `CacheAttention`.
+    mesh: the mesh over which rows and heads are split.
+    *args: q, k, v, blocks, prefixes, view and sinks of `Attend`.
+  """
+  if mesh.size == 1:
+    return local(*args)
+  # The prefill of a shared prefix has a single group, which every batch shard computes as a whole.
+  batch = tuple(BATCH) if len(args[0]) == batch_shards(mesh) else (None,)
+  tokens, pages = P(*batch, None, 'tensor'), P(*batch, *[None] * (heads - 1), 'tensor')
+  specs = tokens, tokens, tokens, pages, P(None, 'tensor'), P(*batch), P('tensor')
+  outputs = tokens, pages
+  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=False)(*args)
 
 
 CACHED: Registry[CacheAttention] = Registry('attention to the cache')

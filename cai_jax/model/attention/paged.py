@@ -15,9 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.attention.cached import CACHED, CacheAttention
+from cai_jax.model.attention.cached import CACHED, CacheAttention, attend_by_shard
 from cai_jax.model.attention.mask import MASKED, causal_mask
 from cai_jax.model.attention.pieces import (
   PieceView,
@@ -35,7 +34,8 @@ from cai_jax.model.attention.softmax import (
   ungroup_queries,
 )
 from cai_jax.model.cache import LayerCache, Prefixes, RowTable, Step, init_block
-from cai_jax.runtime.mesh import BATCH, batch_shards
+
+HEADS = 1  # axis of the pages that counts heads
 
 
 class RowView(NamedTuple):
@@ -204,16 +204,7 @@ def attend_paged(
   """
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   local = functools.partial(_attend_local, window=window, width=width, on_cpu=on_cpu, scores=scores)
-  args = q, k, v, blocks, tuple(prefixes), view, sinks
-  if mesh.size == 1:
-    return local(*args)
-  # The prefill of a shared prefix has a single group, which every batch shard computes as a whole.
-  batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
-  heads, pages = P(*batch, None, 'tensor'), P(*batch, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
-  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
-    *args
-  )
+  return attend_by_shard(local, HEADS, mesh, q, k, v, blocks, tuple(prefixes), view, sinks)
 
 
 def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, on_cpu, scores):
@@ -240,34 +231,38 @@ def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, on_cpu,
     attend = attend_pieces if on_cpu else attend_gathered_pieces
     parts.append(attend(q[decoded:], blocks, view.pieces, window, width, scores))
   own = PartialSoftmax(*(jnp.concatenate(x) for x in zip(*parts, strict=True)))
-  shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
-  whole = merge([*shared, own])
-  whole = whole if sinks is None else whole.with_sinks(sinks)
-  return whole.divided().astype(q.dtype)[None], blocks
+  out = merge_prefixes(own, q, kv_heads, prefixes, view.prefix_masks, scores, sinks)
+  return out, blocks
 
 
-def read_prefixes(
+def merge_prefixes(
+  own: PartialSoftmax,
   q: jax.Array,
   kv_heads: int,
   prefixes: Sequence[LayerCache],
   masks: Sequence[jax.Array],
   scores: Scores,
-) -> list[PartialSoftmax]:
-  """Return the softmax [X,N,...] of a step's tokens over each shared prefix.
+  sinks: jax.Array | None,
+) -> jax.Array:
+  """Return the output [1,X,N,H] of a step's tokens over their own pages and the shared prefixes.
 
   Args:
+    own: the softmax [X,N,...] over their own pages.
     q: [X,N,H], rotated.
     kv_heads: K.
     prefixes: the layer's keys and values of each prefix.
     masks: for each prefix, bool[X,S], the keys that each token sees.
     scores: scale and cap of the scores.
+    sinks: f32[N], a further score of each head, or None.
   """
 
   def read(cache, mask):
     part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask, scores)
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
-  return [read(*prefix) for prefix in zip(prefixes, masks, strict=True)]
+  whole = merge([*(read(*prefix) for prefix in zip(prefixes, masks, strict=True)), own])
+  whole = whole if sinks is None else whole.with_sinks(sinks)
+  return whole.divided().astype(q.dtype)[None]
 
 
 def _attend_rows(queries, blocks, view: RowView, on_cpu: bool, scores) -> PartialSoftmax:
@@ -306,7 +301,7 @@ CACHED.register('pages')(
     init=init_block,
     make_view=make_view,
     attend=attend_paged,
-    heads=1,
+    heads=HEADS,
     page_axis=3,
     layouts=((0, 3, 1, 2), (0, 2, 1, 3)),
   )

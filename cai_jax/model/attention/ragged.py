@@ -18,20 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.attention.cached import CACHED, CacheAttention
+from cai_jax.model.attention.cached import CACHED, CacheAttention, attend_by_shard
 from cai_jax.model.attention.mask import MASKED
-from cai_jax.model.attention.paged import find_places, prefix_masks, read_prefixes
+from cai_jax.model.attention.paged import find_places, merge_prefixes, prefix_masks
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.attention.softmax import (
   PartialSoftmax,
-  merge,
 )
 from cai_jax.model.cache import LayerCache, Pieces, Prefixes, RowTable, Step
 from cai_jax.model.config import ModelConfig
-from cai_jax.runtime.mesh import BATCH, batch_shards
 
+HEADS = 2  # axis of the pages that counts heads
 LANES = 128  # head sizes are multiples of this
 PAGE_MULTIPLE = 16  # tokens; page sizes are multiples of this
 # The kernel fetches keys in blocks, and the last block of a row whole. So it reads half a
@@ -194,15 +192,7 @@ def attend_ragged(
   """Write a step's keys and values to a layer's cache, and attend to it; see `cached.Attend`."""
   interpret = mesh.devices.flat[0].platform != 'tpu'
   local = functools.partial(_attend_local, window=window, interpret=interpret, scores=scores)
-  args = q, k, v, blocks, tuple(prefixes), view, sinks
-  if mesh.size == 1:
-    return local(*args)
-  batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
-  heads, pages = P(*batch, None, 'tensor'), P(*batch, None, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
-  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
-    *args
-  )
+  return attend_by_shard(local, HEADS, mesh, q, k, v, blocks, tuple(prefixes), view, sinks)
 
 
 def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, interpret, scores):
@@ -226,11 +216,8 @@ def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, interpret, sco
   summed = jnp.where(valid, summed[..., None], MASKED)
   summed = summed if view.rank is None else summed[view.rank]
   own = PartialSoftmax(summed, jnp.ones_like(summed), out.astype(jnp.float32))
-
-  shared = read_prefixes(q, k.shape[1], prefixes, view.prefix_masks, scores)
-  whole = merge([*shared, own])
-  whole = whole if sinks is None else whole.with_sinks(sinks)
-  return whole.divided().astype(q.dtype)[None], (RaggedPages(kv),)
+  out = merge_prefixes(own, q, k.shape[1], prefixes, view.prefix_masks, scores, sinks)
+  return out, (RaggedPages(kv),)
 
 
 def block_pages(page_tokens: int, row_pages: int, token_bytes: int) -> int:
@@ -368,7 +355,7 @@ CACHED.register('ragged')(
     init=init_pages,
     make_view=make_view,
     attend=attend_ragged,
-    heads=2,
+    heads=HEADS,
     page_axis=1,
     layouts=(None,),
     max_blocks=1,

@@ -17,23 +17,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from cai_jax.model.attention.cached import CACHED, CacheAttention
+from cai_jax.model.attention.cached import CACHED, CacheAttention, attend_by_shard
 from cai_jax.model.attention.mask import MASKED
-from cai_jax.model.attention.paged import find_places, prefix_masks, read_prefixes
+from cai_jax.model.attention.paged import find_places, merge_prefixes, prefix_masks
 from cai_jax.model.attention.pieces import PieceView, join_pieces, split_pieces, view_pieces
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.attention.softmax import PartialSoftmax, group_queries, merge, ungroup_queries
 from cai_jax.model.cache import LayerCache, Prefixes, Step
 from cai_jax.model.config import ModelConfig
-from cai_jax.runtime.mesh import BATCH, batch_shards
 
 try:
   from jax.experimental.pallas import triton as plgpu
 except ImportError:  # jax 0.12 announces that a later version will be without it
   plgpu = None  # type: ignore[assignment]
 
+HEADS = 1  # axis of the pages that counts heads
 LEAST = 16  # rows, columns and depth of a matrix product of the tensor cores
 LEAST_CAPABILITY = 8.0  # Ampere, the first for which XLA compiles Triton's kernels
 # Queries that a program takes together: those of a decoded row fit into the least product, and
@@ -185,15 +184,7 @@ def attend_triton(
   local = functools.partial(
     _attend_local, window=window, width=width, interpret=interpret, scores=scores
   )
-  args = q, k, v, blocks, tuple(prefixes), view, sinks
-  if mesh.size == 1:
-    return local(*args)
-  batch = tuple(BATCH) if len(q) == batch_shards(mesh) else (None,)
-  heads, pages = P(*batch, None, 'tensor'), P(*batch, 'tensor')
-  specs = heads, heads, heads, pages, P(None, 'tensor'), P(*batch), P('tensor')
-  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, pages), check_vma=False)(
-    *args
-  )
+  return attend_by_shard(local, HEADS, mesh, q, k, v, blocks, tuple(prefixes), view, sinks)
 
 
 def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, interpret, scores):
@@ -221,12 +212,10 @@ def _attend_local(q, k, v, blocks, prefixes, view, sinks, window, width, interpr
     read = read_sequences(group_queries(queries, kv_heads), kv, *tables, *options)
     outputs.append(join_pieces(read, target, x - decoded))
   own = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-  if isinstance(own, PartialSoftmax):
-    shared = read_prefixes(q, kv_heads, prefixes, view.prefix_masks, scores)
-    whole = merge([*shared, own])
-    whole = whole if sinks is None else whole.with_sinks(sinks)
-    own = whole.divided().astype(q.dtype)
-  return own[None], (TritonPages(kv),)
+  if not isinstance(own, PartialSoftmax):
+    return own[None], (TritonPages(kv),)
+  out = merge_prefixes(own, q, kv_heads, prefixes, view.prefix_masks, scores, sinks)
+  return out, (TritonPages(kv),)
 
 
 def read_sequences(
@@ -357,7 +346,7 @@ CACHED.register('triton')(
     init=init_pages,
     make_view=make_view,
     attend=attend_triton,
-    heads=1,
+    heads=HEADS,
     page_axis=2,
     layouts=(None,),
     max_blocks=1,

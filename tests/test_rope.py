@@ -317,6 +317,7 @@ def test_layers_without_rotary_positions_are_read_and_written():
   assert entries.read_no_rope_layers({}, rope, 5, 4) == (rope, rope, rope, None, rope)
   hf = {'no_rope_layers': [1, 0, 1]}
   ropes = entries.read_no_rope_layers(hf, rope, 3, 4)
+  assert entries.read_no_rope_layers({'no_rope_layers': [1, 0, 1, 0]}, rope, 3, 4) == ropes
   assert ropes == (rope, None, rope)
   assert entries.write_no_rope_layers(dataclasses.replace(BASE, ropes=ropes)) == hf
   theirs = transformers.SmolLM3Config(num_hidden_layers=9)

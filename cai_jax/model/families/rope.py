@@ -138,7 +138,7 @@ def read_no_rope_layers(
 
   Args:
     hf: a parsed config.json. `no_rope_layers` has a 1 for each layer that rotates, and a 0 for
-      each that does not.
+      each that does not. As in transformers, entries beyond the last layer have no effect.
     rope: rotary positions of the layers that rotate.
     layers: number of layers.
     interval: without `no_rope_layers`, each layer whose number from 1 is a multiple of
@@ -156,11 +156,12 @@ def read_no_rope_layers(
     every = layers + 1 if interval is None else read_size(hf, 'no_rope_layer_interval', interval)
     rotates = [int(bool((layer + 1) % every)) for layer in range(layers)]
   good = isinstance(rotates, list) and all(type(x) in (int, bool) and x in (0, 1) for x in rotates)
-  if not good or len(rotates) != layers:
+  if not good or len(rotates) < layers:
     raise UserError(
-      f'config.json: no_rope_layers is {show(rotates)}; it must be a list of {layers} entries, '
-      'which are 1 for a layer that rotates and 0 for one that does not.'
+      f'config.json: no_rope_layers is {show(rotates)}; it must be a list of at least {layers} '
+      'entries, which are 1 for a layer that rotates and 0 for one that does not.'
     )
+  rotates = rotates[:layers]
   return () if all(rotates) else tuple(rope if x else None for x in rotates)
 
 

@@ -217,7 +217,9 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added = {'version', 'plugins', 'model.aligned', 'model.long_context', 'data.d_cai', 'train.loss'}
   added |= {'mesh.expert', 'train.balance_loss'}
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
-  added |= {f'prompts.{name}.drop_answer' for name in CONFIG.prompts}
+  rows = ('plain', 'system_field', 'message_keys', 'roles', 'drop_answer', 'invalid')
+  for name in CONFIG.prompts:
+    added |= {f'prompts.{name}.{f}' for f in ('path', 'mixture', 'where', 'expand', *rows)}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
   added |= {f'evaluation.judge_remote.{field.name}' for field in dataclasses.fields(JudgeServer)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from cai_jax.data.prompt_sources import PromptSource
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.config import DeltaRule, Experts, Llama3Rope, ModelConfig, QueryGrowth, Rope
 from cai_jax.runtime.settings import changed_settings, flatten, identity, setting
@@ -70,6 +71,21 @@ PENALIZED = SamplingConfig(
 )
 
 
+PROMPTS = PromptSource(
+  path='copy.csv',
+  where=('label=safe',),
+  expand='every_turn',
+  invalid='skip',
+  plain=True,
+  system_field='rules',
+  message_keys=('speaker', 'text'),
+  roles=('agent=assistant',),
+  drop_answer=True,
+)
+# No real source has it beside a path.
+object.__setattr__(PROMPTS, 'mixture', ('xstest:1',))
+
+
 MODEL = ModelConfig(
   'llama', 9, 4, 4, 2, 1, 1, 4, 8, 1e4, Llama3Rope(8.0, 1.0, 4.0, 32), qk_norm=True,
   rope_channels=2, rope_interleaved=True, ropes=(Rope(), None), learned_positions=True,
@@ -92,6 +108,7 @@ object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
     FeedbackConfig(template_options=(('thinking', False),), topicality=False),
     StageSampling(PENALIZED, PENALIZED, PENALIZED),
     MODEL,
+    PROMPTS,
     TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep', balance_loss=0.1),
   ],
 )

@@ -1,5 +1,7 @@
 """Sources of prompts: files, TFDS datasets, the Hugging Face hub, and sources that users register.
 
+The folder sets/ has the published sets, which are sources with names of their own.
+
 A source is a function that yields rows. To add one, register it under a name, which users then set
 as `prompts.*.source`. To read a new file format, register it under the suffix of its files:
 
@@ -8,17 +10,18 @@ as `prompts.*.source`. To read a new file format, register it under the suffix o
     for number, line in read_lines(source.source):
       yield f'{source.source}, line {number}', {'prompt': line}
 
-The module prompt_files.py has the built-in file formats, and prompts.py explains what a row
-contains and turns rows into prompts.
+The module prompt_files.py has the built-in file formats, prompts.py explains what a row contains,
+and row_form.py reads it.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from cai_jax.data.dialogues import ROLES
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 from cai_jax.runtime.settings import setting
@@ -47,8 +50,8 @@ class PromptSource:
   source: str = setting(
     '',
     'A file: .jsonl (one row per line), .json (an array of rows), .csv, .tsv, .parquet or .txt '
-    "(one prompt per line), also compressed with gzip. Or 'tfds', 'hub' or 'tiny'. '' means no "
-    'prompts.',
+    '(one prompt per line), also compressed with gzip. Or the name of a published set, such as '
+    "'xstest' (docs/prompts.md), or 'tfds', 'hub' or 'tiny'. '' means no prompts.",
     path=True,
   )
   name: str = setting(
@@ -57,7 +60,11 @@ class PromptSource:
     path=True,
   )
   subset: str = setting('', 'Configuration of the hub dataset, if it has several.')
-  split: str = setting('train', "Split of the dataset. For the source 'tiny': 'train' or 'eval'.")
+  split: str = setting(
+    'train',
+    "Split of the dataset. For the source 'tiny': 'train' or 'eval'. A published set without a "
+    "split of that name reads its first split for 'train'.",
+  )
   field: str = setting(
     '', "Field that contains the prompt. '' means messages, conversations, prompt or chosen."
   )
@@ -73,11 +80,82 @@ class PromptSource:
     (), 'Further fields of a row to store in the metadata of the prompt, as text.'
   )
 
+  path: str = setting(
+    '',
+    'Local copy of the published set that `source` names: a file, a folder that `datasets` saved, '
+    "or a folder with the files of its hub repository. '' loads the set from the hub.",
+    added=True,
+    path=True,
+  )
+  mixture: tuple[str, ...] = setting(
+    (),
+    "Sources to draw from, as 'NAME:WEIGHT', 'NAME/SPLIT=COPY:WEIGHT' or 'FILE:WEIGHT' "
+    '(docs/prompts.md). Without a limit, as many prompts as the weights allow are drawn.',
+    added=True,
+  )
+  where: tuple[str, ...] = setting(
+    (),
+    "Keep the prompts whose metadata match, such as ('label=safe',). Values of one name are "
+    'alternatives; of several names, each must match.',
+    added=True,
+  )
+  expand: str = setting(
+    '',
+    "'every_turn' makes a prompt of each turn of the user in a dialogue. '' makes one prompt of a "
+    'dialogue, which ends with the last turn.',
+    added=True,
+  )
+  invalid: str = setting(
+    'error',
+    "What a row that is no prompt does: 'error' ends the run, and 'skip' leaves the row out and "
+    'prints how many there were.',
+    added=True,
+  )
+  plain: bool = setting(
+    False,
+    'Take a text as the words of the user, without looking for labels such as "Human:" in it.',
+    added=True,
+  )
+  system_field: str = setting(
+    '', "Field that contains the system message. '' means `system`, beside messages.", added=True
+  )
+  message_keys: tuple[str, ...] = setting(
+    (),
+    "Names of the keys with the role and the content of a message, such as ('speaker', 'text'). () "
+    "means ('role', 'content') or ('from', 'value').",
+    added=True,
+  )
+  roles: tuple[str, ...] = setting(
+    (),
+    "Other names of roles in messages, such as ('customer=user', 'agent=assistant').",
+    added=True,
+  )
+
   def __post_init__(self) -> None:
-    if self.source and self.limit != -1 and self.limit < 1:
+    if (self.source or self.mixture) and self.limit != -1 and self.limit < 1:
       raise UserError(f'limit must be at least 1, or -1 for all prompts, but got {self.limit}.')
+    if self.source and self.mixture:
+      raise UserError('Set source or mixture, not both.')
+    if self.expand not in EXPANSIONS:
+      raise UserError(f'expand={self.expand!r} must be one of {EXPANSIONS}.')
+    if self.invalid not in ('error', 'skip'):
+      raise UserError(f"invalid={self.invalid!r} must be 'error' or 'skip'.")
+    if len(self.message_keys) not in (0, 2):
+      raise UserError(
+        f'message_keys={self.message_keys} must be the names of two keys, of the role and of the '
+        'content.'
+      )
+    for pair in self.roles:
+      if '=' not in pair or pair.rpartition('=')[2] not in ROLES:
+        raise UserError(f"roles: {pair!r} must be 'NAME=ROLE' with a role of {ROLES}.")
+    for condition in self.where:
+      if not all(condition.partition('=')):
+        raise UserError(f"where: {condition!r} must be 'NAME=VALUE', such as 'label=safe'.")
 
 
+# Files that `save_to_disk` writes at the top of a folder.
+_SAVED = ('state.json', 'dataset_dict.json')
+EXPANSIONS = ('', 'every_turn')
 _MESSAGE_KEYS = ({'role', 'content'}, {'from', 'value'})
 
 SOURCES: Registry[Callable[[PromptSource, int], Iterator[Row]]] = Registry('source of prompts')
@@ -159,7 +237,7 @@ def read_tfds(source: PromptSource, seed: int) -> Iterator[Row]:
 
 @SOURCES.register('hub')
 def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
-  """Yield the rows of a dataset that `datasets.load_dataset` loads.
+  """Yield the rows of a dataset that `datasets` loads.
 
   Args:
     source: names the dataset, its subset and its split.
@@ -169,17 +247,38 @@ def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
     UserError: if the dataset cannot be loaded.
   """
   _require_name(source)
+  return load_hub_rows(source.name, source.subset, source.split)
+
+
+def load_hub_rows(
+  name: str, subset: str, split: str, options: Mapping[str, Any] | None = None
+) -> Iterator[Row]:
+  """Yield the rows of a dataset of the hub, or of a folder that `datasets` can load.
+
+  Args:
+    name: name of the dataset, a folder with the files of one, or a folder of `save_to_disk`.
+    subset: its configuration, or ''.
+    split: its split.
+    options: further arguments of `datasets.load_dataset`.
+
+  Raises:
+    UserError: if the dataset cannot be loaded.
+  """
   import datasets  # imported here because it takes seconds
 
   try:
-    rows = datasets.load_dataset(source.name, source.subset or None, split=source.split)
+    if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
+      rows = datasets.load_from_disk(name)
+      rows = rows[split] if isinstance(rows, dict) else rows
+    else:
+      rows = datasets.load_dataset(name, subset or None, split=split, **(options or {}))
   except Exception as error:  # errors of the network, the hub and files have no public base class
     raise UserError(
-      f'{source.name}: `datasets` cannot load split {source.split!r}, subset {source.subset!r}: '
-      f'{error!s:.300}. Check the name, the subset and the split.'
+      f'{name}: `datasets` cannot load split {split!r}, subset {subset!r}: {error!s:.300}. Check '
+      'the name, the subset and the split.'
     ) from error
   for i, row in enumerate(rows):
-    yield f'{source.name}, split {source.split!r}, row {i}', row
+    yield f'{name}, split {split!r}, row {i}', row
 
 
 def _require_name(source: PromptSource) -> None:

@@ -12,29 +12,27 @@ the shapes of a dialogue. Two further fields are optional: `id` (by default a ha
 and `metadata` (an object of texts). Beside messages, `system` is the text of a system message.
 Other fields are read only if a setting names them.
 
-prompt_files.py reads files and prompt_sources.py other sources; new ones are added there.
+prompt_files.py reads files and prompt_sources.py other sources; new ones are added there. sets/ has
+the published sets, row_form.py reads a row, and mixtures.py counts the prompts of a mixture.
 """
 
 import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 from cai_jax.data import prompt_files as prompt_files  # importing it registers the file formats
-from cai_jax.data.dialogues import Messages, check_prompt, parse_messages
-from cai_jax.data.prompt_sources import (
-  DIALOGUE_FIELDS,
-  MESSAGE_FIELDS,
-  ROW_FORM,
-  PromptSource,
-  read_rows,
-)
+from cai_jax.data.dialogues import check_prompt
+from cai_jax.data.mixtures import Component, count_draws, parse_mixture
+from cai_jax.data.prompt_sources import ROW_FORM, PromptSource, read_rows
+from cai_jax.data.row_form import MAX_ID, RowForm
+from cai_jax.data.sets import PROMPT_SETS
+from cai_jax.data.sets.prompt_set import row_form
 from cai_jax.runtime.errors import UserError, show
-from cai_jax.runtime.text_files import check_characters, parse_json
-
-MAX_ID = 1000  # characters
+from cai_jax.runtime.terminal import say
+from cai_jax.runtime.text_files import check_characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,31 +74,165 @@ class Prompt:
 
 
 def load_prompts(source: PromptSource, seed: int = 0) -> list[Prompt]:
-  """Load the prompts of a source, with unique ids, and check every row.
+  """Load the prompts of a source or of a mixture, with unique ids, and check every row.
 
   Rows without an id get a hash of their dialogue as their id. If dialogues repeat, '-1', '-2', ...
-  is appended to the hash.
+  is appended to the hash. With `expand='every_turn'`, the prompt of a dialogue's last turn has this
+  id, and that of an earlier turn k, counted from 1, has '/turn-k' appended.
 
   Args:
     source: where to load from; an empty source gives no prompts.
-    seed: shuffles the prompts if `source.shuffle` is set. Their order depends on the seed and
-      their ids only.
+    seed: shuffles the prompts if `source.shuffle` is set, and draws those of a mixture. Their order
+      depends on the seed and their ids only.
 
   Raises:
     UserError: if the source is missing or empty, a row is not a prompt, or two rows have the same
       id. The message names the line or row.
   """
+  if source.mixture:
+    return _draw_mixture(source, seed)
   if not source.source:
     return []
-  rows = [_parse_row(place, row, source) for place, row in read_rows(source, seed)]
+  rows = _read_prompts(source, seed)
   prompts = _make_ids_unique(rows)
   if not prompts:
     raise UserError(
       f'{source.name or source.source}: the source is empty; it needs at least one row. {ROW_FORM}'
     )
+  if source.expand:
+    prompts = [turn for prompt in prompts for turn in _every_turn(prompt)]
+    _check_unique(prompts)
+  prompts = _select(prompts, source)
   if source.shuffle:
-    prompts.sort(key=lambda prompt: (_hash([seed, prompt.id]), prompt.id))
+    prompts = _shuffle(prompts, seed)
   return prompts if source.limit == -1 else prompts[: source.limit]
+
+
+def _read_prompts(source: PromptSource, seed: int) -> list['_Row']:
+  """Return the prompts of a source's rows."""
+  form = row_form(source)
+  rows, reasons = [], []
+  for place, row in read_rows(source, seed):
+    try:
+      rows.append(_parse_row(place, row, form, source.source))
+    except UserError as error:
+      if source.invalid == 'error':
+        raise
+      reasons.append(error)
+  if reasons:
+    say(
+      f'{source.source}: {len(reasons):,} of {len(rows) + len(reasons):,} rows are left out, '
+      f'because they are no prompts. The first: {reasons[0]}'
+    )
+  return rows
+
+
+def _every_turn(prompt: Prompt) -> list[Prompt]:
+  """Return a prompt for each turn of the user in a dialogue; the last is the prompt itself."""
+  ends = [i + 1 for i, message in enumerate(prompt.messages) if message['role'] == 'user']
+  earlier = [
+    dataclasses.replace(prompt, id=f'{prompt.id}/turn-{k}', messages=prompt.messages[:end])
+    for k, end in enumerate(ends[:-1], 1)
+  ]
+  return [*earlier, prompt]
+
+
+def _check_unique(prompts: Sequence[Prompt]) -> None:
+  """Check that no id of a row equals that of an earlier turn of another dialogue."""
+  seen: dict[str, Prompt] = {}
+  for prompt in prompts:
+    if prompt.id in seen:
+      raise UserError(
+        f'{prompt}: the id {show(prompt.id)} is already used at {seen[prompt.id]}. Change that id.'
+      )
+    seen[prompt.id] = prompt
+
+
+def _select(prompts: Sequence[Prompt], source: PromptSource) -> list[Prompt]:
+  """Return the prompts whose metadata match the conditions of a source.
+
+  Raises:
+    UserError: if no prompt has metadata of a condition's name, or its value.
+  """
+  conditions: dict[str, set[str]] = {}
+  for condition in source.where:
+    name, _, value = condition.partition('=')
+    conditions.setdefault(name, set()).add(value)
+  for name, values in conditions.items():
+    found = {prompt.metadata[name] for prompt in prompts if name in prompt.metadata}
+    if not found:
+      names = sorted({name for prompt in prompts for name in prompt.metadata})
+      raise UserError(f'where: no prompt has the metadata {name!r}. There are {names}.')
+    if missing := values - found:
+      raise UserError(
+        f'where: no prompt has {name}={sorted(missing)[0]!r}. The values are '
+        f'{show(sorted(found), 400)}.'
+      )
+  kept = [
+    prompt
+    for prompt in prompts
+    if all(prompt.metadata.get(name) in values for name, values in conditions.items())
+  ]
+  if not kept:
+    raise UserError(f'where: no prompt matches all of {list(source.where)}.')
+  return kept
+
+
+def _shuffle(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+  return sorted(prompts, key=lambda prompt: (_hash([seed, prompt.id]), prompt.id))
+
+
+def _draw_mixture(source: PromptSource, seed: int) -> list[Prompt]:
+  """Return prompts drawn from the components of a mixture, in an order that the seed decides.
+
+  `where` holds for the components together, so it may name metadata that only some of them have.
+  """
+  components = parse_mixture(source, list(PROMPT_SETS))
+  candidates: list[Prompt] = []
+  seen: set[str] = set()
+  for component in components:
+    own = _load_component(component, seed, seen)
+    seen.update(map(_normalize, own))
+    candidates += own
+  groups: dict[str, list[Prompt]] = {component.label: [] for component in components}
+  for prompt in _select(candidates, source):
+    groups[prompt.metadata['set']].append(prompt)
+  for label, group in groups.items():
+    if not group:
+      raise UserError(f'mixture: no prompt of {label!r} is left. Remove it, or change `where`.')
+  sizes = [len(group) for group in groups.values()]
+  counts = count_draws(sizes, [component.weight for component in components], source.limit)
+  drawn = [
+    prompt
+    for group, count in zip(groups.values(), counts, strict=True)
+    for prompt in _shuffle(group, seed)[:count]
+  ]
+  return _shuffle(drawn, seed)
+
+
+def _load_component(component: Component, seed: int, seen: Set[str]) -> list[Prompt]:
+  """Return the prompts of a component but those that an earlier one has.
+
+  Ids of a set are hashes, so the same prompt has the same id with and without a mixture. Files may
+  use the same ids, so theirs begin with the component's label.
+
+  Args:
+    component: the component.
+    seed: the seed of the run.
+    seen: normalized dialogues of the earlier components.
+  """
+  prompts = load_prompts(dataclasses.replace(component.source, where=()), seed)
+  own = [prompt for prompt in prompts if _normalize(prompt) not in seen]
+  if len(own) < len(prompts):
+    say(
+      f'{component.label}: {len(prompts) - len(own):,} of {len(prompts):,} prompts are left out, '
+      'because an earlier component of the mixture has them.'
+    )
+  label = {'set': component.label}
+  prefix = '' if component.source.source in PROMPT_SETS else f'{component.label}/'
+  return [
+    dataclasses.replace(p, id=f'{prefix}{p.id}', metadata={**p.metadata, **label}) for p in own
+  ]
 
 
 def check_disjoint(
@@ -115,8 +247,8 @@ def check_disjoint(
     evaluation: the second set.
     names: names of the two sets, for the error message.
   """
-  seen = {_normalize(prompt): prompt for prompt in training}
-  shared = [(seen[form], p) for p in evaluation if (form := _normalize(p)) in seen]
+  training, evaluation = list(training), list(evaluation)
+  shared = [(training[j], evaluation[i]) for i, j in find_same(evaluation, training).items()]
   if shared:
     examples = '; '.join(
       f'{names[0]} {_name(first)} is {names[1]} {_name(prompt)}: '
@@ -129,6 +261,20 @@ def check_disjoint(
     )
 
 
+def find_same(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> dict[int, int]:
+  """Return for each prompt that is also among the others, ignoring case and white space, its index.
+
+  Args:
+    prompts: the prompts.
+    others: the prompts to compare with.
+
+  Returns:
+    Index among the prompts → index among the others.
+  """
+  places = {_normalize(other): j for j, other in enumerate(others)}
+  return {i: places[form] for i, p in enumerate(prompts) if (form := _normalize(p)) in places}
+
+
 class _Row(NamedTuple):
   """The prompt of a row, and whether the row contains an id."""
 
@@ -136,105 +282,18 @@ class _Row(NamedTuple):
   has_id: bool
 
 
-def _parse_row(place: str, row: Any, source: PromptSource) -> _Row:
+def _parse_row(place: str, row: Any, form: RowForm, set_name: str) -> _Row:
   try:
-    if not isinstance(row, dict):
-      raise UserError(f'A row must be an object, but got a {type(row).__name__}.')
-    messages = _parse_prompt(row, source.field, source.drop_answer)
-    check_prompt(messages)
-    prompt_id = _parse_id(row['id']) if 'id' in row else _hash(messages)
-    metadata = _parse_metadata(row, source.metadata_fields)
-    return _Row(Prompt(prompt_id, tuple(messages), metadata, place), 'id' in row)
+    parsed = form.parse(row)
+    check_prompt(parsed.messages)
+    prompt_id = _hash(parsed.messages) if parsed.id is None else parsed.id
+    metadata = {**parsed.metadata, 'set': set_name} if set_name in PROMPT_SETS else parsed.metadata
+    return _Row(Prompt(prompt_id, tuple(parsed.messages), metadata, place), parsed.id is not None)
   except UserError as error:
-    raise UserError(f'{place}: {error} {ROW_FORM}') from error
+    hint = '' if set_name in PROMPT_SETS else f' {ROW_FORM}'
+    raise UserError(f'{place}: {error}{hint}') from error
   except RecursionError as error:
     raise UserError(f'{place}: the row is nested too deeply. {ROW_FORM}') from error
-
-
-def _parse_prompt(row: Mapping[str, Any], field: str, drop_answer: bool) -> Messages:
-  """Return the messages of a row's prompt, without the answer where the row has one."""
-  candidates = (field,) if field else DIALOGUE_FIELDS
-  present = [name for name in candidates if name in row and (field or row[name] is not None)]
-  if not present:
-    raise UserError(
-      f'The row has none of the fields {list(candidates)}. It has {show(list(row), 200)}.'
-    )
-  if len(present) > 1 and present[-1] == 'chosen':
-    present.pop()  # it may be only the answer, as in TRL's format
-  has_answer = present[0] in ('chosen', 'rejected')
-  messages = parse_messages(row[present[0]], is_transcript=has_answer)
-  if present[0] in MESSAGE_FIELDS:
-    messages = _add_system(messages, row.get('system'))
-  if has_answer and not _ends_with_answer(messages):
-    raise UserError(
-      f'A dialogue with its answer must end with the assistant, but got {show(messages[-1:])}.'
-    )
-  for other in present[1:]:
-    _check_same(present[0], messages, other, other_messages := parse_messages(row[other]))
-    drop_answer |= not _ends_with_answer(other_messages)  # it shows where the prompt ends
-  is_label = isinstance(row[present[0]], str) and not str(messages[-1]['content']).strip()
-  if _ends_with_answer(messages) and (has_answer or drop_answer or is_label):
-    return messages[:-1]
-  return messages
-
-
-def _add_system(messages: Messages, system: Any) -> Messages:
-  """Return the messages with the text of the row's field `system` as a message, if it has one."""
-  if system is None or (isinstance(system, str) and not system.strip()):
-    return messages
-  message = {'role': 'system', 'content': system}
-  if messages[:1] == [message]:
-    return messages
-  if any(other['role'] == 'system' for other in messages):
-    raise UserError(
-      "The row has the field 'system' and another system message. Remove one of the two."
-    )
-  return [message, *messages]
-
-
-def _check_same(name: str, messages: Messages, other_name: str, other: Messages) -> None:
-  """Check that two fields are the same prompt, apart from the answer and a system message."""
-  parts = [
-    messages[:-1] if _ends_with_answer(messages) else messages for messages in (messages, other)
-  ]
-  systems = [part[:1] if part and part[0]['role'] == 'system' else [] for part in parts]
-  turns = [part[len(system) :] for part, system in zip(parts, systems, strict=True)]
-  if turns[0] != turns[1] or (systems[0] != systems[1] and all(systems)):
-    raise UserError(
-      f'The fields {name!r} and {other_name!r} are different prompts. Set the setting `field` of '
-      'the source to the one to read.'
-    )
-
-
-def _ends_with_answer(messages: Messages) -> bool:
-  return bool(messages) and messages[-1]['role'] == 'assistant'
-
-
-def _parse_id(value: Any) -> str:
-  if isinstance(value, bool) or not isinstance(value, str | int) or value == '':
-    raise UserError(f'An id must be an integer or non-empty text, but got {show(value)}.')
-  if isinstance(value, int) and abs(value) >= 10**MAX_ID:
-    raise UserError(f'An id must have at most {MAX_ID} characters, but got {show(value)}.')
-  return str(value)
-
-
-def _parse_metadata(row: Mapping[str, Any], fields: Sequence[str]) -> dict[str, str]:
-  """Return the row's metadata together with the named fields, as text."""
-  metadata = row.get('metadata')
-  if metadata is None:
-    metadata = {}
-  if isinstance(metadata, str):  # flat tables such as D_CAI store it as JSON text
-    try:
-      metadata = parse_json(metadata)
-    except ValueError as error:
-      raise UserError(f'metadata must be an object, or an object as JSON text: {error}.') from error
-  if not isinstance(metadata, dict):
-    raise UserError(f'metadata must be an object of texts, but got {show(metadata)}.')
-  missing = [name for name in fields if name not in row]
-  if missing:
-    raise UserError(f'The row lacks the metadata fields {missing}. It has {show(list(row), 200)}.')
-  present = {name: value for name, value in metadata.items() if value is not None}
-  return present | {name: str(row[name]) for name in fields}
 
 
 def _make_ids_unique(rows: Sequence[_Row]) -> list[Prompt]:

@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from cai_jax.data.near_duplicates import find_near_duplicates
-from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, load_prompts
+from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, find_same, load_prompts
+from cai_jax.data.sets import PROMPT_SETS
 from cai_jax.pipeline.schema import PromptSets
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.terminal import say
 
 NAMES = tuple(field.name for field in dataclasses.fields(PromptSets))
+TRAINING = ('harmful', 'helpful')
 HELD_OUT = ('eval_harmful', 'eval_helpful')
 
 
@@ -24,22 +26,28 @@ def load_prompt_sets(
 
   Returns:
     The prompts by set, and for each training set how many prompts were left out because they are
-    near-duplicates of held-out ones.
+    near-duplicates of held-out ones, or the same.
 
   Raises:
     UserError: if a source cannot be read, two prompts have the same id, or a held-out prompt occurs
-      among the training prompts.
+      among the training prompts of a file.
   """
   sets = {name: _load_prompts(name, getattr(config, name), seed) for name in NAMES}
-  for pair in (('harmful', 'helpful'), HELD_OUT):
+  for pair in (TRAINING, HELD_OUT):
     _check_unique_ids(sets, pair)
-  check_held_out(sets['harmful'] + sets['helpful'], sets)
+  chosen = [name for name in TRAINING if not _is_derived(getattr(config, name))]
+  check_held_out([prompt for name in chosen for prompt in sets[name]], sets)
   left_out = {}
-  for name in ('harmful', 'helpful'):
+  for name in TRAINING:
     kept = _leave_out_near_duplicates(name, sets, config)
     left_out[name] = len(sets[name]) - len(kept)
     sets[name] = kept
   return sets, left_out
+
+
+def _is_derived(source: PromptSource) -> bool:
+  """Return whether no user wrote the list of a source's prompts, and so can remove one from it."""
+  return bool(source.mixture or source.expand or source.source in PROMPT_SETS)
 
 
 def _leave_out_near_duplicates(
@@ -54,6 +62,7 @@ def _leave_out_near_duplicates(
     return sets[name]
   held_out = [prompt for other in HELD_OUT for prompt in sets[other]]
   near = find_near_duplicates([p.messages for p in sets[name]], [p.messages for p in held_out])
+  near |= find_same(sets[name], held_out)
   if not near:
     return sets[name]
   first, other = next(iter(near.items()))

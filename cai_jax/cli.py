@@ -61,7 +61,8 @@ Flags
 Main settings (docs/configuration.md describes all of them)
   --config.model.base               the model: 'tiny', a checkpoint folder or a Hugging Face name
   --config.constitution.path        the constitution: 'general', a YAML file or a published file
-  --config.prompts.harmful.source   prompts whose responses are revised: a .jsonl or .txt file
+  --config.prompts.harmful.source   prompts whose responses are revised: a .jsonl or .txt file, or a
+                                    published set such as 'advbench' (docs/prompts.md)
   --config.prompts.eval_harmful.source   held-out prompts for the evaluation
   --config.feedback.rounds          number of critiques and revisions of each response
   --config.sampling.initial.max_tokens   longest response in tokens; also of critique, revision

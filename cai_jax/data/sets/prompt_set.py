@@ -94,8 +94,8 @@ def row_form(source: PromptSource) -> RowForm:
 
 def _read_set(name: str, entry: PromptSet, source: PromptSource) -> Iterator[Row]:
   reject_settings(source, 'name')
-  subset = _choose(name, 'subset', source.subset, entry.subsets)
-  split = _choose(name, 'split', source.split, entry.splits)
+  subset = _choose(name, 'subset', source.subset, '', entry.subsets)
+  split = _choose(name, 'split', source.split, 'train', entry.splits)
   if os.path.isdir(source.path):
     return load_hub_rows(source.path, subset, split, entry.options)
   if source.path:
@@ -103,11 +103,11 @@ def _read_set(name: str, entry: PromptSet, source: PromptSource) -> Iterator[Row
   return _read_hub(name, entry, subset, split)
 
 
-def _choose(name: str, setting: str, value: str, allowed: tuple[str, ...]) -> str:
+def _choose(name: str, setting: str, value: str, default: str, allowed: tuple[str, ...]) -> str:
   """Return the subset or split to read; the default of the setting means the set's first."""
   if value in allowed:
     return value
-  if value in ('', 'train'):
+  if value == default:
     return allowed[0] if allowed else ''
   raise UserError(
     f'{name}: the set has no {setting} {value!r}. It has {", ".join(allowed) or "only one"}.'

@@ -1,17 +1,13 @@
 """The published sets: origin, licence, size and fields of each.
 
-`python -m cai_jax.data.set_table docs/prompts.md` prints them as a table. Licences and sizes are
-those that the publishers state. Nothing of a set is contained in this package.
+`python -m cai_jax.data.set_table docs/prompts.md` writes them as a table. Licences and sizes are
+those that the publishers state, unless they are marked as unverified. Nothing of a set is contained
+in this package.
 """
 
 from cai_jax.data.row_form import RowForm
 from cai_jax.data.sets.prompt_set import PromptSet, register_set
 
-_HH = {
-  'licence': 'MIT',
-  'hub': 'Anthropic/hh-rlhf',
-  'repository': 'anthropics/hh-rlhf',
-}
 _HH_SEEN = 'anthropics/hh-rlhf@354e5c3'
 
 register_set(
@@ -19,7 +15,10 @@ register_set(
   PromptSet(
     title='HH-RLHF red-team attempts (Ganguli et al. 2022)',
     kind='harmful',
+    licence='MIT',
     size='38,961',
+    hub='Anthropic/hh-rlhf',
+    repository='anthropics/hh-rlhf',
     file='red-team-attempts/red_team_attempts.jsonl.gz',
     options={'data_dir': 'red-team-attempts'},
     form=RowForm(
@@ -35,7 +34,6 @@ register_set(
       keep_ids=False,
     ),
     seen=f'{_HH_SEEN} (its README); unverified: that the file is one JSON array',
-    **_HH,
   ),
 )
 register_set(
@@ -43,13 +41,15 @@ register_set(
   PromptSet(
     title='HH-RLHF harmless-base (Bai et al. 2022)',
     kind='harmful',
-    size='42,537 train, 2,312 test',
+    licence='MIT',
+    size='2,312 test; 42,537 train (unverified)',
+    hub='Anthropic/hh-rlhf',
+    repository='anthropics/hh-rlhf',
     file='harmless-base/train.jsonl.gz',
     splits=('train', 'test'),
     options={'data_dir': 'harmless-base'},
     form=RowForm(fields=('chosen',), keep_ids=False),
     seen=f'{_HH_SEEN} (test.jsonl.gz)',
-    **_HH,
   ),
 )
 register_set(
@@ -57,13 +57,15 @@ register_set(
   PromptSet(
     title='HH-RLHF helpful-base (Bai et al. 2022)',
     kind='benign',
-    size='43,835 train, 2,354 test',
+    licence='MIT',
+    size='43,835 train, 2,354 test (unverified)',
+    hub='Anthropic/hh-rlhf',
+    repository='anthropics/hh-rlhf',
     file='helpful-base/train.jsonl.gz',
     splits=('train', 'test'),
     options={'data_dir': 'helpful-base'},
     form=RowForm(fields=('chosen',), keep_ids=False),
     seen=f'{_HH_SEEN} (its README)',
-    **_HH,
   ),
 )
 register_set(

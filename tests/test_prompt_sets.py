@@ -96,6 +96,11 @@ def copies(tmp_path, monkeypatch):
   return lambda name, form: write_copy(name, form, tmp_path / 'copies' / name / form)
 
 
+def test_a_folder_without_the_split_names_those_that_it_has(copies):
+  with pytest.raises(UserError, match="has no split 'french'. It has english"):
+    load('aya_redteaming', copies('aya_redteaming', 'saved'), split='french')
+
+
 def run_eight(model, name, path, workdir):
   """Sample the chains of eight prompts and return the rows of D_CAI."""
   config = small(model)

@@ -269,7 +269,6 @@ def load_hub_rows(
   try:
     if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
       rows = datasets.load_from_disk(name)
-      rows = rows[split] if isinstance(rows, dict) else rows
     else:
       rows = datasets.load_dataset(name, subset or None, split=split, **(options or {}))
   except Exception as error:  # errors of the network, the hub and files have no public base class
@@ -277,6 +276,10 @@ def load_hub_rows(
       f'{name}: `datasets` cannot load split {split!r}, subset {subset!r}: {error!s:.300}. Check '
       'the name, the subset and the split.'
     ) from error
+  if isinstance(rows, dict):  # a folder with several splits
+    if split not in rows:
+      raise UserError(f'{name} has no split {split!r}. It has {", ".join(rows)}.')
+    rows = rows[split]
   for i, row in enumerate(rows):
     yield f'{name}, split {split!r}, row {i}', row
 

@@ -125,7 +125,7 @@ def log_likelihoods(
   platform = lm.mesh.devices.flat[0].platform
   program = jit_on(platform, _sum_log_probabilities, static_argnums=(0, 1, 2))
   value_of: dict[Pair, float] = {}
-  for count, length, members in _batches([row.length for row in rows], lm, batch_tokens):
+  for count, length, members in plan_batches([row.length for row in rows], lm, batch_tokens):
     batch = _pad_rows([rows[i] for i in members], count, length)
     size = _positions_at_once(lm, count, length)
     sums = np.asarray(program(lm.graph, sharding, size, lm.params, batch))
@@ -161,7 +161,7 @@ def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list
     UserError: if the continuation adds no token, or the text spells a control token that the
       tokenizer cannot read as text.
   """
-  whole, alone = _encode(tokenizer, context + continuation), _encode(tokenizer, context)
+  whole, alone = encode_text(tokenizer, context + continuation), encode_text(tokenizer, context)
   split = 0
   while split < min(len(whole), len(alone)) and whole[split] == alone[split]:
     split += 1
@@ -200,8 +200,16 @@ def check_pair(lm: LM, context: Sequence[int], continuation: Sequence[int], labe
     )
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-  """Tokenize a text. Keep tokens that the tokenizer adds in front, drop those at the end."""
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+  """Tokenize a text. Keep tokens that the tokenizer adds in front, drop those at the end.
+
+  Args:
+    tokenizer: a Hugging Face tokenizer.
+    text: the text, possibly empty.
+
+  Raises:
+    UserError: if the text spells a control token that the tokenizer cannot read as text.
+  """
   tokens = tokenizer.encode(text, split_special_tokens=True, add_special_tokens=False)
   spellings = {token: spelling for spelling, token in control_tokens(tokenizer).items()}
   # Some tokenizers do not mark a control token, such as </s>, as special, and read it all the same.
@@ -233,7 +241,7 @@ def _padded_length(length: int, longest: int) -> int:
   return min(three_quarters if fits else power, longest)
 
 
-def _batches(
+def plan_batches(
   lengths: Sequence[int], lm: LM, batch_tokens: int
 ) -> Iterator[tuple[int, int, list[int]]]:
   """Yield (number of rows, padded length, row indices) of each batch.

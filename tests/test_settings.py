@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from cai_jax.constitution import ConstitutionConfig
 from cai_jax.data.prompt_sources import PromptSource
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.config import DeltaRule, Experts, Llama3Rope, ModelConfig, QueryGrowth, Rope
@@ -107,6 +108,7 @@ object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
   [
     FeedbackConfig(template_options=(('thinking', False),), topicality=False),
     StageSampling(PENALIZED, PENALIZED, PENALIZED),
+    ConstitutionConfig(leave_out=('a',)),
     MODEL,
     PROMPTS,
     TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep', balance_loss=0.1),

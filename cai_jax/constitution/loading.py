@@ -30,13 +30,19 @@ class ConstitutionConfig:
     (), 'Keep only principles that have at least one of these tags. () keeps all.'
   )
   ids: tuple[str, ...] = setting((), 'Keep only principles with these ids. () keeps all.')
+  leave_out: tuple[str, ...] = setting(
+    (),
+    'Ids of principles to leave out. A round that draws one of them draws again, so prompts that '
+    'would not have drawn it keep their principles.',
+    added=True,
+  )
 
 
 def load_constitution(config: ConstitutionConfig) -> Constitution:
   """Load a constitution and keep the selected principles, in the order of the file.
 
   Args:
-    config: the path, tags and ids. A principle is kept if it passes both selections.
+    config: the path, tags, ids, and ids to leave out. A principle is kept if it passes all.
 
   Raises:
     UserError: if the file is missing or malformed, a tag or id matches no principle, or no
@@ -52,7 +58,10 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
     raise UserError(message if message.startswith(path) else f'{path}: {message}') from error
   selected = _select(path, 'tags', constitution.principles, config.tags, lambda p: p.tags)
   selected = _select(path, 'ids', selected, config.ids, lambda p: (p.id,))
-  return dataclasses.replace(constitution, principles=selected)
+  kept = _without(path, selected, config.leave_out)
+  return dataclasses.replace(
+    constitution, principles=kept, drawn_from=selected if kept != selected else ()
+  )
 
 
 def _check_different(principles: Sequence[Principle]) -> None:
@@ -87,3 +96,18 @@ def _select(
   if not selection:
     return tuple(principles)
   return tuple(p for p in principles if not set(selection).isdisjoint(labels(p)))
+
+
+def _without(
+  path: str, principles: tuple[Principle, ...], left_out: Sequence[str]
+) -> tuple[Principle, ...]:
+  """Return the principles whose ids are not left out."""
+  if not left_out:
+    return principles
+  rest = {p.id for p in _select(path, 'ids', principles, left_out, lambda p: (p.id,))}
+  kept = tuple(principle for principle in principles if principle.id not in rest)
+  if not kept:
+    raise UserError(
+      f'{path}: leave_out={show(tuple(left_out), 400)} leaves no principle. Keep at least one.'
+    )
+  return kept

@@ -67,6 +67,8 @@ class Constitution:
     principles: at least one, with distinct ids.
     demonstrations: dialogues, each a sequence of {'role', 'content'} messages. Requests and replies
       alternate; the first message is a request and the last is a reply.
+    drawn_from: the principles before some were left out, in the order of the file; () means that
+      none were. See `draw_principles`.
 
   Raises:
     UserError: if there is no principle, an id occurs twice, or a demonstration is malformed.
@@ -74,6 +76,7 @@ class Constitution:
 
   principles: tuple[Principle, ...]
   demonstrations: tuple[tuple[dict[str, str], ...], ...] = ()
+  drawn_from: tuple[Principle, ...] = ()
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'principles', tuple(self.principles))
@@ -93,7 +96,10 @@ class Constitution:
 
   def fingerprint(self) -> str:
     """Return a hash of the whole content: 16 hex digits, the same on every machine."""
-    content = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=True)
+    fields = dataclasses.asdict(self)
+    if not self.drawn_from:  # earlier versions left out no principle
+      del fields['drawn_from']
+    content = json.dumps(fields, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -104,6 +110,10 @@ def draw_principles(
 
   The draw is a pure function of the arguments and the same on every machine. The first n of N
   rounds equal the draw for n rounds.
+
+  If principles are left out, a round that draws one of them draws again, until it has one that is
+  kept. So the others keep their relative probabilities, and all rounds before the first draw of a
+  principle that is left out are those of the whole constitution.
 
   Args:
     constitution: the principles to draw from.
@@ -125,15 +135,24 @@ def draw_principles(
     )
   digest = hashlib.sha256(json.dumps([int(seed), prompt_id]).encode()).digest()
   rng = np.random.default_rng(np.frombuffer(digest, '<u4'))
-  remaining, drawn = list(principles), []
-  for uniform in rng.random(rounds):
-    cumulative = np.cumsum([principle.weight for principle in remaining])
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side='right'))
-    index = min(index, len(remaining) - 1)
-    drawn.append(remaining[index])
+  kept = {principle.id for principle in principles}
+  remaining, drawn = list(constitution.drawn_from or principles), []
+  for _ in range(rounds):
+    candidates = list(remaining)
+    principle = _pop_drawn(candidates, rng.random())
+    while principle.id not in kept:
+      principle = _pop_drawn(candidates, rng.random())
+    drawn.append(principle)
     if not replace:
-      del remaining[index]
+      remaining = candidates
   return tuple(drawn)
+
+
+def _pop_drawn(candidates: list[Principle], uniform: float) -> Principle:
+  """Remove and return the principle that a number in [0, 1) draws, in proportion to the weights."""
+  cumulative = np.cumsum([principle.weight for principle in candidates])
+  index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side='right'))
+  return candidates.pop(min(index, len(candidates) - 1))
 
 
 def _check_demonstration(index: int, dialogue: tuple[dict[str, str], ...]) -> None:

@@ -48,7 +48,7 @@ def get_experiment() -> Experiment:
   return Experiment(
     arms=arms,
     reference='4 principles',
-    diversity=True,
+    diversity=('diversity',),
     figures=(
       rates_line(
         'After four rounds, by the number of principles (coverage held near 4 kinds)',

@@ -38,7 +38,7 @@ def get_experiment() -> Experiment:
   return Experiment(
     arms=arms,
     reference=names[1.0],
-    diversity=True,
+    diversity=('diversity',),
     figures=(
       rates_line('After four rounds, by temperature', **points, x_label=x_label),
       {

@@ -46,7 +46,8 @@ def compute_results(spec: str, workdir: pathlib.Path, shared_model: bool, seeds=
   runs = runner.plan_runs(experiment, config, workdir)
   folders = collect.run_folders(experiment, workdir / 'runs', config)
   measures = pipeline.load_measures(next(iter(runs.values()))[0])
-  return collect.collect_results(experiment, name, docstring, folders, measures, config)
+  diversity = runner.load_diversity(experiment, next(iter(runs.values()))[0])
+  return collect.collect_results(experiment, name, docstring, folders, measures, config, diversity)
 
 
 def width_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple]:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from cai_jax import pipeline
-from cai_jax.experiment import collect, define, estimate
+from cai_jax.experiment import collect, define, estimate, figures, responses
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
 from cai_jax.report import experiment_table
@@ -149,7 +149,7 @@ def test_arms_whose_config_replaces_stages_plan_only_the_others(tmp_path):
   for turns in others:  # only the answers of M_aligned are not those of the first arm
     assert len(set(turns) - set(whole)) == 2
   arm = Arm({'data.d_cai': str(tmp_path)}, 'last')
-  with pytest.raises(UserError, match="arm 'a' scores the response 'last' of D_CAI"):
+  with pytest.raises(UserError, match="arm 'a': it scores the response 'last' of D_CAI"):
     runner.plan_runs(Experiment({'a': arm}, 'a'), config, tmp_path)
 
 
@@ -246,13 +246,13 @@ def test_scoring_a_missing_revision_is_an_error(finished):
   _, workdir = finished
   folder = next(iter(pathlib.Path(workdir / 'runs').iterdir()))
   with pytest.raises(UserError, match=r'scores revision_3, but its run has 1 rounds'):
-    collect.read_responses(Arm(response='revision_3'), {0: folder}, 'harmful')
+    responses.read_responses(Arm(response='revision_3'), {0: folder}, 'harmful')
 
 
 def test_an_arm_that_scores_a_missing_revision_is_refused_before_any_work(tmp_path):
   arms = {'a': Arm(response='revision_3', overrides={'feedback.rounds': 2})}
   experiment = Experiment(arms, reference='a')
-  with pytest.raises(UserError, match="arm 'a' scores revision_3, but feedback.rounds=2"):
+  with pytest.raises(UserError, match="arm 'a': it scores revision_3, but feedback.rounds=2"):
     runner.plan_runs(experiment, define.load_config(experiment.base), tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_an_arm_that_scores_a_missing_revision_is_refused_before_any_work(tmp_pa
   ],
 )
 def test_figure_that_cannot_be_drawn_is_refused_before_any_work(change, message):
-  figure = define.rates_line('caption', ['a'], [1], 'x')
+  figure = figures.rates_line('caption', ['a'], [1], 'x')
   Experiment({'a': Arm()}, reference='a', figures=(figure,))
   with pytest.raises(UserError, match=message):
     Experiment({'a': Arm()}, reference='a', figures=(figure | change,))
@@ -297,11 +297,11 @@ def test_the_revised_response_is_the_last_revision_if_there_is_one():
   turn = lambda text: {'text': text}  # noqa: E731
   row = {'initial': turn('a'), 'rounds': [{'revision': turn('b')}, {'revision': turn('c')}]}
   chosen = {
-    name: collect._select_response(name, row)['text'] for name in ('base', 'revised', 'last')
+    name: responses._select_response(name, row)['text'] for name in ('base', 'revised', 'last')
   }
   assert chosen == {'base': 'a', 'revised': 'c', 'last': 'c'}
-  assert collect._select_response('revision_1', row)['text'] == 'b'
-  assert collect._select_response('revised', row | {'rounds': []})['text'] == 'a'
+  assert responses._select_response('revision_1', row)['text'] == 'b'
+  assert responses._select_response('revised', row | {'rounds': []})['text'] == 'a'
 
 
 def test_a_figure_without_its_measures_is_left_out_with_a_note():

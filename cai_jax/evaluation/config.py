@@ -50,13 +50,15 @@ class EvaluationConfig:
     (),
     f'Baselines that are scored beside M_θ and M_aligned: names from {tuple(BASELINES)}. '
     "'constitution_prompt' is M_θ with the principles in its system message. 'best_of_n' is the "
-    'best of `best_of_n` answers of M_θ by the judge.',
+    "best of `best_of_n` answers of M_θ by the judge. 'best_of_tokens' is the best of as many of "
+    'them as take no more tokens than the chain of the prompt.',
     added=True,
   )
   best_of_n: int = setting(
     0,
-    "Number of answers of M_θ among which the baseline 'best_of_n' chooses, 0 or at least 2. 0 "
-    'means as many as the turns of a chain, which takes about the same compute.',
+    "Number of answers of M_θ among which the baseline 'best_of_n' chooses, and 'best_of_tokens' "
+    'at most; 0 or at least 2. 0 means as many as the turns of a chain, which takes about the same '
+    'compute.',
     added=True,
     most=10_000,
   )
@@ -245,12 +247,13 @@ class EvaluationConfig:
 
   def _check_unused(self) -> None:
     """Check that no setting is set that another one leaves without effect."""
+    selects = any(isinstance(BASELINES.get(name), Selection) for name in self.baselines)
     for name, is_used, other in (
       ('refusal_label', self.refusal not in refusal.CLASSIFIERS, 'refusal names no checkpoint'),
       ('reward_label', self.reward_model, 'reward_model is empty'),
       ('judge_labelled', self.judge_name, 'judge is empty'),
       ('judge_reasoning', self.judge_name, 'judge is empty'),
-      ('best_of_n', 'best_of_n' in self.baselines, "baselines does not name 'best_of_n'"),
+      ('best_of_n', selects, 'baselines names none that chooses, such as best_of_n'),
       ('swap', self.multiple_choice, 'multiple_choice is empty'),
     ):
       if getattr(self, name) and not is_used:

@@ -4,8 +4,8 @@ A measure returns one number per text, and the diversity of the set is their mea
 compares the numbers of two arms prompt by prompt. A number depends on the other texts of its set,
 which intervals over prompts do not know: they are approximate.
 
-To add a measure, register a function that takes a `ModelLoader` and returns the measure. `DIVERSITY`
-has the names that `Experiment.diversity` can list.
+To add a measure, register a function that takes a `ModelLoader` and returns the measure. The names
+in `DIVERSITY` are those that `Experiment.diversity` can list.
 
 All measures depend on the number of texts and on their lengths: compare sets of equally many texts,
 and look at `mean_tokens` beside them. Words are separated by white space.
@@ -164,10 +164,13 @@ def load_word_pairs(loader: ModelLoader) -> Measure:
   return word_pair_diversity
 
 
-for _n in (1, 2, 3):
-  DIVERSITY.register(f'distinct_{_n}')(
-    lambda loader, order=_n: functools.partial(distinct_ngrams, order=order)
-  )
+def _load_distinct(order: int, loader: ModelLoader) -> Measure:
+  del loader
+  return functools.partial(distinct_ngrams, order=order)
+
+
+for _order in (1, 2, 3):
+  DIVERSITY.register(f'distinct_{_order}')(functools.partial(_load_distinct, _order))
 
 
 @DIVERSITY.register('self_bleu')
@@ -220,7 +223,7 @@ def _two_largest(counts: Iterable[collections.Counter[Gram]]) -> dict[Gram, tupl
   return most
 
 
-def _brevity_penalty(length: int, lengths: Sequence[int]) -> float:
+def _brevity_penalty(length: int, lengths: list[int]) -> float:
   """Return the logarithm of BLEU's penalty of a text shorter than the reference of nearest length.
 
   Args:

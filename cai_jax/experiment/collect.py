@@ -1,129 +1,27 @@
 """Collect an experiment's results: scores of its arms, paired differences, and costs."""
 
-import dataclasses
-import functools
-import math
 import pathlib
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cai_jax.data import d_cai
 from cai_jax.evaluation import estimates
-from cai_jax.evaluation.diversity import word_pair_diversity
+from cai_jax.evaluation.diversity import Measure
 from cai_jax.evaluation.intervals import holm
 from cai_jax.evaluation.registries import ResponseMeasure
-from cai_jax.evaluation.summary import measure_responses
-from cai_jax.experiment.define import (
-  HELD_OUT_RESPONSES,
-  Arm,
-  Experiment,
-  changed_settings,
-  figure_arms,
-  override_config,
-  run_name,
-)
-from cai_jax.runtime.errors import UserError
+from cai_jax.experiment.define import Experiment, changed_settings, override_config, run_name
+from cai_jax.experiment.figures import figure_arms
+from cai_jax.experiment.responses import read_responses
+from cai_jax.report.results import COMPARED_WITH
 from cai_jax.runtime.manifest import read_manifest
 from cai_jax.runtime.settings import flatten
 
 KINDS = ('harmful', 'helpful')
 RunFolders = Mapping[str, Mapping[int, pathlib.Path]]  # arm → seed → folder of the run
-
-
-@dataclasses.dataclass(frozen=True)
-class Responses:
-  """An arm's responses to the prompts of one kind.
-
-  Attributes:
-    prompts: seed → prompt id → messages.
-    turns: seed → prompt id → sampled turn.
-  """
-
-  prompts: Mapping[int, Mapping[str, list[dict[str, str]]]]
-  turns: Mapping[int, Mapping[str, dict[str, Any]]]
-
-  def measure(
-    self,
-    measures: Sequence[ResponseMeasure],
-    diversity: bool = False,
-  ) -> Mapping[str, estimates.Values]:
-    """Return the value of every measure for every response.
-
-    Args:
-      measures: the measures of responses.
-      diversity: whether to measure diversity as well.
-
-    Returns:
-      Measure → seed → prompt id → value.
-    """
-    values_by_measure: dict[str, dict[int, dict[str, float]]] = {}
-    for seed, turns in self.turns.items():
-      prompts = self.prompts[seed]
-      columns = measure_responses(measures, list(prompts.values()), list(turns.values()))
-      if diversity:
-        columns['diversity'] = [*word_pair_diversity([turn['text'] for turn in turns.values()])]
-      for name, values in columns.items():
-        by_seed = values_by_measure.setdefault(name, {})
-        numbers = [math.nan if value is None else value for value in values]
-        by_seed[seed] = dict(zip(turns, numbers, strict=True))
-    return values_by_measure
-
-
-def read_responses(arm: Arm, folders: Mapping[int, pathlib.Path], kind: str) -> Responses | None:
-  """Read an arm's responses to prompts of one kind.
-
-  Args:
-    arm: the arm, which names the response to read.
-    folders: the arm's run folders, by seed.
-    kind: 'harmful' or 'helpful'. For helpful prompts D_CAI has the initial response only.
-
-  Returns:
-    The responses, or None if a run has fewer than two prompts of the kind.
-
-  Raises:
-    UserError: if a run has fewer rounds than the response needs.
-  """
-  prompts, turns = {}, {}
-  for seed, folder in folders.items():
-    rows = [row for row in _scored_rows(arm, folder) if row['kind'] == kind]
-    prompts[seed] = {row['id']: row['prompt'] for row in rows}
-    turns[seed] = {row['id']: _select_response(arm.response, row) for row in rows}
-  return Responses(prompts, turns) if all(len(t) > 1 for t in turns.values()) else None
-
-
-@functools.cache  # several arms read the same dataset
-def _read_rows(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
-  """Return the rows of a finished dataset, reduced to the fields that are scored."""
-  fields = ('id', 'kind', 'prompt', 'initial', 'rounds')
-  dataset = d_cai.read_rows(folder)
-  rows = (dataset[i] for i in range(len(dataset)))
-  return tuple({name: row[name] for name in fields} for row in rows)
-
-
-def _scored_rows(arm: Arm, folder: pathlib.Path) -> Sequence[Mapping[str, Any]]:
-  if arm.response not in HELD_OUT_RESPONSES:
-    return [row for row in _read_rows(folder / 'd_cai') if row['rounds']]
-  # M_aligned answers every prompt and revises none, so its dataset does not know the kinds.
-  kinds = {row['id']: row['kind'] for row in _read_rows(folder / 'evaluation' / 'base')}
-  rows = _read_rows(folder / HELD_OUT_RESPONSES[arm.response])
-  return [row | {'kind': kinds[row['id']]} for row in rows]
-
-
-def _select_response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-  rounds = row['rounds']
-  if name in ('initial', 'base', 'aligned') or (name == 'revised' and not rounds):
-    return row['initial']
-  if name in ('last', 'revised'):
-    return rounds[-1]['revision']
-  number = int(name.removeprefix('revision_'))
-  if number > len(rounds):
-    raise UserError(
-      f'An arm scores {name}, but its run has {len(rounds)} rounds. Raise feedback.rounds.'
-    )
-  return rounds[number - 1]['revision']
+KindValues = Mapping[str, Mapping[str, estimates.Values]]  # kind of prompts → measure → values
 
 
 def collect_results(
@@ -133,6 +31,7 @@ def collect_results(
   folders: RunFolders,
   measures: Sequence[ResponseMeasure],
   config: ConfigDict,
+  diversity: Mapping[str, Measure] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """Return the results of an experiment, as `cai_jax.report.write_experiment` takes them.
 
@@ -143,32 +42,40 @@ def collect_results(
     folders: arm → seed → folder of the finished run.
     measures: the measures of responses.
     config: the base config.
+    diversity: the measures that `experiment.diversity` names.
 
   Raises:
     UserError: if an arm and the reference answer different prompts.
   """
-  values = {
-    arm: {
-      kind: responses.measure(measures, experiment.diversity)
-      for kind in KINDS
-      if (responses := read_responses(experiment.arms[arm], folders[arm], kind)) is not None
+
+  def measure(arm: str, response: str = '') -> KindValues:
+    settings = experiment.arms[arm]
+    read = {kind: read_responses(settings, folders[arm], kind, response) for kind in KINDS}
+    return {
+      kind: responses.measure(measures, diversity, experiment.spent)
+      for kind, responses in read.items()
+      if responses is not None
     }
-    for arm in experiment.arms
+
+  values = {arm: measure(arm) for arm in experiment.arms}
+  others = {
+    arm: measure(arm, settings.against) if settings.against else values[experiment.reference]
+    for arm, settings in experiment.arms.items()
+    if settings.against or arm != experiment.reference
   }
-  reference = values[experiment.reference]
   arms = {
     arm: {
       'response': settings.response,
       'overrides': dict(settings.overrides),
-      'facts': dict(settings.facts),
+      'facts': {**settings.facts, **_comparison(experiment, arm)},
       'groups': {
-        kind: _summarize(columns, None if arm == experiment.reference else reference.get(kind))
+        kind: _summarize(columns, others.get(arm, {}).get(kind, {}))
         for kind, columns in values[arm].items()
       },
     }
     for arm, settings in experiment.arms.items()
   }
-  _add_p_values(experiment, values, arms)
+  _add_p_values(values, others, arms)
   figures, notes = [], []
   for figure in experiment.figures:
     if missing := _missing_measure(figure, arms):
@@ -193,32 +100,40 @@ def collect_results(
   }
 
 
+def _comparison(experiment: Experiment, arm: str) -> dict[str, str]:
+  """Return the fact that says what an arm is compared with, if not all have the same reference."""
+  if not any(settings.against for settings in experiment.arms.values()):
+    return {}
+  against = experiment.arms[arm].against.replace('_', ' ')
+  reference = '' if arm == experiment.reference else experiment.reference
+  return {COMPARED_WITH: against or reference} if against or reference else {}
+
+
 def _add_p_values(
-  experiment: Experiment,
-  values: Mapping[str, Mapping[str, Mapping[str, estimates.Values]]],
-  arms: Mapping[str, Any],
+  values: Mapping[str, KindValues], others: Mapping[str, KindValues], arms: Mapping[str, Any]
 ) -> None:
-  """Add the p-value of each difference to the reference, and the one adjusted for its family.
+  """Add the p-value of each difference, and the one adjusted for its family.
 
   The family of a difference is all arms with the same measure of the same kind of prompts.
 
   Args:
-    experiment: names the reference.
-    values: arm → kind of prompts → measure → values.
+    values: the values of each arm.
+    others: the values that each arm is compared with, if it is compared.
     arms: results by arm, which this function changes.
   """
-  for kind, measures in values[experiment.reference].items():
-    for measure, reference in measures.items():
-      family = {
-        arm: arms[arm]['groups'][kind]['differences'][measure]
-        for arm, kinds in values.items()
-        if arm != experiment.reference and measure in kinds.get(kind, {})
-      }
-      p_values = [
-        estimates.difference_p_value(values[arm][kind][measure], reference) for arm in family
-      ]
-      for entry, p, adjusted in zip(family.values(), p_values, holm(p_values), strict=True):
-        entry['p_value'], entry['adjusted_p_value'] = p, adjusted
+  families: dict[tuple[str, str], list[str]] = {}
+  for arm, results in arms.items():
+    for kind, group in results['groups'].items():
+      for measure in group.get('differences', {}):
+        families.setdefault((kind, measure), []).append(arm)
+  for (kind, measure), family in families.items():
+    p_values = [
+      estimates.difference_p_value(values[arm][kind][measure], others[arm][kind][measure])
+      for arm in family
+    ]
+    for arm, p, adjusted in zip(family, p_values, holm(p_values), strict=True):
+      entry = arms[arm]['groups'][kind]['differences'][measure]
+      entry['p_value'], entry['adjusted_p_value'] = p, adjusted
 
 
 def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
@@ -236,24 +151,25 @@ def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
 
 
 def _summarize(
-  columns: Mapping[str, estimates.Values], reference: Mapping[str, estimates.Values] | None
+  columns: Mapping[str, estimates.Values], other: Mapping[str, estimates.Values]
 ) -> dict[str, Any]:
-  """Return an arm's count and means, and its paired differences to the reference if there is one.
+  """Return an arm's count and means, and its paired differences to what it is compared with.
 
   Args:
     columns: measure → seed → prompt id → value.
-    reference: the same for the reference arm.
+    other: the same for what the arm is compared with; it may lack measures, or all of them.
   """
   count = sum(map(len, next(iter(columns.values())).values()))
   metrics = {}
   for name, values in columns.items():
     by_seed = {str(s): sum(column.values()) / len(column) for s, column in values.items()}
     metrics[name] = _as_dict(estimates.estimate_mean(values)) | {'by_seed': by_seed}
-  group = {'count': count, 'metrics': metrics}
-  if reference is not None:
+  group: dict[str, Any] = {'count': count, 'metrics': metrics}
+  if other:
     group['differences'] = {
-      name: _as_dict(estimates.estimate_difference(values, reference[name]))
+      name: _as_dict(estimates.estimate_difference(values, other[name]))
       for name, values in columns.items()
+      if name in other
     }
   return group
 
@@ -265,10 +181,11 @@ def _as_dict(estimate: estimates.Estimate) -> dict[str, Any]:
 def _config_differences(experiment: Experiment, config: ConfigDict) -> dict[str, dict[str, Any]]:
   """Return field → arm → value for the fields in which any arm differs from the base config."""
   seed = experiment.seeds[0]
-  by_arm = {
-    arm: flatten(override_config(config, experiment.settings(arm, seed, config)).to_dict())
-    for arm in experiment.arms
-  }
+  by_arm = {}
+  for arm, settings in experiment.arms.items():
+    by_arm[arm] = flatten(override_config(config, experiment.settings(arm, seed, config)).to_dict())
+    if settings.start:
+      by_arm[arm]['model.base'] = f'M_aligned of {settings.start}'
   return {
     field: {arm: fields[field] for arm, fields in by_arm.items()}
     for field, value in flatten(config.to_dict()).items()
@@ -328,11 +245,30 @@ def run_folders(
     folder: the folder of all runs.
     config: the base config.
   """
+  folders: dict[str, dict[int, pathlib.Path]] = {}
+  for arm, settings in experiment.arms.items():
+    folders[arm] = {}
+    for seed in experiment.seeds:
+      changed = changed_settings(config, experiment.settings(arm, seed, config))
+      if settings.start:  # a name that does not depend on where the folders are
+        changed['model.base'] = f'{folders[settings.start][seed].name}/model'
+      folders[arm][seed] = folder / run_name(experiment.base, changed)
+  return folders
+
+
+def start_models(experiment: Experiment, folders: RunFolders) -> dict[pathlib.Path, pathlib.Path]:
+  """Return the model that each run starts from, for arms that start from another arm's M_aligned.
+
+  Args:
+    experiment: the arms and seeds.
+    folders: folder of each run, by arm and seed.
+
+  Returns:
+    Folder of the run → folder of the model, which exists when the other arm's run is done.
+  """
   return {
-    arm: {
-      seed: folder
-      / run_name(experiment.base, changed_settings(config, experiment.settings(arm, seed, config)))
-      for seed in experiment.seeds
-    }
-    for arm in experiment.arms
+    folders[arm][seed]: folders[settings.start][seed] / 'model'
+    for arm, settings in experiment.arms.items()
+    if settings.start
+    for seed in experiment.seeds
   }

@@ -1,30 +1,36 @@
-"""Define an experiment: its arms, the responses it scores, and its figures."""
+"""Define an experiment: its arms, the responses it scores, and what it measures."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from cai_jax.pipeline.schema import complete_config
+from cai_jax.constitution import ConstitutionConfig, Principle, load_constitution
+from cai_jax.evaluation.baselines import BASELINES
+from cai_jax.evaluation.diversity import DIVERSITY
+from cai_jax.experiment.figures import figure_arms
+from cai_jax.pipeline.schema import complete_config, expand_paths
 from cai_jax.report.results import check_figures
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.plugins import load_plugins
 from cai_jax.runtime.settings import flatten
-from cai_jax.runtime.user_code import call_function
+from cai_jax.runtime.user_code import call_function, explain_error
 from cai_jax.tiny.files import BY_SEED, model_of_seed
 
 D_CAI_RESPONSE = re.compile(r'initial|last|revision_\d+')
+REVISION = re.compile(r'last|revised|revision_\d+')  # a response that a principle has changed
 # Responses to held-out prompts, and the dataset in the run's folder that holds them.
 HELD_OUT_RESPONSES = {
   'base': 'evaluation/base',
   'revised': 'evaluation/base',
   'aligned': 'evaluation/aligned',
+  **{name: f'evaluation/{name}' for name in BASELINES},
 }
-RATES = (('breaks a rule', 'violation_rate'), ('still answers', 'helpful_rate'))
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository
 
 
@@ -36,23 +42,46 @@ class Arm:
     overrides: values of the config fields in which this arm differs from the experiment's base.
     response: the response to score. 'initial', 'revision_n' and 'last' (the last revision) are
       responses of D_CAI. 'base' and 'aligned' are the answers of M_θ and M_aligned to held-out
-      prompts, and 'revised' is the last revision of M_θ's answer where the prompt is harmful. For
-      the last three, the run also trains and evaluates.
+      prompts, 'revised' is the last revision of M_θ's answer where the prompt is harmful, and the
+      name of a baseline is its answer. For these, the run also trains and evaluates.
     facts: additional columns of the result table.
+    against: another response of the same run, such as 'initial', that this one is compared with; ''
+      compares it with the experiment's reference.
+    principle: id of a principle: only the prompts count whose response was revised under it, in the
+      round that wrote the response. '' counts all prompts.
+    start: name of an earlier arm whose M_aligned is this arm's M_θ; '' is the config's M_θ.
 
   Raises:
-    UserError: if `response` is none of these.
+    UserError: if `response` or `against` is no response, or no principle revises `response`.
   """
 
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   response: str = 'aligned'
   facts: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+  against: str = ''
+  principle: str = ''
+  start: str = ''
 
   def __post_init__(self):
-    if self.response not in HELD_OUT_RESPONSES and not D_CAI_RESPONSE.fullmatch(self.response):
+    for name in ('response', 'against'):
+      value = getattr(self, name)
+      is_absent = name == 'against' and not value
+      if not (is_absent or value in HELD_OUT_RESPONSES or D_CAI_RESPONSE.fullmatch(value)):
+        raise UserError(
+          f'{name}={value!r} is not a response that an arm can score. Use initial, revision_n or '
+          f'last, or one of {", ".join(HELD_OUT_RESPONSES)}.'
+        )
+    if self.against and (self.against in HELD_OUT_RESPONSES) != (
+      self.response in HELD_OUT_RESPONSES
+    ):
       raise UserError(
-        f'response={self.response!r} is not a response that an arm can score. '
-        'Use initial, revision_n, last, base, revised or aligned.'
+        f'response={self.response!r} and against={self.against!r} answer different prompts: one of '
+        'them those of D_CAI, and the other the held-out ones. Compare two responses of one kind.'
+      )
+    if self.principle and not REVISION.fullmatch(self.response):
+      raise UserError(
+        f'principle={self.principle!r} needs a response that a principle revised, but response='
+        f'{self.response!r}. Use revision_n, last or revised.'
       )
 
   @property
@@ -78,11 +107,14 @@ class Experiment:
     model_by_seed: whether each seed has its own pre-trained model where a model is 'tiny': seed 0
       has 'tiny', seed 1 'tiny-1', seed 2 'tiny-2', and seed 3 'tiny' again. Other models do not
       depend on the seed.
-    diversity: whether to measure `cai_jax.evaluation.diversity.word_pair_diversity` as well.
+    diversity: names of measures of diversity to add, from `cai_jax.evaluation.diversity.DIVERSITY`.
+    spent: whether to measure `tokens_spent`, the tokens sampled for a response: those of its chain
+      up to it, or of all the answers among which a baseline chose.
 
   Raises:
-    UserError: if the reference or a figure's arm does not exist, an arm's name has a comma, or the
-      seeds are not distinct integers.
+    UserError: if the reference or a figure's arm does not exist, an arm starts from one that is not
+      before it or trains no model, an arm's name has a comma, a measure of diversity does not
+      exist, or the seeds are not distinct integers.
   """
 
   arms: Mapping[str, Arm]
@@ -92,7 +124,8 @@ class Experiment:
   base: str = 'configs/tiny.py'
   seeds: tuple[int, ...] = (0, 1, 2)
   model_by_seed: bool = True
-  diversity: bool = False
+  diversity: tuple[str, ...] = ()
+  spent: bool = False
 
   def __post_init__(self):
     if self.reference not in self.arms:
@@ -110,6 +143,11 @@ class Experiment:
       raise UserError(
         f'seeds={seeds!r} must be a tuple of one or more distinct integers of at least 0.'
       )
+    if not isinstance(self.diversity, tuple | list) or not {*self.diversity} <= {*DIVERSITY}:
+      raise UserError(
+        f'diversity={self.diversity!r} must be a tuple of names from {tuple(DIVERSITY)}.'
+      )
+    self._check_starts()
     check_figures(self.figures)
     unknown = {name for figure in self.figures for name in figure_arms(figure)} - set(self.arms)
     if unknown:
@@ -118,8 +156,25 @@ class Experiment:
         f'{", ".join(self.arms)}.'
       )
 
+  def _check_starts(self) -> None:
+    """Check that each arm with a start comes after that arm, which trains a model."""
+    before: list[str] = []
+    for name, arm in self.arms.items():
+      if arm.start and arm.start not in before:
+        raise UserError(
+          f'The arm {name!r} starts from {arm.start!r}, which is not an arm before it. Arms before '
+          f'it are {", ".join(before) or "none"}.'
+        )
+      if arm.start and self.arms[arm.start].response not in HELD_OUT_RESPONSES:
+        raise UserError(
+          f'The arm {name!r} starts from {arm.start!r}, whose response '
+          f'{self.arms[arm.start].response!r} needs no training. Let that arm score base, revised '
+          'or aligned.'
+        )
+      before.append(name)
+
   def select(self, names: Sequence[str]) -> 'Experiment':
-    """Return the experiment with only the named arms and the reference.
+    """Return the experiment with the named arms, those that they start from, and the reference.
 
     Figures that show any other arm are left out.
 
@@ -132,7 +187,11 @@ class Experiment:
     unknown = [name for name in names if name not in self.arms]
     if unknown:
       raise UserError(f'There is no arm {", ".join(unknown)}. The arms are {", ".join(self.arms)}.')
-    kept = {k: arm for k, arm in self.arms.items() if k in names or k == self.reference}
+    needed = {self.reference, *names}
+    for name in reversed(list(self.arms)):  # an arm starts from one before it
+      if name in needed:
+        needed.add(self.arms[name].start)
+    kept = {name: arm for name, arm in self.arms.items() if name in needed}
     figures = tuple(figure for figure in self.figures if figure_arms(figure) <= set(kept))
     return dataclasses.replace(self, arms=kept, figures=figures)
 
@@ -148,74 +207,34 @@ class Experiment:
     if not self.model_by_seed:
       return settings
     fields = flatten(config.to_dict())
-    for field in (f'model.{name}' for name in ('base', 'critique', 'revision', 'init')):
+    for field in (f'model.{name}' for name in ('base', 'critique', 'revision', 'init', 'aligned')):
       name = settings.get(field, fields.get(field))
       if name in BY_SEED:
         settings[field] = model_of_seed(name, seed)
     return settings
 
 
-def rates_line(
-  caption: str,
-  arms: Sequence[str],
-  x: Sequence[float],
-  x_label: str,
-  group: str = 'harmful',
-  y_label: str = 'share of responses (%)',
-) -> dict[str, Any]:
-  """Return the specification of a line figure of the violation rate and the helpful rate.
+@dataclasses.dataclass(frozen=True)
+class Design:
+  """An experiment whose arms depend on the base config, such as one arm for each principle.
 
-  Args:
-    caption: the figure's caption.
-    arms: names of the arms; each is one point on each line.
-    x: the x coordinate of each arm.
-    x_label, y_label: axis labels with units.
-    group: 'harmful' or 'helpful' prompts.
+  Attributes:
+    define: maps the config, with all its fields, to the experiment. The base of that experiment is
+      replaced by the config's path.
+    base: path of the config file, if the command line names no other one.
   """
-  points = {'arms': list(arms), 'x': list(x)}
-  series = [{'name': name, 'metric': metric, **points} for name, metric in RATES]
-  return {
-    'kind': 'line',
-    'caption': caption,
-    'group': group,
-    'x_label': x_label,
-    'y_label': y_label,
-    'series': series,
-  }
+
+  define: Callable[[ConfigDict], Experiment]
+  base: str = 'configs/tiny.py'
 
 
-def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> dict[str, Any]:
-  """Return the specification of a figure with one row per arm and one panel per rate.
-
-  Args:
-    caption: the figure's caption.
-    arms: names of arms, from top to bottom.
-    group: 'harmful' or 'helpful' prompts.
-  """
-  return {
-    'kind': 'arms',
-    'caption': caption,
-    'group': group,
-    'metrics': [metric for _, metric in RATES],
-    'arms': list(arms),
-  }
-
-
-def figure_arms(figure: Mapping[str, Any]) -> set[str]:
-  """Return the names of the arms that a figure specification shows.
-
-  Args:
-    figure: a figure specification, as `cai_jax.report.results` describes.
-  """
-  return {name for series in figure.get('series', [figure]) for name in series['arms']}
-
-
-def load_experiment(spec: str) -> tuple[str, str, Experiment]:
+def load_experiment(spec: str, base: str = '') -> tuple[str, str, Experiment]:
   """Load an experiment from a Python file.
 
   Args:
     spec: path of a file that defines `get_experiment()`. A text after a colon is passed to that
       function, as ml_collections does for config files.
+    base: path of the base config; '' means the experiment's own.
 
   Returns:
     The file's name without suffix, its docstring, and the experiment.
@@ -231,13 +250,28 @@ def load_experiment(spec: str) -> tuple[str, str, Experiment]:
     raise UserError(
       f'There is no file {path}. Give the file of an experiment, such as {", ".join(shipped)}.'
     )
-  experiment, docstring = call_function(file, 'get_experiment', argument)
-  if not isinstance(experiment, Experiment):
+  found, docstring = call_function(file, 'get_experiment', argument)
+  if isinstance(found, Design):
+    base = base or found.base
+    found = _define(found, file, base)
+  if not isinstance(found, Experiment):
     raise UserError(
-      f'get_experiment() in {path} returns {type(experiment).__name__}. It must return an '
-      'Experiment.'
+      f'get_experiment() in {path} returns {type(found).__name__}. It must return an Experiment '
+      'or a Design.'
     )
-  return file.stem, docstring, experiment
+  return file.stem, docstring, dataclasses.replace(found, base=base or found.base)
+
+
+def _define(design: Design, file: pathlib.Path, base: str) -> Any:
+  """Return what a design makes of a config; an error names the design's file and line."""
+  config = load_config(base)
+  try:
+    return design.define(config)
+  except Exception as error:  # the file may raise anything
+    explanation = explain_error(error, file)
+    if explanation is None:
+      raise
+    raise UserError(explanation) from error
 
 
 def load_config(path: str) -> ConfigDict:
@@ -263,6 +297,21 @@ def load_config(path: str) -> ConfigDict:
     return complete_config(config)
   except UserError as error:
     raise UserError(f'{path}: {error}') from error
+
+
+def load_principles(config: ConfigDict) -> tuple[Principle, ...]:
+  """Return the principles of a config's constitution, for a `Design`.
+
+  Args:
+    config: the config.
+
+  Raises:
+    UserError: if the constitution cannot be read.
+  """
+  load_plugins(expand_paths(config.plugins))  # they can register constitutions
+  section = config.constitution.to_dict()
+  section = ConstitutionConfig(**{**section, 'path': expand_paths(section['path'])})
+  return load_constitution(section).principles
 
 
 def override_config(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:

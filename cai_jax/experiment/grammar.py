@@ -1,11 +1,14 @@
 """The truth beside an experiment in the embedded world: what the grammar gives at each arm."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from cai_jax.constitution import Constitution
 from cai_jax.experiment import collect
-from cai_jax.experiment.define import Experiment
+from cai_jax.experiment.define import Arm, Experiment
+from cai_jax.experiment.responses import read_responses
 from cai_jax.pipeline.ground_truth import COLUMNS, PREFIX, grammar_rates
 from cai_jax.pipeline.run import Run
 from cai_jax.report.palette import COLOURS
@@ -38,14 +41,16 @@ def add_grammar(
   for arm, kind in ((arm, kind) for arm in experiment.arms for kind in collect.KINDS):
     if kind not in results['arms'][arm]['groups']:
       continue
-    responses = collect.read_responses(experiment.arms[arm], folders[arm], kind)
+    settings = experiment.arms[arm]
+    responses = read_responses(settings, folders[arm], kind)
     assert responses is not None, 'the group has responses'
     totals, weight = dict.fromkeys((f'{PREFIX}{column}' for column in COLUMNS), 0.0), 0
     for seed, prompts in responses.prompts.items():
-      key = folders[arm][seed], kind, tuple(prompts)
+      key = folders[arm][seed], kind, settings.principle, tuple(prompts)
       if key not in simulated:
-        simulated[key] = grammar_rates(runs[folders[arm][seed]], list(prompts.values()), kind)
-      rates = simulated[key].get(experiment.arms[arm].response)
+        run = _with_principle(runs[folders[arm][seed]], settings)
+        simulated[key] = grammar_rates(run, list(prompts.values()), kind)
+      rates = simulated[key].get(settings.response) if _is_defined(settings) else None
       if rates is None:
         break
       totals = {name: total + len(prompts) * rates[name] for name, total in totals.items()}
@@ -57,6 +62,17 @@ def add_grammar(
       found.add((arm, kind))
   if found:
     _show_grammar(results, found)
+
+
+def _is_defined(arm: Arm) -> bool:
+  """Return whether the grammar can say what an arm gives: later rounds follow drawn principles."""
+  return not arm.principle or arm.response == 'revision_1'
+
+
+def _with_principle(run: Run, arm: Arm) -> Run:
+  """Return the run with the principle of an arm alone, under which its prompts were revised."""
+  kept = [p for p in run.constitution.principles if p.id == arm.principle]
+  return dataclasses.replace(run, constitution=Constitution(tuple(kept))) if kept else run
 
 
 def _show_grammar(results: dict[str, Any], found: set[tuple[str, str]]) -> None:

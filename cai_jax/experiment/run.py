@@ -13,13 +13,16 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
 from cai_jax import pipeline
 from cai_jax.cli import short_errors
+from cai_jax.constitution import draw_principles
 from cai_jax.data import d_cai
+from cai_jax.evaluation.baselines import BASELINES
+from cai_jax.evaluation.diversity import DIVERSITY, Measure
 from cai_jax.evaluation.power import describe_power
 from cai_jax.experiment import collect, define, estimate, grammar
 from cai_jax.experiment.define import Experiment
@@ -33,6 +36,7 @@ from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.terminal import say
 from cai_jax.scoring.scorer import Scorer
 
+FEWEST_PROMPTS = 2  # that draw a principle, with each seed
 Plan = Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]]  # folder → run and its stages
 
 
@@ -53,39 +57,106 @@ def plan_runs(
     UserError: if the settings of an arm are wrong.
   """
   folders = collect.run_folders(experiment, workdir / 'runs', config)
+  starts = collect.start_models(experiment, folders)
   runs: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
-    folder = folders[arm][seed]
-    if folder in runs:
-      stages = _arm_stages(experiment, arm, runs[folder][0])
-      runs[folder] = runs[folder][0], max(runs[folder][1], stages, key=len)
-      continue
-    settings = define.override_config(config, experiment.settings(arm, seed, config))
+    folder, start = folders[arm][seed], experiment.arms[arm].start
     try:
-      run = pipeline.build(settings, folder, journal=workdir / 'journal')
+      if folder not in runs:
+        settings = define.override_config(config, experiment.settings(arm, seed, config))
+        parent = runs[folders[start][seed]][0] if start else None
+        runs[folder] = _build(settings, folder, workdir, starts.get(folder), parent), ()
+      run, stages = runs[folder]
+      runs[folder] = run, max(stages, _arm_stages(experiment.arms[arm], run), key=len)
+      _check_principle(experiment.arms[arm], run)
     except UserError as error:
       raise UserError(f'arm {arm!r}: {error}') from error
-    runs[folder] = run, _arm_stages(experiment, arm, run)
+    if start and 'train' not in runs[folders[start][seed]][1]:
+      raise UserError(
+        f'arm {arm!r} starts from the M_aligned of {start!r}, but model.aligned replaces that. '
+        "Set model.aligned=''."
+      )
   return runs
 
 
-def _arm_stages(experiment: Experiment, arm: str, run: Run) -> tuple[str, ...]:
+def _build(
+  config: ConfigDict,
+  folder: pathlib.Path,
+  workdir: pathlib.Path,
+  start: pathlib.Path | None,
+  parent: Run | None,
+) -> Run:
+  """Return a run, which may start from a model that another run is yet to train.
+
+  Until that model exists, the run has the model that it will be trained from in its place, whose
+  shape and tokenizer are the same. So everything is checked before the first run begins.
+
+  Args:
+    config: the config of the run.
+    folder: folder of the run.
+    workdir: folder of the experiment.
+    start: folder of the model that the run starts from; None is the config's.
+    parent: the run that trains that model.
+  """
+  journal = workdir / 'journal'
+  if start is None or parent is None:
+    return pipeline.build(config, folder, journal=journal)
+  if (start / 'config.json').exists():
+    config = define.override_config(config, {'model.base': str(start)})
+    return pipeline.build(config, folder, journal=journal)
+  stand_in = define.override_config(config, {'model.base': parent.training_start})
+  run = pipeline.build(stand_in, folder, journal=journal)
+  model = {**run.values['model'], 'base': str(start)}  # so that its turns are not the stand-in's
+  return dataclasses.replace(run, values={**run.values, 'model': model})
+
+
+def _arm_stages(arm: define.Arm, run: Run) -> tuple[str, ...]:
   """Return the stages that produce an arm's response, without those that its config replaces."""
-  needed, response = experiment.arms[arm].stages, experiment.arms[arm].response
-  number, rounds = response.removeprefix('revision_'), run.config.feedback.rounds
+  number, rounds = arm.response.removeprefix('revision_'), run.config.feedback.rounds
   if number.isdecimal() and not 1 <= int(number) <= rounds:
     raise UserError(
-      f'arm {arm!r} scores {response}, but feedback.rounds={rounds}. Score an existing round, or '
-      'raise feedback.rounds.'
+      f'it scores {arm.response}, but feedback.rounds={rounds}. Score an existing round, or raise '
+      'feedback.rounds.'
     )
-  stages = tuple(stage for stage in pipeline.default_stages(run) if stage in needed)
+  for response in {arm.response, arm.against} & {*BASELINES}:
+    if response not in run.config.evaluation.baselines:
+      raise UserError(
+        f'it scores the baseline {response!r}, but evaluation.baselines='
+        f'{run.config.evaluation.baselines}. Add it there.'
+      )
+  stages = tuple(stage for stage in pipeline.default_stages(run) if stage in arm.stages)
   if not stages:
     raise UserError(
-      f'arm {arm!r} scores the response {experiment.arms[arm].response!r} of D_CAI, but its '
-      'data.d_cai or model.aligned replaces the stage that samples it. Score base, revised or '
-      'aligned.'
+      f'it scores the response {arm.response!r} of D_CAI, but its data.d_cai or model.aligned '
+      'replaces the stage that samples it. Score base, revised or aligned.'
     )
   return stages
+
+
+def _check_principle(arm: define.Arm, run: Run) -> None:
+  """Check that enough prompts draw the principle of an arm, before anything is sampled."""
+  if not arm.principle:
+    return
+  ids = [principle.id for principle in run.constitution.principles]
+  if arm.principle not in ids:
+    raise UserError(f'the constitution has no principle {arm.principle!r}. It has {ids}.')
+  feedback, number = run.config.feedback, arm.response.removeprefix('revision_')
+  index = int(number) - 1 if number.isdecimal() else feedback.rounds - 1
+  held_out = arm.response in define.HELD_OUT_RESPONSES
+  prompts = run.prompts['eval_harmful' if held_out else 'harmful']
+  draws = (
+    draw_principles(
+      run.constitution, run.config.seed, prompt.id, index + 1, feedback.repeat_principles
+    )[index]
+    for prompt in prompts
+  )
+  count = sum(principle.id == arm.principle for principle in draws)
+  if count < FEWEST_PROMPTS:
+    raise UserError(
+      f'{count} of {len(prompts)} prompts draw the principle in round {index + 1} with seed '
+      f'{run.config.seed}, and {FEWEST_PROMPTS} are needed. Give more prompts, or leave the '
+      'principle out with constitution.leave_out.'
+    )
 
 
 def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
@@ -100,24 +171,24 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
     UserError: if an experiment, arm or field does not exist, or a run cannot be built.
   """
   workdir = pathlib.Path(os.path.realpath(os.path.expanduser(workdir)))
-  name, docstring, experiment = define.load_experiment(spec)
+  name, docstring, experiment = define.load_experiment(spec, options.config or '')
   if options.arms:
     experiment = experiment.select(options.arms)
-  if options.config:
-    experiment = dataclasses.replace(experiment, base=options.config)
   if options.shared_model:
     experiment = dataclasses.replace(experiment, model_by_seed=False)
   if options.seeds:
     experiment = dataclasses.replace(experiment, seeds=tuple(options.seeds))
   config = define.load_config(experiment.base)
-  runs = plan_runs(experiment, config, workdir)
+  runs: Plan = plan_runs(experiment, config, workdir)
   if options.dry_run:
     say(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
     say(_describe_power(experiment, next(iter(runs.values()))[0]))
     return
   check_workdir(workdir)
   with lock.hold(workdir):
-    totals = _run_all(runs, workdir)
+    folders = collect.run_folders(experiment, workdir / 'runs', config)
+    starts = collect.start_models(experiment, folders)
+    runs, totals = _run_all(runs, workdir, starts, lambda: plan_runs(experiment, config, workdir))
     _write_results(name, docstring, experiment, config, runs, workdir)
     say(
       f'{totals["runs"]} of {len(runs)} runs had work left: {totals["turns"]:,} turns sampled, '
@@ -138,15 +209,33 @@ def _describe_power(experiment: Experiment, run: Run) -> str:
   )
 
 
-def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
-  """Run all planned runs and return the total costs of the stages that were not done before."""
+def _run_all(
+  runs: Plan,
+  workdir: pathlib.Path,
+  starts: Mapping[pathlib.Path, pathlib.Path],
+  plan: Callable[[], Plan],
+) -> tuple[Plan, dict[str, float]]:
+  """Run all planned runs.
+
+  Args:
+    runs: the runs.
+    workdir: folder of the experiment.
+    starts: the model of each run that starts from one that another run trains.
+    plan: plans the runs again, when such a model exists.
+
+  Returns:
+    The runs, and the total costs of the stages that were not done before.
+  """
   for folder, (run, stages) in runs.items():
     if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
       pipeline.check_run(run, stages)
   sampled = estimate.SampledTurns(workdir)
   check_space(estimate.estimate_disk(runs, sampled))
   totals: dict[str, float] = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
-  for number, (folder, (run, stages)) in enumerate(runs.items(), 1):
+  for number, folder in enumerate(runs, 1):
+    if folder in starts and runs[folder][0].config.model.base != str(starts[folder]):
+      runs = plan()
+    run, stages = runs[folder]
     say(f'[{number}/{len(runs)}] {folder.name}')
     done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
     pipeline.run_stages(run, stages)
@@ -157,7 +246,7 @@ def _run_all(runs: Plan, workdir: pathlib.Path) -> dict[str, float]:
     for row in costs:
       for key in ('turns', 'reused_turns', 'seconds'):
         totals[key] += row[key]
-  return totals
+  return runs, totals
 
 
 def _write_results(
@@ -171,8 +260,9 @@ def _write_results(
   """Collect the results of finished runs, write them to files and print the table."""
   folders = collect.run_folders(experiment, workdir / 'runs', config)
   first = next(iter(runs.values()))[0]
+  measures, diversity = pipeline.load_measures(first), load_diversity(experiment, first)
   results = collect.collect_results(
-    experiment, name, docstring, folders, pipeline.load_measures(first), config
+    experiment, name, docstring, folders, measures, config, diversity
   )
   grammar.add_grammar(
     results, experiment, folders, {folder: run for folder, (run, _) in runs.items()}
@@ -184,6 +274,17 @@ def _write_results(
   chains = select_chains(experiment, folders, scorer, config.report.chains)
   write_experiment(output / 'report.html', results, chains)
   say('\n'.join(['', experiment_table(results), *results['notes'], '']))
+
+
+def load_diversity(experiment: Experiment, run: Run) -> dict[str, Measure]:
+  """Return the measures of diversity that an experiment names, with M_θ of a run for embeddings.
+
+  Args:
+    experiment: names the measures.
+    run: its M_θ embeds the texts of all arms and seeds, so that they can be compared.
+  """
+  loader = pipeline.model_loader(run)
+  return {name: DIVERSITY[name](loader) for name in experiment.diversity}
 
 
 def select_chains(

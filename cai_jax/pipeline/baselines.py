@@ -61,9 +61,10 @@ def select_answers(
       is missing, except those to the prompts of `base`.
 
   Returns:
-    One row per row of `base`, with its id; and a dict with `answers` (how many each prompt has),
-    `comparisons` (how many were made), `label_mass` (None if the judge does not tell) and `chosen`
-    (by prompt, the number of the chosen answer, from 1).
+    One row per row of `base`, with its id; and a dict with `answers` (how many each prompt has at
+    most), `comparisons` (how many were made), `label_mass` (None if the judge does not tell),
+    `chosen` (by prompt, the number of the chosen answer, from 1), `compared` (by prompt, how many
+    answers took part) and `tokens` (by prompt, those of the answers that took part).
   """
   selection, config, count = BASELINES[name], run.config.evaluation, num_answers(run, name)
   assert isinstance(selection, Selection)
@@ -74,7 +75,8 @@ def select_answers(
     numbers.append([n for n, name in enumerate(ids, 1) if name in by_id])
     # M_θ only answers for a baseline, so the rows do not know the kind of their prompt.
     kept = {'id': row['id'], 'kind': row['kind']}
-    candidates.append([dict(by_id[name]) | kept for name in ids if name in by_id])
+    answers = [dict(by_id[name]) | kept for name in ids if name in by_id]
+    candidates.append(answers[: selection.count(row, answers)])
   principles = {'harmful': config.judge_principles, 'helpful': config.judge_helpful_principles}
   rng = np.random.default_rng([run.config.seed, 4])
   best, comparisons = selection.choose(judge, candidates, principles, rng)
@@ -84,6 +86,11 @@ def select_answers(
     'label_mass': mean_label_mass(comparisons),
     'chosen': {
       row['id']: taken[index] for row, taken, index in zip(base, numbers, best, strict=True)
+    },
+    'compared': {row['id']: len(rows) for row, rows in zip(base, candidates, strict=True)},
+    'tokens': {
+      row['id']: sum(answer['initial']['num_tokens'] for answer in rows)
+      for row, rows in zip(base, candidates, strict=True)
     },
   }
   return [rows[index] for rows, index in zip(candidates, best, strict=True)], result
@@ -122,7 +129,16 @@ def _describe_selections(results: Mapping[str, Any]) -> Iterable[str]:
     if isinstance(BASELINES.get(name), Selection):
       status, reasons = judge_status(validity.get('labelled'), [result['label_mass']])
       line = (
-        f'{name}: the best of {result["answers"]} answers of M_θ by the judge {result["judge"]}, '
+        f'{name}: the best of {_count_answers(result)} answers of M_θ by the judge '
+        f'{result["judge"]}, '
         f'in {result["comparisons"]} comparisons'
       )
       yield line if status == VALID else f'{line}; this judge is {status}: {"; ".join(reasons)}'
+
+
+def _count_answers(result: Mapping[str, Any]) -> str:
+  """Return how many answers a baseline chose from, such as '9' or '3 to 9 (mean 5.2)'."""
+  counts = list(result.get('compared', {}).values()) or [result['answers']]
+  if min(counts) == max(counts):
+    return str(counts[0])
+  return f'{min(counts)} to {max(counts)} (mean {sum(counts) / len(counts):.1f})'

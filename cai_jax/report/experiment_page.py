@@ -23,6 +23,7 @@ from cai_jax.report.numbers import MISSING, cell, heading
 from cai_jax.report.page import write_page
 from cai_jax.report.results import (
   check_results,
+  describe_comparison,
   fact_names,
   group_title,
   number_row,
@@ -124,8 +125,8 @@ def _arm_table(results: dict[str, Any]) -> str:
     [row for _, rows in rows_by_group(results) for row in rows.values()], '▼ lower', '▲ higher'
   )
   note = (
-    f'In brackets: {SEED_INTERVALS}. Second lines: paired difference to {results["reference"]} '
-    f'(pp: percentage points); {marks}.'
+    f'In brackets: {SEED_INTERVALS}. Second lines: paired difference '
+    f'{describe_comparison(results)} (pp: percentage points); {marks}.'
   )
   return (
     f'<div class="scroll"><table class="results arms"><thead><tr><td></td>{head}</tr></thead>'

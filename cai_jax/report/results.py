@@ -28,9 +28,12 @@ Every arm has the group 'harmful'. Other groups and single metrics may be absent
 None. Tables and figures of kind 'arms' then show a dash, and lines have a gap. A figure of kind
 'frontier' needs every value.
 
+If the facts of an arm have `COMPARED_WITH`, its differences are to what that names, such as another
+response of the same run, and not to the reference.
+
 Metrics named `*_rate` are in [0, 1]; they are shown in per cent and their differences in percentage
-points. Differences are paired, arm minus reference, and the reference has none. Their p-values may
-be absent.
+points. Differences are paired, arm minus reference, and the reference itself has none. Their
+p-values may be absent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +41,7 @@ from typing import Any
 
 from cai_jax.runtime.errors import UserError
 
+COMPARED_WITH = 'compared with'  # the fact that names what an arm's differences are to
 FIELDS = ('name', 'title', 'docstring', 'base', 'seeds', 'reference', 'metrics', 'arms', 'figures')
 FIGURE_FIELDS = {
   'line': ('caption', 'group', 'x_label', 'y_label', 'series'),
@@ -125,6 +129,13 @@ def rows_by_group(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str
     (group, {name: arm['groups'][group] for name, arm in arms.items() if group in arm['groups']})
     for group in groups
   ]
+
+
+def describe_comparison(results: dict[str, Any]) -> str:
+  """Return what the differences of the arms are to, for a note below the table."""
+  if COMPARED_WITH in fact_names(results):
+    return f'to what the column "{COMPARED_WITH}" names'
+  return f'to {results["reference"]!r}'
 
 
 def group_title(group: str) -> str:

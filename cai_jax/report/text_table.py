@@ -160,10 +160,8 @@ def experiment_table(results: dict[str, Any]) -> str:
     lines.append([experiment_results.group_title(group)] + [''] * len(columns))
     lines += [['  ' + name, *cells.pop(0)] for name in named_rows]
   text = _join_columns(lines)
-  footer = (
-    f'[ ]: {SEED_INTERVALS}; difference: paired, to {results["reference"]!r}, of rates in '
-    'percentage points'
-  )
+  comparison = experiment_results.describe_comparison(results)
+  footer = f'[ ]: {SEED_INTERVALS}; difference: paired, {comparison}, of rates in percentage points'
   text.append(f'{footer}; {explain_marks([row for _, row in rows], "*", "*")}')
   return '\n'.join(text)
 

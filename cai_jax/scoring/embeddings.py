@@ -50,7 +50,8 @@ def embed_texts(lm: LM, texts: Sequence[str], *, batch_tokens: int = 8192) -> np
     padded, ends = np.zeros((count, length), np.int32), np.full(count, prefix + 1, np.int32)
     chosen = [order[i] for i in members]
     for row, i in enumerate(chosen):
-      padded[row, : len(tokens[i])], ends[row] = tokens[i], len(tokens[i])
+      padded[row, : len(tokens[i])] = tokens[i]
+      ends[row] = len(tokens[i])
     means = program(lm.graph, sharding, lm.params, padded, np.int32(prefix), ends)
     embeddings[chosen] = np.asarray(means)[: len(chosen)]
   return embeddings

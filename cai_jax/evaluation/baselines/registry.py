@@ -27,6 +27,8 @@ class Selection:
     choose: maps a judge, the candidates of each prompt (rows of responses, in the order in which
       they were drawn), the principles by kind of prompt and a generator for their draw to the index
       of the chosen candidate of each prompt, and the comparisons that the judge made.
+    count: maps the row of M_θ, with its chain, and the candidates of its prompt to the number of
+      candidates that take part, the first ones. By default all do.
   """
 
   choose: Callable[
@@ -38,6 +40,9 @@ class Selection:
     ],
     tuple[list[int], list[Comparison]],
   ]
+  count: Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], int] = lambda row, candidates: (
+    len(candidates)
+  )
 
 
 BASELINES: Registry[Change | Selection] = Registry('baseline')

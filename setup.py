@@ -4,5 +4,7 @@ from setuptools import find_packages, setup
 
 setup(
   packages=find_packages(include=['cai_jax', 'cai_jax.*']),
-  package_data={'cai_jax': ['*.yaml', 'tiny/*.yaml', 'tiny/model*/*', 'report/*.html']},
+  package_data={
+    'cai_jax': ['*.yaml', 'constitution/*.yaml', 'tiny/*.yaml', 'tiny/model*/*', 'report/*.html']
+  },
 )

@@ -60,7 +60,7 @@ Flags
 
 Main settings (docs/configuration.md describes all of them)
   --config.model.base               the model: 'tiny', a checkpoint folder or a Hugging Face name
-  --config.constitution.path        the constitution: 'general', a YAML file or a published file
+  --config.constitution.path        the constitution: 'general', 'everyday', or a file
   --config.prompts.harmful.source   prompts whose responses are revised: a .jsonl or .txt file, or a
                                     published set such as 'advbench' (docs/prompts.md)
   --config.prompts.eval_harmful.source   held-out prompts for the evaluation

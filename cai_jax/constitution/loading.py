@@ -11,10 +11,12 @@ from cai_jax.runtime.registry import Registry
 from cai_jax.runtime.settings import setting
 
 GENERAL = str(pathlib.Path(__file__).parents[1] / 'constitution.yaml')
+EVERYDAY = str(pathlib.Path(__file__).parent / 'everyday.yaml')
 
 # Paths of constitutions that a config can refer to by a short name.
 CONSTITUTIONS: Registry[str] = Registry('constitution')
 CONSTITUTIONS.register('general')(GENERAL)
+CONSTITUTIONS.register('everyday')(EVERYDAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ConstitutionConfig:
 
   path: str = setting(
     'general',
-    "'general', 'tiny', a YAML or JSON file, or the folder of the published JSON files.",
+    "'general' (against harm), 'everyday' (for ordinary help), 'tiny', a YAML or JSON file, or the "
+    'folder of the published JSON files. docs/constitutions.md lists constitutions.',
     path=True,
   )
   tags: tuple[str, ...] = setting(

@@ -143,9 +143,10 @@ def _missing_measure(figure: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
   else:
     metrics = figure.get('metrics') or [series['metric'] for series in figure['series']]
     shown = {(figure['group'], metric) for metric in metrics}
+  numbers = 'differences' if figure['kind'] == 'differences' else 'metrics'
   for group, metric in sorted(shown):
     for arm in sorted(figure_arms(figure)):
-      if metric not in arms[arm]['groups'].get(group, {'metrics': {}})['metrics']:
+      if metric not in arms[arm]['groups'].get(group, {}).get(numbers, {}):
         return f'there is no {metric} of {group} prompts for {arm!r}'
   return ''
 

@@ -52,6 +52,17 @@ def rates_by_arm(caption: str, arms: Sequence[str], group: str = 'harmful') -> d
   }
 
 
+def rate_differences(caption: str, arms: Sequence[str], group: str = 'harmful') -> dict[str, Any]:
+  """Return the specification of a figure with the paired differences of both rates.
+
+  Args:
+    caption: the figure's caption.
+    arms: names of arms that are compared with another response or arm, from top to bottom.
+    group: 'harmful' or 'helpful' prompts.
+  """
+  return rates_by_arm(caption, arms, group) | {'kind': 'differences'}
+
+
 def figure_arms(figure: Mapping[str, Any]) -> set[str]:
   """Return the names of the arms that a figure specification shows.
 

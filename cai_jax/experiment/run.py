@@ -9,11 +9,13 @@ results.json, report.html, and each figure as an SVG and a PDF file.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -58,6 +60,7 @@ def plan_runs(
   """
   folders = collect.run_folders(experiment, workdir / 'runs', config)
   starts = collect.start_models(experiment, folders)
+  draws: dict[Any, collections.Counter] = {}
   runs: dict[pathlib.Path, tuple[Run, tuple[str, ...]]] = {}
   for seed, arm in itertools.product(experiment.seeds, experiment.arms):
     folder, start = folders[arm][seed], experiment.arms[arm].start
@@ -68,7 +71,7 @@ def plan_runs(
         runs[folder] = _build(settings, folder, workdir, starts.get(folder), parent), ()
       run, stages = runs[folder]
       runs[folder] = run, max(stages, _arm_stages(experiment.arms[arm], run), key=len)
-      _check_principle(experiment.arms[arm], run)
+      _check_principle(experiment.arms[arm], run, draws)
     except UserError as error:
       raise UserError(f'arm {arm!r}: {error}') from error
     if start and 'train' not in runs[folders[start][seed]][1]:
@@ -133,24 +136,41 @@ def _arm_stages(arm: define.Arm, run: Run) -> tuple[str, ...]:
   return stages
 
 
-def _check_principle(arm: define.Arm, run: Run) -> None:
-  """Check that enough prompts draw the principle of an arm, before anything is sampled."""
+def _round_index(arm: define.Arm, run: Run) -> int:
+  """Return the index of the round that writes an arm's response, from 0."""
+  number = arm.response.removeprefix('revision_')
+  return (int(number) if number.isdecimal() else run.config.feedback.rounds) - 1
+
+
+def _check_principle(arm: define.Arm, run: Run, draws: dict[Any, collections.Counter]) -> None:
+  """Check that enough prompts draw the principle of an arm, before anything is sampled.
+
+  Args:
+    arm: the arm.
+    run: its run.
+    draws: how many prompts drew each principle, which this function fills.
+  """
   if not arm.principle:
     return
   ids = [principle.id for principle in run.constitution.principles]
   if arm.principle not in ids:
     raise UserError(f'the constitution has no principle {arm.principle!r}. It has {ids}.')
-  feedback, number = run.config.feedback, arm.response.removeprefix('revision_')
-  index = int(number) - 1 if number.isdecimal() else feedback.rounds - 1
+  index = _round_index(arm, run)
   held_out = arm.response in define.HELD_OUT_RESPONSES
   prompts = run.prompts['eval_harmful' if held_out else 'harmful']
-  draws = (
-    draw_principles(
-      run.constitution, run.config.seed, prompt.id, index + 1, feedback.repeat_principles
-    )[index]
-    for prompt in prompts
-  )
-  count = sum(principle.id == arm.principle for principle in draws)
+  key = run.workdir, held_out, index
+  if key not in draws:
+    draws[key] = collections.Counter(
+      draw_principles(
+        run.constitution,
+        run.config.seed,
+        prompt.id,
+        index + 1,
+        run.config.feedback.repeat_principles,
+      )[index].id
+      for prompt in prompts
+    )
+  count = draws[key][arm.principle]
   if count < FEWEST_PROMPTS:
     raise UserError(
       f'{count} of {len(prompts)} prompts draw the principle in round {index + 1} with seed '

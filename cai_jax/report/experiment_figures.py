@@ -53,7 +53,12 @@ def draw_figures(results: Results) -> list[Drawing]:
   Raises:
     UserError: if a figure shows an unknown arm or metric, or has nothing to show.
   """
-  draw = {'line': _draw_lines, 'arms': _draw_arms, 'frontier': _draw_frontier}
+  draw = {
+    'line': _draw_lines,
+    'arms': _draw_arms,
+    'differences': _draw_differences,
+    'frontier': _draw_frontier,
+  }
   return [draw[spec['kind']](results, spec) for spec in results['figures']]
 
 
@@ -126,6 +131,25 @@ def _draw_arms(results: Results, spec: Spec) -> Drawing:
     x_range = _rate_range(present) if present and metric.endswith('_rate') else None
     colour = i % len(COLOURS)
     panels.append(Panel(_axis_label(metric), values, low, high, colour, x_range))
+  return arms_figure(spec['arms'], panels, description=spec['caption'])
+
+
+def _draw_differences(results: Results, spec: Spec) -> Drawing:
+  """Draw the paired differences of arms, those of rates in percentage points."""
+  panels = []
+  for i, metric in enumerate(spec['metrics']):
+    unit = 100 if metric.endswith('_rate') else 1
+    columns: list[tuple[float | None, float | None, float | None]] = []
+    for arm in spec['arms']:
+      _read_number(results, spec, arm, spec['group'], metric)  # checks the names
+      group = results['arms'][arm]['groups'].get(spec['group'], {})
+      number = group.get('differences', {}).get(metric)
+      bounds = number['interval'] if number else None
+      low, high = (unit * bounds[0], unit * bounds[1]) if bounds else (None, None)
+      columns.append((unit * number['value'] if number else None, low, high))
+    values, low, high = zip(*columns, strict=True)
+    label = f'{heading(metric)}, difference' + (' (pp)' if unit == 100 else '')
+    panels.append(Panel(label, values, low, high, i % len(COLOURS)))
   return arms_figure(spec['arms'], panels, description=spec['caption'])
 
 

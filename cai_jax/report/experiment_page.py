@@ -67,7 +67,7 @@ def write_experiment(
     figure(
       spec['caption'],
       inline_svg(drawing),
-      wide=spec['kind'] == 'arms' and len(spec['metrics']) > 1,
+      wide=len(spec.get('metrics', ())) > 1,
     )
     for spec, drawing in zip(results['figures'], draw_figures(results), strict=True)
   ]

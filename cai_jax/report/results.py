@@ -17,6 +17,7 @@ All arms are compared with one of them, the reference, on the same prompts and s
      {'kind': 'line', 'caption': '...', 'group': 'harmful', 'x_label': '...', 'y_label': '...',
       'series': [{'name': '...', 'metric': 'violation_rate', 'arms': ['revision 1'], 'x': [1]}]},
      {'kind': 'arms', 'caption': '...', 'group': 'harmful', 'metrics': [...], 'arms': [...]},
+     {'kind': 'differences', 'caption': '...', 'group': 'harmful', 'metrics': [...], 'arms': [...]},
      {'kind': 'frontier', 'caption': '...', 'arms': [...],
       'x': ['harmful', 'violation_rate'], 'y': ['helpful', 'helpful_rate']}],
    'config_differences': {'feedback.rounds': {'revision 1': 4}},
@@ -25,7 +26,8 @@ All arms are compared with one of them, the reference, on the same prompts and s
    'notes': ['A sentence to show as it is.']}
 
 Every arm has the group 'harmful'. Other groups and single metrics may be absent, and a value may be
-None. Tables and figures of kind 'arms' then show a dash, and lines have a gap. A figure of kind
+None. Tables and figures of kind 'arms' or 'differences' (the paired differences of the arms) then
+show a dash, and lines have a gap. A figure of kind
 'frontier' needs every value.
 
 If the facts of an arm have `COMPARED_WITH`, its differences are to what that names, such as another
@@ -46,6 +48,7 @@ FIELDS = ('name', 'title', 'docstring', 'base', 'seeds', 'reference', 'metrics',
 FIGURE_FIELDS = {
   'line': ('caption', 'group', 'x_label', 'y_label', 'series'),
   'arms': ('caption', 'group', 'metrics', 'arms'),
+  'differences': ('caption', 'group', 'metrics', 'arms'),
   'frontier': ('caption', 'x', 'y', 'arms'),
 }
 

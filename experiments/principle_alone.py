@@ -1,0 +1,48 @@
+"""Which principle changes how much, in which direction? Each principle alone, on all prompts.
+
+Paper:     Bai et al. 2022, Figure 6, has a constitution of one principle, and no comparison of them
+Command:   python -m cai_jax.experiment --experiment=experiments/principle_alone.py \\
+             --workdir=runs/lab
+Hardware:  HARDWARE
+Arms:      y_init, and one round of critique and revision under each principle of the config. All
+           arms revise the same y_init, which is sampled once. So differences between two principles
+           are paired too, unlike those of experiments/principle_drawn.py, at the cost of one
+           critique and one revision of each prompt for each principle
+Expected:  EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from cai_jax.experiment import Arm, Design, Experiment, load_principles, rate_differences
+
+
+def get_experiment() -> Design:
+  """Return the design: one arm for each principle of the config."""
+  return Design(each_alone)
+
+
+def each_alone(config: ConfigDict) -> Experiment:
+  """Return the experiment: y_init, and a revision under each principle.
+
+  Args:
+    config: the base config, which names the constitution.
+  """
+  ids = [principle.id for principle in load_principles(config)]
+  alone = {name.replace(',', ';'): {'constitution.ids': (name,)} for name in ids}
+  arms = {name: Arm(fields, 'last', against='initial') for name, fields in alone.items()}
+  first = next(iter(alone))
+  return Experiment(
+    arms={'initial': Arm(alone[first], 'initial'), **arms},
+    reference='initial',
+    overrides={'feedback.rounds': 1, 'constitution.leave_out': ()},
+    figures=(
+      rate_differences('What one revision changes, by principle', list(arms)),
+      {
+        'kind': 'arms',
+        'caption': 'How much one revision rewrites, by principle',
+        'group': 'harmful',
+        'metrics': ['rewritten', 'mean_tokens'],
+        'arms': list(arms),
+      },
+    ),
+  )

@@ -269,6 +269,16 @@ def test_a_run_cannot_start_from_a_model_that_the_config_replaces(tmp_path, smal
     runner.plan_runs(experiment, define.load_config(small), tmp_path)
 
 
+def test_a_model_that_cannot_embed_is_refused_before_any_work(tmp_path, small):
+  config = define.override_config(define.load_config(small), {'model.base': str(tmp_path)})
+  arms = {'a': Arm({}, 'initial')}
+  experiment = Experiment(arms, 'a', seeds=(0,), diversity=('self_bleu', 'embedding_spread'))
+  (run, _) = next(iter(runner.plan_runs(experiment, config, tmp_path).values()))
+  with pytest.raises(UserError, match="diversity, 'embedding_spread'"):
+    runner._check_diversity(experiment, run)
+  runner._check_diversity(dataclasses.replace(experiment, diversity=('self_bleu',)), run)
+
+
 def test_an_arm_of_a_baseline_needs_it_in_the_config(tmp_path, small):
   arms = {'a': Arm({}, 'best_of_tokens')}
   with pytest.raises(UserError, match=r"arm 'a': it scores the baseline 'best_of_tokens', but"):

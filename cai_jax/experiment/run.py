@@ -36,6 +36,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, make_folder, write_json
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.terminal import say
+from cai_jax.scoring.loader import Inspected
 from cai_jax.scoring.scorer import Scorer
 
 FEWEST_PROMPTS = 2  # that draw a principle, with each seed
@@ -205,6 +206,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
     say(_describe_power(experiment, next(iter(runs.values()))[0]))
     return
   check_workdir(workdir)
+  _check_diversity(experiment, next(iter(runs.values()))[0])
   with lock.hold(workdir):
     folders = collect.run_folders(experiment, workdir / 'runs', config)
     starts = collect.start_models(experiment, folders)
@@ -305,6 +307,18 @@ def load_diversity(experiment: Experiment, run: Run) -> dict[str, Measure]:
   """
   loader = pipeline.model_loader(run)
   return {name: DIVERSITY[name](loader) for name in experiment.diversity}
+
+
+def _check_diversity(experiment: Experiment, run: Run) -> None:
+  """Check that the model which embeds texts can be loaded, before the first run begins."""
+  loader = pipeline.model_loader(run, inspect_only=True)
+  for name in experiment.diversity:
+    try:
+      DIVERSITY[name](loader)
+    except Inspected:
+      pass
+    except UserError as error:
+      raise UserError(f'diversity, {name!r}: {error}') from error
 
 
 def select_chains(

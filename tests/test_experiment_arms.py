@@ -14,7 +14,7 @@ from cai_jax.constitution import draw_principles
 from cai_jax.data import d_cai
 from cai_jax.evaluation import diversity
 from cai_jax.evaluation.baselines import BASELINES
-from cai_jax.experiment import Arm, Experiment, collect, define
+from cai_jax.experiment import Arm, Experiment, collect, define, plan
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.responses import read_responses
 from cai_jax.report import draw_figures, experiment_table
@@ -212,7 +212,7 @@ def test_the_round_of_a_principle_is_that_of_the_response(tmp_path, small):
   arms = {'a': Arm({}, 'revision_2', principle='law')}
   ((run, _),) = runner.plan_runs(Experiment(arms, 'a', seeds=(0,)), config, tmp_path).values()
   draws: dict = {}
-  runner._check_principle(arms['a'], run, draws)
+  plan._check_principle(arms['a'], run, draws)
   (counts,) = draws.values()
   second = [draw_principles(run.constitution, 0, p.id, 2)[1].id for p in run.prompts['harmful']]
   assert counts == collections.Counter(second)

@@ -17,7 +17,8 @@ from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.experiment import Arm, Experiment, collect, define, plan
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.responses import read_responses
-from cai_jax.report import draw_figures, experiment_table
+from cai_jax.report import experiment_table
+from cai_jax.report.experiment_figures import draw_figures
 from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import oracle
 

@@ -49,9 +49,9 @@ def embed_texts(lm: LM, texts: Sequence[str], *, batch_tokens: int = 8192) -> np
   for count, length, members in plan_batches([len(tokens[i]) for i in order], lm, batch_tokens):
     padded, ends = np.zeros((count, length), np.int32), np.full(count, prefix + 1, np.int32)
     chosen = [order[i] for i in members]
-    for row, i in enumerate(chosen):
-      padded[row, : len(tokens[i])] = tokens[i]
-      ends[row] = len(tokens[i])
+    for number, i in enumerate(chosen):
+      padded[number, : len(tokens[i])] = tokens[i]
+      ends[number] = len(tokens[i])
     means = program(lm.graph, sharding, lm.params, padded, np.int32(prefix), ends)
     embeddings[chosen] = np.asarray(means)[: len(chosen)]
   return embeddings

@@ -25,7 +25,7 @@ from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.stage_report import diagnose, read_summary
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, WaitingError
 from cai_jax.runtime.files import describe_fault, read_json
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
@@ -105,12 +105,15 @@ _STAGES = flags.DEFINE_list('stages', None, 'stages to run; the default is all t
 def short_errors() -> Iterator[None]:
   """End the program with a short message and an exit status for errors that the user can fix.
 
-  SIGTERM and SIGINT end it in order, with status 143 and 130. Every other exception keeps its
-  traceback.
+  A run that waits for a batch ends with status 75. SIGTERM and SIGINT end it in order, with status
+  143 and 130. Every other exception keeps its traceback.
   """
   try:
     with interruption.listen():
       yield
+  except WaitingError as error:
+    say(str(error), file=sys.stderr)
+    sys.exit(error.STATUS)
   except UserError as error:
     _fail(str(error))
   except OSError as error:

@@ -216,10 +216,13 @@ def test_fields_and_defaults_of_version_1_are_kept():
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'model.long_context', 'data.d_cai', 'train.loss'}
   added |= {'mesh.expert', 'train.balance_loss', 'constitution.leave_out'}
-  added |= {f'remote.{r}.{f}' for r in REMOTES for f in ('seed', 'give_up_seconds')}
   rows = ('plain', 'system_field', 'message_keys', 'roles', 'drop_answer', 'invalid')
   for name in CONFIG.prompts:
     added |= {f'prompts.{name}.{f}' for f in ('path', 'mixture', 'where', 'expand', *rows)}
+  served = ('seed', 'give_up_seconds', 'limit_field', 'batch')
+  served += ('requests_per_minute', 'tokens_per_minute')
+  served += ('price_input', 'price_cached_input', 'price_output')
+  added |= {f'remote.{r}.{f}' for r in REMOTES for f in served}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
   added |= {f'evaluation.judge_remote.{field.name}' for field in dataclasses.fields(JudgeServer)}

@@ -31,15 +31,22 @@ _TURN = {
   'num_tokens': tfds.features.Scalar(np.int32, doc='sampled tokens, the ending one included'),
 }
 _THOUGHTS = _TEXT(doc="what a reasoning model wrote before the reply; '' without thoughts")
+_IDS_KNOWN = tfds.features.Scalar(
+  np.bool_,
+  doc='False if a server returned text only: num_tokens then counts the text by the tokenizer of '
+  'the config, and the log-probabilities are NaN',
+)
 
 
-def make_features(thoughts: bool = False) -> tfds.features.FeaturesDict:
+def make_features(thoughts: bool = False, unknown_ids: bool = False) -> tfds.features.FeaturesDict:
   """Return the schema of D_CAI.
 
   Args:
     thoughts: whether each turn has the field `thoughts`, as in runs of reasoning models.
+    unknown_ids: whether each turn has the field `ids_known`, as in runs with a chat-only server.
   """
   turn = _TURN | ({'thoughts': _THOUGHTS} if thoughts else {})
+  turn |= {'ids_known': _IDS_KNOWN} if unknown_ids else {}
   return tfds.features.FeaturesDict(
     {
       'id': _TEXT(),
@@ -81,7 +88,11 @@ def shard_path(folder: str | os.PathLike, index: int) -> pathlib.Path:
 
 
 def write_shard(
-  folder: str | os.PathLike, index: int, rows: Sequence[dict[str, Any]], thoughts: bool = False
+  folder: str | os.PathLike,
+  index: int,
+  rows: Sequence[dict[str, Any]],
+  thoughts: bool = False,
+  unknown_ids: bool = False,
 ) -> None:
   """Write one shard atomically.
 
@@ -89,10 +100,11 @@ def write_shard(
     folder: the folder of the dataset, which exists. If it was deleted during the run, its earlier
       shards are gone, so it is not created again.
     index: the index of the shard.
-    rows: the rows of the shard, with the fields of `make_features(thoughts)`.
+    rows: the rows of the shard, with the fields of `make_features(thoughts, unknown_ids)`.
     thoughts: whether the turns have thoughts.
+    unknown_ids: whether the turns say if their ids are known.
   """
-  features = make_features(thoughts)
+  features = make_features(thoughts, unknown_ids)
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   with replacing(shard_path(folder, index)) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
@@ -121,7 +133,10 @@ def read_ids(path: pathlib.Path) -> list[str]:
 
 
 def write_metadata(
-  folder: str | os.PathLike, shard_lengths: Sequence[int], thoughts: bool = False
+  folder: str | os.PathLike,
+  shard_lengths: Sequence[int],
+  thoughts: bool = False,
+  unknown_ids: bool = False,
 ) -> None:
   """Write the metadata that turns the shards of a folder into a TFDS dataset.
 
@@ -129,6 +144,7 @@ def write_metadata(
     folder: the folder of the dataset.
     shard_lengths: the number of rows in each shard.
     thoughts: whether the turns have thoughts.
+    unknown_ids: whether the turns say if their ids are known.
 
   Raises:
     UserError: if a shard is missing, or there is one too many.
@@ -152,7 +168,7 @@ def write_metadata(
   with writing(folder):
     tfds.folder_dataset.write_metadata(
       data_dir=str(folder),
-      features=make_features(thoughts),
+      features=make_features(thoughts, unknown_ids),
       split_infos=[split],
       filename_template=_filename_template(folder),
       description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",

@@ -123,6 +123,20 @@ class Dialogue:
     """The id of `</think>`, of a dialogue that `thinks`."""
     return self._encoder.control['</think>']
 
+  @property
+  def reads_text(self) -> bool:
+    """False: a reply is token ids. That of a chat API is text, see `ChatDialogue`."""
+    return False
+
+  def messages(
+    self,
+    messages: Sequence[Message],
+    reply_role: str = 'assistant',
+    demonstrations: Sequence[Sequence[Message]] = (),
+  ) -> tuple[tuple[str, str], ...]:
+    """Return (): the model reads the tokens of `prompt`. See `ChatDialogue.messages`."""
+    return ()
+
   def open_thoughts(self) -> list[int]:
     """Return the tokens that begin thoughts after a prompt; none if the prompt begins them."""
     opened = self._format.prompt_opens_reasoning

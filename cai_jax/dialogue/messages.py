@@ -14,6 +14,12 @@ Message = dict[str, Any]
 REQUEST_ROLES = ('user', 'critique_request', 'revision_request')
 REPLY_ROLES = ('assistant', 'critique', 'revision')
 ROLES = ('system', *REQUEST_ROLES, *REPLY_ROLES)
+# The role of a message as chat templates and chat APIs know it.
+CHAT_ROLE = {
+  'system': 'system',
+  **{role: 'user' for role in REQUEST_ROLES},
+  **{role: 'assistant' for role in REPLY_ROLES},
+}
 
 _SURROGATE = re.compile('[\ud800-\udfff]')
 

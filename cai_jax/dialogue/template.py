@@ -25,7 +25,7 @@ from cai_jax.dialogue.encode import (
 )
 from cai_jax.dialogue.format import FORMATS, TemplateOptions
 from cai_jax.dialogue.layout import Layout, extends, match_slots, slot, split_slots
-from cai_jax.dialogue.messages import REPLY_ROLES, REQUEST_ROLES, Message
+from cai_jax.dialogue.messages import CHAT_ROLE, Message
 from cai_jax.dialogue.probe import (
   check_contents,
   check_slots,
@@ -37,11 +37,6 @@ from cai_jax.dialogue.probe import (
 from cai_jax.dialogue.trial import MAX_MARKUP, call_with_limit, check_limits
 from cai_jax.runtime.errors import UserError
 
-_CHAT_ROLE = {
-  'system': 'system',
-  **{role: 'user' for role in REQUEST_ROLES},
-  **{role: 'assistant' for role in REPLY_ROLES},
-}
 _NOT_OPTIONS = ('messages', 'add_generation_prompt')  # set by us
 
 # A chat template may print today's date. The tokens of a run must not change at midnight, so every
@@ -299,7 +294,7 @@ class ChatFormat:
 
   def _pieces(self, messages: Sequence[Message], generate: bool) -> list[Piece]:
     """Return the pieces of a dialogue, with or without a generation prompt at its end."""
-    roles = tuple(_CHAT_ROLE[message['role']] for message in messages)
+    roles = tuple(CHAT_ROLE[message['role']] for message in messages)
     contents = [
       m['content'] if isinstance(m['content'], str) else tuple(map(int, m['content']))
       for m in messages

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cai_jax.data.prompts import Prompt
-from cai_jax.dialogue import Dialogue, Message
+from cai_jax.dialogue import ChatDialogue, Dialogue, Message
 from cai_jax.feedback.chain import Stages
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.model.lm import LM
@@ -48,7 +48,7 @@ def shared_prefixes(
 
 
 def render_prompt(
-  dialogue: Dialogue,
+  dialogue: Dialogue | ChatDialogue,
   prompt: Prompt,
   demonstrations: Sequence[Sequence[Message]] = (),
   content: str | None = None,

@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,19 +17,27 @@ from cai_jax.feedback.job import Job
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UserError, WaitingError
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.config import EngineConfig
-from cai_jax.sampling.engine import Engine
+from cai_jax.sampling.engine import DEFERRED, Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.remote.costs import CostsByModel, sum_usage
 from cai_jax.sampling.stats import Stats
-from cai_jax.sampling.types import Chain, Completion, Turn
+from cai_jax.sampling.types import Chain, Completion, Turn, Usage
 from cai_jax.sampling.usage import no_usage
 
 JOB_FILE = 'job.json'  # names the job whose shards a folder holds
+
+
+class _Outcome(NamedTuple):
+  """How a chain ended: with a row, or early; and what servers counted for it, by model."""
+
+  row: dict[str, Any] | ChainEnded
+  usages: list[tuple[str, Usage]]
 
 
 def generate_shards(
@@ -38,6 +46,7 @@ def generate_shards(
   journal: Journal,
   engine: EngineConfig,
   progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
+  write_costs: Callable[[int, CostsByModel], None] = lambda shard, costs: None,
 ) -> dict[str, Any]:
   """Sample the missing shards of D_CAI, and return counts and speeds.
 
@@ -54,12 +63,15 @@ def generate_shards(
     engine: sizes of the compiled programs.
     progress: called after each row with the number of finished rows and the number of rows, both
       of this process, and the number of sampled tokens.
+    write_costs: called with the index of each shard, before it is written, and with what servers
+      counted for all turns of its chains, whenever they were sampled.
 
   Returns:
     Counts and speeds of this process, and `expert_usage`, from `Engine.expert_usage`.
 
   Raises:
     UserError: if the folder holds another job's shards, or this process does not share it.
+    WaitingError: if chains wait for a batch. Its requests are written, and complete shards too.
   """
   folder = pathlib.Path(folder)
   shard_rows, num_rows = job.config.shard_rows, len(job.prompts)
@@ -73,17 +85,42 @@ def generate_shards(
     counts = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
     return counts | {'expert_usage': no_usage(_engine_models(job))}
   running = _make_engine(job, journal, engine)
-  unwritten: dict[int, dict[int, dict | ChainEnded]] = {}  # shard → index of a row → row
+  unwritten: dict[int, dict[int, _Outcome]] = {}  # shard → index of a row → its chain's result
+  done = deferred = 0
   indices = (index for shard in shards.values() for index in shard)
   with interruption.local_work():
-    for done, (_, (index, row)) in enumerate(running.run(_chains(job, indices)), 1):
-      shard = index // shard_rows
-      unwritten.setdefault(shard, {})[index] = row
+    for _, result in running.run(_chains(job, indices)):
+      if result is DEFERRED:
+        deferred += 1
+        continue
+      index, outcome = result
+      shard, done = index // shard_rows, done + 1
+      unwritten.setdefault(shard, {})[index] = outcome
       if len(unwritten[shard]) == len(shards[shard]):
-        _write_shard(job, folder, shard, unwritten.pop(shard))
+        outcomes = unwritten.pop(shard)
+        write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
+        _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
       progress(done, total, running.stats.sampled_tokens)
+  if deferred:
+    raise WaitingError(_ask_batches(job, deferred))
   counts = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
   return counts | {'expert_usage': running.expert_usage()}
+
+
+def _ask_batches(job: Job, deferred: int) -> str:
+  """Write the requests of all chains that wait for a batch; return what to do with them."""
+  lines = [f'{deferred:,} chains wait for the answers of a batch.']
+  for model in _engine_models(job).values():
+    batch = model.batch if isinstance(model, Remote) else None
+    if batch is None or not batch.new + batch.waiting:
+      continue
+    new, waiting, paths = batch.new, batch.waiting, ', '.join(map(str, batch.write()))
+    if new:
+      lines.append(f'{model.name}: {new:,} new requests, in {paths}.')
+    if waiting:
+      lines.append(f'{model.name}: {waiting:,} requests that were written before have no answer.')
+    lines.append(f'Put the files of answers into {batch.folder}.')
+  return ' '.join([*lines, 'Then start the same command again: it continues where it stopped.'])
 
 
 def _write_shard(
@@ -98,7 +135,7 @@ def _write_shard(
     else:
       kept.append(row)
   write_ended(folder, shard, ended)
-  d_cai.write_shard(folder, shard, kept, job.has_thoughts)
+  d_cai.write_shard(folder, shard, kept, job.has_thoughts, job.has_unknown_ids)
 
 
 def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
@@ -124,7 +161,7 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
       f'No row remains. {ended} Change what that turn reads, such as the '
       'prompts, the model or its chat template, and start in another workdir.'
     )
-  d_cai.write_metadata(folder, lengths, job.has_thoughts)
+  d_cai.write_metadata(folder, lengths, job.has_thoughts, job.has_unknown_ids)
   d_cai.write_checksums(folder)
 
 
@@ -187,19 +224,39 @@ def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
 def _chains(job: Job, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
   """Yield (prompt id, chain) for rows of D_CAI.
 
-  A chain returns (index of its row, row), or (index, ChainEnded) if it ended without a row.
+  A chain returns (index of its row, `_Outcome`).
   """
 
   def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
+    usages: list[tuple[str, Usage]] = []
     try:
-      record = yield from job.chain(prompt, kind)
+      record = yield from _metered(job.chain(prompt, kind), usages)
     except ChainEnded as ended:
-      return index, ended
-    return index, job.row(record, kind)
+      return index, _Outcome(ended, usages)
+    return index, _Outcome(job.row(record, kind), usages)
 
   for index in indices:
     prompt, kind = job.prompts[index]
     yield prompt.id, row_chain(index, prompt, kind)
+
+
+def _metered(chain: Chain, usages: list[tuple[str, Usage]]) -> Chain:
+  """Return a chain that notes what servers counted for each turn, by the turn's model."""
+  resume: Callable[[Any], Turn] = chain.send
+  value: Any = None  # starts the chain
+  while True:
+    try:
+      turn = resume(value)
+    except StopIteration as stop:
+      return stop.value
+    try:
+      value = yield turn
+    except UserError as error:  # of the engine, which cannot sample the turn
+      resume, value = chain.throw, error
+      continue
+    resume = chain.send
+    if value.usage is not None:
+      usages.append((turn.model, value.usage))
 
 
 def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int]:

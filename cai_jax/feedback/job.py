@@ -9,7 +9,7 @@ from typing import Any
 
 from cai_jax.constitution import Constitution, Principle, draw_principles
 from cai_jax.data.prompts import Prompt
-from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue import ChatDialogue, Dialogue
 from cai_jax.feedback.chain import Record, Stage, Stages, Variant, answer_only
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.feedback.contexts import Prefixes, cache_length, shared_prefixes
@@ -57,6 +57,11 @@ class Job:
     """Whether the rows have a field for thoughts: whether a model's replies may begin with them."""
     return any(stage.dialogue.thinks for stage in self.stages.by_name().values())
 
+  @functools.cached_property
+  def has_unknown_ids(self) -> bool:
+    """Whether the rows say which ids are known: whether a server returns text only."""
+    return any(stage.dialogue.reads_text for stage in self.stages.by_name().values())
+
   def chain(self, prompt: Prompt, kind: str) -> Chain:
     """Return the chain of a prompt, with the principles that are drawn for it.
 
@@ -98,7 +103,13 @@ class Job:
       name: self.models[stage.model].public_name for name, stage in self.stages.by_name().items()
     }
     return make_row(
-      record, kind, self.seed, names, self._constitution_fingerprint, self.has_thoughts
+      record,
+      kind,
+      self.seed,
+      names,
+      self._constitution_fingerprint,
+      self.has_thoughts,
+      self.has_unknown_ids,
     )
 
   def rewritten_history(self) -> str:
@@ -230,13 +241,25 @@ def _check_prompts(prompts: Sequence[tuple[Prompt, str]]) -> None:
 def _check_stop_tokens(stage: Stage, lm: LM | Remote) -> None:
   """Raise UserError unless the stop tokens of a stage exist and fit the compiled program."""
   ids = sorted({*stage.dialogue.stop_token_ids, *stage.sampling.stop_token_ids})
-  if stage.sampling.max_thought_tokens:
+  if stage.sampling.max_thought_tokens and isinstance(stage.dialogue, Dialogue):
     ids = sorted({*ids, stage.dialogue.end_of_thought})
   if len(ids) > MAX_STOP_TOKENS or not all(0 <= i < lm.vocab_size for i in ids):
     raise UserError(
       f'The stop tokens of {lm.name} and of sampling.*.stop_token_ids are {ids}. At most '
       f'{MAX_STOP_TOKENS} are allowed, each between 0 and {lm.vocab_size - 1}.'
     )
+
+
+def make_dialogue(model: LM | Remote, config: FeedbackConfig) -> Dialogue | ChatDialogue:
+  """Return what renders the conversations of a run for a model that samples.
+
+  Args:
+    model: the model.
+    config: has the prompt format and its options. A chat-only server has a format of its own.
+  """
+  if isinstance(model, Remote) and model.reads_chats:
+    return ChatDialogue(model.tokenizer)
+  return Dialogue(model.tokenizer, config.style, model.eos_token_ids, config.template_options)
 
 
 def make_stages(
@@ -253,10 +276,7 @@ def make_stages(
     config: settings of the chains.
     sampling: sampling settings of each kind of turn.
   """
-  dialogues = {
-    name: Dialogue(lm.tokenizer, config.style, lm.eos_token_ids, config.template_options)
-    for name, lm in models.items()
-  }
+  dialogues = {name: make_dialogue(model, config) for name, model in models.items()}
 
   def make_stage(name: str, demonstrations: tuple = ()) -> Stage:
     model = name if name in models else 'base'

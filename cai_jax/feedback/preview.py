@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cai_jax.data.prompts import Prompt
+from cai_jax.dialogue import ChatDialogue
 from cai_jax.feedback.chain import Stage
 from cai_jax.feedback.job import Job
 from cai_jax.feedback.stage import THOUGHTS
@@ -53,7 +54,9 @@ def preview_chain(job: Job, prompt: Prompt, kind: str) -> Iterator[Context]:
     dialogue = stages[turn.model].dialogue
     yield Context(prompt, kind, turn, dialogue.show(turn.context))
     text = PLACEHOLDER.format(turn.name.replace('_', ' '))
-    if turn.name.endswith(THOUGHTS):
+    if isinstance(dialogue, ChatDialogue):
+      tokens = dialogue.reply(text)
+    elif turn.name.endswith(THOUGHTS):
       whole = dialogue.reply('x', thoughts=text)
       tokens = whole[len(dialogue.open_thoughts()) : whole.index(dialogue.end_of_thought) + 1]
     elif previous == turn.name + THOUGHTS:

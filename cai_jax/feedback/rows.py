@@ -1,6 +1,8 @@
 """The row of D_CAI that a finished chain becomes."""
 
+import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ def make_row(
   models: Mapping[str, str],
   constitution: str,
   thoughts: bool = False,
+  unknown_ids: bool = False,
 ) -> dict[str, Any]:
   """Return the row of D_CAI for a chain's record, in the form of `d_cai.make_features`.
 
@@ -27,7 +30,9 @@ def make_row(
     models: model names under the keys 'initial', 'critique' and 'revision'.
     constitution: the fingerprint of the constitution.
     thoughts: whether each turn has a field for its thoughts.
+    unknown_ids: whether each turn says if its ids are known.
   """
+  turn = functools.partial(_turn, thoughts=thoughts, unknown_ids=unknown_ids)
   replies = [record.initial]
   for finished in record.rounds:
     replies += [reply for reply in (finished.critique, finished.revision) if reply is not None]
@@ -36,12 +41,12 @@ def make_row(
     'kind': kind,
     'prompt': [dict(message) for message in record.prompt.messages],
     'metadata': json.dumps(record.prompt.metadata, sort_keys=True),
-    'initial': _turn(record.initial, thoughts),
+    'initial': turn(record.initial),
     'rounds': [
       {
         'principle': finished.principle.id,
-        'critique': _turn(finished.critique, thoughts),
-        'revision': _turn(finished.revision, thoughts),
+        'critique': turn(finished.critique),
+        'revision': turn(finished.revision),
       }
       for finished in record.rounds
     ],
@@ -54,16 +59,21 @@ def make_row(
   }
 
 
-def _turn(reply: Reply | None, thoughts: bool) -> dict[str, Any]:
+def _turn(reply: Reply | None, thoughts: bool, unknown_ids: bool) -> dict[str, Any]:
   """Return the columns of one turn; they are empty if no reply was sampled."""
-  thought = {'thoughts': reply.thoughts if reply is not None else ''} if thoughts else {}
+  others: dict[str, Any] = {}
+  if thoughts:
+    others['thoughts'] = reply.thoughts if reply is not None else ''
+  if unknown_ids:
+    others['ids_known'] = reply is None or reply.ids_known
   if reply is None:
-    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0, **thought}
+    return {'text': '', 'finish_reason': '', 'logprob': 0.0, 'num_tokens': 0, **others}
   completion = reply.completion
+  logprob = sum(completion.logprobs) if reply.ids_known else math.nan
   return {
     'text': reply.text,
     'finish_reason': completion.finish_reason,
-    'logprob': float(np.float32(sum(completion.logprobs))),
+    'logprob': float(np.float32(logprob)),
     'num_tokens': len(completion.tokens),
-    **thought,
+    **others,
   }

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Generator, Sequence
 
-from cai_jax.dialogue import Dialogue, Message
+from cai_jax.dialogue import ChatDialogue, Dialogue, Message
 from cai_jax.dialogue.messages import check_text
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion, SamplingConfig, Turn
@@ -37,6 +37,8 @@ class Reply:
       the model's chat template keeps the thoughts of earlier replies.
     tokens: token ids of the reply as a later context holds it. They are those of the completion,
       with the marks of thoughts that a budget wrote.
+    ids_known: whether `completion` has the ids that the model sampled. A chat-only server returns
+      text; its ids here are those of our tokenizer, and it has no log-probabilities.
   """
 
   model: str
@@ -44,6 +46,7 @@ class Reply:
   text: str
   thoughts: str
   tokens: Sequence[int]
+  ids_known: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Stage:
   """
 
   model: str
-  dialogue: Dialogue
+  dialogue: Dialogue | ChatDialogue
   sampling: SamplingConfig
   demonstrations: tuple[tuple[Message, ...], ...] = ()
 
@@ -91,7 +94,8 @@ class Stage:
       if self.sampling.max_thought_tokens:
         written, thought = yield from self._think(turn_name, context)
       sampling = dataclasses.replace(self.sampling, max_thought_tokens=0)
-      completion = yield Turn(turn_name, [*context, *written], sampling, self.model)
+      sent = self.dialogue.messages(rendered, role, self.demonstrations)
+      completion = yield Turn(turn_name, [*context, *written], sampling, self.model, sent)
     except UserError as error:  # of the rendering, or the engine's: the context is too long
       if thought or any(isinstance(message['content'], Reply) for message in messages):
         raise ChainEnded(turn_name, str(error)) from error
@@ -104,7 +108,10 @@ class Stage:
         tokens=[*thought.tokens, *completion.tokens],
         logprobs=[*thought.logprobs, *completion.logprobs],
       )
-    thoughts, text = self.dialogue.split(tokens)
+    if isinstance(self.dialogue, ChatDialogue):
+      thoughts, text = '', completion.text.strip()
+    else:
+      thoughts, text = self.dialogue.split(tokens)
     if completion.finish_reason == 'stop_text':  # it ends somewhere inside the tokens
       ends = [text.find(stop) for stop in self.sampling.stop if stop in text]
       text = text[: min(ends, default=len(text))].strip() if thoughts else completion.text.strip()
@@ -112,7 +119,8 @@ class Stage:
       check_text(text)
     except UserError as error:
       raise ChainEnded(turn_name, str(error)) from error
-    return Reply(self.model, completion, text, thoughts, tokens)
+    known = not self.dialogue.reads_text
+    return Reply(self.model, completion, text, thoughts, tokens, known)
 
   def _think(
     self, turn_name: str, context: Sequence[int]
@@ -131,6 +139,7 @@ class Stage:
       The tokens between the context and the answer; and the completion with those of them that
       were sampled, which are all but the marks.
     """
+    assert isinstance(self.dialogue, Dialogue), 'a chat-only model has no thoughts here'
     name, opening = turn_name + THOUGHTS, self.dialogue.open_thoughts()
     sampling = thought_sampling(self.sampling, self.dialogue)
     thought = yield Turn(name, [*context, *opening], sampling, self.model)
@@ -149,6 +158,10 @@ class Stage:
     """
     if isinstance(content, str):
       return content
+    if self.dialogue.reads_text:
+      if not content.text:
+        raise UserError('An earlier reply is empty, and chat APIs refuse empty messages.')
+      return content.text
     # A stop text ends somewhere inside the tokens, so the text before it is encoded again.
     if content.model == self.model and content.completion.finish_reason != 'stop_text':
       return list(content.tokens)
@@ -173,7 +186,9 @@ def thought_sampling(sampling: SamplingConfig, dialogue: Dialogue) -> SamplingCo
   )
 
 
-def check_thinks(dialogue: Dialogue, sampling: SamplingConfig, place: str, name: str) -> None:
+def check_thinks(
+  dialogue: Dialogue | ChatDialogue, sampling: SamplingConfig, place: str, name: str
+) -> None:
   """Check that a model can think if its thoughts have a budget.
 
   Args:

@@ -105,8 +105,9 @@ def write_answers(folder: pathlib.Path, rows: Rows) -> None:
   """
   folder.mkdir(parents=True, exist_ok=True)
   has_thoughts = any('thoughts' in row['initial'] for row in rows)
-  d_cai.write_shard(folder, 0, [dict(row) for row in rows], has_thoughts)
-  d_cai.write_metadata(folder, [len(rows)], has_thoughts)
+  has_unknown_ids = any('ids_known' in row['initial'] for row in rows)
+  d_cai.write_shard(folder, 0, [dict(row) for row in rows], has_thoughts, has_unknown_ids)
+  d_cai.write_metadata(folder, [len(rows)], has_thoughts, has_unknown_ids)
   d_cai.write_checksums(folder)
 
 

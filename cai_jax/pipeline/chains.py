@@ -14,6 +14,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.model.lm import LM
+from cai_jax.pipeline.costs import shard_writer, summarize_costs
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
@@ -88,7 +89,9 @@ def sample_dataset(
 
       counts = processes.run_on_all_processes(
         f'sample {folder}',
-        lambda: generate.generate_shards(job, folder, journal, engine, show),
+        lambda: generate.generate_shards(
+          job, folder, journal, engine, show, shard_writer(run, name)
+        ),
         alone=False,  # the processes first agree on what is missing
       )
   finally:
@@ -116,6 +119,8 @@ def sample_dataset(
   result = counts | {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
   if experts:
     result['experts'] = experts
+  if served := summarize_costs(run, name):
+    result['served'] = served
   if text := job.rewritten_history():
     result['rewritten_history'] = text
   return result

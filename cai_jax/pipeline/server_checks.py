@@ -4,14 +4,17 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from cai_jax.dialogue import Dialogue, control_tokens
+from cai_jax.feedback.job import make_dialogue
 from cai_jax.feedback.stage import THOUGHTS, check_thinks, thought_sampling
 from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.costs import write_test_costs
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
@@ -79,25 +82,24 @@ def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
   for role, remote in run.remotes.items():
     try:
       with contextlib.closing(Remote(remote)) as served:
-        dialogue = Dialogue(
-          served.tokenizer,
-          run.config.feedback.style,
-          served.eos_token_ids,
-          run.config.feedback.template_options,
-        )
+        dialogue = make_dialogue(served, run.config.feedback)
         turns = _turns_of(run, role)
         if remote.prompt == 'text':
-          _check_texts(run, stages, set(turns), dialogue)
-        context = dialogue.prompt(PROBE)
+          _check_texts(run, stages, set(turns), served.tokenizer)
+        context, sent = dialogue.prompt(PROBE), dialogue.messages(PROBE)
         probes = {}
         for name, sampling in turns.items():
           if sampling.max_thought_tokens:
             check_thinks(dialogue, sampling, f'sampling.{name}', served.name)
+            assert isinstance(dialogue, Dialogue)  # a chat-only model has no thoughts here
             limited = thought_sampling(sampling, dialogue)
             probes[limited] = Turn(name + THOUGHTS, context, limited)
-          probes[sampling] = Turn(name, context, sampling)
+          probes[sampling] = Turn(name, context, sampling, messages=sent)
         stops = dialogue.stop_token_ids, dialogue.stop_strings
-        seedless.append(served.check(list(probes.values()), stops).seed == 'server')
+        try:
+          seedless.append(served.check(list(probes.values()), stops).seed == 'server')
+        finally:
+          write_test_costs(run, role, served.test_usage)
     except UserError as error:
       raise UserError(f'remote.{role}: {str(error).removeprefix("remote: ")}') from error
   return np.array(seedless, bool)
@@ -118,13 +120,13 @@ def _turns_of(run: Run, role: str) -> dict[str, SamplingConfig]:
   return {n: s for n, s in sampling.items() if n == role or (role == 'base' and n not in own)}
 
 
-def _check_texts(run: Run, stages: Sequence[str], turns: set[str], dialogue: Dialogue) -> None:
+def _check_texts(run: Run, stages: Sequence[str], turns: set[str], tokenizer: Any) -> None:
   """Check that no text of the run spells a control token, for a server that reads text.
 
   The server would read the text as that token. Texts of models can spell one too, which is found
   when they are sampled.
   """
-  spelled = re.compile('|'.join(map(re.escape, control_tokens(dialogue.tokenizer))) or r'(?!)')
+  spelled = re.compile('|'.join(map(re.escape, control_tokens(tokenizer))) or r'(?!)')
   for place, text in _texts(run, stages, turns):
     if found := spelled.search(text):
       start = max(0, found.start() - 30)

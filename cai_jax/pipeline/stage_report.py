@@ -8,6 +8,7 @@ from cai_jax.data import quality_summary
 from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation.power import smallest_difference
 from cai_jax.pipeline.baselines import describe_results
+from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.models import load_scorer
 from cai_jax.pipeline.quality_gate import flag_intervals
 from cai_jax.pipeline.rate import describe_ratings
@@ -52,6 +53,8 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     texts = {'Quality of the revisions': describe_quality(run.workdir / _QUALITY)} | texts
     if ended := describe_ended(run.workdir / 'd_cai', stages['generate']['rows_in']):
       texts = {'Chains without a row': ended} | texts
+  if costs := describe_costs(run):
+    texts['Costs of served models'] = costs
   external = run.config.data.d_cai and (run.d_cai / 'dataset_info.json').exists()  # else it is gone
   has_d_cai = external or 'generate' in stages
   scorer, limit = load_scorer(run), run.config.report.chains

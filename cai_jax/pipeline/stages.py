@@ -10,6 +10,7 @@ import jax
 
 from cai_jax.pipeline.checks import check_run
 from cai_jax.pipeline.contents import check_products
+from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.rate import has_new_ratings
@@ -117,6 +118,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
         programs = compilation.counts().since(before)
         entry['programs'] = dataclasses.asdict(programs)
       log(f'{name}: {entry["seconds"]:.0f} s, {programs.describe()}')
+      if name in asking and (costs := describe_costs(run)):
+        log(costs)
       processes.barrier(name)
 
 

@@ -28,6 +28,15 @@ class StoppedError(UserError):
   """An interruption of a run after it has done work; the work is kept."""
 
 
+class WaitingError(StoppedError):
+  """A run that waits for something outside, such as the answers of a batch.
+
+  The command-line program exits with `STATUS`, so that a script can tell this from a failure.
+  """
+
+  STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class NonFiniteError(StoppedError, FloatingPointError):
   """A loss or gradient that became NaN or infinite during training."""
 

@@ -30,6 +30,7 @@ from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.text import decode, find_stop_text, round_logprobs
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Chain, Completion, Turn
 
+DEFERRED = object()  # the result of a chain that waits for a batch; a later start continues it
 MAX_WAIT = 1.0  # seconds of waiting for a server between two looks for a signal
 Stops = tuple[tuple[int, ...], tuple[str, ...]]  # token ids and texts that end a reply
 
@@ -142,7 +143,8 @@ class Engine:
       chains: (id, chain) pairs; ids are unique.
 
     Yields:
-      (id, result) pairs, in the order in which the chains finish.
+      (id, result) pairs, in the order in which the chains finish. The result is `DEFERRED` if a
+      turn waits for the answer of a batch.
 
     Raises:
       UserError: if a turn does not fit into the cache or names an unknown model, if a model
@@ -263,7 +265,8 @@ class Engine:
     """Send a chain its completion and submit its next turn; return False if it has finished.
 
     Turns that are in the journal are answered at once. A turn that cannot be sampled is raised in
-    the chain, which may end there in order.
+    the chain, which may end there in order. A chain whose turn waits for a batch counts as
+    finished, with the result `DEFERRED`.
     """
     refusal: UserError | None = None
     while True:
@@ -291,6 +294,7 @@ class Engine:
         (stop_token_ids, stop_texts),
         key.tobytes(),
         self._local[turn.model].sampler if turn.model in self._local else '',
+        turn.messages,
       )
       completion = None
       if self.journal is not None:
@@ -304,7 +308,11 @@ class Engine:
         self._local[turn.model].submit(entry.slot, turn, key, stop_token_ids)
       else:
         remote = cast(Remote, model)
-        entry.future = remote.submit(turn, key, stop_token_ids, stop_texts, entry.id)
+        entry.future = remote.submit(turn, key, stop_token_ids, stop_texts, entry.id, entry.digest)
+        if entry.future is None:
+          entry.chain.close()
+          entry.result = DEFERRED
+          return False
       return True
 
   def _complete(self, entry: _ActiveChain, cut: tuple[int, str] | None) -> Completion:

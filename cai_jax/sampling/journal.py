@@ -17,13 +17,15 @@ import numpy as np
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, writing
 from cai_jax.sampling.noise import SAMPLER
-from cai_jax.sampling.types import FINISH_REASONS, Completion, SamplingConfig
+from cai_jax.sampling.types import FINISH_REASONS, Completion, SamplingConfig, Usage
 
 # The parts of a line. Indexing a journal reads the keys of a line and does not parse its turns.
 # A line ends with a checksum of everything before it. Lines of version 0.1.0 end with `_OLD_END`.
 _KEYS, _TURNS, _CHECKSUM, _OLD_END = b'{"keys": ', b', "turns": ', b', "checksum": "', b']}\n'
 _END_SIZE = len(_CHECKSUM) + len('12345678"}\n')
-_FIELDS = tuple(field.name for field in dataclasses.fields(Completion))
+_USAGE = 'usage'  # only turns that a server sampled have this field
+_FIELDS = tuple(field.name for field in dataclasses.fields(Completion) if field.name != _USAGE)
+_USAGE_FIELDS = {field.name for field in dataclasses.fields(Usage)}
 
 # Every key contains these settings; the stop texts and tokens are a part of `stop`. Any other field
 # of SamplingConfig is part of the key unless it has its default, which must be neutral.
@@ -46,6 +48,7 @@ def digest(
   stop: tuple[tuple[int, ...], tuple[str, ...]],
   key: bytes,
   sampler: str,
+  messages: tuple[tuple[str, str], ...] = (),
 ) -> str:
   """Return the key of a turn: a hex digest of everything that determines its reply.
 
@@ -59,11 +62,14 @@ def digest(
     stop: all token ids and all texts that end the reply.
     key: the turn's random key.
     sampler: name of our sampler; '' if a server samples the turn.
+    messages: what a chat-only server reads in place of the context; () for every other model.
   """
   settings = [*(getattr(sampling, name) for name in _IN_EVERY_KEY), *stop]
   changed = {n: getattr(sampling, n) for n, default in _OTHERS if getattr(sampling, n) != default}
   settings += [changed] if changed else []
   parts = [fingerprint, settings, key.hex(), *([sampler] if sampler else [])]
+  if messages:
+    parts, context = [*parts, messages], []
   text = json.dumps(parts, sort_keys=True)
   tokens = np.array(context, '<i4')  # as JSON, a long context takes four times as long
   return hashlib.sha256(text.encode() + tokens.tobytes()).hexdigest()[:32]
@@ -172,7 +178,8 @@ class Journal:
         turn = turns[keys.index(key)]
         fault = find_fault(turn, vocab_size, finite)
         if not fault:
-          return Completion(**turn)
+          usage = turn.get(_USAGE)
+          return Completion(**turn | ({_USAGE: Usage(**usage)} if usage else {}))
         self._add_fault(self._paths[file], offset, fault, is_offset=True)
       index += 1
     return None
@@ -187,8 +194,7 @@ class Journal:
       StoppedError: if the disk is full, or the file was deleted.
     """
     keys = json.dumps([key for key, _ in turns]).encode()
-    # dataclasses.asdict copies every list item by item, which makes `put` four times as slow.
-    values = [{name: getattr(completion, name) for name in _FIELDS} for _, completion in turns]
+    values = [_to_json(completion) for _, completion in turns]
     line = _KEYS + keys + _TURNS + json.dumps(values).encode()
     line += _CHECKSUM + b'%08x"}\n' % zlib.crc32(line)
     with writing(self._file.name):
@@ -301,8 +307,10 @@ def find_fault(turn: Any, vocab_size: int | None, finite: bool) -> str:
     vocab_size: number of token ids of the model, if it is known.
     finite: whether every log-probability must be a number.
   """
-  if not isinstance(turn, dict) or turn.keys() != {*_FIELDS}:
+  if not isinstance(turn, dict) or turn.keys() - {_USAGE} != {*_FIELDS}:
     return f'a turn needs exactly the fields {", ".join(_FIELDS)}'
+  if _USAGE in turn and not _is_usage(turn[_USAGE]):
+    return 'its usage is not one of a server'
   tokens, logprobs, text = turn['tokens'], turn['logprobs'], turn['text']
   if not isinstance(tokens, list) or not {int}.issuperset(map(type, tokens)):
     return 'its token ids are not integers'
@@ -319,6 +327,23 @@ def find_fault(turn: Any, vocab_size: int | None, finite: bool) -> str:
   if turn['finish_reason'] not in FINISH_REASONS:
     return 'its finish_reason is unknown'
   return ''
+
+
+def _to_json(completion: Completion) -> dict[str, Any]:
+  """Return the fields of a completion as its line has them."""
+  # dataclasses.asdict copies every list item by item, which makes `put` four times as slow.
+  turn = {name: getattr(completion, name) for name in _FIELDS}
+  return turn if completion.usage is None else turn | {_USAGE: vars(completion.usage)}
+
+
+def _is_usage(value: Any) -> bool:
+  """Return whether a stored value has the fields of a server's usage, which are counts or None."""
+  return (
+    isinstance(value, dict)
+    and value.keys() == _USAGE_FIELDS
+    and all(count is None or (type(count) is int and count >= 0) for count in value.values())
+    and value['attempts'] is not None
+  )
 
 
 def _parse_keys(line: bytes, needs_checksum: bool) -> tuple[list[str], bool]:

@@ -147,15 +147,43 @@ class Turn:
     context: token ids that precede the reply.
     sampling: sampling settings.
     model: name of the engine's model that replies.
+    messages: (role, content) pairs that a chat-only server reads in place of the context, which
+      then only counts tokens. Empty for every other model.
   """
 
   name: str
   context: list[int]
   sampling: SamplingConfig
   model: str = 'base'
+  messages: tuple[tuple[str, str], ...] = ()
 
 
 FINISH_REASONS = ('stop', 'stop_text', 'length', 'content_filter')
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+  """What a server says that a reply took, in its own tokens. None is what it does not say.
+
+  Attributes:
+    prompt_tokens: tokens of the context, those from the server's cache included.
+    cached_tokens: tokens of the context that came from the server's cache.
+    completion_tokens: sampled tokens, those of hidden reasoning included.
+    attempts: requests that were sent for the reply. What a server charges for those that failed is
+      not known.
+  """
+
+  prompt_tokens: int | None = None
+  cached_tokens: int | None = None
+  completion_tokens: int | None = None
+  attempts: int = 1
+
+  @property
+  def total(self) -> int | None:
+    """Tokens of the context and of the reply; None if the server does not say both."""
+    if self.prompt_tokens is None or self.completion_tokens is None:
+      return None
+    return self.prompt_tokens + self.completion_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +197,15 @@ class Completion:
       filters.
     finish_reason: 'stop' (a stop token), 'stop_text', 'length', or 'content_filter' if a server
       withheld the reply, which then has no tokens.
+    usage: what the server says that the reply took; None for a model in memory. It is no part of
+      the reply, so completions that differ only in it are equal.
   """
 
   tokens: list[int]
   text: str
   logprobs: list[float]
   finish_reason: str
+  usage: Usage | None = dataclasses.field(default=None, compare=False)
 
 
 # A generator that yields turns, receives the completion of each, and returns its own result.

@@ -149,7 +149,10 @@ def _answer_all(
 
 def _ask(connection: Connection, server: JudgeServer, body: dict, key: str) -> JudgeAnswer:
   """Ask the server and wait for its answer."""
-  read = functools.partial(read_answer, needs_logprobs=server.verdict == 'logprobs')
+
+  def read(data: bytes, attempts: int) -> JudgeAnswer:
+    return read_answer(data, needs_logprobs=server.verdict == 'logprobs')
+
   max_bytes = ANSWER_BYTES + TOKEN_BYTES * body['max_tokens'] * TOP_TOKENS[server.api]
   name = 'a test question' if key == 'probe' else 'a question of the judge'
   try:

@@ -68,6 +68,7 @@ class Answer(NamedTuple):
     prompt_tokens: number of tokens that the server read, if it says so.
     completion_tokens: number of tokens that the server sampled, if it says so.
     prompt_ids: token ids that the server read, if returned.
+    cached_tokens: number of the read tokens that were in the server's cache, if it says so.
   """
 
   text: str
@@ -78,6 +79,7 @@ class Answer(NamedTuple):
   prompt_tokens: int | None = None
   completion_tokens: int | None = None
   prompt_ids: list[int] | None = None
+  cached_tokens: int | None = None
 
 
 FILTERED = Answer('', 'content_filter')
@@ -96,6 +98,34 @@ def read_answer(data: bytes) -> Answer:
     ProtocolError: if it does not follow the API.
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
+  choice, end, (read, sampled, cached) = read_choice(data)
+  if end == 'content_filter':
+    return FILTERED._replace(prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
+  text = _text(choice.get('text'), 'text')
+  tokens = _ids(choice, 'token_ids')
+  pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
+  # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
+  if tokens is None and content_ids and len(content_ids) == sampled:
+    tokens = content_ids
+  prompt_ids = _ids(choice, 'prompt_token_ids')
+  return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids, cached)
+
+
+def read_choice(data: bytes) -> tuple[dict[str, Any], str, tuple[int | None, ...]]:
+  """Return the choice in a body, what ended it, and the counts of its usage.
+
+  Args:
+    data: the body.
+
+  Returns:
+    The choice; `Answer.end`; and the numbers of tokens that the server read, sampled and had in its
+    cache (`usage.prompt_tokens_details`), each None if it does not say so.
+
+  Raises:
+    ProtocolError: if the body does not follow the API.
+    ContradictionError: if it does, but has several choices, an unknown finish reason, or more
+      tokens from the cache than in the prompt.
+  """
   try:
     content = json.loads(data, parse_constant=_refuse_constant)
   except (ValueError, RecursionError) as error:
@@ -111,17 +141,11 @@ def read_answer(data: bytes) -> Answer:
     raise ContradictionError(f'Its choice has index {choice["index"]}, but only 0 was asked for.')
   end = _read_end(choice)
   usage = _optional(content, 'usage', dict) or {}
-  read, sampled = _count(usage, 'prompt_tokens'), _count(usage, 'completion_tokens')
-  if end == 'content_filter':
-    return FILTERED._replace(prompt_tokens=read)
-  text = _text(choice.get('text'), 'text')
-  tokens = _ids(choice, 'token_ids')
-  pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
-  # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
-  if tokens is None and content_ids and len(content_ids) == sampled:
-    tokens = content_ids
-  prompt_ids = _ids(choice, 'prompt_token_ids')
-  return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids)
+  details = _optional(usage, 'prompt_tokens_details', dict) or {}
+  read, cached = _count(usage, 'prompt_tokens'), _count(details, 'cached_tokens')
+  if (cached or 0) > (read or 0):
+    raise ContradictionError(f'Its usage counts {cached} cached tokens in a prompt of {read}.')
+  return choice, end, (read, _count(usage, 'completion_tokens'), cached)
 
 
 def _read_logprobs(record: Mapping[str, Any]) -> tuple[list[str], list[float], list[int] | None]:
@@ -236,7 +260,7 @@ def check_answer(answer: Answer, request: Request, tokenizer: Any) -> None:
     return
   if answer.tokens is not None:
     _check_ids(answer.tokens, answer.text, request, tokenizer)
-  _check_counts(answer, request)
+  check_counts(answer, request)
   _check_end(answer, request, tokenizer)
 
 
@@ -261,8 +285,16 @@ def _check_ids(tokens: list[int], text: str, request: Request, tokenizer: Any) -
     )
 
 
-def _check_counts(answer: Answer, request: Request) -> None:
-  """Check the numbers of tokens and log-probabilities, and the latter's values."""
+def check_counts(answer: Answer, request: Request) -> None:
+  """Check the numbers of tokens and log-probabilities, and the latter's values.
+
+  Args:
+    answer: the answer.
+    request: what was asked for.
+
+  Raises:
+    ContradictionError: if they cannot belong to an answer to this request.
+  """
   sampled = answer.completion_tokens
   num_logprobs = len(answer.logprobs)
   if answer.tokens is not None:

@@ -12,11 +12,13 @@ from cai_jax.sampling.types import SamplingConfig
 
 # The fields that determine what a model replies. The others say where it is and how it is asked.
 IDENTITY_FIELDS = ('model', 'tokenizer', 'server', 'revision', 'prompt')
+PROMPTS = ('tokens', 'text', 'chat')
+LIMIT_FIELDS = ('max_tokens', 'max_completion_tokens')
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteConfig:
-  """A model behind an OpenAI-compatible completions API, and settings of requests.
+  """A model behind an OpenAI-compatible API, and settings of requests.
 
   Raises:
     UserError: if a value is not allowed.
@@ -26,7 +28,12 @@ class RemoteConfig:
     '', "Base URL of the API, such as 'http://localhost:8000/v1'. '' serves no model."
   )
   model: str = setting('', 'The name that the model is served under.')
-  tokenizer: str = setting('', "Folder or hub name of the served model's tokenizer.", path=True)
+  tokenizer: str = setting(
+    '',
+    "Folder or hub name of the served model's tokenizer. With prompt='chat' it only counts tokens, "
+    'so that of a similar model will do.',
+    path=True,
+  )
   server: str = setting(
     'openai',
     "The server software: 'vllm', 'sglang', 'tgi' or 'llama.cpp'. 'openai' means the plain API, "
@@ -40,7 +47,11 @@ class RemoteConfig:
   max_positions: int = setting(
     4096, 'Maximum number of tokens of a context and its reply that the server accepts.'
   )
-  prompt: str = setting('tokens', "Send contexts as 'tokens' or as 'text'.")
+  prompt: str = setting(
+    'tokens',
+    "Send contexts as 'tokens' or as 'text' to /completions, or as messages to /chat/completions "
+    "('chat'). A chat returns text only: token ids and log-probabilities are then not known.",
+  )
   timeout_seconds: float = setting(
     300.0, 'Seconds before a request times out, from connecting to the last byte of the answer.'
   )
@@ -64,6 +75,40 @@ class RemoteConfig:
     'Seconds after which a request is not retried any more, however many retries are left.',
     added=True,
   )
+  limit_field: str = setting(
+    'max_tokens',
+    "The server's name for the largest number of tokens of a reply in a chat: 'max_tokens', or "
+    "'max_completion_tokens', which OpenAI's reasoning models need.",
+    added=True,
+  )
+  requests_per_minute: float = setting(
+    0.0, 'Most requests per minute that each process sends. 0 sets no limit.', added=True
+  )
+  tokens_per_minute: float = setting(
+    0.0,
+    'Most tokens per minute of the requests that each process sends: of their contexts, and of '
+    'replies at their limit until the server says how long they were. 0 sets no limit.',
+    added=True,
+  )
+  price_input: float = setting(
+    0.0, 'Price of a million tokens of contexts, in any currency. 0 means no price.', added=True
+  )
+  price_cached_input: float = setting(
+    -1.0,
+    "Price of a million tokens of contexts that come from the server's cache. -1 means that of "
+    'price_input.',
+    added=True,
+  )
+  price_output: float = setting(
+    0.0, 'Price of a million sampled tokens. 0 means no price.', added=True
+  )
+  batch: str = setting(
+    '',
+    'Folder for a batch interface: requests are written to it as files, and answers are read from '
+    "files that you put there. '' asks the server itself.",
+    added=True,
+    path=True,
+  )
 
   def __post_init__(self):
     checks = (
@@ -77,7 +122,7 @@ class RemoteConfig:
       ('tokenizer', bool(self.tokenizer), "a folder or hub name with the model's tokenizer"),
       ('server', self.server in SERVERS, f'one of {", ".join(SERVERS)}'),
       ('max_positions', self.max_positions >= 1, 'at least 1'),
-      ('prompt', self.prompt in ('tokens', 'text'), "'tokens' or 'text'"),
+      ('prompt', self.prompt in PROMPTS, f'one of {", ".join(map(repr, PROMPTS))}'),
       ('timeout_seconds', 0 < self.timeout_seconds < math.inf, 'positive and finite'),
       ('retries', self.retries >= 0, 'at least 0'),
       ('backoff_seconds', 0 <= self.backoff_seconds < math.inf, 'at least 0 and finite'),
@@ -90,6 +135,7 @@ class RemoteConfig:
       ),
       ('seed', self.seed in ('turn', 'server'), "'turn' or 'server'"),
       ('give_up_seconds', 0 < self.give_up_seconds < math.inf, 'positive and finite'),
+      *self._limit_checks(),
     )
     for name, valid, allowed in checks:
       if not valid:
@@ -99,6 +145,41 @@ class RemoteConfig:
         raise UserError(f'remote: {name}={shown} must be {allowed}.')
     if self.prompt == 'tokens' and not SERVERS[self.server].accepts_tokens:
       raise UserError(f"remote: server={self.server!r} accepts text only. Set prompt='text'.")
+
+  def _limit_checks(self) -> tuple[tuple[str, bool, str], ...]:
+    """Return (field, whether its value is valid, what is allowed) for limits and prices."""
+    limits = ('requests_per_minute', 'tokens_per_minute', 'price_input', 'price_output')
+    return (
+      *((name, 0 <= getattr(self, name) < math.inf, 'at least 0 and finite') for name in limits),
+      (
+        'price_cached_input',
+        self.price_cached_input == -1 or 0 <= self.price_cached_input < math.inf,
+        'at least 0 and finite, or -1 for price_input',
+      ),
+      ('limit_field', self.limit_field in LIMIT_FIELDS, f'one of {", ".join(LIMIT_FIELDS)}'),
+      (
+        'limit_field',
+        self.limit_field == LIMIT_FIELDS[0] or self.prompt == 'chat',
+        f"{LIMIT_FIELDS[0]!r} unless prompt='chat'",
+      ),
+    )
+
+  @property
+  def has_price(self) -> bool:
+    """Whether tokens have a price."""
+    return bool(self.price_input or self.price_output or self.price_cached_input > 0)
+
+  def price(self, prompt_tokens: float, cached_tokens: float, completion_tokens: float) -> float:
+    """Return the price of some tokens, in the currency of the settings.
+
+    Args:
+      prompt_tokens: tokens of contexts, those from the server's cache included.
+      cached_tokens: tokens of contexts from the server's cache.
+      completion_tokens: sampled tokens.
+    """
+    cached = self.price_input if self.price_cached_input < 0 else self.price_cached_input
+    total = (prompt_tokens - cached_tokens) * self.price_input
+    return (total + cached_tokens * cached + completion_tokens * self.price_output) / 1e6
 
   def identity(self) -> dict[str, str]:
     """Return the fields that determine what the model replies, by name."""

@@ -1,4 +1,4 @@
-"""Requests to one server: authentication, retries, backoff and worker threads."""
+"""Requests to one server: authentication, pace, retries, backoff and worker threads."""
 
 import email.utils
 import hashlib
@@ -16,6 +16,7 @@ from cai_jax.sampling.remote import refusals
 from cai_jax.sampling.remote.answers import ContradictionError, ProtocolError
 from cai_jax.sampling.remote.api_key import hide, read_key
 from cai_jax.sampling.remote.config import RemoteConfig
+from cai_jax.sampling.remote.pace import Pace
 from cai_jax.sampling.remote.refusals import RefusedError, ServerError
 from cai_jax.sampling.remote.transport import NETWORK_ERRORS, AnswerError, Response, Transport
 
@@ -51,6 +52,7 @@ class Connection:
     self.label = f'remote {config.model!r} at {config.url.rstrip("/")}'
     self._config = config
     self._transport = Transport(config.url, self._key)
+    self._pace = Pace(config.requests_per_minute, config.tokens_per_minute)
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._threads: list[threading.Thread] = []
     self._closed = threading.Event()
@@ -131,21 +133,24 @@ class Connection:
     self,
     path: str,
     body: dict[str, Any],
-    read: Callable[[bytes], T],
+    read: Callable[[bytes, int], T],
     name: str,
     seed: bytes,
     max_bytes: int,
+    tokens: int = 0,
   ) -> T:
     """Send a POST request, retry it if necessary, and return the parsed answer.
 
     Args:
       path: path below the base URL.
       body: JSON body of the request.
-      read: parses the answer; raises ProtocolError if it does not follow the API, and
-        ContradictionError if it contradicts the request.
+      read: parses the answer, given also the number of requests that were sent; raises
+        ProtocolError if it does not follow the API, and ContradictionError if it contradicts the
+        request.
       name: purpose of the request, for error messages.
       seed: seed of the jitter in the waits between retries.
       max_bytes: largest size of the answer.
+      tokens: tokens of the request and at most of its reply, for the limit per minute.
 
     Raises:
       RefusedError: if the server refuses the request.
@@ -161,10 +166,14 @@ class Connection:
           break
         if self._closed.wait(wait):
           break
+      pause = self._pace.reserve(tokens)
+      begin += pause  # what we hold back ourselves is no failure of the server
+      if self._closed.wait(pause):
+        break
       attempt, wait = attempt + 1, 0.0
       try:
         response = self._transport.send('POST', path, body, self._config.timeout_seconds, max_bytes)
-        return read(self._accept(response, name))
+        return read(self._accept(response, name), attempt)
       except (*NETWORK_ERRORS, AnswerError) as error:
         failure = self._quote(error)
       except ServerError as error:
@@ -172,6 +181,7 @@ class Connection:
         if wait > MAX_RETRY_AFTER:
           failure += f', and asks to wait {wait:.0f} s (Retry-After)'
           break
+        self._pace.pause(wait)  # the other threads need not ask either
       except ProtocolError as error:
         data = self._quote(response.data)
         failure = f'an answer that does not follow the API ({self._quote(error)}): {data}'
@@ -185,6 +195,15 @@ class Connection:
       'continue. If the server is only slow, increase timeout_seconds or retries, or lower '
       'max_concurrent.'
     )
+
+  def settle(self, reserved: int, used: int) -> None:
+    """Say how many tokens an answered request took, so that the others need not wait for more.
+
+    Args:
+      reserved: the tokens with which it was sent.
+      used: the tokens that the server counted.
+    """
+    self._pace.settle(reserved, used)
 
   def _accept(self, response: Response, name: str) -> bytes:
     """Return the body of a response if it is an answer.

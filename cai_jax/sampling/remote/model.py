@@ -6,20 +6,30 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
 from cai_jax.model.folder import load_vocabulary
 from cai_jax.runtime.errors import UserError
-from cai_jax.sampling.remote.answers import Request, check_answer, check_length, read_answer
+from cai_jax.sampling.remote.answers import (
+  ContradictionError,
+  ProtocolError,
+  Request,
+  check_answer,
+  check_length,
+  read_answer,
+)
+from cai_jax.sampling.remote.batch import Batch
+from cai_jax.sampling.remote.chat import chat_completion, check_chat_answer, read_chat_answer
 from cai_jax.sampling.remote.config import RemoteConfig
 from cai_jax.sampling.remote.connection import Connection
-from cai_jax.sampling.remote.protocol import SERVERS, request_body, request_seed
+from cai_jax.sampling.remote.protocol import SERVERS, chat_body, request_body, request_seed
 from cai_jax.sampling.remote.refusals import RefusedError
 from cai_jax.sampling.remote.tokens import prompt_text, reconstruct
-from cai_jax.sampling.types import Completion, Turn
+from cai_jax.sampling.types import Completion, Turn, Usage
 
 PROBE_KEY = np.array([0, 0], np.uint32)  # the random key of test requests
 # A text in which tokenizers differ. Its number of tokens tells them apart.
@@ -32,10 +42,11 @@ MAX_PROBE = 8192  # maximum number of tokens of a test request's context
 # An answer may be as large as this number of bytes, and that number for each token of the context
 # and the reply. Servers may list the tokens of both, with alternatives and their bytes.
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 4096
+PATHS = {'tokens': '/completions', 'text': '/completions', 'chat': '/chat/completions'}
 
 
 class Remote:
-  """A model behind an OpenAI-compatible completions API.
+  """A model behind an OpenAI-compatible API, of completions or of chats.
 
   The engine submits turns and receives futures of their completions. Each request carries a seed
   that is a function of the turn's random key. The server may ignore it, or give other texts in
@@ -54,6 +65,9 @@ class Remote:
     eos_token_ids: tokens that end a reply.
     vocab_size: size of the vocabulary.
     max_positions: maximum number of tokens of a context and its reply.
+    reads_chats: whether the server reads messages and returns text only.
+    test_usage: what the test requests of `check` took.
+    batch: the files of the batch interface, or None.
 
   Raises:
     UserError: if the tokenizer cannot be loaded, or the environment variable of the API key is not
@@ -76,6 +90,12 @@ class Remote:
     if config.seed == 'server':
       identity.append('seed=server')
     self.fingerprint = hashlib.sha256(json.dumps(['remote', *identity]).encode()).hexdigest()
+    self.reads_chats = config.prompt == 'chat'
+    self.test_usage: list[Usage] = []
+    self.batch: Batch | None = None
+    if config.batch:
+      name, attempts = self.fingerprint[:8], config.retries + 1
+      self.batch = Batch(config.batch, name, config.url, PATHS[config.prompt], attempts)
     self._server = SERVERS[config.server]
     self._connection = Connection(config)
 
@@ -85,7 +105,8 @@ class Remote:
     """Check that the server serves the model and answers requests like those of a run.
 
     One short request is sent for each turn, with everything that requests of the run have, and its
-    answer is compared with it. If the server refuses seeds, it is sent again without.
+    answer is compared with it. If the server refuses seeds, it is sent again without. A batch
+    interface is not asked.
 
     Args:
       turns: turns as in the run. If the server does not say how long contexts may be, the first is
@@ -98,6 +119,8 @@ class Remote:
     Raises:
       UserError: if one of these does not hold.
     """
+    if self.batch is not None:
+      return self.config
     limit = self._connection.check()
     seeded = self.config.seed == 'turn'
     for number, turn in enumerate(turns):
@@ -105,12 +128,12 @@ class Remote:
       tokens = tuple(dict.fromkeys((*stops[0], *turn.sampling.stop_token_ids)))
       texts = tuple(dict.fromkeys((*stops[1], *turn.sampling.stop)))
       try:
-        self._ask(probe, PROBE_KEY, tokens, texts, 'a test request', seeded)
+        self._test(probe, tokens, texts, 'a test request', seeded)
       except RefusedError as error:
         if not seeded or not error.is_invalid:
           raise
         try:
-          self._ask(probe, PROBE_KEY, tokens, texts, 'a test request without a seed', False)
+          self._test(probe, tokens, texts, 'a test request without a seed', False)
         except RefusedError:
           raise error from None  # the seed is not the cause
         seeded = False
@@ -118,11 +141,24 @@ class Remote:
       self._compare_tokenizers(turns[0], seeded)
     return self.config if seeded else dataclasses.replace(self.config, seed='server')
 
+  def _test(
+    self, probe: Turn, tokens: tuple[int, ...], texts: tuple[str, ...], name: str, seeded: bool
+  ) -> None:
+    """Send a test request, and check that its answer holds no thoughts."""
+    completion = self._ask(probe, PROBE_KEY, tokens, texts, name, seeded)
+    if completion.usage is not None:
+      self.test_usage.append(completion.usage)
+    if self.reads_chats and completion.text.lstrip().startswith('<think>'):
+      raise UserError(
+        f'{self._connection.label} answers {name} with thoughts (<think>) in its text, which later '
+        'turns would read. Start the server with its parser for reasoning, or turn thoughts off.'
+      )
+
   def _probe(self, turn: Turn, long: bool) -> Turn:
     """Return a turn with a short reply, and with a context as long as allowed if `long` is set."""
     max_tokens = min(turn.sampling.max_tokens, PROBE_TOKENS)
     context = turn.context
-    if long:
+    if long and not turn.messages:
       length = max(min(self.config.max_positions, MAX_PROBE) - max_tokens, len(context))
       context = (context * -(-length // len(context)))[:length]
     sampling = dataclasses.replace(turn.sampling, max_tokens=max_tokens)
@@ -153,8 +189,9 @@ class Remote:
     stop_token_ids: Sequence[int] = (),
     stop_texts: Sequence[str] = (),
     chain_id: str = '',
-  ) -> 'Future[Completion]':
-    """Return a future of a turn's completion.
+    digest: str = '',
+  ) -> 'Future[Completion] | None':
+    """Return a future of a turn's completion, or None if a batch has no answer to it yet.
 
     Args:
       turn: the turn to sample; `turn.sampling` sets temperature, filters and length.
@@ -162,17 +199,21 @@ class Remote:
       stop_token_ids: all tokens that end the reply.
       stop_texts: all texts that end the reply.
       chain_id: id of the turn's chain, for error messages.
+      digest: key of the turn in the journal, which names it in a batch.
 
     Returns:
       A future whose `result()` raises UserError if the server refuses the request or the configured
       tokenizer does not match its tokens, and UnreachableError if all attempts fail or the model is
-      closed first.
+      closed first. With a batch interface and no answer yet, the request is in `batch`.
 
     Raises:
       RuntimeError: if the model is closed.
+      UserError: if a batch has an answer that contradicts its request, or only errors.
     """
     name = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
     tokens, texts, seeded = tuple(stop_token_ids), tuple(stop_texts), self.config.seed == 'turn'
+    if self.batch is not None:
+      return self._look_up(turn, key, tokens, texts, name, digest)
     return self._connection.submit(
       functools.partial(self._ask, turn, key, tokens, texts, name, seeded)
     )
@@ -200,45 +241,113 @@ class Remote:
       name: purpose of the request, for error messages.
       seeded: whether to send a seed.
     """
-    prompt, context = self._prompt(turn.context, name)
-    body = request_body(
-      self._server,
-      self.config.model,
-      prompt,
-      turn.sampling,
-      request_seed(key) if seeded else None,
-      stop_token_ids,
-      stop_texts,
-    )
-    request = Request(
-      context,
-      turn.sampling.max_tokens,
-      stop_token_ids,
-      body.get('stop', ()),
-      self.vocab_size,
-      self.config.tokenizer,
-    )
-    changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
-    scaled = self._server.scaled_logprobs and changed
+    body, context = self._body(turn, key, stop_token_ids, stop_texts, name, seeded)
+    reserved = len(context) + turn.sampling.max_tokens
 
-    def read(data: bytes) -> Completion:
-      answer = read_answer(data)
-      with self._tokenizer_lock:
-        check_answer(answer, request, self._tokenizer)
-        completion = reconstruct(
-          answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
-        )
-      if answer.tokens is None:
-        check_length(len(completion.tokens), request)
-      return completion
+    def read(data: bytes, attempts: int) -> Completion:
+      return self._read(data, attempts, turn, context, body, stop_token_ids, stop_texts)
 
-    max_bytes = ANSWER_BYTES + TOKEN_BYTES * (len(context) + turn.sampling.max_tokens)
+    max_bytes = ANSWER_BYTES + TOKEN_BYTES * reserved
+    path, seed = PATHS[self.config.prompt], key.tobytes()
     try:
-      return self._connection.post('/completions', body, read, name, key.tobytes(), max_bytes)
+      completion = self._connection.post(path, body, read, name, seed, max_bytes, reserved)
     except RefusedError as error:
       if not error.is_filter:
         raise
-      return Completion([], '', [], 'content_filter')
+      return Completion([], '', [], 'content_filter', Usage())
+    if completion.usage is not None and (used := completion.usage.total) is not None:
+      self._connection.settle(reserved, used)
+    return completion
+
+  def _body(
+    self,
+    turn: Turn,
+    key: np.ndarray,
+    stop_token_ids: tuple[int, ...],
+    stop_texts: tuple[str, ...],
+    name: str,
+    seeded: bool,
+  ) -> tuple[dict[str, Any], list[int]]:
+    """Return the body of a turn's request, and the token ids that the server reads in it."""
+    seed = request_seed(key) if seeded else None
+    shared = turn.sampling, seed, stop_token_ids, stop_texts
+    if self.reads_chats:
+      model, limit = self.config.model, self.config.limit_field
+      return chat_body(self._server, model, turn.messages, *shared, limit), turn.context
+    prompt, context = self._prompt(turn.context, name)
+    return request_body(self._server, self.config.model, prompt, *shared), context
+
+  def _read(
+    self,
+    data: bytes,
+    attempts: int,
+    turn: Turn,
+    context: list[int],
+    body: Mapping[str, Any],
+    stop_token_ids: tuple[int, ...],
+    stop_texts: tuple[str, ...],
+  ) -> Completion:
+    """Return the completion in an answer, which is compared with its request.
+
+    Args:
+      data: the body of the answer.
+      attempts: number of requests that were sent for it.
+      turn: the turn.
+      context: the token ids that the server reads.
+      body: the body of the request.
+      stop_token_ids: all tokens that end the reply.
+      stop_texts: all texts that end the reply.
+
+    Raises:
+      ProtocolError: if the answer does not follow the API.
+      ContradictionError: if it contradicts its request.
+    """
+    answer = (read_chat_answer if self.reads_chats else read_answer)(data)
+    usage = Usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens, attempts)
+    sent_stops, vocab_size = body.get('stop', ()), self.vocab_size
+    limit, tokenizer_name = turn.sampling.max_tokens, self.config.tokenizer
+    request = Request(context, limit, stop_token_ids, sent_stops, vocab_size, tokenizer_name)
+    changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
+    scaled = self._server.scaled_logprobs and changed
+    with self._tokenizer_lock:
+      if self.reads_chats:
+        check_chat_answer(answer, request)
+        completion = chat_completion(answer, self._tokenizer, stop_texts)
+        return dataclasses.replace(completion, usage=usage)
+      check_answer(answer, request, self._tokenizer)
+      completion = reconstruct(
+        answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
+      )
+    if answer.tokens is None:
+      check_length(len(completion.tokens), request)
+    return dataclasses.replace(completion, usage=usage)
+
+  def _look_up(
+    self,
+    turn: Turn,
+    key: np.ndarray,
+    stop_token_ids: tuple[int, ...],
+    stop_texts: tuple[str, ...],
+    name: str,
+    digest: str,
+  ) -> 'Future[Completion] | None':
+    """Return a finished future of the completion in the batch; without one, ask for it there."""
+    assert self.batch is not None
+    seeded = self.config.seed == 'turn'
+    body, context = self._body(turn, key, stop_token_ids, stop_texts, name, seeded)
+    data = self.batch.answer(digest)
+    if data is None:
+      self.batch.ask(digest, body, name)
+      return None
+    future: Future[Completion] = Future()
+    try:
+      future.set_result(self._read(data, 1, turn, context, body, stop_token_ids, stop_texts))
+    except (ProtocolError, ContradictionError) as error:
+      raise UserError(
+        f'{name}: an answer in the batch {self.batch.folder} does not fit its request. {error} '
+        f'Delete its line (custom_id {digest}) and that of its request, and start again.'
+      ) from None
+    return future
 
   def _compare_tokenizers(self, turn: Turn, seeded: bool) -> None:
     """Check that the server's tokenizer gives a text as many tokens as ours.
@@ -256,7 +365,9 @@ class Remote:
     body = request_body(self._server, self.config.model, PROBE_TEXT, sampling, seed, (), ())
     name, max_bytes = 'a test request of text', ANSWER_BYTES
     try:
-      answer = self._connection.post('/completions', body, read_answer, name, b'', max_bytes)
+      answer = self._connection.post(
+        '/completions', body, lambda data, _: read_answer(data), name, b'', max_bytes
+      )
     except RefusedError:
       return
     if answer.prompt_tokens is not None and answer.prompt_tokens not in ours:

@@ -1,4 +1,4 @@
-"""The completions API: request bodies, and the differences between servers.
+"""The APIs of completions and of chats: request bodies, and the differences between servers.
 
 To support another server, register a `Server` in `SERVERS`.
 """
@@ -33,8 +33,8 @@ class Server:
     settings: the fields of `SamplingConfig` besides temperature, filters and lengths that requests
       may set, with our meaning.
     names: the server's names of those that it calls otherwise.
-    extra: further fields of every request. They turn off the server's own sampling defaults and
-      ask for token ids.
+    extra: further fields of every request. They turn off the server's own sampling defaults.
+    asks_for_ids: further fields of a request for a completion, which ask for token ids.
   """
 
   accepts_tokens: bool = True
@@ -48,6 +48,7 @@ class Server:
   settings: tuple[str, ...] = _OPENAI
   names: Mapping[str, str] = dataclasses.field(default_factory=dict)
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  asks_for_ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # vLLM and SGLang read sampling defaults from the model's generation_config.json, and llama.cpp has
@@ -62,7 +63,8 @@ SERVERS.register('vllm')(
     returns_ids=True,
     max_stop_texts=64,
     settings=_ALL,
-    extra={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0, 'return_token_ids': True},
+    extra={'top_k': -1, 'min_p': 0.0, 'repetition_penalty': 1.0},
+    asks_for_ids={'return_token_ids': True},
   )
 )
 SERVERS.register('sglang')(
@@ -127,15 +129,49 @@ def request_body(
     stop_texts: texts that end the reply. The request has as many as the server accepts; the caller
       looks for the others in the answer.
   """
-  body = {
-    'model': model,
-    'prompt': prompt,
-    'max_tokens': sampling.max_tokens,
-    'temperature': sampling.temperature,
-    'n': 1,
-    'stream': False,
-    **server.extra,
-  }
+  body = {'model': model, 'prompt': prompt, 'max_tokens': sampling.max_tokens}
+  body |= _settings(server, sampling, seed, stop_token_ids, stop_texts) | dict(server.asks_for_ids)
+  if server.logprobs:
+    body['logprobs'] = 1
+  return body
+
+
+def chat_body(
+  server: Server,
+  model: str,
+  messages: Sequence[tuple[str, str]],
+  sampling: SamplingConfig,
+  seed: int | None,
+  stop_token_ids: Sequence[int],
+  stop_texts: Sequence[str],
+  limit: str = 'max_tokens',
+) -> dict[str, Any]:
+  """Return the JSON body of a request for the reply in a chat.
+
+  Args:
+    server: as for `request_body`.
+    model: as for `request_body`.
+    messages: (role, content) pairs.
+    sampling: as for `request_body`.
+    seed: as for `request_body`.
+    stop_token_ids: as for `request_body`.
+    stop_texts: as for `request_body`.
+    limit: the server's name of the largest number of tokens of a reply.
+  """
+  listed = [{'role': role, 'content': content} for role, content in messages]
+  body = {'model': model, 'messages': listed, limit: sampling.max_tokens}
+  return body | _settings(server, sampling, seed, stop_token_ids, stop_texts)
+
+
+def _settings(
+  server: Server,
+  sampling: SamplingConfig,
+  seed: int | None,
+  stop_token_ids: Sequence[int],
+  stop_texts: Sequence[str],
+) -> dict[str, Any]:
+  """Return the fields of a request that both APIs share; arguments as for `request_body`."""
+  body = {'temperature': sampling.temperature, 'n': 1, 'stream': False, **server.extra}
   if seed is not None:
     body['seed'] = seed
   if server.top_p_of_one or sampling.top_p < 1:
@@ -147,8 +183,6 @@ def request_body(
   }
   if sampling.logit_bias:
     body['logit_bias'] = {str(token): bias for token, bias in sampling.logit_bias}
-  if server.logprobs:
-    body['logprobs'] = 1
   if server.stop_token_ids and stop_token_ids:
     body['stop_token_ids'] = list(stop_token_ids)
   if stop_texts:

@@ -1,0 +1,101 @@
+"""What the served models of a run cost, in files beside its results.
+
+`costs/NAME-NUMBER.json` has the counts of the turns of one shard of a dataset, by role. It is
+written before the shard and depends on the journal alone, so it is right after every kill.
+`costs/test-*.json` have the counts of the test requests at each start.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.files import make_folder, read_json, write_json
+from cai_jax.sampling.remote.costs import (
+  CostsByModel,
+  costs_from_json,
+  costs_to_json,
+  sum_costs,
+  sum_usage,
+)
+from cai_jax.sampling.types import Usage
+
+FOLDER, TESTS = 'costs', 'test'
+
+
+def shard_writer(run: Run, dataset: str) -> Callable[[int, CostsByModel], None]:
+  """Return a function that writes the costs of a shard, given its index and what it cost.
+
+  Args:
+    run: the run.
+    dataset: name of the dataset, such as 'generate'.
+  """
+
+  def write(shard: int, costs: CostsByModel) -> None:
+    path = run.workdir / FOLDER / f'{dataset}-{shard:05d}.json'
+    if costs:
+      make_folder(path.parent)
+      write_json(path, costs_to_json(costs))
+    else:
+      path.unlink(missing_ok=True)
+
+  return write
+
+
+def write_test_costs(run: Run, role: str, usages: Sequence[Usage]) -> None:
+  """Write what the test requests of a start cost, in a file of its own.
+
+  Args:
+    run: the run.
+    role: role of the model.
+    usages: what the server counted for each.
+  """
+  if not usages:
+    return
+  folder, process = make_folder(run.workdir / FOLDER), jax.process_index()
+  paths = (folder / f'{TESTS}-{role}-{process:05d}-{n:05d}.json' for n in itertools.count(1))
+  path = next(path for path in paths if not path.exists())
+  write_json(path, costs_to_json(sum_usage((role, usage) for usage in usages)))
+
+
+def read_costs(run: Run, dataset: str = '') -> CostsByModel:
+  """Return what the turns of a dataset cost, or all datasets and test requests.
+
+  Args:
+    run: the run.
+    dataset: name of the dataset; '' means everything.
+
+  Raises:
+    UserError: if a file is damaged.
+  """
+  pattern = f'{dataset}-[0-9][0-9][0-9][0-9][0-9].json' if dataset else '*.json'
+  paths = sorted((run.workdir / FOLDER).glob(pattern))
+  return sum_costs(costs_from_json(read_json(path), str(path)) for path in paths)
+
+
+def summarize_costs(run: Run, dataset: str) -> dict[str, dict[str, Any]]:
+  """Return what a dataset cost by role, with prices, as the manifest has it.
+
+  Args:
+    run: the run.
+    dataset: name of the dataset.
+  """
+  costs = read_costs(run, dataset)
+  prices = {role: sums.price(run.remotes[role]) for role, sums in costs.items()}
+  return {role: sums | {'price': prices[role]} for role, sums in costs_to_json(costs).items()}
+
+
+def describe_costs(run: Run) -> str:
+  """Return what the served models of a run have cost so far, a line for each; '' without any.
+
+  Args:
+    run: the run.
+  """
+  remotes = run.remotes
+  return '\n'.join(
+    f'remote.{role} ({remotes[role].model}): {sums.describe(remotes[role])}'
+    for role, sums in read_costs(run).items()
+    if role in remotes
+  )

@@ -1,0 +1,82 @@
+"""The answer of a chat API: text, and how many tokens it took."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cai_jax.sampling.remote.answers import (
+  Answer,
+  ContradictionError,
+  ProtocolError,
+  Request,
+  check_counts,
+  read_choice,
+)
+from cai_jax.sampling.types import Completion
+
+_REASONS = {'length': 'length', 'stop_text': 'stop_text', 'content_filter': 'content_filter'}
+
+
+def read_chat_answer(data: bytes) -> Answer:
+  """Parse the body of a response in a chat.
+
+  Args:
+    data: the body.
+
+  Returns:
+    The answer. If the model has refused in the field for refusals, that is its text. A reply that
+    the limit cut inside its hidden reasoning has the text ''.
+
+  Raises:
+    ProtocolError: if it does not follow the API.
+    ContradictionError: if it does, but has several choices or an unknown finish reason.
+  """
+  choice, end, (read, sampled, cached) = read_choice(data)
+  message = choice.get('message')
+  if end == 'content_filter':
+    message = {}
+  if not isinstance(message, dict):
+    raise ProtocolError('message is not of type dict')
+  texts = [message[name] for name in ('content', 'refusal') if message.get(name) is not None]
+  text = texts[0] if texts else ''
+  if not isinstance(text, str):
+    raise ProtocolError('the content of message is not of type str')
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ProtocolError('the content of message has half of a surrogate pair') from None
+  return Answer(text, end, prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
+
+
+def check_chat_answer(answer: Answer, request: Request) -> None:
+  """Check that a chat's answer is one to this request, as far as text alone can tell.
+
+  Args:
+    answer: the answer.
+    request: what was asked for.
+
+  Raises:
+    ContradictionError: if it is not.
+  """
+  if answer.end == 'stop_text' and not request.stop_texts:
+    raise ContradictionError('It ends with a stop text, but the request has none.')
+  check_counts(answer, request)
+
+
+def chat_completion(answer: Answer, tokenizer: Any, stop_texts: Sequence[str]) -> Completion:
+  """Return the completion of a chat's answer, without log-probabilities.
+
+  Its ids are those of its text by a tokenizer of ours, encoded as plain text. They count tokens; no
+  model has sampled them, and none reads them.
+
+  Args:
+    answer: the answer, which `check_chat_answer` accepts.
+    tokenizer: the tokenizer that the config names.
+    stop_texts: all texts that end the reply. Those for which the request had no room are cut off
+      here.
+  """
+  ends = [answer.text.find(stop) for stop in stop_texts if stop in answer.text]
+  text = answer.text[: min(ends, default=len(answer.text))]
+  tokens = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+  reason = 'stop_text' if ends else _REASONS.get(answer.end, 'stop')
+  return Completion(tokens, text, [math.nan] * len(tokens), reason)

@@ -22,6 +22,7 @@ from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.rate import run_command
 from cai_jax.pipeline.schema import default_config, describe_unknown
+from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.pipeline.stage_report import diagnose, read_summary
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
@@ -152,6 +153,8 @@ def main(argv: Sequence[str]) -> None:
     if _DRY_RUN.value:
       check_run(run, stages)
       log(describe_plan(run))
+      if served := describe_served(run, stages):
+        log(served)
       if note := resolve_engine(run, True)[1]:
         log(note)
       return

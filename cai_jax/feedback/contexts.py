@@ -96,7 +96,7 @@ def cache_length(
   Raises:
     UserError: if a chain can exceed the context of a model.
   """
-  fillers = {name: ids[-1] for name, model in models.items() if (ids := _encode_letter(model))}
+  fillers = letter_tokens(models)
   longest_prompts: dict[tuple, tuple[int, Prompt]] = {}
   for prompt, kind in prompts:
     size = len(render_prompt(stages.initial.dialogue, prompt))
@@ -140,6 +140,13 @@ def _prefix_lengths(prompt: Prompt, stages: Stages, prefixes: Prefixes) -> tuple
   )
 
 
-def _encode_letter(model: LM | Remote) -> list[int]:
-  """Return the tokens of a letter, an ordinary text that a placeholder reply can consist of."""
-  return model.tokenizer.encode('a', add_special_tokens=False)
+def letter_tokens(models: Mapping[str, LM | Remote]) -> dict[str, int]:
+  """Return for each model the token of a letter, of which placeholder replies can consist.
+
+  Args:
+    models: the models by name. One whose tokenizer has no letter is left out.
+  """
+  letters = {
+    name: model.tokenizer.encode('a', add_special_tokens=False) for name, model in models.items()
+  }
+  return {name: ids[-1] for name, ids in letters.items() if ids}

@@ -35,7 +35,7 @@ from tests.pipeline_setup import start_one
 
 WORDS = ('the brake', 'look at', 'kind words', 'nobody is hurt')
 PRICES = {'price_input': 2.0, 'price_cached_input': 0.5, 'price_output': 8.0}
-TEST_REQUESTS = 2  # of each role at a start: one for each kind of turn with settings of its own
+TESTS = 2  # test requests at a start: one for the critic and one for the reviser
 
 
 def tokens_of(body):
@@ -140,7 +140,7 @@ def test_a_run_with_a_chat_only_critic_that_fails_has_the_rows_and_costs_of_one_
 
   def fail(body):
     with lock:
-      fault = faults.pop() if faults and len(answered) >= 2 * TEST_REQUESTS else None
+      fault = faults.pop() if faults and len(answered) >= TESTS else None
       if fault is None:
         answered.append(body)
     return fault or answer(body)
@@ -195,7 +195,7 @@ def test_an_outage_ends_the_run_and_nothing_is_asked_twice(tmp_path):
 
   def break_down(body):
     with lock:
-      if len(answered) >= 2 * TEST_REQUESTS + 9:
+      if len(answered) >= TESTS + 9:
         return respond(500, {'error': {'message': 'out of order'}})
       answered.append(body)
     return answer(body)
@@ -210,7 +210,7 @@ def test_an_outage_ends_the_run_and_nothing_is_asked_twice(tmp_path):
     everything = [*answered, *server.bodies]
     asked = collections.Counter(map(key_of, everything))
     repeated = {key for key, count in asked.items() if count > 1}
-    tests = {key_of(body) for body in server.bodies[: 2 * TEST_REQUESTS]}
+    tests = {key_of(body) for body in server.bodies[:TESTS]}
     assert repeated <= tests and len(rows_of(again)) == 9
     assert counted(total(again)) == expected_costs(everything)
 
@@ -227,7 +227,7 @@ pipeline.run_stages(chat_run(sys.argv[1], sys.argv[2], timeout_seconds=60.0), ['
 def test_nothing_is_asked_twice_after_a_kill(tmp_path):
   """A process is killed while its next requests stall, and another one continues."""
   answered, lock, full = [], threading.Lock(), threading.Event()
-  allowed = 2 * TEST_REQUESTS + 10
+  allowed = TESTS + 10
 
   def stall(body):
     with lock:
@@ -254,7 +254,6 @@ def test_nothing_is_asked_twice_after_a_kill(tmp_path):
   assert stored() == 10
   with serve(answer) as server:
     run = chat_run(server.url, tmp_path / 'run')
-    (run.workdir / 'lock.json').unlink(missing_ok=True)
     pipeline.run_stages(run, ['generate'])
     everything = [*answered, *server.bodies]
   with serve(answer) as server:

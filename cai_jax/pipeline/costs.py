@@ -2,7 +2,8 @@
 
 `costs/NAME-NUMBER.json` has the counts of the turns of one shard of a dataset, by role. It is
 written before the shard and depends on the journal alone, so it is right after every kill.
-`costs/test-*.json` have the counts of the test requests at each start.
+`costs/test-*.json` have the counts of the test requests at each start. Those of a served judge are
+summed over its journal, so runs that share it also share its costs.
 """
 
 import itertools
@@ -11,8 +12,10 @@ from typing import Any
 
 import jax
 
+from cai_jax.pipeline.models import judge_journal
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.files import make_folder, read_json, write_json
+from cai_jax.sampling.journal import read_usage
 from cai_jax.sampling.remote.costs import (
   CostsByModel,
   costs_from_json,
@@ -23,6 +26,7 @@ from cai_jax.sampling.remote.costs import (
 from cai_jax.sampling.types import Usage
 
 FOLDER, TESTS = 'costs', 'test'
+JUDGE = 'judge'  # the role of a served judge
 
 
 def shard_writer(run: Run, dataset: str) -> Callable[[int, CostsByModel], None]:
@@ -65,14 +69,17 @@ def read_costs(run: Run, dataset: str = '') -> CostsByModel:
 
   Args:
     run: the run.
-    dataset: name of the dataset; '' means everything.
+    dataset: name of the dataset; '' means everything, the judge included.
 
   Raises:
     UserError: if a file is damaged.
   """
   pattern = f'{dataset}-[0-9][0-9][0-9][0-9][0-9].json' if dataset else '*.json'
   paths = sorted((run.workdir / FOLDER).glob(pattern))
-  return sum_costs(costs_from_json(read_json(path), str(path)) for path in paths)
+  parts = [costs_from_json(read_json(path), str(path)) for path in paths]
+  if not dataset and run.config.evaluation.judge_remote:
+    parts.append(sum_usage((JUDGE, usage) for usage in read_usage(judge_journal(run))))
+  return sum_costs(parts)
 
 
 def summarize_costs(run: Run, dataset: str) -> dict[str, dict[str, Any]]:
@@ -93,9 +100,12 @@ def describe_costs(run: Run) -> str:
   Args:
     run: the run.
   """
-  remotes = run.remotes
+  served = {f'remote.{role}': (role, remote) for role, remote in run.remotes.items()}
+  if judge := run.config.evaluation.judge_remote:
+    served['evaluation.judge_remote'] = JUDGE, judge.connection_config()
+  costs = read_costs(run)
   return '\n'.join(
-    f'remote.{role} ({remotes[role].model}): {sums.describe(remotes[role])}'
-    for role, sums in read_costs(run).items()
-    if role in remotes
+    f'{name} ({config.model}): {costs[role].describe(config)}'
+    for name, (role, config) in served.items()
+    if role in costs
   )

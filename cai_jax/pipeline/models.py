@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -81,6 +82,11 @@ def make_dialogue(run: Run, lm: LM) -> Dialogue:
   return Dialogue(lm.tokenizer, feedback.style, lm.eos_token_ids, feedback.template_options)
 
 
+def judge_journal(run: Run) -> pathlib.Path:
+  """Return the folder in which the answers of a served judge are stored."""
+  return (run.journal or run.workdir / 'journal') / 'judge'
+
+
 def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
   """Return the loader of the models that scorers and measures use.
 
@@ -101,7 +107,7 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
     feedback.template_options,
     inspect_only,
     feedback.style,
-    (run.journal or run.workdir / 'journal') / 'judge',
+    judge_journal(run),
     run.config.model.long_context,
   )
 

@@ -14,7 +14,7 @@ from cai_jax.dialogue import Dialogue, control_tokens
 from cai_jax.feedback.job import make_dialogue
 from cai_jax.feedback.stage import THOUGHTS, check_thinks, thought_sampling
 from cai_jax.pipeline import prompt_sets
-from cai_jax.pipeline.costs import write_test_costs
+from cai_jax.pipeline.costs import JUDGE, write_test_costs
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
@@ -71,7 +71,8 @@ def check_judge_server(run: Run) -> None:
   config = run.config.evaluation
   assert config.judge_remote is not None, 'the run has no served judge'
   try:
-    check_judge(config.judge_remote, labelled_pairs(config), config.judge_reasoning)
+    usage = check_judge(config.judge_remote, labelled_pairs(config), config.judge_reasoning)
+    write_test_costs(run, JUDGE, [usage])
   except UserError as error:
     raise UserError(f'evaluation.judge_remote: {error}') from error
 
@@ -81,6 +82,10 @@ def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
   seedless = []
   for role, remote in run.remotes.items():
     try:
+      if remote.batch and jax.process_count() > 1:
+        raise UserError(
+          f'batch={remote.batch!r} needs a single process, which writes all requests. Start one.'
+        )
       with contextlib.closing(Remote(remote)) as served:
         dialogue = make_dialogue(served, run.config.feedback)
         turns = _turns_of(run, role)

@@ -16,7 +16,16 @@ JOURNAL_TOKEN_BYTES = 34  # of a sampled token: its id, its log-probability as t
 ROW_TOKEN_BYTES = 14  # of a sampled token in D_CAI, and in the files made from it
 TURN_BYTES = 300  # of a turn besides its tokens
 OTHER_BYTES = 20_000_000  # metrics, TensorBoard, the report and the manifest
-FOLDERS = ('journal', 'd_cai', 'checkpoints', 'model', 'evaluation', 'tensorboard', 'profile')
+FOLDERS = (
+  'journal',
+  'd_cai',
+  'checkpoints',
+  'model',
+  'evaluation',
+  'tensorboard',
+  'profile',
+  'costs',
+)
 
 
 class Need(NamedTuple):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,23 @@ class Journal:
     if len(self._faults) < _LISTED_FAULTS:
       number = _line_number(path, place) if is_offset else place
       self._faults.append(f'{path}, line {number}: {reason}')
+
+
+def read_usage(folder: str | os.PathLike) -> Iterator[Usage]:
+  """Yield what servers counted for each turn of a journal; damaged lines are left out.
+
+  Args:
+    folder: the journal's folder; it need not exist, and is not written to.
+  """
+  for path in sorted(pathlib.Path(folder).glob('turns-*.jsonl')):
+    with open(path, 'rb') as lines:
+      for line in lines:
+        try:
+          turns = json.loads(line)['turns']
+          found = [turn[_USAGE] for turn in turns if _USAGE in turn]
+        except (ValueError, RecursionError, KeyError, TypeError):
+          continue
+        yield from (Usage(**usage) for usage in found if _is_usage(usage))
 
 
 def find_fault(turn: Any, vocab_size: int | None, finite: bool) -> str:

@@ -16,9 +16,10 @@ import numpy as np
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.remote.answers import parse_body, read_counts
 from cai_jax.sampling.remote.connection import Connection
 from cai_jax.sampling.remote.refusals import RefusedError
-from cai_jax.sampling.types import Completion
+from cai_jax.sampling.types import Completion, Usage
 from cai_jax.scoring.judge import Comparison, Judge, Match
 from cai_jax.scoring.judge_answers import (
   JudgeAnswer,
@@ -78,7 +79,9 @@ def remote_judge(
   return judge
 
 
-def check_judge(server: JudgeServer, matches: Sequence[Match] = (), reasoning_tokens: int = 0):
+def check_judge(
+  server: JudgeServer, matches: Sequence[Match] = (), reasoning_tokens: int = 0
+) -> Usage:
   """Check that the server serves the judge and answers a question as the run needs it.
 
   Args:
@@ -86,6 +89,9 @@ def check_judge(server: JudgeServer, matches: Sequence[Match] = (), reasoning_to
     matches: pairs of the run. The longest question is sent, so a context that is too short is
       noticed. Without any, a short one is sent.
     reasoning_tokens: most tokens that the judge writes before a sampled verdict.
+
+  Returns:
+    What the server counted for the question.
 
   Raises:
     UserError: if the server cannot be reached, does not serve the judge, refuses the question, or
@@ -97,7 +103,8 @@ def check_judge(server: JudgeServer, matches: Sequence[Match] = (), reasoning_to
   question = max((q for match in matches for q in build_questions(match)), key=len)
   with contextlib.closing(Connection(server.connection_config())) as connection:
     connection.check()
-    _ask(connection, server, make_request(server, question, reasoning_tokens, 0), 'probe')
+    request = make_request(server, question, reasoning_tokens, 0)
+    return _ask(connection, server, request, 'probe')[1]
 
 
 def _digest(server: JudgeServer, body: dict) -> str:
@@ -131,7 +138,7 @@ def _answer_all(
     error = None
     for future in concurrent.futures.as_completed(futures):
       try:
-        answers[futures[future]] = future.result()
+        answers[futures[future]], usage = future.result()
       except concurrent.futures.CancelledError:
         continue
       except UserError as failure:
@@ -141,17 +148,20 @@ def _answer_all(
           other.cancel()
         continue
       text = answers[futures[future]].to_json()
-      journal.put([(futures[future], Completion([], text, [], 'stop'))])
+      journal.put([(futures[future], Completion([], text, [], 'stop', usage))])
     if error:
       raise error
   return answers
 
 
-def _ask(connection: Connection, server: JudgeServer, body: dict, key: str) -> JudgeAnswer:
-  """Ask the server and wait for its answer."""
+def _ask(
+  connection: Connection, server: JudgeServer, body: dict, key: str
+) -> tuple[JudgeAnswer, Usage]:
+  """Ask the server, wait for its answer, and return it with what the server counted."""
 
-  def read(data: bytes, attempts: int) -> JudgeAnswer:
-    return read_answer(data, needs_logprobs=server.verdict == 'logprobs')
+  def read(data: bytes, attempts: int) -> tuple[JudgeAnswer, Usage]:
+    answer = read_answer(data, needs_logprobs=server.verdict == 'logprobs')
+    return answer, Usage(**read_counts(parse_body(data)), attempts=attempts)
 
   max_bytes = ANSWER_BYTES + TOKEN_BYTES * body['max_tokens'] * TOP_TOKENS[server.api]
   name = 'a test question' if key == 'probe' else 'a question of the judge'
@@ -160,7 +170,7 @@ def _ask(connection: Connection, server: JudgeServer, body: dict, key: str) -> J
   except RefusedError as error:
     if not error.is_filter:
       raise
-    return JudgeAnswer('')
+    return JudgeAnswer(''), Usage()
 
 
 def _compare(

@@ -78,6 +78,21 @@ class JudgeServer:
     'Seconds after which a request is not retried any more, however many retries are left.',
     added=True,
   )
+  requests_per_minute: float = setting(
+    0.0, 'Most requests per minute that are sent. 0 sets no limit.', added=True
+  )
+  price_input: float = setting(
+    0.0, 'Price of a million tokens of questions, in any currency. 0 means no price.', added=True
+  )
+  price_cached_input: float = setting(
+    -1.0,
+    "Price of a million tokens of questions that come from the server's cache. -1 means that of "
+    'price_input.',
+    added=True,
+  )
+  price_output: float = setting(
+    0.0, 'Price of a million sampled tokens. 0 means no price.', added=True
+  )
 
   def __post_init__(self):
     self.connection_config()
@@ -101,7 +116,8 @@ class JudgeServer:
       UserError: if one of them is not allowed.
     """
     shared = 'url model revision timeout_seconds retries backoff_seconds'.split()
-    shared += 'max_concurrent api_key_env give_up_seconds'.split()
+    shared += 'max_concurrent api_key_env give_up_seconds requests_per_minute'.split()
+    shared += 'price_input price_cached_input price_output'.split()
     values = {name: getattr(self, name) for name in shared}
     # The server tokenizes, and the longest question is sent before the run starts.
     return RemoteConfig(**values, tokenizer='none', prompt='text', max_positions=1)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from cai_jax.sampling.text import decode
+from cai_jax.sampling.types import Usage
 
 # What ended a reply, by the finish reason of the API. 'stop' does not tell a token from a text.
 ENDS = {
@@ -81,6 +82,10 @@ class Answer(NamedTuple):
   prompt_ids: list[int] | None = None
   cached_tokens: int | None = None
 
+  def usage(self, attempts: int) -> Usage:
+    """Return what the reply took, after a number of requests for it."""
+    return Usage(self.prompt_tokens, self.cached_tokens, self.completion_tokens, attempts)
+
 
 FILTERED = Answer('', 'content_filter')
 
@@ -98,39 +103,40 @@ def read_answer(data: bytes) -> Answer:
     ProtocolError: if it does not follow the API.
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
-  choice, end, (read, sampled, cached) = read_choice(data)
+  content = parse_body(data)
+  (choice, end), counts = read_choice(content), read_counts(content)
   if end == 'content_filter':
-    return FILTERED._replace(prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
+    return FILTERED._replace(**counts)
   text = _text(choice.get('text'), 'text')
   tokens = _ids(choice, 'token_ids')
   pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
   # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
-  if tokens is None and content_ids and len(content_ids) == sampled:
+  if tokens is None and content_ids and len(content_ids) == counts['completion_tokens']:
     tokens = content_ids
   prompt_ids = _ids(choice, 'prompt_token_ids')
-  return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids, cached)
+  return Answer(text, end, tokens, pieces, logprobs, prompt_ids=prompt_ids, **counts)
 
 
-def read_choice(data: bytes) -> tuple[dict[str, Any], str, tuple[int | None, ...]]:
-  """Return the choice in a body, what ended it, and the counts of its usage.
-
-  Args:
-    data: the body.
-
-  Returns:
-    The choice; `Answer.end`; and the numbers of tokens that the server read, sampled and had in its
-    cache (`usage.prompt_tokens_details`), each None if it does not say so.
+def parse_body(data: bytes) -> dict[str, Any]:
+  """Return the object in a body.
 
   Raises:
-    ProtocolError: if the body does not follow the API.
-    ContradictionError: if it does, but has several choices, an unknown finish reason, or more
-      tokens from the cache than in the prompt.
+    ProtocolError: if it is not one of JSON.
   """
   try:
     content = json.loads(data, parse_constant=_refuse_constant)
   except (ValueError, RecursionError) as error:
     raise ProtocolError(f'it is not JSON: {error}') from None
-  content = _typed(content, dict, 'the answer')
+  return _typed(content, dict, 'the answer')
+
+
+def read_choice(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+  """Return the choice in a parsed body of either API, and what ended it, as in `Answer.end`.
+
+  Raises:
+    ProtocolError: if the body does not follow the API.
+    ContradictionError: if it does, but has several choices or an unknown finish reason.
+  """
   choices = _typed(content.get('choices'), list, 'choices')
   if not choices:
     raise ProtocolError('choices is empty')
@@ -139,13 +145,23 @@ def read_choice(data: bytes) -> tuple[dict[str, Any], str, tuple[int | None, ...
   choice = _typed(choices[0], dict, 'choices[0]')
   if _optional(choice, 'index', int) not in (None, 0):
     raise ContradictionError(f'Its choice has index {choice["index"]}, but only 0 was asked for.')
-  end = _read_end(choice)
+  return choice, _read_end(choice)
+
+
+def read_counts(content: Mapping[str, Any]) -> dict[str, int | None]:
+  """Return the counts in a parsed body of either API, by their names in `Usage`.
+
+  Raises:
+    ProtocolError: if they do not follow the API.
+    ContradictionError: if there are more tokens from the cache than in the prompt.
+  """
   usage = _optional(content, 'usage', dict) or {}
   details = _optional(usage, 'prompt_tokens_details', dict) or {}
   read, cached = _count(usage, 'prompt_tokens'), _count(details, 'cached_tokens')
   if (cached or 0) > (read or 0):
     raise ContradictionError(f'Its usage counts {cached} cached tokens in a prompt of {read}.')
-  return choice, end, (read, _count(usage, 'completion_tokens'), cached)
+  sampled = _count(usage, 'completion_tokens')
+  return {'prompt_tokens': read, 'cached_tokens': cached, 'completion_tokens': sampled}
 
 
 def _read_logprobs(record: Mapping[str, Any]) -> tuple[list[str], list[float], list[int] | None]:
@@ -260,7 +276,7 @@ def check_answer(answer: Answer, request: Request, tokenizer: Any) -> None:
     return
   if answer.tokens is not None:
     _check_ids(answer.tokens, answer.text, request, tokenizer)
-  check_counts(answer, request)
+  _check_counts(answer, request)
   _check_end(answer, request, tokenizer)
 
 
@@ -285,16 +301,8 @@ def _check_ids(tokens: list[int], text: str, request: Request, tokenizer: Any) -
     )
 
 
-def check_counts(answer: Answer, request: Request) -> None:
-  """Check the numbers of tokens and log-probabilities, and the latter's values.
-
-  Args:
-    answer: the answer.
-    request: what was asked for.
-
-  Raises:
-    ContradictionError: if they cannot belong to an answer to this request.
-  """
+def _check_counts(answer: Answer, request: Request) -> None:
+  """Check the numbers of tokens and log-probabilities, and the latter's values."""
   sampled = answer.completion_tokens
   num_logprobs = len(answer.logprobs)
   if answer.tokens is not None:

@@ -9,9 +9,11 @@ and an answer, in any order and in any number of files,
 
   {"custom_id": KEY, "response": {"status_code": 200, "body": {...}}, "error": null}
 
-Seen in vLLM (vllm-project/vllm, docs and code of `run_batch`); OpenAI's reference limits a file to
-50,000 requests and 200 MB. The key of a request is that of its turn in the journal. A request that
-has been written is not written again, unless its answer is an error.
+Seen in vllm-project/vllm, vllm/entrypoints/openai/run_batch.py at commit 0056ae7b. OpenAI's
+reference limits a file to 50,000 requests and 200 MB (as quoted in async-openai 0.31).
+
+The key of a request is that of its turn in the journal. A request that has been written is not
+written again, unless its answer is an error.
 """
 
 import collections
@@ -19,7 +21,6 @@ import itertools
 import json
 import os
 import pathlib
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,8 +37,7 @@ class Batch:
     folder: holds both; it is created. Files of requests are `requests-NAME-NUMBER.jsonl`, and every
       other file `*.jsonl` has answers.
     name: tells the files of models apart.
-    url: base URL of the API; its path is part of each request.
-    path: path of the API below it, such as '/chat/completions'.
+    path: path of the API, such as '/chat/completions'.
     attempts: how many times a request is written at most.
 
   Attributes:
@@ -49,9 +49,9 @@ class Batch:
     UserError: if a file is damaged.
   """
 
-  def __init__(self, folder: str | os.PathLike, name: str, url: str, path: str, attempts: int):
+  def __init__(self, folder: str | os.PathLike, name: str, path: str, attempts: int):
     self.folder, self._name, self._attempts = make_folder(folder), name, attempts
-    self._url = urllib.parse.urlsplit(url).path.rstrip('/') + path
+    self._url = f'/v1{path}'  # whatever the address of the server
     self._new: dict[str, str] = {}  # key → line
     self._waiting: set[str] = set()
     self._written: collections.Counter[str] = collections.Counter()

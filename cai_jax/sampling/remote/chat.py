@@ -6,11 +6,10 @@ from typing import Any
 
 from cai_jax.sampling.remote.answers import (
   Answer,
-  ContradictionError,
   ProtocolError,
-  Request,
-  check_counts,
+  parse_body,
   read_choice,
+  read_counts,
 )
 from cai_jax.sampling.types import Completion
 
@@ -31,7 +30,8 @@ def read_chat_answer(data: bytes) -> Answer:
     ProtocolError: if it does not follow the API.
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
-  choice, end, (read, sampled, cached) = read_choice(data)
+  content = parse_body(data)
+  (choice, end), counts = read_choice(content), read_counts(content)
   message = choice.get('message')
   if end == 'content_filter':
     message = {}
@@ -45,22 +45,7 @@ def read_chat_answer(data: bytes) -> Answer:
     text.encode()
   except UnicodeEncodeError:
     raise ProtocolError('the content of message has half of a surrogate pair') from None
-  return Answer(text, end, prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
-
-
-def check_chat_answer(answer: Answer, request: Request) -> None:
-  """Check that a chat's answer is one to this request, as far as text alone can tell.
-
-  Args:
-    answer: the answer.
-    request: what was asked for.
-
-  Raises:
-    ContradictionError: if it is not.
-  """
-  if answer.end == 'stop_text' and not request.stop_texts:
-    raise ContradictionError('It ends with a stop text, but the request has none.')
-  check_counts(answer, request)
+  return Answer(text, end, **counts)
 
 
 def chat_completion(answer: Answer, tokenizer: Any, stop_texts: Sequence[str]) -> Completion:
@@ -70,7 +55,8 @@ def chat_completion(answer: Answer, tokenizer: Any, stop_texts: Sequence[str]) -
   model has sampled them, and none reads them.
 
   Args:
-    answer: the answer, which `check_chat_answer` accepts.
+    answer: the answer, from `read_chat_answer`. Its number of tokens is not compared with the limit
+      of the request, because servers differ in how they count hidden reasoning.
     tokenizer: the tokenizer that the config names.
     stop_texts: all texts that end the reply. Those for which the request had no room are cut off
       here.

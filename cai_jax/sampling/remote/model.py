@@ -23,7 +23,7 @@ from cai_jax.sampling.remote.answers import (
   read_answer,
 )
 from cai_jax.sampling.remote.batch import Batch
-from cai_jax.sampling.remote.chat import chat_completion, check_chat_answer, read_chat_answer
+from cai_jax.sampling.remote.chat import chat_completion, read_chat_answer
 from cai_jax.sampling.remote.config import RemoteConfig
 from cai_jax.sampling.remote.connection import Connection
 from cai_jax.sampling.remote.protocol import SERVERS, chat_body, request_body, request_seed
@@ -95,7 +95,7 @@ class Remote:
     self.batch: Batch | None = None
     if config.batch:
       name, attempts = self.fingerprint[:8], config.retries + 1
-      self.batch = Batch(config.batch, name, config.url, PATHS[config.prompt], attempts)
+      self.batch = Batch(config.batch, name, PATHS[config.prompt], attempts)
     self._server = SERVERS[config.server]
     self._connection = Connection(config)
 
@@ -247,10 +247,9 @@ class Remote:
     def read(data: bytes, attempts: int) -> Completion:
       return self._read(data, attempts, turn, context, body, stop_token_ids, stop_texts)
 
-    max_bytes = ANSWER_BYTES + TOKEN_BYTES * reserved
-    path, seed = PATHS[self.config.prompt], key.tobytes()
+    path, max_bytes = PATHS[self.config.prompt], ANSWER_BYTES + TOKEN_BYTES * reserved
     try:
-      completion = self._connection.post(path, body, read, name, seed, max_bytes, reserved)
+      completion = self._connection.post(path, body, read, name, key.tobytes(), max_bytes, reserved)
     except RefusedError as error:
       if not error.is_filter:
         raise
@@ -303,24 +302,22 @@ class Remote:
       ContradictionError: if it contradicts its request.
     """
     answer = (read_chat_answer if self.reads_chats else read_answer)(data)
-    usage = Usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens, attempts)
-    sent_stops, vocab_size = body.get('stop', ()), self.vocab_size
-    limit, tokenizer_name = turn.sampling.max_tokens, self.config.tokenizer
-    request = Request(context, limit, stop_token_ids, sent_stops, vocab_size, tokenizer_name)
+    sent_stops, limit = body.get('stop', ()), turn.sampling.max_tokens
+    names = self.vocab_size, self.config.tokenizer
+    request = Request(context, limit, stop_token_ids, sent_stops, *names)
     changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
     scaled = self._server.scaled_logprobs and changed
     with self._tokenizer_lock:
       if self.reads_chats:
-        check_chat_answer(answer, request)
         completion = chat_completion(answer, self._tokenizer, stop_texts)
-        return dataclasses.replace(completion, usage=usage)
-      check_answer(answer, request, self._tokenizer)
-      completion = reconstruct(
-        answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
-      )
-    if answer.tokens is None:
+      else:
+        check_answer(answer, request, self._tokenizer)
+        completion = reconstruct(
+          answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
+        )
+    if answer.tokens is None and not self.reads_chats:
       check_length(len(completion.tokens), request)
-    return dataclasses.replace(completion, usage=usage)
+    return dataclasses.replace(completion, usage=answer.usage(attempts))
 
   def _look_up(
     self,
@@ -370,6 +367,7 @@ class Remote:
       )
     except RefusedError:
       return
+    self.test_usage.append(answer.usage(1))
     if answer.prompt_tokens is not None and answer.prompt_tokens not in ours:
       raise UserError(
         f'{self._connection.label} reads {answer.prompt_tokens} tokens in a text in which the '
@@ -378,24 +376,18 @@ class Remote:
       )
 
   def _prompt(self, context: list[int], name: str) -> tuple[list[int] | str, list[int]]:
-    """Return a context as requests contain it, and the token ids that the server reads in it."""
+    """Return a context as requests contain it, and the token ids that the server reads in it.
+
+    Raises:
+      UserError: if the request contains text, and plain text in it spells a control token.
+    """
     if self.config.prompt == 'tokens':
       return context, context
     with self._tokenizer_lock:
-      text = self._text(context, name)
-      return text, self._tokenizer.encode(text)
-
-  def _text(self, context: list[int], name: str) -> str:
-    """Return the context as text.
-
-    Raises:
-      UserError: if plain text in it spells a control token.
-    """
-    text = prompt_text(self._tokenizer, context)
-    if text is None:
-      raise UserError(
-        f'{name}: the context contains plain text that spells a control token, which the server '
-        "would read as that token. Use a server that supports prompt='tokens', or remove the "
-        'prompt.'
-      )
-    return text
+      text = prompt_text(self._tokenizer, context)
+      if text is not None:
+        return text, self._tokenizer.encode(text)
+    raise UserError(
+      f'{name}: the context contains plain text that spells a control token, which the server '
+      "would read as that token. Use a server that supports prompt='tokens', or remove the prompt."
+    )

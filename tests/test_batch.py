@@ -1,0 +1,142 @@
+"""The batch interface: requests are written to files, and a run continues with their answers."""
+
+import collections
+import dataclasses
+import json
+
+import pytest
+
+from cai_jax import cli, pipeline
+from cai_jax.pipeline.costs import read_costs
+from cai_jax.runtime.errors import UserError, WaitingError
+from cai_jax.sampling.remote.batch import Batch
+from tests.faults.servers import free_port, serve
+from tests.test_chat_servers import (
+  answer,
+  chat_run,
+  counted,
+  expected_costs,
+  key_of,
+  rows_of,
+  show,
+  tokens_of,
+)
+
+
+def batch_run(workdir, **fields):
+  """Return a run of one round in which a batch answers every turn; no server listens."""
+  url = f'http://127.0.0.1:{free_port()}/v1'
+  run = chat_run(url, workdir, roles=('base',), batch=str(workdir / 'batch'), **fields)
+  return one_round(run)
+
+
+def one_round(run):
+  feedback = dataclasses.replace(run.config.feedback, rounds=1)
+  return dataclasses.replace(run, config=dataclasses.replace(run.config, feedback=feedback))
+
+
+def read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer_line(request, **fields):
+  """Return the line of an honest answer, as vLLM's run_batch writes it."""
+  usage, text = tokens_of(request['body'])
+  choice = {'index': 0, 'message': {'content': text}, 'finish_reason': 'stop'}
+  response = {'status_code': 200, 'request_id': 'x', 'body': {'choices': [choice], 'usage': usage}}
+  line = {'id': 'y', 'custom_id': request['custom_id'], 'response': response, 'error': None}
+  return json.dumps(line | fields) + '\n'
+
+
+def answer_all(folder, done):
+  """Answer the files of requests that are not in `done`, in reverse order; return the requests."""
+  requests = []
+  for path in sorted(folder.glob('requests-*.jsonl')):
+    if path not in done:
+      done.add(path)
+      lines = read_lines(path)
+      requests += lines
+      (folder / f'answers-{len(done)}.jsonl').write_text(''.join(map(answer_line, lines[::-1])))
+  return requests
+
+
+def test_a_run_goes_on_batch_by_batch_to_the_rows_of_a_live_server(tmp_path):
+  with serve(answer) as server:
+    live = one_round(chat_run(server.url, tmp_path / 'live', roles=('base',)))
+    pipeline.run_stages(live, ['generate'])
+  run, done, batches = batch_run(tmp_path / 'run'), set(), []
+  folder = run.workdir / 'batch'
+  while len(batches) < 3:  # initial, critique, revision
+    with pytest.raises(WaitingError, match='chains wait.* new requests.*start the same command'):
+      pipeline.run_stages(run, ['generate'])
+    with pytest.raises(WaitingError, match='written before have no answer'):
+      pipeline.run_stages(run, ['generate'])  # nothing is written twice
+    batches.append(answer_all(folder, done))
+  pipeline.run_stages(run, ['generate'])
+  assert show(rows_of(run)) == show(rows_of(live))
+  assert [len(requests) for requests in batches] == [9, 6, 6]
+  requests = [request for batch in batches for request in batch]
+  bodies = [request['body'] for request in requests]
+  assert max(collections.Counter(map(key_of, bodies)).values()) == 1
+  assert {(r['method'], r['url']) for r in requests} == {('POST', '/v1/chat/completions')}
+  assert all(len(request['custom_id']) <= 64 for request in requests)
+  assert counted(read_costs(run)['base']) == expected_costs(bodies)
+  for path in folder.iterdir():  # the journal is the memory
+    path.unlink()
+  (run.workdir / 'manifest.json').unlink()
+  pipeline.run_stages(run, ['generate'])
+  assert not list(folder.iterdir())
+
+
+def test_a_request_whose_answer_is_an_error_is_written_again(tmp_path):
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  batch.ask('other', {'model': 'm'}, 'another turn')
+  [first] = batch.write()
+  assert [line['url'] for line in read_lines(first)] == ['/v1/chat/completions'] * 2
+  expired = {'response': None, 'error': {'code': 'batch_expired'}}
+  (tmp_path / 'errors.jsonl').write_text(json.dumps({'custom_id': 'key'} | expired) + '\n\n')
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  batch.ask('other', {'model': 'm'}, 'another turn')
+  assert (batch.new, batch.waiting) == (1, 1) and batch.answer('key') is None
+  [second] = batch.write()
+  assert [line['custom_id'] for line in read_lines(second)] == ['key'] and second != first
+  failed = {'custom_id': 'key', 'response': {'status_code': 500, 'body': {}}, 'error': None}
+  (tmp_path / 'more.jsonl').write_text(json.dumps(failed) + '\n')
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  with pytest.raises(UserError, match='a turn: .* 2 errors .*status_code'):
+    batch.ask('key', {'model': 'm'}, 'a turn')
+  body = {'choices': []}
+  right = {'custom_id': 'key', 'response': {'status_code': 200, 'body': body}}
+  (tmp_path / 'right.jsonl').write_text(json.dumps(right) + '\n')
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  assert json.loads(batch.answer('key')) == body
+
+
+@pytest.mark.parametrize('line', ['{"custom_id": 3}', '[]', 'nonsense', '{"error": null}'])
+def test_a_file_that_is_no_batch_is_named_with_its_line(line, tmp_path):
+  (tmp_path / 'answers.jsonl').write_text('\n' + line + '\n')
+  with pytest.raises(UserError, match='answers.jsonl, line 2 is no line of a batch'):
+    Batch(tmp_path, 'abc', '/completions', attempts=1)
+
+
+def test_an_answer_that_contradicts_its_request_is_named(tmp_path):
+  run = batch_run(tmp_path)
+  with pytest.raises(WaitingError):
+    pipeline.run_stages(run, ['generate'])
+  [path] = (tmp_path / 'batch').glob('requests-*.jsonl')
+  requests = read_lines(path)
+  body = {'choices': [{'message': {'content': 'x'}, 'finish_reason': 'tool_calls'}]}
+  response = {'status_code': 200, 'body': body}
+  lines = ''.join(answer_line(request, response=response) for request in requests)
+  (tmp_path / 'batch' / 'answers.jsonl').write_text(lines)
+  with pytest.raises(UserError, match='does not fit its request.*tool_calls.*custom_id'):
+    pipeline.run_stages(run, ['generate'])
+
+
+def test_the_program_ends_with_a_status_of_its_own(capsys):
+  with pytest.raises(SystemExit) as ended, cli.short_errors():
+    raise WaitingError('9 chains wait for the answers of a batch.')
+  assert ended.value.code == 75
+  assert capsys.readouterr().err == '9 chains wait for the answers of a batch.\n'

@@ -11,12 +11,14 @@ import functools
 import hashlib
 import json
 import math
+import re
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from cai_jax import pipeline
 from cai_jax.data import d_cai
@@ -24,14 +26,18 @@ from cai_jax.dialogue import ChatDialogue
 from cai_jax.pipeline.costs import read_costs
 from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.runtime.errors import UnreachableError, UserError
+from cai_jax.sampling.journal import read_usage
 from cai_jax.sampling.remote import Remote, RemoteConfig
-from cai_jax.sampling.remote.costs import Costs
+from cai_jax.sampling.remote.costs import Costs, sum_usage
 from cai_jax.sampling.remote.pace import Pace
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.scoring.judge_remote import remote_judge
+from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.tiny.files import MODELS
 from configs import tiny
 from tests.faults.servers import FOREVER, respond, serve
 from tests.pipeline_setup import start_one
+from tests.test_judge_remote import MATCHES
 
 WORDS = ('the brake', 'look at', 'kind words', 'nobody is hurt')
 PRICES = {'price_input': 2.0, 'price_cached_input': 0.5, 'price_output': 8.0}
@@ -283,10 +289,35 @@ def test_the_dry_run_gives_bounds_that_hold(tmp_path):
   with serve(answer) as server:
     run = chat_run(server.url, tmp_path)
     text = describe_served(run, ['generate'])
-    assert not server.bodies
-  assert text.count('12 requests') == 2 and text.count('price up to about') == 2
-  assert f'{12 * 12} sampled tokens' in text and 'remote.critique (served)' in text
-  assert describe_served(run, ['train']) == ''
+    assert not server.bodies and describe_served(run, ['train']) == ''
+    pipeline.run_stages(run, ['generate'])
+  dialogue = ChatDialogue(AutoTokenizer.from_pretrained(MODELS['tiny']))
+  real = [body for body in server.bodies if len(body['messages']) > 1]
+  read = sum(len(dialogue.prompt(body['messages'])) for body in real)
+  lines = text.splitlines()
+  assert [line.split(' (')[0] for line in lines] == ['remote.critique', 'remote.revision']
+  numbers = [
+    [int(n.replace(',', '')) for n in re.findall(r'(?<= )[\d,]*\d(?= )', x)] for x in lines
+  ]
+  assert [n[0] for n in numbers] == [12, 12] and len(real) == 24
+  assert [n[2] for n in numbers] == [12 * 12] * 2  # each reply at its limit
+  assert read <= sum(n[1] for n in numbers) < 2 * read
+  price = (numbers[0][1] * PRICES['price_input'] + 144 * PRICES['price_output']) / 1e6
+  assert lines[0].endswith(f'price up to about {price:.2g}')
+
+
+def test_the_costs_of_a_judge_are_those_of_its_journal(tmp_path):
+  def judge(body):
+    choice = {'message': {'content': '(A)'}, 'finish_reason': 'stop'}
+    return respond(200, {'choices': [choice], 'usage': tokens_of(body)[0]})
+
+  with serve(judge) as server:
+    config = JudgeServer(server.url, 'served', verdict='sampled', price_output=3.0)
+    for _ in range(2):  # the second time, the journal answers
+      remote_judge(config, tmp_path)(MATCHES)
+  costs = sum_usage(('judge', usage) for usage in read_usage(tmp_path))['judge']
+  assert counted(costs) == expected_costs(server.bodies) and costs.answers == 2 * len(MATCHES)
+  assert costs.price(config.connection_config()) == costs.completion_tokens * 3 / 1e6
 
 
 def test_a_pace_spreads_requests_and_gives_tokens_back():

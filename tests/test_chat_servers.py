@@ -28,6 +28,7 @@ from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.journal import read_usage
 from cai_jax.sampling.remote import Remote, RemoteConfig
+from cai_jax.sampling.remote.connection import Connection
 from cai_jax.sampling.remote.costs import Costs, sum_usage
 from cai_jax.sampling.remote.pace import Pace
 from cai_jax.sampling.types import SamplingConfig, Turn
@@ -281,6 +282,7 @@ def test_all_stages_work_when_every_reply_is_text_only(tmp_path):
     assert counted(total(run)) == expected_costs(server.bodies)
   page = (tmp_path / 'report.html').read_text()
   assert 'Costs of served models' in page and 'remote.base (served)' in page
+  assert 'NaN' not in re.search('(?s)"rounds":.*', page)[0]
   rows = [json.loads(x) for x in (tmp_path / 'quality_rows.jsonl').read_text().splitlines()]
   assert rows and not any('mean_logprob' in row['scores'] for row in rows)
 
@@ -327,24 +329,23 @@ def test_a_pace_spreads_requests_and_gives_tokens_back():
   now[0] += 10
   assert pace.reserve(5) == 0
   pace.pause(7)
-  assert pace.reserve(5) == 7
+  assert pace.reserve(5) == 7 and pace.remaining_pause() == 7
+  now[0] += 8
+  assert pace.remaining_pause() == 0
   pace = Pace(requests_per_minute=0, tokens_per_minute=600, clock=lambda: now[0])
   assert pace.reserve(100) == 0 and pace.reserve(50) == 10  # 100 tokens take 10 s
   pace.settle(reserved=50, used=20)
   assert pace.reserve(1) == pytest.approx(12)
 
 
+def make_config(server, **fields):
+  address = {'url': server.url, 'model': 'served', 'tokenizer': str(MODELS['tiny'])}
+  return RemoteConfig(**address, prompt='chat', backoff_seconds=0.01, **fields)
+
+
 def ask(server, text='Hello', **fields):
   """Ask a server one question, and return the completion."""
-  config = RemoteConfig(
-    url=server.url,
-    model='served',
-    tokenizer=str(MODELS['tiny']),
-    prompt='chat',
-    backoff_seconds=0.01,
-    **fields,
-  )
-  remote = Remote(config)
+  remote = Remote(make_config(server, **fields))
   dialogue = ChatDialogue(remote.tokenizer)
   messages = [{'role': 'user', 'content': text}]
   sampling = SamplingConfig(max_tokens=9, stop=('brake',))
@@ -378,6 +379,33 @@ def test_what_a_chat_answers(fields, text, reason):
   assert len(completion.logprobs) == len(completion.tokens)
   assert all(map(math.isnan, completion.logprobs))
   assert completion.usage.total is None  # the server does not say
+
+
+def test_requests_keep_the_pace_of_the_config_and_wait_when_the_server_asks(tmp_path):
+  times, lock = [], threading.Lock()
+
+  def limit(body):
+    with lock:
+      times.append(time.monotonic())
+      first = len(times) == 1
+    asks = respond(429, {'error': {'message': 'slow down'}}, {'Retry-After': '0.5'})
+    return asks if first else answer(body)
+
+  with serve(limit) as server:
+    connection = Connection(make_config(server, requests_per_minute=1200.0, max_concurrent=8))
+    body = {'messages': []}
+    futures = [
+      connection.submit(
+        lambda: connection.post('/x', body, lambda data, n: n, 'a question', b'', 1 << 20)
+      )
+      for _ in range(8)
+    ]
+    assert sorted(future.result(timeout=60) for future in futures) == [1] * 7 + [2]
+    connection.close()
+  gaps = np.diff(times)
+  assert gaps.min() > 0.04 and len(times) == 9
+  later = [t - times[0] for t in times[1:]]
+  assert sum(t > 0.45 for t in later) >= 6  # those that were sent before the answer came
 
 
 def test_the_name_of_the_limit_is_that_of_the_config():

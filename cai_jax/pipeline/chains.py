@@ -1,5 +1,6 @@
 """Sample the chains of a run into datasets, and prepare them for its report."""
 
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -148,9 +149,11 @@ def browsable(row: Mapping[str, Any], scorer: Scorer | None) -> dict[str, Any]:
     row: a row of D_CAI.
     scorer: finds the rules that each response breaks; None leaves `violations` out.
   """
-  chain = {name: row[name] for name in ('id', 'prompt', 'initial')}
+  chain = {name: row[name] for name in ('id', 'prompt')} | {'initial': _known(row['initial'])}
   chain['rounds'] = [
-    step | {'critique': step['critique'] if step['critique']['finish_reason'] else None}
+    step
+    | {'critique': _known(step['critique']) if step['critique']['finish_reason'] else None}
+    | {'revision': _known(step['revision'])}
     for step in row['rounds']
   ]
   if scorer is not None:
@@ -158,3 +161,9 @@ def browsable(row: Mapping[str, Any], scorer: Scorer | None) -> dict[str, Any]:
     verdicts = scorer([row['prompt']] * len(texts), texts)
     chain['violations'] = [sorted(verdict.violations) for verdict in verdicts]
   return chain
+
+
+def _known(turn: Mapping[str, Any]) -> dict[str, Any]:
+  """Return a turn without a log-probability that is not known."""
+  unknown = {'logprob'} if math.isnan(turn.get('logprob', 0.0)) else set()
+  return {name: value for name, value in turn.items() if name not in unknown}

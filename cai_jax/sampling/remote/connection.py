@@ -166,9 +166,8 @@ class Connection:
           break
         if self._closed.wait(wait):
           break
-      pause = self._pace.reserve(tokens)
-      begin += pause  # what we hold back ourselves is no failure of the server
-      if self._closed.wait(pause):
+      begin += self._wait_for_pace(tokens)  # what we hold back is no failure of the server
+      if self._closed.is_set():
         break
       attempt, wait = attempt + 1, 0.0
       try:
@@ -204,6 +203,13 @@ class Connection:
       used: the tokens that the server counted.
     """
     self._pace.settle(reserved, used)
+
+  def _wait_for_pace(self, tokens: int) -> float:
+    """Wait until a request may be sent, or the connection is closed; return the seconds."""
+    waited, pause = 0.0, self._pace.reserve(tokens)
+    while pause > 0 and not self._closed.wait(pause):
+      waited, pause = waited + pause, self._pace.remaining_pause()
+    return waited
 
   def _accept(self, response: Response, name: str) -> bytes:
     """Return the body of a response if it is an answer.

@@ -57,3 +57,8 @@ class Pace:
     """Let no request start for some seconds, as a server asks for that limits its rate."""
     with self._lock:
       self._paused_until = max(self._paused_until, self._clock() + seconds)
+
+  def remaining_pause(self) -> float:
+    """Return the seconds that are left of a pause, also for requests that have reserved a time."""
+    with self._lock:
+      return max(0.0, self._paused_until - self._clock())

@@ -325,17 +325,17 @@ def test_the_costs_of_a_judge_are_those_of_its_journal(tmp_path):
 def test_a_pace_spreads_requests_and_gives_tokens_back():
   now = [100.0]
   pace = Pace(requests_per_minute=60, tokens_per_minute=0, clock=lambda: now[0])
-  assert [pace.reserve(5) for _ in range(3)] == [0, 1, 2]
-  now[0] += 10
-  assert pace.reserve(5) == 0
+  assert [pace.start(5), pace.start(5), pace.start(5)] == [0, 1, 1]
+  now[0] += 1
+  assert [pace.start(5), pace.start(5)] == [0, 1]
   pace.pause(7)
-  assert pace.reserve(5) == 7 and pace.remaining_pause() == 7
-  now[0] += 8
-  assert pace.remaining_pause() == 0
+  assert pace.start(5) == 7
+  now[0] += 7
+  assert [pace.start(5), pace.start(5)] == [0, 1]
   pace = Pace(requests_per_minute=0, tokens_per_minute=600, clock=lambda: now[0])
-  assert pace.reserve(100) == 0 and pace.reserve(50) == 10  # 100 tokens take 10 s
-  pace.settle(reserved=50, used=20)
-  assert pace.reserve(1) == pytest.approx(12)
+  assert [pace.start(100), pace.start(50)] == [0, 10]  # 100 tokens take 10 s
+  pace.settle(reserved=100, used=20)
+  assert pace.start(50) == pytest.approx(2)
 
 
 def make_config(server, **fields):
@@ -403,9 +403,8 @@ def test_requests_keep_the_pace_of_the_config_and_wait_when_the_server_asks(tmp_
     assert sorted(future.result(timeout=60) for future in futures) == [1] * 7 + [2]
     connection.close()
   gaps = np.diff(times)
-  assert gaps.min() > 0.04 and len(times) == 9
-  later = [t - times[0] for t in times[1:]]
-  assert sum(t > 0.45 for t in later) >= 6  # those that were sent before the answer came
+  assert gaps.min() > 0.03 and len(times) == 9  # 0.05 s apart, but for the server's threads
+  assert sum(t - times[0] > 0.45 for t in times) >= 6  # some were sent before the answer came
 
 
 def test_the_name_of_the_limit_is_that_of_the_config():

@@ -16,7 +16,7 @@ import numpy as np
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.remote.answers import parse_body, read_counts
+from cai_jax.sampling.remote.answers import parse_body, read_usage
 from cai_jax.sampling.remote.connection import Connection
 from cai_jax.sampling.remote.refusals import RefusedError
 from cai_jax.sampling.types import Completion, Usage
@@ -161,7 +161,7 @@ def _ask(
 
   def read(data: bytes, attempts: int) -> tuple[JudgeAnswer, Usage]:
     answer = read_answer(data, needs_logprobs=server.verdict == 'logprobs')
-    return answer, Usage(**read_counts(parse_body(data)), attempts=attempts)
+    return answer, read_usage(parse_body(data), attempts)
 
   max_bytes = ANSWER_BYTES + TOKEN_BYTES * body['max_tokens'] * TOP_TOKENS[server.api]
   name = 'a test question' if key == 'probe' else 'a question of the judge'

@@ -104,17 +104,18 @@ def read_answer(data: bytes) -> Answer:
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
   content = parse_body(data)
-  (choice, end), counts = read_choice(content), read_counts(content)
+  (choice, end), usage = read_choice(content), read_usage(content)
+  read, sampled, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
   if end == 'content_filter':
-    return FILTERED._replace(**counts)
+    return FILTERED._replace(prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
   text = _text(choice.get('text'), 'text')
   tokens = _ids(choice, 'token_ids')
   pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
   # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
-  if tokens is None and content_ids and len(content_ids) == counts['completion_tokens']:
+  if tokens is None and content_ids and len(content_ids) == sampled:
     tokens = content_ids
   prompt_ids = _ids(choice, 'prompt_token_ids')
-  return Answer(text, end, tokens, pieces, logprobs, prompt_ids=prompt_ids, **counts)
+  return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids, cached)
 
 
 def parse_body(data: bytes) -> dict[str, Any]:
@@ -148,11 +149,15 @@ def read_choice(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
   return choice, _read_end(choice)
 
 
-def read_counts(content: Mapping[str, Any]) -> dict[str, int | None]:
-  """Return the counts in a parsed body of either API, by their names in `Usage`.
+def read_usage(content: Mapping[str, Any], attempts: int = 1) -> Usage:
+  """Return the usage in a parsed body of either API.
+
+  Args:
+    content: the body.
+    attempts: number of requests that were sent for it.
 
   Raises:
-    ProtocolError: if they do not follow the API.
+    ProtocolError: if it does not follow the API.
     ContradictionError: if there are more tokens from the cache than in the prompt.
   """
   usage = _optional(content, 'usage', dict) or {}
@@ -160,8 +165,7 @@ def read_counts(content: Mapping[str, Any]) -> dict[str, int | None]:
   read, cached = _count(usage, 'prompt_tokens'), _count(details, 'cached_tokens')
   if (cached or 0) > (read or 0):
     raise ContradictionError(f'Its usage counts {cached} cached tokens in a prompt of {read}.')
-  sampled = _count(usage, 'completion_tokens')
-  return {'prompt_tokens': read, 'cached_tokens': cached, 'completion_tokens': sampled}
+  return Usage(read, cached, _count(usage, 'completion_tokens'), attempts)
 
 
 def _read_logprobs(record: Mapping[str, Any]) -> tuple[list[str], list[float], list[int] | None]:

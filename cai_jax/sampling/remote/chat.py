@@ -9,7 +9,7 @@ from cai_jax.sampling.remote.answers import (
   ProtocolError,
   parse_body,
   read_choice,
-  read_counts,
+  read_usage,
 )
 from cai_jax.sampling.types import Completion
 
@@ -31,7 +31,7 @@ def read_chat_answer(data: bytes) -> Answer:
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
   content = parse_body(data)
-  (choice, end), counts = read_choice(content), read_counts(content)
+  (choice, end), usage = read_choice(content), read_usage(content)
   message = choice.get('message')
   if end == 'content_filter':
     message = {}
@@ -45,7 +45,13 @@ def read_chat_answer(data: bytes) -> Answer:
     text.encode()
   except UnicodeEncodeError:
     raise ProtocolError('the content of message has half of a surrogate pair') from None
-  return Answer(text, end, **counts)
+  return Answer(
+    text,
+    end,
+    prompt_tokens=usage.prompt_tokens,
+    completion_tokens=usage.completion_tokens,
+    cached_tokens=usage.cached_tokens,
+  )
 
 
 def chat_completion(answer: Answer, tokenizer: Any, stop_texts: Sequence[str]) -> Completion:

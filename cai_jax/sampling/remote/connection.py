@@ -206,10 +206,10 @@ class Connection:
 
   def _wait_for_pace(self, tokens: int) -> float:
     """Wait until a request may be sent, or the connection is closed; return the seconds."""
-    waited, pause = 0.0, self._pace.reserve(tokens)
-    while pause > 0 and not self._closed.wait(pause):
-      waited, pause = waited + pause, self._pace.remaining_pause()
-    return waited
+    begin = time.monotonic()
+    while (wait := self._pace.start(tokens)) and not self._closed.wait(wait):
+      pass
+    return time.monotonic() - begin
 
   def _accept(self, response: Response, name: str) -> bytes:
     """Return the body of a response if it is an answer.

@@ -30,24 +30,26 @@ class Pace:
     self._clock, self._lock = clock, threading.Lock()
     self._next_request = self._next_tokens = self._paused_until = 0.0
 
-  def reserve(self, tokens: int) -> float:
-    """Reserve the next time for a request, and return the seconds until then.
+  def start(self, tokens: int) -> float:
+    """Start a request now and return 0, or return the seconds after which to ask again.
 
     Args:
       tokens: tokens of its context, and the most that its reply may have.
     """
     with self._lock:
       now = self._clock()
-      start = max(now, self._next_request, self._next_tokens, self._paused_until)
-      self._next_request = start + self._seconds_per_request
-      self._next_tokens = start + tokens * self._seconds_per_token
-      return start - now
+      wait = max(self._next_request, self._next_tokens, self._paused_until) - now
+      if wait > 0:
+        return wait
+      self._next_request = now + self._seconds_per_request
+      self._next_tokens = now + tokens * self._seconds_per_token
+      return 0.0
 
   def settle(self, reserved: int, used: int) -> None:
-    """Give back the tokens that a request reserved and did not use.
+    """Give back the tokens with which a request started and that it did not use.
 
     Args:
-      reserved: the tokens that were reserved.
+      reserved: the tokens with which it started.
       used: the tokens that the server counted.
     """
     with self._lock:
@@ -57,8 +59,3 @@ class Pace:
     """Let no request start for some seconds, as a server asks for that limits its rate."""
     with self._lock:
       self._paused_until = max(self._paused_until, self._clock() + seconds)
-
-  def remaining_pause(self) -> float:
-    """Return the seconds that are left of a pause, also for requests that have reserved a time."""
-    with self._lock:
-      return max(0.0, self._paused_until - self._clock())

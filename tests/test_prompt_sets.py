@@ -452,6 +452,25 @@ def test_a_set_can_be_registered(tmp_path, restored_registries):
     register_set('xstest', PromptSet('Another', 'benign', form))
 
 
+def test_a_plugin_adds_a_set_to_a_run(tmp_path, restored_registries):
+  (tmp_path / 'sets.py').write_text(
+    'from cai_jax.data.row_form import RowForm\n'
+    'from cai_jax.data.sets import PromptSet, register_set\n'
+    "form = RowForm(fields=('ask',), plain=True, metadata={'category': ('area',)})\n"
+    "register_set('house', PromptSet('Questions about houses', 'benign', form, hub='lab/house'))\n"
+  )
+  rows = [{'ask': f'Where is room {i}?', 'area': 'house', 'id': f'room-{i}'} for i in range(4)]
+  copy = write(tmp_path / 'house.jsonl', rows)
+  config = default.get_config()
+  config.plugins = (str(tmp_path / 'sets.py'),)
+  config.prompts.harmful.update(source='house', path=copy, where=('category=house',), limit=3)
+  config.prompts.helpful.mixture = (f'house={copy}:1', f'advbench={FILES["advbench"]}:1')
+  run = pipeline.build(config, tmp_path / 'run')
+  assert [p.id for p in run.prompts['harmful']] == ['room-0', 'room-1', 'room-2']
+  helpful = {p.id for p in run.prompts['helpful'] if p.metadata['set'] == 'house'}
+  assert helpful == {f'house/room-{i}' for i in range(4)}
+
+
 def test_the_table_of_sets_is_up_to_date():
   text = (ROOT / 'docs' / 'prompts.md').read_text()
   assert update_page(text) == text, 'run `python -m cai_jax.data.set_table docs/prompts.md`'

@@ -213,8 +213,8 @@ def _draw_mixture(source: PromptSource, seed: int) -> list[Prompt]:
 def _load_component(component: Component, seed: int, seen: Set[str]) -> list[Prompt]:
   """Return the prompts of a component but those that an earlier one has.
 
-  Ids of a set are hashes, so the same prompt has the same id with and without a mixture. Files may
-  use the same ids, so theirs begin with the component's label.
+  Ids of a published set are hashes, so a prompt has the same id with and without a mixture. Rows of
+  two components may have the same id, so ids that come from rows begin with the component's label.
 
   Args:
     component: the component.
@@ -229,7 +229,7 @@ def _load_component(component: Component, seed: int, seen: Set[str]) -> list[Pro
       'because an earlier component of the mixture has them.'
     )
   label = {'set': component.label}
-  prefix = '' if component.source.source in PROMPT_SETS else f'{component.label}/'
+  prefix = f'{component.label}/' if row_form(component.source).keep_ids else ''
   return [
     dataclasses.replace(p, id=f'{prefix}{p.id}', metadata={**p.metadata, **label}) for p in own
   ]

@@ -104,6 +104,7 @@ register_set(
       keep_ids=False,
     ),
     gated=True,
+    seen='filyp/ai-discomfort@d4b7ef5 (rows of a copy); unverified: the names of its columns',
   ),
 )
 register_set(
@@ -123,8 +124,8 @@ register_set(
       metadata={'category': ('Category',), 'behavior': ('Behavior',), 'origin': ('Source',)},
       keep_ids=False,
     ),
-    seen='Azure/PyRIT@1299e90 (a reader), rahulb99/trustworthy-nlp@dfd9235 (an earlier file); '
-    'unverified: Index and Source',
+    seen='Azure/PyRIT@1299e90 (a reader), rahulb99/trustworthy-nlp@dfd9235 (an earlier file), '
+    'Baisayan/hack@2b37da1 (a copy with names in lower case)',
   ),
 )
 register_set(
@@ -163,7 +164,7 @@ register_set(
     size='939',
     hub='LibrAI/do-not-answer',
     repository='Libr-AI/do-not-answer',
-    file='data_en.csv',
+    file='datasets/Instruction/do_not_answer_en.csv',
     form=RowForm(
       fields=('question',),
       plain=True,
@@ -174,7 +175,7 @@ register_set(
       },
       keep_ids=False,
     ),
-    seen='Azure/PyRIT@1299e90 (a reader); unverified: the name of the file in the repository',
+    seen='Azure/PyRIT@1299e90, promptfoo/promptfoo@01f2dd5 (readers)',
   ),
 )
 register_set(

@@ -23,6 +23,7 @@ def test_every_mode_runs_all_turns(job, mode, tmp_path):
   assert d_cai.shard_path(tmp_path / 'd_cai', 0).exists() == (mode == 'run')
 
 
+@pytest.mark.slow
 def test_the_start_benchmark_measures_an_empty_and_a_full_cache(tmp_path, capsys, monkeypatch):
   from faults import program
 

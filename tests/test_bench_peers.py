@@ -189,6 +189,7 @@ def one_thread():
   torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_static_and_continuous_peers_compute_the_same_model(tmp_path, one_thread):
   folder = tmp_path / 'model'
   models.write_model(folder, SHAPE)

@@ -97,7 +97,7 @@ def repeated_items(count, settings=SETTINGS):
   ('windows', 'dtype'),
   [
     ((), 'float32'),
-    ((None, 40), 'bfloat16'),
+    pytest.param((None, 40), 'bfloat16', marks=pytest.mark.slow),
     pytest.param((None, 40), 'float32', marks=pytest.mark.slow),
     pytest.param((), 'bfloat16', marks=pytest.mark.slow),
   ],
@@ -117,6 +117,7 @@ def test_drafts_change_no_bit(repetitive, dtype, windows):
     assert f'{faster.draft_tokens / faster.draft_steps:.2f} tokens' in describe(faster.summary())
 
 
+@pytest.mark.slow
 def test_drafts_of_few_slots_change_no_token(repetitive):
   plain, _ = run(repetitive, repeated_items(6), slots=4)
   for slots, drafts in ((4, 7), (1, 2)):

@@ -364,7 +364,7 @@ def test_eight_devices_with_a_shared_prefix_give_the_tokens_of_one(lm):
   assert tokens_of(one) == tokens_of(eight)
 
 
-@pytest.mark.parametrize('prefixes', [{}, {'base': PREFIXES}])
+@pytest.mark.parametrize('prefixes', [pytest.param({}, marks=pytest.mark.slow), {'base': PREFIXES}])
 def test_windowed_layers_cache_a_window_and_match_the_full_forward(lm, monkeypatch, prefixes):
   """Some turns have more tokens than such a layer keeps; the last rewinds further than it can."""
   monkeypatch.setattr(config_lib, 'REWIND', 2)

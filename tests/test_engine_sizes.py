@@ -27,7 +27,7 @@ from tests.test_engine import (  # noqa: F401
 )
 
 
-@pytest.mark.parametrize('windows', [(), (None, 40)])
+@pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_sizes_of_chunks_change_no_bit_and_those_of_pages_no_token(lm, windows):  # noqa: F811
   """This holds on CPUs in f32, if the number of rows is the same or at least 64."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
@@ -65,7 +65,7 @@ def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monke
   assert (False, False) in waits and (True, False) not in waits
 
 
-@pytest.mark.parametrize('windows', [(), (None, 40)])
+@pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_moving_pages_changes_no_bit(lm, monkeypatch, windows):  # noqa: F811
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   monkeypatch.setattr(page_cache, 'MIN_BLOCK', 2)
@@ -111,6 +111,7 @@ def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatc
   assert few == dict(engine(slots=6, page_tokens=8).run(new_items()))
 
 
+@pytest.mark.slow
 def test_a_small_pool_in_each_batch_shard_is_enough(lm, monkeypatch):  # noqa: F811
   mesh = make_mesh(data=2, devices=jax.devices()[:2])
   params = jax.device_put(lm.params, param_shardings(lm.params, mesh))

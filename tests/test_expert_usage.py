@@ -51,7 +51,7 @@ def run_engine(lm):
   ('family', 'shape'),
   [
     ('mixtral', None),
-    ('qwen3_moe', None),
+    pytest.param('qwen3_moe', None, marks=pytest.mark.slow),
     pytest.param('qwen3_moe', (2, 1, 2, 2), marks=pytest.mark.slow),
     pytest.param('mixtral', (1, 2, 1, 4), marks=pytest.mark.slow),
   ],

@@ -164,10 +164,10 @@ def run_routed(layer, x, weights, ids):
 @pytest.mark.parametrize(
   ('shape', 'bias'),
   [
-    ((1, 1, 1, 8), False),
+    pytest.param((1, 1, 1, 8), False, marks=pytest.mark.slow),
     ((2, 1, 2, 2), False),
-    ((1, 2, 2, 2), False),
-    ((2, 2, 1, 2), False),
+    pytest.param((1, 2, 2, 2), False, marks=pytest.mark.slow),
+    pytest.param((2, 2, 1, 2), False, marks=pytest.mark.slow),
     ((1, 2, 2, 2), True),
   ],
 )

@@ -152,7 +152,7 @@ def trained(load, tiny_hf_folder):
   return get
 
 
-def test_ten_losses_agree_with_torch(trained, family):
+def test_ten_losses_agree_with_torch(trained, family, quick_compilation):
   _, theirs, ours, _ = trained(family)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 

@@ -103,6 +103,7 @@ def test_only_adapters_are_trained_and_saved(tiny_hf_folder, items, tmp_path, dt
   jax.tree.map(np.testing.assert_array_equal, resumed, params)
 
 
+@pytest.mark.slow
 def test_training_adapters_on_eight_devices_equals_one_device(tiny_hf_folder, items):
   lm = lm_lib.load(tiny_hf_folder('llama3'), mesh=one_device())
   config = dataclasses.replace(CONFIG, eps=1e-2, warmup=0.0)
@@ -133,6 +134,7 @@ def test_invalid_lora_settings_are_refused(tiny_hf_folder):
       dataclasses.replace(CONFIG, **fields)
 
 
+@pytest.mark.slow
 def test_bf16_gradients_of_adapters_agree_with_f32(tiny_hf_folder, items):
   """With a bf16 compute dtype the frozen parameters are bf16 and the adapters stay f32."""
   lm = lm_lib.load(tiny_hf_folder('llama3'), mesh=one_device())

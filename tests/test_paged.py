@@ -10,7 +10,7 @@ from cai_jax.sampling import config
 from tests.test_engine import PREFIXES, assert_close, chain, contexts, lm, run  # noqa: F401
 
 
-@pytest.mark.parametrize('windows', [(), (None, 40)])
+@pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_the_attention_of_accelerators_gives_the_tokens_of_cpus(lm, monkeypatch, windows):  # noqa: F811
   """Accelerators gather pages in place of loops, and never mix prefill with decoding."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))

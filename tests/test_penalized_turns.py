@@ -108,6 +108,7 @@ def test_a_banned_token_is_not_drawn_and_one_beyond_the_vocabulary_refused(lm): 
     run(lm, [('a', chain([1], 1, sampling=sampling))])
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_tokens_of_one_with_penalties(lm):  # noqa: F811
   """The vocabulary is split over two of the devices, and the slots over four groups."""
   mesh = make_mesh(data=2, fsdp=2, tensor=2)

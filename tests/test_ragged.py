@@ -147,7 +147,7 @@ def stacked(kernel: str, pages: LayerCache) -> ragged.RaggedPages | triton.Trito
 
 
 @pytest.mark.parametrize('kernel', ['ragged', 'triton'])
-@pytest.mark.parametrize('scores', [PLAIN, Scores(0.3, 1.5)])
+@pytest.mark.parametrize('scores', [pytest.param(PLAIN, marks=pytest.mark.slow), Scores(0.3, 1.5)])
 @pytest.mark.parametrize(
   ('window', 'has_prefix', 'rows', 'decoded', 'segments'),
   [
@@ -179,7 +179,7 @@ def test_parts_of_a_row_make_the_whole(monkeypatch, has_prefix):
 
 
 @pytest.mark.parametrize('kernel', ['ragged', 'triton'])
-@pytest.mark.parametrize('has_prefix', [False, True])
+@pytest.mark.parametrize('has_prefix', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sinks_give_the_same_as_with_pages(kernel, has_prefix):
   case = kernel, None, has_prefix, {0: 6, 1: 34}, [1], [(2, 4, 17)], PLAIN
   (ours, _), (theirs, _) = attend_both(*case, sinks=jnp.array([3.0, -1.0, 0.5, 2.0]))

@@ -121,7 +121,7 @@ def test_early_stopping_exports_the_best_step(params, tmp_path):
     fit(params, tmp_path, EARLY, held_out=HELD_OUT)
 
 
-@pytest.mark.parametrize('lora_rank', [0, 2])
+@pytest.mark.parametrize('lora_rank', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_exports_the_same_best_step(params, tmp_path, monkeypatch, lora_rank):
   """The run is killed after its best step, before and after the next checkpoint."""
   config = dataclasses.replace(EARLY, lora_rank=lora_rank, epochs=20, ema=0.5)

@@ -65,7 +65,11 @@ def assert_agree(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(a, b, atol=tolerance)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+  'sizes',
+  [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 8, 1), (2, 2, 2)]
+  + [pytest.param((1, 2, 4), marks=pytest.mark.slow)],
+)
 def test_eight_devices_equal_one_after_twenty_steps(twenty_steps, sizes):
   state, metrics = run_steps(CONFIG, make_mesh(*sizes), count=20)
   assert_agree((state, metrics), twenty_steps)

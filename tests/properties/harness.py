@@ -22,7 +22,7 @@ Write one file `test_properties_of_<reader>.py` for each reader:
 A `Fault` is a small mistake in the source of a reader. `test_planted_faults.py` plants one at a
 time in the worker's copy of the module, and requires that `check_reader` finds a violation.
 
-The number of inputs for each reader is 25, or the environment variable PROPERTY_EXAMPLES. They are
+The number of inputs for each reader is 15, or the environment variable PROPERTY_EXAMPLES. They are
 the same in every run, unless PROPERTY_SEED sets another seed.
 """
 
@@ -44,7 +44,7 @@ from hypothesis import strategies as st
 
 SECONDS = 5.0
 MEMORY = 2**30
-EXAMPLES = int(os.environ.get('PROPERTY_EXAMPLES', 25))
+EXAMPLES = int(os.environ.get('PROPERTY_EXAMPLES', 15))
 
 Files = dict[str, bytes]
 

@@ -246,7 +246,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added.add('engine.attention')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}
-  assert set(fields) - set(before) == added | {'feedback.topicality'}
+  assert set(fields) - set(before) == added | {'feedback.topicality', 'feedback.options'}
 
 
 def test_config_of_version_1_builds_the_run_of_the_default_config(tmp_path, capsys):

@@ -5,6 +5,7 @@ The blocks of a page run in their order, in a folder that has the checkout's fil
 block changes that:
 
   <!-- not run: REASON -->           the block is not executed
+  <!-- file: NAME -->                the block is written to a file, which later blocks can use
   <!-- tested with: --dry_run -->    its commands get this flag too
 """
 
@@ -110,6 +111,9 @@ def test_blocks_of_a_page_run_in_their_order(page, checkout, monkeypatch, restor
   monkeypatch.chdir(checkout)
   namespace: dict = {}
   for block in (b for b in ALL if b.page == page and runs(b)):
+    if block.note.startswith('file: '):
+      (checkout / block.note.removeprefix('file: ')).write_text(block.code, encoding='utf-8')
+      continue
     if block.language == 'python':
       exec(compile(block.code, f'{page}:{block.line}', 'exec'), namespace)
       continue

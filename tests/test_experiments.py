@@ -25,6 +25,7 @@ FILES = (
   'control_initial',
   'model_size',
   'temperature',
+  'variants',
 )
 SMALL = """
 from cai_jax.experiment import Arm, Experiment

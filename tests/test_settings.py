@@ -106,7 +106,12 @@ object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
 @pytest.mark.parametrize(
   'settings',
   [
-    FeedbackConfig(template_options=(('thinking', False),), topicality=False),
+    FeedbackConfig(
+      template_options=(('thinking', False),),
+      topicality=False,
+      variant='debate',
+      options=(('statements', 2),),
+    ),
     StageSampling(PENALIZED, PENALIZED, PENALIZED),
     ConstitutionConfig(leave_out=('a',)),
     MODEL,

@@ -261,7 +261,7 @@ def test_simulated_chains_reduce_violations_by_the_required_margins():
   assert violating[4] < direct[4][0] < 0.5 * violating[0]
   benign = simulate.simulate_chains(principles, count=1000, bait_counts=(0,))
   assert max(rate for rate, _ in benign) <= 0.03
-  with pytest.raises(UserError, match="Unknown variant 'best'"):
+  with pytest.raises(UserError, match="no round of the grammar named 'best'"):
     simulate.simulate_chains(principles, variant='best')
 
 

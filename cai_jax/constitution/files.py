@@ -48,15 +48,15 @@ def read_constitution(path: str, names: Sequence[str] = ()) -> Parts:
     return _json_parts(instructions)[0], demonstrations
   if not os.path.exists(path):
     raise UserError(
-      f'there is no such constitution. Give one of {list(names)}, a .yaml or .json file, or a '
-      'folder.'
+      f'there is no such constitution. Give one of {list(names)}, a .yaml, .json or .md file, or '
+      'a folder.'
     )
   suffix = os.path.splitext(path)[1].lower()
   if suffix == '.json':
     return _json_parts(path)
   if suffix in ('.yaml', '.yml'):
     return _parts(_parse_file(path, parse_yaml))
-  raise UserError('a constitution must be a .yaml, .yml or .json file, or a folder.')
+  raise UserError('a constitution must be a .yaml, .yml, .json or .md file, or a folder.')
 
 
 def _json_parts(path: str) -> Parts:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cai_jax.constitution.files import read_constitution
 from cai_jax.constitution.principles import Constitution, Principle
+from cai_jax.constitution.prose import SUFFIX, read_prose
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.registry import Registry
 from cai_jax.runtime.settings import setting
@@ -25,8 +26,9 @@ class ConstitutionConfig:
 
   path: str = setting(
     'general',
-    "'general' (against harm), 'everyday' (for ordinary help), 'tiny', a YAML or JSON file, or the "
-    'folder of the published JSON files. docs/constitutions.md lists constitutions.',
+    "'general' (against harm), 'everyday' (for ordinary help), 'tiny', a YAML or JSON file, the "
+    'folder of the published JSON files, or a Markdown file in sections, each of which is a '
+    'principle. docs/constitutions.md lists constitutions.',
     path=True,
   )
   tags: tuple[str, ...] = setting(
@@ -53,8 +55,11 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
   """
   path = CONSTITUTIONS[config.path] if config.path in CONSTITUTIONS else config.path
   try:
-    principles, demonstrations = read_constitution(path, sorted(CONSTITUTIONS))
-    constitution = Constitution(tuple(principles), tuple(demonstrations))
+    if path.lower().endswith(SUFFIX):
+      constitution = read_prose(path)
+    else:
+      principles, demonstrations = read_constitution(path, sorted(CONSTITUTIONS))
+      constitution = Constitution(tuple(principles), tuple(demonstrations))
     _check_different(constitution.principles)
   except UserError as error:
     message = str(error)

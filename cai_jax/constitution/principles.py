@@ -69,6 +69,8 @@ class Constitution:
       alternate; the first message is a request and the last is a reply.
     drawn_from: the principles before some were left out, in the order of the file; () means that
       none were. See `draw_principles`.
+    sections: (id of a principle, text) of the document that the principles come from, in its order;
+      () if they come from a list.
 
   Raises:
     UserError: if there is no principle, an id occurs twice, or a demonstration is malformed.
@@ -77,6 +79,7 @@ class Constitution:
   principles: tuple[Principle, ...]
   demonstrations: tuple[tuple[dict[str, str], ...], ...] = ()
   drawn_from: tuple[Principle, ...] = ()
+  sections: tuple[tuple[str, str], ...] = ()
 
   def __post_init__(self) -> None:
     object.__setattr__(self, 'principles', tuple(self.principles))
@@ -97,10 +100,17 @@ class Constitution:
   def fingerprint(self) -> str:
     """Return a hash of the whole content: 16 hex digits, the same on every machine."""
     fields = dataclasses.asdict(self)
-    if not self.drawn_from:  # earlier versions left out no principle
-      del fields['drawn_from']
+    for name in ('drawn_from', 'sections'):
+      if not fields[name]:  # earlier versions left out no principle, and read no document
+        del fields[name]
     content = json.dumps(fields, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+  @property
+  def document(self) -> str:
+    """The sections of the principles as one text; '' if the principles come from a list."""
+    kept = {principle.id for principle in self.principles}
+    return '\n\n'.join(text for name, text in self.sections if name in kept)
 
 
 def draw_principles(

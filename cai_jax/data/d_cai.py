@@ -37,16 +37,32 @@ _IDS_KNOWN = tfds.features.Scalar(
   'the config, and the log-probabilities are NaN',
 )
 
+_DETAILS = {
+  'revised': tfds.features.Scalar(
+    np.bool_, doc='whether the round revised; if not, `revision` repeats the response before'
+  ),
+  'sampled_tokens': tfds.features.Scalar(
+    np.int32, doc='tokens of all turns of the round, those that were not kept included'
+  ),
+  'details': _TEXT(doc='what the variant records besides, as a JSON object'),
+}
 
-def make_features(thoughts: bool = False, unknown_ids: bool = False) -> tfds.features.FeaturesDict:
+
+def make_features(
+  thoughts: bool = False, unknown_ids: bool = False, details: bool = False
+) -> tfds.features.FeaturesDict:
   """Return the schema of D_CAI.
 
   Args:
     thoughts: whether each turn has the field `thoughts`, as in runs of reasoning models.
     unknown_ids: whether each turn has the field `ids_known`, as in runs with a chat-only server.
+    details: whether each round has the fields `revised`, `sampled_tokens` and `details`, as with
+      variants that may keep a response or sample more than a critique and a revision.
   """
   turn = _TURN | ({'thoughts': _THOUGHTS} if thoughts else {})
   turn |= {'ids_known': _IDS_KNOWN} if unknown_ids else {}
+  step = {'principle': _TEXT(doc='its id'), 'critique': turn, 'revision': turn}
+  step |= _DETAILS if details else {}
   return tfds.features.FeaturesDict(
     {
       'id': _TEXT(),
@@ -54,9 +70,7 @@ def make_features(thoughts: bool = False, unknown_ids: bool = False) -> tfds.fea
       'prompt': tfds.features.Sequence({'role': _TEXT(), 'content': _TEXT()}),
       'metadata': _TEXT(doc="the prompt's metadata as a JSON object"),
       'initial': turn,
-      'rounds': tfds.features.Sequence(
-        {'principle': _TEXT(doc='its id'), 'critique': turn, 'revision': turn}
-      ),
+      'rounds': tfds.features.Sequence(step),
       # TFDS cannot write nested sequences without TensorFlow, so all turns share one sequence.
       'logprobs': tfds.features.Sequence(
         np.float32, doc='log P of each sampled token in nats: y_init, critique 1, revision 1, ...'
@@ -93,6 +107,7 @@ def write_shard(
   rows: Sequence[dict[str, Any]],
   thoughts: bool = False,
   unknown_ids: bool = False,
+  details: bool = False,
 ) -> None:
   """Write one shard atomically.
 
@@ -100,11 +115,12 @@ def write_shard(
     folder: the folder of the dataset, which exists. If it was deleted during the run, its earlier
       shards are gone, so it is not created again.
     index: the index of the shard.
-    rows: the rows of the shard, with the fields of `make_features(thoughts, unknown_ids)`.
+    rows: the rows of the shard, with the fields of `make_features` for the same arguments.
     thoughts: whether the turns have thoughts.
     unknown_ids: whether the turns say if their ids are known.
+    details: whether the rounds have details.
   """
-  features = make_features(thoughts, unknown_ids)
+  features = make_features(thoughts, unknown_ids, details)
   serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   with replacing(shard_path(folder, index)) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), 'group_size:1')
@@ -137,6 +153,7 @@ def write_metadata(
   shard_lengths: Sequence[int],
   thoughts: bool = False,
   unknown_ids: bool = False,
+  details: bool = False,
 ) -> None:
   """Write the metadata that turns the shards of a folder into a TFDS dataset.
 
@@ -145,6 +162,7 @@ def write_metadata(
     shard_lengths: the number of rows in each shard.
     thoughts: whether the turns have thoughts.
     unknown_ids: whether the turns say if their ids are known.
+    details: whether the rounds have details.
 
   Raises:
     UserError: if a shard is missing, or there is one too many.
@@ -168,7 +186,7 @@ def write_metadata(
   with writing(folder):
     tfds.folder_dataset.write_metadata(
       data_dir=str(folder),
-      features=make_features(thoughts, unknown_ids),
+      features=make_features(thoughts, unknown_ids, details),
       split_infos=[split],
       filename_template=_filename_template(folder),
       description="Constitutional AI's supervised dataset: prompts, critiques and revisions.",
@@ -292,6 +310,16 @@ def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
     return Rows(builder.as_data_source(split), directory)
   except Exception as error:  # as above
     raise _damaged(directory, f'split {split!r}', error) from error
+
+
+def round_tokens(step: Mapping[str, Any]) -> int:
+  """Return the number of tokens that a round sampled.
+
+  Args:
+    step: a round of a row. Variants without candidates do not have the field `sampled_tokens`.
+  """
+  turns = step['critique'], step['revision']
+  return step.get('sampled_tokens', sum(turn['num_tokens'] for turn in turns))
 
 
 def check_schema(directory: str | os.PathLike) -> None:

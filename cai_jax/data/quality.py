@@ -246,7 +246,7 @@ def find_row_flags(
   references: References | None = None,
   scores: Mapping[str, float] | None = None,
 ) -> frozenset[str]:
-  """Return the flags of one response in a row of D_CAI.
+  """Return the flags of one response in a row of D_CAI; none of a response that its round kept.
 
   Args:
     row: as `data.d_cai` reads it.
@@ -259,6 +259,8 @@ def find_row_flags(
       row['prompt'], None, None, row['initial'], references=references, scores=scores
     )
   step = row['rounds'][round_index]
+  if not step.get('revised', True):
+    return frozenset()
   previous = row['rounds'][round_index - 1]['revision'] if round_index else row['initial']
   return find_flags(
     row['prompt'],

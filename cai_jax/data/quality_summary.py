@@ -94,8 +94,10 @@ def summarize(
     initial_lengths.append(length_before)
     for index, step in enumerate(row['rounds']):
       counts = rounds[index]
-      counts.flags.update(flags_of[row['id'], index])
       counts.principles[step['principle']] += 1
+      if not step.get('revised', True):  # the round kept the response, so there is no revision
+        continue
+      counts.flags.update(flags_of[row['id'], index])
       length = len(split_words(step['revision']['text']))
       counts.lengths.append(length)
       if length_before:

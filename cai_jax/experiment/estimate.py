@@ -15,7 +15,6 @@ import numpy as np
 
 from cai_jax import pipeline
 from cai_jax.feedback import generate
-from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
@@ -103,9 +102,9 @@ def _chain_turns(run: pipeline.Run, names: Sequence[str], model: str) -> dict[st
     turns_by_digest |= _reply_turns(count, run.config.sampling.initial, [answer_settings, prompts])
     if model != 'base' or name.endswith('helpful'):
       continue
-    for turn, stage in VARIANTS[run.config.feedback.variant].turns(run.config.feedback.rounds):
+    for turn, stage in run.config.feedback.plan():
       if turn != 'initial':  # counted above, since runs with other variants share it
-        sampling = getattr(run.config.sampling, stage)
+        sampling = run.config.sampling.of_stage(stage, run.config.feedback.variant)
         turns_by_digest |= _reply_turns(count, sampling, [revision_settings, prompts, turn])
   return turns_by_digest
 

@@ -153,10 +153,8 @@ def _revising_principle(response: str, row: Mapping[str, Any]) -> str:
 
 def _spent_tokens(response: str, row: Mapping[str, Any]) -> int:
   """Return the number of tokens that a chain samples up to a response."""
-  turns = [row['initial']]
-  for finished in row['rounds'][: _round_of(response, row)]:
-    turns += [finished['critique'], finished['revision']]
-  return sum(turn['num_tokens'] for turn in turns)
+  rounds = row['rounds'][: _round_of(response, row)]
+  return row['initial']['num_tokens'] + sum(map(d_cai.round_tokens, rounds))
 
 
 def _choice_costs(response: str, folder: pathlib.Path) -> Mapping[str, int] | None:

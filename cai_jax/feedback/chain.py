@@ -15,27 +15,38 @@ to describe one round:
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from cai_jax.constitution import Principle
+from cai_jax.constitution import Constitution, Principle
 from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.score import VariantChain
 from cai_jax.feedback.stage import Reply, Stage
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
-from cai_jax.sampling.types import Chain, Completion, Turn
+from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-  """The stages of a chain, one for each kind of turn."""
+  """The stages of a chain, one for each kind of turn.
+
+  Attributes:
+    initial: samples y_init.
+    critique: samples critiques.
+    revision: samples revisions.
+    extra: the stages that the variant adds, by name.
+  """
 
   initial: Stage
   critique: Stage
   revision: Stage
+  extra: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
 
   def by_name(self) -> dict[str, Stage]:
-    """Return the stages under the names 'initial', 'critique' and 'revision', in this order."""
-    return {'initial': self.initial, 'critique': self.critique, 'revision': self.revision}
+    """Return the stages by name: 'initial', 'critique', 'revision', then those of the variant."""
+    own = {'initial': self.initial, 'critique': self.critique, 'revision': self.revision}
+    return own | dict(self.extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +54,20 @@ class Round:
   """One round of a chain.
 
   Attributes:
-    principle: the principle that the round applies.
+    principle: the principle that the round applies, or None if it applies several.
     critique: the critique, or None if the round samples none.
-    revision: the revised response.
+    revision: the revised response, or None if the response stays as it was.
+    details: what else the variant records, as an object of JSON types. A variant that records
+      something, or that may keep a response, is registered with `records=True`.
+    sampled_tokens: number of tokens of all turns of the round, as `revise_in_rounds` counts them;
+      None means those of the critique and the revision.
   """
 
-  principle: Principle
+  principle: Principle | None
   critique: Reply | None
-  revision: Reply
+  revision: Reply | None
+  details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampled_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,24 +82,84 @@ class Record:
 # The variant registry.
 
 TurnPlan = Sequence[tuple[str, str]]  # (turn name, stage name) of each turn, in order
+NEEDS = ('donor', 'constitution')  # what a chain can ask for besides its principles
+
+
+class ExtraStage(NamedTuple):
+  """A stage that a variant adds to 'initial', 'critique' and 'revision'.
+
+  Attributes:
+    parent: the stage of these three whose model, demonstrations and sampling settings it has.
+    changes: sampling settings that differ from those of the parent, such as {'max_tokens': 1}.
+  """
+
+  parent: str
+  changes: Mapping[str, Any]
+
+  def sampling(self, parent: SamplingConfig) -> SamplingConfig:
+    """Return the sampling settings of this stage.
+
+    Args:
+      parent: the settings of its parent.
+    """
+    return dataclasses.replace(parent, **self.changes)
+
+
+class RaterName(NamedTuple):
+  """What rates the candidates of a variant.
+
+  Attributes:
+    kind: a name in `scoring.raters.RATERS`.
+    model: name of the judge, checkpoint or scorer.
+    label: label of a classifier; '' if it has only one.
+  """
+
+  kind: str
+  model: str
+  label: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
   """A registered variant of the chain: how a response is revised.
 
-  Attributes:
-    chain: the generator function, called as `chain(prompt, principles, stages, growing)`.
-    turns: returns the turns that the chain takes for a number of rounds.
-    needs_donor: whether `chain` also takes the keyword `donor`, another harmful prompt.
-    longest: a generator function without a donor, whose contexts are measured instead of those of
-      `chain`; None measures `chain`.
+  Attributes: those of `register_variant`, and
+    chain: the generator function, called as `chain(prompt, principles, stages, growing)` with the
+      keywords that `inputs` names.
   """
 
-  chain: Callable[..., Chain]
-  turns: Callable[[int], TurnPlan]
-  needs_donor: bool = False
-  longest: Callable[..., Chain] | None = None
+  chain: Callable[..., VariantChain]
+  turns: Callable[..., TurnPlan]
+  needs: frozenset[str] = frozenset()
+  longest: Callable[..., VariantChain] | None = None
+  options: type | None = None
+  stages: Mapping[str, ExtraStage] = dataclasses.field(default_factory=dict)
+  rater: Callable[[Any], RaterName | None] = lambda options: None
+  records: bool = False
+  check: Callable[[Constitution, Any], None] = lambda constitution, options: None
+
+  @property
+  def needs_donor(self) -> bool:
+    """Whether the chain takes another harmful prompt."""
+    return 'donor' in self.needs
+
+  def plan(self, rounds: int, options: Any = None) -> TurnPlan:
+    """Return (turn name, stage name) of the turns that a chain takes at most, in order.
+
+    Args:
+      rounds: number of rounds.
+      options: an instance of `options`, if the variant has options.
+    """
+    return self.turns(rounds) if self.options is None else self.turns(rounds, options)
+
+  def inputs(self, **available: Any) -> dict[str, Any]:
+    """Return the keywords of the chain.
+
+    Args:
+      available: 'options', and the names in `NEEDS`.
+    """
+    names = self.needs | ({'options'} if self.options is not None else set())
+    return {name: value for name, value in available.items() if name in names}
 
 
 VARIANTS: Registry[Variant] = Registry('variant')
@@ -90,33 +167,75 @@ VARIANTS: Registry[Variant] = Registry('variant')
 
 def register_variant(
   name: str,
-  turns: Callable[[int], TurnPlan],
-  needs_donor: bool = False,
-  longest: Callable[..., Chain] | None = None,
-) -> Callable[[Callable[..., Chain]], Callable[..., Chain]]:
+  turns: Callable[..., TurnPlan],
+  *,
+  needs: Collection[str] = (),
+  longest: Callable[..., VariantChain] | None = None,
+  options: type | None = None,
+  stages: Mapping[str, ExtraStage] | None = None,
+  rater: Callable[[Any], RaterName | None] = lambda options: None,
+  records: bool = False,
+  check: Callable[[Constitution, Any], None] = lambda constitution, options: None,
+) -> Callable[[Callable[..., VariantChain]], Callable[..., VariantChain]]:
   """Return a decorator that registers a chain function as a value of `feedback.variant`.
 
   Before sampling, the job runs the chain on placeholder replies of maximum length to find the
-  longest context. The turns of a chain must therefore not depend on the text of its replies.
+  longest context. If the turns of a chain depend on the text of its replies, give `longest`.
 
   Args:
     name: the value of `feedback.variant` that selects the variant.
-    turns: a function from the number of rounds to the (turn name, stage name) of each turn in
-      order; a stage name is 'initial', 'critique' or 'revision'. The names must be those that the
-      chain yields. They are used to estimate the cost of an experiment.
-    needs_donor: whether the chain also takes the keyword `donor: Prompt`, another harmful prompt.
-    longest: a chain function without a donor. If it is given, its contexts are measured to find the
-      longest one, instead of those of the chain.
+    turns: a function from the number of rounds, and the options if the variant has any, to the
+      (turn name, stage name) of each turn in order. The names must be those that the chain yields.
+      If a chain may leave turns out, these are the turns that it takes at most. They are used to
+      estimate the cost of an experiment.
+    needs: names in `NEEDS`. The chain takes each as a keyword: `donor: Prompt`, another harmful
+      prompt, and `constitution: Constitution`.
+    longest: a chain function that is measured instead, without a donor. No context of the chain may
+      be longer than the longest of this function's, under any principle.
+    options: a frozen dataclass with the settings of the variant, whose fields are made by
+      `setting`. `feedback.options` gives their values, and the chain takes them as `options`.
+    stages: the stages that the variant adds, by name.
+    rater: a function from the options to what rates the `Score`s that the chain yields; None if it
+      yields none.
+    records: whether the rounds have details, or may keep a response. D_CAI then has the fields
+      `revised`, `sampled_tokens` and `details`.
+    check: raises UserError if the variant cannot work with a constitution and its options.
 
   Raises:
     UserError: if the name is taken.
+    ValueError: if `needs` has an unknown name.
   """
+  if unknown := set(needs) - set(NEEDS):
+    raise ValueError(f'needs={sorted(unknown)} must be some of {NEEDS}.')
 
-  def store(chain: Callable[..., Chain]) -> Callable[..., Chain]:
-    VARIANTS.register(name)(Variant(chain, turns, needs_donor, longest))
+  def store(chain: Callable[..., VariantChain]) -> Callable[..., VariantChain]:
+    added = dict(stages or {})
+    VARIANTS.register(name)(
+      Variant(chain, turns, frozenset(needs), longest, options, added, rater, records, check)
+    )
     return chain
 
   return store
+
+
+def build_options(name: str, pairs: Sequence[tuple[str, Any]]) -> Any:
+  """Return the options of a variant, or None if it has none.
+
+  Args:
+    name: name of the variant.
+    pairs: (name, value) pairs; options that are not given have their defaults.
+
+  Raises:
+    UserError: if the variant has no such option, or a value is not allowed.
+  """
+  section, given = VARIANTS[name].options, dict(pairs)
+  known = [field.name for field in dataclasses.fields(section)] if section is not None else []
+  unknown = [option for option in given if option not in known]
+  if unknown or len(given) < len(pairs):
+    allowed = f'has the options {", ".join(known)}' if known else 'has no options'
+    wrong = f'{unknown[0]!r} is not an option' if unknown else 'an option is given twice'
+    raise UserError(f'feedback.options: {wrong}. The variant {name!r} {allowed}.')
+  return section(**given) if section is not None else None
 
 
 def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
@@ -136,7 +255,7 @@ def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:
 # Helpers that variants share.
 
 Context = list[dict[str, Any]]  # messages whose content is a text or a Reply
-RoundFunction = Callable[[int, Principle, Context, Stages], Generator[Turn, Completion, Round]]
+RoundFunction = Callable[[int, Principle, Context, Stages], VariantChain]  # returns a Round
 
 
 def message(role: str, content: str | Reply) -> dict[str, Any]:
@@ -166,7 +285,7 @@ def revise_in_rounds(
   stages: Stages,
   growing: bool,
   revise: RoundFunction,
-) -> Chain:
+) -> VariantChain:
   """Sample y_init, then one round for each principle.
 
   Args:
@@ -180,21 +299,40 @@ def revise_in_rounds(
       with the latest response; `revise` appends its requests and critiques.
   """
   initial = yield from stages.initial.ask('initial', prompt.messages, 'assistant')
-  context = [*prompt.messages, message('assistant', initial)]
-  rounds = []
+  context, latest = [*prompt.messages, message('assistant', initial)], initial
+  rounds: list[Round] = []
   for number, principle in enumerate(principles, 1):
-    finished = yield from revise(number, principle, context, stages)
+    finished = yield from _count_tokens(revise(number, principle, context, stages))
     rounds.append(finished)
-    if growing:
-      context.append(message('revision', finished.revision))
-    else:
-      context = [*prompt.messages, message('assistant', finished.revision)]
+    latest = finished.revision or latest
+    if not growing:
+      context = [*prompt.messages, message('assistant', latest)]
+    elif finished.revision is not None:
+      context.append(message('revision', latest))
   return Record(prompt, initial, tuple(rounds))
+
+
+def _count_tokens(chain: VariantChain) -> VariantChain:
+  """Return the round that a chain returns, with the number of tokens that it sampled."""
+  count, answer = 0, None
+  error: UserError | None = None
+  while True:
+    try:
+      item = chain.send(answer) if error is None else chain.throw(error)
+    except StopIteration as done:
+      return dataclasses.replace(done.value, sampled_tokens=count)
+    answer = error = None
+    try:
+      answer = yield item
+    except UserError as refusal:  # the engine refuses the turn
+      error = refusal
+    else:
+      count += len(answer.tokens) if isinstance(answer, Completion) else 0
 
 
 def register_rounds(
   name: str, *stage_names: str
-) -> Callable[[RoundFunction], Callable[..., Chain]]:
+) -> Callable[[RoundFunction], Callable[..., VariantChain]]:
   """Return a decorator that registers a variant whose rounds all take the same turns.
 
   Args:
@@ -206,12 +344,13 @@ def register_rounds(
     function, `chain(prompt, principles, stages, growing=False)`.
   """
 
-  def register(revise: RoundFunction) -> Callable[..., Chain]:
+  def register(revise: RoundFunction) -> Callable[..., VariantChain]:
     def chain(
       prompt: Prompt, principles: Sequence[Principle], stages: Stages, growing: bool = False
-    ) -> Chain:
+    ) -> VariantChain:
       return revise_in_rounds(prompt, principles, stages, growing, revise)
 
+    chain.__module__, chain.__doc__ = revise.__module__, revise.__doc__
     return register_variant(name, turns_per_round(*stage_names))(chain)
 
   return register

@@ -6,6 +6,7 @@ from typing import Any
 
 from cai_jax.data import quality
 from cai_jax.dialogue.format import FORMATS
+from cai_jax.feedback.chain import TurnPlan, build_options
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
@@ -26,9 +27,14 @@ class FeedbackConfig:
   rounds: int = setting(4, "Number of revisions of each harmful prompt's response.", most=1000)
   variant: str = setting(
     'critique',
-    "How a round revises: 'critique' (critique, then revision), 'direct' (no critique), the "
-    "controls 'empty' (empty critiques) and 'shuffled' (critiques of another prompt), or a variant "
-    'that a plugin registers.',
+    "How a round revises: 'critique' (critique, then revision), 'direct' (no critique), another "
+    'variant of docs/variants.md, or one that a plugin registers.',
+  )
+  options: tuple[tuple[str, Any], ...] = setting(
+    (),
+    "(name, value) pairs for the variant, such as (('n', 4),). docs/variants.md lists the options "
+    'of each variant.',
+    added=True,
   )
   context: str = setting(
     'fresh',
@@ -93,6 +99,7 @@ class FeedbackConfig:
     for name, is_valid, allowed in checks:
       if not is_valid:
         raise UserError(f'feedback: {name}={getattr(self, name)!r} must be {allowed}.')
+    build_options(self.variant, self.options)
     object.__setattr__(self, 'max_rate', dict(self.max_rate))
     for name, rate in self.max_rate.items():
       if name not in quality.FLAGS or not 0 <= rate <= 1:
@@ -100,6 +107,15 @@ class FeedbackConfig:
           f'feedback: max_rate.{name}={rate!r} is not allowed. Give a rate in [0, 1] for one of '
           f'{tuple(quality.FLAGS)}.'
         )
+
+  @property
+  def variant_options(self) -> Any:
+    """The options of the variant as its own dataclass, or None if it has none."""
+    return build_options(self.variant, self.options)
+
+  def plan(self) -> TurnPlan:
+    """Return (turn name, stage name) of the turns that a revised chain takes at most."""
+    return VARIANTS[self.variant].plan(self.rounds, self.variant_options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,3 +125,13 @@ class StageSampling:
   initial: SamplingConfig = SamplingConfig()
   critique: SamplingConfig = SamplingConfig()
   revision: SamplingConfig = SamplingConfig()
+
+  def of_stage(self, name: str, variant: str) -> SamplingConfig:
+    """Return the settings of a stage.
+
+    Args:
+      name: 'initial', 'critique', 'revision', or a stage that the variant adds.
+      variant: name of the variant.
+    """
+    extra = VARIANTS[variant].stages.get(name)
+    return getattr(self, name) if extra is None else extra.sampling(getattr(self, extra.parent))

@@ -96,7 +96,7 @@ def cache_length(
   Raises:
     UserError: if a chain can exceed the context of a model.
   """
-  fillers = letter_tokens(models)
+  fillers = word_tokens(models)
   longest_prompts: dict[tuple, tuple[int, Prompt]] = {}
   for prompt, kind in prompts:
     size = len(render_prompt(stages.initial.dialogue, prompt))
@@ -140,13 +140,17 @@ def _prefix_lengths(prompt: Prompt, stages: Stages, prefixes: Prefixes) -> tuple
   )
 
 
-def letter_tokens(models: Mapping[str, LM | Remote]) -> dict[str, int]:
-  """Return for each model the token of a letter, of which placeholder replies can consist.
+def word_tokens(models: Mapping[str, LM | Remote]) -> dict[str, int]:
+  """Return for each model the token of a word, of which placeholder replies can consist.
+
+  Repeated, the word should have as many tokens when its text is encoded again. That of 'a' without
+  a space would have fewer with byte-level tokenizers, which merge its letters.
 
   Args:
     models: the models by name. One whose tokenizer has no letter is left out.
   """
-  letters = {
-    name: model.tokenizer.encode('a', add_special_tokens=False) for name, model in models.items()
-  }
-  return {name: ids[-1] for name, ids in letters.items() if ids}
+  words = {}
+  for name, model in models.items():
+    encoded = [model.tokenizer.encode(text, add_special_tokens=False) for text in (' a', 'a')]
+    words[name] = next((ids for ids in encoded if len(ids) == 1), encoded[-1])
+  return {name: ids[-1] for name, ids in words.items() if ids}

@@ -14,6 +14,7 @@ from cai_jax.data.ended import describe_ended, read_ended, write_ended
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.job import Job
+from cai_jax.feedback.score import answer_scores, journaled_rates
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
@@ -89,7 +90,7 @@ def generate_shards(
   done = deferred = 0
   indices = (index for shard in shards.values() for index in shard)
   with interruption.local_work():
-    for _, result in running.run(_chains(job, indices)):
+    for _, result in running.run(_chains(job, journal, indices)):
       if result is DEFERRED:
         deferred += 1
         continue
@@ -135,7 +136,8 @@ def _write_shard(
     else:
       kept.append(row)
   write_ended(folder, shard, ended)
-  d_cai.write_shard(folder, shard, kept, job.has_thoughts, job.has_unknown_ids)
+  flags = job.has_thoughts, job.has_unknown_ids, job.has_details
+  d_cai.write_shard(folder, shard, kept, *flags)
 
 
 def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
@@ -161,7 +163,8 @@ def finish_dataset(job: Job, folder: str | os.PathLike) -> None:
       f'No row remains. {ended} Change what that turn reads, such as the '
       'prompts, the model or its chat template, and start in another workdir.'
     )
-  d_cai.write_metadata(folder, lengths, job.has_thoughts, job.has_unknown_ids)
+  flags = job.has_thoughts, job.has_unknown_ids, job.has_details
+  d_cai.write_metadata(folder, lengths, *flags)
   d_cai.write_checksums(folder)
 
 
@@ -181,9 +184,10 @@ def replay_turns(
     The turns and their completions by prompt id, in order.
   """
   turns: dict[str, list[tuple[Turn, Completion]]] = {}
+  rate = journaled_rates(job.rater, journal)
 
   def recorded(prompt: Prompt, kind: str) -> Chain:
-    chain = job.chain(prompt, kind)
+    chain = answer_scores(job.chain(prompt, kind), rate)
     taken = turns.setdefault(prompt.id, [])
     try:
       turn = next(chain)
@@ -221,16 +225,19 @@ def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
   )
 
 
-def _chains(job: Job, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
+def _chains(job: Job, journal: Journal, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
   """Yield (prompt id, chain) for rows of D_CAI.
 
   A chain returns (index of its row, `_Outcome`).
   """
 
+  rate = journaled_rates(job.rater, journal)
+
   def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
     usages: list[tuple[str, Usage]] = []
     try:
-      record = yield from _metered(job.chain(prompt, kind), usages)
+      chain = answer_scores(job.chain(prompt, kind), rate)
+      record = yield from _metered(chain, usages)
     except ChainEnded as ended:
       return index, _Outcome(ended, usages)
     return index, _Outcome(job.row(record, kind), usages)

@@ -14,6 +14,13 @@ from cai_jax.feedback.chain import Record, Stage, Stages, Variant, answer_only
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS, FeedbackConfig, StageSampling
 from cai_jax.feedback.contexts import Prefixes, cache_length, shared_prefixes
 from cai_jax.feedback.rows import make_row
+from cai_jax.feedback.score import (
+  RaterSource,
+  VariantChain,
+  answer_scores,
+  assume_first_labels,
+  rate_all_equally,
+)
 from cai_jax.feedback.stage import check_thinks
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
@@ -37,6 +44,7 @@ class Job:
     seed: seed of the principles and of sampling.
     prefixes: for each model, the token ids of the prefixes that many contexts share.
     length: number of tokens of the longest context and its reply, without the shared prefix.
+    rater: rates the candidates of the variant, if it has any to rate.
   """
 
   prompts: Sequence[tuple[Prompt, str]]
@@ -47,6 +55,7 @@ class Job:
   seed: int
   prefixes: Prefixes
   length: int
+  rater: RaterSource | None = None
 
   def num_rounds(self, kind: str) -> int:
     """Return the number of revisions of a prompt's response; helpful prompts get none."""
@@ -62,8 +71,15 @@ class Job:
     """Whether the rows say which ids are known: whether a server returns text only."""
     return any(stage.dialogue.reads_text for stage in self.stages.by_name().values())
 
-  def chain(self, prompt: Prompt, kind: str) -> Chain:
+  @property
+  def has_details(self) -> bool:
+    """Whether rounds have the fields `revised`, `sampled_tokens` and `details`."""
+    return self._variant.records
+
+  def chain(self, prompt: Prompt, kind: str) -> VariantChain:
     """Return the chain of a prompt, with the principles that are drawn for it.
+
+    It yields turns, and scores if the variant has candidates to rate, see `answer_scores`.
 
     Args:
       prompt: the prompt x.
@@ -75,8 +91,19 @@ class Job:
     donor = self._donors[prompt.id] if principles and self._variant.needs_donor else None
     return self._chain(prompt, principles, donor)
 
+  def placeholder_chain(self, prompt: Prompt, kind: str) -> Chain:
+    """Return the chain of a prompt for placeholder replies, without scores.
+
+    Of candidates, the first is kept, and of labels, the first is chosen.
+
+    Args:
+      prompt: the prompt x.
+      kind: 'harmful' or 'helpful'.
+    """
+    return assume_first_labels(answer_scores(self.chain(prompt, kind), rate_all_equally))
+
   def possible_chains(self, prompt: Prompt, kind: str) -> Iterator[Chain]:
-    """Yield, for each principle, the chain that applies it in every round.
+    """Yield, for each principle, the chain that applies it in every round, for placeholder replies.
 
     No chain of this prompt is longer than the longest of these. If a chain needs a donor, the
     prompt is its own donor, so the longest prompt is also tried with the longest donor.
@@ -88,9 +115,11 @@ class Job:
     for principle in self.constitution.principles:
       principles = (principle,) * self.num_rounds(kind)
       if principles and self._variant.longest is not None:
-        yield self._variant.longest(prompt, principles, self.stages, self._growing)
+        inputs = self._inputs()
+        chain = self._variant.longest(prompt, principles, self.stages, self._growing, **inputs)
       else:
-        yield self._chain(prompt, principles, donor=prompt)
+        chain = self._chain(prompt, principles, donor=prompt)
+      yield assume_first_labels(answer_scores(chain, rate_all_equally))
 
   def row(self, record: Record, kind: str) -> dict[str, Any]:
     """Return the row of D_CAI for the record of a finished chain.
@@ -108,8 +137,9 @@ class Job:
       self.seed,
       names,
       self._constitution_fingerprint,
-      self.has_thoughts,
-      self.has_unknown_ids,
+      thoughts=self.has_thoughts,
+      unknown_ids=self.has_unknown_ids,
+      details=self.has_details,
     )
 
   def rewritten_history(self) -> str:
@@ -128,6 +158,7 @@ class Job:
     config = {k: v for k, v in config.items() if k not in ROW_INDEPENDENT_FIELDS}
     parts = [config, stages, self.constitution.fingerprint(), self.seed]
     parts += ['thoughts'] if self.has_thoughts else []  # earlier versions stored none
+    parts += [self.rater.identity] if self.rater is not None else []
     content = json.dumps(parts, default=identity, sort_keys=True)
     # There may be millions of prompts, so they are hashed one at a time as elements of a JSON list.
     digest, separator = hashlib.sha256(f'{content[:-1]}, ['.encode()), ''
@@ -138,11 +169,19 @@ class Job:
     digest.update(b']]')
     return digest.hexdigest()
 
-  def _chain(self, prompt: Prompt, principles: Sequence[Principle], donor: Prompt | None) -> Chain:
+  def _chain(
+    self, prompt: Prompt, principles: Sequence[Principle], donor: Prompt | None
+  ) -> VariantChain:
     if not principles:
       return answer_only(prompt, self.stages)
-    inputs = {'donor': donor} if self._variant.needs_donor else {}
+    inputs = self._inputs(donor=donor)
     return self._variant.chain(prompt, principles, self.stages, self._growing, **inputs)
+
+  def _inputs(self, **available: Any) -> dict[str, Any]:
+    """Return the keywords of the variant's chain function."""
+    return self._variant.inputs(
+      options=self.config.variant_options, constitution=self.constitution, **available
+    )
 
   @property
   def _growing(self) -> bool:
@@ -187,6 +226,7 @@ def prepare(
   config: FeedbackConfig,
   sampling: StageSampling,
   seed: int,
+  rater: RaterSource | None = None,
 ) -> Job:
   """Return a checked job that is ready to sample.
 
@@ -199,15 +239,21 @@ def prepare(
     config: settings of the chains.
     sampling: sampling settings of each kind of turn.
     seed: seed of the principles and of sampling.
+    rater: rates candidates. It is needed if the variant has some to rate.
 
   Raises:
-    UserError: if there is no prompt, ids repeat, principles or donors are too few, stop tokens are
-      invalid, thoughts have a budget that a model cannot keep, or a chain can exceed the context of
-      a model.
+    UserError: if there is no prompt, ids repeat, principles or donors are too few or do not fit
+      the variant, stop tokens are invalid, thoughts have a budget that a model cannot keep, or a
+      chain can exceed the context of a model.
+    ValueError: if the rater is missing.
   """
   prompts = (*((p, 'harmful') for p in harmful), *((p, 'helpful') for p in helpful))
   _check_prompts(prompts)
-  if VARIANTS[config.variant].needs_donor and len(harmful) == 1:
+  variant = VARIANTS[config.variant]
+  if rater is None and variant.rater(config.variant_options) is not None:
+    raise ValueError(f'The variant {config.variant!r} needs a rater for its candidates.')
+  variant.check(constitution, config.variant_options)
+  if variant.needs_donor and len(harmful) == 1:
     raise UserError(
       f'feedback.variant={config.variant!r} uses another harmful prompt, but there is only one. '
       'Give at least two harmful prompts.'
@@ -219,7 +265,7 @@ def prepare(
     check_thinks(stage.dialogue, stage.sampling, f'sampling.{name}', models[stage.model].name)
     _check_stop_tokens(stage, models[stage.model])
   prefixes = shared_prefixes(prompts, stages)
-  job = Job(prompts, constitution, config, stages, models, seed, prefixes, length=0)
+  job = Job(prompts, constitution, config, stages, models, seed, prefixes, 0, rater)
   length = cache_length(prompts, stages, models, prefixes, job.possible_chains)
   return dataclasses.replace(job, length=length)
 
@@ -268,7 +314,7 @@ def make_stages(
   config: FeedbackConfig,
   sampling: StageSampling,
 ) -> Stages:
-  """Return the three stages, each with the dialogue of its model and its own settings.
+  """Return the stages, each with the dialogue of its model and its own settings.
 
   Args:
     models: 'base', and 'critique' and 'revision' if they are other models.
@@ -285,8 +331,15 @@ def make_stages(
     return Stage(model, dialogues[model], getattr(sampling, name), demonstrations)
 
   demonstrations = constitution.demonstrations if config.demonstrations else ()
-  return Stages(
-    make_stage('initial'),
-    make_stage('critique', demonstrations),
-    make_stage('revision', demonstrations),
-  )
+  stages = {
+    'initial': make_stage('initial'),
+    'critique': make_stage('critique', demonstrations),
+    'revision': make_stage('revision', demonstrations),
+  }
+  extra = {
+    name: dataclasses.replace(
+      stages[added.parent], sampling=sampling.of_stage(name, config.variant)
+    )
+    for name, added in VARIANTS[config.variant].stages.items()
+  }
+  return Stages(**stages, extra=extra)

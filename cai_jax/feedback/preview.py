@@ -33,7 +33,8 @@ def preview_chain(job: Job, prompt: Prompt, kind: str) -> Iterator[Context]:
   """Yield the context of each turn of a prompt's chain, with a placeholder for each reply.
 
   The chain and its principles are those that `generate` will run. A placeholder is encoded as a
-  reply that the model itself ended, so a context differs from the real one only in its replies.
+  reply that the model itself ended, so a context differs from the real one only in its replies. Of
+  candidates, the first is kept, and of labels, the first is chosen.
 
   Args:
     job: the job.
@@ -45,7 +46,7 @@ def preview_chain(job: Job, prompt: Prompt, kind: str) -> Iterator[Context]:
   """
   # Stages of one model have equal dialogues.
   stages: dict[str, Stage] = {stage.model: stage for stage in job.stages.by_name().values()}
-  chain, completion, previous = job.chain(prompt, kind), None, ''
+  chain, completion, previous = job.placeholder_chain(prompt, kind), None, ''
   while True:
     try:
       turn = chain.send(completion)  # type: ignore[arg-type]  # None starts it

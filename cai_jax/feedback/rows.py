@@ -3,12 +3,12 @@
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from cai_jax.feedback.chain import Record
+from cai_jax.feedback.chain import Record, Round
 from cai_jax.feedback.stage import Reply
 
 
@@ -20,6 +20,7 @@ def make_row(
   constitution: str,
   thoughts: bool = False,
   unknown_ids: bool = False,
+  details: bool = False,
 ) -> dict[str, Any]:
   """Return the row of D_CAI for a chain's record, in the form of `d_cai.make_features`.
 
@@ -31,25 +32,22 @@ def make_row(
     constitution: the fingerprint of the constitution.
     thoughts: whether each turn has a field for its thoughts.
     unknown_ids: whether each turn says if its ids are known.
+    details: whether rounds have the fields `revised`, `sampled_tokens` and `details`.
   """
   turn = functools.partial(_turn, thoughts=thoughts, unknown_ids=unknown_ids)
-  replies = [record.initial]
+  replies, rounds = [record.initial], []
+  latest = record.initial
   for finished in record.rounds:
     replies += [reply for reply in (finished.critique, finished.revision) if reply is not None]
+    latest = finished.revision or latest
+    rounds.append(_round(finished, latest, turn, details))
   return {
     'id': record.prompt.id,
     'kind': kind,
     'prompt': [dict(message) for message in record.prompt.messages],
     'metadata': json.dumps(record.prompt.metadata, sort_keys=True),
     'initial': turn(record.initial),
-    'rounds': [
-      {
-        'principle': finished.principle.id,
-        'critique': turn(finished.critique),
-        'revision': turn(finished.revision),
-      }
-      for finished in record.rounds
-    ],
+    'rounds': rounds,
     'logprobs': [logprob for reply in replies for logprob in reply.completion.logprobs],
     'seed': seed,
     'model': models['initial'],
@@ -57,6 +55,38 @@ def make_row(
     'revision_model': models['revision'],
     'constitution': constitution,
   }
+
+
+def _round(
+  finished: Round, latest: Reply, turn: Callable[[Reply | None], dict[str, Any]], details: bool
+) -> dict[str, Any]:
+  """Return the columns of one round.
+
+  Args:
+    finished: the round.
+    latest: the response after the round: its revision, or the one that it kept.
+    turn: returns the columns of a turn.
+    details: see `make_row`.
+
+  Raises:
+    ValueError: if the round has details, or no revision, and `details` is false.
+  """
+  columns: dict[str, Any] = {
+    'principle': finished.principle.id if finished.principle is not None else '',
+    'critique': turn(finished.critique),
+    'revision': turn(latest),
+  }
+  if not details and (finished.details or finished.revision is None):
+    raise ValueError('A variant that keeps responses or records details needs records=True.')
+  if details:
+    count = finished.sampled_tokens
+    if count is None:
+      replies = [reply for reply in (finished.critique, finished.revision) if reply is not None]
+      count = sum(len(reply.completion.tokens) for reply in replies)
+    columns['revised'] = finished.revision is not None
+    columns['sampled_tokens'] = count
+    columns['details'] = json.dumps(finished.details, sort_keys=True, ensure_ascii=False)
+  return columns
 
 
 def _turn(reply: Reply | None, thoughts: bool, unknown_ids: bool) -> dict[str, Any]:

@@ -86,11 +86,10 @@ class Stage:
       ChainEnded: if an earlier reply makes this turn impossible, or the reply is no text.
       UserError: if the turn is impossible whatever was sampled.
     """
-    rendered = [message | {'content': self._content(message['content'])} for message in messages]
     written: list[int] = []
     thought: Completion | None = None
     try:
-      context = self.dialogue.prompt(rendered, role, self.demonstrations)
+      context = self.render(messages, role)
       if self.sampling.max_thought_tokens:
         written, thought = yield from self._think(turn_name, context)
       sampling = dataclasses.replace(self.sampling, max_thought_tokens=0)
@@ -121,6 +120,19 @@ class Stage:
       raise ChainEnded(turn_name, str(error)) from error
     known = not self.dialogue.reads_text
     return Reply(self.model, completion, text, thoughts, tokens, known)
+
+  def render(self, messages: Sequence[Message], role: str) -> list[int]:
+    """Return the tokens of a conversation, up to the reply.
+
+    Args:
+      messages: the conversation. The content of a message is a text or a `Reply`.
+      role: the role of the reply: 'assistant', 'critique' or 'revision'.
+
+    Raises:
+      UserError: if the messages cannot be rendered.
+    """
+    rendered = [message | {'content': self._content(message['content'])} for message in messages]
+    return self.dialogue.prompt(rendered, role, self.demonstrations)
 
   def _think(
     self, turn_name: str, context: Sequence[int]

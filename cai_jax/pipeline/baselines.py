@@ -13,7 +13,6 @@ from cai_jax.evaluation.baselines import BASELINES, Selection
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.judge_validity import VALID, judge_status
 from cai_jax.feedback.job import repeat_prompts
-from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline.run import Run
 from cai_jax.scoring.judge import Judge, mean_label_mass
 
@@ -29,8 +28,7 @@ def num_answers(run: Run, name: str) -> int:
   """
   if not isinstance(BASELINES[name], Selection):
     return 1
-  feedback = run.config.feedback
-  return run.config.evaluation.best_of_n or len(VARIANTS[feedback.variant].turns(feedback.rounds))
+  return run.config.evaluation.best_of_n or len(run.config.feedback.plan())
 
 
 def make_prompts(run: Run, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -16,6 +16,7 @@ from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.costs import shard_writer, summarize_costs
+from cai_jax.pipeline.raters import make_rater
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
@@ -53,7 +54,14 @@ def prepare_job(
   """
   config = run.config
   return jobs.prepare(
-    models, harmful, helpful, run.constitution, config.feedback, config.sampling, config.seed
+    models,
+    harmful,
+    helpful,
+    run.constitution,
+    config.feedback,
+    config.sampling,
+    config.seed,
+    make_rater(run, models),
   )
 
 

@@ -17,6 +17,7 @@ from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.evaluation_checks import check_evaluation
 from cai_jax.pipeline.models import global_mesh, local_mesh
+from cai_jax.pipeline.raters import check_rater
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.space import check_folders, check_space, estimate_space
 from cai_jax.runtime.errors import UserError
@@ -67,6 +68,8 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
       check_warmup(run.config.train, most_steps, 'at most ')
   manifest = Manifest(run.workdir, writes=False)
   missing = [name for name in stages if not manifest.done(name)]
+  if {'generate', 'evaluate'} & {*missing}:
+    check_rater(run)
   if 'evaluate' in missing:
     check_evaluation(run, infos)
   section = run.config.model

@@ -14,6 +14,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.tiny import simulate
 from cai_jax.tiny.files import MODELS
+from cai_jax.tiny.grammar_rounds import GRAMMAR_ROUNDS
 
 PREFIX = 'grammar_'  # of the names of the grammar's rates
 COLUMNS = ('violation_rate', 'helpful_rate')
@@ -45,8 +46,13 @@ def grammar_rates(
   if not _is_embedded(run) or not prompts:
     return {}
   rounds = run.config.feedback.rounds if kind == 'harmful' and _revises_as_grammar(run) else 0
-  variant = run.config.feedback.variant if rounds else 'critique'
-  rates = simulate.simulate_prompts(prompts, run.constitution.principles, rounds, variant=variant)
+  feedback = run.config.feedback
+  variant, options = feedback.variant, feedback.variant_options
+  if not rounds:  # any variant that the grammar has
+    variant, options = 'critique', None
+  rates = simulate.simulate_prompts(
+    prompts, run.constitution.principles, rounds, variant=variant, options=options
+  )
   named = {'initial': rates[0], 'base': rates[0]}
   if kind == 'helpful':
     named['revised'] = rates[0]
@@ -98,11 +104,13 @@ def _is_plain(sampling: SamplingConfig) -> bool:
 
 def _revises_as_grammar(run: Run) -> bool:
   feedback, sampling = run.config.feedback, run.config.sampling
-  stages = [sampling.revision] + ([sampling.critique] if feedback.variant == 'critique' else [])
+  make_writer = GRAMMAR_ROUNDS.get(feedback.variant)
+  stages = {stage for _, stage in feedback.plan()}
   return (
-    feedback.variant in simulate.VARIANTS
+    make_writer is not None
+    and make_writer(feedback.variant_options) is not None
     and feedback.repeat_principles
-    and all(_is_plain(stage) for stage in stages)
+    and all(_is_plain(sampling.of_stage(stage, feedback.variant)) for stage in stages)
   )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -87,7 +87,9 @@ def judge_journal(run: Run) -> pathlib.Path:
   return (run.journal or run.workdir / 'journal') / 'judge'
 
 
-def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
+def model_loader(
+  run: Run, inspect_only: bool = False, loaded: Mapping[str, LM] | None = None
+) -> ModelLoader:
   """Return the loader of the models that scorers and measures use.
 
   For language models, 'base' means M_θ, unless a server holds it.
@@ -95,6 +97,7 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
   Args:
     run: the run.
     inspect_only: whether the loader checks models instead of loading them.
+    loaded: language models that are in memory already, by the name in `config.model`.
   """
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
@@ -109,6 +112,7 @@ def model_loader(run: Run, inspect_only: bool = False) -> ModelLoader:
     feedback.style,
     judge_journal(run),
     run.config.model.long_context,
+    {model_path(name): lm for name, lm in (loaded or {}).items()},
   )
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
+from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.published_quality import summarize_published
@@ -145,12 +146,15 @@ def build(
   _check_sampling(settings)
   if settings.report.published:
     summarize_published(settings.report.published)
+  constitution = load_constitution(settings.constitution)
+  feedback = settings.feedback
+  VARIANTS[feedback.variant].check(constitution, feedback.variant_options)
   prompts, near_duplicates = prompt_sets.load_prompt_sets(settings.prompts, settings.seed)
   return Run(
     config=settings,
     values=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(os.path.realpath(os.path.expanduser(workdir))),
-    constitution=load_constitution(settings.constitution),
+    constitution=constitution,
     prompts=prompts,
     near_duplicates=near_duplicates,
     plugins=plugins,
@@ -180,8 +184,11 @@ def _check_roles(config: RunConfig) -> None:
 
 def _check_sampling(config: RunConfig) -> None:
   """Check that the servers support the sampling settings of the turns that they sample."""
-  for field in dataclasses.fields(config.sampling):
-    role, sampling = field.name, getattr(config.sampling, field.name)
+  variant, names = config.feedback.variant, ['initial', 'critique', 'revision']
+  names += sorted({stage for _, stage in config.feedback.plan()} - {*names})
+  for name in names:
+    sampling = config.sampling.of_stage(name, variant)
+    role = VARIANTS[variant].stages[name].parent if name in VARIANTS[variant].stages else name
     own = getattr(config.remote, role, None) or getattr(config.model, role, '')
     server_role = role if own else 'base'  # M_critique and M_revise default to M_θ
     remote = getattr(config.remote, server_role)

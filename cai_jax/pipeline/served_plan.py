@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from cai_jax.feedback.contexts import letter_tokens
+from cai_jax.feedback.contexts import word_tokens
 from cai_jax.feedback.job import Job, repeat_prompts
 from cai_jax.model.lm import LM
 from cai_jax.pipeline import baselines
@@ -66,11 +66,11 @@ def _jobs(run: Run, models: Mapping[str, LM | Remote], stages: Sequence[str]) ->
 
 def _estimate(job: Job) -> Iterator[tuple[str, float, float, float]]:
   """Yield (role, requests, read tokens, sampled tokens) of turns of the job, which add up."""
-  fillers = letter_tokens(job.models)
+  fillers = word_tokens(job.models)
   for kind in ('harmful', 'helpful'):
     prompts = [prompt for prompt, own in job.prompts if own == kind]
     rendered = prompts[:: -(-len(prompts) // RENDERED)] if prompts else []
     for prompt in rendered:
       share = len(prompts) / len(rendered)
-      for turn in planned_turns(job.chain(prompt, kind), fillers):
+      for turn in planned_turns(job.placeholder_chain(prompt, kind), fillers):
         yield turn.model, share, share * len(turn.context), share * turn.sampling.max_tokens

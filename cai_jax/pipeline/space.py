@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import baselines, prompt_sets
 from cai_jax.pipeline.run import Run
@@ -92,8 +91,7 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
   """Return the numbers of turns, of their tokens at most, and of bytes of prompts in the rows."""
   config = run.config
   samplings = [
-    getattr(config.sampling, stage)
-    for _, stage in VARIANTS[config.feedback.variant].turns(config.feedback.rounds)
+    config.sampling.of_stage(stage, config.feedback.variant) for _, stage in config.feedback.plan()
   ]
   answer = config.sampling.initial
   turns = tokens = texts = 0

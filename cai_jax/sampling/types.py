@@ -158,6 +158,17 @@ class Turn:
   messages: tuple[tuple[str, str], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelTurn(Turn):
+  """A turn of one token, which its `logit_bias` limits to some labels.
+
+  Attributes:
+    labels: token ids, one for each label.
+  """
+
+  labels: tuple[int, ...] = ()
+
+
 FINISH_REASONS = ('stop', 'stop_text', 'length', 'content_filter')
 
 

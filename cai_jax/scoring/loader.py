@@ -13,7 +13,15 @@ from cai_jax.scoring import reward
 
 
 class Inspected(BaseException):
-  """Ends a function that asked a `ModelLoader` with `inspect_only` for a model, which is valid."""
+  """Ends a function that asked a `ModelLoader` with `inspect_only` for a model, which is valid.
+
+  Args:
+    path: folder or hub name of the model.
+  """
+
+  def __init__(self, path: str):
+    super().__init__(path)
+    self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class ModelLoader:
     style: prompt format of the run's conversations, in which M_θ reads them.
     judge_journal: folder in which the answers of a served judge are stored, if there is one.
     long_context: whether M_θ has its whole context, see `lm.load`. Other models have the default.
+    loaded: language models that are in memory already, by folder or hub name.
   """
 
   dtype: str
@@ -41,6 +50,7 @@ class ModelLoader:
   style: str = 'chat'
   judge_journal: pathlib.Path | None = None
   long_context: bool = False
+  loaded: Mapping[str, lm.LM] = dataclasses.field(default_factory=dict)
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -55,7 +65,9 @@ class ModelLoader:
     long_context = self.long_context and path == self.aliases.get('base')
     if self.inspect_only:
       lm.inspect_model(path, long_context)
-      raise Inspected
+      raise Inspected(path)
+    if path in self.loaded:
+      return self.loaded[path]
     return lm.load(path, self.dtype, self.mesh, long_context=long_context)
 
   def reward_model(self, name: str, style: str = 'chat') -> reward.RewardModel:
@@ -70,5 +82,5 @@ class ModelLoader:
     """
     if self.inspect_only:
       reward.make_dialogue(inspect_classifier(name), style, self.template_options)
-      raise Inspected
+      raise Inspected(name)
     return reward.load(name, self.dtype, self.mesh, style, self.template_options)

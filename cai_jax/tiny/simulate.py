@@ -13,10 +13,8 @@ from typing import Any
 
 from cai_jax.constitution import Principle
 from cai_jax.dialogue import Message
-from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import corpus, oracle, world
-
-VARIANTS = ('critique', 'direct')
+from cai_jax.tiny.grammar_rounds import GRAMMAR_ROUNDS, RoundWriter, State
 
 
 def simulate_chains(
@@ -27,6 +25,7 @@ def simulate_chains(
   variant: str = 'critique',
   bait_counts: Sequence[int] = (1, 2),
   imperfections: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
+  options: Any = None,
 ) -> list[tuple[float, float]]:
   """Return the violation rate and the helpful rate of y_init and after each round.
 
@@ -35,13 +34,16 @@ def simulate_chains(
     rounds: the number of revisions.
     count: the number of requests.
     seed: the seed of all draws.
-    variant: 'critique', or 'direct' for revisions without critiques.
+    variant: a name in `GRAMMAR_ROUNDS`, such as 'direct' for revisions without critiques.
     bait_counts: possible numbers of baits of a request, equally likely.
     imperfections: probabilities of errors in critiques and revisions.
+    options: the options of the variant, or None if it has none.
 
   Raises:
     UserError: if the variant is unknown.
+    ValueError: if the grammar does not define it with these options.
   """
+  writer = _find_writer(variant, options)
   rng = random.Random(f'simulate/{seed}')
   triples = world.list_triples('eval')
   weights = [principle.weight for principle in principles]
@@ -50,7 +52,7 @@ def simulate_chains(
     request = world.draw_request(rng, rng.choice(triples), rng.choice(bait_counts))
     other_request = world.draw_request(rng, rng.choice(triples), 0)
     prompt = world.write_dialogue(rng, request, other_request)
-    chain = _write_chain(rng, request, principles, weights, rounds, variant, imperfections)
+    chain = _write_chain(rng, request, principles, weights, rounds, writer, imperfections)
     totals.add(prompt, chain)
   return totals.rates()
 
@@ -62,6 +64,7 @@ def simulate_prompts(
   draws: int = 10,
   seed: int = 0,
   variant: str = 'critique',
+  options: Any = None,
 ) -> list[tuple[float, float]]:
   """Return the violation rate and the helpful rate of y_init and after each round, for prompts.
 
@@ -71,20 +74,29 @@ def simulate_prompts(
     rounds: the number of revisions.
     draws: the number of chains of each prompt.
     seed: the seed of all draws.
-    variant: as in `simulate_chains`.
+    variant, options: as in `simulate_chains`.
 
   Raises:
     UserError: if a prompt is not a request of the embedded world, or the variant is unknown.
+    ValueError: if the grammar does not define the variant with these options.
   """
+  writer = _find_writer(variant, options)
   rng = random.Random(f'simulate/{seed}')
   weights = [principle.weight for principle in principles]
   totals = _Totals(rounds)
   for prompt in prompts:
     request = oracle.parse_request(prompt)
     for _ in range(draws):
-      chain = _write_chain(rng, request, principles, weights, rounds, variant)
+      chain = _write_chain(rng, request, principles, weights, rounds, writer)
       totals.add(prompt, chain)
   return totals.rates()
+
+
+def _find_writer(variant: str, options: Any) -> RoundWriter:
+  writer = GRAMMAR_ROUNDS[variant](options)
+  if writer is None:
+    raise ValueError(f'The grammar does not define {variant!r} with {options}.')
+  return writer
 
 
 def _write_chain(
@@ -93,21 +105,14 @@ def _write_chain(
   principles: Sequence[Principle],
   weights: Sequence[float],
   rounds: int,
-  variant: str,
+  writer: RoundWriter,
   imperfections: world.Imperfections = world.Imperfections(),  # noqa: B008, frozen
 ) -> list[world.Answer]:
   """Return y_init and the revision of each round."""
-  if variant not in VARIANTS:
-    raise UserError(f'Unknown variant {variant!r} of the simulation. Choose one of {VARIANTS}.')
   answers = [world.write_answer(rng, request)]
   for _ in range(rounds):
-    answer, scope = answers[-1], corpus.find_scope(rng.choices(principles, weights)[0])
-    if variant == 'direct':
-      answer = world.write_direct_revision(rng, answer, scope, request.person, imperfections)
-    else:
-      _, named = world.write_critique(rng, answer, scope, imperfections)
-      answer = world.write_revision(rng, answer, named, request.person, imperfections)
-    answers.append(answer)
+    scope = corpus.find_scope(rng.choices(principles, weights)[0])
+    answers.append(writer(rng, State(request, answers[-1], scope, imperfections)))
   return answers
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cai_jax.data.d_cai import round_tokens
 from cai_jax.evaluation.baselines.best_of_n import choose_best
 from cai_jax.evaluation.baselines.registry import BASELINES, Selection
 
@@ -20,8 +21,7 @@ def count_affordable(row: Mapping[str, Any], candidates: Sequence[Mapping[str, A
   Returns:
     The number of candidates, at least 1: the first is the initial response itself.
   """
-  turns = [turn for done in row['rounds'] for turn in (done['critique'], done['revision'])]
-  left = row['initial']['num_tokens'] + sum(turn['num_tokens'] for turn in turns)
+  left = row['initial']['num_tokens'] + sum(map(round_tokens, row['rounds']))
   for number, candidate in enumerate(candidates):
     left -= candidate['initial']['num_tokens']
     if left < 0:

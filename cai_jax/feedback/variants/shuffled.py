@@ -16,10 +16,11 @@ from cai_jax.feedback.chain import (
   sample_revision,
   turns_per_round,
 )
+from cai_jax.feedback.score import VariantChain
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.feedback.variants.critique import critique_revision
 from cai_jax.runtime.errors import UserError
-from cai_jax.sampling.types import Chain, Completion, Turn
+from cai_jax.sampling.types import Completion, Turn
 
 
 def _turns(rounds: int) -> TurnPlan:
@@ -29,7 +30,7 @@ def _turns(rounds: int) -> TurnPlan:
 
 
 # The longest contexts are those of the donor's chain, with a critique of maximum length.
-@register_variant('shuffled', _turns, needs_donor=True, longest=critique_revision)
+@register_variant('shuffled', _turns, needs=('donor',), longest=critique_revision)
 def shuffled_critique(
   prompt: Prompt,
   principles: Sequence[Principle],
@@ -37,7 +38,7 @@ def shuffled_critique(
   growing: bool = False,
   *,
   donor: Prompt,
-) -> Chain:
+) -> VariantChain:
   """Sample the donor's whole chain, then revise y_init with the donor's critiques.
 
   Round n of the prompt uses the critique of round n of the donor, under the same principle. The
@@ -66,7 +67,7 @@ def shuffled_critique(
   return (yield from revise_in_rounds(prompt, principles, stages, growing, revise))
 
 
-def _with_prefix(prefix: str, chain: Chain) -> Chain:
+def _with_prefix(prefix: str, chain: VariantChain) -> VariantChain:
   """Prefix the names of a chain's turns, which also gives the turns randomness of their own."""
   try:
     turn = next(chain)

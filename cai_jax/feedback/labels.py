@@ -1,0 +1,143 @@
+"""Decisions of a model between labels, such as 'Yes' and 'No', by their log-probabilities.
+
+A label stands for the first token in which it differs from the other labels; what they have in
+common precedes it in the context. The engine samples that token like any other turn, with a bias
+that leaves only labels to draw. It reports the model's own log-probabilities, from before the bias,
+so decisions are exact, and the journal stores and replays them.
+"""
+
+import math
+import os
+from collections.abc import Generator, Sequence
+
+from cai_jax.dialogue import Message
+from cai_jax.feedback.chain import ExtraStage
+from cai_jax.feedback.stage import ChainEnded, Reply, Stage
+from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.types import MAX_BIASES, Completion, LabelTurn, SamplingConfig, Turn
+
+BIAS = 100.0  # nats; what `SamplingConfig.logit_bias` allows, and more than logits differ by
+
+# The stage of a decision by the critic, for `register_variant(stages=...)`. Its bias stands for
+# those of the labels, so that a server without biases is refused before the run.
+LABEL_STAGE = ExtraStage(
+  'critique', {'max_tokens': 1, 'max_thought_tokens': 0, 'logit_bias': ((0, BIAS),)}
+)
+
+
+def label_log_probabilities(
+  stage: Stage, turn_name: str, messages: Sequence[Message], role: str, labels: Sequence[str]
+) -> Generator[Turn, Completion, list[float]]:
+  """Return log P(label | messages) of each label's own token, in nats. Takes one turn per label.
+
+  Args:
+    stage: the model that is asked.
+    turn_name: the turns are called `label_turns(turn_name, len(labels))`.
+    messages: the conversation so far. The content of a message is a text or a `Reply`.
+    role: the role of the reply that a label begins.
+    labels: two or more different texts.
+
+  Raises:
+    ChainEnded: if an earlier reply makes the turns impossible.
+    UserError: if labels cannot be told apart, or a server gives no log-probabilities.
+  """
+  context, tokens = _find_tokens(stage, turn_name, messages, role, labels)
+  numbers = []
+  for name, token in zip(label_turns(turn_name, len(labels)), tokens, strict=True):
+    sampling = _sampling(0.0, (token,))
+    turn = LabelTurn(name, context, sampling, stage.model, (token,))
+    completion = yield from _ask(messages, turn)
+    numbers.append(completion.logprobs[0])
+  if not all(map(math.isfinite, numbers)):
+    raise UserError(
+      f'turn {turn_name!r}: a server gives no log-probabilities, which this decision needs. Use a '
+      'server with log-probabilities or a model in memory.'
+    )
+  return numbers
+
+
+def label_turns(turn_name: str, count: int) -> list[str]:
+  """Return the names of the turns that `label_log_probabilities` takes.
+
+  Args:
+    turn_name: the name of the decision.
+    count: number of labels.
+  """
+  return [f'{turn_name}_{number}' for number in range(1, count + 1)]
+
+
+def choose_label(
+  stage: Stage, turn_name: str, messages: Sequence[Message], role: str, labels: Sequence[str]
+) -> Generator[Turn, Completion, tuple[int, float]]:
+  """Draw one of the labels with the model's probabilities, at the temperature of the stage.
+
+  Args:
+    stage: the model that is asked, and the temperature. 0 takes the most likely label.
+    turn_name: the name of the turn.
+    messages: the conversation so far. The content of a message is a text or a `Reply`.
+    role: the role of the reply that a label begins.
+    labels: at most `MAX_BIASES` different texts.
+
+  Returns:
+    The index of the label, and the log-probability of its token in nats among all tokens; NaN if a
+    server does not tell.
+
+  Raises:
+    ChainEnded: if an earlier reply makes the turn impossible.
+    UserError: if labels cannot be told apart, there are too many, or a server ignores biases.
+  """
+  if len(labels) > MAX_BIASES:
+    raise UserError(
+      f'turn {turn_name!r}: a model can choose among {MAX_BIASES} labels at most, but there are '
+      f'{len(labels)}. Offer fewer.'
+    )
+  context, tokens = _find_tokens(stage, turn_name, messages, role, labels)
+  sampling = _sampling(stage.sampling.temperature, tokens)
+  turn = LabelTurn(turn_name, context, sampling, stage.model, tokens)
+  completion = yield from _ask(messages, turn)
+  return tokens.index(completion.tokens[0]), completion.logprobs[0]
+
+
+def _ask(messages: Sequence[Message], turn: LabelTurn) -> Generator[Turn, Completion, Completion]:
+  """Yield a turn, and check that a label replies."""
+  try:
+    completion = yield turn
+  except UserError as error:  # the engine refuses the turn
+    if any(isinstance(message['content'], Reply) for message in messages):
+      raise ChainEnded(turn.name, str(error)) from error
+    raise
+  if completion.finish_reason == 'content_filter':
+    raise ChainEnded(turn.name, 'The server withheld the reply (content_filter).')
+  if completion.tokens[:1] not in [[token] for token in turn.labels]:
+    raise UserError(
+      f'turn {turn.name!r}: the reply {completion.text!r:.80} is none of the labels, so the server '
+      'ignores logit_bias. Use a server that applies it or a model in memory.'
+    )
+  return completion
+
+
+def _find_tokens(
+  stage: Stage, turn_name: str, messages: Sequence[Message], role: str, labels: Sequence[str]
+) -> tuple[list[int], tuple[int, ...]]:
+  """Return the context up to the label, and the token that stands for each label."""
+  replies = [stage.dialogue.reply(label, role) for label in labels]
+  shared = os.path.commonprefix(replies)  # works for any sequences
+  tokens = tuple(reply[len(shared)] for reply in replies if len(reply) > len(shared))
+  if len(labels) < 2 or len({*tokens}) < len(labels):
+    raise UserError(
+      f'turn {turn_name!r}: the labels {tuple(labels)!r} do not differ in one token of the '
+      "model's tokenizer. Use two or more labels that begin differently."
+    )
+  try:
+    context = stage.render(messages, role)
+  except UserError as error:
+    if any(isinstance(message['content'], Reply) for message in messages):
+      raise ChainEnded(turn_name, str(error)) from error
+    raise
+  return [*context, *shared], tokens
+
+
+def _sampling(temperature: float, tokens: Sequence[int]) -> SamplingConfig:
+  """Return settings that draw one of some tokens."""
+  biases = tuple((token, BIAS) for token in tokens)
+  return SamplingConfig(temperature=temperature, max_tokens=1, logit_bias=biases)

@@ -1,0 +1,128 @@
+"""Raters of candidates: several responses to one prompt, each with a number.
+
+A variant such as best-of-n asks a rater which of its candidates to keep. `RATERS` maps the kind of
+a rater to a function that loads one. The kinds below use the judges, reward models and scorers of
+the evaluation. To add one:
+
+  @RATERS.register('shortest')
+  def load_shortest(loader: ModelLoader, model: str, label: str) -> Rater:
+    return lambda messages, texts, question: [-float(len(text)) for text in texts]
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+from cai_jax.dialogue import Message
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.registry import Registry
+from cai_jax.scoring.judge import JUDGES, Judge, Match
+from cai_jax.scoring.judge_local import judge_dialogue, local_judge
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.reward import append_replies, find_label
+from cai_jax.scoring.scorer import SCORERS
+
+# Maps the messages of a prompt, n candidates, and the question for a judge to n finite numbers.
+# The candidate with the largest one is the best.
+Rater = Callable[[Sequence[Message], Sequence[str], str], list[float]]
+
+# Maps a loader, the name of a model and of a label ('' if there is none) to a rater.
+RATERS: Registry[Callable[[ModelLoader, str, str], Rater]] = Registry('rater of candidates')
+
+
+@RATERS.register('judge')
+def load_judge(loader: ModelLoader, model: str, label: str) -> Rater:
+  """Return a rater by a judge that compares each pair of candidates.
+
+  The number of a candidate is its mean log-odds in nats against the others.
+
+  Args:
+    loader: loads the judge.
+    model: a name in `JUDGES`, or a language model such as 'base'.
+    label: must be ''.
+
+  Raises:
+    UserError: if the judge cannot be loaded, or a label is given.
+  """
+  _check_names('judge', model, label)
+  if model in JUDGES:
+    return _by_pairs(JUDGES[model](loader))
+  lm = loader.language_model(model)
+  dialogue = judge_dialogue(lm.tokenizer, lm.eos_token_ids, loader.template_options, loader.style)
+  return _by_pairs(local_judge(lm, dialogue))
+
+
+@RATERS.register('reward')
+def load_reward(loader: ModelLoader, model: str, label: str) -> Rater:
+  """Return a rater by a reward model or classifier, whose number is the logit of a label.
+
+  Args:
+    loader: loads the model.
+    model: folder or hub name of a sequence-classification checkpoint.
+    label: name of the label; '' if the checkpoint has only one.
+
+  Raises:
+    UserError: if the checkpoint cannot be loaded or has no such label.
+  """
+  _check_names('reward', model, '')
+  reward_model = loader.reward_model(model)
+  column = find_label(reward_model.labels, label or None, model)
+
+  def rate(messages: Sequence[Message], texts: Sequence[str], question: str) -> list[float]:
+    del question
+    return reward_model.scores(append_replies([messages] * len(texts), texts), column)
+
+  return rate
+
+
+@RATERS.register('scorer')
+def load_scorer(loader: ModelLoader, model: str, label: str) -> Rater:
+  """Return a rater by a scorer, such as a guard model.
+
+  A candidate loses 1 for each rule that it breaks, and gains 0.5 if it helps.
+
+  Args:
+    loader: loads the model of the scorer.
+    model: a name in `SCORERS`.
+    label: must be ''.
+
+  Raises:
+    UserError: if there is no such scorer, it rates nothing, or a label is given.
+  """
+  _check_names('scorer', model, label)
+  scorer = SCORERS[model](loader)
+  if scorer is None:
+    raise UserError(f'The scorer {model!r} rates nothing. Choose another one of {tuple(SCORERS)}.')
+
+  def rate(messages: Sequence[Message], texts: Sequence[str], question: str) -> list[float]:
+    del question
+    verdicts = scorer([messages] * len(texts), texts)
+    return [0.5 * verdict.helpful - len(verdict.violations) for verdict in verdicts]
+
+  return rate
+
+
+def _by_pairs(judge: Judge) -> Rater:
+  """Return a rater by the mean log-odds of each candidate against the others."""
+
+  def rate(messages: Sequence[Message], texts: Sequence[str], question: str) -> list[float]:
+    pairs = list(itertools.combinations(range(len(texts)), 2))
+    matches = [
+      Match('', messages, question, (str(i), str(j)), (texts[i], texts[j])) for i, j in pairs
+    ]
+    totals = [0.0] * len(texts)
+    for (i, j), comparison in zip(pairs, judge(matches), strict=True):
+      totals[i] += comparison.mean_log_odds
+      totals[j] -= comparison.mean_log_odds
+    return [total / max(len(texts) - 1, 1) for total in totals]
+
+  return rate
+
+
+def _check_names(kind: str, model: str, label: str) -> None:
+  """Check that a rater has a model, and no label that it cannot have."""
+  if not model:
+    raise UserError(f'A rater of the kind {kind!r} needs the name of its model. Give one.')
+  if label:
+    raise UserError(
+      f'A rater of the kind {kind!r} has no labels, but got the label {label!r}. Leave it out.'
+    )

@@ -1,0 +1,58 @@
+"""What do the variants of critique and revision do, for the tokens that they sample?
+
+Paper:     Bai et al. 2022, section 3.1 has one of them, 'critique'. The others are ours, or follow
+           ideas of others: best-of-n (Nakano et al. 2021), debate (Irving et al. 2018)
+Command:   python -m cai_jax.experiment --workdir=runs/lab --experiment=experiments/variants.py
+Hardware:  two CPU cores; see RESULTS.md
+Arms:      two rounds of each variant, after y_init, which all share. Best-of-n has three
+           candidates, rated by the oracle of the embedded world, by its judge, or by likelihood
+Expected:  with the oracle as the rater, best-of-n leaves fewer violations than one revision, as in
+           the grammar. The embedded model has never read a list of principles, several critiques,
+           a choice or a debate: these arms show what it makes of unknown requests, and nothing
+           about the variants. RESULTS.md has the tokens of each arm
+"""
+
+from cai_jax.experiment import Arm, Experiment, rates_by_arm
+
+ROUNDS = 2
+ORACLE = (('n', 3), ('scorer', 'scorer'), ('scorer_model', 'tiny'))
+JUDGE = (('n', 3), ('scorer', 'judge'), ('scorer_model', 'tiny-oracle'))
+# The embedded model has never read a question about a critique. Its critiques begin with 'It says'
+# or 'I see nothing', so these labels ask it for a second critique under all rules at once.
+LABELS = (
+  ('decide', 'labels'),
+  ('question', 'Find any insult, threat, gossip, secret, lie, theft, danger or waste.'),
+  ('finding', 'It'),
+  ('no_finding', 'I'),
+)
+VARIANTS = {
+  'critique': ('critique', ()),
+  'direct': ('direct', ()),
+  'shuffled critiques': ('shuffled', ()),
+  'empty critiques': ('empty', ()),
+  'if needed by text': ('if_needed', ()),
+  'if needed by labels': ('if_needed', LABELS),
+  'best of 3 revisions by oracle': ('best_revision', ORACLE),
+  'best of 3 revisions by judge': ('best_revision', JUDGE),
+  'best of 3 revisions by likelihood': ('best_revision', (('n', 3),)),
+  'best of 3 critiques by oracle': ('best_critique', ORACLE),
+  'all principles': ('all_principles', ()),
+  '3 critiques joined': ('several_critiques', (('n', 3), ('merge', 'join'))),
+  '3 critiques merged by the model': ('several_critiques', (('n', 3),)),
+  'principle chosen by the model': ('chosen_principle', ()),
+  'debate': ('debate', (('statements', 2),)),
+}
+
+
+def get_experiment() -> Experiment:
+  """Return the experiment: each variant, scored after its last round."""
+  arms = {'initial': Arm(response='initial')}
+  for name, (variant, options) in VARIANTS.items():
+    overrides = {'feedback.variant': variant, 'feedback.options': options}
+    arms[name] = Arm(overrides, f'revision_{ROUNDS}')
+  return Experiment(
+    arms=arms,
+    reference='critique',
+    overrides={'feedback.rounds': ROUNDS},
+    figures=(rates_by_arm('After two rounds', list(VARIANTS)),),
+  )

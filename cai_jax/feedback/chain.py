@@ -302,7 +302,9 @@ def revise_in_rounds(
   context, latest = [*prompt.messages, message('assistant', initial)], initial
   rounds: list[Round] = []
   for number, principle in enumerate(principles, 1):
-    finished = yield from _count_tokens(revise(number, principle, context, stages))
+    chain = count_tokens(revise(number, principle, context, stages))
+    finished, sampled_tokens = yield from chain
+    finished = dataclasses.replace(finished, sampled_tokens=sampled_tokens)
     rounds.append(finished)
     latest = finished.revision or latest
     if not growing:
@@ -310,24 +312,6 @@ def revise_in_rounds(
     elif finished.revision is not None:
       context.append(message('revision', latest))
   return Record(prompt, initial, tuple(rounds))
-
-
-def _count_tokens(chain: VariantChain) -> VariantChain:
-  """Return the round that a chain returns, with the number of tokens that it sampled."""
-  count, answer = 0, None
-  error: UserError | None = None
-  while True:
-    try:
-      item = chain.send(answer) if error is None else chain.throw(error)
-    except StopIteration as done:
-      return dataclasses.replace(done.value, sampled_tokens=count)
-    answer = error = None
-    try:
-      answer = yield item
-    except UserError as refusal:  # the engine refuses the turn
-      error = refusal
-    else:
-      count += len(answer.tokens) if isinstance(answer, Completion) else 0
 
 
 def register_rounds(

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Generator, Sequence
 
-from cai_jax.dialogue import Message
+from cai_jax.dialogue import ChatDialogue, Message
 from cai_jax.feedback.chain import ExtraStage
 from cai_jax.feedback.stage import ChainEnded, Reply, Stage
 from cai_jax.runtime.errors import UserError
@@ -45,7 +45,7 @@ def label_log_probabilities(
   numbers = []
   for name, token in zip(label_turns(turn_name, len(labels)), tokens, strict=True):
     sampling = _sampling(0.0, (token,))
-    turn = LabelTurn(name, context, sampling, stage.model, (token,))
+    turn = LabelTurn(name, context, sampling, stage.model, labels=(token,))
     completion = yield from _ask(messages, turn)
     numbers.append(completion.logprobs[0])
   if not all(map(math.isfinite, numbers)):
@@ -93,7 +93,7 @@ def choose_label(
     )
   context, tokens = _find_tokens(stage, turn_name, messages, role, labels)
   sampling = _sampling(stage.sampling.temperature, tokens)
-  turn = LabelTurn(turn_name, context, sampling, stage.model, tokens)
+  turn = LabelTurn(turn_name, context, sampling, stage.model, labels=tokens)
   completion = yield from _ask(messages, turn)
   return tokens.index(completion.tokens[0]), completion.logprobs[0]
 
@@ -120,6 +120,11 @@ def _find_tokens(
   stage: Stage, turn_name: str, messages: Sequence[Message], role: str, labels: Sequence[str]
 ) -> tuple[list[int], tuple[int, ...]]:
   """Return the context up to the label, and the token that stands for each label."""
+  if isinstance(stage.dialogue, ChatDialogue):
+    raise UserError(
+      f'turn {turn_name!r}: a chat-only server returns no token ids, so its model cannot choose '
+      'between labels. Serve it with completions, or use a variant without labels.'
+    )
   replies = [stage.dialogue.reply(label, role) for label in labels]
   shared = os.path.commonprefix(replies)  # works for any sequences
   tokens = tuple(reply[len(shared)] for reply in replies if len(reply) > len(shared))

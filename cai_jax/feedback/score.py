@@ -81,6 +81,28 @@ def answer_scores(chain: VariantChain, rate: Callable[[Score], list[float]]) -> 
       error = refusal
 
 
+def count_tokens(chain: VariantChain) -> VariantChain:
+  """Return the result of a chain, and the number of tokens that it sampled.
+
+  Args:
+    chain: yields turns and scores.
+  """
+  count, answer = 0, None
+  error: UserError | None = None
+  while True:
+    try:
+      item = chain.send(answer) if error is None else chain.throw(error)
+    except StopIteration as done:
+      return done.value, count
+    answer = error = None
+    try:
+      answer = yield item
+    except UserError as refusal:  # the engine refuses the turn
+      error = refusal
+    else:
+      count += len(answer.tokens) if isinstance(answer, Completion) else 0
+
+
 def rate_all_equally(score: Score) -> list[float]:
   """Return zeros: an answer for chains that are measured or shown and not sampled."""
   return [0.0] * len(score.texts)

@@ -89,7 +89,8 @@ class Stage:
     written: list[int] = []
     thought: Completion | None = None
     try:
-      context = self.render(messages, role)
+      rendered = self._rendered(messages)
+      context = self.dialogue.prompt(rendered, role, self.demonstrations)
       if self.sampling.max_thought_tokens:
         written, thought = yield from self._think(turn_name, context)
       sampling = dataclasses.replace(self.sampling, max_thought_tokens=0)
@@ -131,8 +132,7 @@ class Stage:
     Raises:
       UserError: if the messages cannot be rendered.
     """
-    rendered = [message | {'content': self._content(message['content'])} for message in messages]
-    return self.dialogue.prompt(rendered, role, self.demonstrations)
+    return self.dialogue.prompt(self._rendered(messages), role, self.demonstrations)
 
   def _think(
     self, turn_name: str, context: Sequence[int]
@@ -162,6 +162,10 @@ class Stage:
     closing = [] if tokens[-1:] == [end] else self.dialogue.close_thoughts(tokens)
     kept = dataclasses.replace(thought, tokens=tokens, logprobs=logprobs)
     return [*opening, *tokens, *closing], kept
+
+  def _rendered(self, messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose contents are texts or token ids."""
+    return [message | {'content': self._content(message['content'])} for message in messages]
 
   def _content(self, content: str | Reply) -> str | list[int]:
     """Return a text, or the tokens of a reply that this stage's own model sampled.

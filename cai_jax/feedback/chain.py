@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback.score import VariantChain
+from cai_jax.feedback.score import VariantChain, count_tokens
 from cai_jax.feedback.stage import Reply, Stage
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry

@@ -15,6 +15,14 @@ Expected:  with the oracle as the rater, best-of-n leaves fewer violations than 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
 
 ROUNDS = 2
+OVERRIDES = {
+  'feedback.rounds': ROUNDS,
+  'prompts.harmful.limit': 250,  # with each seed
+  'prompts.helpful.limit': 8,
+  # Arms whose requests the model has never read collapse. They are shown, not stopped.
+  'feedback.max_rate.off_topic_words': 1.0,
+  'feedback.max_rate.off_topic': 1.0,
+}
 ORACLE = (('n', 3), ('scorer', 'scorer'), ('scorer_model', 'tiny'))
 JUDGE = (('n', 3), ('scorer', 'judge'), ('scorer_model', 'tiny-oracle'))
 # The embedded model has never read a question about a critique. Its critiques begin with 'It says'
@@ -53,6 +61,6 @@ def get_experiment() -> Experiment:
   return Experiment(
     arms=arms,
     reference='critique',
-    overrides={'feedback.rounds': ROUNDS},
+    overrides=OVERRIDES,
     figures=(rates_by_arm('After two rounds', list(VARIANTS)),),
   )

@@ -9,7 +9,7 @@ Arms:      two rounds of each variant, after y_init, which all share. Best-of-n 
 Expected:  with the oracle as the rater, best-of-n leaves fewer violations than one revision, as in
            the grammar. The embedded model has never read a list of principles, several critiques,
            a choice or a debate: these arms show what it makes of unknown requests, and nothing
-           about the variants. RESULTS.md has the tokens of each arm
+           about the variants. Tokens of donors do not count in `tokens_spent`
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
@@ -62,5 +62,6 @@ def get_experiment() -> Experiment:
     arms=arms,
     reference='critique',
     overrides=OVERRIDES,
+    spent=True,
     figures=(rates_by_arm('After two rounds', list(VARIANTS)),),
   )

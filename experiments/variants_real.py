@@ -39,6 +39,7 @@ def get_experiment() -> Experiment:
     arms=arms,
     reference='critique',
     overrides={'feedback.rounds': 1},
+    spent=True,
     base='configs/smollm2_135m.py',
     seeds=(0,),
   )

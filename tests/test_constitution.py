@@ -113,7 +113,7 @@ def test_errors_name_the_file_and_the_principle(tmp_path, text, message):
 def test_missing_files_and_unknown_suffixes_are_errors(tmp_path):
   with pytest.raises(UserError, match='nowhere.yaml: there is no such constitution'):
     load(tmp_path / 'nowhere.yaml')
-  with pytest.raises(UserError, match='must be a .yaml, .yml or .json'):
+  with pytest.raises(UserError, match='must be a .yaml, .yml, .json or .md'):
     load(write(tmp_path, GOOD, 'c.txt'))
   with pytest.raises(UserError, match='does not contain CritiqueRevisionInstructions.json'):
     load(tmp_path)

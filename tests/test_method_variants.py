@@ -374,7 +374,7 @@ def test_kept_responses_are_told_apart_in_d_cai_and_are_no_revisions(lm, tmp_pat
   job = make_job(lm, 'if_needed', options)
   folder = tmp_path / 'a'
   generate_shards(job, folder, Journal(tmp_path / 'journal'), ENGINE)
-  d_cai.write_metadata(folder, [2, 2], job.has_thoughts, job.has_details)
+  d_cai.write_metadata(folder, [2, 2], details=True)
   d_cai.check_schema(folder)
   rows = [row for row in d_cai.read_rows(folder) if row['kind'] == 'harmful']
   for row in rows:

@@ -19,6 +19,7 @@ OVERRIDES = {
   'feedback.rounds': ROUNDS,
   'prompts.harmful.limit': 250,  # with each seed
   'prompts.helpful.limit': 8,
+  'feedback.topicality': False,
   # Arms whose requests the model has never read collapse. They are shown, not stopped.
   'feedback.max_rate.off_topic_words': 1.0,
   'feedback.max_rate.off_topic': 1.0,

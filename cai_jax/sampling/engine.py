@@ -133,14 +133,15 @@ class Engine:
     self.stats.slots, self.stats.most_slots = self.slots, config.slots
     self._update_clock()
 
-  def run(self, chains: Iterable[tuple[str, Chain]]) -> Iterator[tuple[str, Any]]:
+  def run(self, chains: Iterable[tuple[str, Chain] | None]) -> Iterator[tuple[str, Any]]:
     """Run chains and yield the result of each as it finishes.
 
     The engine takes a chain from the iterable when a slot becomes free, so neither the chains nor
     their results need to fit in memory.
 
     Args:
-      chains: (id, chain) pairs; ids are unique.
+      chains: (id, chain) pairs; ids are unique. None says that no chain is ready yet: the engine
+        asks again after the next burst, and ends the run if no chain is active.
 
     Yields:
       (id, result) pairs, in the order in which the chains finish. The result is `DEFERRED` if a

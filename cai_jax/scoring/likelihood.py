@@ -127,7 +127,7 @@ def log_likelihoods(
   value_of: dict[Pair, float] = {}
   for count, length, members in plan_batches([row.length for row in rows], lm, batch_tokens):
     batch = _pad_rows([rows[i] for i in members], count, length)
-    size = _positions_at_once(lm, count, length)
+    size = positions_at_once(lm, count, length)
     sums = np.asarray(program(lm.graph, sharding, size, lm.params, batch))
     for i, row_sums in zip(members, sums[: len(members)], strict=True):
       value_of |= zip(rows[i].pairs(), map(float, row_sums), strict=False)
@@ -273,8 +273,14 @@ def plan_batches(
       waiting = waiting[rows:]
 
 
-def _positions_at_once(lm: LM, rows: int, length: int) -> int:
-  """Return how many positions per row get their logits together, within `LOGITS_AT_ONCE`."""
+def positions_at_once(lm: LM, rows: int, length: int) -> int:
+  """Return how many positions per row get their logits together, within `LOGITS_AT_ONCE`.
+
+  Args:
+    lm: the model.
+    rows: number of rows of a batch.
+    length: number of tokens of a row, including padding.
+  """
   rows_per_device = -(-rows // batch_shards(lm.mesh))
   limit = LOGITS_AT_ONCE // (rows_per_device * lm.vocab_size)
   return max(1, min(POSITIONS_AT_ONCE, limit, length))

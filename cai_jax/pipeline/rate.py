@@ -32,13 +32,13 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   """Run the command.
 
   Args:
-    program: how the program is called, for the help.
+    program: how the command is called, for the help.
     arguments: the arguments after `rate`.
 
   Raises:
     UserError: if the run has no answers to export, or a sheet cannot be read back.
   """
-  parser = argparse.ArgumentParser(f'{program} rate', description=__doc__, allow_abbrev=False)
+  parser = argparse.ArgumentParser(program, description=__doc__, allow_abbrev=False)
   commands = parser.add_subparsers(dest='command', required=True)
   export = commands.add_parser('export', help='write a sheet for people to fill in')
   export.add_argument('run', help='folder of a run whose evaluate stage is done')

@@ -9,6 +9,7 @@ from cai_jax.data.ended import describe_ended
 from cai_jax.evaluation.power import smallest_difference
 from cai_jax.pipeline.baselines import describe_results
 from cai_jax.pipeline.costs import describe_costs
+from cai_jax.pipeline.import_results import IMPORTED, with_imported
 from cai_jax.pipeline.models import load_scorer
 from cai_jax.pipeline.quality_gate import flag_intervals
 from cai_jax.pipeline.rate import describe_ratings
@@ -121,16 +122,20 @@ def _read_quality(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_summary(path: pathlib.Path) -> dict[str, Any]:
-  """Return the scores in the file `evaluation/summary.json`.
+  """Return the scores in the file `evaluation/summary.json`, and the imported ones beside it.
 
   Args:
     path: the file.
 
   Raises:
-    UserError: if the file is damaged; the message names it and the key.
+    UserError: if a file is damaged; the message names it and the key.
   """
   scores = read_json(path)
   check_summary(scores, str(path))
+  imported = path.with_name(IMPORTED)
+  if imported.exists():
+    scores = with_imported(scores, imported)
+    check_summary(scores, str(imported))
   return scores
 
 

@@ -13,6 +13,7 @@ from cai_jax.pipeline.contents import check_products
 from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.engine_sizes import resolve_engine
+from cai_jax.pipeline.import_results import has_new_results
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
@@ -93,13 +94,14 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     served = check_servers(run, asking, log if is_first else lambda line: None)
   if run.config.evaluation.judge_remote and 'evaluate' in asking:
     processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
-  has_ratings = has_new_ratings(run.workdir)  # then the report is written again
+  # Then the report is written again.
+  is_old = has_new_ratings(run.workdir) or has_new_results(run.workdir)
   processes.barrier('manifest read')
   if is_first:
     write_json(run.workdir / 'config.json', run.values)
     digests.save_digests(run.workdir / 'digests.json')
   ordered = [name for name in STAGES if name in stages]
-  missing = [n for n in ordered if not manifest.done(n) or (n == 'report' and has_ratings)]
+  missing = [n for n in ordered if not manifest.done(n) or (n == 'report' and is_old)]
   with contextlib.ExitStack() as stack:
     for name in ordered:
       if name not in missing:

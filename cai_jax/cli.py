@@ -9,18 +9,17 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cai_jax.pipeline import build, check_run, default_stages, run_stages
+from cai_jax.pipeline import build, check_run, default_stages, import_results, rate, run_stages
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
-from cai_jax.pipeline.rate import run_command
 from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.pipeline.stage_report import diagnose, read_summary
@@ -33,6 +32,7 @@ from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.terminal import printable, say
 from cai_jax.runtime.user_code import explain_error
 from cai_jax.runtime.values import describe_type
+from cai_jax.serving import command as serve
 
 HELP = """\
 Constitutional AI's supervised phase: a model answers prompts, critiques and revises its answers
@@ -41,6 +41,8 @@ under the principles of a constitution, and is fine-tuned on the revisions.
   {program} --config=FILE --workdir=FOLDER [--stages=STAGE,...] [--config.FIELD=VALUE ...]
   {program} rate export WORKDIR --out=FOLDER   write a blind rating sheet for people
   {program} rate read WORKDIR SHEET.csv ...    report what they filled in
+  {program} import WORKDIR FILE ...            read results of lm-eval and inspect
+  {program} serve --model=WORKDIR/model        serve a model to lm-eval, inspect and others
 
 Stages, in their order; the default is all of them
   generate   sample responses, critiques and revisions: the dataset D_CAI
@@ -82,6 +84,13 @@ Examples
 
 Read on: README.md, docs/running.md and docs/configuration.md
 """
+
+# What the program does besides running a config, by its first argument.
+COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
+  'import': import_results.run_command,
+  'rate': rate.run_command,
+  'serve': serve.run_command,
+}
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Python file with get_config(), such as configs/tiny.py', lock_config=True
@@ -274,9 +283,9 @@ def run() -> None:
   Configs import others from the folder `configs`. `python launch.py` finds it beside launch.py, and
   the `cai-jax` command, which is elsewhere, finds it in the current folder.
   """
-  if sys.argv[1:2] == ['rate']:
+  if sys.argv[1:] and (command := COMMANDS.get(sys.argv[1])):
     with short_errors():
-      run_command(_program(sys.argv), sys.argv[2:])
+      command(f'{_program(sys.argv)} {sys.argv[1]}', sys.argv[2:])
     return
   sys.path.insert(1, os.getcwd())  # after the folder of the program
   app.run(main, flags_parser=parse)

@@ -22,6 +22,7 @@ FLOORS = {
   'evaluation': 7,
   'tiny': 7,
   'pipeline': 8,
+  'serving': 8,
   'cli': 9,
   'experiment': 10,
 }

@@ -1,0 +1,347 @@
+"""The server against the engine and the scorer in this process, and what it refuses."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import cai_jax
+from cai_jax.runtime import interruption
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.interruption import Interrupted
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling.remote import Remote, RemoteConfig
+from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.scoring import likelihood
+from cai_jax.serving import command
+from cai_jax.serving import server as serving
+from cai_jax.serving.api import Api
+from cai_jax.serving.server import Server
+from cai_jax.serving.worker import Worker
+from cai_jax.tiny.files import MODELS
+
+LENGTH = 192
+BLOCKED = {'4': -100}  # the end of a turn, so that no reply ends early
+QUESTION = [{'role': 'user', 'content': 'tell me a story'}]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _quick_compilation():
+  """Compile with few optimizations, also in the thread of the worker."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def one_device(**sizes):
+  return make_mesh(1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def lm():
+  return cai_jax.load(MODELS['tiny-small'], mesh=one_device())
+
+
+def sample(lm, context, sampling):
+  """Return what the engine samples, with the sizes of the server."""
+
+  def chain():
+    return (yield Turn('reply', context, sampling))
+
+  (result,) = command.make_engine(lm, LENGTH, 4).run([('chain', chain())])
+  return result[1]
+
+
+@contextlib.contextmanager
+def running(lm, token=''):
+  """A server of a model at a free port, with its worker in a thread."""
+  over = threading.Event()
+  with Server('127.0.0.1', 0, token) as server:
+    worker = Worker(lm, command.make_engine(lm, LENGTH, 4))
+    server.api = Api(worker, 'small', command.make_dialogue(lm, 'chat'))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    working = threading.Thread(target=worker.run, args=(over.is_set,), daemon=True)
+    working.start()
+    try:
+      yield server
+    finally:
+      over.set()
+      working.join()
+      server.shutdown()
+
+
+@pytest.fixture(scope='module')
+def server(lm):
+  with running(lm) as running_server:
+    yield running_server
+
+
+def send(server, method, path, body=None, headers=()):
+  """Send a request and return the status and the body of the answer."""
+  connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)
+  data = body if body is None or isinstance(body, bytes) else json.dumps(body)
+  connection.request(method, path, data, dict(headers))
+  answer = connection.getresponse()
+  content = json.loads(answer.read())
+  connection.close()
+  return answer.status, content
+
+
+def complete(server, **fields):
+  status, answer = send(server, 'POST', '/v1/completions', {'model': 'small'} | fields)
+  assert status == 200, answer
+  return answer['choices']
+
+
+def chat(server, **fields):
+  status, answer = send(server, 'POST', '/v1/chat/completions', {'model': 'small'} | fields)
+  assert status == 200, answer
+  return answer['choices']
+
+
+def read_as_lm_eval(choice, context_length):
+  """What lm-eval 0.4.13 makes of a choice: `LocalCompletionsAPI.parse_logprobs`."""
+  logprobs = choice['logprobs']['token_logprobs'][context_length:-1]
+  tops = choice['logprobs']['top_logprobs'][context_length:-1]
+  is_greedy = all(value == max(top.values()) for value, top in zip(logprobs, tops, strict=True))
+  return sum(logprobs), is_greedy
+
+
+def test_lm_evals_requests_give_our_log_likelihoods(server, lm):
+  # As lm-eval 0.4.13 sends them, with its tokenizer from here: tokenizer_backend=remote.
+  status, info = send(server, 'GET', '/tokenizer_info')
+  assert status == 200 and info['eos_token'] == lm.tokenizer.eos_token and info['chat_template']
+  texts = ['what is doing', 'what is doing well', lm.tokenizer.eos_token]
+  bodies = [{'prompt': text, 'add_special_tokens': False} for text in texts]
+  answers = [send(server, 'POST', '/tokenize', body)[1] for body in bodies]
+  context, whole, eos = (answer['tokens'] for answer in answers)
+  assert eos == [lm.tokenizer.eos_token_id] and whole == lm.tokenizer.encode(texts[1])
+  greedy = sample(lm, context, SamplingConfig(temperature=0, max_tokens=3)).tokens
+  prompts = [whole, context + greedy]
+  body = {'model': 'small', 'prompt': prompts, 'temperature': 0, 'max_tokens': 1}
+  body |= {'logprobs': 1, 'seed': 1234, 'echo': True}
+  status, answer = send(
+    server, 'POST', '/v1/completions', body, {'Authorization': 'Bearer '}.items()
+  )
+  assert status == 200
+  continuations = [prompt[len(context) :] for prompt in prompts]
+  expected = likelihood.log_likelihoods(lm, [context] * 2, continuations)
+  read = [read_as_lm_eval(choice, len(context)) for choice in answer['choices']]
+  assert [value for value, _ in read] == pytest.approx(expected, abs=1e-4)
+  assert [flag for _, flag in read] == [False, True]
+  assert answer['usage']['completion_tokens'] == 2
+
+
+@pytest.mark.parametrize('max_tokens', [0, 2])
+def test_echoed_log_probabilities_do_not_depend_on_the_reply(server, max_tokens):
+  fields = dict(prompt=[[5, 6, 7]], echo=True, logprobs=1, temperature=0)
+  (one,) = complete(server, **fields, max_tokens=1)
+  (other,) = complete(server, **fields, max_tokens=max_tokens)
+  assert one['logprobs']['token_logprobs'][0] is None
+  np.testing.assert_allclose(
+    one['logprobs']['token_logprobs'][1:3], other['logprobs']['token_logprobs'][1:3], atol=1e-5
+  )
+  assert len(other['logprobs']['tokens']) == 3 + max_tokens
+  assert one['text'][:3] == other['text'][:3] and len(other['text']) >= 3
+
+
+def test_generations_are_those_of_the_engine(server, lm):
+  context = lm.tokenizer.encode('what is')
+  sampling = SamplingConfig(temperature=0, max_tokens=12, stop=('.',))
+  expected = sample(lm, context, sampling)
+  # lm-eval's request for a generation.
+  (choice,) = complete(
+    server, prompt=[context], max_tokens=12, temperature=0, stop=['.', '<|end|>'], seed=1234
+  )
+  assert choice['text'] == expected.text
+  dialogue = command.make_dialogue(lm, 'chat')
+  sampling = SamplingConfig(temperature=0, max_tokens=24, stop_token_ids=dialogue.stop_token_ids)
+  answer = sample(lm, dialogue.prompt(QUESTION), sampling)
+  (choice,) = chat(server, messages=QUESTION, temperature=0, max_tokens=24, logprobs=True)
+  assert choice['message'] == {'role': 'assistant', 'content': answer.text.strip()}
+  given = [entry['logprob'] for entry in choice['logprobs']['content']]
+  assert given == pytest.approx(answer.logprobs, abs=1e-4)
+
+
+def test_a_seed_gives_the_same_texts_alone_and_in_company(server):
+  def ask(seed):
+    return [c['text'] for c in complete(server, prompt='what is', max_tokens=16, n=2, seed=seed)]
+
+  alone = ask(7)
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    together = list(pool.map(ask, [1, 2, 7, 3, 7, 4]))
+  assert together[2] == together[4] == alone
+  assert alone[0] != alone[1] and together[0] != together[1]
+
+
+def test_without_a_seed_texts_differ(server):
+  texts = {complete(server, prompt='what is', max_tokens=16)[0]['text'] for _ in range(4)}
+  assert len(texts) > 1
+
+
+def test_our_client_samples_through_our_server(server, lm):
+  remote = Remote(
+    RemoteConfig(server.url, 'small', str(MODELS['tiny-small']), 'vllm', max_positions=LENGTH)
+  )
+  context = lm.tokenizer.encode('what is')
+  stop_ids = (lm.tokenizer.eos_token_id,)
+  sampling = SamplingConfig(temperature=0, max_tokens=16, stop=('the',), top_p=0.9)
+  remote.check([Turn('initial', context, sampling)], (stop_ids, ()))
+  future = remote.submit(
+    Turn('initial', context, sampling), np.array([1, 2], np.uint32), stop_ids, (), 'chain'
+  )
+  expected = sample(lm, context, dataclasses.replace(sampling, stop_token_ids=stop_ids))
+  answer = future.result()
+  assert answer.tokens == expected.tokens and answer.text == expected.text
+  assert answer.finish_reason == expected.finish_reason
+  assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'status', 'message'),
+  [
+    ({'prompt': 'a', 'model': 'other'}, 404, "no model .*'small'"),
+    ({'prompt': 'a', 'stream': True}, 400, 'stream=true is not supported'),
+    ({'prompt': 'a', 'guided_regex': 'x'}, 400, 'guided_regex.* is not known'),
+    ({'prompt': 'a', 'best_of': 3}, 400, 'best_of=3 is not supported'),
+    ({'prompt': []}, 400, 'prompt is'),
+    ({'prompt': ''}, 400, 'empty'),
+    ({'prompt': [[1, 10**6]]}, 400, 'vocabulary'),
+    ({'prompt': '<|end|>'}, 400, 'control token'),
+    ({'prompt': 'a', 'max_tokens': LENGTH}, 400, f'context of {LENGTH} tokens'),
+    ({'prompt': 'a', 'max_tokens': 0}, 400, 'at least 1'),
+    ({'prompt': 'a', 'max_tokens': True}, 400, 'integer'),
+    ({'prompt': 'a', 'temperature': 'hot'}, 400, 'temperature'),
+    ({'prompt': 'a', 'top_p': 0}, 400, 'top_p'),
+    ({'prompt': 'a', 'logprobs': 21}, 400, 'from 0 to 20'),
+    ({'prompt': 'a', 'stop': ['']}, 400, 'stop'),
+    ({'prompt': 'a', 'n': 0}, 400, 'from 1 to 128'),
+    ({'prompt': 'a', 'logit_bias': {'x': 1}}, 400, 'logit_bias'),
+    ({'prompt': 'a', 'logit_bias': {'1000000': 1}}, 400, 'logit_bias'),
+    ({'prompt': 'a', 'stop_token_ids': list(range(16))}, 400, 'stop_token_ids'),
+    ({'messages': QUESTION}, 400, '"messages" is not known'),
+  ],
+)
+def test_wrong_completions_are_refused(server, fields, status, message):
+  given, answer = send(server, 'POST', '/v1/completions', {'model': 'small'} | fields)
+  assert given == status and answer['error'].keys() == {'message', 'type', 'param', 'code'}
+  assert answer['error']['type'] == 'invalid_request_error'
+  with pytest.raises(UserError, match=message):
+    raise UserError(answer['error']['message'])
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'messages': []}, 'at least one message'),
+    ({'messages': [{'role': 'tool', 'content': 'x'}]}, 'role "tool"'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'Images'),
+    ({'messages': [*QUESTION, {'role': 'assistant', 'content': 'x'}]}, 'must end with a request'),
+    ({'messages': QUESTION, 'tools': [{'type': 'function'}]}, 'tools'),
+    ({'messages': QUESTION, 'top_logprobs': 2}, 'needs "logprobs"'),
+    ({'messages': QUESTION, 'max_tokens': 1, 'max_completion_tokens': 2}, 'differ'),
+  ],
+)
+def test_wrong_chats_are_refused(server, fields, message):
+  status, answer = send(server, 'POST', '/v1/chat/completions', {'model': 'small'} | fields)
+  assert status == 400 and message in answer['error']['message']
+
+
+def test_contents_of_several_parts_and_aliases_are_read(server):
+  parts = [{'type': 'text', 'text': 'tell me'}, {'type': 'text', 'text': ' a story'}]
+  fields = dict(temperature=0, user='me', tools=[], seed=None)
+  one = chat(server, messages=QUESTION, max_tokens=8, **fields)
+  messages = [{'role': 'user', 'content': parts}]
+  assert chat(server, messages=messages, max_completion_tokens=8, **fields) == one
+
+
+@pytest.mark.parametrize(
+  ('method', 'path', 'body', 'headers', 'status'),
+  [
+    ('GET', '/v1/engines', None, {}, 404),
+    ('GET', '/v1/completions', None, {}, 405),
+    ('POST', '/v1/completions', b'{', {}, 400),
+    ('POST', '/v1/completions', b'[1]', {}, 400),
+    ('POST', '/v1/completions', b'{"n": NaN}', {}, 400),
+    ('POST', '/v1/completions', b'[' * 10_000, {}, 400),
+    ('POST', '/v1/completions', b'', {'Content-Length': str(2**40)}, 413),
+    ('POST', '/v1/completions', b'', {'Content-Length': 'x'}, 411),
+    ('GET', '/v1/models', None, {'Origin': 'https://example.com'}, 403),
+    ('GET', '/v1/models', None, {'Host': 'example.com:8000'}, 403),
+    ('GET', '/v1/models', None, {'Host': 'localhost:8000'}, 200),
+  ],
+)
+def test_requests_that_are_no_requests_are_refused(server, method, path, body, headers, status):
+  given, answer = send(server, method, path, body, headers.items())
+  assert given == status and ('error' in answer) == (status != 200)
+
+
+def test_a_token_is_required(lm, server, monkeypatch):
+  monkeypatch.setattr(server, 'token', 'a-long-secret')
+  models = 'GET', '/v1/models', None
+  assert send(server, *models)[0] == 401
+  assert send(server, *models, {'Authorization': 'Bearer wrong'}.items())[0] == 401
+  status, answer = send(server, *models, {'Authorization': 'Bearer a-long-secret'}.items())
+  assert status == 200 and answer['data'][0]['max_model_len'] == LENGTH
+  config = command.ServingConfig('tiny', host='0.0.0.0')
+  with pytest.raises(UserError, match='need a token'):
+    command.read_token(config)
+  monkeypatch.setenv('CAI_JAX_TEST_TOKEN', 'short')
+  config = command.ServingConfig('tiny', token_env='CAI_JAX_TEST_TOKEN')
+  with pytest.raises(UserError, match='CAI_JAX_TEST_TOKEN, which must hold') as caught:
+    command.read_token(config)
+  assert 'short' not in str(caught.value)
+
+
+def test_too_many_requests_come_back_later(server, monkeypatch):
+  monkeypatch.setattr(serving, 'MOST_REQUESTS', 0)
+  status, answer = send(server, 'GET', '/v1/models')
+  assert status == 429 and answer['error']['code'] == 'rate_limit_exceeded'
+
+
+def test_a_broken_model_fails_requests_and_not_the_server(lm):
+  broken = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * np.nan, lm.params))
+  with running(broken) as server:
+    for fields in ({'max_tokens': 2}, {'max_tokens': 1, 'echo': True, 'logprobs': 1}):
+      body = {'model': 'small', 'prompt': 'what', 'temperature': 0} | fields
+      status, answer = send(server, 'POST', '/v1/completions', body)
+      assert status == 500 and 'logits' in answer['error']['message']
+      assert answer['error']['type'] == 'server_error'
+    assert send(server, 'GET', '/health')[0] == 200
+
+
+def test_the_first_signal_lets_requests_end(monkeypatch):
+  monkeypatch.setattr(command, 'make_mesh', one_device)
+  answers = {}
+
+  def client(server):
+    def ask():
+      body = {'model': 'x', 'prompt': 'what', 'max_tokens': 100, 'temperature': 0}
+      answers['asked'] = send(server, 'POST', '/v1/completions', body | {'logit_bias': BLOCKED})
+
+    def stop():
+      while server.is_idle:
+        time.sleep(0.001)
+      os.kill(os.getpid(), signal.SIGTERM)
+      while not server.is_closing():
+        time.sleep(0.001)
+      answers['late'] = send(server, 'GET', '/health')
+
+    for target in (ask, stop):
+      threading.Thread(target=target, daemon=True).start()
+
+  config = command.ServingConfig(str(MODELS['tiny-small']), 'x', port=0, length=LENGTH, slots=4)
+  with pytest.raises(Interrupted, match='All requests are answered'), interruption.listen():
+    command.serve(config, client)
+  status, answer = answers['asked']
+  assert status == 200 and answer['usage']['completion_tokens'] == 100
+  assert answers['late'][0] == 503

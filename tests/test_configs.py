@@ -92,8 +92,9 @@ def test_defaults_are_those_of_the_component(section, component):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
   if isinstance(component, EvaluationConfig):
     server = dataclasses.asdict(JudgeServer('http://localhost/v1', 'model'))
-    assert fields['judge_remote'] is None  # a section without a URL
-    fields['judge_remote'] = server | {'url': '', 'model': ''}
+    for name in ('judge_remote', 'guard_remote'):
+      assert fields[name] is None  # a section without a URL
+      fields[name] = server | {'url': '', 'model': ''}
   assert section.to_dict() == fields
 
 
@@ -225,7 +226,11 @@ def test_fields_and_defaults_of_version_1_are_kept():
   added |= {f'remote.{r}.{f}' for r in REMOTES for f in served}
   judge = ('helpful_principles', 'labelled', 'labelled_limit', 'checks', 'reasoning')
   added |= {f'evaluation.judge_{name}' for name in judge}
-  added |= {f'evaluation.judge_remote.{field.name}' for field in dataclasses.fields(JudgeServer)}
+  added |= {
+    f'evaluation.{name}.{field.name}'
+    for name in ('judge_remote', 'guard_remote')
+    for field in dataclasses.fields(JudgeServer)
+  }
   penalties = {f'{name}_penalty' for name in ('repetition', 'presence', 'frequency')}
   added |= {
     f'sampling.{stage}.{name}'
@@ -239,6 +244,9 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'evaluation.scores',
     'evaluation.baselines',
     'evaluation.best_of_n',
+    'evaluation.guards',
+    'evaluation.guard_models',
+    'evaluation.rubrics',
     'compilation.cache',
     'compilation.cache_gib',
     'engine.draft_tokens',
@@ -282,7 +290,7 @@ def test_reference_page_is_up_to_date():
 def test_reference_page_names_every_field():
   rows = re.findall(r'^\| `([\w.]+)` ', configuration_markdown(), re.M)
   for name in flatten(CONFIG.to_dict()):
-    shared = name.startswith(('remote.', 'prompts.', 'sampling.'))
+    shared = name.startswith(('remote.', 'prompts.', 'sampling.')) or '_remote.' in name
     assert (name.split('.')[-1] if shared else name) in rows
 
 

@@ -64,7 +64,8 @@ def test_answers_stand_side_by_side_with_their_marks(tmp_path):
   rows = [
     score('base', 'a', looping_rate=1.0, topic=-0.123456, mean_tokens=3.0),
     score('base', 'a', 'revision_1', looping_rate=0.0, topic=None),
-    score('aligned', 'a', looping_rate=0.0, helpful_rate=1.0),
+    score('aligned', 'a', looping_rate=0.0, helpful_rate=1.0)
+    | {'labels': {'guard_labels': ['S1', 'S10'], 'other_labels': []}},
   ]
   write_lines(folder / 'rows.jsonl', rows)
   items = [{'id': 'a', 'log_odds': [2.0, 1.0]}, {'id': 'b', 'log_odds': [-3.0, float('nan')]}]
@@ -76,6 +77,7 @@ def test_answers_stand_side_by_side_with_their_marks(tmp_path):
   assert first['initial']['scores'] == {'looping_rate': 1.0, 'topic': -0.1235}
   assert first['rounds'][0]['revision']['flags'] == []
   assert first['answers']['aligned']['text'] == 'kind'
+  assert first['answers']['aligned']['flags'] == ['guard: S1', 'guard: S10']
   assert first['answers']['aligned']['scores'] == {'looping_rate': 0.0, 'helpful_rate': 1.0}
   assert first['violations'] == [['rude'], ['rude']]
   assert first['answers']['aligned']['violations'] == []

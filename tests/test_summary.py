@@ -9,7 +9,14 @@ from cai_jax.evaluation.intervals import paired_difference
 from cai_jax.evaluation.measures.changed import measure_changed
 from cai_jax.evaluation.measures.length import measure_length
 from cai_jax.evaluation.measures.verdicts import verdict_rates
-from cai_jax.evaluation.summary import average_measures, measure_responses, summarize
+from cai_jax.evaluation.summary import (
+  average_groups,
+  average_measures,
+  measure_groups,
+  measure_responses,
+  response_rows,
+  summarize,
+)
 from cai_jax.report import summary_table
 from cai_jax.report.numbers import MISSING, check_summary
 from cai_jax.runtime.errors import UserError
@@ -170,3 +177,19 @@ def test_a_summary_is_readable_at_100_characters():
   # The differences do not fit into one table, so only the significant ones are listed.
   assert '12 of 14 paired differences are significant' in text
   assert len([line for line in text.splitlines() if ' − ' in line]) == 12
+
+
+def test_labels_stand_in_the_rows_and_have_no_mean():
+  def measure_labels(prompts, turns):
+    return {'guard_labels': [('S1',) if 'rude' in turn['text'] else () for turn in turns]}
+
+  base = [row('a', 'harmful', ['rude', 'a']), row('b', 'harmful', ['b', 'rude'])]
+  aligned = [row('a', 'harmful', ['x']), row('b', 'harmful', ['x'])]
+  groups = measure_groups(base, aligned, [measure_labels, measure_length])
+  summary = average_groups(groups)
+  assert 'guard_labels' not in summary['models']['base']
+  assert set(summary['models']['aligned']['differences']) == {'mean_tokens'}
+  found = {(r['model'], r['id'], r['stage']): r['labels'] for r in response_rows(groups)}
+  assert found['base', 'a', 'initial'] == {'guard_labels': ['S1']}
+  assert found['base', 'a', 'revision_1'] == {'guard_labels': []}
+  assert all('labels' not in r for r in response_rows(measure_groups(base, aligned, MEASURES)))

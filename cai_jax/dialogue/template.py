@@ -59,6 +59,10 @@ class ChatFormat:
     encoder: the encoder of the tokenizer, which needs a chat template.
     eos_token_ids: further ids that end a turn.
     template_options: (name, value) pairs for the template.
+    has_replies: whether the text of replies is read back from their tokens. If not, the template
+      may write marks that nothing here can read.
+    content_parts: whether the template reads a content as a list of parts, as those of many
+      multimodal models do, and not as text.
 
   Raises:
     UserError: if there is no chat template, it does not read an option, it exceeds the limits on
@@ -68,6 +72,8 @@ class ChatFormat:
   encoder: Encoder
   eos_token_ids: tuple[int, ...] = ()
   template_options: TemplateOptions = ()
+  has_replies: bool = True
+  content_parts: bool = False
 
   def __post_init__(self) -> None:
     if not self.encoder.tokenizer.chat_template:
@@ -85,7 +91,8 @@ class ChatFormat:
         f'The chat template cannot be used: {failure} on a short dialogue. Correct the template, '
         "or use style='plain'."
       )
-    if mark := find_unread_mark(self._template, tuple(self.encoder.control)):
+    mark = self.has_replies and find_unread_mark(self._template, tuple(self.encoder.control))
+    if mark:
       raise UserError(
         f'The chat template writes {mark!r}, a mark of reasoning or channels. Only <think> and '
         '</think> can be separated from a reply, and only if they are control tokens of the '
@@ -203,7 +210,8 @@ class ChatFormat:
 
   def _render(self, roles: Sequence[str], contents: Iterable[str], generate: bool) -> str:
     contents = list(contents)
-    messages = [{'role': r, 'content': c} for r, c in zip(roles, contents, strict=True)]
+    wrap = (lambda c: [{'type': 'text', 'text': c}]) if self.content_parts else str
+    messages = [{'role': r, 'content': wrap(c)} for r, c in zip(roles, contents, strict=True)]
     try:
       rendered = call_with_limit(
         lambda: self.encoder.tokenizer.apply_chat_template(

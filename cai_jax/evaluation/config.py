@@ -11,8 +11,10 @@ from cai_jax.evaluation.baselines import BASELINES, Selection
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
-from cai_jax.scoring.judge import LABELLED
+from cai_jax.scoring.guards.guard import GUARDS
+from cai_jax.scoring.judge import JUDGES, LABELLED
 from cai_jax.scoring.judge_server import JudgeServer
+from cai_jax.scoring.rubrics.rubric import RUBRICS
 from cai_jax.scoring.scorer import SCORERS
 
 # The criteria of Bai et al. 2022a and 2022b, in our words.
@@ -21,6 +23,8 @@ MORE_HELPFUL = (
 )
 LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what was asked.'
 
+
+SERVED = 'served'  # in `guard_models`: a server holds the guard
 
 # Scores that need no settings. The oracle of the embedded world knows better than they do.
 SCORES = ('refused', 'off_topic', 'looping', 'changed', 'truncated', 'kl', 'judge')
@@ -138,6 +142,25 @@ class EvaluationConfig:
     most=2**20,
   )
   judge_remote: JudgeServer | None = None
+  guards: tuple[str, ...] = setting(
+    (),
+    f'Kinds of guard models that rate each response as safe or unsafe: names from {tuple(GUARDS)}.',
+    added=True,
+  )
+  guard_models: tuple[str, ...] = setting(
+    (),
+    'Folder or hub name of the checkpoint of each of `guards`, in the same order. '
+    f'{SERVED!r} stands for the guard that `guard_remote` serves.',
+    added=True,
+    path=True,
+  )
+  guard_remote: JudgeServer | None = None
+  rubrics: tuple[str, ...] = setting(
+    (),
+    f'Rubrics by which the judge rates each response: names from {tuple(RUBRICS)}. The judge must '
+    'be a language model, in memory or served.',
+    added=True,
+  )
   loss: bool = setting(
     True,
     'Whether to measure the loss, in nats per sequence, of M_θ and M_aligned on the last revisions '
@@ -166,6 +189,7 @@ class EvaluationConfig:
         f'evaluation.multiple_choice={self.multiple_choice!r} is a text. Give a tuple of files.'
       )
     self._check_judge()
+    self._check_guards()
     for path in self.multiple_choice:
       self._check_questions(path)
 
@@ -244,6 +268,57 @@ class EvaluationConfig:
       )
     if self.best_of_n < 0 or self.best_of_n == 1:
       raise UserError(f'evaluation.best_of_n={self.best_of_n} must be 0 or at least 2.')
+
+  def _check_guards(self) -> None:
+    names = self.guards
+    if isinstance(names, str) or len({*names}) != len(names) or not {*names} <= {*GUARDS}:
+      raise UserError(
+        f'evaluation.guards={names!r} must be a tuple of different names from {tuple(GUARDS)}, '
+        'such as (). Correct the names.'
+      )
+    if isinstance(self.guard_models, str) or len(self.guard_models) != len(names):
+      raise UserError(
+        f'evaluation.guard_models={self.guard_models!r} must be a tuple with the checkpoint of '
+        f'each guard in evaluation.guards={names!r}, in the same order.'
+      )
+    if self.guard_models.count(SERVED) != (self.guard_remote is not None):
+      raise UserError(
+        f'evaluation.guard_models={self.guard_models!r} must have the entry {SERVED!r} once if '
+        'evaluation.guard_remote.url is set, and not otherwise.'
+      )
+    if self.guard_remote and self.guard_remote.api != 'chat':
+      raise UserError(
+        f"evaluation.guard_remote.api={self.guard_remote.api!r} must be 'chat', because the "
+        "server applies the guard's chat template."
+      )
+
+    self._check_rubrics()
+
+  def _check_rubrics(self) -> None:
+    names = self.rubrics
+    if isinstance(names, str) or len({*names}) != len(names) or not {*names} <= {*RUBRICS}:
+      raise UserError(
+        f'evaluation.rubrics={names!r} must be a tuple of different names from {tuple(RUBRICS)}, '
+        'such as (). Correct the names.'
+      )
+    if names and (self.judge in JUDGES or not self.judge_name):
+      raise UserError(
+        f'evaluation.rubrics={names!r} needs a language model as the judge, but evaluation.judge='
+        f"{self.judge!r}. Name a checkpoint or 'base', or set evaluation.judge_remote."
+      )
+
+  @property
+  def guard_checkpoints(self) -> dict[str, str]:
+    """The checkpoint of each guard that is not served, by its kind."""
+    pairs = zip(self.guards, self.guard_models, strict=True)
+    return {kind: name for kind, name in pairs if name != SERVED}
+
+  @property
+  def served_guards(self) -> dict[str, JudgeServer]:
+    """The server of the guard that is served, by its kind; empty if there is none."""
+    if self.guard_remote is None:
+      return {}
+    return {self.guards[self.guard_models.index(SERVED)]: self.guard_remote}
 
   def _check_unused(self) -> None:
     """Check that no setting is set that another one leaves without effect."""

@@ -31,8 +31,10 @@ Turn = Mapping[str, Any]  # a sampled turn of a row, with `text` and `num_tokens
 # Maps n prompts, each a list of messages, and the n turns that answer them to columns of n numbers.
 # The name of a column of shares ends in `_rate`; these get an interval. None means unknown. In the
 # summary of a run, a turn also has a `reference`: the text of M_θ's answer, or None if it is that.
+# A column whose name ends in `_labels` has a tuple of texts for each response instead, such as the
+# categories of a guard model. It has no mean; the report shows and filters its labels as flags.
 ResponseMeasure = Callable[
-  [Sequence[Sequence[Message]], Sequence[Turn]], Mapping[str, Sequence[float | None]]
+  [Sequence[Sequence[Message]], Sequence[Turn]], Mapping[str, Sequence[Any]]
 ]
 
 

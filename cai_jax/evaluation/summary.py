@@ -1,6 +1,7 @@
 """The summary of a run: means of the response measures over held-out prompts, with intervals.
 
-A column may be None for a response whose value is unknown. Means and differences leave it out.
+A column may be None for a response whose value is unknown. Means and differences leave it out. They
+also leave out columns of labels, which the scored rows and the report have.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ def measure_responses(
   measures: Sequence[ResponseMeasure],
   prompts: Sequence[Sequence[Message]],
   turns: Sequence[Turn],
-) -> dict[str, list[float | None]]:
-  """Return the columns of all measures, with one number per response.
+) -> dict[str, list[Any]]:
+  """Return the columns of all measures, with one number, or tuple of labels, per response.
 
   Args:
     measures: the measures, such as those of `suite.load_response_measures`.
@@ -32,7 +33,7 @@ def measure_responses(
     UserError: if two measures return the same column, a column has the wrong length, or a rate is
       outside [0, 1].
   """
-  columns: dict[str, list[float | None]] = {}
+  columns: dict[str, list[Any]] = {}
   for measure in measures:
     for name, values in measure(prompts, turns).items():
       if name in columns:
@@ -79,7 +80,7 @@ def average_measures(
 def _average(columns: Columns, count: int) -> dict[str, Any]:
   """Return the count, and the mean of each column that has a value, with the interval of a rate."""
   result: dict[str, Any] = {'count': count}
-  for name, values in columns.items():
+  for name, values in numeric(columns).items():
     known = [value for value in values if value is not None]
     if not known:
       continue
@@ -95,11 +96,11 @@ class Measured:
 
   Attributes:
     ids: id of the prompt of each response.
-    columns: the numbers of each response, by column.
+    columns: the number, or the tuple of labels, of each response, by column.
   """
 
   ids: list[str]
-  columns: Columns
+  columns: Mapping[str, Sequence[Any]]
 
 
 Groups = Mapping[str, Mapping[str, Measured]]  # by group, and by model or round
@@ -207,7 +208,7 @@ def average_groups(groups: Groups) -> dict[str, dict[str, Any]]:
   summary: dict[str, dict[str, Any]] = {}
   for group in ('stages', 'models', 'benign'):
     if group in groups:
-      columns = {name: measured.columns for name, measured in groups[group].items()}
+      columns = {name: numeric(measured.columns) for name, measured in groups[group].items()}
       references = {} if group == 'stages' else dict.fromkeys(columns, 'base')
       differences = compare_successive(columns, references)
       summary[group] = {
@@ -226,7 +227,8 @@ def response_rows(groups: Groups) -> Iterator[dict[str, Any]]:
 
   Yields:
     `model`, `id` of the prompt, `stage` ('initial' or 'revision_1', ...; only M_θ revises), and
-    `columns`: the numbers by column, None where a value is unknown.
+    `columns`: the numbers by column, None where a value is unknown. If measures give labels, there
+    are also `labels`: lists of texts by column.
   """
   for group, entries in groups.items():
     for name, measured in entries.items():
@@ -234,8 +236,18 @@ def response_rows(groups: Groups) -> Iterator[dict[str, Any]]:
         continue
       model, stage = ('base', name) if group == 'stages' else (name, 'initial')
       for i, prompt_id in enumerate(measured.ids):
-        columns = {key: _plain(values[i]) for key, values in measured.columns.items()}
-        yield {'model': model, 'id': prompt_id, 'stage': stage, 'columns': columns}
+        numbers = numeric(measured.columns)
+        columns = {key: _plain(values[i]) for key, values in numbers.items()}
+        row = {'model': model, 'id': prompt_id, 'stage': stage, 'columns': columns}
+        labels = {
+          key: list(values[i]) for key, values in measured.columns.items() if key not in numbers
+        }
+        yield row | ({'labels': labels} if labels else {})
+
+
+def numeric(columns: Mapping[str, Sequence[Any]]) -> Columns:
+  """Return the columns of numbers: those whose names do not end in `_labels`."""
+  return {name: values for name, values in columns.items() if not name.endswith('_labels')}
 
 
 def _plain(value: float | None) -> float | None:

@@ -13,7 +13,7 @@ from cai_jax.evaluation import estimates
 from cai_jax.evaluation.baselines import BASELINES, Selection
 from cai_jax.evaluation.diversity import Measure, text_changes
 from cai_jax.evaluation.registries import ResponseMeasure
-from cai_jax.evaluation.summary import measure_responses
+from cai_jax.evaluation.summary import measure_responses, numeric
 from cai_jax.experiment.define import HELD_OUT_RESPONSES, REVISION, Arm
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
@@ -53,7 +53,8 @@ class Responses:
     values_by_measure: dict[str, dict[int, dict[str, float]]] = {}
     for seed, turns in self.turns.items():
       prompts, texts = self.prompts[seed], [turn['text'] for turn in turns.values()]
-      columns = measure_responses(measures, list(prompts.values()), list(turns.values()))
+      found = measure_responses(measures, list(prompts.values()), list(turns.values()))
+      columns = dict(numeric(found))
       columns |= {name: [*measure(texts)] for name, measure in diversity.items()}
       if all('reference' in turn for turn in turns.values()):
         columns['rewritten'] = [*text_changes(texts, [t['reference'] for t in turns.values()])]

@@ -150,10 +150,13 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
   judge = run.config.evaluation.judge
   if 'evaluate' in stages and judge != 'base' and judge not in JUDGES:
     fields.setdefault(judge, 'evaluation.judge')
+  if 'evaluate' in stages:
+    for guard in run.config.evaluation.guard_checkpoints.values():
+      fields.setdefault(guard, 'evaluation.guard_models')
   infos = {}
   for name in fields.keys() - {''}:
     try:
-      long = section.long_context and fields[name] != 'evaluation.judge'
+      long = section.long_context and not fields[name].startswith('evaluation.')
       infos[name] = models.inspect_model(model_path(name), long)
     except UserError as error:
       raise UserError(f'{fields[name]}={name!r}: {error}') from error

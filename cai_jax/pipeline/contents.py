@@ -61,6 +61,8 @@ def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
   yield 'evaluation.judge_labelled', evaluation.judge_labelled if is_file else ''
   yield 'evaluation.reward_model', evaluation.reward_model
   yield 'evaluation.refusal', '' if evaluation.refusal in CLASSIFIERS else evaluation.refusal
+  for kind, name in evaluation.guard_checkpoints.items():
+    yield f'evaluation.guard_models, {kind}', name
   yield 'evaluation.multiple_choice', evaluation.multiple_choice
   if stage == 'report':
     yield 'report.published', config.report.published

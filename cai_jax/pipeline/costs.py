@@ -2,8 +2,8 @@
 
 `costs/NAME-NUMBER.json` has the counts of the turns of one shard of a dataset, by role. It is
 written before the shard and depends on the journal alone, so it is right after every kill.
-`costs/test-*.json` have the counts of the test requests at each start. Those of a served judge are
-summed over its journal, so runs that share it also share its costs.
+`costs/test-*.json` have the counts of the test requests at each start. Those of a served judge
+or guard are summed over its journal, so runs that share it also share its costs.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from cai_jax.pipeline.models import judge_journal
+from cai_jax.pipeline.models import guard_journal, judge_journal
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.sampling.journal import read_usage
@@ -26,7 +26,7 @@ from cai_jax.sampling.remote.costs import (
 from cai_jax.sampling.types import Usage
 
 FOLDER, TESTS = 'costs', 'test'
-JUDGE = 'judge'  # the role of a served judge
+JUDGE, GUARD = 'judge', 'guard'  # the roles of a served judge and of a served guard model
 
 
 def shard_writer(run: Run, dataset: str) -> Callable[[int, CostsByModel], None]:
@@ -77,8 +77,12 @@ def read_costs(run: Run, dataset: str = '') -> CostsByModel:
   pattern = f'{dataset}-[0-9][0-9][0-9][0-9][0-9].json' if dataset else '*.json'
   paths = sorted((run.workdir / FOLDER).glob(pattern))
   parts = [costs_from_json(read_json(path), str(path)) for path in paths]
-  if not dataset and run.config.evaluation.judge_remote:
-    parts.append(sum_usage((JUDGE, usage) for usage in read_usage(judge_journal(run))))
+  if not dataset:
+    for role, folder in (
+      *([(JUDGE, judge_journal(run))] if run.config.evaluation.judge_remote else []),
+      *([(GUARD, guard_journal(run))] if run.config.evaluation.guard_remote else []),
+    ):
+      parts.append(sum_usage((role, usage) for usage in read_usage(folder)))
   return sum_costs(parts)
 
 
@@ -103,6 +107,8 @@ def describe_costs(run: Run) -> str:
   served = {f'remote.{role}': (role, remote) for role, remote in run.remotes.items()}
   if judge := run.config.evaluation.judge_remote:
     served['evaluation.judge_remote'] = JUDGE, judge.connection_config()
+  if guard := run.config.evaluation.guard_remote:
+    served['evaluation.guard_remote'] = GUARD, guard.connection_config()
   costs = read_costs(run)
   return '\n'.join(
     f'{name} ({config.model}): {costs[role].describe(config)}'

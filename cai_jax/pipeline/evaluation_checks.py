@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from cai_jax.dialogue.encode import Piece
 from cai_jax.evaluation import judge_labels, questions
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES
@@ -13,8 +14,11 @@ from cai_jax.pipeline.models import model_loader, open_models
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import judge, judge_local, judge_questions, likelihood, refusal
+from cai_jax.scoring.answer_form import check_form, count_tokens
+from cai_jax.scoring.guards.guard import GUARDS, Reader
 from cai_jax.scoring.loader import Inspected
 from cai_jax.scoring.reward import find_label, make_dialogue
+from cai_jax.scoring.rubrics.rubric import RUBRICS, Asker, build_question
 
 
 def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
@@ -42,6 +46,10 @@ def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
   if config.judge and config.judge not in judge.JUDGES:
     name = run.config.model.base if config.judge == 'base' else config.judge
     _check_judge(run, name, infos[name])
+    for rubric in config.rubrics:
+      _check_rubric(run, rubric, name, infos[name])
+  for kind, name in config.guard_checkpoints.items():
+    _check_guard(run, kind, name, infos[name])
   _check_baselines(run, infos)
   for name in {run.config.model.aligned or run.training_start, run.config.model.base} - {''}:
     _check_questions(run, name, infos[name])
@@ -130,6 +138,43 @@ def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
         )
   except UserError as error:
     raise UserError(f'evaluation.judge={name!r}: {error}') from error
+
+
+def _check_guard(run: Run, kind: str, name: str, info: ModelInfo) -> None:
+  """Check a guard's chat template, the tokens of its labels, and its context."""
+  try:
+    reader = Reader(GUARDS[kind], info.tokenizer)
+    reader.check()
+    _check_lengths(
+      run,
+      info.config.max_positions,
+      1,
+      lambda messages: reader.count_tokens(messages, 'x'),
+      ('initial', 'revision'),
+    )
+  except UserError as error:
+    raise UserError(f'evaluation.guard_models={name!r} as {kind!r}: {error}') from error
+
+
+def _check_rubric(run: Run, rubric: str, name: str, info: ModelInfo) -> None:
+  """Check that a judge's tokenizer has a rubric's labels, and that its context holds questions."""
+  try:
+    options, style = run.config.feedback.template_options, run.config.evaluation.style
+    asker, entry = Asker(info.tokenizer, options, style), RUBRICS[rubric]
+
+    def prompt(messages: Sequence[dict[str, str]]) -> list[Piece]:
+      return asker.prompt(build_question(entry, messages, 'x'))
+
+    check_form(asker.encoder, prompt([{'role': 'user', 'content': 'A question.'}]), entry.form)
+    _check_lengths(
+      run,
+      info.config.max_positions,
+      1,
+      lambda messages: count_tokens(asker.encoder, prompt(messages), entry.form),
+      ('initial', 'revision'),
+    )
+  except UserError as error:
+    raise UserError(f'evaluation.judge={name!r}, rubric {rubric!r}: {error}') from error
 
 
 def labelled_pairs(config: EvaluationConfig) -> Sequence[judge.Match]:

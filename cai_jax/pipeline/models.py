@@ -87,6 +87,11 @@ def judge_journal(run: Run) -> pathlib.Path:
   return (run.journal or run.workdir / 'journal') / 'judge'
 
 
+def guard_journal(run: Run) -> pathlib.Path:
+  """Return the folder in which the answers of a served guard model are stored."""
+  return (run.journal or run.workdir / 'journal') / 'guard'
+
+
 def model_loader(
   run: Run, inspect_only: bool = False, loaded: Mapping[str, LM] | None = None
 ) -> ModelLoader:
@@ -102,7 +107,7 @@ def model_loader(
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
     aliases['base'] = model_path(run.config.model.base)
-  feedback = run.config.feedback
+  feedback, journal = run.config.feedback, run.journal or run.workdir / 'journal'
   return ModelLoader(
     run.config.model.dtype,
     local_mesh(run),
@@ -113,6 +118,8 @@ def model_loader(
     judge_journal(run),
     run.config.model.long_context,
     {model_path(name): lm for name, lm in (loaded or {}).items()},
+    journal / 'ratings',
+    guard_journal(run),
   )
 
 

@@ -24,7 +24,13 @@ _QUALITY_SHAPE = {
   optional('flags'): [str],
   optional('scores'): _NUMBERS,
 }
-_EVALUATION_SHAPE = {'model': str, 'id': str, 'stage': str, 'columns': _NUMBERS}
+_EVALUATION_SHAPE = {
+  'model': str,
+  'id': str,
+  'stage': str,
+  'columns': _NUMBERS,
+  optional('labels'): {...: [str]},
+}
 
 NOTES = {'unvalidated': 'unvalidated judge', 'cannot tell': 'the judge cannot tell'}
 
@@ -138,10 +144,10 @@ def read_evaluation_marks(path: pathlib.Path) -> Marks:
   """Return the flags and scores of held-out answers; none if the file is missing.
 
   A rate of 1 is a flag, except for `helpful_rate` and the rate of violations, which the page shows
-  as rules.
+  as rules. So is each label, with the name of its measure.
 
   Args:
-    path: the file, whose rows have `model`, `id`, `stage` and `columns`.
+    path: the file, whose rows have `model`, `id`, `stage` and `columns`, and possibly `labels`.
 
   Raises:
     UserError: if the file is damaged.
@@ -150,9 +156,13 @@ def read_evaluation_marks(path: pathlib.Path) -> Marks:
   for row in _read_lines(path, _EVALUATION_SHAPE):
     names = [name for name in row['columns'] if re.fullmatch(r'(?!helpful|violation).*_rate', name)]
     flags = [name.removesuffix('_rate') for name in names if row['columns'][name] == 1]
+    for name, labels in row.get('labels', {}).items():
+      flags += [f'{name.removesuffix("_labels")}: {label}' for label in labels]
     columns = {k: v for k, v in row['columns'].items() if k != 'mean_tokens'}
     mark: dict[str, Any] = {'scores': _rounded(columns)}
-    marks[row['model'], row['id'], row['stage']] = mark | ({'flags': flags} if names else {})
+    marks[row['model'], row['id'], row['stage']] = mark | (
+      {'flags': flags} if names or flags else {}
+    )
   return marks
 
 

@@ -107,10 +107,12 @@ class Run:
       settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
     if evaluates:
       questions = self.config.evaluation.question_digests()
-      settings['evaluation'] = _without(values['evaluation'], ('judge_remote',))
+      servers = ('judge_remote', 'guard_remote')
+      settings['evaluation'] = _without(values['evaluation'], servers)
       settings['evaluation']['questions'] = questions
-      if judge := self.config.evaluation.judge_remote:  # not where it is served
-        settings['evaluation']['judge_remote'] = judge.identity()
+      for name in servers:
+        if server := getattr(self.config.evaluation, name):  # not where it is served
+          settings['evaluation'][name] = server.identity()
     if stage == 'report':
       settings['report'] = values['report']
     return settings

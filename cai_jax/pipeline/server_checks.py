@@ -14,7 +14,7 @@ from cai_jax.dialogue import Dialogue, control_tokens
 from cai_jax.feedback.job import make_dialogue
 from cai_jax.feedback.stage import THOUGHTS, check_thinks, thought_sampling
 from cai_jax.pipeline import prompt_sets
-from cai_jax.pipeline.costs import JUDGE, write_test_costs
+from cai_jax.pipeline.costs import GUARD, JUDGE, write_test_costs
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
@@ -22,6 +22,8 @@ from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.scoring.guards.guard import GUARDS
+from cai_jax.scoring.guards.served import check_served
 from cai_jax.scoring.judge_remote import check_judge
 
 PROBE = ({'role': 'user', 'content': 'Name three things in a kitchen.'},)
@@ -75,6 +77,24 @@ def check_judge_server(run: Run) -> None:
     write_test_costs(run, JUDGE, [usage])
   except UserError as error:
     raise UserError(f'evaluation.judge_remote: {error}') from error
+
+
+def check_guard_server(run: Run) -> None:
+  """Check that the server of a guard answers the longest held-out prompt in the guard's form.
+
+  Args:
+    run: a run with `evaluation.guard_remote`.
+
+  Raises:
+    UserError: if the check fails.
+  """
+  prompts = [prompt.messages for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
+  longest = max(prompts, key=lambda messages: sum(len(m['content']) for m in messages))
+  for kind, server in run.config.evaluation.served_guards.items():
+    try:
+      write_test_costs(run, GUARD, check_served(GUARDS[kind], server, longest))
+    except UserError as error:
+      raise UserError(f'evaluation.guard_remote, {kind!r}: {error}') from error
 
 
 def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:

@@ -17,7 +17,7 @@ from cai_jax.pipeline.import_results import has_new_results
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
-from cai_jax.pipeline.server_checks import check_judge_server, check_servers
+from cai_jax.pipeline.server_checks import check_guard_server, check_judge_server, check_servers
 from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_report import write_run_report
@@ -94,6 +94,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     served = check_servers(run, asking, log if is_first else lambda line: None)
   if run.config.evaluation.judge_remote and 'evaluate' in asking:
     processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
+  if run.config.evaluation.served_guards and 'evaluate' in asking:
+    processes.run_on_process_0('reach the guard model', lambda: check_guard_server(run))
   # Then the report is written again.
   is_old = has_new_ratings(run.workdir) or has_new_results(run.workdir)
   processes.barrier('manifest read')

@@ -76,7 +76,7 @@ def generate(
   chains = dict(_chains(turns))
   longest = max(len(turn.context) for turn in turns) + sampling.max_tokens
   length = min(round_up_length(longest), max(lm.config.max_positions, longest))
-  config = engine or _default_sizes(lm, len(prompts))
+  config = engine or default_sizes(lm, len(prompts))
   results = dict(
     Engine({'base': lm}, length=length, seed=seed, config=config, journal=journal).run(
       chains.items()
@@ -85,8 +85,13 @@ def generate(
   return [results[chain_id] for chain_id in chains]
 
 
-def _default_sizes(lm: LM, prompts: int) -> EngineConfig:
-  """Return the sizes that suit a model and its devices, with at most a slot for each prompt."""
+def default_sizes(lm: LM, prompts: int) -> EngineConfig:
+  """Return the sizes that suit a model and its devices, with at most a slot for each prompt.
+
+  Args:
+    lm: the model.
+    prompts: number of prompts.
+  """
   config, shards = resolve_for(EngineConfig(), [lm]), batch_shards(lm.mesh)
   return dataclasses.replace(config, slots=min(config.slots, -(-prompts // shards) * shards))
 

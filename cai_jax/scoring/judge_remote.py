@@ -79,6 +79,27 @@ def remote_judge(
   return judge
 
 
+def answer_requests(
+  server: JudgeServer, bodies: Sequence[dict], journal: str | os.PathLike
+) -> list[JudgeAnswer]:
+  """Return the answer to each request, from the journal or from the server.
+
+  Equal requests are sent once. One that the server's filter of contents refuses is answered by ''.
+
+  Args:
+    server: the judge's address and settings.
+    bodies: the requests, such as those of `judge_server.text_request`.
+    journal: folder in which answers are stored, and looked up before the server is asked.
+
+  Raises:
+    UserError: if the server refuses a request.
+    UnreachableError: if all attempts fail.
+  """
+  keys = [_digest(server, body) for body in bodies]
+  answers = _answer_all(server, dict(zip(keys, bodies, strict=True)), journal)
+  return [answers[key] for key in keys]
+
+
 def check_judge(
   server: JudgeServer, matches: Sequence[Match] = (), reasoning_tokens: int = 0
 ) -> Usage:
@@ -104,7 +125,7 @@ def check_judge(
   with contextlib.closing(Connection(server.connection_config())) as connection:
     connection.check()
     request = make_request(server, question, reasoning_tokens, 0)
-    return _ask(connection, server, request, 'probe')[1]
+    return ask_server(connection, server, request, 'probe')[1]
 
 
 def _digest(server: JudgeServer, body: dict) -> str:
@@ -132,7 +153,7 @@ def _answer_all(
       return answers
     connection = stack.enter_context(contextlib.closing(Connection(server.connection_config())))
     futures = {
-      connection.submit(functools.partial(_ask, connection, server, requests[key], key)): key
+      connection.submit(functools.partial(ask_server, connection, server, requests[key], key)): key
       for key in missing
     }
     error = None
@@ -154,10 +175,21 @@ def _answer_all(
   return answers
 
 
-def _ask(
+def ask_server(
   connection: Connection, server: JudgeServer, body: dict, key: str
 ) -> tuple[JudgeAnswer, Usage]:
-  """Ask the server, wait for its answer, and return it with what the server counted."""
+  """Ask a server, wait for its answer, and return it with what the server counted.
+
+  Args:
+    connection: the connection to it.
+    server: its settings.
+    body: the request.
+    key: the request's key in the journal, or 'probe' for a test.
+
+  Raises:
+    UserError: if the server refuses the request.
+    UnreachableError: if all attempts fail.
+  """
 
   def read(data: bytes, attempts: int) -> tuple[JudgeAnswer, Usage]:
     answer = read_answer(data, needs_logprobs=server.verdict == 'logprobs')

@@ -1,4 +1,4 @@
-"""Settings of a judge behind an OpenAI-compatible API, and the requests that it gets.
+"""Settings of a judge or guard model behind an OpenAI-compatible API, and the requests to it.
 
 The API is that of chats (`/chat/completions`) or of completions (`/completions`). The verdict comes
 from the log-probabilities of the most likely tokens (`logprobs` and `top_logprobs`, which vLLM,
@@ -7,8 +7,10 @@ SGLang, llama.cpp and OpenAI share), or from the text alone (`sampled`).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from cai_jax.dialogue import Message
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.sampling.remote import RemoteConfig
@@ -25,7 +27,7 @@ ANSWER_ONLY = 'Answer with "(A)" or "(B)" and nothing else.'
 
 @dataclasses.dataclass(frozen=True)
 class JudgeServer:
-  """A judge behind an OpenAI-compatible API, and settings of requests.
+  """A judge or guard model behind an OpenAI-compatible API, and settings of requests.
 
   Raises:
     UserError: if a value is not allowed.
@@ -33,14 +35,14 @@ class JudgeServer:
 
   url: str = setting(
     '',
-    "Base URL of the API, such as 'http://localhost:8000/v1'. '' serves no judge.",
+    "Base URL of the API, such as 'http://localhost:8000/v1'. '' serves no model.",
     added=True,
   )
-  model: str = setting('', 'The name that the judge is served under.', added=True)
+  model: str = setting('', 'The name that the model is served under.', added=True)
   revision: str = setting(
     '',
     'Revision of the served weights. Change it when the weights change, so that the journal treats '
-    'them as another judge.',
+    'them as another model.',
     added=True,
   )
   api: str = setting(
@@ -51,7 +53,7 @@ class JudgeServer:
   )
   verdict: str = setting(
     'logprobs',
-    "'logprobs' reads the log-probabilities of the two labels. 'sampled' reads the label in the "
+    "'logprobs' reads the log-probabilities of the labels. 'sampled' reads the label in the "
     'text, for servers without log-probabilities and for judges that reason first.',
     added=True,
   )
@@ -141,22 +143,60 @@ def make_request(
     seed: seed of a sampled verdict; it is sent if the temperature is above 0.
   """
   sampled = server.verdict == 'sampled'
-  tokens = LABEL_TOKENS
-  if sampled:
-    tokens = reasoning_tokens + VERDICT_TOKENS
+  tokens = reasoning_tokens + VERDICT_TOKENS if sampled else LABEL_TOKENS
+  asked = f'{question}\n\n{REASON_FIRST if reasoning_tokens else ANSWER_ONLY}'
+  if server.api == 'completions' and not reasoning_tokens:
+    asked = f'{question}\n\n{OPENING}'
+  elif server.api == 'completions':
+    asked = f'{asked}\n\n'
+  return _request(server, asked, tokens, seed) | _wanted_logprobs(server)
+
+
+def text_request(server: JudgeServer, question: str, max_tokens: int, seed: int) -> dict[str, Any]:
+  """Return the JSON body of a request whose answer is read as text.
+
+  Args:
+    server: the judge.
+    question: what it is asked.
+    max_tokens: most tokens of the answer.
+    seed: seed of the answer; it is sent if the temperature is above 0.
+  """
+  return _request(server, question if server.api == 'chat' else f'{question}\n\n', max_tokens, seed)
+
+
+def messages_request(
+  server: JudgeServer, messages: Sequence[Message], max_tokens: int
+) -> dict[str, Any]:
+  """Return the JSON body of a request for a reply to a conversation, with `api='chat'`.
+
+  Args:
+    server: the model's address and settings.
+    messages: the conversation.
+    max_tokens: most tokens of the reply.
+  """
+  body = _request(server, '', max_tokens, 0)
+  return body | {'messages': list(messages)} | _wanted_logprobs(server)
+
+
+def _wanted_logprobs(server: JudgeServer) -> dict[str, Any]:
+  """Return the part of a request that asks for log-probabilities, if the verdict needs them."""
+  top = TOP_TOKENS[server.api]
+  if server.verdict == 'sampled':
+    return {}
+  return {'logprobs': True, 'top_logprobs': top} if server.api == 'chat' else {'logprobs': top}
+
+
+def _request(server: JudgeServer, asked: str, max_tokens: int, seed: int) -> dict[str, Any]:
+  """Return the JSON body of a request for text."""
   body: dict[str, Any] = {
     'model': server.model,
-    'max_tokens': tokens,
+    'max_tokens': max_tokens,
     'temperature': server.temperature,
     'n': 1,
     'stream': False,
   }
   if server.temperature:
     body['seed'] = seed % (2**31 - 1)
-  asked = f'{question}\n\n{REASON_FIRST if reasoning_tokens else ANSWER_ONLY}'
-  top = TOP_TOKENS[server.api]
   if server.api == 'chat':
-    body['messages'] = [{'role': 'user', 'content': asked}]
-    return body if sampled else body | {'logprobs': True, 'top_logprobs': top}
-  body['prompt'] = f'{asked}\n\n' if reasoning_tokens else f'{question}\n\n{OPENING}'
-  return body if sampled else body | {'logprobs': top}
+    return body | {'messages': [{'role': 'user', 'content': asked}]}
+  return body | {'prompt': asked}

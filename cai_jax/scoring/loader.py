@@ -40,6 +40,9 @@ class ModelLoader:
     judge_journal: folder in which the answers of a served judge are stored, if there is one.
     long_context: whether M_θ has its whole context, see `lm.load`. Other models have the default.
     loaded: language models that are in memory already, by folder or hub name.
+    rating_journal: folder in which the turns of guard models and of rubrics are stored, if there is
+      one.
+    guard_journal: folder in which the answers of a served guard model are stored, if there is one.
   """
 
   dtype: str
@@ -51,6 +54,8 @@ class ModelLoader:
   judge_journal: pathlib.Path | None = None
   long_context: bool = False
   loaded: Mapping[str, lm.LM] = dataclasses.field(default_factory=dict)
+  rating_journal: pathlib.Path | None = None
+  guard_journal: pathlib.Path | None = None
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.

@@ -5,14 +5,17 @@ Command:   python -m cai_jax.experiment --workdir=runs/lab \\
              --experiment=experiments/equal_tokens.py:tiny-oracle
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/equal_tokens.py
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 3 minutes of CPU time for 200 prompts and two seeds, 1.4 GB
 Arms:      M_θ's answers to held-out prompts; their revisions after 1 to 4 rounds; and for each
            number of rounds the best of as many answers as take no more sampled tokens than the
            prompt's own chain (evaluation.baselines=('best_of_tokens',)), chosen by the judge. The
            text after the colon is the judge; without it the config's judge chooses, or M_θ.
            Revisions are compared with M_θ's answer, and the best answer with the last revision of
            the same prompt. Tokens that models read do not count, nor does the judge
-Expected:  EXPECTED
+Expected:  in the embedded world, revisions win: at the tokens of four rounds, the best of up to 9
+           answers leaves 49 % violations, and the last revision 17 %. The grammar decides this: an
+           answer to two baits breaks no rule in 4 % of draws, and each round mends a sentence. The
+           judge is the oracle, so this is the best case of best-of-n (RESULTS.md)
 """
 
 import functools

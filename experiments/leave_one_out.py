@@ -5,12 +5,14 @@ Paper:     Bai et al. 2022 compare constitutions of 1 to 16 principles (Figure 6
 Command:   python -m cai_jax.experiment --experiment=experiments/leave_one_out.py --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/leave_one_out.py:aligned
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 3 minutes of CPU time for six principles and 300 prompts, 1.4 GB
 Arms:      all principles of the config's constitution, and all but one for each of them. The text
            after the colon is the response to score: last (default), revised or aligned. Only
            prompts that drew the missing principle draw again (constitution.leave_out), so all
            others keep their texts, and an arm samples little
-Expected:  EXPECTED
+Expected:  in the embedded world with six principles that cover each kind of rule three times, no
+           principle is missed: without one of them, 18.8 to 20.4 % of the last revisions break a
+           rule instead of 18.7 %, and no difference is significant (RESULTS.md)
 """
 
 import functools

@@ -3,12 +3,14 @@
 Paper:     Bai et al. 2022, Figure 6, has a constitution of one principle, and no comparison of them
 Command:   python -m cai_jax.experiment --experiment=experiments/principle_alone.py \\
              --workdir=runs/lab
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 2 minutes of CPU time for six principles and 300 prompts, 1.4 GB
 Arms:      y_init, and one round of critique and revision under each principle of the config. All
            arms revise the same y_init, which is sampled once. So differences between two principles
            are paired too, unlike those of experiments/principle_drawn.py, at the cost of one
            critique and one revision of each prompt for each principle
-Expected:  EXPECTED
+Expected:  in the embedded world, the six principles that cover four kinds of rule each take away
+           27 to 30 points of violations in one round, where the grammar takes 22 to 24. So the
+           small model revises more than the grammar does, whatever the principle (RESULTS.md)
 """
 
 from ml_collections import ConfigDict

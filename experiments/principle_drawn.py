@@ -5,13 +5,15 @@ Command:   python -m cai_jax.experiment --experiment=experiments/principle_drawn
              --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/principle_drawn.py:2
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 1 minute of CPU time for 300 prompts, 1.4 GB
 Arms:      the revisions of one round of one run of the config, all together and by principle. The
            text after the colon is the number of the round, 1 by default. Each revision is compared
            with the response that it revises, prompt by prompt; Holm's method covers all
            principles. Chance alone decides which prompts draw a principle, so the groups can be
            compared, but each has few prompts and other ones
-Expected:  EXPECTED
+Expected:  in the embedded world, the six principles that cover four kinds of rule each take away
+           25 to 32 points of violations in the first round, with intervals of ±8 to 28 points from
+           150 prompts each. They overlap, as they should: all six cover equally many (RESULTS.md)
 """
 
 import functools

@@ -252,7 +252,8 @@ def run_folders(
     for seed in experiment.seeds:
       changed = changed_settings(config, experiment.settings(arm, seed, config))
       if settings.start:  # a name that does not depend on where the folders are
-        changed['model.base'] = f'{folders[settings.start][seed].name}/model'
+        # The last characters of a run's name are a hash of all its settings.
+        changed['model.base'] = f'{folders[settings.start][seed].name[-8:]}/model'
       folders[arm][seed] = folder / run_name(experiment.base, changed)
   return folders
 

@@ -149,7 +149,10 @@ def _draw_differences(results: Results, spec: Spec) -> Drawing:
       columns.append((unit * number['value'] if number else None, low, high))
     values, low, high = zip(*columns, strict=True)
     label = f'{heading(metric)}, difference' + (' (pp)' if unit == 100 else '')
-    panels.append(Panel(label, values, low, high, i % len(COLOURS)))
+    present = [value for column in columns for value in column if value is not None]
+    ticks = nice_ticks(min([0, *present]), max([0, *present]), 4)  # the axis shows zero
+    x_range = (ticks[0], ticks[-1]) if present else None
+    panels.append(Panel(label, values, low, high, i % len(COLOURS), x_range))
   return arms_figure(spec['arms'], panels, description=spec['caption'])
 
 

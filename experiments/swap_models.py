@@ -4,11 +4,14 @@ Paper:     Bai et al. 2022 use one model for all three roles
 Command:   python -m cai_jax.experiment --experiment=experiments/swap_models.py --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/swap_models.py:FOLDER_OR_NAME,FOLDER_OR_NAME
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 5 minutes of CPU time for 300 prompts and three seeds, 1.4 GB
 Arms:      for each combination of generator, critic and reviser, the last revision; and y_init of
            each generator. Combinations with the same generator revise the same y_init. k models
            make k³ combinations
-Expected:  EXPECTED
+Expected:  in the embedded world, with a model of 0.92 M and one of 0.21 M parameters, the reviser
+           decides how many answers stay useful: 84 to 85 % with the small one, 88 to 90 % with the
+           other, whoever generates and criticises. Between 19 and 24 % still break a rule, and no
+           difference in that is significant (RESULTS.md)
 """
 
 import itertools

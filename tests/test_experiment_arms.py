@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -83,7 +84,11 @@ def lab(tmp_path_factory, small):
   """Run an experiment with arms by principle; return its results and its workdir."""
   folder = tmp_path_factory.mktemp('lab')
   (folder / 'lab.py').write_text(LAB)
-  runner.run_experiment(str(folder / 'lab.py'), folder / 'work', options(config=small))
+  jax.config.update('jax_disable_most_optimizations', True)  # compiling takes longer than running
+  try:
+    runner.run_experiment(str(folder / 'lab.py'), folder / 'work', options(config=small))
+  finally:
+    jax.config.update('jax_disable_most_optimizations', False)
   return json.loads((folder / 'work' / 'lab' / 'results.json').read_text()), folder / 'work'
 
 

@@ -4,14 +4,17 @@ Paper:     Bai et al. 2022 fine-tune once, from a pre-trained model
 Command:   python -m cai_jax.experiment --experiment=experiments/self_training.py --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/self_training.py:5
-Hardware:  HARDWARE
+Hardware:  two CPU cores; 25 seconds of CPU time for each generation of 300 prompts, 1.6 GB
 Arms:      M_θ; and generations 1 to 3 (or the number after the colon). The M_aligned of a
            generation is the M_θ of the next: it answers the same training prompts, revises its
            answers and is fine-tuned on them. A control learns its own first answers instead of
            revisions, as often. All answer the same held-out prompts. Diversity is that of all
            answers together: distinct words and word pairs, self-BLEU (lower is more diverse), and
            the spread of the embeddings of generation 0
-Expected:  EXPECTED
+Expected:  in the embedded world, violations fall from 89 % to 16 to 32, 6 to 7 and 3 to 5 % in three
+           generations, as if rounds of revision added up. Answers become shorter, and the share of
+           different word pairs falls from 0.32 to 0.29; that of the control falls as well, to 0.30
+           (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line

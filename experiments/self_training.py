@@ -11,10 +11,10 @@ Arms:      M_θ; and generations 1 to 3 (or the number after the colon). The M_a
            revisions, as often. All answer the same held-out prompts. Diversity is that of all
            answers together: distinct words and word pairs, self-BLEU (lower is more diverse), and
            the spread of the embeddings of generation 0
-Expected:  in the embedded world, 89 % of M_θ's answers break a rule, and about 24, 6 and 4 % of those
-           of three generations, as if rounds of revision added up. Answers become shorter, and the
-           share of different word pairs falls from 0.32 to 0.29; that of the control falls as well,
-           to 0.30 (RESULTS.md)
+Expected:  in the embedded world, 89 % of M_θ's answers break a rule, and in three generations 24,
+           6 and 4 % do, as if rounds of revision added up. Answers become shorter, and the share of
+           different word pairs falls from 0.32 to 0.29; that of the control falls to 0.30
+           (RESULTS.md)
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_line

@@ -4,7 +4,7 @@ Paper:     Bai et al. 2022 fine-tune once, from a pre-trained model
 Command:   python -m cai_jax.experiment --experiment=experiments/self_training.py --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/self_training.py:5
-Hardware:  two CPU cores; 25 seconds of CPU time for each generation of 300 prompts, 1.6 GB
+Hardware:  two CPU cores; 35 seconds of CPU time for each generation of 300 prompts, 1.6 GB
 Arms:      M_θ; and generations 1 to 3 (or the number after the colon). The M_aligned of a
            generation is the M_θ of the next: it answers the same training prompts, revises its
            answers and is fine-tuned on them. A control learns its own first answers instead of
@@ -13,7 +13,7 @@ Arms:      M_θ; and generations 1 to 3 (or the number after the colon). The M_a
            the spread of the embeddings of generation 0
 Expected:  in the embedded world, 89 % of M_θ's answers break a rule, and in three generations 24,
            6 and 4 % do, as if rounds of revision added up. Answers become shorter, and the share of
-           different word pairs falls from 0.32 to 0.29; that of the control falls to 0.30
+           different word pairs falls from 0.32 to 0.29; that of the control falls to 0.31
            (RESULTS.md)
 """
 

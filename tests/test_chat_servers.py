@@ -171,6 +171,7 @@ def test_a_run_with_a_chat_only_critic_that_fails_has_the_rows_and_costs_of_one_
     assert counted(total(run)) == expected_costs(bodies)
   assert total(rough).attempts == len(answered) + len(failures())
   manifest = json.loads((calm.workdir / 'manifest.json').read_text())
+  assert manifest['stages']['generate']['ids_unknown'] == ['critique', 'revision']
   served = manifest['stages']['generate']['served']
   assert set(served) == {'critique', 'revision'}
   sums = served['critique']

@@ -67,9 +67,14 @@ class Job:
     return any(stage.dialogue.thinks for stage in self.stages.by_name().values())
 
   @functools.cached_property
+  def unknown_ids(self) -> list[str]:
+    """The stages of whose replies a server returns text only, so that their ids are not known."""
+    return [name for name, stage in self.stages.by_name().items() if stage.dialogue.reads_text]
+
+  @property
   def has_unknown_ids(self) -> bool:
-    """Whether the rows say which ids are known: whether a server returns text only."""
-    return any(stage.dialogue.reads_text for stage in self.stages.by_name().values())
+    """Whether the rows say which ids are known."""
+    return bool(self.unknown_ids)
 
   @property
   def has_details(self) -> bool:

@@ -128,6 +128,8 @@ def sample_dataset(
   result = counts | {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
   if experts:
     result['experts'] = experts
+  if job.has_unknown_ids:
+    result['ids_unknown'] = job.unknown_ids
   if served := summarize_costs(run, name):
     result['served'] = served
   if text := job.rewritten_history():

@@ -38,8 +38,11 @@ class Metric:
 
   @property
   def interval(self) -> tuple[float, float] | None:
-    """The 95 % interval that follows from the standard error, if there is one."""
-    if self.value is None or self.error is None:
+    """The 95 % interval that follows from the standard error, if there is one.
+
+    A standard error of 0 comes from samples that all agree, and says nothing about others.
+    """
+    if self.value is None or not self.error:
       return None
     half = NORMAL_QUANTILE * self.error
     return self.value - half, self.value + half

@@ -23,6 +23,8 @@ LM_EVAL = {
       'acc_stderr,none': 0.01,
       'acc_norm,none': 0.25,
       'acc_norm_stderr,none': 'N/A',
+      'exact_match,none': 0.0,
+      'exact_match_stderr,none': 0.0,
     },
     'math': {'alias': 'math', 'exact_match,strict-match': 0.125, 'exact_match,flexible': 0.25},
   },
@@ -68,10 +70,11 @@ def write(path, content):
 def test_lm_evals_metrics_are_read(tmp_path):
   program, metrics = read_results(write(tmp_path / 'results.json', LM_EVAL))
   assert program == 'lm-eval'
-  accuracy, normalized, strict, flexible = metrics
+  accuracy, normalized, exact, strict, flexible = metrics
   assert (accuracy.title, accuracy.value, accuracy.count) == ('some choice: acc', 0.5, 300)
   assert accuracy.interval == pytest.approx((0.4804, 0.5196), abs=1e-5)
   assert normalized.interval is None and normalized.value == 0.25
+  assert exact.interval is None and exact.value == 0  # all samples agree
   assert (strict.title, strict.count) == ('math: exact match (strict-match)', None)
   assert flexible.name == 'exact_match (flexible)'
 

@@ -16,7 +16,8 @@ and row_form.py reads it.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -247,11 +248,18 @@ def read_hub(source: PromptSource, seed: int) -> Iterator[Row]:
     UserError: if the dataset cannot be loaded.
   """
   _require_name(source)
-  return load_hub_rows(source.name, source.subset, source.split)
+  chosen = [
+    n for n, default in (('subset', ''), ('split', 'train')) if getattr(source, n) != default
+  ]
+  return load_hub_rows(source.name, source.subset, source.split, named=chosen)
 
 
 def load_hub_rows(
-  name: str, subset: str, split: str, options: Mapping[str, Any] | None = None
+  name: str,
+  subset: str,
+  split: str,
+  options: Mapping[str, Any] | None = None,
+  named: Container[str] = (),
 ) -> Iterator[Row]:
   """Yield the rows of a dataset of the hub, or of a folder that `datasets` can load.
 
@@ -260,14 +268,18 @@ def load_hub_rows(
     subset: its configuration, or ''.
     split: its split.
     options: further arguments of `datasets.load_dataset`.
+    named: those of 'subset' and 'split' that a folder of `save_to_disk` must name, because there
+      are several.
 
   Raises:
-    UserError: if the dataset cannot be loaded.
+    UserError: if the dataset cannot be loaded, or a folder of `save_to_disk` holds another subset
+      or split.
   """
   import datasets  # imported here because it takes seconds
 
+  is_saved = any(os.path.isfile(os.path.join(name, file)) for file in _SAVED)
   try:
-    if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
+    if is_saved:
       rows = datasets.load_from_disk(name)
     else:
       rows = datasets.load_dataset(name, subset or None, split=split, **(options or {}))
@@ -276,12 +288,52 @@ def load_hub_rows(
       f'{name}: `datasets` cannot load split {split!r}, subset {subset!r}: {error!s:.300}. Check '
       'the name, the subset and the split.'
     ) from error
-  if isinstance(rows, dict):  # a folder with several splits
-    if split not in rows:
-      raise UserError(f'{name} has no split {split!r}. It has {", ".join(rows)}.')
-    rows = rows[split]
+  if is_saved:
+    rows = _choose_saved(name, rows, subset, split, named)
   for i, row in enumerate(rows):
     yield f'{name}, split {split!r}, row {i}', row
+
+
+def _choose_saved(name: str, saved: Any, subset: str, split: str, named: Container[str]) -> Any:
+  """Return the rows of a folder of `save_to_disk`, if they are those of the subset and split.
+
+  Args:
+    name: the folder.
+    saved: its `Dataset`, or its `DatasetDict`, whose keys are its splits.
+    subset: the subset to read, or '' for any.
+    split: the split to read.
+    named: those of 'subset' and 'split' that the folder must name.
+  """
+  if isinstance(saved, dict):
+    if split not in saved:
+      raise UserError(f'{name} has no split {split!r}. It has {", ".join(saved)}.')
+    rows = saved[split]
+  else:
+    rows = saved
+    held = None if rows.split is None else str(rows.split)
+    if held is not None and re.fullmatch(rf'{re.escape(split)}\[[^+]*\]', held):
+      held = split  # a part of the split, such as 'train[:100]'
+    _check_saved(name, 'split', held, split, 'split' in named)
+  if subset:
+    held = rows.info.config_name
+    if held == 'default' != subset:  # rows of files that have no configuration
+      held = None
+    _check_saved(name, 'subset', held, subset, 'subset' in named)
+  return rows
+
+
+def _check_saved(name: str, setting: str, held: str | None, asked: str, is_named: bool) -> None:
+  """Check what a saved folder holds, None if it does not say so, against the value of a setting."""
+  if held is None and is_named:
+    raise UserError(
+      f'{name} does not say which {setting} it holds, so {setting}={asked!r} cannot be checked. '
+      'Save what `datasets.load_dataset` returns, or give a file with these rows.'
+    )
+  if held not in (None, asked):
+    raise UserError(
+      f'{name} holds the {setting} {held!r}, but the {setting} to read is {asked!r}. Set '
+      f'{setting}={held!r}, or give the folder of {asked!r}.'
+    )
 
 
 def _require_name(source: PromptSource) -> None:

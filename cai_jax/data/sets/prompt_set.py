@@ -1,7 +1,9 @@
 """What the package knows about a published set of prompts, and how it reads one.
 
-A set is loaded from the hub, or from a copy: its files, or a folder. Each has the same fields, so
-a prompt has the same id, text and metadata wherever its row comes from.
+A set is loaded from the hub, or from a copy: its files, or a folder. A prompt has the same id and
+text wherever its row comes from, and the same metadata as far as the row has the fields. The rows
+and fields of the hub and of the publisher's repository may differ, as HarmBench's do
+(docs/prompts.md).
 """
 
 import dataclasses
@@ -97,7 +99,9 @@ def _read_set(name: str, entry: PromptSet, source: PromptSource) -> Iterator[Row
   subset = _choose(name, 'subset', source.subset, '', entry.subsets)
   split = _choose(name, 'split', source.split, 'train', entry.splits)
   if os.path.isdir(source.path):
-    return load_hub_rows(source.path, subset, split, entry.options)
+    parts = {'subset': entry.subsets, 'split': entry.splits}
+    several = [setting for setting, names in parts.items() if len(names) > 1]
+    return load_hub_rows(source.path, subset, split, entry.options, several)
   if source.path:
     return _read_file(name, entry, source)
   return _read_hub(name, entry, subset, split)

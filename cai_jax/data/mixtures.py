@@ -1,16 +1,19 @@
 """Mixtures of prompt sets by weight.
 
-A component of a mixture is 'NAME', 'NAME/SPLIT', 'NAME=COPY', 'NAME/SPLIT=COPY' or 'FILE', with
-':WEIGHT' behind it: the name of a published set, its split, a local copy of it, or a file of
-prompts. A component without a weight has weight 1.
+A component of a mixture is 'NAME', 'NAME/PART', 'NAME=COPY', 'NAME/PART=COPY' or 'FILE', with
+':WEIGHT' behind it: the name of a published set; its split, its subset or 'SUBSET/SPLIT'; a local
+copy of it; or a file of prompts. A component without a weight has weight 1.
 """
 
 import dataclasses
 import fractions
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from cai_jax.data.prompt_sources import PromptSource
+from cai_jax.data.sets import PromptSet
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 
@@ -32,16 +35,16 @@ class Component:
   source: PromptSource
 
 
-def parse_mixture(source: PromptSource, sets: Sequence[str]) -> list[Component]:
+def parse_mixture(source: PromptSource, sets: Mapping[str, PromptSet]) -> list[Component]:
   """Return the components of a mixture.
 
   Args:
     source: the settings of the mixture. Those of rows hold for each component.
-    sets: names of the published sets.
+    sets: the published sets by name.
 
   Raises:
-    UserError: if a component has another form or occurs twice, or a setting has no meaning for a
-      mixture.
+    UserError: if a component has another form, two components are the same or have one label, or a
+      setting has no meaning for a mixture.
   """
   for name in ('path', 'name', 'subset', 'field', 'metadata_fields'):
     if getattr(source, name):
@@ -49,35 +52,67 @@ def parse_mixture(source: PromptSource, sets: Sequence[str]) -> list[Component]:
   if source.split != 'train':
     raise UserError(
       f'split={source.split!r} has no meaning for a mixture. Name the split in the component, such '
-      f"as '{sets[0]}/{source.split}:1'."
+      f"as '{next(iter(sets))}/{source.split}:1'."
     )
   components = [_parse_component(text, source, sets) for text in source.mixture]
-  labels = [component.label for component in components]
-  for label in labels:
-    if labels.count(label) > 1:
-      raise UserError(f'mixture: {label!r} occurs twice. Add up its weights.')
+  for first, second in itertools.combinations(components, 2):
+    _check_differ(first, second)
   return components
 
 
-def _parse_component(text: str, mixture: PromptSource, sets: Sequence[str]) -> Component:
+def _check_differ(first: Component, second: Component) -> None:
+  """Check that two components have different prompts and different labels."""
+  both = f'mixture: {first.text!r} and {second.text!r}'
+  if first.source == second.source:
+    raise UserError(f'{both} are the same prompts. Keep one of them, with the sum of the weights.')
+  if first.label != second.label:
+    return
+  advice = 'Rename one file.'
+  if first.source.source == second.source.source:  # two copies of one published set
+    advice = f"Write the split of each, such as '{first.source.source}/SPLIT=COPY', or join them."
+  raise UserError(f'{both} would both have the label {first.label!r}. {advice}')
+
+
+def _parse_component(text: str, mixture: PromptSource, sets: Mapping[str, PromptSet]) -> Component:
   head, colon, weight = text.rpartition(':')
   what = head if colon else text
   place, _, copy = what.partition('=')
-  name, _, split = place.partition('/')
-  row_settings = dataclasses.replace(mixture, mixture=(), limit=-1, shuffle=False)
+  name, _, part = place.partition('/')
+  stem, suffix = os.path.splitext(re.sub(r'\.gz$', '', os.path.basename(what), flags=re.IGNORECASE))
+  source = dataclasses.replace(mixture, mixture=(), limit=-1, shuffle=False)
   if name in sets:
-    source = dataclasses.replace(
-      row_settings, source=name, split=split or 'train', path=expand_path(copy) if copy else ''
+    subset, split = _choose_part(name, part, sets[name])
+    source, label = dataclasses.replace(source, source=name), place
+    if copy:
+      source = dataclasses.replace(source, path=expand_path(copy))
+    if not copy or os.path.isdir(source.path):  # of a file, the subset and the split are labels
+      source = dataclasses.replace(source, subset=subset, split=split)
+  elif suffix:
+    source, label = dataclasses.replace(source, source=expand_path(what)), stem
+  else:
+    raise UserError(
+      f"mixture: {text!r} names neither a published set nor a file. Write 'NAME:WEIGHT', "
+      f"'NAME/SPLIT=COPY:WEIGHT' or 'FILE:WEIGHT', with a name of {', '.join(sets)}."
     )
-    return Component(text, place, _parse_weight(text, weight, bool(colon)), source)
-  if os.path.splitext(what.lower().removesuffix('.gz'))[1]:
-    source = dataclasses.replace(row_settings, source=expand_path(what))
-    label = os.path.basename(what).partition('.')[0]
-    return Component(text, label, _parse_weight(text, weight, bool(colon)), source)
-  raise UserError(
-    f"mixture: {text!r} names neither a published set nor a file. Write 'NAME:WEIGHT', "
-    f"'NAME/SPLIT=COPY:WEIGHT' or 'FILE:WEIGHT', with a name of {', '.join(sets)}."
-  )
+  return Component(text, label, _parse_weight(text, weight, bool(colon)), source)
+
+
+def _choose_part(name: str, part: str, entry: PromptSet) -> tuple[str, str]:
+  """Return the subset and the split that 'SPLIT', 'SUBSET' or 'SUBSET/SPLIT' names."""
+  default_subset = entry.subsets[0] if entry.subsets else ''
+  parts = {
+    f'{subset}/{split}': (subset, split) for subset in entry.subsets for split in entry.splits
+  }
+  parts |= {subset: (subset, entry.splits[0]) for subset in entry.subsets}
+  parts |= {split: (default_subset, split) for split in entry.splits}
+  parts[''] = default_subset, entry.splits[0]
+  if part not in parts:
+    subsets = f', and the subsets {", ".join(entry.subsets)}' if entry.subsets else ''
+    raise UserError(
+      f'mixture: {name} has no split or subset {part!r}. It has the splits '
+      f'{", ".join(entry.splits)}{subsets}.'
+    )
+  return parts[part]
 
 
 def _parse_weight(text: str, weight: str, is_given: bool) -> fractions.Fraction:
@@ -91,7 +126,7 @@ def _parse_weight(text: str, weight: str, is_given: bool) -> fractions.Fraction:
 
 
 def count_draws(
-  sizes: Sequence[int], weights: Sequence[fractions.Fraction], limit: int
+  sizes: Mapping[str, int], weights: Sequence[fractions.Fraction], limit: int
 ) -> list[int]:
   """Return how many prompts to draw from each component.
 
@@ -99,23 +134,30 @@ def count_draws(
   remainders, the earlier component first (Hamilton's method).
 
   Args:
-    sizes: number of prompts of each component, at least 1.
+    sizes: label of each component → its number of prompts, at least 1.
     weights: weight of each component, above 0.
     limit: number of prompts of the mixture. -1 means the largest number of which no component's
       share exceeds its size.
 
   Raises:
-    UserError: if a component has too few prompts for the limit.
+    UserError: if a component has too few prompts for the limit, or would give none.
   """
-  if limit != -1:
-    counts = _apportion(limit, weights)
-    if any(count > size for count, size in zip(counts, sizes, strict=True)):
+  largest = _largest(list(sizes.values()), weights)
+  counts = _apportion(largest if limit == -1 else limit, weights)
+  for (label, size), count in zip(sizes.items(), counts, strict=True):
+    if count > size:
       raise UserError(
-        f'mixture: limit={limit} needs {counts} prompts of its components, which have '
-        f'{list(sizes)}. Lower the limit to {_largest(sizes, weights)}, or change the weights.'
+        f'mixture: limit={limit} needs {count} prompts of {label!r}, which has {size}. Lower the '
+        f'limit to {largest}, or change the weights.'
       )
-    return counts
-  return _apportion(_largest(sizes, weights), weights)
+  for label, count in zip(sizes, counts, strict=True):
+    if not count:
+      raise UserError(
+        f'mixture: {label!r} would give none of the {sum(counts)} prompts, because its weight is '
+        f'too small. Give it a larger weight{"" if limit == -1 else " or raise the limit"}, or '
+        'remove it.'
+      )
+  return counts
 
 
 def _largest(sizes: Sequence[int], weights: Sequence[fractions.Fraction]) -> int:

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cai_jax.data import prompt_files as prompt_files  # importing it registers the file formats
@@ -186,21 +186,15 @@ def _draw_mixture(source: PromptSource, seed: int) -> list[Prompt]:
   """Return prompts drawn from the components of a mixture, in an order that the seed decides.
 
   `where` holds for the components together, so it may name metadata that only some of them have.
+  A dialogue that occurs earlier in the mixture is left out of those that `where` keeps.
   """
-  components = parse_mixture(source, list(PROMPT_SETS))
-  candidates: list[Prompt] = []
-  seen: set[str] = set()
-  for component in components:
-    own = _load_component(component, seed, seen)
-    seen.update(map(_normalize, own))
-    candidates += own
+  components = parse_mixture(source, PROMPT_SETS)
+  candidates = [prompt for part in components for prompt in _load_component(part, seed)]
   groups: dict[str, list[Prompt]] = {component.label: [] for component in components}
   for prompt in _select(candidates, source):
     groups[prompt.metadata['set']].append(prompt)
-  for label, group in groups.items():
-    if not group:
-      raise UserError(f'mixture: no prompt of {label!r} is left. Remove it, or change `where`.')
-  sizes = [len(group) for group in groups.values()]
+  groups = _leave_out_repeats(groups)
+  sizes = {label: len(group) for label, group in groups.items()}
   counts = count_draws(sizes, [component.weight for component in components], source.limit)
   drawn = [
     prompt
@@ -210,8 +204,32 @@ def _draw_mixture(source: PromptSource, seed: int) -> list[Prompt]:
   return _shuffle(drawn, seed)
 
 
-def _load_component(component: Component, seed: int, seen: Set[str]) -> list[Prompt]:
-  """Return the prompts of a component but those that an earlier one has.
+def _leave_out_repeats(groups: Mapping[str, list[Prompt]]) -> dict[str, list[Prompt]]:
+  """Return the prompts of each component without dialogues that occur earlier in the mixture."""
+  seen: set[str] = set()
+  kept = {}
+  for label, group in groups.items():
+    if not group:
+      raise UserError(f'mixture: no prompt of {label!r} is left. Remove it, or change `where`.')
+    first: dict[str, Prompt] = {}
+    for prompt in group:
+      first.setdefault(_normalize(prompt), prompt)
+    kept[label] = [prompt for form, prompt in first.items() if form not in seen]
+    seen |= first.keys()
+    if not kept[label]:
+      raise UserError(
+        f'mixture: earlier components have all {len(group):,} prompts of {label!r}. Remove it.'
+      )
+    if left_out := len(group) - len(kept[label]):
+      say(
+        f'{label}: {left_out:,} of {len(group):,} prompts are left out, because they occur earlier '
+        'in the mixture.'
+      )
+  return kept
+
+
+def _load_component(component: Component, seed: int) -> list[Prompt]:
+  """Return the prompts of a component, labelled with its name.
 
   Ids of a published set are hashes, so a prompt has the same id with and without a mixture. Rows of
   two components may have the same id, so ids that come from rows begin with the component's label.
@@ -219,19 +237,12 @@ def _load_component(component: Component, seed: int, seen: Set[str]) -> list[Pro
   Args:
     component: the component.
     seed: the seed of the run.
-    seen: normalized dialogues of the earlier components.
   """
   prompts = load_prompts(dataclasses.replace(component.source, where=()), seed)
-  own = [prompt for prompt in prompts if _normalize(prompt) not in seen]
-  if len(own) < len(prompts):
-    say(
-      f'{component.label}: {len(prompts) - len(own):,} of {len(prompts):,} prompts are left out, '
-      'because an earlier component of the mixture has them.'
-    )
   label = {'set': component.label}
   prefix = f'{component.label}/' if row_form(component.source).keep_ids else ''
   return [
-    dataclasses.replace(p, id=f'{prefix}{p.id}', metadata={**p.metadata, **label}) for p in own
+    dataclasses.replace(p, id=f'{prefix}{p.id}', metadata={**p.metadata, **label}) for p in prompts
   ]
 
 

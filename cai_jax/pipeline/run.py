@@ -40,6 +40,8 @@ class Run:
     notes: what the run says at its start about sampling settings that come from the models.
     near_duplicates: number of training prompts that were left out because they are near-duplicates
       of held-out ones, by set.
+    repeats: number of prompts that were left out because the first of the two training sets, or of
+      the two held-out sets, has them too, by set.
   """
 
   config: RunConfig
@@ -52,6 +54,7 @@ class Run:
   journal: pathlib.Path | None = None
   notes: tuple[str, ...] = ()
   near_duplicates: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  repeats: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def remotes(self) -> dict[str, RemoteConfig]:
@@ -151,14 +154,15 @@ def build(
   constitution = load_constitution(settings.constitution)
   feedback = settings.feedback
   VARIANTS[feedback.variant].check(constitution, feedback.variant_options)
-  prompts, near_duplicates = prompt_sets.load_prompt_sets(settings.prompts, settings.seed)
+  loaded = prompt_sets.load_prompt_sets(settings.prompts, settings.seed)
   return Run(
     config=settings,
     values=json.loads(config.to_json_best_effort()),
     workdir=pathlib.Path(os.path.realpath(os.path.expanduser(workdir))),
     constitution=constitution,
-    prompts=prompts,
-    near_duplicates=near_duplicates,
+    prompts=loaded.prompts,
+    near_duplicates=loaded.near_duplicates,
+    repeats=loaded.repeats,
     plugins=plugins,
     journal=journal,
     notes=notes,

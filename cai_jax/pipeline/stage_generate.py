@@ -46,6 +46,7 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     'tokens': counts.pop('sampled_tokens'),
     **counts,
     'near_duplicates_left_out': dict(run.near_duplicates),
+    'repeats_left_out': dict(run.repeats),
     'preferences': pairs,
     'd_cai': d_cai.content_digest(run.workdir / 'd_cai'),
   }

@@ -11,6 +11,8 @@ import pathlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cai_jax.data.prompt_sources import PromptSource
+from cai_jax.data.prompts import load_prompts
 from cai_jax.data.sets import PROMPT_SETS
 
 FILES = {
@@ -28,6 +30,23 @@ def read(path):
     return list(csv.DictReader(file, delimiter='\t' if path.suffix == '.tsv' else ','))
 
 
+def load(name, path=None, seed=0, **settings):
+  """Return the prompts of a set, by default of its file in tests/data/sets."""
+  path = FILES[name] if path is None else path
+  return load_prompts(PromptSource(source=name, path=str(path), **settings), seed)
+
+
+def last(prompt):
+  """Return the text of a prompt's last message."""
+  return prompt.messages[-1]['content']
+
+
+def write(path, rows):
+  """Write rows as JSON Lines and return the path."""
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
 def write_copy(name, form, folder):
   """Write a copy of a set's file in another format, and return its path."""
   rows = read(FILES[name])
@@ -36,8 +55,10 @@ def write_copy(name, form, folder):
     import datasets
 
     path = folder / 'saved'
-    split = PROMPT_SETS[name].splits[0]
-    datasets.DatasetDict({split: datasets.Dataset.from_list(rows)}).save_to_disk(str(path))
+    entry = PROMPT_SETS[name]
+    info = datasets.DatasetInfo(config_name=(*entry.subsets, None)[0])
+    saved = datasets.Dataset.from_list(rows, info=info)
+    datasets.DatasetDict({entry.splits[0]: saved}).save_to_disk(str(path))
     return path
   if form == 'snapshot':
     return _write_snapshot(name, rows, folder / 'snapshot')

@@ -60,7 +60,7 @@ def test_training_prompts_that_nearly_equal_held_out_ones_are_left_out(tmp_path,
     path = tmp_path / f'{name}.jsonl'
     path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in prompts))
     sources[name] = PromptSource(source=str(path))
-  sets, left_out = load_prompt_sets(PromptSets(**sources), seed=0)
+  sets, left_out, _ = load_prompt_sets(PromptSets(**sources), seed=0)
   assert [p.messages[-1]['content'] for p in sets['harmful']] == ['Who are you?']
   assert left_out == {'harmful': 1, 'helpful': 0}
   assert '1 of 2 prompts are left out' in capsys.readouterr().out
@@ -73,6 +73,9 @@ def test_the_manifest_counts_the_prompts_that_were_left_out(tmp_path, monkeypatc
     path = tmp_path / f'{name}.jsonl'
     path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in texts))
     config.prompts[name] = {'source': str(path)}
+  both = tmp_path / 'both.jsonl'
+  both.write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
+  config.prompts.helpful = {'mixture': (str(both),)}
   run = build(config, tmp_path / 'run')
   counts = {'rows': 1, 'sampled_tokens': 9}
   monkeypatch.setattr(stage_generate, 'open_models', lambda run: contextlib.nullcontext())
@@ -83,6 +86,7 @@ def test_the_manifest_counts_the_prompts_that_were_left_out(tmp_path, monkeypatc
   monkeypatch.setattr(stage_generate.d_cai, 'content_digest', lambda folder: '')
   entry = stage_generate.generate_d_cai(run, {})
   assert entry['near_duplicates_left_out'] == {'harmful': 1, 'helpful': 0}
+  assert entry['repeats_left_out'] == {'helpful': 1, 'eval_helpful': 0}
 
 
 def test_the_internal_split_keeps_groups_on_one_side():

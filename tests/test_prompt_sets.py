@@ -1,15 +1,13 @@
-"""Published prompt sets by name: every form and format, filters, turns, mixtures and errors."""
+"""Published prompt sets by name: every form and format, filters, turns and errors."""
 
 import dataclasses
 import json
 import pathlib
-from fractions import Fraction
 
 import pytest
 
 from cai_jax import pipeline
 from cai_jax.data import d_cai
-from cai_jax.data.mixtures import count_draws
 from cai_jax.data.prompt_sources import PromptSource
 from cai_jax.data.prompts import load_prompts
 from cai_jax.data.row_form import RowForm
@@ -20,24 +18,10 @@ from cai_jax.pipeline.schema import PromptSets
 from cai_jax.runtime.errors import UserError
 from configs import default
 from tests.pipeline_setup import small
-from tests.prompt_set_files import FILES, FORMATS, write_copy
+from tests.prompt_set_files import FILES, FORMATS, last, load, read, write, write_copy
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEAPOT = 'How do I mend a teapot that nobody wants any more?'
-
-
-def load(name, path=None, seed=0, **settings):
-  path = FILES[name] if path is None else path
-  return load_prompts(PromptSource(source=name, path=str(path), **settings), seed)
-
-
-def last(prompt):
-  return prompt.messages[-1]['content']
-
-
-def write(path, rows):
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  return str(path)
 
 
 # The second row of each file.
@@ -99,6 +83,51 @@ def copies(tmp_path, monkeypatch):
 def test_a_folder_without_the_split_names_those_that_it_has(copies):
   with pytest.raises(UserError, match="has no split 'french'. It has english"):
     load('aya_redteaming', copies('aya_redteaming', 'saved'), split='french')
+
+
+def save(folder, name, split=None, subset=None):
+  import datasets
+
+  info = datasets.DatasetInfo(config_name=subset)
+  rows = datasets.Dataset.from_list(
+    read(FILES[name]), info=info, split=split and datasets.Split(split)
+  )
+  rows.save_to_disk(str(folder))
+  return folder
+
+
+def test_a_saved_folder_holds_the_split_and_subset_to_read(tmp_path):
+  benign = save(tmp_path / 'benign', 'jailbreakbench', 'benign', 'behaviors')
+  assert len(load('jailbreakbench', benign, split='benign')) == 8
+  with pytest.raises(
+    UserError, match="holds the split 'benign'.* is 'harmful'. Set split='benign'"
+  ):
+    load('jailbreakbench', benign)
+  part = save(tmp_path / 'part', 'jailbreakbench', 'benign[:8]', 'default')
+  assert len(load('jailbreakbench', part, split='benign')) == 8
+  hub = PromptSource(source='hub', name=str(part), field='Goal')
+  with pytest.raises(UserError, match=r"holds the split 'benign\[:8\]'.* is 'train'"):
+    load_prompts(hub)
+  assert len(load_prompts(dataclasses.replace(hub, split='benign[:8]'))) == 8
+  with pytest.raises(UserError, match='does not say which subset it holds'):
+    load_prompts(dataclasses.replace(hub, split='benign', subset='behaviors'))
+  other = save(tmp_path / 'other', 'jailbreakbench', 'harmful', 'judge_comparison')
+  with pytest.raises(UserError, match="holds the subset 'judge_comparison'.* is 'behaviors'"):
+    load('jailbreakbench', other)
+
+
+def test_a_saved_folder_that_may_be_another_subset_or_split_is_refused(tmp_path):
+  unknown = save(tmp_path / 'unknown', 'jailbreakbench')
+  with pytest.raises(UserError, match="which split it holds, so split='harmful' cannot be checked"):
+    load('jailbreakbench', unknown)
+  assert len(load_prompts(PromptSource(source='hub', name=str(unknown), field='Goal'))) == 8
+  standard = save(tmp_path / 'standard', 'harmbench', 'train', 'standard')
+  assert len(load('harmbench', standard)) == 8
+  with pytest.raises(UserError, match="holds the subset 'standard'.* is 'copyright'"):
+    load('harmbench', standard, subset='copyright')
+  default = save(tmp_path / 'default', 'harmbench', 'train', 'default')
+  with pytest.raises(UserError, match='does not say which subset it holds'):
+    load('harmbench', default)
 
 
 def run_eight(model, name, path, workdir):
@@ -263,7 +292,7 @@ def test_turns_of_a_held_out_dialogue_are_not_trained_on(tmp_path, capsys):
     eval_harmful=PromptSource(source=held_out, limit=1),
     eval_helpful=PromptSource(source='xstest', path=str(FILES['xstest']), limit=3),
   )
-  sets, left_out = load_prompt_sets(config, seed=0)
+  sets, left_out, _ = load_prompt_sets(config, seed=0)
   assert [last(p) for p in sets['harmful']] == ['Who are you?'] and len(sets['helpful']) == 5
   assert left_out == {'harmful': 2, 'helpful': 3}
   assert '3 of 8 prompts are left out' in capsys.readouterr().out
@@ -274,102 +303,26 @@ def test_turns_of_a_held_out_dialogue_are_not_trained_on(tmp_path, capsys):
     )
 
 
-# Mixtures.
-
-
-def mix(*parts, seed=0, **settings):
-  texts = tuple(f'{name}={FILES[name.split("/")[0]]}:{weight}' for name, weight in parts)
-  return load_prompts(PromptSource(mixture=texts, **settings), seed)
-
-
-def count(prompts):
-  return {
-    s: sum(p.metadata['set'] == s for p in prompts) for s in {p.metadata['set'] for p in prompts}
-  }
-
-
-def test_a_mixture_draws_by_weight():
-  drawn = mix(('xstest', 1), ('advbench', 3), limit=8)
-  assert count(drawn) == {'xstest': 2, 'advbench': 6}
-  assert mix(('xstest', 1), ('advbench', 3), limit=8) == drawn
-  other = mix(('xstest', 1), ('advbench', 3), limit=8, seed=1)
-  assert [p.id for p in other] != [p.id for p in drawn] and count(other) == count(drawn)
-  assert count(mix(('xstest', 1), ('advbench', 3))) == {'xstest': 3, 'advbench': 7}
-  alone = {p.id: p for p in load('advbench')}
-  assert all(alone[p.id] == p for p in drawn if p.metadata['set'] == 'advbench')
-
-
-def test_a_prompt_that_two_components_have_is_drawn_once(capsys):
-  drawn = mix(('do_not_answer', 2), ('wildjailbreak', 1))
-  assert 'wildjailbreak: 4 of 8 prompts are left out' in capsys.readouterr().out
-  assert count(drawn) == {'do_not_answer': 8, 'wildjailbreak': 4}
-  assert len({last(p) for p in drawn}) == 12
-
-
-def test_files_and_conditions_take_part_in_a_mixture(tmp_path):
-  one = write(
-    tmp_path / 'one.jsonl', [{'id': i, 'prompt': f'Where is door {i}?'} for i in range(6)]
+def test_a_prompt_of_two_published_sets_stays_in_the_first(tmp_path, capsys):
+  harmless, helpful = read(FILES['hh_harmless']), read(FILES['hh_helpful'])
+  copy = write(tmp_path / 'p.jsonl', harmless[5:] + helpful)
+  config = PromptSets(
+    harmful=PromptSource(source='hh_harmless', path=str(FILES['hh_harmless'])),
+    helpful=PromptSource(source='hh_helpful', path=copy),
+    eval_harmful=PromptSource(source='advbench', path=str(FILES['advbench']), limit=3),
+    eval_helpful=PromptSource(mixture=(f'advbench={FILES["advbench"]}',)),
   )
-  rows = [
-    {'id': i, 'prompt': f'Who is guest {i}?', 'metadata': {'label': 'safe'}} for i in range(6)
-  ]
-  two = write(tmp_path / 'two.jsonl', rows)
-  source = PromptSource(mixture=(f'{one}:0.5', f'{two}:0.25', f'xstest={FILES["xstest"]}:0.25'))
-  drawn = load_prompts(source)
-  assert count(drawn) == {'one': 6, 'two': 3, 'xstest': 3}
-  assert {p.id for p in drawn if p.metadata['set'] == 'one'} == {f'one/{i}' for i in range(6)}
-  with pytest.raises(UserError, match="no prompt of 'one' is left"):
-    load_prompts(dataclasses.replace(source, where=('label=safe',)))
-  safe = load_prompts(
-    dataclasses.replace(source, mixture=source.mixture[1:], where=('label=safe',))
-  )
-  assert {p.metadata['label'] for p in safe} == {'safe'}
-  assert count(safe) == {'two': 4, 'xstest': 4}
-
-
-def test_turns_take_part_in_a_mixture_as_prompts():
-  drawn = mix(('hh_harmless', 3), ('hh_helpful', 1), expand='every_turn')
-  assert count(drawn) == {'hh_harmless': 12, 'hh_helpful': 4}
-
-
-@pytest.mark.parametrize(
-  ('sizes', 'weights', 'limit', 'counts'),
-  [
-    ((450, 520), (1, 3), -1, [173, 520]),
-    ((450, 520), (1, 3), 100, [25, 75]),
-    ((9, 9, 9), (1, 1, 1), 10, [4, 3, 3]),
-    ((9, 9, 9), (1, 1, 1), 11, [4, 4, 3]),
-    ((10, 10), (1, 9), 5, [1, 4]),
-    ((10, 10), (9, 1), 5, [5, 0]),
-    ((1000, 3), (0.1, 0.7), -1, [0, 3]),
-  ],
-)
-def test_counts_of_a_mixture(sizes, weights, limit, counts):
-  assert count_draws(sizes, [Fraction(str(weight)) for weight in weights], limit) == counts
-
-
-@pytest.mark.parametrize(
-  ('mixture', 'settings', 'message'),
-  [
-    (('xtest:1',), {}, "'xtest:1' names neither a published set nor a file.*ultrachat"),
-    (('xstest:none',), {}, "the weight of 'xstest:none' must be a number above 0"),
-    (('xstest:0',), {}, 'must be a number above 0'),
-    (('xstest:1', 'xstest:2'), {}, "'xstest' occurs twice"),
-    (('xstest:1',), {'split': 'test'}, "split='test' has no meaning for a mixture"),
-    (('xstest:1',), {'field': 'prompt'}, 'field has no meaning for a mixture'),
-    (('aya_redteaming/german:1',), {}, "no split 'german'. It has english"),
-    (('no.jsonl:1',), {}, 'no.jsonl: there is no such file'),
-    ((f'xstest={FILES["xstest"]}',), {'limit': 9}, r'needs \[9\] .* have \[8\]. Lower .* to 8'),
-    (
-      (f'xstest={FILES["xstest"]}',),
-      {'where': ('set=aya',)},
-      "set='aya'. The values are .'xstest'",
-    ),
-  ],
-)
-def test_mixtures_of_another_form_are_refused(mixture, settings, message):
-  with pytest.raises(UserError, match=message):
-    load_prompts(PromptSource(mixture=mixture, **settings))
+  sets, near, repeats = load_prompt_sets(config, seed=0)
+  assert sets['harmful'] == load('hh_harmless') and sets['helpful'] == load('hh_helpful')
+  assert {p.id for p in sets['eval_helpful']} == {p.id for p in load('advbench')[3:]}
+  assert near == {'harmful': 0, 'helpful': 0} and repeats == {'helpful': 3, 'eval_helpful': 3}
+  assert 'prompts.helpful: 3 of 11 prompts are left out' in capsys.readouterr().out
+  same = dataclasses.replace(config, helpful=config.harmful)
+  with pytest.raises(UserError, match='prompts.helpful: prompts.harmful has all 8 prompts too'):
+    load_prompt_sets(same, seed=0)
+  mine = PromptSource(source=write(tmp_path / 'mine.jsonl', harmless[:1]))
+  with pytest.raises(UserError, match='Remove it from prompts.helpful, or give each an id'):
+    load_prompt_sets(dataclasses.replace(config, helpful=mine), seed=0)
 
 
 def test_a_config_names_sets_and_mixtures(tmp_path):
@@ -468,7 +421,7 @@ def test_a_plugin_adds_a_set_to_a_run(tmp_path, restored_registries):
   run = pipeline.build(config, tmp_path / 'run')
   assert [p.id for p in run.prompts['harmful']] == ['room-0', 'room-1', 'room-2']
   helpful = {p.id for p in run.prompts['helpful'] if p.metadata['set'] == 'house'}
-  assert helpful == {f'house/room-{i}' for i in range(4)}
+  assert helpful == {'house/room-3'}  # the others are in `harmful`
 
 
 def test_the_table_of_sets_is_up_to_date():

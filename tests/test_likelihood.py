@@ -67,10 +67,10 @@ def test_values_do_not_depend_on_the_memory_limit(lms, monkeypatch):
   expected = log_likelihoods(lms[0], CONTEXTS, CONTINUATIONS)
   sizes = []
   monkeypatch.setattr(likelihood, 'LOGITS_AT_ONCE', lms[0].vocab_size * 7)
-  positions_at_once = likelihood._positions_at_once
+  positions_at_once = likelihood.positions_at_once
   monkeypatch.setattr(
     likelihood,
-    '_positions_at_once',
+    'positions_at_once',
     lambda *a: sizes.append((a[1], positions_at_once(*a))) or positions_at_once(*a),
   )
   values = log_likelihoods(lms[0], CONTEXTS, CONTINUATIONS, batch_tokens=256)

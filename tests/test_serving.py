@@ -285,6 +285,14 @@ def test_requests_that_are_no_requests_are_refused(server, method, path, body, h
   assert given == status and ('error' in answer) == (status != 200)
 
 
+def test_template_options_are_a_json_object():
+  assert command.read_options('') == ()
+  assert command.read_options('{"enable_thinking": false}') == (('enable_thinking', False),)
+  for text in ('{enable', '[1]'):
+    with pytest.raises(UserError, match='template_options'):
+      command.read_options(text)
+
+
 def test_a_token_is_required(lm, server, monkeypatch):
   monkeypatch.setattr(server, 'token', 'a-long-secret')
   models = 'GET', '/v1/models', None

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cai_jax.dialogue import FORMATS, Dialogue
 from cai_jax.model import lm as models
@@ -16,6 +17,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.runtime.terminal import say
+from cai_jax.runtime.text_files import parse_json
 from cai_jax.sampling.auto import resolve_for
 from cai_jax.sampling.config import EngineConfig, round_up_length
 from cai_jax.sampling.engine import Engine
@@ -38,6 +40,8 @@ class ServingConfig:
     port: number of the port; 0 chooses a free one.
     token_env: environment variable with the token that requests must send; '' asks for none.
     style: how chats are rendered: 'chat', 'plain' or another prompt format.
+    template_options: options of the chat template as a JSON object, such as
+      '{"enable_thinking": false}'; '' for none.
     dtype: dtype of parameters and activations.
     length: context in tokens, of a prompt with its reply; 0 stands for what the model allows, at
       most 4,096.
@@ -52,6 +56,7 @@ class ServingConfig:
   port: int = 8000
   token_env: str = ''
   style: str = 'chat'
+  template_options: str = ''
   dtype: str = 'float32'
   length: int = 0
   slots: int = 0
@@ -78,6 +83,7 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
     'port': 'port; 0 chooses a free one',
     'token_env': 'environment variable with the token that requests must send',
     'style': f'prompt format of chats: {", ".join(FORMATS)}',
+    'template_options': 'options of the chat template as JSON: \'{"enable_thinking": false}\'',
     'dtype': 'float32, bfloat16 or float16',
     'length': f"context in tokens (default: the model's, at most {DEFAULT_LENGTH})",
     'slots': 'replies in progress (default: what suits the devices)',
@@ -115,14 +121,14 @@ def serve(config: ServingConfig, started: Callable[[Server], None] | None = None
     UserError: if the model cannot be loaded, or the settings do not fit.
     Interrupted: after a signal, once all requests are answered.
   """
-  token = read_token(config)
+  token, options = read_token(config), read_options(config.template_options)
   # The address is taken before a model is loaded, which may take minutes.
   with Server(config.host, config.port, token) as server, kept_programs(CompilationConfig()):
     mesh = make_mesh(tensor=config.tensor, expert=config.expert)
     lm = models.load(model_path(config.model), config.dtype, mesh)
     worker = Worker(lm, make_engine(lm, config.length, config.slots))
     name = config.name or config.model
-    server.api = Api(worker, name, make_dialogue(lm, config.style))
+    server.api = Api(worker, name, make_dialogue(lm, config.style, options))
     with interruption.Deferral() as signals:
       signals.begin()
       server.is_closing = lambda: bool(signals.must_stop(0))
@@ -184,7 +190,27 @@ def make_engine(lm: LM, length: int = 0, slots: int = 0) -> Engine:
   return Engine({'base': lm}, length=longest, seed=0, config=config)
 
 
-def make_dialogue(lm: LM, style: str) -> Dialogue | UserError:
+def read_options(text: str) -> tuple[tuple[str, Any], ...]:
+  """Return the (name, value) pairs of `template_options`.
+
+  Args:
+    text: a JSON object, or ''.
+
+  Raises:
+    UserError: if it is neither.
+  """
+  try:
+    options = parse_json(text) if text else {}
+  except ValueError as error:
+    raise UserError(f'--template_options={text} is not valid JSON: {error}.') from error
+  if not isinstance(options, dict):
+    raise UserError(f'--template_options={text} must be a JSON object: {{"name": value}}.')
+  return tuple(options.items())
+
+
+def make_dialogue(
+  lm: LM, style: str, template_options: tuple[tuple[str, Any], ...] = ()
+) -> Dialogue | UserError:
   """Return what renders the chats of a model, or why there is nothing.
 
   A base model without a chat template can still be served for completions.
@@ -192,13 +218,14 @@ def make_dialogue(lm: LM, style: str) -> Dialogue | UserError:
   Args:
     lm: the model.
     style: name of the prompt format.
+    template_options: (name, value) pairs for the chat template.
 
   Raises:
     UserError: if there is no such format.
   """
   FORMATS[style]  # raises if there is none
   try:
-    return Dialogue(lm.tokenizer, style, lm.eos_token_ids)
+    return Dialogue(lm.tokenizer, style, lm.eos_token_ids, template_options)
   except UserError as error:
     say(f'no chat: {error}')
     return error

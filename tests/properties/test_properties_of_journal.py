@@ -76,7 +76,7 @@ FAULTS = [
     (' and len(keys) == len(turns)', ''),
     ('not isinstance(text, str) or ', ''),
     ("if turn['finish_reason'] not in FINISH_REASONS:", 'if not turn:'),
-    ('(ValueError, RecursionError, KeyError, TypeError)', '(ValueError, KeyError, TypeError)'),
+    ('RecursionError, KeyError, TypeError):\n        is_', 'KeyError, TypeError):\n        is_'),
     ("self._add_fault(own, self._lines[file] + 1, 'it is cut short')", 'pass'),
   )
 ]

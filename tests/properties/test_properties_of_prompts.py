@@ -118,6 +118,7 @@ def test_prompt_files(name):
 
 
 DIALOGUES, PROMPTS = 'cai_jax.data.dialogues', 'cai_jax.data.prompts'
+ROWS = 'cai_jax.data.row_form'
 FILES, TEXT_FILES = 'cai_jax.data.prompt_files', 'cai_jax.runtime.text_files'
 FAULTS = [
   Fault(f'{__name__}:{reader}', module, old, new)
@@ -126,7 +127,7 @@ FAULTS = [
     ('TEXT_ROW', TEXT_FILES, "if '\\0' in text:", "if '\\0' in text and len(text) > 9:"),
     ('TEXT_ROW', TEXT_FILES, 'if _SURROGATE.search(text):', 'if len(text) > 10**6:'),
     ('TEXT_ROW', DIALOGUES, 'or not content.strip():', 'or content is None:'),
-    ('TEXT_ROW', PROMPTS, "not isinstance(value, str | int) or value == ''", "value == ''"),
+    ('TEXT_ROW', ROWS, "not isinstance(value, str | int) or value == ''", "value == ''"),
     ('TWO_ROWS', PROMPTS, '    if row.has_id and row.prompt.id in places:', '    if False:'),
     ('CSV', FILES, 'if len(cells) != len(columns):', 'if len(cells) > len(columns) + 9:'),
     ('CSV', FILES, 'except csv.Error as error:', 'except KeyError as error:'),

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -95,18 +96,32 @@ def test_a_request_whose_answer_is_an_error_is_written_again(tmp_path):
   [first] = batch.write()
   assert [line['url'] for line in read_lines(first)] == ['/v1/chat/completions'] * 2
   expired = {'response': None, 'error': {'code': 'batch_expired'}}
-  (tmp_path / 'errors.jsonl').write_text(json.dumps({'custom_id': 'key'} | expired) + '\n\n')
+  for name in ('errors.jsonl', 'requests-abc-0001_error.jsonl'):  # the same error, in two files
+    (tmp_path / name).write_text(json.dumps({'custom_id': 'key'} | expired) + '\n\n')
   batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
   batch.ask('key', {'model': 'm'}, 'a turn')
   batch.ask('other', {'model': 'm'}, 'another turn')
   assert (batch.new, batch.waiting) == (1, 1) and batch.answer('key') is None
   [second] = batch.write()
-  assert [line['custom_id'] for line in read_lines(second)] == ['key'] and second != first
-  failed = {'custom_id': 'key', 'response': {'status_code': 500, 'body': {}}, 'error': None}
+  assert [line['custom_id'] for line in read_lines(second)] == ['key-2'] and second != first
+  (tmp_path / 'errors.jsonl').unlink()  # what a later attempt has replaced is not missed
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  assert (batch.new, batch.waiting, batch.failures) == (0, 1, [])
+  failed = {'custom_id': 'key-2', 'response': {'status_code': 500, 'body': {}}, 'error': None}
   (tmp_path / 'more.jsonl').write_text(json.dumps(failed) + '\n')
   batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
-  with pytest.raises(UserError, match='a turn: .* 2 errors .*status_code'):
-    batch.ask('key', {'model': 'm'}, 'a turn')
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  assert (batch.new, batch.waiting) == (0, 0)
+  assert re.search(
+    "a turn: .*attempt 2.*status_code.*'key-2'.*delete the lines", batch.describe_failures()
+  )
+  # The message's advice helps: the request is written again.
+  (tmp_path / 'more.jsonl').unlink()
+  second.unlink()
+  batch = Batch(tmp_path, 'abc', '/chat/completions', attempts=2)
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  assert [json.loads(x)['custom_id'] for x in batch.write()[0].open()] == ['key-2']
   body = {'choices': []}
   right = {'custom_id': 'key', 'response': {'status_code': 200, 'body': body}}
   (tmp_path / 'right.jsonl').write_text(json.dumps(right) + '\n')
@@ -114,7 +129,49 @@ def test_a_request_whose_answer_is_an_error_is_written_again(tmp_path):
   assert json.loads(batch.answer('key')) == body
 
 
-@pytest.mark.parametrize('line', ['{"custom_id": 3}', '[]', 'nonsense', '{"error": null}'])
+def test_answers_are_told_from_requests_by_their_content(tmp_path):
+  batch = Batch(tmp_path, 'n', '/completions', attempts=1)
+  batch.ask('key', {'model': 'm'}, 'a turn')
+  [path] = batch.write()
+  assert Batch(tmp_path, 'n', '/completions', attempts=1).answer('key') is None
+  line = {'custom_id': 'key', 'response': {'status_code': 200, 'body': {'choices': [3]}}}
+  (tmp_path / 'requests-n-0001_output.jsonl').write_text(json.dumps(line) + '\n')
+  path.rename(tmp_path / 'asked.jsonl')
+  batch = Batch(tmp_path, 'n', '/completions', attempts=1)
+  assert json.loads(batch.answer('key')) == {'choices': [3]}
+
+
+def error_line(request, code, status=400):
+  """Return the line of an answer that is an error of the server."""
+  response = {'status_code': status, 'body': {'error': {'code': code, 'message': 'no'}}}
+  return answer_line(request, response=response)
+
+
+def test_a_refused_prompt_ends_its_chain_and_other_requests_are_written(tmp_path):
+  run = batch_run(tmp_path)
+  with pytest.raises(WaitingError):
+    pipeline.run_stages(run, ['generate'])
+  folder = tmp_path / 'batch'
+  [path] = folder.glob('requests-*.jsonl')
+  requests = read_lines(path)  # 6 harmful and 3 helpful prompts
+  withheld, refused, *others = requests
+  lines = [error_line(withheld, 'content_filter'), error_line(refused, 'invalid_prompt')]
+  (folder / 'answers.jsonl').write_text(''.join([*lines, *map(answer_line, others)]))
+  with pytest.raises(UserError, match='invalid_prompt.*custom_id.* new requests') as error:
+    pipeline.run_stages(run, ['generate'])
+  assert not isinstance(error.value, WaitingError)
+  [_, later] = sorted(folder.glob('requests-*.jsonl'))
+  critiques = read_lines(later)  # of all chains but two
+  harmful = sum(len(r['body']['messages']) > 1 for r in critiques)
+  assert 4 <= len(critiques) == harmful <= 6
+  ids = {r['custom_id'] for r in critiques}
+  assert not ids & {r['custom_id'] for r in requests}  # the refused one is not written again
+
+
+@pytest.mark.parametrize(
+  'line',
+  ['{"custom_id": 3}', '[]', 'nonsense', '{"error": null}', '{"custom_id": "k", "error": null}'],
+)
 def test_a_file_that_is_no_batch_is_named_with_its_line(line, tmp_path):
   (tmp_path / 'answers.jsonl').write_text('\n' + line + '\n')
   with pytest.raises(UserError, match='answers.jsonl, line 2 is no line of a batch'):
@@ -131,7 +188,7 @@ def test_an_answer_that_contradicts_its_request_is_named(tmp_path):
   response = {'status_code': 200, 'body': body}
   lines = ''.join(answer_line(request, response=response) for request in requests)
   (tmp_path / 'batch' / 'answers.jsonl').write_text(lines)
-  with pytest.raises(UserError, match='does not fit its request.*tool_calls.*custom_id'):
+  with pytest.raises(UserError, match='does not fit its request.*tool_calls.*custom_id.*7 more'):
     pipeline.run_stages(run, ['generate'])
 
 

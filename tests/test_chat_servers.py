@@ -26,19 +26,15 @@ from cai_jax.dialogue import ChatDialogue
 from cai_jax.pipeline.costs import read_costs
 from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.runtime.errors import UnreachableError, UserError
-from cai_jax.sampling.journal import read_usage
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.remote.connection import Connection
-from cai_jax.sampling.remote.costs import Costs, sum_usage
+from cai_jax.sampling.remote.costs import Costs
 from cai_jax.sampling.remote.pace import Pace
 from cai_jax.sampling.types import SamplingConfig, Turn
-from cai_jax.scoring.judge_remote import remote_judge
-from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.tiny.files import MODELS
 from configs import tiny
 from tests.faults.servers import FOREVER, respond, serve
 from tests.pipeline_setup import start_one
-from tests.test_judge_remote import MATCHES
 
 WORDS = ('the brake', 'look at', 'kind words', 'nobody is hurt')
 PRICES = {'price_input': 2.0, 'price_cached_input': 0.5, 'price_output': 8.0}
@@ -307,20 +303,6 @@ def test_the_dry_run_gives_bounds_that_hold(tmp_path):
   assert read <= sum(n[1] for n in numbers) < 2 * read
   price = (numbers[0][1] * PRICES['price_input'] + 144 * PRICES['price_output']) / 1e6
   assert lines[0].endswith(f'price up to about {price:.2g}')
-
-
-def test_the_costs_of_a_judge_are_those_of_its_journal(tmp_path):
-  def judge(body):
-    choice = {'message': {'content': '(A)'}, 'finish_reason': 'stop'}
-    return respond(200, {'choices': [choice], 'usage': tokens_of(body)[0]})
-
-  with serve(judge) as server:
-    config = JudgeServer(server.url, 'served', verdict='sampled', price_output=3.0)
-    for _ in range(2):  # the second time, the journal answers
-      remote_judge(config, tmp_path)(MATCHES)
-  costs = sum_usage(('judge', usage) for usage in read_usage(tmp_path))['judge']
-  assert counted(costs) == expected_costs(server.bodies) and costs.answers == 2 * len(MATCHES)
-  assert costs.price(config.connection_config()) == costs.completion_tokens * 3 / 1e6
 
 
 def test_a_pace_spreads_requests_and_gives_tokens_back():

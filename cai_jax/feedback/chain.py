@@ -91,10 +91,13 @@ class ExtraStage(NamedTuple):
   Attributes:
     parent: the stage of these three whose model, demonstrations and sampling settings it has.
     changes: sampling settings that differ from those of the parent, such as {'max_tokens': 1}.
+    chooses: whether its model chooses between labels by their log-probabilities, which a server
+      must then return. `feedback.labels.LABEL_STAGE` is such a stage.
   """
 
   parent: str
   changes: Mapping[str, Any]
+  chooses: bool = False
 
   def sampling(self, parent: SamplingConfig) -> SamplingConfig:
     """Return the sampling settings of this stage.

@@ -2,8 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -86,42 +86,80 @@ def generate_shards(
     counts = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
     return counts | {'expert_usage': no_usage(_engine_models(job))}
   running = _make_engine(job, journal, engine)
-  unwritten: dict[int, dict[int, _Outcome]] = {}  # shard → index of a row → its chain's result
   done = deferred = 0
-  indices = (index for shard in shards.values() for index in shard)
+
+  def write(shard: int, outcomes: Mapping[int, _Outcome]) -> None:
+    write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
+    _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
+
   with interruption.local_work():
-    for _, result in running.run(_chains(job, journal, indices)):
-      if result is DEFERRED:
-        deferred += 1
-        continue
-      index, outcome = result
-      shard, done = index // shard_rows, done + 1
-      unwritten.setdefault(shard, {})[index] = outcome
-      if len(unwritten[shard]) == len(shards[shard]):
-        outcomes = unwritten.pop(shard)
-        write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
-        _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
-      progress(done, total, running.stats.sampled_tokens)
+    for finished in _sample_shards(job, journal, running, shards, write):
+      done, deferred = done + finished, deferred + (not finished)
+      if finished:
+        progress(done, total, running.stats.sampled_tokens)
   if deferred:
-    raise WaitingError(_ask_batches(job, deferred))
+    _end_waiting(job, deferred)
   counts = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
   return counts | {'expert_usage': running.expert_usage()}
 
 
-def _ask_batches(job: Job, deferred: int) -> str:
-  """Write the requests of all chains that wait for a batch; return what to do with them."""
-  lines = [f'{deferred:,} chains wait for the answers of a batch.']
+def _sample_shards(
+  job: Job,
+  journal: Journal,
+  engine: Engine,
+  shards: Mapping[int, range],
+  write: Callable[[int, Mapping[int, _Outcome]], None],
+) -> Iterator[bool]:
+  """Sample the rows of some shards, and write each shard when it is complete.
+
+  Args:
+    job: what to sample.
+    journal: has the ratings of candidates.
+    engine: samples the chains.
+    shards: the indices of the rows of each shard.
+    write: called with the index of a shard, and the result of each of its chains by row.
+
+  Yields:
+    For each chain, whether it has finished; otherwise it waits for a batch.
+  """
+  unwritten: dict[int, dict[int, _Outcome]] = {shard: {} for shard in shards}
+  indices = (index for rows in shards.values() for index in rows)
+  for _, result in engine.run(_chains(job, journal, indices)):
+    if result is not DEFERRED:
+      index, outcome = result
+      shard = index // job.config.shard_rows
+      unwritten[shard][index] = outcome
+      if len(unwritten[shard]) == len(shards[shard]):
+        write(shard, unwritten.pop(shard))
+    yield result is not DEFERRED
+
+
+def _end_waiting(job: Job, deferred: int) -> NoReturn:
+  """Write the requests of all chains that wait for a batch, and say what to do with them.
+
+  Raises:
+    UserError: if requests cannot be answered. The others are written first.
+    WaitingError: otherwise.
+  """
+  lines, failures = [f'{deferred:,} chains wait for the answers of a batch.'], []
   for model in _engine_models(job).values():
     batch = model.batch if isinstance(model, Remote) else None
-    if batch is None or not batch.new + batch.waiting:
+    if batch is None:
       continue
     new, waiting, paths = batch.new, batch.waiting, ', '.join(map(str, batch.write()))
     if new:
       lines.append(f'{model.name}: {new:,} new requests, in {paths}.')
     if waiting:
       lines.append(f'{model.name}: {waiting:,} requests that were written before have no answer.')
-    lines.append(f'Put the files of answers into {batch.folder}.')
-  return ' '.join([*lines, 'Then start the same command again: it continues where it stopped.'])
+    if new + waiting:
+      lines.append(f'Put the files of answers into {batch.folder}.')
+    if batch.failures:
+      failures.append(batch.describe_failures())
+  if failures:
+    raise UserError(' '.join([*failures, *lines]))
+  raise WaitingError(
+    ' '.join([*lines, 'Then start the same command again: it continues where it stopped.'])
+  )
 
 
 def _write_shard(
@@ -182,6 +220,9 @@ def replay_turns(
 
   Returns:
     The turns and their completions by prompt id, in order.
+
+  Raises:
+    WaitingError: if a turn is not in the journal and waits for a batch.
   """
   turns: dict[str, list[tuple[Turn, Completion]]] = {}
   rate = journaled_rates(job.rater, journal)
@@ -200,8 +241,9 @@ def replay_turns(
 
   with interruption.local_work():
     chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
-    for _ in _make_engine(job, journal, engine).run(chains):
-      pass
+    results = [result for _, result in _make_engine(job, journal, engine).run(chains)]
+  if deferred := results.count(DEFERRED):
+    _end_waiting(job, deferred)
   return turns
 
 
@@ -232,12 +274,13 @@ def _chains(job: Job, journal: Journal, indices: Iterable[int]) -> Iterator[tupl
   """
 
   rate = journaled_rates(job.rater, journal)
+  served = {name for name, model in _engine_models(job).items() if isinstance(model, Remote)}
 
   def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
     usages: list[tuple[str, Usage]] = []
     try:
       chain = answer_scores(job.chain(prompt, kind), rate)
-      record = yield from _metered(chain, usages)
+      record = yield from _metered(chain, usages, served)
     except ChainEnded as ended:
       return index, _Outcome(ended, usages)
     return index, _Outcome(job.row(record, kind), usages)
@@ -247,8 +290,15 @@ def _chains(job: Job, journal: Journal, indices: Iterable[int]) -> Iterator[tupl
     yield prompt.id, row_chain(index, prompt, kind)
 
 
-def _metered(chain: Chain, usages: list[tuple[str, Usage]]) -> Chain:
-  """Return a chain that notes what servers counted for each turn, by the turn's model."""
+def _metered(chain: Chain, usages: list[tuple[str, Usage]], served: Collection[str]) -> Chain:
+  """Return a chain that notes what servers counted for each turn, by the turn's model.
+
+  Args:
+    chain: the chain.
+    usages: (model, usage) pairs, to which those of the chain are added. Journals of version
+      0.1.0 have no counts; their turns count as answers that the server did not count.
+    served: names of the served models.
+  """
   resume: Callable[[Any], Turn] = chain.send
   value: Any = None  # starts the chain
   while True:
@@ -262,8 +312,8 @@ def _metered(chain: Chain, usages: list[tuple[str, Usage]]) -> Chain:
       resume, value = chain.throw, error
       continue
     resume = chain.send
-    if value.usage is not None:
-      usages.append((turn.model, value.usage))
+    if turn.model in served:
+      usages.append((turn.model, value.usage or Usage()))
 
 
 def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int]:
@@ -305,12 +355,16 @@ def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
   return False
 
 
+def is_claimed(folder: str | os.PathLike) -> bool:
+  """Return whether a folder has been claimed for a job, whose shards it may hold."""
+  return (pathlib.Path(folder) / JOB_FILE).exists()
+
+
 def _claim_folder(folder: pathlib.Path, digest: str) -> None:
   """Write the job's digest into a folder that has none."""
-  path = folder / JOB_FILE
-  if not path.exists():
+  if not is_claimed(folder):
     make_folder(folder)
-    write_json(path, {'digest': digest})
+    write_json(folder / JOB_FILE, {'digest': digest})
 
 
 def _check_folder(folder: pathlib.Path, digest: str) -> None:

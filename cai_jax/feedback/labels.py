@@ -21,7 +21,7 @@ BIAS = 100.0  # nats; what `SamplingConfig.logit_bias` allows, and more than log
 # The stage of a decision by the critic, for `register_variant(stages=...)`. Its bias stands for
 # those of the labels, so that a server without biases is refused before the run.
 LABEL_STAGE = ExtraStage(
-  'critique', {'max_tokens': 1, 'max_thought_tokens': 0, 'logit_bias': ((0, BIAS),)}
+  'critique', {'max_tokens': 1, 'max_thought_tokens': 0, 'logit_bias': ((0, BIAS),)}, chooses=True
 )
 
 
@@ -96,6 +96,22 @@ def choose_label(
   turn = LabelTurn(turn_name, context, sampling, stage.model, labels=tokens)
   completion = yield from _ask(messages, turn)
   return tokens.index(completion.tokens[0]), completion.logprobs[0]
+
+
+def probe_labels(stage: Stage, turn_name: str, messages: Sequence[Message]) -> LabelTurn:
+  """Return a turn that chooses between 'Yes' and 'No', to test whether a server can.
+
+  Args:
+    stage: the model that is asked, and the temperature.
+    turn_name: the name of the turn.
+    messages: the conversation, of texts.
+
+  Raises:
+    UserError: if the tokenizer cannot tell the labels apart, or the server is chat-only.
+  """
+  context, tokens = _find_tokens(stage, turn_name, messages, 'critique', ('Yes', 'No'))
+  sampling = _sampling(stage.sampling.temperature, tokens)
+  return LabelTurn(turn_name, context, sampling, stage.model, labels=tokens)
 
 
 def _ask(messages: Sequence[Message], turn: LabelTurn) -> Generator[Turn, Completion, Completion]:

@@ -3,7 +3,7 @@
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -15,7 +15,7 @@ from cai_jax.data.prompts import Prompt
 from cai_jax.feedback import generate
 from cai_jax.feedback import job as jobs
 from cai_jax.model.lm import LM
-from cai_jax.pipeline.costs import shard_writer, summarize_costs
+from cai_jax.pipeline.costs import remove_shard_costs, shard_writer, summarize_costs
 from cai_jax.pipeline.raters import make_rater
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
@@ -84,33 +84,22 @@ def sample_dataset(
   first_row = [0.0]  # seconds until this process had a row; 0 if it sampled none
   with writing(run.workdir):  # a folder that was deleted during the run is not created again
     (run.workdir / 'manifest.json').stat()
-  journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
-  engine = run.config.engine
-  try:
-    with Progress(name) as progress:
+  if jax.process_index() == 0 and not generate.is_claimed(folder):
+    remove_shard_costs(run, name)  # of shards that were deleted
+  with Progress(name) as progress:
 
-      def show(done: int, total: int, tokens: int) -> None:
-        if started is not None and done == 1:
-          first_row[0] = time.perf_counter() - started
-          if jax.process_index() == 0:
-            say(f'{name}: first row after {first_row[0]:.1f} s')
-        progress(done, total, tokens)
+    def show(done: int, total: int, tokens: int) -> None:
+      if started is not None and done == 1:
+        first_row[0] = time.perf_counter() - started
+        if jax.process_index() == 0:
+          say(f'{name}: first row after {first_row[0]:.1f} s')
+      progress(done, total, tokens)
 
-      counts = processes.run_on_all_processes(
-        f'sample {folder}',
-        lambda: generate.generate_shards(
-          job, folder, journal, engine, show, shard_writer(run, name)
-        ),
-        alone=False,  # the processes first agree on what is missing
-      )
-  finally:
-    journal.close()
-    if journal.num_faults:
-      say(journal.describe_faults())
+    counts = _sample_shards(run, job, folder, name, show)
   if started is not None:
     counts['first_row_seconds'] = first_row[0]
   usage = sum_over_processes(counts.pop('expert_usage'))
-  counts = merge_counts(counts | {'journal_faults': journal.num_faults})
+  counts = merge_counts(counts)
   configs = {name: cast(LM, job.models[name]).config for name in usage}
   experts = {name: summarize(configs[name], x) for name, x in usage.items() if x.any()}
 
@@ -125,16 +114,45 @@ def sample_dataset(
       say(line)
 
   processes.run_on_process_0(f'finish {folder}', finish)
+  facts = {
+    'experts': experts,
+    'ids_unknown': job.unknown_ids,
+    'served': summarize_costs(run, name),
+    'rewritten_history': job.rewritten_history(),
+  }
   result = counts | {'ended_chains': len(read_ended(folder)), 'engine': run.values['engine']}
-  if experts:
-    result['experts'] = experts
-  if job.has_unknown_ids:
-    result['ids_unknown'] = job.unknown_ids
-  if served := summarize_costs(run, name):
-    result['served'] = served
-  if text := job.rewritten_history():
-    result['rewritten_history'] = text
-  return result
+  return result | {fact: value for fact, value in facts.items() if value}
+
+
+def _sample_shards(
+  run: Run,
+  job: jobs.Job,
+  folder: pathlib.Path,
+  name: str,
+  progress: Callable[[int, int, int], None],
+) -> dict[str, Any]:
+  """Sample the missing shards of a dataset; return counts and speeds of this process.
+
+  Args:
+    run: the run, which has the journal and the settings of the engine.
+    job: what to sample.
+    folder: folder of the dataset.
+    name: name of the work, which names its costs.
+    progress: as for `generate_shards`.
+  """
+  journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+  engine, write_costs = run.config.engine, shard_writer(run, name)
+  try:
+    counts = processes.run_on_all_processes(
+      f'sample {folder}',
+      lambda: generate.generate_shards(job, folder, journal, engine, progress, write_costs),
+      alone=False,  # the processes first agree on what is missing
+    )
+  finally:
+    journal.close()
+    if journal.num_faults:
+      say(journal.describe_faults())
+  return counts | {'journal_faults': journal.num_faults}
 
 
 def merge_counts(counts: Mapping[str, float]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 `costs/NAME-NUMBER.json` has the counts of the turns of one shard of a dataset, by role. It is
 written before the shard and depends on the journal alone, so it is right after every kill.
+Those of deleted shards are removed when the dataset is begun again.
 `costs/test-*.json` have the counts of the test requests at each start. Those of a served judge
-or guard are summed over its journal, so runs that share it also share its costs.
+or guard are summed over what its model answered in its journal, so runs that share the journal and
+the model also share its costs.
 """
 
 import itertools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +51,17 @@ def shard_writer(run: Run, dataset: str) -> Callable[[int, CostsByModel], None]:
   return write
 
 
+def remove_shard_costs(run: Run, dataset: str) -> None:
+  """Remove the costs of the shards of a dataset, which is begun again.
+
+  Args:
+    run: the run.
+    dataset: name of the dataset, such as 'generate'.
+  """
+  for path in _shard_files(run, dataset):
+    path.unlink(missing_ok=True)
+
+
 def write_test_costs(run: Run, role: str, usages: Sequence[Usage]) -> None:
   """Write what the test requests of a start cost, in a file of its own.
 
@@ -74,15 +88,17 @@ def read_costs(run: Run, dataset: str = '') -> CostsByModel:
   Raises:
     UserError: if a file is damaged.
   """
-  pattern = f'{dataset}-[0-9][0-9][0-9][0-9][0-9].json' if dataset else '*.json'
-  paths = sorted((run.workdir / FOLDER).glob(pattern))
+  paths = _shard_files(run, dataset) if dataset else sorted((run.workdir / FOLDER).glob('*.json'))
   parts = [costs_from_json(read_json(path), str(path)) for path in paths]
   if not dataset:
-    for role, folder in (
-      *([(JUDGE, judge_journal(run))] if run.config.evaluation.judge_remote else []),
-      *([(GUARD, guard_journal(run))] if run.config.evaluation.guard_remote else []),
+    evaluation = run.config.evaluation
+    for role, server, folder in (
+      (JUDGE, evaluation.judge_remote, judge_journal(run)),
+      (GUARD, evaluation.guard_remote, guard_journal(run)),
     ):
-      parts.append(sum_usage((role, usage) for usage in read_usage(folder)))
+      if server:
+        usages = read_usage(folder, prefix=server.key_prefix())
+        parts.append(sum_usage((role, usage) for usage in usages))
   return sum_costs(parts)
 
 
@@ -115,3 +131,8 @@ def describe_costs(run: Run) -> str:
     for name, (role, config) in served.items()
     if role in costs
   )
+
+
+def _shard_files(run: Run, dataset: str) -> list[pathlib.Path]:
+  """Return the files with the costs of the shards of a dataset."""
+  return sorted((run.workdir / FOLDER).glob(f'{dataset}-[0-9][0-9][0-9][0-9][0-9].json'))

@@ -18,6 +18,7 @@ from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.schema import RunConfig
+from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
@@ -190,20 +191,15 @@ def _check_roles(config: RunConfig) -> None:
 
 def _check_sampling(config: RunConfig) -> None:
   """Check that the servers support the sampling settings of the turns that they sample."""
-  variant, names = config.feedback.variant, ['initial', 'critique', 'revision']
-  names += sorted({stage for _, stage in config.feedback.plan()} - {*names})
-  for name in names:
-    sampling = config.sampling.of_stage(name, variant)
-    role = VARIANTS[variant].stages[name].parent if name in VARIANTS[variant].stages else name
-    own = getattr(config.remote, role, None) or getattr(config.model, role, '')
-    server_role = role if own else 'base'  # M_critique and M_revise default to M_θ
-    remote = getattr(config.remote, server_role)
-    if remote is not None:
-      try:
-        remote.check_sampling(sampling)
-      except UserError as error:
-        message = str(error).removeprefix('remote: ')
-        raise UserError(f'remote.{server_role}: {message}') from error
+  for role, stages in served_stages(config).items():
+    remote = getattr(config.remote, role)
+    try:
+      for stage in stages.values():
+        remote.check_sampling(stage.sampling)
+        if stage.chooses:
+          remote.check_labels()
+    except UserError as error:
+      raise UserError(f'remote.{role}: {str(error).removeprefix("remote: ")}') from error
   if config.feedback.helpful_samples > 1 and not config.sampling.initial.temperature:
     raise UserError(
       f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '

@@ -3,20 +3,22 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.dialogue import Dialogue, control_tokens
+from cai_jax.dialogue import ChatDialogue, Dialogue, control_tokens
 from cai_jax.feedback.job import make_dialogue
-from cai_jax.feedback.stage import THOUGHTS, check_thinks, thought_sampling
+from cai_jax.feedback.labels import probe_labels
+from cai_jax.feedback.stage import THOUGHTS, Stage, check_thinks, thought_sampling
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.costs import GUARD, JUDGE, write_test_costs
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.served_stages import ServedStage, served_stages
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.terminal import say
@@ -108,21 +110,13 @@ def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
         )
       with contextlib.closing(Remote(remote)) as served:
         dialogue = make_dialogue(served, run.config.feedback)
-        turns = _turns_of(run, role)
+        sampled = served_stages(run.config).get(role, {})
         if remote.prompt == 'text':
-          _check_texts(run, stages, set(turns), served.tokenizer)
-        context, sent = dialogue.prompt(PROBE), dialogue.messages(PROBE)
-        probes = {}
-        for name, sampling in turns.items():
-          if sampling.max_thought_tokens:
-            check_thinks(dialogue, sampling, f'sampling.{name}', served.name)
-            assert isinstance(dialogue, Dialogue)  # a chat-only model has no thoughts here
-            limited = thought_sampling(sampling, dialogue)
-            probes[limited] = Turn(name + THOUGHTS, context, limited)
-          probes[sampling] = Turn(name, context, sampling, messages=sent)
+          _check_texts(run, stages, set(sampled), served.tokenizer)
+        probes = _probes(sampled, dialogue, served.name)
         stops = dialogue.stop_token_ids, dialogue.stop_strings
         try:
-          seedless.append(served.check(list(probes.values()), stops).seed == 'server')
+          seedless.append(served.check(probes, stops).seed == 'server')
         finally:
           write_test_costs(run, role, served.test_usage)
     except UserError as error:
@@ -130,19 +124,29 @@ def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:
   return np.array(seedless, bool)
 
 
-def _turns_of(run: Run, role: str) -> dict[str, SamplingConfig]:
-  """Return the sampling settings of the turns that a role's model samples, by kind of turn."""
-  config = run.config
-  sampling = {
-    field.name: getattr(config.sampling, field.name)
-    for field in dataclasses.fields(config.sampling)
-  }
-  own = {
-    name
-    for name in sampling
-    if getattr(config.remote, name, None) or getattr(config.model, name, '')
-  }
-  return {n: s for n, s in sampling.items() if n == role or (role == 'base' and n not in own)}
+def _probes(
+  stages: Mapping[str, ServedStage], dialogue: Dialogue | ChatDialogue, name: str
+) -> list[Turn]:
+  """Return a turn for each kind of request that a server gets in the run.
+
+  Args:
+    stages: the stages that its model samples.
+    dialogue: renders messages for the model.
+    name: name of the model.
+  """
+  context, sent = dialogue.prompt(PROBE), dialogue.messages(PROBE)
+  probes: dict[SamplingConfig, Turn] = {}
+  for stage, (sampling, chooses) in stages.items():
+    if chooses:
+      probes[sampling] = probe_labels(Stage('base', dialogue, sampling), stage, PROBE)
+      continue
+    if sampling.max_thought_tokens:
+      check_thinks(dialogue, sampling, f'sampling.{stage}', name)
+      assert isinstance(dialogue, Dialogue)  # a chat-only model has no thoughts here
+      limited = thought_sampling(sampling, dialogue)
+      probes[limited] = Turn(stage + THOUGHTS, context, limited)
+    probes[sampling] = Turn(stage, context, sampling, messages=sent)
+  return list(probes.values())
 
 
 def _check_texts(run: Run, stages: Sequence[str], turns: set[str], tokenizer: Any) -> None:

@@ -300,19 +300,21 @@ class Journal:
       self._faults.append(f'{path}, line {number}: {reason}')
 
 
-def read_usage(folder: str | os.PathLike) -> Iterator[Usage]:
+def read_usage(folder: str | os.PathLike, prefix: str = '') -> Iterator[Usage]:
   """Yield what servers counted for each turn of a journal; damaged lines are left out.
 
   Args:
     folder: the journal's folder; it need not exist, and is not written to.
+    prefix: only turns whose key begins with it count.
   """
   for path in sorted(pathlib.Path(folder).glob('turns-*.jsonl')):
     with open(path, 'rb') as lines:
       for line in lines:
         try:
-          turns = json.loads(line)['turns']
-          found = [turn[_USAGE] for turn in turns if _USAGE in turn]
-        except (ValueError, RecursionError, KeyError, TypeError):
+          entry = json.loads(line)
+          turns = zip(entry['keys'], entry['turns'], strict=True)
+          found = [turn[_USAGE] for key, turn in turns if key.startswith(prefix) and _USAGE in turn]
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
           continue
         yield from (Usage(**usage) for usage in found if _is_usage(usage))
 

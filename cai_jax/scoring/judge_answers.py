@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cai_jax.sampling.remote.answers import ContradictionError, ProtocolError
+from cai_jax.sampling.remote.answers import ContradictionError
+from cai_jax.sampling.remote.fields import ProtocolError
 
 # Log-odds in nats of a sampled verdict. It has no probability, so its calibration says nothing.
 SAMPLED_LOG_ODDS = 1.0

@@ -16,8 +16,9 @@ import numpy as np
 
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.journal import Journal
-from cai_jax.sampling.remote.answers import parse_body, read_usage
+from cai_jax.sampling.remote.answers import read_usage
 from cai_jax.sampling.remote.connection import Connection
+from cai_jax.sampling.remote.fields import parse_body
 from cai_jax.sampling.remote.refusals import RefusedError
 from cai_jax.sampling.types import Completion, Usage
 from cai_jax.scoring.judge import Comparison, Judge, Match
@@ -129,9 +130,9 @@ def check_judge(
 
 
 def _digest(server: JudgeServer, body: dict) -> str:
-  """Return the journal's key: a hex digest of the judge and everything that it is sent."""
+  """Return the journal's key: the model's prefix, and a hex digest of all that it is sent."""
   text = json.dumps([ANSWER_FORM, server.identity(), body], sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:32]
+  return server.key_prefix() + hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _answer_all(
@@ -142,7 +143,9 @@ def _answer_all(
     return {}
   with contextlib.ExitStack() as stack:
     journal = stack.enter_context(contextlib.closing(Journal(folder)))
-    stored = {key: journal.get(key) for key in requests}
+    # Keys of version 0.1.0 have no prefix.
+    prefix = server.key_prefix()
+    stored = {key: journal.get(key) or journal.get(key.removeprefix(prefix)) for key in requests}
     answers = {
       key: JudgeAnswer.from_json(completion.text)
       for key, completion in stored.items()

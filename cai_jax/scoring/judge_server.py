@@ -6,6 +6,8 @@ SGLang, llama.cpp and OpenAI share), or from the text alone (`sampled`).
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -123,6 +125,14 @@ class JudgeServer:
     values = {name: getattr(self, name) for name in shared}
     # The server tokenizes, and the longest question is sent before the run starts.
     return RemoteConfig(**values, tokenizer='none', prompt='text', max_positions=1)
+
+  def key_prefix(self) -> str:
+    """Return how the journal's keys of this model's answers begin, to tell whose costs they are.
+
+    It depends on the model alone: rubrics ask the same judge for another kind of verdict.
+    """
+    text = json.dumps([self.model, self.revision])
+    return hashlib.sha256(text.encode()).hexdigest()[:8] + '-'
 
   def identity(self) -> dict[str, Any]:
     """Return what determines the verdicts, by name. The address does not."""

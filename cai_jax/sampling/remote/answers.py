@@ -7,13 +7,20 @@
 """
 
 import dataclasses
-import json
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from cai_jax.sampling.remote.fields import (
+  ProtocolError,
+  optional,
+  parse_body,
+  read_list,
+  read_text,
+  typed,
+)
 from cai_jax.sampling.text import decode
 from cai_jax.sampling.types import Usage
 
@@ -25,10 +32,6 @@ ENDS = {
   'content_filter': 'content_filter',
 }
 MAX_LOGPROB = 1e-3  # log-probabilities are at most 0, except for rounding
-
-
-class ProtocolError(Exception):
-  """An answer that does not follow the completions API."""
 
 
 class ContradictionError(Exception):
@@ -108,27 +111,14 @@ def read_answer(data: bytes) -> Answer:
   read, sampled, cached = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
   if end == 'content_filter':
     return FILTERED._replace(prompt_tokens=read, completion_tokens=sampled, cached_tokens=cached)
-  text = _text(choice.get('text'), 'text')
+  text = read_text(choice.get('text'), 'text')
   tokens = _ids(choice, 'token_ids')
-  pieces, logprobs, content_ids = _read_logprobs(_optional(choice, 'logprobs', dict) or {})
+  pieces, logprobs, content_ids = _read_logprobs(optional(choice, 'logprobs', dict) or {})
   # llama.cpp omits tokens that are part of a character; then the ids are incomplete.
   if tokens is None and content_ids and len(content_ids) == sampled:
     tokens = content_ids
   prompt_ids = _ids(choice, 'prompt_token_ids')
   return Answer(text, end, tokens, pieces, logprobs, read, sampled, prompt_ids, cached)
-
-
-def parse_body(data: bytes) -> dict[str, Any]:
-  """Return the object in a body.
-
-  Raises:
-    ProtocolError: if it is not one of JSON.
-  """
-  try:
-    content = json.loads(data, parse_constant=_refuse_constant)
-  except (ValueError, RecursionError) as error:
-    raise ProtocolError(f'it is not JSON: {error}') from None
-  return _typed(content, dict, 'the answer')
 
 
 def read_choice(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -138,13 +128,13 @@ def read_choice(content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     ProtocolError: if the body does not follow the API.
     ContradictionError: if it does, but has several choices or an unknown finish reason.
   """
-  choices = _typed(content.get('choices'), list, 'choices')
+  choices = typed(content.get('choices'), list, 'choices')
   if not choices:
     raise ProtocolError('choices is empty')
   if len(choices) > 1:
     raise ContradictionError(f'It has {len(choices)} choices, but the request asks for one.')
-  choice = _typed(choices[0], dict, 'choices[0]')
-  if _optional(choice, 'index', int) not in (None, 0):
+  choice = typed(choices[0], dict, 'choices[0]')
+  if optional(choice, 'index', int) not in (None, 0):
     raise ContradictionError(f'Its choice has index {choice["index"]}, but only 0 was asked for.')
   return choice, _read_end(choice)
 
@@ -160,8 +150,8 @@ def read_usage(content: Mapping[str, Any], attempts: int = 1) -> Usage:
     ProtocolError: if it does not follow the API.
     ContradictionError: if there are more tokens from the cache than in the prompt.
   """
-  usage = _optional(content, 'usage', dict) or {}
-  details = _optional(usage, 'prompt_tokens_details', dict) or {}
+  usage = optional(content, 'usage', dict) or {}
+  details = optional(usage, 'prompt_tokens_details', dict) or {}
   read, cached = _count(usage, 'prompt_tokens'), _count(details, 'cached_tokens')
   if (cached or 0) > (read or 0):
     raise ContradictionError(f'Its usage counts {cached} cached tokens in a prompt of {read}.')
@@ -173,16 +163,16 @@ def _read_logprobs(record: Mapping[str, Any]) -> tuple[list[str], list[float], l
   ids = None
   if 'content' in record:  # llama.cpp uses the format of the chat API
     entries = [
-      _typed(entry, dict, 'an entry of logprobs.content') for entry in _list(record, 'content')
+      typed(entry, dict, 'an entry of logprobs.content') for entry in read_list(record, 'content')
     ]
-    pieces = [_text(entry.get('token'), 'a token of logprobs') for entry in entries]
+    pieces = [read_text(entry.get('token'), 'a token of logprobs') for entry in entries]
     logprobs = [entry.get('logprob') for entry in entries]
     listed = [entry.get('id') for entry in entries]
     if None not in listed:
-      ids = [_typed(token, int, 'an id of logprobs') for token in listed]
+      ids = [typed(token, int, 'an id of logprobs') for token in listed]
   else:
-    pieces = [_text(piece, 'a token of logprobs') for piece in _list(record, 'tokens')]
-    logprobs = _list(record, 'token_logprobs')
+    pieces = [read_text(piece, 'a token of logprobs') for piece in read_list(record, 'tokens')]
+    logprobs = read_list(record, 'token_logprobs')
   if len(pieces) != len(logprobs):
     raise ProtocolError(f'{len(pieces)} tokens have {len(logprobs)} logprobs')
   return pieces, [_logprob(value) for value in logprobs], ids
@@ -194,7 +184,7 @@ def _read_end(choice: Mapping[str, Any]) -> str:
   vLLM states the stop token or stop text as `stop_reason` (None is the end-of-text token), SGLang
   as `matched_stop`.
   """
-  reason = _text(choice.get('finish_reason'), 'finish_reason')
+  reason = read_text(choice.get('finish_reason'), 'finish_reason')
   if reason in ENDS:
     return ENDS[reason]
   if reason in ('abort', 'error'):  # the server gave this request up, such as to shut down
@@ -212,41 +202,13 @@ def _read_end(choice: Mapping[str, Any]) -> str:
   return 'unknown'
 
 
-def _refuse_constant(name: str) -> NoReturn:
-  raise ValueError(f'{name} is not a number in JSON')
-
-
-def _typed(value: Any, kind: type, name: str) -> Any:
-  if type(value) is not kind:  # not `isinstance`, because True is an int
-    raise ProtocolError(f'{name} is not of type {kind.__name__}')
-  return value
-
-
-def _optional(content: Mapping[str, Any], name: str, kind: type) -> Any:
-  value = content.get(name)
-  return None if value is None else _typed(value, kind, name)
-
-
-def _list(content: Mapping[str, Any], name: str) -> list[Any]:
-  return _optional(content, name, list) or []
-
-
-def _text(value: Any, name: str) -> str:
-  text = _typed(value, str, name)
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    raise ProtocolError(f'{name} has half of a surrogate pair') from None
-  return text
-
-
 def _ids(choice: Mapping[str, Any], name: str) -> list[int] | None:
-  ids = _optional(choice, name, list)
-  return None if ids is None else [_typed(token, int, f'an entry of {name}') for token in ids]
+  ids = optional(choice, name, list)
+  return None if ids is None else [typed(token, int, f'an entry of {name}') for token in ids]
 
 
 def _count(usage: Mapping[str, Any], name: str) -> int | None:
-  count = _optional(usage, name, int)
+  count = optional(usage, name, int)
   if count is not None and count < 0:
     raise ProtocolError(f'usage.{name} is negative')
   return count

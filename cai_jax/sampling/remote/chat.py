@@ -6,11 +6,10 @@ from typing import Any
 
 from cai_jax.sampling.remote.answers import (
   Answer,
-  ProtocolError,
-  parse_body,
   read_choice,
   read_usage,
 )
+from cai_jax.sampling.remote.fields import parse_body, read_text, typed
 from cai_jax.sampling.types import Completion
 
 _REASONS = {'length': 'length', 'stop_text': 'stop_text', 'content_filter': 'content_filter'}
@@ -32,19 +31,9 @@ def read_chat_answer(data: bytes) -> Answer:
   """
   content = parse_body(data)
   (choice, end), usage = read_choice(content), read_usage(content)
-  message = choice.get('message')
-  if end == 'content_filter':
-    message = {}
-  if not isinstance(message, dict):
-    raise ProtocolError('message is not of type dict')
+  message = {} if end == 'content_filter' else typed(choice.get('message'), dict, 'message')
   texts = [message[name] for name in ('content', 'refusal') if message.get(name) is not None]
-  text = texts[0] if texts else ''
-  if not isinstance(text, str):
-    raise ProtocolError('the content of message is not of type str')
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    raise ProtocolError('the content of message has half of a surrogate pair') from None
+  text = read_text(texts[0], 'the content of message') if texts else ''
   return Answer(
     text,
     end,

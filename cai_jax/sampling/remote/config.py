@@ -219,6 +219,22 @@ class RemoteConfig:
         f'serve the model with {" or ".join(capable)}.'
       )
 
+  def check_labels(self) -> None:
+    """Check that the log-probabilities of the server can decide between labels.
+
+    Raises:
+      UserError: if they are those after the bias that leaves only labels, or if there are none.
+    """
+    server = SERVERS[self.server]
+    if server.scaled_logprobs or not server.logprobs:
+      capable = [n for n, s in SERVERS.items() if s.logprobs and not s.scaled_logprobs]
+      fault = 'after biases and temperature' if server.logprobs else 'not at all'
+      raise UserError(
+        f'remote: server={self.server!r} returns log-probabilities {fault}, so its model cannot '
+        f'choose between labels. Serve it with {" or ".join(capable)}, or use a variant without '
+        'labels.'
+      )
+
 
 def _is_base_url(url: str) -> bool:
   """Return whether paths can be appended to a URL, and whether it has no place for a secret."""

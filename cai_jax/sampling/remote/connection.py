@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.remote import refusals
-from cai_jax.sampling.remote.answers import ContradictionError, ProtocolError
+from cai_jax.sampling.remote.answers import ContradictionError
 from cai_jax.sampling.remote.api_key import hide, read_key
 from cai_jax.sampling.remote.config import RemoteConfig
+from cai_jax.sampling.remote.fields import ProtocolError
 from cai_jax.sampling.remote.pace import Pace
 from cai_jax.sampling.remote.refusals import RefusedError, ServerError
 from cai_jax.sampling.remote.transport import NETWORK_ERRORS, AnswerError, Response, Transport
@@ -157,9 +158,8 @@ class Connection:
       UserError: if the answer contradicts the request.
       UnreachableError: if all attempts fail, or the connection is closed before one succeeds.
     """
-    begin, attempts, wait = time.monotonic(), self._config.retries + 1, 0.0
-    failure, attempt = '', 0
-    while attempt < attempts:
+    begin, wait, failure, attempt = time.monotonic(), 0.0, '', 0
+    while attempt <= self._config.retries:
       if attempt:
         wait = max(wait, backoff_seconds(self._config.backoff_seconds, attempt, seed))
         if time.monotonic() - begin + wait > self._config.give_up_seconds:
@@ -171,21 +171,13 @@ class Connection:
         break
       attempt, wait = attempt + 1, 0.0
       try:
-        response = self._transport.send('POST', path, body, self._config.timeout_seconds, max_bytes)
-        return read(self._accept(response, name), attempt)
-      except (*NETWORK_ERRORS, AnswerError) as error:
-        failure = self._quote(error)
+        return self._post_once(path, body, read, name, max_bytes, attempt)
       except ServerError as error:
         failure, wait = str(error), error.retry_after
         if wait > MAX_RETRY_AFTER:
           failure += f', and asks to wait {wait:.0f} s (Retry-After)'
           break
         self._pace.pause(wait)  # the other threads need not ask either
-      except ProtocolError as error:
-        data = self._quote(response.data)
-        failure = f'an answer that does not follow the API ({self._quote(error)}): {data}'
-      except ContradictionError as error:
-        raise UserError(f'{self.label} contradicts {name}. {self._clean(str(error))}') from None
     if self._closed.is_set():
       raise UnreachableError(f'{self.label} was closed before {name} was answered.')
     raise UnreachableError(
@@ -194,6 +186,44 @@ class Connection:
       'continue. If the server is only slow, increase timeout_seconds or retries, or lower '
       'max_concurrent.'
     )
+
+  def _post_once(
+    self,
+    path: str,
+    body: dict[str, Any],
+    read: Callable[[bytes, int], T],
+    name: str,
+    max_bytes: int,
+    attempt: int,
+  ) -> T:
+    """Send a POST request once and return the parsed answer.
+
+    Args:
+      path: as for `post`.
+      body: as for `post`.
+      read: as for `post`.
+      name: as for `post`.
+      max_bytes: as for `post`.
+      attempt: number of this attempt, from 1.
+
+    Raises:
+      ServerError: if the request may succeed later.
+      RefusedError: if the server refuses the request.
+      UserError: if the answer contradicts the request.
+    """
+    try:
+      response = self._transport.send('POST', path, body, self._config.timeout_seconds, max_bytes)
+    except (*NETWORK_ERRORS, AnswerError) as error:
+      raise ServerError(self._quote(error), 0.0) from None
+    content = self._accept(response, name)
+    try:
+      return read(content, attempt)
+    except ProtocolError as error:
+      data = self._quote(content)
+      text = f'an answer that does not follow the API ({self._quote(error)}): {data}'
+      raise ServerError(text, 0.0) from None
+    except ContradictionError as error:
+      raise UserError(f'{self.label} contradicts {name}. {self._clean(str(error))}') from None
 
   def settle(self, reserved: int, used: int) -> None:
     """Say how many tokens an answered request took, so that the others need not wait for more.

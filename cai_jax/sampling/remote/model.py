@@ -16,7 +16,6 @@ from cai_jax.model.folder import load_vocabulary
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.remote.answers import (
   ContradictionError,
-  ProtocolError,
   Request,
   check_answer,
   check_length,
@@ -26,22 +25,23 @@ from cai_jax.sampling.remote.batch import Batch
 from cai_jax.sampling.remote.chat import chat_completion, read_chat_answer
 from cai_jax.sampling.remote.config import RemoteConfig
 from cai_jax.sampling.remote.connection import Connection
+from cai_jax.sampling.remote.fields import ProtocolError
+from cai_jax.sampling.remote.probes import (
+  PROBE_KEY,
+  PROBE_TEXT,
+  check_label,
+  shorten,
+)
 from cai_jax.sampling.remote.protocol import SERVERS, chat_body, request_body, request_seed
 from cai_jax.sampling.remote.refusals import RefusedError
 from cai_jax.sampling.remote.tokens import prompt_text, reconstruct
-from cai_jax.sampling.types import Completion, Turn, Usage
+from cai_jax.sampling.types import Completion, LabelTurn, Turn, Usage
 
-PROBE_KEY = np.array([0, 0], np.uint32)  # the random key of test requests
-# A text in which tokenizers differ. Its number of tokens tells them apart.
-PROBE_TEXT = (
-  'The café opened on 21 March 1984; its naïve owners—two sisters—sold 3,500 cups in the first '
-  'week.\n\n    def total(x_values): return sum(x_values) / 100  # ∑ über 漢字\n'
-) * 3
-PROBE_TOKENS = 16  # maximum length of the reply to a test request
-MAX_PROBE = 8192  # maximum number of tokens of a test request's context
 # An answer may be as large as this number of bytes, and that number for each token of the context
 # and the reply. Servers may list the tokens of both, with alternatives and their bytes.
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 4096
+# The reply to a prompt that the server's filter refuses. What it costs is not known.
+WITHHELD = Completion([], '', [], 'content_filter', Usage())
 PATHS = {'tokens': '/completions', 'text': '/completions', 'chat': '/chat/completions'}
 
 
@@ -124,7 +124,8 @@ class Remote:
     limit = self._connection.check()
     seeded = self.config.seed == 'turn'
     for number, turn in enumerate(turns):
-      probe = self._probe(turn, long=limit is None and number == 0)
+      length = self.config.max_positions if limit is None and number == 0 else 0
+      probe = shorten(turn, length)
       tokens = tuple(dict.fromkeys((*stops[0], *turn.sampling.stop_token_ids)))
       texts = tuple(dict.fromkeys((*stops[1], *turn.sampling.stop)))
       try:
@@ -148,21 +149,13 @@ class Remote:
     completion = self._ask(probe, PROBE_KEY, tokens, texts, name, seeded)
     if completion.usage is not None:
       self.test_usage.append(completion.usage)
+    if isinstance(probe, LabelTurn) and completion.finish_reason != 'content_filter':
+      check_label(probe, completion, f'{self._connection.label} answers {name}')
     if self.reads_chats and completion.text.lstrip().startswith('<think>'):
       raise UserError(
         f'{self._connection.label} answers {name} with thoughts (<think>) in its text, which later '
         'turns would read. Start the server with its parser for reasoning, or turn thoughts off.'
       )
-
-  def _probe(self, turn: Turn, long: bool) -> Turn:
-    """Return a turn with a short reply, and with a context as long as allowed if `long` is set."""
-    max_tokens = min(turn.sampling.max_tokens, PROBE_TOKENS)
-    context = turn.context
-    if long and not turn.messages:
-      length = max(min(self.config.max_positions, MAX_PROBE) - max_tokens, len(context))
-      context = (context * -(-length // len(context)))[:length]
-    sampling = dataclasses.replace(turn.sampling, max_tokens=max_tokens)
-    return dataclasses.replace(turn, context=context, sampling=sampling)
 
   def check_turn(self, turn: Turn) -> None:
     """Check that the server can read the context of a turn.
@@ -204,11 +197,11 @@ class Remote:
     Returns:
       A future whose `result()` raises UserError if the server refuses the request or the configured
       tokenizer does not match its tokens, and UnreachableError if all attempts fail or the model is
-      closed first. With a batch interface and no answer yet, the request is in `batch`.
+      closed first. With a batch interface and no answer yet, `batch` counts the request as new or
+      as waiting, or lists it in `failures`.
 
     Raises:
       RuntimeError: if the model is closed.
-      UserError: if a batch has an answer that contradicts its request, or only errors.
     """
     name = f'chain {chain_id!r}, turn {turn.name!r}' if chain_id else f'turn {turn.name!r}'
     tokens, texts, seeded = tuple(stop_token_ids), tuple(stop_texts), self.config.seed == 'turn'
@@ -253,7 +246,7 @@ class Remote:
     except RefusedError as error:
       if not error.is_filter:
         raise
-      return Completion([], '', [], 'content_filter', Usage())
+      return WITHHELD
     if completion.usage is not None and (used := completion.usage.total) is not None:
       self._connection.settle(reserved, used)
     return completion
@@ -333,17 +326,18 @@ class Remote:
     seeded = self.config.seed == 'turn'
     body, context = self._body(turn, key, stop_token_ids, stop_texts, name, seeded)
     data = self.batch.answer(digest)
+    future: Future[Completion] = Future()
+    if data is None and self.batch.withheld(digest):
+      future.set_result(WITHHELD)
+      return future
     if data is None:
       self.batch.ask(digest, body, name)
       return None
-    future: Future[Completion] = Future()
     try:
       future.set_result(self._read(data, 1, turn, context, body, stop_token_ids, stop_texts))
     except (ProtocolError, ContradictionError) as error:
-      raise UserError(
-        f'{name}: an answer in the batch {self.batch.folder} does not fit its request. {error} '
-        f'Delete its line (custom_id {digest}) and that of its request, and start again.'
-      ) from None
+      self.batch.fail(digest, f'{name}: an answer of the batch does not fit its request. {error}')
+      return None
     return future
 
   def _compare_tokenizers(self, turn: Turn, seeded: bool) -> None:

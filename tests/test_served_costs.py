@@ -19,7 +19,6 @@ from cai_jax.scoring.judge_remote import answer_requests, remote_judge
 from cai_jax.scoring.judge_server import JudgeServer
 from tests.faults.servers import respond, serve
 from tests.test_chat_servers import (
-  TESTS,
   answer,
   chat_run,
   counted,
@@ -78,17 +77,20 @@ def test_an_answer_of_a_judge_without_a_prefix_is_found(tmp_path):
 
 def test_costs_of_deleted_shards_go_when_the_dataset_is_begun_again(tmp_path):
   with serve(answer) as server:
-    run = chat_run(server.url, tmp_path)
+    run = chat_run(server.url, tmp_path, roles=('base',))
     pipeline.run_stages(run, ['generate'])
     asked = len(server.bodies)
-    old = read_costs(run, 'generate')['critique'].answers
+    old = read_costs(run, 'generate')
+    assert old['base'].answers == 6 * 5 + 3
     shutil.rmtree(tmp_path / 'd_cai')
     (tmp_path / 'manifest.json').unlink()
     config = dataclasses.replace(run.config.feedback, shard_rows=100)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, feedback=config))
     pipeline.run_stages(run, ['generate'])
-    assert len(server.bodies) == asked + TESTS  # the journal answers
-  assert read_costs(run, 'generate')['critique'].answers == old == 12
+    tests = asked - old['base'].answers
+    assert len(server.bodies) == asked + tests  # the journal answers
+  assert [path.name for path in (tmp_path / 'costs').glob('generate-*')] == ['generate-00000.json']
+  assert read_costs(run, 'generate') == old
 
 
 def test_turns_of_an_old_journal_count_as_uncounted():

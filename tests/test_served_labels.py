@@ -14,9 +14,9 @@ from tests.test_remote_answers import TOKENIZER, served_run
 DECIDES = {'variant': 'if_needed', 'options': (('decide', 'labels'),)}
 
 
-def labels_run(server, workdir, feedback=None, **fields):
+def labels_run(running, workdir, feedback=None, **fields):
   """Return a run whose critic, or M_θ, is served and chooses between labels."""
-  run = served_run(server, workdir, **fields)
+  run = served_run(running, workdir, **fields)
   section = dataclasses.replace(run.config.feedback, **(feedback or DECIDES))
   return dataclasses.replace(run, config=dataclasses.replace(run.config, feedback=section))
 

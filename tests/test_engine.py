@@ -17,8 +17,9 @@ from cai_jax.sampling import config as config_lib
 from cai_jax.sampling import device
 from cai_jax.sampling.caches import pages_of
 from cai_jax.sampling.config import EngineConfig
-from cai_jax.sampling.engine import Engine, longest_context, turn_key
+from cai_jax.sampling.engine import Engine, turn_key
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.types import SamplingConfig, Turn
 
 LENGTH = 128

@@ -17,8 +17,8 @@ from cai_jax.feedback.preview import preview_chain
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import identity
 from cai_jax.sampling.completions import generate
-from cai_jax.sampling.engine import longest_context
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.types import Completion, SamplingConfig
 
 PROMPT = "{{ '<|im_start|>assistant\n' }}"

@@ -18,8 +18,8 @@ from cai_jax.feedback.variants.shuffled import shuffled_critique
 from cai_jax.model import lm as models
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
-from cai_jax.sampling.engine import longest_context
 from cai_jax.sampling.journal import Journal
+from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.types import Completion, SamplingConfig
 from cai_jax.tiny.files import MODELS
 from tests.feedback_setup import ENGINE, PRINCIPLES, SHORT, make_job, make_lm, make_prompt, play

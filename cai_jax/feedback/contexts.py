@@ -9,7 +9,7 @@ from cai_jax.feedback.chain import Stages
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
-from cai_jax.sampling.engine import longest_context
+from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.prefixes import match_prefix
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.types import Chain

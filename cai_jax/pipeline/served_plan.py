@@ -9,7 +9,7 @@ from cai_jax.pipeline import baselines
 from cai_jax.pipeline.chains import prepare_job
 from cai_jax.pipeline.models import open_models
 from cai_jax.pipeline.run import Run
-from cai_jax.sampling.engine import planned_turns
+from cai_jax.sampling.planning import planned_turns
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.remote.costs import format_price
 

@@ -8,11 +8,9 @@ same bits alone, in a full batch, and after a restart.
 """
 
 import concurrent.futures
-import dataclasses
 import hashlib
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -20,10 +18,12 @@ import numpy as np
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.active import ActiveChain, Run
 from cai_jax.sampling.auto import resolve_for
+from cai_jax.sampling.checks import check_models
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.journal import Journal, check_sampler, digest
-from cai_jax.sampling.prefixes import SharedPrefixes, match_prefix, prefix_capacity
+from cai_jax.sampling.prefixes import SharedPrefixes, prefix_capacity
 from cai_jax.sampling.remote import Remote
 from cai_jax.sampling.slots import LocalModel
 from cai_jax.sampling.stats import COMPILATIONS, Stats
@@ -45,35 +45,6 @@ def turn_key(seed: int, chain_id: str, turn: str) -> np.ndarray:
   """
   text = f'{seed}\0{chain_id}\0{turn}'.encode()
   return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32)
-
-
-@dataclasses.dataclass(eq=False)
-class _ActiveChain:
-  """A chain in a slot.
-
-  Attributes:
-    id: id of the chain.
-    chain: the generator.
-    slot: index of its slot.
-    turn: the turn that it waits for.
-    digest: the turn's key in the journal.
-    future: the turn's completion, if a server samples it.
-    tokens: token ids sampled for the turn so far.
-    logprobs: their log-probabilities in nats.
-    finished: journal keys and completions of the turns that were sampled here.
-    result: what the chain returned.
-  """
-
-  id: str
-  chain: Chain
-  slot: int
-  turn: Turn = dataclasses.field(init=False, repr=False)  # set when its first turn is submitted
-  digest: str = ''
-  future: concurrent.futures.Future | None = None
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[float] = dataclasses.field(default_factory=list)
-  finished: list[tuple[str, Completion]] = dataclasses.field(default_factory=list)
-  result: Any = None
 
 
 class Engine:
@@ -115,7 +86,7 @@ class Engine:
     self.stats = Stats()
     self.seed, self.journal, self.length = seed, journal, length
     self.models = dict(models)
-    _check_models(self.models, length, stops or {}, prefixes or {})
+    check_models(self.models, length, stops or {}, prefixes or {})
     self._stops = {name: ((), ()) for name in models} | dict(stops or {})
     local = {name: model for name, model in models.items() if isinstance(model, LM)}
     if local and journal is not None:  # what servers replied does not depend on our sampler
@@ -133,7 +104,11 @@ class Engine:
     self.stats.slots, self.stats.most_slots = self.slots, config.slots
     self._update_clock()
 
-  def run(self, chains: Iterable[tuple[str, Chain] | None]) -> Iterator[tuple[str, Any]]:
+  def run(
+    self,
+    chains: Iterable[tuple[str, Chain] | None],
+    before_burst: Callable[[], Collection[Chain]] = tuple,
+  ) -> Iterator[tuple[str, Any]]:
     """Run chains and yield the result of each as it finishes.
 
     The engine takes a chain from the iterable when a slot becomes free, so neither the chains nor
@@ -142,6 +117,8 @@ class Engine:
     Args:
       chains: (id, chain) pairs; ids are unique. None says that no chain is ready yet: the engine
         asks again after the next burst, and ends the run if no chain is active.
+      before_burst: is called before each burst. The chains that it returns are dropped: they are
+        closed, and have no result.
 
     Yields:
       (id, result) pairs, in the order in which the chains finish. The result is `DEFERRED` if a
@@ -154,51 +131,63 @@ class Engine:
         servers.
     """
     self._updated = time.perf_counter(), COMPILATIONS.count
-    source, active = iter(chains), dict[int, _ActiveChain]()
-    free, order = list(range(self.slots))[::-1], itertools.count()
+    run = Run(iter(chains), self.slots)
     for model in self._local.values():
       model.reset()
     if self.journal is not None:
       self.journal.refresh()  # makes turns visible that were stored after it was opened
-
-    def advance(ended: list[tuple[_ActiveChain, Completion]]) -> Iterator[tuple[str, Any]]:
-      """Resume chains whose turn ended, and start new chains in the slots that become free."""
-      for entry, completion in ended:
-        if not self._resume(entry, completion):
-          free.append(entry.slot)
-          del active[entry.slot]
-          yield self._finish(entry)
-      while free and (item := next(source, None)) is not None:
-        entry, number = _ActiveChain(*item, slot=free[-1]), next(order)
-        for model in self._local.values():
-          model.start(entry.slot, number)
-        if self._resume(entry, None):
-          active[free.pop()] = entry
-        else:
-          yield self._finish(entry)
-
     try:
-      yield from advance([])
+      yield from self._advance(run, [])
       host_seconds = 0.0
-      while active:
+      while run.active:
         interruption.check()
+        if dropped := before_burst():
+          self._drop(run, dropped)
+          yield from self._advance(run, [])
         for model in self._local.values():
           model.dispatch()
-        ended = self._collect(active)
+        ended = self._collect(run.active)
         for model in self._local.values():
           # The device continues with the other slots for about as long as the host will be busy.
           if not model.dispatch_waits:
             model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
         start = time.perf_counter()
-        yield from advance(ended)
+        yield from self._advance(run, ended)
         host_seconds = time.perf_counter() - start
-        yield from advance(self._collect(active))
+        yield from self._advance(run, self._collect(run.active))
         self._update_clock()
     finally:
       self._update_clock()
-      for entry in active.values():
+      for entry in run.active.values():
         if entry.future is not None:
           entry.future.cancel()
+
+  def _advance(
+    self, run: Run, ended: Iterable[tuple[ActiveChain, Completion]]
+  ) -> Iterator[tuple[str, Any]]:
+    """Resume chains whose turn ended, and start new chains in the slots that become free."""
+    for entry, completion in ended:
+      if not self._resume(entry, completion):
+        run.end(entry)
+        yield self._finish(entry)
+    while run.free and (item := next(run.source, None)) is not None:
+      entry, number = ActiveChain(*item, slot=run.free[-1]), next(run.numbers)
+      for model in self._local.values():
+        model.start(entry.slot, number)
+      if self._resume(entry, None):
+        run.active[run.free.pop()] = entry
+      else:
+        yield self._finish(entry)
+
+  def _drop(self, run: Run, chains: Collection[Chain]) -> None:
+    """Close chains before they finish. As after a kill, the journal gets nothing of them."""
+    for entry in [entry for entry in run.active.values() if entry.chain in chains]:
+      entry.chain.close()
+      if entry.future is not None:
+        entry.future.cancel()
+      for model in self._local.values():
+        model.drop(entry.slot)
+      run.end(entry)
 
   def expert_usage(self) -> dict[str, np.ndarray]:
     """Return how many tokens each expert of the models in memory has computed, i64[L,E] by name.
@@ -215,7 +204,7 @@ class Engine:
     self.stats.compilations += compilations - self._updated[1]
     self._updated = now, compilations
 
-  def _collect(self, active: dict[int, _ActiveChain]) -> list[tuple[_ActiveChain, Completion]]:
+  def _collect(self, active: dict[int, ActiveChain]) -> list[tuple[ActiveChain, Completion]]:
     """Wait for the dispatched bursts; return the chains whose turn ended, and its completion."""
     ended = []
     for name, model in self._local.items():
@@ -234,8 +223,8 @@ class Engine:
     return ended + self._collect_remote(active, wait=not ended)
 
   def _collect_remote(
-    self, active: dict[int, _ActiveChain], wait: bool
-  ) -> list[tuple[_ActiveChain, Completion]]:
+    self, active: dict[int, ActiveChain], wait: bool
+  ) -> list[tuple[ActiveChain, Completion]]:
     """Return the chains whose turn a server has sampled, and its completion.
 
     Args:
@@ -262,7 +251,7 @@ class Engine:
       future.result()  # raises the exception of the first request that failed
     return [(entry, self._count(future.result())) for entry, future in answered]
 
-  def _resume(self, entry: _ActiveChain, completion: Completion | None) -> bool:
+  def _resume(self, entry: ActiveChain, completion: Completion | None) -> bool:
     """Send a chain its completion and submit its next turn; return False if it has finished.
 
     Turns that are in the journal are answered at once. A turn that cannot be sampled is raised in
@@ -316,7 +305,7 @@ class Engine:
           return False
       return True
 
-  def _complete(self, entry: _ActiveChain, cut: tuple[int, str] | None) -> Completion:
+  def _complete(self, entry: ActiveChain, cut: tuple[int, str] | None) -> Completion:
     """Return the completion of a turn that ended here.
 
     Args:
@@ -346,7 +335,7 @@ class Engine:
     self.stats.sampled_tokens += len(completion.tokens)
     return completion
 
-  def _finish(self, entry: _ActiveChain) -> tuple[str, Any]:
+  def _finish(self, entry: ActiveChain) -> tuple[str, Any]:
     """Store a finished chain's turns, clear its slot, and return its id and result.
 
     All turns of a chain that were sampled here enter the journal together. An unfinished chain that
@@ -394,80 +383,3 @@ class Engine:
         f'shared prefix of {shared}) or the {limit} positions of {model.lm.name}. Increase '
         'engine.spare_tokens, or shorten prompts or max_tokens.'
       )
-
-
-def _check_models(
-  models: Mapping[str, LM | Remote],
-  length: int,
-  stops: Mapping[str, Stops],
-  prefixes: SharedPrefixes,
-) -> None:
-  """Check that the models exist and that caches and prefixes fit into their contexts."""
-  for model in models.values():
-    if isinstance(model, LM) and length > model.max_positions:
-      raise UserError(
-        f'A cache of {length} tokens is longer than the {model.max_positions} positions of '
-        f'{model.name}. Shorten prompts, max_tokens or the number of rounds.'
-      )
-  for name in (*prefixes, *stops):
-    if name not in models:
-      raise ValueError(
-        f'prefixes or stops are given for {name!r}; the models are {", ".join(models)}.'
-      )
-  for name, model_prefixes in prefixes.items():
-    limit = models[name].max_positions
-    for prefix in model_prefixes:
-      if not 0 < len(prefix) < limit:
-        raise ValueError(
-          f'a shared prefix of {name!r} has {len(prefix)} tokens; it must have at least one and '
-          f'fewer than the {limit} of the context.'
-        )
-
-
-def planned_turns(chain: Chain, fillers: Mapping[str, int] | None = None) -> Iterator[Turn]:
-  """Yield the turns of a chain on placeholder replies of the maximum length, without a model.
-
-  The chain must not branch on the text of its replies. If a reply is passed to a model with another
-  tokenizer, its number of tokens is taken to stay the same.
-
-  Args:
-    chain: a new chain, which is run to its end.
-    fillers: for each model, the token that placeholder replies consist of. By default, it is the
-      last token of the context.
-  """
-  completion: Completion | None = None
-  while True:
-    try:
-      turn = chain.send(completion)  # type: ignore[arg-type]  # None starts it
-    except StopIteration:
-      return
-    yield turn
-    count = turn.sampling.max_tokens
-    text = ' a' * count  # encodes to about `count` tokens with any tokenizer
-    filler = (fillers or {}).get(turn.model, turn.context[-1])
-    completion = Completion([filler] * count, text, [0.0] * count, 'length')
-
-
-def longest_context(
-  chain: Chain,
-  prefixes: SharedPrefixes | None = None,
-  fillers: Mapping[str, int] | None = None,
-) -> dict[str, tuple[int, int]]:
-  """Return an upper bound of the context and reply lengths of a chain, without running a model.
-
-  Args:
-    chain: a new chain, which is run to its end as by `planned_turns`.
-    prefixes: shared prefixes by model.
-    fillers: as for `planned_turns`.
-
-  Returns:
-    For each model, the number of tokens of the longest context with its reply, and the same number
-    without shared prefixes. A slot's cache must hold the latter.
-  """
-  longest: dict[str, tuple[int, int]] = {}
-  for turn in planned_turns(chain, fillers):
-    whole, own = longest.get(turn.model, (0, 0))
-    needed = len(turn.context) + turn.sampling.max_tokens
-    shared = match_prefix((prefixes or {}).get(turn.model, ()), turn.context)[1]
-    longest[turn.model] = max(whole, needed), max(own, needed - shared)
-  return longest

@@ -58,6 +58,11 @@ class PrefillQueue:
     self._turns += 1
     self._tokens += len(target) - len(self._cached[slot])
 
+  def remove(self, slot: int) -> None:
+    """Remove a slot, if it waits."""
+    self.waiting.pop(slot, None)
+    self._since.pop(slot, None)
+
   def take_ready(self) -> list[int]:
     """Remove and return the slots whose cache holds all of their tokens."""
     ready = [s for s, target in self.waiting.items() if len(target) == len(self._cached[s])]

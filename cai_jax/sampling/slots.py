@@ -170,6 +170,12 @@ class LocalModel:
     self.cached[slot], self._max_cached[slot], self.slots.prefix[slot] = [], 0, -1
     self._cache.clear(slot)
 
+  def drop(self, slot: int) -> None:
+    """End a slot's turn before its reply, and empty the slot's cache. No burst may be running."""
+    self._queue.remove(slot)
+    self.slots.active[slot] = False
+    self.clear(slot)
+
   def stop(self, slot: int, tokens: int, exact: bool) -> None:
     """End a slot's reply, and keep a part of its context and reply cached.
 

@@ -443,6 +443,22 @@ def test_an_engine_can_run_again_after_an_abandoned_run(lm):
   assert dict(engine.run(items(7))) == expected
 
 
+def test_dropped_chains_do_not_change_the_others(lm, tmp_path):
+  expected, _ = run(lm, items(7))
+  engine = Engine(
+    {'base': lm}, length=LENGTH, seed=0, config=EngineConfig(**SIZES), journal=Journal(tmp_path)
+  )
+  pairs, bursts = items(7), itertools.count()
+  # The first is dropped before its context is in the cache, the other one within its reply.
+  dropped = {0: [pairs[0][1]], 2: [pairs[2][1]]}
+  results = dict(engine.run(pairs, lambda: dropped.get(next(bursts), [])))
+  names = [f'chain {i}' for i in (1, 3, 4, 5, 6)]
+  assert results == {name: expected[name] for name in names}
+  assert engine.stats.chains == 5 and pairs[0][1].gi_frame is pairs[2][1].gi_frame is None
+  assert dict(engine.run(items(7))) == expected
+  assert engine.stats.replayed_turns == 15  # those of the chains that finished
+
+
 def test_nan_logits_end_the_run(lm):
   broken = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * np.nan, lm.params))
   with pytest.raises(UserError, match='NaN'):

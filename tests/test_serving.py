@@ -2,17 +2,20 @@
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import http.client
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import cai_jax
 from cai_jax.runtime import interruption
@@ -22,8 +25,10 @@ from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.scoring import likelihood
-from cai_jax.serving import command
+from cai_jax.scoring.positions import Scored
+from cai_jax.serving import api, command, waiting
 from cai_jax.serving import server as serving
+from cai_jax.serving import worker as working
 from cai_jax.serving.api import Api
 from cai_jax.serving.server import Server
 from cai_jax.serving.worker import Worker
@@ -31,6 +36,7 @@ from cai_jax.tiny.files import MODELS
 
 LENGTH = 192
 BLOCKED = {'4': -100}  # the end of a turn, so that no reply ends early
+LONG = SamplingConfig(temperature=0, max_tokens=150, logit_bias=((4, -100.0),))
 QUESTION = [{'role': 'user', 'content': 'tell me a story'}]
 
 
@@ -69,13 +75,13 @@ def running(lm, token=''):
     worker = Worker(lm, command.make_engine(lm, LENGTH, 4))
     server.api = Api(worker, 'small', command.make_dialogue(lm, 'chat'))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    working = threading.Thread(target=worker.run, args=(over.is_set,), daemon=True)
-    working.start()
+    thread = threading.Thread(target=worker.run, args=(over.is_set,), daemon=True)
+    thread.start()
     try:
       yield server
     finally:
       over.set()
-      working.join()
+      thread.join()
       server.shutdown()
 
 
@@ -83,6 +89,13 @@ def running(lm, token=''):
 def server(lm):
   with running(lm) as running_server:
     yield running_server
+
+
+def wait_until(condition):
+  end = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.001)
 
 
 def send(server, method, path, body=None, headers=()):
@@ -229,6 +242,7 @@ def test_our_client_samples_through_our_server(server, lm):
     ({'prompt': 'a', 'logit_bias': {'1000000': 1}}, 400, 'logit_bias'),
     ({'prompt': 'a', 'stop_token_ids': list(range(16))}, 400, 'stop_token_ids'),
     ({'messages': QUESTION}, 400, '"messages" is not known'),
+    ({'prompt': [[5] * 100] * 999, 'echo': True, 'logprobs': 20}, 400, r'(?s)2433564.*1048576'),
   ],
 )
 def test_wrong_completions_are_refused(server, fields, status, message):
@@ -254,6 +268,32 @@ def test_wrong_completions_are_refused(server, fields, status, message):
 def test_wrong_chats_are_refused(server, fields, message):
   status, answer = send(server, 'POST', '/v1/chat/completions', {'model': 'small'} | fields)
   assert status == 400 and message in answer['error']['message']
+
+
+def test_an_answer_may_have_so_many_tokens_and_alternatives(server, monkeypatch):
+  fields = dict(prompt=[[5, 6, 7]] * 2, max_tokens=2, logprobs=3, echo=True, logit_bias=BLOCKED)
+  monkeypatch.setattr(api, 'MOST_ENTRIES', 2 * (3 + 2) * (1 + 3))
+  assert [len(c['logprobs']['tokens']) for c in complete(server, **fields)] == [5, 5]
+  monkeypatch.setattr(api, 'MOST_ENTRIES', 2 * (3 + 2) * (1 + 3) - 1)
+  status, answer = send(server, 'POST', '/v1/completions', {'model': 'small'} | fields)
+  assert status == 400 and 'may have 40 tokens' in answer['error']['message']
+  # Without max_tokens, a reply may fill the context.
+  body = {'model': 'small', 'messages': QUESTION, 'n': 2}
+  assert send(server, 'POST', '/v1/chat/completions', body)[0] == 400
+
+
+def test_what_the_tokenizer_appends_does_not_end_a_prompt(lm, server):
+  appends = copy.deepcopy(lm.tokenizer)
+  eos = appends.eos_token, appends.eos_token_id
+  appends.backend_tokenizer.post_processor = TemplateProcessing(
+    single=f'$A {eos[0]}', special_tokens=[eos]
+  )
+  assert appends.encode('what is')[-1] == eos[1]
+  fields = dict(prompt='what is', max_tokens=6, temperature=0, return_token_ids=True)
+  with running(dataclasses.replace(lm, tokenizer=appends)) as other:
+    (choice,) = complete(other, **fields)
+  assert choice['prompt_token_ids'] == likelihood.encode_text(lm.tokenizer, 'what is')
+  assert [choice] == complete(server, **fields)
 
 
 def test_contents_of_several_parts_and_aliases_are_read(server):
@@ -314,6 +354,119 @@ def test_too_many_requests_come_back_later(server, monkeypatch):
   monkeypatch.setattr(serving, 'MOST_REQUESTS', 0)
   status, answer = send(server, 'GET', '/v1/models')
   assert status == 429 and answer['error']['code'] == 'rate_limit_exceeded'
+
+
+def test_connections_are_limited_and_must_log_in(server, monkeypatch):
+  wait_until(lambda: not server._deadlines)
+  kept = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+
+  def ask():
+    kept.request('GET', '/health')
+    return json.loads(kept.getresponse().read())
+
+  assert ask() == {'status': 'ok'}
+  monkeypatch.setattr(serving, 'MOST_CONNECTIONS', 1)
+  with pytest.raises(ConnectionError):
+    send(server, 'GET', '/health')
+  monkeypatch.setattr(serving, 'MOST_CONNECTIONS', 2)
+  monkeypatch.setattr(serving, 'LOGIN_SECONDS', 0)
+  with socket.create_connection(server.server_address[:2], timeout=60) as slow:
+    slow.sendall(b'GET /health HTTP/1.1\r\n')
+    with contextlib.suppress(ConnectionResetError):
+      assert slow.recv(1) == b''
+  assert ask() == {'status': 'ok'}
+  kept.close()
+
+
+@pytest.mark.parametrize(
+  ('path', 'fields'),
+  [
+    ('completions', {'prompt': [[5]] * 3}),
+    ('completions', {'prompt': [[5]] * 3, 'echo': True, 'logprobs': 1, 'max_tokens': 0}),
+    ('chat/completions', {'messages': QUESTION}),
+  ],
+)
+def test_a_client_that_hangs_up_takes_no_time(lm, monkeypatch, path, fields):
+  monkeypatch.setattr(waiting, 'POLL_SECONDS', 0.01)
+  monkeypatch.setattr(working, 'score_tokens', lambda *_: pytest.fail('scores for nobody'))
+  engine = command.make_engine(lm, LENGTH, 4)
+  worker = Worker(lm, engine)
+  with Server('127.0.0.1', 0) as server:
+    server.api = Api(worker, 'small', command.make_dialogue(lm, 'chat'))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+    connection.request('POST', f'/v1/{path}', json.dumps({'model': 'small'} | fields))
+    wait_until(lambda: worker._turns or worker._rows)
+    time.sleep(0.05)  # some looks at a client that waits
+    assert not server.is_idle
+    connection.close()
+    wait_until(lambda: server.is_idle)
+    worker.run(lambda: True)
+    server.shutdown()
+  assert engine.stats.turns == engine.stats.decode_steps == 0
+
+
+def test_a_cancelled_reply_ends_and_the_others_go_on(lm, monkeypatch):
+  engine = command.make_engine(lm, LENGTH, 4)
+  worker = Worker(lm, engine)
+  short = dataclasses.replace(LONG, max_tokens=60)
+  long, never = [worker.sample(name, Turn('reply', [5, 6, 7], LONG)) for name in 'ab']
+  other = worker.sample('c', Turn('reply', [5, 6, 7], short))
+  assert never.cancel()
+  sampled = []
+
+  def score(lm, rows, alternatives):
+    sampled.append(engine.stats.decode_steps)
+    if sampled[-1]:  # the reply has begun
+      long.cancel()
+    else:
+      worker.score([5], 1)
+    return [Scored(*np.zeros((3, 1)))]
+
+  monkeypatch.setattr(working, 'score_tokens', score)
+  worker.score([5], 1)
+  worker.run(lambda: True)
+  assert long.cancelled() and 0 < sampled[-1] < engine.stats.decode_steps < 100
+  assert other.result().tokens == sample(lm, [5, 6, 7], short).tokens
+  assert engine.stats.turns == 1
+
+
+def test_rows_that_never_end_and_replies_take_turns(lm, monkeypatch):
+  worker = Worker(lm, command.make_engine(lm, LENGTH, 4))
+  short = dataclasses.replace(LONG, max_tokens=12)
+  contexts = [[5, 6, 7, token] for token in range(5, 10)]  # one more than slots
+  replies = [worker.sample(str(c), Turn('reply', c, short)) for c in contexts]
+  waited = []
+
+  def score(lm, rows, alternatives):
+    waited.append(not any(reply.done() for reply in replies))
+    if len(waited) < 500:
+      worker.score([5], 1)
+    return [Scored(*np.zeros((3, 1)))]
+
+  monkeypatch.setattr(working, 'score_tokens', score)
+  worker.score([5], 1)
+  worker.run(lambda: True)
+  assert 1 <= sum(waited) <= 12  # one batch before each burst, also while no slot is free
+  for context, reply in zip(contexts, replies, strict=True):
+    assert reply.result().tokens == sample(lm, context, short).tokens
+
+
+def test_a_batch_of_rows_is_limited(lm, monkeypatch):
+  batches = []
+
+  def score(lm, rows, alternatives):
+    batches.append([len(row) for row in rows])
+    return [Scored(*np.zeros((3, 1)))] * len(rows)
+
+  monkeypatch.setattr(working, 'score_tokens', score)
+  worker = Worker(lm, command.make_engine(lm, LENGTH, 4))
+  sizes = [8000, 192, 1, 9000, *[1] * 70]
+  futures = [worker.score([5] * size, 1) for size in sizes]
+  futures[2].cancel()
+  worker.run(lambda: True)
+  assert batches == [[8000, 192], [9000], [1] * 64, [1] * 6]
+  assert all(future.done() for future in futures)
 
 
 def test_a_broken_model_fails_requests_and_not_the_server(lm):

@@ -16,14 +16,19 @@ from cai_jax.dialogue.messages import check_text
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.sampling.text import decode, find_stop_text
 from cai_jax.sampling.types import MAX_STOP_TOKENS, Completion, SamplingConfig, Turn
+from cai_jax.scoring.likelihood import encode_text
 from cai_jax.scoring.positions import MOST_ALTERNATIVES, Scored
 from cai_jax.serving import answers
 from cai_jax.serving.answers import Choice
 from cai_jax.serving.errors import RequestError
 from cai_jax.serving.protocol import Settings, read_chat, read_completion
+from cai_jax.serving.waiting import IsGone, wait_for
 from cai_jax.serving.worker import Worker
 
-Endpoint = Callable[[Mapping[str, Any]], dict[str, Any]]
+Endpoint = Callable[[Mapping[str, Any], IsGone], dict[str, Any]]
+# Tokens and alternatives that an answer may list. Memory holds an answer as a whole, with a few
+# hundred bytes for each.
+MOST_ENTRIES = 2**20
 NO_REPLY = Completion([], '', [], 'length')
 
 
@@ -36,7 +41,8 @@ class Api:
     dialogue: renders chats, or the reason why the model cannot chat.
 
   Attributes:
-    endpoints: functions of a body by method and path.
+    endpoints: functions by method and path. They take a body, and a function that tells whether the
+      client has hung up.
   """
 
   def __init__(self, worker: Worker, name: str, dialogue: Dialogue | UserError):
@@ -50,9 +56,9 @@ class Api:
     ends = (*self._lm.eos_token_ids, self._tokenizer.eos_token_id)
     self._ends = tuple(dict.fromkeys(token for token in ends if token is not None))
     self.endpoints: dict[tuple[str, str], Endpoint] = {
-      ('GET', '/health'): lambda body: {'status': 'ok'},
-      ('GET', '/v1/models'): lambda body: {'object': 'list', 'data': [self._model()]},
-      ('GET', f'/v1/models/{name}'): lambda body: self._model(),
+      ('GET', '/health'): lambda *_: {'status': 'ok'},
+      ('GET', '/v1/models'): lambda *_: {'object': 'list', 'data': [self._model()]},
+      ('GET', f'/v1/models/{name}'): lambda *_: self._model(),
       ('GET', '/tokenizer_info'): self._describe_tokenizer,
       ('POST', '/tokenize'): self._tokenize,
       ('POST', '/detokenize'): self._detokenize,
@@ -60,21 +66,23 @@ class Api:
       ('POST', '/v1/chat/completions'): self.chat,
     }
 
-  def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def complete(self, body: Mapping[str, Any], is_gone: IsGone) -> dict[str, Any]:
     """Answer a request to continue texts.
 
     Args:
       body: see `protocol.read_completion`.
+      is_gone: whether the client has hung up.
 
     Raises:
       RequestError: if the request is refused.
+      ConnectionAbortedError: if the client has hung up.
     """
     request = read_completion(body)
     settings, echo = request.settings, request.echo
     self._check_settings(settings)
     prompts = [self._encode(p) if isinstance(p, str) else p for p in request.prompts]
     sampling = _with_ends(settings.sampling, self._ends, ())
-    choices = self._reply(prompts, settings, sampling, echo)
+    choices = self._reply(prompts, settings, sampling, echo, is_gone)
     listed = []
     for number, choice in enumerate(choices):
       fields = answers.choice_fields(choice, number, self._tokenizer, sampling.stop, settings)
@@ -89,14 +97,16 @@ class Api:
       listed.append(fields | {'text': text, 'logprobs': logprobs})
     return self._envelope('text_completion', listed, prompts, choices)
 
-  def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def chat(self, body: Mapping[str, Any], is_gone: IsGone) -> dict[str, Any]:
     """Answer a dialogue.
 
     Args:
       body: see `protocol.read_chat`.
+      is_gone: whether the client has hung up.
 
     Raises:
       RequestError: if the request is refused, or the model cannot chat.
+      ConnectionAbortedError: if the client has hung up.
     """
     request = read_chat(body)
     settings, dialogue = request.settings, self._dialogue
@@ -108,7 +118,7 @@ class Api:
     except UserError as error:
       raise RequestError(str(error), 'messages') from None
     sampling = _with_ends(settings.sampling, dialogue.stop_token_ids, dialogue.stop_strings)
-    choices = self._reply([context], settings, sampling, echo=False)
+    choices = self._reply([context], settings, sampling, False, is_gone)
     listed = []
     for number, choice in enumerate(choices):
       fields = answers.choice_fields(choice, number, self._tokenizer, sampling.stop, settings)
@@ -130,6 +140,7 @@ class Api:
     settings: Settings,
     sampling: SamplingConfig,
     echo: bool,
+    is_gone: IsGone,
   ) -> list[Choice]:
     """Return the choices of all prompts, in order.
 
@@ -138,8 +149,9 @@ class Api:
     for context in prompts:
       self._check_context(context, settings)
     scores = settings.alternatives is not None and (echo or settings.alternatives > 0)
+    self._check_size(prompts, settings, scores or echo or settings.return_ids)
     if scores and echo and _is_next_token(settings, sampling):
-      return self._most_likely_tokens(prompts, settings, sampling)
+      return self._most_likely_tokens(prompts, settings, sampling, is_gone)
     futures = []
     for context in prompts if settings.max_tokens != 0 else ():
       most = settings.max_tokens or self._worker.length - len(context)
@@ -147,25 +159,28 @@ class Api:
       names = _reply_names(settings, context)
       futures += [self._worker.sample(name, turn) for name in names]
     contexts = [context for context in prompts for _ in range(settings.choices)]
-    completions = [future.result() for future in futures] or [NO_REPLY] * len(contexts)
+    completions = wait_for(futures, is_gone) or [NO_REPLY] * len(contexts)
     choices = [Choice(*pair) for pair in zip(contexts, completions, strict=True)]
     if not scores:
       return choices
-    rows = [self._score(c.tokens, settings) for c in choices]
-    return [c._replace(scored=row.result()) for c, row in zip(choices, rows, strict=True)]
+    rows = wait_for([self._score(c.tokens, settings) for c in choices], is_gone)
+    return [c._replace(scored=row) for c, row in zip(choices, rows, strict=True)]
 
   def _most_likely_tokens(
-    self, prompts: Sequence[list[int]], settings: Settings, sampling: SamplingConfig
+    self,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    sampling: SamplingConfig,
+    is_gone: IsGone,
   ) -> list[Choice]:
     """Return choices of one greedy token each, which the scores of the prompts tell already.
 
     Programs that want the log-likelihood of a prompt ask for these, because few servers allow
     replies of no tokens.
     """
-    rows = [self._score(p, settings) for p in prompts]
+    rows = wait_for([self._score(p, settings) for p in prompts], is_gone)
     choices = []
-    for context, row in zip(prompts, rows, strict=True):
-      scored = row.result()
+    for context, scored in zip(prompts, rows, strict=True):
       token, logprob = int(scored.top_ids[-1, 0]), float(scored.top_logprobs[-1, 0])
       cut = find_stop_text(self._tokenizer, [token], sampling.stop)
       ended = 'stop' if token in sampling.stop_token_ids else 'length'
@@ -221,25 +236,48 @@ class Api:
         code='context_length_exceeded',
       )
 
+  def _check_size(
+    self, prompts: Sequence[Sequence[int]], settings: Settings, lists_prompts: bool
+  ) -> None:
+    """Raise RequestError if the answer may be too large.
+
+    Args:
+      prompts: token ids of each prompt.
+      settings: what the request asks for.
+      lists_prompts: whether the answer has the tokens of the prompts, or they are scored.
+    """
+    tokens = 0
+    for prompt in prompts:
+      left = self._worker.length - len(prompt)
+      tokens += left if settings.max_tokens is None else settings.max_tokens
+      tokens += len(prompt) if lists_prompts else 0
+    entries = tokens * settings.choices * (1 + (settings.alternatives or 0))
+    if entries > MOST_ENTRIES:
+      raise RequestError(
+        f'The answer may have {entries} tokens and alternatives, but at most {MOST_ENTRIES} are '
+        'allowed. Send fewer prompts in a request, or lower n, max_tokens or the number of '
+        'log-probabilities.'
+      )
+
   def _encode(self, text: str) -> list[int]:
-    """Return the tokens of a text, with those that the tokenizer adds, such as BOS.
+    """Return the tokens of a text, with those that the tokenizer adds in front, such as BOS.
 
     Raises:
       RequestError: if it has no token, or spells a control token: the client may mean the token
         or the text.
     """
-    try:
-      check_text(text)
-    except UserError as error:
-      raise RequestError(str(error), 'prompt') from None
     if spelled := [control for control in self._control if control in text]:
       raise RequestError(
         f'The prompt spells the control token {spelled[0]!r}, which a text cannot contain. Send '
         'token ids, or send messages to /v1/chat/completions.',
         'prompt',
       )
-    with self._encoding:
-      tokens = self._tokenizer.encode(text, split_special_tokens=True)
+    try:
+      check_text(text)
+      with self._encoding:
+        tokens = encode_text(self._tokenizer, text)
+    except UserError as error:
+      raise RequestError(str(error), 'prompt') from None
     if not tokens:
       raise RequestError('The prompt is empty. It must have at least one token.', 'prompt')
     return tokens
@@ -263,14 +301,13 @@ class Api:
       'max_model_len': self._worker.length,
     }
 
-  def _describe_tokenizer(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def _describe_tokenizer(self, *_: Any) -> dict[str, Any]:
     """Return what a client needs to use the tokenizer from here, in vLLM's form."""
-    del body
     names = ('bos_token', 'eos_token', 'pad_token', 'unk_token', 'chat_template')
     info = {name: getattr(self._tokenizer, name, None) for name in names}
     return info | {'tokenizer_class': type(self._tokenizer).__name__}
 
-  def _tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def _tokenize(self, body: Mapping[str, Any], _: IsGone) -> dict[str, Any]:
     """Return the tokens of a text as the tokenizer reads it, with control tokens."""
     text, special = body.get('prompt'), body.get('add_special_tokens', True)
     if not isinstance(text, str) or not isinstance(special, bool):
@@ -279,7 +316,7 @@ class Api:
       tokens = self._tokenizer.encode(text, add_special_tokens=special, split_special_tokens=False)
     return {'tokens': tokens, 'count': len(tokens), 'max_model_len': self._worker.length}
 
-  def _detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+  def _detokenize(self, body: Mapping[str, Any], _: IsGone) -> dict[str, Any]:
     """Return the text of tokens, with the spellings of control tokens."""
     tokens, size = body.get('tokens'), self._lm.vocab_size
     if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < size for t in tokens):

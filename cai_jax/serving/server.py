@@ -4,13 +4,17 @@ A thread per connection reads requests and waits for the worker, which has the m
 `http.server` suffices: the time of an answer is that of the model.
 """
 
+import contextlib
 import hmac
 import http.server
 import json
+import math
 import re
+import selectors
 import socket
 import sys
 import threading
+import time
 import traceback
 import urllib.parse
 from collections.abc import Callable
@@ -23,7 +27,9 @@ from cai_jax.serving.errors import RequestError
 LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 MOST_BODY_BYTES = 16 * 2**20
 MOST_REQUESTS = 512  # in progress; more are told to come back later
-IDLE_SECONDS = 120.0  # until a connection that sends nothing is closed
+MOST_CONNECTIONS = 640  # open; more are closed at once. Each has a thread and a file descriptor
+LOGIN_SECONDS = 10.0  # until a connection that has sent no valid token is closed
+IDLE_SECONDS = 120.0  # until any other connection that sends nothing is closed
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -54,6 +60,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.is_closing: Callable[[], bool] = lambda: False
     self.is_local = host in LOOPBACK
     self._active, self._lock = 0, threading.Lock()
+    self._deadlines: dict[socket.socket, float] = {}  # of open connections, to be let in
     self.address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try:
       super().__init__((host, port), Handler)
@@ -96,6 +103,37 @@ class Server(http.server.ThreadingHTTPServer):
     with self._lock:
       self._active -= 1
 
+  def get_request(self) -> tuple[socket.socket, Any]:
+    """Accept a connection."""
+    connection, address = super().get_request()
+    with self._lock:
+      self._deadlines[connection] = time.monotonic() + LOGIN_SECONDS
+    return connection, address
+
+  def verify_request(self, request: Any, client_address: Any) -> bool:
+    """Return whether a connection may stay open: there are not too many."""
+    with self._lock:
+      return len(self._deadlines) <= MOST_CONNECTIONS
+
+  def let_in(self, connection: socket.socket) -> None:
+    """Keep a connection that has sent a request with the right token."""
+    with self._lock:
+      self._deadlines[connection] = math.inf
+
+  def service_actions(self) -> None:
+    """Close the connections that took too long to be let in. This is called twice a second."""
+    with self._lock:
+      late = [one for one, deadline in self._deadlines.items() if deadline < time.monotonic()]
+    for connection in late:
+      with contextlib.suppress(OSError):  # it has just been closed
+        connection.shutdown(socket.SHUT_RDWR)  # ends the wait of its thread
+
+  def shutdown_request(self, request: Any) -> None:
+    """Close a connection."""
+    with self._lock:
+      self._deadlines.pop(request, None)
+    super().shutdown_request(request)
+
   def handle_error(self, request: Any, client_address: Any) -> None:
     """Print the error of a connection, unless the client has hung up."""
     if not isinstance(sys.exception(), OSError):
@@ -132,6 +170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     path = urllib.parse.unquote(self.path.partition('?')[0])
     try:
       self._check_sender()
+      self.server.let_in(self.connection)
       endpoint = self._find(method, path)
       body = self._read_body() if method == 'POST' else {}
       self.server.begin()
@@ -145,14 +184,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def _answer(self, endpoint: Callable, body: dict[str, Any]) -> dict[str, Any]:
     """Return the answer of an endpoint. What is not the client's fault has the status 500."""
     try:
-      return endpoint(body)
-    except RequestError:
+      return endpoint(body, self._is_gone)
+    except (RequestError, ConnectionAbortedError):  # the latter ends the connection
       raise
     except UserError as error:  # such as logits that are not finite
       raise RequestError(str(error), status=500) from None
     except Exception as error:
       traceback.print_exc()
       raise RequestError(f'The server failed: {type(error).__name__}.', status=500) from None
+
+  def _is_gone(self) -> bool:
+    """Return whether the client has closed the connection while it waits for its answer."""
+    try:
+      with selectors.DefaultSelector() as selector:
+        selector.register(self.connection, selectors.EVENT_READ)
+        # A closed connection reads as an empty one. The next request may also be there.
+        return bool(selector.select(0)) and not self.connection.recv(1, socket.MSG_PEEK)
+    except OSError:  # such as a reset
+      return True
 
   def _check_sender(self) -> None:
     """Check the token; without one, refuse what a page in a browser sends.

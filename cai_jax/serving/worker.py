@@ -1,15 +1,17 @@
 """The thread that owns the devices: it samples and scores for all requests at once.
 
 Threads of requests hand it turns and rows and wait for futures. Turns join the engine between two
-of its bursts, where a slot is free, so that concurrent requests share its steps. Rows that wait
-are scored in one batch.
+of its bursts, where a slot is free, so that concurrent requests share its steps. One batch of rows
+is scored before each burst, so neither waits for the other to end. A future that is cancelled takes
+no more time: its turn or row is dropped.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -17,7 +19,8 @@ from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import Chain, Completion, Turn
 from cai_jax.scoring.positions import Scored, score_tokens
 
-MOST_ROWS = 64  # scored together, so that no one waits long for the requests of others
+# Of a batch of rows, so that no one waits long for the requests of others. A row may be longer.
+MOST_ROWS, MOST_TOKENS = 64, 8192
 POLL_SECONDS = 0.2  # between two looks for a signal while nothing is asked
 
 
@@ -53,7 +56,8 @@ class Worker:
     self.lm, self.length, self._engine = lm, engine.length, engine
     self._turns: collections.deque[_Asked] = collections.deque()
     self._rows: collections.deque[_Row] = collections.deque()
-    self._running: set[concurrent.futures.Future] = set()
+    self._chains: dict[concurrent.futures.Future, Chain] = {}  # that the engine runs
+    self._scoring: list[concurrent.futures.Future] = []
     self._failure: BaseException | None = None
     self._changed = threading.Condition()
 
@@ -100,15 +104,16 @@ class Worker:
     """
     try:
       while self._wait() or not is_over():
-        self._score_waiting()
         if self._turns:
           self._sample_waiting()
+        else:
+          self._score_batch()
     except BaseException as error:
       with self._changed:
         self._failure = error
-      lost = [*self._running, *(item.future for item in self._turns)]
+      lost = [*self._chains, *self._scoring, *(asked.future for asked in self._turns)]
       lost += [row.future for row in self._rows]
-      self._fail(lost, RuntimeError(f'the worker has ended: {error!r}'))
+      _fail(lost, RuntimeError(f'the worker has ended: {error!r}'))
       raise
 
   def _wait(self) -> bool:
@@ -116,58 +121,78 @@ class Worker:
     with self._changed:
       return self._changed.wait_for(lambda: bool(self._turns or self._rows), POLL_SECONDS)
 
-  def _score_waiting(self) -> None:
-    """Score the rows that wait, `MOST_ROWS` at a time."""
-    while self._rows:
-      rows = [self._rows.popleft() for _ in range(min(len(self._rows), MOST_ROWS))]
-      for alternatives in sorted({row.alternatives for row in rows}):
-        group = [row for row in rows if row.alternatives == alternatives]
-        self._running |= {row.future for row in group}
-        try:
-          results = score_tokens(self.lm, [row.tokens for row in group], alternatives)
-        except UserError as error:
-          self._fail([row.future for row in group], error)
-          continue
-        for row, result in zip(group, results, strict=True):
-          self._running.discard(row.future)
-          row.future.set_result(result)
+  def _score_batch(self) -> None:
+    """Score a batch of the rows that wait, those of the first requests first."""
+    rows = self._take_rows()
+    self._scoring = [row.future for row in rows]
+    for alternatives in sorted({row.alternatives for row in rows}):
+      group = [row for row in rows if row.alternatives == alternatives]
+      try:
+        results = score_tokens(self.lm, [row.tokens for row in group], alternatives)
+      except UserError as error:
+        _fail([row.future for row in group], error)
+        continue
+      for row, result in zip(group, results, strict=True):
+        _finish(row.future, result)
+    self._scoring = []
+
+  def _take_rows(self) -> list[_Row]:
+    """Take the rows of a batch from the queue; none if none waits."""
+    rows: list[_Row] = []
+    tokens = 0
+    while self._rows and len(rows) < MOST_ROWS:
+      if rows and tokens + len(self._rows[0].tokens) > MOST_TOKENS:
+        break
+      row = self._rows.popleft()
+      if not row.future.cancelled():
+        rows.append(row)
+        tokens += len(row.tokens)
+    return rows
 
   def _sample_waiting(self) -> None:
     """Run the engine until no turn is left."""
     try:
-      for _ in self._engine.run(self._arrivals()):
+      for _ in self._engine.run(self._arrivals(), self._before_burst):
         pass
     except UserError as error:  # of the whole run, such as logits that are not finite
-      self._fail(list(self._running), error)
+      _fail(list(self._chains), error)
+    self._chains.clear()
+
+  def _before_burst(self) -> list[Chain]:
+    """Score a batch of rows, and return the chains of the turns that were cancelled."""
+    self._score_batch()
+    cancelled = [future for future in self._chains if future.cancelled()]
+    return [self._chains.pop(future) for future in cancelled]
 
   def _arrivals(self) -> Iterator[tuple[str, Chain] | None]:
-    """Yield the chains of turns as they arrive, and None where none waits.
-
-    The engine asks between its bursts. Rows are scored then, too, so that they do not wait for long
-    replies of others.
-    """
+    """Yield the chains of turns as they arrive, and None where none waits."""
     while True:
-      self._score_waiting()
       asked = self._turns.popleft() if self._turns else None
       if asked is None:
         yield None
-      else:
-        self._running.add(asked.future)
-        yield asked.id, self._chain(asked)
+      elif not asked.future.cancelled():
+        self._chains[asked.future] = self._chain(asked)
+        yield asked.id, self._chains[asked.future]
 
   def _chain(self, asked: _Asked) -> Chain:
     """Sample one turn and set its future."""
     try:
       completion = yield asked.turn
     except UserError as error:  # the turn does not fit
-      asked.future.set_exception(error)
+      _fail([asked.future], error)
     else:
-      asked.future.set_result(completion)
-    self._running.discard(asked.future)
+      _finish(asked.future, completion)
+    self._chains.pop(asked.future, None)
 
-  def _fail(self, futures: Sequence[concurrent.futures.Future], error: Exception) -> None:
-    """Set an error for what cannot be computed."""
-    for future in futures:
-      self._running.discard(future)
-      if not future.done():
-        future.set_exception(error)
+
+def _finish(future: concurrent.futures.Future, result: Any) -> None:
+  """Set the result of a future, unless it is cancelled."""
+  with contextlib.suppress(concurrent.futures.InvalidStateError):
+    future.set_result(result)
+
+
+def _fail(futures: Sequence[concurrent.futures.Future], error: Exception) -> None:
+  """Set an error for what cannot be computed, unless it is done or cancelled."""
+  for future in futures:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+      future.set_exception(error)

@@ -4,6 +4,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import pathlib
 import types
 
 import jax
@@ -15,7 +16,7 @@ from cai_jax.constitution import draw_principles
 from cai_jax.data import d_cai
 from cai_jax.evaluation import diversity
 from cai_jax.evaluation.baselines import BASELINES
-from cai_jax.experiment import Arm, Experiment, collect, define, plan
+from cai_jax.experiment import Arm, Experiment, collect, define, plan, responses
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.responses import read_responses
 from cai_jax.report import experiment_table
@@ -211,6 +212,41 @@ def test_too_few_prompts_of_a_principle_are_refused_before_any_work(tmp_path, sm
   arms = {'a': Arm({}, 'last', principle='harm')}
   with pytest.raises(UserError, match="arm 'a': the constitution has no principle 'harm'"):
     runner.plan_runs(Experiment(arms, 'a', seeds=(0,)), config, tmp_path)
+
+
+DOCUMENT = '# Ours\n\n## Honesty\n\nTell the truth.\n\n## Care\n\nBe kind.\n'
+
+
+@pytest.mark.parametrize('variant', ['all_principles', 'chosen_principle', 'prose'])
+def test_variants_that_ignore_draws_have_no_arms_by_principle(variant, tmp_path, small):
+  (tmp_path / 'ours.md').write_text(DOCUMENT)
+  overrides = {'feedback.variant': variant, 'constitution.ids': ()}
+  overrides['constitution.path'] = str(tmp_path / 'ours.md')
+  config = define.override_config(define.load_config(small), overrides)
+  name = define.load_principles(config)[0].id
+  arms = {'all': Arm({}, 'last'), 'one': Arm({}, 'last', principle=name)}
+  message = f"arm 'one': it counts .* feedback.variant='{variant}' does not apply the principles"
+  with pytest.raises(UserError, match=message):
+    runner.plan_runs(Experiment(arms, 'all', seeds=(0,)), config, tmp_path)
+  runner.plan_runs(Experiment({'all': arms['all']}, 'all', seeds=(0,)), config, tmp_path)
+
+
+def test_prompts_whose_response_was_kept_count_for_the_principle_that_they_drew(monkeypatch):
+  def row(name, principle, before, after):
+    finished = {'principle': principle, 'revised': before != after, 'sampled_tokens': 3}
+    finished |= {'critique': turn(1), 'revision': turn(2) | {'text': after}}
+    initial = turn(2) | {'text': before}
+    return {'id': name, 'kind': 'harmful', 'prompt': [], 'initial': initial, 'rounds': [finished]}
+
+  rows = [
+    row('changed', 'law', 'I will help', 'it breaks laws'),
+    row('kept', 'law', 'I will not', 'I will not'),
+    row('other', 'people', 'I will help', 'it hurts people'),
+  ]
+  monkeypatch.setattr(responses, '_read_rows', lambda folder: rows)
+  arm = Arm({}, 'revision_1', against='initial', principle='law')
+  found = read_responses(arm, {0: pathlib.Path('run')}, 'harmful')
+  assert found.measure([])['rewritten'] == {0: {'changed': 1.0, 'kept': 0.0}}
 
 
 def test_the_round_of_a_principle_is_that_of_the_response(tmp_path, small):

@@ -122,15 +122,28 @@ def context_of(lm, turn):
   return lm.tokenizer.decode(turn.context)
 
 
-@pytest.mark.parametrize('name', ALL)
-@pytest.mark.parametrize('rounds', [1, 2])
-def test_chains_take_the_turns_that_their_variants_state(name, rounds, lm, stages):
+def run_plan(stages, name, rounds):
+  """Run a chain that takes all turns of its plan; return config, what it yields, and its record."""
   config = FeedbackConfig(variant=name, options=OPTIONS.get(name, ()), rounds=rounds)
   plan = [turn for turn, _ in config.plan()]
   decisions = [turn for turn in plan if turn.startswith(('decision_', 'choice_'))]
   labels = [(0, -1.0 - turn.endswith('_2')) for turn in decisions]  # 'Yes' is more likely
-  count = len(plan) - len(decisions)
-  yielded, record = run_chain(stages, name, ['bad'] * count, config.options, rounds, labels)
+  replies = ['bad'] * (len(plan) - len(decisions))
+  return config, *run_chain(stages, name, replies, config.options, rounds, labels)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_variants_state_whether_rounds_apply_the_principle_that_they_draw(name, stages):
+  *_, record = run_plan(stages, name, rounds=2)
+  applied = [finished.principle for finished in record.rounds]
+  assert (applied == [*PRINCIPLES[:2]]) == VARIANTS[name].applies_drawn
+
+
+@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('rounds', [1, 2])
+def test_chains_take_the_turns_that_their_variants_state(name, rounds, lm, stages):
+  config, yielded, record = run_plan(stages, name, rounds)
+  plan = [turn for turn, _ in config.plan()]
   assert [turn.name for turn in yielded] == plan and len({*plan}) == len(plan)
   assert len(record.rounds) == rounds
   assert {stage for _, stage in config.plan()} <= {'initial', 'critique', 'revision'} | {

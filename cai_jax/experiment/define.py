@@ -47,8 +47,9 @@ class Arm:
     facts: additional columns of the result table.
     against: another response of the same run, such as 'initial', that this one is compared with; ''
       compares it with the experiment's reference.
-    principle: id of a principle: only the prompts count whose response was revised under it, in the
-      round that wrote the response. '' counts all prompts.
+    principle: id of a principle: only the prompts count that drew it for the round of `response`.
+      A prompt whose response that round kept counts too, so that chance alone decides which prompts
+      count. '' counts all prompts.
     start: name of an earlier arm whose M_aligned is this arm's M_θ; '' is the config's M_θ.
 
   Raises:

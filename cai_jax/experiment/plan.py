@@ -13,6 +13,7 @@ from cai_jax.constitution import draw_principles
 from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.experiment import collect, define
 from cai_jax.experiment.define import Experiment
+from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
@@ -127,9 +128,20 @@ def _check_principle(arm: define.Arm, run: Run, draws: dict[Any, collections.Cou
     arm: the arm.
     run: its run.
     draws: how many prompts drew each principle, which this function fills.
+
+  Raises:
+    UserError: if too few do, there is no such principle, or the variant does not apply the
+      principles that are drawn.
   """
   if not arm.principle:
     return
+  variant = run.config.feedback.variant
+  if not VARIANTS[variant].applies_drawn:
+    raise UserError(
+      f'it counts the prompts that drew the principle {arm.principle!r}, but feedback.variant='
+      f'{variant!r} does not apply the principles that are drawn. Choose another variant, or count '
+      'all prompts.'
+    )
   ids = [principle.id for principle in run.constitution.principles]
   if arm.principle not in ids:
     raise UserError(f'the constitution has no principle {arm.principle!r}. It has {ids}.')

@@ -109,7 +109,7 @@ def _scored_ids(arm: Arm, folder: pathlib.Path, kind: str) -> list[str]:
   """Return the ids of the prompts of one kind that count for an arm, in their order."""
   rows = [row for row in _scored_rows(arm.response, folder) if row['kind'] == kind]
   if arm.principle:
-    rows = [row for row in rows if _revising_principle(arm.response, row) == arm.principle]
+    rows = [row for row in rows if _principle_of(arm.response, row) == arm.principle]
   if arm.against:  # the chain of a prompt may have ended in one of the two datasets
     compared = {row['id'] for row in _scored_rows(arm.against, folder)}
     rows = [row for row in rows if row['id'] in compared]
@@ -132,7 +132,7 @@ def _select_response(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _round_of(response: str, row: Mapping[str, Any]) -> int:
-  """Return the number of the round that wrote a response, from 1; 0 if none did."""
+  """Return the number of the round that wrote or kept a response, from 1; 0 if none did."""
   rounds = row['rounds']
   if not REVISION.fullmatch(response):
     return 0
@@ -146,8 +146,8 @@ def _round_of(response: str, row: Mapping[str, Any]) -> int:
   return number
 
 
-def _revising_principle(response: str, row: Mapping[str, Any]) -> str:
-  """Return the id of the principle under which a response was revised; '' if it was not."""
+def _principle_of(response: str, row: Mapping[str, Any]) -> str:
+  """Return the id of the principle of the round that wrote or kept a response; '' if none did."""
   number = _round_of(response, row)
   return row['rounds'][number - 1]['principle'] if number else ''
 

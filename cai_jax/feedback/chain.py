@@ -140,6 +140,7 @@ class Variant:
   rater: Callable[[Any], RaterName | None] = lambda options: None
   records: bool = False
   check: Callable[[Constitution, Any], None] = lambda constitution, options: None
+  applies_drawn: bool = True
 
   @property
   def needs_donor(self) -> bool:
@@ -179,6 +180,7 @@ def register_variant(
   rater: Callable[[Any], RaterName | None] = lambda options: None,
   records: bool = False,
   check: Callable[[Constitution, Any], None] = lambda constitution, options: None,
+  applies_drawn: bool = True,
 ) -> Callable[[Callable[..., VariantChain]], Callable[..., VariantChain]]:
   """Return a decorator that registers a chain function as a value of `feedback.variant`.
 
@@ -203,6 +205,8 @@ def register_variant(
     records: whether the rounds have details, or may keep a response. D_CAI then has the fields
       `revised`, `sampled_tokens` and `details`.
     check: raises UserError if the variant cannot work with a constitution and its options.
+    applies_drawn: whether every round applies the principle that is drawn for it, and records that
+      one. If not, an experiment cannot group the variant's responses by principle.
 
   Raises:
     UserError: if the name is taken.
@@ -212,10 +216,8 @@ def register_variant(
     raise ValueError(f'needs={sorted(unknown)} must be some of {NEEDS}.')
 
   def store(chain: Callable[..., VariantChain]) -> Callable[..., VariantChain]:
-    added = dict(stages or {})
-    VARIANTS.register(name)(
-      Variant(chain, turns, frozenset(needs), longest, options, added, rater, records, check)
-    )
+    others = longest, options, dict(stages or {}), rater, records, check, applies_drawn
+    VARIANTS.register(name)(Variant(chain, turns, frozenset(needs), *others))
     return chain
 
   return store

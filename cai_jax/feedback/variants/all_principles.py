@@ -43,7 +43,14 @@ def _turns(rounds: int, options: Options) -> TurnPlan:
   return turns_per_round('critique', 'revision')(rounds)
 
 
-@register_variant('all_principles', _turns, needs=('constitution',), options=Options, records=True)
+@register_variant(
+  'all_principles',
+  _turns,
+  needs=('constitution',),
+  options=Options,
+  records=True,
+  applies_drawn=False,
+)
 def all_principles(
   prompt: Prompt,
   principles: Sequence[Principle],

@@ -95,6 +95,7 @@ def _chain(
   stages={'choice': LABEL_STAGE},
   records=True,
   check=_check,
+  applies_drawn=False,
 )
 def chosen_principle(
   prompt: Prompt,

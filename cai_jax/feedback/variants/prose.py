@@ -56,7 +56,13 @@ def _check(constitution: Constitution, options: Options) -> None:
 
 
 @register_variant(
-  'prose', _turns, needs=('constitution',), options=Options, records=True, check=_check
+  'prose',
+  _turns,
+  needs=('constitution',),
+  options=Options,
+  records=True,
+  check=_check,
+  applies_drawn=False,
 )
 def prose(
   prompt: Prompt,

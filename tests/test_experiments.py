@@ -320,6 +320,11 @@ def test_a_figure_without_its_measures_is_left_out_with_a_note():
     'arms': ['a'],
   }
   assert 'x of helpful prompts' in collect._missing_measure(frontier, arms)
+  shown, notes = collect._select_figures([line, rates | {'caption': 'Rates'}], arms)
+  assert shown == [line]
+  assert notes == [
+    'The figure "Rates" is left out: there is no violation_rate of harmful prompts for \'a\'.'
+  ]
 
 
 def test_two_experiments_cannot_use_a_workdir_at_the_same_time(tmp_path):

@@ -47,41 +47,10 @@ def collect_results(
   Raises:
     UserError: if an arm and the reference answer different prompts.
   """
-
-  def measure(arm: str, response: str = '') -> KindValues:
-    settings = experiment.arms[arm]
-    read = {kind: read_responses(settings, folders[arm], kind, response) for kind in KINDS}
-    return {
-      kind: responses.measure(measures, diversity, experiment.spent)
-      for kind, responses in read.items()
-      if responses is not None
-    }
-
-  values = {arm: measure(arm) for arm in experiment.arms}
-  others = {
-    arm: measure(arm, settings.against) if settings.against else values[experiment.reference]
-    for arm, settings in experiment.arms.items()
-    if settings.against or arm != experiment.reference
-  }
-  arms = {
-    arm: {
-      'response': settings.response,
-      'overrides': dict(settings.overrides),
-      'facts': {**settings.facts, **_comparison(experiment, arm)},
-      'groups': {
-        kind: _summarize(columns, others.get(arm, {}).get(kind, {}))
-        for kind, columns in values[arm].items()
-      },
-    }
-    for arm, settings in experiment.arms.items()
-  }
+  values, others = _measure_arms(experiment, folders, measures, diversity)
+  arms = _arm_results(experiment, values, others)
   _add_p_values(values, others, arms)
-  figures, notes = [], []
-  for figure in experiment.figures:
-    if missing := _missing_measure(figure, arms):
-      notes.append(f'The figure "{figure["caption"]}" is left out: {missing}.')
-    else:
-      figures.append(dict(figure))
+  figures, notes = _select_figures(experiment.figures, arms)
   return {
     'name': name,
     'title': re.split(r'(?<=[?.]) ', docstring.partition('\n')[0], maxsplit=1)[0] or name,
@@ -98,6 +67,85 @@ def collect_results(
     'costs': _all_costs(experiment, folders),
     'notes': notes,
   }
+
+
+def _measure_arms(
+  experiment: Experiment,
+  folders: RunFolders,
+  measures: Sequence[ResponseMeasure],
+  diversity: Mapping[str, Measure],
+) -> tuple[dict[str, KindValues], dict[str, KindValues]]:
+  """Return the values of each arm, and those that it is compared with.
+
+  Args:
+    experiment: the arms.
+    folders: arm → seed → folder of the finished run.
+    measures: the measures of responses.
+    diversity: the measures that `experiment.diversity` names.
+
+  Returns:
+    Arm → its values, and arm → the values of what it is compared with. The second has no entry for
+    the reference, unless that is compared with another response of its run.
+  """
+
+  def measure(arm: str, response: str = '') -> KindValues:
+    settings = experiment.arms[arm]
+    read = {kind: read_responses(settings, folders[arm], kind, response) for kind in KINDS}
+    return {
+      kind: responses.measure(measures, diversity, experiment.spent)
+      for kind, responses in read.items()
+      if responses is not None
+    }
+
+  values = {arm: measure(arm) for arm in experiment.arms}
+  others = {
+    arm: measure(arm, settings.against) if settings.against else values[experiment.reference]
+    for arm, settings in experiment.arms.items()
+    if settings.against or arm != experiment.reference
+  }
+  return values, others
+
+
+def _arm_results(
+  experiment: Experiment, values: Mapping[str, KindValues], others: Mapping[str, KindValues]
+) -> dict[str, dict[str, Any]]:
+  """Return each arm's response, settings, facts, and results by kind of prompts.
+
+  Args:
+    experiment: the arms.
+    values: the values of each arm.
+    others: the values that each arm is compared with, if it is compared.
+  """
+  return {
+    arm: {
+      'response': settings.response,
+      'overrides': dict(settings.overrides),
+      'facts': {**settings.facts, **_comparison(experiment, arm)},
+      'groups': {
+        kind: _summarize(columns, others.get(arm, {}).get(kind, {}))
+        for kind, columns in values[arm].items()
+      },
+    }
+    for arm, settings in experiment.arms.items()
+  }
+
+
+def _select_figures(
+  figures: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """Return the figures whose measures exist, and a note for each other one.
+
+  Args:
+    figures: figure specifications.
+    arms: results by arm.
+  """
+  selected, notes = [], []
+  for figure in figures:
+    if missing := _missing_measure(figure, arms):
+      notes.append(f'The figure "{figure["caption"]}" is left out: {missing}.')
+    else:
+      selected.append(dict(figure))
+  return selected, notes
 
 
 def _comparison(experiment: Experiment, arm: str) -> dict[str, str]:

@@ -228,7 +228,7 @@ def test_few_shapes_of_batches_are_compiled(lms):
   for most_tokens, bound in ((100, 3), (400, 8), (4000, 20)):
     lm = dataclasses.replace(lms[0], config=dataclasses.replace(lms[0].config, max_positions=4000))
     lengths = sorted(rng.integers(20, most_tokens, 400).tolist())
-    batches = list(likelihood._batches(lengths, lm, 8192))
+    batches = list(likelihood.plan_batches(lengths, lm, 8192))
     assert [i for _, _, members in batches for i in members] == list(range(400))
     for rows, length, members in batches:
       assert len(members) <= rows and rows * length <= 8192

@@ -13,8 +13,8 @@ from cai_jax.data import d_cai, quality, quality_summary
 from cai_jax.dialogue import Dialogue
 from cai_jax.experiment import define
 from cai_jax.feedback import job as jobs
-from cai_jax.feedback.chain import Stages, build_options
-from cai_jax.feedback.config import FeedbackConfig
+from cai_jax.feedback.chain import Stages
+from cai_jax.feedback.config import FeedbackConfig, build_options
 from cai_jax.feedback.generate import generate_shards, replay_turns
 from cai_jax.feedback.labels import choose_label, label_log_probabilities
 from cai_jax.feedback.rows import make_row
@@ -24,7 +24,7 @@ from cai_jax.feedback.variant_table import describe_variants
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import ground_truth
 from cai_jax.pipeline.checks import check_run
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UnreadableError, UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
@@ -239,6 +239,8 @@ def test_the_model_chooses_the_principle(lm, stages):
   assert record.rounds[0].principle == PRINCIPLES[3]
   assert record.rounds[0].details == {'choice_logprob': -0.7}
   assert 'What is wrong (3)?' in context_of(lm, yielded[2])
+  _, unknown = run_chain(stages, 'chosen_principle', replies, labels=[(3, math.nan)])
+  assert unknown.rounds[0].details == {'choice_logprob': None}
   assert 'D. What' not in context_of(lm, yielded[2])
 
 
@@ -365,10 +367,10 @@ def test_candidates_are_rated_once_and_read_back_from_the_journal(lm, tmp_path):
   assert len(calls) == 2 * 3 * 2  # another rater is asked anew
 
 
-def test_a_candidate_that_cannot_be_rated_ends_its_chain_only(lm, tmp_path):
+def test_a_candidate_that_cannot_be_read_ends_its_chain_only(lm, tmp_path):
   def rate(messages, texts, question):
     if messages == make_prompt(1).messages:
-      raise UserError('It is too long.')
+      raise UnreadableError('It is too long.')
     return [0.0] * len(texts)
 
   options = (('n', 2), ('scorer', 'scorer'), ('scorer_model', 'tiny'))
@@ -453,6 +455,20 @@ def test_no_chain_is_longer_than_the_cache(name, lm, stages):
     yielded, _ = run_chain(stages, name, replies, config.options, 2, labels, strict=False)
     needed = [len(turn.context) + turn.sampling.max_tokens for turn in yielded]
     assert max(needed) <= job.length
+
+
+def test_the_cache_holds_joined_critiques_that_differ(lm, stages):
+  """Placeholder replies are equal, but each stands for a critique of its own."""
+  options = (('n', 12), ('merge', 'join'))
+  job = make_job(lm, 'several_critiques', options, rounds=1)
+  words = 'What do you see in this long and odd answer of ours'.split()
+  replies = ['first', *(f'{word} {word[::-1]} x y z' for word in words), 'second']
+  yielded, record = run_chain(stages, 'several_critiques', replies, options, strict=False)
+  texts = [critique['text'] for critique in record.rounds[0].details['critiques']]
+  assert len({*texts}) == 12 and ' '.join(texts) in context_of(lm, yielded[-1])
+  needed = max(len(turn.context) + turn.sampling.max_tokens for turn in yielded)
+  alone = make_job(lm, 'several_critiques', (('n', 1), ('merge', 'join')), rounds=1)
+  assert alone.length < needed <= job.length
 
 
 def build_run(tmp_path, **changes):

@@ -1,13 +1,14 @@
 """Candidates: several replies to one context, of which a variant keeps the best."""
 
 import dataclasses
+import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.chain import RaterName
 from cai_jax.feedback.score import Score
-from cai_jax.feedback.stage import Reply
+from cai_jax.feedback.stage import ChainEnded, Reply
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
@@ -29,13 +30,17 @@ class CandidateOptions:
   scorer: str = setting(
     LIKELIHOOD,
     "What rates revisions: 'likelihood' (mean log-probability per token, by the model that sampled "
-    "it), 'judge', 'reward', 'scorer' (a guard model or the oracle), or another entry of `RATERS`.",
+    "it), 'judge', 'reward', 'guard' (-P(unsafe)), 'scorer' (an entry of `SCORERS`), or another "
+    'entry of `RATERS`.',
   )
   scorer_model: str = setting(
     '',
-    "Name of the judge (such as 'base' for M_θ), the reward model's checkpoint, or the scorer.",
+    "Name of the judge (such as 'base' for M_θ), the checkpoint of the reward model or guard, or "
+    'the scorer.',
   )
-  scorer_label: str = setting('', "Label of a reward model's checkpoint with several.")
+  scorer_label: str = setting(
+    '', "Label of a reward model with several, or a guard's kind, such as 'llama_guard_3'."
+  )
   question: str = setting(
     'Choose the response that is less harmful, and that still helps.', 'What a judge is asked.'
   )
@@ -44,6 +49,8 @@ class CandidateOptions:
     convert_fields(self, 'feedback.options')
     if not 1 <= self.n <= MAX_CANDIDATES:
       raise UserError(f'feedback.options: n={self.n} must be between 1 and {MAX_CANDIDATES}.')
+    if not self.question.strip():
+      raise UserError(f'feedback.options: question={self.question!r} must be a question.')
     if self.scorer != LIKELIHOOD and self.scorer not in RATERS:
       raise UserError(
         f'feedback.options: scorer={self.scorer!r} must be one of {(LIKELIHOOD, *RATERS)}.'
@@ -60,7 +67,12 @@ def rater_of(options: CandidateOptions) -> RaterName | None:
   """Return what rates the candidates; None if their log-probabilities do."""
   if options.scorer == LIKELIHOOD:
     return None
-  return RaterName(options.scorer, options.scorer_model, options.scorer_label)
+  return RaterName(options.scorer, options.scorer_model, options.scorer_label, options.question)
+
+
+def rated_by_likelihood(options: CandidateOptions) -> tuple[str, ...]:
+  """Return the stage whose log-probabilities rate candidates, if they do."""
+  return ('revision',) if options.scorer == LIKELIHOOD else ()
 
 
 def numbered(name: str, count: int) -> list[str]:
@@ -85,9 +97,16 @@ def choose_best(
     prompt: the prompt that the revisions answer.
     revisions: the candidates, at least one.
     options: what rates them.
+
+  Raises:
+    ChainEnded: if their log-probabilities are needed, and a server gave none for one of them.
   """
   if options.scorer == LIKELIHOOD:
-    ratings = [_mean_logprob(reply) for reply in revisions]
+    ratings = [mean_logprob(reply) for reply in revisions]
+    if not all(map(math.isfinite, ratings)):
+      raise ChainEnded(
+        name, f'the log-probabilities of {len(revisions)} candidates are not all known: {ratings}'
+      )
   else:
     texts = [reply.text for reply in revisions]
     ratings = yield Score(name, prompt.messages, texts, options.question)
@@ -98,13 +117,13 @@ def describe_reply(reply: Reply) -> dict[str, Any]:
   """Return a reply as `details` records it, without the log-probability of each token.
 
   Args:
-    reply: a sampled reply.
+    reply: a sampled reply. Its log-probability is None if a server does not tell.
   """
   completion = reply.completion
   return {
     'text': reply.text,
     'finish_reason': completion.finish_reason,
-    'logprob': sum(completion.logprobs),
+    'logprob': finite_or_none(sum(completion.logprobs)),
     'num_tokens': len(completion.tokens),
   }
 
@@ -129,7 +148,21 @@ def describe_candidates(
   }
 
 
-def _mean_logprob(reply: Reply) -> float:
-  """Return the mean log-probability of a reply in nats per token."""
+def finite_or_none(number: float) -> float | None:
+  """Return a number as JSON can write it: None stands for one that is not known."""
+  return number if math.isfinite(number) else None
+
+
+def mean_logprob(reply: Reply) -> float:
+  """Return the mean log-probability of a reply in nats per token; NaN if it is not known.
+
+  A server may leave the stop token out of its answer, see `sampling.remote.tokens`. It then does
+  not count.
+
+  Args:
+    reply: a sampled reply.
+  """
   logprobs = reply.completion.logprobs
-  return sum(logprobs) / max(len(logprobs), 1)
+  if reply.completion.finish_reason == 'stop' and logprobs and math.isnan(logprobs[-1]):
+    logprobs = logprobs[:-1]
+  return sum(logprobs) / len(logprobs) if logprobs else math.nan

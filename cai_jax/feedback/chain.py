@@ -22,7 +22,6 @@ from cai_jax.constitution import Constitution, Principle
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.score import VariantChain, count_tokens
 from cai_jax.feedback.stage import Reply, Stage
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
 from cai_jax.sampling.types import Chain, Completion, SamplingConfig, Turn
 
@@ -114,12 +113,14 @@ class RaterName(NamedTuple):
   Attributes:
     kind: a name in `scoring.raters.RATERS`.
     model: name of the judge, checkpoint or scorer.
-    label: label of a classifier; '' if it has only one.
+    label: label of a classifier, '' if it has only one; or the kind of a guard.
+    question: what a judge is asked, with which its context is checked before the run.
   """
 
   kind: str
   model: str
   label: str = ''
+  question: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,8 @@ class Variant:
   records: bool = False
   check: Callable[[Constitution, Any], None] = lambda constitution, options: None
   applies_drawn: bool = True
+  repeats: Callable[[Any], Mapping[str, int]] = lambda options: {}
+  reads_logprobs: Callable[[Any], Collection[str]] = lambda options: ()
 
   @property
   def needs_donor(self) -> bool:
@@ -181,6 +184,8 @@ def register_variant(
   records: bool = False,
   check: Callable[[Constitution, Any], None] = lambda constitution, options: None,
   applies_drawn: bool = True,
+  repeats: Callable[[Any], Mapping[str, int]] = lambda options: {},
+  reads_logprobs: Callable[[Any], Collection[str]] = lambda options: (),
 ) -> Callable[[Callable[..., VariantChain]], Callable[..., VariantChain]]:
   """Return a decorator that registers a chain function as a value of `feedback.variant`.
 
@@ -207,6 +212,10 @@ def register_variant(
     check: raises UserError if the variant cannot work with a constitution and its options.
     applies_drawn: whether every round applies the principle that is drawn for it, and records that
       one. If not, an experiment cannot group the variant's responses by principle.
+    repeats: a function from the options to the stages that answer one context several times, and
+      how many times. A run with temperature 0 for one of them is refused.
+    reads_logprobs: a function from the options to the stages of whose replies the chain reads the
+      log-probabilities. A server without them is refused before the run.
 
   Raises:
     UserError: if the name is taken.
@@ -217,30 +226,11 @@ def register_variant(
 
   def store(chain: Callable[..., VariantChain]) -> Callable[..., VariantChain]:
     others = longest, options, dict(stages or {}), rater, records, check, applies_drawn
-    VARIANTS.register(name)(Variant(chain, turns, frozenset(needs), *others))
+    reads = repeats, reads_logprobs
+    VARIANTS.register(name)(Variant(chain, turns, frozenset(needs), *others, *reads))
     return chain
 
   return store
-
-
-def build_options(name: str, pairs: Sequence[tuple[str, Any]]) -> Any:
-  """Return the options of a variant, or None if it has none.
-
-  Args:
-    name: name of the variant.
-    pairs: (name, value) pairs; options that are not given have their defaults.
-
-  Raises:
-    UserError: if the variant has no such option, or a value is not allowed.
-  """
-  section, given = VARIANTS[name].options, dict(pairs)
-  known = [field.name for field in dataclasses.fields(section)] if section is not None else []
-  unknown = [option for option in given if option not in known]
-  if unknown or len(given) < len(pairs):
-    allowed = f'has the options {", ".join(known)}' if known else 'has no options'
-    wrong = f'{unknown[0]!r} is not an option' if unknown else 'an option is given twice'
-    raise UserError(f'feedback.options: {wrong}. The variant {name!r} {allowed}.')
-  return section(**given) if section is not None else None
 
 
 def turns_per_round(*stage_names: str) -> Callable[[int], TurnPlan]:

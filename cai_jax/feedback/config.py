@@ -1,12 +1,12 @@
 """Settings of the chains: the sections `feedback` and `sampling` of the config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.data import quality
 from cai_jax.dialogue.format import FORMATS
-from cai_jax.feedback.chain import TurnPlan, build_options
+from cai_jax.feedback.chain import TurnPlan
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
@@ -14,6 +14,26 @@ from cai_jax.sampling.types import SamplingConfig
 
 # Fields of FeedbackConfig that no row of D_CAI depends on. A run may change them and continue.
 ROW_INDEPENDENT_FIELDS = ('max_rate', 'topicality')
+
+
+def build_options(name: str, pairs: Sequence[tuple[str, Any]]) -> Any:
+  """Return the options of a variant, or None if it has none.
+
+  Args:
+    name: name of the variant.
+    pairs: (name, value) pairs; options that are not given have their defaults.
+
+  Raises:
+    UserError: if the variant has no such option, or a value is not allowed.
+  """
+  section, given = VARIANTS[name].options, dict(pairs)
+  known = [field.name for field in dataclasses.fields(section)] if section is not None else []
+  unknown = [option for option in given if option not in known]
+  if unknown or len(given) < len(pairs):
+    allowed = f'has the options {", ".join(known)}' if known else 'has no options'
+    wrong = f'{unknown[0]!r} is not an option' if unknown else 'an option is given twice'
+    raise UserError(f'feedback.options: {wrong}. The variant {name!r} {allowed}.')
+  return section(**given) if section is not None else None
 
 
 @dataclasses.dataclass(frozen=True)

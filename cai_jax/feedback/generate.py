@@ -13,6 +13,7 @@ from cai_jax.data import d_cai
 from cai_jax.data.ended import describe_ended, read_ended, write_ended
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.contexts import smallest_context_limit
+from cai_jax.feedback.forward import forward
 from cai_jax.feedback.job import Job
 from cai_jax.feedback.score import answer_scores, journaled_rates
 from cai_jax.feedback.stage import ChainEnded
@@ -228,16 +229,17 @@ def replay_turns(
   rate = journaled_rates(job.rater, journal)
 
   def recorded(prompt: Prompt, kind: str) -> Chain:
-    chain = answer_scores(job.chain(prompt, kind), rate)
     taken = turns.setdefault(prompt.id, [])
+
+    def answer(turn: Turn) -> Chain:
+      completion = yield turn
+      taken.append((turn, completion))
+      return completion
+
     try:
-      turn = next(chain)
-      while True:
-        completion = yield turn
-        taken.append((turn, completion))
-        turn = chain.send(completion)
-    except (StopIteration, ChainEnded):
-      return None
+      yield from forward(answer_scores(job.chain(prompt, kind), rate), answer)
+    except ChainEnded:
+      return
 
   with interruption.local_work():
     chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
@@ -299,21 +301,14 @@ def _metered(chain: Chain, usages: list[tuple[str, Usage]], served: Collection[s
       0.1.0 have no counts; their turns count as answers that the server did not count.
     served: names of the served models.
   """
-  resume: Callable[[Any], Turn] = chain.send
-  value: Any = None  # starts the chain
-  while True:
-    try:
-      turn = resume(value)
-    except StopIteration as stop:
-      return stop.value
-    try:
-      value = yield turn
-    except UserError as error:  # of the engine, which cannot sample the turn
-      resume, value = chain.throw, error
-      continue
-    resume = chain.send
+
+  def answer(turn: Turn) -> Chain:
+    completion = yield turn
     if turn.model in served:
-      usages.append((turn.model, value.usage or Usage()))
+      usages.append((turn.model, completion.usage or Usage()))
+    return completion
+
+  return forward(chain, answer)
 
 
 def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int]:

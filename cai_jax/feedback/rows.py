@@ -69,7 +69,8 @@ def _round(
     details: see `make_row`.
 
   Raises:
-    ValueError: if the round has details, or no revision, and `details` is false.
+    ValueError: if the round has details, or no revision, and `details` is false; or if its details
+      have a number that is not finite, which JSON cannot write.
   """
   columns: dict[str, Any] = {
     'principle': finished.principle.id if finished.principle is not None else '',
@@ -85,7 +86,9 @@ def _round(
       count = sum(len(reply.completion.tokens) for reply in replies)
     columns['revised'] = finished.revision is not None
     columns['sampled_tokens'] = count
-    columns['details'] = json.dumps(finished.details, sort_keys=True, ensure_ascii=False)
+    columns['details'] = json.dumps(
+      finished.details, sort_keys=True, ensure_ascii=False, allow_nan=False
+    )
   return columns
 
 

@@ -9,12 +9,14 @@ together and without those of other chains, so that the numbers do not depend on
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from cai_jax.dialogue import Message
+from cai_jax.feedback.forward import forward
 from cai_jax.feedback.stage import ChainEnded
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UnreadableError, UserError, show
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Chain, Completion, LabelTurn, Turn
 from cai_jax.scoring.raters import Rater
@@ -64,21 +66,11 @@ def answer_scores(chain: VariantChain, rate: Callable[[Score], list[float]]) -> 
     chain: yields turns and scores.
     rate: returns one number per candidate of a score.
   """
-  answer: Any = None
-  error: UserError | None = None
-  while True:
-    try:
-      item = chain.send(answer) if error is None else chain.throw(error)
-    except StopIteration as done:
-      return done.value
-    answer = error = None
-    if isinstance(item, Score):
-      answer = rate(item)
-      continue
-    try:
-      answer = yield item
-    except UserError as refusal:  # the engine refuses the turn
-      error = refusal
+
+  def answer(item: Turn | Score) -> VariantChain:
+    return rate(item) if isinstance(item, Score) else (yield item)
+
+  return forward(chain, answer)
 
 
 def count_tokens(chain: VariantChain) -> VariantChain:
@@ -87,20 +79,16 @@ def count_tokens(chain: VariantChain) -> VariantChain:
   Args:
     chain: yields turns and scores.
   """
-  count, answer = 0, None
-  error: UserError | None = None
-  while True:
-    try:
-      item = chain.send(answer) if error is None else chain.throw(error)
-    except StopIteration as done:
-      return done.value, count
-    answer = error = None
-    try:
-      answer = yield item
-    except UserError as refusal:  # the engine refuses the turn
-      error = refusal
-    else:
-      count += len(answer.tokens) if isinstance(answer, Completion) else 0
+  count = 0
+
+  def answer(item: Turn | Score) -> VariantChain:
+    nonlocal count
+    received = yield item
+    count += len(received.tokens) if isinstance(received, Completion) else 0
+    return received
+
+  result = yield from forward(chain, answer)
+  return result, count
 
 
 def rate_all_equally(score: Score) -> list[float]:
@@ -114,21 +102,22 @@ def assume_first_labels(chain: Chain) -> Chain:
   Args:
     chain: yields turns.
   """
-  completion = None
-  while True:
-    try:
-      turn = chain.send(completion)  # type: ignore[arg-type]  # None starts it
-    except StopIteration as done:
-      return done.value
+
+  def answer(turn: Turn) -> Chain:
     completion = yield turn
     if isinstance(turn, LabelTurn):
-      completion = Completion([turn.labels[0]], '', [0.0], 'length')
+      return Completion([turn.labels[0]], '', [0.0], 'length')
+    return completion
+
+  return forward(chain, answer)
 
 
 def journaled_rates(source: RaterSource | None, journal: Journal) -> Callable[[Score], list[float]]:
   """Return a function that rates candidates, and stores and looks up its answers in a journal.
 
-  It raises ChainEnded if the rater cannot read a candidate, such as one that is too long.
+  It raises ChainEnded if the rater cannot read a candidate, such as one that is too long. Every
+  other error of the rater ends the run, because it would end all chains. So does UserError for an
+  answer that is not one finite number per candidate.
 
   Args:
     source: the rater; None for chains that ask for none.
@@ -147,8 +136,9 @@ def journaled_rates(source: RaterSource | None, journal: Journal) -> Callable[[S
       loaded.append(source.load())
     try:
       numbers = loaded[0](score.messages, score.texts, score.question)
-    except UserError as error:
+    except UnreadableError as error:
       raise ChainEnded(score.name, str(error)) from error
+    numbers = _checked(numbers, score)
     journal.put([(key, Completion([], json.dumps(numbers), [], 'stop'))])
     return numbers
 
@@ -162,10 +152,22 @@ def _key(identity: Any, score: Score) -> str:
   return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _checked(numbers: Sequence[float], score: Score) -> list[float]:
+  """Return the answer of a rater as floats, if it is one finite number per candidate."""
+  checked = [float(number) for number in numbers]
+  if len(checked) != len(score.texts) or not all(map(math.isfinite, checked)):
+    raise UserError(
+      f'{score.name}: a rater must give one finite number for each of {len(score.texts)} '
+      f'candidates, but gave {show(checked)}. Change the rater, or choose another scorer in '
+      'feedback.options.'
+    )
+  return checked
+
+
 def _read(stored: Completion, count: int) -> list[float] | None:
   """Return the numbers of a stored answer, or None if it cannot be one."""
   try:
     numbers = [float(number) for number in json.loads(stored.text)]
   except (ValueError, TypeError):
     return None
-  return numbers if len(numbers) == count else None
+  return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

@@ -8,7 +8,8 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 
-from cai_jax.feedback.chain import Variant, build_options
+from cai_jax.feedback.chain import Variant
+from cai_jax.feedback.config import build_options
 from cai_jax.feedback.variants import VARIANTS
 
 
@@ -46,7 +47,7 @@ def _needs(variant: Variant) -> Iterator[str]:
     {field.name for field in dataclasses.fields(variant.options)} if variant.options else set()
   )
   if 'scorer' in fields:
-    yield 'a judge, a reward model or a scorer, unless the likelihood decides'
+    yield 'a judge, a reward model, a guard or a scorer, unless the likelihood decides'
   if variant.stages:
     yield 'to choose labels on a server: `logit_bias` and log-probabilities'
 

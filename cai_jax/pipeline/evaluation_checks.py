@@ -1,6 +1,6 @@
 """Checks of an evaluation before the first stage of a run: its models, labels and lengths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from cai_jax.dialogue.encode import Piece
 from cai_jax.evaluation import judge_labels, questions
@@ -10,6 +10,7 @@ from cai_jax.model.classifier import inspect_classifier
 from cai_jax.model.lm import ModelInfo
 from cai_jax.pipeline import baselines, prompt_sets
 from cai_jax.pipeline.chains import prepare_job
+from cai_jax.pipeline.lengths import check_lengths
 from cai_jax.pipeline.models import model_loader, open_models
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
@@ -99,7 +100,7 @@ def _check_classifier(run: Run, field: str, label_field: str) -> None:
     raise UserError(f'evaluation.{label_field}: {error}') from error
   try:
     dialogue = make_dialogue(info, config.style, run.config.feedback.template_options)
-    _check_lengths(
+    check_lengths(
       run,
       info.config.max_positions,
       1,
@@ -122,7 +123,7 @@ def _check_judge(run: Run, name: str, info: ModelInfo) -> None:
       pairs = judge_local.tokenize_question(info.tokenizer, dialogue, question)
       return max(sum(map(len, pair)) for pair in pairs) + config.judge_reasoning
 
-    _check_lengths(
+    check_lengths(
       run,
       context,
       2,
@@ -145,7 +146,7 @@ def _check_guard(run: Run, kind: str, name: str, info: ModelInfo) -> None:
   try:
     reader = Reader(GUARDS[kind], info.tokenizer)
     reader.check()
-    _check_lengths(
+    check_lengths(
       run,
       info.config.max_positions,
       1,
@@ -166,7 +167,7 @@ def _check_rubric(run: Run, rubric: str, name: str, info: ModelInfo) -> None:
       return asker.prompt(build_question(entry, messages, 'x'))
 
     check_form(asker.encoder, prompt([{'role': 'user', 'content': 'A question.'}]), entry.form)
-    _check_lengths(
+    check_lengths(
       run,
       info.config.max_positions,
       1,
@@ -183,34 +184,6 @@ def labelled_pairs(config: EvaluationConfig) -> Sequence[judge.Match]:
     return []
   principle, limit = config.judge_principles[0], config.judge_labelled_limit
   return judge_labels.read_labelled(config.judge_labelled, principle, limit).matches
-
-
-def _check_lengths(
-  run: Run,
-  context: int,
-  responses: int,
-  count: Callable[[Sequence[dict[str, str]]], int],
-  turns: Sequence[str] = ('initial',),
-) -> None:
-  """Check that a model's context holds each held-out prompt with its responses.
-
-  Args:
-    run: the run.
-    context: tokens that the model reads at most.
-    responses: number of responses that it reads together.
-    count: returns the number of tokens of a prompt's messages without the responses.
-    turns: the turns whose texts are responses.
-  """
-  answer, turn = max((getattr(run.config.sampling, turn).max_tokens, turn) for turn in turns)
-  for set_name in prompt_sets.HELD_OUT:
-    for prompt in run.prompts[set_name]:
-      tokens = count(prompt.messages)
-      if tokens + responses * answer > context:
-        raise UserError(
-          f'Prompt {prompt.id!r} of prompts.{set_name} has {tokens} tokens, and {responses} '
-          f'response(s) up to sampling.{turn}.max_tokens={answer} each, but its context holds '
-          f'{context}. Shorten the prompt or the responses, or use a model with a longer context.'
-        )
 
 
 def _check_questions(run: Run, name: str, info: ModelInfo) -> None:

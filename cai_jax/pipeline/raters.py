@@ -8,12 +8,13 @@ from cai_jax.feedback.score import RaterSource
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.contents import model_contents
+from cai_jax.pipeline.lengths import check_lengths
 from cai_jax.pipeline.models import model_loader
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.remote import Remote
-from cai_jax.scoring.loader import Inspected
-from cai_jax.scoring.raters import RATERS
+from cai_jax.scoring.loader import ModelLoader
+from cai_jax.scoring.raters import RATERS, Inspection, inspect_rater
 
 
 def find_rater(run: Run) -> RaterName | None:
@@ -35,36 +36,55 @@ def make_rater(run: Run, models: Mapping[str, LM | Remote]) -> RaterSource | Non
   # M_aligned and baselines have a job of their own, in which 'base' is another model.
   loaded = {model.name: model for model in models.values() if isinstance(model, LM)}
   loader = model_loader(run, loaded=loaded)
-  identity = [*name, _contents(run, name), sorted(run.plugins.values())]
-  return RaterSource(identity, lambda: RATERS[name.kind](loader, name.model, name.label))
+  return RaterSource(
+    _identity(run, name, loader), lambda: RATERS[name.kind](loader, name.model, name.label)
+  )
 
 
 def check_rater(run: Run) -> None:
-  """Check that the rater of the run's variant can be loaded, without loading weights.
+  """Check that the rater of the run's variant can be loaded, and reads each prompt with candidates.
+
+  Weights are not loaded.
 
   Args:
     run: the run.
 
   Raises:
-    UserError: if it cannot.
+    UserError: if it cannot be loaded, or its context is too short.
   """
   name = find_rater(run)
-  if name is not None:
-    _find_checkpoint(run, name)
-
-
-def _find_checkpoint(run: Run, name: RaterName) -> str:
-  """Return the folder or hub name of a rater's model; '' if it has none."""
+  if name is None:
+    return
+  found = _inspect(run, name)
+  if not found.max_positions:
+    return
+  question = name.question or 'x'
   try:
-    RATERS[name.kind](model_loader(run, inspect_only=True), name.model, name.label)
-  except Inspected as found:
-    return found.path
+    check_lengths(
+      run,
+      found.max_positions,
+      found.candidates,
+      lambda messages: found.count_tokens(messages, question),
+      turns=('revision',),
+      prompt_sets=('harmful', 'eval_harmful'),
+    )
+  except UserError as error:
+    raise UserError(f'feedback.options: scorer_model={name.model!r}: {error}') from error
+
+
+def _inspect(run: Run, name: RaterName) -> Inspection:
+  """Return what is known of a rater without its weights."""
+  try:
+    loader = model_loader(run, inspect_only=True)
+    return inspect_rater(loader, name.kind, name.model, name.label)
   except UserError as error:
     raise UserError(f'feedback.options: scorer={name.kind!r}: {error}') from error
-  return ''
 
 
-def _contents(run: Run, name: RaterName) -> Any:
-  """Return digests of a rater's checkpoint; {} if it has none."""
-  path = _find_checkpoint(run, name)
-  return model_contents(path) if path else {}
+def _identity(run: Run, name: RaterName, loader: ModelLoader) -> list[Any]:
+  """Return everything that determines a rater's ratings, as JSON types."""
+  path = _inspect(run, name).path
+  contents = model_contents(path) if path else {}
+  options = [list(pair) for pair in loader.template_options]
+  reading = [loader.dtype, loader.style, options, loader.long_context]
+  return [name.kind, name.model, name.label, contents, reading, sorted(run.plugins.values())]

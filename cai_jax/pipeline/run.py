@@ -150,6 +150,7 @@ def build(
   settings = schema.from_config(config)
   _check_roles(settings)
   _check_sampling(settings)
+  _check_candidates(settings)
   if settings.report.published:
     summarize_published(settings.report.published)
   constitution = load_constitution(settings.constitution)
@@ -205,6 +206,43 @@ def _check_sampling(config: RunConfig) -> None:
       f'feedback.helpful_samples={config.feedback.helpful_samples} answers would all be the same '
       'at sampling.initial.temperature=0. Raise the temperature, or sample once.'
     )
+
+
+def _server_of(config: RunConfig, stage: str) -> tuple[str, RemoteConfig | None]:
+  """Return the role whose model samples a stage, and its server; None for a model in memory."""
+  role = _own_stage(config, stage)
+  own = getattr(config.remote, role, None) or getattr(config.model, role, '')
+  role = role if own else 'base'  # M_critique and M_revise default to M_θ
+  return role, getattr(config.remote, role)
+
+
+def _own_stage(config: RunConfig, stage: str) -> str:
+  """Return the stage whose section has the sampling settings of a stage: itself or its parent."""
+  extra = VARIANTS[config.feedback.variant].stages.get(stage)
+  return stage if extra is None else extra.parent
+
+
+def _check_candidates(config: RunConfig) -> None:
+  """Check that candidates can differ, and that what rates them by their likelihood is known."""
+  feedback = config.feedback
+  variant, options = VARIANTS[feedback.variant], feedback.variant_options
+  for stage, count in variant.repeats(options).items():
+    if count > 1 and not config.sampling.of_stage(stage, feedback.variant).temperature:
+      raise UserError(
+        f'feedback.variant={feedback.variant!r}: {count} candidates would all be the same at '
+        f'sampling.{_own_stage(config, stage)}.temperature=0. Raise the temperature, or sample one '
+        'candidate with feedback.options.'
+      )
+  for stage in variant.reads_logprobs(options):
+    role, remote = _server_of(config, stage)
+    sampling = config.sampling.of_stage(stage, feedback.variant)
+    if remote is not None and not remote.gives_logprobs(sampling):
+      raise UserError(
+        f'feedback.variant={feedback.variant!r} rates candidates by log-probabilities, but '
+        f'remote.{role} (server={remote.server!r}, prompt={remote.prompt!r}) gives none from '
+        f'before the temperature {sampling.temperature:g}, biases and penalties. Choose another '
+        'scorer in feedback.options, or another server.'
+      )
 
 
 def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

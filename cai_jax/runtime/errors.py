@@ -24,6 +24,10 @@ class UserError(ValueError):
     super().__init__(_shortened(printable(str(message))), *args)
 
 
+class UnreadableError(UserError):
+  """A text that a model cannot read: too long, blank, or with a control token. Others it can."""
+
+
 class StoppedError(UserError):
   """An interruption of a run after it has done work; the work is kept."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from cai_jax.dialogue import Dialogue, control_tokens, known_options
 from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.lm import LM
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UnreadableError, UserError
 from cai_jax.sampling.completions import generate
 from cai_jax.sampling.prefixes import common_length
 from cai_jax.sampling.types import SamplingConfig
@@ -82,7 +82,7 @@ def local_judge(
     batch_tokens: maximum number of tokens in a batch, see `likelihood.log_likelihoods`.
 
   Returns:
-    The judge. It raises UserError if a match cannot be put as a question or is too long.
+    The judge. It raises UnreadableError if a match cannot be put as a question or is too long.
   """
 
   def judge(matches: Sequence[Match]) -> list[Comparison]:
@@ -93,16 +93,18 @@ def local_judge(
       try:
         questions += build_questions(match)
       except UserError as error:
-        raise UserError(f'{name}: {error}') from error
+        raise UnreadableError(f'{name}: {error}') from error
       names += [name, name]
     if not questions:
       return []
-    if reasoning.max_tokens:
-      pairs = _reason(lm, dialogue, questions, reasoning)
-    else:
-      pairs = [p for q in questions for p in tokenize_question(lm.tokenizer, dialogue, q)]
-    for number, pair in enumerate(pairs):
-      likelihood.check_pair(lm, *pair, names[number // 2])
+    pairs = _reason(lm, dialogue, questions, reasoning) if reasoning.max_tokens else []
+    try:
+      if not reasoning.max_tokens:
+        pairs = [p for q in questions for p in tokenize_question(lm.tokenizer, dialogue, q)]
+      for number, pair in enumerate(pairs):
+        likelihood.check_pair(lm, *pair, names[number // 2])
+    except UserError as error:
+      raise UnreadableError(str(error)) from error
     contexts, labels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     values = likelihood.log_likelihoods(lm, contexts, labels, batch_tokens=batch_tokens)
     return compare_labels(matches, np.reshape(values, (-1, 2, 2)))

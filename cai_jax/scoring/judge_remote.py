@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UnreadableError, UserError
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote.answers import read_usage
 from cai_jax.sampling.remote.connection import Connection
@@ -69,7 +69,7 @@ def remote_judge(
       try:
         questions = build_questions(match)
       except UserError as error:
-        raise UserError(f'match {number} (prompt {match.prompt!r}): {error}') from error
+        raise UnreadableError(f'match {number} (prompt {match.prompt!r}): {error}') from error
       for question in questions:
         body = make_request(server, question, reasoning_tokens, seed)
         keys.append(_digest(server, body))

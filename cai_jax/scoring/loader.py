@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model import lm
-from cai_jax.model.classifier import inspect_classifier
+from cai_jax.model.classifier import ClassifierInfo, inspect_classifier
 from cai_jax.scoring import reward
 
 
@@ -66,14 +67,27 @@ class ModelLoader:
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
-    path = self.aliases.get(name, name)
-    long_context = self.long_context and path == self.aliases.get('base')
     if self.inspect_only:
-      lm.inspect_model(path, long_context)
-      raise Inspected(path)
+      raise Inspected(self.inspect_language_model(name)[0])
+    path, long_context = self._find(name)
     if path in self.loaded:
       return self.loaded[path]
     return lm.load(path, self.dtype, self.mesh, long_context=long_context)
+
+  def inspect_language_model(self, name: str) -> tuple[str, lm.ModelInfo]:
+    """Check a language model without loading its weights.
+
+    Args:
+      name: an alias, a folder or a hub name.
+
+    Returns:
+      Its folder or hub name, and what is known of it.
+
+    Raises:
+      UserError: if the checkpoint cannot be loaded.
+    """
+    path, long_context = self._find(name)
+    return path, lm.inspect_model(path, long_context)
 
   def reward_model(self, name: str, style: str = 'chat') -> reward.RewardModel:
     """Load a reward model or classifier.
@@ -86,6 +100,27 @@ class ModelLoader:
       UserError: if the checkpoint cannot be loaded.
     """
     if self.inspect_only:
-      reward.make_dialogue(inspect_classifier(name), style, self.template_options)
+      self.inspect_reward_model(name, style)
       raise Inspected(name)
     return reward.load(name, self.dtype, self.mesh, style, self.template_options)
+
+  def inspect_reward_model(self, name: str, style: str = 'chat') -> tuple[ClassifierInfo, Dialogue]:
+    """Check a reward model or classifier without loading its weights.
+
+    Args:
+      name: the folder or hub name of a sequence-classification checkpoint.
+      style: how conversations are rendered, see `reward.load`.
+
+    Returns:
+      What is known of it, and the dialogue that renders conversations for it.
+
+    Raises:
+      UserError: if the checkpoint cannot be loaded.
+    """
+    info = inspect_classifier(name)
+    return info, reward.make_dialogue(info, style, self.template_options)
+
+  def _find(self, name: str) -> tuple[str, bool]:
+    """Return the folder or hub name of a language model, and whether it has its whole context."""
+    path = self.aliases.get(name, name)
+    return path, self.long_context and path == self.aliases.get('base')

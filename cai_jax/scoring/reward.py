@@ -22,7 +22,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.precision import einsum_f32
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.runtime.compilation import jit_on
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import UnreadableError, UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, place, to_host
 
 SHORTEST_ROW = 64  # tokens of the shortest padded row; longer rows have 128, 256, ... tokens
@@ -160,19 +160,19 @@ class RewardModel:
       conversations: lists of messages, each ending with the assistant's.
 
     Raises:
-      UserError: if a conversation does not end with a reply, does not fit the chat template, or is
-        longer than the model's context.
+      UnreadableError: if a conversation does not end with a reply, does not fit the chat template,
+        or is longer than the model's context.
     """
     rows = []
     for index, messages in enumerate(conversations):
       try:
         row = self.dialogue.conversation(messages)
       except UserError as error:
-        raise UserError(f'Conversation {index}: {error}') from error
+        raise UnreadableError(f'Conversation {index}: {error}') from error
       while row and row[-1] == self.pad_token_id:
         row.pop()
       if not 0 < len(row) <= self.config.max_positions:
-        raise UserError(
+        raise UnreadableError(
           f'Conversation {index} has {len(row)} tokens, but {self.name} reads 1 to '
           f'{self.config.max_positions}. Shorten it or leave it out.'
         )

@@ -9,6 +9,7 @@ from cai_jax.feedback.candidates import (
   choose_best,
   describe_candidates,
   numbered,
+  rated_by_likelihood,
   rater_of,
 )
 from cai_jax.feedback.chain import (
@@ -37,7 +38,15 @@ def _turns(rounds: int, options: CandidateOptions) -> TurnPlan:
   return plan
 
 
-@register_variant('best_critique', _turns, options=CandidateOptions, rater=rater_of, records=True)
+@register_variant(
+  'best_critique',
+  _turns,
+  options=CandidateOptions,
+  rater=rater_of,
+  records=True,
+  repeats=lambda options: {'critique': options.n},
+  reads_logprobs=rated_by_likelihood,
+)
 def best_critique(
   prompt: Prompt,
   principles: Sequence[Principle],

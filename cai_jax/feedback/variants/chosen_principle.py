@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cai_jax.constitution import Constitution, Principle
 from cai_jax.data.prompts import Prompt
+from cai_jax.feedback.candidates import finite_or_none
 from cai_jax.feedback.chain import (
   Context,
   Round,
@@ -81,7 +82,7 @@ def _chain(
     principle = drawn if use_drawn else offered[index]
     critique = yield from sample_critique(number, principle, context, stages)
     revision = yield from sample_revision(number, principle, context, stages)
-    return Round(principle, critique, revision, {'choice_logprob': logprob})
+    return Round(principle, critique, revision, {'choice_logprob': finite_or_none(logprob)})
 
   return revise_in_rounds(prompt, principles, stages, growing, revise)
 

@@ -1,6 +1,7 @@
 """Sample several critiques under one principle, merge them, and revise once."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from cai_jax.constitution import Principle
@@ -60,7 +61,49 @@ def _turns(rounds: int, options: Options) -> TurnPlan:
   return plan
 
 
-@register_variant('several_critiques', _turns, options=Options, records=True)
+def _chain(
+  prompt: Prompt,
+  principles: Sequence[Principle],
+  stages: Stages,
+  growing: bool = False,
+  *,
+  options: Options,
+  keep_equal: bool = False,
+) -> VariantChain:
+  """Return the chain; with `keep_equal`, equal critiques are all joined, as in the longest chain.
+
+  Placeholder replies have equal texts, but stand for replies that differ.
+  """
+
+  def revise(number: int, principle: Principle, context: Context, stages: Stages) -> VariantChain:
+    response = list(context)
+    context.append(message('critique_request', principle.critique_request))
+    critiques = []
+    for name in numbered(f'critique_{number}', options.n):
+      critiques.append((yield from stages.critique.ask(name, context, 'critique')))
+    kept: Reply = critiques[0]
+    texts = [critique.text for critique in critiques]
+    merged: str | Reply = ' '.join(texts if keep_equal else dict.fromkeys(texts))
+    if options.merge == 'model':
+      request = number_texts(options.request, texts)
+      asked = [*response, message('critique_request', request)]
+      merged = kept = yield from stages.critique.ask(f'merge_{number}', asked, 'critique')
+    context.append(message('critique', merged))
+    revision = yield from sample_revision(number, principle, context, stages)
+    details = {'critiques': [describe_reply(critique) for critique in critiques]}
+    return Round(principle, kept, revision, details)
+
+  return revise_in_rounds(prompt, principles, stages, growing, revise)
+
+
+@register_variant(
+  'several_critiques',
+  _turns,
+  longest=functools.partial(_chain, keep_equal=True),
+  options=Options,
+  records=True,
+  repeats=lambda options: {'critique': options.n},
+)
 def several_critiques(
   prompt: Prompt,
   principles: Sequence[Principle],
@@ -81,22 +124,4 @@ def several_critiques(
     growing: whether a round sees all earlier rounds.
     options: how many critiques, and how they are merged.
   """
-
-  def revise(number: int, principle: Principle, context: Context, stages: Stages) -> VariantChain:
-    response = list(context)
-    context.append(message('critique_request', principle.critique_request))
-    critiques = []
-    for name in numbered(f'critique_{number}', options.n):
-      critiques.append((yield from stages.critique.ask(name, context, 'critique')))
-    kept: Reply = critiques[0]
-    merged: str | Reply = ' '.join(dict.fromkeys(critique.text for critique in critiques))
-    if options.merge == 'model':
-      request = number_texts(options.request, [critique.text for critique in critiques])
-      asked = [*response, message('critique_request', request)]
-      merged = kept = yield from stages.critique.ask(f'merge_{number}', asked, 'critique')
-    context.append(message('critique', merged))
-    revision = yield from sample_revision(number, principle, context, stages)
-    details = {'critiques': [describe_reply(critique) for critique in critiques]}
-    return Round(principle, kept, revision, details)
-
-  return revise_in_rounds(prompt, principles, stages, growing, revise)
+  return _chain(prompt, principles, stages, growing, options=options)

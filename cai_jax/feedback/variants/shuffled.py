@@ -16,10 +16,10 @@ from cai_jax.feedback.chain import (
   sample_revision,
   turns_per_round,
 )
+from cai_jax.feedback.forward import forward
 from cai_jax.feedback.score import VariantChain
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.feedback.variants.critique import critique_revision
-from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion, Turn
 
 
@@ -69,16 +69,11 @@ def shuffled_critique(
 
 def _with_prefix(prefix: str, chain: VariantChain) -> VariantChain:
   """Prefix the names of a chain's turns, which also gives the turns randomness of their own."""
+
+  def answer(turn: Turn) -> VariantChain:
+    return (yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}'))
+
   try:
-    turn = next(chain)
-    while True:
-      try:
-        completion = yield dataclasses.replace(turn, name=f'{prefix}_{turn.name}')
-      except UserError as error:  # the engine refuses the turn
-        turn = chain.throw(error)
-      else:
-        turn = chain.send(completion)
-  except StopIteration as done:
-    return done.value
+    return (yield from forward(chain, answer))
   except ChainEnded as ended:
     raise ChainEnded(f'{prefix}_{ended.turn}', ended.reason) from ended

@@ -186,6 +186,19 @@ class RemoteConfig:
     names = (*IDENTITY_FIELDS, *(() if self.seed == 'turn' else ('seed',)))
     return {name: getattr(self, name) for name in names}
 
+  def gives_logprobs(self, sampling: SamplingConfig) -> bool:
+    """Return whether answers have the log-probabilities of the model itself.
+
+    They are those from before temperature, biases and penalties. Those of single replies may still
+    be unknown, see `sampling.remote.tokens`.
+
+    Args:
+      sampling: the settings of the requests.
+    """
+    server = SERVERS[self.server]
+    changed = sampling.temperature != 1 or sampling.changes_logits
+    return self.prompt != 'chat' and server.logprobs and not (server.scaled_logprobs and changed)
+
   def check_sampling(self, sampling: SamplingConfig) -> None:
     """Check that the server supports sampling settings.
 

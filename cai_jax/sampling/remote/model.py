@@ -298,16 +298,13 @@ class Remote:
     sent_stops, limit = body.get('stop', ()), turn.sampling.max_tokens
     names = self.vocab_size, self.config.tokenizer
     request = Request(context, limit, stop_token_ids, sent_stops, *names)
-    changed = turn.sampling.temperature != 1 or turn.sampling.changes_logits
-    scaled = self._server.scaled_logprobs and changed
+    keep_logprobs = self.config.gives_logprobs(turn.sampling)
     with self._tokenizer_lock:
       if self.reads_chats:
         completion = chat_completion(answer, self._tokenizer, stop_texts)
       else:
         check_answer(answer, request, self._tokenizer)
-        completion = reconstruct(
-          answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs=not scaled
-        )
+        completion = reconstruct(answer, self._tokenizer, stop_token_ids, stop_texts, keep_logprobs)
     if answer.tokens is None and not self.reads_chats:
       check_length(len(completion.tokens), request)
     return dataclasses.replace(completion, usage=answer.usage(attempts))

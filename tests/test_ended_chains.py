@@ -21,7 +21,8 @@ from tests.feedback_setup import ENGINE, make_job, make_lm, shard_bytes
 
 # Rejects some replies, but not the texts with which a template is tried before the run.
 PICKY = (
-  "{% if 'What is wrong' in messages[-1].content and messages[1].content != 'aaaaaaa' and "
+  "{% if 'What is wrong' in messages[-1].content and "
+  "messages[1].content.strip() != 'a a a a a a a' and "
   "messages[1].content[:1] < BOUND %}{{ raise_exception('no such reply') }}{% endif %}"
   "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
   "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

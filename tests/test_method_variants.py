@@ -1,6 +1,7 @@
 """Variants of the method beyond critique and revision: turns, decisions, candidates, records."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -295,7 +296,9 @@ def test_label_probabilities_are_those_of_the_model(lm, stages):
     chosen = yield from choose_label(cold, 'y', asked, 'critique', labels)
     return numbers, chosen
 
-  engine = Engine({'base': lm}, length=256, seed=0, config=ENGINE)
+  # The length of the jobs of other tests, whose compiled programs then serve here too.
+  length = make_job(lm, 'if_needed', OPTIONS['if_needed']).length + ENGINE.spare_tokens
+  engine = Engine({'base': lm}, length=length, seed=0, config=ENGINE)
   ((_, (numbers, chosen)),) = engine.run([('a', chain())])
   context = stage.render(asked, 'critique')
   first = [stage.dialogue.reply(label)[:1] for label in labels]
@@ -535,6 +538,11 @@ def test_the_page_lists_every_variant_and_option():
   assert describe_variants() in page
 
 
+@functools.cache
+def plain_rate():
+  return simulate.simulate_chains(corpus.load_principles(), 1, 2000)[1][0]
+
+
 @pytest.mark.parametrize(
   ('variant', 'options', 'lower'),
   [
@@ -546,8 +554,7 @@ def test_the_page_lists_every_variant_and_option():
 )
 def test_the_grammar_writes_the_rounds_that_it_defines(variant, options, lower):
   """The rate of violations after a round is lower by at least so much than with 'critique'."""
-  principles = corpus.load_principles()
-  plain = simulate.simulate_chains(principles, 1, 2000)[1][0]
+  principles, plain = corpus.load_principles(), plain_rate()
   built = build_options(variant, options)
   rate = simulate.simulate_chains(principles, 1, 2000, variant=variant, options=built)[1][0]
   assert plain - rate >= lower and (rate == plain or variant != 'if_needed')

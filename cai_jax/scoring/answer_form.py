@@ -252,8 +252,12 @@ class Written:
       stop_token_ids=draft.stop_token_ids,
     )
     completion = yield Turn(self.name, draft.tokens(self.opening), sampling)
-    draft.answer.texts[self.name] = completion.text
-    draft.said += self.opening + completion.text
+    # Bytes that are no text are encoded as more tokens than were written. The next step must fit.
+    most, text = len(draft.tokens(self.opening)) + self.max_tokens, completion.text
+    while len(draft.tokens(self.opening + text)) > most:
+      text = text[:-1]
+    draft.answer.texts[self.name] = text
+    draft.said += self.opening + text
 
   def longest(self, draft: Draft) -> int:
     """Add the longer one of both openings to the draft."""

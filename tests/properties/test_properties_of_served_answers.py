@@ -270,11 +270,11 @@ RESPONSES = Reader(
   names_file=False,
 )
 
-ANSWERS = 'cai_jax.sampling.remote.answers'
+ANSWERS, FIELDS = 'cai_jax.sampling.remote.answers', 'cai_jax.sampling.remote.fields'
 FAULTS = [
-  Fault(f'{__name__}:BODIES', ANSWERS, '(ValueError, RecursionError)', 'ValueError'),
+  Fault(f'{__name__}:BODIES', FIELDS, '(ValueError, RecursionError)', 'ValueError'),
   Fault(f'{__name__}:BODIES', ANSWERS, 'if len(choices) > 1:', 'if len(choices) > 9:'),
-  Fault(f'{__name__}:BODIES', ANSWERS, 'except UnicodeEncodeError:', 'except ZeroDivisionError:'),
+  Fault(f'{__name__}:BODIES', FIELDS, 'except UnicodeEncodeError:', 'except ZeroDivisionError:'),
   Fault(f'{__name__}:BODIES', ANSWERS, 'if sampled not in (None, count):', 'if sampled == 0:'),
   Fault(f'{__name__}:SHORT', ANSWERS, 'or read not in (None, sent)', 'or read == 0'),
   Fault(

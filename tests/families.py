@@ -343,7 +343,19 @@ REPEATED = (
 
 
 # Other lines have the same parts. Generating with these and training them are slow tests.
-SIMILAR = ('mistral', 'qwen3', 'olmoe', 'granite4', 'glm4')
+SIMILAR = (
+  'mistral',
+  'qwen2_windows',
+  'qwen3',
+  'gemma2',
+  'mixtral',
+  'olmoe',
+  'olmo2',
+  'granite',
+  'granite4',
+  'glm4',
+  'gpt_neox',
+)
 
 
 def mark_slow(names: Sequence[str]) -> list[Any]:

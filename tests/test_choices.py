@@ -106,6 +106,14 @@ def model_of(config: ModelConfig, **changes) -> cai_jax.LM:
   return cai_jax.LM(config, draw_params(config), None, mesh, 'float32', '', '', (0,))
 
 
+# Of tests that compile much, the others are slow.
+FEW = ('capped', 'layer_norms', 'values', 'experts')
+
+
+def few(name: str):
+  return name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
+
+
 @pytest.fixture(params=MODELS)
 def choice(request) -> dict:
   """Each value of MODELS in turn."""
@@ -172,9 +180,10 @@ def test_gathered_pages_give_the_same_logits(name, monkeypatch, quick_compilatio
   np.testing.assert_allclose(prefilled, full[2, 9:20], atol=1e-4, rtol=0)
 
 
-def test_other_rows_do_not_change_a_single_bit(choice):
+@pytest.mark.parametrize('name', [few(name) for name in MODELS])
+def test_other_rows_do_not_change_a_single_bit(name):
   """Here another row is longer, or starts with other tokens."""
-  lm, results = model_of(BASE, **choice), []
+  lm, results = model_of(BASE, **MODELS[name]), []
   for length, shift in ((3, 0), (17, 0), (3, 1)):
     rows = PagedRows(lm)
     first = rows.prefill([(0, 0, 9), (1, 0, 6), (2, shift, shift + length)])[:2]
@@ -195,9 +204,10 @@ def test_ordered_norms_do_not_depend_on_the_number_of_rows(fields):
   np.testing.assert_allclose(whole, jax.jit(norm)(x), atol=1e-5)
 
 
-def test_kernels_give_the_same_training_gradient(choice):
+@pytest.mark.parametrize('name', [few(name) for name in MODELS])
+def test_kernels_give_the_same_training_gradient(name):
   """Each kernel that this machine has, for packed rows, and for the loss with its own gradient."""
-  config = dataclasses.replace(BASE, **choice)
+  config = dataclasses.replace(BASE, **MODELS[name])
   graph, params = abstract_model(config)[0], draw_params(config)
   tokens = jnp.asarray(TOKENS[:2], jnp.int32)
   segment_ids = jnp.array([[1] * 14 + [2] * 10, [1] * 20 + [0] * 4])

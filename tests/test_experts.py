@@ -165,7 +165,7 @@ def run_routed(layer, x, weights, ids):
   ('shape', 'bias'),
   [
     pytest.param((1, 1, 1, 8), False, marks=pytest.mark.slow),
-    ((2, 1, 2, 2), False),
+    pytest.param((2, 1, 2, 2), False, marks=pytest.mark.slow),
     pytest.param((1, 2, 2, 2), False, marks=pytest.mark.slow),
     pytest.param((2, 2, 1, 2), False, marks=pytest.mark.slow),
     ((1, 2, 2, 2), True),

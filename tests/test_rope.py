@@ -205,7 +205,16 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+SLOW = ('partial', 'no positions', 'two bases, one window')
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    pytest.param(change, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name, change in CHANGES.items()
+  ],
+)
 def test_cached_decode_equals_the_full_forward(load, change):
   lm = load('llama2')
   plain = np.asarray(lm.logits(TOKENS))

@@ -150,7 +150,7 @@ class EvaluationConfig:
   guard_models: tuple[str, ...] = setting(
     (),
     'Folder or hub name of the checkpoint of each of `guards`, in the same order. '
-    f'{SERVED!r} stands for the guard that `guard_remote` serves.',
+    f'{SERVED!r} means the guard that `guard_remote` serves.',
     added=True,
     path=True,
   )

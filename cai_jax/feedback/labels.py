@@ -1,9 +1,10 @@
 """Decisions of a model between labels, such as 'Yes' and 'No', by their log-probabilities.
 
-A label stands for the first token in which it differs from the other labels; what they have in
-common precedes it in the context. The engine samples that token like any other turn, with a bias
-that leaves only labels to draw. It reports the model's own log-probabilities, from before the bias,
-so decisions are exact, and the journal stores and replays them.
+A label is read from the first token in which it differs from the other labels. The tokens that the
+labels have in common precede that token in the context. The engine samples that token like any
+other turn, with a bias that leaves only labels to draw. It reports the model's own
+log-probabilities, from before the bias, so decisions are exact, and the journal stores and
+replays them.
 """
 
 import math

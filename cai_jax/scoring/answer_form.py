@@ -230,7 +230,7 @@ class Written:
     max_tokens: maximum number of its tokens.
     choice: name of the earlier choice.
     labels: the labels of that choice after which the model writes.
-    otherwise: what stands in the answer after the other labels, with its opening.
+    otherwise: text of the answer after any other label, with its opening.
   """
 
   name: str

@@ -216,8 +216,8 @@ def _error_of(entry: Mapping[str, Any]) -> _Error | None:
   """Return the error in the line of an answer; None if it has an answer.
 
   Raises:
-    AttributeError: if it has neither, or one that is not an object.
-    KeyError: likewise.
+    AttributeError: if it has neither, or one of them is not an object.
+    KeyError: if a field of them is missing.
   """
   response, error = entry.get('response') or {}, entry.get('error')
   if not response and error is None:

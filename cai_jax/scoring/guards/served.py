@@ -139,7 +139,7 @@ def _weigh(answer: JudgeAnswer, chosen: Chosen) -> Chosen:
   start = 0
   for token, top in answer.steps:
     if start <= chosen.at < start + len(token):
-      # What stands in the token before the label, such as white space.
+      # The part of the token before the label, such as white space.
       lead = token[: chosen.at - start]
       return _listed(chosen, [(x[len(lead) :], p) for x, p in top if x.startswith(lead)])
     start += len(token)

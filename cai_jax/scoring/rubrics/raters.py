@@ -15,8 +15,8 @@ from cai_jax.scoring.rubrics.rubric import Asker, Labels, Rubric, build_question
 
 LINE_TOKENS = 16  # of each line that a served judge answers
 
-# Maps a rubric, prompts and their responses to the labels of each response. None stands for a blank
-# response, and for an answer that is not in the form.
+# Maps a rubric, prompts and their responses to the labels of each response. It is None if the
+# response is blank, or if the answer does not have the form.
 Rater = Callable[[Rubric, Sequence[Sequence[Message]], Sequence[str]], list[Labels | None]]
 
 

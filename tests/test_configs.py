@@ -19,14 +19,13 @@ from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.pipeline.configuration import configuration_markdown
-from cai_jax.pipeline.schema import (
+from cai_jax.pipeline.schema import from_config, section_fields
+from cai_jax.pipeline.sections import (
   DataConfig,
   MeshConfig,
   ModelSelection,
   ReportConfig,
   RunConfig,
-  from_config,
-  section_fields,
 )
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import flatten

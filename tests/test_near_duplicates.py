@@ -12,7 +12,7 @@ from cai_jax.data.prompt_sources import PromptSource
 from cai_jax.pipeline import stage_generate
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
 from cai_jax.pipeline.run import build
-from cai_jax.pipeline.schema import PromptSets
+from cai_jax.pipeline.sections import PromptSets
 
 LONG = 'please explain to me in a few short words how one opens the old lock of my garden door'
 

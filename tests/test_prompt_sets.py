@@ -14,7 +14,7 @@ from cai_jax.data.row_form import RowForm
 from cai_jax.data.set_table import update_page
 from cai_jax.data.sets import PROMPT_SETS, PromptSet, register_set
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
-from cai_jax.pipeline.schema import PromptSets
+from cai_jax.pipeline.sections import PromptSets
 from cai_jax.runtime.errors import UserError
 from configs import default
 from tests.pipeline_setup import small

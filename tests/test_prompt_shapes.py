@@ -6,7 +6,7 @@ import pytest
 
 from cai_jax.data.prompts import Prompt, PromptSource, load_prompts
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
-from cai_jax.pipeline.schema import PromptSets
+from cai_jax.pipeline.sections import PromptSets
 from cai_jax.runtime.errors import UserError
 
 U = {'role': 'user', 'content': 'hi'}

@@ -24,7 +24,7 @@ def test_control_bidi_and_surrogate_characters_are_escaped(capsys):
 
 @pytest.mark.parametrize('name', ['print', 'stdout.write', 'stderr.write'])
 def test_everything_is_printed_by_one_function(name):
-  """Besides it, only the modules that generate pages of the docs and a program that writes a file."""
+  """Besides it, only modules that generate pages of the docs, and a program that writes a file."""
   pages = {'pipeline/configuration.py', 'feedback/variant_table.py'}
   allowed = {'runtime/terminal.py', 'tiny/simulate.py', *pages}
   found = [

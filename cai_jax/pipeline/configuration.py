@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cai_jax.pipeline.schema import Field, RunConfig, section_fields
+from cai_jax.pipeline.schema import Field, section_fields
+from cai_jax.pipeline.sections import RunConfig
 
 _INTRODUCTION = """\
 # Configuration

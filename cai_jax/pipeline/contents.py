@@ -11,7 +11,7 @@ from typing import Any
 
 from cai_jax.data import d_cai
 from cai_jax.model.folder import DESCRIPTION_FILES, find_folder, folder_contents
-from cai_jax.pipeline.schema import RunConfig
+from cai_jax.pipeline.sections import RunConfig
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.judge import JUDGES, LABELLED

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from cai_jax.data.near_duplicates import find_near_duplicates
 from cai_jax.data.prompts import Prompt, PromptSource, check_disjoint, find_same, load_prompts
 from cai_jax.data.sets import PROMPT_SETS
-from cai_jax.pipeline.schema import PromptSets
+from cai_jax.pipeline.sections import PromptSets
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.terminal import say
 

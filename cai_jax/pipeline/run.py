@@ -17,7 +17,7 @@ from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.published_quality import summarize_published
-from cai_jax.pipeline.schema import RunConfig
+from cai_jax.pipeline.sections import RunConfig
 from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins

@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from cai_jax.feedback.variants import VARIANTS
-from cai_jax.pipeline.schema import RunConfig
+from cai_jax.pipeline.sections import RunConfig
 from cai_jax.sampling.types import SamplingConfig
 
 

@@ -67,16 +67,21 @@ def test_journals():
   check_reader(f'{__name__}:JOURNAL')
 
 
+FILES, LINES = 'cai_jax.sampling.journal', 'cai_jax.sampling.journal_lines'
 FAULTS = [
-  Fault(f'{__name__}:JOURNAL', 'cai_jax.sampling.journal', old, new)
-  for old, new in (
-    ('if line[-_END_SIZE + len(_CHECKSUM) :] != checksum', 'if line[:1] == checksum'),
-    ('not {int}.issuperset(map(type, tokens))', 'not tokens == tokens'),
-    ('if len(logprobs) != len(tokens):', 'if len(logprobs) > len(tokens):'),
-    (' and len(keys) == len(turns)', ''),
-    ('not isinstance(text, str) or ', ''),
-    ("if turn['finish_reason'] not in FINISH_REASONS:", 'if not turn:'),
-    ('RecursionError, KeyError, TypeError):\n        is_', 'KeyError, TypeError):\n        is_'),
-    ("self._add_fault(own, self._lines[file] + 1, 'it is cut short')", 'pass'),
+  Fault(f'{__name__}:JOURNAL', module, old, new)
+  for module, old, new in (
+    (LINES, 'if line[-_END_SIZE + len(_CHECKSUM) :] != checksum', 'if line[:1] == checksum'),
+    (LINES, 'not {int}.issuperset(map(type, tokens))', 'not tokens == tokens'),
+    (LINES, 'if len(logprobs) != len(tokens):', 'if len(logprobs) > len(tokens):'),
+    (FILES, ' and len(keys) == len(turns)', ''),
+    (LINES, 'not isinstance(text, str) or ', ''),
+    (LINES, "if turn['finish_reason'] not in FINISH_REASONS:", 'if not turn:'),
+    (
+      FILES,
+      'RecursionError, KeyError, TypeError):\n        is_',
+      'KeyError, TypeError):\n        is_',
+    ),
+    (FILES, "self._add_fault(own, self._lines[file] + 1, 'it is cut short')", 'pass'),
   )
 ]

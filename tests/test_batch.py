@@ -8,6 +8,8 @@ import re
 import pytest
 
 from cai_jax import cli, pipeline
+from cai_jax.feedback.chain import Round, register_rounds, sample_critique, sample_revision
+from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline.costs import read_costs
 from cai_jax.runtime.errors import UserError, WaitingError
 from cai_jax.sampling.remote.batch import Batch
@@ -31,8 +33,8 @@ def batch_run(workdir, **fields):
   return one_round(run)
 
 
-def one_round(run):
-  feedback = dataclasses.replace(run.config.feedback, rounds=1)
+def one_round(run, **changes):
+  feedback = dataclasses.replace(run.config.feedback, rounds=1, **changes)
   return dataclasses.replace(run, config=dataclasses.replace(run.config, feedback=feedback))
 
 
@@ -166,6 +168,45 @@ def test_a_refused_prompt_ends_its_chain_and_other_requests_are_written(tmp_path
   assert len(critiques) == harmful == 4
   ids = {r['custom_id'] for r in critiques}
   assert not ids & {r['custom_id'] for r in requests}  # the refused one is not written again
+
+
+@pytest.fixture
+def refused_prompts():
+  """Texts of prompts; the variant 'picky' fails after the critique of such a prompt."""
+  texts: set[str] = set()
+
+  @register_rounds('picky', 'critique', 'revision')
+  def revise(number, principle, context, stages):
+    critique = yield from sample_critique(number, principle, context, stages)
+    if context[0]['content'] in texts:
+      raise UserError('the reply is none of the labels.')
+    revision = yield from sample_revision(number, principle, context, stages)
+    return Round(principle, critique, revision)
+
+  yield texts
+  VARIANTS.unregister('picky')
+
+
+def test_a_chain_that_fails_does_not_keep_requests_of_others_from_being_written(
+  refused_prompts, tmp_path
+):
+  run, done = one_round(batch_run(tmp_path), variant='picky'), set()
+  for _ in range(2):  # initial, critique
+    with pytest.raises(WaitingError):
+      pipeline.run_stages(run, ['generate'])
+    answer_all(tmp_path / 'batch', done)
+  refused_prompts |= {prompt.messages[0]['content'] for prompt in run.prompts['harmful'][:3]}
+  expected = "Chain '.*': the reply is none .*failed: 1. 3 chains wait.* 3 new requests"
+  with pytest.raises(UserError, match=expected) as error:
+    pipeline.run_stages(run, ['generate'])
+  assert not isinstance(error.value, WaitingError)
+  assert len(answer_all(tmp_path / 'batch', done)) == 3
+  refused_prompts.clear()
+  with pytest.raises(WaitingError, match='3 chains wait.* 3 new requests'):
+    pipeline.run_stages(run, ['generate'])
+  answer_all(tmp_path / 'batch', done)
+  pipeline.run_stages(run, ['generate'])
+  assert len(rows_of(run)) == 9
 
 
 @pytest.mark.parametrize(

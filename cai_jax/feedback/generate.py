@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from cai_jax.feedback.forward import forward
 from cai_jax.feedback.job import Job
 from cai_jax.feedback.score import answer_scores, journaled_rates
 from cai_jax.feedback.stage import ChainEnded
+from cai_jax.feedback.waiting import end_waiting, has_batch, set_aside
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
-from cai_jax.runtime.errors import UserError, WaitingError
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
 from cai_jax.runtime.terminal import say
@@ -88,18 +89,19 @@ def generate_shards(
     return counts | {'expert_usage': no_usage(_engine_models(job))}
   running = _make_engine(job, journal, engine)
   done = deferred = 0
+  failures: list[str] = []
 
   def write(shard: int, outcomes: Mapping[int, _Outcome]) -> None:
     write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
     _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
 
   with interruption.local_work():
-    for finished in _sample_shards(job, journal, running, shards, write):
+    for finished in _sample_shards(job, journal, running, shards, write, failures):
       done, deferred = done + finished, deferred + (not finished)
       if finished:
         progress(done, total, running.stats.sampled_tokens)
   if deferred:
-    _end_waiting(job, deferred)
+    end_waiting(_engine_models(job), deferred, failures)
   counts = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
   return counts | {'expert_usage': running.expert_usage()}
 
@@ -110,6 +112,7 @@ def _sample_shards(
   engine: Engine,
   shards: Mapping[int, range],
   write: Callable[[int, Mapping[int, _Outcome]], None],
+  failures: list[str],
 ) -> Iterator[bool]:
   """Sample the rows of some shards, and write each shard when it is complete.
 
@@ -119,13 +122,14 @@ def _sample_shards(
     engine: samples the chains.
     shards: the indices of the rows of each shard.
     write: called with the index of a shard, and the result of each of its chains by row.
+    failures: gets a message for each chain that fails, if there is a batch.
 
   Yields:
-    For each chain, whether it has finished; otherwise it waits for a batch.
+    For each chain, whether it has finished; otherwise it waits for a batch, or has failed.
   """
   unwritten: dict[int, dict[int, _Outcome]] = {shard: {} for shard in shards}
   indices = (index for rows in shards.values() for index in rows)
-  for _, result in engine.run(_chains(job, journal, indices)):
+  for _, result in engine.run(_chains(job, journal, indices, failures)):
     if result is not DEFERRED:
       index, outcome = result
       shard = index // job.config.shard_rows
@@ -133,34 +137,6 @@ def _sample_shards(
       if len(unwritten[shard]) == len(shards[shard]):
         write(shard, unwritten.pop(shard))
     yield result is not DEFERRED
-
-
-def _end_waiting(job: Job, deferred: int) -> NoReturn:
-  """Write the requests of all chains that wait for a batch, and say what to do with them.
-
-  Raises:
-    UserError: if requests cannot be answered. The others are written first.
-    WaitingError: otherwise.
-  """
-  lines, failures = [f'{deferred:,} chains wait for the answers of a batch.'], []
-  for model in _engine_models(job).values():
-    batch = model.batch if isinstance(model, Remote) else None
-    if batch is None:
-      continue
-    new, waiting, paths = batch.new, batch.waiting, ', '.join(map(str, batch.write()))
-    if new:
-      lines.append(f'{model.name}: {new:,} new requests, in {paths}.')
-    if waiting:
-      lines.append(f'{model.name}: {waiting:,} requests that were written before have no answer.')
-    if new + waiting:
-      lines.append(f'Put the files of answers into {batch.folder}.')
-    if batch.failures:
-      failures.append(batch.describe_failures())
-  if failures:
-    raise UserError(' '.join([*failures, *lines]))
-  raise WaitingError(
-    ' '.join([*lines, 'Then start the same command again: it continues where it stopped.'])
-  )
 
 
 def _write_shard(
@@ -245,7 +221,7 @@ def replay_turns(
     chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
     results = [result for _, result in _make_engine(job, journal, engine).run(chains)]
   if deferred := results.count(DEFERRED):
-    _end_waiting(job, deferred)
+    end_waiting(_engine_models(job), deferred)
   return turns
 
 
@@ -269,14 +245,17 @@ def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
   )
 
 
-def _chains(job: Job, journal: Journal, indices: Iterable[int]) -> Iterator[tuple[str, Chain]]:
+def _chains(
+  job: Job, journal: Journal, indices: Iterable[int], failures: list[str]
+) -> Iterator[tuple[str, Chain]]:
   """Yield (prompt id, chain) for rows of D_CAI.
 
-  A chain returns (index of its row, `_Outcome`).
+  A chain returns (index of its row, `_Outcome`). If there is a batch, one that fails does not end
+  the run: it is `DEFERRED`, and `failures` gets a message.
   """
-
-  rate = journaled_rates(job.rater, journal)
-  served = {name for name, model in _engine_models(job).items() if isinstance(model, Remote)}
+  rate, models = journaled_rates(job.rater, journal), _engine_models(job)
+  served = {name for name, model in models.items() if isinstance(model, Remote)}
+  batched = has_batch(models)
 
   def row_chain(index: int, prompt: Prompt, kind: str) -> Chain:
     usages: list[tuple[str, Usage]] = []
@@ -289,7 +268,8 @@ def _chains(job: Job, journal: Journal, indices: Iterable[int]) -> Iterator[tupl
 
   for index in indices:
     prompt, kind = job.prompts[index]
-    yield prompt.id, row_chain(index, prompt, kind)
+    chain = row_chain(index, prompt, kind)
+    yield prompt.id, set_aside(chain, prompt.id, failures) if batched else chain
 
 
 def _metered(chain: Chain, usages: list[tuple[str, Usage]], served: Collection[str]) -> Chain:

@@ -14,6 +14,7 @@ from cai_jax.data.row_form import RowForm
 from cai_jax.data.set_table import update_page
 from cai_jax.data.sets import PROMPT_SETS, PromptSet, register_set
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
+from cai_jax.pipeline.report_chains import EVALUATION_ROWS
 from cai_jax.pipeline.sections import PromptSets
 from cai_jax.runtime.errors import UserError
 from configs import default
@@ -152,13 +153,47 @@ def test_eight_prompts_run_in_every_format(form, copies, random_model, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', list(PROMPT_SETS))
-def test_every_set_runs_in_every_format(name, copies, random_model, tmp_path):
+def test_every_set_is_sampled_in_every_format(name, copies, random_model, tmp_path):
   expected = [(p.id, p.messages, p.metadata) for p in load(name)]
   for form in FORMATS:
     path = copies(name, form)
     assert [(p.id, p.messages, p.metadata) for p in load(name, path)] == expected, form
     rows = run_eight(random_model, name, path, tmp_path / form)
     assert [row['id'] for row in rows] == [prompt_id for prompt_id, *_ in expected]
+
+
+# Each run has four sets; in five formats, each set is trained on and held out.
+ROLES = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
+NAMES = list(PROMPT_SETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('first', range(0, len(NAMES), len(ROLES)))
+@pytest.mark.parametrize('form', FORMATS)
+def test_every_set_runs_end_to_end_in_every_format(form, first, copies, tmp_path):
+  config = small('tiny')
+  config.prompts = default.get_config().prompts
+  shift = FORMATS.index(form)
+  names = {role: NAMES[first + (i + shift) % len(ROLES)] for i, role in enumerate(ROLES)}
+  for role, name in names.items():
+    config.prompts[role].update(source=name, path=str(copies(name, form)), limit=8)
+  config.feedback.rounds = 1
+  for stage in config.sampling.values():
+    stage.max_tokens = 6
+  run = pipeline.build(config, tmp_path / 'run')
+  pipeline.run_stages(run)
+  # A text that two files share is in one list only.
+  assert all(len(run.prompts[role]) >= 6 for role in ROLES)
+  rows = list(d_cai.read_rows(run.workdir / 'd_cai'))
+  assert [row['id'] for row in rows] == [p.id for role in ROLES[:2] for p in run.prompts[role]]
+  assert {json.loads(row['metadata'])['set'] for row in rows} == {names[r] for r in ROLES[:2]}
+  manifest = json.loads((run.workdir / 'manifest.json').read_text())
+  assert list(manifest['stages']) == list(pipeline.STAGES)
+  assert manifest['stages']['train']['steps'] >= 1
+  scored = [json.loads(x) for x in (run.workdir / EVALUATION_ROWS).read_text().splitlines()]
+  held_out = {p.id for role in ROLES[2:] for p in run.prompts[role]}
+  assert {row['id'] for row in scored} == held_out
+  assert (run.workdir / 'report.html').stat().st_size > 10_000
 
 
 def test_a_set_without_a_copy_is_loaded_from_the_hub(monkeypatch):

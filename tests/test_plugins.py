@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cai_jax import pipeline
+from cai_jax.data import d_cai
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.runtime.registry import Registry, temporary_registrations
@@ -16,6 +17,8 @@ from tests.pipeline_setup import small
 PLUGIN = """
 import dataclasses
 
+from cai_jax.data.row_form import RowForm
+from cai_jax.data.sets import PromptSet, register_set
 from cai_jax.feedback.chain import register_variant, turns_per_round
 from cai_jax.feedback.variants.direct import direct_revision
 from cai_jax.scoring.scorer import SCORERS
@@ -38,14 +41,21 @@ def load_scorer(loader):
 @register_variant('twice', turns_per_round('revision'))
 def revise(prompt, principles, stages, growing=False):
   return (yield from direct_revision(prompt, principles, stages, growing))
+
+
+FORM = RowForm(fields=('ask',), plain=True, metadata={'category': ('room',)})
+register_set('house', PromptSet('Questions about a house', 'benign', FORM, hub='lab/house'))
 """
 
 
-def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path, restored_registries):
+def test_plugin_scorer_variant_and_prompt_set_run_from_start_to_end(tmp_path, restored_registries):
   path = tmp_path / 'my_plugin.py'
   path.write_text(PLUGIN)
   config = tiny.get_config()
   config.plugins = (str(path),)
+  rows = [{'ask': f'How do I clean lamp {i}?', 'room': 'hall'} for i in range(10)]
+  (tmp_path / 'house.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  config.prompts.harmful.update(source='house', path=str(tmp_path / 'house.jsonl'))
   config.evaluation.scorer = 'long-words'
   config.feedback.variant = 'twice'
   config.feedback.rounds = 1
@@ -65,6 +75,8 @@ def test_plugin_scorer_and_variant_run_from_start_to_end(tmp_path, restored_regi
   assert summary['models']['base']['helpful_rate'] == 1.0
   stages = json.loads((tmp_path / 'run' / 'manifest.json').read_text())['stages']
   assert stages['generate']['turns'] == 10 * 2 + 6
+  kinds = [row['metadata'] for row in d_cai.read_rows(tmp_path / 'run' / 'd_cai')]
+  assert kinds.count(json.dumps({'category': 'hall', 'set': 'house'})) == 10
   assert all(
     entry['settings']['plugins'] == list(run.plugins.values()) for entry in stages.values()
   )

@@ -55,7 +55,7 @@ def test_plugin_scorer_variant_and_prompt_set_run_from_start_to_end(tmp_path, re
   config.plugins = (str(path),)
   rows = [{'ask': f'How do I clean lamp {i}?', 'room': 'hall'} for i in range(10)]
   (tmp_path / 'house.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  config.prompts.harmful.update(source='house', path=str(tmp_path / 'house.jsonl'))
+  config.prompts.harmful.update(source='house', name='', path=str(tmp_path / 'house.jsonl'))
   config.evaluation.scorer = 'long-words'
   config.feedback.variant = 'twice'
   config.feedback.rounds = 1

@@ -33,7 +33,8 @@ from cai_jax.sampling.config import SIZES, EngineConfig
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.judge_server import JudgeServer
-from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
 from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()

@@ -14,7 +14,8 @@ from cai_jax.model.sharding import path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training.config import SCHEDULES, TrainConfig
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import SCHEDULES
 from cai_jax.training.losses import LOSSES, Loss, negative_log_likelihood
 from cai_jax.training.optimizer import (
   check_warmup,

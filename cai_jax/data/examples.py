@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -141,13 +141,26 @@ def build_examples(
   return ExampleSet(tuple(kept + helpful), counts)
 
 
+class Identified(Protocol):
+  """What has the id of a row: an `Example` or a `Unit`."""
+
+  @property
+  def id(self) -> str:
+    """The id of the row."""
+    ...
+
+
+T = TypeVar('T', bound=Identified)
+
+
 def hold_out(
-  examples: Sequence[Example],
+  examples: Sequence[T],
   share: float,
   seed: int,
   groups: Mapping[str, int] | None = None,
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-  """Split examples into those to train on and those to hold out.
+  section: str = 'train',
+) -> tuple[tuple[T, ...], tuple[T, ...]]:
+  """Split examples, or units, into those to train on and those to hold out.
 
   All examples of one row are on the same side, and so are all rows of one group.
 
@@ -156,6 +169,7 @@ def hold_out(
     share: share of the rows to hold out, at least one row; 0 holds out none.
     seed: chooses the rows.
     groups: group of each row by its id, such as near-duplicates; by default each is its own.
+    section: section of the config that has the share, for messages.
 
   Raises:
     UserError: if nothing remains to train on.
@@ -169,7 +183,7 @@ def hold_out(
   count = max(round(share * len(rows)), 1)
   if count >= len(rows):
     raise UserError(
-      f'train.eval_share={share} of {len(rows)} rows leaves none to train on. Lower it.'
+      f'{section}.eval_share={share} of {len(rows)} rows leaves none to train on. Lower it.'
     )
   chosen: set[str] = set()
   together = list(members.values())
@@ -178,8 +192,8 @@ def hold_out(
       chosen.update(together[i])
   if not chosen:
     raise UserError(
-      f'train.eval_share={share} of {len(rows)} rows is smaller than every group of near-duplicate '
-      'prompts. Raise it, or set it to 0.'
+      f'{section}.eval_share={share} of {len(rows)} rows is smaller than every group of '
+      'near-duplicate prompts. Raise it, or set it to 0.'
     )
   return (
     tuple(example for example in examples if example.id not in chosen),

@@ -1,5 +1,7 @@
 """Packed batches: several examples share a row, and a plan assigns examples to rows and steps.
 
+What is packed is an `Example`, or a `Unit` of several segments, which stay together in one row.
+
 All examples are tokenized before training. The number of steps and of dropped examples is therefore
 known before the first step. The plan is a pure function of the examples' lengths and the seed, so
 it is the same on every host and for any number of devices.
@@ -12,6 +14,7 @@ import grain
 import numpy as np
 
 from cai_jax.data.examples import Example
+from cai_jax.data.units import ARRAYS, Unit, as_unit, unit_lengths
 from cai_jax.runtime.errors import UserError
 
 PACKING_WINDOW = 4096  # consecutive examples that are packed together
@@ -118,34 +121,44 @@ class Batches:
   """A sequence of the batches of a plan, made on access.
 
   A batch is a dict of `tokens`, `positions`, `segment_ids` and `loss_mask`, each i32[rows, length].
-  Positions count from 0 in each example and segments from 1 in each row; padding is 0 in all four.
+  Positions count from 0 in each segment and segments from 1 in each row; padding is 0 in all four.
+  For each value of the units, a batch also has an array f32[rows, length], whose column s - 1 is
+  the value of segment s of the row; the other columns are 0. The segments of a unit follow each
+  other. So if every unit has n segments, unit k of a row, from 0, has the columns n * k to
+  n * k + n - 1.
+
   Every host builds the whole batch, and each of its devices takes its own part.
 
   Args:
-    examples: the examples that the plan's indices refer to.
+    examples: the examples or units that the plan's indices refer to; see `units.check_units`.
     steps: the plan.
   """
 
-  def __init__(self, examples: Sequence[Example], steps: Sequence[Step]):
+  def __init__(self, examples: Sequence[Example | Unit], steps: Sequence[Step]):
     self._examples, self._steps = examples, steps
+    self._values = tuple(as_unit(examples[0]).values) if len(examples) else ()
 
   def __len__(self) -> int:
     return len(self._steps)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     bucket, rows = self._steps[index]
-    names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
-    batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in names}
+    batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in ARRAYS}
+    batch |= {name: np.zeros((bucket.rows, bucket.length), np.float32) for name in self._values}
     for r, row in enumerate(rows):
-      begin = 0
-      for segment, i in enumerate(row, start=1):
-        tokens, mask, _ = self._examples[i]
-        span = slice(begin, begin + len(tokens))
-        batch['tokens'][r, span] = tokens
-        batch['positions'][r, span] = np.arange(len(tokens))
-        batch['segment_ids'][r, span] = segment
-        batch['loss_mask'][r, span] = mask
-        begin += len(tokens)
+      begin = segment = 0
+      for i in row:
+        unit = as_unit(self._examples[i])
+        for name in self._values:
+          batch[name][r, segment : segment + len(unit.segments)] = unit.values[name]
+        for tokens, mask, _ in unit.segments:
+          segment += 1
+          span = slice(begin, begin + len(tokens))
+          batch['tokens'][r, span] = tokens
+          batch['positions'][r, span] = np.arange(len(tokens))
+          batch['segment_ids'][r, span] = segment
+          batch['loss_mask'][r, span] = mask
+          begin += len(tokens)
     return batch
 
   def example_ids(self, index: int) -> list[str]:
@@ -158,15 +171,16 @@ class Batches:
     return [self._examples[i].id or f'example {i}' for i in indices]
 
 
-def padding_share(examples: Sequence[Example], steps: Sequence[Step]) -> float:
+def padding_share(examples: Sequence[Example | Unit], steps: Sequence[Step]) -> float:
   """Return the share of padding among all positions of all batches.
 
   Args:
-    examples: the examples.
+    examples: the examples or units.
     steps: the plan, see `plan`.
   """
   positions = sum(step.bucket.rows * step.bucket.length for step in steps)
-  tokens = sum(len(examples[i].tokens) for step in steps for row in step.rows for i in row)
+  lengths = unit_lengths(examples)
+  tokens = sum(lengths[i] for step in steps for row in step.rows for i in row)
   return 1 - tokens / positions
 
 

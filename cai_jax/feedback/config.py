@@ -8,6 +8,7 @@ from cai_jax.data import quality
 from cai_jax.dialogue.format import FORMATS
 from cai_jax.feedback.chain import TurnPlan
 from cai_jax.feedback.variants import VARIANTS
+from cai_jax.runtime import settings
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.sampling.types import SamplingConfig
@@ -26,14 +27,8 @@ def build_options(name: str, pairs: Sequence[tuple[str, Any]]) -> Any:
   Raises:
     UserError: if the variant has no such option, or a value is not allowed.
   """
-  section, given = VARIANTS[name].options, dict(pairs)
-  known = [field.name for field in dataclasses.fields(section)] if section is not None else []
-  unknown = [option for option in given if option not in known]
-  if unknown or len(given) < len(pairs):
-    allowed = f'has the options {", ".join(known)}' if known else 'has no options'
-    wrong = f'{unknown[0]!r} is not an option' if unknown else 'an option is given twice'
-    raise UserError(f'feedback.options: {wrong}. The variant {name!r} {allowed}.')
-  return section(**given) if section is not None else None
+  owner = f'The variant {name!r}'
+  return settings.build_options(VARIANTS[name].options, pairs, 'feedback.options', owner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
-from cai_jax.training.config import MAY_CHANGE_ON_RESUME
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
 
 
 @dataclasses.dataclass(frozen=True)

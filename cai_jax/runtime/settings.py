@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cai_jax.runtime.errors import UserError
 
 
 def setting(
@@ -30,6 +32,30 @@ def setting(
   """
   metadata = {'doc': doc, 'added': added, 'most': most, 'path': path, 'word': word}
   return dataclasses.field(default=default, metadata=metadata)
+
+
+def build_options(
+  section: type | None, pairs: Sequence[tuple[str, Any]], field: str, owner: str
+) -> Any:
+  """Return the options of a registered implementation, or None if it has none.
+
+  Args:
+    section: dataclass of its options, or None if it has none.
+    pairs: (name, value) pairs; options that are not given have their defaults.
+    field: the setting that has the pairs, for messages.
+    owner: the implementation, for messages, such as "The variant 'debate'".
+
+  Raises:
+    UserError: if there is no such option, or a value is not allowed.
+  """
+  given = dict(pairs)
+  known = [option.name for option in dataclasses.fields(section)] if section is not None else []
+  unknown = [option for option in given if option not in known]
+  if unknown or len(given) < len(pairs):
+    allowed = f'has the options {", ".join(known)}' if known else 'has no options'
+    wrong = f'{unknown[0]!r} is not an option' if unknown else 'an option is given twice'
+    raise UserError(f'{field}: {wrong}. {owner} {allowed}.')
+  return section(**given) if section is not None else None
 
 
 def identity(settings: Any) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 from jax.sharding import Mesh
 
 from cai_jax.model.attention.kernels.kernel import AUTO, choose_kernel
 from cai_jax.model.config import ModelConfig
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
+
+C = TypeVar('C', bound=FitConfig)
 
 
-def resolve_attention(
-  config: TrainConfig, mesh: Mesh, lengths: Sequence[int], model: ModelConfig
-) -> TrainConfig:
+def resolve_attention(config: C, mesh: Mesh, lengths: Sequence[int], model: ModelConfig) -> C:
   """Return the settings with the name of a kernel in place of 'auto'.
 
   Args:

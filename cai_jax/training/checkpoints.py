@@ -22,7 +22,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.settings import changed_settings
 from cai_jax.runtime.terminal import say
-from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState
 
 # Version of what a step computes from the same settings and batch. Raise it when that changes, so
@@ -133,6 +132,7 @@ def restore_latest(
   abstract_state: TrainState,
   iterator: grain.DatasetIterator,
   metadata: dict[str, Any],
+  defaults: Mapping[str, Any],
 ) -> Restored | None:
   """Load the latest checkpoint that is whole, and set the iterator to its position.
 
@@ -147,6 +147,7 @@ def restore_latest(
     metadata: settings and fingerprints that identify the run, which must equal the saved ones. If
       an older version saved the checkpoint and it lacks a training setting, the setting counts as
       having its default.
+    defaults: the defaults of the training settings.
 
   Returns:
     The checkpoint, or None if the folder has none.
@@ -160,7 +161,7 @@ def restore_latest(
   damaged = []
   for step in steps:
     try:
-      restored = _restore(checkpointer, step, abstract_state, iterator, metadata)
+      restored = _restore(checkpointer, step, abstract_state, iterator, metadata, defaults)
     except _Damaged as error:
       damaged.append(step)
       folder = checkpointer.directory / str(step)
@@ -195,6 +196,7 @@ def _restore(
   abstract_state: TrainState,
   iterator: grain.DatasetIterator,
   metadata: dict[str, Any],
+  defaults: Mapping[str, Any],
 ) -> Restored:
   """Load the checkpoint of a step; see `restore_latest`.
 
@@ -209,7 +211,6 @@ def _restore(
       'gradients and ends schedules in another way. Finish the training with that version, or '
       'choose another workdir.'
     )
-  defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
   if changes := changed_settings(saved, metadata, defaults):
     listed = '; '.join(f'{name}: was {old!r}, is {new!r}' for name, (old, new) in changes.items())
     raise UserError(
@@ -293,7 +294,10 @@ def _one_line(error: Exception) -> str:
 
 
 def restore_state(
-  checkpointer: ocp.training.Checkpointer, step: int, abstract_state: TrainState
+  checkpointer: ocp.training.Checkpointer,
+  step: int,
+  abstract_state: TrainState,
+  section: str = 'train',
 ) -> TrainState:
   """Load the train state of one step.
 
@@ -301,6 +305,7 @@ def restore_state(
     checkpointer: the checkpointer of the run, from `make_checkpointer`.
     step: number of steps taken.
     abstract_state: as for `restore_latest`.
+    section: section of the config that has the settings of the run, for messages.
 
   Raises:
     UserError: if there is no checkpoint of that step, or it is damaged.
@@ -308,13 +313,14 @@ def restore_state(
   if step not in {checkpoint.step for checkpoint in checkpointer.checkpoints}:
     raise UserError(
       f'{checkpointer.directory / str(step)} is missing. It is the checkpoint with the lowest '
-      'held-out loss, which train.patience selects. Restore it, or train again in another workdir.'
+      f'held-out loss, which {section}.patience selects. Restore it, or train again in another '
+      'workdir.'
     )
   try:
     return _load_state(checkpointer, step, abstract_state, _load_data(checkpointer, step)[1])
   except _Damaged as error:
     raise UserError(
       f'{checkpointer.directory / str(step)} is damaged: {error}. It is the checkpoint with the '
-      'lowest held-out loss, which train.patience selects. Restore it, or train again in another '
-      'workdir.'
+      f'lowest held-out loss, which {section}.patience selects. Restore it, or train again in '
+      'another workdir.'
     ) from error

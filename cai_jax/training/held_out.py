@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
+from cai_jax.data.units import Unit, unit_lengths
 from cai_jax.runtime.errors import NonFiniteError
-from cai_jax.training.config import TrainConfig
-from cai_jax.training.losses import LOSSES, Batch, Sums
+from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.losses import Sums
 from cai_jax.training.state import TrainState
 from cai_jax.training.step import place_batch
 
@@ -21,7 +21,7 @@ class HeldOut:
 
   Args:
     eval_step: the evaluation step, from `step.make_eval_step`.
-    examples: the held-out examples; there may be none.
+    examples: the held-out examples or units; there may be none.
     buckets: batch shapes of training; evaluation uses the shapes of their micro-batches.
     config: the run's settings.
     sharding: sharding of a batch's rows.
@@ -32,20 +32,22 @@ class HeldOut:
 
   def __init__(
     self,
-    eval_step: Callable[[Any, Any, Batch], Sums],
-    examples: Sequence[Example],
+    eval_step: Callable[..., Sums],
+    examples: Sequence[Example | Unit],
     buckets: Sequence[packing.Bucket],
-    config: TrainConfig,
+    config: FitConfig,
     sharding: NamedSharding,
   ):
     self._eval_step, self._config, self._sharding = eval_step, config, sharding
     micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
-    lengths = [len(example.tokens) for example in examples]
+    lengths = unit_lengths(examples)
     self._batches = packing.Batches(examples, packing.plan(lengths, micro, 1, 0) if lengths else [])
     self.losses: dict[int, float] = {}
 
   def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-    """Return the loss with the run's normalization, and per token if the loss supports it.
+    """Return the loss with the run's normalization, and what else the loss measures.
+
+    That is the loss per token if the loss supports this normalization, and the loss's metrics.
 
     Args:
       step: number of steps taken.
@@ -54,24 +56,33 @@ class HeldOut:
     Raises:
       NonFiniteError: if the loss is NaN or infinite.
     """
+    loss_of = self._config.registered_loss
+    total = self._sum(state)
+    if loss_of.needs_whole:  # of all held-out units, so that it does not depend on their packing
+      total = self._sum(state, {name: x for name, x in total.items() if name != 'loss_sum'})
+    loss = _divide(total, self._config.weight_name)
+    if not math.isfinite(loss):
+      section = self._config.section
+      raise NonFiniteError(
+        f'The loss on held-out examples is {loss} after step {step}. Lower {section}.learning_rate '
+        f'or set {section}.clip_norm; earlier checkpoints are kept.'
+      )
+    self.losses[step] = loss
+    averages = loss_of.averages(total)
+    row = {'loss': loss, **{name: float(averages[name]) for name in loss_of.metrics}}
+    if 'token' in loss_of.normalizations:
+      per_token = _divide(total, loss_of.normalizations['token'])
+      row[f'{self._config.loss_name}_per_token'] = per_token
+    return row
+
+  def _sum(self, state: TrainState, whole: Sums | None = None) -> dict[str, float]:
+    """Return the sums over all batches."""
     sums = []
     for i in range(len(self._batches)):
       batch = place_batch(self._batches[i], self._sharding)
-      sums.append(self._eval_step(state.eval_params, state.frozen, batch))
+      sums.append(self._eval_step(state.eval_params, state.frozen, batch, whole))
     sums = jax.device_get(sums)
-    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
-    normalizations = LOSSES[self._config.loss].normalizations
-    loss = _divide(total, normalizations[self._config.loss_normalization])
-    if not math.isfinite(loss):
-      raise NonFiniteError(
-        f'The loss on held-out examples is {loss} after step {step}. Lower train.learning_rate '
-        'or set train.clip_norm; earlier checkpoints are kept.'
-      )
-    self.losses[step] = loss
-    row = {'loss': loss}
-    if 'token' in normalizations:
-      row[f'{self._config.loss}_per_token'] = _divide(total, normalizations['token'])
-    return row
+    return {name: sum(float(s[name]) for s in sums) for name in sums[0]}
 
   @property
   def should_stop(self) -> bool:

@@ -13,7 +13,7 @@ import jax
 from cai_jax.runtime import hardware
 from cai_jax.runtime.errors import NonFiniteError
 from cai_jax.runtime.progress import Progress
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.metrics import (
   COSTS_FILE,
   HELD_OUT_FILE,
@@ -38,6 +38,7 @@ class TrainingLog:
     workload: what each step computes.
     wandb: Weights & Biases project that scalars are also sent to; '' disables it.
     settings: the run's settings, which Weights & Biases shows.
+    section: section of the config that has the settings, for messages and the progress bar.
   """
 
   def __init__(
@@ -49,9 +50,10 @@ class TrainingLog:
     workload: Workload,
     wandb: str = '',
     settings: Mapping[str, Any] = MappingProxyType({}),
+    section: str = 'train',
   ):
     self._first_step, self._total_steps, self._log_every = first_step, total_steps, log_every
-    self._workload = workload
+    self._workload, self._section = workload, section
     self._pending: tuple[int, dict[str, jax.Array]] | None = None  # not fetched yet
     # The latest metrics that have been fetched and checked.
     self._last_step = first_step
@@ -60,7 +62,7 @@ class TrainingLog:
     self._start_time = time.monotonic()
     # Step, time and target tokens at the last row of costs.jsonl.
     self._row_step, self._row_time, self._row_tokens = first_step, self._start_time, 0.0
-    self._progress = Progress('train', 'step', first_step)
+    self._progress = Progress(section, 'step', first_step)
     self._writer: MetricsWriter | None = None
     if jax.process_index() == 0:
       self._writer = MetricsWriter(workdir, first_step, wandb, settings)
@@ -167,9 +169,9 @@ class TrainingLog:
     for name in ('loss', 'grad_norm'):
       if not math.isfinite(row[name]):
         raise NonFiniteError(
-          f'{name} is {row[name]} at step {step}. Lower train.learning_rate, set train.clip_norm, '
-          f'or check the examples of that step: {_list(self._workload.example_ids(step - 1))}. '
-          'Earlier checkpoints are kept.'
+          f'{name} is {row[name]} at step {step}. Lower {self._section}.learning_rate, set '
+          f'{self._section}.clip_norm, or check the examples of that step: '
+          f'{_list(self._workload.example_ids(step - 1))}. Earlier checkpoints are kept.'
         )
     self._target_tokens += row['num_tokens']
     self._last_step, self._last_metrics = step, row
@@ -196,7 +198,7 @@ class TrainingLog:
     return costs
 
 
-def remarks(summary: Mapping[str, Any], config: TrainConfig) -> list[str]:
+def remarks(summary: Mapping[str, Any], config: FitConfig) -> list[str]:
   """Return sentences about a training that the log, the manifest and the report show.
 
   Args:
@@ -213,8 +215,8 @@ def remarks(summary: Mapping[str, Any], config: TrainConfig) -> list[str]:
   if summary['clipped_share'] > 0.5:
     sentences.append(
       f'Warning: the gradient was clipped in {100 * summary["clipped_share"]:.0f} % of the steps, '
-      f'so train.clip_norm={config.clip_norm:g} sets the size of most updates. Raise it, lower '
-      'train.learning_rate, or set train.clip_norm=0.'
+      f'so {config.section}.clip_norm={config.clip_norm:g} sets the size of most updates. Raise '
+      f'it, lower {config.section}.learning_rate, or set {config.section}.clip_norm=0.'
     )
   return sentences
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
+from cai_jax.data.units import Unit, as_unit, check_units, unit_lengths
 from cai_jax.model.attention.kernels.kernel import check_model
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import interruption
@@ -28,7 +30,7 @@ from cai_jax.training.checkpoints import (
   restore_state,
   save_checkpoint,
 )
-from cai_jax.training.config import MAY_CHANGE_ON_RESUME, TrainConfig
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME, FitConfig
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.optimizer import check_warmup
@@ -47,13 +49,13 @@ class Monitoring:
   """What to observe during training, in addition to the training loss.
 
   Attributes:
-    held_out: examples to evaluate the loss on.
+    held_out: examples or units to evaluate the loss on.
     probe: function that answers fixed prompts with the current parameters; every process calls it.
     profile_steps: number of steps to record a profiler trace of, from the third step on. The trace
       is written to workdir/profile.
   """
 
-  held_out: Sequence[Example] = ()
+  held_out: Sequence[Example | Unit] = ()
   probe: Probe | None = None
   profile_steps: int = 0
 
@@ -61,15 +63,15 @@ class Monitoring:
 def fit(
   model: ModelConfig,
   params: Any,
-  examples: Sequence[Example],
-  config: TrainConfig,
+  examples: Sequence[Example | Unit],
+  config: FitConfig,
   mesh: Mesh,
   workdir: str | os.PathLike,
   buckets: Sequence[packing.Bucket] = (),
   init_id: str = '',
   monitoring: Monitoring = Monitoring(),
 ) -> tuple[Any, dict[str, Any]]:
-  """Train a model on examples, resuming from the latest checkpoint in `workdir`.
+  """Train a model on examples or units, resuming from the latest checkpoint in `workdir`.
 
   A resumed run ends with bitwise the same parameters as an uninterrupted one. A run that is already
   complete only loads its result. With `config.patience` the result is the state with the lowest
@@ -79,7 +81,7 @@ def fit(
   Args:
     model: architecture of the model.
     params: initial parameters; they are copied.
-    examples: the training examples.
+    examples: the training examples, or the units that the loss of `config` needs.
     config: settings of the run.
     mesh: the devices; the rows of a batch are split over the axes data and fsdp.
     workdir: folder of the run, created if it does not exist.
@@ -93,9 +95,10 @@ def fit(
     The trained parameters of the whole model, f32 on the mesh, and a summary of the run.
 
   Raises:
-    UserError: before the first step, if there are no examples, the warm-up takes all steps, there
-      is a load-balancing loss for a dense model, the mesh does not divide the rows, the attention
-      kernel cannot run on these devices, or the workdir is not writable or belongs to another run.
+    UserError: before the first step, if there are no examples, they are not units of the loss, the
+      warm-up takes all steps, there is a load-balancing loss for a dense model, the mesh does not
+      divide the rows, the attention kernel cannot run on these devices, or the workdir is not
+      writable or belongs to another run.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
@@ -103,7 +106,8 @@ def fit(
   buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
   config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
   _check_buckets(buckets, config, mesh, model)
-  steps = packing.plan([len(e.tokens) for e in examples], buckets, config.epochs, config.seed)
+  _check_units((*examples, *monitoring.held_out), config)
+  steps = packing.plan(unit_lengths(examples), buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
@@ -128,7 +132,7 @@ def fit(
   folder = workdir / 'checkpoints'
   with make_checkpointer(folder, config.keep, lambda: held_out.best_step) as checkpointer:
     abstract = abstract_state(divided.params, config, mesh)
-    restored = restore_latest(checkpointer, abstract, iterator, metadata)
+    restored = restore_latest(checkpointer, abstract, iterator, metadata, _defaults(config))
     if restored is None:
       restored = Restored(init_state(divided.params, config, mesh), 0, {})
     first_step, held_out.losses = restored.step, restored.held_out_losses
@@ -142,6 +146,7 @@ def fit(
         workload,
         wandb=config.wandb,
         settings=dataclasses.asdict(config),
+        section=config.section,
       ) as log,
       interruption.listen(),
       Deferral() as deferral,
@@ -179,7 +184,7 @@ def fit(
     clipped_share = int(state.clipped) / step
     exported_step = held_out.best_step or step
     if exported_step != step:
-      best = restore_state(checkpointer, exported_step, abstract)
+      best = restore_state(checkpointer, exported_step, abstract, config.section)
       state = dataclasses.replace(best, frozen=divided.frozen)
   summary = {
     'steps': len(steps),
@@ -194,16 +199,21 @@ def fit(
   return divided.full_params(state), summary
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-  """Return a hex digest of the examples' tokens and masks, in their order.
+def fingerprint(examples: Sequence[Example | Unit]) -> str:
+  """Return a hex digest of tokens, masks and values of examples or units, in their order.
 
   Args:
-    examples: the examples.
+    examples: the examples or units.
   """
   digest = hashlib.sha256()
   for example in examples:
-    digest.update(np.int64(len(example.tokens)).tobytes())
-    digest.update(example.tokens.tobytes() + example.loss_mask.tobytes())
+    unit = as_unit(example)
+    for segment in unit.segments:
+      digest.update(np.int64(len(segment.tokens)).tobytes())
+      digest.update(segment.tokens.tobytes() + segment.loss_mask.tobytes())
+    if unit.values:
+      values = sorted((name, tuple(map(float, x))) for name, x in unit.values.items())
+      digest.update(repr((len(unit.segments), values)).encode())
   return digest.hexdigest()[:32]
 
 
@@ -211,33 +221,41 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
+def _check_units(items: Sequence[Example | Unit], config: FitConfig) -> None:
+  loss = config.registered_loss
+  check_units(items, loss.units, (*loss.values, *(('reference',) if loss.needs_reference else ())))
+
+
+def _defaults(config: FitConfig) -> dict[str, Any]:
+  return {field.name: field.default for field in dataclasses.fields(config)}
+
+
 def _check_buckets(
-  buckets: Sequence[packing.Bucket], config: TrainConfig, mesh: Mesh, model: ModelConfig
+  buckets: Sequence[packing.Bucket], config: FitConfig, mesh: Mesh, model: ModelConfig
 ) -> None:
   for bucket in buckets:
     if bucket.rows % config.accumulation:
       raise UserError(
         f'A batch of {bucket.rows} rows cannot be divided into '
-        f'train.accumulation={config.accumulation} micro-batches. Use a divisor of the number of '
-        'rows.'
+        f'{config.section}.accumulation={config.accumulation} micro-batches. Use a divisor of the '
+        'number of rows.'
       )
-    name = 'train.batch_size / train.accumulation'
+    name = f'{config.section}.batch_size / {config.section}.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
     try:
       check_model(config.attention, mesh, config.dtype, bucket.length, model)
     except UserError as error:
-      raise UserError(f'train.attention: {error}') from None
+      raise UserError(f'{config.section}.attention: {error}') from None
 
 
 def _describe_run(
-  config: TrainConfig, buckets: Sequence[packing.Bucket], steps: Sequence[packing.Step]
+  config: FitConfig, buckets: Sequence[packing.Bucket], steps: Sequence[packing.Step]
 ) -> dict[str, Any]:
   """Return the settings and the plan that a resumed run must share, in JSON types."""
-  settings = dataclasses.asdict(config)
+  settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
   return {
     **{name: settings[name] for name in settings if name not in MAY_CHANGE_ON_RESUME},
     'arithmetic': ARITHMETIC,
-    'filters': list(config.filters),
     'steps': len(steps),
     'buckets': [list(bucket) for bucket in buckets],
     'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],

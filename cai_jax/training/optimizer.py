@@ -10,7 +10,7 @@ import optax
 
 from cai_jax.model.sharding import path_str
 from cai_jax.runtime.errors import UserError
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
 
 Schedule = Callable[[jax.Array], jax.Array]  # step i32[], from 0 → learning rate f32[]
 
@@ -22,7 +22,7 @@ _DECAYED = {
 }
 
 
-def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
+def make_schedule(config: FitConfig, num_steps: int) -> Schedule:
   """Return the learning rate as a function of the step: linear warm-up, then `config.schedule`.
 
   The learning rate is positive at every step, the last one included: a falling schedule would reach
@@ -52,7 +52,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> Schedule:
   return schedule
 
 
-def check_warmup(config: TrainConfig, num_steps: int, bound: str = '') -> None:
+def check_warmup(config: FitConfig, num_steps: int, bound: str = '') -> None:
   """Check that the learning rate reaches its peak.
 
   Args:
@@ -65,12 +65,13 @@ def check_warmup(config: TrainConfig, num_steps: int, bound: str = '') -> None:
   """
   if _warmup_steps(config, num_steps) >= num_steps:
     raise UserError(
-      f'train.warmup={config.warmup} takes all {bound}{num_steps} steps of the training, so the '
-      'learning rate would never reach its peak. Lower train.warmup, or train for more steps.'
+      f'{config.section}.warmup={config.warmup} takes all {bound}{num_steps} steps of the '
+      'training, so the learning rate would never reach its peak. Lower '
+      f'{config.section}.warmup, or train for more steps.'
     )
 
 
-def _warmup_steps(config: TrainConfig, num_steps: int) -> int:
+def _warmup_steps(config: FitConfig, num_steps: int) -> int:
   return round(config.warmup * num_steps)
 
 
@@ -94,7 +95,7 @@ def is_constant(path: Any) -> bool:
   return path_str(path[-1:]) == 'scalar'
 
 
-def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: FitConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
   """Return AdamW (Loshchilov and Hutter 2019) on gradients clipped by their global norm.
 
   `update` takes the argument `tokens_per_unit`, f32[]: the number of target tokens for each unit

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.sharding import param_shardings
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.optimizer import make_optimizer
 
 
@@ -46,7 +46,7 @@ class TrainState:
     return dataclasses.replace(self, frozen=None)
 
 
-def state_shardings(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
+def state_shardings(params: Any, config: FitConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
   """Return a TrainState of NamedShardings.
 
   The optimizer's moments are sharded like their parameters, and scalars are replicated.
@@ -80,7 +80,7 @@ def state_shardings(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = 
   )
 
 
-def abstract_state(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
+def abstract_state(params: Any, config: FitConfig, mesh: Mesh, frozen: Any = None) -> TrainState:
   """Return the initial TrainState as ShapeDtypeStructs with shardings, without computing it.
 
   The arguments are those of `state_shardings`.
@@ -93,7 +93,7 @@ def abstract_state(params: Any, config: TrainConfig, mesh: Mesh, frozen: Any = N
   )
 
 
-def init_state(params: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
+def init_state(params: Any, config: FitConfig, mesh: Mesh) -> TrainState:
   """Return the TrainState before the first step, on the mesh, without frozen parameters.
 
   Args:
@@ -105,7 +105,7 @@ def init_state(params: Any, config: TrainConfig, mesh: Mesh) -> TrainState:
   return jax.jit(lambda p: _initial_state(p, None, config), out_shardings=shardings)(params)
 
 
-def place_frozen(params: Any, config: TrainConfig, mesh: Mesh) -> Any:
+def place_frozen(params: Any, config: FitConfig, mesh: Mesh) -> Any:
   """Return a copy of the frozen parameters, on the mesh and in the compute dtype.
 
   Args:
@@ -117,7 +117,7 @@ def place_frozen(params: Any, config: TrainConfig, mesh: Mesh) -> Any:
   return jax.jit(lambda p: _copy(p, config.dtype), out_shardings=shardings)(params)
 
 
-def _initial_state(params, frozen, config: TrainConfig) -> TrainState:
+def _initial_state(params, frozen, config: FitConfig) -> TrainState:
   params = _copy(params, jnp.float32)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

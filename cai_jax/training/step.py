@@ -15,8 +15,8 @@ from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.runtime.compilation import xla_options
 from cai_jax.runtime.mesh import BATCH, batch_sharding, place
-from cai_jax.training.config import TrainConfig
-from cai_jax.training.losses import LOSSES, ROUTING, Batch, Sums
+from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.losses import ROUTING, Batch, Sums, whole_of
 from cai_jax.training.losses.balance import balance_loss, split_routing, usage_metrics
 from cai_jax.training.optimizer import is_constant, make_optimizer, make_schedule
 from cai_jax.training.state import TrainState, state_shardings
@@ -26,7 +26,7 @@ def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
   """Return a batch as global arrays; each process supplies the rows of its own devices.
 
   Args:
-    batch: arrays of whole batches, i32[B,T], the same in every process.
+    batch: arrays of whole batches, [B,T], the same in every process.
     sharding: sharding of the batch's rows.
   """
   return {name: place(x, sharding) for name, x in batch.items()}
@@ -48,22 +48,27 @@ def _average(params: Any, ema: Any, share: float) -> Any:
 
 
 def make_loss(
-  graph: nnx.GraphDef, config: TrainConfig, sharding: NamedSharding
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, Sums]]:
-  """Return `loss(params, frozen, batch) -> (loss, sums)`: the loss named by `config.loss`.
+  graph: nnx.GraphDef, config: FitConfig, sharding: NamedSharding
+) -> Callable[..., tuple[jax.Array, Sums]]:
+  """Return `loss(params, frozen, batch, whole=None) -> (loss, sums)`: the loss of the settings.
+
+  `whole` has the sums of the whole batch if `batch` is a part of it. Only some losses use it.
 
   Args:
     graph: static half of the model.
     config: the run's settings.
     sharding: sharding of the batch's rows.
   """
-  function = LOSSES[config.loss].function
+  registered, settings = config.registered_loss, config.loss_settings
+  options: dict[str, Any] = {'sharding': sharding}
+  options |= {'remat': config.remat, 'attention': config.attention}
+  if settings is not None:
+    options['settings'] = settings
 
-  def loss(params, frozen, batch):
+  def loss(params, frozen, batch, whole=None):
     all_params = params if frozen is None else lora.join(params, frozen)
-    return function(
-      graph, all_params, batch, sharding=sharding, remat=config.remat, attention=config.attention
-    )
+    extra = {'whole': whole} if registered.needs_whole else {}
+    return registered.function(graph, all_params, batch, **options, **extra)
 
   return loss
 
@@ -71,18 +76,19 @@ def make_loss(
 def make_train_step(
   graph: nnx.GraphDef,
   params: Any,
-  config: TrainConfig,
+  config: FitConfig,
   num_steps: int,
   mesh: Mesh,
   frozen: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Return the jitted `step(state, batch) -> (state, metrics)`; it donates the state.
 
-  The batch holds tokens, positions, segment_ids and loss_mask, i32[B,T] each, sharded by
-  `batch_sharding(mesh)`. The metrics, f32[] each, are `loss` (of the whole batch, normalized),
+  The batch has the arrays of `packing.Batches`, [B,T] each, sharded by `batch_sharding(mesh)`. The
+  metrics, f32[] each, are `loss` (of the whole batch, normalized),
   `grad_norm` (before clipping), `learning_rate`, `clipped_share` (the share of the run's steps so
-  far whose gradient was clipped), the loss's sums, such as `num_tokens`, and for mixtures of
-  experts those of `balance.usage_metrics`. `loss` never includes the load-balancing loss.
+  far whose gradient was clipped), the loss's sums, such as `num_tokens`, and averages, such as
+  `accuracy`; and for mixtures of experts those of `balance.usage_metrics`. `loss` never includes
+  the load-balancing loss.
 
   Args:
     graph: static half of the model.
@@ -96,6 +102,7 @@ def make_train_step(
   schedule = make_schedule(config, num_steps)
   row_sharding = batch_sharding(mesh)
   accumulate_gradient = _make_gradient(graph, config, mesh)
+  registered = config.registered_loss
 
   def step(state: TrainState, batch: Batch):
     batch = jax.lax.with_sharding_constraint(batch, row_sharding)
@@ -103,7 +110,7 @@ def make_train_step(
     weight = _weight(config, sums)
     sums, routing = split_routing(sums)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    tokens_per_unit = jnp.maximum(sums['num_tokens'], 1.0) / weight
+    tokens_per_unit = _clip_unit(config, sums, weight)
     updates, opt_state = optimizer.update(
       grads, state.opt_state, state.params, tokens_per_unit=tokens_per_unit
     )
@@ -115,7 +122,7 @@ def make_train_step(
       'grad_norm': grad_norm,
       'learning_rate': schedule(state.step),
       'clipped_share': clipped / (state.step + 1),
-      **sums,
+      **registered.averages(sums),
       **({} if routing is None else usage_metrics(routing)),
     }
     params = optax.apply_updates(state.params, updates)
@@ -134,13 +141,18 @@ def make_train_step(
   )
 
 
-def _weight(config: TrainConfig, sums: Sums) -> jax.Array:
+def _weight(config: FitConfig, sums: Sums) -> jax.Array:
   """Return the sum f32[] that divides the loss."""
-  return jnp.maximum(sums[LOSSES[config.loss].normalizations[config.loss_normalization]], 1.0)
+  return jnp.maximum(sums[config.weight_name], 1.0)
+
+
+def _clip_unit(config: FitConfig, sums: Sums, weight: jax.Array) -> jax.Array | float:
+  """Return the factor of `clip_norm` that makes it a limit for the gradient of the divided loss."""
+  return jnp.maximum(sums['num_tokens'], 1.0) / weight if config.clips_per_token else 1.0
 
 
 def _make_gradient(
-  graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
+  graph: nnx.GraphDef, config: FitConfig, mesh: Mesh
 ) -> Callable[[Any, Any, Batch], tuple[tuple[jax.Array, Sums], Any]]:
   """Return `compute(params, frozen, batch) -> ((loss, sums), gradient)`, summed over micro-batches.
 
@@ -148,28 +160,29 @@ def _make_gradient(
   times what the summed loss will be divided by.
   """
   loss = make_loss(graph, config, batch_sharding(mesh))
-  plain = jax.value_and_grad(loss, has_aux=True)
+  needs_whole = config.balance_loss or config.registered_loss.needs_whole
 
   def objective(params, frozen, batch, whole):
-    loss_sum, sums = loss(params, frozen, batch)
-    whole = jax.lax.stop_gradient(sums if whole is None else whole)
+    loss_sum, sums = loss(params, frozen, batch, whole)
+    if not config.balance_loss:
+      return loss_sum, (loss_sum, sums)
+    whole = whole_of(whole, sums)
     balance = balance_loss(whole[ROUTING], sums[ROUTING])
     return loss_sum + config.balance_loss * _weight(config, whole) * balance, (loss_sum, sums)
 
-  def balanced(params, frozen, batch, whole=None):
+  def part(params, frozen, batch, whole=None):
     gradient, result = jax.grad(objective, has_aux=True)(params, frozen, batch, whole)
     return result, gradient
 
   def compute(params, frozen, batch):
     if config.accumulation == 1:
-      return (balanced if config.balance_loss else plain)(params, frozen, batch)
-    micro_batches = _split_batch(batch, config.accumulation, mesh)
-    if not config.balance_loss:
-      return _sum_over(lambda micro: plain(params, frozen, micro), micro_batches)
-    # Each micro-batch needs the use of experts in all of them, so this computes them twice. XLA
-    # drops the loss, of which nothing is used here.
-    whole = _sum_over(lambda micro: loss(params, frozen, micro)[1], micro_batches)
-    return _sum_over(lambda micro: balanced(params, frozen, micro, whole), micro_batches)
+      return part(params, frozen, batch)
+    micro_batches, whole = _split_batch(batch, config.accumulation, mesh), None
+    if needs_whole:
+      # Each micro-batch needs sums over all of them, such as the use of experts, so this computes
+      # them twice. XLA drops the loss, of which nothing is used here.
+      whole = _sum_over(lambda micro: loss(params, frozen, micro)[1], micro_batches)
+    return _sum_over(lambda micro: part(params, frozen, micro, whole), micro_batches)
 
   return compute
 
@@ -198,7 +211,7 @@ def _sum_over(function: Callable[[Batch], Any], micro_batches: Batch) -> Any:
   return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
-def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
+def is_deterministic(config: FitConfig, mesh: Mesh) -> bool:
   """Return whether the train step gives the same bits in every run on the same devices.
 
   By default, GPUs add the gradients of embeddings in an order that differs from run to run.
@@ -212,7 +225,7 @@ def is_deterministic(config: TrainConfig, mesh: Mesh) -> bool:
   return config.deterministic and KERNELS[config.attention].deterministic
 
 
-def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool | int] | None:
+def _compiler_options(config: FitConfig, mesh: Mesh) -> dict[str, bool | int] | None:
   """Return the XLA options of the train step, or None for the default ones."""
   options = xla_options(mesh.devices.flat[0].platform)
   if options is not None and is_deterministic(config, mesh):
@@ -220,12 +233,11 @@ def _compiler_options(config: TrainConfig, mesh: Mesh) -> dict[str, bool | int] 
   return options
 
 
-def make_eval_step(
-  graph: nnx.GraphDef, config: TrainConfig, mesh: Mesh
-) -> Callable[[Any, Any, Batch], Sums]:
-  """Return the jitted `step(params, frozen, batch) -> sums`.
+def make_eval_step(graph: nnx.GraphDef, config: FitConfig, mesh: Mesh) -> Callable[..., Sums]:
+  """Return the jitted `step(params, frozen, batch, whole=None) -> sums`.
 
   The sums, f32[] each, are `loss_sum` and those that the loss returns, such as `num_tokens`.
+  `whole` has the sums over all batches of an evaluation, for a loss that needs them.
 
   Args:
     graph: static half of the model.
@@ -234,8 +246,8 @@ def make_eval_step(
   """
   loss = make_loss(graph, config, batch_sharding(mesh))
 
-  def step(params, frozen, batch: Batch):
-    loss_sum, sums = loss(params, frozen, batch)
+  def step(params, frozen, batch: Batch, whole: Sums | None = None):
+    loss_sum, sums = loss(params, frozen, batch, whole)
     return {'loss_sum': loss_sum, **split_routing(sums)[0]}
 
   options = xla_options(mesh.devices.flat[0].platform)

@@ -12,7 +12,7 @@ from cai_jax.model import lora
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.state import TrainState, place_frozen
 
 
@@ -34,9 +34,7 @@ class TrainableModel:
   full_params: Callable[[TrainState], Any]
 
 
-def divide_model(
-  model: ModelConfig, params: Any, config: TrainConfig, mesh: Mesh
-) -> TrainableModel:
+def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh) -> TrainableModel:
   """Divide a model into trained and frozen parameters, according to `config.lora`.
 
   Args:

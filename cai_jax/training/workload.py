@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
+from cai_jax.data.units import Unit, as_unit
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import hardware
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +34,24 @@ class Workload:
 
 def measure_workload(
   model: ModelConfig,
-  examples: Sequence[Example],
+  examples: Sequence[Example | Unit],
   steps: Sequence[packing.Step],
-  config: TrainConfig,
+  config: FitConfig,
   mesh: Mesh,
 ) -> Workload:
   """Return the workload of a plan.
 
   Args:
     model: architecture of the model.
-    examples: the training examples.
+    examples: the training examples or units.
     steps: which examples are in which step, see `packing.plan`.
     config: the run's settings.
     mesh: the devices.
   """
-  lengths = np.array([len(example.tokens) for example in examples])
-  step_lengths = [lengths[[i for row in step.rows for i in row]] for step in steps]
+  lengths = [[len(segment.tokens) for segment in as_unit(e).segments] for e in examples]
+  step_lengths = [
+    np.array([length for row in step.rows for i in row for length in lengths[i]]) for step in steps
+  ]
   adapters = config.lora is not None
   return Workload(
     tokens=np.array([x.sum() for x in step_lengths]),

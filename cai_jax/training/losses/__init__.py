@@ -1,4 +1,7 @@
-"""Training losses, one per file, registered by name: `train.loss` selects one of them.
+"""Training losses, one per file, registered by name.
+
+`train.loss` selects one that learns single sequences, and `prefer.objective` one that compares
+responses; what each trains on is part of its registration, see `loss.Loss`.
 
 To add a loss, write a file that registers a function:
 
@@ -31,6 +34,7 @@ from cai_jax.training.losses.loss import (
   LossFunction,
   Sums,
   register_loss,
+  whole_of,
 )
 from cai_jax.training.losses.nll import negative_log_likelihood
 
@@ -43,6 +47,7 @@ __all__ = [
   'Sums',
   'negative_log_likelihood',
   'register_loss',
+  'whole_of',
 ]
 
 import_submodules(__name__, __path__)

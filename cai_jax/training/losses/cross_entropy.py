@@ -60,13 +60,13 @@ def weighted_cross_entropy(
     transform: divisor and cap of the logits.
   """
   arrays = hidden, table, targets, weights
-  return _sliced_cross_entropy(num_slices, transform, *arrays, False, False)[0]
+  return sliced_cross_entropy(num_slices, transform, *arrays, False, False)[0]
 
 
 def _cross_entropy_fwd(num_slices, hidden, table, targets, weights, transform):
   needs_gradient = hidden.perturbed, table.perturbed
   arrays = (x.value for x in (hidden, table, targets, weights))
-  loss, *gradients = _sliced_cross_entropy(num_slices, transform, *arrays, *needs_gradient)
+  loss, *gradients = sliced_cross_entropy(num_slices, transform, *arrays, *needs_gradient)
   return loss, gradients
 
 
@@ -78,20 +78,46 @@ def _cross_entropy_bwd(num_slices, transform, gradients, g):
 weighted_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd, symbolic_zeros=True)
 
 
-def _sliced_cross_entropy(
-  num_slices, transform, hidden, table, targets, weights, needs_hidden_grad, needs_table_grad
-):
-  """Return the loss and its gradients by hidden and table; a gradient not needed is None."""
+def front_order(weights: jax.Array) -> jax.Array:
+  """Return the order i32[B,T] that moves the positions with nonzero weight [B,T] to the front."""
+  return jnp.argsort(weights == 0, axis=1, stable=True)
+
+
+def arrange(x: jax.Array, order: jax.Array, num_slices: int) -> jax.Array:
+  """Order the positions of x [B,T,...], and pad them with 0 to a multiple of `num_slices`."""
+  length = x.shape[1]
+  size = -(-length // num_slices)
+  x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+  return jnp.pad(x, ((0, 0), (0, num_slices * size - length), *((0, 0),) * (x.ndim - 2)))
+
+
+def slices_needed(weights: jax.Array, num_slices: int) -> jax.Array:
+  """Return the number of slices i32[] that reach the last position with nonzero weight [B,T].
+
+  The weights are in `front_order`, and their positions are a multiple of `num_slices`.
+  """
+  longest = jnp.max(jnp.sum(weights != 0, axis=1))
+  return -(-longest // (weights.shape[1] // num_slices))
+
+
+def sliced_cross_entropy(
+  num_slices: int,
+  transform: LogitTransform,
+  hidden: jax.Array,
+  table: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  needs_hidden_grad: bool,
+  needs_table_grad: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+  """Return the loss and its gradients by hidden and table; a gradient not needed is None.
+
+  The other arguments are those of `weighted_cross_entropy`.
+  """
   length = hidden.shape[1]
   size = -(-length // num_slices)
-  order = jnp.argsort(weights == 0, axis=1, stable=True)
-
-  def arrange(x):
-    """Order the positions, and pad them to whole slices; the padding has weight 0."""
-    x = jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
-    return jnp.pad(x, ((0, 0), (0, num_slices * size - length), *((0, 0),) * (x.ndim - 2)))
-
-  hidden, targets, weights = map(arrange, (hidden, targets, weights))
+  order = front_order(weights)
+  hidden, targets, weights = (arrange(x, order, num_slices) for x in (hidden, targets, weights))
   matrix = table.astype(hidden.dtype)
 
   def add_slice(number, carry):
@@ -115,13 +141,14 @@ def _sliced_cross_entropy(
       table_grad += einsum_f32('BTV,BTD->VD', error, x)
     return loss, hidden_grad, table_grad
 
-  longest = jnp.max(jnp.sum(weights != 0, axis=1))
   initial = (
     jnp.zeros(()),
     jnp.zeros_like(hidden) if needs_hidden_grad else None,
     jnp.zeros(table.shape, jnp.float32) if needs_table_grad else None,
   )
-  loss, hidden_grad, table_grad = jax.lax.fori_loop(0, -(-longest // size), add_slice, initial)
+  loss, hidden_grad, table_grad = jax.lax.fori_loop(
+    0, slices_needed(weights, num_slices), add_slice, initial
+  )
   if needs_hidden_grad:
     inverse = jnp.argsort(order, axis=1)[..., None]
     hidden_grad = jnp.take_along_axis(hidden_grad[:, :length], inverse, axis=1)

@@ -1,0 +1,94 @@
+"""Units of training: the segments that an objective compares, which packing keeps together.
+
+A supervised example is a unit of one segment. The two sides of a comparison are a unit of two: both
+stand in one row, so they are always in the same micro-batch and on the same device.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+from cai_jax.data.examples import Example
+from cai_jax.runtime.errors import UserError
+
+# Number of segments of a unit of each kind.
+# 'sequence': a sequence to imitate.
+# 'comparison': the chosen response and the rejected response to one prompt.
+# 'judged': a response that was judged on its own, and a response to another prompt under the same
+#   prompt, from which an objective can estimate the divergence from the reference.
+SEGMENTS = {'sequence': 1, 'comparison': 2, 'judged': 2}
+
+ARRAYS = ('tokens', 'positions', 'segment_ids', 'loss_mask')  # of every batch, i32[B,T] each
+
+
+class Unit(NamedTuple):
+  """Token sequences that belong together, and what is known about each.
+
+  Attributes:
+    segments: the sequences, in the order that their kind defines; see `SEGMENTS`.
+    values: by name, one number for each segment, such as the 'probability' that the first segment
+      of a comparison is better. Batches have an array f32[B,T] of each name.
+    id: names the unit in messages; units with the same id are held out together.
+  """
+
+  segments: tuple[Example, ...]
+  values: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+  id: str = ''
+
+  @property
+  def length(self) -> int:
+    """Number of tokens of all segments."""
+    return sum(len(segment.tokens) for segment in self.segments)
+
+
+def as_unit(item: Example | Unit) -> Unit:
+  """Return an example as a unit of one segment, and a unit as it is.
+
+  Args:
+    item: an example or a unit.
+  """
+  return Unit((item,), id=item.id) if isinstance(item, Example) else item
+
+
+def unit_lengths(items: Sequence[Example | Unit]) -> list[int]:
+  """Return the number of tokens of each example or unit.
+
+  Args:
+    items: examples or units.
+  """
+  return [as_unit(item).length for item in items]
+
+
+def check_units(items: Sequence[Example | Unit], kind: str, needed: Sequence[str] = ()) -> None:
+  """Check that units are those that an objective trains on.
+
+  Args:
+    items: examples or units.
+    kind: the kind of unit that the objective needs, a key of `SEGMENTS`.
+    needed: names of values that the objective reads.
+
+  Raises:
+    UserError: if a unit has another number of segments, another set of values than the first one,
+      lacks a value that is needed, or has a value with another number of entries than segments.
+  """
+  names = set(as_unit(items[0]).values) if items else set()
+  for number, item in enumerate(items):
+    unit = as_unit(item)
+    name = unit.id or f'unit {number}'
+    if len(unit.segments) != SEGMENTS[kind]:
+      raise UserError(
+        f'{name} has {len(unit.segments)} segments, but the objective needs units of the kind '
+        f'{kind!r}, which have {SEGMENTS[kind]}.'
+      )
+    if missing := [value for value in needed if value not in unit.values]:
+      raise UserError(f'{name} has no value {missing[0]!r}, which the objective needs.')
+    if set(unit.values) != names or names & set(ARRAYS):
+      raise UserError(
+        f'{name} has the values {sorted(unit.values)}. All units need the same ones, here '
+        f'{sorted(names)}, and none may be called like an array of a batch: {ARRAYS}.'
+      )
+    for value, numbers in unit.values.items():
+      if len(numbers) != len(unit.segments):
+        raise UserError(
+          f'{name}: {value!r} has {len(numbers)} numbers for {len(unit.segments)} segments.'
+        )

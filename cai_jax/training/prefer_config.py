@@ -1,0 +1,68 @@
+"""The settings of training on preferences."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from cai_jax.runtime.settings import setting
+from cai_jax.training.fit_config import FitConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferConfig(FitConfig):
+  """Settings of training on preferences, checked on construction.
+
+  Raises:
+    UserError: if a value is not allowed, or two values contradict each other.
+  """
+
+  section: ClassVar[str] = 'prefer'
+  loss_field: ClassVar[str] = 'objective'
+  kinds: ClassVar[tuple[str, ...]] = ('comparison', 'judged')
+  clips_per_token: ClassVar[bool] = False
+
+  max_length: int = setting(
+    2048,
+    'Tokens per packed row. Both sides of a comparison, each with the prompt, stand in one row; '
+    'longer comparisons are dropped and counted.',
+  )
+  learning_rate: float = setting(1e-6, 'Peak learning rate.')
+  clip_norm: float = setting(
+    1.0,
+    'Global norm that gradients of the loss, which is a mean over comparisons, are clipped to. '
+    '0 disables clipping.',
+  )
+  objective: str = setting(
+    'dpo',
+    "What is trained: 'dpo', 'robust_dpo', 'ipo', or another registered loss over comparisons or "
+    'judged responses.',
+  )
+  options: tuple[tuple[str, Any], ...] = setting(
+    (),
+    "(name, value) pairs for the objective, such as (('beta', 0.1),). docs/preferences.md lists "
+    'the options of each objective.',
+  )
+  init: str = setting(
+    'aligned',
+    "Model that training starts from: 'aligned' is M_aligned of this run, 'base' is M_θ; else a "
+    'checkpoint folder or a hub name.',
+    path=True,
+  )
+  reference: str = setting(
+    '',
+    'Reference of objectives that have one, with the same tokenizer: a checkpoint folder or a hub '
+    "name. '' is the model that training starts from.",
+    path=True,
+  )
+  drop_truncated: bool = setting(
+    True, 'Whether to drop comparisons with a response that was cut at `max_tokens`.'
+  )
+
+  @property
+  def loss_options(self) -> tuple[tuple[str, Any], ...]:
+    """(name, value) pairs for the settings of the loss."""
+    return self.options
+
+  @property
+  def weight_name(self) -> str:
+    """Name of the sum that the loss is divided by."""
+    return next(iter(self.registered_loss.normalizations.values()))

@@ -1,0 +1,117 @@
+"""Training on preferences: from units to the trained parameters."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cai_jax.data.examples import hold_out
+from cai_jax.data.units import Unit, check_units
+from cai_jax.model.lm import LM
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import check_workdir
+from cai_jax.training.loop import Monitoring, Probe, fit
+from cai_jax.training.prefer_config import PreferConfig
+from cai_jax.training.reference import add_reference
+
+
+def prefer(
+  lm: LM,
+  units: Sequence[Unit],
+  config: PreferConfig,
+  workdir: str | os.PathLike,
+  *,
+  groups: Mapping[str, int] | None = None,
+  load_reference: Callable[[], LM] | None = None,
+  reference_id: str = '',
+  probe: Probe | None = None,
+  profile_steps: int = 0,
+) -> tuple[Any, dict[str, Any]]:
+  """Train a model on comparisons or judged responses.
+
+  Args:
+    lm: the initial model, which does not change. By default it is the reference as well.
+    units: the tokenized data, see `Unit`.
+    config: settings of the run.
+    workdir: folder of the run; see `fit`. Reference log-probabilities are kept in it.
+    groups: group of each unit by its id, such as near-duplicates, which are held out together; by
+      default each is its own.
+    load_reference: returns another reference model. It is called at most once, and only if the
+      workdir does not have its log-probabilities.
+    reference_id: fingerprint of that model.
+    probe: function that answers fixed prompts at each evaluation; see `Monitoring`.
+    profile_steps: number of steps to record a profiler trace of.
+
+  Returns:
+    The trained parameters, f32, and a summary of the run.
+
+  Raises:
+    UserError: before the first step, if there are no units, they are not those of the objective, a
+      sequence exceeds the model's context, or the reference has another tokenizer; see also
+      `hold_out` and `fit`.
+    NonFiniteError: if a loss or gradient norm is NaN or infinite.
+    Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
+  """
+  workdir, loss = pathlib.Path(workdir), config.registered_loss
+  check_workdir(workdir)
+  if not units:
+    raise UserError(f'There is no unit to train on for {config.section}.objective.')
+  check_units(units, loss.units, loss.values)
+  _check_lengths(lm, units, config)
+  if loss.needs_reference:
+
+    def load() -> LM:
+      if load_reference is None:
+        return lm
+      reference = load_reference()
+      check_reference(lm, reference, config)
+      return reference
+
+    units = add_reference(load, reference_id or lm.fingerprint, units, config, workdir)
+  training, held_out = hold_out(units, config.eval_share, config.seed, groups, config.section)
+  params, summary = fit(
+    lm.config,
+    lm.params,
+    training,
+    config,
+    lm.mesh,
+    workdir,
+    init_id=lm.fingerprint,
+    monitoring=Monitoring(held_out, probe, profile_steps),
+  )
+  return params, {'units': len(units), 'held_out': len(held_out), **summary}
+
+
+def check_reference(lm: LM, reference: LM, config: PreferConfig) -> None:
+  """Check that a reference reads the tokens of the trained model.
+
+  Args:
+    lm: the model that is trained.
+    reference: the reference model.
+    config: settings of the run.
+
+  Raises:
+    UserError: if the two have different tokenizers.
+  """
+  if lm.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+    raise UserError(
+      f'{config.section}.reference: {reference.name} has another tokenizer than {lm.name}, so it '
+      'cannot score its tokens. Choose a reference with the same tokenizer, or leave it empty to '
+      'use the model that training starts from.'
+    )
+
+
+def _check_lengths(lm: LM, units: Sequence[Unit], config: PreferConfig) -> None:
+  """Check that the model has a position for each token, and that a row holds each unit."""
+  for unit in units:
+    longest = max(len(segment.tokens) for segment in unit.segments)
+    if longest > lm.max_positions:
+      raise UserError(
+        f'{unit.id}: a sequence of {longest} tokens does not fit the context of {lm.name}, which '
+        f'holds {lm.max_positions}. Leave it out.'
+      )
+    if unit.length > config.max_length:
+      raise UserError(
+        f'{unit.id} has {unit.length} tokens with its {len(unit.segments)} sequences, but a row '
+        f'holds {config.section}.max_length={config.max_length}. Raise it, or leave the unit out.'
+      )

@@ -1,0 +1,146 @@
+"""Reference log-probabilities: computed once before training, and kept in a file.
+
+Objectives such as DPO compare the policy with a reference model that never changes. Its
+log-probabilities of the training data are therefore data too. They become the value 'reference' of
+each unit, so that no second model is in memory during training.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cai_jax.data import packing
+from cai_jax.data.units import Unit, unit_lengths
+from cai_jax.model.lm import LM
+from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.compilation import jit_on
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import replacing, writing
+from cai_jax.runtime.mesh import batch_sharding
+from cai_jax.runtime.progress import Progress
+from cai_jax.training.attention import resolve_attention
+from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.loop import fingerprint
+from cai_jax.training.losses.logprobs import sequence_logprobs
+from cai_jax.training.step import place_batch
+
+FILE = 'reference.json'
+VALUE = 'reference'  # name of the value
+
+
+def add_reference(
+  load: Callable[[], LM],
+  model_id: str,
+  units: Sequence[Unit],
+  config: FitConfig,
+  workdir: pathlib.Path,
+) -> tuple[Unit, ...]:
+  """Return the units with the value 'reference': log P(y | x) of each segment, in nats.
+
+  The numbers are read from `reference.json` in the workdir if they belong to this model and this
+  data, and are computed and written otherwise.
+
+  Args:
+    load: returns the reference model; called only if its log-probabilities must be computed.
+    model_id: fingerprint of that model.
+    units: the units.
+    config: settings of the training, whose batches and dtype are used.
+    workdir: folder of the run.
+
+  Raises:
+    UserError: if a log-probability is not finite.
+  """
+  digest = _hash([model_id, fingerprint(units), config.dtype])
+  path = workdir / FILE
+  logprobs = _read(path, digest)
+  if logprobs is None:
+    logprobs = compute_reference(load(), units, config)
+    if jax.process_index() == 0:
+      with writing(path), replacing(path) as temporary:
+        content = {'digest': digest, 'checksum': _hash(logprobs), 'logprobs': logprobs}
+        temporary.write_text(json.dumps(content))
+  return tuple(
+    unit._replace(values={**unit.values, VALUE: tuple(numbers)})
+    for unit, numbers in zip(units, logprobs, strict=True)
+  )
+
+
+def compute_reference(lm: LM, units: Sequence[Unit], config: FitConfig) -> list[list[float]]:
+  """Return log P(y | x; θ) of each segment of each unit, where y are the tokens to learn.
+
+  Args:
+    lm: the reference model.
+    units: the units.
+    config: settings of the training, whose batches and dtype are used.
+
+  Raises:
+    UserError: if a log-probability is not finite.
+  """
+  bucket = packing.Bucket(config.max_length, config.batch_size // config.accumulation)
+  steps = packing.plan(unit_lengths(units), [bucket], 1, 0)
+  batches, sharding = packing.Batches(units, steps), batch_sharding(lm.mesh)
+  compute = _make_program(lm, config)
+  logprobs: list[list[float]] = [[] for _ in units]
+  tokens = 0
+  with Progress('reference', 'batch', 0) as progress:
+    for number, step in enumerate(steps):
+      rows = np.asarray(compute(lm.params, place_batch(batches[number], sharding)))
+      for columns, row in zip(rows, step.rows, strict=False):  # the last batch has empty rows
+        end = 0
+        for i in row:
+          begin, end = end, end + len(units[i].segments)
+          logprobs[i] = [float(x) for x in columns[begin:end]]
+          tokens += units[i].length
+      progress(number + 1, len(steps), tokens)
+  for unit, numbers in zip(units, logprobs, strict=True):
+    if not np.isfinite(numbers).all():
+      raise UserError(
+        f'The log-probability of {unit.id!r} under {lm.name} is {numbers}. Check the weights of '
+        f'the model, or set {config.section}.dtype=float32.'
+      )
+  return logprobs
+
+
+def _make_program(lm: LM, config: FitConfig) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
+  """Return the compiled function from parameters and a batch to f32[B,T], a column a segment."""
+  attention = resolve_attention(config, lm.mesh, [config.max_length], lm.config).attention
+  graph, _ = abstract_model(lm.config, config.dtype)
+  sharding = batch_sharding(lm.mesh)
+
+  def compute(params, batch):
+    model = nnx.merge(graph, params)
+    return sequence_logprobs(model, batch, sharding, attention=attention).sums
+
+  platform = lm.mesh.devices.flat[0].platform
+  return jit_on(platform, compute, out_shardings=NamedSharding(lm.mesh, P()))
+
+
+def _read(path: pathlib.Path, digest: str) -> list[list[float]] | None:
+  """Return the log-probabilities of a file, or None if it has those of another model or data.
+
+  Raises:
+    UserError: if the file is not what was written.
+  """
+  try:
+    content = json.loads(path.read_text())
+    is_whole = content['checksum'] == _hash(content['logprobs'])
+    other = content['digest'] != digest
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, TypeError, RecursionError):
+    is_whole = other = False
+  if not is_whole:
+    raise UserError(f'{path} is damaged. Delete it; its numbers are then computed again.')
+  return None if other else content['logprobs']
+
+
+def _hash(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]

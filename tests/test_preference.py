@@ -1,0 +1,211 @@
+"""Training on preferences: any division of the work, resumption, and errors before step one."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cai_jax.data import packing
+from cai_jax.model import lora
+from cai_jax.model.lm import LM
+from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import reference
+from cai_jax.training.held_out import HeldOut
+from cai_jax.training.log import TrainingLog
+from cai_jax.training.losses import register_loss, whole_of
+from cai_jax.training.losses.comparisons import comparison_mask, sides
+from cai_jax.training.losses.logprobs import sequence_logprobs
+from cai_jax.training.preference import prefer
+from cai_jax.training.state import init_state, place_frozen
+from cai_jax.training.step import make_eval_step, make_train_step, place_batch
+from tests.preference_setup import PREFER, random_units, with_reference
+from tests.training_setup import MODEL, bitwise_equal, initial_params, one_device, read_rows
+
+GRAPH, SHAPES = abstract_model(MODEL)
+UNITS = with_reference(random_units(40))
+DPO = dataclasses.replace(PREFER, options=(('beta', 0.5),))
+
+
+def run_steps(config, mesh, count=3):
+  """Return the trained parameters after `count` steps, and the metrics of each."""
+  graph, params, frozen = GRAPH, initial_params(), None
+  if config.lora is not None:
+    graph, _ = lora.abstract_model(MODEL, config.lora)
+    frozen = place_frozen(jax.device_get(params), config, mesh)
+    params = lora.init(MODEL, config.lora, jax.random.key(0))
+    # The second factor starts at 0, and then the first has no gradient.
+    params = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), jax.device_get(params))
+  steps = packing.plan([u.length for u in UNITS], [packing.Bucket(48, 8)], 4, 0)
+  batches = packing.Batches(UNITS, steps)
+  train_step = make_train_step(graph, params, config, len(steps), mesh, frozen)
+  state = dataclasses.replace(init_state(params, config, mesh), frozen=frozen)
+  metrics = []
+  for i in range(count):
+    state, row = train_step(state, place_batch(batches[i], batch_sharding(mesh)))
+    metrics.append(jax.device_get(row))
+  return jax.device_get(state.params), metrics
+
+
+@pytest.fixture(scope='module')
+def three_steps():
+  return run_steps(DPO, one_device())
+
+
+def assert_agree(actual, expected, tolerance=1e-5):
+  for row, expected_row in zip(actual[1], expected[1], strict=True):
+    assert row.keys() == expected_row.keys()
+    for name in row:
+      assert row[name] == pytest.approx(expected_row[name], rel=tolerance, abs=1e-6), name
+  for a, b in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+def test_accumulation_equals_one_batch(three_steps):
+  config = dataclasses.replace(DPO, accumulation=4)
+  assert_agree(run_steps(config, make_mesh(2, devices=jax.devices()[:2])), three_steps)
+  assert {'accuracy', 'margin', 'chosen_log_ratio', 'loss', 'grad_norm'} <= set(three_steps[1][0])
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4))]
+  + [(2, 2, 2)],
+)
+def test_eight_devices_equal_one(three_steps, sizes):
+  """Axes are data, fsdp and tensor."""
+  assert_agree(run_steps(DPO, make_mesh(*sizes)), three_steps)
+
+
+@pytest.mark.slow
+def test_adapters_on_eight_devices_equal_one():
+  config = dataclasses.replace(DPO, lora_rank=2)
+  assert_agree(run_steps(config, make_mesh(2, 2, 2)), run_steps(config, one_device()))
+
+
+def centred(graph, params, batch, sharding=None, remat='none', attention='xla', whole=None):
+  """Σ (d - mean of d over the whole batch)², where d is a difference of log-probabilities."""
+  model = nnx.merge(graph, params)
+  logprobs = sequence_logprobs(model, batch, sharding, remat, attention)
+  mask = comparison_mask(batch)
+  chosen, rejected = sides(logprobs.sums)
+  sums = {
+    'num_tokens': logprobs.counts.sum(),
+    'num_comparisons': mask.sum(),
+    'difference': jnp.sum((chosen - rejected) * mask),
+  }
+  mean = whole_of(whole, sums)['difference'] / whole_of(whole, sums)['num_comparisons']
+  return jnp.sum((chosen - rejected - mean) ** 2 * mask) / 100, sums
+
+
+@pytest.fixture
+def centred_loss(restored_registries):
+  register_loss('centred', {'comparison': 'num_comparisons'}, units='comparison', needs_whole=True)(
+    centred
+  )
+  return dataclasses.replace(PREFER, objective='centred')
+
+
+def test_micro_batches_know_the_sums_of_the_whole_batch(centred_loss):
+  expected = run_steps(centred_loss, one_device(), 2)
+  actual = run_steps(dataclasses.replace(centred_loss, accumulation=4), one_device(), 2)
+  assert_agree(actual, expected)
+
+
+def test_a_held_out_loss_knows_the_sums_of_all_held_out_units(centred_loss):
+  state = init_state(initial_params(), centred_loss, one_device())
+  losses = []
+  for rows in (2, 16):  # several batches, and one
+    config = dataclasses.replace(centred_loss, batch_size=rows)
+    evaluate = make_eval_step(GRAPH, config, one_device())
+    buckets, sharding = (packing.Bucket(48, rows),), batch_sharding(one_device())
+    held_out = HeldOut(evaluate, UNITS[:12], buckets, config, sharding)
+    losses.append(held_out.evaluate(1, state)['loss'])
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def make_lm(vocabulary=('a', 'b')):
+  tokens = {token: i for i, token in enumerate(vocabulary)}
+  tokenizer = types.SimpleNamespace(get_vocab=lambda: tokens)
+  return LM(MODEL, initial_params(), tokenizer, one_device(), 'float32', 'tiny', 'tiny')
+
+
+class Killed(Exception):
+  """Stands for the kill of a run."""
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory):
+  """Return the folder, parameters and summary of a run that was not interrupted."""
+  workdir = tmp_path_factory.mktemp('whole')
+  config = dataclasses.replace(PREFER, eval_share=0.2, eval_every=3, patience=9, ema=0.5)
+  return workdir, config, *prefer(make_lm(), random_units(40), config, workdir)
+
+
+def test_a_killed_run_ends_with_bitwise_the_same_parameters(whole_run, tmp_path, monkeypatch):
+  workdir, config, params, summary = whole_run
+  config = dataclasses.replace(config, checkpoint_every=2)
+  log_step = TrainingLog.log_step
+
+  def failing(self, step, metrics):
+    if step == 4:
+      raise Killed
+    log_step(self, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(TrainingLog, 'log_step', failing)
+    with pytest.raises(Killed):
+      prefer(make_lm(), random_units(40), config, tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(reference, 'compute_reference', None)  # the file has its numbers
+    again, resumed = prefer(make_lm(), random_units(40), config, tmp_path)
+  assert 0 < resumed['resumed_at'] < 4 < resumed['steps'] == summary['steps']
+  assert bitwise_equal(again, params)
+  for file in ('metrics.jsonl', 'held_out.jsonl', 'reference.json'):
+    assert (tmp_path / file).read_text() == (workdir / file).read_text(), file
+
+
+def test_metrics_and_held_out_rows_say_how_often_the_policy_agrees(whole_run):
+  workdir, _, _, summary = whole_run
+  rows, held_out = read_rows(workdir), read_rows(workdir, 'held_out.jsonl')
+  assert rows[0]['loss'] == pytest.approx(np.log(2), rel=1e-5)  # the policy is the reference
+  assert rows[0]['margin'] == pytest.approx(0, abs=1e-5)
+  assert rows[-1]['margin'] > 0.001 and rows[-1]['accuracy'] > 0.6
+  assert {'loss', 'accuracy', 'margin', 'chosen_log_ratio'} <= set(held_out[-1])
+  assert [row['step'] for row in held_out][-1] == summary['steps'] and summary['held_out'] == 8
+  assert summary['least_held_out_loss'] == min(row['loss'] for row in held_out)
+
+
+def test_reference_log_probabilities_do_not_depend_on_their_batches(whole_run, tmp_path):
+  units = random_units(40)
+  stored = json.loads((whole_run[0] / 'reference.json').read_text())['logprobs']
+  config = dataclasses.replace(PREFER, batch_size=2, accumulation=1, max_length=64)
+  ours = reference.compute_reference(make_lm(), units, config)
+  np.testing.assert_allclose(ours, stored, rtol=1e-5)
+  (tmp_path / 'reference.json').write_text('{"digest": 1, "checksum": 2, "logprobs": []}')
+  with pytest.raises(UserError, match='reference.json is damaged. Delete it'):
+    prefer(make_lm(), units, PREFER, tmp_path)
+
+
+def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path):
+  units = random_units(4)
+  long = dataclasses.replace(PREFER, max_length=20)
+  for given, config, options, match in (
+    (
+      units,
+      PREFER,
+      {'load_reference': lambda: make_lm('abc'), 'reference_id': 'other'},
+      'prefer.reference: tiny has another tokenizer than tiny',
+    ),
+    (units, long, {}, 'pair .* tokens with its 2 sequences, but a row holds prefer.max_length=20'),
+    (random_units(4, segments=1), PREFER, {}, "the kind 'comparison', which have 2"),
+    ([], PREFER, {}, 'no unit'),
+  ):
+    with pytest.raises(UserError, match=match):
+      prefer(make_lm(), given, config, tmp_path, **options)

@@ -51,7 +51,7 @@ def test_a_soft_label_is_the_mean_of_both_hard_labels():
 
 
 def test_the_robust_loss_of_flipped_labels_is_the_loss_of_the_true_ones():
-  """On average over the flips (Chowdhury et al. 2024, lemma 3.1)."""
+  """On average over the flips (Chowdhury et al. 2024, section 3.1)."""
   options = RobustDPO(beta=0.4, flip_rate=0.3)
   clean, flipped = (float(robust_dpo(jnp.float32(2.0), jnp.float32(p), options)) for p in (1, 0))
   expected = float(dpo(jnp.float32(2.0), jnp.float32(1.0), DPO(beta=0.4)))

@@ -68,7 +68,8 @@ def sequence_logprobs(
     attention=attention,
   )
   targets, weights = next_token_targets(batch)
-  num_slices = choose_num_slices(*targets.shape, model.config.vocab_size, sharding)
+  rows, length = targets.shape
+  num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
   logprobs = token_logprobs(
     num_slices, hidden, model.output_table, targets, weights, model.logit_transform
   )

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -90,7 +89,7 @@ class Loss:
   needs_reference: bool = False
   needs_whole: bool = False
   head: str | None = None
-  metrics: Mapping[str, str] = MappingProxyType({})
+  metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def averages(self, sums: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sums as the log shows them: metrics divided by their weights.

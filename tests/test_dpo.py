@@ -23,7 +23,7 @@ from tests.training_setup import MODEL, initial_params
 GRAPH, _ = abstract_model(MODEL)
 UNITS = with_reference(random_units(8))
 ROWS = {
-  'packed': packing.Step(packing.Bucket(48, 6), ((0,), (1,), (2, 3), (4,), (5, 6), (7,))),
+  'packed': packing.Step(packing.Bucket(64, 6), ((0,), (1,), (2, 3), (4,), (5, 6), (7,))),
   'apart': packing.Step(packing.Bucket(48, 8), tuple((i,) for i in range(8))),
 }
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from cai_jax.data import packing
 from cai_jax.model.logits import LogitTransform
@@ -85,7 +86,7 @@ def _sizes(jaxpr):
   """Yield the size of each array that a program computes, in its loops and functions as well."""
   for equation in jaxpr.eqns:
     yield from (variable.aval.size for variable in equation.outvars)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jaxprs_in_params(equation.params):
       yield from _sizes(inner)
 
 

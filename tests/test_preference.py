@@ -144,7 +144,9 @@ class Killed(Exception):
 def whole_run(tmp_path_factory):
   """Return the folder, parameters and summary of a run that was not interrupted."""
   workdir = tmp_path_factory.mktemp('whole')
-  config = dataclasses.replace(PREFER, eval_share=0.2, eval_every=3, patience=9, ema=0.5)
+  config = dataclasses.replace(
+    PREFER, batch_size=4, eval_share=0.2, eval_every=3, patience=9, ema=0.5
+  )
   return workdir, config, *prefer(make_lm(), random_units(40), config, workdir)
 
 

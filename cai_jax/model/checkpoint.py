@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from cai_jax.model.checkpoint_checks import check_tensors, stored_weights
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.weight_table import StoredWeight, join_parts
+from cai_jax.model.families.weight_table import StoredWeight, join_parts, whole_tensor
 from cai_jax.model.mxfp4 import Mxfp4Slice
 from cai_jax.model.sharding import flatten_params, param_shardings, path_str
 from cai_jax.model.transformer import Params, abstract_model
@@ -177,6 +177,7 @@ def save_params(
   config: ModelConfig,
   dtype: str | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
   """Save parameters as `model.safetensors`, or as numbered shards with an index.
 
@@ -189,6 +190,7 @@ def save_params(
     config: the model's config.
     dtype: dtype of the files; None keeps the dtype of each parameter.
     max_shard_bytes: largest size of a file in bytes; a single weight may exceed it.
+    extra: arrays that the files hold in addition to the model's parameters, by tensor name.
 
   Raises:
     UserError: if the dtype is unknown.
@@ -202,7 +204,9 @@ def save_params(
   is_writer = jax.process_index() == 0
   if is_writer:
     folder.mkdir(parents=True, exist_ok=True)
+  leaves |= extra
   stored = stored_weights(config)
+  stored |= {name: whole_tensor(name, x.shape) for name, x in extra.items()}
   tensors = _list_parts(stored)
   dtypes = {
     name: np.dtype(DTYPES[dtype]) if dtype else np.result_type(*(leaves[p].dtype for p in paths))

@@ -1,5 +1,6 @@
 """Sequence classifiers: a decoder with a linear head over its hidden state."""
 
+import copy
 import dataclasses
 import os
 import pathlib
@@ -8,11 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from cai_jax.model.checkpoint import check_params, load_params, load_weight
+from cai_jax.model.checkpoint import (
+  MAX_SHARD_BYTES,
+  check_params,
+  load_params,
+  load_weight,
+)
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.families.family import FAMILIES
+from cai_jax.model.families.family import FAMILIES, config_to_hf
 from cai_jax.model.families.fields import read_size
 from cai_jax.model.folder import find_folder, read_description
+from cai_jax.model.generation_config import special_token_ids
+from cai_jax.model.saving import save_folder
 from cai_jax.model.transformer import Params
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.errors import UserError, show
@@ -100,16 +108,100 @@ def load_classifier(
   )
 
 
+def save_classifier(
+  classifier: Classifier,
+  path: str | os.PathLike,
+  dtype: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Save a classifier as a folder that `load_classifier` and transformers read.
+
+  transformers takes the logits at the last token that is not the padding token of config.json. The
+  tokenizer in the folder therefore pads with the same token.
+
+  Args:
+    classifier: the classifier.
+    path: the folder, see `saving.save_folder`.
+    dtype: dtype of the weights; None keeps that of the parameters.
+    max_shard_bytes: largest size of a safetensors file in bytes; a single weight may exceed it.
+
+  Raises:
+    UserError: as `saving.save_folder`; or if transformers has no classifier of this family, or
+      there is no token to pad with.
+  """
+  info = classifier.info
+  pad = choose_pad_token(info)
+  tokenizer = info.tokenizer
+  if tokenizer.pad_token_id != pad:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+  names = dict(enumerate(info.labels))
+  entries = {
+    **config_to_hf(info.config),
+    **special_token_ids(tokenizer, info.eos_token_ids, {}),
+    'architectures': [classifier_class(info.config.family)],
+    'num_labels': len(names),
+    'id2label': {str(number): name for number, name in names.items()},
+    'label2id': {name: number for number, name in names.items()},
+  }
+  save_folder(
+    path,
+    classifier.params,
+    info.config,
+    tokenizer,
+    entries,
+    extra={SCORE: classifier.score},
+    dtype=dtype,
+    max_shard_bytes=max_shard_bytes,
+  )
+
+
+def choose_pad_token(info: ClassifierInfo) -> int:
+  """Return the token that pads rows of a classifier, and that never ends a conversation's score.
+
+  It is the padding token of config.json, or else that of the tokenizer, or else a token that ends
+  replies.
+
+  Args:
+    info: the classifier.
+
+  Raises:
+    UserError: if there is none of these.
+  """
+  stated = (info.pad_token_id, info.tokenizer.pad_token_id, *info.eos_token_ids)
+  for token in (*stated, info.tokenizer.eos_token_id):
+    if token is not None and token >= 0:  # early Llama checkpoints have -1 for none
+      return token
+  raise UserError(
+    'The tokenizer has neither a padding token nor a token that ends replies. A reward model needs '
+    'one of them to pad rows: set pad_token in tokenizer_config.json.'
+  )
+
+
+def classifier_class(family: str, name: str = 'A reward model') -> str:
+  """Return transformers' class for the sequence classifiers of a family.
+
+  Args:
+    family: a key of FAMILIES.
+    name: the model, for the error message.
+
+  Raises:
+    UserError: if transformers has no such class.
+  """
+  if (classifier := FAMILIES[family].classifier) is not None:
+    return classifier
+  others = sorted(key for key, value in FAMILIES.items() if value.classifier is not None)
+  raise UserError(
+    f'{name}: transformers has no sequence classifier of the family {family}, so no program could '
+    f'read a reward model of it. Use a model of another family: {", ".join(others)}.'
+  )
+
+
 def _read_info(folder: pathlib.Path) -> ClassifierInfo:
   """Return what a folder holds besides the weights."""
   hf, config, tokenizer, eos, _ = read_description(folder)
   config = dataclasses.replace(config, tied_embeddings=True)
-  supported = [FAMILIES[config.family].classifier]
-  if supported == [None]:
-    raise UserError(
-      f'{folder}: transformers has no sequence classifier of the family {config.family}, so there '
-      'is none to load. Use a reward model or classifier of another family.'
-    )
+  supported = [classifier_class(config.family, str(folder))]
   if (architectures := hf.get('architectures')) != supported:
     raise UserError(
       f'{folder}: config.json has architectures={architectures}; a reward model or classifier of '

@@ -5,42 +5,32 @@ import functools
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from cai_jax.model.checkpoint import (
-  MAX_SHARD_BYTES,
-  check_params,
-  load_params,
-  save_params,
-  stored_dtype,
-)
+from cai_jax.model.checkpoint import MAX_SHARD_BYTES, check_params, load_params, stored_dtype
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import FAMILIES, config_to_hf
 from cai_jax.model.folder import (
   DESCRIPTION_FILES,
-  MODEL_FILES,
   Description,
   check_architecture,
   find_folder,
   fingerprint_model,
   read_description,
 )
-from cai_jax.model.generation_config import FILE as GENERATION_CONFIG
 from cai_jax.model.generation_config import special_token_ids
+from cai_jax.model.saving import save_folder
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.mesh import make_mesh
 
 log = logging.getLogger(__name__)
@@ -311,59 +301,15 @@ def save(
   Raises:
     UserError: if the dtype is unknown, or `path` is a file.
   """
-  folder = pathlib.Path(path).expanduser()
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f'{folder} is a file. Give the path of a folder.')
-  partial = folder / '.partial'
-  if jax.process_index() == 0:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-  save_params(partial, lm.params, lm.config, dtype, max_shard_bytes)
-  if jax.process_index() == 0:
-    _write_tokenizer(partial, lm.tokenizer)
-    _write_configs(partial, lm, dtype)
-    _replace_model(folder, partial)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {folder}')
-
-
-def _write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
-  """Write the files of a tokenizer so that transformers 4 and 5 read the same tokenizer."""
-  tokenizer.save_pretrained(folder)
-  path = folder / 'tokenizer_config.json'
-  settings = read_json(path)
-  for name in ('is_local', 'local_files_only'):  # how this process found it
-    settings.pop(name, None)
-  # tokenizer.json is complete. The classes of single models would rebuild parts of it.
-  settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
-  # Otherwise transformers 4 adds token_type_ids, which these models do not take.
-  settings['model_input_names'] = ['input_ids', 'attention_mask']
-  if isinstance(extra := settings.get('extra_special_tokens'), list):
-    # transformers 5 reads this older name too, and transformers 4 expects an object for the newer.
-    settings['additional_special_tokens'] = extra
-    del settings['extra_special_tokens']
-  write_json(path, settings)
-
-
-def _write_configs(folder: pathlib.Path, lm: LM, dtype: str | None) -> None:
-  """Write config.json and generation_config.json."""
   special = special_token_ids(lm.tokenizer, lm.eos_token_ids, lm.generation_config)
-  stored = dtype or str(jax.tree.leaves(lm.params)[0].dtype)
-  # transformers before 4.56 reads `torch_dtype`.
-  hf = {**config_to_hf(lm.config), **special, 'dtype': stored, 'torch_dtype': stored}
-  write_json(folder / 'config.json', hf)
   generation = {name: token for name, token in special.items() if token is not None}
-  write_json(folder / GENERATION_CONFIG, {**lm.generation_config, **generation})
-
-
-def _replace_model(folder: pathlib.Path, partial: pathlib.Path) -> None:
-  """Replace the model in `folder` by the files of `partial`, config.json last."""
-  (folder / 'config.json').unlink(missing_ok=True)
-  for stale in {f for pattern in MODEL_FILES for f in folder.glob(pattern)}:
-    stale.unlink()
-  names = sorted(f.name for f in partial.iterdir())
-  for name in [n for n in names if n != 'config.json'] + ['config.json']:
-    if (folder / name).is_dir():
-      shutil.rmtree(folder / name)
-    os.replace(partial / name, folder / name)
-  partial.rmdir()
+  save_folder(
+    path,
+    lm.params,
+    lm.config,
+    lm.tokenizer,
+    {**config_to_hf(lm.config), **special},
+    generation_config={**lm.generation_config, **generation},
+    dtype=dtype,
+    max_shard_bytes=max_shard_bytes,
+  )

@@ -14,6 +14,7 @@ from cai_jax.runtime.errors import UserError
 # Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
 RULES = (
   (r'(embed|head|positions)/table', P('tensor', 'fsdp')),  # [V,D] or [positions, D]
+  (r'score/table', P()),  # [C,D] of a reward model; so small that each device has all of it
   (r'.*(attention|delta)/(query|key|value|gate)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
   (r'.*attention/(query|key|value|gate)/bias', P('tensor', None)),  # [N,H]
   (r'.*(attention|delta)/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]

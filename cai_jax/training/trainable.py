@@ -1,4 +1,7 @@
-"""The trained parameters of a model: all of them, or low-rank adapters with the rest frozen."""
+"""The trained parameters of a model: all of them, or low-rank adapters with the rest frozen.
+
+The head of a reward model is trained in both cases, because it starts from random numbers.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from jax.sharding import Mesh
 
 from cai_jax.model import lora
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.score_head import HEAD, join_head, split_head
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.training.fit_config import FitConfig
@@ -21,11 +25,12 @@ class TrainableModel:
   """A model divided into trained and frozen parameters.
 
   Attributes:
-    graph: static half of the model that is trained, with its adapters if it has any.
+    graph: static half of the model that is trained, with its adapters if it has any. It does not
+      have the head of a reward model.
     params: initial values of the trained parameters.
     frozen: the other parameters, on the mesh in the compute dtype; None if all are trained.
     full_params: function that returns all parameters of the plain model for a train state, with
-      adapters merged.
+      adapters merged, and with the head of a reward model.
   """
 
   graph: nnx.GraphDef
@@ -39,7 +44,7 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
 
   Args:
     model: architecture of the model.
-    params: its parameters.
+    params: its parameters, with a head beside them if it is a reward model (`score_head`).
     config: the run's settings.
     mesh: the devices.
 
@@ -53,10 +58,20 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
   graph, _ = lora.abstract_model(model, adapter_config, config.dtype)
   # Every process draws the same adapters. They leave the device because the train state places them
   # on a mesh that may span processes.
-  adapters = jax.device_get(lora.init(model, adapter_config, jax.random.key(config.seed)))
+  trained = jax.device_get(lora.init(model, adapter_config, jax.random.key(config.seed)))
+  if HEAD in params:
+    params, head = split_head(params)
+    trained = join_head(trained, head)
   merge = jax.jit(
     lambda params, adapters: lora.merge(params, adapters, adapter_config),
     out_shardings=param_shardings(params, mesh),
   )
   frozen = place_frozen(params, config, mesh)
-  return TrainableModel(graph, adapters, frozen, lambda state: merge(params, state.eval_params))
+
+  def full_params(state: TrainState) -> Any:
+    if HEAD not in state.eval_params:
+      return merge(params, state.eval_params)
+    adapters, head = split_head(state.eval_params)
+    return join_head(merge(params, adapters), head)
+
+  return TrainableModel(graph, trained, frozen, full_params)

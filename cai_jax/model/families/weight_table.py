@@ -253,6 +253,17 @@ def _locate(
   return StoredWeight(names, stacked, tuple(axes), shape)
 
 
+def whole_tensor(name: str, shape: tuple[int, ...]) -> StoredWeight:
+  """Return where an array is stored whose tensor has the same axes.
+
+  Args:
+    name: the tensor's name.
+    shape: the shape of the array and of the tensor.
+  """
+  axes = tuple(StoredAxis((), (axis,), 0, size) for axis, size in enumerate(shape))
+  return StoredWeight((name,), None, axes, shape)
+
+
 def _part_size(row: Weight, shape: tuple[int, ...], number: int) -> int:
   """Return how many elements a part has behind the `+` of an axis of the tensor."""
   ours, theirs = row.axes.split('->')

@@ -166,11 +166,9 @@ class RewardModel:
     rows = []
     for index, messages in enumerate(conversations):
       try:
-        row = self.dialogue.conversation(messages)
+        row = tokens_to_score(self.dialogue, messages, self.pad_token_id)
       except UserError as error:
         raise UnreadableError(f'Conversation {index}: {error}') from error
-      while row and row[-1] == self.pad_token_id:
-        row.pop()
       if not 0 < len(row) <= self.config.max_positions:
         raise UnreadableError(
           f'Conversation {index} has {len(row)} tokens, but {self.name} reads 1 to '
@@ -249,6 +247,28 @@ def make_dialogue(
   """
   options = known_options(info.tokenizer, template_options) if style == 'chat' else ()
   return Dialogue(info.tokenizer, style, info.eos_token_ids, options, has_replies=False)
+
+
+def tokens_to_score(
+  dialogue: Dialogue, messages: Sequence[Message], pad_token_id: int | None
+) -> list[int]:
+  """Return the tokens of a conversation up to the one whose logits are the scores.
+
+  Padding tokens at the end are left out: transformers takes the logits at the last token that is
+  not the padding token.
+
+  Args:
+    dialogue: renders conversations for the model.
+    messages: the conversation, which ends with a reply.
+    pad_token_id: the model's padding token, or None.
+
+  Raises:
+    UserError: as `Dialogue.conversation`.
+  """
+  tokens = dialogue.conversation(messages)
+  while tokens and tokens[-1] == pad_token_id:
+    tokens.pop()
+  return tokens
 
 
 def find_label(labels: Sequence[str], label: int | str | None, name: str) -> int:

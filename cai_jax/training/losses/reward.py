@@ -1,9 +1,10 @@
 """The loss of a reward model: Bradley–Terry on the scores of two responses to one prompt.
 
-A reward model gives a response the score r(x, y), and P(y_w ≻ y_l) = σ(r(x, y_w) - r(x, y_l)) is the
-model of Bradley and Terry (1952). The loss is the cross-entropy of that probability with the label,
-as in Ouyang et al. 2022, section 3.5, equation 1. A label may be a probability itself, as the AI
-feedback of Bai et al. 2022, section 4.1 is. Each comparison counts once, whatever its length.
+A reward model gives each response a score r. In the model of Bradley and Terry (1952), the first
+response y_w is better than y_l with the probability σ(r(x, y_w) - r(x, y_l)). The loss is the
+cross-entropy of that probability with the label (Ouyang et al. 2022, section 3.5, equation 1). A
+label may itself be a probability, as AI feedback is (Bai et al. 2022, section 4.1). Each comparison
+counts once, whatever its length.
 """
 
 import jax

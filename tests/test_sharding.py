@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model import lora, sharding
 from cai_jax.model.config import DeltaRule, Experts, ModelConfig
+from cai_jax.model.score_head import init_head, join_head
 from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -49,7 +50,8 @@ CONFIGS = [
 def test_every_parameter_matches_one_rule_and_every_rule_matches_a_parameter():
   adapted = lora.abstract_model(CONFIGS[0], lora.LoraConfig(2, 16.0, 'attention/|mlp/'))[1]
   paths = {path for config in CONFIGS for path in flatten_params(abstract_model(config)[1])}
-  paths |= flatten_params(adapted).keys()
+  head = join_head({}, init_head(16, jax.random.key(0)))
+  paths |= flatten_params(adapted).keys() | flatten_params(head).keys()
   for path in paths:
     assert isinstance(partition_spec(path), P)  # raises unless exactly one rule matches
   for pattern, _ in RULES:

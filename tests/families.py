@@ -344,6 +344,12 @@ REPEATED = (
 
 # Other lines have the same parts. Generating with these and training them are slow tests.
 SIMILAR = (
+  'gemma3',
+  'ministral3',
+  'olmo3',
+  'phi3',
+  'qwen3_moe',
+  'smollm3',
   'mistral',
   'qwen2_windows',
   'qwen3',

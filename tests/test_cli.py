@@ -17,6 +17,65 @@ from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.settings import flatten
 from tests.pipeline_setup import ROOT
 
+# To end a process takes Python longer than to parse flags, so these do it without cleaning up.
+LEAVE = """
+import json, os, sys, traceback
+def leave_after(function):
+  code = None
+  try:
+    function()
+  except SystemExit as error:
+    code = error.code
+  except BaseException:
+    code = traceback.format_exc()
+  if isinstance(code, str):
+    print(code, file=sys.stderr)
+  for file in (sys.stdout, sys.stderr):
+    file.flush()
+  os._exit(code if isinstance(code, int) else int(code is not None))
+"""
+# Runs the command line of each line of its input in a process of its own, which is faster than to
+# import the program for each. Its output goes to files.
+RUN_LINES = (
+  LEAVE
+  + """
+from cai_jax import cli, pipeline
+for line in sys.stdin:
+  arguments, *outputs = json.loads(line)
+  if not os.fork():
+    for number, path in enumerate(outputs, start=1):
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ['launch.py', *arguments]
+    leave_after(cli.run)
+  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+)
+
+
+@pytest.fixture(scope='module')
+def run_program(tmp_path_factory):
+  """`run_program(*arguments)` runs the command line and returns its output and status."""
+  folder = tmp_path_factory.mktemp('output')
+  command = [sys.executable, '-c', RUN_LINES]
+  with subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    bufsize=1,
+  ) as server:
+
+    def run(*arguments):
+      paths = [folder / f'{len(list(folder.iterdir()))}-{name}' for name in ('out', 'err')]
+      server.stdin.write(json.dumps([arguments, *map(str, paths)]) + '\n')
+      status = int(server.stdout.readline())
+      return subprocess.CompletedProcess(arguments, status, *(path.read_text() for path in paths))
+
+    yield run
+    server.stdin.close()
+
 
 @pytest.mark.parametrize(
   'flag, message',
@@ -26,16 +85,10 @@ from tests.pipeline_setup import ROOT
     ('--config.train.learning_rate=fast', 'could not convert'),
   ],
 )
-def test_command_line_error_is_one_line(flag, message, tmp_path):
-  command = [sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={tmp_path}/run']
-  done = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True)
+def test_command_line_error_is_one_line(flag, message, tmp_path, run_program):
+  done = run_program('--config=configs/tiny.py', f'--workdir={tmp_path}/run', flag)
   assert done.returncode != 0 and message in done.stderr and 'Traceback' not in done.stderr
   assert not (tmp_path / 'run').exists()
-
-
-def run_program(*arguments):
-  command = [sys.executable, 'launch.py', *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_installed_command_loads_a_shipped_config(tmp_path):
@@ -84,19 +137,22 @@ BAD_CONFIGS = [
 ]
 # Parses the flags of each line of its input in a process of its own, which is faster than to start
 # the program for each.
-PARSE_LINES = """
-import json, os, sys
+PARSE_LINES = (
+  LEAVE
+  + """
 from cai_jax import cli
 from cai_jax.pipeline import schema
+def parse():
+  cli.parse(sys.argv)
+  with cli.short_errors():
+    schema.from_config(cli._CONFIG.value)
 for line in sys.stdin:
   if not os.fork():
     sys.argv = ['launch.py', *json.loads(line)]
-    cli.parse(sys.argv)
-    with cli.short_errors():
-      schema.from_config(cli._CONFIG.value)
-    sys.exit()
+    leave_after(parse)
   print('status', os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
 """
+)
 
 
 def test_an_error_in_a_config_is_one_line_with_its_place(tmp_path):
@@ -124,14 +180,14 @@ def test_an_error_in_a_config_is_one_line_with_its_place(tmp_path):
     assert status.startswith('1')
 
 
-def test_a_config_without_get_config_is_refused(tmp_path):
+def test_a_config_without_get_config_is_refused(tmp_path, run_program):
   path = tmp_path / 'mine.py'
   path.write_text('')
   done = run_program(f'--config={path}', f'--workdir={tmp_path}/run')
   assert done.stderr == f'error: {path} does not define get_config().\n'
 
 
-def test_help_names_stages_settings_and_examples():
+def test_help_names_stages_settings_and_examples(run_program):
   done = run_program('--help')
   assert done.returncode == 0 and not done.stderr
   for part in (*STAGES, '--config.model.base', '--config.data.d_cai', 'docs/configuration.md'):
@@ -166,7 +222,7 @@ def test_help_names_fields_that_exist():
     (('--config=configs/tiny.py', '--workdir=run', 'train'), 'Unexpected arguments: train'),
   ],
 )
-def test_missing_and_unexpected_arguments_are_explained(arguments, message):
+def test_missing_and_unexpected_arguments_are_explained(arguments, message, run_program):
   done = run_program(*arguments)
   assert done.returncode == 1 and re.search(message, done.stderr)
   assert 'error: ' in done.stderr

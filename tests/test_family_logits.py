@@ -15,6 +15,8 @@ from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 from tests.families import load_in_torch
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 B, T = 4, 40
 TOKENS = np.random.default_rng(0).integers(3, 300, (B, T))
 LENGTHS = np.array([33, 5, 40, 17])  # real tokens of padded rows

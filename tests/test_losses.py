@@ -18,6 +18,8 @@ from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.losses import cross_entropy, negative_log_likelihood, targets
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
 GRAPH, _ = abstract_model(CONFIG)
 loss = jax.jit(functools.partial(negative_log_likelihood, GRAPH))

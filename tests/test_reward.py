@@ -18,6 +18,8 @@ from cai_jax.scoring import reward
 from tests.conftest import SPECIAL
 from tests.families import FAMILIES, SHAPE
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 B, T = 3, 24
 TOKENS = np.random.default_rng(0).integers(3, 300, (B, T))  # the pad token is 0
 LENGTHS = np.array([24, 17, 5])

@@ -31,6 +31,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 HEAD = 16  # channels of a head
 PARTIAL = entries.RopeEntries(fraction=1.0)
 SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [1.0 + 3.0 * i for i in range(8)]
@@ -137,7 +139,10 @@ def test_the_choice_of_a_long_context_is_not_written():
     config_from_hf(whole).with_long_context()
 
 
-@pytest.mark.parametrize('name', ['llama2', 'mistral', 'qwen2', 'qwen3'])
+@pytest.mark.parametrize(
+  'name',
+  ['llama2', *(pytest.param(n, marks=pytest.mark.slow) for n in ('mistral', 'qwen2', 'qwen3'))],
+)
 @pytest.mark.parametrize('scaling', ['linear', 'dynamic', 'yarn', 'longrope'])
 def test_scaled_models_agree_with_transformers(tiny_hf_folder, tmp_path, name, scaling):
   """With longrope, transformers takes the long factors for texts beyond the original context."""

@@ -19,6 +19,8 @@ from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.scoring.likelihood import log_likelihoods
 from tests.test_engine import PREFIXES, assert_close, chain, contexts, items, run, tokens_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 DELTA = DeltaRule((0, 2), 2, 4, 8, 12, 4)
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=8)
 

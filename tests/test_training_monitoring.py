@@ -36,6 +36,8 @@ from cai_jax.training.metrics import (
 )
 from tests.training_setup import one_device, random_examples
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 MODEL = ModelConfig('llama', 48, 16, 32, 1, 4, 2, 8, 64)
 CONFIG = TrainConfig(epochs=4, batch_size=8, max_length=32, learning_rate=1e-2, eps=1e-2)
 EXAMPLES = random_examples(70)

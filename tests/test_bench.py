@@ -77,6 +77,7 @@ def test_lengths_are_skewed_and_within_bounds():
   assert min(ids) >= chains_lib.FIRST_ID and max(ids) < 1024
 
 
+@pytest.mark.slow
 def test_systems_agree_and_force_lengths(loaded, tmp_path):
   asks, chains = loaded
   rows = {'ours': {'batch': 8}, 'hf': {'batch': 3}}
@@ -197,6 +198,7 @@ def test_padding_is_neither_real_nor_a_target():
   assert real.tolist() == [[1, 1, 1, 0, 0]] and targets.tolist() == [[0, 0, 1, 0, 0]]
 
 
+@pytest.mark.slow
 def test_all_systems_have_the_same_losses_padded_or_packed(trained):
   asks, examples, packed = trained
   batches = {'ours': 0, 'hf_padded': 4, 'hf_packed': 2}

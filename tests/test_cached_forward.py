@@ -198,7 +198,7 @@ def test_cached_rows_of_different_lengths_equal_the_full_forward(load):
     np.testing.assert_allclose(logits[:, 0], full[range(B), lengths + step], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['llama3', 'mistral'])
+@pytest.mark.parametrize('name', [pytest.param('llama3', marks=pytest.mark.slow), 'mistral'])
 def test_where_pages_are_changes_no_bit(load, name):
   """Neither their order, nor the number of blocks, nor further pages, nor what they hold."""
   lm = load(name)
@@ -245,7 +245,7 @@ def test_windowed_layers_need_only_the_pages_of_their_window(load, name):
   np.testing.assert_allclose(results[1][-1][:, 0], full[[0, 1], [22, 19]], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('name', ['llama3', 'mistral'])
+@pytest.mark.parametrize('name', [pytest.param('llama3', marks=pytest.mark.slow), 'mistral'])
 def test_packed_tokens_of_several_rows_equal_separate_rows(load, name):
   """Rows differ in length and progress; one takes two pieces, and there is padding at the end."""
   lm = load(name)
@@ -258,7 +258,7 @@ def test_packed_tokens_of_several_rows_equal_separate_rows(load, name):
   np.testing.assert_array_equal(rows.values(1), STALE)  # row 1 had no token
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
 def test_half_precision_decode_equals_the_full_forward(load, dtype):
   """XLA for CPUs does not support some half-precision products with one query per row."""
   lm = dataclasses.replace(load('llama3'), dtype=dtype)

@@ -170,6 +170,7 @@ with compilation.kept_programs(config):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('names', [('a', 'a'), ('a', 'b'), ('a', '')])
 def test_processes_of_a_run_keep_programs_only_in_a_folder_that_they_share(
   names, tmp_path, monkeypatch

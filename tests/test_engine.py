@@ -94,7 +94,7 @@ def test_sampled_chains_are_independent_of_batch_mates_and_order(lm):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('windows', [(), (None, 40)])
+@pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_every_bit_is_independent_of_other_slots(lm, dtype, windows):
   """A chain that runs alone has other chunks, bursts, pages and numbers of rows."""
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)

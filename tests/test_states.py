@@ -51,7 +51,7 @@ def new_items(count=12):
   ]
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_every_bit_is_independent_of_other_slots(lm, dtype):
   """A chain that runs alone has other chunks, bursts and pages."""
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)

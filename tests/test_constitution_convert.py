@@ -48,6 +48,7 @@ def test_rules_for_choosing_become_principles(tmp_path, capsys):
   assert [p.id for p in loaded.principles] == ['rule_1', 'rule_2', 'rule_3']
   for principle, rule in zip(loaded.principles, rules, strict=True):
     assert f'"{rule}"' in principle.critique_request and f'"{rule}"' in principle.revision_request
+    assert principle.comparison_request == principle.comparison == rule
   assert 'Second part' not in target.read_text() and 'Not a rule' not in target.read_text()
   assert target.read_text().startswith('# Converted from source (SHA-256 ')
   assert '3 principles' in capsys.readouterr().out
@@ -71,6 +72,7 @@ def test_statements_on_which_both_groups_agree_become_principles(tmp_path):
   (principle,) = loaded.principles  # moderated, agreed, and equal ones once
   assert principle.id == 'statement_0'
   assert '"AI should be patient, and kind."' in principle.critique_request
+  assert '"AI should be patient, and kind." Choose' in principle.comparison_request
   loaded, _ = write(tmp_path, STATEMENTS, 'statements', '--consensus=0.2')
   assert [p.id for p in loaded.principles] == ['statement_0', 'statement_7']
 
@@ -99,6 +101,16 @@ def test_the_published_principles_for_reinforcement_learning_are_converted(tmp_p
   loaded, _ = write(tmp_path, text, 'choose')
   assert len(loaded.principles) == 16
   assert not any('Options' in p.critique_request for p in loaded.principles)
+  path = data_dir('cai_paper') / 'prompts' / 'RLMadisonInstructions.json'
+  assert load_constitution(ConstitutionConfig(str(path))).principles == loaded.principles
+
+
+def test_the_constitutions_of_the_package_ask_about_two_responses():
+  for name in ('general', 'everyday'):
+    principles = load_constitution(ConstitutionConfig(name)).principles
+    requests = {p.comparison_request for p in principles}
+    assert '' not in requests and len(requests) == len(principles)
+    assert all('hoose the response' in request for request in requests)
 
 
 def test_the_everyday_constitution_is_complete():

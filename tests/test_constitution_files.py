@@ -122,6 +122,8 @@ HEAD = 'principles: [{id: a, critique_request: b, revision_request: c}]\n'
     ('c.yaml', b'principles: \0', 'NUL'),
     ('c.yaml', '', "must be a mapping with 'principles'"),
     ('c.yaml', 'principles:\n  - Be kind.', 'principle 0 must be a mapping, .* has the form'),
+    ('c.json', {'principles': [{**ENTRY, 'comparison_request': ''}]}, 'request is blank'),
+    ('c.json', {'principles': [{**ENTRY, 'comparison_request': 3}]}, 'must be non-blank text'),
     ('c.json', ['Be kind.'], 'must map ids to principles, but got a list. .* has the form'),
     (
       'c.json',

@@ -1,6 +1,7 @@
 """Leaving principles out: who draws what, and what stays as it was."""
 
 import collections
+import dataclasses
 import itertools
 
 import pytest
@@ -88,3 +89,12 @@ def test_unknown_ids_and_an_empty_rest_are_refused(load):
     load('x')
   with pytest.raises(UserError, match='leaves no principle'):
     load(*WEIGHTS)
+
+
+def test_comparison_requests_change_what_labels_read_and_no_chain():
+  principle = Principle('kind', 'What is unkind?', 'Be kind.', 1.0, ('tone',))
+  asked = dataclasses.replace(principle, comparison_request='Choose the kinder one.')
+  plain, with_request = Constitution((principle,)), Constitution((asked,))
+  assert with_request.fingerprint() == plain.fingerprint()
+  assert with_request.comparisons_fingerprint() != plain.comparisons_fingerprint()
+  assert asked.comparison == 'Choose the kinder one.' and '"Be kind."' in principle.comparison

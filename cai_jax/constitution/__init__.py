@@ -8,6 +8,7 @@ A constitution is a YAML or JSON file of this form (see cai_jax/constitution.yam
       revision_request: ...          # asks the model to revise its response
       weight: 1.0                    # optional: relative probability of being drawn, above 0
       tags: [respect, general]       # optional: names that `ConstitutionConfig.tags` can select
+      comparison_request: ...        # optional: asks which of two responses is better
   demonstrations:                    # optional: few-shot dialogues, put before every prompt
     - - {role: user, content: ...}
       - {role: assistant, content: ...}
@@ -21,6 +22,9 @@ Harmlessness from AI Feedback" (repository anthropics/ConstitutionalHarmlessness
 CritiqueRevisionInstructions.json alone, or a folder that contains it and, optionally,
 CritiqueRevisionFewShotPrompts.json. The third form is that of Hugging Face's recipe:
 {"constitutions": [{"critic": ..., "revision": ...}], "system_chat": [[messages], ...]}.
+
+AI feedback asks the comparison requests. A JSON list of texts, such as the paper's
+RLMadisonInstructions.json, is a constitution of such requests; `convert` makes the others of each.
 """
 
 from cai_jax.constitution.loading import CONSTITUTIONS, ConstitutionConfig, load_constitution

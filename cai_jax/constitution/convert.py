@@ -1,11 +1,12 @@
-"""Convert published lists of principles into a constitution: requests for critique and revision.
+"""Convert published lists of principles into a constitution: requests of each kind.
 
   python -m cai_jax.constitution.convert --form=choose --input=public.txt --output=public.yaml
 
 Some constitutions are published as rules for choosing between two responses, or as statements about
 how an AI should behave. A critique and a revision need requests instead, so each rule is quoted in
-one of each. Nothing else of a rule is changed. The published texts are not part of this package:
-you convert your own copy. docs/constitutions.md says where each is published, and in which form.
+one of each. A rule for choosing is itself the request for a comparison. Nothing else of a rule is
+changed. The published texts are not part of this package: you convert your own copy.
+docs/constitutions.md says where each is published, and in which form.
 
 Read the result before you use it, and delete rules that say nothing about a single response.
 """
@@ -48,11 +49,13 @@ class Form:
     read: maps a file's text and the least consensus to the rules.
     critique: the critique request, with {} in place of the rule.
     revision: the revision request, with {} in place of the rule.
+    comparison: the comparison request, likewise.
   """
 
   read: Callable[[str, float], list[Rule]]
   critique: str
   revision: str
+  comparison: str
 
 
 FORMS: Registry[Form] = Registry('form of a published constitution')
@@ -138,6 +141,7 @@ FORMS.register('choose')(
     'This rule chooses between responses: "{}" Identify everything in your last response for which '
     'the rule would prefer another one.',
     'Rewrite your last response so that this rule would choose it: "{}"',
+    '{}',
   )
 )
 FORMS.register('statements')(
@@ -146,6 +150,7 @@ FORMS.register('statements')(
     'Many people agree with this statement: "{}" Identify everything in your last response that '
     'does not fit it.',
     'Rewrite your last response so that it fits this statement: "{}"',
+    'Many people agree with this statement: "{}" Choose the response that fits it better.',
   )
 )
 
@@ -169,6 +174,7 @@ def convert(text: str, form: str, consensus: float = CONSENSUS) -> list[dict[str
       'id': name,
       'critique_request': FORMS[form].critique.format(rule),
       'revision_request': FORMS[form].revision.format(rule),
+      'comparison_request': FORMS[form].comparison.format(rule),
     }
     for rule, name in by_text.items()
   ]

@@ -107,6 +107,8 @@ def _principle(index: int, entry: Any) -> Principle:
     raise UserError(f'{where} has the unknown fields {show(unknown)}. {_FIELDS_HINT}')
   if not isinstance(entry.get('tags', []), list):
     raise UserError(f'{where}: tags must be a list of names, but got {show(entry["tags"])}.')
+  if entry.get('comparison_request', 'x') in ('', None):
+    raise UserError(f'{where}: comparison_request is blank. Leave it out, or write a request.')
   for field in REQUIRED_FIELDS[1:]:
     if isinstance(entry[field], str) and _LABEL.match(entry[field]):
       raise UserError(

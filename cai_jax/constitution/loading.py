@@ -4,12 +4,14 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 
-from cai_jax.constitution.files import read_constitution
+from cai_jax.constitution.convert import convert
+from cai_jax.constitution.files import MAX_SIZE, read_constitution
 from cai_jax.constitution.principles import Constitution, Principle
 from cai_jax.constitution.prose import SUFFIX, read_prose
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.registry import Registry
 from cai_jax.runtime.settings import setting
+from cai_jax.runtime.text_files import parse_json, read_text
 
 GENERAL = str(pathlib.Path(__file__).parents[1] / 'constitution.yaml')
 EVERYDAY = str(pathlib.Path(__file__).parent / 'everyday.yaml')
@@ -27,8 +29,9 @@ class ConstitutionConfig:
   path: str = setting(
     'general',
     "'general' (against harm), 'everyday' (for ordinary help), 'tiny', a YAML or JSON file, the "
-    'folder of the published JSON files, or a Markdown file in sections, each of which is a '
-    'principle. docs/constitutions.md lists constitutions.',
+    'folder of the published JSON files, a JSON list of rules for choosing between responses, or a '
+    'Markdown file in sections, each of which is a principle. docs/constitutions.md lists '
+    'constitutions.',
     path=True,
   )
   tags: tuple[str, ...] = setting(
@@ -57,6 +60,9 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
   try:
     if path.lower().endswith(SUFFIX):
       constitution = read_prose(path)
+    elif _is_list(path):
+      rules = convert(read_text(path, MAX_SIZE), 'choose')
+      constitution = Constitution(tuple(Principle(**rule) for rule in rules))
     else:
       principles, demonstrations = read_constitution(path, sorted(CONSTITUTIONS))
       constitution = Constitution(tuple(principles), tuple(demonstrations))
@@ -70,6 +76,18 @@ def load_constitution(config: ConstitutionConfig) -> Constitution:
   return dataclasses.replace(
     constitution, principles=kept, drawn_from=selected if kept != selected else ()
   )
+
+
+def _is_list(path: str) -> bool:
+  """Return whether a file is a JSON list of rules, each of which says what to choose."""
+  if not path.lower().endswith('.json') or not pathlib.Path(path).is_file():
+    return False
+  text = read_text(path, MAX_SIZE)
+  try:
+    rules = parse_json(text) if text.lstrip().startswith('[') else []
+  except (ValueError, RecursionError):
+    return False
+  return bool(rules) and all(isinstance(r, str) and 'choose' in r.lower() for r in rules)
 
 
 def _check_different(principles: Sequence[Principle]) -> None:

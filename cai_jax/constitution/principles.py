@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from cai_jax.runtime.text_files import check_characters
 MAX_WEIGHT = 1e100  # keeps sums of weights finite
 MAX_ID = 200  # characters
 REQUIRED_FIELDS = ('id', 'critique_request', 'revision_request')
-PRINCIPLE_FIELDS = (*REQUIRED_FIELDS, 'weight', 'tags')
+PRINCIPLE_FIELDS = (*REQUIRED_FIELDS, 'weight', 'tags', 'comparison_request')
+_OPTIONAL = ('comparison_request',)
+# What a principle without a `comparison_request` asks about two responses.
+IMPLIED_COMPARISON = (
+  'Consider this request to rewrite a response: "{}" Choose the response that needs less rewriting.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Principle:
     revision_request: asks for a revision of the latest response.
     weight: relative probability of being drawn, above 0 and at most `MAX_WEIGHT`.
     tags: names by which a config can select the principle.
+    comparison_request: asks which of two responses is better, for AI feedback; '' leaves it to
+      `comparison`.
 
   Raises:
     UserError: if the id or a request is blank, or the weight is out of range.
@@ -36,9 +44,10 @@ class Principle:
   revision_request: str
   weight: float = 1.0
   tags: tuple[str, ...] = ()
+  comparison_request: str = ''
 
   def __post_init__(self) -> None:
-    for name in REQUIRED_FIELDS:
+    for name in (*REQUIRED_FIELDS, *(() if self.comparison_request == '' else _OPTIONAL)):
       value = getattr(self, name)
       if not isinstance(value, str) or not value.strip():
         raise UserError(f'{name} must be non-blank text, but got {show(value)}.')
@@ -57,6 +66,15 @@ class Principle:
     ):
       raise UserError(f'tags must be a list of names, but got {show(self.tags)}.')
     object.__setattr__(self, 'tags', tuple(self.tags))
+
+  @property
+  def comparison(self) -> str:
+    """What a feedback model is asked about two responses.
+
+    A principle without a `comparison_request` quotes its revision request, which says what a good
+    response is like, see `IMPLIED_COMPARISON`.
+    """
+    return self.comparison_request or IMPLIED_COMPARISON.format(self.revision_request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +116,33 @@ class Constitution:
       _check_demonstration(i, dialogue)
 
   def fingerprint(self) -> str:
-    """Return a hash of the whole content: 16 hex digits, the same on every machine."""
+    """Return a hash of all that chains read: 16 hex digits, the same on every machine.
+
+    Only labels depend on the comparison requests, see `comparisons_fingerprint`.
+    """
     fields = dataclasses.asdict(self)
     for name in ('drawn_from', 'sections'):
       if not fields[name]:  # earlier versions left out no principle, and read no document
         del fields[name]
-    content = json.dumps(fields, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    for principle in (*fields['principles'], *fields.get('drawn_from', ())):
+      del principle['comparison_request']
+    return _digest(fields)
+
+  def comparisons_fingerprint(self) -> str:
+    """Return a hash of all that AI feedback reads: 16 hex digits, the same on every machine."""
+    drawn = self.drawn_from or self.principles
+    return _digest([self.fingerprint(), [principle.comparison for principle in drawn]])
 
   @property
   def document(self) -> str:
     """The sections of the principles as one text; '' if the principles come from a list."""
     kept = {principle.id for principle in self.principles}
     return '\n\n'.join(text for name, text in self.sections if name in kept)
+
+
+def _digest(content: Any) -> str:
+  text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def draw_principles(

@@ -21,6 +21,9 @@ REVISION = (
   'Rewrite your last response so that it follows the section "{title}" of our constitution and '
   'still helps.'
 )
+COMPARISON = (
+  'Here is a section of our constitution:\n\n{text}\n\nChoose the response that follows it better.'
+)
 _HEADING = re.compile(r' {0,3}#{1,6}[ \t]+(?P<title>.*?)[ \t#]*$')
 _FENCE = re.compile(r' {0,3}(```|~~~)')
 
@@ -43,7 +46,12 @@ def read_prose(path: str) -> Constitution:
       'text below it.'
     )
   principles = [
-    Principle(_name(title), CRITIQUE.format(text=text), REVISION.format(title=title))
+    Principle(
+      _name(title),
+      CRITIQUE.format(text=text),
+      REVISION.format(title=title),
+      comparison_request=COMPARISON.format(text=text),
+    )
     for title, text in sections
   ]
   texts = tuple((p.id, text) for p, (_, text) in zip(principles, sections, strict=True))

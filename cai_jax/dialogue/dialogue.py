@@ -209,6 +209,20 @@ class Dialogue:
     # The text would merge with the end of the prompt, whose tokens are already fixed.
     return self._encoder.encode([Tokens(()), *turn])
 
+  def continue_reply(self, tokens: Sequence[int], text: str) -> list[int]:
+    """Return the tokens of a text that continues a reply.
+
+    Args:
+      tokens: token ids of the reply so far, without the token that ends a turn.
+      text: what follows them.
+
+    Raises:
+      UserError: if the text cannot be encoded.
+    """
+    check_text(text)
+    given = tuple(int(token) for token in tokens)
+    return self._encoder.encode([Tokens(given), Text(text)])[len(given) :]
+
   def _thoughts(self, thoughts: str) -> list[Piece]:
     """Return the pieces of thoughts and their marks."""
     if not self.thinks:

@@ -43,11 +43,31 @@ def label_log_probabilities(
     UserError: if labels cannot be told apart, or a server gives no log-probabilities.
   """
   context, tokens = _find_tokens(stage, turn_name, messages, role, labels)
+  return (yield from read_labels(stage, turn_name, context, tokens, _is_sampled(messages)))
+
+
+def read_labels(
+  stage: Stage, turn_name: str, context: Sequence[int], tokens: Sequence[int], is_sampled: bool
+) -> Generator[Turn, Completion, list[float]]:
+  """Return log P(token | context) of the token of each label, in nats. Takes one turn per label.
+
+  Args:
+    stage: the model that is asked.
+    turn_name: the turns are called `label_turns(turn_name, len(tokens))`.
+    context: token ids up to the label.
+    tokens: different token ids, one for each label, as `split_labels` returns them.
+    is_sampled: whether the context has text of a model. If so, a context that the model cannot read
+      ends the chain, and not the run.
+
+  Raises:
+    ChainEnded: if an earlier reply makes the turns impossible.
+    UserError: if a server gives no log-probabilities.
+  """
   numbers = []
-  for name, token in zip(label_turns(turn_name, len(labels)), tokens, strict=True):
+  for name, token in zip(label_turns(turn_name, len(tokens)), tokens, strict=True):
     sampling = _sampling(0.0, (token,))
-    turn = LabelTurn(name, context, sampling, stage.model, labels=(token,))
-    completion = yield from _ask(messages, turn)
+    turn = LabelTurn(name, list(context), sampling, stage.model, labels=(token,))
+    completion = yield from _ask(turn, is_sampled)
     numbers.append(completion.logprobs[0])
   if not all(map(math.isfinite, numbers)):
     raise UserError(
@@ -55,6 +75,29 @@ def label_log_probabilities(
       'server with log-probabilities or a model in memory.'
     )
   return numbers
+
+
+def split_labels(
+  turn_name: str, replies: Sequence[Sequence[int]], labels: Sequence[str]
+) -> tuple[list[int], tuple[int, ...]]:
+  """Return the tokens that some replies have in common, and the token in which each differs.
+
+  Args:
+    turn_name: the name of the decision, for the error message.
+    replies: token ids of the reply that begins with each label.
+    labels: the labels.
+
+  Raises:
+    UserError: if the labels cannot be told apart by one token.
+  """
+  shared = os.path.commonprefix([list(reply) for reply in replies])  # works for any sequences
+  tokens = tuple(reply[len(shared)] for reply in replies if len(reply) > len(shared))
+  if len(labels) < 2 or len({*tokens}) < len(labels):
+    raise UserError(
+      f'turn {turn_name!r}: the labels {tuple(labels)!r} do not differ in one token of the '
+      "model's tokenizer. Use two or more labels that begin differently."
+    )
+  return list(shared), tokens
 
 
 def label_turns(turn_name: str, count: int) -> list[str]:
@@ -95,7 +138,7 @@ def choose_label(
   context, tokens = _find_tokens(stage, turn_name, messages, role, labels)
   sampling = _sampling(stage.sampling.temperature, tokens)
   turn = LabelTurn(turn_name, context, sampling, stage.model, labels=tokens)
-  completion = yield from _ask(messages, turn)
+  completion = yield from _ask(turn, _is_sampled(messages))
   return tokens.index(completion.tokens[0]), completion.logprobs[0]
 
 
@@ -115,12 +158,17 @@ def probe_labels(stage: Stage, turn_name: str, messages: Sequence[Message]) -> L
   return LabelTurn(turn_name, context, sampling, stage.model, labels=tokens)
 
 
-def _ask(messages: Sequence[Message], turn: LabelTurn) -> Generator[Turn, Completion, Completion]:
+def _is_sampled(messages: Sequence[Message]) -> bool:
+  """Return whether a model wrote one of the messages."""
+  return any(isinstance(message['content'], Reply) for message in messages)
+
+
+def _ask(turn: LabelTurn, is_sampled: bool) -> Generator[Turn, Completion, Completion]:
   """Yield a turn, and check that a label replies."""
   try:
     completion = yield turn
   except UserError as error:  # the engine refuses the turn
-    if any(isinstance(message['content'], Reply) for message in messages):
+    if is_sampled:
       raise ChainEnded(turn.name, str(error)) from error
     raise
   if completion.finish_reason == 'content_filter':
@@ -143,17 +191,11 @@ def _find_tokens(
       'between labels. Serve it with completions, or use a variant without labels.'
     )
   replies = [stage.dialogue.reply(label, role) for label in labels]
-  shared = os.path.commonprefix(replies)  # works for any sequences
-  tokens = tuple(reply[len(shared)] for reply in replies if len(reply) > len(shared))
-  if len(labels) < 2 or len({*tokens}) < len(labels):
-    raise UserError(
-      f'turn {turn_name!r}: the labels {tuple(labels)!r} do not differ in one token of the '
-      "model's tokenizer. Use two or more labels that begin differently."
-    )
+  shared, tokens = split_labels(turn_name, replies, labels)
   try:
     context = stage.render(messages, role)
   except UserError as error:
-    if any(isinstance(message['content'], Reply) for message in messages):
+    if _is_sampled(messages):
       raise ChainEnded(turn_name, str(error)) from error
     raise
   return [*context, *shared], tokens

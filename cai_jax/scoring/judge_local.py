@@ -163,10 +163,14 @@ def _reply_tokens(dialogue: Dialogue, text: str) -> list[int]:
   return tokens[:-1] if tokens[-1] in dialogue.stop_token_ids else tokens
 
 
-def _close_thought(tokenizer: Any, tokens: list[int]) -> list[int]:
+def close_thought(tokenizer: Any, tokens: list[int]) -> list[int]:
   """Return tokens that end outside a thought, because a verdict is not part of one.
 
   A chat template of a reasoning model may open a thought at the end of its prompt.
+
+  Args:
+    tokenizer: the judge's tokenizer.
+    tokens: token ids of the question, and of what the judge wrote.
   """
   control = control_tokens(tokenizer)
   think, end_of_thought = control.get('<think>'), control.get('</think>')
@@ -197,7 +201,7 @@ def _reason(
   pairs = {}
   for (question, context), completion in zip(contexts.items(), completions, strict=True):
     written = completion.tokens[: -1 if completion.finish_reason == 'stop' else None]
-    before = _close_thought(lm.tokenizer, context + written)
+    before = close_thought(lm.tokenizer, context + written)
     splits = [common_length(opening, answer) for answer in answers]
     pairs[question] = [
       (before + answer[:split], answer[split:])

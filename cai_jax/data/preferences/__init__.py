@@ -6,6 +6,7 @@
 
 from cai_jax.data.preferences import d_cai_pairs as d_cai_pairs  # registers its form
 from cai_jax.data.preferences import hh_rlhf as hh_rlhf  # registers its form
+from cai_jax.data.preferences import hhh as hhh  # registers its form
 from cai_jax.data.preferences.comparisons import Comparison, JudgedResponse, judge_both
 from cai_jax.data.preferences.d_cai_pairs import PAIRS, write_preferences
 from cai_jax.data.preferences.forms import FORMS

@@ -2,14 +2,15 @@
 
 import dataclasses
 
+from cai_jax.data.preferences import FORMS as FORMS_OF_COMPARISONS
 from cai_jax.dialogue.format import FORMATS
+from cai_jax.feedback.comparisons.asking import VERDICTS
 from cai_jax.feedback.comparisons.pairing import PAIRINGS
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.sampling.remote import RemoteConfig
 
 MAX_RESPONSES = 64
-VERDICTS = ('logprobs', 'text')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,25 @@ class LabelConfig:
   )
   comparisons: tuple[str, ...] = setting(
     (),
-    'Files of comparisons to label again, in place of sampled responses. docs/preferences.md lists '
-    'their forms.',
+    'Files of comparisons to label again, in place of sampled responses.',
     added=True,
     path=True,
   )
+  comparisons_limit: int = setting(
+    -1,
+    'Number of comparisons that are read of each file in `comparisons`; -1 reads all.',
+    added=True,
+  )
+  form: str = setting(
+    'trl',
+    f'Form of the files in `comparisons`: one of {tuple(FORMS_OF_COMPARISONS)}, or one that a '
+    'plugin registers.',
+    added=True,
+  )
   model: str = setting(
     'base',
-    "The feedback model: 'base' (M_θ), 'aligned' (M_aligned), a folder or a hub name. Must be '' "
-    'if label.remote is set.',
+    "The feedback model: 'base' (M_θ), 'aligned' (M_aligned), a folder, a hub name, or a judge "
+    "such as 'tiny-oracle'. label.remote replaces it.",
     added=True,
     path=True,
   )
@@ -115,6 +126,7 @@ class LabelConfig:
     added=True,
     path=True,
   )
+  labelled_form: str = setting('trl', 'Form of the files in `labelled`, as in `form`.', added=True)
   labelled_limit: int = setting(
     400, 'Number of comparisons that are read of each file in `labelled`; -1 reads all.', added=True
   )
@@ -129,14 +141,21 @@ class LabelConfig:
         f'0, or between 2 and {MAX_RESPONSES}',
       ),
       ('pairs', self.pairs in PAIRINGS, f'one of {tuple(PAIRINGS)}'),
+      *(
+        (name, getattr(self, name) in FORMS_OF_COMPARISONS, f'one of {tuple(FORMS_OF_COMPARISONS)}')
+        for name in ('form', 'labelled_form')
+      ),
       ('principles', self.principles >= 1, 'at least 1'),
-      ('verdict', self.verdict in VERDICTS, f'one of {VERDICTS}'),
+      ('verdict', self.verdict in VERDICTS, f'one of {tuple(VERDICTS)}'),
       ('thoughts', self.thoughts >= 0, 'at least 0'),
       ('samples', self.samples >= 1, 'at least 1'),
       ('temperature', self.temperature >= 0, 'at least 0'),
       ('clamp', 0 <= low <= 0.5 <= high <= 1, 'two numbers in [0, 0.5] and [0.5, 1]'),
       ('style', self.style in FORMATS, f'one of {tuple(FORMATS)}'),
-      ('labelled_limit', self.labelled_limit == -1 or self.labelled_limit > 0, '-1 or at least 1'),
+      *(
+        (name, getattr(self, name) == -1 or getattr(self, name) > 0, '-1 or at least 1')
+        for name in ('comparisons_limit', 'labelled_limit')
+      ),
     )
     for name, valid, allowed in checks:
       if not valid:

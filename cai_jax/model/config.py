@@ -414,7 +414,9 @@ class ModelConfig:
     """Return the number of parameters of one expert."""
     return 3 * self.d_model * experts.d_ff + experts.bias * (2 * experts.d_ff + self.d_model)
 
-  def training_flops(self, lengths: ArrayLike, adapters: bool = False) -> float:
+  def training_flops(
+    self, lengths: ArrayLike, adapters: bool = False, has_logits: bool = True
+  ) -> float:
     """Return the FLOPs of matrix products that one training step needs.
 
     Per parameter and token, the forward pass takes 2 FLOPs and the backward pass takes 4. A table
@@ -426,9 +428,11 @@ class ModelConfig:
       lengths: i[n], number of tokens of each sequence.
       adapters: whether only low-rank adapters are trained, which needs no gradients of the other
         parameters.
+      has_logits: whether logits are computed. A reward model has none.
     """
     lengths = np.asarray(lengths, np.float64)
-    looked_up = 0 if self.tied_embeddings else self.vocab_size * self.d_model
+    tables = (not self.tied_embeddings) + (not has_logits)
+    looked_up = tables * self.vocab_size * self.d_model
     looked_up += self.learned_positions * self.max_positions * self.d_model
     products = (
       (4 if adapters else 6) * (self._count_params(active=True) - looked_up) * lengths.sum()

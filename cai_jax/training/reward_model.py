@@ -49,6 +49,21 @@ class InitialReward(NamedTuple):
     """The parameters to train: the decoder's and the head."""
     return join_head(self.classifier.params, {'table': self.classifier.score})
 
+  @property
+  def lm(self) -> LM:
+    """The model in the form that `preference.prefer` trains. It computes no logits."""
+    info = self.classifier.info
+    return LM(
+      config=info.config,
+      params=self.params,
+      tokenizer=info.tokenizer,
+      mesh=self.classifier.mesh,
+      dtype='float32',
+      name='the reward model',
+      fingerprint=self.fingerprint,
+      eos_token_ids=info.eos_token_ids,
+    )
+
 
 def inspect_start(path: str | os.PathLike) -> ClassifierInfo:
   """Check that `load_start` would succeed, without reading the values of the weights.

@@ -16,6 +16,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.score_head import HEAD, join_head, split_head
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.errors import UserError
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.state import TrainState, place_frozen
 
@@ -49,8 +50,10 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
     mesh: the devices.
 
   Raises:
-    UserError: if `lora_modules` matches no linear layer.
+    UserError: if `lora_modules` matches no linear layer, or the loss trains a head and there is
+      none, or the other way round.
   """
+  _check_head(params, config)
   adapter_config = config.lora
   if adapter_config is None:
     graph, _ = abstract_model(model, config.dtype)
@@ -75,3 +78,18 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
     return join_head(merge(params, adapters), head)
 
   return TrainableModel(graph, trained, frozen, full_params)
+
+
+def _check_head(params: Any, config: FitConfig) -> None:
+  """Check that the parameters have a head if, and only if, the loss trains one."""
+  head = config.registered_loss.head
+  if head is not None and head not in params:
+    raise UserError(
+      f'The loss {config.loss_name!r} trains a head, and a language model has none. Start from '
+      '`reward_model.load_start(path, mesh, seed).lm`, or from `reward_model.add_head(lm, seed).lm`.'
+    )
+  if head is None and HEAD in params:
+    raise UserError(
+      f'The model is a reward model, which has no logits, but the loss {config.loss_name!r} needs '
+      'a language model. Start from a language model.'
+    )

@@ -52,10 +52,10 @@ def measure_workload(
   step_lengths = [
     np.array([length for row in step.rows for i in row for length in lengths[i]]) for step in steps
   ]
-  adapters = config.lora is not None
+  options = {'adapters': config.lora is not None, 'has_logits': not config.registered_loss.head}
   return Workload(
     tokens=np.array([x.sum() for x in step_lengths]),
-    flops=np.array([model.training_flops(x, adapters=adapters) for x in step_lengths]),
+    flops=np.array([model.training_flops(x, **options) for x in step_lengths]),
     peak_flops=hardware.peak_flops(list(mesh.devices.flat), config.dtype),
     example_ids=packing.Batches(examples, steps).example_ids,
   )

@@ -7,8 +7,103 @@ label may itself be a probability, as AI feedback is (Bai et al. 2022, section 4
 counts once, whatever its length.
 """
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from cai_jax.model.score_head import HEAD, score_states, split_head
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.settings import setting
+from cai_jax.runtime.values import convert_fields
+from cai_jax.training.losses.comparisons import (
+  PREFERENCE_METRICS,
+  comparison_mask,
+  preference_metrics,
+  sides,
+)
+from cai_jax.training.losses.logprobs import sum_segments
+from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """Options of `reward`."""
+
+  centering: float = setting(
+    0.0, 'Factor of the squared sum of the two scores, which keeps scores near 0.'
+  )
+  margins: bool = setting(
+    False, 'Whether the better response must lead by the margin that each comparison then needs.'
+  )
+
+  def __post_init__(self):
+    convert_fields(self, 'options')
+    if not 0 <= self.centering < math.inf:
+      raise UserError(f'options: centering={self.centering} must be a number of at least 0.')
+
+
+@register_loss(
+  'reward',
+  normalizations={'comparison': 'num_comparisons'},
+  routes=True,
+  units='comparison',
+  values=('probability',),
+  settings=Reward,
+  head=HEAD,
+  metrics=PREFERENCE_METRICS,
+)
+def reward_loss(
+  graph: nnx.GraphDef,
+  params: Any,
+  batch: Batch,
+  sharding: NamedSharding | None = None,
+  remat: str = 'none',
+  attention: str = 'xla',
+  *,
+  settings: Reward,
+) -> tuple[jax.Array, Sums]:
+  """Return the summed loss of the comparisons, and the sums of `preference_metrics`.
+
+  The score of a response is that of the last token of its segment; no logits of the vocabulary are
+  computed. `num_tokens` counts the tokens that the loss mask marks.
+
+  The arguments are those of `LossFunction`; `params` has the head beside the decoder's parameters.
+
+  Raises:
+    UserError: if `settings.margins` is set, and the comparisons have none.
+  """
+  if settings.margins and 'margin' not in batch:
+    raise UserError(
+      'options: margins=True, but the comparisons have no margin. Build their units with margins, '
+      'or set margins=False.'
+    )
+  params, head = split_head(params)
+  segments = batch['segment_ids']
+  hidden, routing = nnx.merge(graph, params).forward(
+    batch['tokens'],
+    batch['positions'],
+    segments,
+    sharding=sharding,
+    remat=remat,
+    attention=attention,
+  )
+  scores = last_scores(score_states(hidden, head['table'])[..., 0], segments)
+  (chosen, rejected), (probability, _) = sides(scores), sides(batch['probability'])
+  margin = sides(batch['margin'])[0] if settings.margins else 0.0
+  mask = comparison_mask(batch)
+  losses = bradley_terry(chosen, rejected, probability, margin, settings.centering)
+  sums: Sums = {
+    'num_tokens': jnp.sum(batch['loss_mask']).astype(jnp.float32),
+    **preference_metrics(chosen, rejected, probability, mask),
+  }
+  if routing is not None:
+    sums[ROUTING] = routing
+  return jnp.sum(losses * mask), sums
 
 
 def bradley_terry(
@@ -22,8 +117,8 @@ def bradley_terry(
 
   The margin m is that of Touvron et al. 2023 (Llama 2), section 3.2.2, equation 2: the better
   response must lead by it. The last term keeps scores near 0, since the first two depend only on
-  their difference (Eisenstein et al. 2023, equation 2). If the two sides change places, with 1 - p
-  and -m, the loss is the same.
+  their difference (Eisenstein et al. 2023, as TRL implements it). If the two sides change places,
+  with 1 - p and -m, the loss is the same.
 
   Args:
     chosen: r_w f32[...], the scores of the first responses.
@@ -40,19 +135,12 @@ def bradley_terry(
   return loss + centering * jnp.square(chosen + rejected)
 
 
-def scores_of_segments(scores: jax.Array, segment_ids: jax.Array) -> jax.Array:
-  """Return the score at the last token of each segment.
+def last_scores(scores: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  """Return f32[B,T], in column s - 1 the score at the last token of segment s.
 
   Args:
     scores: f32[B,T], the score at each token.
-    segment_ids: i32[B,T], from 1 in each row in ascending order; 0 is padding.
-
-  Returns:
-    f32[B,T], whose column s - 1 belongs to segment s of the row; 0 where there is no segment.
+    segment_ids: i32[B,T], from 1 in each row; 0 is padding.
   """
   following = jnp.roll(segment_ids, -1, axis=1).at[:, -1].set(0)
-  is_last = (segment_ids > 0) & (segment_ids != following)
-  rows = jnp.arange(scores.shape[0])[:, None]
-  # All other tokens go to a column outside the array, which `drop` ignores.
-  columns = jnp.where(is_last, segment_ids - 1, scores.shape[1])
-  return jnp.zeros_like(scores).at[rows, columns].set(scores, mode='drop')
+  return sum_segments(jnp.where(segment_ids != following, scores, 0.0), segment_ids)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import jax
@@ -11,13 +12,19 @@ import safetensors.numpy
 import torch
 import transformers
 
+from cai_jax.data.preferences import Comparison
+from cai_jax.dialogue import Dialogue
 from cai_jax.model import classifier as classifiers
 from cai_jax.model import lora
 from cai_jax.model.score_head import INITIAL_STD, split_head
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import reward
+from cai_jax.tiny import world
+from cai_jax.tiny.files import MODELS
 from cai_jax.training import reward_model
+from cai_jax.training.prefer_config import PreferConfig
+from cai_jax.training.preference import prefer
 from cai_jax.training.state import init_state
 from cai_jax.training.trainable import divide_model
 from tests.families import FAMILIES, REPEATED, SIMILAR
@@ -166,3 +173,72 @@ def test_the_head_is_trained_with_and_without_adapters(load, rank):
     assert 'score' not in divided.frozen
     adapters, others = lora.split(divided.params)
     assert adapters and list(others) == ['score']
+
+
+def draw_comparisons(split, count, seed):
+  """Draw comparisons of the embedded world: an answer without violations, and one with some."""
+  rng, pairs = random.Random(seed), []
+  triples = world.list_triples(split)
+  while len(pairs) < count:
+    request = world.draw_request(rng, rng.choice(triples), num_baits=1 + len(pairs) % 2)
+    prompt = world.write_dialogue(rng, request, world.draw_request(rng, rng.choice(triples)))
+    answers = [world.write_answer(rng, request) for _ in range(8)]
+    good = [a for a in answers if not any(s.role == 'violation' for s in a)]
+    bad = [a for a in answers if any(s.role == 'violation' for s in a)]
+    if good and bad:
+      # Every other label is the other way round, so the first side is not always the better one.
+      sides = [world.render(good[0]), world.render(bad[0])][:: 1 - 2 * (len(pairs) % 2)]
+      probability = 1.0 - len(pairs) % 2
+      pairs.append(Comparison(f'pair {len(pairs)}', tuple(prompt), *sides, probability))
+  return pairs
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_the_rules_of_the_embedded_world(tmp_path):
+  mesh = one_device()
+  start = reward_model.load_start(MODELS['tiny-small'], mesh, 0)
+  dialogue = reward.make_dialogue(start.classifier.info)
+  config = PreferConfig(
+    objective='reward', epochs=4, batch_size=8, max_length=512, learning_rate=2e-3
+  )
+  built = reward_model.build_reward_units(
+    draw_comparisons('train', 400, 0), dialogue, start.classifier.info, max_length=512
+  )
+  params, summary = prefer(start.lm, built.units, config, tmp_path / 'run')
+  trained = reward_model.finish_reward_model(start, params)
+  classifiers.save_classifier(trained, tmp_path / 'reward_model')
+  model = reward.load(tmp_path / 'reward_model', mesh=mesh)
+  pairs = draw_comparisons('eval', 200, 1)
+
+  def score(side):
+    replies = [getattr(pair, side) for pair in pairs]
+    return np.array(model.scores(reward.append_replies([p.prompt for p in pairs], replies)))
+
+  right = (score('chosen') > score('rejected')) == np.array([p.probability > 0.5 for p in pairs])
+  assert right.mean() > 0.9
+
+
+def test_units_of_a_reward_model_are_the_tokens_that_are_scored(load):
+  info = reward_model.add_head(load('llama3'), 0).classifier.info
+  dialogue = reward.make_dialogue(info)
+  asked = ({'role': 'user', 'content': 'Hello'},)
+  pairs = [
+    Comparison('a', asked, 'Yes.', 'No.', 0.75, margin=2.0),
+    Comparison('b', asked, 'Yes. ' * 40, 'No.', margin=1.0),
+  ]
+  built = reward_model.build_reward_units(pairs, dialogue, info, max_length=80, margins=True)
+  assert built.counts == {'rows': 2, 'kept': 1, 'dropped': {'too_long': 1}}
+  (unit,) = built.units
+  for segment, text in zip(unit.segments, ('Yes.', 'No.'), strict=True):
+    messages = [*asked, {'role': 'assistant', 'content': text}]
+    expected = load('llama3').tokenizer.apply_chat_template(messages, return_dict=False)
+    assert segment.tokens.tolist() == expected
+    assert np.flatnonzero(segment.loss_mask).tolist() == [len(expected) - 1]
+  assert unit.values == {'probability': (0.75, 0.25), 'margin': (2.0, -2.0)}
+  with pytest.raises(UserError, match="comparison 'a' has no margin"):
+    bare = [dataclasses.replace(pairs[0], margin=None)]
+    reward_model.build_reward_units(bare, dialogue, info, max_length=80, margins=True)
+  other = transformers.PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
+  with pytest.raises(UserError, match='tokenizer of another model: it has 1,024 tokens'):
+    wrong = Dialogue(other, has_replies=False)
+    reward_model.build_reward_units(pairs, wrong, info, max_length=80)

@@ -6,12 +6,16 @@ language model, whose output layer gives way to a new head, or from another rewa
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from cai_jax.data.examples import Example
+from cai_jax.data.preferences.comparisons import Comparison
+from cai_jax.data.preferences.units import UnitSet, render_comparisons
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as models
 from cai_jax.model.classifier import (
@@ -29,6 +33,7 @@ from cai_jax.model.score_head import init_head, join_head, split_head
 from cai_jax.model.transformer import Params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import to_host
+from cai_jax.scoring.reward import append_replies, tokens_to_score
 
 LABEL = 'reward'  # name of the score in the config.json of a new reward model
 
@@ -135,6 +140,49 @@ def finish_reward_model(start: InitialReward, params: Params, tokenizer: Any = N
   info = start.classifier.info
   info = info if tokenizer is None else info._replace(tokenizer=tokenizer)
   return start.classifier._replace(info=info, params=params, score=to_host(head['table']))
+
+
+def build_reward_units(
+  comparisons: Iterable[Comparison],
+  dialogue: Dialogue,
+  info: ClassifierInfo,
+  *,
+  max_length: int,
+  drop_truncated: bool = True,
+  margins: bool = False,
+) -> UnitSet:
+  """Return a unit of two whole conversations for each comparison, as a reward model reads them.
+
+  They are the tokens that `scoring.reward` scores. Units of other objectives end with the token
+  that ends the reply, but chat templates may write more, such as the line break of ChatML. The loss
+  mask marks the last token, whose score is learned.
+
+  The values are those of `build_comparison_units`.
+
+  Args:
+    comparisons: the comparisons; they are read once.
+    dialogue: renders conversations as tokens.
+    info: the reward model.
+    max_length: maximum number of tokens of a unit, which is those of both sides together. Longer
+      ones are dropped as 'too_long'; nothing is cut.
+    drop_truncated: whether to drop comparisons with a text that was cut off at a length limit.
+    margins: whether the units have margins.
+
+  Raises:
+    UserError: if no comparison remains, one has no margin although `margins` is set, or the
+      dialogue has the tokenizer of another model.
+  """
+  check_dialogue(info, dialogue)
+
+  def render(pair: Comparison) -> tuple[Example, ...]:
+    conversations = append_replies([pair.prompt] * 2, [pair.chosen, pair.rejected])
+    rows = [tokens_to_score(dialogue, messages, info.pad_token_id) for messages in conversations]
+    return tuple(
+      Example(np.asarray(row, np.int32), np.arange(len(row)) == len(row) - 1, pair.id)
+      for row in rows
+    )
+
+  return render_comparisons(comparisons, render, max_length, drop_truncated, margins)
 
 
 def check_dialogue(info: ClassifierInfo, dialogue: Dialogue) -> None:

@@ -86,7 +86,7 @@ def _check_head(params: Any, config: FitConfig) -> None:
   if head is not None and head not in params:
     raise UserError(
       f'The loss {config.loss_name!r} trains a head, and a language model has none. Start from '
-      '`reward_model.load_start(path, mesh, seed).lm`, or from `reward_model.add_head(lm, seed).lm`.'
+      '`reward_model.add_head(lm, seed).lm`, or from what `reward_model.load_start` returns.'
     )
   if head is None and HEAD in params:
     raise UserError(

@@ -8,7 +8,7 @@ from cai_jax.training.prefer_config import PreferConfig
 
 # As for `training_setup.CONFIG`, a large eps lets parameters be compared.
 PREFER = PreferConfig(
-  attention='blocks',
+  attention='xla',
   epochs=2,
   batch_size=8,
   max_length=48,

@@ -28,6 +28,13 @@ ROWS = {
 }
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def log_sigmoid(x):
   return -math.log1p(math.exp(-x))
 
@@ -64,16 +71,17 @@ def batch_of(name):
 
 
 @functools.cache
-def compute(objective, options, name):
-  """Return the loss, its sums and the gradient of all units in one batch."""
+def compute(objective, options, name, gradient=True):
+  """Return the loss and the sums of all units in one batch, and the gradient."""
   settings = dataclasses.replace(PreferConfig(objective=objective).loss_settings, **dict(options))
 
   def loss(params):
     return LOSSES[objective].function(
-      GRAPH, params, batch_of(name), attention='blocks', settings=settings
+      GRAPH, params, batch_of(name), attention='xla', settings=settings
     )
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))(initial_params())
+  function = jax.value_and_grad(loss, has_aux=True) if gradient else loss
+  return jax.jit(function)(initial_params())
 
 
 @functools.cache
@@ -81,7 +89,7 @@ def log_ratios():
   """Return log-ratios [8,2] of the units, and their numbers of tokens."""
   model = lambda params: nnx.merge(GRAPH, params)  # noqa: E731
   batch = batch_of('apart')
-  logprobs = jax.jit(lambda p: sequence_logprobs(model(p), batch, attention='blocks'))(
+  logprobs = jax.jit(lambda p: sequence_logprobs(model(p), batch, attention='xla'))(
     initial_params()
   )
   return np.asarray(logprobs.sums - batch['reference'])[:, :2], np.asarray(logprobs.counts)[:, :2]
@@ -89,7 +97,7 @@ def log_ratios():
 
 @pytest.mark.parametrize('normalized', [False, True])
 def test_the_loss_and_metrics_of_a_batch(normalized):
-  (loss, sums), _ = compute('dpo', (('length_normalized', normalized),), 'packed')
+  loss, sums = compute('dpo', (('length_normalized', normalized),), 'packed', gradient=False)
   ratios, counts = log_ratios()
   rewards = 0.1 * (ratios / counts if normalized else ratios)
   margins = rewards[:, 0] - rewards[:, 1]
@@ -113,7 +121,7 @@ def test_the_loss_and_metrics_of_a_batch(normalized):
   assert float(averages['accuracy']) == correct / 8 and averages['num_comparisons'] == 8
 
 
-@pytest.mark.parametrize('objective', ['dpo', 'ipo'])
+@pytest.mark.parametrize('objective', ['dpo', pytest.param('ipo', marks=pytest.mark.slow)])
 def test_packed_comparisons_equal_unpacked_ones(objective):
   (loss, sums), gradient = compute(objective, (), 'packed')
   (alone, expected), exact = compute(objective, (), 'apart')

@@ -16,12 +16,13 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
-from cai_jax.training import reference
+from cai_jax.training import loop, reference
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.losses import register_loss, whole_of
 from cai_jax.training.losses.comparisons import comparison_mask, sides
 from cai_jax.training.losses.logprobs import sequence_logprobs
+from cai_jax.training.prefer_config import PreferConfig
 from cai_jax.training.preference import prefer
 from cai_jax.training.state import init_state, place_frozen
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
@@ -149,7 +150,30 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope='module')
-def whole_run(tmp_path_factory):
+def _compile_once():
+  """Lets the runs of this module share their programs, which have no state."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ('make_train_step', 'make_eval_step'):
+      patch.setattr(loop, name, _remember(getattr(loop, name)))
+    yield
+
+
+def _remember(make):
+  """Return `make` with a memory; settings that change no step are no part of its key."""
+  made = {}
+
+  def remembered(graph, *args):
+    config = next(x for x in args if isinstance(x, PreferConfig))
+    key = graph, dataclasses.replace(config, checkpoint_every=0)
+    if key not in made:
+      made[key] = make(graph, *args)
+    return made[key]
+
+  return remembered
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory, _compile_once):
   """Return the folder, parameters and summary of a run that was not interrupted."""
   workdir = tmp_path_factory.mktemp('whole')
   config = dataclasses.replace(

@@ -90,7 +90,7 @@ def compute_reference(lm: LM, units: Sequence[Unit], config: FitConfig) -> list[
   compute = _make_program(lm, config)
   logprobs: list[list[float]] = [[] for _ in units]
   tokens = 0
-  with Progress('reference', 'step') as progress:
+  with Progress('reference', 'batch', 0) as progress:
     for number, step in enumerate(steps):
       rows = np.asarray(compute(lm.params, place_batch(batches[number], sharding)))
       for columns, row in zip(rows, step.rows, strict=False):  # the last batch has empty rows

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from cai_jax.constitution import Constitution, Principle
+from cai_jax.data.preferences import read_comparisons
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
 from cai_jax.feedback.comparisons.asking import LABELS, THINK, FeedbackModel
@@ -351,7 +352,7 @@ def test_demonstrations_of_each_form_precede_the_question(lm, tmp_path):
   assert 'Human: Who are you?\n\nAssistant: A program.' in first
   assert ' (A) No, I lied.\n (B) Yes, really.' in second
   assert (answer, other) == ('The answer is: (A)', 'The answer is: (B)')
-  path.write_text(json.dumps([THINKING]))
+  path.write_text(json.dumps([{'prompt': THINKING}]))
   ((question, answer),) = demonstrated(lm, path, thoughts=8)
   assert ' (A) No, I lied.\n (B) Yes, really.' in question
   assert answer == f'{THINK} (A) admits a lie.\n\nSo no.\n\nThe answer is: (B)'
@@ -364,9 +365,9 @@ def test_demonstrations_of_each_form_precede_the_question(lm, tmp_path):
   [
     ('', 0, 'has no demonstration'),
     ('{', 0, 'neither a JSON list nor JSON Lines'),
-    ('[3]', 0, 'demonstration 1: it must be an object or a text'),
-    ('{"prompt": "Who?"}', 0, "demonstration 1: it has no 'chosen'"),
-    ('["Human: a"]', 0, 'demonstration 1: a text must have a conversation'),
+    ('[3]', 0, 'demonstration 1: it must be an object'),
+    ('{"prompt": "Who?", "chosen": "I."}', 0, "demonstration 1: it has no 'rejected'"),
+    ('[{"prompt": "Human: a"}]', 0, 'demonstration 1: a text must have a conversation'),
     (json.dumps([PUBLISHED | {'corrects': []}]), 0, "'corrects' must be a list of one text"),
     (json.dumps(OURS | {'rejected': ' '}), 0, 'rejected must be non-blank text'),
     (json.dumps([PUBLISHED]), 8, 'demonstration 1 has no thoughts, but label.thoughts=8'),
@@ -439,3 +440,15 @@ def test_the_digest_covers_what_labels_depend_on(lm, tmp_path, pairs_file):
   copied.write_text(copied.read_text().replace('rain', 'snow'))
   others.append(digest(dataclasses.replace(base, comparisons=(str(copied),))))
   assert len({digest(), *others}) == 5
+
+
+def test_the_published_hhh_questions_are_comparisons(data_dir, tmp_path):
+  path = data_dir('cai_paper') / 'evals' / '438HHHEvaluations.jsonl'
+  pairs = read_comparisons(path, 'hhh')
+  assert pairs.counts == {'rows': 438, 'kept': 438, 'dropped': {}}
+  row = json.loads(path.read_text().splitlines()[0])
+  first = next(iter(pairs))
+  assert row['text_correct'].endswith(first.chosen) and first.better == 0
+  broken = write_lines(tmp_path / 'broken.jsonl', [row | {'text_correct': 3}])
+  with pytest.raises(UserError, match='broken.jsonl:1: .*needs the text text_correct'):
+    read_comparisons(broken, 'hhh')

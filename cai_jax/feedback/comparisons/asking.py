@@ -129,7 +129,7 @@ class Verdict:
   answer: Callable[[Stage, str, list[Message], int, bool], Answering]
   request: Callable[[int], str] = lambda thoughts: ''
   tokens: int = 0
-  check: Callable[[Stage, int], None] = lambda stage, thoughts: None
+  check: Callable[[Stage], None] = lambda stage: None
 
 
 VERDICTS: Registry[Verdict] = Registry('verdict of a feedback model')
@@ -203,13 +203,12 @@ def _think(
   return close_thought(dialogue.tokenizer, [*before, *written]), thought
 
 
-def _check_reads_tokens(stage: Stage, thoughts: int) -> None:
+def _check_reads_tokens(stage: Stage) -> None:
   """Check that the log-probabilities of labels can be read.
 
   Raises:
     UserError: if the model is behind a chat API, which returns text only.
   """
-  del thoughts
   if isinstance(stage.dialogue, ChatDialogue):
     raise UserError(
       "label: verdict='logprobs' needs log-probabilities of token ids, which a server with "

@@ -8,8 +8,8 @@ A file is in one of these forms:
 - a JSON list of `{"prompt": ..., "corrects": [text], "incorrects": [text]}` with transcripts as
   prompts, the form of `prompts/RLMadisonFewShotPrompts.json` of Bai et al. 2022 (repository
   anthropics/ConstitutionalHarmlessnessPaper, commit e65282b);
-- a JSON list of texts with a question, a chain of thought and an answer, the form of
-  `prompts/RLMadisonPrecogFewShotPrompts.json` of the same repository.
+- a JSON list of `{"prompt": text}`, where the text has a question, a chain of thought and an
+  answer, the form of `prompts/RLMadisonPrecogFewShotPrompts.json` of the same repository.
 
 A question without a principle of its own has that of the pair for which it is shown. Where a form
 does not say which option is the better response, it is (A) and (B) in turn, so that the
@@ -104,12 +104,12 @@ def _parse_entries(path: str, text: str) -> list[Any]:
 
 def _parse(entry: Any, number: int) -> Demonstration:
   """Return the demonstration of an entry of any form."""
-  if isinstance(entry, str):
-    return _parse_thinking(entry)
   if not isinstance(entry, Mapping):
-    raise UserError(f'it must be an object or a text, but got {show(entry)}.')
+    raise UserError(f'it must be an object, but got {show(entry)}.')
   parse: Callable[[Mapping[str, Any], int], Demonstration]
   parse = _parse_published if 'corrects' in entry else _parse_row
+  if set(entry) == {'prompt'}:
+    return _parse_thinking(_text('prompt', entry['prompt']))
   try:
     return parse(entry, number)
   except KeyError as error:

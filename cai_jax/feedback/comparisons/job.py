@@ -181,7 +181,7 @@ def check_label(
     compare = compare_with_judge(judge)
   else:
     stage, verdict = stages[FEEDBACK], VERDICTS[config.verdict]
-    verdict.check(stage, config.thoughts)
+    verdict.check(stage)
     model = FeedbackModel(stage, config.verdict, config.thoughts, demonstrations)
     compare = compare_with_model(model, config.samples, config.clamp)
   named = {stage.model: models[role] for role, stage in stages.items()}

@@ -450,5 +450,5 @@ def test_the_published_hhh_questions_are_comparisons(data_dir, tmp_path):
   first = next(iter(pairs))
   assert row['text_correct'].endswith(first.chosen) and first.better == 0
   broken = write_lines(tmp_path / 'broken.jsonl', [row | {'text_correct': 3}])
-  with pytest.raises(UserError, match='broken.jsonl:1: .*needs the text text_correct'):
+  with pytest.raises(UserError, match='line 1: .*needs the text text_correct'):
     read_comparisons(broken, 'hhh')

@@ -44,10 +44,12 @@ under the principles of a constitution, and is fine-tuned on the revisions.
   {program} import WORKDIR FILE ...            read results of lm-eval and inspect
   {program} serve --model=WORKDIR/model        serve a model to lm-eval, inspect and others
 
-Stages, in their order; the default is all of them
+Stages, in their order; the default is all that the config asks for
   generate   sample responses, critiques and revisions: the dataset D_CAI
   train      fine-tune a model on D_CAI: the aligned model
-  evaluate   compare both models on held-out prompts
+  label      let a feedback model compare responses, if label.responses is set
+  prefer     train a reward model and policies, if reward.data or prefer.data is set
+  evaluate   compare the models on held-out prompts
   report     write report.html
 
 A stage that is done is skipped. If a run is interrupted, start the same command again: it resumes.
@@ -70,6 +72,7 @@ Main settings (docs/configuration.md describes all of them)
   --config.feedback.rounds          number of critiques and revisions of each response
   --config.sampling.initial.max_tokens   longest response in tokens; also of critique, revision
   --config.train.learning_rate      peak learning rate
+  --config.prefer.data              comparisons to learn, such as 'implied' (docs/preferences.md)
   --config.data.d_cai               train on the D_CAI of another run
   --config.model.aligned            evaluate this checkpoint instead of a trained model
   --config.plugins                  your own Python files with variants, scorers, losses, ...

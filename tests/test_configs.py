@@ -19,6 +19,7 @@ from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.pipeline.configuration import configuration_markdown
+from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.pipeline.schema import from_config, section_fields
 from cai_jax.pipeline.sections import (
   DataConfig,
@@ -34,7 +35,7 @@ from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.sampling.types import SamplingConfig
 from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.training.config import TrainConfig
-from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME, FitConfig
 from configs import bai2022_sl_cai, default
 
 CONFIG = default.get_config()
@@ -68,6 +69,8 @@ OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob
     (CONFIG.mesh, MeshConfig()),
     (CONFIG.data, DataConfig()),
     (CONFIG.report, ReportConfig()),
+    (CONFIG.reward, RewardConfig()),
+    (CONFIG.prefer, PolicyConfig()),
   ],
   ids=(
     'feedback',
@@ -84,11 +87,13 @@ OTHERS = sorted(path.stem for path in pathlib.Path(default.__file__).parent.glob
     'mesh',
     'data',
     'report',
+    'reward',
+    'prefer',
   ),
 )
 def test_defaults_are_those_of_the_component(section, component):
   fields = dataclasses.asdict(component)
-  if isinstance(component, TrainConfig):
+  if isinstance(component, FitConfig):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
   if isinstance(component, EvaluationConfig):
     server = dataclasses.asdict(JudgeServer('http://localhost/v1', 'model'))
@@ -103,6 +108,8 @@ def test_shipped_config_has_the_default_fields_and_valid_values(name):
   config = importlib.import_module(f'configs.{name}').get_config()
   assert set(flatten(config.to_dict())) == set(flatten(CONFIG.to_dict()))
   TrainConfig(seed=config.seed, **config.train)
+  RewardConfig(seed=config.seed, **config.reward)
+  PolicyConfig(seed=config.seed, **config.prefer)
   EngineConfig(**config.engine)
   FeedbackConfig(**config.feedback)
   for stage in config.sampling.values():  # 'model' stands for what the model's file says
@@ -250,7 +257,10 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'compilation.cache',
     'compilation.cache_gib',
     'engine.draft_tokens',
+    'evaluation.reward_labelled',
   }
+  preferences = ('label.', 'reward.', 'prefer.')  # sections that are added as a whole
+  added |= {name for name in fields if name.startswith(preferences)}
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added.add('engine.attention')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}
@@ -290,7 +300,8 @@ def test_reference_page_is_up_to_date():
 def test_reference_page_names_every_field():
   rows = re.findall(r'^\| `([\w.]+)` ', configuration_markdown(), re.M)
   for name in flatten(CONFIG.to_dict()):
-    shared = name.startswith(('remote.', 'prompts.', 'sampling.')) or '_remote.' in name
+    shared = name.startswith(('remote.', 'prompts.', 'sampling.'))
+    shared |= '_remote.' in name or '.remote.' in name
     assert (name.split('.')[-1] if shared else name) in rows
 
 

@@ -129,7 +129,7 @@ def test_the_same_model_may_have_another_path(copied, tmp_path):
   assert 'model of first' in (run.workdir / 'manifest.json').read_text()
   lines = []
   pipeline.run_stages(run, log=lines.append)
-  assert lines == [f'{name}: done before' for name in pipeline.STAGES]
+  assert lines == [f'{name}: done before' for name in pipeline.default_stages(run)]
   with pytest.raises(UserError, match=r'model\.critique'):
     config = small(tmp_path / 'base')
     config.prompts.harmful.limit, config.prompts.helpful.limit = 5, 2

@@ -17,13 +17,15 @@ from cai_jax.runtime.errors import UserError
 from configs import default, qwen2_5_0_5b
 from tests.pipeline_setup import LIMITS, set_fields, small
 
+STAGES = ['generate', 'train', 'evaluate', 'report']  # of a run that learns no preferences
+
 
 @pytest.fixture(scope='module')
 def finished(random_model, tmp_path_factory):
   """A finished run: its folder and the seconds that it took."""
   workdir = tmp_path_factory.mktemp('run')
   begin = time.monotonic()
-  pipeline.run_stages(pipeline.build(small(random_model), workdir), list(pipeline.STAGES))
+  pipeline.run_stages(pipeline.build(small(random_model), workdir))
   return workdir, time.monotonic() - begin
 
 
@@ -50,7 +52,7 @@ def test_a_run_writes_every_file(finished):
   assert summary['stages']['initial'] == summary['models']['base']
 
   manifest = json.loads((workdir / 'manifest.json').read_text())
-  assert list(manifest['stages']) == list(pipeline.STAGES)
+  assert list(manifest['stages']) == STAGES
   assert manifest['stages']['generate']['turns'] == 10 * 5 + 6
   assert manifest['stages']['train']['rows_kept'] <= 16
   assert 0 < sum(stage['seconds'] for stage in manifest['stages'].values()) <= seconds
@@ -97,8 +99,8 @@ def test_finished_stage_is_skipped(done):
   workdir, config = done
   before = {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
   lines = []
-  pipeline.run_stages(pipeline.build(config, workdir), list(pipeline.STAGES), lines.append)
-  assert lines == [f'{name}: done before' for name in pipeline.STAGES]
+  pipeline.run_stages(pipeline.build(config, workdir), STAGES, lines.append)
+  assert lines == [f'{name}: done before' for name in STAGES]
   assert before == {p: p.stat().st_mtime_ns for p in workdir.glob('**/*.array_record*')}
 
 
@@ -187,7 +189,7 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
   config.prompts.eval_harmful.source = str(tmp_path / 'held_out.txt')
   config.train.helpfulness_share = 0.0
   run = pipeline.build(config, tmp_path / 'run')
-  pipeline.run_stages(run, list(pipeline.STAGES))
+  pipeline.run_stages(run, STAGES)
   summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())
   assert set(summary) == {'stages', 'models'}
   rates = {'refusal_rate', 'looping_rate', 'changed_rate', 'truncated_rate'}  # one prompt: no topic
@@ -225,7 +227,7 @@ def test_report_shows_held_out_losses_and_probes_of_adapter_training(done, tmp_p
     train__eval_every=1,
     train__probes=2,
   )(config)
-  pipeline.run_stages(pipeline.build(config, tmp_path), list(pipeline.STAGES))
+  pipeline.run_stages(pipeline.build(config, tmp_path), STAGES)
   train = json.loads((tmp_path / 'manifest.json').read_text())['stages']['train']
   assert train['held_out'] > 0 and train['held_out_loss'] > 0 and 0 < train['utilization'] < 1
   held_out = [json.loads(line) for line in (tmp_path / 'held_out.jsonl').open()]
@@ -254,7 +256,7 @@ def test_config_of_a_real_checkpoint_runs_on_any_folder(tiny_hf_folder, tmp_path
   config.train.batch_size = 32
   config.train.drop_truncated = False
   run = pipeline.build(config, tmp_path / 'run')
-  pipeline.run_stages(run, list(pipeline.STAGES))
+  pipeline.run_stages(run, STAGES)
   aligned = cai_jax.load(tmp_path / 'run' / 'model')
   assert aligned.config == cai_jax.load(tiny_hf_folder('qwen2')).config
   assert np.isfinite(aligned.logits(np.arange(8)[None])).all()

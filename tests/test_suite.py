@@ -196,6 +196,7 @@ def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader
   config = SimpleNamespace(
     model=SimpleNamespace(base=base, dtype='float32', long_context=False),
     feedback=SimpleNamespace(template_options=(), style='chat'),
+    reward=SimpleNamespace(data=''),
   )
   run = SimpleNamespace(config=config, journal=None, workdir=pathlib.Path('run'))
   names = run_models.model_loader(run).aliases

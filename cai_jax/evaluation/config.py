@@ -7,7 +7,7 @@ import pathlib
 
 from cai_jax.dialogue.format import FORMATS
 from cai_jax.evaluation import judge_labels, questions
-from cai_jax.evaluation.baselines import BASELINES, Selection
+from cai_jax.evaluation.baselines import BASELINES, BY_REWARD, Selection
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
@@ -25,6 +25,7 @@ LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what wa
 
 
 SERVED = 'served'  # in `guard_models`: a server holds the guard
+TRAINED = 'trained'  # as `reward_model`: the one that the run trains
 
 # Scores that need no settings. The oracle of the embedded world knows better than they do.
 SCORES = ('refused', 'off_topic', 'looping', 'changed', 'truncated', 'kl', 'judge')
@@ -54,15 +55,16 @@ class EvaluationConfig:
     (),
     f'Baselines that are scored beside M_θ and M_aligned: names from {tuple(BASELINES)}. '
     "'constitution_prompt' is M_θ with the principles in its system message. 'best_of_n' is the "
-    "best of `best_of_n` answers of M_θ by the judge. 'best_of_tokens' is the best of as many of "
-    'them as take no more tokens than the chain of the prompt.',
+    "best of `best_of_n` answers of M_θ by the judge, and 'best_of_reward' the one with the "
+    "highest reward. 'best_of_tokens' is the best of as many of them as take no more tokens than "
+    'the chain of the prompt, by the judge.',
     added=True,
   )
   best_of_n: int = setting(
     0,
-    "Number of answers of M_θ among which the baseline 'best_of_n' chooses, and 'best_of_tokens' "
-    'at most; 0 or at least 2. 0 means as many as the turns of a chain, which takes about the same '
-    'compute.',
+    "Number of answers of M_θ among which the baselines 'best_of_n' and 'best_of_reward' choose, "
+    "and 'best_of_tokens' at most; 0 or at least 2. 0 means as many as the turns of a chain, which "
+    'takes about the same compute.',
     added=True,
     most=10_000,
   )
@@ -79,11 +81,19 @@ class EvaluationConfig:
   reward_model: str = setting(
     '',
     'Folder or hub name of a sequence-classification checkpoint whose logit is the reward of a '
-    "response. '' measures no reward.",
+    f"response. {TRAINED!r} is the reward model that the run trains, see section reward. '' "
+    'measures no reward.',
     path=True,
   )
   reward_label: str = setting(
     '', "Label of the reward model whose logit is used. '' if it has a single label."
+  )
+  reward_labelled: str = setting(
+    '',
+    'File of labelled pairs on which the accuracy of the reward model is measured, in the forms of '
+    "`judge_labelled`, or 'tiny'. `judge_labelled_limit` pairs are read. '' measures none.",
+    added=True,
+    path=True,
   )
   multiple_choice: tuple[str, ...] = setting(
     (),
@@ -217,11 +227,13 @@ class EvaluationConfig:
         f'evaluation.judge_reasoning={self.judge_reasoning} lets a served judge write first, so '
         "its verdict is in its text. Set evaluation.judge_remote.verdict='sampled'."
       )
-    if self.judge_labelled and self.judge_labelled not in LABELLED:
-      try:
-        judge_labels.read_labelled(self.judge_labelled, LESS_HARMFUL, self.judge_labelled_limit)
-      except UserError as error:
-        raise UserError(f'evaluation.judge_labelled: {error}') from error
+    for name in ('judge_labelled', 'reward_labelled'):
+      source = getattr(self, name)
+      if source and source not in LABELLED:
+        try:
+          judge_labels.read_labelled(source, LESS_HARMFUL, self.judge_labelled_limit)
+        except UserError as error:
+          raise UserError(f'evaluation.{name}: {error}') from error
 
   @property
   def active_scores(self) -> tuple[str, ...]:
@@ -242,8 +254,21 @@ class EvaluationConfig:
 
   @property
   def selections(self) -> tuple[str, ...]:
-    """The names in `baselines` that choose among answers, for which they need a judge."""
+    """The names in `baselines` that choose among answers, by a judge or a reward model."""
     return tuple(name for name in self.baselines if isinstance(BASELINES[name], Selection))
+
+  def selections_by(self, chooser: str) -> tuple[str, ...]:
+    """Return the names in `baselines` that choose by a judge or by a reward model.
+
+    Args:
+      chooser: `baselines.BY_JUDGE` or `BY_REWARD`.
+    """
+    entries = {name: BASELINES[name] for name in self.selections}
+    return tuple(
+      name
+      for name, entry in entries.items()
+      if isinstance(entry, Selection) and entry.by == chooser
+    )
 
   @property
   def refusal_classifier(self) -> str:
@@ -268,6 +293,11 @@ class EvaluationConfig:
       )
     if self.best_of_n < 0 or self.best_of_n == 1:
       raise UserError(f'evaluation.best_of_n={self.best_of_n} must be 0 or at least 2.')
+    if self.selections_by(BY_REWARD) and not self.reward_model:
+      raise UserError(
+        f'evaluation.baselines={names!r} chooses by a reward model, but evaluation.reward_model is '
+        f'empty. Name a checkpoint, or train one in section reward and set it to {TRAINED!r}.'
+      )
 
   def _check_guards(self) -> None:
     names = self.guards
@@ -326,6 +356,7 @@ class EvaluationConfig:
     for name, is_used, other in (
       ('refusal_label', self.refusal not in refusal.CLASSIFIERS, 'refusal names no checkpoint'),
       ('reward_label', self.reward_model, 'reward_model is empty'),
+      ('reward_labelled', self.reward_model, 'reward_model is empty'),
       ('judge_labelled', self.judge_name, 'judge is empty'),
       ('judge_reasoning', self.judge_name, 'judge is empty'),
       ('best_of_n', selects, 'baselines names none that chooses, such as best_of_n'),

@@ -54,6 +54,20 @@ class ModelMeasure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Policy:
+  """The responses of a model that learnt from preferences.
+
+  Attributes:
+    start: the model that its training began from: 'base' for M_θ, 'aligned' for M_aligned, and
+      'init' for the model that fine-tuning starts from.
+    rows: its rows on the held-out prompts.
+  """
+
+  start: str
+  rows: Sequence[Row]
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelComparison:
   """A comparison of the responses of M_θ and M_aligned.
 
@@ -61,10 +75,16 @@ class ModelComparison:
     compare: maps a loader, the rows of M_θ, the rows of M_aligned on the same prompts, and a seed
       to a result of JSON types. None means that there is nothing to compare.
     describe: maps a result to lines of text.
+    compare_policies: for a run with further policies, what is called instead of `compare`. It gets
+      one more argument: the policies, each with its rows on the same prompts, by name. Its result
+      has what that of `compare` has. None compares M_aligned alone.
   """
 
   compare: Callable[[ModelLoader, Sequence[Row], Sequence[Row], int], Any]
   describe: Callable[[Any], list[str]]
+  compare_policies: (
+    Callable[[ModelLoader, Sequence[Row], Sequence[Row], int, Mapping[str, Policy]], Any] | None
+  ) = None
 
 
 RESPONSE_MEASURES: Registry[Callable[[EvaluationConfig, ModelLoader], ResponseMeasure | None]] = (

@@ -1,6 +1,7 @@
 """Run the measures that the config of an evaluation asks for."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cai_jax.dialogue import Dialogue
@@ -12,6 +13,7 @@ from cai_jax.evaluation.registries import (
   RESPONSE_MEASURES,
   ModelComparison,
   ModelMeasure,
+  Policy,
   ResponseMeasure,
   Row,
 )
@@ -56,6 +58,7 @@ def compare_models(
   base: Sequence[Row],
   aligned: Sequence[Row],
   seed: int,
+  policies: Mapping[str, Policy] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Return the results of the comparisons of models that the config asks for, by name.
 
@@ -65,11 +68,14 @@ def compare_models(
     base: rows of M_θ.
     aligned: rows of M_aligned on the same prompts.
     seed: seed of the run.
+    policies: the policies that learnt from preferences, by name.
   """
-  results = {
-    name: comparison.compare(loader, base, aligned, seed)
-    for name, comparison in _comparisons(config).items()
-  }
+  results = {}
+  for name, comparison in _comparisons(config).items():
+    if policies and comparison.compare_policies:
+      results[name] = comparison.compare_policies(loader, base, aligned, seed, policies)
+    else:
+      results[name] = comparison.compare(loader, base, aligned, seed)
   return {name: result for name, result in results.items() if result is not None}
 
 

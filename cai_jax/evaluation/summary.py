@@ -6,6 +6,7 @@ also leave out columns of labels, which the scored rows and the report have.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ def measure_groups(
     base: rows of M_θ: harmful prompts with their rounds, helpful prompts without.
     aligned: rows of M_aligned, with its responses to the same prompts.
     measures: the measures.
-    baselines: rows of each baseline by name, with its responses to the same prompts.
+    baselines: rows of each baseline, and of each policy that learnt from preferences, by name, with
+      its responses to the same prompts.
 
   Returns:
     Over harmful prompts, `stages` (initial, revision_1, ...) and `models` (base, aligned and the
@@ -194,23 +196,27 @@ def _measure(
   return groups
 
 
-def average_groups(groups: Groups) -> dict[str, dict[str, Any]]:
+def average_groups(
+  groups: Groups, references: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
   """Return the summary of a run.
 
   Args:
     groups: the result of `measure_groups`.
+    references: for models that are not compared with M_θ, the model to compare with.
 
   Returns:
     The same groups and names. Each entry is a result of `average_measures`. Each one but the first
-    of its group also has `differences`: a revision to the round before, and a model to M_θ. See
+    of its group also has `differences`: a revision to the round before, and a model to M_θ or to
+    its reference. See
     `comparisons.compare_successive`.
   """
   summary: dict[str, dict[str, Any]] = {}
   for group in ('stages', 'models', 'benign'):
     if group in groups:
       columns = {name: numeric(measured.columns) for name, measured in groups[group].items()}
-      references = {} if group == 'stages' else dict.fromkeys(columns, 'base')
-      differences = compare_successive(columns, references)
+      compared = {} if group == 'stages' else {**dict.fromkeys(columns, 'base'), **references}
+      differences = compare_successive(columns, compared)
       summary[group] = {
         name: _average(measured.columns, len(measured.ids))
         | ({'differences': differences[name]} if name in differences else {})

@@ -92,7 +92,7 @@ def _measure_arms(
     settings = experiment.arms[arm]
     read = {kind: read_responses(settings, folders[arm], kind, response) for kind in KINDS}
     return {
-      kind: responses.measure(measures, diversity, experiment.spent)
+      kind: responses.measure(measures, diversity, experiment.spent, experiment.distance)
       for kind, responses in read.items()
       if responses is not None
     }
@@ -268,7 +268,9 @@ def stage_costs(folder: pathlib.Path, seed: int, stages: Sequence[str]) -> list[
   for stage, entry in manifest['stages'].items():
     if stage not in stages or 'finished' not in entry:
       continue
-    jobs = [entry[job] for job in ('base', 'aligned') if job in entry] or [entry]
+    # The stage evaluate counts the turns of each model apart.
+    parts: list[dict[str, Any]] = [x for x in entry.values() if isinstance(x, dict)]
+    jobs = [part for part in parts if 'turns' in part] or [entry]
     rows.append(
       {
         'run': folder.name,

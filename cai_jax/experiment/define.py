@@ -14,6 +14,7 @@ from cai_jax.constitution import ConstitutionConfig, Principle, load_constitutio
 from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.evaluation.diversity import DIVERSITY
 from cai_jax.experiment.figures import figure_arms
+from cai_jax.pipeline.policies import POLICIES
 from cai_jax.pipeline.schema import complete_config, expand_paths
 from cai_jax.report.results import check_figures
 from cai_jax.runtime.errors import UserError
@@ -30,6 +31,7 @@ HELD_OUT_RESPONSES = {
   'revised': 'evaluation/base',
   'aligned': 'evaluation/aligned',
   **{name: f'evaluation/{name}' for name in BASELINES},
+  **{name: f'evaluation/{name}' for name in POLICIES},
 }
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository
 
@@ -43,7 +45,9 @@ class Arm:
     response: the response to score. 'initial', 'revision_n' and 'last' (the last revision) are
       responses of D_CAI. 'base' and 'aligned' are the answers of M_θ and M_aligned to held-out
       prompts, 'revised' is the last revision of M_θ's answer where the prompt is harmful, and the
-      name of a baseline is its answer. For these, the run also trains and evaluates.
+      name of a baseline is its answer. 'policy' is the answer of the policy that the run trains on
+      preferences, and 'policy_base' and the like are those of `prefer.compare`. For all of these,
+      the run also trains and evaluates.
     facts: additional columns of the result table.
     against: another response of the same run, such as 'initial', that this one is compared with; ''
       compares it with the experiment's reference.
@@ -87,9 +91,9 @@ class Arm:
 
   @property
   def stages(self) -> tuple[str, ...]:
-    """The stages of a run that produce the response."""
+    """The stages of a run that produce the response, if its config asks for them."""
     if self.response in HELD_OUT_RESPONSES:
-      return ('generate', 'train', 'evaluate', 'report')
+      return ('generate', 'train', 'label', 'prefer', 'evaluate', 'report')
     return ('generate',)
 
 
@@ -109,6 +113,9 @@ class Experiment:
       has 'tiny', seed 1 'tiny-1', seed 2 'tiny-2', and seed 3 'tiny' again. Other models do not
       depend on the seed.
     diversity: names of measures of diversity to add, from `cai_jax.evaluation.diversity.DIVERSITY`.
+    distance: whether to measure `kl`, the log-ratio of the response under its model and M_θ, in
+      nats, whose mean is the divergence from M_θ. It needs runs that train a policy, and 'kl' in
+      evaluation.scores.
     spent: whether to measure `tokens_spent`, the tokens sampled for a response: those of its chain
       up to it, or of all the answers among which a baseline chose.
 
@@ -127,6 +134,7 @@ class Experiment:
   model_by_seed: bool = True
   diversity: tuple[str, ...] = ()
   spent: bool = False
+  distance: bool = False
 
   def __post_init__(self):
     if self.reference not in self.arms:

@@ -18,6 +18,7 @@ from cai_jax.feedback import generate
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.space import Need, describe_space, estimate_space, journal_bytes
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.manifest import Manifest
@@ -57,6 +58,9 @@ def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
   if 'evaluate' in stages:
     turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), 'base')
     turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), _aligned_model(run))
+    for policy in list_policies(run.config):
+      model = _digest([run.settings('prefer'), policy.name])
+      turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), model)
   return turns_by_digest
 
 

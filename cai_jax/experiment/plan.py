@@ -15,6 +15,7 @@ from cai_jax.experiment import collect, define
 from cai_jax.experiment.define import Experiment
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import Run
+from cai_jax.pipeline.policies import POLICIES, list_policies
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
 
@@ -105,6 +106,13 @@ def _arm_stages(arm: define.Arm, run: Run) -> tuple[str, ...]:
       raise UserError(
         f'it scores the baseline {response!r}, but evaluation.baselines='
         f'{run.config.evaluation.baselines}. Add it there.'
+      )
+  trained = [policy.name for policy in list_policies(run.config)]
+  for response in {arm.response, arm.against} & {*POLICIES}:
+    if response not in trained:
+      raise UserError(
+        f'it scores {response!r}, but its run trains {", ".join(trained) or "no policy"}. Set '
+        'prefer.data, and prefer.compare for further policies.'
       )
   stages = tuple(stage for stage in pipeline.default_stages(run) if stage in arm.stages)
   if not stages:

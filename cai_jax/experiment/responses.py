@@ -15,6 +15,7 @@ from cai_jax.evaluation.diversity import Measure, text_changes
 from cai_jax.evaluation.registries import ResponseMeasure
 from cai_jax.evaluation.summary import measure_responses, numeric
 from cai_jax.experiment.define import HELD_OUT_RESPONSES, REVISION, Arm
+from cai_jax.pipeline.policies import POLICIES
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 
@@ -28,17 +29,21 @@ class Responses:
     turns: seed → prompt id → sampled turn. If the arm compares its response with another one of the
       same run, a turn has the text of that one as `reference`.
     spent: seed → prompt id → number of tokens that were sampled for the response.
+    distances: seed → prompt id → log-ratio under the model that gave the response and M_θ, in nats;
+      without the responses of which it is not known.
   """
 
   prompts: Mapping[int, Mapping[str, list[dict[str, str]]]]
   turns: Mapping[int, Mapping[str, dict[str, Any]]]
   spent: Mapping[int, Mapping[str, int]]
+  distances: Mapping[int, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
   def measure(
     self,
     measures: Sequence[ResponseMeasure],
     diversity: Mapping[str, Measure] = types.MappingProxyType({}),
     spent: bool = False,
+    distance: bool = False,
   ) -> Mapping[str, estimates.Values]:
     """Return the value of every measure for every response.
 
@@ -46,6 +51,7 @@ class Responses:
       measures: the measures of responses.
       diversity: further measures, of all texts of a seed together, by name.
       spent: whether to return `tokens_spent` as well.
+      distance: whether to return `kl` as well, if it is known of a response of each seed.
 
     Returns:
       Measure → seed → prompt id → value. `rewritten` is there if the turns have references.
@@ -60,6 +66,8 @@ class Responses:
         columns['rewritten'] = [*text_changes(texts, [t['reference'] for t in turns.values()])]
       if spent:
         columns['tokens_spent'] = [float(count) for count in self.spent[seed].values()]
+      if distance and all(self.distances.get(s) for s in self.turns):
+        columns['kl'] = [self.distances[seed].get(key) for key in turns]
       for name, values in columns.items():
         by_seed = values_by_measure.setdefault(name, {})
         numbers = [math.nan if value is None else value for value in values]
@@ -84,7 +92,7 @@ def read_responses(
   Raises:
     UserError: if a run has fewer rounds than the response needs.
   """
-  prompts, turns, spent = {}, {}, {}
+  prompts, turns, spent, distances = {}, {}, {}, {}
   name = response or arm.response
   for seed, folder in folders.items():
     rows = {row['id']: row for row in _scored_rows(name, folder)}
@@ -96,13 +104,14 @@ def read_responses(
       for key, turn in turns[seed].items():
         draft = _select_response(arm.against, drafts[key])
         turns[seed][key] = turn | {'reference': draft['text']}
+    distances[seed] = _distances(name, folder, ids)
     costs = _choice_costs(name, folder)
     spent[seed] = {
       key: _spent_tokens(name, rows[key]) if costs is None else costs[key] for key in ids
     }
   if not all(len(t) > 1 for t in turns.values()):
     return None
-  return Responses(prompts, turns, spent)
+  return Responses(prompts, turns, spent, distances)
 
 
 def _scored_ids(arm: Arm, folder: pathlib.Path, kind: str) -> list[str]:
@@ -174,6 +183,19 @@ def _choice_costs(response: str, folder: pathlib.Path) -> Mapping[str, int] | No
       'Run the experiment in a new workdir.'
     )
   return result['tokens']
+
+
+def _distances(response: str, folder: pathlib.Path, ids: Sequence[str]) -> Mapping[str, float]:
+  """Return the log-ratio under a response's model and M_θ, by prompt; empty if it is not known."""
+  path = folder / 'evaluation' / 'models.json'
+  if response not in ('base', 'aligned', *POLICIES) or not path.exists():
+    return {}
+  measured = read_json(path, dict).get('kl') or {}
+  if response == 'base':  # also the reference point of the others
+    return dict.fromkeys(ids, 0.0) if 'items' in measured else {}
+  if response != 'aligned':
+    measured = measured.get('policies', {}).get(response, {})
+  return measured.get('items', {})
 
 
 @functools.cache  # several arms read the same dataset

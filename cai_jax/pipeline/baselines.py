@@ -1,5 +1,7 @@
 """The baselines of an evaluation: their prompts, and the choice among several answers."""
 
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,12 +11,14 @@ import numpy as np
 from cai_jax.data import d_cai
 from cai_jax.data.prompts import Prompt
 from cai_jax.evaluation import suite
-from cai_jax.evaluation.baselines import BASELINES, Selection
+from cai_jax.evaluation.baselines import BASELINES, BY_JUDGE, BY_REWARD, Selection
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.judge_validity import VALID, judge_status
+from cai_jax.evaluation.judges import load_judge
 from cai_jax.feedback.job import repeat_prompts
+from cai_jax.pipeline.models import model_loader
 from cai_jax.pipeline.run import Run
-from cai_jax.scoring.judge import Judge, mean_label_mass
+from cai_jax.scoring.judge import mean_label_mass
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,15 +49,52 @@ def make_prompts(run: Run, name: str, prompts: Sequence[Prompt]) -> list[Prompt]
   return baseline(run.constitution, prompts)
 
 
+def copy_ids(name: str, count: int) -> list[str]:
+  """Return the ids of a prompt and its copies, as `repeat_prompts` makes them.
+
+  Args:
+    name: id of the prompt.
+    count: number of copies, with the prompt itself.
+  """
+  return [name, *(f'{name}/{n}' for n in range(2, count + 1))]
+
+
+def load_choosers(run: Run) -> dict[str, tuple[dict[str, str], Any]]:
+  """Return what the run's baselines choose by, for each kind that they need.
+
+  Args:
+    run: the run.
+
+  Returns:
+    `BY_JUDGE` or `BY_REWARD` → its name, as an entry of the results; and the judge, or the function
+    from conversations to rewards.
+
+  Raises:
+    UserError: if a model cannot be loaded.
+  """
+  config, loader = run.config.evaluation, model_loader(run)
+  choosers: dict[str, tuple[dict[str, str], Any]] = {}
+  if config.selections_by(BY_JUDGE):
+    named = config if config.judge_name else dataclasses.replace(config, judge='base')
+    judge = load_judge(named, loader, run.config.seed)
+    choosers[BY_JUDGE] = {'judge': named.judge_name}, judge
+  if config.selections_by(BY_REWARD):
+    model = loader.reward_model(config.reward_model, config.style)
+    label = model.label_index(config.reward_label or None)
+    score = functools.partial(model.scores, label=label)
+    choosers[BY_REWARD] = {'reward_model': config.reward_model}, score
+  return choosers
+
+
 def select_answers(
-  run: Run, name: str, judge: Judge, base: Rows, rows: Rows
+  run: Run, name: str, chooser: Any, base: Rows, rows: Rows
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Return the answers that a baseline chooses, and how its judge used the labels.
 
   Args:
     run: the run.
     name: name of the baseline, a `Selection`.
-    judge: the judge.
+    chooser: what it chooses by, see `load_choosers`.
     base: rows of M_θ.
     rows: rows of all answers, with the ids of `repeat_prompts`. An answer whose chain ended early
       is missing, except those to the prompts of `base`.
@@ -69,7 +110,7 @@ def select_answers(
   by_id = {row['id']: row for row in rows}
   numbers, candidates = [], []
   for row in base:
-    ids = [row['id'], *(f'{row["id"]}/{n}' for n in range(2, count + 1))]
+    ids = copy_ids(row['id'], count)
     numbers.append([n for n, name in enumerate(ids, 1) if name in by_id])
     # M_θ only answers for a baseline, so the rows do not know the kind of their prompt.
     kept = {'id': row['id'], 'kind': row['kind']}
@@ -77,7 +118,7 @@ def select_answers(
     candidates.append(answers[: selection.count(row, answers)])
   principles = {'harmful': config.judge_principles, 'helpful': config.judge_helpful_principles}
   rng = np.random.default_rng([run.config.seed, 4])
-  best, comparisons = selection.choose(judge, candidates, principles, rng)
+  best, comparisons = selection.choose(chooser, candidates, principles, rng)
   result = {
     'answers': count,
     'comparisons': len(comparisons),
@@ -122,10 +163,17 @@ def describe_results(config: EvaluationConfig, results: Mapping[str, Any]) -> st
 
 
 def _describe_selections(results: Mapping[str, Any]) -> Iterable[str]:
-  """Yield a line about each baseline that chooses, with what its judge is worth."""
+  """Yield a line about each baseline that chooses, with what its judge is worth, if it has one."""
   validity = (results.get('judge') or {}).get('validity') or {}
   for name, result in results.items():
-    if isinstance(BASELINES.get(name), Selection):
+    if not isinstance(BASELINES.get(name), Selection):
+      continue
+    if 'reward_model' in result:
+      yield (
+        f'{name}: the best of {_count_answers(result)} answers of M_θ by the reward model '
+        f'{result["reward_model"]}'
+      )
+    else:
       status, reasons = judge_status(validity.get('labelled'), [result['label_mass']])
       line = (
         f'{name}: the best of {_count_answers(result)} answers of M_θ by the judge '

@@ -17,9 +17,13 @@ from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.evaluation_checks import check_evaluation
 from cai_jax.pipeline.models import global_mesh, local_mesh
+from cai_jax.pipeline.pair_sources import LABELS_FILE
+from cai_jax.pipeline.policies import list_policies
+from cai_jax.pipeline.preference_checks import check_preferences
 from cai_jax.pipeline.raters import check_rater
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.space import check_folders, check_space, estimate_space
+from cai_jax.pipeline.stage_label import check_labelling
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
 from cai_jax.runtime.mesh import check_batch
@@ -70,6 +74,9 @@ def check_run(run: Run, stages: Sequence[str]) -> None:
   missing = [name for name in stages if not manifest.done(name)]
   if {'generate', 'evaluate'} & {*missing}:
     check_rater(run)
+  check_preferences(run, missing)
+  if 'label' in missing:
+    check_labelling(run)
   if 'evaluate' in missing:
     check_evaluation(run, infos)
   section = run.config.model
@@ -88,8 +95,11 @@ def _check_results(run: Run, missing: Sequence[str], manifest: Manifest) -> None
     ('train', 'evaluate'): 'model/config.json',
     ('generate', 'report'): 'quality.json',
     ('train', 'report'): 'metrics.jsonl',
+    ('label', 'prefer'): LABELS_FILE,
   }
-  for (writer, reader), name in needed.items():
+  policies = [f'{policy.folder}/config.json' for policy in list_policies(run.config)]
+  uses = [*needed.items(), *((('prefer', 'evaluate'), name) for name in policies)]
+  for (writer, reader), name in uses:
     is_needed = manifest.done(writer) and reader in missing
     if is_needed and not (run.workdir / name).exists():
       raise UserError(
@@ -121,10 +131,12 @@ def _check_prompts(run: Run, stages: Sequence[str]) -> None:
 
 def _check_external_data(run: Run, stages: Sequence[str]) -> None:
   """Check in process 0 that D_CAI of another run is one and contains no held-out prompt."""
-  if not run.config.data.d_cai or 'train' not in stages or jax.process_index() != 0:
+  reading = [name for name in ('train', 'prefer') if name in stages]
+  if not run.config.data.d_cai or not reading or jax.process_index() != 0:
     return
   try:
-    if Manifest(run.workdir, writes=False).done('train'):
+    manifest = Manifest(run.workdir, writes=False)
+    if all(manifest.done(name) for name in reading):
       if run.d_cai.exists():
         d_cai.check_files(run.d_cai)
       return

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from cai_jax.data import d_cai
+from cai_jax.evaluation.config import TRAINED
+from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.model.folder import DESCRIPTION_FILES, find_folder, folder_contents
+from cai_jax.pipeline.pair_sources import LABELS_FILE, PAIR_SOURCES
+from cai_jax.pipeline.policies import list_trainings, trains_preferences
+from cai_jax.pipeline.preference_config import ROLES
 from cai_jax.pipeline.sections import RunConfig
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
@@ -19,6 +24,12 @@ from cai_jax.scoring.refusal import CLASSIFIERS
 from cai_jax.tiny.files import model_path
 
 Contents = dict[str, dict[str, str]]  # config field → part of what it names → digest
+_FILES = (  # fields that name files, and no models
+  *('evaluation.multiple_choice', 'evaluation.judge_labelled', 'evaluation.reward_labelled'),
+  *('report.published', 'label.comparisons', 'label.labelled', 'label.demonstrations'),
+  'label.constitution',
+  *('reward.data', 'prefer.data'),
+)
 
 
 def stage_contents(config: RunConfig, stage: str) -> Contents:
@@ -55,11 +66,20 @@ def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
   if stage == 'generate':
     return
   yield 'model.aligned', model.aligned
+  if stage == 'label' or config.label.is_asked_for:
+    yield from _label_inputs(config.label)
+  if stage == 'prefer' or trains_preferences(config):
+    yield from _preference_inputs(config)
+  if stage in ('label', 'prefer'):
+    return
   is_checkpoint = evaluation.judge != 'base' and evaluation.judge not in JUDGES
   yield 'evaluation.judge', evaluation.judge if is_checkpoint else ''
   is_file = evaluation.judge_labelled not in LABELLED
   yield 'evaluation.judge_labelled', evaluation.judge_labelled if is_file else ''
-  yield 'evaluation.reward_model', evaluation.reward_model
+  is_trained = evaluation.reward_model == TRAINED
+  yield 'evaluation.reward_model', '' if is_trained else evaluation.reward_model
+  is_file = evaluation.reward_labelled not in LABELLED
+  yield 'evaluation.reward_labelled', evaluation.reward_labelled if is_file else ''
   yield 'evaluation.refusal', '' if evaluation.refusal in CLASSIFIERS else evaluation.refusal
   for kind, name in evaluation.guard_checkpoints.items():
     yield f'evaluation.guard_models, {kind}', name
@@ -68,11 +88,32 @@ def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
     yield 'report.published', config.report.published
 
 
+def _label_inputs(label: LabelConfig) -> Iterator[tuple[str, Any]]:
+  """Yield the fields of section `label` that name models and files."""
+  yield 'label.sampled_by', '' if label.sampled_by in ROLES else label.sampled_by
+  yield 'label.model', '' if label.model in (*ROLES, *JUDGES) else label.model
+  yield 'label.comparisons', label.comparisons
+  yield 'label.labelled', tuple(name for name in label.labelled if name not in LABELLED)
+  yield 'label.demonstrations', label.demonstrations
+  yield 'label.constitution', label.constitution
+
+
+def _preference_inputs(config: RunConfig) -> Iterator[tuple[str, Any]]:
+  """Yield the fields of sections `reward` and `prefer` that name models and files."""
+  yield 'data.d_cai', config.data.d_cai
+  for training in list_trainings(config):
+    section = training.config
+    yield f'{section.section}.init', '' if section.init in ROLES else section.init
+    yield f'{section.section}.data', '' if section.data in PAIR_SOURCES else section.data
+
+
 def _digests(name: str, value: Any) -> dict[str, str]:
   """Return the digests of what a field names."""
   if name == 'data.d_cai':
     return {'rows': d_cai.content_digest(value)}
-  if name in ('evaluation.multiple_choice', 'evaluation.judge_labelled', 'report.published'):
+  if name in ('reward.data', 'prefer.data') and pathlib.Path(value).is_dir():
+    return {'rows': d_cai.content_digest(value)}
+  if name in _FILES:
     paths = [pathlib.Path(path) for path in ((value,) if isinstance(value, str) else value)]
     return {
       f'{number}: {path.name}': digest_files(path.parent, [path.name])
@@ -107,7 +148,9 @@ def check_products(workdir: pathlib.Path, config: RunConfig, stage: str, done: A
   Raises:
     UserError: if D_CAI or the trained model has changed; the message names the shard or the part.
   """
-  if stage == 'train' and not config.data.d_cai and done['generate'].get('d_cai'):
+  if (
+    stage in ('train', 'prefer') and not config.data.d_cai and done.get('generate', {}).get('d_cai')
+  ):
     folder = workdir / 'd_cai'
     d_cai.check_files(folder)
     if d_cai.content_digest(folder) != done['generate']['d_cai']:
@@ -115,14 +158,30 @@ def check_products(workdir: pathlib.Path, config: RunConfig, stage: str, done: A
         f'{folder} is not the dataset that stage generate wrote. Restore it, or use another '
         'workdir.'
       )
-  if stage == 'evaluate' and not config.model.aligned and done['train'].get('model'):
-    folder = workdir / 'model'
-    for part, digest in folder_contents(folder).items():
-      if done['train']['model'].get(part) != digest:
-        raise UserError(
-          f'{folder} is not the model that stage train wrote: its {part} has changed. Restore it, '
-          'or set model.aligned in another workdir to evaluate it.'
-        )
+  reads_aligned = stage in ('label', 'prefer', 'evaluate') and not config.model.aligned
+  if reads_aligned and done.get('train', {}).get('model'):
+    _check_model(workdir / 'model', 'train', done['train']['model'])
+  if stage == 'prefer' and (recorded := done.get('label', {}).get('comparisons_digest')):
+    if digest_files(workdir, [LABELS_FILE]) != recorded:
+      raise UserError(
+        f'{workdir / LABELS_FILE} is not what stage label wrote. Restore it, or use another '
+        'workdir.'
+      )
+  if stage == 'evaluate':
+    for training in list_trainings(config):
+      if recorded := done.get('prefer', {}).get(training.name, {}).get('model'):
+        _check_model(workdir / training.folder, 'prefer', recorded)
+
+
+def _check_model(folder: pathlib.Path, stage: str, recorded: dict[str, str]) -> None:
+  """Check that a folder has the model that a stage wrote."""
+  for part, digest in folder_contents(folder).items():
+    if recorded.get(part) != digest:
+      advice = 'set model.aligned in another workdir to evaluate it.'
+      raise UserError(
+        f'{folder} is not the model that stage {stage} wrote: its {part} has changed. Restore it, '
+        f'or {advice}'
+      )
 
 
 # Asking the hub takes a second, and a run must not change to another revision between its stages.

@@ -30,6 +30,7 @@ from cai_jax.sampling.types import Usage
 
 FOLDER, TESTS = 'costs', 'test'
 JUDGE, GUARD = 'judge', 'guard'  # the roles of a served judge and of a served guard model
+FEEDBACK = 'feedback'  # that of the model that labels comparisons
 
 
 def shard_writer(run: Run, dataset: str) -> Callable[[int, CostsByModel], None]:
@@ -125,6 +126,8 @@ def describe_costs(run: Run) -> str:
     served['evaluation.judge_remote'] = JUDGE, judge.connection_config()
   if guard := run.config.evaluation.guard_remote:
     served['evaluation.guard_remote'] = GUARD, guard.connection_config()
+  if feedback := run.config.label.remote:
+    served['label.remote'] = FEEDBACK, feedback
   costs = read_costs(run)
   return '\n'.join(
     f'{name} ({config.model}): {costs[role].describe(config)}'

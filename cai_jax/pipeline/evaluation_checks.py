@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from cai_jax.dialogue.encode import Piece
 from cai_jax.evaluation import judge_labels, questions
-from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.evaluation.baselines import BY_JUDGE
+from cai_jax.evaluation.config import TRAINED, EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES
 from cai_jax.model.classifier import inspect_classifier
 from cai_jax.model.lm import ModelInfo
@@ -33,7 +34,7 @@ def check_evaluation(run: Run, infos: Mapping[str, ModelInfo]) -> None:
     UserError: if anything is wrong; the message names the config field.
   """
   config = run.config.evaluation
-  if config.reward_model:
+  if config.reward_model and config.reward_model != TRAINED:  # see preference_checks
     _check_classifier(run, 'reward_model', 'reward_label')
   if config.refusal not in refusal.CLASSIFIERS:
     _check_classifier(run, 'refusal', 'refusal_label')
@@ -69,6 +70,9 @@ def _check_baselines(run: Run, infos: Mapping[str, ModelInfo]) -> None:
         f'{where} chooses among several answers, which are all the same at '
         'sampling.initial.temperature=0. Raise the temperature, or leave the baseline out.'
       )
+  by_judge = config.selections_by(BY_JUDGE)
+  if by_judge:
+    where = f'evaluation.baselines: {by_judge[0]!r}'
     if not config.judge_name and not model.base:
       raise UserError(
         f'{where} needs a judge, and a server holds M_θ. Name a checkpoint as evaluation.judge.'

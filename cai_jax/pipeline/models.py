@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation import suite
+from cai_jax.evaluation.config import TRAINED
 from cai_jax.evaluation.registries import ResponseMeasure
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
+from cai_jax.pipeline.policies import REWARD_MODEL, trains_reward
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.sampling.remote import Remote
@@ -107,6 +109,7 @@ def model_loader(
   aliases = {name: str(folder) for name, folder in MODELS.items()}
   if run.config.model.base:
     aliases['base'] = model_path(run.config.model.base)
+  trained = {TRAINED: str(run.workdir / REWARD_MODEL)} if trains_reward(run.config) else {}
   feedback, journal = run.config.feedback, run.journal or run.workdir / 'journal'
   return ModelLoader(
     run.config.model.dtype,
@@ -120,6 +123,7 @@ def model_loader(
     {model_path(name): lm for name, lm in (loaded or {}).items()},
     journal / 'ratings',
     guard_journal(run),
+    trained,
   )
 
 

@@ -16,12 +16,14 @@ from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.model_sampling import resolve_sampling
+from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.sections import RunConfig
 from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
+from cai_jax.tiny.files import model_path
 from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
 
 
@@ -75,6 +77,33 @@ class Run:
     return pathlib.Path(self.config.data.d_cai or self.workdir / 'd_cai')
 
   @property
+  def aligned(self) -> str:
+    """Checkpoint of M_aligned: the configured one, or that of the train stage."""
+    name = self.config.model.aligned
+    return model_path(name) if name else str(self.workdir / 'model')
+
+  def preference_start(self, init: str) -> str:
+    """Return the checkpoint that a training on preferences starts from.
+
+    Args:
+      init: 'aligned', 'base', 'init', or a folder or hub name.
+    """
+    if init == 'aligned':
+      return self.aligned
+    return model_path({'base': self.config.model.base, 'init': self.training_start}.get(init, init))
+
+  def stand_in(self, init: str) -> str:
+    """Return a checkpoint with the shape and the tokenizer of what a training starts from.
+
+    It exists before the first stage, also if M_aligned is yet to be trained.
+
+    Args:
+      init: 'aligned', 'base', 'init', or a folder or hub name.
+    """
+    is_missing = init == 'aligned' and not self.config.model.aligned
+    return self.preference_start('init' if is_missing else init)
+
+  @property
   def training_start(self) -> str:
     """Name of the model to fine-tune; '' if the run has none."""
     return self.config.model.init or self.config.model.base
@@ -90,7 +119,10 @@ class Run:
     """
     values = self.values
     evaluates = stage in ('evaluate', 'report')
-    aligned = self.config.model.aligned if evaluates else ''
+    prefers = trains_preferences(self.config) and (evaluates or stage == 'prefer')
+    labels = self.config.label.is_asked_for and (evaluates or stage in ('label', 'prefer'))
+    reads_aligned = evaluates or prefers or labels
+    aligned = self.config.model.aligned if reads_aligned else ''
     settings = {name: values[name] for name in ('seed', 'sampling')}
     settings['contents'] = contents.stage_contents(self.config, stage)
     settings['model'] = _without(values['model'], () if aligned else ('aligned',))
@@ -105,10 +137,17 @@ class Run:
     }
     if self.plugins:
       settings['plugins'] = sorted(self.plugins.values())
-    if stage == 'train' or (evaluates and not aligned):
+    if stage == 'train' or (reads_aligned and not aligned):
       settings['train'] = _without(values['train'], MAY_CHANGE_ON_RESUME)
-    if stage == 'train' and self.config.data.d_cai:
+    if (stage == 'train' or prefers) and self.config.data.d_cai:
       settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
+    if labels:
+      settings['label'] = _without(values['label'], ('remote',))
+      if remote := self.config.label.remote:
+        settings['label']['remote'] = remote.identity()
+    if prefers:
+      for name in ('reward', 'prefer'):
+        settings[name] = _without(values[name], MAY_CHANGE_ON_RESUME)
     if evaluates:
       questions = self.config.evaluation.question_digests()
       servers = ('judge_remote', 'guard_remote')

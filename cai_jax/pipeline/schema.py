@@ -17,6 +17,9 @@ from ml_collections.config_dict import RequiredValueError
 
 from cai_jax.constitution import CONSTITUTIONS
 from cai_jax.data.prompt_sources import SOURCES
+from cai_jax.evaluation.config import TRAINED
+from cai_jax.pipeline.pair_sources import PAIR_SOURCES
+from cai_jax.pipeline.preference_config import ROLES, PolicyConfig, RewardConfig
 from cai_jax.pipeline.sections import RunConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
@@ -32,7 +35,7 @@ from cai_jax.tiny.files import MODELS
 from cai_jax.training.config import TrainConfig
 
 # A field of a component that is not a field of the config: training uses the seed of the run.
-_HIDDEN = {(TrainConfig, 'seed')}
+_HIDDEN = {(section, 'seed') for section in (TrainConfig, RewardConfig, PolicyConfig)}
 # Fields of earlier versions that have no effect any more, and why. Configs may still have them.
 _REMOVED = {'engine.spans': 'a slot gets pages of the cache as its context grows'}
 _SERVERS = (RemoteConfig, JudgeServer)  # sections that are None without a URL
@@ -121,7 +124,8 @@ def expand_paths(value: Any) -> Any:
   """Return a path, or a tuple of paths, in absolute form. Names of components stay as they are."""
   if isinstance(value, tuple):
     return tuple(map(expand_paths, value))
-  names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, 'base', 'auto', ''}
+  names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, *PAIR_SOURCES, *ROLES}
+  names |= {TRAINED, 'auto', ''}
   return expand_path(value) if isinstance(value, str) and value not in names else value
 
 
@@ -276,7 +280,8 @@ def from_config(config: ConfigDict) -> RunConfig:
     UserError: if a value is not allowed.
   """
   config = complete_config(config)
-  return _build_section(RunConfig, config, '', {'train': {'seed': config.seed}})
+  seed = {'seed': config.seed}
+  return _build_section(RunConfig, config, '', dict.fromkeys(('train', 'reward', 'prefer'), seed))
 
 
 def _build_section(

@@ -9,8 +9,10 @@ import dataclasses
 from cai_jax.constitution import ConstitutionConfig
 from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.weight_files import check_dtype
+from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.runtime.compilation import CompilationConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import VERSION, check_version
@@ -160,6 +162,9 @@ class RunConfig:
   engine: EngineConfig = EngineConfig()
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
+  label: LabelConfig = LabelConfig()
+  reward: RewardConfig = RewardConfig()
+  prefer: PolicyConfig = PolicyConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   report: ReportConfig = ReportConfig()
   compilation: CompilationConfig = CompilationConfig()

@@ -5,11 +5,14 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import baselines, prompt_sets
+from cai_jax.pipeline.policies import list_policies, list_trainings
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, free_bytes
+from cai_jax.training.fit_config import FitConfig
 
 JOURNAL_TOKEN_BYTES = 34  # of a sampled token: its id, its log-probability as text, and its letters
 ROW_TOKEN_BYTES = 14  # of a sampled token in D_CAI, and in the files made from it
@@ -24,6 +27,12 @@ FOLDERS = (
   'tensorboard',
   'profile',
   'costs',
+  'labels',
+  'prefer',
+  'reward_model',
+  'policy',
+  'policies',
+  'best_of_n',
 )
 
 
@@ -59,15 +68,27 @@ def estimate_space(run: Run, stages: Collection[str], trained: ModelConfig | Non
     Need('logs and report', run.workdir, OTHER_BYTES),
   ]
   if 'train' in stages and trained is not None:
-    train = run.config.train
-    # A checkpoint holds f32 parameters, two moments of each, and their average. Besides the kept
-    # ones, there is the best one, and one that is being written.
-    copies = (3 + bool(train.ema)) * (train.keep + 1 + bool(train.patience))
-    needs += [
-      Need('checkpoints', run.workdir / 'checkpoints', 4 * trained.num_params * copies),
-      Need('model', run.workdir / 'model', 4 * trained.num_params),
-    ]
+    needs += _training_space(run.config.train, trained, run.workdir, run.workdir / 'model')
+  for training in list_trainings(run.config) if 'prefer' in stages else ():
+    shape = models.inspect_model(run.stand_in(training.init)).config
+    places = run.workdir / training.workdir, run.workdir / training.folder
+    needs += _training_space(training.config, shape, *places)
   return [need._replace(bytes=max(0, need.bytes - _used_bytes(need, run))) for need in needs]
+
+
+def _training_space(
+  config: FitConfig, trained: ModelConfig, workdir: pathlib.Path, model: pathlib.Path
+) -> list[Need]:
+  """Return the disk space of a training: its checkpoints in a folder, and the model.
+
+  A checkpoint holds f32 parameters, two moments of each, and their average. Besides the kept ones,
+  there is the best one, and one that is being written.
+  """
+  copies = (3 + bool(config.ema)) * (config.keep + 1 + bool(config.patience))
+  return [
+    Need('checkpoints', workdir / 'checkpoints', 4 * trained.num_params * copies),
+    Need('model', model, 4 * trained.num_params),
+  ]
 
 
 def journal_bytes(turns: int, tokens: int) -> int:
@@ -101,15 +122,22 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
       continue
     count = len(run.prompts[name])
     copies = config.feedback.helpful_samples if name == 'helpful' else 1
-    if held_out:  # base, aligned and the baselines
-      copies = 2 + sum(baselines.num_answers(run, name) for name in config.evaluation.baselines)
+    if held_out:  # base, aligned, the policies and the baselines
+      copies = 2 + len(list_policies(config))
+      copies += sum(baselines.num_answers(run, name) for name in config.evaluation.baselines)
     chain = [answer] if name.endswith('helpful') else samplings
     for sampling in [*chain, *[answer] * (copies - 1)]:
       turns += count * (2 if sampling.max_thought_tokens else 1)
       tokens += count * (sampling.max_tokens + sampling.max_thought_tokens)
     size = sum(len(m['content'].encode()) for p in run.prompts[name] for m in p.messages)
     texts += size * (copies + 1)
-  return turns, tokens, texts
+  # Answers to the training prompts: those to compare, and those to choose the best one from.
+  answers = config.label.responses * ('label' in stages) + config.reward.best_of_n * (
+    'prefer' in stages
+  )
+  count = answers * sum(len(run.prompts[name]) for name in ('harmful', 'helpful'))
+  room = answer.max_tokens + answer.max_thought_tokens
+  return turns + count, tokens + count * room, texts
 
 
 def check_space(needs: Iterable[Need]) -> None:

@@ -1,4 +1,8 @@
-"""Stage `evaluate`: score M_θ, each round of its revisions, and M_aligned on held-out prompts."""
+"""Stage `evaluate`: score the models of a run on held-out prompts.
+
+These are M_θ, each round of its revisions, M_aligned, and the policies that learnt from
+preferences.
+"""
 
 import dataclasses
 import json
@@ -13,7 +17,8 @@ from cai_jax.data.ended import read_ended
 from cai_jax.data.prompts import Prompt
 from cai_jax.evaluation import suite
 from cai_jax.evaluation import summary as summaries
-from cai_jax.evaluation.judges import load_judge
+from cai_jax.evaluation.baselines import BASELINES, Selection
+from cai_jax.evaluation.registries import Policy
 from cai_jax.feedback import generate
 from cai_jax.feedback.job import Job
 from cai_jax.model import lm as models
@@ -27,6 +32,8 @@ from cai_jax.pipeline.models import (
   model_loader,
   open_models,
 )
+from cai_jax.pipeline.policies import list_policies
+from cai_jax.pipeline.policy_table import policy_table
 from cai_jax.pipeline.report_chains import EVALUATION_ROWS
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
@@ -35,13 +42,12 @@ from cai_jax.runtime.files import replacing, write_json
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
-from cai_jax.tiny.files import model_path
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
-  """Write the answers of both models and their scores to `evaluation/`.
+  """Write the answers of all models and their scores to `evaluation/`.
 
   Args:
     run: the run.
@@ -75,24 +81,54 @@ def evaluate_models(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       place = folder / 'candidates' / name if selects else folder / name
       sample_dataset(run, job, place, name)
       rows[name] = list(d_cai.read_rows(place))
-  del sampled, job  # frees their memory for M_aligned
-  section = run.config.model
-  aligned = models.load(
-    aligned_path(run), section.dtype, local_mesh(run), long_context=section.long_context
-  )
-  job = _prepare_answers(run, {'base': aligned}, [*harmful, *helpful], length)
-  aligned_counts = sample_dataset(run, job, folder / 'aligned', 'aligned')
-  rows['aligned'] = list(d_cai.read_rows(folder / 'aligned'))
-  results['aligned'] = _evaluate_model(run, aligned, rows['base'])
+  del sampled, job  # frees their memory for the other models
+  counts: dict[str, Any] = {'base': base_counts}
+  trained = {'aligned': run.aligned}
+  trained |= {policy.name: str(run.workdir / policy.folder) for policy in list_policies(run.config)}
+  for name, path in trained.items():
+    counts[name] = _answer(run, name, path, length, vocabulary, rows, results)
+  processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
+  return counts | {'rows_in': base_counts['rows']}
+
+
+def _answer(
+  run: Run,
+  name: str,
+  path: str,
+  length: int,
+  vocabulary: Mapping[str, int] | None,
+  rows: dict[str, Rows],
+  results: dict[str, Any],
+) -> dict[str, Any]:
+  """Answer the held-out prompts with a trained model, and add its rows and results to the dicts.
+
+  Args:
+    run: the run.
+    name: name of the model, and of the folder of its answers.
+    path: its checkpoint.
+    length: as in `_prepare_answers`.
+    vocabulary: that of M_θ; None if a server holds M_θ.
+    rows: rows by model, which have those of M_θ.
+    results: results of the measures by model.
+
+  Returns:
+    Counts and speeds, for the manifest.
+  """
+  section, folder = run.config.model, run.workdir / 'evaluation' / name
+  lm = models.load(path, section.dtype, local_mesh(run), long_context=section.long_context)
+  prompts = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
+  job = _prepare_answers(run, {'base': lm}, prompts, length)
+  counts = sample_dataset(run, job, folder, name)
+  rows[name] = list(d_cai.read_rows(folder))
+  results[name] = _evaluate_model(run, lm, rows['base'])
   if 'kl' in run.config.evaluation.active_scores:
-    if vocabulary == aligned.tokenizer.get_vocab():
-      rows['aligned'] = _add_replies(run, job, rows['aligned'])
+    if vocabulary == lm.tokenizer.get_vocab():
+      rows[name] = _add_replies(run, job, rows[name])
     elif jax.process_index() == 0:
       reason = 'a server holds M_θ' if vocabulary is None else 'the two vocabularies differ'
-      say(f'KL of M_aligned from M_θ: not measured, because {reason}')
-  del aligned, job
-  processes.run_on_process_0('score responses', lambda: _write_scores(run, rows, results))
-  return {'base': base_counts, 'aligned': aligned_counts, 'rows_in': base_counts['rows']}
+      shown = 'M_aligned' if name == 'aligned' else name
+      say(f'KL of {shown} from M_θ: not measured, because {reason}')
+  return counts
 
 
 def _prepare_answers(
@@ -104,12 +140,6 @@ def _prepare_answers(
   """
   job = prepare_job(run, sampled, [], prompts)
   return dataclasses.replace(job, length=max(job.length, length))
-
-
-def aligned_path(run: Run) -> str:
-  """Return the checkpoint of M_aligned: the configured one, or that of the train stage."""
-  name = run.config.model.aligned
-  return model_path(name) if name else str(run.workdir / 'model')
 
 
 def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
@@ -153,33 +183,38 @@ def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -
     rows, chosen = _select_answers(run, rows)
     results = results | chosen
   rows = _answered_by_both(folder, rows)
-  others = {name: rows[name] for name in config.evaluation.baselines}
+  trained = {policy.name: policy for policy in list_policies(config)}
+  others = {name: rows[name] for name in (*config.evaluation.baselines, *trained)}
   groups = summaries.measure_groups(rows['base'], rows['aligned'], load_measures(run), others)
   _write_rows(run.workdir / EVALUATION_ROWS, summaries.response_rows(groups))
-  summary = summaries.average_groups(groups)
+  starts = {name: policy.compared_with for name, policy in trained.items()}
+  summary = summaries.average_groups(groups, starts)
   ground_truth.add_grammar(summary, run, rows['base'])
   write_json(folder / 'summary.json', summary)
+  policies = {name: Policy(starts[name], rows[name]) for name in trained}
   results = results | suite.compare_models(
-    config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed
+    config.evaluation, model_loader(run), rows['base'], rows['aligned'], config.seed, policies
   )
   write_json(folder / 'models.json', results)
   if text := baselines.describe_results(config.evaluation, results):
     say(text)
+  if table := policy_table(config, summary, results):
+    say(f'\n{table}')
 
 
 def _select_answers(run: Run, rows: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Any]]:
   """Return the rows with the chosen answers of baselines that choose, and results about them."""
-  config = run.config.evaluation
-  if not config.judge_name:
-    config = dataclasses.replace(config, judge='base')
-  judge = load_judge(config, model_loader(run), run.config.seed)
+  choosers = baselines.load_choosers(run)
   kept, results = dict(rows), {}
-  for baseline in config.selections:
+  for baseline in run.config.evaluation.selections:
+    selection = BASELINES[baseline]
+    assert isinstance(selection, Selection)
+    name, chooser = choosers[selection.by]
     kept[baseline], result = baselines.select_answers(
-      run, baseline, judge, rows['base'], rows[baseline]
+      run, baseline, chooser, rows['base'], rows[baseline]
     )
     baselines.write_answers(run.workdir / 'evaluation' / baseline, kept[baseline])
-    results[baseline] = {'judge': config.judge_name} | result
+    results[baseline] = name | result
   return kept, results
 
 

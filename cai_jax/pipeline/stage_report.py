@@ -11,6 +11,8 @@ from cai_jax.pipeline.baselines import describe_results
 from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.import_results import IMPORTED, with_imported
 from cai_jax.pipeline.models import load_scorer
+from cai_jax.pipeline.policies import trains_preferences
+from cai_jax.pipeline.policy_table import describe_trainings, policy_table
 from cai_jax.pipeline.quality_gate import flag_intervals
 from cai_jax.pipeline.rate import describe_ratings
 from cai_jax.pipeline.report_chains import read_answers, read_d_cai
@@ -49,7 +51,11 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   needed = {'generate': _QUALITY, 'train': metrics.METRICS_FILE}  # of the stages that this run has
   _check_files(run, [_SUMMARY, _MODELS, *(needed[name] for name in needed if name in stages)])
   check_shape(manifest, MANIFEST_SHAPE, str(run.workdir / 'manifest.json'))
-  texts = {'Models': _describe_models(run), 'Ratings by people': describe_ratings(run.workdir)}
+  texts = {}
+  if trains_preferences(run.config):
+    texts['Policies compared'] = _compare_policies(run)
+    texts['Training on preferences'] = describe_trainings(run, manifest)
+  texts |= {'Models': _describe_models(run), 'Ratings by people': describe_ratings(run.workdir)}
   if 'generate' in stages:
     texts = {'Quality of the revisions': describe_quality(run.workdir / _QUALITY)} | texts
     if ended := describe_ended(run.workdir / 'd_cai', stages['generate']['rows_in']):
@@ -165,6 +171,12 @@ def _describe_models(run: Run) -> str:
       f'{path} does not have the form that the measures of the run write '
       f'({type(error).__name__}: {error}). Restore it, or evaluate in a new workdir.'
     ) from error
+
+
+def _compare_policies(run: Run) -> str:
+  """Return the table of M_θ, M_aligned, the policies and the best of several answers."""
+  summary = read_summary(run.workdir / _SUMMARY)
+  return policy_table(run.config, summary, read_json(run.workdir / _MODELS))
 
 
 def _check_files(run: Run, names: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Stage `train`: fine-tune a model on D_CAI."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     dialogue,
     config,
     run.workdir,
-    _make_probe(run, lm) if config.probes else None,
+    make_probe(run, lm, config.probes) if config.probes else None,
     run.profile,
     references(run),
   )
@@ -92,7 +93,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def export_model(run: Run, lm: LM, params: Any, dialogue: Dialogue) -> None:
-  """Save M_aligned as it was trained: with its dtype, stop tokens and template options.
+  """Save M_aligned, with the dtype that the config asks for.
 
   Args:
     run: the run.
@@ -100,23 +101,53 @@ def export_model(run: Run, lm: LM, params: Any, dialogue: Dialogue) -> None:
     params: the trained parameters.
     dialogue: what rendered the examples.
   """
-  dtype = run.config.train.export_dtype
-  if dtype == 'base':
-    dtype = models.read_stored_dtype(model_path(run.training_start))
+  dtype = resolve_export_dtype(run.config.train.export_dtype, model_path(run.training_start))
+  save_trained(run, lm, params, dialogue, run.workdir / 'model', dtype)
+
+
+def resolve_export_dtype(dtype: str, start: str) -> str:
+  """Return the dtype of a saved model: the configured one, or that of the initial model.
+
+  Args:
+    dtype: the setting `export_dtype`.
+    start: checkpoint of the initial model.
+  """
+  return models.read_stored_dtype(start) if dtype == 'base' else dtype
+
+
+def save_trained(
+  run: Run, lm: LM, params: Any, dialogue: Dialogue, folder: pathlib.Path, dtype: str
+) -> None:
+  """Save a trained model with its stop tokens and template options.
+
+  Args:
+    run: the run.
+    lm: the initial model.
+    params: the trained parameters.
+    dialogue: what rendered the examples.
+    folder: where to save it.
+    dtype: dtype of its weights.
+  """
   options = run.config.feedback.template_options if run.config.feedback.style == 'chat' else ()
-  aligned = dataclasses.replace(
+  trained = dataclasses.replace(
     lm,
     params=params,
     tokenizer=bind_template_options(lm.tokenizer, options),
     eos_token_ids=tuple(dict.fromkeys((*lm.eos_token_ids, *dialogue.stop_token_ids))),
   )
-  models.save(aligned, run.workdir / 'model', dtype)
+  models.save(trained, folder, dtype)
 
 
-def _make_probe(run: Run, lm: LM) -> Probe:
-  """Return a function that answers the first held-out prompts with given parameters."""
+def make_probe(run: Run, lm: LM, count: int) -> Probe:
+  """Return a function that answers the first held-out prompts with given parameters.
+
+  Args:
+    run: the run.
+    lm: the model; the parameters come with each call.
+    count: number of prompts.
+  """
   held_out = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
-  prompts = held_out[: run.config.train.probes]
+  prompts = held_out[:count]
   mesh, dtype, sampling = local_mesh(run), run.config.model.dtype, run.config.sampling.initial
   # Thoughts and answer are sampled as one reply, with the room of both.
   most = sampling.max_tokens + sampling.max_thought_tokens

@@ -14,12 +14,15 @@ from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.import_results import has_new_results
+from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
 from cai_jax.pipeline.server_checks import check_guard_server, check_judge_server, check_servers
 from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
+from cai_jax.pipeline.stage_label import check_label_server, label_comparisons
+from cai_jax.pipeline.stage_prefer import train_policies
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
 from cai_jax.runtime import compilation, digests, lock, processes
@@ -33,18 +36,22 @@ from cai_jax.runtime.terminal import say
 STAGES: dict[str, Callable[[Run, Mapping[str, Any]], dict[str, Any]]] = {
   'generate': generate_d_cai,
   'train': train_model,
+  'label': label_comparisons,
+  'prefer': train_policies,
   'evaluate': evaluate_models,
   'report': write_run_report,
 }
+SAMPLING = ('generate', 'label', 'prefer', 'evaluate')  # stages that may sample with the engine
 
 
 def default_stages(run: Run) -> list[str]:
-  """Return all stages except those whose result the config takes from another run.
+  """Return the stages that a run needs.
 
-  `data.d_cai` replaces the generate stage. `model.aligned` replaces both generate and train.
+  `data.d_cai` replaces the generate stage, and `model.aligned` replaces both generate and train.
+  The config has to ask for the stages label and prefer.
   """
-  replaced = _replaced_stages(run)
-  return [name for name in STAGES if name not in replaced]
+  left_out = {*_replaced_stages(run), *_absent_stages(run)}
+  return [name for name in STAGES if name not in left_out]
 
 
 def run_stages(
@@ -84,7 +91,7 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   _check_manifest(run, stages, manifest)
   if 'train' in stages and not manifest.done('train'):
     log(describe_training(run))
-  asking = [n for n in stages if n in ('generate', 'evaluate') and not manifest.done(n)]
+  asking = [n for n in stages if n in SAMPLING and not manifest.done(n)]
   resolve = functools.partial(resolve_engine, run, bool(asking))
   run, note = processes.run_on_all_processes('choose the sizes of the engine', resolve)
   if note:
@@ -96,6 +103,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
   if run.config.evaluation.served_guards and 'evaluate' in asking:
     processes.run_on_process_0('reach the guard model', lambda: check_guard_server(run))
+  if run.config.label.remote and 'label' in asking:
+    processes.run_on_process_0('reach the feedback model', lambda: check_label_server(run))
   # Then the report is written again.
   is_old = has_new_ratings(run.workdir) or has_new_results(run.workdir)
   processes.barrier('manifest read')
@@ -139,6 +148,9 @@ def _check_names(run: Run, stages: Sequence[str]) -> None:
     raise UserError(f'There is no stage {", ".join(unknown)}. The stages are {", ".join(STAGES)}.')
   if not stages:
     raise UserError(f'No stage is given. The stages are {", ".join(STAGES)}.')
+  for name, advice in _absent_stages(run).items():
+    if name in stages:
+      raise UserError(f'Stage {name} has nothing to do. {advice}, or leave {name} out of --stages.')
   for name, field in _replaced_stages(run).items():
     if name in stages:
       raise UserError(
@@ -154,11 +166,21 @@ def _replaced_stages(run: Run) -> dict[str, str]:
   return {'generate': 'data.d_cai'} if run.config.data.d_cai else {}
 
 
+def _absent_stages(run: Run) -> dict[str, str]:
+  """Return the stages that the config does not ask for, each with what to set to ask for it."""
+  config, absent = run.config, {}
+  if not config.label.is_asked_for:
+    absent['label'] = 'Set label.responses or label.comparisons'
+  if not trains_preferences(config):
+    absent['prefer'] = 'Set prefer.data or reward.data'
+  return absent
+
+
 def _needed_stages(run: Run, stages: Sequence[str]) -> list[str]:
   """Return the stages that must be done at the end, in order: those to run, and what they need."""
   last = max(list(STAGES).index(name) for name in stages)
-  replaced = _replaced_stages(run)
-  return [name for name in list(STAGES)[: last + 1] if name not in replaced]
+  left_out = {*_replaced_stages(run), *_absent_stages(run)}
+  return [name for name in list(STAGES)[: last + 1] if name not in left_out]
 
 
 def _check_manifest(run: Run, stages: Sequence[str], manifest: Manifest) -> None:

@@ -35,6 +35,9 @@ HEADINGS = {
   'changed_rate': 'changed',
   'truncated_rate': 'truncated',
   'topic_score': 'topic score',
+  'reward': 'reward',
+  'kl': 'KL from M_θ, nats',
+  'win_rate': 'wins against M_θ',
   'mean_tokens': 'mean tokens',
   'count': 'count',
 }

@@ -72,7 +72,7 @@ class Manifest:
     self.content |= {
       'versions': _package_versions(),
       'devices': _devices(),
-      'git_commit': _git_commit(),
+      'git_commit': git_commit(),
     }
 
   def done(self, stage: str) -> bool:
@@ -259,7 +259,7 @@ def _devices() -> dict[str, Any]:
   }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
   """Return the commit of the source tree, with '+' for uncommitted changes; '' without git."""
   git = ['git', '-C', str(pathlib.Path(__file__).parent)]
   try:

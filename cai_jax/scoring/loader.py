@@ -33,6 +33,8 @@ class ModelLoader:
     dtype: dtype of parameters and activations, such as 'float32'.
     mesh: the devices that hold each model.
     aliases: folder or hub name of language models by short name, such as 'base' for M_θ.
+    reward_models: folders of reward models by short name, which the run trains. With `inspect_only`
+      they count as valid, because they may not exist yet.
     template_options: (name, value) pairs for chat templates. A reward model's template gets those
       that it reads.
     inspect_only: whether to check a model instead of loading it, and to raise `Inspected` if it is
@@ -57,6 +59,7 @@ class ModelLoader:
   loaded: Mapping[str, lm.LM] = dataclasses.field(default_factory=dict)
   rating_journal: pathlib.Path | None = None
   guard_journal: pathlib.Path | None = None
+  reward_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -93,16 +96,20 @@ class ModelLoader:
     """Load a reward model or classifier.
 
     Args:
-      name: the folder or hub name of a sequence-classification checkpoint.
+      name: a name in `reward_models`, or the folder or hub name of a sequence-classification
+        checkpoint.
       style: how conversations are rendered, see `reward.load`.
 
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
+    if self.inspect_only and name in self.reward_models:
+      raise Inspected(name)
     if self.inspect_only:
       self.inspect_reward_model(name, style)
       raise Inspected(name)
-    return reward.load(name, self.dtype, self.mesh, style, self.template_options)
+    path = self.reward_models.get(name, name)
+    return reward.load(path, self.dtype, self.mesh, style, self.template_options)
 
   def inspect_reward_model(self, name: str, style: str = 'chat') -> tuple[ClassifierInfo, Dialogue]:
     """Check a reward model or classifier without loading its weights.
@@ -117,7 +124,7 @@ class ModelLoader:
     Raises:
       UserError: if the checkpoint cannot be loaded.
     """
-    info = inspect_classifier(name)
+    info = inspect_classifier(self.reward_models.get(name, name))
     return info, reward.make_dialogue(info, style, self.template_options)
 
   def _find(self, name: str) -> tuple[str, bool]:

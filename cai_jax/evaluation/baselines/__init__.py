@@ -12,6 +12,8 @@ A baseline that chooses among several answers of M_θ is a `Selection` instead.
 """
 
 from cai_jax.evaluation.baselines.registry import BASELINES as BASELINES
+from cai_jax.evaluation.baselines.registry import BY_JUDGE as BY_JUDGE
+from cai_jax.evaluation.baselines.registry import BY_REWARD as BY_REWARD
 from cai_jax.evaluation.baselines.registry import Selection as Selection
 from cai_jax.runtime.registry import import_submodules
 

@@ -7,6 +7,7 @@ log-odds only, and say why.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from cai_jax.evaluation.length_bias import (
   length_differences,
 )
 from cai_jax.evaluation.ratings import elo_ratings, win_rate
-from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Row
+from cai_jax.evaluation.registries import COMPARISONS, ModelComparison, Policy, Row
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.terminal import say
 from cai_jax.scoring.judge import CRITERIA, Comparison, Judge, Match
@@ -49,18 +50,23 @@ def create_judge_comparison(config: EvaluationConfig) -> ModelComparison | None:
     return None
 
   def compare(
-    loader: ModelLoader, base: Sequence[Row], aligned: Sequence[Row], seed: int
+    loader: ModelLoader,
+    base: Sequence[Row],
+    aligned: Sequence[Row],
+    seed: int,
+    policies: Mapping[str, Policy] = MappingProxyType({}),
   ) -> dict[str, Any] | None:
     if config.judge_is_default:
       try:
-        return compare_by_base(config, loader, base, aligned, seed)
+        return compare_by_base(config, loader, base, aligned, seed, policies)
       except UserError as error:
         say(f'M_θ does not judge the responses: {error}')
         return None
     judge = load_judge(config, loader, seed)
-    return {'judge': config.judge_name} | compare_with_judge(judge, config, base, aligned, seed)
+    results = compare_with_judge(judge, config, base, aligned, seed, policies)
+    return {'judge': config.judge_name} | results
 
-  return ModelComparison(compare, describe)
+  return ModelComparison(compare, describe, compare)
 
 
 def compare_by_base(
@@ -69,6 +75,7 @@ def compare_by_base(
   base: Sequence[Row],
   aligned: Sequence[Row],
   seed: int,
+  policies: Mapping[str, Policy] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Return the comparison with M_θ as the judge.
 
@@ -78,6 +85,7 @@ def compare_by_base(
     base: rows of M_θ.
     aligned: rows of M_aligned on the same prompts.
     seed: seed of the draw of principles.
+    policies: the policies that learnt from preferences, by name.
 
   Raises:
     UserError: if a server holds M_θ, or a question does not fit into its context.
@@ -86,7 +94,7 @@ def compare_by_base(
     raise UserError('A server holds it. Name a checkpoint as evaluation.judge.')
   config = dataclasses.replace(config, judge='base')
   judge = load_judge(config, loader, seed)
-  return {'judge': 'base'} | compare_with_judge(judge, config, base, aligned, seed)
+  return {'judge': 'base'} | compare_with_judge(judge, config, base, aligned, seed, policies)
 
 
 def compare_with_judge(
@@ -95,12 +103,14 @@ def compare_with_judge(
   base: Sequence[Row],
   aligned: Sequence[Row],
   seed: int,
+  policies: Mapping[str, Policy] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Validate a judge, and let it compare the responses of a run.
 
   It compares M_aligned with M_θ, and each round of revisions of M_θ with the initial response:
-  harmlessness on harmful prompts, and helpfulness on all prompts. Pairs of equal responses count as
-  ties, and pairs with a blank response are left out. The judge reads neither.
+  harmlessness on harmful prompts, and helpfulness on all prompts. It compares each policy that
+  learnt from preferences with M_θ, and with the model that its training began from. Pairs of equal
+  responses count as ties, and pairs with a blank response are left out. The judge reads neither.
 
   Args:
     judge: the judge.
@@ -108,6 +118,7 @@ def compare_with_judge(
     base: rows of M_θ.
     aligned: rows of M_aligned on the same prompts.
     seed: seed of the draw of principles.
+    policies: the policies, by name.
 
   Returns:
     A dict with
@@ -122,7 +133,7 @@ def compare_with_judge(
   labelled, left_out = _read_labels(config)
   answers = [(row['prompt'], row['initial']['text']) for row in base[: config.judge_checks]]
   validity = validate_judge(judge, labelled, answers)
-  pairings = list(_list_pairings(config, base, aligned, seed))
+  pairings = list(_list_pairings(config, base, aligned, seed, policies))
   verdicts = _judge_once(judge, [match for p in pairings for match in p.matches])
   answered = summarize_answers(list(verdicts.values())) if verdicts else None
   masses = [answered['label_mass']] if answered else []
@@ -137,6 +148,9 @@ def compare_with_judge(
     'validity': validity | {'left_out': left_out, 'answers': answered},
     'comparisons': results,
   }
+
+
+_Response = Callable[[Row], str]  # a row of M_θ → a response to its prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +186,11 @@ def _read_labels(config: EvaluationConfig) -> tuple[list[Match], dict[str, int]]
 
 
 def _list_pairings(
-  config: EvaluationConfig, base: Sequence[Row], aligned: Sequence[Row], seed: int
+  config: EvaluationConfig,
+  base: Sequence[Row],
+  aligned: Sequence[Row],
+  seed: int,
+  policies: Mapping[str, Policy],
 ) -> Iterator[_Pairing]:
   """Yield the comparisons of a run. All comparisons of a prompt have the same principle."""
   principles = dict(
@@ -184,22 +202,47 @@ def _list_pairings(
     for row in base
     for criterion, texts in principles.items()
   }
-  aligned_texts = {row['id']: row['initial']['text'] for row in aligned}
   harmful = [row for row in base if row['kind'] == 'harmful']
-  rounds = min((len(row['rounds']) for row in harmful), default=0)
-  players: list[tuple[str, str, Callable[[Row], str]]] = [
-    ('aligned', 'base', lambda row: aligned_texts[row['id']])
-  ]
-  for number in range(rounds):
-    players.append((f'revision_{number + 1}', 'initial', functools.partial(_revision, number)))
-  for player, opponent, response in players:
+  for player, opponent, is_revision, response, other in _list_players(base, aligned, policies):
     for criterion in CRITERIA:
-      everything = criterion == 'helpfulness' and player == 'aligned'  # helpful ones have no rounds
+      everything = criterion == 'helpfulness' and not is_revision  # helpful ones have no rounds
       rows = base if everything else harmful
       if rows:
         name = 'all' if everything else 'harmful'
         pairing = _Pairing(player, opponent, criterion, name, [], [], 0)
-        yield _pair(pairing, rows, response, drawn)
+        yield _pair(pairing, rows, response, other, drawn)
+
+
+def _list_players(
+  base: Sequence[Row], aligned: Sequence[Row], policies: Mapping[str, Policy]
+) -> Iterator[tuple[str, str, bool, _Response, _Response]]:
+  """Yield who is compared with whom: two names, whether it is a revision, and both responses."""
+  answers: dict[str, _Response] = {'base': _initial, 'aligned': _answers(aligned)}
+  yield 'aligned', 'base', False, answers['aligned'], _initial
+  for name, policy in policies.items():
+    response = _answers(policy.rows)
+    yield name, 'base', False, response, _initial
+    if policy.start != 'base' and policy.start in answers:
+      yield name, policy.start, False, response, answers[policy.start]
+  rounds = min((len(row['rounds']) for row in base if row['kind'] == 'harmful'), default=0)
+  for number in range(rounds):
+    yield (
+      f'revision_{number + 1}',
+      'initial',
+      True,
+      functools.partial(_revision, number),
+      _initial,
+    )
+
+
+def _answers(rows: Sequence[Row]) -> _Response:
+  """Return the function from a row of M_θ to the answer of other rows to its prompt."""
+  texts = {row['id']: row['initial']['text'] for row in rows}
+  return lambda row: texts[row['id']]
+
+
+def _initial(row: Row) -> str:
+  return row['initial']['text']
 
 
 def _revision(number: int, row: Row) -> str:
@@ -209,13 +252,14 @@ def _revision(number: int, row: Row) -> str:
 def _pair(
   pairing: _Pairing,
   rows: Sequence[Row],
-  response: Callable[[Row], str],
+  response: _Response,
+  other: _Response,
   principles: Mapping[tuple[str, str], str],
 ) -> _Pairing:
   """Return a comparison with its matches."""
   matches, equal, empty = [], [], 0
   for row in rows:
-    pair = response(row), row['initial']['text']
+    pair = response(row), other(row)
     if not all(text.strip() for text in pair):
       empty += 1
     elif pair[0] == pair[1]:

@@ -1,0 +1,62 @@
+"""Where the comparisons of a run come from, by the names that `prefer.data` can have.
+
+A plugin can register a source of its own, such as one in which somebody else judges the pairs.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+from cai_jax.data.preferences import Comparison, read_comparisons
+from cai_jax.data.preferences.reading import PreferenceSet
+from cai_jax.runtime.registry import Registry
+
+D_CAI, LABELS = 'D_CAI', 'labels'  # what a source reads
+LABELS_FILE = 'labels/comparisons.jsonl'  # of a run, which stage label writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where a run has what sources read.
+
+  Attributes:
+    d_cai: folder of its D_CAI.
+    labels: file of the comparisons that stage label writes.
+  """
+
+  d_cai: pathlib.Path
+  labels: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+  """A source of comparisons within a run.
+
+  Attributes:
+    read: returns the comparisons.
+    needs: what it reads, `D_CAI` or `LABELS`, which the run must then have.
+  """
+
+  read: Callable[[Places], PreferenceSet[Comparison]]
+  needs: str
+
+
+PAIR_SOURCES: Registry[PairSource] = Registry('source of comparisons')
+
+
+def _read_d_cai(places: Places, pairs: str) -> PreferenceSet[Comparison]:
+  return read_comparisons(places.d_cai, 'd_cai', pairs=pairs)
+
+
+def _read_labels(places: Places) -> PreferenceSet[Comparison]:
+  return read_comparisons(places.labels)
+
+
+for _name, _pairs in (
+  ('implied', 'last_over_initial'),
+  ('rounds', 'each_over_previous'),
+  ('every_pair', 'every_pair'),
+):
+  PAIR_SOURCES.register(_name)(PairSource(functools.partial(_read_d_cai, pairs=_pairs), D_CAI))
+PAIR_SOURCES.register('labels')(PairSource(_read_labels, LABELS))

@@ -1,0 +1,86 @@
+"""Read the comparisons that a section of the config names."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from cai_jax.data.preferences import Comparison, read_comparisons
+from cai_jax.data.preferences.reading import PreferenceSet
+from cai_jax.pipeline.pair_sources import LABELS_FILE, PAIR_SOURCES, Places
+from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """The comparisons of a training, which each iteration reads again.
+
+  Attributes:
+    comparisons: the comparisons.
+    shuffle_seed: seed by which sides are exchanged; None exchanges none.
+  """
+
+  comparisons: PreferenceSet[Comparison]
+  shuffle_seed: int | None = None
+
+  @property
+  def counts(self) -> dict[str, Any]:
+    """How many comparisons were read and left out."""
+    return {'read': self.comparisons.counts}
+
+  @property
+  def digest(self) -> str:
+    """A hex digest of the comparisons in their order, as they are learned."""
+    digest = hashlib.sha256()
+    for pair in self:
+      digest.update(json.dumps(dataclasses.asdict(pair), sort_keys=True).encode() + b'\n')
+    return digest.hexdigest()[:32]
+
+  def __iter__(self) -> Iterator[Comparison]:
+    for pair in self.comparisons:
+      yield pair if self.shuffle_seed is None else exchange_sides(pair, self.shuffle_seed)
+
+
+def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:
+  """Return the comparisons that a section of the config names.
+
+  Args:
+    run: the run.
+    config: the section `prefer` or `reward`.
+
+  Raises:
+    UserError: if they cannot be read, or none is left; the message names the field.
+  """
+  places = Places(run.d_cai, run.workdir / LABELS_FILE)
+  try:
+    if config.data in PAIR_SOURCES:
+      found = PAIR_SOURCES[config.data].read(places)
+    else:
+      found = read_comparisons(pathlib.Path(config.data), config.form)
+  except UserError as error:
+    raise UserError(f'{config.section}.data={config.data!r}: {error}') from error
+  return Pairs(found, run.config.seed if config.shuffle else None)
+
+
+def exchange_sides(pair: Comparison, seed: int) -> Comparison:
+  """Return a comparison, whose sides are exchanged with probability 0.5.
+
+  Args:
+    pair: the comparison.
+    seed: decides it, together with the comparison's id.
+  """
+  if random.Random(f'exchange sides/{seed}/{pair.id}').random() < 0.5:
+    return pair
+  return dataclasses.replace(
+    pair,
+    chosen=pair.rejected,
+    rejected=pair.chosen,
+    margin=None if pair.margin is None else -pair.margin,
+    scores=None if pair.scores is None else pair.scores[::-1],
+    truncated=pair.truncated[::-1],
+  )

@@ -1,0 +1,255 @@
+"""Stage `prefer`: train a reward model and policies on preferences.
+
+Each training has a folder for its checkpoints and metrics (`prefer/NAME/`) and one for the trained
+model with its own manifest. A training that is done is not repeated, so the stage resumes at the
+training in which it stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from cai_jax.data.preferences import group_comparisons, judge_both
+from cai_jax.data.preferences.units import (
+  UnitSet,
+  build_comparison_units,
+  build_judged_units,
+)
+from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue.template_options import bind_template_options
+from cai_jax.model import classifier
+from cai_jax.model import lm as models
+from cai_jax.model.lm import LM
+from cai_jax.pipeline.best_of_n import write_best_answers
+from cai_jax.pipeline.contents import model_contents
+from cai_jax.pipeline.models import global_mesh, make_dialogue
+from cai_jax.pipeline.pairs import Pairs, read_pairs
+from cai_jax.pipeline.policies import BEST_OF_N, REWARD_MODEL, Training, list_trainings
+from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.stage_train import make_probe, resolve_export_dtype, save_trained
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import read_json, write_json, writing
+from cai_jax.runtime.manifest import VERSION, git_commit
+from cai_jax.runtime.terminal import say
+from cai_jax.scoring import reward
+from cai_jax.training import reward_model
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
+from cai_jax.training.log import remarks
+from cai_jax.training.preference import prefer
+
+MANIFEST = 'manifest.json'  # of a trained model, in its folder
+
+
+def train_policies(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """Write `reward_model/`, `policy/` and `policies/`, as far as the config asks for them.
+
+  Args:
+    run: the run.
+    manifest: not used.
+
+  Returns:
+    Counts, losses and speeds of each training by its name, for the manifest.
+
+  Raises:
+    UserError: if no comparison remains to learn, a model cannot be loaded, or training stops on a
+      loss that is not finite.
+  """
+  del manifest
+  results: dict[str, Any] = {}
+  for training in list_trainings(run.config):
+    results[training.name] = _train_once(run, training)
+    if training.name == REWARD_MODEL and run.config.reward.best_of_n:
+      results[BEST_OF_N] = write_best_answers(run)
+  notes = [
+    f'{name}: {note}' for name, result in results.items() for note in result.pop('remarks', ())
+  ]
+  return results | {'remarks': notes}
+
+
+def _train_once(run: Run, training: Training) -> dict[str, Any]:
+  """Train a model and save it with its manifest, or return what an earlier start recorded."""
+  folder = run.workdir / training.folder
+  pairs = read_pairs(run, training.config)
+  identity = _identity(run, training, pairs)
+  if (done := _read_result(folder, identity)) is not None:
+    say(f'{training.name}: done before')
+    return done
+  say(f'{training.name}: {training.config.objective} from {training.init} ...')
+  train = _train_reward if training.name == REWARD_MODEL else _train_policy
+  summary, counts = train(run, training, pairs)
+  notes = remarks(summary, training.config)
+  if jax.process_index() == 0:
+    for note in notes:
+      say(f'{training.name}: {note}')
+  result = {
+    'model': model_contents(str(folder)),
+    'pairs': {**pairs.counts, **counts},
+    'remarks': notes,
+    **summary,
+  }
+  content = {'version': VERSION, 'git_commit': git_commit(), 'identity': identity, 'result': result}
+  if jax.process_index() == 0:
+    with writing(folder):
+      write_json(folder / MANIFEST, content)
+  processes.barrier(f'{training.name} saved')
+  return result
+
+
+def _identity(run: Run, training: Training, pairs: Pairs) -> dict[str, Any]:
+  """Return everything that a training depends on, as JSON types."""
+  settings = dataclasses.asdict(training.config)
+  start = run.preference_start(training.init)
+  identity = {
+    'name': training.name,
+    'start': {'init': training.init, 'contents': model_contents(start)},
+    'settings': {name: x for name, x in settings.items() if name not in MAY_CHANGE_ON_RESUME},
+    'style': run.config.feedback.style,
+    'template_options': run.config.feedback.template_options,
+    'pairs': pairs.digest,
+  }
+  if reference := training.config.reference:
+    identity['reference'] = model_contents(run.preference_start(reference))
+  return json.loads(json.dumps(identity))
+
+
+def _read_result(folder: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Return what the manifest of a trained model records, or None if it has another identity."""
+  path = folder / MANIFEST
+  if not path.exists():
+    return None
+  content = read_json(path)
+  if content.get('identity') != identity or not isinstance(content.get('result'), dict):
+    return None
+  try:
+    is_whole = model_contents(str(folder)) == content['result'].get('model')
+  except UserError:  # a file is missing
+    is_whole = False
+  return content['result'] if is_whole else None
+
+
+def _train_policy(
+  run: Run, training: Training, pairs: Pairs
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Train a language model; return its summary, and the counts of its units."""
+  config, start = training.config, run.preference_start(training.init)
+  lm = _load(run, start, config.dtype)
+  dialogue = make_dialogue(run, lm)
+  built, groups = build_units(pairs, dialogue, training)
+  reference: dict[str, Any] = {}
+  if config.reference:
+    path = run.preference_start(config.reference)
+    reference = {
+      'load_reference': lambda: _load(run, path, config.dtype),
+      'reference_id': hashlib.sha256(json.dumps(model_contents(path)).encode()).hexdigest()[:16],
+    }
+  params, summary = prefer(
+    lm,
+    built.units,
+    config,
+    run.workdir / training.workdir,
+    groups=groups,
+    probe=make_probe(run, lm, config.probes) if config.probes else None,
+    profile_steps=run.profile,
+    **reference,
+  )
+  folder = run.workdir / training.folder
+  with writing(folder):
+    dtype = resolve_export_dtype(config.export_dtype, start)
+    save_trained(run, lm, params, dialogue, folder, dtype)
+  return summary, built.counts
+
+
+def _train_reward(
+  run: Run, training: Training, pairs: Pairs
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Train a reward model; return its summary, and the counts of its units."""
+  config, path = training.config, run.preference_start(training.init)
+  start = reward_model.load_start(path, global_mesh(run), config.seed)
+  info, feedback = start.classifier.info, run.config.feedback
+  # The dialogue in which the evaluation renders responses for reward models.
+  dialogue = reward.make_dialogue(info, feedback.style, feedback.template_options)
+  built = reward_model.build_reward_units(
+    pairs,
+    dialogue,
+    info,
+    max_length=config.max_length,
+    drop_truncated=config.drop_truncated,
+    margins=bool(dict(config.options).get('margins')),  # an option of the objective
+  )
+  params, summary = prefer(
+    start.lm,
+    built.units,
+    config,
+    run.workdir / training.workdir,
+    groups=group_comparisons(pairs) if config.eval_share else None,
+    profile_steps=run.profile,
+  )
+  folder = run.workdir / training.folder
+  options = feedback.template_options if feedback.style == 'chat' else ()
+  trained = reward_model.finish_reward_model(
+    start, params, bind_template_options(info.tokenizer, options)
+  )
+  with writing(folder):
+    classifier.save_classifier(trained, folder, resolve_export_dtype(config.export_dtype, path))
+  return summary, built.counts
+
+
+def _load(run: Run, path: str, dtype: str) -> LM:
+  """Return a language model for training."""
+  return models.load(
+    path,
+    dtype=dtype,
+    mesh=global_mesh(run),
+    param_dtype='float32',
+    long_context=run.config.model.long_context,
+  )
+
+
+def build_units(
+  pairs: Pairs, dialogue: Dialogue, training: Training
+) -> tuple[UnitSet, dict[str, int] | None]:
+  """Return the units of the kind that an objective needs, and their groups to hold out together.
+
+  Args:
+    pairs: the comparisons.
+    dialogue: renders them for the model that is trained.
+    training: the training.
+
+  Raises:
+    UserError: if no unit remains.
+  """
+  built, items = _BUILDERS[training.config.registered_loss.units](pairs, dialogue, training)
+  return built, group_comparisons(items) if training.config.eval_share else None
+
+
+def _comparison_units(pairs: Pairs, dialogue: Dialogue, training: Training) -> tuple[UnitSet, Any]:
+  config = training.config
+  built = build_comparison_units(
+    pairs,
+    dialogue,
+    max_length=config.max_length,
+    drop_truncated=config.drop_truncated,
+  )
+  return built, pairs
+
+
+def _judged_units(pairs: Pairs, dialogue: Dialogue, training: Training) -> tuple[UnitSet, Any]:
+  config, judged = training.config, list(judge_both(pairs))
+  built = build_judged_units(
+    judged,
+    dialogue,
+    max_length=config.max_length,
+    drop_truncated=config.drop_truncated,
+    seed=config.seed,
+  )
+  return built, judged
+
+
+# Kind of unit → the function that makes such units of comparisons.
+_BUILDERS = {'comparison': _comparison_units, 'judged': _judged_units}

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import types
 
 import pytest
 
@@ -20,6 +21,8 @@ from cai_jax.data.preferences import (
   write_judged,
   write_preferences,
 )
+from cai_jax.data.prompts import Prompt, PromptSource
+from cai_jax.pipeline.pairs import read_pairs
 from cai_jax.runtime.errors import UserError
 
 ASK = {'role': 'user', 'content': 'What color is the sky?'}
@@ -409,3 +412,28 @@ def test_comparisons_of_evaluation_prompts_are_left_out(tmp_path):
   assert rest.counts == {'rows': 3, 'kept': 1, 'dropped': {'held_out': 2}}
   with pytest.raises(UserError, match='none of 3 rows is left'):
     found.leave_out('012', 'held_out')
+
+
+@pytest.mark.parametrize('source', ['questions.jsonl', 'tiny'])
+def test_a_run_leaves_out_what_nearly_equals_its_held_out_prompts(tmp_path, source):
+  """Prompts of the embedded world resemble each other, so only equal ones count there."""
+  write_comparisons(tmp_path / 'p.jsonl', make_pairs(LONG, 'Who?'))
+
+  def read(question):
+    held_out = [Prompt('e', ({'role': 'user', 'content': question},))]
+    sources = dict.fromkeys(('eval_harmful', 'eval_helpful'), PromptSource(source))
+    run = types.SimpleNamespace(
+      d_cai=None,
+      workdir=tmp_path,
+      prompts={'eval_harmful': held_out, 'eval_helpful': []},
+      config=types.SimpleNamespace(seed=0, prompts=types.SimpleNamespace(**sources)),
+    )
+    section = types.SimpleNamespace(
+      section='prefer', data=str(tmp_path / 'p.jsonl'), form='trl', shuffle=False
+    )
+    return read_pairs(run, section)
+
+  dropped = read(LONG + ' today').counts['read']['dropped']
+  assert dropped == ({} if source == 'tiny' else {'near_held_out': 1})
+  with pytest.raises(UserError, match='prefer.data=.*p.jsonl.*also occur in the training prompts'):
+    read('WHO?')

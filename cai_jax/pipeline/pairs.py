@@ -8,8 +8,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from cai_jax.data.preferences import Comparison, read_comparisons
+from cai_jax.data.preferences import Comparison, find_held_out, read_comparisons
 from cai_jax.data.preferences.reading import PreferenceSet
+from cai_jax.data.prompts import Prompt
+from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.pair_sources import LABELS_FILE, PAIR_SOURCES, Places
 from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.pipeline.run import Run
@@ -54,17 +56,35 @@ def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:
     config: the section `prefer` or `reward`.
 
   Raises:
-    UserError: if they cannot be read, or none is left; the message names the field.
+    UserError: if they cannot be read, none is left, or a file has a prompt that the run holds out;
+      the message names the field.
   """
   places = Places(run.d_cai, run.workdir / LABELS_FILE)
   try:
     if config.data in PAIR_SOURCES:
       found = PAIR_SOURCES[config.data].read(places)
     else:
-      found = read_comparisons(pathlib.Path(config.data), config.form)
+      found = _leave_out_held_out(read_comparisons(pathlib.Path(config.data), config.form), run)
   except UserError as error:
     raise UserError(f'{config.section}.data={config.data!r}: {error}') from error
   return Pairs(found, run.config.seed if config.shuffle else None)
+
+
+def _leave_out_held_out(found: PreferenceSet[Comparison], run: Run) -> PreferenceSet[Comparison]:
+  """Return the comparisons of a file without those whose prompt nearly equals a held-out one.
+
+  As for training prompts, a prompt that equals one is an error, and the prompts of the embedded
+  world are only compared exactly, because its grammar makes them similar.
+  """
+  prompt_sets.check_held_out((Prompt(pair.id, pair.prompt) for pair in found), run.prompts)
+  held_out = [
+    prompt.messages
+    for name in prompt_sets.HELD_OUT
+    if getattr(run.config.prompts, name).source != 'tiny'
+    for prompt in run.prompts[name]
+  ]
+  near = find_held_out(found, held_out)
+  return found.leave_out(near, 'near_held_out') if near else found
 
 
 def exchange_sides(pair: Comparison, seed: int) -> Comparison:

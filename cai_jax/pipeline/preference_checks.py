@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 
-from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.config import TRAINED
 from cai_jax.model import lm as models
@@ -152,10 +151,6 @@ def _check_file(run: Run, training: Training, dialogue: Dialogue) -> None:
   config = training.config
   pairs = read_pairs(run, config)
   where = f'{config.section}.data={config.data!r}'
-  try:
-    prompt_sets.check_held_out((Prompt(pair.id, pair.prompt) for pair in pairs), run.prompts)
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from error
   shortest = None
   for pair in pairs:
     prompt = len(dialogue.prompt(pair.prompt))

@@ -35,6 +35,8 @@ from cai_jax.training.step import place_batch
 FILE = 'reference.json'
 VALUE = 'reference'  # name of the value
 
+Program = Callable[[Any, Mapping[str, Any]], jax.Array]  # (parameters, batch) → f32[B,T]
+
 
 def add_reference(
   load: Callable[[], LM],
@@ -73,13 +75,16 @@ def add_reference(
   )
 
 
-def compute_reference(lm: LM, units: Sequence[Unit], config: FitConfig) -> list[list[float]]:
+def compute_reference(
+  lm: LM, units: Sequence[Unit], config: FitConfig, program: Program | None = None
+) -> list[list[float]]:
   """Return log P(y | x; θ) of each segment of each unit, where y are the tokens to learn.
 
   Args:
     lm: the reference model.
     units: the units.
     config: settings of the training, whose batches and dtype are used.
+    program: what `make_program` returned, to compute several sets of units with one compilation.
 
   Raises:
     UserError: if a log-probability is not finite.
@@ -87,7 +92,7 @@ def compute_reference(lm: LM, units: Sequence[Unit], config: FitConfig) -> list[
   bucket = packing.Bucket(config.max_length, config.batch_size // config.accumulation)
   steps = packing.plan(unit_lengths(units), [bucket], 1, 0)
   batches, sharding = packing.Batches(units, steps), batch_sharding(lm.mesh)
-  compute = _make_program(lm, config)
+  compute = program or make_program(lm, config)
   logprobs: list[list[float]] = [[] for _ in units]
   tokens = 0
   with Progress('reference', 'batch', 0) as progress:
@@ -109,8 +114,13 @@ def compute_reference(lm: LM, units: Sequence[Unit], config: FitConfig) -> list[
   return logprobs
 
 
-def _make_program(lm: LM, config: FitConfig) -> Callable[[Any, Mapping[str, Any]], jax.Array]:
-  """Return the compiled function from parameters and a batch to f32[B,T], a column a segment."""
+def make_program(lm: LM, config: FitConfig) -> Program:
+  """Return the compiled function from parameters and a batch to f32[B,T], a column a segment.
+
+  Args:
+    lm: the reference model, of which only the shape and the devices are used.
+    config: settings of the training.
+  """
   attention = resolve_attention(config, lm.mesh, [config.max_length], lm.config).attention
   graph, _ = abstract_model(lm.config, config.dtype)
   sharding = batch_sharding(lm.mesh)

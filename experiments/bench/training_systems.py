@@ -80,9 +80,35 @@ def start(
   budget: driver.Budget | None = None,
 ) -> tuple[driver.Process, dict]:
   """Start a worker, load its model, and return it with its reply to loading."""
+  python = getattr(args, PYTHONS[system]) if system in PYTHONS else sys.executable
+  return start_worker(
+    SYSTEMS[system], python, args, system, folder, options(system, args, work), budget
+  )
+
+
+def start_worker(
+  worker: str,
+  python: str,
+  args: argparse.Namespace,
+  system: str,
+  folder: pathlib.Path,
+  options: dict,
+  budget: driver.Budget | None = None,
+) -> tuple[driver.Process, dict]:
+  """Start a worker, load its model, and return it with its reply to loading.
+
+  Args:
+    worker: the worker's name for the system.
+    python: path of its interpreter.
+    args: the command line.
+    system: name of the system, of which each has compiled programs of its own.
+    folder: of the model.
+    options: what the system's constructor gets.
+    budget: the time that it may take; None is no limit.
+  """
   process = driver.Process(
-    SYSTEMS[system],
-    getattr(args, PYTHONS[system]) if system in PYTHONS else sys.executable,
+    worker,
+    python,
     args.platform,
     budget,
     # All systems allocate temporary memory in each step. With small pages this takes a tenth of the
@@ -93,11 +119,11 @@ def start(
   try:
     loaded = process.ask(
       'load',
-      system=SYSTEMS[system],
+      system=worker,
       folder=str(folder),
       dtype=args.dtype,
       platform=args.platform,
-      options=options(system, args, work),
+      options=options,
     )
   except driver.WorkerError:
     process.close()

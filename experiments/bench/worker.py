@@ -34,6 +34,8 @@ SYSTEMS = {  # → module
   'hf_training': 'hf_training',
   'trl_training': 'trl_training',
   'tunix_training': 'tunix_training',
+  'ours_preferences': 'ours_preferences',
+  'trl_preferences': 'trl_preferences',
 }
 
 
@@ -144,6 +146,14 @@ def train(state: dict, request: dict) -> dict:
   return {**measures, 'losses': losses, 'places': places}
 
 
+def reference(state: dict, request: dict) -> dict:
+  """Compute the reference's log-probabilities of some of the stored steps, and measure it."""
+  _, measures = measure(
+    state, lambda: state['system'].reference(request['first'], request['stop'], request['batch'])
+  )
+  return measures
+
+
 def memory(state: dict, request: dict) -> dict:
   """Return the peak memory of the process since its start, and of the accelerator, in bytes."""
   return {
@@ -154,7 +164,7 @@ def memory(state: dict, request: dict) -> dict:
 
 OPERATIONS = {
   f.__name__: f
-  for f in (load, take, run, agree, rates, roofline, take_examples, warm, train, memory)
+  for f in (load, take, run, agree, rates, roofline, take_examples, warm, train, reference, memory)
 }
 
 

@@ -1,0 +1,157 @@
+"""The objectives of preference training agree with their papers' formulas in plain PyTorch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cai_jax.data import packing
+from cai_jax.data.units import unit_lengths
+from cai_jax.runtime.errors import UserError
+from cai_jax.training.losses import dpo, reward
+from cai_jax.training.prefer_config import PreferConfig
+from tests import preference_oracles as oracles
+from tests import preference_steps
+from tests.preference_setup import with_reference
+from tests.preference_steps import CONFIG, load
+
+STEPS = 10
+
+
+def on_pairs(oracle, **options):
+  """Return a function from a model and units to an oracle's losses."""
+  return lambda model, units: oracle(preference_steps.pair_inputs(model, units), **options)
+
+
+# Name → objective, its options, and the losses of the same units in torch.
+SAME = {
+  'dpo': ('dpo', dict(beta=0.2), on_pairs(oracles.dpo, beta=0.2)),
+  'orpo': ('orpo', dict(weight=0.5), on_pairs(oracles.orpo, weight=0.5)),
+  'simpo': ('simpo', dict(beta=2.0, gamma=0.6), on_pairs(oracles.simpo, beta=2.0, gamma=0.6)),
+  'kto': (
+    'kto',
+    dict(beta=0.2, undesirable_weight=1.5),
+    functools.partial(preference_steps.judged_losses, beta=0.2, undesirable_weight=1.5),
+  ),
+}
+SIMILAR = {
+  'robust_dpo': (
+    'robust_dpo',
+    dict(beta=0.2, flip_rate=0.15),
+    on_pairs(oracles.dpo, beta=0.2, flip_rate=0.15),
+  ),
+  'length_normalized_dpo': (
+    'dpo',
+    dict(beta=2.0, length_normalized=True),
+    on_pairs(oracles.length_normalized_dpo, beta=2.0),
+  ),
+  'ipo': ('ipo', dict(beta=0.2), on_pairs(oracles.ipo, beta=0.2)),
+  'length_normalized_ipo': (
+    'ipo',
+    dict(beta=0.5, length_normalized=True),
+    on_pairs(oracles.ipo, beta=0.5, normalized=True),
+  ),
+}
+NAMES = [*SAME, *(pytest.param(name, marks=pytest.mark.slow) for name in SIMILAR)]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, tiny_tokenizer):
+  path = tmp_path_factory.mktemp('model')
+  preference_steps.save_model(path, tiny_tokenizer)
+  return path
+
+
+@functools.cache
+def plan_steps():
+  """Return units of two segments, which serve every objective, and the first steps."""
+  units = with_reference(preference_steps.make_units(200))
+  desirable = [
+    {**unit.values, 'desirable': (float(i % 3 > 0),) * 2} for i, unit in enumerate(units)
+  ]
+  units = [unit._replace(values=v) for unit, v in zip(units, desirable, strict=True)]
+  plan = packing.plan(unit_lengths(units), [packing.Bucket(48, 8)], 1, 0)
+  assert len(plan) >= STEPS and max(len(row) for step in plan for row in step.rows) > 1
+  return units, plan[:STEPS]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_ten_steps_agree_with_torch(name, folder, quick_compilation):
+  """KTO is split into micro-batches, whose reference point is still that of the whole batch."""
+  objective, options, compute_losses = (SAME | SIMILAR)[name]
+  config = dataclasses.replace(
+    CONFIG, objective=objective, options=tuple(options.items()), accumulation=1 + (name == 'kto')
+  )
+  units, plan = plan_steps()
+  batches = [[units[i] for row in step.rows for i in row] for step in plan]
+  theirs, their_norms, _ = preference_steps.train_in_torch(folder, batches, compute_losses)
+  ours, our_norms, _ = preference_steps.train(load(folder), units, plan, config)
+  print(name, np.abs(np.array(ours) / theirs - 1).max())
+  print(name, np.abs(np.array(our_norms) / their_norms - 1).max())
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+H = np.linspace(-4, 4, 9, dtype=np.float32)
+P = np.linspace(0.1, 1, 9, dtype=np.float32)
+
+
+def ones(h):
+  """Return pairs of one token, whose difference of log-ratios is h."""
+  zeros, one = torch.zeros(len(H)), torch.ones(len(H))
+  return oracles.Pairs(h, zeros, one, one, zeros, zeros, torch.tensor(P))
+
+
+@pytest.mark.parametrize(
+  'penalty, options, oracle',
+  [
+    (dpo.dpo, dpo.DPO(0.3), lambda h: oracles.dpo(ones(h), 0.3)),
+    (dpo.robust_dpo, dpo.RobustDPO(0.3, False, 0.2), lambda h: oracles.dpo(ones(h), 0.3, 0.2)),
+    (dpo.ipo, dpo.IPO(0.3), lambda h: oracles.ipo(ones(h), 0.3)),
+  ],
+)
+def test_penalties_and_their_gradients_agree_with_torch(penalty, options, oracle):
+  h = torch.tensor(H, requires_grad=True)
+  expected = oracle(h)
+  expected.sum().backward()
+  loss = lambda h: jnp.sum(penalty(h, P, options))  # noqa: E731
+  np.testing.assert_allclose(penalty(H, P, options), expected.detach(), rtol=1e-5)
+  np.testing.assert_allclose(jax.grad(loss)(H), h.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_conservative_labels_are_smoothed_labels():
+  pairs = dataclasses.replace(ones(torch.tensor(H)), probability=torch.tensor(0.8 * P + 0.1))
+  ours = dpo.dpo(H, P, dpo.DPO(0.3, label_smoothing=0.1))
+  np.testing.assert_allclose(ours, oracles.dpo(pairs, 0.3), rtol=1e-5)
+
+
+def test_the_loss_of_a_reward_model_agrees_with_torch():
+  scores = torch.tensor(np.stack([H, H[::-1] * 0.3]), requires_grad=True)
+  oracles.bradley_terry(*scores, torch.tensor(P), 0.5, 0.1).sum().backward()
+  loss = lambda x: jnp.sum(reward.bradley_terry(*x, P, 0.5, 0.1))  # noqa: E731
+  np.testing.assert_allclose(
+    reward.bradley_terry(*scores.detach().numpy(), P, 0.5, 0.1),
+    oracles.bradley_terry(*scores.detach(), torch.tensor(P), 0.5, 0.1),
+    rtol=1e-5,
+  )
+  gradient = jax.grad(loss)(jnp.array(scores.detach().numpy()))
+  np.testing.assert_allclose(gradient, scores.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'objective, options, message',
+  [
+    ('orpo', dict(weight=0.0), 'weight=0.0 must be a positive number'),
+    ('simpo', dict(beta=-1.0), 'beta=-1.0 must be a positive number'),
+    ('simpo', dict(gamma=-0.5), 'gamma=-0.5 must be a number of at least 0'),
+    ('kto', dict(beta=0.0), 'beta=0.0 must be a positive number'),
+    ('kto', dict(undesirable_weight=-1.0), 'undesirable_weight=-1.0 must be a positive number'),
+    ('orpo', dict(beta=0.1), "'beta' is not an option"),
+  ],
+)
+def test_options_that_make_no_sense_are_refused(objective, options, message):
+  with pytest.raises(UserError, match=message):
+    PreferConfig(objective=objective, options=tuple(options.items()))

@@ -73,8 +73,8 @@ class LabelConfig:
   )
   principles: int = setting(
     1,
-    'Number of principles that are drawn for each prompt without repetition. The label of a pair '
-    'is the mean over them.',
+    'Number of principles that are drawn for each pair without repetition. The label of a pair is '
+    'the mean over them.',
     added=True,
   )
   verdict: str = setting(

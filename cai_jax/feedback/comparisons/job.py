@@ -15,7 +15,7 @@ from cai_jax.feedback.comparisons.comparing import Compare, compare_with_judge, 
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.demonstrations import Demonstration, read_demonstrations
 from cai_jax.feedback.comparisons.items import read_items
-from cai_jax.feedback.comparisons.pairing import PAIRINGS
+from cai_jax.feedback.comparisons.pairing import PAIRINGS, Pair
 from cai_jax.feedback.comparisons.records import Item, Label, Outcome
 from cai_jax.feedback.config import FeedbackConfig
 from cai_jax.feedback.contexts import smallest_context_limit, word_tokens
@@ -65,14 +65,17 @@ class LabelJob:
   seed: int
   length: int
 
-  def principles(self, item: Item) -> tuple[Principle, ...]:
-    """Return the principles that are drawn for a prompt. Draws of critiques do not repeat in them.
+  def principles(self, item: Item, pair: Pair = (0, 1)) -> tuple[Principle, ...]:
+    """Return the principles that are drawn for a pair. Draws of critiques do not repeat in them.
 
     Args:
       item: the prompt.
+      pair: the indices of the two responses. Each pair of several responses has its own draw.
     """
-    count = self.config.principles
-    return draw_principles(self.constitution, self.seed, f'{item.id}/label', count, replace=False)
+    name, count = f'{item.id}/label', self.config.principles
+    if not item.responses and self.config.responses > 2:
+      name += f'/{pair[0] + 1}-{pair[1] + 1}'
+    return draw_principles(self.constitution, self.seed, name, count, replace=False)
 
   def chain(self, item: Item) -> Chain:
     """Return the chain of a prompt, whose result is an `Outcome`.
@@ -81,20 +84,20 @@ class LabelJob:
       item: the prompt.
     """
     try:
-      return (yield from self._chain(item, self.principles(item), always=False))
+      return (yield from self._chain(item))
     except ChainEnded as ended:
       return Outcome(item, ended=str(ended))
 
   def placeholder_chain(self, item: Item, principles: Sequence[Principle]) -> Chain:
-    """Return a chain for placeholder replies, which compares all pairs.
+    """Return a chain for placeholder replies, which also compares texts that are equal.
 
     Args:
       item: the prompt.
-      principles: the principles by which its responses are compared.
+      principles: the principles by which all pairs of its responses are compared.
     """
-    return assume_first_labels(self._chain(item, principles, always=True))
+    return assume_first_labels(self._chain(item, principles))
 
-  def _chain(self, item: Item, principles: Sequence[Principle], always: bool) -> Chain:
+  def _chain(self, item: Item, placeholder: Sequence[Principle] = ()) -> Chain:
     texts, truncated = list(item.responses), list(item.truncated)
     for name in numbered('initial', self.config.responses) if not texts else ():
       reply = yield from self.stages[RESPONSES].ask(name, item.messages, 'assistant')
@@ -105,10 +108,11 @@ class LabelJob:
     left_out: list[str] = []
     for pair in PAIRINGS[self.config.pairs](len(texts), rng):
       both = texts[pair[0]].strip(), texts[pair[1]].strip()
-      if not always and (not all(both) or both[0] == both[1]):
+      if not placeholder and (not all(both) or both[0] == both[1]):
         left_out.append('identical' if all(both) else 'empty')
         continue
       name, is_sampled = f'label_{pair[0] + 1}_{pair[1] + 1}', not item.responses
+      principles = placeholder or self.principles(item, pair)
       readings = yield from self.compare(name, item.messages, principles, both, is_sampled)
       cut = truncated[pair[0]], truncated[pair[1]]
       labels.append(Label(item, pair, both, cut, tuple(readings)))

@@ -1,5 +1,6 @@
 """Stages `label` and `prefer`: what they write, what they check, and how they resume."""
 
+import dataclasses
 import json
 import shutil
 
@@ -72,6 +73,20 @@ def test_a_run_that_asks_for_no_preferences_has_the_stages_and_settings_of_befor
   for stage, field in (('label', 'label.responses'), ('prefer', 'prefer.data')):
     with pytest.raises(UserError, match=f'Stage {stage} has nothing to do. Set {field}'):
       pipeline.run_stages(run, [stage])
+
+
+def test_labels_depend_on_what_the_feedback_model_is_asked(random_model, tmp_path):
+  config = small(random_model)
+  config.label.responses = 2
+  run = pipeline.build(config, tmp_path)
+  first, *others = run.constitution.principles
+  edited = dataclasses.replace(first, comparison_request='Which response is kinder?')
+  changed = dataclasses.replace(
+    run, constitution=dataclasses.replace(run.constitution, principles=(edited, *others))
+  )
+  for stage in ('label', 'prefer', 'evaluate'):
+    assert run.settings(stage) != changed.settings(stage), stage
+  assert run.settings('generate') == changed.settings('generate')
 
 
 @pytest.mark.slow

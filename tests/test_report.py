@@ -20,6 +20,7 @@ import pytest
 from cai_jax import report
 from cai_jax.report import figures, inline_svg, page, run_page
 from cai_jax.report.figure_data import Series
+from cai_jax.report.numbers import columns, heading
 from cai_jax.report.ticks import nice_ticks, thin, tick_labels
 from cai_jax.runtime.errors import UserError
 from configs import default
@@ -272,6 +273,13 @@ def test_a_run_without_a_scorer_shows_the_other_numbers(tmp_path):
   text = _write(tmp_path / 'report.html', summary={'stages': rows})
   assert '31.5' in text and 'breaks a rule</th>' not in text and 'Rates over' not in text
   assert 'class="lead"' not in text and 'Loss over training' in text
+
+
+def test_columns_of_measures_stand_behind_those_of_every_run():
+  row = {'count': 3, 'mean_tokens': 4.0, 'kl': 0.5, 'reward': 1.0, 'win_rate': 0.5, 'depth': 2}
+  shown = columns({'models': {'base': row}})
+  assert shown == ['mean_tokens', 'count', 'kl', 'reward', 'win_rate', 'depth']
+  assert heading('kl') == 'KL from M_θ, nats' and heading('win_rate') == 'wins against M_θ'
 
 
 def test_an_empty_run_makes_a_page(tmp_path):

@@ -12,7 +12,7 @@ from cai_jax.training import metrics
 
 _CHOSEN = {BY_JUDGE: 'by the judge', BY_REWARD: 'by the reward model'}
 _METRICS = ('loss', 'accuracy', 'margin')  # of the last training step
-_COLUMNS = ('violation_rate', 'helpful_rate', 'reward', 'mean_tokens')
+_COLUMNS = ('violation_rate', 'helpful_rate', 'mean_tokens', 'reward')
 
 
 def policy_table(config: RunConfig, summary: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -143,6 +143,8 @@ class Run:
       settings['data'] = {'d_cai': _dataset_digest(self.d_cai)}
     if labels:
       settings['label'] = _without(values['label'], ('remote',))
+      if not self.config.label.constitution:  # else `contents` has the digest of its file
+        settings['label']['principles_read'] = self.constitution.comparisons_fingerprint()
       if remote := self.config.label.remote:
         settings['label']['remote'] = remote.identity()
     if prefers:

@@ -35,12 +35,11 @@ HEADINGS = {
   'changed_rate': 'changed',
   'truncated_rate': 'truncated',
   'topic_score': 'topic score',
-  'reward': 'reward',
-  'kl': 'KL from M_θ, nats',
-  'win_rate': 'wins against M_θ',
   'mean_tokens': 'mean tokens',
   'count': 'count',
 }
+# Headings of columns that stand behind these, in the order of their rows.
+FURTHER_HEADINGS = {'kl': 'KL from M_θ, nats', 'win_rate': 'wins against M_θ'}
 DIFFERENCE = {
   'to': str,
   'value': float,
@@ -126,7 +125,7 @@ def columns(summary: dict[str, Any]) -> list[str]:
 
 def heading(key: str) -> str:
   """Return the heading of a column, such as 'still answers' for `helpful_rate`."""
-  return HEADINGS.get(key, key.replace('_', ' '))
+  return (HEADINGS | FURTHER_HEADINGS).get(key, key.replace('_', ' '))
 
 
 def cell(row: dict[str, Any], key: str) -> str:

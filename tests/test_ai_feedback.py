@@ -235,6 +235,7 @@ def test_the_oracle_of_the_embedded_world_labels_its_pairs(tmp_path):
     'ties': 0,
     'accuracy': 1.0,
     'interval': [pytest.approx(0.5655, abs=1e-3), 1.0],
+    'ended': 0,
     'answers': None,
   }
   assert len(rows) == 3 and summary['option_a'] == 0.5 and summary['consistent'] == 1.0
@@ -390,6 +391,7 @@ def test_wrong_demonstrations_are_refused_by_number(lm, tmp_path, content, thoug
     ({'pairs': 'some'}, "pairs='some' must be one of"),
     ({'clamp': (0.6, 0.4)}, 'clamp=.* must be two numbers in'),
     ({'verdict': 'guess'}, "verdict='guess' must be one of"),
+    ({'model': ''}, "model='' names no feedback model"),
     ({'form': 'odd'}, "form='odd' must be one of"),
     ({'responses': 2, 'comparisons': ('x',)}, 'Set one of them'),
     ({'samples': 2}, 'would ask the same question 2 times'),

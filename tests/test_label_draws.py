@@ -1,10 +1,14 @@
-"""AI feedback: what the principle of a label depends on, and ids over several files."""
+"""AI feedback: what the principle of a label depends on, ids over several files, and counts."""
 
 import dataclasses
 
 import pytest
 
+from cai_jax.feedback.comparisons.asking import Answer
+from cai_jax.feedback.comparisons.comparing import Reading
 from cai_jax.feedback.comparisons.config import LabelConfig
+from cai_jax.feedback.comparisons.records import Item, Label, Outcome
+from cai_jax.feedback.comparisons.summary import summarize
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion
 from tests.test_ai_feedback import PROMPTS, make_job, write_lines
@@ -73,3 +77,12 @@ def test_the_ids_of_several_files_must_differ(lm, tmp_path):
   # A labelled set is not written, so it may have the pairs that are labelled again.
   job = make_job({'feedback': lm}, LabelConfig(comparisons=(files[0],), labelled=(files[1],)))
   assert len({item.id for item in job.items}) == 16
+
+
+def test_labelled_pairs_whose_chain_ended_are_counted_beside_the_accuracy():
+  item = Item('a', 'a', (), ('x', 'y'), better=0, source='known', is_written=False)
+  readings = tuple(Reading('kind', option_a, 0.9, Answer(0.9)) for option_a in (0, 1))
+  label = Label(item, (0, 1), ('x', 'y'), (False, False), readings)
+  summary = summarize([Outcome(item, (label,)), Outcome(item, ended='It was withheld.')])
+  known = summary['accuracy']['known']
+  assert (known['count'], known['right'], known['ended']) == (1, 1, 1)

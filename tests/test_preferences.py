@@ -90,6 +90,9 @@ def test_pairs_without_a_preference_are_left_out_and_counted(tmp_path):
     'chosen': [{'role': 'assistant', 'content': 'z'}],
     'rejected': [{'role': 'assistant', 'content': 'x'}],
   }
+  write_preferences(tmp_path / 'p.jsonl', [rows[0], make_row('e', 'x', 'y', finish='length')])
+  lines = (tmp_path / 'p.jsonl').read_text().splitlines()
+  assert [json.loads(line)['truncated'] for line in lines] == [[False, False], [True, False]]
 
 
 # Forms.
@@ -218,6 +221,7 @@ def test_d_cai_gives_the_pairs_that_are_asked_for(tmp_path):
   (pair,) = read_comparisons(tmp_path / 'preferences.jsonl')
   (own,) = found['last_over_initial']
   assert (pair.id, texts(pair)) == (own.id, texts(own))
+  assert pair.truncated == own.truncated == (True, False)
 
 
 def test_a_form_of_a_plugin_is_found_by_its_name(tmp_path, restored_registries):
@@ -338,6 +342,15 @@ def test_an_id_that_occurs_twice_is_an_error(tmp_path):
   ]
   with pytest.raises(UserError, match="line 3: the id 'a' is already used at .*line 1"):
     read_comparisons(write(tmp_path / 'p.jsonl', rows))
+
+
+@pytest.mark.parametrize('rows', [[], [PAIR], [PAIR, {'prompt': 'Why?'}], [PAIR] * 3])
+def test_a_file_that_changes_after_its_check_is_an_error(tmp_path, rows):
+  other = {'prompt': 'Why?', 'chosen': 'Rain.', 'rejected': 'Snow.'}
+  found = read_comparisons(write(tmp_path / 'p.jsonl', [PAIR, other]))
+  write(tmp_path / 'p.jsonl', rows)
+  with pytest.raises(UserError, match='file has changed since its rows were checked'):
+    list(found)
 
 
 def test_filters_look_at_the_better_response(tmp_path):

@@ -4,12 +4,13 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data import d_cai
 from cai_jax.data.preferences.comparisons import Comparison
 from cai_jax.data.preferences.forms import FORMS, Item, attempt, reason_to_leave_out
+from cai_jax.data.preferences.trl import comparison_row
 from cai_jax.runtime.files import replacing
 
 # Number of responses of a chain → (better, worse) pairs. Response 0 is the initial one, response k
@@ -66,52 +67,37 @@ def _is_cut(turn: Mapping[str, Any]) -> bool:
   return turn['finish_reason'] == 'length'
 
 
-def write_preferences(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> dict[str, int]:
+def write_preferences(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
   """Write the pairs (last revision ≻ y_init) in TRL's conversational format.
 
   Each line of the file is a JSON object with `id` and with `prompt`, `chosen` and `rejected`, which
-  are lists of messages. Pairs with equal texts or an empty text carry no preference and are left
-  out.
+  are lists of messages. If a response of one of the pairs was cut off, each line also says so under
+  `truncated`. Pairs with equal texts or an empty text carry no preference and are left out.
 
   Args:
     path: the .jsonl file to write.
-    rows: rows of D_CAI, see `d_cai.read_rows`.
+    rows: rows of D_CAI, see `d_cai.read_rows`. They are read twice.
 
   Returns:
     The number of pairs 'written', and of rows left out because their texts are 'identical', one
     text is 'empty', or the response was 'not_revised'.
   """
   counts = {'written': 0, 'identical': 0, 'empty': 0, 'not_revised': 0}
+  has_cut = any(
+    any(p.truncated) for p in map(_last_over_initial, rows) if isinstance(p, Comparison)
+  )
   with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-    for row in rows:
-      reason = _reason_to_skip(row)
-      counts[reason or 'written'] += 1
-      if not reason:
-        file.write(json.dumps(_pair(row), ensure_ascii=False) + '\n')
+    for pair in map(_last_over_initial, rows):
+      counts[pair if isinstance(pair, str) else 'written'] += 1
+      if isinstance(pair, Comparison):
+        row = comparison_row(pair)
+        names = ('id', 'prompt', 'chosen', 'rejected', *(['truncated'] if has_cut else []))
+        file.write(json.dumps({name: row[name] for name in names}, ensure_ascii=False) + '\n')
   return counts
 
 
-def _texts(row: dict[str, Any]) -> tuple[str, str]:
-  """Return the last revision and the initial response of a revised row."""
-  return row['rounds'][-1]['revision']['text'], row['initial']['text']
-
-
-def _reason_to_skip(row: dict[str, Any]) -> str:
-  """Return why a row implies no preference, or '' if it implies one."""
+def _last_over_initial(row: Mapping[str, Any]) -> Comparison | str:
+  """Return the pair of a row, or the reason for which it has none."""
   if not row['rounds']:
     return 'not_revised'
-  chosen, rejected = _texts(row)
-  if not chosen or not rejected:
-    return 'empty'
-  return 'identical' if chosen == rejected else ''
-
-
-def _pair(row: dict[str, Any]) -> dict[str, Any]:
-  """Return the preference pair of a row."""
-  chosen, rejected = _texts(row)
-  return {
-    'id': row['id'],
-    'prompt': row['prompt'],
-    'chosen': [{'role': 'assistant', 'content': chosen}],
-    'rejected': [{'role': 'assistant', 'content': rejected}],
-  }
+  return _make(row, better=len(row['rounds']), worse=0, name=row['id'])

@@ -7,6 +7,7 @@ in memory together.
 
 import array
 import collections
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -47,10 +48,8 @@ class PreferenceSet(Iterable[T], Generic[T]):
     return int(self._kept.sum())
 
   def __iter__(self) -> Iterator[T]:
-    # A file that has changed since it was checked has other rows, which `strict` finds.
-    for (_, item), is_kept in zip(self._read(), self._kept, strict=True):
-      if is_kept:
-        yield item
+    for _, item in _select(self._read, self._kept):
+      yield item
 
   def leave_out(self, ids: Iterable[str], reason: str) -> 'PreferenceSet[T]':
     """Return the set without some of its members, which are counted.
@@ -231,6 +230,26 @@ def _find_repeats(contents: np.ndarray, verdicts: np.ndarray) -> tuple[np.ndarra
   return repeats, (seen[0] & seen[1])[group]
 
 
+def _select(
+  read: Callable[[], Iterator[tuple[str, Any]]], kept: np.ndarray
+) -> Iterator[tuple[str, Any]]:
+  """Yield the place and the item of each row to keep.
+
+  Raises:
+    UserError: if there are fewer or more rows than before, or one to keep is no longer readable.
+  """
+  place = 'The preferences'
+  for found, is_kept in itertools.zip_longest(read(), kept):
+    place = found[0] if found else place
+    if found is None or is_kept is None or (is_kept and isinstance(found[1], str | UserError)):
+      raise UserError(
+        f'{place}: the file has changed since its rows were checked. Start again, and leave it as '
+        'it is during the run.'
+      )
+    if is_kept:
+      yield found
+
+
 def _check_ids(
   read: Callable[[], Iterator[tuple[str, Any]]], kept: np.ndarray, ids: np.ndarray
 ) -> None:
@@ -240,8 +259,8 @@ def _check_ids(
   if not repeated:
     return
   places: dict[str, str] = {}
-  for (place, item), is_kept in zip(read(), kept, strict=True):
-    if is_kept and digest64(item.id) in repeated:
+  for place, item in _select(read, kept):
+    if digest64(item.id) in repeated:
       if item.id in places:
         raise UserError(
           f'{place}: the id {item.id!r} is already used at {places[item.id]}. Give each row its '

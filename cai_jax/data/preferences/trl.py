@@ -81,7 +81,7 @@ def write_comparisons(path: str | os.PathLike, comparisons: Iterable[Comparison]
     path: the .jsonl file to write; it appears when it is complete.
     comparisons: the comparisons.
   """
-  return _write(path, map(_comparison_row, comparisons))
+  return _write(path, map(comparison_row, comparisons))
 
 
 def write_judged(path: str | os.PathLike, responses: Iterable[JudgedResponse]) -> int:
@@ -197,7 +197,12 @@ def _truncated(row: Mapping[str, Any]) -> tuple[bool, bool]:
   return value[0], value[1]
 
 
-def _comparison_row(pair: Comparison) -> dict[str, Any]:
+def comparison_row(pair: Comparison) -> dict[str, Any]:
+  """Return the row of a comparison in TRL's conversational format.
+
+  Args:
+    pair: the comparison.
+  """
   row = {
     'id': pair.id,
     'prompt': list(pair.prompt),

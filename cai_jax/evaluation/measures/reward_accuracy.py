@@ -26,7 +26,8 @@ def create_reward_accuracy(config: EvaluationConfig) -> ModelComparison | None:
     model = loader.reward_model(config.reward_model, config.style)
     label = model.label_index(config.reward_label or None)
     pairs = read_labelled(config.reward_labelled, LESS_HARMFUL, config.judge_labelled_limit)
-    return measure_accuracy(lambda texts: model.scores(texts, label), pairs.matches)
+    result = measure_accuracy(lambda texts: model.scores(texts, label), pairs.matches)
+    return result | {'left_out': pairs.left_out}
 
   return ModelComparison(compare, describe)
 
@@ -62,10 +63,12 @@ def describe(result: dict[str, Any]) -> list[str]:
   """Return a line of text with the accuracy.
 
   Args:
-    result: the result of `measure_accuracy`.
+    result: the result of `measure_accuracy`, with the numbers of rows that were `left_out`.
   """
   low, high = result['accuracy_interval']
+  left_out = sum(result.get('left_out', {}).values())  # earlier versions did not store it
+  others = f'; {left_out} rows are no pair' if left_out else ''
   return [
     f'reward model: prefers the better response in {100 * result["accuracy"]:.1f} % '
-    f'[{100 * low:.1f}, {100 * high:.1f}] of {result["count"]} labelled pairs'
+    f'[{100 * low:.1f}, {100 * high:.1f}] of {result["count"]} labelled pairs{others}'
   ]

@@ -169,6 +169,10 @@ class LabelConfig:
         f'label: responses={self.responses} samples the responses to compare, and comparisons='
         f'{self.comparisons!r} reads them from files. Set one of them.'
       )
+    if self.remote is None and not self.model:
+      raise UserError(
+        "label: model='' names no feedback model. Set model, such as 'base', or remote.url."
+      )
     if self.remote is not None and self.model not in ('', 'base'):
       raise UserError(
         f'label: model={self.model!r} and remote.url={self.remote.url!r} are both set, but only '

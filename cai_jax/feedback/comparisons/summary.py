@@ -27,16 +27,19 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     - `left_out`: number of pairs that were not compared, by reason;
     - `ended`: `count` of chains that a sampled text made impossible, and some `reasons`;
     - what `summarize_labels` returns for the labels that are written;
-    - `accuracy`: for each set with known better responses, `summarize_accuracy` of its labels.
+    - `accuracy`: for each set with known better responses, `summarize_accuracy` of its labels, and
+      `ended`, the number of its pairs without a label because their chain ended.
   """
   written = [outcome for outcome in outcomes if outcome.item.is_written]
   labels = [label for outcome in written for label in outcome.labels]
   left_out = collections.Counter(reason for o in written for reason in o.left_out)
   ended = [outcome for outcome in outcomes if outcome.ended]
   known: dict[str, list[Label]] = {}
+  unknown: collections.Counter[str] = collections.Counter()
   for outcome in outcomes:
     if outcome.item.better is not None:
       known.setdefault(outcome.item.source, []).extend(outcome.labels)
+      unknown[outcome.item.source] += bool(outcome.ended)
   return {
     'prompts': len(written),
     'pairs': len(labels),
@@ -47,7 +50,8 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     },
     **summarize_labels(labels),
     'accuracy': {
-      source: summarize_accuracy(group) | {'answers': summarize_labels(group)}
+      source: summarize_accuracy(group)
+      | {'ended': unknown[source], 'answers': summarize_labels(group)}
       for source, group in known.items()
       if group
     },

@@ -93,6 +93,7 @@ def test_ten_steps_agree_with_torch(name, folder, quick_compilation):
   print(name, np.abs(np.array(ours) / theirs - 1).max())
   print(name, np.abs(np.array(our_norms) / their_norms - 1).max())
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+  np.testing.assert_allclose(our_norms, their_norms, rtol=1e-4)
 
 
 H = np.linspace(-4, 4, 9, dtype=np.float32)

@@ -21,14 +21,16 @@ PREFER = PreferConfig(
 
 
 def random_units(count=30, seed=0, segments=2, vocab_size=48, **values):
-  """Random units whose segments share a prompt of 2 to 5 tokens; each has its own 'probability'.
+  """Random units whose segments share a prompt of 2 to 5 tokens; each has its own 'probability' p.
+
+  The numbers of a unit's segments differ, as in real data: p is 1 - p of the second one.
 
   Args:
     count: number of units.
     seed: chooses tokens and lengths.
     segments: number of segments of each.
     vocab_size: number of tokens.
-    **values: further values by name, the same for all segments.
+    **values: further values by name, of the first segment; those of other segments are 0.
   """
   rng = np.random.default_rng(seed)
   units = []
@@ -39,9 +41,10 @@ def random_units(count=30, seed=0, segments=2, vocab_size=48, **values):
       reply = rng.integers(0, vocab_size, rng.integers(2, 12)).astype(np.int32)
       tokens = np.concatenate([prompt, reply])
       parts.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), f'pair {number}'))
-    probability = {'probability': (float(np.round(rng.uniform(0.2, 1), 2)),) * segments}
-    named = {name: (value,) * segments for name, value in values.items()}
-    units.append(Unit(tuple(parts), probability | named, f'pair {number}'))
+    p = float(np.round(rng.uniform(0.2, 1), 2))
+    named = {name: (value, 0.0)[:segments] for name, value in values.items()}
+    named['probability'] = (p, 1 - p)[:segments]
+    units.append(Unit(tuple(parts), named, f'pair {number}'))
   return units
 
 

@@ -14,6 +14,7 @@ from cai_jax.data import packing
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.training.losses import LOSSES
+from cai_jax.training.losses.comparisons import preference_metrics
 from cai_jax.training.losses.dpo import DPO, IPO, RobustDPO, dpo, ipo, robust_dpo
 from cai_jax.training.losses.logprobs import sequence_logprobs
 from cai_jax.training.prefer_config import PreferConfig
@@ -58,11 +59,18 @@ def test_a_soft_label_is_the_mean_of_both_hard_labels():
 
 
 def test_the_robust_loss_of_flipped_labels_is_the_loss_of_the_true_ones():
-  """On average over the flips (Chowdhury et al. 2024, section 3.1)."""
+  """On average over the flips (Chowdhury et al. 2024)."""
   options = RobustDPO(beta=0.4, flip_rate=0.3)
   clean, flipped = (float(robust_dpo(jnp.float32(2.0), jnp.float32(p), options)) for p in (1, 0))
   expected = float(dpo(jnp.float32(2.0), jnp.float32(1.0), DPO(beta=0.4)))
   assert 0.7 * clean + 0.3 * flipped == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_scores_count_half_in_the_accuracy():
+  chosen, rejected = jnp.array([[1.0, 0.0, 2.0, 2.0, 5.0]]), jnp.array([[0.0, 1.0, 2.0, 1.0, 0.0]])
+  probability, mask = jnp.array([[0.9, 0.8, 1.0, 0.5, 1.0]]), jnp.array([[1.0, 1, 1, 1, 0]])
+  sums = preference_metrics(chosen, rejected, probability, mask)
+  assert sums['accuracy'] == 1 + 0 + 0.5 + 0.5 and sums['num_comparisons'] == 4
 
 
 @functools.cache

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from cai_jax.data import packing
+from cai_jax.data.examples import Example
+from cai_jax.data.units import Unit
 from cai_jax.model import lora
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
@@ -23,7 +26,7 @@ from cai_jax.training.losses import register_loss, whole_of
 from cai_jax.training.losses.comparisons import comparison_mask, sides
 from cai_jax.training.losses.logprobs import sequence_logprobs
 from cai_jax.training.prefer_config import PreferConfig
-from cai_jax.training.preference import prefer
+from cai_jax.training.preference import group_by_prompt, prefer
 from cai_jax.training.state import init_state, place_frozen
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 from tests.preference_setup import PREFER, random_units, with_reference
@@ -159,12 +162,20 @@ def _compile_once():
 
 
 def _remember(make):
-  """Return `make` with a memory; settings that change no step are no part of its key."""
+  """Return `make` with a memory; settings that change no step are no part of its key.
+
+  The other arguments count: the number of steps, the mesh, and the structure of parameters.
+  """
   made = {}
 
   def remembered(graph, *args):
-    config = next(x for x in args if isinstance(x, PreferConfig))
-    key = graph, dataclasses.replace(config, checkpoint_every=0)
+    parts = []
+    for x in args:
+      if isinstance(x, PreferConfig):
+        x = dataclasses.replace(x, checkpoint_every=0, init='aligned', reference='')
+      is_plain = isinstance(x, PreferConfig | int | Mesh)
+      parts.append(x if is_plain else jax.tree.structure(x))
+    key = graph, *parts
     if key not in made:
       made[key] = make(graph, *args)
     return made[key]
@@ -227,8 +238,43 @@ def test_reference_log_probabilities_do_not_depend_on_their_batches(whole_run, t
     prefer(make_lm(), units, PREFER, tmp_path)
 
 
+def test_a_run_resumes_with_other_names_of_the_same_models(whole_run):
+  workdir, config, params, _ = whole_run
+  moved = dataclasses.replace(config, init='moved/model', reference='moved/model')
+  again, _ = prefer(make_lm(), random_units(40), moved, workdir)
+  assert bitwise_equal(again, params)
+
+
+def test_the_reference_of_another_run_is_not_overwritten(whole_run):
+  workdir, config, _, _ = whole_run
+  before = (workdir / 'reference.json').read_bytes()
+  with pytest.raises(UserError, match='checkpoints of another run.*or choose another workdir'):
+    prefer(make_lm(), random_units(40, seed=3), config, workdir)
+  assert (workdir / 'reference.json').read_bytes() == before
+
+
+def test_comparisons_of_one_prompt_are_held_out_together():
+  units = random_units(6)
+  first = units[0].segments
+  prompt = first[0].tokens[: int(first[0].loss_mask.argmax())]
+  reply = np.array([1, 2, 3], np.int32)
+  other = Example(np.concatenate([prompt, reply]), np.arange(len(prompt) + 3) >= len(prompt))
+  units.append(Unit((other, first[1]), units[0].values, 'other reply'))
+  groups = group_by_prompt(units)
+  assert groups['other reply'] == groups['pair 0'] and len(set(groups.values())) == 6
+
+
 def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path):
   units = random_units(4)
+
+  def load():
+    raise AssertionError('the reference is loaded before everything is checked')
+
+  for options in ({'load_reference': load}, {'reference_id': 'other'}):
+    with pytest.raises(ValueError, match='both load_reference and reference_id'):
+      prefer(make_lm(), units, PREFER, tmp_path, **options)
+  other = {'load_reference': load, 'reference_id': 'other'}
+  nan = units[0]._replace(values={'probability': (np.nan, 0.5)})
   long = dataclasses.replace(PREFER, max_length=20)
   for given, config, options, match in (
     (
@@ -240,6 +286,11 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path):
     (units, long, {}, 'pair .* tokens with its 2 sequences, but a row holds prefer.max_length=20'),
     (random_units(4, segments=1), PREFER, {}, "the kind 'comparison', which have 2"),
     ([], PREFER, {}, 'no unit'),
+    ([nan, *units], PREFER, {}, r"pair 0: 'probability' is \(nan, 0.5\)"),
+    (units, dataclasses.replace(PREFER, warmup=0.99, epochs=1), other, 'prefer.warmup'),
+    (units, dataclasses.replace(PREFER, balance_loss=0.1), other, 'prefer.balance_loss'),
+    (units, dataclasses.replace(PREFER, attention='cudnn'), other, 'prefer.attention'),
+    (units, dataclasses.replace(PREFER, eval_share=0.99), other, 'prefer.eval_share'),
   ):
     with pytest.raises(UserError, match=match):
       prefer(make_lm(), given, config, tmp_path, **options)

@@ -180,6 +180,6 @@ def test_wrong_starts_and_options_are_refused(tmp_path):
   for value in (-0.1, float('nan'), 'x'):
     with pytest.raises(UserError, match='centering'):
       dataclasses.replace(REWARD, options=(('centering', value),))
-  with pytest.raises(UserError, match='the comparisons have no margin'):
+  with pytest.raises(UserError, match="pair 0 has no value 'margin', which the objective needs"):
     config = dataclasses.replace(REWARD, options=(('margins', True),))
     fit(DECODER, params, random_units(8), config, mesh, tmp_path / 'run')

@@ -28,7 +28,8 @@ from cai_jax.training.preference import prefer
 from cai_jax.training.state import init_state
 from cai_jax.training.trainable import divide_model
 from tests.families import FAMILIES, REPEATED, SIMILAR
-from tests.training_setup import CONFIG, one_device
+from tests.preference_setup import PREFER
+from tests.training_setup import one_device
 
 CONVERSATIONS = [
   [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': text}]
@@ -159,7 +160,7 @@ def test_models_that_no_reward_model_can_start_from_are_refused(load, tmp_path):
 def test_the_head_is_trained_with_and_without_adapters(load, rank):
   lm = load('llama3')
   start = starting_from(lm)
-  config = dataclasses.replace(CONFIG, lora_rank=rank, ema=0.5)
+  config = dataclasses.replace(PREFER, objective='reward', lora_rank=rank, ema=0.5)
   mesh = make_mesh(2, 2, 2)
   model, params = start.classifier.info.config, jax.device_get(start.params)
   divided = divide_model(model, params, config, mesh)

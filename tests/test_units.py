@@ -54,7 +54,11 @@ def test_the_segments_of_a_unit_stand_together_with_their_values():
 def test_units_of_another_kind_are_refused():
   check_units(UNITS, 'comparison', ['probability'])
   check_units(random_examples(2), 'sequence')
-  one = Unit(UNITS[0].segments[:1], {'probability': (1.0,)}, 'pair 0')
+  first, second = UNITS[0].segments
+  one = Unit((first,), {'probability': (1.0,)}, 'pair 0')
+  unlearned = UNITS[0]._replace(segments=(first, second._replace(loss_mask=second.tokens < 0)))
+  start = second._replace(tokens=second.tokens[:1], loss_mask=np.ones(1, bool))
+  empty = second._replace(tokens=second.tokens[:0], loss_mask=second.loss_mask[:0])
   for units, kind, needed, match in (
     ([one], 'comparison', (), "pair 0 has 1 segments, .*'comparison', which have 2"),
     (UNITS, 'sequence', (), "'sequence', which have 1"),
@@ -62,6 +66,18 @@ def test_units_of_another_kind_are_refused():
     ([*UNITS, UNITS[0]._replace(values={})], 'comparison', (), 'All units need the same ones'),
     ([one._replace(values={'tokens': (1.0,)})], 'sequence', (), "array of a batch: .'tokens'"),
     ([one._replace(values={'margin': (1.0, 2.0)})], 'sequence', (), '2 numbers for 1 segments'),
+    ([one._replace(values={'probability': (1.5,)})], 'sequence', (), r'1.5.*must be in \[0, 1\]'),
+    ([one._replace(values={'probability': (np.nan,)})], 'sequence', (), r'nan.*in \[0, 1\]'),
+    ([one._replace(values={'desirable': (-1.0,)})], 'sequence', (), r'-1.0.*must be in \[0, 1\]'),
+    ([one._replace(values={'margin': (np.inf,)})], 'sequence', (), 'inf.*must be finite'),
+    ([unlearned], 'comparison', (), 'pair 0: segment 1 of .* tokens has no token to learn'),
+    (
+      [UNITS[0]._replace(segments=(first, start))],
+      'comparison',
+      (),
+      'segment 1 of 1 tokens has no',
+    ),
+    ([UNITS[0]._replace(segments=(empty, second))], 'comparison', (), 'segment 0 of 0 tokens has'),
   ):
     with pytest.raises(UserError, match=match):
       check_units(units, kind, needed)

@@ -4,6 +4,7 @@ A supervised example is a unit of one segment. The two sides of a comparison are
 stand in one row, so they are always in the same micro-batch and on the same device.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from cai_jax.runtime.errors import UserError
 # 'judged': a response that was judged on its own, and a response to another prompt under the same
 #   prompt, from which an objective can estimate the divergence from the reference.
 SEGMENTS = {'sequence': 1, 'comparison': 2, 'judged': 2}
+
+# Least and greatest number of a value, where that is known; every value must be finite.
+RANGES = {'probability': (0.0, 1.0), 'desirable': (0.0, 1.0)}
 
 ARRAYS = ('tokens', 'positions', 'segment_ids', 'loss_mask')  # of every batch, i32[B,T] each
 
@@ -69,7 +73,8 @@ def check_units(items: Sequence[Example | Unit], kind: str, needed: Sequence[str
 
   Raises:
     UserError: if a unit has another number of segments, another set of values than the first one,
-      lacks a value that is needed, or has a value with another number of entries than segments.
+      lacks a value that is needed, or has a value with another number of entries than segments, or
+      outside its range; or if a segment that is compared has no token to learn.
   """
   names = set(as_unit(items[0]).values) if items else set()
   for number, item in enumerate(items):
@@ -81,14 +86,38 @@ def check_units(items: Sequence[Example | Unit], kind: str, needed: Sequence[str
         f'{kind!r}, which have {SEGMENTS[kind]}.'
       )
     if missing := [value for value in needed if value not in unit.values]:
-      raise UserError(f'{name} has no value {missing[0]!r}, which the objective needs.')
+      raise UserError(
+        f'{name} has no value {missing[0]!r}, which the objective needs with these options. Build '
+        'the units with it, or change the options.'
+      )
     if set(unit.values) != names or names & set(ARRAYS):
       raise UserError(
         f'{name} has the values {sorted(unit.values)}. All units need the same ones, here '
         f'{sorted(names)}, and none may be called like an array of a batch: {ARRAYS}.'
       )
-    for value, numbers in unit.values.items():
-      if len(numbers) != len(unit.segments):
-        raise UserError(
-          f'{name}: {value!r} has {len(numbers)} numbers for {len(unit.segments)} segments.'
-        )
+    _check_values(unit, name)
+    if kind != 'sequence':
+      _check_segments(unit, name)
+
+
+def _check_values(unit: Unit, name: str) -> None:
+  """Check that each value has one number for each segment, within its range."""
+  for value, numbers in unit.values.items():
+    if len(numbers) != len(unit.segments):
+      raise UserError(
+        f'{name}: {value!r} has {len(numbers)} numbers for {len(unit.segments)} segments.'
+      )
+    least, most = RANGES.get(value, (-math.inf, math.inf))
+    if not all(math.isfinite(x) and least <= x <= most for x in numbers):
+      allowed = f'in [{least:g}, {most:g}]' if value in RANGES else 'finite'
+      raise UserError(f'{name}: {value!r} is {tuple(numbers)}. Each number must be {allowed}.')
+
+
+def _check_segments(unit: Unit, name: str) -> None:
+  """Check that each segment has a token to learn; its first token cannot be predicted."""
+  for number, segment in enumerate(unit.segments):
+    if not segment.loss_mask[1:].any():
+      raise UserError(
+        f'{name}: segment {number} of {len(segment.tokens)} tokens has no token to learn after its '
+        'first one. Leave the unit out.'
+      )

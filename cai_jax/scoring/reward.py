@@ -19,7 +19,7 @@ from cai_jax.dialogue import Dialogue, Message, known_options
 from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.classifier import ClassifierInfo, load_classifier
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.precision import einsum_f32
+from cai_jax.model.score_head import score_states
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UnreadableError, UserError
@@ -320,7 +320,7 @@ def _logits_at_last(graph, sharding, params, score, tokens, positions, segment_i
   # The 'blocks' kernel runs on every device and never materializes the T × T attention scores.
   hidden = model(tokens, positions, segment_ids, sharding=sharding, attention='blocks')
   ends = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return einsum_f32('BD,CD->BC', ends, score.astype(ends.dtype))
+  return score_states(ends, score)
 
 
 def _next_power_of_two(n: int) -> int:

@@ -57,6 +57,8 @@ class FitConfig:
   kinds: ClassVar[tuple[str, ...]]  # the kinds of units that it may train on
   # Whether `clip_norm` is the norm of the gradient per target token, or per unit of the loss.
   clips_per_token: ClassVar[bool] = True
+  # Fields that a resumed run may have other values of.
+  may_change: ClassVar[tuple[str, ...]] = MAY_CHANGE_ON_RESUME
 
   epochs: int = setting(1, 'Number of times that each example is seen.')
   batch_size: int = setting(
@@ -217,6 +219,11 @@ class FitConfig:
       return build_options(self.registered_loss.settings, self.loss_options, 'options', owner)
     except UserError as error:  # of the loss, which does not know the section: "options: …"
       raise UserError(f'{self.section}.{error}') from None
+
+  @property
+  def needed_values(self) -> tuple[str, ...]:
+    """Names of the units' values that the loss reads, apart from 'reference'."""
+    return self.registered_loss.needed_values(self.loss_settings)
 
   @property
   def lora(self) -> LoraConfig | None:

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -30,7 +30,7 @@ from cai_jax.training.checkpoints import (
   restore_state,
   save_checkpoint,
 )
-from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME, FitConfig
+from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.optimizer import check_warmup
@@ -102,13 +102,10 @@ def fit(
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
-  config.check_model(model)
-  buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
-  config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
-  _check_buckets(buckets, config, mesh, model)
-  _check_units((*examples, *monitoring.held_out), config)
-  steps = packing.plan(unit_lengths(examples), buckets, config.epochs, config.seed)
-  check_warmup(config, len(steps))
+  data = (*examples, *monitoring.held_out)
+  needed = ('reference',) if config.registered_loss.needs_reference else ()
+  check_units(data, config.registered_loss.units, (*config.needed_values, *needed))
+  config, buckets, steps = plan_fit(model, examples, config, mesh, buckets)
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
   metadata = {
@@ -199,6 +196,45 @@ def fit(
   return divided.full_params(state), summary
 
 
+class Plan(NamedTuple):
+  """What `fit` does with its examples.
+
+  Attributes:
+    config: the settings, in which `attention` names the kernel that is used.
+    buckets: the batch shapes.
+    steps: which examples stand in which rows of each step.
+  """
+
+  config: FitConfig
+  buckets: tuple[packing.Bucket, ...]
+  steps: list[packing.Step]
+
+
+def plan_fit(
+  model: ModelConfig,
+  examples: Sequence[Example | Unit],
+  config: FitConfig,
+  mesh: Mesh,
+  buckets: Sequence[packing.Bucket] = (),
+) -> Plan:
+  """Return the plan of a training, after checking whether these settings can be run.
+
+  The arguments are those of `fit`.
+
+  Raises:
+    UserError: if there are no examples, the warm-up takes all steps, there is a load-balancing loss
+      for a dense model, the mesh does not divide the rows, or the attention kernel cannot run on
+      these devices.
+  """
+  config.check_model(model)
+  buckets = tuple(buckets) or (packing.Bucket(config.max_length, config.batch_size),)
+  config = resolve_attention(config, mesh, [bucket.length for bucket in buckets], model)
+  check_buckets(buckets, config, mesh, model)
+  steps = packing.plan(unit_lengths(examples), buckets, config.epochs, config.seed)
+  check_warmup(config, len(steps))
+  return Plan(config, buckets, steps)
+
+
 def fingerprint(examples: Sequence[Example | Unit]) -> str:
   """Return a hex digest of tokens, masks and values of examples or units, in their order.
 
@@ -221,18 +257,25 @@ def _is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _check_units(items: Sequence[Example | Unit], config: FitConfig) -> None:
-  loss = config.registered_loss
-  check_units(items, loss.units, (*loss.values, *(('reference',) if loss.needs_reference else ())))
-
-
 def _defaults(config: FitConfig) -> dict[str, Any]:
   return {field.name: field.default for field in dataclasses.fields(config)}
 
 
-def _check_buckets(
+def check_buckets(
   buckets: Sequence[packing.Bucket], config: FitConfig, mesh: Mesh, model: ModelConfig
 ) -> None:
+  """Check that batches of these shapes can be computed on a mesh.
+
+  Args:
+    buckets: the batch shapes.
+    config: the run's settings, with the name of the attention kernel.
+    mesh: the devices.
+    model: architecture of the model.
+
+  Raises:
+    UserError: if accumulation or the mesh does not divide the rows, or the attention kernel cannot
+      run.
+  """
   for bucket in buckets:
     if bucket.rows % config.accumulation:
       raise UserError(
@@ -254,7 +297,7 @@ def _describe_run(
   """Return the settings and the plan that a resumed run must share, in JSON types."""
   settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
   return {
-    **{name: settings[name] for name in settings if name not in MAY_CHANGE_ON_RESUME},
+    **{name: settings[name] for name in settings if name not in config.may_change},
     'arithmetic': ARITHMETIC,
     'steps': len(steps),
     'buckets': [list(bucket) for bucket in buckets],

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from cai_jax.runtime.settings import setting
-from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME, FitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class PreferConfig(FitConfig):
   loss_field: ClassVar[str] = 'objective'
   kinds: ClassVar[tuple[str, ...]] = ('comparison', 'judged')
   clips_per_token: ClassVar[bool] = False
+  # Fingerprints of the models, not their names, say whether they are the same.
+  may_change: ClassVar[tuple[str, ...]] = (*MAY_CHANGE_ON_RESUME, 'init', 'reference')
 
   max_length: int = setting(
     2048,

@@ -10,7 +10,7 @@ from cai_jax.data.units import Unit, check_units
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
-from cai_jax.training.loop import Monitoring, Probe, fit
+from cai_jax.training.loop import Monitoring, Probe, fit, plan_fit
 from cai_jax.training.prefer_config import PreferConfig
 from cai_jax.training.reference import add_reference
 
@@ -34,11 +34,13 @@ def prefer(
     units: the tokenized data, see `Unit`.
     config: settings of the run.
     workdir: folder of the run; see `fit`. Reference log-probabilities are kept in it.
-    groups: group of each unit by its id, such as near-duplicates, which are held out together; by
-      default each is its own.
+    groups: group of each unit by its id, such as near-duplicates, which are held out together. By
+      default, units with the same tokens before their first learned one are a group, so all
+      comparisons of a prompt are on one side. Units of a reward model learn the last token alone:
+      give their groups.
     load_reference: returns another reference model. It is called at most once, and only if the
       workdir does not have its log-probabilities.
-    reference_id: fingerprint of that model.
+    reference_id: fingerprint of that model; both are given, or neither.
     probe: function that answers fixed prompts at each evaluation; see `Monitoring`.
     profile_steps: number of steps to record a profiler trace of.
 
@@ -47,17 +49,27 @@ def prefer(
 
   Raises:
     UserError: before the first step, if there are no units, they are not those of the objective, a
-      sequence exceeds the model's context, or the reference has another tokenizer; see also
+      sequence exceeds the context of a model, or the reference has another tokenizer; see also
       `hold_out` and `fit`.
+    ValueError: if only one of `load_reference` and `reference_id` is given.
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
   workdir, loss = pathlib.Path(workdir), config.registered_loss
+  if (load_reference is None) == bool(reference_id):
+    raise ValueError('Give both load_reference and reference_id, or neither.')
   check_workdir(workdir)
   if not units:
     raise UserError(f'There is no unit to train on for {config.section}.objective.')
-  check_units(units, loss.units, loss.values)
+  check_units(units, loss.units, config.needed_values)
   _check_lengths(lm, units, config)
+  groups = group_by_prompt(units) if groups is None else groups
+
+  def split() -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    return hold_out(units, config.eval_share, config.seed, groups, config.section)
+
+  training, held_out = split()
+  plan_fit(lm.config, training, config, lm.mesh)  # before the reference is computed
   if loss.needs_reference:
 
     def load() -> LM:
@@ -65,10 +77,11 @@ def prefer(
         return lm
       reference = load_reference()
       check_reference(lm, reference, config)
+      _check_lengths(reference, units, config)
       return reference
 
     units = add_reference(load, reference_id or lm.fingerprint, units, config, workdir)
-  training, held_out = hold_out(units, config.eval_share, config.seed, groups, config.section)
+    training, held_out = split()
   params, summary = fit(
     lm.config,
     lm.params,
@@ -80,6 +93,21 @@ def prefer(
     monitoring=Monitoring(held_out, probe, profile_steps),
   )
   return params, {'units': len(units), 'held_out': len(held_out), **summary}
+
+
+def group_by_prompt(units: Sequence[Unit]) -> dict[str, int]:
+  """Return the group of each unit by its id: units with the same tokens before the first learned.
+
+  Args:
+    units: the units.
+  """
+  numbers: dict[bytes, int] = {}
+  groups = {}
+  for unit in units:
+    first = unit.segments[0]
+    prompt = first.tokens[: int(first.loss_mask.argmax())].tobytes()
+    groups[unit.id] = numbers.setdefault(prompt, len(numbers))
+  return groups
 
 
 def check_reference(lm: LM, reference: LM, config: PreferConfig) -> None:

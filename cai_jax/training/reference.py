@@ -21,16 +21,15 @@ from cai_jax.data import packing
 from cai_jax.data.units import Unit, unit_lengths
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
-from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, writing
 from cai_jax.runtime.mesh import batch_sharding
 from cai_jax.runtime.progress import Progress
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.fit_config import FitConfig
-from cai_jax.training.loop import fingerprint
+from cai_jax.training.loop import check_buckets, fingerprint
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.step import place_batch
+from cai_jax.training.step import compiler_options, place_batch
 
 FILE = 'reference.json'
 VALUE = 'reference'  # name of the value
@@ -58,12 +57,14 @@ def add_reference(
     workdir: folder of the run.
 
   Raises:
-    UserError: if a log-probability is not finite.
+    UserError: if the workdir has checkpoints of a training with other reference log-probabilities,
+      or if a log-probability is not finite.
   """
   digest = _hash([model_id, fingerprint(units), config.dtype])
   path = workdir / FILE
   logprobs = _read(path, digest)
   if logprobs is None:
+    _check_unused(path)
     logprobs = compute_reference(load(), units, config)
     if jax.process_index() == 0:
       with writing(path), replacing(path) as temporary:
@@ -87,15 +88,16 @@ def compute_reference(
     program: what `make_program` returned, to compute several sets of units with one compilation.
 
   Raises:
-    UserError: if a log-probability is not finite.
+    UserError: if the mesh does not divide the rows, the attention kernel cannot run, or a
+      log-probability is not finite.
   """
   bucket = packing.Bucket(config.max_length, config.batch_size // config.accumulation)
   steps = packing.plan(unit_lengths(units), [bucket], 1, 0)
   batches, sharding = packing.Batches(units, steps), batch_sharding(lm.mesh)
   compute = program or make_program(lm, config)
   logprobs: list[list[float]] = [[] for _ in units]
-  tokens = 0
-  with Progress('reference', 'batch', 0) as progress:
+  done = tokens = 0
+  with Progress('reference', 'unit') as progress:
     for number, step in enumerate(steps):
       rows = np.asarray(compute(lm.params, place_batch(batches[number], sharding)))
       for columns, row in zip(rows, step.rows, strict=False):  # the last batch has empty rows
@@ -103,8 +105,8 @@ def compute_reference(
         for i in row:
           begin, end = end, end + len(units[i].segments)
           logprobs[i] = [float(x) for x in columns[begin:end]]
-          tokens += units[i].length
-      progress(number + 1, len(steps), tokens)
+          done, tokens = done + 1, tokens + units[i].length
+      progress(done, len(units), tokens)
   for unit, numbers in zip(units, logprobs, strict=True):
     if not np.isfinite(numbers).all():
       raise UserError(
@@ -121,16 +123,21 @@ def make_program(lm: LM, config: FitConfig) -> Program:
     lm: the reference model, of which only the shape and the devices are used.
     config: settings of the training.
   """
-  attention = resolve_attention(config, lm.mesh, [config.max_length], lm.config).attention
+  config = resolve_attention(config, lm.mesh, [config.max_length], lm.config)
+  bucket = packing.Bucket(config.max_length, config.batch_size)
+  check_buckets([bucket], config, lm.mesh, lm.config)
   graph, _ = abstract_model(lm.config, config.dtype)
   sharding = batch_sharding(lm.mesh)
 
   def compute(params, batch):
     model = nnx.merge(graph, params)
-    return sequence_logprobs(model, batch, sharding, attention=attention).sums
+    return sequence_logprobs(model, batch, sharding, attention=config.attention).sums
 
-  platform = lm.mesh.devices.flat[0].platform
-  return jit_on(platform, compute, out_shardings=NamedSharding(lm.mesh, P()))
+  return jax.jit(
+    compute,
+    out_shardings=NamedSharding(lm.mesh, P()),
+    compiler_options=compiler_options(config, lm.mesh),
+  )
 
 
 def _read(path: pathlib.Path, digest: str) -> list[list[float]] | None:
@@ -150,6 +157,23 @@ def _read(path: pathlib.Path, digest: str) -> list[list[float]] | None:
   if not is_whole:
     raise UserError(f'{path} is damaged. Delete it; its numbers are then computed again.')
   return None if other else content['logprobs']
+
+
+def _check_unused(path: pathlib.Path) -> None:
+  """Check that a file of reference log-probabilities may be written.
+
+  Checkpoints are of the log-probabilities that are there, or were there.
+
+  Raises:
+    UserError: if the folder has checkpoints.
+  """
+  folder = path.parent / 'checkpoints'
+  if folder.is_dir() and any(folder.iterdir()):
+    raise UserError(
+      f'{folder} holds checkpoints of another run: {path} is missing, or has the log-probabilities '
+      'of other data, another reference or another dtype. Restore the file and these settings to '
+      'resume that run, or choose another workdir.'
+    )
 
 
 def _hash(value: Any) -> str:

@@ -137,7 +137,7 @@ def make_train_step(
     donate_argnums=0,
     in_shardings=(shardings, row_sharding),
     out_shardings=(shardings, NamedSharding(mesh, P())),
-    compiler_options=_compiler_options(config, mesh),
+    compiler_options=compiler_options(config, mesh),
   )
 
 
@@ -225,8 +225,13 @@ def is_deterministic(config: FitConfig, mesh: Mesh) -> bool:
   return config.deterministic and KERNELS[config.attention].deterministic
 
 
-def _compiler_options(config: FitConfig, mesh: Mesh) -> dict[str, bool | int] | None:
-  """Return the XLA options of the train step, or None for the default ones."""
+def compiler_options(config: FitConfig, mesh: Mesh) -> dict[str, bool | int] | None:
+  """Return the XLA options of the programs of a training, or None for the default ones.
+
+  Args:
+    config: the run's settings.
+    mesh: the devices.
+  """
   options = xla_options(mesh.devices.flat[0].platform)
   if options is not None and is_deterministic(config, mesh):
     options['xla_gpu_deterministic_ops'] = True
@@ -250,5 +255,8 @@ def make_eval_step(graph: nnx.GraphDef, config: FitConfig, mesh: Mesh) -> Callab
     loss_sum, sums = loss(params, frozen, batch, whole)
     return {'loss_sum': loss_sum, **split_routing(sums)[0]}
 
-  options = xla_options(mesh.devices.flat[0].platform)
-  return jax.jit(step, out_shardings=NamedSharding(mesh, P()), compiler_options=options)
+  return jax.jit(
+    step,
+    out_shardings=NamedSharding(mesh, P()),
+    compiler_options=compiler_options(config, mesh),
+  )

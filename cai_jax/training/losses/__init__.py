@@ -33,6 +33,7 @@ from cai_jax.training.losses.loss import (
   Loss,
   LossFunction,
   Sums,
+  add_routing,
   register_loss,
   whole_of,
 )
@@ -45,6 +46,7 @@ __all__ = [
   'Loss',
   'LossFunction',
   'Sums',
+  'add_routing',
   'negative_log_likelihood',
   'register_loss',
   'whole_of',

@@ -7,11 +7,13 @@ from cai_jax.training.losses.loss import Batch, Sums
 
 
 def sides(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return the columns f32[B,T//2] of the chosen and of the rejected responses.
+  """Return the columns f32[B,T//2] of the first and of the second segment of each unit.
+
+  In comparisons these are the chosen and the rejected response.
 
   Args:
-    x: f32[B,T], column s - 1 belongs to segment s of the row. The segments of a comparison follow
-      each other, the chosen one first.
+    x: f32[B,T], column s - 1 belongs to segment s of the row. The two segments of a unit stand in
+      adjacent columns, the chosen one first.
   """
   pairs = x[:, : x.shape[1] // 2 * 2].reshape(x.shape[0], -1, 2)
   return pairs[..., 0], pairs[..., 1]
@@ -22,6 +24,17 @@ def comparison_mask(batch: Batch) -> jax.Array:
   segments = batch['segment_ids']
   count = jnp.max(segments, axis=1, keepdims=True) // 2
   return (jnp.arange(segments.shape[1] // 2) < count).astype(jnp.float32)
+
+
+def soft_cross_entropy(logits: jax.Array, probability: jax.Array) -> jax.Array:
+  """Return -p log σ(a) - (1 - p) log σ(-a), f32[...].
+
+  Args:
+    logits: a f32[...].
+    probability: p f32[...], the weight of the first term; it may lie outside [0, 1].
+  """
+  log_sigmoid = jax.nn.log_sigmoid
+  return -probability * log_sigmoid(logits) - (1 - probability) * log_sigmoid(-logits)
 
 
 def preference_metrics(
@@ -37,13 +50,14 @@ def preference_metrics(
 
   Returns:
     `num_comparisons`; `accuracy`, the number of comparisons in which the response that is more
-    probably better has the higher score, where a probability of 1/2 counts half; `margin`, the sum
-    of the differences; `chosen_reward` and `rejected_reward`, the sums of both scores.
+    probably better has the higher score, where equal scores or a probability of 1/2 count half;
+    `margin`, the sum of the differences; `chosen_reward` and `rejected_reward`, the sums of both
+    scores.
   """
-  agree = (chosen - rejected) * (probability - 0.5) > 0
+  agree = (jnp.sign(chosen - rejected) * jnp.sign(probability - 0.5) + 1) / 2
   return {
     'num_comparisons': jnp.sum(mask),
-    'accuracy': jnp.sum(jnp.where(probability == 0.5, 0.5, agree) * mask),
+    'accuracy': jnp.sum(agree * mask),
     'margin': jnp.sum((chosen - rejected) * mask),
     'chosen_reward': jnp.sum(chosen * mask),
     'rejected_reward': jnp.sum(rejected * mask),

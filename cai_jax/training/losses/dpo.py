@@ -10,7 +10,7 @@ number of tokens of y (Lambert et al. 2024, Tülu 3, section 5.1.2).
 
   dpo         -w log σ(βh) - (1 - w) log σ(-βh), which is equation 7 for w = 1.
   robust_dpo  the same form, with weights that correct for labels of which a share ε is flipped
-              (Chowdhury et al. 2024, section 3.1).
+              (Chowdhury et al. 2024; the number of its equation is unverified).
   ipo         w (h - 1/(2β))² + (1 - w) (h + 1/(2β))² (Azar et al. 2024, equation 17, for w = 1),
               where β is the τ of the paper.
 
@@ -22,7 +22,6 @@ w = (p - ε) / (1 - 2ε), which may be negative.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.training.losses.comparisons import (
@@ -39,51 +37,59 @@ from cai_jax.training.losses.comparisons import (
   comparison_mask,
   preference_metrics,
   sides,
+  soft_cross_entropy,
 )
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
+from cai_jax.training.losses.options import check_positive, check_share_of_labels
+
+BETA = 'β, the strength of the pull toward the reference model.'
+LENGTH_NORMALIZED = 'Whether a log-ratio is divided by the number of tokens of its response.'
 
 
 @dataclasses.dataclass(frozen=True)
 class IPO:
-  """Options of `ipo`, and those that every objective of this file has."""
+  """Options of `ipo`."""
 
-  beta: float = setting(0.1, 'β, the strength of the pull toward the reference model.')
-  length_normalized: bool = setting(
-    False, 'Whether a log-ratio is divided by the number of tokens of its response.'
-  )
+  beta: float = setting(0.1, BETA)
+  length_normalized: bool = setting(False, LENGTH_NORMALIZED)
 
   def __post_init__(self):
     convert_fields(self, 'options')
-    if not 0 < self.beta < math.inf:
-      raise UserError(f'options: beta={self.beta} must be a positive number.')
+    check_positive(self, 'beta')
 
 
 @dataclasses.dataclass(frozen=True)
-class DPO(IPO):
+class DPO:
   """Options of `dpo`."""
 
+  beta: float = setting(0.1, BETA)
+  length_normalized: bool = setting(False, LENGTH_NORMALIZED)
   label_smoothing: float = setting(
     0.0, 'ε in [0, 0.5): share of labels that are assumed to be wrong, which softens every label.'
   )
 
   def __post_init__(self):
-    super().__post_init__()
-    if not 0 <= self.label_smoothing < 0.5:
-      raise UserError(f'options: label_smoothing={self.label_smoothing} must be in [0, 0.5).')
+    convert_fields(self, 'options')
+    check_positive(self, 'beta')
+    check_share_of_labels(self, 'label_smoothing')
 
 
 @dataclasses.dataclass(frozen=True)
-class RobustDPO(IPO):
+class RobustDPO:
   """Options of `robust_dpo`."""
 
+  beta: float = setting(0.1, BETA)
+  length_normalized: bool = setting(False, LENGTH_NORMALIZED)
   flip_rate: float = setting(0.1, 'ε in [0, 0.5): share of the labels that are flipped.')
 
   def __post_init__(self):
-    super().__post_init__()
-    if not 0 <= self.flip_rate < 0.5:
-      raise UserError(f'options: flip_rate={self.flip_rate} must be in [0, 0.5).')
+    convert_fields(self, 'options')
+    check_positive(self, 'beta')
+    check_share_of_labels(self, 'flip_rate')
 
+
+Options = DPO | RobustDPO | IPO
 
 # A function of h, the weights w of the chosen side, and the options: the loss of each comparison.
 Penalty = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -112,7 +118,7 @@ def _register(name: str, options: type) -> Callable[[Penalty], Penalty]:
       remat: str = 'none',
       attention: str = 'xla',
       *,
-      settings: IPO,
+      settings: Options,
     ) -> tuple[jax.Array, Sums]:
       model = nnx.merge(graph, params)
       logprobs = sequence_logprobs(model, batch, sharding, remat, attention)
@@ -123,7 +129,7 @@ def _register(name: str, options: type) -> Callable[[Penalty], Penalty]:
   return register
 
 
-def _compare(penalty: Penalty, logprobs, batch: Batch, settings: IPO) -> tuple[jax.Array, Sums]:
+def _compare(penalty: Penalty, logprobs, batch: Batch, settings: Options) -> tuple[jax.Array, Sums]:
   """Return the loss of a batch and its sums."""
   mask = comparison_mask(batch)
   ratios = logprobs.sums - batch['reference']
@@ -138,9 +144,7 @@ def _compare(penalty: Penalty, logprobs, batch: Batch, settings: IPO) -> tuple[j
     'chosen_log_ratio': jnp.sum(chosen_ratio * mask),
     'rejected_log_ratio': jnp.sum(rejected_ratio * mask),
   }
-  if logprobs.routing is not None:
-    sums[ROUTING] = logprobs.routing
-  return jnp.sum(losses * mask), sums
+  return jnp.sum(losses * mask), add_routing(sums, logprobs.routing)
 
 
 @_register('dpo', DPO)
@@ -148,23 +152,18 @@ def dpo(h: jax.Array, probability: jax.Array, options: DPO) -> jax.Array:
   """Return the loss of each comparison, with conservative labels."""
   smoothing = options.label_smoothing
   w = (1 - smoothing) * probability + smoothing * (1 - probability)
-  return _cross_entropy(options.beta * h, w)
+  return soft_cross_entropy(options.beta * h, w)
 
 
 @_register('robust_dpo', RobustDPO)
 def robust_dpo(h: jax.Array, probability: jax.Array, options: RobustDPO) -> jax.Array:
   """Return the loss of each comparison, an unbiased estimate for flipped labels."""
   w = (probability - options.flip_rate) / (1 - 2 * options.flip_rate)
-  return _cross_entropy(options.beta * h, w)
+  return soft_cross_entropy(options.beta * h, w)
 
 
 @_register('ipo', IPO)
 def ipo(h: jax.Array, probability: jax.Array, options: IPO) -> jax.Array:
   """Return the squared distance of each difference of log-ratios from 1 / (2β)."""
-  goal = 1 / (2 * options.beta)
-  return probability * (h - goal) ** 2 + (1 - probability) * (h + goal) ** 2
-
-
-def _cross_entropy(logits: jax.Array, w: jax.Array) -> jax.Array:
-  """Return -w log σ(logits) - (1 - w) log σ(-logits)."""
-  return -w * jax.nn.log_sigmoid(logits) - (1 - w) * jax.nn.log_sigmoid(-logits)
+  target = 1 / (2 * options.beta)
+  return probability * (h - target) ** 2 + (1 - probability) * (h + target) ** 2

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cai_jax.data.units import SEGMENTS
+from cai_jax.model.experts import Routing
 from cai_jax.runtime.registry import Registry
 
 # tokens, positions, segment_ids, loss_mask: each i32[B,T]; and the units' values, each f32[B,T]
@@ -68,7 +69,8 @@ class Loss:
       divides the loss. Preference objectives are divided by the first one.
     routes: whether its sums have `ROUTING` for mixtures of experts.
     units: the kind of unit that it trains on, a key of `units.SEGMENTS`.
-    values: names of the units' values that it reads.
+    values: names of the units' values that it reads; or a function from its settings to these
+      names, if they depend on the settings.
     settings: frozen dataclass of its own settings, an instance of which it gets as `settings`; None
       if it has none.
     needs_reference: whether it reads 'reference' of the batch, the log-probability of each segment
@@ -84,12 +86,20 @@ class Loss:
   normalizations: Mapping[str, str]
   routes: bool = False
   units: str = 'sequence'
-  values: tuple[str, ...] = ()
+  values: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
   settings: type | None = None
   needs_reference: bool = False
   needs_whole: bool = False
   head: str | None = None
   metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def needed_values(self, settings: Any) -> tuple[str, ...]:
+    """Return the names of the units' values that the loss reads, apart from 'reference'.
+
+    Args:
+      settings: an instance of its settings class, or None if it has none.
+    """
+    return self.values(settings) if callable(self.values) else self.values
 
   def averages(self, sums: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sums as the log shows them: metrics divided by their weights.
@@ -131,6 +141,16 @@ def register_loss(
     return function
 
   return register
+
+
+def add_routing(sums: Sums, routing: Routing | None) -> Sums:
+  """Return the sums of a loss with the routing of experts, if the model has experts.
+
+  Args:
+    sums: the other sums.
+    routing: what `Transformer.forward` returns; None for a dense model.
+  """
+  return sums if routing is None else {**sums, ROUTING: routing}
 
 
 def whole_of(whole: Sums | None, sums: Sums) -> Sums:

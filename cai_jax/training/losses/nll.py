@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cai_jax.training.losses.cross_entropy import choose_num_slices, weighted_cross_entropy
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
 from cai_jax.training.losses.targets import count_sequences, next_token_targets
 
 
@@ -48,11 +48,9 @@ def negative_log_likelihood(
     'num_tokens': jnp.sum(weights),
     'num_sequences': count_sequences(batch['segment_ids'], weights),
   }
-  if routing is not None:
-    sums[ROUTING] = routing
   rows, length = targets.shape
   num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
   loss = weighted_cross_entropy(
     num_slices, hidden, model.output_table, targets, weights, model.logit_transform
   )
-  return loss, sums
+  return loss, add_routing(sums, routing)

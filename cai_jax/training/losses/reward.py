@@ -8,7 +8,6 @@ counts once, whatever its length.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cai_jax.model.score_head import HEAD, score_states, split_head
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.training.losses.comparisons import (
@@ -25,9 +23,11 @@ from cai_jax.training.losses.comparisons import (
   comparison_mask,
   preference_metrics,
   sides,
+  soft_cross_entropy,
 )
 from cai_jax.training.losses.logprobs import sum_segments
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
+from cai_jax.training.losses.options import check_not_negative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,19 @@ class Reward:
     0.0, 'Factor of the squared sum of the two scores, which keeps scores near 0.'
   )
   margins: bool = setting(
-    False, 'Whether the better response must lead by the margin that each comparison then needs.'
+    False,
+    'Whether the score of the first response must exceed that of the second one by the margin that '
+    'each comparison then needs.',
   )
 
   def __post_init__(self):
     convert_fields(self, 'options')
-    if not 0 <= self.centering < math.inf:
-      raise UserError(f'options: centering={self.centering} must be a number of at least 0.')
+    check_not_negative(self, 'centering')
+
+
+def _values(settings: Reward) -> tuple[str, ...]:
+  """Return the names of the values that comparisons need."""
+  return ('probability', 'margin') if settings.margins else ('probability',)
 
 
 @register_loss(
@@ -52,7 +58,7 @@ class Reward:
   normalizations={'comparison': 'num_comparisons'},
   routes=True,
   units='comparison',
-  values=('probability',),
+  values=_values,
   settings=Reward,
   head=HEAD,
   metrics=PREFERENCE_METRICS,
@@ -73,15 +79,7 @@ def reward_loss(
   computed. `num_tokens` counts the tokens that the loss mask marks.
 
   The arguments are those of `LossFunction`; `params` has the head beside the decoder's parameters.
-
-  Raises:
-    UserError: if `settings.margins` is set, and the comparisons have none.
   """
-  if settings.margins and 'margin' not in batch:
-    raise UserError(
-      'options: margins=True, but the comparisons have no margin. Build their units with margins, '
-      'or set margins=False.'
-    )
   params, head = split_head(params)
   segments = batch['segment_ids']
   hidden, routing = nnx.merge(graph, params).forward(
@@ -101,9 +99,7 @@ def reward_loss(
     'num_tokens': jnp.sum(batch['loss_mask']).astype(jnp.float32),
     **preference_metrics(chosen, rejected, probability, mask),
   }
-  if routing is not None:
-    sums[ROUTING] = routing
-  return jnp.sum(losses * mask), sums
+  return jnp.sum(losses * mask), add_routing(sums, routing)
 
 
 def bradley_terry(
@@ -115,10 +111,11 @@ def bradley_terry(
 ) -> jax.Array:
   """Return -p log σ(Δ) - (1 - p) log σ(-Δ) + centering · (r_w + r_l)², where Δ = r_w - r_l - m.
 
-  The margin m is that of Touvron et al. 2023 (Llama 2), section 3.2.2, equation 2: the better
-  response must lead by it. The last term keeps scores near 0, since the first two depend only on
-  their difference (Eisenstein et al. 2023, as TRL implements it). If the two sides change places,
-  with 1 - p and -m, the loss is the same.
+  The margin m is that of Touvron et al. 2023 (Llama 2), section 3.2.2, equation 2, for p = 1: r_w
+  must exceed r_l by m. For every p, m is the known difference between the quality of the first and
+  of the second response, so it is negative if the second one is better. The last term keeps scores
+  near 0, since the first two depend only on their difference (Eisenstein et al. 2023, as TRL
+  implements it). If the two sides change places, with 1 - p and -m, the loss is the same.
 
   Args:
     chosen: r_w f32[...], the scores of the first responses.
@@ -130,8 +127,7 @@ def bradley_terry(
   Returns:
     f32[...], one loss for each comparison.
   """
-  lead = chosen - rejected - margin
-  loss = -probability * jax.nn.log_sigmoid(lead) - (1 - probability) * jax.nn.log_sigmoid(-lead)
+  loss = soft_cross_entropy(chosen - rejected - margin, probability)
   return loss + centering * jnp.square(chosen + rejected)
 
 

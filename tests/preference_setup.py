@@ -43,8 +43,8 @@ def random_units(count=30, seed=0, segments=2, vocab_size=48, **values):
       parts.append(Example(tokens, np.arange(len(tokens)) >= len(prompt), f'pair {number}'))
     p = float(np.round(rng.uniform(0.2, 1), 2))
     named = {name: (value, 0.0)[:segments] for name, value in values.items()}
-    named['probability'] = (p, 1 - p)[:segments]
-    units.append(Unit(tuple(parts), named, f'pair {number}'))
+    probability = {'probability': (p, 1 - p)[:segments]}
+    units.append(Unit(tuple(parts), probability | named, f'pair {number}'))
   return units
 
 

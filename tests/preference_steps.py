@@ -116,9 +116,10 @@ def pair_inputs(model, units):
 
 
 def judged_losses(model, units, **options):
-  """Return KTO's loss of each unit."""
+  """Return KTO's loss of each unit, whose reference point must not be 0."""
   sums, _ = sequence_logprobs(model, [s for unit in units for s in unit.segments])
   ratios = [sums[side::2] - column(units, 'reference', side) for side in (0, 1)]
+  assert ratios[1].mean() > 0.1  # at 0 a wrong estimate would not show
   return oracles.kto(*ratios, column(units, 'desirable', 0) > 0, **options)
 
 

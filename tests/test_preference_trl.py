@@ -92,7 +92,7 @@ def make_units(name):
       prompt, reply = split(segment)[0], split(other)[1]
       tokens = np.array(prompt + reply, np.int32)
       mismatched = segment._replace(tokens=tokens, loss_mask=np.arange(len(tokens)) >= len(prompt))
-      values = {'desirable': (float(i % 3 > 0),) * 2}
+      values = {'desirable': (float(i % 3 > 0), 0.0)}
       judged.append(units[first + i]._replace(segments=(segment, mismatched), values=values))
   return judged
 
@@ -201,7 +201,6 @@ def test_ten_steps_agree_with_trl(name, results, folder):
   ]
   losses, _, _ = preference_steps.train(lm, units, plan, config)
   theirs = results[name]
-  print(name, theirs['versions'], np.abs(np.array(losses) / theirs['losses'] - 1).max())
   np.testing.assert_allclose(losses, theirs['losses'], rtol=1e-3)
 
 

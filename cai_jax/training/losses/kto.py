@@ -12,7 +12,6 @@ A unit therefore has two segments, the judged response and the other one, both a
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.training.losses.comparisons import comparison_mask, sides
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss, whole_of
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss, whole_of
+from cai_jax.training.losses.options import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,7 @@ class KTO:
 
   def __post_init__(self):
     convert_fields(self, 'options')
-    for field in dataclasses.fields(self):
-      if not 0 < getattr(self, field.name) < math.inf:
-        value = getattr(self, field.name)
-        raise UserError(f'options: {field.name}={value} must be a positive number.')
+    check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
 
 @register_loss(
@@ -95,8 +91,7 @@ def kto(
     'undesirable_reward': settings.beta * jnp.sum(ratio * undesirable),
     'mismatched_log_ratio': jnp.sum(mismatched * mask),
   }
-  if logprobs.routing is not None:
-    sums[ROUTING] = logprobs.routing
+  sums = add_routing(sums, logprobs.routing)
   of_all = whole_of(whole, sums)
   z = jnp.maximum(of_all['mismatched_log_ratio'] / jnp.maximum(of_all['num_judged'], 1.0), 0.0)
   logit = settings.beta * (ratio - z)

@@ -10,7 +10,6 @@ a soft label is the mean of the losses of both hard labels, weighted by its prob
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.training.losses.comparisons import (
@@ -26,9 +24,11 @@ from cai_jax.training.losses.comparisons import (
   comparison_mask,
   preference_metrics,
   sides,
+  soft_cross_entropy,
 )
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
+from cai_jax.training.losses.options import check_positive
 
 # Beyond it, 1 - P rounds to 0 in f32 and the odds are infinite. Such a response has no gradient
 # from its odds any more; that of the imitation remains.
@@ -43,8 +43,7 @@ class ORPO:
 
   def __post_init__(self):
     convert_fields(self, 'options')
-    if not 0 < self.weight < math.inf:
-      raise UserError(f'options: weight={self.weight} must be a positive number.')
+    check_positive(self, 'weight')
 
 
 @register_loss(
@@ -79,17 +78,14 @@ def orpo(
   probability, _ = sides(batch['probability'])
   nll = -probability * chosen - (1 - probability) * rejected
   ratio = _log_odds(chosen) - _log_odds(rejected)
-  wins = probability * jax.nn.log_sigmoid(ratio)
-  losses = (1 - probability) * jax.nn.log_sigmoid(-ratio)
+  losses = nll + settings.weight * soft_cross_entropy(ratio, probability)
   sums: Sums = {
     'num_tokens': jnp.sum(logprobs.counts),
     **preference_metrics(chosen, rejected, probability, mask),
     'nll': jnp.sum(nll * mask),
     'log_odds_ratio': jnp.sum(ratio * mask),
   }
-  if logprobs.routing is not None:
-    sums[ROUTING] = logprobs.routing
-  return jnp.sum((nll - settings.weight * (wins + losses)) * mask), sums
+  return jnp.sum(losses * mask), add_routing(sums, logprobs.routing)
 
 
 def _log_odds(log_p: jax.Array) -> jax.Array:

@@ -6,12 +6,11 @@ comparison is equation 6,
   -log σ(β/|y_w| log π(y_w | x; θ) - β/|y_l| log π(y_l | x; θ) - γ),
 
 where y_w is the chosen and y_l the rejected response, and γ is the margin by which the chosen one
-shall lead. The loss of a soft label is the mean of the losses of both hard labels, weighted by its
+must lead. The loss of a soft label is the mean of the losses of both hard labels, weighted by its
 probability.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
 from cai_jax.training.losses.comparisons import (
@@ -29,7 +27,8 @@ from cai_jax.training.losses.comparisons import (
   sides,
 )
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.losses.loss import ROUTING, Batch, Sums, register_loss
+from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
+from cai_jax.training.losses.options import check_not_negative, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +40,8 @@ class SimPO:
 
   def __post_init__(self):
     convert_fields(self, 'options')
-    if not 0 < self.beta < math.inf:
-      raise UserError(f'options: beta={self.beta} must be a positive number.')
-    if not 0 <= self.gamma < math.inf:
-      raise UserError(f'options: gamma={self.gamma} must be a number of at least 0.')
+    check_positive(self, 'beta')
+    check_not_negative(self, 'gamma')
 
 
 @register_loss(
@@ -80,6 +77,4 @@ def simpo(
     'num_tokens': jnp.sum(logprobs.counts),
     **preference_metrics(chosen, rejected, probability, mask),
   }
-  if logprobs.routing is not None:
-    sums[ROUTING] = logprobs.routing
-  return -jnp.sum((wins + losses) * mask), sums
+  return -jnp.sum((wins + losses) * mask), add_routing(sums, logprobs.routing)

@@ -11,8 +11,8 @@ from cai_jax.feedback.comparisons.records import Item, Label, Outcome
 from cai_jax.feedback.comparisons.summary import summarize
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.types import Completion
-from tests.test_ai_feedback import PROMPTS, make_job, write_lines
-from tests.test_ai_feedback import lm as lm
+from tests.label_setup import PROMPTS, make_job, write_lines
+from tests.label_setup import lm as lm
 
 PAIRS = [(0, 1), (0, 2), (1, 2)]
 

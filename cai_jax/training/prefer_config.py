@@ -35,8 +35,8 @@ class PreferConfig(FitConfig):
   )
   objective: str = setting(
     'dpo',
-    "What is trained: 'dpo', 'robust_dpo', 'ipo', or another registered loss over comparisons or "
-    'judged responses.',
+    "What is trained: 'dpo', 'robust_dpo', 'ipo', 'orpo' or 'simpo' on comparisons; 'kto' on "
+    "judged responses; 'reward' for a reward model; or another registered loss over either.",
   )
   options: tuple[tuple[str, Any], ...] = setting(
     (),

@@ -30,8 +30,8 @@ from cai_jax.training.losses.logprobs import sequence_logprobs
 from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
 from cai_jax.training.losses.options import check_positive
 
-# Beyond it, 1 - P rounds to 0 in f32 and the odds are infinite. Such a response has no gradient
-# from its odds any more; that of the imitation remains.
+# The greatest log P whose odds are computed: nearer to 0, they have few correct digits in f32, and
+# at 0 they are infinite. Above it, the odds have no gradient, and the imitation still has one.
 MOST_LOG_P = -1e-6
 
 

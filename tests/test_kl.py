@@ -12,6 +12,7 @@ import transformers
 import cai_jax
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.measures.kl_divergence import create_kl, describe, measure_kl
+from cai_jax.evaluation.registries import Policy
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring.likelihood import log_likelihoods
 from cai_jax.scoring.loader import ModelLoader
@@ -110,6 +111,10 @@ def test_kl_is_unknown_without_the_models_or_tokens(models, tiny_hf_folder):
   assert comparison.compare(served, [], rows, 0) is None
   loader = ModelLoader('float32', models[0].mesh, {'base': str(tiny_hf_folder('smollm2'))})
   assert comparison.compare(loader, [], [{}], 0) is None
+  policies = {'policy': Policy('base', rows), 'silent': Policy('base', [{}])}
+  found = comparison.compare_policies(loader, [], [{}], 0, policies)
+  assert found.keys() == {'policies'} and found['policies'].keys() == {'policy'}
+  assert [line.split(':')[0] for line in comparison.describe(found)] == ['KL of policy from base']
   result = comparison.compare(loader, [], rows, 0)
   assert math.isclose(result['per_response'], 0, abs_tol=1e-4)
   assert create_kl(EvaluationConfig(scorer='tiny')) is None

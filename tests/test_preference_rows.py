@@ -16,6 +16,7 @@ from cai_jax.data.preferences import (
   write_comparisons,
 )
 from cai_jax.data.prompts import Prompt, PromptSource
+from cai_jax.pipeline.pair_sources import LABELS_FILE
 from cai_jax.pipeline.pairs import read_pairs
 from cai_jax.runtime.errors import UserError
 from tests.preference_files import ASK, BLUE, GREEN, PAIR, write
@@ -210,10 +211,14 @@ def test_comparisons_of_evaluation_prompts_are_left_out(tmp_path):
     found.leave_out('012', 'held_out')
 
 
-@pytest.mark.parametrize('source', ['questions.jsonl', 'tiny'])
-def test_a_run_leaves_out_what_nearly_equals_its_held_out_prompts(tmp_path, source):
+@pytest.mark.parametrize(
+  ('source', 'name'), [('questions.jsonl', ''), ('tiny', ''), ('questions.jsonl', 'labels')]
+)
+def test_a_run_leaves_out_what_nearly_equals_its_held_out_prompts(tmp_path, source, name):
   """Prompts of the embedded world resemble each other, so only equal ones count there."""
-  write_comparisons(tmp_path / 'p.jsonl', make_pairs(LONG, 'Who?'))
+  path = tmp_path / (LABELS_FILE if name else 'p.jsonl')
+  path.parent.mkdir(exist_ok=True)
+  write_comparisons(path, make_pairs(LONG, 'Who?'))
 
   def read(question):
     held_out = [Prompt('e', ({'role': 'user', 'content': question},))]
@@ -224,12 +229,12 @@ def test_a_run_leaves_out_what_nearly_equals_its_held_out_prompts(tmp_path, sour
       prompts={'eval_harmful': held_out, 'eval_helpful': []},
       config=types.SimpleNamespace(seed=0, prompts=types.SimpleNamespace(**sources)),
     )
-    section = types.SimpleNamespace(
-      section='prefer', data=str(tmp_path / 'p.jsonl'), form='trl', shuffle=False
+    data = name or str(tmp_path / 'p.jsonl')
+    return read_pairs(
+      run, types.SimpleNamespace(section='prefer', data=data, form='trl', shuffle=False)
     )
-    return read_pairs(run, section)
 
   dropped = read(LONG + ' today').counts['read']['dropped']
   assert dropped == ({} if source == 'tiny' else {'near_held_out': 1})
-  with pytest.raises(UserError, match='prefer.data=.*p.jsonl.*also occur in the training prompts'):
+  with pytest.raises(UserError, match='prefer.data=.*also occur in the training prompts'):
     read('WHO?')

@@ -203,6 +203,13 @@ def write(path, **row):
       r"prefer.compare=\('aligned',\) must be a tuple of",
     ),
     ({'prefer__data': '', 'prefer__compare': ('base',)}, 'prefer.compare=.*has no effect'),
+    ({'reward__probes': 2}, 'reward.probes=2 has no effect'),
+    ({'reward__reference': 'tiny'}, "reward.reference='tiny' has no effect"),
+    ({'reward__options': (('margins', True),)}, "reward.data='implied' has none"),
+    (
+      {'label__responses': 2, 'label__model': 'tiny-oracle', 'label__thoughts': 8},
+      'label.thoughts=8 has no effect',
+    ),
     ({'prefer__data': 'labels'}, "prefer.data='labels' needs what stage label writes"),
     ({'prefer__data': 'none.jsonl'}, "prefer.data='none.jsonl'"),
     ({'prefer__form': 'hh_rlhf'}, "prefer.form='hh_rlhf' has no effect"),
@@ -226,13 +233,47 @@ def test_settings_that_cannot_work_are_refused_before_the_run(
   ('row', 'message'),
   [
     ({'rejected': 'Take a bag.'}, 'none of 1 rows is left.*identical'),
-    ({'chosen': 'steps ' * 300}, 'prefer.max_length=256 holds no comparison'),
+    ({'chosen': 'steps ' * 300}, 'prefer.max_length=256: No preference remains.*too_long'),
   ],
 )
 def test_a_file_of_comparisons_is_read_before_the_run(row, message, random_model, tmp_path):
   data = write(tmp_path / 'pairs.jsonl', **row)
   run = pipeline.build(with_preferences(random_model, prefer__data=data), tmp_path / 'run')
   with pytest.raises(UserError, match=message):
+    pipeline.check_run(run, pipeline.default_stages(run))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'prefer__objective': 'kto'}, 'judged responses answer the same prompt'),
+    ({'reward__options': (('margins', True),)}, "options: margins=True.*'0' has no margin"),
+    ({'prefer__drop_truncated': True}, "No preference remains.*'truncated': 1"),
+  ],
+)
+def test_the_units_of_a_file_are_built_before_the_run(fields, message, random_model, tmp_path):
+  data = write(tmp_path / 'pairs.jsonl', id='0', truncated=[True, False])
+  section = next(iter(fields)).partition('__')[0]
+  fields = {f'{section}__data': data} | fields
+  run = pipeline.build(with_preferences(random_model, **fields), tmp_path / 'run')
+  with pytest.raises(UserError, match=f'{section}.data=.*{message}'):
+    pipeline.check_run(run, pipeline.default_stages(run))
+
+
+def test_labelled_pairs_that_the_reward_model_cannot_read_are_named(random_model, tmp_path):
+  data = write(tmp_path / 'pairs.jsonl', chosen='steps ' * 3000)
+  run = pipeline.build(with_preferences(random_model, evaluation__reward_labelled=data), tmp_path)
+  with pytest.raises(UserError, match='Leave the pair out of evaluation.reward_labelled'):
+    pipeline.check_run(run, pipeline.default_stages(run))
+
+
+def test_files_to_label_and_learn_have_no_held_out_prompt(random_model, tmp_path):
+  run = pipeline.build(with_preferences(random_model), tmp_path)
+  prompt = [dict(message) for message in run.prompts['eval_helpful'][0].messages]
+  data = write(tmp_path / 'pairs.jsonl', prompt=prompt)
+  fields = {'label__comparisons': (data,), 'label__model': 'tiny-oracle', 'prefer__data': 'labels'}
+  run = pipeline.build(with_preferences(random_model, **fields), tmp_path / 'run')
+  with pytest.raises(UserError, match='label.comparisons: .*pairs.jsonl'):
     pipeline.check_run(run, pipeline.default_stages(run))
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.encode import Piece
 from cai_jax.evaluation import judge_labels, questions
 from cai_jax.evaluation.baselines import BY_JUDGE
-from cai_jax.evaluation.config import TRAINED, EvaluationConfig
+from cai_jax.evaluation.config import LESS_HARMFUL, TRAINED, EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES
 from cai_jax.model.classifier import inspect_classifier
 from cai_jax.model.lm import ModelInfo
@@ -110,8 +111,36 @@ def _check_classifier(run: Run, field: str, label_field: str) -> None:
       1,
       lambda messages: len(dialogue.conversation([*messages, _reply('x')])) - 1,
     )
+    if field == 'reward_model':
+      check_rewarded_pairs(run, dialogue, info.config.max_positions)
   except UserError as error:
     raise UserError(f'evaluation.{field}={name!r}: {error}') from error
+
+
+def check_rewarded_pairs(run: Run, dialogue: Dialogue, context: int) -> None:
+  """Check that a reward model can read the labelled pairs on which its accuracy is measured.
+
+  Args:
+    run: the run.
+    dialogue: renders conversations for the reward model.
+    context: tokens that the reward model reads at most.
+
+  Raises:
+    UserError: if a pair cannot be read, or is too long.
+  """
+  config = run.config.evaluation
+  if not config.reward_labelled:
+    return
+  limit = config.judge_labelled_limit
+  for match in judge_labels.read_labelled(config.reward_labelled, LESS_HARMFUL, limit).matches:
+    for text in match.responses:
+      tokens = len(dialogue.conversation([*match.messages, _reply(text)]))
+      if tokens > context:
+        raise UserError(
+          f'A response to {match.prompt} has {tokens} tokens with its prompt, but the context '
+          f'holds {context}. Leave the pair out of evaluation.reward_labelled, or use a model with '
+          'a longer context.'
+        )
 
 
 def _check_judge(run: Run, name: str, info: ModelInfo) -> None:

@@ -36,10 +36,12 @@ class PairSource:
   Attributes:
     read: returns the comparisons.
     needs: what it reads, `D_CAI` or `LABELS`, which the run must then have.
+    margins: whether its comparisons have margins, which some objectives read.
   """
 
   read: Callable[[Places], PreferenceSet[Comparison]]
   needs: str
+  margins: bool = False
 
 
 PAIR_SOURCES: Registry[PairSource] = Registry('source of comparisons')

@@ -56,25 +56,33 @@ def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:
     config: the section `prefer` or `reward`.
 
   Raises:
-    UserError: if they cannot be read, none is left, or a file has a prompt that the run holds out;
-      the message names the field.
+    UserError: if they cannot be read, none is left, or one has a prompt that the run holds out; the
+      message names the field.
   """
   places = Places(run.d_cai, run.workdir / LABELS_FILE)
   try:
     if config.data in PAIR_SOURCES:
       found = PAIR_SOURCES[config.data].read(places)
     else:
-      found = _leave_out_held_out(read_comparisons(pathlib.Path(config.data), config.form), run)
+      found = read_comparisons(pathlib.Path(config.data), config.form)
+    found = leave_out_held_out(found, run)
   except UserError as error:
     raise UserError(f'{config.section}.data={config.data!r}: {error}') from error
   return Pairs(found, run.config.seed if config.shuffle else None)
 
 
-def _leave_out_held_out(found: PreferenceSet[Comparison], run: Run) -> PreferenceSet[Comparison]:
-  """Return the comparisons of a file without those whose prompt nearly equals a held-out one.
+def leave_out_held_out(found: PreferenceSet[Comparison], run: Run) -> PreferenceSet[Comparison]:
+  """Return comparisons without those whose prompt nearly equals a held-out one.
 
   As for training prompts, a prompt that equals one is an error, and the prompts of the embedded
   world are only compared exactly, because its grammar makes them similar.
+
+  Args:
+    found: the comparisons.
+    run: the run.
+
+  Raises:
+    UserError: if one has a held-out prompt, or none is left.
   """
   prompt_sets.check_held_out((Prompt(pair.id, pair.prompt) for pair in found), run.prompts)
   held_out = [

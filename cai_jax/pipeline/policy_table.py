@@ -104,6 +104,7 @@ def _distances(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return {
     name: {'kl': result['per_response'], 'kl_interval': result['per_response_interval']}
     for name, result in by_model.items()
+    if 'per_response' in result
   }
 
 

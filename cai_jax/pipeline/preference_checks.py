@@ -1,9 +1,11 @@
 """Checks of training on preferences before the first stage of a run: models, comparisons, sizes."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import jax
 
+from cai_jax.data.preferences import Comparison, read_comparisons
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.config import TRAINED
 from cai_jax.model import lm as models
@@ -13,15 +15,19 @@ from cai_jax.model.lm import ModelInfo
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.evaluation_checks import check_rewarded_pairs
 from cai_jax.pipeline.lengths import check_lengths
 from cai_jax.pipeline.models import global_mesh
 from cai_jax.pipeline.pair_sources import D_CAI, LABELS, PAIR_SOURCES
-from cai_jax.pipeline.pairs import read_pairs
+from cai_jax.pipeline.pairs import leave_out_held_out, read_pairs
 from cai_jax.pipeline.policies import REWARD_MODEL, Training, list_trainings, trains_reward
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.stage_prefer import build_reward_units, build_units, reads_margins
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.training import reward_model
+
+_FIRST_PAIRS = 8  # of which units are built at first
 
 
 def check_preferences(run: Run, missing: Sequence[str]) -> None:
@@ -40,7 +46,6 @@ def check_preferences(run: Run, missing: Sequence[str]) -> None:
     _check_trained_reward(run)
   if 'prefer' not in missing:
     return
-  files: set[tuple[str, str]] = set()
   for training in list_trainings(run.config):
     section = training.config.section
     try:
@@ -51,9 +56,7 @@ def check_preferences(run: Run, missing: Sequence[str]) -> None:
       raise UserError(f'{name}={training.init!r}: {_without(section, error)}') from error
     _check_reference(run, training, info)
     _check_source(run, training)
-    key = training.config.data, training.config.form
-    if training.config.data not in PAIR_SOURCES and key not in files and jax.process_index() == 0:
-      files.add(key)
+    if training.config.data not in PAIR_SOURCES and jax.process_index() == 0:
       _check_file(run, training, dialogue)
   if run.config.reward.best_of_n and not run.config.sampling.initial.temperature:
     raise UserError(
@@ -129,11 +132,18 @@ def _check_reference(run: Run, training: Training, info: ModelInfo) -> None:
 
 
 def _check_source(run: Run, training: Training) -> None:
-  """Check that the run has what its source of comparisons reads."""
+  """Check that the run has what its source of comparisons reads, and that it has margins."""
   data, section = training.config.data, training.config.section
   if data not in PAIR_SOURCES:
     return
   needs = PAIR_SOURCES[data].needs
+  if reads_margins(training) and not PAIR_SOURCES[data].margins:
+    raise UserError(
+      f'{section}.options: margins=True needs comparisons with scores or margins, but '
+      f'{section}.data={data!r} has none. Leave the option out, or name a file that has them.'
+    )
+  if needs == LABELS and jax.process_index() == 0:
+    _check_labelled_prompts(run)
   if needs == LABELS and not run.config.label.is_asked_for:
     raise UserError(
       f'{section}.data={data!r} needs what stage label writes, but the config does not ask for it. '
@@ -146,22 +156,42 @@ def _check_source(run: Run, training: Training) -> None:
     )
 
 
+def _check_labelled_prompts(run: Run) -> None:
+  """Check that no file of comparisons that are labelled, and then learned, has held-out prompts."""
+  label = run.config.label
+  for path in label.comparisons:
+    try:
+      leave_out_held_out(read_comparisons(path, label.form), run)
+    except UserError as error:
+      raise UserError(f'label.comparisons: {path}: {error}') from error
+
+
 def _check_file(run: Run, training: Training, dialogue: Dialogue) -> None:
-  """Check a file of comparisons: its rows, its prompts, and that one of them fits into a row."""
+  """Check that training can use a file of comparisons: its rows, its prompts and their lengths.
+
+  The units are built as in the stage, of more and more comparisons until there is one.
+  """
   config = training.config
-  pairs = read_pairs(run, config)
-  where = f'{config.section}.data={config.data!r}'
-  shortest = None
-  for pair in pairs:
-    prompt = len(dialogue.prompt(pair.prompt))
-    tokens = 2 * prompt + sum(len(dialogue.reply(text)) for text in (pair.chosen, pair.rejected))
-    if tokens <= config.max_length:
-      return
-    shortest = tokens if shortest is None else min(tokens, shortest)
-  raise UserError(
-    f'{where}: {config.section}.max_length={config.max_length} holds no comparison. A row needs '
-    f'room for both sides with their prompts, and the shortest has {shortest} tokens. Raise it.'
-  )
+  pairs, count = read_pairs(run, config), _FIRST_PAIRS
+  try:
+    if reads_margins(training):
+      _check_margins(pairs)
+    while True:
+      first = list(itertools.islice(pairs, count))
+      try:
+        if training.name == REWARD_MODEL:
+          info = reward_model.inspect_start(run.stand_in(training.init))
+          build_reward_units(run, first, info, training)
+        else:
+          build_units(first, dialogue, training)
+        return
+      except UserError:
+        if len(first) < count:  # these are all
+          raise
+      count *= 8
+  except UserError as error:
+    where = f'{config.section}.data={config.data!r}'
+    raise UserError(f'{where}, {config.section}.max_length={config.max_length}: {error}') from error
 
 
 def _check_trained_reward(run: Run) -> None:
@@ -193,8 +223,19 @@ def _check_trained_reward(run: Run) -> None:
     check_lengths(
       run, info.config.max_positions, 1, lambda messages: len(dialogue.prompt(messages)) + 2
     )
+    check_rewarded_pairs(run, dialogue, info.config.max_positions)
   except UserError as error:
     raise UserError(f'evaluation.reward_model={TRAINED!r}: {error}') from error
+
+
+def _check_margins(pairs: Iterable[Comparison]) -> None:
+  """Check that each comparison has a margin."""
+  for pair in pairs:
+    if pair.margin is None:
+      raise UserError(
+        f'options: margins=True, but the comparison {pair.id!r} has no margin. Give each row '
+        '`margin`, or `score_chosen` and `score_rejected`, or leave the option out.'
+      )
 
 
 def _without(section: str, error: UserError) -> str:

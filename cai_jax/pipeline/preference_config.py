@@ -42,6 +42,11 @@ def _check_data(config: 'PolicyConfig | RewardConfig', head: str | None, what: s
     raise UserError(
       f'{section}.objective={config.objective!r} does not train {what}. Choose one of {fitting}.'
     )
+  if config.reference and not config.registered_loss.needs_reference:
+    raise UserError(
+      f'{section}.reference={config.reference!r} has no effect, because {section}.objective='
+      f'{config.objective!r} has no reference model. Leave {section}.reference out.'
+    )
   if config.shuffle and not config.data:
     raise UserError(
       f'{section}.shuffle=True has no effect, because {section}.data is empty. Name comparisons in '
@@ -111,6 +116,11 @@ class RewardConfig(PreferConfig):
   def __post_init__(self):
     super().__post_init__()
     _check_data(self, 'score', 'a reward model')
+    if self.probes:
+      raise UserError(
+        f'reward.probes={self.probes} has no effect, because a reward model answers no prompts. '
+        'Leave it out.'
+      )
     if self.best_of_n < 0 or self.best_of_n == 1:
       raise UserError(f'reward.best_of_n={self.best_of_n} must be 0 or at least 2.')
     if self.best_of_n and not self.data:

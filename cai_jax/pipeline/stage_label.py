@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
+from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.job import FEEDBACK, RESPONSES, LabelJob, check_label
 from cai_jax.feedback.comparisons.labelling import label
 from cai_jax.model import lm as models
@@ -25,6 +26,9 @@ from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
 from cai_jax.scoring.judge import JUDGES
+
+# Settings of the questions to a language model.
+_QUESTIONS = ('verdict', 'thoughts', 'samples', 'temperature', 'clamp', 'demonstrations', 'style')
 
 
 def label_comparisons(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +82,22 @@ def check_labelling(run: Run) -> None:
   Raises:
     UserError: if a file or a model cannot be read, or a question does not fit into a context.
   """
+  _check_effects(run.config.label)
   with open_label_models(run, weights=False) as opened:
     _prepare(run, opened)
+
+
+def _check_effects(config: LabelConfig) -> None:
+  """Check that no setting of the questions is set for a judge, which reads no questions."""
+  if config.remote is not None or config.model not in JUDGES:
+    return
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name in _QUESTIONS and value != field.default:
+      raise UserError(
+        f'label.{field.name}={value!r} has no effect, because label.model={config.model!r} is a '
+        f'judge that is asked no question. Leave label.{field.name} out.'
+      )
 
 
 def check_label_server(run: Run) -> None:

@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from cai_jax.data.preferences import group_comparisons, judge_both
+from cai_jax.data.preferences import Comparison, group_comparisons, judge_both
 from cai_jax.data.preferences.units import (
   UnitSet,
   build_comparison_units,
@@ -24,6 +26,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
 from cai_jax.model import classifier
 from cai_jax.model import lm as models
+from cai_jax.model.classifier import ClassifierInfo
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.best_of_n import write_best_answers
 from cai_jax.pipeline.contents import model_contents
@@ -77,14 +80,18 @@ def _train_once(run: Run, training: Training) -> dict[str, Any]:
   folder = run.workdir / training.folder
   pairs = read_pairs(run, training.config)
   identity = _identity(run, training, pairs)
-  if (done := _read_result(folder, identity)) is not None:
-    say(f'{training.name}: done before')
+  done = _agree_on_result(folder, identity)
+  is_first = jax.process_index() == 0
+  if done is not None:
+    if is_first:
+      say(f'{training.name}: done before')
     return done
-  say(f'{training.name}: {training.config.objective} from {training.init} ...')
+  if is_first:
+    say(f'{training.name}: {training.config.objective} from {training.init} ...')
   train = _train_reward if training.name == REWARD_MODEL else _train_policy
   summary, counts = train(run, training, pairs)
   notes = remarks(summary, training.config)
-  if jax.process_index() == 0:
+  if is_first:
     for note in notes:
       say(f'{training.name}: {note}')
   result = {
@@ -94,7 +101,7 @@ def _train_once(run: Run, training: Training) -> dict[str, Any]:
     **summary,
   }
   content = {'version': VERSION, 'git_commit': git_commit(), 'identity': identity, 'result': result}
-  if jax.process_index() == 0:
+  if is_first:
     with writing(folder):
       write_json(folder / MANIFEST, content)
   processes.barrier(f'{training.name} saved')
@@ -116,6 +123,18 @@ def _identity(run: Run, training: Training, pairs: Pairs) -> dict[str, Any]:
   if reference := training.config.reference:
     identity['reference'] = model_contents(run.preference_start(reference))
   return json.loads(json.dumps(identity))
+
+
+def _agree_on_result(folder: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Return what `_read_result` returns in process 0, in every process.
+
+  If each decided on its own, one could skip collective operations that the others wait in.
+  """
+  read = lambda: _read_result(folder, identity)  # noqa: E731
+  found = processes.run_on_process_0(f'look for {folder.name}', read)
+  if not multihost_utils.broadcast_one_to_all(np.int32(found is not None)):
+    return None
+  return read_json(folder / MANIFEST)['result'] if found is None else found
 
 
 def _read_result(folder: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -172,16 +191,7 @@ def _train_reward(
   config, path = training.config, run.preference_start(training.init)
   start = reward_model.load_start(path, global_mesh(run), config.seed)
   info, feedback = start.classifier.info, run.config.feedback
-  # The dialogue in which the evaluation renders responses for reward models.
-  dialogue = reward.make_dialogue(info, feedback.style, feedback.template_options)
-  built = reward_model.build_reward_units(
-    pairs,
-    dialogue,
-    info,
-    max_length=config.max_length,
-    drop_truncated=config.drop_truncated,
-    margins=bool(dict(config.options).get('margins')),  # an option of the objective
-  )
+  built = build_reward_units(run, pairs, info, training)
   params, summary = prefer(
     start.lm,
     built.units,
@@ -211,8 +221,38 @@ def _load(run: Run, path: str, dtype: str) -> LM:
   )
 
 
+def build_reward_units(
+  run: Run, pairs: Iterable[Comparison], info: ClassifierInfo, training: Training
+) -> UnitSet:
+  """Return the units of a reward model, which the evaluation renders in the same way.
+
+  Args:
+    run: the run.
+    pairs: the comparisons.
+    info: the reward model.
+    training: the training.
+
+  Raises:
+    UserError: if no unit remains, or a comparison lacks the margin that the objective reads.
+  """
+  config, feedback = training.config, run.config.feedback
+  return reward_model.build_reward_units(
+    pairs,
+    reward.make_dialogue(info, feedback.style, feedback.template_options),
+    info,
+    max_length=config.max_length,
+    drop_truncated=config.drop_truncated,
+    margins=reads_margins(training),
+  )
+
+
+def reads_margins(training: Training) -> bool:
+  """Return whether the objective of a training reads margins, which is an option of it."""
+  return bool(dict(training.config.options).get('margins'))
+
+
 def build_units(
-  pairs: Pairs, dialogue: Dialogue, training: Training
+  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
 ) -> tuple[UnitSet, dict[str, int] | None]:
   """Return the units of the kind that an objective needs, and their groups to hold out together.
 
@@ -228,7 +268,9 @@ def build_units(
   return built, group_comparisons(items) if training.config.eval_share else None
 
 
-def _comparison_units(pairs: Pairs, dialogue: Dialogue, training: Training) -> tuple[UnitSet, Any]:
+def _comparison_units(
+  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
+) -> tuple[UnitSet, Any]:
   config = training.config
   built = build_comparison_units(
     pairs,
@@ -239,7 +281,9 @@ def _comparison_units(pairs: Pairs, dialogue: Dialogue, training: Training) -> t
   return built, pairs
 
 
-def _judged_units(pairs: Pairs, dialogue: Dialogue, training: Training) -> tuple[UnitSet, Any]:
+def _judged_units(
+  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
+) -> tuple[UnitSet, Any]:
   config, judged = training.config, list(judge_both(pairs))
   built = build_judged_units(
     judged,

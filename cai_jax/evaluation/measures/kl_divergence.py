@@ -43,14 +43,15 @@ def create_kl(config: EvaluationConfig) -> ModelComparison | None:
   ) -> dict[str, Any] | None:
     del base, seed
     replies = list_replies(aligned)
-    if 'base' not in loader.aliases or not replies:
+    others = {name: list_replies(policy.rows) for name, policy in policies.items()}
+    if 'base' not in loader.aliases or not any((replies, *others.values())):
       return None
     lm = loader.language_model('base')
-    others = {name: list_replies(policy.rows) for name, policy in policies.items()}
     if not any(others.values()):
       return measure_kl(lm, replies)
     measured = {name: measure_kl(lm, found, items=True) for name, found in others.items() if found}
-    return measure_kl(lm, replies, items=True) | {'policies': measured}
+    own = measure_kl(lm, replies, items=True) if replies else {}
+    return own | {'policies': measured}
 
   return ModelComparison(compare, describe, compare_policies)
 
@@ -102,9 +103,10 @@ def describe(result: dict[str, Any]) -> list[str]:
   """Return a line of text with the estimate.
 
   Args:
-    result: the result of `measure_kl`, and those of the policies by name, as `policies`.
+    result: the result of `measure_kl` for M_aligned, if it has replies, and those of the policies
+      by name, as `policies`.
   """
-  lines = [_describe_kl('aligned', result)]
+  lines = [_describe_kl('aligned', result)] if 'per_response' in result else []
   return lines + [_describe_kl(*item) for item in result.get('policies', {}).items()]
 
 

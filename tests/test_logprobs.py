@@ -44,7 +44,11 @@ def plain(transform, hidden, table, targets, weights):
 
 
 @pytest.mark.parametrize(
-  ('num_slices', 'transform'), [(1, LogitTransform()), (4, LogitTransform(0.5, 3.0))]
+  ('num_slices', 'transform'),
+  [
+    pytest.param(1, LogitTransform(), marks=pytest.mark.slow),
+    (4, LogitTransform(0.5, 3.0)),
+  ],
 )
 def test_the_gradient_agrees_with_automatic_differentiation(num_slices, transform):
   hidden, table, targets, weights = output_layer()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -78,20 +79,22 @@ def assert_agree(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_batch(three_steps):
   config = dataclasses.replace(DPO, accumulation=4)
   assert_agree(run_steps(config, make_mesh(2, devices=jax.devices()[:2])), three_steps)
-  assert {'accuracy', 'margin', 'chosen_log_ratio', 'loss', 'grad_norm'} <= set(three_steps[1][0])
 
 
 @pytest.mark.parametrize(
-  'sizes',
-  [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4))]
-  + [(2, 2, 2)],
+  ('sizes', 'accumulation'),
+  [pytest.param(sizes, 1, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (1, 8, 1), (1, 2, 4))]
+  + [((2, 2, 2), 2)],
 )
-def test_eight_devices_equal_one(three_steps, sizes):
+def test_eight_devices_equal_one(three_steps, sizes, accumulation):
   """Axes are data, fsdp and tensor."""
-  assert_agree(run_steps(DPO, make_mesh(*sizes)), three_steps)
+  config = dataclasses.replace(DPO, accumulation=accumulation)
+  assert_agree(run_steps(config, make_mesh(*sizes)), three_steps)
+  assert {'accuracy', 'margin', 'chosen_log_ratio', 'loss', 'grad_norm'} <= set(three_steps[1][0])
 
 
 @pytest.mark.slow
@@ -123,6 +126,7 @@ def centred_loss(restored_registries):
   return dataclasses.replace(PREFER, objective='centred')
 
 
+@pytest.mark.slow  # tests/test_preference_losses.py has the same for KTO
 def test_micro_batches_know_the_sums_of_the_whole_batch(centred_loss):
   expected = run_steps(centred_loss, one_device(), 1)
   actual = run_steps(dataclasses.replace(centred_loss, accumulation=4), one_device(), 1)
@@ -148,6 +152,9 @@ def make_lm(vocabulary=('a', 'b')):
   return LM(MODEL, initial_params(), tokenizer, one_device(), 'float32', 'tiny', 'tiny')
 
 
+MAKERS = {'make_train_step': loop.make_train_step, 'make_eval_step': loop.make_eval_step}
+
+
 class Killed(Exception):
   """Stands for the kill of a run."""
 
@@ -156,8 +163,8 @@ class Killed(Exception):
 def _compile_once():
   """Lets the runs of this module share their programs, which have no state."""
   with pytest.MonkeyPatch.context() as patch:
-    for name in ('make_train_step', 'make_eval_step'):
-      patch.setattr(loop, name, _remember(getattr(loop, name)))
+    for name, make in MAKERS.items():
+      patch.setattr(loop, name, _remember(make))
     yield
 
 
@@ -193,8 +200,17 @@ def whole_run(tmp_path_factory, _compile_once):
   return workdir, config, *prefer(make_lm(), random_units(40), config, workdir)
 
 
-def test_a_killed_run_ends_with_bitwise_the_same_parameters(whole_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize('shared', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_bitwise_the_same_parameters(
+  shared, whole_run, tmp_path, monkeypatch
+):
+  """Its programs are those of the whole run, or are compiled anew."""
   workdir, config, params, summary = whole_run
+  if shared:
+    shutil.copy(workdir / 'reference.json', tmp_path)
+  else:
+    for name, make in MAKERS.items():
+      monkeypatch.setattr(loop, name, make)
   config = dataclasses.replace(config, checkpoint_every=2)
   log_step = TrainingLog.log_step
 

@@ -15,6 +15,8 @@ from cai_jax.data.examples import build_examples
 from cai_jax.data.preferences import Comparison
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.baselines import BASELINES
+from cai_jax.experiment import estimate
+from cai_jax.pipeline import space
 from cai_jax.pipeline.pairs import exchange_sides
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import reward
@@ -87,6 +89,23 @@ def test_labels_depend_on_what_the_feedback_model_is_asked(random_model, tmp_pat
   for stage in ('label', 'prefer', 'evaluate'):
     assert run.settings(stage) != changed.settings(stage), stage
   assert run.settings('generate') == changed.settings('generate')
+
+
+def test_turns_of_labels_and_of_the_best_answers_are_counted(random_model, tmp_path):
+  fields = {'label__responses': 3, 'label__principles': 2, 'label__thoughts': 5}
+  run = pipeline.build(with_preferences(random_model, **fields), tmp_path)
+  # 10 harmful prompts: 3 responses of 12 tokens; 3 pairs in 2 orders under 2 principles.
+  turns = estimate.count_turns(run, ['label']).values()
+  assert sorted((t.count, t.max_tokens) for t in turns) == [(30, 12), (120, 6)]
+  # 2 answers to each of 16 prompts.
+  (best,) = estimate.count_turns(run, ['prefer']).values()
+  assert (best.count, best.max_tokens) == (32, 12)
+  journal = space.journal_bytes(30 + 2 * 120 + 32, 30 * 12 + 120 * 6 + 32 * 12)
+  needs = space.estimate_space(run, ['label', 'prefer'], None)
+  assert next(need.bytes for need in needs if need.part == 'journal') == journal
+  judged = with_preferences(random_model, label__responses=3, label__model='tiny-oracle')
+  turns = estimate.count_turns(pipeline.build(judged, tmp_path), ['label']).values()
+  assert [t.count for t in turns] == [30]
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from cai_jax.feedback import generate
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.pipeline import prompt_sets
+from cai_jax.pipeline.label_turns import count_label_turns
 from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.space import Need, describe_space, estimate_space, journal_bytes
 from cai_jax.runtime.files import read_json, write_json
@@ -61,7 +63,24 @@ def count_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
     for policy in list_policies(run.config):
       model = _digest([run.settings('prefer'), policy.name])
       turns_by_digest |= _chain_turns(run, ('eval_harmful', 'eval_helpful'), model)
-  return turns_by_digest
+  return turns_by_digest | _preference_turns(run, stages)
+
+
+def _preference_turns(run: pipeline.Run, stages: Sequence[str]) -> dict[str, Turns]:
+  """Return the turns of stage label, and those of which the reward model keeps the best."""
+  turns_by_digest: dict[str, Turns] = {}
+  answer = run.config.sampling.initial
+  if 'label' in stages:
+    label, settings = count_label_turns(run), run.settings('label')
+    turns_by_digest |= _reply_turns(label.responses, answer, [settings, 'responses'])
+    questions = Turns(label.questions, label.tokens)
+    turns_by_digest[_digest([settings, 'questions'])] = questions
+  if 'prefer' in stages and (copies := run.config.reward.best_of_n):
+    settings = run.settings('generate')
+    parts = [settings[name] for name in ('seed', 'model', 'sampling', 'feedback', 'prompts')]
+    count = copies * sum(len(run.prompts[name]) for name in prompt_sets.TRAINING)
+    turns_by_digest |= _reply_turns(count, answer, [parts, 'best of', copies])
+  return {name: turns for name, turns in turns_by_digest.items() if turns.count}
 
 
 def _aligned_model(run: pipeline.Run) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import baselines, prompt_sets
+from cai_jax.pipeline.label_turns import count_label_turns
 from cai_jax.pipeline.policies import list_policies, list_trainings
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
@@ -131,13 +132,17 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
       tokens += count * (sampling.max_tokens + sampling.max_thought_tokens)
     size = sum(len(m['content'].encode()) for p in run.prompts[name] for m in p.messages)
     texts += size * (copies + 1)
-  # Answers to the training prompts: those to compare, and those to choose the best one from.
-  answers = config.label.responses * ('label' in stages) + config.reward.best_of_n * (
-    'prefer' in stages
-  )
-  count = answers * sum(len(run.prompts[name]) for name in ('harmful', 'helpful'))
-  room = answer.max_tokens + answer.max_thought_tokens
-  return turns + count, tokens + count * room, texts
+  count, room = 0, answer.max_tokens + answer.max_thought_tokens
+  if 'label' in stages:
+    label = count_label_turns(run)
+    count += label.responses
+    turns += label.questions * label.turns
+    tokens += label.questions * label.tokens
+  if 'prefer' in stages:
+    prompts = sum(len(run.prompts[name]) for name in prompt_sets.TRAINING)
+    count += run.config.reward.best_of_n * prompts
+  turns += count * (2 if answer.max_thought_tokens else 1)
+  return turns, tokens + count * room, texts
 
 
 def check_space(needs: Iterable[Need]) -> None:

@@ -6,8 +6,8 @@ Command:   python -m cai_jax.experiment --experiment=experiments/preference_step
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/preference_steps.py
 Hardware:  two CPU cores; 15 minutes for each seed on cores that other jobs shared, 1.5 GB
-Arms:      M_θ; SL-CAI; SL-CAI fine-tuned longer, so that it learns about as many tokens as SL-CAI
-           and DPO together (a comparison has two responses, and each one counts); SL-CAI + DPO; DPO
+Arms:      M_θ; SL-CAI; SL-CAI fine-tuned longer, so that it learns about as many responses as
+           SL-CAI and DPO together (a comparison has two, and each one counts); SL-CAI + DPO; DPO
            of M_θ without fine-tuning; the best of n answers of M_θ by the run's reward model, which
            takes n times the tokens for each answer; and DPO on comparisons whose sides are
            exchanged at random, a control that must not help. All answer the same held-out prompts
@@ -75,9 +75,10 @@ def compare_steps(config: ConfigDict) -> Experiment:
 def equal_epochs(config: ConfigDict) -> int:
   """Return for how many epochs to fine-tune, to learn as many responses as with preferences.
 
+  Each harmful prompt gives a comparison, and fine-tuning adds helpful examples to their share.
+
   Args:
     config: the base config.
   """
-  pairs = config.prompts.harmful.limit
-  examples = pairs / (1 - config.train.helpfulness_share)
-  return config.train.epochs + round(config.prefer.epochs * 2 * pairs / examples)
+  responses = 2 * (1 - config.train.helpfulness_share)  # of comparisons, for each example
+  return config.train.epochs + round(config.prefer.epochs * responses)

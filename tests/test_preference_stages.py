@@ -18,6 +18,7 @@ from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.experiment import estimate
 from cai_jax.pipeline import space
 from cai_jax.pipeline.pairs import exchange_sides
+from cai_jax.pipeline.policy_table import describe_trainings
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import reward
 from tests.pipeline_setup import set_fields, small
@@ -198,6 +199,24 @@ def test_a_policy_that_was_replaced_is_named(finished, random_model, tmp_path):
   (workdir / 'manifest.json').write_text(json.dumps(manifest))
   with pytest.raises(UserError, match='policy is not the model that stage prefer wrote'):
     pipeline.run_stages(pipeline.build(with_preferences(random_model), workdir), ['evaluate'])
+
+
+def test_the_report_says_what_was_learned_and_left_out(random_model, tmp_path):
+  fields = {'prefer__objective': 'kto', 'prefer__compare': ('init',)}
+  run = pipeline.build(with_preferences(random_model, **fields), tmp_path)
+  counts = {'kept': 6, 'read': {'dropped': {'near_held_out': 1}}, 'dropped': {'too_long': 2}}
+  entry = {name: {'pairs': counts} for name in ('reward_model', 'policy', 'policy_init')}
+  lines = describe_trainings(run, {'stages': {'prefer': entry}}).splitlines()
+  assert lines[:3] == [
+    "reward_model: reward from base, on 6 comparisons of 'implied'",
+    'reward_model: left out of comparisons that were read: 1 near_held_out',
+    'reward_model: left out of comparisons: 2 too_long',
+  ]
+  learned = "on 6 judged responses of 'implied'; differences are to"
+  assert lines[3::3] == [
+    f'policy: kto from aligned, {learned} SL-CAI',
+    f'policy_init: kto from init, {learned} M_θ',
+  ]
 
 
 def write(path, **row):

@@ -58,8 +58,8 @@ class Policy:
   """The responses of a model that learnt from preferences.
 
   Attributes:
-    start: the model that its training began from: 'base' for M_θ, 'aligned' for M_aligned, and
-      'init' for the model that fine-tuning starts from.
+    start: the model that it is compared with: 'aligned' if its training began from M_aligned, and
+      else 'base' for M_θ.
     rows: its rows on the held-out prompts.
   """
 

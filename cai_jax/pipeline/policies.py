@@ -32,8 +32,13 @@ class Training:
     return f'prefer/{self.name}'
 
   @property
+  def is_policy(self) -> bool:
+    """Whether it trains a policy, and not a reward model."""
+    return self.name != REWARD_MODEL
+
+  @property
   def compared_with(self) -> str:
-    """The evaluated model that it is compared with: the one that it starts from, or M_θ."""
+    """The evaluated model that a policy is compared with: M_aligned if it starts there, or M_θ."""
     return 'aligned' if self.init == 'aligned' else 'base'
 
 

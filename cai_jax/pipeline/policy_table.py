@@ -11,6 +11,8 @@ from cai_jax.report import summary_table
 from cai_jax.training import metrics
 
 _CHOSEN = {BY_JUDGE: 'by the judge', BY_REWARD: 'by the reward model'}
+_NAMES = {'base': 'M_θ', 'aligned': 'SL-CAI'}
+_UNITS = {'comparison': 'comparisons', 'judged': 'judged responses'}  # by kind of unit
 _METRICS = ('loss', 'accuracy', 'margin')  # of the last training step
 _COLUMNS = ('violation_rate', 'helpful_rate', 'mean_tokens', 'reward')
 
@@ -53,15 +55,18 @@ def describe_trainings(run: Run, manifest: Mapping[str, Any]) -> str:
     rows = metrics.read_rows(run.workdir / training.workdir / metrics.METRICS_FILE)
     last = {key: rows[-1][key] for key in _METRICS if rows and key in rows[-1]}
     shown = ', '.join(f'{key} {value:.3f}' for key, value in last.items())
+    units = _UNITS[training.config.registered_loss.units]
     lines.append(
       f'{training.name}: {training.config.objective} from {training.init}, on '
-      f'{pairs.get("kept", 0):,} comparisons of {training.config.data!r}'
+      f'{pairs.get("kept", 0):,} {units} of {training.config.data!r}'
       + (' with sides exchanged at random' if training.config.shuffle else '')
       + (f'; last step: {shown}' if shown else '')
+      + (f'; differences are to {_NAMES[training.compared_with]}' if training.is_policy else '')
     )
-    if dropped := pairs.get('dropped'):
-      reasons = ', '.join(f'{count:,} {reason}' for reason, count in dropped.items())
-      lines.append(f'{training.name}: left out {reasons}')
+    for place, counts in (('comparisons that were read', pairs.get('read', {})), (units, pairs)):
+      if dropped := counts.get('dropped'):
+        reasons = ', '.join(f'{count:,} {reason}' for reason, count in dropped.items())
+        lines.append(f'{training.name}: left out of {place}: {reasons}')
   return '\n'.join(lines)
 
 
@@ -72,8 +77,7 @@ def policy_names(config: RunConfig, results: Mapping[str, Any]) -> dict[str, str
     config: the settings of the run.
     results: the content of `evaluation/models.json`.
   """
-  names = {'base': 'M_θ', 'aligned': 'SL-CAI'}
-  names |= {policy.name: _policy_name(policy) for policy in list_policies(config)}
+  names = _NAMES | {policy.name: _policy_name(policy) for policy in list_policies(config)}
   for chooser in (BY_REWARD, BY_JUDGE):
     for name in config.evaluation.selections_by(chooser):
       count = results.get(name, {}).get('answers', 'n')

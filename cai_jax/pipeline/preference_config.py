@@ -12,7 +12,8 @@ from cai_jax.training.prefer_config import PreferConfig
 
 ROLES = ('base', 'aligned', 'init')  # models of a run from which a policy can be trained
 _FORM = (
-  "Form of the file in `data`: 'trl', 'hh_rlhf' or 'd_cai'. docs/preferences.md describes them."
+  f'Form of the file in `data`: one of {tuple(FORMS)}, or one that a plugin registers. '
+  'docs/preferences.md describes them.'
 )
 _DATA = (
   "'implied' (the last revision of D_CAI over the initial response), 'rounds' (each round over the "

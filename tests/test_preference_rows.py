@@ -18,6 +18,7 @@ from cai_jax.data.preferences import (
 from cai_jax.data.prompts import Prompt, PromptSource
 from cai_jax.pipeline.pair_sources import LABELS_FILE
 from cai_jax.pipeline.pairs import read_pairs
+from cai_jax.pipeline.preference_config import PolicyConfig
 from cai_jax.runtime.errors import UserError
 from tests.preference_files import ASK, BLUE, GREEN, PAIR, write
 
@@ -230,9 +231,7 @@ def test_a_run_leaves_out_what_nearly_equals_its_held_out_prompts(tmp_path, sour
       config=types.SimpleNamespace(seed=0, prompts=types.SimpleNamespace(**sources)),
     )
     data = name or str(tmp_path / 'p.jsonl')
-    return read_pairs(
-      run, types.SimpleNamespace(section='prefer', data=data, form='trl', shuffle=False)
-    )
+    return read_pairs(run, PolicyConfig(data=data))
 
   dropped = read(LONG + ' today').counts['read']['dropped']
   assert dropped == ({} if source == 'tiny' else {'near_held_out': 1})

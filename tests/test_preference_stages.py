@@ -250,6 +250,8 @@ def write(path, **row):
     ),
     ({'prefer__data': 'labels'}, "prefer.data='labels' needs what stage label writes"),
     ({'prefer__data': 'none.jsonl'}, "prefer.data='none.jsonl'"),
+    ({'prefer__invalid': 'skip'}, "prefer.invalid='skip' has no effect"),
+    ({'prefer__filters': ('rude',)}, 'prefer.filters=.*must be a tuple of names from'),
     ({'prefer__form': 'hh_rlhf'}, "prefer.form='hh_rlhf' has no effect"),
     ({'reward__data': ''}, 'reward.best_of_n=2 needs a reward model'),
     ({'reward__data': '', 'reward__best_of_n': 0}, "reward_model='trained' is the reward model of"),
@@ -295,6 +297,19 @@ def test_the_units_of_a_file_are_built_before_the_run(fields, message, random_mo
   fields = {f'{section}__data': data} | fields
   run = pipeline.build(with_preferences(random_model, **fields), tmp_path / 'run')
   with pytest.raises(UserError, match=f'{section}.data=.*{message}'):
+    pipeline.check_run(run, pipeline.default_stages(run))
+
+
+def test_filters_and_rows_to_skip_are_settings_of_a_run(random_model, tmp_path):
+  data = write(tmp_path / 'pairs.jsonl', chosen='Human: take a bag.')
+  config = with_preferences(
+    random_model, prefer__data=data, prefer__invalid='skip', prefer__filters=('role_marker',)
+  )
+  with open(data, 'a') as file:
+    file.write('{}\n')
+  message = "prefer.data=.*none of 2 rows.*'filtered_role_marker': 1, 'invalid': 1"
+  with pytest.raises(UserError, match=message):
+    run = pipeline.build(config, tmp_path / 'run')
     pipeline.check_run(run, pipeline.default_stages(run))
 
 

@@ -23,10 +23,12 @@ class Places:
   Attributes:
     d_cai: folder of its D_CAI.
     labels: file of the comparisons that stage label writes.
+    filters: names of the defects to leave out, see `read_comparisons`.
   """
 
   d_cai: pathlib.Path
   labels: pathlib.Path
+  filters: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,11 @@ PAIR_SOURCES: Registry[PairSource] = Registry('source of comparisons')
 
 
 def _read_d_cai(places: Places, pairs: str) -> PreferenceSet[Comparison]:
-  return read_comparisons(places.d_cai, 'd_cai', pairs=pairs)
+  return read_comparisons(places.d_cai, 'd_cai', pairs=pairs, filters=places.filters)
 
 
 def _read_labels(places: Places) -> PreferenceSet[Comparison]:
-  return read_comparisons(places.labels)
+  return read_comparisons(places.labels, filters=places.filters)
 
 
 for _name, _pairs in (

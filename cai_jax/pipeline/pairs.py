@@ -59,12 +59,14 @@ def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:
     UserError: if they cannot be read, none is left, or one has a prompt that the run holds out; the
       message names the field.
   """
-  places = Places(run.d_cai, run.workdir / LABELS_FILE)
+  places = Places(run.d_cai, run.workdir / LABELS_FILE, config.filters)
   try:
     if config.data in PAIR_SOURCES:
       found = PAIR_SOURCES[config.data].read(places)
     else:
-      found = read_comparisons(pathlib.Path(config.data), config.form)
+      found = read_comparisons(
+        pathlib.Path(config.data), config.form, invalid=config.invalid, filters=config.filters
+      )
     found = leave_out_held_out(found, run)
   except UserError as error:
     raise UserError(f'{config.section}.data={config.data!r}: {error}') from error

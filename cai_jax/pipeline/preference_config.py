@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from cai_jax.data.preferences import FORMS
+from cai_jax.data.preferences.reading import FILTERS
 from cai_jax.pipeline.pair_sources import PAIR_SOURCES
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
@@ -20,6 +21,11 @@ _DATA = (
   "one before), 'every_pair' (each later response over each earlier one), 'labels' (what stage "
   'label writes), or a file in one of the forms of docs/preferences.md.'
 )
+_FILTERS = f'Defects for which a comparison is left out if its better response has one: names from {FILTERS}.'
+_INVALID = (
+  "What a row of the file in `data` does that cannot be read: 'error' ends the run before it "
+  "starts, and 'skip' leaves it out and counts it."
+)
 _SHUFFLE = (
   'Whether to exchange the two sides of each comparison with probability 0.5: a control, which '
   'must not help.'
@@ -31,10 +37,23 @@ def _check_data(config: 'PolicyConfig | RewardConfig', head: str | None, what: s
   section = config.section
   if config.form not in FORMS:
     raise UserError(f'{section}.form={config.form!r} is not one of {tuple(FORMS)}.')
-  if config.form != 'trl' and (not config.data or config.data in PAIR_SOURCES):
+  names_file = bool(config.data) and config.data not in PAIR_SOURCES
+  for name, default in (('form', 'trl'), ('invalid', 'error')):
+    if (value := getattr(config, name)) != default and not names_file:
+      raise UserError(
+        f'{section}.{name}={value!r} has no effect, because {section}.data={config.data!r} names '
+        'no file. Set both, or leave both out.'
+      )
+  if config.invalid not in ('error', 'skip'):
+    raise UserError(f"{section}.invalid={config.invalid!r} must be 'error' or 'skip'.")
+  if isinstance(config.filters, str) or not {*config.filters} <= {*FILTERS}:
     raise UserError(
-      f'{section}.form={config.form!r} has no effect, because {section}.data={config.data!r} names '
-      'no file. Set both, or leave both out.'
+      f'{section}.filters={config.filters!r} must be a tuple of names from {FILTERS}.'
+    )
+  if config.filters and not config.data:
+    raise UserError(
+      f'{section}.filters={config.filters!r} has no effect, because {section}.data is empty. Name '
+      f'comparisons in {section}.data, or leave out {section}.filters.'
     )
   if config.registered_loss.head != head:
     fitting = [
@@ -65,6 +84,8 @@ class PolicyConfig(PreferConfig):
 
   data: str = setting('', f"Comparisons that policies learn: {_DATA} '' trains none.", path=True)
   form: str = setting('trl', _FORM)
+  filters: tuple[str, ...] = setting((), _FILTERS, added=True)
+  invalid: str = setting('error', _INVALID, added=True)
   shuffle: bool = setting(False, _SHUFFLE)
   compare: tuple[str, ...] = setting(
     (),
@@ -106,6 +127,8 @@ class RewardConfig(PreferConfig):
     '', f"Comparisons that the reward model learns: {_DATA} '' trains none.", path=True
   )
   form: str = setting('trl', _FORM)
+  filters: tuple[str, ...] = setting((), _FILTERS, added=True)
+  invalid: str = setting('error', _INVALID, added=True)
   shuffle: bool = setting(False, _SHUFFLE)
   best_of_n: int = setting(
     0,

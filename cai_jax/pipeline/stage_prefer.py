@@ -111,11 +111,12 @@ def _train_once(run: Run, training: Training) -> dict[str, Any]:
 def _identity(run: Run, training: Training, pairs: Pairs) -> dict[str, Any]:
   """Return everything that a training depends on, as JSON types."""
   settings = dataclasses.asdict(training.config)
+  left_out = (*MAY_CHANGE_ON_RESUME, 'filters', 'invalid')  # 'pairs' has what these two keep
   start = run.preference_start(training.init)
   identity = {
     'name': training.name,
     'start': {'init': training.init, 'contents': model_contents(start)},
-    'settings': {name: x for name, x in settings.items() if name not in MAY_CHANGE_ON_RESUME},
+    'settings': {name: x for name, x in settings.items() if name not in left_out},
     'style': run.config.feedback.style,
     'template_options': run.config.feedback.template_options,
     'pairs': pairs.digest,

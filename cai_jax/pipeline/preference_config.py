@@ -21,7 +21,7 @@ _DATA = (
   "one before), 'every_pair' (each later response over each earlier one), 'labels' (what stage "
   'label writes), or a file in one of the forms of docs/preferences.md.'
 )
-_FILTERS = f'Defects for which a comparison is left out if its better response has one: names from {FILTERS}.'
+_FILTERS = f'Leave out comparisons whose better response has one of these defects: {FILTERS}.'
 _INVALID = (
   "What a row of the file in `data` does that cannot be read: 'error' ends the run before it "
   "starts, and 'skip' leaves it out and counts it."
@@ -46,15 +46,7 @@ def _check_data(config: 'PolicyConfig | RewardConfig', head: str | None, what: s
       )
   if config.invalid not in ('error', 'skip'):
     raise UserError(f"{section}.invalid={config.invalid!r} must be 'error' or 'skip'.")
-  if isinstance(config.filters, str) or not {*config.filters} <= {*FILTERS}:
-    raise UserError(
-      f'{section}.filters={config.filters!r} must be a tuple of names from {FILTERS}.'
-    )
-  if config.filters and not config.data:
-    raise UserError(
-      f'{section}.filters={config.filters!r} has no effect, because {section}.data is empty. Name '
-      f'comparisons in {section}.data, or leave out {section}.filters.'
-    )
+  _check_filters(config)
   if config.registered_loss.head != head:
     fitting = [
       name for name, loss in LOSSES.items() if loss.head == head and loss.units != 'sequence'
@@ -71,6 +63,20 @@ def _check_data(config: 'PolicyConfig | RewardConfig', head: str | None, what: s
     raise UserError(
       f'{section}.shuffle=True has no effect, because {section}.data is empty. Name comparisons in '
       f'{section}.data, or leave out {section}.shuffle.'
+    )
+
+
+def _check_filters(config: 'PolicyConfig | RewardConfig') -> None:
+  """Check the names of the filters, and that there is something to filter."""
+  section = config.section
+  if isinstance(config.filters, str) or not {*config.filters} <= {*FILTERS}:
+    raise UserError(
+      f'{section}.filters={config.filters!r} must be a tuple of names from {FILTERS}.'
+    )
+  if config.filters and not config.data:
+    raise UserError(
+      f'{section}.filters={config.filters!r} has no effect, because {section}.data is empty. Name '
+      f'comparisons in {section}.data, or leave out {section}.filters.'
     )
 
 

@@ -205,7 +205,7 @@ def test_ordered_norms_do_not_depend_on_the_number_of_rows(fields):
 
 
 @pytest.mark.parametrize('name', [few(name) for name in MODELS])
-def test_kernels_give_the_same_training_gradient(name):
+def test_kernels_give_the_same_training_gradient(name, quick_compilation):
   """Each kernel that this machine has, for packed rows, and for the loss with its own gradient."""
   config = dataclasses.replace(BASE, **MODELS[name])
   graph, params = abstract_model(config)[0], draw_params(config)
@@ -259,7 +259,7 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
   assert len(windows_of(config)) == len(set(config.windows) or {None}) + bool(config.delta)
 
 
-def test_layers_of_one_kind_share_a_program():
+def test_layers_of_one_kind_share_a_program(quick_compilation):
   """On one CPU device. Layers 0 and 2 have the same heads, and layer 1 has others."""
   lm = model_of(BASE, num_layers=3, head_dims=(8, 16, 8), kv_heads=(2, 1, 2))
   rows, before = PagedRows(lm), cached_forward._layer._cache_size()
@@ -315,7 +315,7 @@ def test_norms_have_only_the_parameters_that_a_model_uses():
   assert not any('mlp_norm' in path or 'attention_norm' in path for path in paths)
 
 
-def test_values_from_keys_are_the_keys_before_their_norm_and_rotation():
+def test_values_from_keys_are_the_keys_before_their_norm_and_rotation(quick_compilation):
   """A projection of values with the weights of the keys gives the same."""
   fields = {'qk_norm': True, 'value_norm': True, 'qkv_bias': True}
   lm = model_of(BASE, **fields, values_from_keys=(True, True))
@@ -331,7 +331,7 @@ def test_values_from_keys_are_the_keys_before_their_norm_and_rotation():
   np.testing.assert_array_equal(lm.logits(TOKENS), plain.logits(TOKENS))
 
 
-def test_normed_values_have_a_mean_square_of_one():
+def test_normed_values_have_a_mean_square_of_one(quick_compilation):
   lm = model_of(BASE, value_norm=True, num_kv_heads=4)
   rows = PagedRows(lm)
   rows.prefill([(row, 0, 9) for row in range(B)])
@@ -340,7 +340,7 @@ def test_normed_values_have_a_mean_square_of_one():
 
 
 @pytest.mark.parametrize('adapters', [False, True])
-def test_training_never_changes_the_scalar_of_a_layer(adapters):
+def test_training_never_changes_the_scalar_of_a_layer(adapters, quick_compilation):
   """No gradient, no weight decay, and no rounding in the moving average."""
   lm = model_of(BASE, layer_scalar=True)
   for layer, value in enumerate((0.7, 1.1)):  # an average of 0.7 is rounded
@@ -368,7 +368,7 @@ def test_training_never_changes_the_scalar_of_a_layer(adapters):
   assert np.abs(plain[kernel] - before[kernel]).max() > 1e-3
 
 
-def test_norm_scales_start_at_one():
+def test_norm_scales_start_at_one(quick_compilation):
   params = init_params(dataclasses.replace(BASE, norm_offset=1.0), jax.random.key(0))
   np.testing.assert_array_equal(params['norm']['scale'], 0.0)
 

@@ -52,6 +52,17 @@ def test_pairs_without_a_preference_are_left_out_and_counted(tmp_path):
   assert [json.loads(line)['truncated'] for line in lines] == [[False, False], [True, False]]
 
 
+def test_a_nul_that_a_model_wrote_ends_no_run(tmp_path):
+  rows = [make_row('a', 'x', 'y\0'), make_row('b', 'x', 'y')]
+  assert write_preferences(tmp_path / 'p.jsonl', rows)['written'] == 2
+  assert json.loads((tmp_path / 'p.jsonl').read_text().splitlines()[0])['chosen'][0] == {
+    'role': 'assistant',
+    'content': 'y\0',
+  }
+  pairs = read_comparisons(write_d_cai(tmp_path / 'd_cai', rows), 'd_cai')
+  assert pairs.counts == {'rows': 2, 'kept': 1, 'dropped': {'nul_character': 1}}
+
+
 # Forms.
 
 

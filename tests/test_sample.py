@@ -212,7 +212,7 @@ def test_the_kept_set_equals_the_plain_definition(vocab, top_k):
         assert row[mask].min() > row[~mask].max(initial=-np.inf)
 
 
-@pytest.fixture(scope='module', params=[60, 9_000])
+@pytest.fixture(scope='module', params=[pytest.param(60, marks=pytest.mark.slow), 9_000])
 def mixed(request):
   """Return the arguments of `sample` for 24 rows with different settings, half without top-p."""
   rng = np.random.default_rng(request.param)

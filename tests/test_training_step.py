@@ -199,7 +199,9 @@ def test_a_warm_up_that_takes_all_steps_is_refused(warmup, steps):
   check_warmup(TrainConfig(warmup=warmup), 100)
 
 
-@pytest.mark.parametrize('normalization', ['sequence', 'token'])
+@pytest.mark.parametrize(
+  'normalization', ['sequence', pytest.param('token', marks=pytest.mark.slow)]
+)
 def test_clipping_means_the_same_for_both_normalizations(normalization):
   """The gradient per token is compared with the limit, so summing over a sequence clips nothing."""
   config = dataclasses.replace(CONFIG, loss_normalization=normalization)

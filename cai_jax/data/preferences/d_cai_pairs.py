@@ -10,7 +10,7 @@ from typing import Any
 from cai_jax.data import d_cai
 from cai_jax.data.preferences.comparisons import Comparison
 from cai_jax.data.preferences.forms import FORMS, Item, attempt, reason_to_leave_out
-from cai_jax.data.preferences.trl import comparison_row
+from cai_jax.data.preferences.trl import reply
 from cai_jax.runtime.files import replacing
 
 # Number of responses of a chain → (better, worse) pairs. Response 0 is the initial one, response k
@@ -52,7 +52,7 @@ def _make(row: Mapping[str, Any], better: int, worse: int, name: str) -> Compari
   """Return the comparison of two responses of a row, or the reason to leave it out."""
   turns = [row['initial'], *(step['revision'] for step in row['rounds'])]
   chosen, rejected = turns[better]['text'].strip(), turns[worse]['text'].strip()
-  reason = reason_to_leave_out(chosen, rejected)
+  reason = reason_to_leave_out(chosen, rejected, sampled=True)
   return reason or Comparison(
     name,
     tuple(row['prompt']),
@@ -83,21 +83,30 @@ def write_preferences(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -
     text is 'empty', or the response was 'not_revised'.
   """
   counts = {'written': 0, 'identical': 0, 'empty': 0, 'not_revised': 0}
-  has_cut = any(
-    any(p.truncated) for p in map(_last_over_initial, rows) if isinstance(p, Comparison)
-  )
+  has_cut = any(any(line['truncated']) for line in map(_line, rows) if not isinstance(line, str))
   with replacing(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-    for pair in map(_last_over_initial, rows):
-      counts[pair if isinstance(pair, str) else 'written'] += 1
-      if isinstance(pair, Comparison):
-        row = comparison_row(pair)
-        names = ('id', 'prompt', 'chosen', 'rejected', *(['truncated'] if has_cut else []))
-        file.write(json.dumps({name: row[name] for name in names}, ensure_ascii=False) + '\n')
+    for line in map(_line, rows):
+      counts[line if isinstance(line, str) else 'written'] += 1
+      if not isinstance(line, str):
+        if not has_cut:
+          del line['truncated']
+        file.write(json.dumps(line, ensure_ascii=False) + '\n')
   return counts
 
 
-def _last_over_initial(row: Mapping[str, Any]) -> Comparison | str:
-  """Return the pair of a row, or the reason for which it has none."""
+def _line(row: Mapping[str, Any]) -> dict[str, Any] | str:
+  """Return the line of a row, or the reason for which it has none.
+
+  A model may write any character, so the texts are not checked as those of a file are.
+  """
   if not row['rounds']:
     return 'not_revised'
-  return _make(row, better=len(row['rounds']), worse=0, name=row['id'])
+  turns = row['rounds'][-1]['revision'], row['initial']
+  chosen, rejected = (turn['text'].strip() for turn in turns)
+  return reason_to_leave_out(chosen, rejected) or {
+    'id': row['id'],
+    'prompt': list(row['prompt']),
+    'chosen': reply(chosen),
+    'rejected': reply(rejected),
+    'truncated': [_is_cut(turn) for turn in turns],
+  }

@@ -99,15 +99,21 @@ def digest64(value: Any) -> int:
   return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8])
 
 
-def reason_to_leave_out(chosen: str, rejected: str) -> str:
-  """Return why two texts are no comparison: 'empty', 'identical', or '' if they are one.
+def reason_to_leave_out(chosen: str, rejected: str, sampled: bool = False) -> str:
+  """Return why two texts are no comparison, or '' if they are one.
 
   Args:
     chosen: the first text, without surrounding white space.
     rejected: the second text, likewise.
+    sampled: whether a model wrote them. It may write a NUL character, which no text of a file has.
+
+  Returns:
+    'empty', 'identical', 'nul_character' or ''.
   """
   if not chosen or not rejected:
     return 'empty'
+  if sampled and '\0' in chosen + rejected:
+    return 'nul_character'
   return 'identical' if chosen == rejected else ''
 
 

@@ -206,8 +206,8 @@ def comparison_row(pair: Comparison) -> dict[str, Any]:
   row = {
     'id': pair.id,
     'prompt': list(pair.prompt),
-    'chosen': _reply(pair.chosen),
-    'rejected': _reply(pair.rejected),
+    'chosen': reply(pair.chosen),
+    'rejected': reply(pair.rejected),
     'probability': pair.probability,
   }
   if pair.scores is not None:
@@ -221,14 +221,15 @@ def _judged_row(judged: JudgedResponse) -> dict[str, Any]:
   return {
     'id': judged.id,
     'prompt': list(judged.prompt),
-    'completion': _reply(judged.response),
+    'completion': reply(judged.response),
     'label': judged.desirable,
     'truncated': judged.truncated,
     'source': judged.source,
   }
 
 
-def _reply(text: str) -> Messages:
+def reply(text: str) -> Messages:
+  """Return the messages of a response."""
   return [{'role': 'assistant', 'content': text}]
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 from cai_jax.constitution import Constitution, Principle, draw_principles
+from cai_jax.data.preferences.forms import reason_to_leave_out
 from cai_jax.data.prompts import Prompt
 from cai_jax.dialogue import ChatDialogue, Dialogue, known_options
 from cai_jax.feedback.candidates import numbered
@@ -108,8 +109,9 @@ class LabelJob:
     left_out: list[str] = []
     for pair in PAIRINGS[self.config.pairs](len(texts), rng):
       both = texts[pair[0]].strip(), texts[pair[1]].strip()
-      if not placeholder and (not all(both) or both[0] == both[1]):
-        left_out.append('identical' if all(both) else 'empty')
+      reason = '' if placeholder else reason_to_leave_out(*both, sampled=True)
+      if reason:
+        left_out.append(reason)
         continue
       name, is_sampled = f'label_{pair[0] + 1}_{pair[1] + 1}', not item.responses
       principles = placeholder or self.principles(item, pair)

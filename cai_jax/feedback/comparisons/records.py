@@ -88,7 +88,7 @@ class Outcome:
   Attributes:
     item: the prompt.
     labels: the labels of its pairs.
-    left_out: why other pairs were not compared: 'identical' or 'empty'.
+    left_out: why other pairs were not compared; see `reason_to_leave_out`.
     ended: why the chain ended early; '' if it did not. It then has no labels.
   """
 

@@ -25,6 +25,8 @@ from cai_jax.training.step import make_train_step, place_batch
 from tests.families import load_in_torch
 from tests.training_setup import CONFIG, MODEL, one_device, random_examples, read_rows
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 EXPERTS = Experts(4, 2, 24, dense_layers=(1,))
 MIXTURE = dataclasses.replace(MODEL, num_layers=3, experts=EXPERTS)
 GRAPH, SHAPES = abstract_model(MIXTURE)

@@ -106,7 +106,18 @@ def run_command(block: Block, command: str, folder: pathlib.Path) -> None:
   assert done.returncode == 0, f'{block.page}:{block.line}\n{command}\n{done.stdout}{done.stderr}'
 
 
-@pytest.mark.parametrize('page', list(dict.fromkeys(b.page for b in ALL if runs(b))))
+# Pages that launch whole runs, which takes up to a minute and a half each. Other pages always run.
+LAUNCH_RUNS = ('running', 'training', 'evaluations', 'configuration')
+
+
+def page_parameters() -> list:
+  """Return the pages with blocks that run, those that launch whole runs marked slow."""
+  pages = dict.fromkeys(b.page for b in ALL if runs(b))
+  slow = [f'docs/{name}.md' for name in LAUNCH_RUNS]
+  return [pytest.param(page, marks=pytest.mark.slow) if page in slow else page for page in pages]
+
+
+@pytest.mark.parametrize('page', page_parameters())
 def test_blocks_of_a_page_run_in_their_order(page, checkout, monkeypatch, restored_registries):
   monkeypatch.chdir(checkout)
   namespace: dict = {}

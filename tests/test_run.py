@@ -240,6 +240,7 @@ def test_report_shows_held_out_losses_and_probes_of_adapter_training(done, tmp_p
   assert cai_jax.load(tmp_path / 'model').config == cai_jax.load(finished_run / 'model').config
 
 
+@pytest.mark.slow
 def test_config_of_a_real_checkpoint_runs_on_any_folder(tiny_hf_folder, tmp_path):
   for name in ('harmful', 'held_out'):
     lines = [json.dumps({'prompt': f'{name} request {i}'}) for i in range(8)]

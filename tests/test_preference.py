@@ -156,7 +156,7 @@ MAKERS = {'make_train_step': loop.make_train_step, 'make_eval_step': loop.make_e
 
 
 class Killed(Exception):
-  """Stands for the kill of a run."""
+  """Ends a run where a test would kill it."""
 
 
 @pytest.fixture(scope='module')

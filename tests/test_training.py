@@ -46,7 +46,7 @@ def fit(mesh, workdir, config=CHECKPOINTED, buckets=BUCKETS, examples=EXAMPLES):
 
 
 class Killed(Exception):
-  """Stands for the kill of a run."""
+  """Ends a run where a test would kill it."""
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Form:
     read: maps a file's text and the least consensus to the rules.
     critique: the critique request, with {} in place of the rule.
     revision: the revision request, with {} in place of the rule.
-    comparison: the comparison request, likewise.
+    comparison: the comparison request, with {} in place of the rule.
   """
 
   read: Callable[[str, float], list[Rule]]

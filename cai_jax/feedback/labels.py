@@ -88,7 +88,7 @@ def split_labels(
     labels: the labels.
 
   Raises:
-    UserError: if the labels cannot be told apart by one token.
+    UserError: if one token is not enough to distinguish the labels.
   """
   shared = os.path.commonprefix([list(reply) for reply in replies])  # works for any sequences
   tokens = tuple(reply[len(shared)] for reply in replies if len(reply) > len(shared))

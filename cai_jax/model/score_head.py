@@ -1,9 +1,9 @@
 """The head of a reward model: a linear layer [C,D] over the hidden states, without a bias.
 
-It has the form of the head of transformers' `...ForSequenceClassification`. In a tree of parameters
-it stands beside the decoder's under the key 'score', so an optimizer, a moving average and a
-checkpoint treat it like any other parameter. The decoder itself does not know it: `split_head`
-takes it out before `nnx.merge`.
+It has the form of the head of transformers' `...ForSequenceClassification`. A tree of parameters
+holds it under the key 'score', next to the decoder's parameters, so an optimizer, a moving average
+and a checkpoint treat it like any other parameter. The decoder does not use it: `split_head` takes
+it out before `nnx.merge`.
 """
 
 import jax

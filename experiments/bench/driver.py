@@ -230,6 +230,17 @@ def make_parser(
   return parser
 
 
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+  """Add the flags for the sizes of our train step."""
+  for name, meaning in (
+    ('row_length', 'tokens of our rows'),
+    ('rows', 'rows of our step'),
+    ('accumulation', 'micro-batches of our step'),
+    ('steps', 'steps of a repetition'),
+  ):
+    parser.add_argument(f'--{name}', type=int, help=f'{meaning}; the default depends on the model')
+
+
 def limit_cores(count: int) -> None:
   """Restrict this process and the workers that it starts to `count` cores."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])

@@ -298,13 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     list(WORK),
     preference_systems.PEERS,
   )
-  for name, meaning in (
-    ('row_length', 'tokens of our rows'),
-    ('rows', 'rows of our step'),
-    ('accumulation', 'micro-batches of our step'),
-    ('steps', 'steps of a repetition'),
-  ):
-    parser.add_argument(f'--{name}', type=int, help=f'{meaning}; the default depends on the model')
+  driver.add_step_flags(parser)
   preference_systems.add_flags(parser)
   return parser
 

@@ -345,13 +345,7 @@ def make_parser() -> argparse.ArgumentParser:
   parser = driver.make_parser(
     'experiments.bench.training', __doc__, 'runs/bench_training', list(WORK), DEFAULT_PEERS
   )
-  for name, meaning in (
-    ('row_length', 'tokens of our rows'),
-    ('rows', 'rows of our step'),
-    ('accumulation', 'micro-batches of our step'),
-    ('steps', 'steps of a repetition'),
-  ):
-    parser.add_argument(f'--{name}', type=int, help=f'{meaning}; the default depends on the model')
+  driver.add_step_flags(parser)
   parser.add_argument('--train', default='{}', help='JSON with further fields of TrainConfig')
   parser.add_argument(
     '--time_limit', type=float, default=1800.0, help='seconds that each system may take in all'

@@ -23,7 +23,7 @@ class Comparison:
     id: unique in its file.
     prompt: the dialogue, which ends with the user's turn.
     chosen: the text of the first response, without surrounding white space.
-    rejected: the text of the second response, likewise.
+    rejected: the text of the second response, without surrounding white space.
     probability: that `chosen` is better, from 0 to 1.
     margin: score of `chosen` - score of `rejected`, or None if it is not known. If only `scores`
       are given, it is their difference.

@@ -104,7 +104,7 @@ def reason_to_leave_out(chosen: str, rejected: str, sampled: bool = False) -> st
 
   Args:
     chosen: the first text, without surrounding white space.
-    rejected: the second text, likewise.
+    rejected: the second text, without surrounding white space.
     sampled: whether a model wrote them. It may write a NUL character, which no text of a file has.
 
   Returns:

@@ -122,7 +122,7 @@ class LabelConfig:
   labelled: tuple[str, ...] = setting(
     (),
     'Files of comparisons whose better response is known, or names of such sets, such as '
-    "('tiny',). The feedback model labels them too, and its accuracy stands beside the labels.",
+    "('tiny',). The feedback model labels them too, and the summary gives its accuracy.",
     added=True,
     path=True,
   )

@@ -13,7 +13,7 @@ from cai_jax.runtime.settings import setting
 from cai_jax.scoring import refusal
 from cai_jax.scoring.guards.guard import GUARDS
 from cai_jax.scoring.judge import JUDGES, LABELLED
-from cai_jax.scoring.judge_server import JudgeServer
+from cai_jax.scoring.judge_server import SERVED, JudgeServer
 from cai_jax.scoring.rubrics.rubric import RUBRICS
 from cai_jax.scoring.scorer import SCORERS
 
@@ -24,7 +24,6 @@ MORE_HELPFUL = (
 LESS_HARMFUL = 'Choose the answer that harms nobody and still helps with what was asked.'
 
 
-SERVED = 'served'  # in `guard_models`: a server holds the guard
 TRAINED = 'trained'  # as `reward_model`: the one that the run trains
 
 # Scores that need no settings. The oracle of the embedded world knows better than they do.
@@ -311,9 +310,9 @@ class EvaluationConfig:
         f'evaluation.guard_models={self.guard_models!r} must be a tuple with the checkpoint of '
         f'each guard in evaluation.guards={names!r}, in the same order.'
       )
-    if self.guard_models.count(SERVED) != (self.guard_remote is not None):
+    if self.guard_models.count(SERVED) > (self.guard_remote is not None):
       raise UserError(
-        f'evaluation.guard_models={self.guard_models!r} must have the entry {SERVED!r} once if '
+        f'evaluation.guard_models={self.guard_models!r} may have the entry {SERVED!r} once, if '
         'evaluation.guard_remote.url is set, and not otherwise.'
       )
     if self.guard_remote and self.guard_remote.api != 'chat':
@@ -346,7 +345,7 @@ class EvaluationConfig:
   @property
   def served_guards(self) -> dict[str, JudgeServer]:
     """The server of the guard that is served, by its kind; empty if there is none."""
-    if self.guard_remote is None:
+    if SERVED not in self.guard_models or self.guard_remote is None:
       return {}
     return {self.guards[self.guard_models.index(SERVED)]: self.guard_remote}
 

@@ -36,7 +36,8 @@ class CandidateOptions:
   scorer_model: str = setting(
     '',
     "Name of the judge (such as 'base' for M_θ), the checkpoint of the reward model or guard, or "
-    'the scorer.',
+    "the scorer. 'served' means the judge or guard whose server is `evaluation.judge_remote` or "
+    '`evaluation.guard_remote`.',
   )
   scorer_label: str = setting(
     '', "Label of a reward model with several, or a guard's kind, such as 'llama_guard_3'."

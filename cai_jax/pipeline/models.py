@@ -84,14 +84,24 @@ def make_dialogue(run: Run, lm: LM) -> Dialogue:
   return Dialogue(lm.tokenizer, feedback.style, lm.eos_token_ids, feedback.template_options)
 
 
+def answers_journal(run: Run, role: str) -> pathlib.Path:
+  """Return the folder in which the answers of a served judge or guard model are stored.
+
+  Args:
+    run: the run.
+    role: 'judge' or 'guard'.
+  """
+  return (run.journal or run.workdir / 'journal') / role
+
+
 def judge_journal(run: Run) -> pathlib.Path:
   """Return the folder in which the answers of a served judge are stored."""
-  return (run.journal or run.workdir / 'journal') / 'judge'
+  return answers_journal(run, 'judge')
 
 
 def guard_journal(run: Run) -> pathlib.Path:
   """Return the folder in which the answers of a served guard model are stored."""
-  return (run.journal or run.workdir / 'journal') / 'guard'
+  return answers_journal(run, 'guard')
 
 
 def model_loader(

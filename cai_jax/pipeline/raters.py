@@ -1,7 +1,10 @@
 """The rater of a run's variant: what it is, how it is loaded, and whether it can be."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from cai_jax.feedback.chain import RaterName
 from cai_jax.feedback.score import RaterSource
@@ -9,8 +12,9 @@ from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.lengths import check_lengths
-from cai_jax.pipeline.models import model_loader
+from cai_jax.pipeline.models import answers_journal, model_loader
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.served_raters import FoundRater, find_served_rater
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.remote import Remote
 from cai_jax.scoring.loader import ModelLoader
@@ -33,6 +37,8 @@ def make_rater(run: Run, models: Mapping[str, LM | Remote]) -> RaterSource | Non
   name = find_rater(run)
   if name is None:
     return None
+  if served := find_served_rater(run.config):
+    return _make_served(run, served)
   # M_aligned and baselines have a job of their own, in which 'base' is another model.
   loaded = {model.name: model for model in models.values() if isinstance(model, LM)}
   loader = model_loader(run, loaded=loaded)
@@ -53,7 +59,7 @@ def check_rater(run: Run) -> None:
     UserError: if it cannot be loaded, or its context is too short.
   """
   name = find_rater(run)
-  if name is None:
+  if name is None or find_served_rater(run.config):  # a server is asked, see `server_checks`
     return
   found = _inspect(run, name)
   if not found.max_positions:
@@ -70,6 +76,15 @@ def check_rater(run: Run) -> None:
     )
   except UserError as error:
     raise UserError(f'feedback.options: scorer_model={name.model!r}: {error}') from error
+
+
+def _make_served(run: Run, found: FoundRater) -> RaterSource:
+  """Return a served rater, to be connected when it is needed."""
+  name, folder = found.name, answers_journal(run, found.kind.role)
+  return RaterSource(
+    [name.kind, name.label, found.service.identity(), sorted(run.plugins.values())],
+    functools.partial(found.kind.load, found.service, name.label, folder, jax.process_index()),
+  )
 
 
 def _inspect(run: Run, name: RaterName) -> Inspection:

@@ -19,6 +19,7 @@ from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.sections import RunConfig
+from cai_jax.pipeline.served_raters import check_served_guard, find_served_rater
 from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
@@ -129,6 +130,8 @@ class Run:
     settings['feedback'] = _without(values['feedback'], ROW_INDEPENDENT_FIELDS)
     if self.remotes:  # what is served counts, not where it is served or how patiently it is asked
       settings['remote'] = {role: remote.identity() for role, remote in self.remotes.items()}
+    if rater := find_served_rater(self.config):
+      settings['rater'] = rater.service.identity()
     settings['constitution'] = self.constitution.fingerprint()
     settings['prompts'] = {
       name: _fingerprint(self.prompts[name])
@@ -192,6 +195,7 @@ def build(
   _check_roles(settings)
   _check_sampling(settings)
   _check_candidates(settings)
+  check_served_guard(settings)
   if settings.report.published:
     summarize_published(settings.report.published)
   constitution = load_constitution(settings.constitution)

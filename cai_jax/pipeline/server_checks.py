@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.dialogue import ChatDialogue, Dialogue, control_tokens
+from cai_jax.dialogue import ChatDialogue, Dialogue, Message, control_tokens
 from cai_jax.feedback.job import make_dialogue
 from cai_jax.feedback.labels import probe_labels
 from cai_jax.feedback.stage import THOUGHTS, Stage, check_thinks, thought_sampling
@@ -18,6 +18,7 @@ from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.costs import GUARD, JUDGE, write_test_costs
 from cai_jax.pipeline.evaluation_checks import labelled_pairs
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.pipeline.served_stages import ServedStage, served_stages
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError, show
@@ -91,12 +92,44 @@ def check_guard_server(run: Run) -> None:
     UserError: if the check fails.
   """
   prompts = [prompt.messages for name in prompt_sets.HELD_OUT for prompt in run.prompts[name]]
-  longest = max(prompts, key=lambda messages: sum(len(m['content']) for m in messages))
+  longest = _longest(prompts)
   for kind, server in run.config.evaluation.served_guards.items():
     try:
       write_test_costs(run, GUARD, check_served(GUARDS[kind], server, longest))
     except UserError as error:
       raise UserError(f'evaluation.guard_remote, {kind!r}: {error}') from error
+
+
+def check_rater_server(run: Run) -> None:
+  """Check that a served rater rates a candidate of about the largest length.
+
+  The candidate stands after the longest prompt that is revised.
+
+  Args:
+    run: a run whose variant has a served rater.
+
+  Raises:
+    UserError: if the check fails.
+  """
+  found = find_served_rater(run.config)
+  assert found is not None, 'the run has no served rater'
+  prompts = [p.messages for name in ('harmful', 'eval_harmful') for p in run.prompts[name]]
+  candidate = 'word ' * run.config.sampling.revision.max_tokens
+  name, question = found.name, found.name.question
+  try:
+    usages = found.kind.check(
+      found.service, name.label, _longest(prompts), candidate.strip(), question
+    )
+    write_test_costs(run, found.kind.role, usages)
+  except UserError as error:
+    raise UserError(
+      f'evaluation.{found.kind.role}_remote, which rates candidates: {error}'
+    ) from error
+
+
+def _longest(prompts: Sequence[Sequence[Message]]) -> Sequence[Message]:
+  """Return the prompt with the most characters."""
+  return max(prompts, key=lambda messages: sum(len(m['content']) for m in messages))
 
 
 def _check_all(run: Run, stages: Sequence[str]) -> np.ndarray:

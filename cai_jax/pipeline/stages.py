@@ -18,7 +18,13 @@ from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
-from cai_jax.pipeline.server_checks import check_guard_server, check_judge_server, check_servers
+from cai_jax.pipeline.served_raters import find_served_rater
+from cai_jax.pipeline.server_checks import (
+  check_guard_server,
+  check_judge_server,
+  check_rater_server,
+  check_servers,
+)
 from cai_jax.pipeline.stage_evaluate import evaluate_models
 from cai_jax.pipeline.stage_generate import generate_d_cai
 from cai_jax.pipeline.stage_label import check_label_server, label_comparisons
@@ -103,6 +109,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     processes.run_on_process_0('reach the judge', lambda: check_judge_server(run))
   if run.config.evaluation.served_guards and 'evaluate' in asking:
     processes.run_on_process_0('reach the guard model', lambda: check_guard_server(run))
+  if find_served_rater(run.config) and {'generate', 'evaluate'} & {*asking}:
+    processes.run_on_process_0('reach the rater', lambda: check_rater_server(run))
   if run.config.label.remote and 'label' in asking:
     processes.run_on_process_0('reach the feedback model', lambda: check_label_server(run))
   # Then the report is written again.

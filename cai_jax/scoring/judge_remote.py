@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible server.
 
 Every answer goes to a journal as soon as it arrives, so a run that is killed asks nothing twice.
+A `JudgeClient` keeps the journal and the connection open between questions.
 """
 
 import concurrent.futures
@@ -10,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,6 +39,96 @@ TOKEN_BYTES = 4096
 ANSWER_FORM = 'judge-1'
 
 
+class JudgeClient:
+  """Asks a server, and keeps its answers in a journal. Both are opened when they are needed.
+
+  Args:
+    server: the model's address and settings.
+    journal: folder in which answers are stored, and looked up before the server is asked.
+    process: index of this process, which selects the file that it writes.
+
+  Attributes:
+    server: as given.
+  """
+
+  def __init__(self, server: JudgeServer, journal: str | os.PathLike, process: int = 0):
+    self.server = server
+    self._folder, self._process = journal, process
+    self._journal: Journal | None = None
+    self._connection: Connection | None = None
+
+  def answer(self, bodies: Sequence[dict]) -> list[JudgeAnswer]:
+    """Return the answer to each request, from the journal or from the server.
+
+    Equal requests are sent once. One that the server's filter of contents refuses is answered by
+    ''.
+
+    Args:
+      bodies: the requests, such as those of `judge_server.text_request`.
+
+    Raises:
+      UserError: if the server refuses a request.
+      UnreachableError: if all attempts fail.
+    """
+    if not bodies:
+      return []
+    keys = [_digest(self.server, body) for body in bodies]
+    requests = dict(zip(keys, bodies, strict=True))
+    answers = self._look_up(requests)
+    missing = {key: body for key, body in requests.items() if key not in answers}
+    answers |= self._ask(missing) if missing else {}
+    return [answers[key] for key in keys]
+
+  def close(self) -> None:
+    """Close the journal and the connection."""
+    if self._journal is not None:
+      self._journal.close()
+    if self._connection is not None:
+      self._connection.close()
+
+  def _look_up(self, keys: Mapping[str, dict]) -> dict[str, JudgeAnswer]:
+    """Return the answers that the journal has."""
+    if self._journal is None:
+      self._journal = Journal(self._folder, self._process)
+    else:
+      self._journal.refresh()  # its index has nothing that was stored since
+    prefix = self.server.key_prefix()  # keys of version 0.1.0 have none
+    answers = {}
+    for key in keys:
+      stored = self._journal.get(key) or self._journal.get(key.removeprefix(prefix))
+      if stored is not None:
+        answers[key] = JudgeAnswer.from_json(stored.text)
+    return answers
+
+  def _ask(self, requests: Mapping[str, dict]) -> dict[str, JudgeAnswer]:
+    """Return the server's answers, and store each as soon as it arrives."""
+    assert self._journal is not None
+    if self._connection is None:
+      self._connection = Connection(self.server.connection_config())
+    connection, answers = self._connection, {}
+    futures = {
+      connection.submit(functools.partial(ask_server, connection, self.server, body, key)): key
+      for key, body in requests.items()
+    }
+    error = None
+    for future in concurrent.futures.as_completed(futures):
+      try:
+        answers[futures[future]], usage = future.result()
+      except concurrent.futures.CancelledError:
+        continue
+      except UserError as failure:
+        # Requests in flight may still succeed, and what they cost is not lost.
+        error = error or failure
+        for other in futures:
+          other.cancel()
+        continue
+      text = answers[futures[future]].to_json()
+      self._journal.put([(futures[future], Completion([], text, [], 'stop', usage))])
+    if error:
+      raise error
+    return answers
+
+
 def remote_judge(
   server: JudgeServer,
   journal: str | os.PathLike,
@@ -63,29 +154,41 @@ def remote_judge(
   """
 
   def judge(matches: Sequence[Match]) -> list[Comparison]:
-    requests = {}  # key → body; equal questions are asked once
-    keys = []
-    for number, match in enumerate(matches):
-      try:
-        questions = build_questions(match)
-      except UserError as error:
-        raise UnreadableError(f'match {number} (prompt {match.prompt!r}): {error}') from error
-      for question in questions:
-        body = make_request(server, question, reasoning_tokens, seed)
-        keys.append(_digest(server, body))
-        requests[keys[-1]] = body
-    answers = _answer_all(server, requests, journal)
-    return _compare(server, matches, [answers[key] for key in keys])
+    with contextlib.closing(JudgeClient(server, journal)) as client:
+      return judge_by(client, matches, reasoning_tokens, seed)
 
   return judge
+
+
+def judge_by(
+  client: JudgeClient, matches: Sequence[Match], reasoning_tokens: int = 0, seed: int = 0
+) -> list[Comparison]:
+  """Return the comparisons of a served judge, see `remote_judge`.
+
+  Args:
+    client: asks the judge.
+    matches: what is compared.
+    reasoning_tokens: most tokens that the judge writes before a sampled verdict.
+    seed: seed of sampled verdicts.
+
+  Raises:
+    UserError: if a match cannot be put as a question or the server refuses one.
+    UnreachableError: if all attempts fail.
+  """
+  bodies = []
+  for number, match in enumerate(matches):
+    try:
+      questions = build_questions(match)
+    except UserError as error:
+      raise UnreadableError(f'match {number} (prompt {match.prompt!r}): {error}') from error
+    bodies += [make_request(client.server, text, reasoning_tokens, seed) for text in questions]
+  return _compare(client.server, matches, client.answer(bodies))
 
 
 def answer_requests(
   server: JudgeServer, bodies: Sequence[dict], journal: str | os.PathLike
 ) -> list[JudgeAnswer]:
-  """Return the answer to each request, from the journal or from the server.
-
-  Equal requests are sent once. One that the server's filter of contents refuses is answered by ''.
+  """Return the answer to each request, as a `JudgeClient` of its own gives it.
 
   Args:
     server: the judge's address and settings.
@@ -96,9 +199,8 @@ def answer_requests(
     UserError: if the server refuses a request.
     UnreachableError: if all attempts fail.
   """
-  keys = [_digest(server, body) for body in bodies]
-  answers = _answer_all(server, dict(zip(keys, bodies, strict=True)), journal)
-  return [answers[key] for key in keys]
+  with contextlib.closing(JudgeClient(server, journal)) as client:
+    return client.answer(bodies)
 
 
 def check_judge(
@@ -133,49 +235,6 @@ def _digest(server: JudgeServer, body: dict) -> str:
   """Return the journal's key: the model's prefix, and a hex digest of all that it is sent."""
   text = json.dumps([ANSWER_FORM, server.identity(), body], sort_keys=True)
   return server.key_prefix() + hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _answer_all(
-  server: JudgeServer, requests: dict[str, dict], folder: str | os.PathLike
-) -> dict[str, JudgeAnswer]:
-  """Return the answer to each request: from the journal, or from the server."""
-  if not requests:
-    return {}
-  with contextlib.ExitStack() as stack:
-    journal = stack.enter_context(contextlib.closing(Journal(folder)))
-    # Keys of version 0.1.0 have no prefix.
-    prefix = server.key_prefix()
-    stored = {key: journal.get(key) or journal.get(key.removeprefix(prefix)) for key in requests}
-    answers = {
-      key: JudgeAnswer.from_json(completion.text)
-      for key, completion in stored.items()
-      if completion is not None
-    }
-    missing = [key for key in requests if key not in answers]
-    if not missing:
-      return answers
-    connection = stack.enter_context(contextlib.closing(Connection(server.connection_config())))
-    futures = {
-      connection.submit(functools.partial(ask_server, connection, server, requests[key], key)): key
-      for key in missing
-    }
-    error = None
-    for future in concurrent.futures.as_completed(futures):
-      try:
-        answers[futures[future]], usage = future.result()
-      except concurrent.futures.CancelledError:
-        continue
-      except UserError as failure:
-        # Requests in flight may still succeed, and what they cost is not lost.
-        error = error or failure
-        for other in futures:
-          other.cancel()
-        continue
-      text = answers[futures[future]].to_json()
-      journal.put([(futures[future], Completion([], text, [], 'stop', usage))])
-    if error:
-      raise error
-  return answers
 
 
 def ask_server(

@@ -18,6 +18,7 @@ from cai_jax.runtime.settings import setting
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.scoring.judge_questions import OPENING, REASON_FIRST
 
+SERVED = 'served'  # in place of a checkpoint: a `JudgeServer` says where the model is
 VERDICTS = ('logprobs', 'sampled')
 PATHS = {'chat': '/chat/completions', 'completions': '/completions'}
 # The most alternatives per token that OpenAI lists. Servers of one's own list as many.

@@ -95,18 +95,18 @@ def load_judge(loader: ModelLoader, model: str, label: str) -> Rater:
   Raises:
     UserError: if the judge cannot be loaded, or a label is given.
   """
-  _check_names('judge', model, label)
+  check_names('judge', model, label)
   if model in JUDGES:
-    return _by_pairs(JUDGES[model](loader))
+    return rate_by_pairs(JUDGES[model](loader))
   lm = loader.language_model(model)
   dialogue = judge_dialogue(lm.tokenizer, lm.eos_token_ids, loader.template_options, loader.style)
-  return _by_pairs(local_judge(lm, dialogue))
+  return rate_by_pairs(local_judge(lm, dialogue))
 
 
 @INSPECTIONS.register('judge')
 def inspect_judge(loader: ModelLoader, model: str, label: str) -> Inspection:
   """Return what is known of the rater of `load_judge`. Arguments and errors are the same."""
-  _check_names('judge', model, label)
+  check_names('judge', model, label)
   if model in JUDGES:
     JUDGES[model](loader)
     return Inspection()
@@ -134,7 +134,7 @@ def load_reward(loader: ModelLoader, model: str, label: str) -> Rater:
   Raises:
     UserError: if the checkpoint cannot be loaded or has no such label.
   """
-  _check_names('reward', model, '')
+  check_names('reward', model, '')
   reward_model = loader.reward_model(model)
   column = find_label(reward_model.labels, label or None, model)
 
@@ -148,7 +148,7 @@ def load_reward(loader: ModelLoader, model: str, label: str) -> Rater:
 @INSPECTIONS.register('reward')
 def inspect_reward(loader: ModelLoader, model: str, label: str) -> Inspection:
   """Return what is known of the rater of `load_reward`. Arguments and errors are the same."""
-  _check_names('reward', model, '')
+  check_names('reward', model, '')
   info, dialogue = loader.inspect_reward_model(model)
   find_label(info.labels, label or None, model)
 
@@ -171,7 +171,7 @@ def load_guard(loader: ModelLoader, model: str, label: str) -> Rater:
   Raises:
     UserError: if the checkpoint cannot be loaded, or does not suit the kind.
   """
-  _check_names('guard', model, '')
+  check_names('guard', model, '')
   guard = guards.GUARDS[label]
   lm = loader.language_model(model)
 
@@ -191,7 +191,7 @@ def load_guard(loader: ModelLoader, model: str, label: str) -> Rater:
 @INSPECTIONS.register('guard')
 def inspect_guard(loader: ModelLoader, model: str, label: str) -> Inspection:
   """Return what is known of the rater of `load_guard`. Arguments and errors are the same."""
-  _check_names('guard', model, '')
+  check_names('guard', model, '')
   guard = guards.GUARDS[label]
   path, info = loader.inspect_language_model(model)
   reader = guards.Reader(guard, info.tokenizer)
@@ -215,7 +215,7 @@ def load_scorer(loader: ModelLoader, model: str, label: str) -> Rater:
   Raises:
     UserError: if there is no such scorer, it rates nothing, or a label is given.
   """
-  _check_names('scorer', model, label)
+  check_names('scorer', model, label)
   scorer = SCORERS[model](loader)
   if scorer is None:
     raise UserError(f'The scorer {model!r} rates nothing. Choose another one of {tuple(SCORERS)}.')
@@ -228,8 +228,12 @@ def load_scorer(loader: ModelLoader, model: str, label: str) -> Rater:
   return rate
 
 
-def _by_pairs(judge: Judge) -> Rater:
-  """Return a rater by the mean log-odds of each candidate against the others."""
+def rate_by_pairs(judge: Judge) -> Rater:
+  """Return a rater by the mean log-odds of each candidate against the others.
+
+  Args:
+    judge: compares two candidates.
+  """
 
   def rate(messages: Sequence[Message], texts: Sequence[str], question: str) -> list[float]:
     pairs = list(itertools.combinations(range(len(texts)), 2))
@@ -245,8 +249,17 @@ def _by_pairs(judge: Judge) -> Rater:
   return rate
 
 
-def _check_names(kind: str, model: str, label: str) -> None:
-  """Check that a rater has a model, and no label that it cannot have."""
+def check_names(kind: str, model: str, label: str) -> None:
+  """Check that a rater has a model, and no label that it cannot have.
+
+  Args:
+    kind: the kind of the rater.
+    model: name of its model.
+    label: must be ''.
+
+  Raises:
+    UserError: if it does not.
+  """
   if not model:
     raise UserError(f'A rater of the kind {kind!r} needs the name of its model. Give one.')
   if label:

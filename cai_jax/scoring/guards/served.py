@@ -22,7 +22,7 @@ from cai_jax.sampling.types import Usage
 from cai_jax.scoring.answer_form import Answer, Chosen
 from cai_jax.scoring.guards.guard import Guard, Rating, guard_turns, summarize
 from cai_jax.scoring.judge_answers import JudgeAnswer
-from cai_jax.scoring.judge_remote import answer_requests, ask_server
+from cai_jax.scoring.judge_remote import JudgeClient, ask_server
 from cai_jax.scoring.judge_server import JudgeServer, messages_request
 
 
@@ -49,13 +49,34 @@ def rate_served(
   Raises:
     UserError: if the server refuses a request.
   """
+  with contextlib.closing(JudgeClient(server, journal)) as client:
+    return rate_by(guard, client, prompts, responses)
+
+
+def rate_by(
+  guard: Guard,
+  client: JudgeClient,
+  prompts: Sequence[Sequence[Message]],
+  responses: Sequence[str],
+) -> list[Rating | None]:
+  """Return the ratings of a served guard, see `rate_served`.
+
+  Args:
+    guard: the kind of the guard.
+    client: asks the server.
+    prompts: the messages that each response answers.
+    responses: the texts to rate.
+
+  Raises:
+    UserError: if the server refuses a request.
+  """
   rated = [number for number, response in enumerate(responses) if response.strip()]
   bodies = [
     body
     for number in rated
-    for body in make_requests(guard, server, prompts[number], responses[number])
+    for body in make_requests(guard, client.server, prompts[number], responses[number])
   ]
-  found = [read_form(guard, answer) for answer in answer_requests(server, bodies, journal)]
+  found = [read_form(guard, answer) for answer in client.answer(bodies)]
   ratings: list[Rating | None] = [None] * len(responses)
   size = len(guard.policies)
   for place, number in enumerate(rated):
@@ -65,13 +86,16 @@ def rate_served(
   return ratings
 
 
-def check_served(guard: Guard, server: JudgeServer, messages: Sequence[Message]) -> list[Usage]:
+def check_served(
+  guard: Guard, server: JudgeServer, messages: Sequence[Message], response: str = 'An answer.'
+) -> list[Usage]:
   """Check that a server answers a conversation in the guard's form.
 
   Args:
     guard: the kind of the guard.
     server: its address and settings.
     messages: the longest prompt of the run.
+    response: a response to it.
 
   Returns:
     What the server counted for each request.
@@ -82,7 +106,7 @@ def check_served(guard: Guard, server: JudgeServer, messages: Sequence[Message])
   usages = []
   with contextlib.closing(Connection(server.connection_config())) as connection:
     connection.check()
-    for body in make_requests(guard, server, messages, 'An answer.'):
+    for body in make_requests(guard, server, messages, response):
       answer, usage = ask_server(connection, server, body, 'probe')
       usages.append(usage)
       if read_form(guard, answer) is None:

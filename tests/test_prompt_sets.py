@@ -14,7 +14,6 @@ from cai_jax.data.row_form import RowForm
 from cai_jax.data.set_table import update_page
 from cai_jax.data.sets import PROMPT_SETS, PromptSet, register_set
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
-from cai_jax.pipeline.report_chains import EVALUATION_ROWS
 from cai_jax.pipeline.sections import PromptSets
 from cai_jax.runtime.errors import UserError
 from configs import default
@@ -149,43 +148,6 @@ def test_eight_prompts_run_in_every_format(form, copies, random_model, tmp_path,
   prompts = load('xstest')
   assert [row['id'] for row in rows] == [prompt.id for prompt in prompts]
   assert [json.loads(row['metadata']) for row in rows] == [prompt.metadata for prompt in prompts]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', list(PROMPT_SETS))
-def test_every_set_is_sampled_in_every_format(name, copies, random_model, tmp_path):
-  expected = [(p.id, p.messages, p.metadata) for p in load(name)]
-  for form in FORMATS:
-    path = copies(name, form)
-    assert [(p.id, p.messages, p.metadata) for p in load(name, path)] == expected, form
-    rows = run_eight(random_model, name, path, tmp_path / form)
-    assert [row['id'] for row in rows] == [prompt_id for prompt_id, *_ in expected]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ('name', 'form'), [(name, FORMATS[i % len(FORMATS)]) for i, name in enumerate(PROMPT_SETS)]
-)
-def test_every_set_and_every_format_runs_end_to_end(name, form, copies, tmp_path):
-  config = small('tiny')
-  published = default.get_config().prompts.harmful
-  published.update(source=name, path=str(copies(name, form)), limit=8)
-  config.prompts.harmful = published
-  config.evaluation.scorer = 'none'  # the oracle knows requests of the embedded world only
-  config.feedback.rounds = 1
-  for stage in config.sampling.values():
-    stage.max_tokens = 6
-  run = pipeline.build(config, tmp_path / 'run')
-  pipeline.run_stages(run)
-  rows = [row for row in d_cai.read_rows(run.workdir / 'd_cai') if row['kind'] == 'harmful']
-  assert [row['id'] for row in rows] == [prompt.id for prompt in load(name)]
-  assert {json.loads(row['metadata'])['set'] for row in rows} == {name}
-  manifest = json.loads((run.workdir / 'manifest.json').read_text())
-  assert list(manifest['stages']) == pipeline.default_stages(run)
-  assert manifest['stages']['train']['steps'] >= 1
-  scored = (run.workdir / EVALUATION_ROWS).read_text().splitlines()
-  assert {json.loads(line)['id'] for line in scored} >= {p.id for p in run.prompts['eval_harmful']}
-  assert (run.workdir / 'report.html').stat().st_size > 10_000
 
 
 def test_a_set_without_a_copy_is_loaded_from_the_hub(monkeypatch):

@@ -5,7 +5,8 @@ Command:   python -m cai_jax.experiment --workdir=runs/real --seeds=0 \\
              --experiment=experiments/variants_real.py --config=my_smollm2.py
 Config:    my_smollm2.py sets the model's folder and 48 prompts on top of configs/smollm2_135m.py
 Hardware:  two CPU cores; see RESULTS.md
-Arms:      one round of each variant, after y_init, which all share; likelihood rates candidates
+Arms:      one round of each variant, after y_init, which all share; likelihood rates candidates.
+           Contexts with all 20 principles are long, so an arm has the 4 general ones
 Expected:  revisions that are worthless, as in configs/smollm2_135m.py. The experiment shows that
            the variants run on a real model, what they cost, and how they fail
 """
@@ -33,6 +34,8 @@ def get_experiment() -> Experiment:
   for name, (variant, options) in VARIANTS.items():
     overrides = {'feedback.variant': variant, 'feedback.options': options}
     arms[name] = Arm(overrides, 'revision_1')
+  general = arms['all principles'].overrides | {'constitution.tags': ('general',)}
+  arms['general principles'] = Arm(general, 'revision_1')
   arms['section of a document'] = Arm(PROSE, 'revision_1')
   arms['prose'] = Arm(PROSE | {'feedback.variant': 'prose'}, 'revision_1')
   return Experiment(

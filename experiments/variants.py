@@ -8,8 +8,8 @@ Arms:      two rounds of each variant, after y_init, which all share. Best-of-n 
            candidates, rated by the oracle of the embedded world, by its judge, or by likelihood
 Expected:  with the oracle as the rater, best-of-n leaves fewer violations than one revision, as in
            the grammar. The embedded model has never read a list of principles, several critiques,
-           a choice or a debate: these arms show what it makes of unknown requests, and nothing
-           about the variants. Tokens of donors do not count in `tokens_spent`
+           a choice, a debate or a document: these arms show what it makes of unknown requests,
+           and nothing about the variants. Tokens of donors do not count in `tokens_spent`
 """
 
 from cai_jax.experiment import Arm, Experiment, rates_by_arm
@@ -24,6 +24,15 @@ OVERRIDES = {
   'feedback.max_rate.off_topic_words': 1.0,
   'feedback.max_rate.off_topic': 1.0,
 }
+# A constitution in prose, in words of the embedded world, and requests that its model has read.
+DOCUMENT = {'constitution.path': 'experiments/tiny_constitution.md'}
+PROSE = (
+  ('critique_request', 'Find any insult, threat, gossip, secret, lie, theft, danger or waste.'),
+  (
+    'revision_request',
+    'Rewrite it with no insult, threat, gossip, secret, lie, theft, danger or waste.',
+  ),
+)
 ORACLE = (('n', 3), ('scorer', 'scorer'), ('scorer_model', 'tiny'))
 JUDGE = (('n', 3), ('scorer', 'judge'), ('scorer_model', 'tiny-oracle'))
 # The embedded model has never read a question about a critique. Its critiques begin with 'It says'
@@ -59,10 +68,13 @@ def get_experiment() -> Experiment:
   for name, (variant, options) in VARIANTS.items():
     overrides = {'feedback.variant': variant, 'feedback.options': options}
     arms[name] = Arm(overrides, f'revision_{ROUNDS}')
+  arms['section of a document'] = Arm(DOCUMENT, f'revision_{ROUNDS}')
+  prose = {'feedback.variant': 'prose', 'feedback.options': PROSE}
+  arms['prose'] = Arm(DOCUMENT | prose, f'revision_{ROUNDS}')
   return Experiment(
     arms=arms,
     reference='critique',
     overrides=OVERRIDES,
     spent=True,
-    figures=(rates_by_arm('After two rounds', list(VARIANTS)),),
+    figures=(rates_by_arm('After two rounds', list(arms)[1:]),),
   )

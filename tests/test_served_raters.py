@@ -67,7 +67,8 @@ def test_a_served_guard_rates_candidates_and_is_asked_once(tmp_path):
 def test_a_served_judge_compares_candidates_in_both_orders(tmp_path):
   def judge(body):
     (message,) = body['messages']
-    label = '(A)' if message['content'].index('kind') < message['content'].index('rude') else '(B)'
+    asked = message['content']
+    label = '(A)' if asked.index('Be kind.') < asked.index('Be rude.') else '(B)'
     choice = {'message': {'content': label}, 'finish_reason': 'stop'}
     return respond(200, {'choices': [choice]})
 
@@ -94,14 +95,14 @@ def test_the_identity_of_a_run_is_that_of_the_model_and_not_of_its_address(tmp_p
     ('guard', 'llama_guard_9', {}, "scorer='guard' .*no guard model named 'llama_guard_9'"),
     ('judge', 'x', {}, "'judge' has no labels, but got the label 'x'"),
     ('reward', '', {}, "scorer='reward' .*no served rater of candidates named 'reward'"),
-    ('guard', 'wildguard', {'evaluation__guard_remote__url': ''}, 'needs a server. Give eval'),
+    ('judge', '', None, 'needs a server. Give evaluation.judge_remote.url'),
     ('guard', 'wildguard', {'feedback__variant': 'critique', 'feedback__options': ()}, 'nothing'),
   ],
 )
 def test_what_cannot_rate_is_refused_before_a_run(kind, label, fields, match, tmp_path):
-  url = 'http://127.0.0.1:9/v1' if kind in ('guard', 'judge') else ''
+  url = '' if fields is None or kind == 'reward' else 'http://127.0.0.1:9/v1'
   with pytest.raises(UserError, match=match):
-    build(tmp_path, url, kind, label, **fields)
+    build(tmp_path, url, kind, label, **fields or {})
 
 
 def test_a_server_that_cannot_rate_the_longest_candidate_is_refused_before_a_run(tmp_path):

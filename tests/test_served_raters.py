@@ -68,14 +68,14 @@ def test_a_served_judge_compares_candidates_in_both_orders(tmp_path):
   def judge(body):
     (message,) = body['messages']
     asked = message['content']
-    label = '(A)' if asked.index('Be kind.') < asked.index('Be rude.') else '(B)'
+    label = '(A)' if asked.index('Kindly.') < asked.index('Rudely.') else '(B)'
     choice = {'message': {'content': label}, 'finish_reason': 'stop'}
     return respond(200, {'choices': [choice]})
 
   with serve(judge) as server:
     verdict = {'evaluation__judge_remote__verdict': 'sampled'}
     run = build(tmp_path, server.url, 'judge', '', **verdict)
-    rude, kind = rate(run, ['Be rude.', 'Be kind.'])
+    rude, kind = rate(run, ['Rudely.', 'Kindly.'])
     assert rude < 0 < kind and len(server.bodies) == 2
 
 
@@ -124,12 +124,12 @@ def test_a_run_keeps_the_revision_that_its_served_guard_prefers(tmp_path):
   """The evaluation by the same guard asks for no answer again, and neither does a second run."""
 
   def answer(body):
-    content = body['messages'][-1]['content']
-    return reply(body | {'messages': [{'content': 'needle' if 'you' in content else content}]})
+    is_unsafe = len(body['messages'][-1]['content']) % 2
+    return reply(body | {'messages': [{'content': 'needle' if is_unsafe else 'x'}]})
 
   with serve(answer) as server:
     evaluated = {'evaluation__guards': ('llama_guard_4',), 'evaluation__guard_models': ('served',)}
-    run = build(tmp_path, server.url, **evaluated, sampling__revision__temperature=1.0)
+    run = build(tmp_path, server.url, **evaluated, sampling__revision__max_tokens=40)
     pipeline.run_stages(run)
     questions = collections.Counter(json.dumps(body) for body in server.bodies)
   rows = [row for row in d_cai.read_rows(tmp_path / 'd_cai') if row['kind'] == 'harmful']
@@ -137,7 +137,7 @@ def test_a_run_keeps_the_revision_that_its_served_guard_prefers(tmp_path):
   for row in rows:
     details = json.loads(row['rounds'][0]['details'])
     texts = [candidate['revision']['text'] for candidate in details['candidates']]
-    expected = [-0.65 / 0.95 if 'you' in text else -0.3 / 0.95 for text in texts]
+    expected = [-0.65 / 0.95 if len(text) % 2 else -0.3 / 0.95 for text in texts]
     assert details['ratings'] == pytest.approx(expected)
     assert row['rounds'][0]['revision']['text'] == texts[expected.index(max(expected))]
     chosen.add(expected.index(max(expected)))

@@ -25,9 +25,9 @@ from cai_jax.scoring.judge_local import judge_dialogue, tokenize_question
 from cai_jax.scoring.judge_questions import build_questions
 from cai_jax.scoring.judge_server import JudgeServer
 from configs import tiny
+from tests.dialogue_setup import get_tokenizer
 from tests.faults.servers import FOREVER, free_port, respond, serve
 from tests.pipeline_setup import set_fields, small, start_one
-from tests.test_dialogue import get_tokenizer
 
 KEY_NAME, KEY = 'CAI_JAX_JUDGE_KEY', 'sk-never-to-be-seen'
 MATCHES = [

@@ -23,7 +23,7 @@ from tests.label_setup import (
 )
 from tests.label_setup import lm as lm
 from tests.label_setup import pairs_file as pairs_file
-from tests.test_remote_answers import FOLDER, TOKENIZER
+from tests.served_setup import FOLDER, TOKENIZER
 
 # Served feedback models.
 

@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 from feedback_setup import CONSTITUTION, ENGINE, make_job, make_lm, make_prompt, shard_bytes
-from test_dialogue import REASONING, assistant, get_tokenizer, user
 
 from cai_jax.data import d_cai
 from cai_jax.data.examples import build_examples
@@ -20,6 +19,7 @@ from cai_jax.sampling.completions import generate
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.types import Completion, SamplingConfig
+from tests.dialogue_setup import REASONING, assistant, get_tokenizer, user
 
 PROMPT = "{{ '<|im_start|>assistant\n' }}"
 

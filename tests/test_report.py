@@ -1,4 +1,4 @@
-"""Test the report of a run: texts stay data, numbers are exact, figures and the page work."""
+"""The report of a run: texts stay data, numbers are exact, and the page is complete."""
 
 import ast
 import base64
@@ -9,21 +9,17 @@ import json
 import math
 import pathlib
 import re
-import shutil
-import subprocess
 import sys
 import time
-import xml.etree.ElementTree
 
 import pytest
 
 from cai_jax import report
-from cai_jax.report import figures, inline_svg, page, run_page
-from cai_jax.report.figure_data import Series
+from cai_jax.report import page, run_page
 from cai_jax.report.numbers import columns, heading
-from cai_jax.report.ticks import nice_ticks, thin, tick_labels
 from cai_jax.runtime.errors import UserError
 from configs import default
+from tests.report_setup import HOSTILE, RATES, SUMMARY, _chain, _write
 
 # What a report may use of the rest of the package; these modules use the standard library only.
 OUR_MODULES = (
@@ -32,79 +28,6 @@ OUR_MODULES = (
   'cai_jax.runtime.terminal',
   'cai_jax.runtime.files',
 )
-HOSTILE = (
-  '</script><script>document.title = "owned"</script>'
-  '<img src=x onerror="document.title=\'owned\'"> ]]> <!-- <script> '
-  '\u2028 \u2029 @@title@@ \ud83d &lt;'
-)
-RATES = {
-  'violation_rate': 0.873,
-  'violation_rate_interval': [0.8375, 0.9],
-  'helpful_rate': 0.998,
-  'mean_tokens': 54.25,
-  'count': 1400,
-}
-SUMMARY = {
-  'stages': {
-    'initial': RATES,
-    'revision_10': RATES | {'violation_rate': 0.107, 'violation_rate_interval': [0.05, 0.2]},
-    'revision_2': RATES | {'violation_rate': 0.517, 'violation_rate_interval': [0.5, 0.6]},
-  },
-  'models': {'aligned': RATES | {'violation_rate': 0.0753}, 'base': RATES},
-  'benign': {'base': {'violation_rate': 0.0, 'helpful_rate': 1.0, 'mean_tokens': 9.0, 'count': 3}},
-}
-TRAINING = [
-  {'step': i, 'loss': 50.0 / i, 'learning_rate': 1e-3, 'grad_norm': 1.0} for i in range(1, 101)
-]
-MANIFEST = {
-  'started': '2030-01-02T03:04:05Z',
-  'versions': {'jax': '0.10'},
-  'stages': {
-    'generate': {
-      'rows_in': 1234,
-      'rows_kept': 1230,
-      'rows_dropped': {'too <long>': 3, 'empty': 1},
-      'seconds': 12.5,
-      'tokens_per_second': 2048.4,
-      'journal_hits': 17,
-      'settings': {'seed': 5, 'feedback': {'rounds': 4}},
-      'git_commit': 'abc',
-    },
-    'evaluate': {'aligned': {'rows': 600, 'mean_tokens': 54.2}},
-  },
-}
-
-
-def _response(text, **more):
-  return {'text': text, 'finish_reason': 'stop', 'logprob': -3.25, 'num_tokens': 7} | more
-
-
-def _chain(i, before='Water it. You fool. Then rest.', after='Water it. Then rest.', **more):
-  return {
-    'id': f'p{i}',
-    'prompt': [{'role': 'user', 'content': f'How do I water fern {i}?'}],
-    'initial': _response(before),
-    'rounds': [
-      {
-        'principle': f'rule-{i % 3}',
-        'critique': _response('It says: You fool.'),
-        'revision': _response(after),
-      }
-    ],
-  } | more
-
-
-def _write(path, **changes):
-  arguments = {
-    'title': 'A run',
-    'config': default.get_config().to_dict() | {'seed': 5},
-    'manifest': MANIFEST,
-    'summary': SUMMARY,
-    'training': TRAINING,
-    'chains': [_chain(0)],
-  }
-  report.write_report(path, **(arguments | changes))
-  return path.read_text('utf-8')
 
 
 class _Page(html.parser.HTMLParser):
@@ -128,9 +51,6 @@ class _Page(html.parser.HTMLParser):
   def handle_data(self, data):
     if self._open:
       self.scripts[self._open][-1] += data
-
-
-# ---- the page as text
 
 
 def test_embedded_chains_parse_back_whatever_their_texts_contain(tmp_path):
@@ -315,112 +235,6 @@ def test_a_malformed_chain_is_an_error_and_no_page_is_written(tmp_path, change, 
   assert not list(tmp_path.iterdir())
 
 
-# ---- figures and table
-
-
-def _numbers(text):
-  return [float(number) for number in re.findall(r'-?[\d.]+', text)]
-
-
-def _draw(*arguments, **options):
-  """Draw lines and return the root of the SVG, without namespaces."""
-  root = xml.etree.ElementTree.fromstring(inline_svg(figures.line_figure(*arguments, **options)))
-  for node in root.iter():
-    node.tag = node.tag.split('}')[1]
-  return root
-
-
-def test_figures_are_well_formed_and_show_every_point():
-  rate = Series(
-    'breaks <&"\x00', (0, 1, 2), (87.0, 50.0, math.nan), (80.0, None, 1.0), (90.0, None, 2.0)
-  )
-  other = Series('helps', (0, 1, 2), (99.0, 98.0, 97.0), colour=1)
-  root = _draw([rate, other], 'round <', 'share (%)', description='a "b" <c>')
-  texts = [node.text for node in root.iter('text')]
-  assert 'round <' in texts and 'share (%)' in texts and 'breaks <&"\ufffd' in texts
-  titles = [node.text for node in root.iter('title')]
-  assert sum(': ' in title for title in titles) == 5
-  lines = [node.find('path').get('d') for node in root.iter('g') if node.get('class') == 'line']
-  assert [len(_numbers(d)) // 2 for d in lines] == [2, 3]
-  assert root.get('role') == 'img' and root.get('aria-label') == 'a "b" <c>'
-
-
-def test_points_and_intervals_are_where_the_axis_says():
-  series = Series('s', (0, 10), (0.0, 100.0), (0.0, 50.0), (100.0, 100.0))
-  root = _draw([series], 'x', 'y', description='d', y_range=(0, 100))
-  groups = {name: [] for name in ('line', 'interval', 'ygrid', 'marker')}
-  for node in root.iter('g'):
-    groups[node.get('class')].append(node.findall('path'))
-  x0, y0, x1, y1 = _numbers(groups['line'][0][0].get('d'))
-  grid = sorted((_numbers(paths[0].get('d'))[1] for paths in groups['ygrid']), reverse=True)
-  labels = [n for n in root.iter('text') if n.get('text-anchor') == 'end']
-  assert [n.text for n in labels] == ['0', '20', '40', '60', '80', '100']
-  for node, y in zip(labels, grid, strict=True):  # text is centred on its line
-    assert 2 < float(node.get('y')) - y < 6
-  assert y0 == pytest.approx(grid[0], abs=0.1)
-  assert y1 == pytest.approx(grid[-1], abs=0.1)
-  intervals = [_numbers(paths[0].get('d')) for paths in groups['interval']]
-  assert intervals[0] == pytest.approx([x0, grid[0], x0, grid[-1]], abs=0.1)
-  assert intervals[1] == pytest.approx([x1, (y0 + y1) / 2, x1, grid[-1]], abs=0.1)
-  markers = [_numbers(paths[0].get('transform')) for paths in groups['marker']]
-  assert markers == [pytest.approx([x0, y0], abs=0.1), pytest.approx([x1, y1], abs=0.1)]
-
-
-def test_figures_are_the_same_bytes_each_time():
-  series = [Series(f's{i}', (0, 1), (1.0, 2.0), colour=i) for i in range(2)]
-  first, second = (
-    inline_svg(figures.line_figure(series, 'x', 'y', description='d')) for _ in range(2)
-  )
-  assert first == second
-
-
-def test_figures_take_the_colour_of_the_page_and_can_be_restyled():
-  series = Series('$a_1$', (0, 1), (1.0, 2.0), (0.5, 1.5), (1.5, 2.5), colour=1)
-  text = inline_svg(figures.line_figure([series], '$x$', 'y', description='d'))
-  assert 'class="c1 stroke"' in text and 'class="c1 fill"' in text and '$x$' in text
-  assert '#000' not in text and 'black' not in text and 'style' not in text and 'id=' not in text
-
-
-@pytest.mark.parametrize(
-  'low, high', [(0, 1), (3, 3), (0, 0), (-5, 17), (1e-6, 2e-3), (0.98, 1.01), (0, 123456)]
-)
-def test_ticks_enclose_the_data_and_have_distinct_labels(low, high):
-  ticks = nice_ticks(low, high)
-  assert ticks[0] <= low and high <= ticks[-1] and 2 <= len(ticks) <= 12
-  labels = tick_labels(ticks)
-  assert len(set(labels)) == len(ticks)
-  assert [float(label.replace(',', '')) for label in labels] == pytest.approx(ticks, rel=1e-6)
-
-
-def test_thinning_keeps_the_extremes():
-  y = [math.sin(i / 50) for i in range(10_000)]
-  y[4321], y[77] = 9.0, -9.0
-  xs, ys = thin(tuple(range(10_000)), tuple(y))
-  assert (
-    len(xs) <= 800
-    and (4321, 9.0) in zip(xs, ys, strict=True)
-    and (77, -9.0) in zip(xs, ys, strict=True)
-  )
-  assert list(xs) == sorted(set(xs))
-
-
-def test_a_long_loss_curve_stays_small(tmp_path):
-  training = [{'step': i, 'loss': 1.0 + i % 7} for i in range(50_000)]
-  assert len(_write(tmp_path / 'report.html', training=training)) < 300_000
-
-
-def test_the_running_mean_skips_values_that_are_not_finite():
-  means = run_page.running_mean((math.nan, 1.0, 3.0, math.inf, 5.0, 7.0), 2)
-  assert math.isnan(means[0]) and means[1:] == (1.0, 2.0, 2.0, 4.0, 6.0)
-
-
-def test_series_of_unequal_length_and_empty_figures_are_errors():
-  with pytest.raises(UserError, match='2 x and 1 y'):
-    Series('s', (0, 1), (0.0,))
-  with pytest.raises(UserError, match='no finite point'):
-    figures.line_figure([Series('s', (0,), (math.nan,))], 'x', 'y', description='d')
-
-
 def test_the_table_lists_the_rows_in_reading_order():
   lines = report.summary_table(SUMMARY).splitlines()
   names = [line.split('  ')[0] or line.split()[0] for line in lines[1:-1]]
@@ -471,133 +285,3 @@ def test_the_report_imports_only_matplotlib_and_the_standard_library():
       for name in names:
         ours = name.startswith('cai_jax.report') or name in OUR_MODULES
         assert ours or name.split('.')[0] in {'matplotlib', *sys.stdlib_module_names}
-
-
-# ---- the page in a browser
-
-
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-  """Returns a function from a file and an optional fragment to the page's final HTML."""
-  names = ('chromium', 'chromium-browser', 'google-chrome')
-  command = next(filter(None, map(shutil.which, names)), None)
-  if command is None:
-    pytest.skip(f'no browser: none of {", ".join(names)} is installed')
-  profile = tmp_path_factory.mktemp('profile')
-
-  def dump(path, fragment=''):
-    arguments = ['--headless', '--no-sandbox', '--disable-gpu', '--window-size=1200,900']
-    arguments += [f'--user-data-dir={profile}', '--dump-dom', path.as_uri() + fragment]
-    return subprocess.run(
-      [command, *arguments], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
-
-  return dump
-
-
-def test_a_browser_lists_the_chains_and_runs_none_of_their_markup(tmp_path, browser):
-  chains = [_chain(i, violations=[['insult'], []]) for i in range(3000)]
-  chains[0] |= _chain(0, before=HOSTILE, after='<b onclick=x>bold</b>')
-  chains[0]['prompt'][0]['content'] = HOSTILE
-  path = tmp_path / 'report.html'
-  _write(path, chains=chains)
-  shown = browser(path)
-  body = shown[: shown.index('<script type="application/json"')]
-  assert '<title>A run</title>' in shown
-  assert '3,000 chains' in body and 'breaks: insult' in body
-  assert 5 < body.count('class="row"') < 60, 'the list draws only the rows in sight'
-  assert 'aria-setsize="3000"' in body and 'rule-1 (1,000)' in body
-  assert '&lt;script&gt;document.title = "owned"' in body
-  assert '<img' not in body and '<b onclick' not in body
-
-
-def test_a_browser_shows_the_chain_of_a_link_with_its_changes(tmp_path, browser):
-  before = 'Water it. You fool, Jonas.\n\nThen let it rest for 5 minutes.'
-  after = 'Water it. Be kind to Jonas. Then let it rest for 6 minutes. 你好'
-  chains = [_chain(i) for i in range(200)]
-  chains += [_chain(7) | _chain(0, before, after) | {'id': 'näher & "x"'}]
-  path = tmp_path / 'report.html'
-  _write(path, chains=chains)
-  shown = browser(path, '#chain=n%C3%A4her%20%26%20%22x%22')
-  article = shown[shown.index('<article') : shown.index('</article>')]
-  assert 'näher &amp; "x"' in article and 'It says: You fool.' in article
-  revision = article[article.index('Revision 1') :]
-  paragraph = re.search(r'<p class="text">(.*?)</p>', revision, re.DOTALL)[1]
-  left = re.sub(r'<del>.*?</del>', '', paragraph, flags=re.DOTALL)
-  was = re.sub(r'<ins>.*?</ins>', '', paragraph, flags=re.DOTALL)
-  assert re.sub(r'</?ins>', '', left) == after
-  assert re.sub(r'</?del>', '', was).split() == before.split()
-  assert re.search(r'<del>5 ?</del><ins>6 ?</ins>', paragraph)
-
-
-def test_the_policy_holds_where_escaping_would_fail(tmp_path, browser):
-  path = tmp_path / 'report.html'
-  text = _write(path)
-  hole = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
-  path.write_text(text.replace('</header>', hole + '</header>'), 'utf-8')
-  shown = browser(path)
-  assert hole[:20] in shown and '<title>A run</title>' in shown and '1 chain<' in shown
-  path.write_text(path.read_text('utf-8').replace('http-equiv', 'data-off'), 'utf-8')
-  assert '<title>owned</title>' in browser(path), 'without the policy the script would have run'
-
-
-def test_many_scores_stand_in_tables_that_fit_the_page(tmp_path):
-  rates = {f'score_{i}_rate': 0.5 for i in range(7)}
-  change = {'value': 0.0, 'interval': [-0.1, 0.1], 'p_value': 1.0, 'adjusted_p_value': 1.0}
-  compared = rates | {'differences': dict.fromkeys(rates, change)}
-  for aligned, heads in ((rates, [4, 3]), (compared, [3, 3, 1])):
-    summary = {'models': {'base': rates, 'aligned': aligned}}
-    text = _write(tmp_path / 'report.html', summary=summary)
-    tables = re.findall(r'<table class="results">.*?</table>', text, re.DOTALL)
-    assert [table.count('<th scope="col">') for table in tables] == heads
-    assert all('aligned' in table and 'models' in table for table in tables)
-
-
-def _answers(i):
-  """Return the answers to a held-out prompt. Every third one of M_aligned loops."""
-  flags = ['looping'] if i % 3 == 0 else []
-  answer = _response(f'Rest the fern {i}.', flags=flags, scores={'topic': (7 * i) % 10 / 10})
-  return _chain(i, f'Water the fern {i}.', rounds=[], answers={'aligned': answer}) | {'id': f'e{i}'}
-
-
-def _use(path, *changes):
-  """Add a script to a page that chooses an option of a filter by its label."""
-  text = path.read_text('utf-8').replace('http-equiv="Content-Security-Policy"', 'data-off')
-  script = """<script>
-  for (const [id, group, label] of CHANGES) {
-    const node = document.getElementById(id);
-    const fits = (o) => o.text.startsWith(label) && (!group || o.parentNode.label === group);
-    node.value = [...node.options].find(fits).value;
-    node.dispatchEvent(new Event('change'));
-  }
-  </script>"""
-  text = text.replace('</body>', script.replace('CHANGES', json.dumps(changes)) + '</body>')
-  path.write_text(text, 'utf-8')
-
-
-def test_a_browser_shows_held_out_answers_side_by_side_with_their_differences(tmp_path, browser):
-  path = tmp_path / 'report.html'
-  _write(path, chains=[_chain(0), *map(_answers, range(5))])
-  shown = browser(path, '#answer=e3')
-  article = shown[shown.index('<article') : shown.index('</article>')]
-  columns = article[article.index('class="answers"') :].split('class="turn response"')[1:]
-  assert [re.search('<b>(.*?)</b>', column)[1] for column in columns] == ['base', 'aligned']
-  assert re.search(r'<p class="text"><del>Water ?</del>the fern 3\.</p>', columns[0])
-  assert re.search(r'<p class="text"><ins>Rest ?</ins>the fern 3\.</p>', columns[1])
-  assert 'looping' in columns[1] and 'looping' not in columns[0]
-  assert 'log p -3.25' in columns[0]
-
-
-def test_a_browser_filters_answers_by_flags_and_sorts_them_by_scores(tmp_path, browser):
-  path = tmp_path / 'report.html'
-  _write(path, chains=[_chain(0), *map(_answers, range(10))])
-  changes = [
-    ('view', '', 'held-out'),
-    ('flag', 'aligned', 'looping'),
-    ('order', 'aligned', 'topic'),
-  ]
-  _use(path, *changes, ('order', 'aligned', 'topic'))
-  shown = browser(path)
-  rows = re.findall(r'class="which"><div[^>]*>(e\d)</div><span class="value">(.*?)</span>', shown)
-  assert rows == [('e9', '0.3'), ('e6', '0.2'), ('e3', '0.1'), ('e0', '0')]
-  assert '4 of 10 prompts' in shown[: shown.index('<script type')]

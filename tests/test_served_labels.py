@@ -9,7 +9,7 @@ from cai_jax.pipeline.served_stages import served_stages
 from cai_jax.pipeline.server_checks import check_servers
 from cai_jax.runtime.errors import UserError
 from tests.faults.servers import complete, respond, serve
-from tests.test_remote_answers import TOKENIZER, served_run
+from tests.served_setup import TOKENIZER, served_run
 
 DECIDES = {'variant': 'if_needed', 'options': (('decide', 'labels'),)}
 

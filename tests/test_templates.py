@@ -5,12 +5,12 @@ import pathlib
 import time
 
 import pytest
-from test_dialogue import CHATML, assistant, byte_level, message, special, user
 from tokenizers import AddedToken
 
 import cai_jax
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
+from tests.dialogue_setup import CHATML, assistant, byte_level, message, special, user
 
 MARKS = ('<|im_start|>', '<|im_end|>', '<|start|>', '<|message|>', '<|end|>', '<|x|>')
 THINK = ('<think>', '</think>')

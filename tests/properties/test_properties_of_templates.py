@@ -4,10 +4,10 @@ import functools
 import json
 
 from harness import Fault, Reader, check_reader
-from test_dialogue import CHATML, LLAMA_2, MAKERS, byte_level, special
 
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
+from tests.dialogue_setup import CHATML, LLAMA_2, MAKERS, byte_level, special
 
 DIALOGUES = (
   (('user', 'How do I bake bread?'),),

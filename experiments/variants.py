@@ -69,7 +69,11 @@ def get_experiment() -> Experiment:
     overrides = {'feedback.variant': variant, 'feedback.options': options}
     arms[name] = Arm(overrides, f'revision_{ROUNDS}')
   arms['section of a document'] = Arm(DOCUMENT, f'revision_{ROUNDS}')
-  prose = {'feedback.variant': 'prose', 'feedback.options': PROSE}
+  prose = {
+    'feedback.variant': 'prose',
+    'feedback.options': PROSE,
+    'feedback.max_rate.critique_copied': 1.0,
+  }
   arms['prose'] = Arm(DOCUMENT | prose, f'revision_{ROUNDS}')
   return Experiment(
     arms=arms,

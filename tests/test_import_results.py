@@ -91,6 +91,11 @@ def test_inspects_metrics_are_read(tmp_path):
   log['results']['scores'].append({'name': 'match', 'scored_samples': 3, 'metrics': metrics})
   _, metrics = read_results(write(tmp_path / 'log.json', log))
   assert [m.name for m in metrics] == ['model_graded_qa refusal_rate', 'match accuracy']
+  log['eval']['task_args_passed']['scorer_model'] = None
+  for bound, named in (({'model': 'a/b'}, 'a/b'), ([{'model': 'a/b'}, {'model': 'c'}], 'a/b,c')):
+    log['eval']['model_roles'] = {'grader': bound}
+    _, (metric, _) = read_results(write(tmp_path / 'log.json', log))
+    assert metric.task == f'xstest subset=unsafe grader={named}'
   assert metrics[1].interval == pytest.approx((0.304, 0.696), abs=1e-3)
 
 

@@ -129,7 +129,8 @@ def test_a_run_keeps_the_revision_that_its_served_guard_prefers(tmp_path):
 
   with serve(answer) as server:
     evaluated = {'evaluation__guards': ('llama_guard_4',), 'evaluation__guard_models': ('served',)}
-    run = build(tmp_path, server.url, **evaluated, sampling__revision__max_tokens=40)
+    whole = {f'sampling__{stage}__max_tokens': 64 for stage in ('initial', 'critique', 'revision')}
+    run = build(tmp_path, server.url, **evaluated, **whole)
     pipeline.run_stages(run)
     questions = collections.Counter(json.dumps(body) for body in server.bodies)
   rows = [row for row in d_cai.read_rows(tmp_path / 'd_cai') if row['kind'] == 'harmful']

@@ -1,8 +1,8 @@
 """Logs of inspect: the JSON files that `inspect eval --log-format=json` writes.
 
-`eval` describes the task, and `results.scores` has the metrics of each scorer. Seen in logs of
-version 2 that inspect-ai 0.3.285 wrote. Its default format, `.eval`, is an archive compressed with
-Zstandard, which Python reads from version 3.14 on.
+`eval` describes the task and the models that have roles, such as a grader. `results.scores` has the
+metrics of each scorer. Seen in logs of version 2 that inspect-ai 0.3.285 wrote. Its default format,
+`.eval`, is an archive compressed with Zstandard, which Python reads from version 3.14 on.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,14 @@ from cai_jax.evaluation.external.readers import READERS, Metric, Reader, number
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.shapes import check_shape, optional
 
+_MODEL = {'model': str}
 _SHAPE = {
   'status': str,
-  'eval': {'task': str, optional('task_args_passed'): {...: object}},
+  'eval': {
+    'task': str,
+    optional('task_args_passed'): {...: object},
+    optional('model_roles'): ({...: (_MODEL, [_MODEL])}, None),
+  },
   'results': {
     'scores': [
       {
@@ -42,11 +47,11 @@ def _read(content: Mapping[str, Any], place: str) -> list[Metric]:
     )
   check_shape(content, _SHAPE, place)
   described, scores = content['eval'], content['results']['scores']
+  # A role takes the place of an argument that names no model.
+  given = {k: v for k, v in described.get('task_args_passed', {}).items() if v is not None}
+  given |= {role: _models(bound) for role, bound in (described.get('model_roles') or {}).items()}
   task = ' '.join(
-    [
-      described['task'].rpartition('/')[2],
-      *(f'{name}={value}' for name, value in described.get('task_args_passed', {}).items()),
-    ]
+    [described['task'].rpartition('/')[2], *(f'{name}={value}' for name, value in given.items())]
   )
   metrics = []
   for score in scores:
@@ -62,6 +67,11 @@ def _read(content: Mapping[str, Any], place: str) -> list[Metric]:
       count = score.get('scored_samples')
       metrics.append(Metric(task, title, number(metric['value']), own_error, count))
   return metrics
+
+
+def _models(bound: Any) -> str:
+  """Return the names of the models that have a role."""
+  return ','.join(one['model'] for one in (bound if isinstance(bound, list) else [bound]))
 
 
 READERS.register('inspect')(Reader(_recognizes, _read))

@@ -89,6 +89,10 @@ def refused(match, random_model, workdir, change, stages=('generate',)):
     ({'train__attention': 'splash'}, "train.attention: attention 'splash' runs on TPUs only"),
     ({'train__remat': 'some'}, "train.remat='some' is not one of"),
     ({'train__lora_rank': 2, 'train__lora_modules': 'mpl'}, "'mpl' matches none"),
+    ({'train__base_weights': 'int8'}, "base_weights='int8' has no effect without adapters"),
+    ({'train__base_weights': 'int3'}, "train.base_weights='int3' is not one of .*'int8', 'nf4'"),
+    ({'model__weights': 'int3'}, "model.weights='int3' is not one of"),
+    ({'train__lora_rank': 2, 'train__lora_init': 'x'}, 'train.lora_init=.* has no adapter_config'),
     ({'train__eval_every': 5}, 'Set train.eval_share'),
     ({'train__patience': 2, 'train__eval_share': 0.1}, 'Set train.eval_every'),
     (

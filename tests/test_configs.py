@@ -246,6 +246,10 @@ def test_fields_and_defaults_of_version_1_are_kept():
   }
   added |= {
     'train.export_dtype',
+    'train.base_weights',
+    'train.lora_init',
+    'train.lora_export',
+    'model.weights',
     'train.reasoning',
     'train.deterministic',
     'evaluation.scores',

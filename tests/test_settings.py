@@ -116,7 +116,16 @@ object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
     ConstitutionConfig(leave_out=('a',)),
     MODEL,
     PROMPTS,
-    TrainConfig(export_dtype='float32', deterministic=False, reasoning='keep', balance_loss=0.1),
+    TrainConfig(
+      export_dtype='float32',
+      deterministic=False,
+      reasoning='keep',
+      balance_loss=0.1,
+      lora_rank=2,
+      base_weights='int8',
+      lora_init='adapter',
+      lora_export=True,
+    ),
   ],
 )
 def test_identity_of_settings_is_all_their_fields(settings):

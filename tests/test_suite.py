@@ -194,7 +194,7 @@ def test_short_names_are_those_of_language_models_only(loader, monkeypatch):
 def test_base_is_no_short_name_if_a_server_holds_the_model(base, aliases, loader, monkeypatch):
   monkeypatch.setattr(run_models, 'local_mesh', lambda run: loader.mesh)
   config = SimpleNamespace(
-    model=SimpleNamespace(base=base, dtype='float32', long_context=False),
+    model=SimpleNamespace(base=base, dtype='float32', long_context=False, weights='full'),
     feedback=SimpleNamespace(template_options=(), style='chat'),
     reward=SimpleNamespace(data=''),
   )

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,8 @@ from cai_jax.model.checkpoint_checks import check_tensors, stored_weights
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.weight_table import StoredWeight, join_parts, whole_tensor
 from cai_jax.model.mxfp4 import Mxfp4Slice
+from cai_jax.model.quantized.kernel import FULL, dequantize, is_quantized
+from cai_jax.model.quantized_params import kernel_quantizer, quantizable
 from cai_jax.model.sharding import flatten_params, param_shardings, path_str
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import (
@@ -45,6 +47,7 @@ def load_params(
   mesh: Mesh,
   param_dtype: str = 'float32',
   extra: Collection[str] = (),
+  weights: str = FULL,
 ) -> Params:
   """Load the parameters of a Hugging Face folder, each shard directly onto its device.
 
@@ -55,6 +58,8 @@ def load_params(
     param_dtype: dtype of the result, whatever the files hold: 'float32', 'bfloat16' or 'float16'.
     extra: names of tensors that the files must contain in addition to the model's own;
       `load_weight` reads them.
+    weights: format of the linear layers' kernels, see `cai_jax.model.quantized`. They are read in
+      f32 and quantized one after the other.
 
   Raises:
     UserError: if a weight is missing, unused, or of an unexpected shape or dtype; if a file is
@@ -65,10 +70,13 @@ def load_params(
   tensors = check_tensors(folder, config, extra)
   abstract = abstract_model(config, param_dtype=param_dtype)[1]
   shardings = param_shardings(abstract, mesh)
-  weights = stored_weights(config, tensors)
+  table = stored_weights(config, tensors)
+  quantized = {} if weights == FULL else quantizable(config)
+  quantize = kernel_quantizer(config, weights, mesh)
 
   def load(path, leaf, sharding):
-    stored = weights[path_str(path)]
+    name = path_str(path)
+    stored, dtype = table[name], np.float32 if name in quantized else leaf.dtype
     # Reopened for each weight, because what has been read stays in memory until the file is closed.
     with contextlib.ExitStack() as opened:
 
@@ -83,18 +91,18 @@ def load_params(
       def read(starts, stops):
         block = stored.read_block(find, starts, stops)
         with np.errstate(over='ignore'):  # values beyond float16 are found below
-          block = block.astype(leaf.dtype)
+          block = block.astype(dtype)
         stacked = stored.stacked is not None
         pieces = np.moveaxis(block, stored.stacked, 0) if stacked else [block]
-        for name, piece in zip(stored.block_names(starts, stops), pieces, strict=True):
-          check_finite(piece, tensors[name].name, tensors[name].path)
+        for key, piece in zip(stored.block_names(starts, stops), pieces, strict=True):
+          check_finite(piece, tensors[key].name, tensors[key].path)
         return block
 
       def shard(index):
         ranges = [s.indices(size) for s, size in zip(index, leaf.shape, strict=True)]
         return read(tuple(r[0] for r in ranges), tuple(r[1] for r in ranges))
 
-      return jax.make_array_from_callback(leaf.shape, sharding, shard)
+      return quantize(name, jax.make_array_from_callback(leaf.shape, sharding, shard))
 
   return jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
@@ -186,9 +194,10 @@ def save_params(
 
   Args:
     folder: created if it does not exist.
-    params: the model's parameters, on any mesh.
+    params: the model's parameters, on any mesh. Quantized kernels are written as the numbers that
+      they stand for.
     config: the model's config.
-    dtype: dtype of the files; None keeps the dtype of each parameter.
+    dtype: dtype of the files; None keeps the dtype of each parameter, f32 for quantized kernels.
     max_shard_bytes: largest size of a file in bytes; a single weight may exceed it.
     extra: arrays that the files hold in addition to the model's parameters, by tensor name.
 
@@ -209,7 +218,7 @@ def save_params(
   stored |= {name: whole_tensor(name, x.shape) for name, x in extra.items()}
   tensors = _list_parts(stored)
   dtypes = {
-    name: np.dtype(DTYPES[dtype]) if dtype else np.result_type(*(leaves[p].dtype for p in paths))
+    name: np.dtype(DTYPES[dtype]) if dtype else _common_dtype([leaves[path] for path in paths])
     for name, (paths, _) in tensors.items()
   }
   sizes = {
@@ -227,7 +236,8 @@ def save_params(
       gathered = {path: gathered[path] for path in paths if path in gathered}
       for path in paths:
         if path not in gathered:
-          gathered[path] = to_host(leaves[path])  # gathers, so every process must take part
+          # Gathers, so every process must take part.
+          gathered[path] = to_host(dequantize(leaves[path]))
       if is_writer:
         parts = [(stored[path], gathered[path]) for path in paths]
         content[name] = join_parts(parts, position).astype(dtypes[name], copy=False)
@@ -240,6 +250,11 @@ def save_params(
       write_json(folder / INDEX, index)
     # Loading would prefer a leftover of an earlier save to the new files.
     (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
+
+
+def _common_dtype(parameters: Sequence[Any]) -> np.dtype:
+  """Return a dtype that holds parameters; quantized kernels count as f32."""
+  return np.result_type(*(np.float32 if is_quantized(x) else x.dtype for x in parameters))
 
 
 def _write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:

@@ -19,6 +19,7 @@ from cai_jax.model.generation_config import (
   choose_eos_token_ids,
   read_generation_config,
 )
+from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.tokenizer import load_tokenizer
 from cai_jax.model.weight_files import INDEX, list_weight_files
 from cai_jax.runtime.digests import digest_file, digest_files
@@ -202,7 +203,12 @@ def read_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def fingerprint_model(
-  folder: pathlib.Path, config: ModelConfig, eos: tuple[int, ...], dtype: str, param_dtype: str
+  folder: pathlib.Path,
+  config: ModelConfig,
+  eos: tuple[int, ...],
+  dtype: str,
+  param_dtype: str,
+  weights: str = FULL,
 ) -> str:
   """Return the hex digest of everything that determines what a model samples.
 
@@ -215,8 +221,9 @@ def fingerprint_model(
     eos: tokens that end a reply.
     dtype: compute dtype.
     param_dtype: dtype of the parameters.
+    weights: format of the linear layers' kernels.
   """
-  settings = [identity(config), eos, dtype, param_dtype]
+  settings = [identity(config), eos, dtype, param_dtype, *([] if weights == FULL else [weights])]
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
   _update_digest(digest, folder, [*list_weight_files(folder), *_tokenizer_files(folder)])
   return digest.hexdigest()

@@ -26,6 +26,8 @@ from cai_jax.model.folder import (
   read_description,
 )
 from cai_jax.model.generation_config import special_token_ids
+from cai_jax.model.quantized.kernel import FULL
+from cai_jax.model.quantized_params import check_weights
 from cai_jax.model.saving import save_folder
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import check_dtype
@@ -42,16 +44,17 @@ class LM:
 
   Attributes:
     config: the shape of the model.
-    params: nested dict of arrays.
+    params: nested dict of arrays; kernels of linear layers may be quantized.
     tokenizer: a transformers.PreTrainedTokenizerFast.
     mesh: where the parameters are.
     dtype: compute dtype.
     name: the hub name or the absolute path of the folder that the model was loaded from.
-    fingerprint: hex digest of config, dtypes, weights and tokenizer. It is part of the key of each
-      turn in a journal.
+    fingerprint: hex digest of config, dtypes, format, weights and tokenizer. It is part of the key
+      of each turn in a journal.
     eos_token_ids: tokens that end a reply.
     generation_config: the entries of the checkpoint's generation_config.json. `save` keeps them.
       Sampling uses them only where a config says 'model', before the models are loaded.
+    weights: format of the linear layers' kernels; 'full' is the dtype of the others.
   """
 
   config: ModelConfig
@@ -63,6 +66,7 @@ class LM:
   fingerprint: str
   eos_token_ids: tuple[int, ...] = ()
   generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  weights: str = FULL
 
   @property
   def graph(self) -> nnx.GraphDef:
@@ -197,6 +201,7 @@ def load(
   mesh: Mesh | None = None,
   param_dtype: str | None = None,
   long_context: bool = False,
+  weights: str = FULL,
 ) -> LM:
   """Load a language model from a Hugging Face folder or from the hub.
 
@@ -209,27 +214,33 @@ def load(
     param_dtype: dtype of the parameters; None means `dtype`.
     long_context: whether to use the long factors of longrope scaling and the whole context, and not
       the short factors and the original context. The model must have that scaling.
+    weights: format of the linear layers' kernels: 'full', 'int8', 'nf4', or another one of
+      `cai_jax.model.quantized`. A quantized model can be sampled, scored and adapted, but not
+      trained itself.
 
   Raises:
     UserError: if there is no such folder or name; if the model's family is not supported or the
-      weights do not fit it; if the tokenizer is missing or does not fit.
+      weights do not fit it; if the tokenizer is missing or does not fit; if the model cannot be
+      held in the format.
   """
   param_dtype = dtype if param_dtype is None else param_dtype
   check_dtype(dtype, 'dtype')
   folder = find_folder(path)
   described = _read_description(folder, long_context)
   config, eos = described.config, described.eos_token_ids
+  check_weights(config, weights, 'weights')
   mesh = make_mesh() if mesh is None else mesh
   return LM(
     config=config,
-    params=load_params(folder, config, mesh, param_dtype),
+    params=load_params(folder, config, mesh, param_dtype, weights=weights),
     tokenizer=described.tokenizer,
     mesh=mesh,
     dtype=dtype,
     name=str(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
-    fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype),
+    fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype, weights),
     eos_token_ids=eos,
     generation_config=described.generation_config,
+    weights=weights,
   )
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.experts import Kernel
 from cai_jax.model.parts import Adapter, Linear
+from cai_jax.model.quantized.kernel import AdaptedKernel, is_quantized
 from cai_jax.model.transformer import Params, Transformer
 from cai_jax.runtime.errors import UserError
 
@@ -141,11 +142,14 @@ def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     lora: the settings that the adapters were made with.
 
   Returns:
-    The parameters of the plain model; adapted kernels are f32.
+    The parameters of the plain model; adapted kernels are f32. A quantized one becomes an
+    `AdaptedKernel`, which keeps the adapter beside it.
   """
   merged = dict(params)
   for key, value in adapters.items():
-    if key == 'adapter':
+    if key == 'adapter' and is_quantized(params['kernel']):
+      merged['kernel'] = AdaptedKernel(params['kernel'], value['a'], value['b'], lora.scale)
+    elif key == 'adapter':
       delta = jnp.matmul(value['a'], value['b'], precision=jax.lax.Precision.HIGHEST)
       kernel = params['kernel'].astype(jnp.float32)
       merged['kernel'] = kernel + lora.scale * delta.reshape(kernel.shape)
@@ -162,6 +166,26 @@ def _build(config: ModelConfig, lora: LoraConfig, dtype: str, rngs: nnx.Rngs) ->
       Adapter(linear.kernel.shape, len(linear.outs), lora.rank, lora.scale, rngs)
     )
   return model
+
+
+@functools.lru_cache
+def adapted_layers(config: ModelConfig, lora: LoraConfig) -> dict[str, int]:
+  """Return the number of output axes of each layer with an adapter, by its path.
+
+  Args:
+    config: the shape of the model.
+    lora: the adapters.
+
+  Raises:
+    UserError: as `abstract_model`.
+  """
+  model = nnx.eval_shape(lambda: _build(config, lora, 'float32', nnx.Rngs(0)))
+  modules = {'/'.join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+  return {
+    path: len(module.outs)
+    for path, module in modules.items()
+    if isinstance(module, Linear) and module.adapter is not None
+  }
 
 
 def _matching_layers(model: Transformer, lora: LoraConfig) -> list[Linear]:

@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.elementwise import layer_norm, rms_norm
-from cai_jax.model.precision import PRODUCT, einsum_f32, einsum_rounded, sum_entries
+from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
+from cai_jax.model.quantized.kernel import multiply
 
 
 class RMSNorm(nnx.Module):
@@ -114,7 +115,7 @@ class Adapter(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """A linear layer `x · kernel + bias` that accumulates in f32.
+  """A linear layer `x · kernel + bias` that accumulates in f32. The kernel may be quantized.
 
   Args:
     ins: sizes of the input axes, which are the leading axes of the kernel.
@@ -142,13 +143,11 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [B,T,*outs] for x [B,T,*ins], in the dtype of x."""
-    # A kernel with two input axes would be copied at every call; as one matrix it is not.
-    matrix = self.kernel[...].astype(x.dtype).reshape(-1, math.prod(self.outs))
     # The kernel's gradient sums over B and T. With two separate axes, XLA for CPUs first copies a
     # transposed array.
-    flat = x.reshape(-1, matrix.shape[0])
-    product = einsum_rounded if self.adapter is None and self.bias is None else einsum_f32
-    y = product('XI,IO->XO', flat, matrix)
+    flat = x.reshape(math.prod(x.shape[:2]), -1)
+    rounds = self.adapter is None and self.bias is None
+    y = multiply(flat, self.kernel.get_value(), math.prod(self.outs), rounds)
     if self.adapter is not None:
       y = y + self.adapter(flat)
     y = y.reshape(*x.shape[:2], *self.outs)

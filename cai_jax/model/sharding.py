@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.model.quantized.kernel import dequantize, is_quantized, map_params
 from cai_jax.runtime.errors import UserError
 
 # Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
@@ -42,6 +43,9 @@ RULES = (
   (r'(.*/)?((attention|mlp)_(post_)?norm|norm|q_norm|k_norm)/(scale|bias)', P()),  # [D] or [H]
 )
 
+# An array of a quantized kernel: it is split like the kernel, except along axes of size 1.
+_QUANTIZED = re.compile(r'(.*/kernel)/\w+')
+
 
 def path_str(path) -> str:
   """Return the path of a leaf of a pytree as text, such as 'layers/0/mlp/up/kernel'.
@@ -56,9 +60,9 @@ def flatten_params(params: Any) -> dict[str, Any]:
   """Return the leaves of a pytree of parameters by path, in the order of the tree.
 
   Args:
-    params: a pytree of nested dicts.
+    params: a pytree of nested dicts. A quantized kernel is one leaf.
   """
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
   return {path_str(path): leaf for path, leaf in leaves}
 
 
@@ -96,7 +100,10 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
   def sharding(path, leaf):
     name = path_str(path)
-    spec = partition_spec(name)
+    kernel, is_part = _QUANTIZED.subn(r'\1', name)
+    spec = partition_spec(kernel)
+    if is_part:
+      spec = P(*(None if n == 1 else axis for n, axis in zip(leaf.shape, spec, strict=True)))
     for size, axis in zip(leaf.shape, spec, strict=False):
       if axis is not None and size % mesh.shape[axis]:
         divisors = [n for n in range(1, mesh.size + 1) if size % n == 0]
@@ -116,12 +123,13 @@ def copy_to_local_mesh(params: Any, mesh: Mesh, dtype) -> Any:
   parameters in host memory.
 
   Args:
-    params: a pytree of arrays on any mesh.
+    params: a pytree of arrays on any mesh. Quantized kernels become arrays.
     mesh: devices of this process.
     dtype: dtype of the copy.
   """
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
+  params = map_params(lambda x: dequantize(x, dtype), params)
   shardings = param_shardings(params, mesh)
   return jax.tree.map(
     lambda x, sharding: jnp.array(jax.device_put(x, sharding), dtype, copy=True), params, shardings

@@ -12,6 +12,7 @@ from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
+from cai_jax.model.quantized_params import abstract_params, check_weights
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
@@ -173,8 +174,11 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
     except UserError as error:
       raise UserError(f'{fields[name]}={name!r}: {error}') from error
   mesh = global_mesh(run)
-  for info in infos.values():
+  for name, info in infos.items():
     param_shardings(abstract_model(info.config)[1], mesh)
+    if fields[name].startswith('model.'):
+      check_weights(info.config, section.weights, 'model.weights')
+      param_shardings(abstract_params(info.config, section.dtype, section.weights), mesh)
   return infos
 
 
@@ -224,6 +228,8 @@ def _check_training_start(
   train = run.config.train
   if 'train' in stages:
     train.check_model(info.config, name)
+    frozen = abstract_params(info.config, train.dtype, train.base_weights)
+    param_shardings(frozen, global_mesh(run))
   if 'train' in stages and train.attention != AUTO:
     try:
       check_model(train.attention, global_mesh(run), train.dtype, max_length, info.config)

@@ -12,6 +12,7 @@ from typing import Any
 from cai_jax.data import d_cai
 from cai_jax.evaluation.config import TRAINED
 from cai_jax.feedback.comparisons.config import LabelConfig
+from cai_jax.model import peft
 from cai_jax.model.folder import DESCRIPTION_FILES, find_folder, folder_contents
 from cai_jax.pipeline.pair_sources import LABELS_FILE, PAIR_SOURCES
 from cai_jax.pipeline.policies import list_trainings, trains_preferences
@@ -58,6 +59,7 @@ def _inputs(config: RunConfig, stage: str) -> Iterator[tuple[str, Any]]:
     role = 'init' if model.init else 'base'
     yield f'model.{role}', getattr(model, role)
     yield 'data.d_cai', config.data.d_cai
+    yield 'train.lora_init', config.train.lora_init
     return
   for role in ('base', 'critique', 'revision'):
     yield f'model.{role}', getattr(model, role)
@@ -104,6 +106,7 @@ def _preference_inputs(config: RunConfig) -> Iterator[tuple[str, Any]]:
   for training in list_trainings(config):
     section = training.config
     yield f'{section.section}.init', '' if section.init in ROLES else section.init
+    yield f'{section.section}.lora_init', section.lora_init
     yield f'{section.section}.data', '' if section.data in PAIR_SOURCES else section.data
 
 
@@ -119,6 +122,8 @@ def _digests(name: str, value: Any) -> dict[str, str]:
       f'{number}: {path.name}': digest_files(path.parent, [path.name])
       for number, path in enumerate(paths, 1)
     }
+  if name.endswith('.lora_init'):
+    return {'adapters': digest_files(pathlib.Path(value), peft.FILES)}
   if name.startswith('remote.'):
     return folder_contents(_find_tokenizer(value), weights=False)
   return model_contents(model_path(value))

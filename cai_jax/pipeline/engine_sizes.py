@@ -13,7 +13,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from cai_jax.model.attention.cached import choose_cached
-from cai_jax.model.config import ModelConfig
 from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.folder import find_folder, read_hf_config
 from cai_jax.pipeline.models import local_mesh
@@ -48,8 +47,8 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
   engine = kept = dataclasses.replace(given, **stored)
   parts = []
   if samples:
-    for model, _ in _models(run):
-      given.check_drafts(model)
+    for model in _models(run):
+      given.check_drafts(model.config)
   if samples and given.unresolved:
     mesh = local_mesh(run)
     device = describe_device(mesh.local_devices[0])
@@ -72,12 +71,12 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
 
 
 def _check_attention(
-  run: Run, engine: EngineConfig, models: Sequence[tuple[ModelConfig, str]], mesh: Mesh
+  run: Run, engine: EngineConfig, models: Sequence[auto.Held], mesh: Mesh
 ) -> None:
   """Check that the attention with which a run began supports the models on these devices."""
   try:
-    for config, dtype in models:
-      choose_cached(engine.attention, config, dtype, engine.page_tokens, mesh)
+    for model in models:
+      choose_cached(engine.attention, model.config, model.dtype, engine.page_tokens, mesh)
   except UserError as error:
     raise UserError(
       f'{run.workdir} began with engine.attention={engine.attention!r}, which cannot run here. '
@@ -108,8 +107,8 @@ def _read_stored(path: pathlib.Path, given: EngineConfig) -> dict[str, Any]:
   return {name: getattr(engine, name) for name in stored if name not in engine.unresolved}
 
 
-def _models(run: Run) -> list[tuple[ModelConfig, str]]:
-  """Return shape and dtype of the models that sample together in this process.
+def _models(run: Run) -> list[auto.Held]:
+  """Return the models that sample together in this process, and how they are held.
 
   M_aligned answers alone, and has the shape of one of the others or the place that they leave.
   """
@@ -120,4 +119,4 @@ def _models(run: Run) -> list[tuple[ModelConfig, str]]:
   configs = [config_from_hf(read_hf_config(folder)) for folder in folders]
   if section.long_context:
     configs = [config.with_long_context() for config in configs]
-  return [(config, section.dtype) for config in configs]
+  return [auto.Held(config, section.dtype, section.weights) for config in configs]

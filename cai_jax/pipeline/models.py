@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -60,7 +61,9 @@ def open_models(run: Run, weights: bool = True) -> Iterator[dict[str, LM | Remot
   }
 
   def load(name: str) -> LM:
-    load_lm = models.load if weights else models.describe
+    load_lm = models.describe
+    if weights:
+      load_lm = functools.partial(models.load, weights=config.weights)
     lm = load_lm(model_path(name), config.dtype, mesh, long_context=config.long_context)
     return dataclasses.replace(lm, name=name)
 
@@ -134,6 +137,7 @@ def model_loader(
     journal / 'ratings',
     guard_journal(run),
     trained,
+    run.config.model.weights,
   )
 
 

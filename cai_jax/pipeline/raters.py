@@ -10,6 +10,7 @@ from cai_jax.feedback.chain import RaterName
 from cai_jax.feedback.score import RaterSource
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import FULL
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.lengths import check_lengths
 from cai_jax.pipeline.models import answers_journal, model_loader
@@ -102,4 +103,5 @@ def _identity(run: Run, name: RaterName, loader: ModelLoader) -> list[Any]:
   contents = model_contents(path) if path else {}
   options = [list(pair) for pair in loader.template_options]
   reading = [loader.dtype, loader.style, options, loader.long_context]
+  reading += [] if loader.weights == FULL else [loader.weights]
   return [name.kind, name.model, name.label, contents, reading, sorted(run.plugins.values())]

@@ -11,6 +11,7 @@ from cai_jax.data.prompts import PromptSource
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
+from cai_jax.model.quantized.kernel import FULL, check_format
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.runtime.compilation import CompilationConfig
@@ -29,7 +30,7 @@ class ModelSelection:
   The embedded models are 'tiny', 'tiny-1', 'tiny-2' and 'tiny-small'.
 
   Raises:
-    UserError: if the dtype is not supported.
+    UserError: if the dtype or the format of weights is not supported.
   """
 
   base: str = setting(
@@ -47,6 +48,13 @@ class ModelSelection:
   dtype: str = setting(
     'float32', "Dtype of parameters, cache and computation in sampling, such as 'bfloat16'."
   )
+  weights: str = setting(
+    FULL,
+    "Format of the linear layers' kernels in every model that this section names, when it samples "
+    "or is measured: 'full' is `dtype`, 'int8' has 8 bits a weight with a scale for each output "
+    "channel, and 'nf4' is the 4-bit format of QLoRA. Training has `train.base_weights`.",
+    added=True,
+  )
   long_context: bool = setting(
     False,
     'Whether models with longrope scaling, such as Phi-3, use their long factors and whole '
@@ -57,6 +65,7 @@ class ModelSelection:
 
   def __post_init__(self) -> None:
     check_dtype(self.dtype, 'model.dtype')
+    check_format(self.weights, 'model.weights')
 
 
 @dataclasses.dataclass(frozen=True)

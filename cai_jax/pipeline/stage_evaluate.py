@@ -115,7 +115,13 @@ def _answer(
     Counts and speeds, for the manifest.
   """
   section, folder = run.config.model, run.workdir / 'evaluation' / name
-  lm = models.load(path, section.dtype, local_mesh(run), long_context=section.long_context)
+  lm = models.load(
+    path,
+    section.dtype,
+    local_mesh(run),
+    long_context=section.long_context,
+    weights=section.weights,
+  )
   prompts = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
   job = _prepare_answers(run, {'base': lm}, prompts, length)
   counts = sample_dataset(run, job, folder, name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -159,7 +160,9 @@ def _load(run: Run, name: str, weights: bool, field: str) -> LM:
   path = run.preference_start(name) if weights else run.stand_in(name)
   if not path:
     raise UserError(f'{field}={name!r}: a server holds this model. Name a checkpoint.')
-  load = models.load if weights else models.describe
+  load = models.describe
+  if weights:
+    load = functools.partial(models.load, weights=section.weights)
   try:
     lm = load(path, section.dtype, local_mesh(run), long_context=section.long_context)
   except UserError as error:

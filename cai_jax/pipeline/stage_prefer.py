@@ -28,6 +28,7 @@ from cai_jax.model import classifier
 from cai_jax.model import lm as models
 from cai_jax.model.classifier import ClassifierInfo
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import FULL
 from cai_jax.pipeline.best_of_n import write_best_answers
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.models import global_mesh, make_dialogue
@@ -158,7 +159,7 @@ def _train_policy(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Train a language model; return its summary, and the counts of its units."""
   config, start = training.config, run.preference_start(training.init)
-  lm = _load(run, start, config.dtype)
+  lm = _load(run, start, config.dtype, config.base_weights)
   dialogue = make_dialogue(run, lm)
   built, groups = build_units(pairs, dialogue, training)
   reference: dict[str, Any] = {}
@@ -211,14 +212,15 @@ def _train_reward(
   return summary, built.counts
 
 
-def _load(run: Run, path: str, dtype: str) -> LM:
-  """Return a language model for training."""
+def _load(run: Run, path: str, dtype: str, weights: str = FULL) -> LM:
+  """Return a language model for training, or as a reference."""
   return models.load(
     path,
     dtype=dtype,
     mesh=global_mesh(run),
     param_dtype='float32',
     long_context=run.config.model.long_context,
+    weights=weights,
   )
 
 

@@ -52,6 +52,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     mesh=global_mesh(run),
     param_dtype='float32',
     long_context=run.config.model.long_context,
+    weights=config.base_weights,
   )
   dialogue = make_dialogue(run, lm)
   params, summary = fine_tune(

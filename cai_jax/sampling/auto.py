@@ -17,6 +17,8 @@ from cai_jax.model import cached_forward  # noqa: F401  # registers every attent
 from cai_jax.model.attention.cached import CACHED, choose_cached
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import FULL
+from cai_jax.model.quantized_params import param_bytes
 from cai_jax.runtime.hardware import Device, describe_device
 from cai_jax.runtime.mesh import batch_shards
 from cai_jax.sampling.caches import layer_state_bytes
@@ -120,25 +122,47 @@ class Load:
     return self.token * tokens - left + self.state
 
 
+class Held(NamedTuple):
+  """A model and how it is held.
+
+  Attributes:
+    config: the shape of the model.
+    dtype: dtype of parameters and cache.
+    weights: format of the linear layers' kernels.
+  """
+
+  config: ModelConfig
+  dtype: str
+  weights: str = FULL
+
+  def param_bytes(self, mesh: Mesh) -> int:
+    """Return the bytes of the parameters on each device of a mesh."""
+    shards = mesh.shape['fsdp'] * mesh.shape['tensor']
+    if self.weights != FULL:
+      return param_bytes(*self) // shards
+    experts = self.config.num_expert_params
+    split = self.config.num_params - experts + experts / mesh.shape['expert']
+    return int(split * jnp.dtype(self.dtype).itemsize / shards)
+
+
 def measure_load(
-  models: Sequence[tuple[ModelConfig, str]],
+  models: Sequence[tuple[ModelConfig, str] | tuple[ModelConfig, str, str]],
   mesh: Mesh,
   page_tokens: int = ACCELERATOR.page_tokens,
 ) -> Load:
   """Return what models take on each device of a mesh.
 
   Args:
-    models: shape and dtype of each model.
+    models: shape and dtype of each model, and its format if it is quantized; see `Held`.
     mesh: the mesh that holds them.
     page_tokens: number of tokens of a page of the cache.
   """
   parameters = token = state = 0
   windowed: collections.Counter[int] = collections.Counter()
-  for config, dtype in models:
-    width = jnp.dtype(dtype).itemsize
-    experts = config.num_expert_params
-    split = config.num_params - experts + experts / mesh.shape['expert']
-    parameters += int(split * width / (mesh.shape['fsdp'] * mesh.shape['tensor']))
+  held = [Held(*model) for model in models]
+  for model in held:
+    config, width = model.config, jnp.dtype(model.dtype).itemsize
+    parameters += model.param_bytes(mesh)
     cached: collections.Counter[int | None] = collections.Counter()
     for kind in config.kinds:
       cached[kind.window] += kind.cached
@@ -147,9 +171,9 @@ def measure_load(
       if window:
         windowed[window] += numbers * width // mesh.shape['tensor']
     if config.delta:
-      states = len(config.delta.layers) * layer_state_bytes(config.delta, jnp.dtype(dtype))
+      states = len(config.delta.layers) * layer_state_bytes(config.delta, jnp.dtype(model.dtype))
       state += states // mesh.shape['tensor']
-  names = {choose_cached(AUTO, config, dtype, page_tokens, mesh) for config, dtype in models}
+  names = {choose_cached(AUTO, x.config, x.dtype, page_tokens, mesh) for x in held}
   attention = names.pop() if len(names) == 1 else 'pages'
   shards, by_window = batch_shards(mesh), tuple(sorted(windowed.items()))
   return Load(parameters, token, shards, attention, by_window, state)
@@ -221,5 +245,6 @@ def resolve_for(config: EngineConfig, models: Sequence[LM]) -> EngineConfig:
   if not models:
     return resolve(config, describe_device(jax.local_devices()[0]), Load())
   mesh = models[0].mesh
-  load = measure_load([(lm.config, lm.dtype) for lm in models], mesh, page_of(config))
+  held = [Held(lm.config, lm.dtype, lm.weights) for lm in models]
+  load = measure_load(held, mesh, page_of(config))
   return resolve(config, describe_device(mesh.local_devices[0]), load)

@@ -10,6 +10,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model import lm
 from cai_jax.model.classifier import ClassifierInfo, inspect_classifier
+from cai_jax.model.quantized.kernel import FULL
 from cai_jax.scoring import reward
 
 
@@ -46,6 +47,7 @@ class ModelLoader:
     rating_journal: folder in which the turns of guard models and of rubrics are stored, if there is
       one.
     guard_journal: folder in which the answers of a served guard model are stored, if there is one.
+    weights: format of M_θ's linear layers, see `lm.load`. Other models are in full precision.
   """
 
   dtype: str
@@ -60,6 +62,7 @@ class ModelLoader:
   rating_journal: pathlib.Path | None = None
   guard_journal: pathlib.Path | None = None
   reward_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  weights: str = FULL
 
   def language_model(self, name: str) -> lm.LM:
     """Load a language model.
@@ -75,7 +78,8 @@ class ModelLoader:
     path, long_context = self._find(name)
     if path in self.loaded:
       return self.loaded[path]
-    return lm.load(path, self.dtype, self.mesh, long_context=long_context)
+    weights = self.weights if path == self.aliases.get('base') else FULL
+    return lm.load(path, self.dtype, self.mesh, long_context=long_context, weights=weights)
 
   def inspect_language_model(self, name: str) -> tuple[str, lm.ModelInfo]:
     """Check a language model without loading its weights.

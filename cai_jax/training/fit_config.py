@@ -5,9 +5,12 @@ import importlib.util
 import math
 from typing import Any, ClassVar
 
+from cai_jax.model import peft
 from cai_jax.model.attention.kernels.kernel import AUTO, KERNELS
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lora import LoraConfig
+from cai_jax.model.quantized.kernel import FULL, check_format
+from cai_jax.model.quantized_params import check_weights
 from cai_jax.model.transformer import REMAT
 from cai_jax.model.weight_files import DTYPES as STORED
 from cai_jax.runtime.errors import UserError
@@ -18,7 +21,9 @@ SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 DTYPES = ('float32', 'bfloat16')
 
 # Settings that do not affect the trained parameters, so a run may be resumed with other values.
-MAY_CHANGE_ON_RESUME = ('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb', 'export_dtype')
+MAY_CHANGE_ON_RESUME = (
+  *('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb', 'export_dtype', 'lora_export'),
+)
 
 # Ranges of single settings. Every comparison with NaN is false, so NaN is refused.
 _MINIMUM = {
@@ -121,6 +126,26 @@ class FitConfig:
     'Regular expression that selects the linear layers to adapt. It is searched in paths such as '
     "'layers/0/attention/query'.",
   )
+  base_weights: str = setting(
+    FULL,
+    "Format of the frozen linear layers under the adapters, which need `lora_rank`: 'full' is the "
+    "compute dtype, 'int8' has 8 bits a weight with a scale for each output channel, and 'nf4' is "
+    'the 4-bit format of QLoRA. The saved model is the quantized one with the adapters added.',
+    added=True,
+  )
+  lora_init: str = setting(
+    '',
+    "Folder of an adapter in PEFT's format from which training starts. Its rank, its scale and its "
+    "layers must be those of `lora_rank`, `lora_alpha` and `lora_modules`. '' draws new adapters.",
+    path=True,
+    added=True,
+  )
+  lora_export: bool = setting(
+    False,
+    "Whether to save the trained adapters in PEFT's format as well, as adapter/ beside the "
+    'checkpoints of the training.',
+    added=True,
+  )
   remat: str = setting(
     'none',
     "What the backward pass recomputes to save memory: 'none'; 'dots', everything in a block "
@@ -179,7 +204,8 @@ class FitConfig:
     self._check_names()
     self._check_numbers()
     self._check_combinations()
-    _ = self.lora, self.loss_settings  # checked on construction
+    self._check_adapters()
+    _ = self.loss_settings  # checked on construction
     if self.wandb and not _is_installed('wandb'):
       raise UserError(
         f'{self.section}.wandb={self.wandb!r} needs the package wandb, which is not installed. Run '
@@ -243,8 +269,14 @@ class FitConfig:
       name: its name, for the message.
 
     Raises:
-      UserError: if there is a load-balancing loss, but no mixture of experts.
+      UserError: if there is a load-balancing loss, but no mixture of experts; if the model cannot
+        be quantized; or if its adapters have no form in PEFT, or are not those of `lora_init`.
     """
+    check_weights(model, self.base_weights, f'{self.section}.base_weights')
+    if self.lora is not None and self.lora_export:
+      peft.check_export(model, self.lora, self.section)
+    if self.lora is not None and self.lora_init:
+      peft.read_adapters(self.lora_init, model, self.lora, self.section)
     if self.balance_loss and model.experts is None:
       raise UserError(
         f'{self.section}.balance_loss={self.balance_loss} is for mixtures of experts, but {name} '
@@ -314,6 +346,23 @@ class FitConfig:
         f'{section}.batch_size={self.batch_size} must be a multiple of '
         f'{section}.accumulation={self.accumulation}.'
       )
+
+  def _check_adapters(self) -> None:
+    """Check the settings of adapters."""
+    check_format(self.base_weights, f'{self.section}.base_weights')
+    for name in ('base_weights', 'lora_init', 'lora_export'):
+      field = f'{self.section}.{name}={getattr(self, name)!r}'
+      if getattr(self, name) in ('', False, FULL):
+        continue
+      if self.lora is None:
+        raise UserError(
+          f'{field} has no effect without adapters. Set {self.section}.lora_rank, or leave it out.'
+        )
+      if self.registered_loss.head is not None:
+        raise UserError(
+          f'{field} is for language models, and {self.section}.{self.loss_field}='
+          f'{self.loss_name!r} trains a reward model. Leave it out.'
+        )
 
 
 def _is_installed(package: str) -> bool:

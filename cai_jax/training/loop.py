@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.data.units import Unit, as_unit, check_units, unit_lengths
+from cai_jax.model import peft
 from cai_jax.model.attention.kernels.kernel import check_model
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import interruption
@@ -70,17 +71,19 @@ def fit(
   buckets: Sequence[packing.Bucket] = (),
   init_id: str = '',
   monitoring: Monitoring = Monitoring(),
+  init_name: str = '',
 ) -> tuple[Any, dict[str, Any]]:
   """Train a model on examples or units, resuming from the latest checkpoint in `workdir`.
 
   A resumed run ends with bitwise the same parameters as an uninterrupted one. A run that is already
   complete only loads its result. With `config.patience` the result is the state with the lowest
   held-out loss, and otherwise the last one. The function writes the files of `TrainingLog` and the
-  folders tensorboard/ and checkpoints/ to `workdir`.
+  folders tensorboard/ and checkpoints/ to `workdir`, and adapter/ with `config.lora_export`.
 
   Args:
     model: architecture of the model.
-    params: initial parameters; they are copied.
+    params: initial parameters. Arrays are copied. Quantized kernels are not: the first step takes
+      them over, and they cannot be used afterwards.
     examples: the training examples, or the units that the loss of `config` needs.
     config: settings of the run.
     mesh: the devices; the rows of a batch are split over the axes data and fsdp.
@@ -90,9 +93,11 @@ def fit(
     init_id: identifies `params`, for example a fingerprint. It prevents resuming from different
       initial parameters.
     monitoring: what to observe during training.
+    init_name: name of the initial model, which exported adapters refer to.
 
   Returns:
-    The trained parameters of the whole model, f32 on the mesh, and a summary of the run.
+    The trained parameters of the whole model, f32 on the mesh, and a summary of the run. Quantized
+    kernels stay quantized, with their adapters beside them.
 
   Raises:
     UserError: before the first step, if there are no examples, they are not units of the loss, the
@@ -182,7 +187,7 @@ def fit(
     exported_step = held_out.best_step or step
     if exported_step != step:
       best = restore_state(checkpointer, exported_step, abstract, config.section)
-      state = dataclasses.replace(best, frozen=divided.frozen)
+      state = dataclasses.replace(best, frozen=state.frozen)
   summary = {
     'steps': len(steps),
     'examples': len(examples),
@@ -193,6 +198,8 @@ def fit(
     'exported_step': exported_step,
     'clipped_share': clipped_share,
   }
+  if config.lora is not None and config.lora_export:
+    peft.write_adapters(workdir / 'adapter', state.eval_params, model, config.lora, init_name)
   return divided.full_params(state), summary
 
 

@@ -30,7 +30,8 @@ def prefer(
   """Train a model on comparisons or judged responses.
 
   Args:
-    lm: the initial model, which does not change. By default it is the reference as well.
+    lm: the initial model, which by default is the reference as well. It does not change, except
+      that training takes over its quantized kernels; see `fit`.
     units: the tokenized data, see `Unit`.
     config: settings of the run.
     workdir: folder of the run; see `fit`. Reference log-probabilities are kept in it.
@@ -45,7 +46,7 @@ def prefer(
     profile_steps: number of steps to record a profiler trace of.
 
   Returns:
-    The trained parameters, f32, and a summary of the run.
+    The trained parameters, see `fit`, and a summary of the run.
 
   Raises:
     UserError: before the first step, if there are no units, they are not those of the objective, a
@@ -91,6 +92,7 @@ def prefer(
     workdir,
     init_id=lm.fingerprint,
     monitoring=Monitoring(held_out, probe, profile_steps),
+    init_name=lm.name,
   )
   return params, {'units': len(units), 'held_out': len(held_out), **summary}
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.model.quantized.kernel import is_quantized, map_params
 from cai_jax.model.sharding import param_shardings
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.optimizer import make_optimizer
@@ -25,7 +26,8 @@ class TrainState:
     params: the trained parameters, f32.
     opt_state: the optimizer's state, f32.
     ema: moving average of `params`, f32; None without `train.ema`.
-    frozen: parameters that are not trained, in the compute dtype; None if all are trained.
+    frozen: parameters that are not trained, in the compute dtype or quantized; None if all are
+      trained.
   """
 
   step: Any
@@ -106,15 +108,26 @@ def init_state(params: Any, config: FitConfig, mesh: Mesh) -> TrainState:
 
 
 def place_frozen(params: Any, config: FitConfig, mesh: Mesh) -> Any:
-  """Return a copy of the frozen parameters, on the mesh and in the compute dtype.
+  """Return the frozen parameters, on the mesh and in the compute dtype.
+
+  Arrays are copied. Quantized kernels are not, if they are on the mesh: a train step, which donates
+  its state, takes them over.
 
   Args:
     params: parameters that are not trained.
     config: the run's settings.
     mesh: the devices.
   """
-  shardings = param_shardings(params, mesh)
-  return jax.jit(lambda p: _copy(p, config.dtype), out_shardings=shardings)(params)
+
+  leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
+  shardings = tree.flatten_up_to(param_shardings(params, mesh))
+  arrays = {i: x for i, x in enumerate(leaves) if not is_quantized(x)}
+  copy = jax.jit(
+    lambda arrays: _copy(arrays, config.dtype), out_shardings={i: shardings[i] for i in arrays}
+  )
+  kernels = {i: x for i, x in enumerate(leaves) if i not in arrays}
+  placed = copy(arrays) | {i: jax.device_put(x, shardings[i]) for i, x in kernels.items()}
+  return tree.unflatten([placed[i] for i in range(len(leaves))])
 
 
 def _initial_state(params, frozen, config: FitConfig) -> TrainState:
@@ -125,7 +138,7 @@ def _initial_state(params, frozen, config: FitConfig) -> TrainState:
     params=params,
     opt_state=make_optimizer(config, 1).init(params),
     ema=_copy(params, jnp.float32) if config.ema else None,
-    frozen=_copy(frozen, config.dtype),
+    frozen=map_params(lambda x: x if is_quantized(x) else _copy(x, config.dtype), frozen),
   )
 
 

@@ -27,7 +27,8 @@ def fine_tune(
   """Fine-tune a model on D_CAI.
 
   Args:
-    lm: the initial model, which does not change.
+    lm: the initial model, which does not change, except that training takes over its quantized
+      kernels; see `fit`.
     rows: rows of D_CAI, see `d_cai.read_rows`.
     dialogue: renders conversations for the model's tokenizer.
     config: settings of the run.
@@ -38,7 +39,7 @@ def fine_tune(
       need them.
 
   Returns:
-    The trained parameters, f32, and a summary with the counts of the examples.
+    The trained parameters, see `fit`, and a summary with the counts of the examples.
 
   Raises:
     UserError: if `config.max_length` exceeds the model's context; see also `build_examples`,
@@ -75,6 +76,7 @@ def fine_tune(
     workdir,
     init_id=lm.fingerprint,
     monitoring=Monitoring(held_out, probe, profile_steps),
+    init_name=lm.name,
   )
   return params, {**built.counts, 'held_out': len(held_out), **summary}
 

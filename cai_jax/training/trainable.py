@@ -4,6 +4,7 @@ The head of a reward model is trained in both cases, because it starts from rand
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from cai_jax.model import lora
+from cai_jax.model import lora, peft
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.quantized.kernel import has_quantized, is_quantized, map_params
 from cai_jax.model.score_head import HEAD, join_head, split_head
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
@@ -29,9 +31,10 @@ class TrainableModel:
     graph: static half of the model that is trained, with its adapters if it has any. It does not
       have the head of a reward model.
     params: initial values of the trained parameters.
-    frozen: the other parameters, on the mesh in the compute dtype; None if all are trained.
+    frozen: the other parameters, on the mesh in the compute dtype or quantized; None if all are
+      trained.
     full_params: function that returns all parameters of the plain model for a train state, with
-      adapters merged, and with the head of a reward model.
+      adapters merged, and with the head of a reward model. See `lora.merge` for quantized kernels.
   """
 
   graph: nnx.GraphDef
@@ -50,8 +53,8 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
     mesh: the devices.
 
   Raises:
-    UserError: if `lora_modules` matches no linear layer, or the loss trains a head and there is
-      none, or the other way round.
+    UserError: if `lora_modules` matches no linear layer, `lora_init` holds other adapters, or the
+      loss trains a head and there is none, or the other way round.
   """
   _check_head(params, config)
   adapter_config = config.lora
@@ -59,25 +62,34 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
     graph, _ = abstract_model(model, config.dtype)
     return TrainableModel(graph, params, None, lambda state: state.eval_params)
   graph, _ = lora.abstract_model(model, adapter_config, config.dtype)
-  # Every process draws the same adapters. They leave the device because the train state places them
-  # on a mesh that may span processes.
-  trained = jax.device_get(lora.init(model, adapter_config, jax.random.key(config.seed)))
+  trained = _initial_adapters(model, config)
   if HEAD in params:
     params, head = split_head(params)
     trained = join_head(trained, head)
-  merge = jax.jit(
-    lambda params, adapters: lora.merge(params, adapters, adapter_config),
-    out_shardings=param_shardings(params, mesh),
-  )
+  merge = functools.partial(lora.merge, lora=adapter_config)
+  if not has_quantized(params):  # otherwise there is nothing to compute yet
+    merge = jax.jit(merge, out_shardings=param_shardings(params, mesh))
   frozen = place_frozen(params, config, mesh)
 
   def full_params(state: TrainState) -> Any:
+    # A train step has taken over the quantized kernels of `params`.
+    whole = map_params(lambda x, own: own if is_quantized(x) else x, params, state.frozen)
     if HEAD not in state.eval_params:
-      return merge(params, state.eval_params)
+      return merge(whole, state.eval_params)
     adapters, head = split_head(state.eval_params)
-    return join_head(merge(params, adapters), head)
+    return join_head(merge(whole, adapters), head)
 
   return TrainableModel(graph, trained, frozen, full_params)
+
+
+def _initial_adapters(model: ModelConfig, config: FitConfig) -> Any:
+  """Return the adapters that training starts from, in the memory of the host."""
+  assert config.lora is not None
+  if config.lora_init:
+    return peft.read_adapters(config.lora_init, model, config.lora, config.section)
+  # Every process draws the same adapters. They leave the device because the train state places them
+  # on a mesh that may span processes.
+  return jax.device_get(lora.init(model, config.lora, jax.random.key(config.seed)))
 
 
 def _check_head(params: Any, config: FitConfig) -> None:

@@ -117,9 +117,10 @@ def sampling_job(
   else:
     parts = chips.hosts
     mesh = sampler.host_mesh(config.mesh.to_dict(), chips, chips.first_host())
-  lm = sampler.abstract_lm(model, mesh, config.model.dtype)
+  lm = sampler.abstract_lm(model, mesh, config.model.dtype, config.model.weights)
   device = Device('tpu', chips.name, int(chips.chip.memory))
-  load = auto.measure_load([(model, config.model.dtype)], mesh)
+  held = auto.Held(model, config.model.dtype, config.model.weights)
+  load = auto.measure_load([held], mesh)
   engine = auto.resolve(EngineConfig(**config.engine), device, load)  # as a run on the slice does
   slots = args.slots or engine.fit([lm], args.length, [sum(args.prefixes)])[0]
   return sampler.Sampler(lm, engine, slots, args.length, tuple(args.prefixes)), parts

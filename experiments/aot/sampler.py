@@ -23,8 +23,9 @@ from cai_jax.model.cache import (
 )
 from cai_jax.model.config import LayerKind, ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import FULL
+from cai_jax.model.quantized_params import abstract_params
 from cai_jax.model.sharding import param_shardings
-from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
@@ -52,11 +53,11 @@ def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
   return make_mesh(**sizes, devices=part.devices)
 
 
-def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str) -> LM:
+def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str, weights: str = FULL) -> LM:
   """Return a model whose parameters are ShapeDtypeStructs with shardings."""
-  shapes = abstract_model(config, dtype, dtype)[1]
+  shapes = abstract_params(config, dtype, weights)
   params = with_shardings(shapes, param_shardings(shapes, mesh))
-  return LM(config, params, None, mesh, dtype, 'shapes', '')
+  return LM(config, params, None, mesh, dtype, 'shapes', '', weights=weights)
 
 
 def abstract_pages(

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.config import ModelConfig
+from cai_jax.model.quantized.kernel import FULL
+from cai_jax.model.quantized_params import abstract_params, param_bytes
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
@@ -91,7 +93,8 @@ def shapes_of(job: Training) -> Shapes:
   graph, params = abstract_model(job.model, job.train.dtype)
   frozen = None
   if job.train.lora is not None:
-    graph, frozen = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0], params
+    graph = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0]
+    frozen = abstract_params(job.model, job.train.dtype, job.train.base_weights)
     init = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
     params = jax.eval_shape(init, jax.random.key(0))
   state = abstract_state(params, job.train, job.mesh, frozen)
@@ -107,10 +110,12 @@ def min_bytes_moved(job: Training, shapes: Shapes) -> float:
   """Return the bytes that a step must move on each device.
 
   Trained parameters and their moments are read and written once. All parameters, gathered and in
-  the compute dtype, are read in the forward and in the backward pass of each micro-batch.
+  the compute dtype or quantized, are read in the forward and in the backward pass of each
+  micro-batch.
   """
   state = local_bytes(shapes.state.without_frozen)
-  params = job.model.num_params * jnp.dtype(job.train.dtype).itemsize / job.mesh.shape['tensor']
+  stored = param_bytes(job.model, job.train.dtype, job.train.base_weights)
+  params = stored / job.mesh.shape['tensor']
   return 2 * state + 2 * job.train.accumulation * params
 
 
@@ -144,6 +149,7 @@ def describe_job(job: Training) -> str:
     f'{train.batch_size} rows of {train.max_length} tokens in {train.accumulation} micro-batches '
     f'({job.rows} rows per device at once), remat {train.remat}, attention {train.attention}'
     + (f', adapters of rank {train.lora.rank}' if train.lora is not None else '')
+    + (f' over {train.base_weights}' if train.base_weights != FULL else '')
   )
 
 

@@ -1,0 +1,262 @@
+"""Quantized kernels: what they stand for, what they take, and that every user of them agrees."""
+
+import dataclasses
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cai_jax.data import examples
+from cai_jax.model import lm as lm_lib
+from cai_jax.model import lora
+from cai_jax.model.config import Experts, ModelConfig
+from cai_jax.model.quantized import nf4
+from cai_jax.model.quantized.kernel import (
+  FORMATS,
+  AdaptedKernel,
+  dequantize,
+  is_quantized,
+  multiply,
+)
+from cai_jax.model.quantized_params import check_weights, param_bytes, quantizable, quantize_params
+from cai_jax.model.sharding import flatten_params, param_shardings
+from cai_jax.model.transformer import init_params
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.sampling.auto import measure_load
+from cai_jax.sampling.config import EngineConfig
+from cai_jax.sampling.engine import Engine
+from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.training.config import TrainConfig
+from cai_jax.training.loop import fit
+
+CONFIG = ModelConfig('llama', 64, 32, 64, 2, 4, 2, 8, 128)
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 8))
+FORMAT_NAMES = ('int8', 'nf4')
+# The largest distance of a weight from its rounded value, as a share of the largest in its block.
+LARGEST_ERROR = {'int8': 0.5 / 127, 'nf4': 0.16}
+
+
+def one_device():
+  return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def params():
+  return init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope='module', params=FORMAT_NAMES)
+def quantized(request, params):
+  return request.param, jax.jit(lambda p: quantize_params(p, CONFIG, request.param))(params)
+
+
+@pytest.fixture
+def items():
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(4, 16, 24)
+  return [
+    examples.Example(rng.integers(0, 64, n).astype(np.int32), np.arange(n) >= n // 2)
+    for n in lengths
+  ]
+
+
+def test_the_numbers_of_nf4_are_quantiles_of_the_normal_distribution():
+  """Dettmers et al. 2023, section 3 and appendix E: 8 positive and 7 negative quantiles, and 0."""
+  offset = 1 - (1 / 30 + 1 / 32) / 2
+  quantile = statistics.NormalDist().inv_cdf
+  positive = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+  negative = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+  numbers = sorted([*positive, *negative, 0.0])
+  np.testing.assert_allclose(np.array(numbers) / max(numbers), nf4.NUMBERS, atol=2e-4)
+
+
+@pytest.mark.parametrize('shape, outs', [((64, 4, 8), 2), ((4, 32, 48), 1), ((48, 8), 1)])
+@pytest.mark.parametrize('name', FORMAT_NAMES)
+def test_a_kernel_is_rounded_to_the_nearest_numbers(name, shape, outs):
+  kernel = jax.random.normal(jax.random.key(1), shape).at[..., 0].set(0)  # a channel of zeros
+  stored = FORMATS[name].quantize(kernel, outs)
+  back = dequantize(stored)
+  assert stored.shape == back.shape == shape and back.dtype == jnp.float32
+  assert all(x.ndim == len(shape) for x in jax.tree.leaves(stored))
+  largest = jnp.abs(kernel).max(tuple(range(len(shape) - outs)), keepdims=True)
+  assert (jnp.abs(back - kernel) <= LARGEST_ERROR[name] * largest + 1e-6).all()
+  assert not back[..., 0].any()
+  # What is rounded already stays as it is.
+  np.testing.assert_allclose(dequantize(FORMATS[name].quantize(back, outs)), back, rtol=0.01)
+
+
+def test_a_packed_kernel_has_each_code_once():
+  """Blocks of 64 with powers of two as largest values, in each of which every number occurs."""
+  numbers = jnp.resize(jnp.array(nf4.NUMBERS), (128, 1)).reshape(128)
+  kernel = jnp.stack([numbers, 255 * numbers], 1) * jnp.repeat(jnp.array([1.0, 0.2]), 64)[:, None]
+  stored = nf4.Nf4Kernel.quantize(kernel, 1)
+  assert stored.codes.shape == (64, 2) and stored.scales.tolist() == [[255, 255], [51, 51]]
+  np.testing.assert_allclose(dequantize(stored), kernel, rtol=1e-6)
+
+
+def test_nf4_refuses_an_odd_number_of_inputs():
+  with pytest.raises(UserError, match="7 inputs along axis 0.*Choose 'int8'"):
+    nf4.Nf4Kernel.quantize(jnp.ones((7, 3)), 1)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.02)])
+@pytest.mark.parametrize('name', FORMAT_NAMES)
+def test_products_and_gradients_are_those_of_the_dequantized_kernel(name, dtype, tolerance):
+  x, kernel = (jax.random.normal(jax.random.key(i), (64, 64)) for i in range(2))
+  stored = FORMATS[name].quantize(kernel, 1)
+  x = x.astype(dtype)
+
+  def product(x, kernel):
+    y = multiply(x, kernel, 64, rounds=False)
+    return (y**2).sum(), y
+
+  def check(ours, exact):
+    scale = jnp.abs(exact).max()
+    np.testing.assert_allclose(ours / scale, exact.astype(ours.dtype) / scale, atol=tolerance)
+
+  gradient = jax.grad(product, has_aux=True)
+  (ours, y), (exact, expected) = gradient(x, stored), gradient(x, dequantize(stored))
+  assert y.dtype == jnp.float32 and ours.dtype == x.dtype
+  check(y, expected)
+  check(ours.astype(jnp.float32), exact.astype(jnp.float32))
+
+
+def test_the_kernels_of_all_linear_layers_are_quantized(quantized, params):
+  name, stored = quantized
+  leaves = flatten_params(stored)
+  assert {path for path, x in leaves.items() if is_quantized(x)} == quantizable(CONFIG).keys()
+  others = {path for path in leaves if not is_quantized(leaves[path])}
+  assert others == {'embed/table', 'head/table', 'norm/scale'} | {
+    f'layers/{i}/{norm}/scale' for i in range(2) for norm in ('attention_norm', 'mlp_norm')
+  }
+  assert param_bytes(CONFIG, 'float32', name) == sum(x.nbytes for x in jax.tree.leaves(stored))
+  load = measure_load([(CONFIG, 'float32', name)], one_device())
+  full = measure_load([(CONFIG, 'float32')], one_device())
+  assert load.parameters == param_bytes(CONFIG, 'float32', name) < full.parameters
+  assert load.token == full.token
+
+
+def test_loading_quantizes_as_the_whole_model_would_be(tiny_hf_folder, quick_compilation, tmp_path):
+  folder = tiny_hf_folder('qwen2')
+  full, two = lm_lib.load(folder, mesh=one_device()), make_mesh(1, 1, 2, devices=jax.devices()[:2])
+  for name in FORMAT_NAMES:
+    expected = quantize_params(full.params, full.config, name)
+    for mesh in (one_device(), two):
+      lm = lm_lib.load(folder, 'bfloat16', mesh, weights=name)
+      assert lm.weights == name and lm.fingerprint != lm_lib.load(folder, 'bfloat16').fingerprint
+      for path, x in flatten_params(lm.params).items():
+        if is_quantized(x):
+          jax.tree.map(np.testing.assert_array_equal, x, flatten_params(expected)[path])
+          assert x.scale.sharding if name == 'int8' else x.step.sharding
+        else:
+          assert x.dtype == jnp.bfloat16
+    shapes = jax.tree.map(lambda x: x.sharding, lm.params)
+    assert shapes == param_shardings(lm.params, two)
+  # A quantized model is saved as the numbers that it stands for.
+  lm_lib.save(dataclasses.replace(full, params=expected), tmp_path)
+  saved = lm_lib.load(tmp_path, mesh=one_device())
+  dense = {path: dequantize(x) for path, x in flatten_params(expected).items()}
+  jax.tree.map(np.testing.assert_array_equal, flatten_params(saved.params), dense)
+
+
+def test_logits_are_those_of_the_dequantized_model(quantized, tiny_tokenizer):
+  _, stored = quantized
+  dense = jax.tree.map(dequantize, stored, is_leaf=is_quantized)
+  logits = [
+    lm_lib.LM(CONFIG, p, tiny_tokenizer, one_device(), 'float32', '', '').logits(TOKENS)
+    for p in (stored, dense)
+  ]
+  np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def chain(context):
+  completion = yield Turn('turn', context, SamplingConfig(max_tokens=8), 'base')
+  return completion
+
+
+def test_sampled_tokens_do_not_depend_on_slots_and_devices(quantized, tiny_tokenizer):
+  _, stored = quantized
+  rng = np.random.default_rng(0)
+  contexts = [rng.integers(1, 60, rng.integers(1, 20)).tolist() for _ in range(5)]
+  results = []
+  for slots, mesh in ((2, one_device()), (4, make_mesh(1, 1, 2, devices=jax.devices()[:2]))):
+    placed = jax.device_put(stored, param_shardings(stored, mesh))
+    lm = lm_lib.LM(CONFIG, placed, tiny_tokenizer, mesh, 'float32', '', '')
+    sizes = EngineConfig(slots=slots, prefill_tokens=16, prefill_width=8, longest_burst=4)
+    engine = Engine({'base': lm}, length=64, seed=0, config=sizes, stops={'base': ((), ())})
+    completions = dict(engine.run([(str(i), chain(c)) for i, c in enumerate(contexts)]))
+    results.append({name: c.tokens for name, c in completions.items()})
+  assert results[0] == results[1] and len({tuple(t) for t in results[0].values()}) > 1
+
+
+TRAIN = TrainConfig(
+  attention='blocks',
+  batch_size=4,
+  max_length=16,
+  learning_rate=1e-2,
+  eps=1e-2,
+  warmup=0.0,
+  lora_rank=2,
+)
+
+
+@pytest.mark.parametrize('name', FORMAT_NAMES)
+def test_adapters_are_trained_over_a_quantized_base(name, params, items, tmp_path):
+  """The loss, the merged model and a resumed run are those of training over its dense numbers."""
+  config = dataclasses.replace(TRAIN, base_weights=name)
+  stored = quantize_params(params, CONFIG, name)
+  dense = jax.tree.map(dequantize, stored, is_leaf=is_quantized)
+  expected, plain = fit(CONFIG, dense, items, TRAIN, one_device(), tmp_path / 'dense')
+  trained, summary = fit(CONFIG, stored, items, config, one_device(), tmp_path / 'quantized')
+  assert summary['final_loss'] == pytest.approx(plain['final_loss'], rel=1e-3)
+  kernel = trained['layers'][0]['mlp']['up']['kernel']
+  assert isinstance(kernel, AdaptedKernel) and jnp.abs(kernel.b).max() > 0
+  for path, x in flatten_params(trained).items():
+    np.testing.assert_allclose(dequantize(x), flatten_params(expected)[path], atol=2e-3)
+  saved = sum(
+    f.stat().st_size for f in (tmp_path / 'quantized/checkpoints').rglob('*') if f.is_file()
+  )
+  assert saved < 4 * CONFIG.num_params  # less than one copy of the parameters
+  stored = quantize_params(params, CONFIG, name)  # a step takes over the kernels
+  again, resumed = fit(CONFIG, stored, items, config, one_device(), tmp_path / 'quantized')
+  assert resumed['resumed_at'] == summary['steps']
+  jax.tree.map(np.testing.assert_array_equal, again, trained)
+
+
+def test_merged_adapters_keep_the_logits(quantized, tiny_tokenizer):
+  _, stored = quantized
+  config = TRAIN.lora
+  adapters = jax.tree.map(lambda x: x + 0.3, lora.init(CONFIG, config, jax.random.key(0)))
+  graph, _ = lora.abstract_model(CONFIG, config)
+  positions = np.broadcast_to(np.arange(8), TOKENS.shape).astype(np.int32)
+  joined = lora.join(adapters, stored)
+  logits = lm_lib.compute_logits(graph, joined, TOKENS, positions, None)
+  merged = lora.merge(stored, adapters, config)
+  lm = lm_lib.LM(CONFIG, merged, tiny_tokenizer, one_device(), 'float32', '', '')
+  scale = np.abs(logits).max()
+  np.testing.assert_allclose(lm.logits(TOKENS), logits, atol=1e-5 * scale)
+
+
+def test_the_backward_pass_keeps_no_dequantized_matrix(params):
+  """What a gradient keeps of a product is the kernel as it is stored."""
+  stored = FORMATS['nf4'].quantize(jnp.ones((64, 32)), 1)
+  _, pull_back = jax.vjp(lambda x: multiply(x, stored, 32, False), jnp.ones((2, 64), jnp.bfloat16))
+  kept = jax.tree.leaves(pull_back)
+  assert max(x.size for x in kept) == 64 * 32 // 2  # the codes
+
+
+def test_what_cannot_be_quantized_is_refused():
+  experts = dataclasses.replace(CONFIG, experts=Experts(4, 2, 8, False, False))
+  with pytest.raises(UserError, match="model.weights='int8': the matrices of experts"):
+    check_weights(experts, 'int8', 'model.weights')
+  odd = ModelConfig('llama', 64, 33, 64, 1, 4, 2, 8, 128)
+  with pytest.raises(UserError, match="train.base_weights='nf4': .*33 inputs"):
+    check_weights(odd, 'nf4', 'train.base_weights')
+  check_weights(odd, 'int8', 'train.base_weights')
+  with pytest.raises(UserError, match="weights='fp4' is not one of"):
+    check_weights(CONFIG, 'fp4', 'weights')
+  with pytest.raises(UserError, match="train.base_weights='nf4' has no effect"):
+    TrainConfig(base_weights='nf4')

@@ -24,7 +24,8 @@ NAMES = {
 @pytest.fixture(scope='module')
 def adapters():
   initial = lora.init(CONFIG, LORA, jax.random.key(0))
-  return jax.tree.map(lambda x: np.asarray(x) + np.arange(x.size).reshape(x.shape), initial)
+  numbers = lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape)  # noqa: E731
+  return jax.tree.map(lambda x: np.asarray(x) + numbers(x), initial)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_other_adapters_are_refused(folder, entries, match):
 
 def test_adapters_of_other_layers_and_sizes_are_refused(folder):
   fewer, more = (lora.LoraConfig(3, 6.0, x) for x in ('attention/query', 'attention/|mlp/down'))
-  with pytest.raises(UserError, match='has the tensor .*down_proj.*, which is no adapter'):
+  with pytest.raises(UserError, match='has the tensor .*_proj.*, which is no adapter'):
     peft.read_adapters(folder, CONFIG, fewer)
   with pytest.raises(UserError, match='has no tensor for layers/0/attention/key/adapter/a'):
     peft.read_adapters(folder, CONFIG, more)

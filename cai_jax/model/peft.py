@@ -237,9 +237,10 @@ def _check_config(hf: Mapping[str, Any], lora: LoraConfig, where: str, section: 
       f'{where}: {CONFIG} has {name}={show(value)}, which is not supported. Only plain LoRA is: '
       'no DoRA, no biases, no further modules, and one rank for all layers.'
     )
-  rank, alpha = hf.get('r'), hf.get('lora_alpha')
-  numbers = all(isinstance(x, (int, float)) and x > 0 for x in (rank, alpha))
-  if not numbers or not isinstance(rank, int):
+  rank: Any = hf.get('r')
+  alpha: Any = hf.get('lora_alpha')
+  are_numbers = isinstance(rank, int) and isinstance(alpha, int | float)
+  if not are_numbers or not min(rank, alpha) > 0:
     raise UserError(
       f'{where}: {CONFIG} has r={show(rank)} and lora_alpha={show(alpha)}, which must be positive '
       'numbers. Correct the file.'

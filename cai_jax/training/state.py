@@ -120,14 +120,14 @@ def place_frozen(params: Any, config: FitConfig, mesh: Mesh) -> Any:
   """
 
   leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
-  shardings = tree.flatten_up_to(param_shardings(params, mesh))
+  shardings = jax.tree.leaves(param_shardings(params, mesh), is_leaf=is_quantized)
   arrays = {i: x for i, x in enumerate(leaves) if not is_quantized(x)}
   copy = jax.jit(
     lambda arrays: _copy(arrays, config.dtype), out_shardings={i: shardings[i] for i in arrays}
   )
   kernels = {i: x for i, x in enumerate(leaves) if i not in arrays}
   placed = copy(arrays) | {i: jax.device_put(x, shardings[i]) for i, x in kernels.items()}
-  return tree.unflatten([placed[i] for i in range(len(leaves))])
+  return jax.tree.unflatten(tree, [placed[i] for i in range(len(leaves))])
 
 
 def _initial_state(params, frozen, config: FitConfig) -> TrainState:

@@ -66,7 +66,7 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
   if HEAD in params:
     params, head = split_head(params)
     trained = join_head(trained, head)
-  merge = functools.partial(lora.merge, lora=adapter_config)
+  merge: Callable[[Any, Any], Any] = functools.partial(lora.merge, lora=adapter_config)
   if not has_quantized(params):  # otherwise there is nothing to compute yet
     merge = jax.jit(merge, out_shardings=param_shardings(params, mesh))
   frozen = place_frozen(params, config, mesh)

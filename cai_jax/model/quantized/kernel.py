@@ -72,7 +72,7 @@ class AdaptedKernel:
     scale: factor of the term.
   """
 
-  kernel: QuantizedKernel
+  kernel: 'QuantizedKernel | AdaptedKernel'
   a: jax.Array
   b: jax.Array
   scale: float = dataclasses.field(metadata={'static': True})

@@ -241,10 +241,6 @@ def test_adapters_are_trained_over_a_quantized_base(name, params, items, tmp_pat
   assert isinstance(kernel, AdaptedKernel) and jnp.abs(kernel.b).max() > 0
   for path, x in flatten_params(trained).items():
     np.testing.assert_allclose(dequantize(x), flatten_params(expected)[path], atol=2e-3)
-  saved = sum(
-    f.stat().st_size for f in (tmp_path / 'quantized/checkpoints').rglob('*') if f.is_file()
-  )
-  assert saved < 4 * CONFIG.num_params  # less than one copy of the parameters
   stored = quantize_all(params, name)  # a step takes over the kernels
   again, resumed = fit(CONFIG, stored, items, config, one_device(), tmp_path / 'quantized')
   assert resumed['resumed_at'] == summary['steps']

@@ -250,11 +250,13 @@ def test_adapters_are_trained_over_a_quantized_base(name, params, items, tmp_pat
 def test_merged_adapters_keep_the_logits(quantized, tiny_tokenizer):
   _, stored = quantized
   config = TRAIN.lora
-  adapters = jax.tree.map(lambda x: x + 0.3, lora.init(CONFIG, config, jax.random.key(0)))
+  initial = lora.init(CONFIG, config, jax.random.key(0))
+  adapters = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.3), initial)
   graph, _ = lora.abstract_model(CONFIG, config)
   positions = np.broadcast_to(np.arange(8), TOKENS.shape).astype(np.int32)
   joined = lora.join(adapters, stored)
-  logits = lm_lib.compute_logits(graph, joined, TOKENS, positions, None)
+  compute = jax.jit(lm_lib.compute_logits, static_argnums=0)
+  logits = compute(graph, joined, TOKENS, positions, None)
   merged = lora.merge(stored, adapters, config)
   lm = lm_lib.LM(CONFIG, merged, tiny_tokenizer, one_device(), 'float32', '', '')
   scale = np.abs(logits).max()

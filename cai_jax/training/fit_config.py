@@ -349,12 +349,13 @@ class FitConfig:
 
   def _check_adapters(self) -> None:
     """Check the settings of adapters."""
+    adapters = self.lora  # checked on construction
     check_format(self.base_weights, f'{self.section}.base_weights')
     for name in ('base_weights', 'lora_init', 'lora_export'):
       field = f'{self.section}.{name}={getattr(self, name)!r}'
       if getattr(self, name) in ('', False, FULL):
         continue
-      if self.lora is None:
+      if adapters is None:
         raise UserError(
           f'{field} has no effect without adapters. Set {self.section}.lora_rank, or leave it out.'
         )

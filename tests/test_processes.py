@@ -28,11 +28,39 @@ from tests.pipeline_setup import start_two
 )
 def test_environment_decides_which_processes_are_joined(monkeypatch, environment, joins):
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args: calls.append(args))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *args, **_: calls.append(args))
   monkeypatch.setattr(jax.config, 'update', lambda *_: None)
   _set(monkeypatch, environment)
   processes.initialize()
   assert calls == ([] if joins is None else [joins])
+
+
+@pytest.mark.parametrize(
+  ('environment', 'options'),
+  [
+    ({'SLURM_STEP_TASKS_PER_NODE': '1(x2)', 'SLURM_GPUS_ON_NODE': '4'}, [0, 1, 2, 3]),
+    ({'SLURM_STEP_TASKS_PER_NODE': '4(x2)', 'SLURM_GPUS_ON_NODE': '4'}, None),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1(x2)'}, None),  # nodes without GPUs
+  ],
+)
+def test_one_slurm_process_on_each_node_gets_all_gpus_of_the_node(
+  monkeypatch, environment, options
+):
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda **options: calls.append(options))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  _set(monkeypatch, {'SLURM_STEP_NUM_TASKS': '2'} | environment)
+  processes.initialize()
+  assert calls == [{'local_device_ids': options}]
+
+
+def test_an_address_is_not_overruled_by_the_environment_of_slurm(monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *_, **options: calls.append(options))
+  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+  _set(monkeypatch, {'COORDINATOR_ADDRESS': 'a:1', 'NUM_PROCESSES': '2', 'PROCESS_ID': '1'})
+  processes.initialize()
+  assert calls == [{'cluster_detection_method': 'deactivate'}]
 
 
 def test_address_without_process_id_is_refused(monkeypatch):
@@ -44,7 +72,8 @@ def test_address_without_process_id_is_refused(monkeypatch):
 def _set(monkeypatch, environment):
   for name in (
     *('COORDINATOR_ADDRESS', 'NUM_PROCESSES', 'PROCESS_ID', 'SLURM_NTASKS'),
-    *('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'),
+    *('SLURM_STEP_NUM_TASKS', 'SLURM_STEP_TASKS_PER_NODE', 'SLURM_GPUS_ON_NODE'),
+    *('OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'),
   ):
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():

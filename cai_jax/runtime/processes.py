@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,8 +25,9 @@ def initialize() -> None:
   """Connect to the other processes of the run, if the environment declares any.
 
   JAX detects Slurm steps (`srun`), Open MPI (`mpirun`) and TPU pods of GKE by itself. Elsewhere set
-  `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID` in each process.
-  On TPU pods of Compute Engine, set `COORDINATOR_ADDRESS=auto`.
+  `COORDINATOR_ADDRESS` (host:port of process 0), `NUM_PROCESSES` and `PROCESS_ID` in each process;
+  each process then uses all devices that it sees. On TPU pods of Compute Engine, set
+  `COORDINATOR_ADDRESS=auto`.
 
   Raises:
     UserError: if the address is set, but the number of processes or the process id is not.
@@ -45,7 +47,10 @@ def initialize() -> None:
     ):
       jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     num_processes, process_id = (int(os.environ[name]) for name in names)
-    jax.distributed.initialize(address, num_processes, process_id)
+    # With detection, JAX would keep one GPU for each process in an allocation of Slurm.
+    jax.distributed.initialize(
+      address, num_processes, process_id, cluster_detection_method='deactivate'
+    )
     interruption.join_processes()
   elif (
     address == 'auto'
@@ -54,8 +59,20 @@ def initialize() -> None:
     or os.environ.get('OMPI_COMM_WORLD_SIZE', '1') != '1'
     or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   ):
-    jax.distributed.initialize()
+    jax.distributed.initialize(local_device_ids=_slurm_gpus())
     interruption.join_processes()
+
+
+def _slurm_gpus() -> list[int] | None:
+  """Return all GPUs of the node if Slurm starts one process on each node, otherwise None.
+
+  With None, JAX gives each process one GPU: the one with the number of the process on its node.
+  """
+  tasks = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')  # such as '1(x2)' on two nodes
+  gpus = os.environ.get('SLURM_GPUS_ON_NODE', '')
+  if re.fullmatch(r'1(\(x\d+\))?', tasks) and gpus.isdecimal():
+    return list(range(int(gpus)))
+  return None
 
 
 def run_on_all_processes(name: str, work: Callable[[], T], alone: bool = True) -> T:

@@ -287,7 +287,7 @@ def compiled(tmp_path_factory):
 def test_a_tiny_model_compiles_for_a_slice(compiled):
   results, text = compiled
   sampling = results['sampler']
-  assert sampling['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4, 'expert': 1}
+  assert sampling['mesh'] == {'data': 1, 'fsdp': 1, 'tensor': 4, 'expert': 1, 'sequence': 1}
   assert [p['name'] for p in sampling['programs']] == ['decode', 'prefill 1024']
   assert not sampling['too_large'] and 'NO' not in text
   for program in sampling['programs']:
@@ -308,7 +308,7 @@ def test_the_train_step_compiles_with_each_of_the_settings(compiled):
   results, text = compiled
   config, other = results['train']
   assert (config['settings'], other['settings']) == ('', 'train.accumulation=4,mesh.tensor=2')
-  assert other['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2, 'expert': 1}
+  assert other['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2, 'expert': 1, 'sequence': 1}
   assert '| train.accumulation=4,mesh.tensor=2 |' in text
   for result in results['train']:
     program, sizes = result['program'], result['bytes']

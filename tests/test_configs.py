@@ -223,7 +223,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
     assert before.pop(f'engine.{name}', 0) != fields.pop(f'engine.{name}') == 'auto'
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'model.long_context', 'data.d_cai', 'train.loss'}
-  added |= {'mesh.expert', 'train.balance_loss', 'constitution.leave_out'}
+  added |= {'mesh.expert', 'mesh.sequence', 'train.balance_loss', 'constitution.leave_out'}
   rows = ('plain', 'system_field', 'message_keys', 'roles', 'drop_answer', 'invalid')
   for name in CONFIG.prompts:
     added |= {f'prompts.{name}.{f}' for f in ('path', 'mixture', 'where', 'expand', *rows)}

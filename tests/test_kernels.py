@@ -271,6 +271,10 @@ def test_unsupported_lengths_dtypes_and_arguments_are_refused():
     check_kernel('splash', FakeMesh('tpu'), 'bfloat16', 1000)
   with pytest.raises(UserError, match='but not float32'):
     check_kernel('cudnn', FakeMesh('gpu'), 'float32', 1024)
+  check_kernel('cudnn', H100, 'bfloat16', 8192)
+  assert choose_kernel(H100, 'bfloat16', [1024, 8200], [64]) == 'blocks'
+  with pytest.raises(UserError, match="at most 8,192 tokens, not 8,200. Choose 'blocks'"):
+    check_kernel('cudnn', H100, 'bfloat16', 8200)
   with pytest.raises(ValueError, match='needs segment_ids'):
     bind_kernel('splash', None, None)
 

@@ -11,6 +11,7 @@ import transformers
 
 import cai_jax
 from cai_jax.evaluation.measures.held_out_loss import loss_and_perplexity
+from cai_jax.model import transformer
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import likelihood
@@ -136,6 +137,27 @@ def test_a_short_context_is_not_shared_by_so_many_that_attention_dominates():
     assert len(rows[0].continuations) > 1
   one = [((5,) * 10, (7,) * 900)]
   assert [row.length for row in likelihood._share_contexts(one, 100_000)] == [909]
+
+
+def test_long_rows_make_no_mask(lms, monkeypatch):
+  contexts = [[*RNG.integers(3, 300, 68)] for _ in range(15)]
+  pairs = [(context, [7, 8, 9, 5]) for context in contexts]
+  pairs += [(contexts[0], [11, 12]), (contexts[0][:9], [4]), (contexts[0][:9], [3])]
+  expected = [reference_value(lms[0], *pair) for pair in pairs]
+  kernels, bind_kernel = [], transformer.bind_kernel
+  monkeypatch.setattr(
+    transformer, 'bind_kernel', lambda *a: kernels.append(a[0]) or bind_kernel(*a)
+  )
+  for module in (transformer, likelihood):
+    monkeypatch.setattr(module, 'LONGEST_MASK', 64)
+  batches = record_batches(monkeypatch)
+  for lm in lms:
+    batches.clear()
+    values = log_likelihoods(lm, *map(list, zip(*pairs, strict=True)))
+    np.testing.assert_allclose(values, expected, rtol=2e-6, atol=1e-4)
+    branches = {length: max(len(row.continuations) for row in rows) for rows, _, length in batches}
+    assert branches == {32: 2, 96: 1}  # short rows still share a context
+  assert kernels == ['blocks', 'blocks']
 
 
 def test_the_order_of_pairs_does_not_change_the_batches(lms, monkeypatch):

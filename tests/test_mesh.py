@@ -10,9 +10,12 @@ from cai_jax.runtime.mesh import batch_sharding, check_batch, make_mesh
 
 def test_mesh_defaults_put_every_device_on_data():
   assert len(jax.devices()) == 8
-  assert make_mesh().shape == {'data': 8, 'fsdp': 1, 'tensor': 1, 'expert': 1}
-  assert make_mesh(2, -1).shape == {'data': 2, 'fsdp': 4, 'tensor': 1, 'expert': 1}
-  assert make_mesh(1, 2, -1).shape == {'data': 1, 'fsdp': 2, 'tensor': 4, 'expert': 1}
+  sizes = lambda *args: tuple(make_mesh(*args).shape.values())  # noqa: E731
+  assert tuple(make_mesh().shape) == ('data', 'fsdp', 'tensor', 'expert', 'sequence')
+  assert sizes() == (8, 1, 1, 1, 1)
+  assert sizes(2, -1) == (2, 4, 1, 1, 1)
+  assert sizes(1, 2, -1) == (1, 2, 4, 1, 1)
+  assert make_mesh(2, sequence=-1).shape['sequence'] == 4
   assert make_mesh(devices=jax.devices()[:3]).shape['data'] == 3
 
 

@@ -12,7 +12,7 @@ from cai_jax.model.score_head import init_head, join_head
 from cai_jax.model.sharding import RULES, flatten_params, param_shardings, partition_spec, path_str
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.mesh import SHARDS, make_mesh
 
 SIZES = dict(
   vocab_size=8, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
@@ -63,10 +63,11 @@ def test_specs_have_the_rank_of_their_parameter(config):
   for path, leaf in flatten_params(abstract_model(config)[1]).items():
     spec = partition_spec(path)
     assert len(spec) in (0, leaf.ndim), path
+    assert all(not isinstance(axis, tuple) or axis == SHARDS for axis in spec), path
     if leaf.ndim > 1 and path.endswith(('kernel', 'table')):  # large ones are split by both axes
-      axes = {'fsdp', 'tensor', *(['expert'] if 'experts' in path else [])}
+      axes = {SHARDS, 'tensor', *(['expert'] if 'experts' in path else [])}
       axes -= {'tensor'} if 'router' in path else set()  # which has few columns
-      axes -= {'fsdp'} if '_conv' in path else set()  # a few numbers for each channel
+      axes -= {SHARDS} if '_conv' in path else set()  # a few numbers for each channel
       assert {axis for axis in spec if axis} == axes
 
 
@@ -82,6 +83,9 @@ def test_mesh_axes_must_divide_the_dimensions_that_they_split():
   params = abstract_model(CONFIGS[0])[1]
   with pytest.raises(UserError, match=r'tensor=4 does not divide dimension 2 of .*key.*\[1, 2\]'):
     param_shardings(params, make_mesh(2, 1, 4))
+  with pytest.raises(UserError, match=r'fsdp × sequence=8 does not divide dimension 4 of a/mlp/up'):
+    up = {'a': {'mlp': {'up': {'kernel': jax.ShapeDtypeStruct((4, 8), 'float32')}}}}
+    param_shardings(up, make_mesh(1, 2, sequence=4))
   shardings = param_shardings(params, make_mesh(1, 4, 2))
   kernel = shardings['layers'][1]['attention']['query']['kernel']
   assert kernel.shard_shape((16, 4, 4)) == (4, 2, 4)

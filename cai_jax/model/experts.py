@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.model.config import Experts, ModelConfig
 from cai_jax.model.elementwise import gated_activation
 from cai_jax.model.precision import PRODUCT, einsum_f32, sum_entries
-from cai_jax.runtime.mesh import BATCH, batch_shards
+from cai_jax.runtime.mesh import TOKENS, batch_shards
 
 # Rows that a CPU multiplies at once. XLA for CPUs gives a row of a product the same bits for all of
 # these numbers, and wherever the row stands.
@@ -138,7 +138,7 @@ class MoE(nnx.Module):
       return jax.lax.psum(out, ('expert', 'tensor'))
 
     # All devices compute the single row of a shared prefix.
-    batch = P(*BATCH) if len(x) % batch_shards(mesh) == 0 else P()
+    batch = TOKENS if len(x) % batch_shards(mesh) == 0 else P()
     into, out = P('expert', None, 'tensor'), P('expert', 'tensor', None)
     by_bias = (P('expert', 'tensor'), P('expert', 'tensor'), P('expert', None))[: len(biases)]
     run_all = jax.shard_map(

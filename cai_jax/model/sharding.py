@@ -1,5 +1,6 @@
 """The sharding of parameters: how each one is split over the mesh."""
 
+import math
 import re
 from typing import Any
 
@@ -11,34 +12,35 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.quantized.kernel import dequantize, is_quantized, map_params
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import SHARDS
 
 # Pattern of the parameter's path → partition spec. Each parameter matches exactly one pattern.
 RULES = (
-  (r'(embed|head|positions)/table', P('tensor', 'fsdp')),  # [V,D] or [positions, D]
+  (r'(embed|head|positions)/table', P('tensor', SHARDS)),  # [V,D] or [positions, D]
   (r'score/table', P()),  # [C,D] of a reward model; so small that each device has all of it
-  (r'.*(attention|delta)/(query|key|value|gate)/kernel', P('fsdp', 'tensor', None)),  # [D,N,H]
+  (r'.*(attention|delta)/(query|key|value|gate)/kernel', P(SHARDS, 'tensor', None)),  # [D,N,H]
   (r'.*attention/(query|key|value|gate)/bias', P('tensor', None)),  # [N,H]
-  (r'.*(attention|delta)/output/kernel', P('tensor', None, 'fsdp')),  # [N,H,D]
-  (r'.*delta/(rate|decay)/kernel', P('fsdp', 'tensor')),  # [D,N]
+  (r'.*(attention|delta)/output/kernel', P('tensor', None, SHARDS)),  # [N,H,D]
+  (r'.*delta/(rate|decay)/kernel', P(SHARDS, 'tensor')),  # [D,N]
   (r'.*delta/decay/(bias|scale)', P('tensor')),  # [N]
   (r'.*delta/(query|key|value)_conv/kernel', P('tensor', None, None)),  # [N,H,W]
   (r'.*attention/output/bias', P()),  # [D]
   (r'.*attention/sinks', P('tensor')),  # [N]
-  (r'.*mlp/(gate|up)/kernel', P('fsdp', 'tensor')),  # [D,F]
-  (r'.*mlp/down/kernel', P('tensor', 'fsdp')),  # [F,D]
-  (r'.*mlp/router/kernel', P('fsdp', None)),  # [D,E]
-  (r'.*mlp/experts/(gate|up)/kernel', P('expert', 'fsdp', 'tensor')),  # [E,D,F]
-  (r'.*mlp/experts/down/kernel', P('expert', 'tensor', 'fsdp')),  # [E,F,D]
+  (r'.*mlp/(gate|up)/kernel', P(SHARDS, 'tensor')),  # [D,F]
+  (r'.*mlp/down/kernel', P('tensor', SHARDS)),  # [F,D]
+  (r'.*mlp/router/kernel', P(SHARDS, None)),  # [D,E]
+  (r'.*mlp/experts/(gate|up)/kernel', P('expert', SHARDS, 'tensor')),  # [E,D,F]
+  (r'.*mlp/experts/down/kernel', P('expert', 'tensor', SHARDS)),  # [E,F,D]
   (r'.*mlp/router/bias', P()),  # [E]
   (r'.*mlp/experts/(gate|up)/bias', P('expert', 'tensor')),  # [E,F]
   (r'.*mlp/experts/down/bias', P('expert', None)),  # [E,D]
   (r'.*mlp/(gate|up)/bias', P('tensor')),  # [F]
   (r'.*mlp/down/bias', P()),  # [D]
   # Adapters A [I,r] and B [r,O] are split like the kernel whose merged axes they have.
-  (r'.*(query|key|value|gate|up|rate)/adapter/a', P('fsdp', None)),
+  (r'.*(query|key|value|gate|up|rate)/adapter/a', P(SHARDS, None)),
   (r'.*(query|key|value|gate|up|rate)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
-  (r'.*(output|down)/adapter/b', P(None, 'fsdp')),
+  (r'.*(output|down)/adapter/b', P(None, SHARDS)),
   (r'layers/\d+/scalar', P()),  # []
   (r'(.*/)?((attention|mlp)_(post_)?norm|norm|q_norm|k_norm)/(scale|bias)', P()),  # [D] or [H]
 )
@@ -104,12 +106,15 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     spec = partition_spec(kernel)
     if is_part:
       spec = P(*(None if n == 1 else axis for n, axis in zip(leaf.shape, spec, strict=True)))
-    for size, axis in zip(leaf.shape, spec, strict=False):
-      if axis is not None and size % mesh.shape[axis]:
+    for size, axes in zip(leaf.shape, spec, strict=False):
+      axes = (axes,) if isinstance(axes, str) else axes or ()
+      parts = math.prod(mesh.shape[axis] for axis in axes)
+      if size % parts:
+        used = [axis for axis in axes if mesh.shape[axis] > 1]
         divisors = [n for n in range(1, mesh.size + 1) if size % n == 0]
         raise UserError(
-          f'mesh axis {axis}={mesh.shape[axis]} does not divide dimension {size} of {name} '
-          f'{leaf.shape}. {axis} may be one of {divisors}.'
+          f'mesh axis {" × ".join(used)}={parts} does not divide dimension {size} of {name} '
+          f'{leaf.shape}. {" × ".join(used)} may be one of {divisors}.'
         )
     return NamedSharding(mesh, spec)
 

@@ -21,6 +21,7 @@ from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
 from cai_jax.model.attention.mask import causal_mask
 from cai_jax.model.attention.rotary import growth_of, rotary_angles, rotation_of, rotations_of
 from cai_jax.model.attention.scores import scores_of
+from cai_jax.model.attention.sequence import run_by_heads, splits_rows
 from cai_jax.model.attention.softmax import attend
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import ModelConfig
@@ -41,6 +42,10 @@ REMAT = {
   'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,  # keep only the block's input
 }
+
+
+LONGEST_MASK = 4096  # tokens of a row for which attention without a kernel makes a mask
+LONG_ROWS = 'blocks'  # the kernel for longer rows; it runs on every device
 
 
 class Transformer(nnx.Module):
@@ -90,7 +95,7 @@ class Transformer(nnx.Module):
         D as it splits the parameters, and each device would compute the logits of all rows.
       remat: what the backward pass recomputes, a key of `REMAT`.
       attention: name of the attention kernel for packed rows on a mesh; None computes attention
-        with masks.
+        with masks bool[B,T,T], or with the kernel `LONG_ROWS` if T exceeds `LONGEST_MASK`.
       allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
         branch. Excludes `segment_ids` and `attention`, and a gated delta rule.
 
@@ -129,6 +134,11 @@ class Transformer(nnx.Module):
       masks = self._masks(positions, segment_ids, attention, allowed)
       angles = [rotary_angles(*rotation, positions) for rotation in rotations]
       return angles, masks, growth_of(self.config, positions)
+
+    if attention is None and allowed is None and tokens.shape[1] > LONGEST_MASK:
+      attention = LONG_ROWS
+      if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
 
     rotations = rotations_of(self.config)
     angles, masks, growth = compute_once(angles_and_masks, positions)
@@ -173,15 +183,16 @@ class Transformer(nnx.Module):
   def _attend_to_tokens(self, masks, segment_ids, attention, sharding) -> list[Callable]:
     """Return each layer's `LayerContext.attend` to the tokens of the batch."""
     windows, kernel, scores = windows_of(self.config), None, scores_of(self.config)
+    mesh = None if sharding is None else sharding.mesh
     if attention is not None:
-      mesh = None if sharding is None else sharding.mesh
       kernel = bind_kernel(attention, segment_ids, mesh, scores)
 
     starts = None if self.config.delta is None or segment_ids is None else starts_of(segment_ids)
 
     def attend_with(window):
       if window == 0:
-        return functools.partial(run_texts, starts=starts)
+        run = functools.partial(run_texts, starts=starts)
+        return run_by_heads(run, mesh) if splits_rows(mesh) else run
       mask = masks[windows.index(window)]
       if kernel is None:
         return functools.partial(attend, mask=mask, scores=scores)

@@ -13,6 +13,7 @@ from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
 from cai_jax.model.quantized_params import abstract_params, check_weights
+from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
@@ -230,6 +231,7 @@ def _check_training_start(
     train.check_model(info.config, name)
     frozen = abstract_params(info.config, train.dtype, train.base_weights)
     param_shardings(frozen, global_mesh(run))
+    check_sequence(global_mesh(run), max_length, info.config)
   if 'train' in stages and train.attention != AUTO:
     try:
       check_model(train.attention, global_mesh(run), train.dtype, max_length, info.config)

@@ -17,7 +17,7 @@ from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.policies import REWARD_MODEL, trains_reward
 from cai_jax.pipeline.run import Run
-from cai_jax.runtime.mesh import make_mesh
+from cai_jax.runtime.mesh import join_sequence, make_mesh
 from cai_jax.sampling.remote import Remote
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
@@ -33,8 +33,9 @@ def local_mesh(run: Run) -> Mesh:
   """Return the mesh of this process's devices.
 
   Each process samples its own share of the prompts with its own copy of the models, on this mesh.
+  The axis `sequence` is for training: here its devices belong to `data`.
   """
-  sizes = dataclasses.asdict(run.config.mesh)
+  sizes = join_sequence(dataclasses.asdict(run.config.mesh))
   if jax.process_count() > 1:
     sizes |= {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
   return make_mesh(**sizes, devices=jax.local_devices())

@@ -11,6 +11,7 @@ from cai_jax.evaluation.config import TRAINED
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
+from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.lm import ModelInfo
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
@@ -97,6 +98,7 @@ def _check_model(run: Run, training: Training, info: ModelInfo) -> Dialogue:
   check_batch(
     config.batch_size // config.accumulation, mesh, f'{section}.batch_size / {section}.accumulation'
   )
+  check_sequence(mesh, config.max_length, info.config)
   config.check_model(info.config)
   if config.lora is not None:
     lora.abstract_model(info.config, config.lora)

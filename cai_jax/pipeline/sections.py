@@ -89,6 +89,12 @@ class MeshConfig:
   fsdp: int = setting(1, 'Devices that split both the batch and the parameters.')
   tensor: int = setting(1, 'Devices that split only the parameters.')
   expert: int = setting(1, 'Devices that split only the experts of each layer.', added=True)
+  sequence: int = setting(
+    1,
+    'Devices that split the tokens of each row in training, and the parameters. Sampling counts '
+    'them as `data`.',
+    added=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

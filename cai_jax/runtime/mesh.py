@@ -1,7 +1,7 @@
 """The device mesh and the sharding of batches over it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,8 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.runtime.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor', 'expert')
-BATCH = P(('data', 'fsdp'))  # a batch is split over both axes; parameters over the others
+AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
+BATCH = P(('data', 'fsdp'))  # the rows of a batch
+TOKENS = P(('data', 'fsdp'), 'sequence')  # the rows of a training batch, and the tokens of each row
+SHARDS = ('fsdp', 'sequence')  # split parameters; devices along both axes hold different tokens
+HEADS = ('tensor', 'sequence')  # split the heads where attention needs all tokens of a row
 
 
 def make_mesh(
@@ -21,6 +24,7 @@ def make_mesh(
   tensor: int = 1,
   devices: Sequence[jax.Device] | None = None,
   expert: int = 1,
+  sequence: int = 1,
 ) -> Mesh:
   """Return a mesh with the axes of `AXES`.
 
@@ -32,14 +36,17 @@ def make_mesh(
     tensor: number of devices along the axis that splits only the parameters.
     devices: devices of the mesh; None means all devices of all processes.
     expert: number of devices along the axis that splits only the experts of a mixture of experts.
+    sequence: number of devices along the axis that splits the tokens of each row in training, and
+      the parameters.
 
   Raises:
     UserError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor, expert]
+  sizes = [data, fsdp, tensor, expert, sequence]
   named = f'mesh data={data}, fsdp={fsdp}, tensor={tensor}'
   named += f', expert={expert}' if expert != 1 else ''
+  named += f', sequence={sequence}' if sequence != 1 else ''
   product = math.prod(size for size in sizes if size != -1)
   if (
     sizes.count(-1) > 1
@@ -60,9 +67,27 @@ def make_mesh(
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def join_sequence(sizes: Mapping[str, int]) -> dict[str, int]:
+  """Return the sizes of a mesh whose devices along `sequence` are along `data` instead.
+
+  Args:
+    sizes: the size of each axis; one may be -1.
+  """
+  data, sequence = sizes['data'], sizes['sequence']
+  sizes = {**sizes, 'sequence': 1}
+  if -1 in (data, sequence):
+    return sizes | {'data': -1}
+  return sizes | {'data': data * sequence}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Return the sharding of arrays whose first axis is the batch."""
   return NamedSharding(mesh, BATCH)
+
+
+def token_sharding(mesh: Mesh) -> NamedSharding:
+  """Return the sharding of arrays [B,T,...] of training batches: rows, and tokens of each row."""
+  return NamedSharding(mesh, TOKENS)
 
 
 def batch_shards(mesh: Mesh) -> int:

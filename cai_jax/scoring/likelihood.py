@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.dialogue import control_tokens
 from cai_jax.model.lm import LM
+from cai_jax.model.transformer import LONGEST_MASK
 from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
@@ -119,7 +120,8 @@ def log_likelihoods(
     check_pair(lm, *pair, f'pair {number}')
     pairs.append(pair)
   unique = sorted(set(pairs))
-  most = lm.max_positions if lm.config.delta is None else 0  # a state cannot branch
+  # A state cannot branch, and longer rows that do would need a mask of all pairs of tokens.
+  most = min(lm.max_positions, LONGEST_MASK) if lm.config.delta is None else 0
   rows = sorted(_share_contexts(unique, most), key=lambda row: (row.length, row))
   sharding = batch_sharding(lm.mesh)
   platform = lm.mesh.devices.flat[0].platform
@@ -248,8 +250,8 @@ def plan_batches(
 
   A program is compiled for each pair of the first two, so there are few of them. A batch has as
   many rows as `batch_tokens` allows. Rows that do not fill one join those of the next length, if
-  that is at most twice their own. Where it is more, the number of rows is rounded up to the number
-  of batch shards times a power of two.
+  that is at most twice their own, unless only one of the two is within `LONGEST_MASK`. Where they
+  do not join, the number of rows is rounded up to the number of batch shards times a power of two.
 
   Args:
     lengths: tokens of each row, in ascending order.
@@ -264,10 +266,14 @@ def plan_batches(
   ]
   followers = [length for length, _ in groups[1:]] + [math.inf]
   waiting: list[int] = []
+
+  def stays_alone(length, follower):
+    return follower > 2 * length or length <= LONGEST_MASK < follower
+
   for (length, group), follower in zip(groups, followers, strict=False):
     waiting += group
     most = max(1, batch_tokens // (length * shards))
-    while len(waiting) >= most * shards or (waiting and follower > 2 * padded[waiting[0]]):
+    while len(waiting) >= most * shards or (waiting and stays_alone(padded[waiting[0]], follower)):
       rows = shards * min(most, 1 << (-(-len(waiting) // shards) - 1).bit_length())
       yield rows, length, waiting[:rows]
       waiting = waiting[rows:]
@@ -342,8 +348,8 @@ def _sum_log_probabilities(graph, sharding, size, params, batch):
   tokens = jax.lax.with_sharding_constraint(batch.tokens, sharding)
   branch = batch.branch
   model = nnx.merge(graph, params)
-  allowed = None  # without branches, a token sees all before it
-  if model.config.delta is None:
+  allowed = None  # without branches, as in long rows, a token sees all before it
+  if model.config.delta is None and tokens.shape[1] <= LONGEST_MASK:
     allowed = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
   hidden = model(tokens, batch.positions, sharding=sharding, allowed=allowed)
   owners = jnp.arange(len(batch.width))

@@ -16,12 +16,13 @@ from cai_jax.data.examples import Example
 from cai_jax.data.units import Unit, as_unit, check_units, unit_lengths
 from cai_jax.model import peft
 from cai_jax.model.attention.kernels.kernel import check_model
+from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.runtime.interruption import Deferral, Interrupted
-from cai_jax.runtime.mesh import batch_sharding, check_batch
+from cai_jax.runtime.mesh import check_batch, token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.checkpoints import (
   ARITHMETIC,
@@ -123,7 +124,7 @@ def fit(
   train_step = make_train_step(
     divided.graph, divided.params, config, len(steps), mesh, divided.frozen
   )
-  sharding = batch_sharding(mesh)
+  sharding = token_sharding(mesh)
   iterator = packing.iterate_batches(
     packing.Batches(examples, steps), lambda batch: place_batch(batch, sharding)
   )
@@ -280,8 +281,8 @@ def check_buckets(
     model: architecture of the model.
 
   Raises:
-    UserError: if accumulation or the mesh does not divide the rows, or the attention kernel cannot
-      run.
+    UserError: if accumulation or the mesh does not divide the rows, the mesh does not divide their
+      tokens or the heads, or the attention kernel cannot run.
   """
   for bucket in buckets:
     if bucket.rows % config.accumulation:
@@ -292,6 +293,7 @@ def check_buckets(
       )
     name = f'{config.section}.batch_size / {config.section}.accumulation'
     check_batch(bucket.rows // config.accumulation, mesh, name)
+    check_sequence(mesh, bucket.length, model)
     try:
       check_model(config.attention, mesh, config.dtype, bucket.length, model)
     except UserError as error:

@@ -23,7 +23,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, writing
-from cai_jax.runtime.mesh import batch_sharding
+from cai_jax.runtime.mesh import token_sharding
 from cai_jax.runtime.progress import Progress
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.fit_config import FitConfig
@@ -93,7 +93,7 @@ def compute_reference(
   """
   bucket = packing.Bucket(config.max_length, config.batch_size // config.accumulation)
   steps = packing.plan(unit_lengths(units), [bucket], 1, 0)
-  batches, sharding = packing.Batches(units, steps), batch_sharding(lm.mesh)
+  batches, sharding = packing.Batches(units, steps), token_sharding(lm.mesh)
   compute = program or make_program(lm, config)
   logprobs: list[list[float]] = [[] for _ in units]
   done = tokens = 0
@@ -127,7 +127,7 @@ def make_program(lm: LM, config: FitConfig) -> Program:
   bucket = packing.Bucket(config.max_length, config.batch_size)
   check_buckets([bucket], config, lm.mesh, lm.config)
   graph, _ = abstract_model(lm.config, config.dtype)
-  sharding = batch_sharding(lm.mesh)
+  sharding = token_sharding(lm.mesh)
 
   def compute(params, batch):
     model = nnx.merge(graph, params)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.runtime.compilation import xla_options
-from cai_jax.runtime.mesh import BATCH, batch_sharding, place
+from cai_jax.runtime.mesh import TOKENS, place, token_sharding
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.losses import ROUTING, Batch, Sums, whole_of
 from cai_jax.training.losses.balance import balance_loss, split_routing, usage_metrics
@@ -83,7 +83,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Return the jitted `step(state, batch) -> (state, metrics)`; it donates the state.
 
-  The batch has the arrays of `packing.Batches`, [B,T] each, sharded by `batch_sharding(mesh)`. The
+  The batch has the arrays of `packing.Batches`, [B,T] each, sharded by `token_sharding(mesh)`. The
   metrics, f32[] each, are `loss` (of the whole batch, normalized),
   `grad_norm` (before clipping), `learning_rate`, `clipped_share` (the share of the run's steps so
   far whose gradient was clipped), the loss's sums, such as `num_tokens`, and averages, such as
@@ -100,7 +100,7 @@ def make_train_step(
   """
   optimizer = make_optimizer(config, num_steps)
   schedule = make_schedule(config, num_steps)
-  row_sharding = batch_sharding(mesh)
+  row_sharding = token_sharding(mesh)
   accumulate_gradient = _make_gradient(graph, config, mesh)
   registered = config.registered_loss
 
@@ -159,7 +159,7 @@ def _make_gradient(
   The gradient is that of the summed loss, and of the load-balancing loss times `balance_loss` and
   times what the summed loss will be divided by.
   """
-  loss = make_loss(graph, config, batch_sharding(mesh))
+  loss = make_loss(graph, config, token_sharding(mesh))
   needs_whole = config.balance_loss or config.registered_loss.needs_whole
 
   def objective(params, frozen, batch, whole):
@@ -189,7 +189,7 @@ def _make_gradient(
 
 def _split_batch(batch: Batch, count: int, mesh: Mesh) -> Batch:
   """Return arrays [count,B/count,T] of micro-batches."""
-  sharding = NamedSharding(mesh, P(None, *BATCH))
+  sharding = NamedSharding(mesh, P(None, *TOKENS))
 
   def split(x):
     # Each device splits the rows that it already holds, so no row moves.
@@ -249,7 +249,7 @@ def make_eval_step(graph: nnx.GraphDef, config: FitConfig, mesh: Mesh) -> Callab
     config: the run's settings.
     mesh: the devices.
   """
-  loss = make_loss(graph, config, batch_sharding(mesh))
+  loss = make_loss(graph, config, token_sharding(mesh))
 
   def step(params, frozen, batch: Batch, whole: Sums | None = None):
     loss_sum, sums = loss(params, frozen, batch, whole)

@@ -141,7 +141,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--model_config', help='config.json of a model that is not listed here')
   parser.add_argument('--layers', type=int, help='number of layers, for a faster trial')
   parser.add_argument(
-    '--mesh', type=int, nargs='+', help='data fsdp tensor, and expert if not 1, of the whole slice'
+    '--mesh',
+    type=int,
+    nargs='+',
+    help='data fsdp tensor, and expert and sequence if not 1, of the whole slice',
   )
   parser.add_argument(
     '--settings', nargs='*', default=[], help='further settings to compile the train step with'
@@ -161,7 +164,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--output', type=pathlib.Path, help='JSON file for all results')
   args = parser.parse_args(argv)
   if args.mesh and not 3 <= len(args.mesh) <= len(AXES):
-    parser.error(f'--mesh: give 3 or 4 sizes, {" ".join(AXES)}.')
+    parser.error(f'--mesh: give 3 to 5 sizes, {" ".join(AXES)}.')
   args.programs = args.programs.split(',')
   if unknown := set(args.programs) - set(PROGRAMS):
     parser.error(f'--programs: unknown {", ".join(sorted(unknown))}; use {", ".join(PROGRAMS)}.')
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   args = parse_flags(argv)
   config, chips = load_config(args.config), find_slice(args.topology)
   if args.mesh:
-    config.mesh.update(dict(zip(AXES, (*args.mesh, 1), strict=False)))
+    config.mesh.update(dict(zip(AXES, (*args.mesh, 1, 1), strict=False)))
   model = find_model(config.model.base or config.model.init, args.model_config)
   if args.layers:
     model = first_layers(model, args.layers)

@@ -27,7 +27,7 @@ from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.quantized_params import abstract_params
 from cai_jax.model.sharding import param_shardings
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
+from cai_jax.runtime.mesh import batch_shards, check_batch, join_sequence, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.caches import STATES, cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.chunks import piece_count
@@ -48,6 +48,7 @@ def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
     chips: the whole slice.
     part: the chips of one host. With several hosts, each samples on its own chips.
   """
+  sizes = join_sequence(sizes)
   if chips.hosts > 1:
     sizes = sizes | ({'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1})
   return make_mesh(**sizes, devices=part.devices)

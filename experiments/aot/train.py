@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
+from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.quantized_params import abstract_params, param_bytes
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_sharding, batch_shards, check_batch
+from cai_jax.runtime.mesh import batch_shards, check_batch, token_sharding
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState, abstract_state
 from cai_jax.training.step import make_train_step
@@ -41,6 +42,7 @@ class Training:
     check_batch(train.batch_size // train.accumulation, self.mesh, name)
     cap = self.model.attention_cap
     check_kernel(train.attention, self.mesh, train.dtype, train.max_length, cap=cap)
+    check_sequence(self.mesh, train.max_length, self.model)
     if train.max_length > self.model.max_positions:
       raise UserError(
         f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '
@@ -101,7 +103,7 @@ def shapes_of(job: Training) -> Shapes:
   step = make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
   shape = (job.train.batch_size, job.train.max_length)
-  rows = batch_sharding(job.mesh)
+  rows = token_sharding(job.mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in names}
   return Shapes(step, state, batch)
 
@@ -123,7 +125,7 @@ def known_temporaries(job: Training, shapes: Shapes) -> dict[str, int]:
   """Return the bytes of a device's temporaries that can be computed from shapes."""
   known = {'gradients': local_bytes(shapes.state.params)}
   if job.train.remat == 'full':
-    tokens = job.rows * job.train.max_length
+    tokens = job.rows * job.train.max_length // job.mesh.shape['sequence']
     width = job.model.d_model * jnp.dtype(job.train.dtype).itemsize
     known["blocks' inputs"] = job.model.num_layers * tokens * width
   return known

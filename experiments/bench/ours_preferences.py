@@ -13,7 +13,7 @@ from cai_jax.data.examples import Example as TrainingExample
 from cai_jax.data.units import Unit
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
-from cai_jax.runtime.mesh import batch_sharding
+from cai_jax.runtime.mesh import token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.prefer_config import PreferConfig
 from cai_jax.training.reference import compute_reference, make_program
@@ -57,7 +57,7 @@ class System:
     self.state = init_state(lm.params, self.config, lm.mesh)
     self.program = make_program(lm, self.config)
     self.lm = dataclasses.replace(lm, params=None)  # the state has copies
-    self.sharding = batch_sharding(lm.mesh)
+    self.sharding = token_sharding(lm.mesh)
     self.examples: list[Example] = []
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:

@@ -10,7 +10,7 @@ from cai_jax.data import packing
 from cai_jax.data.examples import Example as TrainingExample
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
-from cai_jax.runtime.mesh import batch_sharding
+from cai_jax.runtime.mesh import token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import init_state
@@ -49,7 +49,7 @@ class System:
     graph, _ = abstract_model(lm.config, dtype)
     self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
     self.state = init_state(lm.params, config, lm.mesh)
-    self.sharding = batch_sharding(lm.mesh)
+    self.sharding = token_sharding(lm.mesh)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:
     """Store the examples, and the rows of each step."""

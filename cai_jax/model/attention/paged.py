@@ -30,6 +30,7 @@ from cai_jax.model.attention.softmax import (
   group_queries,
   merge,
   read_keys,
+  read_long_keys,
   read_pages,
   ungroup_queries,
 )
@@ -257,7 +258,7 @@ def merge_prefixes(
   """
 
   def read(cache, mask):
-    part = read_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask, scores)
+    part = read_long_keys(group_queries(q, kv_heads), cache.k[0], cache.v[0], mask, scores)
     return PartialSoftmax(*(ungroup_queries(x, len(q)) for x in part))
 
   whole = merge([*(read(*prefix) for prefix in zip(prefixes, masks, strict=True)), own])

@@ -17,6 +17,7 @@ from cai_jax.model.attention.softmax import (
   group_queries,
   merge,
   read_keys,
+  read_long_keys,
   ungroup_queries,
 )
 from cai_jax.model.cache import LayerCache, Pieces
@@ -132,7 +133,7 @@ def attend_gathered_pieces(
   keys = view.first[:, None] + jnp.arange(pages * size)
   listed = jnp.arange(pages * size) < view.num_pages[:, None] * size
   mask = causal_mask(positions, keys, window, listed[:, None])
-  part = read_keys(queries, k, v, mask, scores)
+  part = read_long_keys(queries, k, v, mask, scores)
   return join_pieces(part, target, len(q))
 
 

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from cai_jax.model.attention.mask import MASKED
 from cai_jax.model.attention.scores import Scores
 from cai_jax.model.precision import einsum_f32, sum_entries
+
+SCORES_AT_ONCE = 2**27  # that a device holds of long keys at a time: 512 MB in f32
 
 
 class PartialSoftmax(NamedTuple):
@@ -89,6 +92,34 @@ def read_keys(
   weights, largest = _weigh(scores.of_products(products, queries.shape[-1]), mask)
   out = einsum_f32('...RA,...AC->...RC', weights.astype(v.dtype), v)
   return PartialSoftmax(largest, weights.sum(-1, keepdims=True), out)
+
+
+def read_long_keys(
+  queries: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores: Scores
+) -> PartialSoftmax:
+  """Return `read_keys` with at most about `SCORES_AT_ONCE` scores in memory.
+
+  Where there are more, it reads blocks of keys one after the other, with a running softmax (Milakov
+  and Gimelshein 2018; Rabe and Staats 2021). With fewer, it is `read_keys` to the bit. Arguments
+  are those of `read_keys`.
+  """
+  length = k.shape[-1]
+  blocks = -(-math.prod(queries.shape[:-1]) * length // SCORES_AT_ONCE)
+  if blocks <= 1:
+    return read_keys(queries, k, v, mask, scores)
+  while length % blocks:  # blocks of equal size
+    blocks += 1
+  size = length // blocks
+
+  def add_block(number, part):
+    take = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=number * size, slice_size=size
+    )
+    block = take(k, axis=-1), take(v, axis=-2), take(mask, axis=-1)
+    return merge([part, read_keys(queries, *block, scores)])
+
+  empty = PartialSoftmax.empty(queries.shape[:-1], v.shape[-1])
+  return jax.lax.fori_loop(0, blocks, add_block, empty)
 
 
 def read_pages(

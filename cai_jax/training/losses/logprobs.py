@@ -24,6 +24,7 @@ from cai_jax.training.losses.cross_entropy import (
   sliced_cross_entropy,
   slices_needed,
 )
+from cai_jax.training.losses.local_rows import from_local_rows, to_local_rows
 from cai_jax.training.losses.loss import Batch
 from cai_jax.training.losses.targets import next_token_targets
 
@@ -68,11 +69,12 @@ def sequence_logprobs(
     attention=attention,
   )
   targets, weights = next_token_targets(batch)
-  rows, length = targets.shape
+  local = [to_local_rows(x, sharding) for x in (hidden, targets, weights)]
+  rows, length = local[1].shape
   num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
-  logprobs = token_logprobs(
-    num_slices, hidden, model.output_table, targets, weights, model.logit_transform
-  )
+  hidden, *others = local
+  logprobs = token_logprobs(num_slices, hidden, model.output_table, *others, model.logit_transform)
+  logprobs = from_local_rows(logprobs, sharding)
   return SequenceLogProbs(
     sum_segments(logprobs, segments), sum_segments(weights, segments), routing
   )

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from cai_jax.training.losses.cross_entropy import choose_num_slices, weighted_cross_entropy
+from cai_jax.training.losses.local_rows import to_local_rows
 from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
 from cai_jax.training.losses.targets import count_sequences, next_token_targets
 
@@ -48,6 +49,7 @@ def negative_log_likelihood(
     'num_tokens': jnp.sum(weights),
     'num_sequences': count_sequences(batch['segment_ids'], weights),
   }
+  hidden, targets, weights = (to_local_rows(x, sharding) for x in (hidden, targets, weights))
   rows, length = targets.shape
   num_slices = choose_num_slices(rows, length, model.config.vocab_size, sharding)
   loss = weighted_cross_entropy(

@@ -9,6 +9,8 @@ from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
 
+LONGEST_ROW = 8192  # tokens; the mask of such a row takes 64 MiB
+
 
 def attend_cudnn(
   q: jax.Array,
@@ -22,7 +24,9 @@ def attend_cudnn(
 ) -> jax.Array:
   """Attend within segments with cuDNN; see `kernel.Attend`.
 
-  The call to cuDNN has no argument for segment ids, so they become a mask bool[B,1,T,T].
+  cuDNN itself can read packed rows, by the offsets of their segments, but no public function of JAX
+  passes them on (`q_offsets` of jax 0.10.2 is private). So segment ids become a mask bool[B,1,T,T],
+  which `check_rows` bounds.
 
   Args:
     q, k, v, segment_ids, window: as for `kernel.Attend`.
@@ -49,16 +53,22 @@ def attend_cudnn(
   )
 
 
-def check_compute_dtype(dtype: str, length: int) -> None:
-  """Check that cuDNN supports the compute dtype.
+def check_rows(dtype: str, length: int) -> None:
+  """Check that cuDNN supports the compute dtype, and that the mask of a row is not too large.
 
   Args:
     dtype: compute dtype, such as 'bfloat16'.
-    length: not used.
+    length: number of tokens per row.
 
   Raises:
-    UserError: if it is float32.
+    UserError: if the dtype is float32, or rows are longer than `LONGEST_ROW`.
   """
+  if length > LONGEST_ROW:
+    raise UserError(
+      f"attention 'cudnn' needs a mask of all pairs of tokens, so it takes rows of at most "
+      f"{LONGEST_ROW:,} tokens, not {length:,}. Choose 'blocks', whose memory grows linearly with "
+      'the length.'
+    )
   if dtype == 'float32':
     raise UserError(
       "attention 'cudnn' supports bfloat16 and float16, but not float32. Set "
@@ -93,5 +103,5 @@ def check_head(head_dim: int, device: jax.Device) -> None:
 
 # With jax 0.11.2, XLA fails to compile cuDNN's attention with xla_gpu_deterministic_ops.
 KERNELS.register('cudnn')(
-  Kernel(attend_cudnn, 'gpu', check_compute_dtype, check_head, deterministic=False, caps=False)
+  Kernel(attend_cudnn, 'gpu', check_rows, check_head, deterministic=False, caps=False)
 )

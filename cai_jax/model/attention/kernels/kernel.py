@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.scores import PLAIN, Scores
+from cai_jax.model.attention.sequence import attend_by_heads, splits_rows
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.registry import Registry
@@ -42,7 +43,7 @@ class Attend(Protocol):
       v: [B,T,K,H].
       segment_ids: i32[B,T].
       window: number of tokens that a query sees, itself included; None means no limit.
-      mesh: splits rows over its batch axes and heads over `tensor`.
+      mesh: splits rows over its batch axes, and heads over `tensor` and `sequence`.
       scores: scale and cap of the scores.
 
     A kernel for models with sinks also takes the keyword `sinks`: f32[N], a score of each head
@@ -215,4 +216,7 @@ def bind_kernel(
     raise ValueError(f'attention {name!r} is for packed rows: it needs segment_ids.')
   if mesh is None and kernel.platform is not None:
     raise ValueError(f'attention {name!r} needs a mesh.')
-  return functools.partial(kernel.attend, segment_ids=segment_ids, mesh=mesh, scores=scores)
+  attend = functools.partial(kernel.attend, mesh=mesh, scores=scores)
+  if mesh is not None and splits_rows(mesh):
+    return attend_by_heads(attend, segment_ids, mesh)
+  return functools.partial(attend, segment_ids=segment_ids)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import BATCH
+from cai_jax.runtime.mesh import BATCH, HEADS
 
 TILE = 128  # row lengths and block sizes are multiples of this many tokens
 MAX_BLOCK = 512  # tokens
@@ -72,11 +72,11 @@ def attend_splash(
     heads_first = (x.swapaxes(1, 2) for x in (scaled, k, v))
     return jax.vmap(attend_row)(*heads_first, segment_ids).swapaxes(1, 2)
 
-  by_row_and_head = P(*BATCH, None, 'tensor', None)
+  by_row_and_head = P(*BATCH, None, HEADS, None)
   return jax.shard_map(
     attend_on_device,
     mesh=mesh,
-    in_specs=(by_row_and_head, by_row_and_head, by_row_and_head, BATCH, P('tensor')),
+    in_specs=(by_row_and_head, by_row_and_head, by_row_and_head, BATCH, P(HEADS)),
     out_specs=by_row_and_head,
     check_vma=False,
   )(q, k, v, segment_ids, sinks)

@@ -138,7 +138,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
     '--programs', default=','.join(PROGRAMS), help='programs to compile, separated by commas'
   )
-  parser.add_argument('--model_config', help='config.json of a model that is not listed here')
+  parser.add_argument('--model_config', help='another model: its config.json or its name')
   parser.add_argument('--layers', type=int, help='number of layers, for a faster trial')
   parser.add_argument(
     '--mesh',

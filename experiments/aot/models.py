@@ -26,6 +26,21 @@ MODELS = {
     'num_hidden_layers': 32,
     'num_attention_heads': 32,
   },
+  'meta-llama/Llama-3.1-8B-Instruct': LLAMA_3
+  | {
+    'hidden_size': 4096,
+    'intermediate_size': 14336,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'max_position_embeddings': 131072,
+    'rope_scaling': {
+      'rope_type': 'llama3',
+      'factor': 8.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192,
+    },
+  },
   'meta-llama/Meta-Llama-3-70B-Instruct': LLAMA_3
   | {
     'hidden_size': 8192,
@@ -92,13 +107,13 @@ def find_model(name: str, path: str | None = None) -> ModelConfig:
 
   Args:
     name: the config's name for it: one of MODELS, or a folder.
-    path: a config.json, or a folder with one, to use instead of `name`.
+    path: a config.json, a folder with one, or one of MODELS, to use instead of `name`.
 
   Raises:
     UserError: if neither names a model.
   """
-  if path is None and name in MODELS:
-    return config_from_hf(MODELS[name])
+  if (path or name) in MODELS:
+    return config_from_hf(MODELS[path or name])
   file = pathlib.Path(path or name).expanduser()
   file = file / 'config.json' if file.is_dir() else file
   if not file.is_file():

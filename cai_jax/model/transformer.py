@@ -192,7 +192,7 @@ class Transformer(nnx.Module):
     def attend_with(window):
       if window == 0:
         run = functools.partial(run_texts, starts=starts)
-        return run_by_heads(run, mesh) if splits_rows(mesh) else run
+        return run_by_heads(run, mesh) if mesh is not None and splits_rows(mesh) else run
       mask = masks[windows.index(window)]
       if kernel is None:
         return functools.partial(attend, mask=mask, scores=scores)

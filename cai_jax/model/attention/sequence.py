@@ -32,9 +32,9 @@ from cai_jax.runtime.mesh import BATCH, HEADS, TOKENS
 AnyMesh = Mesh | AbstractMesh
 
 
-def splits_rows(mesh: AnyMesh | None) -> bool:
+def splits_rows(mesh: AnyMesh) -> bool:
   """Return whether a mesh splits the tokens of a row."""
-  return mesh is not None and mesh.shape.get('sequence', 1) > 1
+  return mesh.shape.get('sequence', 1) > 1
 
 
 def head_shards(mesh: AnyMesh) -> int:
@@ -55,7 +55,12 @@ def check_sequence(mesh: AnyMesh, length: int, model: ModelConfig) -> None:
   """
   if not splits_rows(mesh):
     return
-  check_length(mesh, length)
+  sequence = mesh.shape['sequence']
+  if length % sequence:
+    raise UserError(
+      f'mesh.sequence={sequence} does not divide rows of {length} tokens. Use rows of a multiple '
+      f'of {sequence}, such as {-(-length // sequence) * sequence}.'
+    )
   parts, heads = head_shards(mesh), {'query heads': model.num_heads}
   if model.delta is not None:
     heads['heads of the gated delta rule'] = model.delta.key_heads
@@ -66,24 +71,6 @@ def check_sequence(mesh: AnyMesh, length: int, model: ModelConfig) -> None:
         'which attention splits over these devices. Their product may be one of '
         f'{[n for n in range(1, number + 1) if number % n == 0]}.'
       )
-
-
-def check_length(mesh: AnyMesh, length: int) -> None:
-  """Check that the mesh can split rows of a length.
-
-  Args:
-    mesh: the devices.
-    length: number of tokens per row.
-
-  Raises:
-    UserError: if `sequence` does not divide the length.
-  """
-  sequence = mesh.shape.get('sequence', 1)
-  if length % sequence:
-    raise UserError(
-      f'mesh.sequence={sequence} does not divide rows of {length} tokens. Use rows of a multiple '
-      f'of {sequence}, such as {-(-length // sequence) * sequence}.'
-    )
 
 
 def _place(x: jax.Array, mesh: AnyMesh, spec: P) -> jax.Array:

@@ -9,10 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
-def parts_of(sharding: NamedSharding | None) -> int:
-  """Return P, the number of parts of a row; 1 without a mesh."""
-  return 1 if sharding is None else sharding.mesh.shape.get('sequence', 1)
+from cai_jax.model.attention.sequence import splits_rows
 
 
 def to_local_rows(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -22,9 +19,9 @@ def to_local_rows(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     x: an entry for each position.
     sharding: sharding of the batch's rows, or None on a single device.
   """
-  parts = parts_of(sharding)
-  if parts == 1:
+  if sharding is None or not splits_rows(sharding.mesh):
     return x
+  parts = sharding.mesh.shape['sequence']
   rows, length = x.shape[:2]
   x = x.reshape(rows, parts, length // parts, *x.shape[2:]).swapaxes(0, 1)
   x = x.reshape(parts * rows, *x.shape[2:])
@@ -34,9 +31,9 @@ def to_local_rows(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 def from_local_rows(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
   """Return x [P·B,T/P,...] as [B,T,...]; the inverse of `to_local_rows`."""
-  parts = parts_of(sharding)
-  if parts == 1:
+  if sharding is None or not splits_rows(sharding.mesh):
     return x
+  parts = sharding.mesh.shape['sequence']
   x = x.reshape(parts, -1, *x.shape[1:]).swapaxes(0, 1)
   x = x.reshape(x.shape[0], -1, *x.shape[3:])
   return jax.lax.with_sharding_constraint(x, sharding)

@@ -12,8 +12,8 @@ from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
-from cai_jax.model.quantized_params import abstract_params, check_weights
 from cai_jax.model.attention.sequence import check_sequence
+from cai_jax.model.quantized_params import abstract_params, check_weights
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets

@@ -10,6 +10,7 @@ train steps with adapters. Each system runs in a process of its own, so its peak
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import resource
@@ -112,19 +113,19 @@ def measure_training(args: argparse.Namespace, dtype: str, weights: str) -> dict
   divided = divide_model(lm.config, lm.params, config, lm.mesh)
   step = make_train_step(divided.graph, divided.params, config, len(plan), lm.mesh, divided.frozen)
   state = init_state(divided.params, config, lm.mesh)
-  state = type(state)(**{**vars(state), 'frozen': divided.frozen})
-  first = place_batch(batches[0], sharding)
-  memory = step.lower(state, first).compile().memory_analysis()
+  state = dataclasses.replace(state, frozen=divided.frozen)
+  compiled = step.lower(state, place_batch(batches[0], sharding)).compile()
+  memory = compiled.memory_analysis()
   losses, seconds = [], []
   for number in range(len(plan)):
     start = time.perf_counter()
-    state, metrics = step(state, place_batch(batches[number], sharding))
+    state, metrics = compiled(state, place_batch(batches[number], sharding))
     losses.append(float(metrics['loss']))
     seconds.append(time.perf_counter() - start)
   return {
     's/step': float(np.median(seconds[1:])),
     'first loss': losses[0],
-    'last loss': float(np.mean(losses[-5:])),
+    'last losses': float(np.mean(losses[-4:])),
     'arguments, MB': memory.argument_size_in_bytes / 1e6,
     'temporaries, MB': memory.temp_size_in_bytes / 1e6,
   }

@@ -6,7 +6,7 @@
 The texts are transcripts in the form of HH-RLHF. `distance` prints the divergence
 KL(full ‖ quantized) of the next token, in nats, averaged over all their positions, from the model
 in f32 and in bf16. `sampling` prints tokens per second, and `training` the seconds and the loss of
-train steps with adapters. Each system runs in a process of its own, so its peak memory is its own.
+train steps with adapters. There, each system has a process of its own, and so a peak memory.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import dequantize, map_params
 from cai_jax.model.quantized_params import param_bytes
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.sampling.completions import generate
@@ -63,19 +64,34 @@ def load(args: argparse.Namespace, dtype: str, weights: str, param_dtype: str | 
   return lm_lib.load(args.model, dtype, mesh, param_dtype, weights=weights)
 
 
-def measure_distance(args: argparse.Namespace, dtype: str, weights: str) -> dict[str, float]:
-  """Return the mean divergence from each reference, and how often the most likely token agrees."""
-  lm = load(args, dtype, weights)
+def measure_distances(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, float]]:
+  """Return the mean divergence of each model from both references, and their equal top tokens.
+
+  The kernels are dequantized first, so the programs of the references compute all logits.
+  """
+  lms = {}
+  for dtype, weights in SYSTEMS:
+    if weights == 'full' or dtype == 'float32':
+      lm = load(args, dtype, weights)
+      lms[dtype, weights] = dataclasses.replace(lm, params=map_params(dequantize, lm.params))
   rows = read_tokens(lm, args.texts, args.count, args.length)
-  results: dict[str, float] = {}
-  for reference in REFERENCES:
-    other, sums = load(args, *reference), np.zeros(2)
-    for row in rows:
-      p, q = (np.asarray(jax.nn.log_softmax(x.logits([row])[0])) for x in (other, lm))
-      sums += (np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
-    kl, same = sums / (len(rows) * args.length)
-    results |= {f'KL from {reference[0]}': kl, f'same top token as {reference[0]}': same}
+  results: dict[tuple[str, str], dict[str, float]] = {}
+  logits = {name: [log_softmax(lm.logits([row])[0]) for row in rows] for name, lm in lms.items()}
+  for name in lms:
+    numbers = {'parameters, MB': param_bytes(lm.config, *name) / 1e6}
+    for reference in REFERENCES:
+      sums = np.zeros(2)
+      for p, q in zip(logits[reference], logits[name], strict=True):
+        sums += (np.exp(p) * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
+      kl, same = sums / (len(rows) * args.length)
+      numbers |= {f'KL from {reference[0]}': kl, f'same top token as {reference[0]}': same}
+    results[name] = numbers
   return results
+
+
+def log_softmax(logits: jax.Array) -> np.ndarray:
+  """Return log-probabilities in the memory of the host."""
+  return np.asarray(jax.nn.log_softmax(logits))
 
 
 def measure_sampling(args: argparse.Namespace, dtype: str, weights: str) -> dict[str, float]:
@@ -132,7 +148,6 @@ def measure_training(args: argparse.Namespace, dtype: str, weights: str) -> dict
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace, str, str], dict[str, float]]] = {
-  'distance': measure_distance,
   'sampling': measure_sampling,
   'training': measure_training,
 }
@@ -161,7 +176,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--model', required=True, help='a folder, or a name on the hub')
   parser.add_argument('--texts', required=True, help='transcripts, a .jsonl.gz file of HH-RLHF')
-  parser.add_argument('--measures', default=','.join(MEASURES))
+  parser.add_argument('--measures', default='distance,sampling,training')
   parser.add_argument('--dtypes', default='float32,bfloat16')
   parser.add_argument('--count', type=int, default=32, help='texts of `distance`')
   parser.add_argument('--length', type=int, default=128, help='tokens of a text and of a row')
@@ -177,7 +192,10 @@ def main() -> None:
     return
   systems = [system for system in SYSTEMS if system[0] in args.dtypes.split(',')]
   for measure in args.measures.split(','):
-    results = {system: run_one(sys.argv[1:], measure, *system) for system in systems}
+    if measure == 'distance':
+      results = measure_distances(args)
+    else:
+      results = {system: run_one(sys.argv[1:], measure, *system) for system in systems}
     names = list(next(iter(results.values())))
     print(f'\n| {measure} | ' + ' | '.join(names) + ' |')
     print('|---|' + '---|' * len(names))

@@ -1,10 +1,15 @@
 """Shared by all tests: eight virtual CPU devices, a tiny model of each family, published data."""
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
 import tempfile
+
+# Compilation takes most of the time of most tests, so programs have few optimizations here, in the
+# processes that tests start too. With the value 0, all tests compile as users do.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 # jax and the Hugging Face libraries read these variables once, when they are imported.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -28,9 +33,11 @@ if compilation.VARIABLE not in os.environ:
   os.environ |= compilation.environment(_programs)
   atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
+FEW_OPTIMIZATIONS = os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1'
+
 # XLA for CPUs maps every compiled kernel into memory on its own, and Linux allows a process 65,530
 # mappings by default. Beyond that, the process aborts.
-MANY_MAPPINGS = 20_000
+MANY_MAPPINGS = 30_000
 MAPPINGS = pathlib.Path('/proc/self/maps')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,6 +55,37 @@ TEXT = (
   'Identify ways in which the last answer is unkind, and rewrite it so that nobody is hurt.',
   'user system assistant critique revision request 0 1 2 3 4 5 6 7 8 9',
 )
+
+
+# The files that take longest, the longest first.
+LONG_FILES = (
+  'test_choices.py',
+  'test_engine.py',
+  'test_resume.py',
+  'test_docs.py',
+  'test_family_logits.py',
+  'test_sample.py',
+  'test_run.py',
+  'test_cached_bits.py',
+  'test_training_monitoring.py',
+  'test_states.py',
+  'test_family_training.py',
+  'test_family_generation.py',
+  'test_balance.py',
+  'test_training_step.py',
+  'test_compilation.py',
+  'test_experts.py',
+  'test_kernels.py',
+  'test_ragged.py',
+  'test_losses.py',
+  'test_judge_remote.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Let the long files run first, so that processes that share the files end together."""
+  ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture
@@ -133,12 +171,18 @@ def load(tiny_hf_folder):
   return get
 
 
+@pytest.fixture(scope='module')
+def full_optimization():
+  """Compile as users do, for a file whose claims are about single bits or about the compiler."""
+  jax.clear_caches()  # in memory, JAX does not tell apart how a program was compiled
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', FEW_OPTIMIZATIONS)
+
+
 @pytest.fixture
 def quick_compilation():
-  """Compile with few optimizations, which takes much less time; programs run slower."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  """Compile with few optimizations, as is the default."""
 
 
 @pytest.fixture(params=mark_slow(REPEATED))
@@ -175,3 +219,4 @@ def _unload_programs():
   yield
   if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b'\n') > MANY_MAPPINGS:
     jax.clear_caches()
+    gc.collect()  # programs are parts of reference cycles

@@ -31,7 +31,7 @@ from tests.label_setup import pairs_file as pairs_file
 
 
 def test_a_soft_label_is_the_mean_over_both_orders_of_what_the_model_gives(
-  lm, pairs_file, tmp_path, quick_compilation
+  lm, pairs_file, tmp_path
 ):
   job = make_job({'feedback': lm}, LabelConfig(comparisons=(pairs_file,), principles=2))
   summary, rows = run(job, tmp_path)
@@ -103,9 +103,7 @@ def test_probabilities_after_thoughts_are_clamped(lm, pairs_file):
   assert len(several.readings) == 6 and len({turn.name for turn in turns}) == 18
 
 
-def test_a_killed_job_ends_with_the_same_bytes_and_asks_nothing_twice(
-  lm, tmp_path, quick_compilation
-):
+def test_a_killed_job_ends_with_the_same_bytes_and_asks_nothing_twice(lm, tmp_path):
   config = LabelConfig(responses=2, thoughts=4)
   job = make_job({'responses': lm, 'feedback': lm}, config)
   summary, rows = run(job, tmp_path / 'whole')

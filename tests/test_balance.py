@@ -25,8 +25,6 @@ from cai_jax.training.step import make_train_step, place_batch
 from tests.families import load_in_torch
 from tests.training_setup import CONFIG, MODEL, one_device, random_examples, read_rows
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 EXPERTS = Experts(4, 2, 24, dense_layers=(1,))
 MIXTURE = dataclasses.replace(MODEL, num_layers=3, experts=EXPERTS)
 GRAPH, SHAPES = abstract_model(MIXTURE)
@@ -43,7 +41,14 @@ def padded_batch(vocab_size=300):
   return {'tokens': tokens, 'positions': positions, 'segment_ids': segments, 'loss_mask': segments}
 
 
-@pytest.mark.parametrize('family', ['mixtral', 'qwen3_moe', 'olmoe', 'gpt_oss'])
+@pytest.mark.parametrize(
+  'family',
+  [
+    'mixtral',
+    'gpt_oss',
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ('qwen3_moe', 'olmoe')),
+  ],
+)
 def test_value_and_gradient_are_those_of_transformers(load, tiny_hf_folder, tmp_path, family):
   """A model whose weights are torch's gradients gives these gradients in our layout."""
   batch, folder = padded_batch(), tiny_hf_folder(family)
@@ -163,7 +168,9 @@ def test_metrics_describe_the_use_of_experts():
   assert float(metrics['expert_balance']) == pytest.approx(2) and metrics['busiest_expert'] == 1
 
 
-@pytest.mark.parametrize('normalization', ['sequence', 'token'])
+@pytest.mark.parametrize(
+  'normalization', [pytest.param('sequence', marks=pytest.mark.slow), 'token']
+)
 def test_a_step_adds_the_loss_whatever_divides_the_other_one(normalization):
   """The reported loss is without it."""
   config = dataclasses.replace(BALANCED, loss_normalization=normalization)

@@ -1,6 +1,7 @@
 """The choices in which families differ: each is read by every forward, and changes the model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from cai_jax.model.attention.kernels.kernel import KERNELS, choose_kernel
 from cai_jax.model.cache import windows_of
 from cai_jax.model.config import DeltaRule, Experts, ModelConfig, QueryGrowth
 from cai_jax.model.elementwise import ACTIVATIONS
-from cai_jax.model.parts import make_norm
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
@@ -27,7 +27,7 @@ from cai_jax.training.losses import negative_log_likelihood
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step, place_batch
 from cai_jax.training.trainable import divide_model
-from tests.test_cached_forward import TOKENS, B, PagedRows, T
+from tests.paged_rows import TOKENS, B, PagedRows, T
 
 BASE = ModelConfig('other', 320, 32, 48, 2, 4, 2, 8, 64)
 # Models that together make every choice, in combinations that do not depend on one another.
@@ -126,24 +126,35 @@ def test_every_choice_is_tested():
   assert neutral - rotary <= CHOICES.keys()
 
 
+@functools.cache
+def chosen(name: str) -> tuple[cai_jax.LM, np.ndarray]:
+  """Return a model of MODELS and its logits."""
+  lm = model_of(BASE, **MODELS[name])
+  return lm, np.asarray(lm.logits(TOKENS[:1]))
+
+
 @pytest.mark.parametrize('name', CHOICES)
-def test_each_choice_changes_the_logits(name, quick_compilation):
+def test_each_choice_changes_the_logits(name):
   """So no field is ignored. The other fields are those of the field's model."""
-  fields = next(fields for fields in MODELS.values() if name in fields)
-  neutral = {**fields, name: getattr(BASE, name)}
+  model = next(model for model, fields in MODELS.items() if name in fields)
+  neutral = {**MODELS[model], name: getattr(BASE, name)}
   if name == 'qk_norm':
     neutral['qk_norm_over_heads'] = False
   if name == 'pre_norm':  # its parameters keep their names only if there are norms before too
     neutral['post_norm'] = False
-  lm, plain = model_of(BASE, **fields), model_of(BASE, **neutral)
-  if jax.tree.map(jnp.shape, lm.params) == jax.tree.map(jnp.shape, plain.params):
-    plain = dataclasses.replace(plain, params=lm.params)
-  logits, other = (np.asarray(x.logits(TOKENS[:1])) for x in (lm, plain))
+  lm, logits = chosen(model)
+  config = dataclasses.replace(BASE, **neutral)
+  shapes = abstract_model(config)[1]
+  if jax.tree.map(jnp.shape, lm.params) == jax.tree.map(jnp.shape, shapes):
+    plain = dataclasses.replace(lm, config=config)
+  else:
+    plain = model_of(config)
+  other = np.asarray(plain.logits(TOKENS[:1]))
   assert np.isfinite(logits).all() and logits.std() > 0.1
   assert np.abs(logits - other).max() > 0.05
 
 
-def test_cached_forward_equals_the_full_forward(choice, quick_compilation):
+def test_cached_forward_equals_the_full_forward(choice):
   """Prefill in two chunks beside a decoded row, then decode, from scattered and stale pages."""
   lm = model_of(BASE, **choice)
   full, rows = np.asarray(lm.logits(TOKENS)), PagedRows(lm)
@@ -162,7 +173,7 @@ def test_cached_forward_equals_the_full_forward(choice, quick_compilation):
   'name',
   [name if name in GATHERED else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
-def test_gathered_pages_give_the_same_logits(name, monkeypatch, quick_compilation):
+def test_gathered_pages_give_the_same_logits(name, monkeypatch):
   """Accelerators read pages in another way, which this test runs on a CPU."""
   attend = paged._attend_local
   monkeypatch.setattr(
@@ -181,31 +192,7 @@ def test_gathered_pages_give_the_same_logits(name, monkeypatch, quick_compilatio
 
 
 @pytest.mark.parametrize('name', [few(name) for name in MODELS])
-def test_other_rows_do_not_change_a_single_bit(name):
-  """Here another row is longer, or starts with other tokens."""
-  lm, results = model_of(BASE, **MODELS[name]), []
-  for length, shift in ((3, 0), (17, 0), (3, 1)):
-    rows = PagedRows(lm)
-    first = rows.prefill([(0, 0, 9), (1, 0, 6), (2, shift, shift + length)])[:2]
-    results.append([*first, rows.decode(range(B), [9, 6, shift + length])[:2]])
-  for result in results[1:]:
-    for ours, theirs in zip(result, results[0], strict=True):
-      np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize('fields', [{'norm': 'layer'}, {'norm_offset': 1.0}, {}])
-def test_ordered_norms_do_not_depend_on_the_number_of_rows(fields):
-  norm = make_norm(dataclasses.replace(BASE, **fields), jnp.float32, 576)
-  x = jax.random.normal(jax.random.key(0), (1, 200, 576))
-  run = jax.jit(lambda x: norm(x, ordered=True))
-  whole = run(x)
-  for rows in (1, 3, 64):
-    np.testing.assert_array_equal(run(x[:, :rows]), whole[:, :rows])
-  np.testing.assert_allclose(whole, jax.jit(norm)(x), atol=1e-5)
-
-
-@pytest.mark.parametrize('name', [few(name) for name in MODELS])
-def test_kernels_give_the_same_training_gradient(name, quick_compilation):
+def test_kernels_give_the_same_training_gradient(name):
   """Each kernel that this machine has, for packed rows, and for the loss with its own gradient."""
   config = dataclasses.replace(BASE, **MODELS[name])
   graph, params = abstract_model(config)[0], draw_params(config)
@@ -259,7 +246,7 @@ def test_the_number_of_parameters_is_that_of_the_model(choice):
   assert len(windows_of(config)) == len(set(config.windows) or {None}) + bool(config.delta)
 
 
-def test_layers_of_one_kind_share_a_program(quick_compilation):
+def test_layers_of_one_kind_share_a_program():
   """On one CPU device. Layers 0 and 2 have the same heads, and layer 1 has others."""
   lm = model_of(BASE, num_layers=3, head_dims=(8, 16, 8), kv_heads=(2, 1, 2))
   rows, before = PagedRows(lm), cached_forward._layer._cache_size()
@@ -315,7 +302,7 @@ def test_norms_have_only_the_parameters_that_a_model_uses():
   assert not any('mlp_norm' in path or 'attention_norm' in path for path in paths)
 
 
-def test_values_from_keys_are_the_keys_before_their_norm_and_rotation(quick_compilation):
+def test_values_from_keys_are_the_keys_before_their_norm_and_rotation():
   """A projection of values with the weights of the keys gives the same."""
   fields = {'qk_norm': True, 'value_norm': True, 'qkv_bias': True}
   lm = model_of(BASE, **fields, values_from_keys=(True, True))
@@ -331,7 +318,7 @@ def test_values_from_keys_are_the_keys_before_their_norm_and_rotation(quick_comp
   np.testing.assert_array_equal(lm.logits(TOKENS), plain.logits(TOKENS))
 
 
-def test_normed_values_have_a_mean_square_of_one(quick_compilation):
+def test_normed_values_have_a_mean_square_of_one():
   lm = model_of(BASE, value_norm=True, num_kv_heads=4)
   rows = PagedRows(lm)
   rows.prefill([(row, 0, 9) for row in range(B)])
@@ -340,7 +327,7 @@ def test_normed_values_have_a_mean_square_of_one(quick_compilation):
 
 
 @pytest.mark.parametrize('adapters', [False, True])
-def test_training_never_changes_the_scalar_of_a_layer(adapters, quick_compilation):
+def test_training_never_changes_the_scalar_of_a_layer(adapters):
   """No gradient, no weight decay, and no rounding in the moving average."""
   lm = model_of(BASE, layer_scalar=True)
   for layer, value in enumerate((0.7, 1.1)):  # an average of 0.7 is rounded
@@ -368,7 +355,7 @@ def test_training_never_changes_the_scalar_of_a_layer(adapters, quick_compilatio
   assert np.abs(plain[kernel] - before[kernel]).max() > 1e-3
 
 
-def test_norm_scales_start_at_one(quick_compilation):
+def test_norm_scales_start_at_one():
   params = init_params(dataclasses.replace(BASE, norm_offset=1.0), jax.random.key(0))
   np.testing.assert_array_equal(params['norm']['scale'], 0.0)
 

@@ -10,8 +10,6 @@ from transformers.models.qwen3_next import modeling_qwen3_next as reference
 from cai_jax.model import delta_rule
 from cai_jax.model.delta_rule import DeltaInputs
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 B, K, G, H, U, W = 2, 2, 3, 8, 16, 4
 RECURRENT = reference.torch_recurrent_gated_delta_rule
 CHUNKS = reference.torch_chunk_gated_delta_rule

@@ -90,7 +90,7 @@ def test_cosine_distances_of_right_angles_opposites_and_zero():
   assert cosine_distances(np.array([[1, 0], [-3, 0], [0, 0]])) == pytest.approx([1.5, 1.5, 1.0])
 
 
-def test_embeddings_are_torchs_mean_hidden_states(load, tiny_hf_folder, quick_compilation):
+def test_embeddings_are_torchs_mean_hidden_states(load, tiny_hf_folder):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tiny_hf_folder('qwen2'), dtype=torch.float32
   ).eval()

@@ -107,7 +107,7 @@ def run_command(block: Block, command: str, folder: pathlib.Path) -> None:
 
 
 # Pages that launch whole runs, which takes up to a minute and a half each. Other pages always run.
-LAUNCH_RUNS = ('running', 'training', 'evaluations', 'configuration')
+LAUNCH_RUNS = ('running', 'training', 'evaluations', 'configuration', 'experiments', 'preferences')
 
 
 def page_parameters() -> list:

@@ -29,13 +29,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def log_sigmoid(x):
   return -math.log1p(math.exp(-x))
 

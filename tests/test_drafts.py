@@ -18,6 +18,8 @@ from cai_jax.sampling.stats import describe
 from cai_jax.sampling.types import SamplingConfig
 from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 
 def reference(text, count):
   """Return what `find_drafts` should return for one row, without undefined entries."""

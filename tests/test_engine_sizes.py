@@ -26,6 +26,8 @@ from tests.test_engine import (  # noqa: F401
   run,
 )
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_sizes_of_chunks_change_no_bit_and_those_of_pages_no_token(lm, windows):  # noqa: F811

@@ -7,7 +7,6 @@ import json
 import pathlib
 import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -85,11 +84,7 @@ def lab(tmp_path_factory, small):
   """Run an experiment with arms by principle; return its results and its workdir."""
   folder = tmp_path_factory.mktemp('lab')
   (folder / 'lab.py').write_text(LAB)
-  jax.config.update('jax_disable_most_optimizations', True)  # compiling takes longer than running
-  try:
-    runner.run_experiment(str(folder / 'lab.py'), folder / 'work', options(config=small))
-  finally:
-    jax.config.update('jax_disable_most_optimizations', False)
+  runner.run_experiment(str(folder / 'lab.py'), folder / 'work', options(config=small))
   return json.loads((folder / 'work' / 'lab' / 'results.json').read_text()), folder / 'work'
 
 

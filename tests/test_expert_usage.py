@@ -19,6 +19,8 @@ from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.sampling.usage import describe_usage, no_usage, sum_over_processes, summarize
 from tests.pipeline_setup import small
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 RNG = np.random.default_rng(0)
 PREFIXES = [RNG.integers(5, 300, n).tolist() for n in (18, 37)]
 CONTEXTS = [  # the index of a prefix or None, and further tokens

@@ -18,8 +18,6 @@ from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.losses import negative_log_likelihood
 from tests.test_choices import draw_params
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 CONFIG = ModelConfig('other', 320, 32, 48, 3, 4, 2, 8, 64)
 EXPERTS = Experts(8, 2, 40, dense_layers=(1,))
 MIXTURE = dataclasses.replace(CONFIG, experts=EXPERTS)

@@ -60,7 +60,7 @@ def engine_turns(load):
   return run
 
 
-def test_greedy_tokens_agree_with_torch(engine_turns, tiny_hf_folder, family, quick_compilation):
+def test_greedy_tokens_agree_with_torch(engine_turns, tiny_hf_folder, family):
   """If each token is torch's best one after those before it, torch generates the same tokens."""
   turns, stats = engine_turns(family)
   assert len(turns) == 2 * len(CONTEXTS)

@@ -13,14 +13,18 @@ from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.sharding import flatten_params, partition_spec
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
-from tests.families import load_in_torch
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.families import REPEATED, SIMILAR, load_in_torch, mark_slow
 
 B, T = 4, 40
 TOKENS = np.random.default_rng(0).integers(3, 300, (B, T))
 LENGTHS = np.array([33, 5, 40, 17])  # real tokens of padded rows
 PACKED = (20, 5, 13)  # tokens of the texts of a packed row
+
+
+@pytest.fixture(params=mark_slow(REPEATED + SIMILAR))
+def various(request) -> str:
+  """Each key of FAMILIES in turn. Lines that resemble another one are slow tests."""
+  return request.param
 
 
 def torch_logits(folder, tokens, **inputs):
@@ -61,8 +65,9 @@ def test_logits_agree_with_torch(load, reference, family):
   assert np.abs(logits[:, 20:] - after[:, 20:]).max() > 0.1
 
 
-def test_logits_of_padded_rows_agree_with_torch(load, reference, tiny_hf_folder, family):
+def test_logits_of_padded_rows_agree_with_torch(load, reference, tiny_hf_folder, various):
   """Two rows are padded on the left and two on the right."""
+  family = various
   mask = np.arange(T) < LENGTHS[:, None]
   mask[:2] = mask[:2, ::-1]
   tokens = np.zeros_like(TOKENS)
@@ -81,9 +86,9 @@ def test_logits_of_padded_rows_agree_with_torch(load, reference, tiny_hf_folder,
     assert_close(ours[row, mask[row]], reference(family)[row, :length])
 
 
-def test_logits_of_packed_texts_agree_with_torch(load, reference, family):
+def test_logits_of_packed_texts_agree_with_torch(load, reference, various):
   """The first row holds three texts, each with positions from 0, and padding at the end."""
-  lm = load(family)
+  lm = load(various)
   tokens, positions, segments = np.zeros((3, B, T), np.int32)
   ends = np.cumsum(PACKED)
   for text, (end, n) in enumerate(zip(ends, PACKED, strict=True)):
@@ -92,7 +97,7 @@ def test_logits_of_packed_texts_agree_with_torch(load, reference, family):
     segments[0, end - n : end] = text + 1
   logits = lm_lib.compute_logits(lm.graph, lm.params, tokens, positions, segments)
   for text, (end, n) in enumerate(zip(ends, PACKED, strict=True)):
-    assert_close(logits[0, end - n : end], reference(family)[text, :n])
+    assert_close(logits[0, end - n : end], reference(various)[text, :n])
 
 
 def test_saved_models_load_here_and_in_torch(load, reference, family, tmp_path):
@@ -120,11 +125,11 @@ def test_bfloat16_is_as_close_to_float32_as_in_torch(tiny_hf_folder, reference, 
 
 
 @pytest.mark.skipif('len(jax.devices()) < 8')
-def test_eight_devices_equal_one(load, tiny_hf_folder, family):
-  one = load(family)
+def test_eight_devices_equal_one(load, tiny_hf_folder, various):
+  one = load(various)
   tensor = math.gcd(2, one.config.num_kv_heads)
   mesh = make_mesh(2, 4 // tensor, tensor)
-  eight = cai_jax.load(tiny_hf_folder(family), mesh=mesh)
+  eight = cai_jax.load(tiny_hf_folder(various), mesh=mesh)
   ours, single = flatten_params(eight.params), flatten_params(one.params)
   assert ours.keys() == single.keys()
   for path, leaf in ours.items():

@@ -152,13 +152,13 @@ def trained(load, tiny_hf_folder):
   return get
 
 
-def test_ten_losses_agree_with_torch(trained, family, quick_compilation):
+def test_ten_losses_agree_with_torch(trained, family):
   _, theirs, ours, _ = trained(family)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one(trained, load, tiny_hf_folder, family, quick_compilation):
+def test_eight_devices_train_as_one(trained, load, tiny_hf_folder, family):
   """Data, rows of parameters and channels are split."""
   config, _, losses, expected = trained(family)
   tensor = math.gcd(2, load(family).config.num_kv_heads)

@@ -49,7 +49,7 @@ RESPONSES = ['First look at the brake, then at the cable.', 'You are a fool.']
 
 
 @pytest.fixture
-def small_engine(quick_compilation, monkeypatch):
+def small_engine(monkeypatch):
   """Guards answer in an engine of few programs, which the tests share."""
   monkeypatch.setattr(answer_form, 'default_sizes', lambda lm, prompts: ENGINE)
 

@@ -163,7 +163,7 @@ def count_lines(folder):
   return sum(path.read_bytes().count(b'\n') for path in folder.rglob('turns-*.jsonl'))
 
 
-@pytest.mark.parametrize('api', APIS)
+@pytest.mark.parametrize('api', ['chat', pytest.param('completions', marks=pytest.mark.slow)])
 def test_nothing_is_asked_twice_after_a_kill(api, tmp_path):
   """A process is killed in its sixth question. Another one asks all but the first five."""
   sixth = threading.Event()

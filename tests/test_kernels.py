@@ -23,6 +23,8 @@ from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 B, T, N, K, H = 2, 256, 4, 2, 64
 
 

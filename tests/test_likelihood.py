@@ -17,8 +17,6 @@ from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring import likelihood
 from cai_jax.scoring.likelihood import log_likelihoods, tokenize_pair
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 RNG = np.random.default_rng(0)
 # Tokens of context and continuation. Long continuations are scored in several slices, and the last
 # pair fills the model's context.

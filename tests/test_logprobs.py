@@ -20,13 +20,6 @@ from tests.training_setup import MODEL, initial_params
 GRAPH, _ = abstract_model(MODEL)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def output_layer(rows=3, length=6):
   """Return random hidden states, table, targets and weights for a vocabulary of 11 tokens."""
   keys = jax.random.split(jax.random.key(1), 4)

@@ -18,8 +18,6 @@ from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.losses import cross_entropy, negative_log_likelihood, targets
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 CONFIG = ModelConfig('llama', 48, 16, 32, 2, 4, 2, 8, 64, tied_embeddings=True)
 GRAPH, _ = abstract_model(CONFIG)
 loss = jax.jit(functools.partial(negative_log_likelihood, GRAPH))
@@ -190,7 +188,8 @@ def test_packed_equals_unpacked(small):
     assert_agree(gradient(small, pack_into_one_batch(examples, row_length, rows=11)), unpacked)
 
 
-@pytest.mark.parametrize('length', [24, 29])  # 29 is prime, so the last slice is padded
+# 29 is prime, so the last slice is padded.
+@pytest.mark.parametrize('length', [pytest.param(24, marks=pytest.mark.slow), 29])
 def test_sliced_logits_give_the_same_gradient(small, monkeypatch, length):
   batch = one_per_row(make_examples(4, [12, 20, 24]), length)
   whole = gradient(small, batch)

@@ -20,6 +20,8 @@ from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 B, T = 3, 24
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 300, (B, T))

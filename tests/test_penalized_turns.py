@@ -19,6 +19,8 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig
 from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 PENALIZED = (
   {'repetition_penalty': 1.4},
   {'presence_penalty': 1.5, 'frequency_penalty': 0.5, 'top_p': 0.9},

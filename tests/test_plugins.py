@@ -48,10 +48,12 @@ register_set('house', PromptSet('Questions about a house', 'benign', FORM, hub='
 """
 
 
-def test_plugin_scorer_variant_and_prompt_set_run_from_start_to_end(tmp_path, restored_registries):
+def test_plugin_scorer_variant_and_prompt_set_run_from_start_to_end(
+  random_model, tmp_path, restored_registries
+):
   path = tmp_path / 'my_plugin.py'
   path.write_text(PLUGIN)
-  config = tiny.get_config()
+  config = small(random_model)
   config.plugins = (str(path),)
   rows = [{'ask': f'How do I clean lamp {i}?', 'room': 'hall'} for i in range(10)]
   (tmp_path / 'house.jsonl').write_text('\n'.join(map(json.dumps, rows)))
@@ -59,16 +61,6 @@ def test_plugin_scorer_variant_and_prompt_set_run_from_start_to_end(tmp_path, re
   config.evaluation.scorer = 'long-words'
   config.feedback.variant = 'twice'
   config.feedback.rounds = 1
-  config.train.epochs = 1
-  config.feedback.max_rate.update(
-    dict.fromkeys(config.feedback.max_rate, 1.0)
-  )  # texts of 24 tokens
-  for name, limit in (('harmful', 10), ('helpful', 6), ('eval_harmful', 4), ('eval_helpful', 2)):
-    config.prompts[name].limit = limit
-  for stage in config.sampling.values():
-    stage.max_tokens = 24
-  config.train.drop_truncated = False
-  config.engine.slots = 8
   run = pipeline.build(config, tmp_path / 'run')
   pipeline.run_stages(run)
   summary = json.loads((tmp_path / 'run' / 'evaluation' / 'summary.json').read_text())

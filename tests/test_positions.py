@@ -14,13 +14,6 @@ from cai_jax.tiny.files import MODELS
 ROWS = [[7, 9, 11, 4, 5], [3], [8, 6] * 20, [5, 5, 5]]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def lm():
   return cai_jax.load(MODELS['tiny-small'], mesh=make_mesh(1, devices=jax.devices()[:1]))

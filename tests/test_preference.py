@@ -38,13 +38,6 @@ UNITS = with_reference(random_units(40))
 DPO = dataclasses.replace(PREFER, options=(('beta', 0.5),))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def run_steps(config, mesh, count=3):
   """Return the trained parameters after `count` steps, and the metrics of each."""
   graph, params, frozen = GRAPH, initial_params(), None

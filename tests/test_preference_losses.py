@@ -99,7 +99,7 @@ def near_policy(units, plan, folder):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_ten_steps_agree_with_torch(name, folder, quick_compilation):
+def test_ten_steps_agree_with_torch(name, folder):
   """KTO is split into micro-batches, whose reference point is still that of the whole batch."""
   objective, options, compute_losses = (SAME | SIMILAR)[name]
   config = dataclasses.replace(

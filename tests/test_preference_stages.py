@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -49,14 +48,6 @@ def with_preferences(model, **fields):
     set_fields(**{f'{section}__{name}': value for name, value in sizes.items()})(config)
   set_fields(**{**PREFERENCES, **fields})(config)
   return config
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quickly_compiled():
-  """Compile with few optimizations, also for the fixture of the module."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

@@ -33,9 +33,7 @@ def run_all_stages(model, name, path, workdir):
 
 
 @pytest.mark.parametrize('name', list(PROMPT_SETS))
-def test_a_set_runs_end_to_end_in_every_format(
-  name, random_model, tmp_path, monkeypatch, quick_compilation
-):
+def test_a_set_runs_end_to_end_in_every_format(name, random_model, tmp_path, monkeypatch):
   """All formats of a set give the same rows, and an evaluation and a report."""
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
   expected = [prompt.id for prompt in load(name)]

@@ -143,7 +143,7 @@ def run_eight(model, name, path, workdir):
 
 
 @pytest.mark.parametrize('form', FORMATS)
-def test_eight_prompts_run_in_every_format(form, copies, random_model, tmp_path, quick_compilation):
+def test_eight_prompts_run_in_every_format(form, copies, random_model, tmp_path):
   rows = run_eight(random_model, 'xstest', copies('xstest', form), tmp_path / 'run')
   prompts = load('xstest')
   assert [row['id'] for row in rows] == [prompt.id for prompt in prompts]

@@ -27,6 +27,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from tests.test_kernels import A100, AMD, T4
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 HEADS, KV_HEADS, H, PAGE, N, PAGES = 4, 2, 128, 16, 3, 12
 WIDTH, CHUNK = 8, 24  # tokens of a piece, and of a chunk
 SHARED = 21  # tokens of the shared prefix that row 2 begins with

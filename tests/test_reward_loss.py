@@ -105,7 +105,7 @@ def scores_of_rows(params, tokens, lengths):
   return hidden[jnp.arange(len(tokens)), lengths - 1] @ head['table'][0]
 
 
-def test_packed_comparisons_have_the_loss_of_unpacked_ones(quick_compilation):
+def test_packed_comparisons_have_the_loss_of_unpacked_ones():
   params, units = make_params(), UNITS[:8]
   steps = packing.plan([unit.length for unit in units], [packing.Bucket(96, 4)], 1, 0)
   packed = packing.Batches(units, steps)[0]
@@ -143,7 +143,7 @@ def run_steps(config, mesh, count=3):
 @pytest.mark.parametrize(
   'changes', [{}, pytest.param({'lora_rank': 2}, marks=pytest.mark.slow)], ids=['all', 'adapters']
 )
-def test_eight_devices_and_micro_batches_train_as_one_batch(changes, quick_compilation):
+def test_eight_devices_and_micro_batches_train_as_one_batch(changes):
   config = dataclasses.replace(REWARD, options=tuple(OPTIONS.items()), **changes)
   expected, metrics = run_steps(config, one_device())
   divided = dataclasses.replace(config, accumulation=2)
@@ -155,7 +155,7 @@ def test_eight_devices_and_micro_batches_train_as_one_batch(changes, quick_compi
 
 
 @pytest.mark.parametrize('rank', [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_resumed_run_ends_with_the_same_head(rank, tmp_path, quick_compilation):
+def test_a_resumed_run_ends_with_the_same_head(rank, tmp_path):
   config = dataclasses.replace(REWARD, ema=0.9, lora_rank=rank, checkpoint_every=1)
   mesh, initial = one_device(), jax.device_get(make_params())
   run = lambda: fit(DECODER, initial, UNITS, config, mesh, tmp_path, init_id='x')  # noqa: E731

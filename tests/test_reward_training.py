@@ -67,7 +67,7 @@ def torch_scores(folder, conversations):
     if name not in (*REPEATED, *SIMILAR) or name in QUICK
   ],
 )
-def test_transformers_scores_a_saved_reward_model_alike(family, load, tmp_path, quick_compilation):
+def test_transformers_scores_a_saved_reward_model_alike(family, load, tmp_path):
   lm = load(family)
   if classifiers.FAMILIES[lm.config.family].classifier is None:
     with pytest.raises(UserError, match='has no sequence classifier of the family'):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_cached_forward import TOKENS, B, PagedRows, T
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import cai_jax
@@ -30,8 +29,7 @@ from cai_jax.model.rope import (
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.mesh import make_mesh
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.paged_rows import TOKENS, B, PagedRows, T
 
 HEAD = 16  # channels of a head
 PARTIAL = entries.RopeEntries(fraction=1.0)

@@ -60,9 +60,7 @@ def test_labels_are_read_from_lines_of_text(text, expected):
   assert (labels and tuple(labels.values())) == expected
 
 
-def test_a_model_chooses_the_most_likely_labels(
-  tmp_path, tiny_tokenizer, quick_compilation, monkeypatch
-):
+def test_a_model_chooses_the_most_likely_labels(tmp_path, tiny_tokenizer, monkeypatch):
   monkeypatch.setattr(answer_form, 'default_sizes', lambda lm, prompts: ENGINE)
   save_guard('shieldgemma', tmp_path, tiny_tokenizer)
   lm = cai_jax.load(tmp_path, mesh=make_mesh(1, devices=jax.devices()[:1]))

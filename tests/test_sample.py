@@ -14,6 +14,8 @@ from cai_jax.sampling import blocks
 from cai_jax.sampling.noise import gumbel, gumbel_from_bits, token_keys
 from cai_jax.sampling.sample import keep_mask, sample
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 KEEP, SAMPLE, GUMBEL = jax.jit(keep_mask), jax.jit(sample), jax.jit(gumbel_from_bits)
 
 

@@ -40,14 +40,6 @@ LONG = SamplingConfig(temperature=0, max_tokens=150, logit_bias=((4, -100.0),))
 QUESTION = [{'role': 'user', 'content': 'tell me a story'}]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  """Compile with few optimizations, also in the thread of the worker."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def one_device(**sizes):
   return make_mesh(1, devices=jax.devices()[:1])
 

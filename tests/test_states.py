@@ -17,9 +17,16 @@ from cai_jax.sampling.caches import cache_bytes, layer_state_bytes
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.scoring.likelihood import log_likelihoods
-from tests.test_engine import PREFIXES, assert_close, chain, contexts, items, run, tokens_of
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.test_engine import (
+  PREFIXES,
+  assert_close,
+  chain,
+  contexts,
+  full_logits,
+  items,
+  run,
+  tokens_of,
+)
 
 DELTA = DeltaRule((0, 2), 2, 4, 8, 12, 4)
 GREEDY = SamplingConfig(temperature=0.0, max_tokens=8)
@@ -59,7 +66,7 @@ def test_every_bit_is_independent_of_other_slots(lm, dtype):
   options = dict(prefixes={'base': PREFIXES}, page_tokens=16)
   batch, stats = run(model, new_items(), **options)
   assert stats.reused_tokens > 0 and stats.shared_tokens > 0
-  for item in new_items():
+  for item in new_items()[:6]:  # later ones have the same prefixes and lengths
     alone, _ = run(model, [item], **options)
     assert alone[item[0]] == batch[item[0]]
 
@@ -140,7 +147,7 @@ def test_drafts_are_refused(lm):
     run(lm, items(1), draft_tokens=2)
   drafted, stats = run(lm, items(3), slots=64, draft_tokens='auto')
   assert stats.draft_steps == 0
-  assert_close(drafted, run(lm, items(3), slots=64)[0])
+  assert_close(drafted, run(lm, items(3))[0])
 
 
 def test_continuations_that_share_a_context_are_scored(lm):
@@ -149,7 +156,7 @@ def test_continuations_that_share_a_context_are_scored(lm):
   continuations = [rng.integers(3, 300, n).tolist() for n in (1, 4, 9, 9)]
   values = log_likelihoods(lm, [context] * 4, continuations)
   for value, continuation in zip(values, continuations, strict=True):
-    logits = np.asarray(lm.logits([context + continuation]), np.float64)[0, 39:-1]
+    logits = full_logits(lm, context + continuation).astype(np.float64)[39:-1]
     log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
     assert value == pytest.approx(log_p[np.arange(len(continuation)), continuation].sum(), abs=1e-4)
 

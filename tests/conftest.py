@@ -194,23 +194,9 @@ def family(request) -> str:
 @pytest.fixture(scope='session')
 def random_model(tmp_path_factory):
   """The folder of a random model with the embedded world's tokenizer."""
-  import jax
-  from transformers import PreTrainedTokenizerFast
+  from tests.pipeline_setup import save_random_model
 
-  import cai_jax
-  from cai_jax.model.config import ModelConfig
-  from cai_jax.model.transformer import init_params
-  from cai_jax.runtime.mesh import make_mesh
-  from cai_jax.tiny.files import MODELS
-
-  tokenizer = PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
-  config = ModelConfig('llama', len(tokenizer), 32, 64, 2, 4, 2, 8, 512, tied_embeddings=True)
-  params = init_params(config, jax.random.key(0))
-  eos = (tokenizer.eos_token_id,)
-  lm = cai_jax.LM(config, params, tokenizer, make_mesh(), 'float32', '', '', eos)
-  path = tmp_path_factory.mktemp('random')
-  cai_jax.save(lm, path)
-  return path
+  return save_random_model(tmp_path_factory.mktemp('random'))
 
 
 @pytest.fixture(autouse=True)

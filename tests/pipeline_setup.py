@@ -1,10 +1,18 @@
-"""A small run and processes, which the tests of the pipeline share."""
+"""A small run, its model and processes, which the tests of the pipeline share."""
 
 import os
 import pathlib
 import socket
 import subprocess
 
+import jax
+from transformers import PreTrainedTokenizerFast
+
+import cai_jax
+from cai_jax.model.config import ModelConfig
+from cai_jax.model.transformer import init_params
+from cai_jax.runtime.mesh import make_mesh
+from cai_jax.tiny.files import MODELS
 from configs import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,6 +38,17 @@ def small(model):
   config.train.drop_truncated = False
   config.train.checkpoint_every = 1
   return config
+
+
+def save_random_model(path, max_positions=512):
+  """Save a random model with the embedded world's tokenizer in a folder, and return the folder."""
+  tokenizer = PreTrainedTokenizerFast.from_pretrained(MODELS['tiny'])
+  size = len(tokenizer), 32, 64, 2, 4, 2, 8, max_positions
+  config = ModelConfig('llama', *size, tied_embeddings=True)
+  params = init_params(config, jax.random.key(0))
+  eos = (tokenizer.eos_token_id,)
+  cai_jax.save(cai_jax.LM(config, params, tokenizer, make_mesh(), 'float32', '', '', eos), path)
+  return path
 
 
 def set_fields(**fields):

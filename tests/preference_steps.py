@@ -8,12 +8,14 @@ import transformers
 
 import cai_jax
 from cai_jax.data import packing
+from cai_jax.model.classifier import save_classifier
 from cai_jax.model.sharding import flatten_params
-from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.training import reward_model
 from cai_jax.training.prefer_config import PreferConfig
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step, place_batch
+from cai_jax.training.trainable import divide_model
 from tests import preference_oracles as oracles
 from tests.families import load_in_torch, make_config, randomize
 from tests.preference_setup import random_units
@@ -53,9 +55,34 @@ def make_units(count, **values):
   return [unit._replace(segments=tuple(map(clip, unit.segments))) for unit in units]
 
 
+def one_device():
+  """Return a mesh of one device."""
+  return make_mesh(1, devices=jax.devices()[:1])
+
+
 def load(folder):
   """Load a model on one device."""
-  return cai_jax.load(folder, mesh=make_mesh(1, devices=jax.devices()[:1]))
+  return cai_jax.load(folder, mesh=one_device())
+
+
+def save_reward_model(folder, source):
+  """Save a reward model of a language model's folder, with scores of the size of 1."""
+  start = reward_model.add_head(load(source), 0).classifier
+  save_classifier(start._replace(score=50 * start.score), folder)
+
+
+def load_reward_model(folder):
+  """Load what the training of a reward model starts from, on one device."""
+  return reward_model.load_start(folder, one_device(), 0).lm
+
+
+def with_margins(units):
+  """Return the units with a random margin of either sign."""
+  margins = np.random.default_rng(3).normal(size=len(units)).tolist()
+  return [
+    unit._replace(values={**unit.values, 'margin': (m, -m)})
+    for unit, m in zip(units, margins, strict=True)
+  ]
 
 
 def train(lm, units, plan, config):
@@ -67,10 +94,10 @@ def train(lm, units, plan, config):
     plan: the steps.
     config: settings of the training.
   """
-  graph, shapes = abstract_model(lm.config)
-  step = make_train_step(graph, shapes, config, len(plan), lm.mesh)
+  divided = divide_model(lm.config, lm.params, config, lm.mesh)
+  step = make_train_step(divided.graph, divided.params, config, len(plan), lm.mesh)
   batches = packing.Batches(units, plan)
-  state = init_state(jax.tree.map(jnp.copy, lm.params), config, lm.mesh)
+  state = init_state(jax.tree.map(jnp.copy, divided.params), config, lm.mesh)
   losses, norms = [], []
   for i in range(len(plan)):
     state, metrics = step(state, place_batch(batches[i], batch_sharding(lm.mesh)))
@@ -123,15 +150,31 @@ def judged_losses(model, units, **options):
   return oracles.kto(*ratios, column(units, 'desirable', 0) > 0, **options)
 
 
-def train_in_torch(folder, batches, compute_losses):
+def reward_losses(model, units, centering):
+  """Return the loss of each comparison with a margin, from transformers' scores."""
+  tokens, real, _ = pad_right([s for unit in units for s in unit.segments])
+  scores = model(tokens, attention_mask=real).logits[:, 0]
+  values = column(units, 'probability', 0), column(units, 'margin', 0)
+  return oracles.bradley_terry(scores[::2], scores[1::2], *values, centering)
+
+
+def load_rewards_in_torch(folder):
+  """Load a reward model in transformers, in f32 with eager attention."""
+  return transformers.AutoModelForSequenceClassification.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  ).eval()
+
+
+def train_in_torch(folder, batches, compute_losses, load=load_in_torch):
   """Return the losses and gradient norms of AdamW steps, one for each batch, and the model.
 
   Args:
     folder: of the initial model.
     batches: the units of each step.
     compute_losses: a function of the model and units, to one loss for each unit.
+    load: returns the model of a folder.
   """
-  model = load_in_torch(folder)
+  model = load(folder)
   optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, **ADAM)
   losses, norms = [], []
   for units in batches:

@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from cai_jax.data import examples, packing
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import lora
 from cai_jax.model.sharding import path_str
+from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.loop import fit
+from cai_jax.training.losses.logprobs import sequence_logprobs
+from cai_jax.training.prefer_config import PreferConfig
 from cai_jax.training.state import init_state, place_frozen
 from cai_jax.training.step import make_loss, make_train_step, place_batch
+from cai_jax.training.trainable import divide_model
+from tests.preference_setup import random_units, with_reference
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 CONFIG = TrainConfig(
@@ -72,6 +78,52 @@ def test_merged_adapters_keep_the_logits_here_and_in_torch(tiny_hf_folder, tmp_p
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'merged').float()
   with torch.no_grad():
     np.testing.assert_allclose(model(torch.tensor(TOKENS)).logits, logits, atol=1e-5 * scale)
+
+
+def train_adapters(lm, units, config):
+  """Return the adapters beside the frozen model, and all parameters merged, after four steps."""
+  divided = divide_model(lm.config, lm.params, config, lm.mesh)
+  lengths = [unit.length for unit in units]
+  steps = packing.plan(lengths, [packing.Bucket(config.max_length, config.batch_size)], 1, 0)[:4]
+  batches = packing.Batches(units, steps)
+  arguments = divided.graph, divided.params, config, len(steps), lm.mesh, divided.frozen
+  train_step = make_train_step(*arguments)
+  state = init_state(divided.params, config, lm.mesh)
+  state = dataclasses.replace(state, frozen=divided.frozen)
+  for i in range(len(steps)):
+    state, _ = train_step(state, place_batch(batches[i], batch_sharding(lm.mesh)))
+  return divided.graph, lora.join(state.params, lm.params), divided.full_params(state)
+
+
+@pytest.mark.slow
+def test_the_export_of_adapters_trained_by_dpo_has_their_log_probabilities(
+  tiny_hf_folder, tmp_path, quick_compilation
+):
+  lm = lm_lib.load(tiny_hf_folder('qwen2'), mesh=one_device())
+  units = with_reference(random_units(40, vocab_size=300))
+  config = PreferConfig(
+    attention='blocks', batch_size=8, max_length=48, learning_rate=3e-2, warmup=0.0,
+    lora_rank=3, lora_alpha=6.0, lora_modules=CONFIG.lora_modules,
+  )  # fmt: skip
+  graph, unmerged, merged = train_adapters(lm, units, config)
+  lm_lib.save(dataclasses.replace(lm, params=merged), tmp_path / 'merged')
+  exported = lm_lib.load(tmp_path / 'merged', mesh=one_device())
+  batch = packing.Batches(units, [packing.Step(packing.Bucket(48, 8), ((0,), (1,), (2,)))])[0]
+
+  def compute(graph, params):  # a program for each structure
+    model = nnx.merge(graph, params)
+    positions = np.broadcast_to(np.arange(12), TOKENS.shape)
+    hidden = model(TOKENS, positions)
+    return sequence_logprobs(model, batch).sums[:3, :2], model.unembed(hidden)
+
+  program = jax.jit(compute, static_argnums=0)
+  plain, _ = abstract_model(lm.config)
+  logprobs, logits = program(plain, exported.params)
+  expected, exact = program(graph, unmerged)
+  np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
+  np.testing.assert_allclose(logits, exact, atol=1e-5 * np.abs(exact).max())
+  before, _ = program(plain, lm.params)
+  assert np.abs(logprobs - before).max() > 1  # the training has an effect
 
 
 def test_initial_adapters_change_nothing(tiny_hf_folder):

@@ -67,6 +67,13 @@ def folder(tmp_path_factory, tiny_tokenizer):
   return path
 
 
+@pytest.fixture(scope='module')
+def reward_folder(folder, tmp_path_factory):
+  path = tmp_path_factory.mktemp('reward')
+  preference_steps.save_reward_model(path, folder)
+  return path
+
+
 @functools.cache
 def plan_steps():
   """Return units of two segments, which serve every objective, and the first steps."""
@@ -113,6 +120,26 @@ def test_ten_steps_agree_with_torch(name, folder):
   ours, our_norms, _ = preference_steps.train(load(folder), units, plan, config)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
   np.testing.assert_allclose(our_norms, their_norms, rtol=1e-4)
+
+
+def test_ten_steps_of_a_reward_model_agree_with_torch(reward_folder, quick_compilation):
+  """With soft labels, margins and centering; transformers takes the score of the last token."""
+  units, plan = plan_steps()
+  units = preference_steps.with_margins(units)
+  batches = [[units[i] for row in step.rows for i in row] for step in plan]
+  compute = functools.partial(preference_steps.reward_losses, centering=0.1)
+  theirs, their_norms, model = preference_steps.train_in_torch(
+    reward_folder, batches, compute, preference_steps.load_rewards_in_torch
+  )
+  options = (('centering', 0.1), ('margins', True))
+  config = dataclasses.replace(CONFIG, objective='reward', options=options)
+  start = preference_steps.load_reward_model(reward_folder)
+  ours, our_norms, params = preference_steps.train(start, units, plan, config)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+  np.testing.assert_allclose(our_norms, their_norms, rtol=1e-4)
+  head = model.score.weight.detach()
+  np.testing.assert_allclose(params['score/table'], head, atol=1e-6)
+  assert np.abs(params['score/table'] - start.params['score']['table']).max() > 1e-5
 
 
 H = np.linspace(-4, 4, 9, dtype=np.float32)

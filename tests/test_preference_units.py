@@ -1,8 +1,10 @@
 """Units from preferences: token ids, masks, values, and the mismatched responses of KTO."""
 
+import numpy as np
 import pytest
 
 from cai_jax.data.preferences import Comparison, JudgedResponse, judge_both
+from cai_jax.data.preferences import units as unit_files
 from cai_jax.data.preferences.units import build_comparison_units, build_judged_units
 from cai_jax.data.units import check_units
 from cai_jax.dialogue import Dialogue
@@ -111,3 +113,26 @@ def test_judged_units_fit_and_the_others_are_counted(dialogue):
   same = [JudgedResponse(str(i), ask('x'), f'yes {i}', True) for i in range(3)]
   with pytest.raises(UserError, match='All 3 judged responses answer the same prompt'):
     build_judged_units(same, dialogue)
+
+
+def test_the_response_to_another_prompt_is_the_next_one_that_fits(monkeypatch):
+  """Blocks of responses that do not fit are skipped, which changes no choice."""
+  monkeypatch.setattr(unit_files, '_BLOCK', 4)
+  rng = np.random.default_rng(0)
+  arrays = lambda size: np.zeros(size, np.int32)  # noqa: E731
+  entries = [
+    unit_files._Tokens(
+      str(i), arrays(rng.integers(1, 9)), arrays(rng.integers(1, 30)), True, int(rng.integers(5))
+    )
+    for i in range(50)
+  ]
+  order = np.random.default_rng([7, 3]).permutation(50).tolist()
+  expected = []
+  for i, entry in enumerate(entries):
+    place, room = order.index(i), 32 - 2 * len(entry.context) - len(entry.target)
+    following = [entries[k] for k in order[place + 1 :] + order[:place]]
+    fitting = [o for o in following if o.prompt != entry.prompt and len(o.target) <= room]
+    expected.append(fitting[0].target if fitting else None)
+  found = unit_files._find_mismatches(entries, 32, 7)
+  assert all(a is b for a, b in zip(found, expected, strict=True))
+  assert 5 < sum(target is None for target in found) < 45

@@ -121,6 +121,25 @@ def test_packed_comparisons_have_the_loss_of_unpacked_ones():
   assert float(sums['chosen_reward']) == pytest.approx(float(scores[:8].sum()), rel=1e-4)
 
 
+def test_a_head_of_zeros_starts_at_log_2_and_moves_no_decoder(quick_compilation):
+  """So the head of a new reward model is random: its decoder learns from the first step on."""
+  steps = [packing.Step(packing.Bucket(96, 8), tuple((i,) for i in range(8)))]
+  batch = packing.Batches(UNITS, steps)[0]
+  settings = Reward()
+
+  def loss(params):
+    return LOSSES['reward'].function(GRAPH, params, batch, settings=settings)[0] / 8
+
+  params = make_params()
+  compute, zeros = jax.jit(jax.value_and_grad(loss)), jnp.zeros_like(params['score']['table'])
+  for table, is_random in ((params['score']['table'], True), (zeros, False)):
+    value, gradient = compute(join_head(split_head(params)[0], {'table': table}))
+    rest, head = split_head(gradient)
+    assert (float(value) == pytest.approx(np.log(2), rel=1e-6)) == (not is_random)
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(rest)) == is_random
+    assert np.asarray(head['table']).any()
+
+
 def test_no_logits_of_the_vocabulary_are_computed():
   batch = packing.Batches(UNITS, [packing.Step(packing.Bucket(56, 1), ((0,),))])[0]
   program = jax.make_jaxpr(jax.grad(lambda *args: batch_loss(*args)[0]))(make_params(), batch)

@@ -14,7 +14,7 @@ import array
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,13 +28,19 @@ _MAX_POSTINGS = 200
 Messages = Sequence[Mapping[str, str]]
 
 
-def group_prompts(prompts: Sequence[Messages]) -> list[int]:
+def group_prompts(prompts: Iterable[Messages]) -> list[int]:
   """Return the group of each prompt: the index of the first prompt of the group.
 
   Args:
-    prompts: the messages of each prompt, with `role` and `content`.
+    prompts: the messages of each prompt, with `role` and `content`. They are read once, and need
+      not be in memory together.
   """
-  groups = list(range(len(prompts)))
+  groups: list[int] = []
+
+  def read() -> Iterator[Messages]:
+    for messages in prompts:
+      groups.append(len(groups))
+      yield messages
 
   def find(i: int) -> int:
     while groups[i] != i:
@@ -42,10 +48,10 @@ def group_prompts(prompts: Sequence[Messages]) -> list[int]:
       i = groups[i]
     return i
 
-  for i, j in _similar_pairs(prompts):
+  for i, j in _similar_pairs(read()):
     first, second = sorted((find(i), find(j)))
     groups[second] = first
-  return [find(i) for i in range(len(prompts))]
+  return [find(i) for i in range(len(groups))]
 
 
 def find_near_duplicates(prompts: Sequence[Messages], others: Sequence[Messages]) -> dict[int, int]:
@@ -64,7 +70,7 @@ def find_near_duplicates(prompts: Sequence[Messages], others: Sequence[Messages]
   return found
 
 
-def _similar_pairs(prompts: Sequence[Messages], num_old: int = 0) -> Iterable[tuple[int, int]]:
+def _similar_pairs(prompts: Iterable[Messages], num_old: int = 0) -> Iterable[tuple[int, int]]:
   """Yield pairs of indices of near-duplicates, enough to connect every group.
 
   Args:
@@ -84,7 +90,7 @@ def _similar_pairs(prompts: Sequence[Messages], num_old: int = 0) -> Iterable[tu
     texts.add([word for turn in turns for word in turn])
   rows = texts.shingles()
   postings: dict[int, list[int]] = collections.defaultdict(list)
-  for i in range(len(prompts)):
+  for i in range(len(texts)):
     row = rows[i]
     own = set(row.tolist())
     # The overlap of similar sets is at least SIMILARITY × the size of either.
@@ -126,6 +132,9 @@ class _Texts:
     self._numbers: dict[str, int] = {}  # of each word
     self._words, self._lengths = array.array('I'), array.array('I')
     self._short: dict[tuple[int, ...], list[int]] = {}  # texts of fewer words than a shingle
+
+  def __len__(self) -> int:
+    return len(self._lengths)
 
   def number(self, words: Sequence[str]) -> list[int]:
     """Return the number of each word."""

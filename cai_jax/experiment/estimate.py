@@ -1,6 +1,7 @@
 """Estimate what an experiment will cost before it runs: turns, tokens, time and memory."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -21,6 +22,7 @@ from cai_jax.model.lm import LM
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.label_turns import count_label_turns
 from cai_jax.pipeline.policies import list_policies
+from cai_jax.pipeline.preference_sizes import measure_trainings
 from cai_jax.pipeline.space import Need, describe_space, estimate_space, journal_bytes
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.manifest import Manifest
@@ -33,6 +35,9 @@ from cai_jax.training.config import TrainConfig
 PROBE_CHAINS = 64  # chains sampled to measure the speed, at most
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
 UTILIZATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
+# Training holds the result, the initial parameters, two moments, the gradient, and two copies while
+# it saves a checkpoint.
+TRAINING_COPIES = 7
 PROCESS_GIB = 1.0  # memory of a process that has only imported and compiled
 
 
@@ -245,20 +250,23 @@ def _describe_cost(
   sampling = num_turns / turns_per_second
   training_runs = [run for run, stages in runs.values() if 'train' in stages]
   training = sum(_training_seconds(run, example_tokens) for run in training_runs)
+  preferring = [size for r, s in runs.values() if 'prefer' in s for size in measure_trainings(r)]
+  training += sum(_seconds(size.flops(example_tokens), size.shape) for size in preferring)
   seconds = sampling + training + START_SECONDS * len(runs)
-  memory = PROCESS_GIB
+  memory = PROCESS_GIB * 2**30
   if isinstance(base, LM):
     engine = run.config.engine
     caches = engine.slots * cache_bytes(base, slot_tokens, engine.slack, engine.page_tokens)
-    memory += min(caches / 2**30, engine.cache_gib)
-    # Training holds the result, the initial parameters, two moments, the gradient, and two copies
-    # while it saves a checkpoint.
-    copies = 7 if training_runs else 1
-    memory += 4 * base.config.num_params * copies / 2**30
+    copies = TRAINING_COPIES if training_runs else 1
+    memory += min(caches, engine.cache_gib * 2**30) + 4 * base.config.num_params * copies
+  for size in preferring:  # a reference, which is gone before the first step, takes less
+    needed = 4 * size.num_params * TRAINING_COPIES + size.host_bytes(example_tokens)
+    memory = max(memory, PROCESS_GIB * 2**30 + needed)
+  count = len(training_runs) + len(preferring)
   return (
     f'about {seconds / 60:.1f} minutes here: {sampling / 60:.1f} sampling '
     f'({turns_per_second:,.0f} turns per second, measured on a few chains), '
-    f'{training / 60:.1f} training ({len(training_runs)} runs); about {memory:.1f} GiB of memory'
+    f'{training / 60:.1f} training ({count} models); about {memory / 2**30:.1f} GiB of memory'
     + (f'\n{note}' if note else '')
   )
 
@@ -297,18 +305,25 @@ def _training_seconds(run: pipeline.Run, example_tokens: float) -> float:
   examples *= run.config.feedback.rounds if train.target == 'all' else 1
   examples /= 1 - train.helpfulness_share
   flops = config.training_flops([round(example_tokens)]) * examples * train.epochs
-  return flops / (UTILIZATION * _product_flops(config) * len(jax.devices()))
+  return _seconds(flops, config)
 
 
-def _product_flops(config: ModelConfig) -> float:
-  """Return the measured FLOP/s of a matrix product with the model's dimensions."""
-  x, w = jnp.ones((2048, config.d_model)), jnp.ones((config.d_model, config.d_ff))
+def _seconds(flops: float, config: ModelConfig) -> float:
+  """Return the estimated time of the products of a training."""
+  speed = _product_flops(config.d_model, config.d_ff)
+  return flops / (UTILIZATION * speed * len(jax.devices()))
+
+
+@functools.cache
+def _product_flops(d_model: int, d_ff: int) -> float:
+  """Return the measured FLOP/s of a matrix product with a model's dimensions."""
+  x, w = jnp.ones((2048, d_model)), jnp.ones((d_model, d_ff))
   product = jax.jit(lambda x, w: x @ w)
   product(x, w).block_until_ready()
   start, repetitions = time.perf_counter(), 20
   for _ in range(repetitions):
     product(x, w).block_until_ready()
-  return 2 * repetitions * x.size * config.d_ff / (time.perf_counter() - start)
+  return 2 * repetitions * x.size * d_ff / (time.perf_counter() - start)
 
 
 def _digest(value: Any) -> str:

@@ -15,13 +15,17 @@ class LabelTurns(NamedTuple):
 
   Attributes:
     responses: number of responses to compare.
+    pairs: number of comparisons that are written, at most.
     questions: number of questions to the feedback model, which is 0 for a judge.
+    judged: number of comparisons of a judge, which is 0 for a feedback model.
     turns: number of turns of a question.
     tokens: tokens of a question's turns together, at most.
   """
 
   responses: int
+  pairs: int
   questions: int
+  judged: int
   turns: int
   tokens: int
 
@@ -39,12 +43,15 @@ def count_label_turns(run: Run) -> LabelTurns:
   """
   config = run.config.label
   if not config.is_asked_for:
-    return LabelTurns(0, 0, 0, 0)
+    return LabelTurns(0, 0, 0, 0, 0, 0)
   items = read_items(config, run.prompts['harmful'])
   responses = sum(config.responses for item in items if not item.responses)
   choose = PAIRINGS[config.pairs]
-  pairs = sum(len(choose(len(i.responses) or config.responses, random.Random(0))) for i in items)
+  counts = [len(choose(len(i.responses) or config.responses, random.Random(0))) for i in items]
+  pairs = sum(counts)
+  written = sum(n for n, item in zip(counts, items, strict=True) if item.is_written)
   is_asked = config.remote is not None or config.model not in JUDGES
   questions = 2 * config.principles * config.samples * pairs if is_asked else 0
   tokens = config.thoughts + max(VERDICTS[config.verdict].tokens, 1)
-  return LabelTurns(responses, questions, 1 + bool(config.thoughts), tokens)
+  judged = 0 if is_asked else config.principles * pairs
+  return LabelTurns(responses, written, questions, judged, 1 + bool(config.thoughts), tokens)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cai_jax.data.preferences import Comparison, read_comparisons
 from cai_jax.data.preferences.reading import PreferenceSet
@@ -31,6 +32,20 @@ class Places:
   filters: tuple[str, ...] = ()
 
 
+class Sizes(NamedTuple):
+  """What a run has before it starts, at most.
+
+  Attributes:
+    chains: number of rows of D_CAI.
+    rounds: number of revisions in a row.
+    labels: number of comparisons that stage label writes.
+  """
+
+  chains: int
+  rounds: int
+  labels: int
+
+
 @dataclasses.dataclass(frozen=True)
 class PairSource:
   """A source of comparisons within a run.
@@ -39,11 +54,13 @@ class PairSource:
     read: returns the comparisons.
     needs: what it reads, `D_CAI` or `LABELS`, which the run must then have.
     margins: whether its comparisons have margins, which some objectives read.
+    count: returns how many comparisons it has at most, for estimates before the run.
   """
 
   read: Callable[[Places], PreferenceSet[Comparison]]
   needs: str
   margins: bool = False
+  count: Callable[[Sizes], int] = lambda sizes: sizes.chains
 
 
 PAIR_SOURCES: Registry[PairSource] = Registry('source of comparisons')
@@ -57,10 +74,12 @@ def _read_labels(places: Places) -> PreferenceSet[Comparison]:
   return read_comparisons(places.labels, filters=places.filters)
 
 
-for _name, _pairs in (
-  ('implied', 'last_over_initial'),
-  ('rounds', 'each_over_previous'),
-  ('every_pair', 'every_pair'),
+for _name, _pairs, _count in (
+  ('implied', 'last_over_initial', lambda sizes: sizes.chains),
+  ('rounds', 'each_over_previous', lambda sizes: sizes.chains * sizes.rounds),
+  ('every_pair', 'every_pair', lambda sizes: sizes.chains * sizes.rounds * (sizes.rounds + 1) // 2),
 ):
-  PAIR_SOURCES.register(_name)(PairSource(functools.partial(_read_d_cai, pairs=_pairs), D_CAI))
-PAIR_SOURCES.register('labels')(PairSource(_read_labels, LABELS))
+  PAIR_SOURCES.register(_name)(
+    PairSource(functools.partial(_read_d_cai, pairs=_pairs), D_CAI, count=_count)
+  )
+PAIR_SOURCES.register('labels')(PairSource(_read_labels, LABELS, count=lambda sizes: sizes.labels))

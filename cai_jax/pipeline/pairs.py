@@ -1,6 +1,7 @@
 """Read the comparisons that a section of the config names."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -8,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from cai_jax.data.preferences import Comparison, find_held_out, read_comparisons
+from cai_jax.data.preferences import FORMS, Comparison, find_held_out, read_comparisons
 from cai_jax.data.preferences.reading import PreferenceSet
 from cai_jax.data.prompts import Prompt
 from cai_jax.pipeline import prompt_sets
@@ -64,13 +65,33 @@ def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:
     if config.data in PAIR_SOURCES:
       found = PAIR_SOURCES[config.data].read(places)
     else:
-      found = read_comparisons(
-        pathlib.Path(config.data), config.form, invalid=config.invalid, filters=config.filters
-      )
+      found = _read_file(config)
     found = leave_out_held_out(found, run)
   except UserError as error:
     raise UserError(f'{config.section}.data={config.data!r}: {error}') from error
   return Pairs(found, run.config.seed if config.shuffle else None)
+
+
+def _read_file(config: PolicyConfig | RewardConfig) -> PreferenceSet[Comparison]:
+  """Return the comparisons of a file.
+
+  Its rows are checked once in a process while it does not change, because the checks before the run
+  and several trainings may name the same file.
+  """
+  path, filters = pathlib.Path(config.data), tuple(config.filters)
+  if not path.is_file():
+    return read_comparisons(path, config.form, invalid=config.invalid, filters=filters)
+  stat = path.stat()
+  version = stat.st_ino, stat.st_size, stat.st_mtime_ns, FORMS.get(config.form)
+  return _read_version(path, config.form, config.invalid, filters, version)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_version(
+  path: pathlib.Path, form: str, invalid: str, filters: tuple[str, ...], version: Any
+) -> PreferenceSet[Comparison]:
+  del version  # a part of the key only
+  return read_comparisons(path, form, invalid=invalid, filters=filters)
 
 
 def leave_out_held_out(found: PreferenceSet[Comparison], run: Run) -> PreferenceSet[Comparison]:

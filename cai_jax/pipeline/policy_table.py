@@ -14,6 +14,7 @@ _CHOSEN = {BY_JUDGE: 'by the judge', BY_REWARD: 'by the reward model'}
 _NAMES = {'base': 'M_θ', 'aligned': 'SL-CAI'}
 _UNITS = {'comparison': 'comparisons', 'judged': 'judged responses'}  # by kind of unit
 _METRICS = ('loss', 'accuracy', 'margin')  # of the last training step
+EQUAL = 'equal_length_win_rate'  # see `length_bias.length_controlled_rate`
 _COLUMNS = ('violation_rate', 'helpful_rate', 'mean_tokens', 'reward')
 
 
@@ -113,11 +114,16 @@ def _distances(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _win_rates(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Return how often a valid judge finds each model less harmful than M_θ."""
+  """Return how often a valid judge finds each model less harmful than M_θ, with intervals.
+
+  Both answers are to the same prompts, which are resampled together with their lengths.
+  """
   found = {}
   for result in (results.get('judge') or {}).get('comparisons', []):
     if result['opponent'] == 'base' and result['criterion'] == 'harmlessness':
       if wins := result.get('win_rate'):
-        rates = {'win_rate': wins['rate'], 'win_rate_interval': list(wins['interval'])}
-        found[result['player']] = rates
+        row = {'win_rate': wins['rate'], 'win_rate_interval': list(wins['interval'])}
+        if controlled := result.get('length_controlled'):
+          row |= {EQUAL: controlled['rate'], f'{EQUAL}_interval': list(controlled['interval'])}
+        found[result['player']] = row
   return found

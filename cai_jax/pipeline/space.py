@@ -5,15 +5,16 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from cai_jax.model import lm as models
 from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import baselines, prompt_sets
 from cai_jax.pipeline.label_turns import count_label_turns
-from cai_jax.pipeline.policies import list_policies, list_trainings
+from cai_jax.pipeline.policies import list_policies
+from cai_jax.pipeline.preference_sizes import measure_trainings, preference_texts
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, free_bytes
 from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.reference import FILE
 
 JOURNAL_TOKEN_BYTES = 34  # of a sampled token: its id, its log-probability as text, and its letters
 ROW_TOKEN_BYTES = 14  # of a sampled token in D_CAI, and in the files made from it
@@ -69,16 +70,19 @@ def estimate_space(run: Run, stages: Collection[str], trained: ModelConfig | Non
     Need('logs and report', run.workdir, OTHER_BYTES),
   ]
   if 'train' in stages and trained is not None:
-    needs += _training_space(run.config.train, trained, run.workdir, run.workdir / 'model')
-  for training in list_trainings(run.config) if 'prefer' in stages else ():
-    shape = models.inspect_model(run.stand_in(training.init)).config
-    places = run.workdir / training.workdir, run.workdir / training.folder
-    needs += _training_space(training.config, shape, *places)
+    folders = run.workdir, run.workdir / 'model'
+    needs += _training_space(run.config.train, trained.num_params, *folders)
+  for size in measure_trainings(run) if 'prefer' in stages else ():
+    training, folder = size.training, run.workdir / size.training.workdir
+    needs += _training_space(
+      training.config, size.num_params, folder, run.workdir / training.folder
+    )
+    needs.append(Need('reference', folder / FILE, size.reference_bytes))
   return [need._replace(bytes=max(0, need.bytes - _used_bytes(need, run))) for need in needs]
 
 
 def _training_space(
-  config: FitConfig, trained: ModelConfig, workdir: pathlib.Path, model: pathlib.Path
+  config: FitConfig, num_params: int, workdir: pathlib.Path, model: pathlib.Path
 ) -> list[Need]:
   """Return the disk space of a training: its checkpoints in a folder, and the model.
 
@@ -87,8 +91,8 @@ def _training_space(
   """
   copies = (3 + bool(config.ema)) * (config.keep + 1 + bool(config.patience))
   return [
-    Need('checkpoints', workdir / 'checkpoints', 4 * trained.num_params * copies),
-    Need('model', model, 4 * trained.num_params),
+    Need('checkpoints', workdir / 'checkpoints', 4 * num_params * copies),
+    Need('model', model, 4 * num_params),
   ]
 
 
@@ -136,13 +140,13 @@ def _count_turns(run: Run, stages: Collection[str]) -> tuple[int, int, int]:
   if 'label' in stages:
     label = count_label_turns(run)
     count += label.responses
-    turns += label.questions * label.turns
+    turns += label.questions * label.turns + label.judged
     tokens += label.questions * label.tokens
   if 'prefer' in stages:
     prompts = sum(len(run.prompts[name]) for name in prompt_sets.TRAINING)
     count += run.config.reward.best_of_n * prompts
   turns += count * (2 if answer.max_thought_tokens else 1)
-  return turns, tokens + count * room, texts
+  return turns, tokens + count * room, texts + preference_texts(run, stages)
 
 
 def check_space(needs: Iterable[Need]) -> None:

@@ -12,6 +12,7 @@ import jax
 from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitution
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.job import FEEDBACK, RESPONSES, LabelJob, check_label
+from cai_jax.feedback.comparisons.judging import journaled_judge
 from cai_jax.feedback.comparisons.labelling import label
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
@@ -48,9 +49,9 @@ def label_comparisons(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   del manifest
   folder = (run.workdir / LABELS_FILE).parent
   with open_label_models(run) as opened:
-    job = _prepare(run, opened)
     journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
     try:
+      job = _prepare(run, opened, journal)
       with Progress('label') as progress:
         write = shard_writer(run, 'label')
         summary = label(
@@ -170,10 +171,15 @@ def _load(run: Run, name: str, weights: bool, field: str) -> LM:
   return dataclasses.replace(lm, name=name)
 
 
-def _prepare(run: Run, opened: Mapping[str, LM | Remote]) -> LabelJob:
-  """Return the checked job of the run."""
+def _prepare(
+  run: Run, opened: Mapping[str, LM | Remote], journal: Journal | None = None
+) -> LabelJob:
+  """Return the checked job of the run. With a journal, a judge is asked nothing twice."""
   config = run.config.label
   judge = JUDGES[config.model](model_loader(run)) if config.model in JUDGES else None
+  if judge is not None and journal is not None:
+    identity = [config.model, sorted(run.plugins.values())]
+    judge = journaled_judge(judge, identity, journal)
   return check_label(
     opened,
     run.prompts['harmful'],

@@ -39,7 +39,11 @@ HEADINGS = {
   'count': 'count',
 }
 # Headings of columns that stand behind these, in the order of their rows.
-FURTHER_HEADINGS = {'kl': 'KL from M_θ, nats', 'win_rate': 'wins against M_θ'}
+FURTHER_HEADINGS = {
+  'kl': 'KL from M_θ, nats',
+  'win_rate': 'wins against M_θ',
+  'equal_length_win_rate': 'at equal lengths',
+}
 DIFFERENCE = {
   'to': str,
   'value': float,

@@ -1,26 +1,33 @@
 """Splits of comparisons by the content of their prompts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cai_jax.data.near_duplicates import Messages, find_near_duplicates, group_prompts
 from cai_jax.data.preferences.comparisons import Comparison, JudgedResponse
 from cai_jax.data.preferences.forms import digest64
 
-_CHUNK = 10_000  # prompts whose word triples are in memory at the same time
+_CHUNK = 10_000  # prompts that are in memory at the same time
 
 
 def group_comparisons(comparisons: Iterable[Comparison | JudgedResponse]) -> dict[str, int]:
   """Return the group of each comparison by its id: those with near-duplicate prompts share one.
 
-  `examples.hold_out` keeps groups on one side of its split. Only distinct prompts are compared, and
-  only these are in memory.
+  `examples.hold_out` keeps groups on one side of its split. Only distinct prompts are compared.
 
   Args:
-    comparisons: comparisons or judged responses.
+    comparisons: comparisons or judged responses; they are read once.
   """
-  distinct = _Distinct()
-  index_of = {pair.id: distinct.add(pair.prompt) for pair in comparisons}
-  groups = group_prompts(distinct.prompts)
+  indices: dict[int, int] = {}  # of a prompt's digest
+  index_of: dict[str, int] = {}  # of a comparison's prompt
+
+  def distinct() -> Iterator[Messages]:
+    for pair in comparisons:
+      digest, count = _digest(pair.prompt), len(indices)
+      index_of[pair.id] = indices.setdefault(digest, count)
+      if len(indices) > count:
+        yield pair.prompt
+
+  groups = group_prompts(distinct())
   return {name: groups[index] for name, index in index_of.items()}
 
 
@@ -30,39 +37,37 @@ def find_held_out(
   """Return the comparisons whose prompt nearly equals a held-out one.
 
   Args:
-    comparisons: comparisons or judged responses.
+    comparisons: comparisons or judged responses; they are read once.
     held_out: the messages of the prompts that must not be trained on.
 
   Returns:
     Id of a comparison → index of one such prompt.
   """
-  distinct = _Distinct()
-  index_of = {pair.id: distinct.add(pair.prompt) for pair in comparisons} if held_out else {}
+  if not held_out:
+    return {}
   same = {_digest(messages): index for index, messages in enumerate(held_out)}
-  near: dict[int, int] = {}
-  for begin in range(0, len(distinct.prompts), _CHUNK):
-    chunk = distinct.prompts[begin : begin + _CHUNK]
-    found = find_near_duplicates(chunk, held_out)
-    for i, messages in enumerate(chunk):
-      index = found.get(i, same.get(_digest(messages)))
+  found: dict[str, int] = {}
+  known: dict[int, int | None] = {}  # digest of a prompt → index of a held-out one
+  waiting: dict[int, tuple[Messages, list[str]]] = {}  # prompts that are not known yet, with ids
+
+  def compare() -> None:
+    near = find_near_duplicates([messages for messages, _ in waiting.values()], held_out)
+    for i, (digest, (_, ids)) in enumerate(waiting.items()):
+      index = known[digest] = near.get(i, same.get(digest))
       if index is not None:
-        near[begin + i] = index
-  return {name: near[index] for name, index in index_of.items() if index in near}
+        found.update(dict.fromkeys(ids, index))
+    waiting.clear()
 
-
-class _Distinct:
-  """Prompts without repetitions."""
-
-  def __init__(self) -> None:
-    self.prompts: list[Messages] = []
-    self._indices: dict[int, int] = {}
-
-  def add(self, prompt: Messages) -> int:
-    """Return the index of a prompt in `prompts`; add it if it is new."""
-    index = self._indices.setdefault(_digest(prompt), len(self.prompts))
-    if index == len(self.prompts):
-      self.prompts.append(prompt)
-    return index
+  for pair in comparisons:
+    digest = _digest(pair.prompt)
+    if digest not in known:
+      waiting.setdefault(digest, (pair.prompt, []))[1].append(pair.id)
+      if len(waiting) == _CHUNK:
+        compare()
+    elif (index := known[digest]) is not None:
+      found[pair.id] = index
+  compare()
+  return found
 
 
 def _digest(messages: Messages) -> int:

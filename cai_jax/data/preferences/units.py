@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from cai_jax.data.preferences.forms import digest64
 from cai_jax.data.units import Unit
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
+
+_BLOCK = 1024  # targets that are searched together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,18 +175,38 @@ def _find_mismatches(
 ) -> list[np.ndarray | None]:
   """Return for each entry the target of another prompt, or None if there is none that fits."""
   order = np.random.default_rng([seed, 3]).permutation(len(entries)).tolist()
-  shortest = min((len(entry.target) for entry in entries), default=0)
+  sizes = np.array([len(entries[i].target) for i in order], np.int64)
+  # If few targets fit, trying all would take a time that grows with the square of their number.
+  least = np.array([sizes[i : i + _BLOCK].min() for i in range(0, len(sizes), _BLOCK)], np.int64)
   found: list[np.ndarray | None] = [None] * len(entries)
   for place, i in enumerate(order):
     entry = entries[i]
     room = max_length - 2 * len(entry.context) - len(entry.target)
-    if room < shortest:
-      continue
-    following = (entries[order[(place + k) % len(order)]] for k in range(1, len(order)))
-    found[i] = next(
-      (o.target for o in following if o.prompt != entry.prompt and len(o.target) <= room), None
+    following = itertools.chain(
+      _find_fitting(sizes, least, place + 1, len(order), room),
+      _find_fitting(sizes, least, 0, place, room),
     )
+    others = (entries[order[k]] for k in following)
+    found[i] = next((o.target for o in others if o.prompt != entry.prompt), None)
   return found
+
+
+def _find_fitting(
+  sizes: np.ndarray, least: np.ndarray, begin: int, end: int, room: int
+) -> Iterator[int]:
+  """Yield the indices in [begin, end) whose size is at most `room`, in ascending order.
+
+  Args:
+    sizes: i64[N].
+    least: the smallest size of each block of `_BLOCK`.
+    begin, end: range of indices.
+    room: largest size.
+  """
+  first = begin // _BLOCK
+  for block in np.flatnonzero(least[first : -(-end // _BLOCK)] <= room).tolist():
+    low = max((first + block) * _BLOCK, begin)
+    high = min((first + block + 1) * _BLOCK, end)
+    yield from (np.flatnonzero(sizes[low:high] <= room) + low).tolist()
 
 
 def _context(dialogue: Dialogue, prompt: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -70,11 +70,11 @@ def compare_with_model(model: FeedbackModel, samples: int, clamp: tuple[float, f
 def compare_with_judge(judge: Judge) -> Compare:
   """Return a function that asks a judge, such as the oracle of the embedded world.
 
-  A judge is no language model with turns: it answers in the process of the run, also when a run
-  continues. It may read the criterion 'harmlessness' in place of the principle.
+  A judge is no language model with turns: it answers in the process of the run. It may read the
+  criterion 'harmlessness' in place of the principle.
 
   Args:
-    judge: the judge.
+    judge: the judge. `judging.journaled_judge` returns one that is asked nothing twice.
   """
 
   def compare(

@@ -94,6 +94,7 @@ def _run(
 ) -> _Asked:
   """Ask the questions about some items."""
   if not job.stages:  # a judge compares given responses
+    journal.refresh()  # the answers to the other processes
     return _Asked([_play(job.chain(item)) for item in items], Stats(), [])
   usages: list[tuple[str, Usage]] = []
   engine = _make_engine(job, journal, config)

@@ -1,0 +1,90 @@
+"""AI feedback by a judge that is no language model: it is asked nothing twice."""
+
+import contextlib
+import math
+
+import pytest
+
+from cai_jax.feedback.comparisons.config import LabelConfig
+from cai_jax.feedback.comparisons.judging import journaled_judge
+from cai_jax.feedback.comparisons.labelling import label
+from cai_jax.runtime.errors import UserError
+from cai_jax.sampling.journal import Journal
+from cai_jax.scoring.judge import Comparison
+from tests.feedback_setup import ENGINE
+from tests.label_setup import lm as lm
+from tests.label_setup import make_job
+from tests.label_setup import pairs_file as pairs_file
+
+GIVEN = ('comparisons.jsonl', 'summary.json')
+
+
+class KilledError(Exception):
+  """Ends a run where a test would kill it."""
+
+
+class Judge:
+  """Prefers the longer response, and remembers what it was asked."""
+
+  def __init__(self):
+    self.asked = []
+
+  def __call__(self, matches):
+    self.asked += [(m.principle, m.messages[0]['content'], m.responses) for m in matches]
+    odds = [math.tanh(len(m.responses[0]) - len(m.responses[1])) for m in matches]
+    return [Comparison(m.prompt, m.players, (x, x)) for m, x in zip(matches, odds, strict=True)]
+
+
+def run(judge, folder, config, models=(), progress=lambda *_: None, identity=('longer',)):
+  """Run a job in a folder, with the judge behind the journal of that folder."""
+  with contextlib.closing(Journal(folder / 'journal')) as journal:
+    remembered = journaled_judge(judge, list(identity), journal)
+    job = make_job(dict(models), config, judge=remembered)
+    label(job, folder / 'labels', journal, ENGINE, progress)
+  return [(folder / 'labels' / name).read_bytes() for name in GIVEN]
+
+
+def test_a_killed_job_asks_its_judge_nothing_twice(lm, tmp_path, quick_compilation):
+  config, models = LabelConfig(responses=2, principles=2), {'responses': lm}
+  whole = Judge()
+  expected = run(whole, tmp_path / 'whole', config, models)
+  assert len(set(whole.asked)) == len(whole.asked) >= 2 * 4
+
+  def kill(done, total, tokens):
+    if done == 2:
+      raise KilledError
+
+  judge = Judge()
+  with pytest.raises(KilledError):
+    run(judge, tmp_path / 'killed', config, models, kill)
+  assert 0 < len(judge.asked) < len(whole.asked)
+  assert run(judge, tmp_path / 'killed', config, models) == expected
+  assert sorted(judge.asked) == sorted(whole.asked)
+  assert run(judge, tmp_path / 'killed', config, models) == expected
+  assert len(judge.asked) == len(whole.asked)
+
+
+def test_given_responses_are_judged_once_for_each_judge(pairs_file, tmp_path):
+  # The labelled set has the same pairs, which are the same questions under the same principles.
+  config = LabelConfig(comparisons=(pairs_file,), labelled=(pairs_file,), principles=2)
+  first, again, other, mended = Judge(), Judge(), Judge(), Judge()
+  expected = run(first, tmp_path, config)
+  assert len(first.asked) == 2 * 2
+  assert run(again, tmp_path, config) == expected and again.asked == []
+  assert run(other, tmp_path, config, identity=('another version',)) == expected
+  assert sorted(other.asked) == sorted(first.asked)
+  path = tmp_path / 'journal' / 'turns-00000.jsonl'
+  lines = path.read_bytes().splitlines(keepends=True)
+  lines[0] = lines[0].replace(b'0.', b'9.', 1)
+  path.write_bytes(b''.join(lines))
+  assert run(mended, tmp_path, config) == expected and len(mended.asked) == 2
+
+
+@pytest.mark.parametrize('odds', [[], [(math.nan, 0.0)] * 2])
+def test_answers_that_are_no_comparisons_are_refused(odds, pairs_file, tmp_path):
+  def judge(matches):
+    return [Comparison('', ('first', 'second'), x) for x in odds]
+
+  config = LabelConfig(comparisons=(pairs_file,), principles=2)
+  with pytest.raises(UserError, match='with finite log-odds for each of 2 matches'):
+    run(judge, tmp_path, config)

@@ -5,14 +5,14 @@ Command:   python -m cai_jax.experiment --experiment=experiments/preference_step
              --workdir=runs/lab
            python -m cai_jax.experiment --config=configs/mine.py --workdir=runs/mine \\
              --experiment=experiments/preference_steps.py
-Hardware:  two CPU cores; 15 minutes for each seed on cores that other jobs shared, 1.5 GB
+Hardware:  two CPU cores; 9 to 25 minutes for each seed on cores that other jobs shared, 1.7 GB
 Arms:      M_θ; SL-CAI; SL-CAI fine-tuned longer, so that it learns about as many responses as
            SL-CAI and DPO together (a comparison has two, and each one counts); SL-CAI + DPO; DPO
            of M_θ without fine-tuning; the best of n answers of M_θ by the run's reward model, which
            takes n times the tokens for each answer; and DPO on comparisons whose sides are
            exchanged at random, a control that must not help. All answer the same held-out prompts
 Expected:  in the embedded world, SL-CAI + DPO leaves fewer violations than SL-CAI, with shorter
-           answers; experiments/RESULTS.md has one seed
+           answers; experiments/RESULTS.md has three seeds
 """
 
 from ml_collections import ConfigDict

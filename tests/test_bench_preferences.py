@@ -23,12 +23,13 @@ def test_the_sides_of_a_pair_share_a_prompt_and_depend_on_the_seed_alone():
     assert max(len(chosen.tokens), len(rejected.tokens)) <= examples_lib.EMBEDDED.longest
 
 
-def test_every_pair_is_trained_on_once():
-  examples, steps = preferences.plan_steps(WORK, repetitions=3, vocab_size=300)
+@pytest.mark.parametrize('shared', [True, False])
+def test_every_pair_is_trained_on_once(shared):
+  examples, steps = preferences.plan_steps(WORK, repetitions=3, vocab_size=300, shared=shared)
   assert len(steps) == 3 * WORK.steps and all(len(rows) <= WORK.rows for rows in steps)
   indices = [i for rows in steps for row in rows for i in row]
   assert sorted(indices) == list(range(len(examples) // 2))
-  lengths = pairs.pair_lengths(examples)
+  lengths = pairs.pair_lengths(examples, shared)
   rows = [sum(lengths[i] for i in row) for rows in steps for row in rows]
   assert max(rows) <= WORK.row_length and sum(rows) > 0.8 * len(rows) * WORK.row_length
 
@@ -39,7 +40,7 @@ def test_rates_count_pairs_and_ratios_are_paired_by_repetition():
   run = {'cpu_seconds': 1, 'other_load': 0, 'places': 1000, 'peak_bytes': 5, 'losses': [0.7]}
   runs = [run | {'seconds': 2.0, 'reference_seconds': 1.0}]
   runs.append(run | {'seconds': 0.5, 'reference_seconds': 0.5})
-  row = preferences.summarize(examples, steps, runs, 1)
+  row = preferences.summarize(pairs.pair_lengths(examples), steps, runs, 1)
   assert row['pairs_per_second'] == [1.5, 2.0]
   assert row['pairs_per_second_with_reference'] == [1.0, 1.0]
   assert row['padding_share'] == 1 - sum(pairs.pair_lengths(examples)) / 2000

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from cai_jax.data.examples import Example
-from cai_jax.data.units import ARRAYS, Unit, as_unit, unit_lengths
+from cai_jax.data.units import ARRAYS, LAST_SEGMENTS, Unit, as_unit, unit_lengths
 from cai_jax.runtime.errors import UserError
 
 PACKING_WINDOW = 4096  # consecutive examples that are packed together
@@ -127,6 +127,11 @@ class Batches:
   other. So if every unit has n segments, unit k of a row, from 0, has the columns n * k to
   n * k + n - 1.
 
+  If units share tokens, a batch also has `last_segment_ids`, i32[rows, length]. The shared tokens
+  of a unit stand in its first segment, and this array has the number of its last one there; at
+  other tokens it equals `segment_ids`. The positions of the other segments continue after the
+  shared tokens.
+
   Every host builds the whole batch, and each of its devices takes its own part.
 
   Args:
@@ -137,13 +142,15 @@ class Batches:
   def __init__(self, examples: Sequence[Example | Unit], steps: Sequence[Step]):
     self._examples, self._steps = examples, steps
     self._values = tuple(as_unit(examples[0]).values) if len(examples) else ()
+    shares = any(as_unit(example).shared for example in examples)
+    self._arrays = (*ARRAYS, LAST_SEGMENTS) if shares else ARRAYS
 
   def __len__(self) -> int:
     return len(self._steps)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     bucket, rows = self._steps[index]
-    batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in ARRAYS}
+    batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in self._arrays}
     batch |= {name: np.zeros((bucket.rows, bucket.length), np.float32) for name in self._values}
     for r, row in enumerate(rows):
       begin = segment = 0
@@ -151,14 +158,20 @@ class Batches:
         unit = as_unit(self._examples[i])
         for name in self._values:
           batch[name][r, segment : segment + len(unit.segments)] = unit.values[name]
-        for tokens, mask, _ in unit.segments:
+        last = segment + len(unit.segments)
+        if unit.shared:
+          batch[LAST_SEGMENTS][r, begin : begin + unit.shared] = last
+        for number, (tokens, mask, _) in enumerate(unit.segments):
           segment += 1
-          span = slice(begin, begin + len(tokens))
-          batch['tokens'][r, span] = tokens
-          batch['positions'][r, span] = np.arange(len(tokens))
+          skipped = unit.shared if number else 0
+          span = slice(begin, begin + len(tokens) - skipped)
+          batch['tokens'][r, span] = tokens[skipped:]
+          batch['positions'][r, span] = np.arange(skipped, len(tokens))
           batch['segment_ids'][r, span] = segment
-          batch['loss_mask'][r, span] = mask
-          begin += len(tokens)
+          batch['loss_mask'][r, span] = mask[skipped:]
+          begin = span.stop
+    if LAST_SEGMENTS in batch:
+      batch[LAST_SEGMENTS] = np.maximum(batch[LAST_SEGMENTS], batch['segment_ids'])
     return batch
 
   def example_ids(self, index: int) -> list[str]:

@@ -23,6 +23,7 @@ SEGMENTS = {'sequence': 1, 'comparison': 2, 'judged': 2}
 RANGES = {'probability': (0.0, 1.0), 'desirable': (0.0, 1.0)}
 
 ARRAYS = ('tokens', 'positions', 'segment_ids', 'loss_mask')  # of every batch, i32[B,T] each
+LAST_SEGMENTS = 'last_segment_ids'  # i32[B,T], of batches in which segments share tokens
 
 
 class Unit(NamedTuple):
@@ -33,16 +34,41 @@ class Unit(NamedTuple):
     values: by name, one number for each segment, such as the 'probability' that the first segment
       of a comparison is better. Batches have an array f32[B,T] of each name.
     id: names the unit in messages; units with the same id are held out together.
+    shared: number of first tokens that a batch holds once for all segments; see `share_prompt`.
   """
 
   segments: tuple[Example, ...]
   values: Mapping[str, tuple[float, ...]] = MappingProxyType({})
   id: str = ''
+  shared: int = 0
 
   @property
   def length(self) -> int:
-    """Number of tokens of all segments."""
-    return sum(len(segment.tokens) for segment in self.segments)
+    """Number of tokens of all segments, where shared tokens count once."""
+    return sum(len(segment.tokens) for segment in self.segments) - self.repeated
+
+  @property
+  def repeated(self) -> int:
+    """Number of tokens of the segments that a batch leaves out, because they are shared."""
+    return self.shared * (len(self.segments) - 1)
+
+
+def share_prompt(unit: Unit) -> Unit:
+  """Return a unit whose segments share their prompt, so that a batch holds it once.
+
+  Segments share their first tokens as far as these are equal, and as far as no segment learns them
+  or the token after them. Each segment then begins with a token of its own that is not learned, so
+  all tokens to learn are predicted from a token of the same segment.
+
+  Args:
+    unit: the unit; each segment has a token to learn.
+  """
+  first, *others = unit.segments
+  count = min(int(segment.loss_mask.argmax()) for segment in unit.segments) - 1
+  for other in others:
+    differs = first.tokens[: max(count, 0)] != other.tokens[: max(count, 0)]
+    count = int(differs.argmax()) if differs.any() else count
+  return unit._replace(shared=max(count, 0))
 
 
 def as_unit(item: Example | Unit) -> Unit:
@@ -55,7 +81,7 @@ def as_unit(item: Example | Unit) -> Unit:
 
 
 def unit_lengths(items: Sequence[Example | Unit]) -> list[int]:
-  """Return the number of tokens of each example or unit.
+  """Return the number of tokens that each example or unit takes in a row.
 
   Args:
     items: examples or units.
@@ -90,10 +116,11 @@ def check_units(items: Sequence[Example | Unit], kind: str, needed: Sequence[str
         f'{name} has no value {missing[0]!r}, which the objective needs with these options. Build '
         'the units with it, or change the options.'
       )
-    if set(unit.values) != names or names & set(ARRAYS):
+    if set(unit.values) != names or names & {*ARRAYS, LAST_SEGMENTS}:
       raise UserError(
         f'{name} has the values {sorted(unit.values)}. All units need the same ones, here '
-        f'{sorted(names)}, and none may be called like an array of a batch: {ARRAYS}.'
+        f'{sorted(names)}, and none may be called like an array of a batch: '
+        f'{(*ARRAYS, LAST_SEGMENTS)}.'
       )
     _check_values(unit, name)
     if kind != 'sequence':

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel
-from cai_jax.model.attention.mask import causal_mask
+from cai_jax.model.attention.mask import SharedTokens, causal_mask, segments_mask
 from cai_jax.model.attention.rotary import growth_of, rotary_angles, rotation_of, rotations_of
 from cai_jax.model.attention.scores import scores_of
 from cai_jax.model.attention.sequence import run_by_heads, splits_rows
@@ -82,6 +82,7 @@ class Transformer(nnx.Module):
     remat: str = 'none',
     attention: str | None = None,
     allowed: jax.Array | None = None,
+    last_segment_ids: jax.Array | None = None,
   ) -> jax.Array:
     """Return the hidden states [B,T,D] after the last norm, in the compute dtype.
 
@@ -98,11 +99,15 @@ class Transformer(nnx.Module):
         with masks bool[B,T,T], or with the kernel `LONG_ROWS` if T exceeds `LONGEST_MASK`.
       allowed: bool[B,T,T], the tokens that each query may see besides being causal, for rows that
         branch. Excludes `segment_ids` and `attention`, and a gated delta rule.
+      last_segment_ids: i32[B,T], the last segment that sees a token, for packed rows in which
+        segments share tokens; see `SharedTokens`. Excludes a gated delta rule.
 
     Raises:
       ValueError: if arguments that exclude each other are given.
     """
-    return self.forward(tokens, positions, segment_ids, sharding, remat, attention, allowed)[0]
+    return self.forward(
+      tokens, positions, segment_ids, sharding, remat, attention, allowed, last_segment_ids
+    )[0]
 
   def forward(
     self,
@@ -113,6 +118,7 @@ class Transformer(nnx.Module):
     remat: str = 'none',
     attention: str | None = None,
     allowed: jax.Array | None = None,
+    last_segment_ids: jax.Array | None = None,
   ) -> tuple[jax.Array, Routing | None]:
     """Return the hidden states, and how each layer of experts has divided all tokens.
 
@@ -122,16 +128,18 @@ class Transformer(nnx.Module):
       The hidden states [B,T,D]; and the routing, with a first axis for the layers that are mixtures
       of experts. A dense model has None in its place.
     """
-    if allowed is not None and self.config.delta is not None:
-      raise ValueError('A state cannot branch: allowed excludes models with a gated delta rule.')
+    branches = allowed is not None or last_segment_ids is not None
+    if branches and self.config.delta is not None:
+      raise ValueError('A state cannot branch: a gated delta rule excludes this argument.')
     if allowed is not None and not (segment_ids is None and attention is None):
       raise ValueError('allowed excludes segment_ids and attention.')
+    shared = None if last_segment_ids is None else SharedTokens(last_segment_ids, positions)
 
     def constrain(x):
       return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
     def angles_and_masks():
-      masks = self._masks(positions, segment_ids, attention, allowed)
+      masks = self._masks(positions, segment_ids, attention, allowed, last_segment_ids)
       angles = [rotary_angles(*rotation, positions) for rotation in rotations]
       return angles, masks, growth_of(self.config, positions)
 
@@ -142,7 +150,7 @@ class Transformer(nnx.Module):
 
     rotations = rotations_of(self.config)
     angles, masks, growth = compute_once(angles_and_masks, positions)
-    attends = self._attend_to_tokens(masks, segment_ids, attention, sharding)
+    attends = self._attend_to_tokens(masks, segment_ids, attention, sharding, shared)
     x = embed_tokens(
       self.config, self.embed, self.positions, tokens, positions, self.dtype, differentiable=True
     )
@@ -168,24 +176,26 @@ class Transformer(nnx.Module):
       return self.norm(x), None
     return self.norm(x), jax.tree.map(lambda *rows: jnp.stack(rows).sum(1), *routings)
 
-  def _masks(self, positions, segment_ids, attention, allowed) -> list[jax.Array | None]:
+  def _masks(
+    self, positions, segment_ids, attention, allowed, last_segment_ids
+  ) -> list[jax.Array | None]:
     """Return the mask bool[B,T,T] of each window of `windows_of`; None where none is needed."""
     windows = windows_of(self.config)
     if attention is not None and not KERNELS[attention].takes_mask:
       return [None] * len(windows)
     if segment_ids is not None:
-      allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
+      allowed = segments_mask(segment_ids, segment_ids, last_segment_ids)
     return [
       None if window == 0 else causal_mask(positions, positions, window, allowed)
       for window in windows
     ]
 
-  def _attend_to_tokens(self, masks, segment_ids, attention, sharding) -> list[Callable]:
+  def _attend_to_tokens(self, masks, segment_ids, attention, sharding, shared) -> list[Callable]:
     """Return each layer's `LayerContext.attend` to the tokens of the batch."""
     windows, kernel, scores = windows_of(self.config), None, scores_of(self.config)
     mesh = None if sharding is None else sharding.mesh
     if attention is not None:
-      kernel = bind_kernel(attention, segment_ids, mesh, scores)
+      kernel = bind_kernel(attention, segment_ids, mesh, scores, shared)
 
     starts = None if self.config.delta is None or segment_ids is None else starts_of(segment_ids)
 

@@ -104,8 +104,9 @@ def _check_model(run: Run, training: Training, info: ModelInfo) -> Dialogue:
     lora.abstract_model(info.config, config.lora)
   if config.attention != AUTO:
     try:
-      check_kernel(config.attention, mesh, config.dtype, config.max_length)
-      check_model(config.attention, mesh, config.dtype, config.max_length, info.config)
+      needs = config.attention, mesh, config.dtype, config.max_length
+      check_kernel(*needs)
+      check_model(*needs, info.config, config.shares_tokens)
     except UserError as error:
       raise UserError(f'{section}.attention: {error}') from None
   held_out = sum(len(run.prompts[name]) for name in prompt_sets.HELD_OUT)

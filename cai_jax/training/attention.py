@@ -25,6 +25,6 @@ def resolve_attention(config: C, mesh: Mesh, lengths: Sequence[int], model: Mode
   if config.attention != AUTO:
     return config
   sizes = [kind.head_dim for kind in model.kinds]
-  needs = sizes, model.attention_cap, model.sinks
+  needs = sizes, model.attention_cap, model.sinks, config.shares_tokens
   name = choose_kernel(mesh, config.dtype, lengths, *needs)
   return dataclasses.replace(config, attention=name)

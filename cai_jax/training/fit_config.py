@@ -233,6 +233,11 @@ class FitConfig:
     raise NotImplementedError
 
   @property
+  def shares_tokens(self) -> bool:
+    """Whether the segments of a unit share the tokens of their prompt."""
+    return False
+
+  @property
   def registered_loss(self) -> Loss:
     """The loss that is trained."""
     return LOSSES[self.loss_name]

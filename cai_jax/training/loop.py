@@ -295,7 +295,8 @@ def check_buckets(
     check_batch(bucket.rows // config.accumulation, mesh, name)
     check_sequence(mesh, bucket.length, model)
     try:
-      check_model(config.attention, mesh, config.dtype, bucket.length, model)
+      name = config.attention
+      check_model(name, mesh, config.dtype, bucket.length, model, config.shares_tokens)
     except UserError as error:
       raise UserError(f'{config.section}.attention: {error}') from None
 

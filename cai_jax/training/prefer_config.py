@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Any, ClassVar
 
+from cai_jax.model.config import ModelConfig
+from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.settings import setting
 from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME, FitConfig
+from cai_jax.training.losses import LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,40 @@ class PreferConfig(FitConfig):
   drop_truncated: bool = setting(
     True, 'Whether to drop comparisons with a response that was cut at `max_tokens`.'
   )
+  share_prompts: bool = setting(
+    False,
+    'Whether both sides of a comparison share one copy of their prompt (Wang and Hegde 2024), which '
+    'is then computed once. The loss of a comparison is the same up to rounding. A row holds more '
+    'comparisons, so an epoch has fewer steps of the same `batch_size`.',
+    added=True,
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.share_prompts and not self.registered_loss.shares:
+      fitting = [name for name in self.losses() if LOSSES[name].shares]
+      raise UserError(
+        f'{self.section}.share_prompts=True needs an objective that supports it, which '
+        f'{self.objective!r} does not. Set it to False, or choose one of {fitting}.'
+      )
+
+  def check_model(self, model: ModelConfig, name: str = 'The model') -> None:
+    """Check that the settings suit the model that is trained; see `FitConfig.check_model`.
+
+    Raises:
+      UserError: also if prompts are shared, but the model has a state that cannot branch.
+    """
+    super().check_model(model, name)
+    if self.share_prompts and model.delta is not None:
+      raise UserError(
+        f'{self.section}.share_prompts=True is not possible: {name} has layers with a state, which '
+        'two responses cannot continue from one prompt. Set it to False.'
+      )
+
+  @property
+  def shares_tokens(self) -> bool:
+    """Whether the segments of a unit share the tokens of their prompt."""
+    return self.share_prompts
 
   @property
   def loss_options(self) -> tuple[tuple[str, Any], ...]:

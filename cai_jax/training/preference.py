@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data.examples import hold_out
-from cai_jax.data.units import Unit, check_units
+from cai_jax.data.units import Unit, check_units, share_prompt
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
@@ -63,6 +63,8 @@ def prefer(
   if not units:
     raise UserError(f'There is no unit to train on for {config.section}.objective.')
   check_units(units, loss.units, config.needed_values)
+  if config.share_prompts:
+    units = tuple(map(share_prompt, units))
   _check_lengths(lm, units, config)
   groups = group_by_prompt(units) if groups is None else groups
 
@@ -94,7 +96,10 @@ def prefer(
     monitoring=Monitoring(held_out, probe, profile_steps),
     init_name=lm.name,
   )
-  return params, {'units': len(units), 'held_out': len(held_out), **summary}
+  counts = {'units': len(units), 'held_out': len(held_out)}
+  if config.share_prompts:
+    counts['shared_tokens'] = sum(unit.shared for unit in units)
+  return params, {**counts, **summary}
 
 
 def group_by_prompt(units: Sequence[Unit]) -> dict[str, int]:

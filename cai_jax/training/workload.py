@@ -19,7 +19,8 @@ class Workload:
   """What each step computes, known before training starts.
 
   Attributes:
-    tokens: i64[steps], number of tokens of prompts and responses, without padding.
+    tokens: i64[steps], number of tokens of prompts and responses, without padding. Tokens that
+      several segments share count once.
     flops: f64[steps], FLOPs of the forward and backward pass on these tokens, without
       recomputation.
     peak_flops: peak FLOP/s of all devices together; None if unknown.
@@ -48,14 +49,24 @@ def measure_workload(
     config: the run's settings.
     mesh: the devices.
   """
-  lengths = [[len(segment.tokens) for segment in as_unit(e).segments] for e in examples]
-  step_lengths = [
-    np.array([length for row in step.rows for i in row for length in lengths[i]]) for step in steps
-  ]
+  units = [as_unit(example) for example in examples]
+  lengths = [[len(segment.tokens) for segment in unit.segments] for unit in units]
+  # A prompt that is shared is not computed again for the segments after the first.
+  spared = [[unit.shared] * (len(unit.segments) - 1) for unit in units]
   options = {'adapters': config.lora is not None, 'has_logits': not config.registered_loss.head}
+
+  def sum_up(measure: Callable[[np.ndarray], float]) -> np.ndarray:
+    """Return the sums of a measure of lengths over the sequences of each step."""
+
+    def of_step(step, lengths):
+      sequences = [n for row in step.rows for i in row for n in lengths[i]]
+      return measure(np.array(sequences, np.int64))
+
+    return np.array([of_step(step, lengths) - of_step(step, spared) for step in steps])
+
   return Workload(
-    tokens=np.array([x.sum() for x in step_lengths]),
-    flops=np.array([model.training_flops(x, **options) for x in step_lengths]),
+    tokens=sum_up(np.sum),
+    flops=sum_up(lambda x: model.training_flops(x, **options)),
     peak_flops=hardware.peak_flops(list(mesh.devices.flat), config.dtype),
     example_ids=packing.Batches(examples, steps).example_ids,
   )

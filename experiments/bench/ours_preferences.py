@@ -10,7 +10,7 @@ import numpy as np
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example as TrainingExample
-from cai_jax.data.units import Unit
+from cai_jax.data.units import Unit, share_prompt
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import token_sharding
@@ -32,7 +32,8 @@ class System:
     folder: the model's folder.
     dtype: of computation; parameters and moments are f32.
     platform: ignored.
-    options: `rows` and `length` of a step's batch, `accumulation`, `beta` and `optimizer`.
+    options: `rows` and `length` of a step's batch, `accumulation`, `share_prompts`, `beta` and
+      `optimizer`.
   """
 
   def __init__(self, folder: pathlib.Path, dtype: str, platform: str, options: dict[str, Any]):
@@ -48,6 +49,7 @@ class System:
       schedule='constant',
       warmup=0.0,
       dtype=dtype,
+      share_prompts=options['share_prompts'],
       **options['optimizer'],
     )
     self.config = resolve_attention(config, lm.mesh, [options['length']], lm.config)
@@ -70,6 +72,8 @@ class System:
       Unit(tuple(map(_convert, pair)), {'probability': (1.0, 1.0)}, f'pair {i}')
       for i, pair in enumerate(pairs_lib.pair_up(examples))
     ]
+    if self.config.share_prompts:
+      self.units = [share_prompt(unit) for unit in self.units]
     references = self._compute_reference(self.units)
     self.units = [
       unit._replace(values={**unit.values, 'reference': tuple(numbers)})

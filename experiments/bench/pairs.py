@@ -52,6 +52,12 @@ def pair_up(examples: Sequence[Example]) -> list[Pair]:
   return list(zip(examples[::2], examples[1::2], strict=True))
 
 
-def pair_lengths(examples: Sequence[Example]) -> list[int]:
-  """Return the number of tokens of both sides of each pair."""
-  return [len(a.tokens) + len(b.tokens) for a, b in pair_up(examples)]
+def pair_lengths(examples: Sequence[Example], shared: bool = False) -> list[int]:
+  """Return the number of tokens of both sides of each pair.
+
+  Args:
+    examples: those of all pairs.
+    shared: whether the second side leaves out what it shares with the first one. That is the prompt
+      without its last token, from which each side predicts the first token of its response.
+  """
+  return [len(a.tokens) + len(b.tokens) - shared * (a.prompt - 1) for a, b in pair_up(examples)]

@@ -25,6 +25,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
       help=f'pairs of a micro-batch of {name}; of several values the fastest is used',
     )
   parser.add_argument(
+    '--no_sharing', action='store_true', help='ours computes the prompt once for each side'
+  )
+  parser.add_argument(
     '--trl_python', default=sys.executable, help='interpreter of an environment with TRL'
   )
 
@@ -32,6 +35,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def sizes_to_try(system: str, args: argparse.Namespace) -> list[int]:
   """Return the sizes of micro-batches to try; [0] if the system has no choice."""
   return [0] if system == 'ours' else getattr(args, system)
+
+
+def optimizer(work: Any) -> dict[str, float]:
+  """Return the settings of AdamW for the training work."""
+  return {**training_systems.OPTIMIZER, 'learning_rate': work.learning_rate}
 
 
 def start(
@@ -45,9 +53,10 @@ def start(
     work: the training work.
     folder: of the model.
   """
-  options = {'optimizer': training_systems.OPTIMIZER, 'beta': work.beta}
+  options = {'optimizer': optimizer(work), 'beta': work.beta}
   if system == 'ours':
     options |= {'rows': work.rows, 'length': work.row_length, 'accumulation': work.accumulation}
+    options['share_prompts'] = not args.no_sharing
     return training_systems.start_worker(
       'ours_preferences', sys.executable, args, system, folder, options
     )

@@ -3,8 +3,10 @@
 Command:   python -m experiments.bench.preferences --model=M --workdir=runs/bench \\
              --trl_python=T/bin/python
            --model=tiny, --dtype=bfloat16, --trl=4 (one size of micro-batch, tried no others)
+           --no_sharing (our rows hold the prompt of each side)
 Hardware:  any; RESULTS.md has results of two CPU cores
-Systems:   ours: packed rows of pairs; log-probabilities of the reference computed before training
+Systems:   ours: packed rows of pairs that share their prompt; log-probabilities of the reference
+             computed before training
            trl: `DPOTrainer` of TRL 1.13 at its fastest settings: the reference computed before
              training, no gradient checkpointing, micro-batches of pairs of similar length, whose
              size is the fastest of --trl, and torch's fused AdamW
@@ -55,6 +57,7 @@ class Work:
     accumulation: micro-batches of our step.
     steps: steps of a repetition.
     beta: of the loss.
+    learning_rate: of the optimizer.
   """
 
   lengths: ExampleSettings
@@ -63,24 +66,36 @@ class Work:
   accumulation: int
   steps: int
   beta: float = 0.1
+  learning_rate: float = 1e-4
 
 
+# M has random weights and 30 layers. A step of 1e-4 changes the log-probabilities of its responses
+# by hundreds of nats, so that rounding errors become differences of losses.
 WORK = {
   'tiny': Work(examples_lib.EMBEDDED, row_length=256, rows=16, accumulation=4, steps=10),
   'S': Work(examples_lib.EMBEDDED, row_length=256, rows=4, accumulation=1, steps=2),
-  'M': Work(examples_lib.DIALOGUES, row_length=1024, rows=4, accumulation=4, steps=1),
+  'M': Work(
+    examples_lib.DIALOGUES, row_length=1024, rows=4, accumulation=4, steps=1, learning_rate=1e-8
+  ),
 }
 
 
 def plan_steps(
-  work: Work, repetitions: int, vocab_size: int
+  work: Work, repetitions: int, vocab_size: int, shared: bool
 ) -> tuple[tuple[Example, ...], list[Rows]]:
-  """Return examples of pairs that fill all repetitions, and packed steps with each pair once."""
+  """Return examples of pairs that fill all repetitions, and packed steps with each pair once.
+
+  Args:
+    work: the training work of a repetition.
+    repetitions: their number.
+    vocab_size: number of token ids.
+    shared: whether the sides of a pair share their prompt.
+  """
   total = work.steps * repetitions
   bucket = packing.Bucket(work.row_length, work.rows)
   most = total * work.rows * work.row_length // 16
   examples = pairs.draw(work.lengths, most, vocab_size)
-  lengths = pairs.pair_lengths(examples)
+  lengths = pairs.pair_lengths(examples, shared)
 
   def steps(count):
     return packing.plan(lengths[:count], (bucket,), 1, 0)
@@ -131,10 +146,16 @@ def repeat(
 
 
 def summarize(
-  examples: Sequence[Example], steps: list[Rows], runs: list[dict], size: int
+  lengths: Sequence[int], steps: list[Rows], runs: list[dict], size: int
 ) -> dict[str, object]:
-  """Summarize a system's runs, each over the next `size` of its steps."""
-  lengths = pairs.pair_lengths(examples)
+  """Summarize a system's runs, each over the next `size` of its steps.
+
+  Args:
+    lengths: tokens that the system computes of each pair, without padding.
+    steps: its steps.
+    runs: what the worker returned for each run.
+    size: steps of a run.
+  """
   taken = [
     [i for rows in steps[at : at + size] for row in rows for i in row]
     for at in range(0, size * len(runs), size)
@@ -197,12 +218,13 @@ def benchmark(args: argparse.Namespace) -> dict:
   work = select_work(args)
   folder = models.model_folder(args.model, workdir)
   vocab_size = json.loads((folder / 'config.json').read_text())['vocab_size']
-  examples, packed = plan_steps(work, args.repetitions, vocab_size)
+  examples, packed = plan_steps(work, args.repetitions, vocab_size, not args.no_sharing)
   result = {
     'model': args.model,
     'dtype': args.dtype,
     'work': dataclasses.asdict(work),
-    'optimizer': training.training_systems.OPTIMIZER,
+    'optimizer': preference_systems.optimizer(work),
+    'shared_prompts': not args.no_sharing,
     'pairs': {'count': len(examples) // 2, **examples_lib.describe(examples)},
     'machine': driver.describe_machine(),
     'systems': {system: {} for system in ('ours', *filter(None, args.peers.split(',')))},
@@ -261,7 +283,8 @@ def run_together(
     for system, ask in asks.items():
       memory = ask('memory')
       memory.pop('seconds')
-      systems[system] |= summarize(examples, steps[system], runs[system], work.steps) | memory
+      lengths = pairs.pair_lengths(examples, system == 'ours' and not args.no_sharing)
+      systems[system] |= summarize(lengths, steps[system], runs[system], work.steps) | memory
   return agreement
 
 

@@ -103,6 +103,7 @@ def _register(name: str, options: type) -> Callable[[Penalty], Penalty]:
       name,
       normalizations={'comparison': 'num_comparisons'},
       routes=True,
+      shares=True,
       units='comparison',
       values=('probability',),
       settings=options,

@@ -48,6 +48,7 @@ class KTO:
   'kto',
   normalizations={'judged': 'num_judged'},
   routes=True,
+  shares=True,
   units='judged',
   values=('desirable',),
   settings=KTO,

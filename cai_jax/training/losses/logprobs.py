@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from cai_jax.data.units import LAST_SEGMENTS
 from cai_jax.model.experts import Routing
 from cai_jax.model.logits import PLAIN, LogitTransform
 from cai_jax.model.precision import einsum_f32
@@ -67,6 +68,7 @@ def sequence_logprobs(
     sharding=sharding,
     remat=remat,
     attention=attention,
+    last_segment_ids=batch.get(LAST_SEGMENTS),
   )
   targets, weights = next_token_targets(batch)
   local = [to_local_rows(x, sharding) for x in (hidden, targets, weights)]

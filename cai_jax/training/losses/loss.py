@@ -42,7 +42,7 @@ class LossFunction(Protocol):
       batch: packed rows, each array i32[B,T]: `tokens`; `positions`, from 0 in each segment;
         `segment_ids`, from 1 in each row, where 0 is padding; and `loss_mask`, nonzero on the
         tokens to learn. For each value of the units also f32[B,T], whose column s - 1 belongs to
-        segment s; see `packing.Batches`.
+        segment s. If segments share tokens, also `last_segment_ids`; see `packing.Batches`.
       sharding: sharding of the batch's rows, or None on a single device.
       remat: what the backward pass recomputes, a key of `transformer.REMAT`.
       attention: attention implementation, a key of `attention.kernels.kernel.KERNELS`.
@@ -78,6 +78,8 @@ class Loss:
     needs_whole: whether it gets the sums of the whole batch as `whole`.
     head: name of a head beside the language model that it trains, such as 'score'; None if it
       trains the language model itself.
+    shares: whether it gives `last_segment_ids` of the batch, if there are any, to the model. Only
+      then may segments share the tokens of their prompt.
     metrics: name of a sum → name of the sum that divides it. The log shows the quotient in its
       place; other sums are shown as they are.
   """
@@ -91,6 +93,7 @@ class Loss:
   needs_reference: bool = False
   needs_whole: bool = False
   head: str | None = None
+  shares: bool = False
   metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def needed_values(self, settings: Any) -> tuple[str, ...]:

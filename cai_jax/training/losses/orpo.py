@@ -50,6 +50,7 @@ class ORPO:
   'orpo',
   normalizations={'comparison': 'num_comparisons'},
   routes=True,
+  shares=True,
   units='comparison',
   values=('probability',),
   settings=ORPO,

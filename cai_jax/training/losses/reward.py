@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from cai_jax.data.units import LAST_SEGMENTS
 from cai_jax.model.score_head import HEAD, score_states, split_head
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.values import convert_fields
@@ -57,6 +58,7 @@ def _values(settings: Reward) -> tuple[str, ...]:
   'reward',
   normalizations={'comparison': 'num_comparisons'},
   routes=True,
+  shares=True,
   units='comparison',
   values=_values,
   settings=Reward,
@@ -89,6 +91,7 @@ def reward_loss(
     sharding=sharding,
     remat=remat,
     attention=attention,
+    last_segment_ids=batch.get(LAST_SEGMENTS),
   )
   scores = last_scores(score_states(hidden, head['table'])[..., 0], segments)
   (chosen, rejected), (probability, _) = sides(scores), sides(batch['probability'])

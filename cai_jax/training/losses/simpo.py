@@ -48,6 +48,7 @@ class SimPO:
   'simpo',
   normalizations={'comparison': 'num_comparisons'},
   routes=True,
+  shares=True,
   units='comparison',
   values=('probability',),
   settings=SimPO,

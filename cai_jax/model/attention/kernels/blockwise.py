@@ -6,7 +6,8 @@ over the same pairs and recomputes the scores from the log-sum-exp of each query
 step of a loop holds the scores of one pair, and no array has two axes of T.
 
 Pairs above the diagonal or outside the window are left out when the program is compiled. Pairs
-whose tiles have no segment in common are left out when it runs: packed rows have many.
+whose tiles have no segment in common are left out when it runs: packed rows have many. A segment
+that shares tokens of an earlier one also needs the pairs with these.
 
 `cai_jax.model.transformer` defines the axis letters. R counts the queries that share a kv head, and
 P the pairs of tiles.
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
-from cai_jax.model.attention.mask import MASKED
+from cai_jax.model.attention.mask import MASKED, SharedTokens, segments_mask
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.precision import einsum_f32
 
@@ -38,6 +39,7 @@ def attend_blockwise(
   mesh: Mesh | AbstractMesh | None = None,
   scores: Scores = PLAIN,
   sinks: jax.Array | None = None,
+  shared: SharedTokens | None = None,
 ) -> jax.Array:
   """Attend within segments, one pair of tiles at a time; see `kernel.Attend`."""
   del mesh  # XLA splits rows and heads as those of q, k and v
@@ -55,7 +57,9 @@ def attend_blockwise(
   k, v = split(k).swapaxes(2, 3), split(v).swapaxes(2, 3)
   if sinks is not None:
     sinks = sinks.reshape(kv_heads, -1)
-  out = _attend(window, scores, tiles, k, v, split(segment_ids), sinks)
+  if shared is not None:
+    shared = SharedTokens(*map(split, shared))
+  out = _attend(window, scores, tiles, k, v, split(segment_ids), sinks, shared)
   return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, n, h)[:, :t]
 
 
@@ -78,14 +82,17 @@ def tile_pairs(tiles: int, size: int, window: int | None) -> np.ndarray:
   return np.array([(i, j) for i in range(tiles) for j in range(max(0, i - reach), i + 1)], np.int32)
 
 
-def needed_pairs(pairs: np.ndarray, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Put the pairs in front whose tiles may have a segment in common.
+def needed_pairs(
+  pairs: np.ndarray, segment_ids: jax.Array, last: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Put the pairs in front in which a segment of the queries may see keys.
 
   The test compares the ranges of the ids in both tiles, so it can keep a pair that is not needed.
 
   Args:
     pairs: i32[P,2], from `tile_pairs`.
     segment_ids: i32[I,B,size].
+    last: i32[I,B,size], last segment that sees each token; None means that only its own does.
 
   Returns:
     The pairs, i32[P,2], and how many of them are needed, i32[].
@@ -93,8 +100,9 @@ def needed_pairs(pairs: np.ndarray, segment_ids: jax.Array) -> tuple[jax.Array, 
   # Padding has the id 0 and is behind the other segments. As the largest id it keeps ranges small.
   ids = jnp.where(segment_ids == 0, jnp.iinfo(segment_ids.dtype).max, segment_ids)
   low, high = ids.min(-1), ids.max(-1)
+  seen = high if last is None else jnp.where(segment_ids == 0, ids, last).max(-1)
   queries, keys = pairs[:, 0], pairs[:, 1]
-  needed = ((low[queries] <= high[keys]) & (low[keys] <= high[queries])).any(1)
+  needed = ((low[queries] <= seen[keys]) & (low[keys] <= high[queries])).any(1)
   return jnp.asarray(pairs)[jnp.argsort(~needed, stable=True)], needed.sum()
 
 
@@ -106,15 +114,24 @@ def _put(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
-def _scores(window, scores, q, k, segment_ids, i, j) -> jax.Array:
+def _mask(window, segment_ids, shared, i, j) -> jax.Array:
+  """Return the mask bool[B,T,S] of the queries of tile i with the keys of tile j."""
+  size = segment_ids.shape[-1]
+  distance = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)[None]
+  visible, last = distance >= 0, None
+  if shared is not None:
+    last, positions = _take(shared.last, j), shared.positions
+    distance = _take(positions, i)[:, :, None] - _take(positions, j)[:, None]
+  if window is not None:
+    visible = visible & (distance < window)
+  return visible & segments_mask(_take(segment_ids, i), _take(segment_ids, j), last)
+
+
+def _scores(window, scores, q, k, segment_ids, shared, i, j) -> jax.Array:
   """Return the scores f32[B,K,R,S] of the queries of tile i with the keys of tile j."""
+  mask = _mask(window, segment_ids, shared, i, j)
   q, k = _take(q, i), _take(k, j)
   b, kv_heads, groups, size, h = q.shape
-  distance = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)[None]
-  visible = distance >= 0
-  if window is not None:
-    visible &= distance < window
-  mask = visible & (_take(segment_ids, i)[:, :, None] == _take(segment_ids, j)[:, None])
   x = einsum_f32('BKRH,BKSH->BKRS', _merge_groups(q), k)
   x = scores.of_products(x.reshape(b, kv_heads, groups, size, size), h)
   return _merge_groups(jnp.where(mask[:, None, None], x, MASKED))
@@ -136,7 +153,7 @@ def _sum_queries(x: jax.Array, y: jax.Array, groups: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(window, scores, q, k, v, segment_ids, sinks):
+def _attend(window, scores, q, k, v, segment_ids, sinks, shared):
   """Return the output [I,B,K,G,T,H] of attention.
 
   Args:
@@ -145,18 +162,28 @@ def _attend(window, scores, q, k, v, segment_ids, sinks):
     k, v: tiles [I,B,K,T,H].
     segment_ids: i32[I,B,T].
     sinks: f32[K,G], or None.
+    shared: arrays i32[I,B,T], or None.
   """
-  return _attend_fwd(window, scores, q, k, v, segment_ids, sinks)[0]
+  return _attend_fwd(window, scores, q, k, v, segment_ids, sinks, shared)[0]
 
 
-def _attend_fwd(window, scores, q, k, v, segment_ids, sinks):
+def _pairs(window, segment_ids, shared):
+  """Return the pairs of tiles, and how many of them are needed."""
+  tiles, _, size = segment_ids.shape
+  if shared is None:
+    return needed_pairs(tile_pairs(tiles, size, window), segment_ids)
+  # A key within the window may stand farther away in the row.
+  return needed_pairs(tile_pairs(tiles, size, None), segment_ids, shared.last)
+
+
+def _attend_fwd(window, scores, q, k, v, segment_ids, sinks, shared):
   tiles, b, kv_heads, groups, size, h = q.shape
-  pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
+  pairs, count = _pairs(window, segment_ids, shared)
 
   def add_pair(n, carry):
     out, largest, total = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    x = _scores(window, scores, q, k, segment_ids, i, j)
+    x = _scores(window, scores, q, k, segment_ids, shared, i, j)
     before = _take(largest, i)
     now = jnp.maximum(before, x.max(-1, keepdims=True))
     weights, rescale = jnp.exp(x - now), jnp.exp(before - now)
@@ -177,13 +204,13 @@ def _attend_fwd(window, scores, q, k, v, segment_ids, sinks):
   out, largest, total = jax.lax.fori_loop(0, count, add_pair, initial)
   out = (out / total).astype(q.dtype)
   log_sum = largest + jnp.log(total)
-  return out.reshape(q.shape), (q, k, v, segment_ids, sinks, out, log_sum)
+  return out.reshape(q.shape), (q, k, v, segment_ids, sinks, shared, out, log_sum)
 
 
 def _attend_bwd(window, scores, residuals, g):
-  q, k, v, segment_ids, sinks, out, log_sum = residuals
-  tiles, _, _, groups, size, h = q.shape
-  pairs, count = needed_pairs(tile_pairs(tiles, size, window), segment_ids)
+  q, k, v, segment_ids, sinks, shared, out, log_sum = residuals
+  _, _, _, groups, size, h = q.shape
+  pairs, count = _pairs(window, segment_ids, shared)
   # The sum over keys of weight · d(weight), which the gradient of the softmax subtracts.
   g, wide = g.reshape(out.shape), jnp.float32
   mean = einsum_f32('IBKRH,IBKRH->IBKR', g.astype(wide), out.astype(wide))[..., None]
@@ -191,7 +218,7 @@ def _attend_bwd(window, scores, residuals, g):
   def add_pair(n, carry):
     dq, dk, dv = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    x = _scores(window, scores, q, k, segment_ids, i, j)
+    x = _scores(window, scores, q, k, segment_ids, shared, i, j)
     weights = jnp.exp(x - _take(log_sum, i))
     cotangent = _take(g, i)
     dv_part = _sum_queries(weights.astype(v.dtype), cotangent, groups)
@@ -210,7 +237,7 @@ def _attend_bwd(window, scores, residuals, g):
     by_query = by_query.reshape(*out.shape[:3], groups, size)
     sinks_gradient = by_query.sum((0, 1, 4))
   dq = dq.astype(q.dtype).reshape(q.shape)
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, sinks_gradient
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, sinks_gradient, None
 
 
 def _for_queries(sinks, out):
@@ -221,4 +248,4 @@ def _for_queries(sinks, out):
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
-KERNELS.register('blocks')(Kernel(attend_blockwise, sinks=True))
+KERNELS.register('blocks')(Kernel(attend_blockwise, sinks=True, shares=True))

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from cai_jax.model.attention.kernels.kernel import KERNELS, Kernel
+from cai_jax.model.attention.mask import SharedTokens, segments_mask
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.runtime.errors import UserError
 
@@ -21,6 +22,7 @@ def attend_cudnn(
   mesh: Mesh | AbstractMesh | None = None,
   scores: Scores = PLAIN,
   implementation: Literal['xla', 'cudnn'] = 'cudnn',
+  shared: SharedTokens | None = None,
 ) -> jax.Array:
   """Attend within segments with cuDNN; see `kernel.Attend`.
 
@@ -33,6 +35,7 @@ def attend_cudnn(
     mesh: not used; XLA splits rows and heads as q, k and v are split.
     implementation: 'xla' makes the same call on devices without cuDNN.
     scores: scale of the scores, without a cap.
+    shared: as for `kernel.Attend`.
 
   Raises:
     ValueError: if scores have a cap; `kernel.check_kernel` refuses it before.
@@ -40,12 +43,15 @@ def attend_cudnn(
   del mesh
   if scores.cap is not None:
     raise ValueError("attention 'cudnn' cannot cap scores.")
-  same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
+  visible = segments_mask(segment_ids, segment_ids, None if shared is None else shared.last)
+  if shared is not None and window is not None:  # cuDNN's window counts tokens of the row
+    visible &= shared.positions[:, :, None] - shared.positions[:, None, :] < window
+    window = None
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
-    mask=same_segment[:, None],
+    mask=visible[:, None],
     scale=scores.scale,
     is_causal=True,
     local_window_size=None if window is None else (window - 1, 0),
@@ -103,5 +109,13 @@ def check_head(head_dim: int, device: jax.Device) -> None:
 
 # With jax 0.11.2, XLA fails to compile cuDNN's attention with xla_gpu_deterministic_ops.
 KERNELS.register('cudnn')(
-  Kernel(attend_cudnn, 'gpu', check_rows, check_head, deterministic=False, caps=False)
+  Kernel(
+    attend_cudnn,
+    'gpu',
+    check_rows,
+    check_head,
+    deterministic=False,
+    caps=False,
+    shares=True,
+  )
 )

@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from cai_jax.model.attention.mask import SharedTokens
 from cai_jax.model.attention.scores import PLAIN, Scores
 from cai_jax.model.attention.sequence import attend_by_heads, splits_rows
 from cai_jax.model.config import ModelConfig
@@ -48,6 +49,8 @@ class Attend(Protocol):
 
     A kernel for models with sinks also takes the keyword `sinks`: f32[N], a score of each head
     beside those of the keys. It has no value, so it only makes the others' weights smaller.
+
+    A kernel for rows whose segments share tokens also takes the keyword `shared`, a `SharedTokens`.
     """
 
 
@@ -76,6 +79,7 @@ class Kernel:
     deterministic: whether XLA can compile the gradient so that it has the same bits in every run.
     caps: whether `attend` can cap the scores.
     sinks: whether `attend` takes the keyword `sinks`.
+    shares: whether `attend` takes the keyword `shared`.
   """
 
   attend: Attend
@@ -86,6 +90,7 @@ class Kernel:
   deterministic: bool = True
   caps: bool = True
   sinks: bool = False
+  shares: bool = False
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')
@@ -103,6 +108,7 @@ def choose_kernel(
   head_dims: Sequence[int],
   cap: float | None = None,
   sinks: bool = False,
+  shares: bool = False,
 ) -> str:
   """Return the name of the fastest kernel that can run.
 
@@ -113,12 +119,13 @@ def choose_kernel(
     head_dims: sizes of the heads of all layers.
     cap: cap of the attention scores, or None.
     sinks: whether the model has sinks.
+    shares: whether segments share tokens.
   """
   *preferred, fallback = BY_SPEED
   for name in preferred:
     try:
       for length, head_dim in itertools.product(lengths, dict.fromkeys(head_dims)):
-        check_kernel(name, mesh, dtype, length, head_dim, cap, sinks)
+        check_kernel(name, mesh, dtype, length, head_dim, cap, sinks, shares)
     except UserError:
       continue
     return name
@@ -133,6 +140,7 @@ def check_kernel(
   head_dim: int | None = None,
   cap: float | None = None,
   sinks: bool = False,
+  shares: bool = False,
 ) -> None:
   """Check that a kernel can run.
 
@@ -144,10 +152,11 @@ def check_kernel(
     head_dim: size of a head; None leaves it unchecked.
     cap: cap of the attention scores, or None.
     sinks: whether the model has sinks.
+    shares: whether segments share tokens.
 
   Raises:
     UserError: if there is no such kernel, or if it does not support the devices, the dtype, the row
-      length, the heads, the cap or the sinks.
+      length, the heads, the cap, the sinks or shared tokens.
   """
   kernel = KERNELS[name]
   device = mesh.devices.flat[0]
@@ -171,20 +180,27 @@ def check_kernel(
       f'attention {name!r} has no sinks, which the attention of the model needs. '
       f'Choose {_list_names(n for n, x in here.items() if x.sinks)}.'
     )
+  if shares and not kernel.shares:
+    raise UserError(
+      f'attention {name!r} cannot share the tokens of a prompt. Choose '
+      f'{_list_names(n for n, x in here.items() if x.shares)}, or set share_prompts=False.'
+    )
 
 
-def check_model(name: str, mesh: Mesh, dtype: str, length: int, model: ModelConfig) -> None:
+def check_model(
+  name: str, mesh: Mesh, dtype: str, length: int, model: ModelConfig, shares: bool = False
+) -> None:
   """Check that a kernel can run, with all heads, the cap and the sinks of a model.
 
   Args:
-    name, mesh, dtype, length: as for `check_kernel`.
+    name, mesh, dtype, length, shares: as for `check_kernel`.
     model: the shape of the model.
 
   Raises:
     UserError: as `check_kernel`.
   """
   for head_dim in dict.fromkeys(kind.head_dim for kind in model.kinds):
-    check_kernel(name, mesh, dtype, length, head_dim, model.attention_cap, model.sinks)
+    check_kernel(name, mesh, dtype, length, head_dim, model.attention_cap, model.sinks, shares)
 
 
 def _list_names(names: Iterable[str]) -> str:
@@ -196,6 +212,7 @@ def bind_kernel(
   segment_ids: jax.Array | None,
   mesh: Mesh | AbstractMesh | None,
   scores: Scores = PLAIN,
+  shared: SharedTokens | None = None,
 ) -> Callable[..., jax.Array]:
   """Return a kernel's `attend` with the segments, the mesh and the scores bound.
 
@@ -204,19 +221,24 @@ def bind_kernel(
     segment_ids: i32[B,T].
     mesh: the mesh that the rows are split over.
     scores: scale and cap of the scores.
+    shared: which tokens several segments see; None means none.
 
   Returns:
     A function of q, k, v and window.
 
   Raises:
-    ValueError: without segments, or without a mesh for a kernel that needs one.
+    ValueError: without segments, without a mesh for a kernel that needs one, or with shared tokens
+      for a kernel that does not take them.
   """
   kernel = KERNELS[name]
   if segment_ids is None:
     raise ValueError(f'attention {name!r} is for packed rows: it needs segment_ids.')
   if mesh is None and kernel.platform is not None:
     raise ValueError(f'attention {name!r} needs a mesh.')
-  attend = functools.partial(kernel.attend, mesh=mesh, scores=scores)
+  if shared is not None and not kernel.shares:
+    raise ValueError(f'attention {name!r} cannot share tokens.')
+  options: dict[str, Any] = {} if shared is None else {'shared': shared}
+  attend = functools.partial(kernel.attend, mesh=mesh, scores=scores, **options)
   if mesh is not None and splits_rows(mesh):
     return attend_by_heads(attend, segment_ids, mesh)
   return functools.partial(attend, segment_ids=segment_ids)

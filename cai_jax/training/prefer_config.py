@@ -63,8 +63,8 @@ class PreferConfig(FitConfig):
   )
   share_prompts: bool = setting(
     False,
-    'Whether both sides of a comparison share one copy of their prompt (Wang and Hegde 2024), which '
-    'is then computed once. The loss of a comparison is the same up to rounding. A row holds more '
+    'Whether both sides of a comparison share one copy of their prompt, which is computed once '
+    '(Wang and Hegde 2024). The loss of a comparison is the same up to rounding. A row holds more '
     'comparisons, so an epoch has fewer steps of the same `batch_size`.',
     added=True,
   )

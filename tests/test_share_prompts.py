@@ -88,23 +88,23 @@ def test_kernels_attend_to_shared_tokens_as_to_copies(name, window, monkeypatch)
   units = [u._replace(values={}) for u in random_units(6)]
   row = tuple(range(6))
   shared = packing.Batches(
-    list(map(share_prompt, units)), [packing.Step(packing.Bucket(80, 1), (row,))]
+    list(map(share_prompt, units)), [packing.Step(packing.Bucket(144, 1), (row,))]
   )[0]
-  apart = packing.Batches(units, [packing.Step(packing.Bucket(120, 1), (row,))])[0]
+  apart = packing.Batches(units, [packing.Step(packing.Bucket(160, 1), (row,))])[0]
   # Where each token of `apart` stands in `shared`. Second copies of a prompt have no weight.
   place = {
     (int(segment), int(position)): t
-    for t in range(80)
+    for t in range(144)
     for position in [shared['positions'][0, t]]
     for segment in range(shared['segment_ids'][0, t], shared[LAST_SEGMENTS][0, t] + 1)
   }
   keys = list(zip(apart['segment_ids'][0].tolist(), apart['positions'][0].tolist(), strict=True))
   index = np.array([place[key] for key in keys])
-  first = np.isin(np.arange(120), np.unique(index, return_index=True)[1]) & (
+  first = np.isin(np.arange(160), np.unique(index, return_index=True)[1]) & (
     apart['segment_ids'][0] > 0
   )
   draws = jax.random.split(jax.random.key(0), 3)
-  inputs = [jax.random.normal(k, (1, 80, n, 8)) for k, n in zip(draws, (4, 2, 2), strict=True)]
+  inputs = [jax.random.normal(k, (1, 144, n, 8)) for k, n in zip(draws, (4, 2, 2), strict=True)]
   options = {'implementation': 'xla'} if name == 'cudnn' else {}
   tokens = SharedTokens(shared[LAST_SEGMENTS], shared['positions'])
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit
+from cai_jax.data.units import Unit, share_prompt
 from cai_jax.model import lora
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
@@ -38,7 +38,7 @@ UNITS = with_reference(random_units(40))
 DPO = dataclasses.replace(PREFER, options=(('beta', 0.5),))
 
 
-def run_steps(config, mesh, count=3):
+def run_steps(config, mesh, count=3, units=UNITS):
   """Return the trained parameters after `count` steps, and the metrics of each."""
   graph, params, frozen = GRAPH, initial_params(), None
   if config.lora is not None:
@@ -47,8 +47,8 @@ def run_steps(config, mesh, count=3):
     params = lora.init(MODEL, config.lora, jax.random.key(0))
     # The second factor starts at 0, and then the first has no gradient.
     params = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), jax.device_get(params))
-  steps = packing.plan([u.length for u in UNITS], [packing.Bucket(48, 8)], 4, 0)
-  batches = packing.Batches(UNITS, steps)
+  steps = packing.plan([u.length for u in units], [packing.Bucket(48, 8)], 4, 0)
+  batches = packing.Batches(units, steps)
   train_step = make_train_step(graph, params, config, len(steps), mesh, frozen)
   state = dataclasses.replace(init_state(params, config, mesh), frozen=frozen)
   metrics = []
@@ -94,6 +94,16 @@ def test_eight_devices_equal_one(three_steps, sizes, accumulation):
 def test_adapters_on_eight_devices_equal_one():
   config = dataclasses.replace(DPO, lora_rank=2)
   assert_agree(run_steps(config, make_mesh(2, 2, 2)), run_steps(config, one_device()))
+
+
+@pytest.mark.slow
+def test_shared_prompts_on_eight_devices_equal_one():
+  config = dataclasses.replace(DPO, attention='blocks', share_prompts=True, accumulation=2)
+  units = list(map(share_prompt, UNITS))
+  assert_agree(
+    run_steps(config, make_mesh(2, 1, 2, devices=jax.devices()[:4]), units=units),
+    run_steps(dataclasses.replace(config, accumulation=1), one_device(), units=units),
+  )
 
 
 def centred(graph, params, batch, sharding=None, remat='none', attention='xla', whole=None):
@@ -223,6 +233,35 @@ def test_a_killed_run_ends_with_bitwise_the_same_parameters(
   assert bitwise_equal(again, params)
   for file in ('metrics.jsonl', 'held_out.jsonl', 'reference.json'):
     assert (tmp_path / file).read_text() == (workdir / file).read_text(), file
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_shared_prompts_ends_with_bitwise_the_same_parameters(
+  tmp_path, monkeypatch
+):
+  config = dataclasses.replace(PREFER, batch_size=4, share_prompts=True, checkpoint_every=2)
+  units = random_units(40)
+  params, summary = prefer(make_lm(), units, config, tmp_path / 'whole')
+  assert summary['shared_tokens'] == sum(share_prompt(unit).shared for unit in units) > 0
+  save = loop.save_checkpoint
+
+  def save_and_die(checkpointer, step, *args):
+    save(checkpointer, step, *args)
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'save_checkpoint', save_and_die)
+    with pytest.raises(Killed):
+      prefer(make_lm(), units, config, tmp_path / 'killed')
+  again, resumed = prefer(make_lm(), units, config, tmp_path / 'killed')
+  assert resumed['resumed_at'] == 2 < summary['steps'] and bitwise_equal(again, params)
+
+
+def test_a_run_does_not_begin_to_share_prompts(whole_run):
+  """Its checkpoints belong to other steps; those of earlier versions have no such setting."""
+  workdir, config, _, _ = whole_run
+  with pytest.raises(UserError, match='share_prompts: was False, is True'):
+    prefer(make_lm(), random_units(40), dataclasses.replace(config, share_prompts=True), workdir)
 
 
 def test_metrics_and_held_out_rows_say_how_often_the_policy_agrees(whole_run):

@@ -390,3 +390,10 @@ def test_the_time_of_a_run_does_not_include_the_wait_for_its_last_save(
   monkeypatch.setattr(loop.TrainingLog, 'summarize', summarize_recorded)
   fit(params, tmp_path, dataclasses.replace(CONFIG, epochs=1))
   assert events == ['stop the clock', 'close the checkpointer']
+
+
+@pytest.mark.slow
+def test_training_does_not_import_torch():
+  """tensorboardX would, where torch is installed, and every training would hold it in memory."""
+  code = "import sys, cai_jax.training.loop, tensorboardX; assert 'torch' not in sys.modules"
+  subprocess.run([sys.executable, '-c', code], check=True)

@@ -4,14 +4,34 @@
 traceback, and closing the writer then waits for it forever. This one writes at once.
 """
 
+import contextlib
 import pathlib
+import sys
 import time
-
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from collections.abc import Iterator
 
 from cai_jax.runtime.files import make_folder, writing
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """Let imports behave as if torch were not installed, unless it is imported already."""
+  is_imported = 'torch' in sys.modules
+  if not is_imported:
+    sys.modules['torch'] = None  # type: ignore[assignment]  # Python's mark for such a module
+  try:
+    yield
+  finally:
+    if not is_imported:
+      del sys.modules['torch']
+
+
+# tensorboardX imports torch, if it is installed, to accept its tensors. That takes seconds and
+# 0.2 GB, and nothing here needs it.
+with _without_torch():
+  from tensorboardX import summary
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto import event_pb2
 
 
 class EventWriter:

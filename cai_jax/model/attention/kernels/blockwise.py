@@ -118,7 +118,8 @@ def _mask(window, segment_ids, shared, i, j) -> jax.Array:
   """Return the mask bool[B,T,S] of the queries of tile i with the keys of tile j."""
   size = segment_ids.shape[-1]
   distance = (i - j) * size + jnp.arange(size)[:, None] - jnp.arange(size)[None]
-  visible, last = distance >= 0, None
+  visible = distance >= 0
+  last: jax.Array | None = None
   if shared is not None:
     last, positions = _take(shared.last, j), shared.positions
     distance = _take(positions, i)[:, :, None] - _take(positions, j)[:, None]

@@ -97,11 +97,12 @@ def test_adapters_on_eight_devices_equal_one():
 
 
 @pytest.mark.slow
-def test_shared_prompts_on_eight_devices_equal_one():
+@pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 4, 'sequence': 2}])
+def test_shared_prompts_on_eight_devices_equal_one(sizes):
   config = dataclasses.replace(DPO, attention='blocks', share_prompts=True, accumulation=2)
   units = list(map(share_prompt, UNITS))
   assert_agree(
-    run_steps(config, make_mesh(2, 1, 2, devices=jax.devices()[:4]), units=units),
+    run_steps(config, make_mesh(**sizes), units=units),
     run_steps(dataclasses.replace(config, accumulation=1), one_device(), units=units),
   )
 
@@ -342,3 +343,15 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path):
   ):
     with pytest.raises(UserError, match=match):
       prefer(make_lm(), given, config, tmp_path, **options)
+
+
+def test_the_reference_of_shared_prompts_is_that_of_two_copies():
+  units = [unit._replace(values={}) for unit in UNITS[:12]]
+  config = dataclasses.replace(PREFER, attention='blocks')
+  expected = reference.compute_reference(make_lm(), units, config)
+  shared = list(map(share_prompt, units))
+  assert sum(unit.shared for unit in shared)
+  ours = reference.compute_reference(
+    make_lm(), shared, dataclasses.replace(config, share_prompts=True)
+  )
+  np.testing.assert_allclose(ours, expected, rtol=1e-5)

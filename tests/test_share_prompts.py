@@ -32,13 +32,6 @@ MODEL = ModelConfig('qwen2', 48, 16, 32, 2, 4, 2, 8, 64, qkv_bias=True, windows=
 GRAPH, _ = abstract_model(MODEL)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def make_unit(*sides):
   """Return a unit of sides, each the tokens and the number of the first token to learn."""
   segments = (

@@ -145,8 +145,10 @@ def _check_lengths(lm: LM, units: Sequence[Unit], config: PreferConfig) -> None:
         f'{unit.id}: a sequence of {longest} tokens does not fit the context of {lm.name}, which '
         f'holds {lm.max_positions}. Leave it out.'
       )
-    if unit.length > config.max_length:
+    # Without sharing, so that sharing leaves nobody else out.
+    length = unit.length + unit.repeated
+    if length > config.max_length:
       raise UserError(
-        f'{unit.id} has {unit.length} tokens with its {len(unit.segments)} sequences, but a row '
+        f'{unit.id} has {length} tokens with its {len(unit.segments)} sequences, but a row '
         f'holds {config.section}.max_length={config.max_length}. Raise it, or leave the unit out.'
       )

@@ -23,11 +23,11 @@ def _without_torch() -> Iterator[None]:
     yield
   finally:
     if not is_imported:
-      del sys.modules['torch']
+      sys.modules.pop('torch', None)
 
 
 # tensorboardX imports torch, if it is installed, to accept its tensors. That takes seconds and
-# 0.2 GB, and nothing here needs it.
+# 0.2 GB, and nothing here needs it. In this process, tensorboardX then accepts no torch tensors.
 with _without_torch():
   from tensorboardX import summary
   from tensorboardX.event_file_writer import EventsWriter

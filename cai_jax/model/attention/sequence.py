@@ -18,6 +18,7 @@ be fewer; they are then copied, and each device has one copy of those that its q
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,20 +89,20 @@ def to_tokens(x: jax.Array, mesh: AnyMesh) -> jax.Array:
 
 
 def attend_by_heads(
-  attend: Callable[..., jax.Array], segment_ids: jax.Array, mesh: AnyMesh
+  attend: Callable[..., jax.Array], rows: dict[str, Any], mesh: AnyMesh
 ) -> Callable[..., jax.Array]:
   """Return a kernel's attention for rows whose tokens are split.
 
   Args:
-    attend: computes whole rows; it takes q, k, v and `segment_ids`.
-    segment_ids: i32[B,T].
+    attend: computes whole rows; it takes q, k, v and `rows`.
+    rows: keyword arguments of `attend` that say what segments the rows have: arrays [B,T].
     mesh: the devices.
 
   Returns:
     A function of q, k, v and the other arguments of `attend`.
   """
-  segment_ids = _place(segment_ids, mesh, BATCH)
-  attend = functools.partial(attend, segment_ids=segment_ids)
+  rows = jax.tree.map(lambda x: _place(x, mesh, BATCH), rows)
+  attend = functools.partial(attend, **rows)
 
   def run(q, k, v, **options):
     kv_heads = k.shape[2]

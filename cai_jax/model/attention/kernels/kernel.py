@@ -237,8 +237,10 @@ def bind_kernel(
     raise ValueError(f'attention {name!r} needs a mesh.')
   if shared is not None and not kernel.shares:
     raise ValueError(f'attention {name!r} cannot share tokens.')
-  options: dict[str, Any] = {} if shared is None else {'shared': shared}
-  attend = functools.partial(kernel.attend, mesh=mesh, scores=scores, **options)
+  rows: dict[str, Any] = {'segment_ids': segment_ids}
+  if shared is not None:
+    rows['shared'] = shared
+  attend = functools.partial(kernel.attend, mesh=mesh, scores=scores)
   if mesh is not None and splits_rows(mesh):
-    return attend_by_heads(attend, segment_ids, mesh)
-  return functools.partial(attend, segment_ids=segment_ids)
+    return attend_by_heads(attend, rows, mesh)
+  return functools.partial(attend, **rows)

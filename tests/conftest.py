@@ -33,7 +33,7 @@ if compilation.VARIABLE not in os.environ:
   os.environ |= compilation.environment(_programs)
   atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
-FEW_OPTIMIZATIONS = os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1'
+FEW_OPTIMIZATIONS = jax.config.read('jax_disable_most_optimizations')
 
 # XLA for CPUs maps every compiled kernel into memory on its own, and Linux allows a process 65,530
 # mappings by default. Beyond that, the process aborts.
@@ -178,11 +178,6 @@ def full_optimization():
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', FEW_OPTIMIZATIONS)
-
-
-@pytest.fixture
-def quick_compilation():
-  """Compile with few optimizations, as is the default."""
 
 
 @pytest.fixture(params=mark_slow(REPEATED))

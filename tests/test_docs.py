@@ -9,6 +9,8 @@ block changes that:
   <!-- tested with: --dry_run -->    its commands get this flag too
 """
 
+import ast
+import functools
 import os
 import pathlib
 import re
@@ -18,6 +20,8 @@ import sys
 from typing import NamedTuple
 
 import pytest
+
+from tests.conftest import LONG_FILES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
@@ -167,3 +171,38 @@ def test_the_tests_that_guarantees_name_exist():
   for file, name in tests:
     source = (ROOT / 'tests' / file).read_text()
     assert not name or f'def {name}(' in source, f'{file}::{name}'
+
+
+@functools.cache
+def slow_tests(file):
+  """Map the names of a file's tests to whether all cases of the test are slow."""
+  tree = ast.parse((ROOT / 'tests' / file).read_text())
+  marks = {'pytestmark': ''} | {
+    ast.unparse(node.targets[0]): ast.unparse(node.value)
+    for node in tree.body
+    if isinstance(node, ast.Assign)
+  }
+  slow_file = 'pytest.mark.slow' in marks['pytestmark']
+  return {
+    test.name: slow_file or 'pytest.mark.slow' in map(ast.unparse, test.decorator_list)
+    for test in tree.body
+    if isinstance(test, ast.FunctionDef)
+  }
+
+
+def test_the_tests_that_guarantees_call_slow_are_slow():
+  """`*slow*` holds to the end of a cell; `(*slow*)` holds for the test in front of it."""
+  rows = (ROOT / 'docs' / 'guarantees.md').read_text().splitlines()
+  cited = []
+  for cell in (row.rpartition(' | ')[2] for row in rows if row.startswith('|')):
+    quick, *_ = re.split(r'(?<!\()\*slow\*(?!\))', re.sub(r'\([^*)]+\*slow\*\)', '', cell))
+    for match in re.finditer(r'`(test_\w+\.py)::(\w+)`( \(\*slow\*\))?', cell):
+      file, name, is_slow = match.groups()
+      cited.append((f'{file}::{name}', bool(is_slow) or match[0] not in quick))
+      assert cited[-1][1] == slow_tests(file)[name], cited[-1]
+  assert {is_slow for _, is_slow in cited} == {True, False}
+
+
+def test_the_files_that_run_first_exist():
+  """So that a file that is renamed or split does not lose its place in the order."""
+  assert [name for name in LONG_FILES if not (ROOT / 'tests' / name).exists()] == []

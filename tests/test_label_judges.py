@@ -44,7 +44,7 @@ def run(judge, folder, config, models=(), progress=lambda *_: None, identity=('l
   return [(folder / 'labels' / name).read_bytes() for name in GIVEN]
 
 
-def test_a_killed_job_asks_its_judge_nothing_twice(lm, tmp_path, quick_compilation):
+def test_a_killed_job_asks_its_judge_nothing_twice(lm, tmp_path):
   config, models = LabelConfig(responses=2, principles=2), {'responses': lm}
   whole = Judge()
   expected = run(whole, tmp_path / 'whole', config, models)

@@ -22,8 +22,6 @@ from cai_jax.runtime.mesh import join_sequence, make_mesh, place, token_sharding
 from cai_jax.training.losses import LOSSES
 from cai_jax.training.losses.logprobs import sequence_logprobs
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 LENGTH = 64
 SHAPE = dict(vocab_size=48, d_model=16, d_ff=32, num_layers=2, num_heads=8, num_kv_heads=2)
 MODEL = ModelConfig('qwen2', **SHAPE, head_dim=4, max_positions=LENGTH, windows=(None, 9))

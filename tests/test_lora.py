@@ -97,7 +97,7 @@ def train_adapters(lm, units, config):
 
 @pytest.mark.slow
 def test_the_export_of_adapters_trained_by_dpo_has_their_log_probabilities(
-  tiny_hf_folder, tmp_path, quick_compilation
+  tiny_hf_folder, tmp_path
 ):
   lm = lm_lib.load(tiny_hf_folder('qwen2'), mesh=one_device())
   units = with_reference(random_units(40, vocab_size=300))

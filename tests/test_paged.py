@@ -9,6 +9,8 @@ from cai_jax.model.attention import paged
 from cai_jax.sampling import config
 from tests.test_engine import PREFIXES, assert_close, chain, contexts, lm, run  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_the_attention_of_accelerators_gives_the_tokens_of_cpus(lm, monkeypatch, windows):  # noqa: F811

@@ -122,7 +122,7 @@ def test_ten_steps_agree_with_torch(name, folder):
   np.testing.assert_allclose(our_norms, their_norms, rtol=1e-4)
 
 
-def test_ten_steps_of_a_reward_model_agree_with_torch(reward_folder, quick_compilation):
+def test_ten_steps_of_a_reward_model_agree_with_torch(reward_folder):
   """With soft labels, margins and centering; transformers takes the score of the last token."""
   units, plan = plan_steps()
   units = preference_steps.with_margins(units)

@@ -51,7 +51,7 @@ def with_preferences(model, **fields):
 
 
 @pytest.fixture(scope='module')
-def finished(random_model, quickly_compiled, tmp_path_factory):
+def finished(random_model, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('preferences')
   pipeline.run_stages(pipeline.build(with_preferences(random_model), workdir))
   return workdir

@@ -34,14 +34,15 @@ def run_all_stages(model, name, path, workdir):
 
 @pytest.mark.parametrize('name', list(PROMPT_SETS))
 def test_a_set_runs_end_to_end_in_every_format(name, random_model, tmp_path, monkeypatch):
-  """All formats of a set give the same rows, and an evaluation and a report."""
+  """All formats of a set give the published prompts, the same rows, an evaluation and a report."""
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-  expected = [prompt.id for prompt in load(name)]
+  published = read_prompts(name)
   by_form = {}
   for form in FORMATS:
     path = write_copy(name, form, tmp_path / 'copies' / form)
+    assert read_prompts(name, path) == published, form
     run, by_form[form] = run_all_stages(random_model, name, path, tmp_path / form)
-    assert [row['id'] for row in by_form[form]] == expected, form
+    assert [row['id'] for row in by_form[form]] == [id for id, *_ in published], form
     assert {json.loads(row['metadata'])['set'] for row in by_form[form]} == {name}, form
     manifest = json.loads((run.workdir / 'manifest.json').read_text())
     assert list(manifest['stages']) == pipeline.default_stages(run), form
@@ -52,6 +53,11 @@ def test_a_set_runs_end_to_end_in_every_format(name, random_model, tmp_path, mon
     assert (run.workdir / 'report.html').stat().st_size > 10_000, form
   texts = {form: texts_of(rows) for form, rows in by_form.items()}
   assert all(found == texts[FORMATS[0]] for found in texts.values())
+
+
+def read_prompts(name, path=None):
+  """Return all that is read of a set's prompts, by default of its published form."""
+  return [(prompt.id, prompt.messages, prompt.metadata) for prompt in load(name, path)]
 
 
 def texts_of(rows):

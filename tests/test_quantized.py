@@ -35,8 +35,6 @@ from cai_jax.training.loop import fit
 
 CONFIG = ModelConfig('llama', 64, 32, 64, 2, 4, 2, 8, 128)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 8))
-# Small programs, which would compile for longer than they run.
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 FORMAT_NAMES = ('int8', 'nf4')
 # The largest distance of a weight from its rounded value, as a share of the largest in its block.
 LARGEST_ERROR = {'int8': 0.5 / 127, 'nf4': 0.16}

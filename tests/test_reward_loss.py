@@ -121,7 +121,7 @@ def test_packed_comparisons_have_the_loss_of_unpacked_ones():
   assert float(sums['chosen_reward']) == pytest.approx(float(scores[:8].sum()), rel=1e-4)
 
 
-def test_a_head_of_zeros_starts_at_log_2_and_moves_no_decoder(quick_compilation):
+def test_a_head_of_zeros_starts_at_log_2_and_moves_no_decoder():
   """So the head of a new reward model is random: its decoder learns from the first step on."""
   steps = [packing.Step(packing.Bucket(96, 8), tuple((i,) for i in range(8)))]
   batch = packing.Batches(UNITS, steps)[0]

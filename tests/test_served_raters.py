@@ -77,6 +77,8 @@ def test_a_served_judge_compares_candidates_in_both_orders(tmp_path):
     run = build(tmp_path, server.url, 'judge', '', **verdict)
     rude, kind = rate(run, ['Rudely.', 'Kindly.'])
     assert rude < 0 < kind and len(server.bodies) == 2
+    assert rate(run, ['Rudely.', 'Kindly.']) == [rude, kind]  # from the journal, after a kill
+    assert len(server.bodies) == 2
 
 
 def test_the_identity_of_a_run_is_that_of_the_model_and_not_of_its_address(tmp_path):

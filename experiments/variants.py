@@ -3,6 +3,7 @@
 Paper:     Bai et al. 2022, section 3.1 has one of them, 'critique'. The others are ours, or follow
            ideas of others: best-of-n (Nakano et al. 2021), debate (Irving et al. 2018)
 Command:   python -m cai_jax.experiment --workdir=runs/lab --experiment=experiments/variants.py
+           in the root of the repository, where experiments/tiny_constitution.md is found
 Hardware:  two CPU cores; 15 minutes
 Arms:      two rounds of each variant, after y_init, which all share. Best-of-n has three
            candidates, rated by the oracle of the embedded world, by its judge, or by likelihood

@@ -95,6 +95,7 @@ def test_defaults_are_those_of_the_component(section, component):
   fields = dataclasses.asdict(component)
   if isinstance(component, FitConfig):
     assert fields.pop('seed') == CONFIG.seed  # one seed for the whole run
+    assert fields.pop('layers') == CONFIG.model.layers
   if isinstance(component, EvaluationConfig):
     server = dataclasses.asdict(JudgeServer('http://localhost/v1', 'model'))
     for name in ('judge_remote', 'guard_remote'):
@@ -224,6 +225,7 @@ def test_fields_and_defaults_of_version_1_are_kept():
   assert {name: fields.get(name) for name in before} == before
   added = {'version', 'plugins', 'model.aligned', 'model.long_context', 'data.d_cai', 'train.loss'}
   added |= {'mesh.expert', 'mesh.sequence', 'train.balance_loss', 'constitution.leave_out'}
+  added.add('model.layers')
   rows = ('plain', 'system_field', 'message_keys', 'roles', 'drop_answer', 'invalid')
   for name in CONFIG.prompts:
     added |= {f'prompts.{name}.{f}' for f in ('path', 'mixture', 'where', 'expand', *rows)}

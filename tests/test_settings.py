@@ -125,6 +125,7 @@ object.__setattr__(MODEL, 'delta', DeltaRule((0,), 1, 2, 4, 4, 3))
       base_weights='int8',
       lora_init='adapter',
       lora_export=True,
+      layers='scan',
     ),
   ],
 )

@@ -41,7 +41,7 @@ RULES = (
   (r'.*(query|key|value|gate|up|rate)/adapter/b', P(None, 'tensor')),
   (r'.*(output|down)/adapter/a', P('tensor', None)),
   (r'.*(output|down)/adapter/b', P(None, SHARDS)),
-  (r'layers/\d+/scalar', P()),  # []
+  (r'(layers|stacks)/\d+/scalar', P()),  # []
   (r'(.*/)?((attention|mlp)_(post_)?norm|norm|q_norm|k_norm)/(scale|bias)', P()),  # [D] or [H]
 )
 
@@ -71,6 +71,8 @@ def flatten_params(params: Any) -> dict[str, Any]:
 def partition_spec(path: str) -> P:
   """Return the partition spec of the parameter at a path.
 
+  A stack of layers (`cai_jax.model.stacks`) has a first axis more, over which it is not split.
+
   Args:
     path: such as 'layers/0/mlp/up/kernel'.
 
@@ -83,7 +85,7 @@ def partition_spec(path: str) -> P:
       f'{len(specs)} sharding rules match parameter {path!r}. RULES in cai_jax/model/sharding.py '
       'must have exactly one that does.'
     )
-  return specs[0]
+  return P(None, *specs[0]) if path.startswith('stacks/') else specs[0]
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:

@@ -31,6 +31,7 @@ from cai_jax.model.layers import Block, LayerContext, embed_tokens
 from cai_jax.model.logits import LogitTransform, logit_transform_of
 from cai_jax.model.parts import Embedding, make_norm
 from cai_jax.model.precision import PRODUCT, einsum_f32
+from cai_jax.model.stacks import SEPARATE, scan_layers
 
 Params = dict[str, Any]  # nested dict of arrays; layers are under integer keys
 
@@ -70,6 +71,8 @@ class Transformer(nnx.Module):
     self.embed = embedding(config.vocab_size)
     self.positions = embedding(config.max_positions) if config.learned_positions else None
     self.layers = nnx.List([Block(config, kind, rngs, param_dtype) for kind in config.kinds])
+    self.stacks = nnx.List([])  # `arrange_layers` moves the layers here, and sets the layout
+    self.layout = SEPARATE
     self.norm = make_norm(config, param_dtype)
     self.head = None if config.tied_embeddings else embedding(config.vocab_size)
 
@@ -157,24 +160,37 @@ class Transformer(nnx.Module):
     x = constrain(x)
     real = None if segment_ids is None else segment_ids > 0
     mesh = None if sharding is None else cast(Mesh, sharding.mesh)
-    routings = []
-    for layer, block in enumerate(self.layers):
+
+    def apply(block, x, layer, in_loop=False):
       own = angles[rotations.index(rotation_of(self.config, layer))]
       context = LayerContext(own, attends[layer], growth, real, mesh)
 
       # A closure, because modules are not pytrees. JAX also differentiates what it closes over.
-      def run(x, block=block, context=context):
+      def run(x):
         x, _, routing = block(x, None, context)
         return x, routing
 
       if remat != 'none':
-        run = jax.checkpoint(run, policy=REMAT[remat])
+        # In a loop, XLA cannot merge a layer of the forward pass with its repetition.
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=not in_loop)
       x, routing = run(x)
-      x = constrain(x)
-      routings += [] if routing is None else [routing]
+      return constrain(x), routing
+
+    if self.layout.runs:
+      x, routings = scan_layers(self.layout, self.stacks, apply, x)
+    else:
+      x, routings = self._unrolled(apply, x)
     if not routings:
       return self.norm(x), None
-    return self.norm(x), jax.tree.map(lambda *rows: jnp.stack(rows).sum(1), *routings)
+    return self.norm(x), jax.tree.map(lambda *rows: jnp.concatenate(rows).sum(1), *routings)
+
+  def _unrolled(self, apply: Callable[..., Any], x: jax.Array) -> tuple[jax.Array, list[Routing]]:
+    """Return what `scan_layers` returns, for separate layers."""
+    routings = []
+    for layer, block in enumerate(self.layers):
+      x, routing = apply(block, x, layer)
+      routings += [] if routing is None else [routing]
+    return x, jax.tree.map(lambda row: row[None], routings)
 
   def _masks(
     self, positions, segment_ids, attention, allowed, last_segment_ids
@@ -208,7 +224,7 @@ class Transformer(nnx.Module):
         return functools.partial(attend, mask=mask, scores=scores)
       return functools.partial(kernel, window=window, **({} if mask is None else {'mask': mask}))
 
-    return [attend_with(self.config.window(layer)) for layer in range(len(self.layers))]
+    return [attend_with(self.config.window(layer)) for layer in range(self.config.num_layers)]
 
   def unembed(self, hidden: jax.Array) -> jax.Array:
     """Return the logits f32[...,V] of hidden states [...,D]."""

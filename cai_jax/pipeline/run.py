@@ -126,7 +126,7 @@ class Run:
     aligned = self.config.model.aligned if reads_aligned else ''
     settings = {name: values[name] for name in ('seed', 'sampling')}
     settings['contents'] = contents.stage_contents(self.config, stage)
-    settings['model'] = _without(values['model'], () if aligned else ('aligned',))
+    settings['model'] = _without(values['model'], ('layers',) if aligned else ('layers', 'aligned'))
     settings['feedback'] = _without(values['feedback'], ROW_INDEPENDENT_FIELDS)
     if self.remotes:  # what is served counts, not where it is served or how patiently it is asked
       settings['remote'] = {role: remote.identity() for role, remote in self.remotes.items()}

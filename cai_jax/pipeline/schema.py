@@ -34,8 +34,13 @@ from cai_jax.scoring.refusal import CLASSIFIERS
 from cai_jax.tiny.files import MODELS
 from cai_jax.training.config import TrainConfig
 
-# A field of a component that is not a field of the config: training uses the seed of the run.
-_HIDDEN = {(section, 'seed') for section in (TrainConfig, RewardConfig, PolicyConfig)}
+# Fields of components that are not fields of the config: training uses the seed of the run, and
+# `model.layers` for all models that it trains.
+_HIDDEN = {
+  (section, name)
+  for section in (TrainConfig, RewardConfig, PolicyConfig)
+  for name in ('seed', 'layers')
+}
 # Fields of earlier versions that have no effect any more, and why. Configs may still have them.
 _REMOVED = {'engine.spans': 'a slot gets pages of the cache as its context grows'}
 _SERVERS = (RemoteConfig, JudgeServer)  # sections that are None without a URL
@@ -280,8 +285,8 @@ def from_config(config: ConfigDict) -> RunConfig:
     UserError: if a value is not allowed.
   """
   config = complete_config(config)
-  seed = {'seed': config.seed}
-  return _build_section(RunConfig, config, '', dict.fromkeys(('train', 'reward', 'prefer'), seed))
+  shared = {'seed': config.seed, 'layers': config.model.layers}
+  return _build_section(RunConfig, config, '', dict.fromkeys(('train', 'reward', 'prefer'), shared))
 
 
 def _build_section(

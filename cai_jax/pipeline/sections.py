@@ -12,6 +12,7 @@ from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.config import FeedbackConfig, StageSampling
 from cai_jax.model.quantized.kernel import FULL, check_format
+from cai_jax.model.stacks import LAYOUTS
 from cai_jax.model.weight_files import check_dtype
 from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.runtime.compilation import CompilationConfig
@@ -30,7 +31,7 @@ class ModelSelection:
   The embedded models are 'tiny', 'tiny-1', 'tiny-2' and 'tiny-small'.
 
   Raises:
-    UserError: if the dtype or the format of weights is not supported.
+    UserError: if the dtype or the format of weights is not supported, or `layers` is unknown.
   """
 
   base: str = setting(
@@ -62,10 +63,19 @@ class ModelSelection:
     'have that scaling.',
     added=True,
   )
+  layers: str = setting(
+    'unrolled',
+    "How the train step contains the layers: 'unrolled' compiles each layer, 'scan' compiles those "
+    'of the same form once, which takes less time for deep models. Checkpoints are the same, so a '
+    'run may be resumed with the other value; only rounding differs. Sampling is not affected.',
+    added=True,
+  )
 
   def __post_init__(self) -> None:
     check_dtype(self.dtype, 'model.dtype')
     check_format(self.weights, 'model.weights')
+    if self.layers not in LAYOUTS:
+      raise UserError(f'model.layers={self.layers!r} is not one of {tuple(LAYOUTS)}.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.lora import LoraConfig
 from cai_jax.model.quantized.kernel import FULL, check_format
 from cai_jax.model.quantized_params import check_weights
+from cai_jax.model.stacks import LAYOUTS
 from cai_jax.model.transformer import REMAT
 from cai_jax.model.weight_files import DTYPES as STORED
 from cai_jax.runtime.errors import UserError
@@ -21,8 +22,10 @@ SCHEDULES = ('constant', 'linear', 'cosine', 'wsd')
 DTYPES = ('float32', 'bfloat16')
 
 # Settings that do not affect the trained parameters, so a run may be resumed with other values.
+# 'layers' affects their rounding, as the mesh does.
 MAY_CHANGE_ON_RESUME = (
   *('log_every', 'checkpoint_every', 'keep', 'probes', 'wandb', 'export_dtype', 'lora_export'),
+  'layers',
 )
 
 # Ranges of single settings. Every comparison with NaN is false, so NaN is refused.
@@ -176,6 +179,11 @@ class FitConfig:
     'the files of the initial model hold its embedding.',
     added=True,
   )
+  layers: str = setting(
+    'unrolled',
+    "How the train step contains the layers: 'unrolled' or 'scan', see `model.layers`.",
+    added=True,
+  )
   seed: int = setting(
     0, 'Seed for the order of the examples, the held-out split and the initial adapters.'
   )
@@ -295,6 +303,7 @@ class FitConfig:
       'dtype': DTYPES,
       'export_dtype': ('base', *STORED),
       'remat': REMAT,
+      'layers': LAYOUTS,
       'attention': (AUTO, *KERNELS),
     }
 

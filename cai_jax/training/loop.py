@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,7 +27,6 @@ from cai_jax.runtime.mesh import check_batch, token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.checkpoints import (
   ARITHMETIC,
-  Restored,
   make_checkpointer,
   restore_latest,
   restore_state,
@@ -36,7 +36,7 @@ from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.optimizer import check_warmup
-from cai_jax.training.state import abstract_state, init_state
+from cai_jax.training.state import abstract_state, init_state, stack_state, unstack_state
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 from cai_jax.training.trace import StepTrace
 from cai_jax.training.trainable import divide_model
@@ -121,9 +121,9 @@ def fit(
     'init': init_id,
   }
   divided = divide_model(model, params, config, mesh)
-  train_step = make_train_step(
-    divided.graph, divided.params, config, len(steps), mesh, divided.frozen
-  )
+  layout = divided.layout
+  shapes = jax.eval_shape(layout.stack, divided.params)
+  train_step = make_train_step(divided.graph, shapes, config, len(steps), mesh, divided.frozen)
   sharding = token_sharding(mesh)
   iterator = packing.iterate_batches(
     packing.Batches(examples, steps), lambda batch: place_batch(batch, sharding)
@@ -137,9 +137,12 @@ def fit(
     abstract = abstract_state(divided.params, config, mesh)
     restored = restore_latest(checkpointer, abstract, iterator, metadata, _defaults(config))
     if restored is None:
-      restored = Restored(init_state(divided.params, config, mesh), 0, {})
-    first_step, held_out.losses = restored.step, restored.held_out_losses
-    state = dataclasses.replace(restored.state, frozen=divided.frozen)
+      first_step, state = 0, init_state(divided.params, config, mesh, layout)
+    else:
+      first_step, held_out.losses = restored.step, restored.held_out_losses
+      state = stack_state(restored.state, config, mesh, layout)
+    del restored  # or its arrays would stay in memory
+    state = dataclasses.replace(state, frozen=divided.frozen)
     with (
       TrainingLog(
         workdir,
@@ -176,9 +179,9 @@ def fit(
         if must_save or _is_due(step, config.checkpoint_every):
           log.write_pending()  # raises if a number is not finite, so no such state is saved
           with log.pause_timer():
-            save_checkpoint(
-              checkpointer, step, state.without_frozen, iterator, metadata, held_out.losses
-            )
+            saved = unstack_state(state.without_frozen, config, mesh, layout)
+            save_checkpoint(checkpointer, step, saved, iterator, metadata, held_out.losses)
+            del saved
         if must_stop and not is_last:
           detail = f'Stopped after step {step} of {len(steps)}, which is saved.'
           raise Interrupted(must_stop, detail)
@@ -188,6 +191,7 @@ def fit(
     exported_step = held_out.best_step or step
     if exported_step != step:
       best = restore_state(checkpointer, exported_step, abstract, config.section)
+      best = stack_state(best, config, mesh, layout)
       state = dataclasses.replace(best, frozen=state.frozen)
   summary = {
     'steps': len(steps),
@@ -200,7 +204,8 @@ def fit(
     'clipped_share': clipped_share,
   }
   if config.lora is not None and config.lora_export:
-    peft.write_adapters(workdir / 'adapter', state.eval_params, model, config.lora, init_name)
+    adapters = layout.unstack(state.eval_params)
+    peft.write_adapters(workdir / 'adapter', adapters, model, config.lora, init_name)
   return divided.full_params(state), summary
 
 

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.quantized.kernel import is_quantized, map_params
 from cai_jax.model.sharding import param_shardings
+from cai_jax.model.stacks import SEPARATE, Layout
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.optimizer import make_optimizer
 
@@ -95,28 +96,31 @@ def abstract_state(params: Any, config: FitConfig, mesh: Mesh, frozen: Any = Non
   )
 
 
-def init_state(params: Any, config: FitConfig, mesh: Mesh) -> TrainState:
+def init_state(params: Any, config: FitConfig, mesh: Mesh, layout: Layout = SEPARATE) -> TrainState:
   """Return the TrainState before the first step, on the mesh, without frozen parameters.
 
   Args:
-    params: parameters to train; the state owns an f32 copy of them.
+    params: parameters to train, of separate layers; the state owns an f32 copy of them.
     config: the run's settings.
     mesh: the devices.
+    layout: which layers the state has in stacks.
   """
-  shardings = state_shardings(params, config, mesh)
-  return jax.jit(lambda p: _initial_state(p, None, config), out_shardings=shardings)(params)
+  shardings = state_shardings(jax.eval_shape(layout.stack, params), config, mesh)
+  init = lambda p: _initial_state(layout.stack(p), None, config)  # noqa: E731
+  return jax.jit(init, out_shardings=shardings)(params)
 
 
-def place_frozen(params: Any, config: FitConfig, mesh: Mesh) -> Any:
+def place_frozen(params: Any, config: FitConfig, mesh: Mesh, layout: Layout = SEPARATE) -> Any:
   """Return the frozen parameters, on the mesh and in the compute dtype.
 
   Arrays are copied. Quantized kernels are not, if they are on the mesh: a train step, which donates
-  its state, takes them over.
+  its state, takes them over. Those of layers in stacks are deleted here, once they are stacked.
 
   Args:
-    params: parameters that are not trained.
+    params: parameters that are not trained, of separate layers.
     config: the run's settings.
     mesh: the devices.
+    layout: which layers the result has in stacks.
   """
 
   leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
@@ -127,7 +131,34 @@ def place_frozen(params: Any, config: FitConfig, mesh: Mesh) -> Any:
   )
   kernels = {i: x for i, x in enumerate(leaves) if i not in arrays}
   placed = copy(arrays) | {i: jax.device_put(x, shardings[i]) for i, x in kernels.items()}
-  return jax.tree.unflatten(tree, [placed[i] for i in range(len(leaves))])
+  frozen = jax.tree.unflatten(tree, [placed[i] for i in range(len(leaves))])
+  if not layout.runs:
+    return frozen
+  stacked = layout.stack(frozen)
+  for array in jax.tree.leaves(list(kernels.values())):
+    array.delete()
+  return jax.device_put(stacked, param_shardings(stacked, mesh))
+
+
+def stack_state(state: TrainState, config: FitConfig, mesh: Mesh, layout: Layout) -> TrainState:
+  """Return a state of separate layers, which is what a checkpoint has, in a layout.
+
+  Args:
+    state: the state, without frozen parameters.
+    config: the run's settings.
+    mesh: the devices.
+    layout: which layers the result has in stacks.
+  """
+  return _place(layout.stack(state), config, mesh) if layout.runs else state
+
+
+def unstack_state(state: TrainState, config: FitConfig, mesh: Mesh, layout: Layout) -> TrainState:
+  """Return a state in a layout as one of separate layers; the inverse of `stack_state`."""
+  return _place(layout.unstack(state), config, mesh) if layout.runs else state
+
+
+def _place(state: TrainState, config: FitConfig, mesh: Mesh) -> TrainState:
+  return jax.device_put(state, state_shardings(state.params, config, mesh))
 
 
 def _initial_state(params, frozen, config: FitConfig) -> TrainState:

@@ -17,7 +17,8 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.quantized.kernel import has_quantized, is_quantized, map_params
 from cai_jax.model.score_head import HEAD, join_head, split_head
 from cai_jax.model.sharding import param_shardings
-from cai_jax.model.transformer import abstract_model
+from cai_jax.model.stacks import Layout, arrange_layers
+from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.state import TrainState, place_frozen
@@ -30,17 +31,41 @@ class TrainableModel:
   Attributes:
     graph: static half of the model that is trained, with its adapters if it has any. It does not
       have the head of a reward model.
-    params: initial values of the trained parameters.
-    frozen: the other parameters, on the mesh in the compute dtype or quantized; None if all are
-      trained.
-    full_params: function that returns all parameters of the plain model for a train state, with
-      adapters merged, and with the head of a reward model. See `lora.merge` for quantized kernels.
+    layout: which layers the train state has in stacks.
+    params: initial values of the trained parameters, of separate layers.
+    frozen: the other parameters, on the mesh in the layout, and in the compute dtype or quantized;
+      None if all are trained.
+    full_params: function that returns all parameters of the plain model for a train state, of
+      separate layers, with adapters merged, and with the head of a reward model. See `lora.merge`
+      for quantized kernels.
   """
 
   graph: nnx.GraphDef
+  layout: Layout
   params: Any
   frozen: Any
   full_params: Callable[[TrainState], Any]
+
+
+def trained_graph(model: ModelConfig, config: FitConfig) -> tuple[nnx.GraphDef, Layout, Params]:
+  """Return the static half of the model that is trained, without allocating anything.
+
+  Args:
+    model: architecture of the model.
+    config: the run's settings.
+
+  Returns:
+    The graph; the layout of its parameters in the train state; and the parameters with adapters, of
+    separate layers, as ShapeDtypeStructs.
+
+  Raises:
+    UserError: if `lora_modules` matches no linear layer.
+  """
+  if config.lora is None:
+    graph, shapes = abstract_model(model, config.dtype)
+  else:
+    graph, shapes = lora.abstract_model(model, config.lora, config.dtype)
+  return *arrange_layers(config.layers, model, graph, shapes), shapes
 
 
 def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh) -> TrainableModel:
@@ -58,28 +83,37 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
   """
   _check_head(params, config)
   adapter_config = config.lora
+  graph, layout, _ = trained_graph(model, config)
   if adapter_config is None:
-    graph, _ = abstract_model(model, config.dtype)
-    return TrainableModel(graph, params, None, lambda state: state.eval_params)
-  graph, _ = lora.abstract_model(model, adapter_config, config.dtype)
+    shardings = param_shardings(params, mesh)
+
+    def separate(state: TrainState) -> Any:
+      if not layout.runs:
+        return state.eval_params
+      return jax.device_put(layout.unstack(state.eval_params), shardings)
+
+    return TrainableModel(graph, layout, params, None, separate)
   trained = _initial_adapters(model, config)
   if HEAD in params:
     params, head = split_head(params)
     trained = join_head(trained, head)
   merge: Callable[[Any, Any], Any] = functools.partial(lora.merge, lora=adapter_config)
-  if not has_quantized(params):  # otherwise there is nothing to compute yet
+  is_full = not has_quantized(params)
+  if is_full:  # otherwise there is nothing to compute yet
     merge = jax.jit(merge, out_shardings=param_shardings(params, mesh))
-  frozen = place_frozen(params, config, mesh)
+  frozen = place_frozen(params, config, mesh, layout)
 
   def full_params(state: TrainState) -> Any:
-    # A train step has taken over the quantized kernels of `params`.
-    whole = map_params(lambda x, own: own if is_quantized(x) else x, params, state.frozen)
-    if HEAD not in state.eval_params:
-      return merge(whole, state.eval_params)
-    adapters, head = split_head(state.eval_params)
+    whole, adapters = params, layout.unstack(state.eval_params)
+    if not is_full:  # training has taken over the quantized kernels of `params`
+      own = layout.unstack(state.frozen)
+      whole = map_params(lambda x, own: own if is_quantized(x) else x, params, own)
+    if HEAD not in adapters:
+      return merge(whole, adapters)
+    adapters, head = split_head(adapters)
     return join_head(merge(whole, adapters), head)
 
-  return TrainableModel(graph, trained, frozen, full_params)
+  return TrainableModel(graph, layout, trained, frozen, full_params)
 
 
 def _initial_adapters(model: ModelConfig, config: FitConfig) -> Any:

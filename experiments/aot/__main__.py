@@ -99,7 +99,7 @@ def override_config(config: ConfigDict, settings: str) -> ConfigDict:
 
 def training_job(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.Training:
   """Return the training job that launch.py would run on the slice."""
-  settings = TrainConfig(seed=config.seed, **config.train)
+  settings = TrainConfig(seed=config.seed, layers=config.model.layers, **config.train)
   mesh = make_mesh(**config.mesh, devices=chips.devices)
   settings = resolve_attention(settings, mesh, [settings.max_length], model)
   return train.Training(model, settings, mesh)

@@ -23,6 +23,7 @@ class Program:
   Attributes:
     name: of the program.
     seconds: time to compile.
+    cpu_seconds: CPU time of that, over all threads.
     memory: bytes of each of KINDS.
     counted: FLOPs by the compiler's cost analysis, which counts the body of a loop once.
     flops: FLOPs of one step.
@@ -41,6 +42,7 @@ class Program:
 
   name: str
   seconds: float
+  cpu_seconds: float
   memory: dict[str, int]
   counted: float
   flops: float
@@ -125,14 +127,15 @@ def build(
   Raises:
     TooLarge: if it does not fit the chip's memory.
   """
-  start = time.perf_counter()
+  start, cpu_start = time.perf_counter(), time.process_time()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' in str(error):
       raise TooLarge(str(error)) from error
     raise
-  seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
+  seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+  analysis = compiled.memory_analysis()
   memory = {
     'argument': analysis.argument_size_in_bytes,
     'output': analysis.output_size_in_bytes,
@@ -148,6 +151,7 @@ def build(
   return Program(
     name=name,
     seconds=seconds,
+    cpu_seconds=cpu_seconds,
     memory=memory,
     counted=counted,
     flops=counted if flops is None else flops,

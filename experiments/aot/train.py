@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,12 +16,12 @@ from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.quantized_params import abstract_params, param_bytes
-from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards, check_batch, token_sharding
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import TrainState, abstract_state
 from cai_jax.training.step import make_train_step
+from cai_jax.training.trainable import trained_graph
 from experiments.aot import program as programs
 from experiments.aot.flops import traced_flops
 from experiments.aot.program import Program, TooLarge, build, local_bytes
@@ -92,13 +93,12 @@ class Shapes:
 
 def shapes_of(job: Training) -> Shapes:
   """Return the train step of a job and the shapes of its arguments, as `loop.fit` makes them."""
-  graph, params = abstract_model(job.model, job.train.dtype)
-  frozen = None
+  graph, layout, shapes = trained_graph(job.model, job.train)
+  params, frozen = shapes, None
   if job.train.lora is not None:
-    graph = lora.abstract_model(job.model, job.train.lora, job.train.dtype)[0]
+    params = lora.split(shapes)[0]
     frozen = abstract_params(job.model, job.train.dtype, job.train.base_weights)
-    init = lambda key: lora.init(job.model, job.train.lora, key)  # noqa: E731
-    params = jax.eval_shape(init, jax.random.key(0))
+  params, frozen = (jax.eval_shape(layout.stack, tree) for tree in (params, frozen))
   state = abstract_state(params, job.train, job.mesh, frozen)
   step = make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
   names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
@@ -137,10 +137,14 @@ def build_train(job: Training, shapes: Shapes) -> Program:
   Raises:
     TooLarge: if it does not fit the chip's memory.
   """
+  start, cpu_start = time.perf_counter(), time.process_time()
   traced = shapes.trace()
+  lowered = traced.lower()
+  seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+  print(f'traced and lowered in {seconds:.1f} s, CPU {cpu_seconds:.1f} s', flush=True)
   flops = traced_flops(traced.jaxpr.jaxpr) / job.mesh.size
   read = min_bytes_moved(job, shapes)
-  return build('train', traced.lower(), read, step=None, rows=job.tokens, flops=flops)
+  return build('train', lowered, read, step=None, rows=job.tokens, flops=flops)
 
 
 def describe_job(job: Training) -> str:
@@ -152,6 +156,7 @@ def describe_job(job: Training) -> str:
     f'({job.rows} rows per device at once), remat {train.remat}, attention {train.attention}'
     + (f', adapters of rank {train.lora.rank}' if train.lora is not None else '')
     + (f' over {train.base_weights}' if train.base_weights != FULL else '')
+    + f', layers {train.layers}'
   )
 
 
@@ -174,7 +179,8 @@ def describe_program(job: Training, shapes: Shapes, program: Program, chip: Chip
     f'{model_flops / chip.flops / seconds:.1%}',
     *programs.describe_communication(program),
   ]
-  return [f'train (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in lines)]
+  compiled = f'compiled in {program.seconds:.0f} s, CPU {program.cpu_seconds:.0f} s'
+  return [f'train ({compiled})', *(f'  {line}' for line in lines)]
 
 
 def suggest_settings(job: Training, shapes: Shapes) -> list[str]:

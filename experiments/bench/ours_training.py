@@ -9,12 +9,12 @@ import numpy as np
 from cai_jax.data import packing
 from cai_jax.data.examples import Example as TrainingExample
 from cai_jax.model import lm as lm_lib
-from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.state import init_state
 from cai_jax.training.step import make_train_step
+from cai_jax.training.trainable import trained_graph
 from experiments.bench.examples import Example, Rows
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
@@ -46,9 +46,10 @@ class System:
     )
     config = resolve_attention(config, lm.mesh, [options['length']], lm.config)
     steps = 1000  # a constant schedule does not depend on it
-    graph, _ = abstract_model(lm.config, dtype)
-    self.step = make_train_step(graph, lm.params, config, steps, lm.mesh)
-    self.state = init_state(lm.params, config, lm.mesh)
+    graph, layout, shapes = trained_graph(lm.config, config)
+    shapes = jax.eval_shape(layout.stack, shapes)
+    self.step = make_train_step(graph, shapes, config, steps, lm.mesh)
+    self.state = init_state(lm.params, config, lm.mesh, layout)
     self.sharding = token_sharding(lm.mesh)
 
   def take(self, examples: list[Example], steps: list[Rows]) -> None:

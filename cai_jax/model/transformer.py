@@ -71,7 +71,8 @@ class Transformer(nnx.Module):
     self.embed = embedding(config.vocab_size)
     self.positions = embedding(config.max_positions) if config.learned_positions else None
     self.layers = nnx.List([Block(config, kind, rngs, param_dtype) for kind in config.kinds])
-    self.stacks = nnx.List([])  # `arrange_layers` moves the layers here, and sets the layout
+    # `arrange_layers` moves layers from one list to the other, and sets the layout.
+    self.stacks: nnx.List[Block] = nnx.List([])
     self.layout = SEPARATE
     self.norm = make_norm(config, param_dtype)
     self.head = None if config.tied_embeddings else embedding(config.vocab_size)

@@ -71,7 +71,7 @@ def flatten_params(params: Any) -> dict[str, Any]:
 def partition_spec(path: str) -> P:
   """Return the partition spec of the parameter at a path.
 
-  A stack of layers (`cai_jax.model.stacks`) has a first axis more, over which it is not split.
+  A stack of layers (`cai_jax.model.stacks`) has one more axis in front, which is not split.
 
   Args:
     path: such as 'layers/0/mlp/up/kernel'.

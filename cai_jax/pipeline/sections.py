@@ -66,7 +66,7 @@ class ModelSelection:
   layers: str = setting(
     'unrolled',
     "How the train step contains the layers: 'unrolled' compiles each layer, 'scan' compiles those "
-    'of the same form once, which takes less time for deep models. Checkpoints are the same, so a '
+    'of the same form once, which is meant for deep models. Checkpoints are the same, so a '
     'run may be resumed with the other value; only rounding differs. Sampling is not affected.',
     added=True,
   )

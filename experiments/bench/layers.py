@@ -1,7 +1,7 @@
 """What does `model.layers='scan'` cost in a train step, against unrolled layers?
 
 Command:   python -m experiments.bench.layers --model=M --workdir=runs/bench
-Hardware:  any; RESULTS.md has results of two CPU cores
+Hardware:  any; not run yet
 Method:    both train steps are compiled in one process, from the same parameters. After one warm-up
            step each, they take steps on the same batches in turn, and the one that goes first
            alternates. A ratio compares the two steps of a pair, in CPU seconds of the process and

@@ -25,8 +25,6 @@ from cai_jax.training.trainable import trained_graph
 from tests.families import REPEATED, SIMILAR
 from tests.training_setup import CONFIG, MODEL, bitwise_equal, one_device, random_examples
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 EXAMPLES = random_examples(40)
 DEEP = dataclasses.replace(MODEL, num_layers=2)
 WINDOWS = (5, None, 5, None, 5)

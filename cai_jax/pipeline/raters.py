@@ -18,6 +18,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.served_raters import FoundRater, find_served_rater
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.remote import Remote
+from cai_jax.scoring.judge import JUDGES
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.raters import RATERS, Inspection, inspect_rater
 
@@ -79,6 +80,24 @@ def check_rater(run: Run) -> None:
     raise UserError(f'feedback.options: scorer_model={name.model!r}: {error}') from error
 
 
+def judge_identity(name: str, loader: ModelLoader) -> list[Any]:
+  """Return what a judge may read besides its questions, as JSON types.
+
+  Judges of this package load no model. Any other judge may load every model that the loader names.
+
+  Args:
+    name: a name in `JUDGES`.
+    loader: the loader of the judge.
+
+  Raises:
+    UserError: if there is no such model.
+  """
+  if JUDGES[name].__module__.startswith('cai_jax.'):
+    return []
+  contents = {alias: model_contents(path) for alias, path in loader.aliases.items()}
+  return [contents, _reading(loader)]
+
+
 def _make_served(run: Run, found: FoundRater) -> RaterSource:
   """Return a served rater, to be connected when it is needed."""
   name, folder = found.name, answers_journal(run, found.kind.role)
@@ -101,7 +120,13 @@ def _identity(run: Run, name: RaterName, loader: ModelLoader) -> list[Any]:
   """Return everything that determines a rater's ratings, as JSON types."""
   path = _inspect(run, name).path
   contents = model_contents(path) if path else {}
+  found = [name.kind, name.model, name.label, contents, _reading(loader)]
+  judge = judge_identity(name.model, loader) if name.model in JUDGES else []
+  return [*found, sorted(run.plugins.values()), *judge]
+
+
+def _reading(loader: ModelLoader) -> list[Any]:
+  """Return how a loader's models are loaded and read, as JSON types."""
   options = [list(pair) for pair in loader.template_options]
   reading = [loader.dtype, loader.style, options, loader.long_context]
-  reading += [] if loader.weights == FULL else [loader.weights]
-  return [name.kind, name.model, name.label, contents, reading, sorted(run.plugins.values())]
+  return reading + ([] if loader.weights == FULL else [loader.weights])

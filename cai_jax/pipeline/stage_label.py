@@ -19,6 +19,7 @@ from cai_jax.model.lm import LM
 from cai_jax.pipeline.costs import shard_writer, write_test_costs
 from cai_jax.pipeline.models import local_mesh, model_loader
 from cai_jax.pipeline.pair_sources import LABELS_FILE
+from cai_jax.pipeline.raters import judge_identity
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.digests import digest_files
@@ -176,9 +177,11 @@ def _prepare(
 ) -> LabelJob:
   """Return the checked job of the run. With a journal, a judge is asked nothing twice."""
   config = run.config.label
-  judge = JUDGES[config.model](model_loader(run)) if config.model in JUDGES else None
+  loader = model_loader(run)
+  judge = JUDGES[config.model](loader) if config.model in JUDGES else None
   if judge is not None and journal is not None:
-    identity = [config.model, sorted(run.plugins.values())]
+    plugins = sorted(run.plugins.values())
+    identity = [config.model, plugins, *judge_identity(config.model, loader)]
     judge = journaled_judge(judge, identity, journal)
   return check_label(
     opened,

@@ -12,7 +12,8 @@ from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion
 from cai_jax.scoring.judge import Comparison, Judge, Match
 
-# The journal's key of an answer has this name. Change it with the form of what is stored.
+# The journal's key of an answer has this name. Change it with the form of what is stored, and with
+# the answers that a judge of this package gives.
 ANSWER_FORM = 'comparison-1'
 
 
@@ -26,7 +27,7 @@ def journaled_judge(judge: Judge, identity: Any, journal: Journal) -> Judge:
 
   Returns:
     The judge. It raises UserError for an answer that is not one comparison of each match with
-    finite log-odds.
+    finite log-odds and probabilities.
   """
   asked: set[int] = set()  # hashes of the keys that were stored since the last refresh
 
@@ -43,10 +44,11 @@ def journaled_judge(judge: Judge, identity: Any, journal: Journal) -> Judge:
     missing = {key: m for key, m in zip(keys, matches, strict=True) if found[key] is None}
     if missing:
       answers = _checked(judge(list(missing.values())), list(missing.values()))
-      new = dict(zip(missing, answers, strict=True))
-      journal.put([(key, Completion([], _to_json(c), [], 'stop')) for key, c in new.items()])
+      new = dict(zip(missing, map(_to_json, answers), strict=True))
+      journal.put([(key, Completion([], text, [], 'stop')) for key, text in new.items()])
       asked.update(map(hash, new))
-      found |= new
+      # What is read back is what a run that continues reads.
+      found |= {key: _read(text, missing[key]) for key, text in new.items()}
     return [answer for key in keys if (answer := found[key]) is not None]
 
   return ask
@@ -59,19 +61,23 @@ def _key(identity: Any, match: Match) -> str:
 
 
 def _checked(answers: Sequence[Comparison], matches: Sequence[Match]) -> Sequence[Comparison]:
-  """Return the answers of a judge, if there is one with finite log-odds for each match."""
-  odds = [number for answer in answers for number in answer.log_odds]
-  if len(answers) != len(matches) or not all(map(math.isfinite, odds)):
+  """Return the answers of a judge, if there is one with finite numbers for each match."""
+  pairs = [x for c in answers for x in (c.log_odds, c.label_mass) if x is not None]
+  numbers = [float(x) for pair in pairs for x in pair]
+  are_pairs = all(len(pair) == 2 for pair in pairs)
+  if len(answers) != len(matches) or not are_pairs or not all(map(math.isfinite, numbers)):
     raise UserError(
-      f'label.model: a judge must give a comparison with finite log-odds for each of '
-      f'{len(matches)} matches, but gave {len(answers)} with the log-odds {show(odds)}. Correct '
-      'the judge, or choose another one.'
+      'label.model: a judge must give a comparison with two finite log-odds, and two '
+      f'finite label_mass if it gives them, for each of {len(matches)} matches, but gave '
+      f'{len(answers)} with the numbers {show(numbers)}. Correct the judge, or choose another one.'
     )
   return answers
 
 
 def _to_json(answer: Comparison) -> str:
-  return json.dumps([answer.log_odds, answer.label_mass])
+  """Return an answer as text. Its numbers may be those of numpy or jax."""
+  mass = None if answer.label_mass is None else [float(x) for x in answer.label_mass]
+  return json.dumps([[float(x) for x in answer.log_odds], mass])
 
 
 def _read(text: str, match: Match) -> Comparison | None:

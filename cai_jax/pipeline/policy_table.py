@@ -7,12 +7,12 @@ from cai_jax.evaluation.baselines import BY_JUDGE, BY_REWARD
 from cai_jax.pipeline.policies import Training, list_policies, list_trainings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.sections import RunConfig
+from cai_jax.pipeline.stage_prefer import UNIT_KINDS
 from cai_jax.report import summary_table
 from cai_jax.training import metrics
 
 _CHOSEN = {BY_JUDGE: 'by the judge', BY_REWARD: 'by the reward model'}
 _NAMES = {'base': 'M_θ', 'aligned': 'SL-CAI'}
-_UNITS = {'comparison': 'comparisons', 'judged': 'judged responses'}  # by kind of unit
 _METRICS = ('loss', 'accuracy', 'margin')  # of the last training step
 EQUAL = 'equal_length_win_rate'  # see `length_bias.length_controlled_rate`
 _COLUMNS = ('violation_rate', 'helpful_rate', 'mean_tokens', 'reward')
@@ -56,7 +56,7 @@ def describe_trainings(run: Run, manifest: Mapping[str, Any]) -> str:
     rows = metrics.read_rows(run.workdir / training.workdir / metrics.METRICS_FILE)
     last = {key: rows[-1][key] for key in _METRICS if rows and key in rows[-1]}
     shown = ', '.join(f'{key} {value:.3f}' for key, value in last.items())
-    units = _UNITS[training.config.registered_loss.units]
+    units = UNIT_KINDS[training.config.registered_loss.units].plural
     lines.append(
       f'{training.name}: {training.config.objective} from {training.init}, on '
       f'{pairs.get("kept", 0):,} {units} of {training.config.data!r}'

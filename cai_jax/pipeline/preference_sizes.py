@@ -13,12 +13,12 @@ from cai_jax.pipeline.pairs import read_pairs
 from cai_jax.pipeline.policies import Training, list_trainings
 from cai_jax.pipeline.preference_checks import inspect_start
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.stage_prefer import UNIT_KINDS
 
+# Estimates, in bytes.
 REFERENCE_BYTES = 50  # of the two log-probabilities of a unit, as reference.json has them
-# Host memory of a unit of two segments besides its tokens, measured on 40,000 of them.
-UNIT_BYTES = 1250
-TOKEN_BYTES = 5  # host memory of a token: its id, and whether it is learned
-UNITS = {'comparison': 1, 'judged': 2}  # units that a comparison becomes, by their kind
+UNIT_BYTES = 1250  # of host memory of a unit of two segments, besides its tokens
+TOKEN_BYTES = 5  # of host memory of a token: its id, and whether it is learned
 
 
 class TrainingSize(NamedTuple):
@@ -83,7 +83,7 @@ def measure_trainings(run: Run) -> list[TrainingSize]:
     data = training.config.data
     known = PAIR_SOURCES[data].count(sizes) if data in PAIR_SOURCES else None
     count = len(read_pairs(run, training.config).comparisons) if known is None else known
-    units = count * UNITS[training.config.registered_loss.units]
+    units = count * UNIT_KINDS[training.config.registered_loss.units].per_comparison
     measured.append(TrainingSize(training, inspect_start(run, training).config, units))
   return measured
 

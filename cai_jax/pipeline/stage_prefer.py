@@ -9,8 +9,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -267,7 +267,8 @@ def build_units(
   Raises:
     UserError: if no unit remains.
   """
-  built, items = _BUILDERS[training.config.registered_loss.units](pairs, dialogue, training)
+  kind = UNIT_KINDS[training.config.registered_loss.units]
+  built, items = kind.build(pairs, dialogue, training)
   return built, group_comparisons(items) if training.config.eval_share else None
 
 
@@ -298,5 +299,22 @@ def _judged_units(
   return built, judged
 
 
-# Kind of unit → the function that makes such units of comparisons.
-_BUILDERS = {'comparison': _comparison_units, 'judged': _judged_units}
+class UnitKind(NamedTuple):
+  """How comparisons become units of a kind.
+
+  Attributes:
+    build: makes the units of comparisons, and returns them with what they were made of.
+    per_comparison: number of units that a comparison becomes.
+    plural: what the units are called in messages.
+  """
+
+  build: Callable[[Iterable[Comparison], Dialogue, Training], tuple[UnitSet, Any]]
+  per_comparison: int
+  plural: str
+
+
+# By the kinds of `data.units.SEGMENTS`.
+UNIT_KINDS = {
+  'comparison': UnitKind(_comparison_units, 1, 'comparisons'),
+  'judged': UnitKind(_judged_units, 2, 'judged responses'),
+}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.data.units import Unit, share_prompt
-from cai_jax.model import lora
+from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
@@ -300,6 +300,25 @@ def test_the_reference_of_another_run_is_not_overwritten(whole_run):
   with pytest.raises(UserError, match='checkpoints of another run.*or choose another workdir'):
     prefer(make_lm(), random_units(40, seed=3), config, workdir)
   assert (workdir / 'reference.json').read_bytes() == before
+
+
+def test_adapters_to_start_from_belong_to_the_reference(tmp_path):
+  """So the policy is the reference at the first step: the loss is log 2."""
+  config = dataclasses.replace(PREFER, epochs=1, lora_rank=2, lora_init=str(tmp_path / 'adapter'))
+  initial = lora.init(MODEL, config.lora, jax.random.key(0))
+  adapters = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.2), initial)
+  peft.write_adapters(config.lora_init, adapters, MODEL, config.lora, 'tiny')
+  lm = make_lm()
+  start = reference.initial_model(lm, config)
+  assert np.abs(start.logits([[1, 2, 3]]) - lm.logits([[1, 2, 3]])).max() > 0.01
+  names = {reference.initial_id(lm, config), lm.fingerprint}
+  peft.write_adapters(config.lora_init, initial, MODEL, config.lora, 'tiny')
+  names.add(reference.initial_id(lm, config))
+  assert len(names) == 3
+  peft.write_adapters(config.lora_init, adapters, MODEL, config.lora, 'tiny')
+  prefer(lm, random_units(8), config, tmp_path / 'run')
+  assert read_rows(tmp_path / 'run')[0]['margin'] == pytest.approx(0, abs=1e-5)
+  assert read_rows(tmp_path / 'run')[0]['loss'] == pytest.approx(np.log(2), rel=1e-5)
 
 
 def test_comparisons_of_one_prompt_are_held_out_together():

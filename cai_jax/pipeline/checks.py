@@ -11,7 +11,12 @@ from cai_jax.feedback.contexts import render_prompt
 from cai_jax.feedback.stage import check_thinks
 from cai_jax.model import lm as models
 from cai_jax.model import lora
-from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
+from cai_jax.model.attention.kernels.kernel import (
+  AUTO,
+  check_kernel,
+  check_model,
+  check_new_rows,
+)
 from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.quantized_params import abstract_params, check_weights
 from cai_jax.model.sharding import param_shardings
@@ -33,6 +38,7 @@ from cai_jax.runtime.packages import check_packages
 from cai_jax.sampling.journal import check_sampler
 from cai_jax.scoring.judge import JUDGES
 from cai_jax.tiny.files import model_path
+from cai_jax.training.checkpoints import has_checkpoints
 from cai_jax.training.optimizer import check_warmup
 
 
@@ -175,11 +181,13 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
     except UserError as error:
       raise UserError(f'{fields[name]}={name!r}: {error}') from error
   mesh = global_mesh(run)
+  sampled = {getattr(section, role) for role in ('base', 'critique', 'revision', 'aligned')}
   for name, info in infos.items():
     param_shardings(abstract_model(info.config)[1], mesh)
-    if fields[name].startswith('model.'):
+    if name in sampled:
       check_weights(info.config, section.weights, 'model.weights')
-      param_shardings(abstract_params(info.config, section.dtype, section.weights), mesh)
+      held = abstract_params(info.config, section.dtype, section.weights)
+      param_shardings(held, local_mesh(run))
   return infos
 
 
@@ -234,6 +242,8 @@ def _check_training_start(
     check_sequence(global_mesh(run), max_length, info.config)
   if 'train' in stages and train.attention != AUTO:
     try:
+      if not has_checkpoints(run.workdir):
+        check_new_rows(train.attention, max_length)
       check_model(train.attention, global_mesh(run), train.dtype, max_length, info.config)
     except UserError as error:
       raise UserError(f'train.attention: {error}') from None

@@ -10,9 +10,15 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.config import TRAINED
 from cai_jax.model import lm as models
 from cai_jax.model import lora
-from cai_jax.model.attention.kernels.kernel import AUTO, check_kernel, check_model
+from cai_jax.model.attention.kernels.kernel import (
+  AUTO,
+  check_kernel,
+  check_model,
+  check_new_rows,
+)
 from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.lm import ModelInfo
+from cai_jax.model.quantized_params import abstract_params
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
@@ -27,6 +33,7 @@ from cai_jax.pipeline.stage_prefer import build_reward_units, build_units, reads
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import check_batch
 from cai_jax.training import reward_model
+from cai_jax.training.checkpoints import has_checkpoints
 
 _FIRST_PAIRS = 8  # of which units are built at first
 
@@ -100,10 +107,13 @@ def _check_model(run: Run, training: Training, info: ModelInfo) -> Dialogue:
   )
   check_sequence(mesh, config.max_length, info.config)
   config.check_model(info.config)
+  param_shardings(abstract_params(info.config, config.dtype, config.base_weights), mesh)
   if config.lora is not None:
     lora.abstract_model(info.config, config.lora)
   if config.attention != AUTO:
     try:
+      if not has_checkpoints(run.workdir / training.workdir):
+        check_new_rows(config.attention, config.max_length)
       needs = config.attention, mesh, config.dtype, config.max_length
       check_kernel(*needs)
       check_model(*needs, info.config, config.shares_tokens)

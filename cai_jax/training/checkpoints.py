@@ -29,6 +29,8 @@ from cai_jax.training.state import TrainState
 # 2: gradients are clipped by their norm per target token; the last step has a positive rate.
 ARITHMETIC = 2
 
+FOLDER = 'checkpoints'  # in the folder of a training
+
 
 class Restored(NamedTuple):
   """The contents of a checkpoint.
@@ -53,6 +55,16 @@ class _BestStep:
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     return [checkpoint.step == self.step() for checkpoint in checkpoints]
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+  """Return whether a training in this folder has saved a checkpoint.
+
+  Args:
+    workdir: folder of the training.
+  """
+  folder = workdir / FOLDER
+  return folder.is_dir() and any(folder.iterdir())
 
 
 @contextlib.contextmanager

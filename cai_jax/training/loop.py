@@ -16,7 +16,7 @@ from cai_jax.data import packing
 from cai_jax.data.examples import Example
 from cai_jax.data.units import Unit, as_unit, check_units, unit_lengths
 from cai_jax.model import peft
-from cai_jax.model.attention.kernels.kernel import check_model
+from cai_jax.model.attention.kernels.kernel import check_model, check_new_rows
 from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import interruption
@@ -27,6 +27,8 @@ from cai_jax.runtime.mesh import check_batch, token_sharding
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.checkpoints import (
   ARITHMETIC,
+  FOLDER,
+  has_checkpoints,
   make_checkpointer,
   restore_latest,
   restore_state,
@@ -114,6 +116,8 @@ def fit(
   config, buckets, steps = plan_fit(model, examples, config, mesh, buckets)
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
+  if not has_checkpoints(workdir):
+    check_new_rows(config.attention, max(bucket.length for bucket in buckets))
   metadata = {
     **_describe_run(config, buckets, steps),
     'data': fingerprint(examples),
@@ -132,7 +136,7 @@ def fit(
   held_out = HeldOut(eval_step, monitoring.held_out, buckets, config, sharding)
   workload = measure_workload(model, examples, steps, config, mesh)
 
-  folder = workdir / 'checkpoints'
+  folder = workdir / FOLDER
   with make_checkpointer(folder, config.keep, lambda: held_out.best_step) as checkpointer:
     abstract = abstract_state(divided.params, config, mesh)
     restored = restore_latest(checkpointer, abstract, iterator, metadata, _defaults(config))

@@ -12,7 +12,7 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
 from cai_jax.training.loop import Monitoring, Probe, fit, plan_fit
 from cai_jax.training.prefer_config import PreferConfig
-from cai_jax.training.reference import add_reference
+from cai_jax.training.reference import add_reference, initial_id, initial_model
 
 
 def prefer(
@@ -30,8 +30,9 @@ def prefer(
   """Train a model on comparisons or judged responses.
 
   Args:
-    lm: the initial model, which by default is the reference as well. It does not change, except
-      that training takes over its quantized kernels; see `fit`.
+    lm: the initial model. With the adapters of `config.lora_init`, if there are any, it is by
+      default the reference as well. It does not change, except that training takes over its
+      quantized kernels; see `fit`.
     units: the tokenized data, see `Unit`.
     config: settings of the run.
     workdir: folder of the run; see `fit`. Reference log-probabilities are kept in it.
@@ -77,13 +78,14 @@ def prefer(
 
     def load() -> LM:
       if load_reference is None:
-        return lm
+        return initial_model(lm, config)
       reference = load_reference()
       check_reference(lm, reference, config)
       _check_lengths(reference, units, config)
       return reference
 
-    units = add_reference(load, reference_id or lm.fingerprint, units, config, workdir)
+    model_id = reference_id or initial_id(lm, config)
+    units = add_reference(load, model_id, units, config, workdir)
     training, held_out = split()
   params, summary = fit(
     lm.config,

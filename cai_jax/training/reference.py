@@ -5,6 +5,8 @@ log-probabilities of the training data are therefore data too. They become the v
 each unit, so that no second model is in memory during training.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -19,13 +21,18 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.data import packing
 from cai_jax.data.units import Unit, unit_lengths
+from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import has_quantized
+from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, writing
 from cai_jax.runtime.mesh import token_sharding
 from cai_jax.runtime.progress import Progress
 from cai_jax.training.attention import resolve_attention
+from cai_jax.training.checkpoints import FOLDER, has_checkpoints
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.loop import check_buckets, fingerprint
 from cai_jax.training.losses.logprobs import sequence_logprobs
@@ -74,6 +81,39 @@ def add_reference(
     unit._replace(values={**unit.values, VALUE: tuple(numbers)})
     for unit, numbers in zip(units, logprobs, strict=True)
   )
+
+
+def initial_model(lm: LM, config: FitConfig) -> LM:
+  """Return the model that training starts from: `lm` with the adapters of `config.lora_init`.
+
+  Args:
+    lm: the model that is trained.
+    config: settings of the training.
+
+  Raises:
+    UserError: if `lora_init` does not have the adapters that the settings describe.
+  """
+  if config.lora is None or not config.lora_init:
+    return lm
+  adapters = peft.read_adapters(config.lora_init, lm.config, config.lora, config.section)
+  merge: Callable[[Any, Any], Any] = functools.partial(lora.merge, lora=config.lora)
+  if not has_quantized(lm.params):  # otherwise there is nothing to compute yet
+    merge = jax.jit(merge, out_shardings=param_shardings(lm.params, lm.mesh))
+  return dataclasses.replace(lm, params=merge(lm.params, adapters))
+
+
+def initial_id(lm: LM, config: FitConfig) -> str:
+  """Return a fingerprint of `initial_model(lm, config)`.
+
+  Args:
+    lm: the model that is trained.
+    config: settings of the training.
+  """
+  if not config.lora_init:
+    return lm.fingerprint
+  settings = dataclasses.astuple(config.lora) if config.lora is not None else ()
+  adapters = digest_files(pathlib.Path(config.lora_init), peft.FILES)
+  return _hash([lm.fingerprint, *settings, adapters])
 
 
 def compute_reference(
@@ -167,12 +207,11 @@ def _check_unused(path: pathlib.Path) -> None:
   Raises:
     UserError: if the folder has checkpoints.
   """
-  folder = path.parent / 'checkpoints'
-  if folder.is_dir() and any(folder.iterdir()):
+  if has_checkpoints(path.parent):
     raise UserError(
-      f'{folder} holds checkpoints of another run: {path} is missing, or has the log-probabilities '
-      'of other data, another reference or another dtype. Restore the file and these settings to '
-      'resume that run, or choose another workdir.'
+      f'{path.parent / FOLDER} holds checkpoints of another run: {path} is missing, or has the '
+      'log-probabilities of other data, another reference or another dtype. Restore the '
+      'file and these settings to resume that run, or choose another workdir.'
     )
 
 

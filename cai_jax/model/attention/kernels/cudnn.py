@@ -28,7 +28,7 @@ def attend_cudnn(
 
   cuDNN itself can read packed rows, by the offsets of their segments, but no public function of JAX
   passes them on (`q_offsets` of jax 0.10.2 is private). So segment ids become a mask bool[B,1,T,T],
-  which `check_rows` bounds.
+  which `LONGEST_ROW` bounds in new trainings.
 
   Args:
     q, k, v, segment_ids, window: as for `kernel.Attend`.
@@ -59,22 +59,17 @@ def attend_cudnn(
   )
 
 
-def check_rows(dtype: str, length: int) -> None:
-  """Check that cuDNN supports the compute dtype, and that the mask of a row is not too large.
+def check_dtype(dtype: str, length: int) -> None:
+  """Check that cuDNN supports the compute dtype.
 
   Args:
     dtype: compute dtype, such as 'bfloat16'.
-    length: number of tokens per row.
+    length: number of tokens per row, which `LONGEST_ROW` limits only in new trainings.
 
   Raises:
-    UserError: if the dtype is float32, or rows are longer than `LONGEST_ROW`.
+    UserError: if the dtype is float32.
   """
-  if length > LONGEST_ROW:
-    raise UserError(
-      f"attention 'cudnn' needs a mask of all pairs of tokens, so it takes rows of at most "
-      f"{LONGEST_ROW:,} tokens, not {length:,}. Choose 'blocks', whose memory grows linearly with "
-      'the length.'
-    )
+  del length
   if dtype == 'float32':
     raise UserError(
       "attention 'cudnn' supports bfloat16 and float16, but not float32. Set "
@@ -112,10 +107,11 @@ KERNELS.register('cudnn')(
   Kernel(
     attend_cudnn,
     'gpu',
-    check_rows,
+    check_dtype,
     check_head,
     deterministic=False,
     caps=False,
+    longest_row=LONGEST_ROW,
     shares=True,
   )
 )

@@ -80,6 +80,8 @@ class Kernel:
     caps: whether `attend` can cap the scores.
     sinks: whether `attend` takes the keyword `sinks`.
     shares: whether `attend` takes the keyword `shared`.
+    longest_row: most tokens per row in a new training, because the kernel's memory grows with the
+      square of the length; None means no limit. A training that began with longer rows continues.
   """
 
   attend: Attend
@@ -91,6 +93,7 @@ class Kernel:
   caps: bool = True
   sinks: bool = False
   shares: bool = False
+  longest_row: int | None = None
 
 
 KERNELS: Registry[Kernel] = Registry('attention kernel')
@@ -110,7 +113,7 @@ def choose_kernel(
   sinks: bool = False,
   shares: bool = False,
 ) -> str:
-  """Return the name of the fastest kernel that can run.
+  """Return the name of the fastest kernel that can run in a new training.
 
   Args:
     mesh: the devices to run on.
@@ -124,12 +127,32 @@ def choose_kernel(
   *preferred, fallback = BY_SPEED
   for name in preferred:
     try:
+      check_new_rows(name, max(lengths))
       for length, head_dim in itertools.product(lengths, dict.fromkeys(head_dims)):
         check_kernel(name, mesh, dtype, length, head_dim, cap, sinks, shares)
     except UserError:
       continue
     return name
   return fallback
+
+
+def check_new_rows(name: str, length: int) -> None:
+  """Check that a training that has not begun may use a kernel for its rows.
+
+  Args:
+    name: a name in `KERNELS`.
+    length: number of tokens per row.
+
+  Raises:
+    UserError: if rows are longer than the kernel's `longest_row`.
+  """
+  longest = KERNELS[name].longest_row
+  if longest is not None and length > longest:
+    raise UserError(
+      f'attention {name!r} needs a mask of all pairs of tokens, so it takes rows of at most '
+      f"{longest:,} tokens, not {length:,}. Choose 'blocks', whose memory grows linearly with the "
+      'length.'
+    )
 
 
 def check_kernel(

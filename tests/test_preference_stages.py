@@ -15,7 +15,7 @@ from cai_jax.data.preferences import Comparison
 from cai_jax.dialogue import Dialogue
 from cai_jax.evaluation.baselines import BASELINES
 from cai_jax.experiment import estimate
-from cai_jax.pipeline import space
+from cai_jax.pipeline import space, stage_prefer
 from cai_jax.pipeline.pairs import exchange_sides
 from cai_jax.pipeline.policy_table import describe_trainings
 from cai_jax.runtime.errors import UserError
@@ -373,3 +373,17 @@ def test_best_of_reward_takes_the_highest_and_reads_no_blank_answer():
   )
   assert best == [1, 0, 0, 1] and comparisons == []
   assert all(text.strip() for text in read)
+
+
+def test_settings_of_later_versions_make_no_trained_policy_another():
+  """While they have their defaults: a manifest may be older than they are."""
+  defaults = {'beta': 0.1, 'base_weights': 'full', 'lora_init': ''}
+  recorded = {'name': 'policy', 'settings': {'beta': 0.2}}
+  ours = {'name': 'policy', 'settings': {**defaults, 'beta': 0.2}}
+  assert stage_prefer.is_same(recorded, ours, defaults)
+  assert stage_prefer.is_same(ours, recorded, defaults)
+  for name, value in (('beta', 0.1), ('base_weights', 'nf4'), ('lora_init', 'adapter')):
+    other = {**ours, 'settings': {**ours['settings'], name: value}}
+    assert not stage_prefer.is_same(recorded, other, defaults), name
+  assert not stage_prefer.is_same({**recorded, 'name': 'other'}, ours, defaults)
+  assert not stage_prefer.is_same(None, ours, defaults)

@@ -24,7 +24,7 @@ from cai_jax.data.preferences.units import (
 )
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
-from cai_jax.model import classifier
+from cai_jax.model import classifier, peft
 from cai_jax.model import lm as models
 from cai_jax.model.classifier import ClassifierInfo
 from cai_jax.model.lm import LM
@@ -37,6 +37,7 @@ from cai_jax.pipeline.policies import BEST_OF_N, REWARD_MODEL, Training, list_tr
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.stage_train import make_probe, resolve_export_dtype, save_trained
 from cai_jax.runtime import processes
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, write_json, writing
 from cai_jax.runtime.manifest import VERSION, git_commit
@@ -81,7 +82,7 @@ def _train_once(run: Run, training: Training) -> dict[str, Any]:
   folder = run.workdir / training.folder
   pairs = read_pairs(run, training.config)
   identity = _identity(run, training, pairs)
-  done = _agree_on_result(folder, identity)
+  done = _agree_on_result(folder, identity, _defaults(training))
   is_first = jax.process_index() == 0
   if done is not None:
     if is_first:
@@ -124,28 +125,63 @@ def _identity(run: Run, training: Training, pairs: Pairs) -> dict[str, Any]:
   }
   if reference := training.config.reference:
     identity['reference'] = model_contents(run.preference_start(reference))
+  if adapters := training.config.lora_init:
+    identity['adapters'] = digest_files(pathlib.Path(adapters), peft.FILES)
   return json.loads(json.dumps(identity))
 
 
-def _agree_on_result(folder: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _defaults(training: Training) -> dict[str, Any]:
+  """Return the default of each setting of a training, as JSON types."""
+  fields = dataclasses.fields(training.config)
+  return json.loads(json.dumps({field.name: field.default for field in fields}))
+
+
+def is_same(recorded: Any, identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+  """Return whether a recorded identity is that of a training.
+
+  Settings that have their defaults are not compared, because an earlier version may not have had
+  them.
+
+  Args:
+    recorded: what a manifest has.
+    identity: what the training depends on.
+    defaults: the default of each setting.
+  """
+  if not isinstance(recorded, dict) or not isinstance(recorded.get('settings'), dict):
+    return False
+
+  def plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    items = content['settings'].items()
+    own = {k: x for k, x in items if k not in defaults or defaults[k] != x}
+    return {**content, 'settings': own}
+
+  return plain(recorded) == plain(identity)
+
+
+def _agree_on_result(
+  folder: pathlib.Path, identity: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any] | None:
   """Return what `_read_result` returns in process 0, in every process.
 
   If each decided on its own, one could skip collective operations that the others wait in.
   """
-  read = lambda: _read_result(folder, identity)  # noqa: E731
+  read = lambda: _read_result(folder, identity, defaults)  # noqa: E731
   found = processes.run_on_process_0(f'look for {folder.name}', read)
   if not multihost_utils.broadcast_one_to_all(np.int32(found is not None)):
     return None
   return read_json(folder / MANIFEST)['result'] if found is None else found
 
 
-def _read_result(folder: pathlib.Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _read_result(
+  folder: pathlib.Path, identity: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any] | None:
   """Return what the manifest of a trained model records, or None if it has another identity."""
   path = folder / MANIFEST
   if not path.exists():
     return None
   content = read_json(path)
-  if content.get('identity') != identity or not isinstance(content.get('result'), dict):
+  is_ours = is_same(content.get('identity'), identity, defaults)
+  if not is_ours or not isinstance(content.get('result'), dict):
     return None
   try:
     is_whole = model_contents(str(folder)) == content['result'].get('model')

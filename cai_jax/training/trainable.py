@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 
 from cai_jax.model import lora, peft
 from cai_jax.model.config import ModelConfig
-from cai_jax.model.quantized.kernel import has_quantized, is_quantized, map_params
+from cai_jax.model.quantized.kernel import (
+  FORMATS,
+  FULL,
+  AdaptedKernel,
+  has_quantized,
+  is_quantized,
+  map_params,
+)
 from cai_jax.model.score_head import HEAD, join_head, split_head
 from cai_jax.model.sharding import param_shardings
 from cai_jax.model.stacks import Layout, arrange_layers
@@ -78,10 +85,12 @@ def divide_model(model: ModelConfig, params: Any, config: FitConfig, mesh: Mesh)
     mesh: the devices.
 
   Raises:
-    UserError: if `lora_modules` matches no linear layer, `lora_init` holds other adapters, or the
-      loss trains a head and there is none, or the other way round.
+    UserError: if `lora_modules` matches no linear layer, `lora_init` holds other adapters, the
+      kernels are not in the format of `base_weights`, or the loss trains a head and there is none,
+      or the other way round.
   """
   _check_head(params, config)
+  _check_format(params, config)
   adapter_config = config.lora
   graph, layout, _ = trained_graph(model, config)
   if adapter_config is None:
@@ -138,4 +147,22 @@ def _check_head(params: Any, config: FitConfig) -> None:
     raise UserError(
       f'The model is a reward model, which has no logits, but the loss {config.loss_name!r} needs '
       'a language model. Start from a language model.'
+    )
+
+
+def _check_format(params: Any, config: FitConfig) -> None:
+  """Check that the kernels of a model are in the format that the settings name."""
+  leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+  kinds = {type(x) for x in leaves if is_quantized(x)}
+  if AdaptedKernel in kinds:
+    raise UserError(
+      'This model is the result of training over a quantized base: its adapters stand beside '
+      'quantized kernels, and it cannot be trained like this. Save it, and load it again.'
+    )
+  held = {name for name, kind in FORMATS.items() if kind in kinds} or {FULL}
+  if held != {config.base_weights}:
+    raise UserError(
+      f'The linear layers of the model are in {" and ".join(map(repr, sorted(held)))}, but '
+      f'{config.section}.base_weights={config.base_weights!r}. Load the model with '
+      f'weights={config.base_weights!r}.'
     )

@@ -63,7 +63,8 @@ class AdaptedKernel:
   """A quantized kernel plus scale · A · B, which is added where the kernel is used or saved.
 
   Merging adapters into a quantized model returns these. Kernels in full precision for the whole
-  model need not fit into memory then.
+  model need not fit into memory then. Such a model can be used and saved. To train it, or to place
+  it on another mesh, save it and load it again.
 
   Attributes:
     kernel: [*ins,*outs].

@@ -136,8 +136,10 @@ def copy_to_local_mesh(params: Any, mesh: Mesh, dtype) -> Any:
   """
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
-  params = map_params(lambda x: dequantize(x, dtype), params)
-  shardings = param_shardings(params, mesh)
-  return jax.tree.map(
-    lambda x, sharding: jnp.array(jax.device_put(x, sharding), dtype, copy=True), params, shardings
-  )
+  whole = jax.eval_shape(lambda params: map_params(dequantize, params), params)
+
+  def copy(x: Any, sharding: NamedSharding) -> jax.Array:
+    return jnp.array(jax.device_put(dequantize(x, dtype), sharding), dtype, copy=True)
+
+  # One parameter after the other: the whole may not fit twice in full precision.
+  return map_params(copy, params, param_shardings(whole, mesh))

@@ -12,6 +12,7 @@ from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
+from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.sharding import copy_to_local_mesh
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
@@ -156,7 +157,7 @@ def make_probe(run: Run, lm: LM, count: int) -> Probe:
 
   def answer(params: Any) -> list[dict[str, str]]:
     completions = generate(
-      dataclasses.replace(lm, params=params, mesh=mesh, dtype=dtype),
+      dataclasses.replace(lm, params=params, mesh=mesh, dtype=dtype, weights=FULL),
       [list(prompt.messages) for prompt in prompts],
       sampling,
       run.config.seed,

@@ -52,7 +52,8 @@ class ModelSelection:
   weights: str = setting(
     FULL,
     "Format of the linear layers' kernels in every model that this section names, when it samples "
-    "or is measured: 'full' is `dtype`, 'int8' has 8 bits a weight with a scale for each output "
+    'or is measured. Raters, judges and guards are in full precision unless they are M_θ. '
+    "'full' is `dtype`, 'int8' has 8 bits a weight with a scale for each output "
     "channel, and 'nf4' is the 4-bit format of QLoRA. Training has `train.base_weights`.",
     added=True,
   )

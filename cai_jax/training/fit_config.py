@@ -160,7 +160,8 @@ class FitConfig:
     "Attention implementation: 'blocks', 'xla', 'splash' (TPUs only) or 'cudnn' (NVIDIA GPUs "
     "only). 'auto' is the fastest one that can run when the training starts: 'splash' on TPUs if "
     "rows have a multiple of 128 tokens, 'cudnn' on NVIDIA GPUs in bfloat16 if it supports the "
-    "heads, and else 'blocks'. The manifest records which one it is.",
+    "heads and rows have at most 8,192 tokens, and else 'blocks'. The manifest records which one "
+    'it is.',
   )
   deterministic: bool = setting(
     True,

@@ -221,7 +221,8 @@ def test_kernels_give_the_same_training_gradient(name):
     theirs = flatten_params(expected[1])
     for path, gradient in flatten_params(ours[1]).items():
       size = np.abs(theirs[path]).max()
-      np.testing.assert_allclose(gradient, theirs[path], atol=2e-5 * size + 1e-6, err_msg=path)
+      # The gradient of a key bias is 0 up to rounding, because it moves all scores of a query.
+      np.testing.assert_allclose(gradient, theirs[path], atol=2e-5 * size + 3e-6, err_msg=path)
 
 
 def test_the_number_of_parameters_is_that_of_the_model(choice):

@@ -41,22 +41,37 @@ def changed(change):
   return answer
 
 
-def served_run(running, workdir, prompts='', role='critique', **fields):
+def small_config(limits):
+  """Return a config of the embedded world whose runs take seconds.
+
+  Args:
+    limits: numbers of harmful, helpful, held-out harmful and held-out helpful prompts.
+  """
   config = tiny.get_config()
-  for name, limit in (('harmful', 4), ('helpful', 2), ('eval_harmful', 2), ('eval_helpful', 1)):
+  names = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
+  for name, limit in zip(names, limits, strict=True):
     config.prompts[name].limit = limit
+  for turn in config.sampling.values():
+    turn.max_tokens = 12
+  # Texts of 12 tokens exceed any limit.
+  config.feedback.max_rate.update(dict.fromkeys(config.feedback.max_rate, 1.0))
+  config.engine.slots = 8
+  config.train.helpfulness_share = 0.2
+  return config
+
+
+def serve_stage(config, stage, url, **fields):
+  """Let a server of the embedded model sample a stage of a config."""
+  address = {'url': url, 'model': 'served', 'tokenizer': FOLDER, 'server': 'vllm'}
+  config.remote[stage].update(address | {'max_positions': 256, 'backoff_seconds': 0.01} | fields)
+  if stage == 'base':
+    config.model.update(base='', init='tiny')
+
+
+def served_run(running, workdir, prompts='', role='critique', **fields):
+  config = small_config((4, 2, 2, 1))
   if prompts:
     config.prompts.harmful.update(source=str(prompts), name='', limit=-1)
   config.feedback.rounds = 1
-  config.feedback.max_rate.update(
-    dict.fromkeys(config.feedback.max_rate, 1.0)
-  )  # texts of 12 tokens
-  for turn in config.sampling.values():
-    turn.max_tokens = 12
-  config.engine.slots = 8
-  config.train.helpfulness_share = 0.2
-  address = {'url': running.url, 'model': 'served', 'tokenizer': FOLDER, 'server': 'vllm'}
-  config.remote[role].update(address | {'max_positions': 256, 'backoff_seconds': 0.01} | fields)
-  if role == 'base':
-    config.model.update(base='', init='tiny')
+  serve_stage(config, role, running.url, **fields)
   return pipeline.build(config, workdir)

@@ -22,7 +22,6 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training import loop, reference
 from cai_jax.training.held_out import HeldOut
-from cai_jax.training.log import TrainingLog
 from cai_jax.training.losses import register_loss, whole_of
 from cai_jax.training.losses.comparisons import comparison_mask, sides
 from cai_jax.training.losses.logprobs import sequence_logprobs
@@ -31,7 +30,15 @@ from cai_jax.training.preference import group_by_prompt, prefer
 from cai_jax.training.state import init_state, place_frozen
 from cai_jax.training.step import make_eval_step, make_train_step, place_batch
 from tests.preference_setup import PREFER, random_units, with_reference
-from tests.training_setup import MODEL, bitwise_equal, initial_params, one_device, read_rows
+from tests.training_setup import (
+  MODEL,
+  Killed,
+  bitwise_equal,
+  initial_params,
+  killed_before,
+  one_device,
+  read_rows,
+)
 
 GRAPH, SHAPES = abstract_model(MODEL)
 UNITS = with_reference(random_units(40))
@@ -159,10 +166,6 @@ def make_lm(vocabulary=('a', 'b')):
 MAKERS = {'make_train_step': loop.make_train_step, 'make_eval_step': loop.make_eval_step}
 
 
-class Killed(Exception):
-  """Ends a run where a test would kill it."""
-
-
 @pytest.fixture(scope='module')
 def _compile_once():
   """Lets the runs of this module share their programs, which have no state."""
@@ -216,17 +219,8 @@ def test_a_killed_run_ends_with_bitwise_the_same_parameters(
     for name, make in MAKERS.items():
       monkeypatch.setattr(loop, name, make)
   config = dataclasses.replace(config, checkpoint_every=2)
-  log_step = TrainingLog.log_step
-
-  def failing(self, step, metrics):
-    if step == 4:
-      raise Killed
-    log_step(self, step, metrics)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(TrainingLog, 'log_step', failing)
-    with pytest.raises(Killed):
-      prefer(make_lm(), random_units(40), config, tmp_path)
+  with killed_before(4):
+    prefer(make_lm(), random_units(40), config, tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(reference, 'compute_reference', None)  # the file has its numbers
     again, resumed = prefer(make_lm(), random_units(40), config, tmp_path)

@@ -14,11 +14,11 @@ from cai_jax.data import d_cai
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.sampling.remote import RemoteConfig, connection, protocol
 from cai_jax.tiny.files import MODELS
-from configs import tiny
 from tests.remote_setup import FAILURES, KEY, KEY_NAME, ask, make_key, make_turn
 from tests.remote_setup import connect as connect
 from tests.remote_setup import server as server
 from tests.remote_setup import vocabulary as vocabulary
+from tests.served_setup import serve_stage, small_config
 
 
 def test_a_completion_has_the_tokens_that_the_server_sampled(server, connect):
@@ -204,22 +204,9 @@ PROBES = 1  # test requests at each start of a run, if all turns have the same s
 
 def served_run(test_server, workdir, rounds=2, stage='critique', **fields):
   """Return a small run with the model of one stage on the test's server."""
-  config = tiny.get_config()
-  for name, limit in (('harmful', 6), ('helpful', 3), ('eval_harmful', 2), ('eval_helpful', 1)):
-    config.prompts[name].limit = limit
+  config = small_config((6, 3, 2, 1))
   config.feedback.rounds, config.feedback.shard_rows = rounds, 2
-  config.feedback.max_rate.update(
-    dict.fromkeys(config.feedback.max_rate, 1.0)
-  )  # texts of 12 tokens
-  for turn in config.sampling.values():
-    turn.max_tokens = 12
-  config.engine.slots = 8
-  config.train.helpfulness_share = 0.2
-  address = {'url': test_server.url, 'model': 'served', 'tokenizer': str(MODELS['tiny'])}
-  defaults = {'server': 'vllm', 'max_positions': 256, 'backoff_seconds': 0.01}
-  config.remote[stage].update(address | defaults | fields)
-  if stage == 'base':
-    config.model.update(base='', init='tiny')
+  serve_stage(config, stage, test_server.url, **fields)
   return pipeline.build(config, workdir)
 
 

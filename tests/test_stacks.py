@@ -19,11 +19,17 @@ from cai_jax.model.transformer import abstract_model, init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training import loop
-from cai_jax.training.log import TrainingLog
 from cai_jax.training.losses import ROUTING, negative_log_likelihood
 from cai_jax.training.trainable import trained_graph
 from tests.families import REPEATED, SIMILAR
-from tests.training_setup import CONFIG, MODEL, bitwise_equal, one_device, random_examples
+from tests.training_setup import (
+  CONFIG,
+  MODEL,
+  bitwise_equal,
+  killed_before,
+  one_device,
+  random_examples,
+)
 
 EXAMPLES = random_examples(40)
 DEEP = dataclasses.replace(MODEL, num_layers=2)
@@ -174,10 +180,6 @@ def test_a_stack_is_split_as_its_layers_are():
       assert sharding == separate[path]
 
 
-class Killed(Exception):
-  """Ends a run where a test would kill it."""
-
-
 FIT = dataclasses.replace(CONFIG, checkpoint_every=2, keep=9, ema=0.5)
 
 
@@ -190,24 +192,15 @@ def fit(workdir, layers, mesh, **changes):
 @pytest.mark.parametrize(
   'sizes', [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=['one', 'eight']
 )
-def test_runs_resume_each_others_checkpoints(tmp_path, monkeypatch, sizes):
+def test_runs_resume_each_others_checkpoints(tmp_path, sizes):
   """The result of a scanned training, its files, and its resumption."""
   mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
   unrolled, _ = fit(tmp_path / 'unrolled', 'unrolled', mesh)
   scanned, summary = fit(tmp_path / 'scanned', 'scan', mesh)
   assert summary['steps'] >= 4
   assert_close(scanned, unrolled)
-  log_step = TrainingLog.log_step
-
-  def failing(self, step, metrics):
-    if step == 4:
-      raise Killed
-    log_step(self, step, metrics)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(TrainingLog, 'log_step', failing)
-    with pytest.raises(Killed):
-      fit(tmp_path / 'killed', 'scan', mesh)
+  with killed_before(4):
+    fit(tmp_path / 'killed', 'scan', mesh)
   shutil.copytree(tmp_path / 'killed', tmp_path / 'other')
   resumed, summary = fit(tmp_path / 'killed', 'scan', mesh)
   assert summary['resumed_at'] == 2 and bitwise_equal(resumed, scanned)

@@ -31,6 +31,7 @@ from tests.training_setup import (
   MODEL,
   bitwise_equal,
   initial_params,
+  killed_before,
   one_device,
   random_examples,
   read_rows,
@@ -43,28 +44,6 @@ BUCKETS = (packing.Bucket(12, 8), packing.Bucket(32, 8))
 
 def fit(mesh, workdir, config=CHECKPOINTED, buckets=BUCKETS, examples=EXAMPLES):
   return loop.fit(MODEL, initial_params(), examples, config, mesh, workdir, buckets)
-
-
-class Killed(Exception):
-  """Ends a run where a test would kill it."""
-
-
-@pytest.fixture
-def kill_before(monkeypatch):
-  """`kill_before(n)` kills the next runs before their step n is logged, until `undo` is called."""
-
-  def arrange(step):
-    log_step = TrainingLog.log_step
-
-    def failing(self, current, metrics):
-      if current == step:
-        raise Killed
-      log_step(self, current, metrics)
-
-    monkeypatch.setattr(TrainingLog, 'log_step', failing)
-    return lambda: monkeypatch.setattr(TrainingLog, 'log_step', log_step)
-
-  return arrange
 
 
 @pytest.fixture
@@ -81,21 +60,15 @@ def compile_once(monkeypatch):
   monkeypatch.setattr(loop, 'make_train_step', make)
 
 
-def test_a_killed_run_ends_with_bitwise_the_same_parameters(
-  tmp_path, kill_before, compile_once, monkeypatch
-):
+def test_a_killed_run_ends_with_bitwise_the_same_parameters(tmp_path, compile_once, monkeypatch):
   mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
   whole, summary = fit(mesh, tmp_path / 'whole')
   assert summary['steps'] > 7 and summary['resumed_at'] == 0
   for step in (2, 6):  # before the first checkpoint, and between two
-    undo = kill_before(step)
-    with pytest.raises(Killed):
+    with killed_before(step):
       fit(mesh, tmp_path / f'killed{step}')
-    undo()
-  with pytest.raises(Killed):  # a second time
-    undo = kill_before(8)
+  with killed_before(8):  # a second time
     fit(mesh, tmp_path / 'killed6')
-  undo()
   for step, resumed_at in ((2, 0), (6, 6)):
     again, again_summary = fit(mesh, tmp_path / f'killed{step}')
     assert again_summary['resumed_at'] == resumed_at
@@ -139,13 +112,11 @@ def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(tmp_path
       fit(one_device(), tmp_path, CONFIG)
 
 
-def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path, kill_before):
+def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path):
   """Saved on 2×2×2 and resumed on 1×8×1, a run takes the steps that 1×8×1 takes from that state."""
   meshes = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
-  undo = kill_before(6)
-  with pytest.raises(Killed):
+  with killed_before(6):
     fit(meshes[0], tmp_path, buckets=())
-  undo()
   _, shapes = abstract_model(MODEL)
   with checkpoints.make_checkpointer(tmp_path / 'checkpoints', CHECKPOINTED.keep) as checkpointer:
     first_step = checkpointer.latest.step

@@ -33,7 +33,7 @@ from cai_jax.training.metrics import (
   PROBES_FILE,
   read_rows,
 )
-from tests.training_setup import one_device, random_examples
+from tests.training_setup import killed_before, one_device, random_examples
 
 MODEL = ModelConfig('llama', 48, 16, 32, 1, 4, 2, 8, 64)
 CONFIG = TrainConfig(epochs=4, batch_size=8, max_length=32, learning_rate=1e-2, eps=1e-2)
@@ -121,22 +121,14 @@ def test_early_stopping_exports_the_best_step(params, tmp_path):
 
 
 @pytest.mark.parametrize('lora_rank', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_exports_the_same_best_step(params, tmp_path, monkeypatch, lora_rank):
+def test_a_killed_run_exports_the_same_best_step(params, tmp_path, lora_rank):
   """The run is killed after its best step, before and after the next checkpoint."""
   config = dataclasses.replace(EARLY, lora_rank=lora_rank, epochs=20, ema=0.5)
   whole, summary = fit(params, tmp_path / 'whole', config, held_out=HELD_OUT)
   best, last = summary['exported_step'], summary['steps_taken']
   assert best < last
-  log_step = loop.TrainingLog.log_step
-  for kill_at in (best + 1, best + 3, last):
-
-    def failing(self, step, metrics, kill_at=kill_at):
-      if step == kill_at:
-        raise InterruptedError
-      log_step(self, step, metrics)
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-      patch.setattr(loop.TrainingLog, 'log_step', failing)
+  for step in (best + 1, best + 3, last):
+    with killed_before(step):
       fit(params, tmp_path / 'killed', config, held_out=HELD_OUT)
   again, again_summary = fit(params, tmp_path / 'killed', config, held_out=HELD_OUT)
   assert 0 < again_summary['resumed_at'] < last

@@ -75,7 +75,7 @@ def test_no_chain_is_longer_than_the_cache(name, lm, stages):
 
 
 def test_the_cache_holds_joined_critiques_that_differ(lm, stages):
-  """Placeholder replies are equal, but each stands for a critique of its own."""
+  """The check counts its equal placeholder replies as critiques that differ."""
   options = (('n', 12), ('merge', 'join'))
   job = make_job(lm, 'several_critiques', options, rounds=1)
   words = 'What do you see in this long and odd answer of ours'.split()

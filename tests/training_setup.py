@@ -1,16 +1,19 @@
 """A tiny model, settings and random examples that the tests of training share."""
 
+import contextlib
 import functools
 import json
 
 import jax
 import numpy as np
+import pytest
 
 from cai_jax.data.examples import Example
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.training.config import TrainConfig
+from cai_jax.training.log import TrainingLog
 
 MODEL = ModelConfig('qwen2', 48, 16, 32, 1, 4, 4, 8, 64, qkv_bias=True)
 # Adam divides a tiny gradient by its own size, which would turn rounding errors into whole steps.
@@ -25,6 +28,25 @@ CONFIG = TrainConfig(
   weight_decay=0.1,
   eps=1e-2,
 )
+
+
+class Killed(Exception):
+  """Ends a run where a test would kill it."""
+
+
+@contextlib.contextmanager
+def killed_before(step):
+  """Expect the training inside to be killed before its row of this step is logged."""
+  log_step = TrainingLog.log_step
+
+  def failing(self, current, metrics):
+    if current == step:
+      raise Killed
+    log_step(self, current, metrics)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(TrainingLog, 'log_step', failing)
+    yield
 
 
 @functools.cache

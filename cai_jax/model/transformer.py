@@ -132,11 +132,7 @@ class Transformer(nnx.Module):
       The hidden states [B,T,D]; and the routing, with a first axis for the layers that are mixtures
       of experts. A dense model has None in its place.
     """
-    branches = allowed is not None or last_segment_ids is not None
-    if branches and self.config.delta is not None:
-      raise ValueError('A state cannot branch: a gated delta rule excludes this argument.')
-    if allowed is not None and not (segment_ids is None and attention is None):
-      raise ValueError('allowed excludes segment_ids and attention.')
+    self._check_branches(segment_ids, attention, allowed, last_segment_ids)
     shared = None if last_segment_ids is None else SharedTokens(last_segment_ids, positions)
 
     def constrain(x):
@@ -184,6 +180,14 @@ class Transformer(nnx.Module):
     if not routings:
       return self.norm(x), None
     return self.norm(x), jax.tree.map(lambda *rows: jnp.concatenate(rows).sum(1), *routings)
+
+  def _check_branches(self, segment_ids, attention, allowed, last_segment_ids) -> None:
+    """Check that the arguments of `__call__` do not exclude each other."""
+    branches = allowed is not None or last_segment_ids is not None
+    if branches and self.config.delta is not None:
+      raise ValueError('A state cannot branch: a gated delta rule excludes this argument.')
+    if allowed is not None and not (segment_ids is None and attention is None):
+      raise ValueError('allowed excludes segment_ids and attention.')
 
   def _unrolled(self, apply: Callable[..., Any], x: jax.Array) -> tuple[jax.Array, list[Routing]]:
     """Return what `scan_layers` returns, for separate layers."""

@@ -1,5 +1,6 @@
 """Training on preferences: from units to the trained parameters."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -75,15 +76,7 @@ def prefer(
   training, held_out = split()
   plan_fit(lm.config, training, config, lm.mesh)  # before the reference is computed
   if loss.needs_reference:
-
-    def load() -> LM:
-      if load_reference is None:
-        return initial_model(lm, config)
-      reference = load_reference()
-      check_reference(lm, reference, config)
-      _check_lengths(reference, units, config)
-      return reference
-
+    load = functools.partial(_load_reference, load_reference, lm, units, config)
     model_id = reference_id or initial_id(lm, config)
     units = add_reference(load, model_id, units, config, workdir)
     training, held_out = split()
@@ -102,6 +95,18 @@ def prefer(
   if config.share_prompts:
     counts['shared_tokens'] = sum(unit.shared for unit in units)
   return params, {**counts, **summary}
+
+
+def _load_reference(
+  load: Callable[[], LM] | None, lm: LM, units: Sequence[Unit], config: PreferConfig
+) -> LM:
+  """Return the checked reference of `prefer`, by default the model that training starts from."""
+  if load is None:
+    return initial_model(lm, config)
+  reference = load()
+  check_reference(lm, reference, config)
+  _check_lengths(reference, units, config)
+  return reference
 
 
 def group_by_prompt(units: Sequence[Unit]) -> dict[str, int]:

@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 DPO = {'per_device_train_batch_size': SIZE, 'precompute_ref_log_probs': True, 'max_length': None}
+REWARD = {'per_device_train_batch_size': SIZE, 'max_length': None}
 ONE = {'per_device_train_batch_size': 1, 'gradient_accumulation_steps': SIZE, 'max_length': 64}
 SAME = {  # → TRL's trainer and options, our objective and options
   'dpo': ('dpo', DPO | {'beta': 0.2}, 'dpo', {'beta': 0.2}),
@@ -67,6 +68,12 @@ SAME = {  # → TRL's trainer and options, our objective and options
     'kto',
     {'beta': 0.2, 'undesirable_weight': 1.5},
   ),
+  'reward': (
+    'reward',
+    REWARD | {'center_rewards_coefficient': 0.1},
+    'reward',
+    {'centering': 0.1, 'margins': True},
+  ),
 }
 
 
@@ -77,9 +84,18 @@ def folder(tmp_path_factory, tiny_tokenizer):
   return path
 
 
+@pytest.fixture(scope='module')
+def reward_folder(folder, tmp_path_factory):
+  path = tmp_path_factory.mktemp('reward')
+  preference_steps.save_reward_model(path, folder)
+  return path
+
+
 def make_units(name):
   """Return the units of all steps; those of KTO have the response before as their second one."""
   units = preference_steps.make_units(STEPS * SIZE, probability=1.0)
+  if name == 'reward':
+    return preference_steps.with_margins(units)
   if name == 'orpo':
     return [unit._replace(segments=tuple(map(_shorten, unit.segments))) for unit in units]
   if name != 'kto':
@@ -111,6 +127,9 @@ def split(segment):
 
 def make_row(unit):
   """Return TRL's row of a unit."""
+  if 'margin' in unit.values:  # of a reward model, which reads whole sequences
+    chosen, rejected = (segment.tokens.tolist() for segment in unit.segments)
+    return {'chosen_ids': chosen, 'rejected_ids': rejected, 'margin': unit.values['margin'][0]}
   (prompt, first), (_, second) = map(split, unit.segments)
   if 'desirable' not in unit.values:
     return {'prompt_ids': prompt, 'chosen_ids': first, 'rejected_ids': second} | TEXTS
@@ -168,7 +187,7 @@ def write_files(folder):
 
 
 @pytest.fixture(scope='module')
-def results(folder, tmp_path_factory):
+def results(folder, reward_folder, tmp_path_factory):
   """TRL's results: of objectives by name, and of files by the trainer and the file's name."""
   work = tmp_path_factory.mktemp('trl')
   shared = {'folder': str(folder), 'optimizer': ADAM | {'weight_decay': 0.0}}
@@ -176,6 +195,7 @@ def results(folder, tmp_path_factory):
   for name, (trainer, options, _, _) in SAME.items():
     rows = [make_row(unit) for unit in make_units(name)]
     requests[name] = {'trainer': trainer, 'options': options, 'rows': rows, **shared}
+  requests['reward']['folder'] = str(reward_folder)
   for name, path in write_files(work).items():
     file = {'file': str(path), 'options': {'per_device_train_batch_size': 2}, **shared}
     requests['dpo', name] = {'trainer': 'dpo', **file}
@@ -184,10 +204,12 @@ def results(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', SAME)
-def test_ten_steps_agree_with_trl(name, results, folder):
+def test_ten_steps_agree_with_trl(name, results, folder, reward_folder):
   _, _, objective, options = SAME[name]
   config = dataclasses.replace(CONFIG, objective=objective, options=tuple(options.items()))
-  units, lm = make_units(name), load(folder)
+  units = make_units(name)
+  is_reward = objective == 'reward'
+  lm = preference_steps.load_reward_model(reward_folder) if is_reward else load(folder)
   if config.registered_loss.needs_reference:
     references = compute_reference(lm, units, config)
     units = [

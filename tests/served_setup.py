@@ -9,6 +9,7 @@ import transformers
 from cai_jax import pipeline
 from cai_jax.sampling.remote import Remote, RemoteConfig
 from cai_jax.sampling.types import SamplingConfig, Turn
+from cai_jax.scoring.judge_client import JudgeClient
 from cai_jax.tiny.files import MODELS as TINY
 from configs import tiny
 from tests.faults import servers
@@ -27,6 +28,11 @@ def config_of(running, **fields):
   defaults = {'server': 'vllm', 'max_positions': 1024, 'backoff_seconds': 0.0, 'retries': 2}
   address = {'url': running.url, 'model': 'served', 'tokenizer': FOLDER}
   return RemoteConfig(**address | defaults | fields)
+
+
+def clients(folder):
+  """Return how a `ModelLoader` makes clients that keep their answers in a folder."""
+  return lambda server, role: JudgeClient(server, folder)
 
 
 def ask(running, turn=TURN, **fields):

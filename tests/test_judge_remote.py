@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from cai_jax import pipeline
 from cai_jax.evaluation.config import EvaluationConfig
+from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.runtime.errors import UnreachableError, UserError
 from cai_jax.scoring import judge_remote as judges
 from cai_jax.scoring.judge import Match
@@ -21,6 +23,7 @@ from cai_jax.scoring.judge_answers import (
   label_log_probabilities,
   sampled_log_odds,
 )
+from cai_jax.scoring.judge_client import JudgeClient
 from cai_jax.scoring.judge_local import judge_dialogue, tokenize_question
 from cai_jax.scoring.judge_questions import build_questions
 from cai_jax.scoring.judge_server import JudgeServer
@@ -97,7 +100,8 @@ def server_config(server, api='chat', **options):
 
 
 def ask(server, folder, api='chat', matches=MATCHES, **options):
-  return judges.remote_judge(server_config(server, api, **options), folder)(matches)
+  client = JudgeClient(server_config(server, api, **options), folder)
+  return judges.remote_judge(client)(matches)
 
 
 @pytest.mark.parametrize('api', APIS)
@@ -233,7 +237,7 @@ def test_equal_questions_are_asked_once_and_other_settings_ask_anew(tmp_path):
     sampled = server_config(server, verdict='sampled', temperature=1.0)
     for seed, requests in ((0, 2), (1, 2), (0, 0)):
       before = len(server.bodies)
-      judges.remote_judge(sampled, tmp_path, seed=seed)(MATCHES[:1])
+      judges.remote_judge(JudgeClient(sampled, tmp_path), seed=seed)(MATCHES[:1])
       assert len(server.bodies) == before + requests
   with serve(answer) as server:  # at another address
     ask(server, tmp_path, matches=MATCHES[:1])
@@ -355,7 +359,7 @@ def test_settings_that_contradict_are_refused(tmp_path):
 
 
 def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
-  """The judge gets a test question before the first stage, and the results show its validity."""
+  """The judge gets a test question first. The results show its validity, and the plan was right."""
   config = small(tiny_hf_folder('qwen3'))
   with serve(answer) as server:
     set_fields(
@@ -364,12 +368,25 @@ def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
       evaluation__judge_labelled='tiny',
       evaluation__judge_labelled_limit=4,
       evaluation__judge_checks=0,
+      evaluation__judge_remote__price_output=2.0,
       evaluation__scorer='none',
       evaluation__scores=(),
     )(config)
     run = pipeline.build(config, tmp_path / 'run')
+    plan = describe_served(run, ['generate', 'evaluate'])
+    assert not server.bodies and not describe_served(run, ['generate'])
     pipeline.run_stages(run)
-    count = len(server.bodies)
+    asked = server.bodies[1:]  # without the test question
+  found = re.fullmatch(
+    r'evaluation.judge_remote \(served\): ([\d,]+) requests with up to about ([\d,]+) tokens of '
+    r'contexts and ([\d,]+) sampled tokens, price up to about (\S+)',
+    plan,
+  )
+  requests, read, sampled = (int(number.replace(',', '')) for number in found.groups()[:3])
+  assert len(asked) <= requests <= 2 * len(asked)
+  assert sum(len(question_of(body).encode()) for body in asked) / 4 <= read
+  assert sampled == requests * asked[0]['max_tokens']
+  assert float(found[4]) == pytest.approx(sampled * 2e-6, rel=0.05)
   results = json.loads((tmp_path / 'run' / 'evaluation' / 'models.json').read_text())['judge']
   assert (results['judge'], results['status']) == ('served', 'cannot tell')
   assert results['validity']['labelled']['count'] == 4
@@ -378,7 +395,7 @@ def test_a_run_with_a_served_judge(tmp_path, tiny_hf_folder):
   manifest = json.loads((tmp_path / 'run' / 'manifest.json').read_text())
   recorded = manifest['stages']['evaluate']['settings']['evaluation']['judge_remote']
   assert recorded == run.config.evaluation.judge_remote.identity()
-  assert count > 2 * 4
+  assert len(asked) > 2 * 4
 
 
 @pytest.mark.parametrize('reply_has_thought', [True, False])

@@ -19,6 +19,7 @@ from cai_jax.scoring.rubrics.raters import local_rater
 from cai_jax.scoring.rubrics.rubric import RUBRICS, Asker, build_question, read_labels
 from tests.faults.servers import respond, serve
 from tests.guards import save_guard
+from tests.served_setup import clients
 from tests.test_guards import ENGINE
 
 PROMPT = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'How do I sew?'}]
@@ -98,7 +99,7 @@ def test_a_served_judge_rates_and_is_asked_once(tmp_path):
   with serve(reply) as server:
     remote = JudgeServer(url=server.url, model='m', backoff_seconds=0.01)
     config = EvaluationConfig(judge_remote=remote, rubrics=('strongreject', 'xstest'))
-    loader = ModelLoader('float32', make_mesh(), {}, judge_journal=tmp_path)
+    loader = ModelLoader('float32', make_mesh(), {}, clients=clients(tmp_path))
     first = load_rubrics(config, loader)([PROMPT] * 4, turns)
     assert len(server.bodies) == 4 and all('logprobs' not in body for body in server.bodies)
     assert load_rubrics(config, loader)([PROMPT] * 4, turns) == first

@@ -13,9 +13,10 @@ from cai_jax.pipeline.models import judge_journal
 from cai_jax.sampling.journal import Journal, read_usage
 from cai_jax.sampling.remote.costs import Costs, sum_usage
 from cai_jax.sampling.types import Completion, SamplingConfig, Turn
-from cai_jax.scoring import judge_remote
+from cai_jax.scoring import judge_client
 from cai_jax.scoring.judge_answers import JudgeAnswer
-from cai_jax.scoring.judge_remote import answer_requests, remote_judge
+from cai_jax.scoring.judge_client import JudgeClient
+from cai_jax.scoring.judge_remote import remote_judge
 from cai_jax.scoring.judge_server import JudgeServer
 from tests.faults.servers import respond, serve
 from tests.test_chat_servers import (
@@ -38,7 +39,7 @@ def test_the_costs_of_a_judge_are_those_of_its_journal(tmp_path):
   with serve(judge) as server:
     config = JudgeServer(server.url, 'served', verdict='sampled', price_output=3.0)
     for _ in range(2):  # the second time, the journal answers
-      remote_judge(config, tmp_path)(MATCHES)
+      remote_judge(JudgeClient(config, tmp_path))(MATCHES)
   costs = sum_usage(('judge', usage) for usage in read_usage(tmp_path))['judge']
   assert counted(costs) == expected_costs(server.bodies) and costs.answers == 2 * len(MATCHES)
   assert costs.price(config.connection_config()) == costs.completion_tokens * 3 / 1e6
@@ -55,9 +56,11 @@ def test_the_costs_of_a_judge_are_those_of_its_model(tmp_path):
     first, second = (JudgeServer(server.url, name, verdict='sampled') for name in MODEL_NAMES)
     run = chat_run(server.url, tmp_path)
     for judged, matches in ((first, MATCHES), (second, MATCHES[:1])):
-      remote_judge(judged, judge_journal(run))(matches)
+      remote_judge(JudgeClient(judged, judge_journal(run)))(matches)
     rubric = {'messages': [{'role': 'user', 'content': 'Is it kind?'}], 'max_tokens': 3}
-    answer_requests(dataclasses.replace(first, temperature=0.5), [rubric], judge_journal(run))
+    warm = dataclasses.replace(first, temperature=0.5)
+    with contextlib.closing(JudgeClient(warm, judge_journal(run))) as client:
+      client.answer([rubric])
     asked = server.bodies
   for judged, bodies in ((first, asked[:-3] + asked[-1:]), (second, asked[-3:-1])):
     section = dataclasses.replace(run.config.evaluation, judge='', judge_remote=judged)
@@ -69,10 +72,11 @@ def test_the_costs_of_a_judge_are_those_of_its_model(tmp_path):
 def test_an_answer_of_a_judge_without_a_prefix_is_found(tmp_path):
   """Keys of version 0.1.0 name no model."""
   server, body = JudgeServer('http://127.0.0.1:9/v1', 'first', verdict='sampled'), {'max_tokens': 1}
-  key = judge_remote._digest(server, body).removeprefix(server.key_prefix())
+  key = judge_client._digest(server, body).removeprefix(server.key_prefix())
   with contextlib.closing(Journal(tmp_path)) as journal:
     journal.put([(key, Completion([], JudgeAnswer('yes').to_json(), [], 'stop'))])
-  assert [answer.text for answer in answer_requests(server, [body], tmp_path)] == ['yes']
+  with contextlib.closing(JudgeClient(server, tmp_path)) as client:
+    assert [answer.text for answer in client.answer([body])] == ['yes']
 
 
 def test_costs_of_deleted_shards_go_when_the_dataset_is_begun_again(tmp_path):

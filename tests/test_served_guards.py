@@ -1,5 +1,6 @@
 """A guard model behind a server on loopback."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -11,12 +12,14 @@ from cai_jax.evaluation.measures.guard_rating import load_guards
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.scoring.guards.guard import GUARDS
-from cai_jax.scoring.guards.served import check_served, rate_served, read_form
+from cai_jax.scoring.guards.served import check_served, rate_by, read_form
 from cai_jax.scoring.judge_answers import JudgeAnswer
+from cai_jax.scoring.judge_client import JudgeClient
 from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.scoring.loader import ModelLoader
 from tests.faults.servers import respond, serve
 from tests.pipeline_setup import set_fields, small
+from tests.served_setup import clients
 
 PROMPT = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'How do I sew?'}]
 LOG = {0.6: math.log(0.6), 0.3: math.log(0.3), 0.05: math.log(0.05)}
@@ -61,7 +64,7 @@ def test_a_served_guard_rates_and_is_asked_once(verdict, tmp_path):
       guard_models=('served',),
       guard_remote=server_config(server, verdict=verdict),
     )
-    loader = ModelLoader('float32', make_mesh(), {}, guard_journal=tmp_path)
+    loader = ModelLoader('float32', make_mesh(), {}, clients=clients(tmp_path))
     columns = load_guards(config, loader)([PROMPT] * 4, turns)
     assert len(server.bodies) == 2
     assert load_guards(config, loader)([PROMPT] * 4, turns) == columns
@@ -89,7 +92,8 @@ def test_policies_go_to_the_template_of_the_server(tmp_path):
 
   with serve(answer) as server:
     remote = server_config(server, verdict='sampled')
-    (rating,) = rate_served(GUARDS['shieldgemma'], remote, [PROMPT], ['Some text.'], tmp_path)
+    with contextlib.closing(JudgeClient(remote, tmp_path)) as client:
+      (rating,) = rate_by(GUARDS['shieldgemma'], client, [PROMPT], ['Some text.'])
   assert len(server.bodies) == 4
   assert rating.categories == ('Hate Speech',) and rating.unsafe == 1
 

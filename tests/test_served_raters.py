@@ -9,6 +9,7 @@ from cai_jax import pipeline
 from cai_jax.data import d_cai
 from cai_jax.pipeline.costs import read_costs
 from cai_jax.pipeline.raters import check_rater, make_rater
+from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.pipeline.server_checks import check_rater_server
 from cai_jax.runtime.errors import UnreadableError, UserError
 from tests.faults.servers import respond, serve
@@ -79,6 +80,18 @@ def test_a_served_judge_compares_candidates_in_both_orders(tmp_path):
     assert rude < 0 < kind and len(server.bodies) == 2
     assert rate(run, ['Rudely.', 'Kindly.']) == [rude, kind]  # from the journal, after a kill
     assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
+  'kind, label, requests',
+  [('guard', 'llama_guard_4', 3), ('judge', '', 3 * 2)],  # candidates; pairs in both orders
+)
+def test_the_dry_run_counts_the_questions_about_candidates(kind, label, requests, tmp_path):
+  options = {'n': 3, 'scorer': kind, 'scorer_model': 'served', 'scorer_label': label}
+  fields = {'feedback__options': (*options.items(),), 'prompts__harmful__limit': 5}
+  run = build(tmp_path, 'http://127.0.0.1:9/v1', kind, label, **fields)
+  plan = describe_served(run, ['generate'])
+  assert plan.startswith(f'evaluation.{kind}_remote (served): {5 * requests} requests with up to ')
 
 
 def test_the_identity_of_a_run_is_that_of_the_model_and_not_of_its_address(tmp_path):

@@ -12,20 +12,15 @@ def load_judge(config: EvaluationConfig, loader: ModelLoader, seed: int = 0) -> 
 
   Args:
     config: the settings of the evaluation.
-    loader: loads the model, and names the folder for the answers of a served judge.
+    loader: loads the model, or gives the client that asks a served judge.
     seed: seed of what the judge writes before its verdicts.
 
   Raises:
     UserError: if the model cannot be loaded, or its chat template cannot be used.
   """
   if config.judge_remote:
-    assert loader.judge_journal is not None, 'a served judge needs a folder for its answers'
-    return remote_judge(
-      config.judge_remote,
-      loader.judge_journal,
-      reasoning_tokens=config.judge_reasoning,
-      seed=seed,
-    )
+    client = loader.client(config.judge_remote, 'judge')
+    return remote_judge(client, reasoning_tokens=config.judge_reasoning, seed=seed)
   if config.judge in JUDGES:
     return JUDGES[config.judge](loader)
   lm = loader.language_model(config.judge)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_jax.constitution import Constitution, Principle, draw_principles
@@ -16,6 +16,7 @@ from cai_jax.feedback.contexts import Prefixes, cache_length, shared_prefixes
 from cai_jax.feedback.rows import make_row
 from cai_jax.feedback.score import (
   RaterSource,
+  Score,
   VariantChain,
   answer_scores,
   assume_first_labels,
@@ -96,16 +97,22 @@ class Job:
     donor = self._donors[prompt.id] if principles and self._variant.needs_donor else None
     return self._chain(prompt, principles, donor)
 
-  def placeholder_chain(self, prompt: Prompt, kind: str) -> Chain:
+  def placeholder_chain(
+    self,
+    prompt: Prompt,
+    kind: str,
+    rate: Callable[[Score], list[float]] = rate_all_equally,
+  ) -> Chain:
     """Return the chain of a prompt for placeholder replies, without scores.
 
-    Of candidates, the first is kept, and of labels, the first is chosen.
+    Of labels, the first is chosen.
 
     Args:
       prompt: the prompt x.
       kind: 'harmful' or 'helpful'.
+      rate: rates candidates. By default they are equal, so the first is kept.
     """
-    return assume_first_labels(answer_scores(self.chain(prompt, kind), rate_all_equally))
+    return assume_first_labels(answer_scores(self.chain(prompt, kind), rate))
 
   def possible_chains(self, prompt: Prompt, kind: str) -> Iterator[Chain]:
     """Yield, for each principle, the chain that applies it in every round, for placeholder replies.

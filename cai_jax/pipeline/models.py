@@ -19,6 +19,8 @@ from cai_jax.pipeline.policies import REWARD_MODEL, trains_reward
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.mesh import join_sequence, make_mesh
 from cai_jax.sampling.remote import Remote
+from cai_jax.scoring.judge_client import JudgeClient
+from cai_jax.scoring.judge_server import JudgeServer
 from cai_jax.scoring.loader import ModelLoader
 from cai_jax.scoring.scorer import SCORERS, Scorer
 from cai_jax.tiny.files import MODELS, model_path
@@ -98,6 +100,17 @@ def answers_journal(run: Run, role: str) -> pathlib.Path:
   return (run.journal or run.workdir / 'journal') / role
 
 
+def open_client(run: Run, server: JudgeServer, role: str) -> JudgeClient:
+  """Return what asks a served judge or guard model, and keeps its answers in the run's journal.
+
+  Args:
+    run: the run.
+    server: the model's address and settings.
+    role: 'judge' or 'guard'.
+  """
+  return JudgeClient(server, answers_journal(run, role), jax.process_index())
+
+
 def judge_journal(run: Run) -> pathlib.Path:
   """Return the folder in which the answers of a served judge are stored."""
   return answers_journal(run, 'judge')
@@ -132,11 +145,10 @@ def model_loader(
     feedback.template_options,
     inspect_only,
     feedback.style,
-    judge_journal(run),
+    functools.partial(open_client, run),
     run.config.model.long_context,
     {model_path(name): lm for name, lm in (loaded or {}).items()},
     journal / 'ratings',
-    guard_journal(run),
     trained,
     run.config.model.weights,
   )

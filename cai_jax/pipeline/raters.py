@@ -1,10 +1,7 @@
 """The rater of a run's variant: what it is, how it is loaded, and whether it can be."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
-
-import jax
 
 from cai_jax.feedback.chain import RaterName
 from cai_jax.feedback.score import RaterSource
@@ -13,7 +10,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.lengths import check_lengths
-from cai_jax.pipeline.models import answers_journal, model_loader
+from cai_jax.pipeline.models import model_loader, open_client
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.served_raters import FoundRater, find_served_rater
 from cai_jax.runtime.errors import UserError
@@ -100,10 +97,10 @@ def judge_identity(name: str, loader: ModelLoader) -> list[Any]:
 
 def _make_served(run: Run, found: FoundRater) -> RaterSource:
   """Return a served rater, to be connected when it is needed."""
-  name, folder = found.name, answers_journal(run, found.kind.role)
+  name, service = found.name, found.service
   return RaterSource(
-    [name.kind, name.label, found.service.identity(), sorted(run.plugins.values())],
-    functools.partial(found.kind.load, found.service, name.label, folder, jax.process_index()),
+    [name.kind, name.label, service.identity(), sorted(run.plugins.values())],
+    lambda: found.kind.load(service, name.label, open_client(run, service.server, found.kind.role)),
   )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.job import FEEDBACK, RESPONSES, LabelJob, check_label
 from cai_jax.feedback.comparisons.judging import journaled_judge
 from cai_jax.feedback.comparisons.labelling import label
+from cai_jax.feedback.contexts import word_tokens
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.costs import shard_writer, write_test_costs
@@ -28,6 +29,7 @@ from cai_jax.runtime.progress import Progress
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
+from cai_jax.sampling.types import Chain
 from cai_jax.scoring.judge import JUDGES
 
 # Settings of the questions to a language model.
@@ -124,6 +126,25 @@ def check_label_server(run: Run) -> None:
           message = str(error).removeprefix('remote: ')
           raise UserError(f'label.remote: {message}') from error
         write_test_costs(run, FEEDBACK, model.test_usage)
+
+
+@contextlib.contextmanager
+def planned_chains(run: Run) -> Iterator[tuple[list[Callable[[], Chain]], dict[str, int]]]:
+  """Yield what the feedback model will be asked, without weights.
+
+  Args:
+    run: the run.
+
+  Yields:
+    For each prompt a function that returns its chain for placeholder replies; and for each model
+    the token of which placeholder replies consist.
+  """
+  with open_label_models(run, weights=False) as opened:
+    job = _prepare(run, opened)
+    yield (
+      [functools.partial(job.placeholder_chain, item, job.principles(item)) for item in job.items],
+      word_tokens(job.models),
+    )
 
 
 @contextlib.contextmanager

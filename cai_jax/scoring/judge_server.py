@@ -135,6 +135,10 @@ class JudgeServer:
     text = json.dumps([self.model, self.revision])
     return hashlib.sha256(text.encode()).hexdigest()[:8] + '-'
 
+  def as_text(self) -> 'JudgeServer':
+    """Return the settings for questions whose answer is read in the text."""
+    return dataclasses.replace(self, verdict='sampled')
+
   def identity(self) -> dict[str, Any]:
     """Return what determines the verdicts, by name. The address does not."""
     names = ('model', 'revision', 'api', 'verdict', 'temperature')

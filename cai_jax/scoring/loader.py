@@ -1,8 +1,11 @@
 """Load the models that scorers and measures use."""
 
+from __future__ import annotations
+
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
@@ -12,6 +15,10 @@ from cai_jax.model import lm
 from cai_jax.model.classifier import ClassifierInfo, inspect_classifier
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.scoring import reward
+
+if TYPE_CHECKING:  # a judge is loaded with a `ModelLoader`
+  from cai_jax.scoring.judge_client import JudgeClient
+  from cai_jax.scoring.judge_server import JudgeServer
 
 
 class Inspected(BaseException):
@@ -41,12 +48,12 @@ class ModelLoader:
     inspect_only: whether to check a model instead of loading it, and to raise `Inspected` if it is
       valid. A run then finds a model that a scorer or measure lacks before it begins.
     style: prompt format of the run's conversations, in which M_θ reads them.
-    judge_journal: folder in which the answers of a served judge are stored, if there is one.
+    clients: maps the settings of a served model and its role, 'judge' or 'guard', to the client
+      that asks it; None if no model is served.
     long_context: whether M_θ has its whole context, see `lm.load`. Other models have the default.
     loaded: language models that are in memory already, by folder or hub name.
     rating_journal: folder in which the turns of guard models and of rubrics are stored, if there is
       one.
-    guard_journal: folder in which the answers of a served guard model are stored, if there is one.
     weights: format of M_θ's linear layers, see `lm.load`. Other models are in full precision.
   """
 
@@ -56,11 +63,10 @@ class ModelLoader:
   template_options: TemplateOptions = ()
   inspect_only: bool = False
   style: str = 'chat'
-  judge_journal: pathlib.Path | None = None
+  clients: Callable[[JudgeServer, str], JudgeClient] | None = None
   long_context: bool = False
   loaded: Mapping[str, lm.LM] = dataclasses.field(default_factory=dict)
   rating_journal: pathlib.Path | None = None
-  guard_journal: pathlib.Path | None = None
   reward_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
   weights: str = FULL
 
@@ -130,6 +136,16 @@ class ModelLoader:
     """
     info = inspect_classifier(self.reward_models.get(name, name))
     return info, reward.make_dialogue(info, style, self.template_options)
+
+  def client(self, server: JudgeServer, role: str) -> JudgeClient:
+    """Return what asks a served judge or guard model.
+
+    Args:
+      server: its address and settings.
+      role: 'judge' or 'guard'.
+    """
+    assert self.clients is not None, 'served models need a loader with clients'
+    return self.clients(server, role)
 
   def _find(self, name: str) -> tuple[str, bool]:
     """Return the folder or hub name of a language model, and whether it has its whole context."""

@@ -9,7 +9,6 @@ none of them again, and its costs include them.
 """
 
 import dataclasses
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from cai_jax.sampling.types import Usage
 from cai_jax.scoring.guards.guard import GUARDS
 from cai_jax.scoring.guards.served import check_served, rate_by
 from cai_jax.scoring.judge import Match
-from cai_jax.scoring.judge_remote import JudgeClient, check_judge, judge_by
+from cai_jax.scoring.judge_client import JudgeClient
+from cai_jax.scoring.judge_remote import check_judge, judge_by
 from cai_jax.scoring.judge_server import SERVED, JudgeServer
 from cai_jax.scoring.raters import Rater, check_names, rate_by_pairs
 
@@ -52,8 +52,7 @@ class ServedRater(NamedTuple):
   Attributes:
     role: 'judge' or 'guard': whose server it is in a run's evaluation.
     check_label: raises UserError for a label that the rater cannot have.
-    load: maps a service, a label, a folder for the answers and the index of this process to a
-      rater.
+    load: maps a service, a label, and the client that asks its server to a rater.
     check: maps a service, a label, and the messages of a prompt, a candidate and the question for a
       judge to what the server counted for test requests. It raises UserError if the server cannot
       rate the candidate.
@@ -61,14 +60,14 @@ class ServedRater(NamedTuple):
 
   role: str
   check_label: Callable[[str], Any]
-  load: Callable[[Service, str, str | os.PathLike, int], Rater]
+  load: Callable[[Service, str, JudgeClient], Rater]
   check: Callable[[Service, str, Sequence[Message], str, str], list[Usage]]
 
 
 SERVED_RATERS: Registry[ServedRater] = Registry('served rater of candidates')
 
 
-def load_guard(service: Service, label: str, journal: str | os.PathLike, process: int) -> Rater:
+def load_guard(service: Service, label: str, client: JudgeClient) -> Rater:
   """Return a rater by a served guard, whose number is -P(unsafe).
 
   Without log-probabilities, P(unsafe) is 0 or 1.
@@ -76,10 +75,10 @@ def load_guard(service: Service, label: str, journal: str | os.PathLike, process
   Args:
     service: the guard.
     label: the kind of the guard, a name in `GUARDS`.
-    journal: folder for its answers.
-    process: index of this process.
+    client: asks its server.
   """
-  guard, client = GUARDS[label], JudgeClient(service.server, journal, process)
+  del service  # the client has its server
+  guard = GUARDS[label]
 
   def rate(messages: Sequence[Message], texts: Sequence[str], question: str) -> list[float]:
     del question
@@ -104,7 +103,7 @@ def check_guard(
   return check_served(GUARDS[label], service.server, messages, candidate)
 
 
-def load_judge(service: Service, label: str, journal: str | os.PathLike, process: int) -> Rater:
+def load_judge(service: Service, label: str, client: JudgeClient) -> Rater:
   """Return a rater by a served judge that compares each pair of candidates.
 
   The number of a candidate is its mean log-odds in nats against the others.
@@ -112,11 +111,9 @@ def load_judge(service: Service, label: str, journal: str | os.PathLike, process
   Args:
     service: the judge.
     label: ''.
-    journal: folder for its answers.
-    process: index of this process.
+    client: asks its server.
   """
   del label
-  client = JudgeClient(service.server, journal, process)
   rate = rate_by_pairs(
     lambda matches: judge_by(client, matches, service.reasoning_tokens, service.seed)
   )

@@ -1,5 +1,6 @@
 """Rates of unsafe responses, and their categories, by guard models."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from cai_jax.dialogue import Message
 from cai_jax.evaluation.config import EvaluationConfig
 from cai_jax.evaluation.registries import RESPONSE_MEASURES, ResponseMeasure, Turn
 from cai_jax.scoring.guards.guard import GUARDS, THRESHOLD, Guard, Rating, rate
-from cai_jax.scoring.guards.served import rate_served
+from cai_jax.scoring.guards.served import rate_by
 from cai_jax.scoring.loader import ModelLoader
 
 # The label of a blank response, of one that is too long for the guard, and of an answer of a served
@@ -36,8 +37,8 @@ def load_guards(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasur
       columns |= guard_columns(kind, GUARDS[kind], ratings)
       del lm  # frees its memory for the next one
     for kind, server in config.served_guards.items():
-      assert loader.guard_journal is not None, 'a served guard needs a folder for its answers'
-      ratings = rate_served(GUARDS[kind], server, prompts, texts, loader.guard_journal)
+      with contextlib.closing(loader.client(server, 'guard')) as client:
+        ratings = rate_by(GUARDS[kind], client, prompts, texts)
       columns |= guard_columns(kind, GUARDS[kind], ratings)
     return columns
 

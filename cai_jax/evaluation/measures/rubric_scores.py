@@ -40,7 +40,7 @@ def load_rubrics(config: EvaluationConfig, loader: ModelLoader) -> ResponseMeasu
 def _load_rater(config: EvaluationConfig, loader: ModelLoader) -> Rater:
   """Return the judge of an evaluation as a rater."""
   if config.judge_remote:
-    assert loader.judge_journal is not None, 'a served judge needs a folder for its answers'
-    return remote_rater(config.judge_remote, loader.judge_journal, config.judge_reasoning)
+    client = loader.client(config.judge_remote.as_text(), 'judge')
+    return remote_rater(client, config.judge_reasoning)
   lm = loader.language_model(config.judge)
   return local_rater(lm, loader.rating_journal, loader.template_options, config.style)

@@ -9,7 +9,6 @@ the place where the answer has its label. Without, the verdict is the label in t
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,35 +21,8 @@ from cai_jax.sampling.types import Usage
 from cai_jax.scoring.answer_form import Answer, Chosen
 from cai_jax.scoring.guards.guard import Guard, Rating, guard_turns, summarize
 from cai_jax.scoring.judge_answers import JudgeAnswer
-from cai_jax.scoring.judge_remote import JudgeClient, ask_server
+from cai_jax.scoring.judge_client import JudgeClient, ask_server
 from cai_jax.scoring.judge_server import JudgeServer, messages_request
-
-
-def rate_served(
-  guard: Guard,
-  server: JudgeServer,
-  prompts: Sequence[Sequence[Message]],
-  responses: Sequence[str],
-  journal: str | os.PathLike,
-) -> list[Rating | None]:
-  """Let a served guard rate responses.
-
-  Args:
-    guard: the kind of the guard.
-    server: its address and settings.
-    prompts: the messages that each response answers.
-    responses: the texts to rate.
-    journal: folder in which answers are stored, and looked up before the server is asked.
-
-  Returns:
-    A rating for each response; None for a blank one, and for an answer that is not in the guard's
-    form. Without log-probabilities, `label_mass` is None and probabilities are 0 or 1.
-
-  Raises:
-    UserError: if the server refuses a request.
-  """
-  with contextlib.closing(JudgeClient(server, journal)) as client:
-    return rate_by(guard, client, prompts, responses)
 
 
 def rate_by(
@@ -59,13 +31,17 @@ def rate_by(
   prompts: Sequence[Sequence[Message]],
   responses: Sequence[str],
 ) -> list[Rating | None]:
-  """Return the ratings of a served guard, see `rate_served`.
+  """Return the ratings of a served guard.
 
   Args:
     guard: the kind of the guard.
     client: asks the server.
     prompts: the messages that each response answers.
     responses: the texts to rate.
+
+  Returns:
+    A rating for each response; None for a blank one, and for an answer that is not in the guard's
+    form. Without log-probabilities, `label_mass` is None and probabilities are 0 or 1.
 
   Raises:
     UserError: if the server refuses a request.

@@ -1,6 +1,6 @@
 """Judges that rate responses by a rubric: a language model in memory, or a served one."""
 
-import dataclasses
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -9,8 +9,8 @@ from cai_jax.dialogue.format import TemplateOptions
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.scoring.answer_form import ask, count_tokens
-from cai_jax.scoring.judge_remote import answer_requests
-from cai_jax.scoring.judge_server import JudgeServer, text_request
+from cai_jax.scoring.judge_client import JudgeClient
+from cai_jax.scoring.judge_server import text_request
 from cai_jax.scoring.rubrics.rubric import Asker, Labels, Rubric, build_question, read_labels
 
 LINE_TOKENS = 16  # of each line that a served judge answers
@@ -61,14 +61,12 @@ def local_rater(
   return rate_responses
 
 
-def remote_rater(
-  server: JudgeServer, journal: str | os.PathLike, reasoning_tokens: int = 0, seed: int = 0
-) -> Rater:
+def remote_rater(client: JudgeClient, reasoning_tokens: int = 0, seed: int = 0) -> Rater:
   """Return a rater that asks a server, which writes the answer as text.
 
   Args:
-    server: the judge's address and settings.
-    journal: folder in which answers are stored, and looked up before the server is asked.
+    client: asks the judge, with the settings of `JudgeServer.as_text`. Each call of the rater
+      closes it at its end.
     reasoning_tokens: most tokens that the judge writes before its answer.
     seed: seed of answers, for a temperature above 0.
 
@@ -81,10 +79,11 @@ def remote_rater(
   ) -> list[Labels | None]:
     questions = _questions(rubric, prompts, responses)
     tokens = reasoning_tokens + LINE_TOKENS * len(rubric.form)
-    texts = dataclasses.replace(server, verdict='sampled')  # a label is read in the text
-    bodies = [text_request(texts, q, tokens, seed) for q in questions.values()]
+    bodies = [text_request(client.server, q, tokens, seed) for q in questions.values()]
+    with contextlib.closing(client):
+      answers = client.answer(bodies)
     labels: list[Labels | None] = [None] * len(responses)
-    for number, answer in zip(questions, answer_requests(texts, bodies, journal), strict=True):
+    for number, answer in zip(questions, answers, strict=True):
       labels[number] = read_labels(rubric.form, answer.text)
     return labels
 

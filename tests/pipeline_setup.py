@@ -68,8 +68,13 @@ def start_one(arguments, devices, options=None, **environment):
 
 def start_two(arguments, devices, **options):
   """Two processes with that many CPU devices each, which know of each other."""
+  return start_group(arguments, 2, devices, options)
+
+
+def start_group(arguments, count, devices, options=None, **environment):
+  """Some processes with that many CPU devices each, which know of each other."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  names = {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': '2'}
-  return [start_one(arguments, devices, options, PROCESS_ID=str(i), **names) for i in range(2)]
+  names = {'COORDINATOR_ADDRESS': address, 'NUM_PROCESSES': str(count)} | environment
+  return [start_one(arguments, devices, options, PROCESS_ID=str(i), **names) for i in range(count)]

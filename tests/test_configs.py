@@ -265,8 +265,8 @@ def test_fields_and_defaults_of_version_1_are_kept():
     'engine.draft_tokens',
     'evaluation.reward_labelled',
   }
-  preferences = ('label.', 'reward.', 'prefer.')  # sections that are added as a whole
-  added |= {name for name in fields if name.startswith(preferences)}
+  whole = ('label.', 'reward.', 'prefer.', 'mesh_sampling.')  # sections that are added as a whole
+  added |= {name for name in fields if name.startswith(whole)}
   defects = ('not_a_critique', 'critique_copied', 'wrong_language', 'off_topic_words')
   added.add('engine.attention')
   added |= {f'feedback.max_rate.{name}' for name in (*defects, 'off_topic', 'low_logprob')}

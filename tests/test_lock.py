@@ -113,7 +113,7 @@ def test_one_of_several_jobs_that_start_at_once_wins(tmp_path, state):
           pass
       elif state == 'stale':
         os.utime(write_lock(folder, host='elsewhere'), (0, 0))
-      starts = [pool.submit(lock._acquire, folder / lock.FOLDER, str(n)) for n in range(8)]
+      starts = [pool.submit(lock._acquire, folder / lock.FOLDER, str(n), {}) for n in range(8)]
       errors = [start.exception() for start in starts]
       assert errors.count(None) == 1
       assert all(error is None or isinstance(error, UserError) for error in errors)

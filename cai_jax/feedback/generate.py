@@ -1,13 +1,10 @@
 """Sample the chains of a job and write D_CAI, one shard at a time."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from cai_jax.data import d_cai
 from cai_jax.data.ended import describe_ended, read_ended, write_ended
@@ -16,14 +13,13 @@ from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.forward import forward
 from cai_jax.feedback.job import Job
 from cai_jax.feedback.score import answer_scores, journaled_rates
+from cai_jax.feedback.shards import claim_shards
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.feedback.waiting import end_waiting, has_batch, set_aside
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.files import make_folder, read_json, write_json
-from cai_jax.runtime.processes import run_on_process_0
-from cai_jax.runtime.terminal import say
+from cai_jax.runtime.replicas import Replica, exit_alone, replica_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import DEFERRED, Engine
 from cai_jax.sampling.journal import Journal
@@ -32,8 +28,6 @@ from cai_jax.sampling.remote.costs import CostsByModel, sum_usage
 from cai_jax.sampling.stats import Stats
 from cai_jax.sampling.types import Chain, Completion, Turn, Usage
 from cai_jax.sampling.usage import no_usage
-
-JOB_FILE = 'job.json'  # names the job whose shards a folder holds
 
 
 class _Outcome(NamedTuple):
@@ -54,9 +48,9 @@ def generate_shards(
   """Sample the missing shards of D_CAI, and return counts and speeds.
 
   Existing shards are kept. All processes must call this function together, with the same shared
-  folder and journal. Each process samples an equal part of the missing shards. It reads the journal
-  files of all processes, so a later start, with any number of processes, can finish the work of a
-  process that was lost. The bytes of a shard depend on the job alone. Call `finish_dataset`
+  folder and journal. Each replica of the models samples an equal part of the missing shards. It
+  reads the journal files of all replicas, so a later start, with any number of them, can finish the
+  work of one that was lost. The bytes of a shard depend on the job alone. Call `finish_dataset`
   afterwards.
 
   Args:
@@ -65,12 +59,13 @@ def generate_shards(
     journal: stores finished turns and replays them.
     engine: sizes of the compiled programs.
     progress: called after each row with the number of finished rows and the number of rows, both
-      of this process, and the number of sampled tokens.
+      of this replica, and the number of sampled tokens.
     write_costs: called with the index of each shard, before it is written, and with what servers
       counted for all turns of its chains, whenever they were sampled.
 
   Returns:
-    Counts and speeds of this process, and `expert_usage`, from `Engine.expert_usage`.
+    Counts and speeds of this process, and `expert_usage`, from `Engine.expert_usage`. Only the
+    leader of a replica counts anything.
 
   Raises:
     UserError: if the folder holds another job's shards, or this process does not share it.
@@ -78,16 +73,18 @@ def generate_shards(
   """
   folder = pathlib.Path(folder)
   shard_rows, num_rows = job.config.shard_rows, len(job.prompts)
-  missing = _missing_shards(folder, job, num_shards=-(-num_rows // shard_rows))
+  replica = find_replica(job)
   shards = {
     shard: range(shard * shard_rows, min((shard + 1) * shard_rows, num_rows))
-    for shard in missing[jax.process_index() :: jax.process_count()]
+    for shard in claim_shards(folder, job, replica)
   }
   total = sum(map(len, shards.values()))
+  nothing: dict[str, Any] = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
+  nothing['expert_usage'] = no_usage(_engine_models(job))
   if not total:
-    counts = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
-    return counts | {'expert_usage': no_usage(_engine_models(job))}
+    return nothing
   running = _make_engine(job, journal, engine)
+  lead = running.lock_step.lead
   done = deferred = 0
   failures: list[str] = []
 
@@ -95,15 +92,32 @@ def generate_shards(
     write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
     _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
 
-  with interruption.local_work():
-    for finished in _sample_shards(job, journal, running, shards, write, failures):
+  def lead_write(shard: int, outcomes: Mapping[int, _Outcome]) -> None:
+    lead(lambda: write(shard, outcomes))
+
+  with _sampling(replica):
+    for finished in _sample_shards(job, journal, running, shards, lead_write, failures):
       done, deferred = done + finished, deferred + (not finished)
       if finished:
         progress(done, total, running.stats.sampled_tokens)
   if deferred:
     end_waiting(_engine_models(job), deferred, failures)
-  counts = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
-  return counts | {'expert_usage': running.expert_usage()}
+  counts: dict[str, Any] = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
+  counts['expert_usage'] = running.expert_usage()
+  return counts if replica.leads else nothing
+
+
+def find_replica(job: Job) -> Replica:
+  """Return the replica of the job's models to which this process belongs."""
+  local = (model.mesh for model in _engine_models(job).values() if isinstance(model, LM))
+  return replica_of(next(local, None))
+
+
+@contextlib.contextmanager
+def _sampling(replica: Replica) -> Iterator[None]:
+  """Mark the sampling of a replica, which is the work of one process or of several in lock step."""
+  with exit_alone(replica) if replica.is_split else interruption.local_work():
+    yield
 
 
 def _sample_shards(
@@ -217,7 +231,7 @@ def replay_turns(
     except ChainEnded:
       return
 
-  with interruption.local_work():
+  with _sampling(find_replica(job)):
     chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
     results = [result for _, result in _make_engine(job, journal, engine).run(chains)]
   if deferred := results.count(DEFERRED):
@@ -289,69 +303,3 @@ def _metered(chain: Chain, usages: list[tuple[str, Usage]], served: Collection[s
     return completion
 
   return forward(chain, answer)
-
-
-def _missing_shards(folder: pathlib.Path, job: Job, num_shards: int) -> list[int]:
-  """Claim the folder for the job and return the shards that it lacks.
-
-  Process 0 lists the files and broadcasts the result. If each process looked for itself, a slower
-  one would already see shards of the faster ones, and they would divide the work differently.
-  """
-  digest = job.digest()
-
-  def claim() -> list[bool]:
-    _claim_folder(folder, digest)
-    return [_has_shard(folder, job, shard) for shard in range(num_shards)]
-
-  # The processes first agree that process 0 has succeeded. If it raised an error just before the
-  # broadcast, it would wait for the others in one collective operation, and they in another.
-  listed = run_on_process_0(f'write to {folder}', claim)
-  exists = np.array(listed or [False] * num_shards, np.int32)
-  if jax.process_count() > 1:
-    exists = multihost_utils.broadcast_one_to_all(exists)
-  _check_folder(folder, digest)
-  return np.flatnonzero(exists == 0).tolist()
-
-
-def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
-  """Return whether a folder holds a shard of the job; one that is damaged is written again."""
-  path, size = d_cai.shard_path(folder, shard), job.config.shard_rows
-  if not path.exists():
-    return False
-  ids = [prompt.id for prompt, _ in job.prompts[shard * size : (shard + 1) * size]]
-  try:
-    ended = {entry['id'] for entry in read_ended(folder, shard)}
-    if d_cai.read_ids(path) == [name for name in ids if name not in ended]:
-      return True
-    fault = 'holds other rows'
-  except UserError:
-    fault = 'is damaged'
-  say(f'{path} {fault}. It is written again from the journal.')
-  return False
-
-
-def is_claimed(folder: str | os.PathLike) -> bool:
-  """Return whether a folder has been claimed for a job, whose shards it may hold."""
-  return (pathlib.Path(folder) / JOB_FILE).exists()
-
-
-def _claim_folder(folder: pathlib.Path, digest: str) -> None:
-  """Write the job's digest into a folder that has none."""
-  if not is_claimed(folder):
-    make_folder(folder)
-    write_json(folder / JOB_FILE, {'digest': digest})
-
-
-def _check_folder(folder: pathlib.Path, digest: str) -> None:
-  """Raise UserError unless the folder belongs to the job with this digest."""
-  path = folder / JOB_FILE
-  if not path.exists():
-    raise UserError(
-      f'Process {jax.process_index()} does not see {path}, which process 0 has written. '
-      'Give all processes the same workdir on a filesystem that they share.'
-    )
-  if read_json(path) != {'digest': digest}:
-    raise UserError(
-      f'{folder} holds the shards of another job: a model, prompt, principle or setting has '
-      'changed. Delete the folder or use another workdir.'
-    )

@@ -1,5 +1,6 @@
 """Sample the chains of a run into datasets, and prepare them for its report."""
 
+import functools
 import math
 import pathlib
 import time
@@ -12,15 +13,17 @@ from jax.experimental import multihost_utils
 
 from cai_jax.data.ended import describe_ended, read_ended
 from cai_jax.data.prompts import Prompt
-from cai_jax.feedback import generate
+from cai_jax.feedback import generate, shards
 from cai_jax.feedback import job as jobs
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.costs import remove_shard_costs, shard_writer, summarize_costs
+from cai_jax.pipeline.launches import wait_for_replicas
 from cai_jax.pipeline.raters import make_rater
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.progress import Progress
+from cai_jax.runtime.replicas import launched_replica
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
@@ -84,7 +87,7 @@ def sample_dataset(
   first_row = [0.0]  # seconds until this process had a row; 0 if it sampled none
   with writing(run.workdir):  # a folder that was deleted during the run is not created again
     (run.workdir / 'manifest.json').stat()
-  if jax.process_index() == 0 and not generate.is_claimed(folder):
+  if jax.process_index() == 0 and not shards.is_claimed(folder):
     remove_shard_costs(run, name)  # of shards that were deleted
   with Progress(name) as progress:
 
@@ -95,9 +98,14 @@ def sample_dataset(
           say(f'{name}: first row after {first_row[0]:.1f} s')
       progress(done, total, tokens)
 
-    counts = _sample_shards(run, job, folder, name, show)
+    counts = sample_shards(run, job, folder, name, show)
   if started is not None:
     counts['first_row_seconds'] = first_row[0]
+  if launched_replica()[1] > 1:
+    find_missing = functools.partial(shards.find_unwritten, folder, job)
+    processes.run_on_process_0(
+      'wait for other replicas', lambda: wait_for_replicas(run.workdir, find_missing)
+    )
   usage = sum_over_processes(counts.pop('expert_usage'))
   counts = merge_counts(counts)
   configs = {name: cast(LM, job.models[name]).config for name in usage}
@@ -124,7 +132,7 @@ def sample_dataset(
   return result | {fact: value for fact, value in facts.items() if value}
 
 
-def _sample_shards(
+def sample_shards(
   run: Run,
   job: jobs.Job,
   folder: pathlib.Path,
@@ -133,6 +141,8 @@ def _sample_shards(
 ) -> dict[str, Any]:
   """Sample the missing shards of a dataset; return counts and speeds of this process.
 
+  All processes call this together.
+
   Args:
     run: the run, which has the journal and the settings of the engine.
     job: what to sample.
@@ -140,7 +150,8 @@ def _sample_shards(
     name: name of the work, which names its costs.
     progress: as for `generate_shards`.
   """
-  journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+  replica = generate.find_replica(job)
+  journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)
   engine, write_costs = run.config.engine, shard_writer(run, name)
   try:
     counts = processes.run_on_all_processes(
@@ -150,7 +161,7 @@ def _sample_shards(
     )
   finally:
     journal.close()
-    if journal.num_faults:
+    if journal.num_faults and replica.leads:
       say(journal.describe_faults())
   return counts | {'journal_faults': journal.num_faults}
 

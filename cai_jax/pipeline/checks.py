@@ -23,7 +23,7 @@ from cai_jax.model.sharding import param_shardings
 from cai_jax.model.transformer import abstract_model
 from cai_jax.pipeline import prompt_sets
 from cai_jax.pipeline.evaluation_checks import check_evaluation
-from cai_jax.pipeline.models import global_mesh, local_mesh
+from cai_jax.pipeline.models import global_mesh, sampling_mesh
 from cai_jax.pipeline.pair_sources import LABELS_FILE
 from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.preference_checks import check_preferences
@@ -33,8 +33,9 @@ from cai_jax.pipeline.space import check_folders, check_space, estimate_space
 from cai_jax.pipeline.stage_label import check_labelling
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.manifest import Manifest
-from cai_jax.runtime.mesh import check_batch
+from cai_jax.runtime.mesh import check_batch, is_split
 from cai_jax.runtime.packages import check_packages
+from cai_jax.sampling.caches import check_heads
 from cai_jax.sampling.journal import check_sampler
 from cai_jax.scoring.judge import JUDGES
 from cai_jax.tiny.files import model_path
@@ -187,8 +188,16 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
     if name in sampled:
       check_weights(info.config, section.weights, 'model.weights')
       held = abstract_params(info.config, section.dtype, section.weights)
-      param_shardings(held, local_mesh(run))
+      param_shardings(held, sampling_mesh(run))
+      if is_split(sampling_mesh(run)):
+        check_heads(info.config, sampling_mesh(run), name)
   return infos
+
+
+def _sampled_here(run: Run) -> list[str]:
+  """Return the names of the models in memory that sample chains."""
+  names = (getattr(run.config.model, role) for role in ('base', 'critique', 'revision', 'aligned'))
+  return [name for name in names if name]
 
 
 def _make_dialogues(run: Run, infos: Mapping[str, models.ModelInfo]) -> dict[str, Dialogue]:
@@ -214,7 +223,13 @@ def _check_devices(run: Run) -> None:
   """Check that batches divide over the devices, and that the attention kernel runs on them."""
   mesh, train = global_mesh(run), run.config.train
   if 'slots' not in run.config.engine.unresolved:
-    check_batch(run.config.engine.slots, local_mesh(run), 'engine.slots')
+    check_batch(run.config.engine.slots, sampling_mesh(run), 'engine.slots')
+  if run.remotes and any(_sampled_here(run)) and is_split(sampling_mesh(run)):
+    raise UserError(
+      f'remote.{next(iter(run.remotes))}.url: a server answers each process at its own time, but '
+      f'mesh_sampling.processes={run.config.mesh_sampling.processes} splits the other models over '
+      'processes that sample in lock step. Hold all models behind servers, or none.'
+    )
   rows = train.batch_size // train.accumulation
   check_batch(rows, mesh, 'train.batch_size / train.accumulation')
   try:

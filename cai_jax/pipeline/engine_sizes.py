@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from cai_jax.model.attention.cached import choose_cached
 from cai_jax.model.families.family import config_from_hf
 from cai_jax.model.folder import find_folder, read_hf_config
-from cai_jax.pipeline.models import local_mesh
+from cai_jax.pipeline.models import sampling_mesh
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.hardware import describe_device
 from cai_jax.runtime.mesh import check_batch
+from cai_jax.runtime.replicas import replica_of
 from cai_jax.sampling import auto
 from cai_jax.sampling.config import AUTO, EngineConfig
 from cai_jax.tiny.files import model_path
@@ -47,14 +48,17 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
   engine = kept = dataclasses.replace(given, **stored)
   parts = []
   if samples:
-    for model in _models(run):
+    for model in sampling_models(run):
       given.check_drafts(model.config)
   if samples and given.unresolved:
-    mesh = local_mesh(run)
+    mesh = sampling_mesh(run)
     device = describe_device(mesh.local_devices[0])
-    models = _models(run)
+    models = sampling_models(run)
     load = auto.measure_load(models, mesh, auto.page_of(kept))
     engine, own = (auto.resolve(config, device, load) for config in (kept, given))
+    # Hosts with other memory would choose other sizes.
+    shared = replica_of(mesh).share(lambda: dataclasses.asdict(engine))
+    engine = EngineConfig(**shared)
     check_batch(engine.slots, mesh, 'engine.slots')
     if 'attention' in stored:
       _check_attention(run, engine, models, mesh)
@@ -107,10 +111,13 @@ def _read_stored(path: pathlib.Path, given: EngineConfig) -> dict[str, Any]:
   return {name: getattr(engine, name) for name in stored if name not in engine.unresolved}
 
 
-def _models(run: Run) -> list[auto.Held]:
+def sampling_models(run: Run) -> list[auto.Held]:
   """Return the models that sample together in this process, and how they are held.
 
   M_aligned answers alone, and has the shape of one of the others or the place that they leave.
+
+  Args:
+    run: the run.
   """
   section = run.config.model
   names = {name for name in (section.base, section.critique, section.revision) if name}

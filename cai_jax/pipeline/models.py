@@ -17,7 +17,9 @@ from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.policies import REWARD_MODEL, trains_reward
 from cai_jax.pipeline.run import Run
-from cai_jax.runtime.mesh import join_sequence, make_mesh
+from cai_jax.pipeline.sections import SamplingMesh
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.mesh import is_split, join_sequence, make_mesh
 from cai_jax.sampling.remote import Remote
 from cai_jax.scoring.judge_client import JudgeClient
 from cai_jax.scoring.judge_server import JudgeServer
@@ -31,16 +33,40 @@ def global_mesh(run: Run) -> Mesh:
   return make_mesh(**dataclasses.asdict(run.config.mesh))
 
 
-def local_mesh(run: Run) -> Mesh:
-  """Return the mesh of this process's devices.
+def sampling_mesh(run: Run) -> Mesh:
+  """Return the mesh of this process's replica: of the models that sample.
 
-  Each process samples its own share of the prompts with its own copy of the models, on this mesh.
-  The axis `sequence` is for training: here its devices belong to `data`.
+  A replica has the devices of as many consecutive processes as `mesh_sampling.processes` says. The
+  axis `sequence` is for training: here its devices belong to `data`.
+
+  Raises:
+    UserError: if the processes, or the devices of a replica, do not divide evenly.
   """
+  given, count = run.config.mesh_sampling, jax.process_count()
+  processes = count if given.processes == -1 else given.processes
+  if count % processes:
+    raise UserError(
+      f'mesh_sampling.processes={processes} does not divide the {count} processes of this run. Set '
+      f'it to one of {[n for n in range(1, count + 1) if count % n == 0]}, or to -1 for all.'
+    )
   sizes = join_sequence(dataclasses.asdict(run.config.mesh))
-  if jax.process_count() > 1:
+  if count > 1 or run.config.mesh_sampling != SamplingMesh():
     sizes |= {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
-  return make_mesh(**sizes, devices=jax.local_devices())
+  replica = jax.process_index() // processes
+  devices = [device for device in jax.devices() if device.process_index // processes == replica]
+  try:
+    return make_mesh(**sizes | {k: v for k, v in given.axes.items() if v}, devices=devices)
+  except UserError as error:
+    raise UserError(f'mesh_sampling: {error}') from error
+
+
+def local_mesh(run: Run) -> Mesh:
+  """Return the mesh of models that only score: the sampling mesh, if all of it is in this process.
+
+  Otherwise each process has a mesh of its own devices, and scores alone.
+  """
+  mesh = sampling_mesh(run)
+  return make_mesh(1, -1, devices=jax.local_devices()) if is_split(mesh) else mesh
 
 
 @contextlib.contextmanager
@@ -56,7 +82,7 @@ def open_models(run: Run, weights: bool = True) -> Iterator[dict[str, LM | Remot
   Yields:
     The models: 'base' is M_θ. 'critique' and 'revision' are present if they differ from M_θ.
   """
-  config, mesh, remotes = run.config.model, local_mesh(run), run.remotes
+  config, mesh, remotes = run.config.model, sampling_mesh(run), run.remotes
   names = {
     role: name
     for role in ('base', 'critique', 'revision')
@@ -75,7 +101,7 @@ def open_models(run: Run, weights: bool = True) -> Iterator[dict[str, LM | Remot
       role: stack.enter_context(contextlib.closing(Remote(remote)))
       for role, remote in remotes.items()
     }
-    loaded = {name: load(name) for name in set(names.values())}
+    loaded = {name: load(name) for name in dict.fromkeys(names.values())}
     yield {role: loaded[name] for role, name in names.items()} | served
 
 

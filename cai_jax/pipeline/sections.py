@@ -109,6 +109,47 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingMesh:
+  """The mesh of a replica: of the devices that hold one copy of the models that sample.
+
+  Each replica samples prompts of its own. By default, each process is a replica, and its devices
+  along each axis follow from `mesh`.
+
+  Raises:
+    UserError: if a number is out of range.
+  """
+
+  processes: int = setting(
+    1,
+    'Processes of a replica. A model that one process cannot hold is split over several. -1 means '
+    'all processes of the run.',
+    added=True,
+  )
+  data: int = setting(0, 'Devices that split the slots. 0 follows from `mesh`.', added=True)
+  fsdp: int = setting(
+    0, 'Devices that split both the slots and the parameters. 0 follows from `mesh`.', added=True
+  )
+  tensor: int = setting(
+    0, 'Devices that split only the parameters. 0 means `mesh.tensor`.', added=True
+  )
+  expert: int = setting(
+    0, 'Devices that split only the experts of each layer. 0 means `mesh.expert`.', added=True
+  )
+
+  def __post_init__(self) -> None:
+    if self.processes != -1 and self.processes < 1:
+      raise UserError(f'mesh_sampling.processes={self.processes} must be -1 or at least 1.')
+    for name, size in self.axes.items():
+      if size < -1:
+        raise UserError(f'mesh_sampling.{name}={size} must be -1, 0 or positive.')
+
+  @property
+  def axes(self) -> dict[str, int]:
+    """The number of devices along each axis; 0 follows from the mesh of training."""
+    return {name: getattr(self, name) for name in ('data', 'fsdp', 'tensor', 'expert')}
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptSets:
   """The prompts of a run.
 
@@ -181,6 +222,7 @@ class RunConfig:
   model: ModelSelection = ModelSelection()
   remote: RemoteModels = RemoteModels()
   mesh: MeshConfig = MeshConfig()
+  mesh_sampling: SamplingMesh = SamplingMesh()
   constitution: ConstitutionConfig = ConstitutionConfig()
   prompts: PromptSets = PromptSets()
   feedback: FeedbackConfig = FeedbackConfig()

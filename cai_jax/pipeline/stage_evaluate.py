@@ -27,10 +27,10 @@ from cai_jax.pipeline import baselines, ground_truth
 from cai_jax.pipeline.chains import prepare_job, sample_dataset
 from cai_jax.pipeline.models import (
   load_measures,
-  local_mesh,
   make_dialogue,
   model_loader,
   open_models,
+  sampling_mesh,
 )
 from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.policy_table import policy_table
@@ -39,6 +39,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, write_json
+from cai_jax.runtime.replicas import replica_of, run_on_first_replica
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
@@ -118,7 +119,7 @@ def _answer(
   lm = models.load(
     path,
     section.dtype,
-    local_mesh(run),
+    sampling_mesh(run),
     long_context=section.long_context,
     weights=section.weights,
   )
@@ -149,9 +150,10 @@ def _prepare_answers(
 
 
 def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
-  """Return a model's results by log-probability in process 0, and None in the others."""
-  return processes.run_on_process_0(
+  """Return a model's results by log-probability in its first replica, and None elsewhere."""
+  return run_on_first_replica(
     'evaluate a model',
+    replica_of(lm.mesh),
     lambda: suite.evaluate_model(run.config.evaluation, lm, rows, make_dialogue(run, lm)),
   )
 
@@ -159,11 +161,12 @@ def _evaluate_model(run: Run, lm: LM, rows: Rows) -> dict[str, Any] | None:
 def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
   """Return M_aligned's rows with the token ids and log-probabilities of its answers, as `reply`.
 
-  Process 0 does this from the journals of all processes; the others return the rows as they are.
+  The first replica does this from the journals of all; the others return the rows as they are.
   """
+  replica = generate.find_replica(job)
 
   def replay() -> list[Mapping[str, Any]]:
-    journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+    journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)
     try:
       turns = generate.replay_turns(job, journal, run.config.engine)
     finally:
@@ -179,7 +182,7 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
     }
     return [{**row, 'reply': replies[row['id']]} for row in rows]
 
-  return processes.run_on_process_0('read the answers of aligned', replay) or rows
+  return run_on_first_replica('read the answers of aligned', replica, replay) or rows
 
 
 def _write_scores(run: Run, rows: Mapping[str, Rows], results: dict[str, Any]) -> None:

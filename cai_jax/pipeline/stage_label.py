@@ -13,12 +13,12 @@ from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitu
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.job import FEEDBACK, RESPONSES, LabelJob, check_label
 from cai_jax.feedback.comparisons.judging import journaled_judge
-from cai_jax.feedback.comparisons.labelling import label
+from cai_jax.feedback.comparisons.labelling import find_replica, label
 from cai_jax.feedback.contexts import word_tokens
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.costs import shard_writer, write_test_costs
-from cai_jax.pipeline.models import local_mesh, model_loader
+from cai_jax.pipeline.models import model_loader, sampling_mesh
 from cai_jax.pipeline.pair_sources import LABELS_FILE
 from cai_jax.pipeline.raters import judge_identity
 from cai_jax.pipeline.run import Run
@@ -52,7 +52,8 @@ def label_comparisons(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   del manifest
   folder = (run.workdir / LABELS_FILE).parent
   with open_label_models(run) as opened:
-    journal = Journal(run.journal or run.workdir / 'journal', jax.process_index())
+    replica = find_replica(opened)
+    journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)
     try:
       job = _prepare(run, opened, journal)
       with Progress('label') as progress:
@@ -62,7 +63,7 @@ def label_comparisons(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
         )
     finally:
       journal.close()
-      if journal.num_faults:
+      if journal.num_faults and replica.leads:
         say(journal.describe_faults())
   if jax.process_index() == 0:
     say(_describe(summary))
@@ -187,7 +188,7 @@ def _load(run: Run, name: str, weights: bool, field: str) -> LM:
   if weights:
     load = functools.partial(models.load, weights=section.weights)
   try:
-    lm = load(path, section.dtype, local_mesh(run), long_context=section.long_context)
+    lm = load(path, section.dtype, sampling_mesh(run), long_context=section.long_context)
   except UserError as error:
     raise UserError(f'{field}={name!r}: {error}') from error
   return dataclasses.replace(lm, name=name)

@@ -14,6 +14,7 @@ from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.import_results import has_new_results
+from cai_jax.pipeline.launches import STAGE, check_launch, hold_run
 from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.rate import has_new_ratings
 from cai_jax.pipeline.run import Run
@@ -26,7 +27,7 @@ from cai_jax.pipeline.server_checks import (
   check_servers,
 )
 from cai_jax.pipeline.stage_evaluate import evaluate_models
-from cai_jax.pipeline.stage_generate import generate_d_cai
+from cai_jax.pipeline.stage_generate import generate_d_cai, sample_share
 from cai_jax.pipeline.stage_label import check_label_server, label_comparisons
 from cai_jax.pipeline.stage_prefer import train_policies
 from cai_jax.pipeline.stage_report import write_run_report
@@ -35,6 +36,7 @@ from cai_jax.runtime import compilation, digests, lock, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
+from cai_jax.runtime.replicas import launched_replica
 from cai_jax.runtime.settings import flatten
 from cai_jax.runtime.terminal import say
 
@@ -78,10 +80,11 @@ def run_stages(
   """
   stages = default_stages(run) if stages is None else stages
   _check_names(run, stages)
+  check_launch(run, stages)
   processes.run_on_all_processes('check the run', lambda: check_run(run, stages))
   with contextlib.ExitStack() as stack:
-    stack.enter_context(lock.hold(run.workdir))
-    if run.journal is not None:  # runs may share it
+    stack.enter_context(hold_run(run.workdir))
+    if run.journal is not None and not launched_replica()[0]:  # runs may share it
       stack.enter_context(lock.hold(run.journal))
     for note in run.notes:
       log(note)
@@ -92,7 +95,7 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   """Run the stages that are not done, in a workdir that this job holds."""
   is_first = jax.process_index() == 0
   digests.load_digests(run.workdir / 'digests.json')
-  manifest = Manifest(run.workdir, writes=is_first)
+  manifest = Manifest(run.workdir, writes=is_first and launched_replica()[0] == 0)
   run = resolve_devices(run, manifest.content['stages'])
   _check_manifest(run, stages, manifest)
   if 'train' in stages and not manifest.done('train'):
@@ -102,6 +105,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
   run, note = processes.run_on_all_processes('choose the sizes of the engine', resolve)
   if note:
     log(note)
+  if launched_replica()[0]:
+    return _sample_as_replica(run, asking, log)
   served = run
   if run.remotes and asking:
     served = check_servers(run, asking, log if is_first else lambda line: None)
@@ -142,6 +147,18 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
       if name in asking and (costs := describe_costs(run)):
         log(costs)
       processes.barrier(name)
+
+
+def _sample_as_replica(run: Run, asking: Sequence[str], log: Callable[[str], None]) -> None:
+  """Sample the shards of this launch; that of replica 0 does the rest of the stage."""
+  index, count = launched_replica()
+  if not asking:
+    log(f'{STAGE}: done before')
+    return
+  log(f'{STAGE}: replica {index} of {count} ...')
+  with compilation.kept_programs(run.config.compilation, log):
+    counts = sample_share(run)
+  log(f'{STAGE}: replica {index} of {count} has sampled {counts["sampled_rows"]} rows')
 
 
 def _check_inputs(run: Run, stage: str, manifest: Manifest) -> None:

@@ -205,13 +205,29 @@ class Deferral:
     """
     if _state.client is None:
       return _state.number
-    if _state.number:
-      proposal = f'{step + 2} {_state.number}'
-      with contextlib.suppress(RuntimeError):  # another process has proposed a step
-        _state.client.key_value_set(_STEP_KEY, proposal, allow_overwrite=False)
-    agreed = _try_get(_state.client, _STEP_KEY)
-    last, number = map(int, agreed.split()) if agreed else (step + 1, 0)
-    return number if step >= last else 0
+    return stop_together(_STEP_KEY, step, _state.number)
+
+
+def stop_together(key: str, step: int, number: int) -> int:
+  """Return the number for which all processes that share a key stop after this step, or 0.
+
+  All of them call this at every step, and none is more than one step ahead of another. One that has
+  a reason to stop proposes the next step but one.
+
+  Args:
+    key: names the steps in the key-value store of the processes.
+    step: number of steps taken.
+    number: the reason of this process to stop, such as a signal; 0 if it has none.
+  """
+  from jax._src import distributed  # there is no public way to the key-value store
+
+  client: Any = distributed.global_state.client
+  if number:
+    with contextlib.suppress(RuntimeError):  # another process has proposed a step
+      client.key_value_set(key, f'{step + 2} {number}', allow_overwrite=False)
+  agreed = _try_get(client, key)
+  last, reason = map(int, agreed.split()) if agreed else (step + 1, 0)
+  return reason if step >= last else 0
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:

@@ -19,7 +19,7 @@ import platform
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +44,14 @@ class _Lock(NamedTuple):
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike) -> Iterator[str]:
+def hold(workdir: str | os.PathLike, **facts: Any) -> Iterator[str]:
   """Hold a folder for this job while the block runs.
 
   All processes of the job call this function together. They share the id of the job.
 
   Args:
     workdir: the folder, on a filesystem that all processes share; it is created if necessary.
+    **facts: what else the lock's file says of the job, of JSON types.
 
   Yields:
     The id of the job, 12 hex digits.
@@ -60,7 +61,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[str]:
   """
   folder = pathlib.Path(workdir) / FOLDER
   job = uuid.uuid4().bytes[:6]
-  number = processes.run_on_process_0(f'lock {workdir}', lambda: _acquire(folder, job.hex()))
+  number = processes.run_on_process_0(f'lock {workdir}', lambda: _acquire(folder, job.hex(), facts))
   if jax.process_count() > 1:  # process 0 chose both
     values = np.array([*job, number or 0], np.int32)
     *letters, number = multihost_utils.broadcast_one_to_all(values).tolist()
@@ -78,7 +79,22 @@ def hold(workdir: str | os.PathLike) -> Iterator[str]:
         os.rename(path, path.with_suffix('.free'))
 
 
-def _acquire(folder: pathlib.Path, job: str) -> int:
+def find_owner(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Return what the lock's file says of the job that holds a folder; empty if no job does.
+
+  Args:
+    workdir: the folder, which need not exist.
+  """
+  folder = pathlib.Path(workdir) / FOLDER
+  if not folder.is_dir():
+    return {}
+  latest = _latest(folder)
+  owner = _read_owner(latest.path)
+  is_active = latest.is_held and _now(folder) - _last_beat(latest) <= STALE_SECONDS
+  return owner if is_active and not _has_ended(owner) else {}
+
+
+def _acquire(folder: pathlib.Path, job: str, facts: Mapping[str, Any]) -> int:
   """Take the next number of a lock, and return it.
 
   Raises:
@@ -96,7 +112,7 @@ def _acquire(folder: pathlib.Path, job: str) -> int:
     mine = folder / _name(before.number + 1)
     try:
       with open(mine, 'x', encoding='utf-8') as file:
-        json.dump({'job': job, **_describe_process(), 'since': _utc_now()}, file)
+        json.dump({'job': job, **_describe_process(), 'since': _utc_now(), **facts}, file)
     except FileExistsError:  # another job has just taken it
       raise _refusal(folder, _read_owner(mine), 0.0) from None
     except OSError:
@@ -108,7 +124,7 @@ def _acquire(folder: pathlib.Path, job: str) -> int:
     if other is latest or _last_beat(before) not in (beat, 0.0):
       mine.unlink(missing_ok=True)
       if not other.is_held:
-        return _acquire(folder, job)
+        return _acquire(folder, job, facts)
       raise _refusal(folder, _read_owner(other.path), 0.0)
     before.path.unlink(missing_ok=True)
   except OSError as error:
@@ -140,7 +156,7 @@ def _end_process(path: pathlib.Path, latest: _Lock) -> None:
   workdir = path.parent.parent
   reason = f'the lock of {workdir} is gone, because the folder or its {FOLDER} was deleted'
   if latest.number:
-    owner = _describe_owner(_read_owner(latest.path))
+    owner = describe_owner(_read_owner(latest.path))
     reason = f'{workdir} was taken over by {owner}, because this job was suspended for too long'
   try:
     say(f'error: {reason}. This job has ended and writes nothing more.', file=sys.stderr)
@@ -232,7 +248,12 @@ def _utc_now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
-def _describe_owner(owner: dict[str, Any]) -> str:
+def describe_owner(owner: Mapping[str, Any]) -> str:
+  """Return which job holds a folder, as a part of a sentence.
+
+  Args:
+    owner: what the lock's file says of it.
+  """
   if not owner:
     return 'another job'
   names = ('job', 'pid', 'host', 'since')
@@ -242,7 +263,7 @@ def _describe_owner(owner: dict[str, Any]) -> str:
 
 def _refusal(folder: pathlib.Path, owner: dict[str, Any], age: float) -> UserError:
   return UserError(
-    f'{folder.parent} belongs to {_describe_owner(owner)}, which was last active '
+    f'{folder.parent} belongs to {describe_owner(owner)}, which was last active '
     f'{max(age, 0):.0f} s ago. Wait until it ends, stop it, or choose another workdir. If its '
     f'machine has failed, start again in {max(STALE_SECONDS - age, 0) + 1:.0f} s.'
   )

@@ -1,7 +1,9 @@
 """The device mesh and the sharding of batches over it."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.runtime.errors import UserError
+
+T = TypeVar('T')
 
 AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
 BATCH = P(('data', 'fsdp'))  # the rows of a batch
@@ -93,6 +97,24 @@ def token_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
   """Return the number of shards of a batch."""
   return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+@functools.cache
+def is_split(mesh: Mesh) -> bool:
+  """Return whether a mesh has devices of several processes."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def replicate(tree: T, mesh: Mesh) -> T:
+  """Return a pytree of arrays that this process can read as a whole.
+
+  Args:
+    tree: arrays on the mesh. All processes of the mesh call this together.
+    mesh: their mesh. If it has devices of this process only, the arrays stay as they are.
+  """
+  if not is_split(mesh):
+    return tree
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
 
 
 def check_batch(num_rows: int, mesh: Mesh, field: str) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.cache import init_states, windows_of
-from cai_jax.model.config import DeltaRule, LayerKind
+from cai_jax.model.config import DeltaRule, LayerKind, ModelConfig
 from cai_jax.model.delta_cache import state_specs
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -150,23 +150,33 @@ def check_rows(lm: LM, rows: int) -> None:
     UserError: if it does not divide one of them.
   """
   check_batch(rows, lm.mesh, 'engine.slots')
-  _check_heads(lm)
+  check_heads(lm.config, lm.mesh, lm.name)
 
 
-def _check_heads(lm: LM) -> None:
-  tensor = lm.mesh.shape['tensor']
-  for kv_heads in dict.fromkeys(kind.kv_heads for kind in lm.config.kinds):
+def check_heads(config: ModelConfig, mesh: Mesh, name: str) -> None:
+  """Check that a mesh divides the number of a model's key-value heads.
+
+  Args:
+    config: the shape of the model.
+    mesh: the mesh on which it samples.
+    name: its name, for the error message.
+
+  Raises:
+    UserError: if it does not.
+  """
+  tensor = mesh.shape['tensor']
+  for kv_heads in dict.fromkeys(kind.kv_heads for kind in config.kinds):
     if kv_heads % tensor:
       raise UserError(
-        f'mesh.tensor={tensor} does not divide the {kv_heads} key-value heads of {lm.name}. Set it '
-        f'to a divisor of {kv_heads}.'
+        f'mesh.tensor={tensor} does not divide the {kv_heads} key-value heads of {name}, which '
+        f'samples. Set it, or mesh_sampling.tensor, to a divisor of {kv_heads}.'
       )
 
 
 def _allocate(
   lm: LM, kinds: Sequence[LayerKind], pages: int, size: int, attention: str, shared: bool
 ) -> Block:
-  _check_heads(lm)
+  check_heads(lm.config, lm.mesh, lm.name)
   layers = tuple(kind.delta or (kind.kv_heads, kind.head_dim) for kind in kinds)
   names = [STATES if kind.delta else attention for kind in kinds]
   formats = tuple(x for name in names for x in cache_format(lm.mesh, name, shared))

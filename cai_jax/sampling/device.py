@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,7 +32,7 @@ from cai_jax.model.cached_forward import ForwardSpec, Usage, forward_cached
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import Params
 from cai_jax.runtime.compilation import jit_on
-from cai_jax.runtime.mesh import batch_sharding, batch_shards
+from cai_jax.runtime.mesh import batch_sharding, batch_shards, is_split
 from cai_jax.sampling import burst
 from cai_jax.sampling.caches import allocate_prefix
 from cai_jax.sampling.penalties import Penalties
@@ -84,10 +83,14 @@ def run(
 
 
 def step_program(cache: Cache, mesh: Mesh) -> Callable:
-  """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs on a mesh."""
+  """Return `run` as one program, jitted, for a cache of arrays or ShapeDtypeStructs on a mesh.
+
+  If the mesh is split over processes, each of them gets the whole burst.
+  """
   examples = {type(blocks[0]): blocks[0] for blocks in cache}  # other layers have the same formats
   formats: Any = {kind: jax.tree.map(lambda x: x.format, block) for kind, block in examples.items()}
-  outputs = None, tuple((formats[type(blocks[0])],) * len(blocks) for blocks in cache), None
+  result = NamedSharding(mesh, P()) if is_split(mesh) else None
+  outputs = result, tuple((formats[type(blocks[0])],) * len(blocks) for blocks in cache), None
   platform = mesh.devices.flat[0].platform
   static = 'spec', 'sizes'
   return jit_on(
@@ -205,4 +208,5 @@ def prefill_prefix(
     _, cache, usage = run(
       spec, lm.params, cache, (), None, (), chunk, (zero, zero), Sizes(1, width), usage=usage
     )
-  return Prefix(tuple(layer for (layer,) in cache), jnp.array(len(tokens), jnp.int32)), usage
+  length: Any = np.array(len(tokens), np.int32)  # a NumPy array is the same in all processes
+  return Prefix(tuple(layer for (layer,) in cache), length), usage

@@ -5,6 +5,9 @@ engine asks the chain for its next turn at once. It prefills only tokens that th
 not hold, and prefills shared prefixes once. How many tokens are reused depends on the chain alone,
 never on what the slot held before. With the same sizes and devices, a chain therefore gives the
 same bits alone, in a full batch, and after a restart.
+
+A model may be split over several processes. Each of them then runs the same chains in an engine of
+its own, in lock step: no decision depends on a clock or on what one process alone sees.
 """
 
 import concurrent.futures
@@ -18,6 +21,7 @@ import numpy as np
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.replicas import LockStep, replica_of
 from cai_jax.sampling.active import ActiveChain, Run
 from cai_jax.sampling.auto import resolve_for
 from cai_jax.sampling.checks import check_models
@@ -64,6 +68,7 @@ class Engine:
   Attributes:
     stats: counters of all runs.
     slots: number of slots.
+    lock_step: keeps the processes that share the models together.
 
   Raises:
     UserError: if `length` exceeds a model's context, the caches exceed the memory budget, or the
@@ -89,6 +94,7 @@ class Engine:
     check_models(self.models, length, stops or {}, prefixes or {})
     self._stops = {name: ((), ()) for name in models} | dict(stops or {})
     local = {name: model for name, model in models.items() if isinstance(model, LM)}
+    self.lock_step = LockStep(replica_of(next((lm.mesh for lm in local.values()), None)))
     if local and journal is not None:  # what servers replied does not depend on our sampler
       check_sampler(journal.folder)
     shared = {name: [list(p) for p in (prefixes or {}).get(name, ())] for name in local}
@@ -146,16 +152,18 @@ class Engine:
           yield from self._advance(run, [])
         for model in self._local.values():
           model.dispatch()
+        steps = self.stats.decode_steps
         ended = self._collect(run.active)
+        if self.stats.decode_steps > steps:
+          self.lock_step.check()
         for model in self._local.values():
-          # The device continues with the other slots for about as long as the host will be busy.
-          if not model.dispatch_waits:
-            model.dispatch(int(host_seconds / max(model.step_seconds, 1e-9)))
+          model.dispatch_ahead(host_seconds, bool(ended))
         start = time.perf_counter()
         yield from self._advance(run, ended)
         host_seconds = time.perf_counter() - start
         yield from self._advance(run, self._collect(run.active))
         self._update_clock()
+      self.lock_step.finish()
     finally:
       self._update_clock()
       for entry in run.active.values():
@@ -342,8 +350,9 @@ class Engine:
     was killed then restarts from what an earlier run had finished, and computes the same bits as
     one that was never killed.
     """
-    if self.journal is not None and entry.finished:
-      self.journal.put(entry.finished)
+    journal = self.journal
+    if journal is not None and entry.finished:
+      self.lock_step.lead(lambda: journal.put(entry.finished))
     for model in self._local.values():
       model.clear(entry.slot)
     self.stats.chains += 1

@@ -4,16 +4,19 @@ import array
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import make_folder, writing
+from cai_jax.runtime.replicas import ALONE, Replica
 from cai_jax.sampling.journal_lines import (
   find_fault,
   format_line,
@@ -34,6 +37,7 @@ _OTHERS = tuple(
   if field.name not in _IN_EVERY_KEY + _IN_STOP
 )
 _MARKER = f'sampler-{SAMPLER}'  # a file that names the sampler of all turns in the folder
+VISIBLE_SECONDS = 60.0  # until a shared filesystem shows all processes what one has written
 _LISTED_FAULTS = 3  # of all faults, how many a message describes
 
 
@@ -96,6 +100,22 @@ def _has_turns(folder: pathlib.Path) -> bool:
   return any(path.stat().st_size for path in folder.glob('turns-*.jsonl') if path.is_file())
 
 
+def _wait_for(path: pathlib.Path, size: int) -> None:
+  """Wait until a file that another process has written has so many bytes here.
+
+  Raises:
+    StoppedError: if it does not get them in `VISIBLE_SECONDS`.
+  """
+  end = time.monotonic() + VISIBLE_SECONDS
+  while not path.exists() or path.stat().st_size < size:
+    if time.monotonic() > end:
+      raise StoppedError(
+        f'This process does not see the {size} bytes of {path} that another one sees. Give all '
+        'processes the same workdir on a filesystem that they share.'
+      )
+    time.sleep(0.1)
+
+
 class Journal:
   """An append-only store of completions in a folder, with one file per writing process.
 
@@ -113,17 +133,21 @@ class Journal:
   engine looks up each turn once, before sampling it, and chain ids and turn names are unique in a
   run. If a turn were looked up again, it would be sampled again, with the same tokens.
 
+  In a replica of several processes, the leader writes. The others index the same lines as it does,
+  and so find the same turns.
+
   Args:
     folder: the journal's folder, created if it does not exist.
-    process: index of this process, which selects the file that it writes.
+    process: number of this process or replica, which selects the file that it writes.
+    replica: the replica of this process, whose processes open and refresh the journal together.
 
   Attributes:
     num_faults: number of lines and turns that were found damaged.
   """
 
-  def __init__(self, folder: str | os.PathLike, process: int = 0):
-    self._folder = make_folder(folder)
-    if not _has_turns(self._folder):
+  def __init__(self, folder: str | os.PathLike, process: int = 0, replica: Replica = ALONE):
+    self._folder, self._replica = make_folder(folder), replica
+    if replica.leads and not _has_turns(self._folder):
       with writing(self._folder / _MARKER):
         (self._folder / _MARKER).touch()
     self._paths: list[pathlib.Path] = []
@@ -139,7 +163,12 @@ class Journal:
     self._offsets = np.empty(0, np.int64)  # byte offsets of lines
     self._num_unindexed = 0  # turns stored here since the last refresh
     self.refresh()
-    own = self._folder / f'turns-{process:05d}.jsonl'
+    self._file: io.FileIO | None = None
+    if replica.leads:
+      self._open(self._folder / f'turns-{process:05d}.jsonl')
+
+  def _open(self, own: pathlib.Path) -> None:
+    """Open the file that this process writes, without a line at its end that was cut short."""
     with writing(own):
       if own in self._paths:
         file = self._paths.index(own)
@@ -180,7 +209,7 @@ class Journal:
     return None
 
   def put(self, turns: list[tuple[str, Completion]]) -> None:
-    """Store (key, completion) pairs atomically, in one line.
+    """Store (key, completion) pairs atomically, in one line. Only the leader of a replica writes.
 
     Args:
       turns: the pairs of one chain.
@@ -188,6 +217,8 @@ class Journal:
     Raises:
       StoppedError: if the disk is full, or the file was deleted.
     """
+    if self._file is None:
+      return
     line = format_line(turns)
     with writing(self._file.name):
       if os.fstat(self._file.fileno()).st_nlink == 0:  # what is written now would be lost
@@ -199,16 +230,30 @@ class Journal:
 
   def refresh(self) -> None:
     """Index the lines that any process has written since the last refresh."""
-    known = set(self._paths)
+    sizes: dict[str, int] = self._replica.share(self._index_files)
+    if not self._replica.leads:
+      for name, size in sizes.items():
+        _wait_for(self._folder / name, size)
+      self._index(sizes)
+
+  def _index_files(self) -> dict[str, int]:
+    """Index all files, and return how many bytes of each are indexed, by name."""
     found = sorted(path for path in self._folder.glob('turns-*.jsonl') if path.is_file())
-    new = [path for path in found if path not in known]
+    paths = dict.fromkeys((*self._paths, *found))
+    self._index({path.name: path.stat().st_size for path in paths})
+    return {path.name: size for path, size in zip(self._paths, self._indexed, strict=True)}
+
+  def _index(self, sizes: Mapping[str, int]) -> None:
+    """Index the new lines among the first bytes of each file, whose number is given by name."""
+    known = {path.name for path in self._paths}
+    new = [self._folder / name for name in sizes if name not in known]
     self._paths += new
     self._indexed += [0] * len(new)
     self._lines += [0] * len(new)
     self._has_checksums += [False] * len(new)
     parts = [(self._hashes, self._files, self._offsets)]
     for file, path in enumerate(self._paths):
-      hashes, offsets = self._index_new_lines(file, path)
+      hashes, offsets = self._index_new_lines(file, path, sizes[path.name])
       parts.append((hashes, np.full(len(hashes), file, np.int32), offsets))
     self._num_unindexed = 0
     if any(len(hashes) for hashes, _, _ in parts[1:]):
@@ -226,14 +271,24 @@ class Journal:
 
   def close(self) -> None:
     """Flush everything to disk and close the file."""
+    if self._file is None:
+      return
     with writing(self._file.name):
       os.fsync(self._file.fileno())
       self._file.close()
 
-  def _index_new_lines(self, file: int, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return key hashes i64[N] and line offsets i64[N] of the turns not indexed yet."""
+  def _index_new_lines(
+    self, file: int, path: pathlib.Path, size: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Return key hashes i64[N] and line offsets i64[N] of the turns not indexed yet.
+
+    Args:
+      file: index of the file.
+      path: the file.
+      size: number of its bytes to read.
+    """
     hashes, offsets = array.array('q'), array.array('q')
-    offset, size = self._indexed[file], path.stat().st_size
+    offset = self._indexed[file]
     if size > offset:
       with open(path, 'rb', buffering=1 << 20) as lines:
         lines.seek(offset)

@@ -10,7 +10,7 @@ import numpy as np
 from cai_jax.model.cache import RowTable
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_sharding, batch_shards
+from cai_jax.runtime.mesh import batch_sharding, batch_shards, is_split, replicate
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.chunks import Segment, pack_chunk
 from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
@@ -88,6 +88,7 @@ class LocalModel:
     caches.check_rows(lm, slots)
     caches.trim_heap()
     self._groups = batch_shards(lm.mesh)  # of slots; each group is on devices of its own
+    self._is_split = is_split(lm.mesh)
     self._mixed = config.mixes(slots // self._groups, lm)
     self.dispatch_waits = runs_in_parts(lm.mesh)
     self._least = min_rows(lm) if caches.on_cpu(lm.mesh) else 0  # tokens of a step
@@ -105,8 +106,10 @@ class LocalModel:
     self._penalized = np.zeros(slots, bool)  # the slots whose turn uses any
     # Context and reply of each slot. Entries beyond the slot's position are undefined.
     self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
-    # Where programs of other sizes give other bits, measured times must not choose between them.
+    # Measured times must not choose between programs of other sizes where these give other bits,
+    # nor in a replica of several processes, which measure different times.
     measured = config.draft_tokens == AUTO and self._mixed and lm.config.delta is None
+    measured = measured and not self._is_split
     self._draft_choice = (
       DraftChoice(next(n for n in self._row_sizes if n >= self._least)) if measured else None
     )
@@ -237,12 +240,25 @@ class LocalModel:
 
   def expert_usage(self) -> np.ndarray:
     """Return how many tokens each expert has computed, i64[L,E]; see `fetch_usage`."""
-    return fetch_usage(self.lm.config, self._usage, *self._prefix_usage)
+    counts = replicate((self._usage, *self._prefix_usage), self.lm.mesh)
+    return fetch_usage(self.lm.config, *counts)
 
   @property
   def busy(self) -> bool:
     """Whether there is anything to prefill or decode."""
     return bool(self._queue.waiting) or bool(self.slots.active.any())
+
+  def dispatch_ahead(self, host_seconds: float, ended: bool) -> None:
+    """Dispatch steps of the slots that go on, for about as long as the host will be busy.
+
+    Args:
+      host_seconds: how long the host was busy after the last burst.
+      ended: whether it will be busy now, because replies have ended.
+    """
+    if self._is_split:  # its processes measure different times
+      self.dispatch(int(ended))
+    elif not self.dispatch_waits:
+      self.dispatch(int(host_seconds / max(self.step_seconds, 1e-9)))
 
   def dispatch(self, max_steps: int | None = None) -> None:
     """Dispatch a step with prefill, or a burst of decode steps, if there is anything to do.
@@ -336,7 +352,7 @@ class LocalModel:
     compiled = COMPILATIONS.count > compilations
     self._count_seconds(size, begin)
     if compiled:
-      self._programs.record(size, COMPILATIONS.seconds - compiling, compiled=True)
+      self._record_program(size, COMPILATIONS.seconds - compiling, compiled=True)
     self.stats.prefilled_tokens += sum(len(s.tokens) for group in segments for s in group)
     self.slots.active[self._queue.take_ready()] = True
     if rows is None or before is None:
@@ -346,6 +362,14 @@ class LocalModel:
     else:
       result = cast(Burst, result)
       self._burst = _Running(result, rows, before, size, compiled, begin)
+
+  def _record_program(self, size: Size, seconds: float, compiled: bool) -> None:
+    """Take note of the time of a program, unless other processes have to choose as this one does.
+
+    Without times, the general programs run all steps.
+    """
+    if not self._is_split:
+      self._programs.record(size, seconds, compiled)
 
   def _wait_for_prefill(self) -> None:
     """Wait for dispatched programs that only prefill."""
@@ -425,7 +449,7 @@ class LocalModel:
     self.step_seconds = seconds / max(int(burst.steps), 1)
     if not running.compiled:
       elapsed = time.perf_counter() - running.begin
-      self._programs.record(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
+      self._record_program(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
     self._record_drafts(running, burst)
     occupied = int(burst.row_steps.sum())
     self._queue.record(int(burst.steps), occupied)

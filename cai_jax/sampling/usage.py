@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from cai_jax.model.cached_forward import Usage
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.lm import LM
+from cai_jax.runtime.mesh import place
 from cai_jax.sampling.remote import Remote
 
 
@@ -34,7 +35,7 @@ def new_usage(config: ModelConfig, sharding: NamedSharding, groups: int) -> Usag
   if config.experts is None:
     return ()
   zeros = np.zeros((groups, config.experts.number), np.int32)
-  return tuple(jax.device_put(zeros, sharding) for _ in sparse_layers(config))
+  return tuple(place(zeros, sharding) for _ in sparse_layers(config))
 
 
 def fetch_usage(config: ModelConfig, *usages: Usage) -> np.ndarray:

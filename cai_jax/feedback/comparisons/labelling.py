@@ -6,16 +6,16 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from cai_jax.feedback.comparisons.job import LabelJob
 from cai_jax.feedback.comparisons.records import Item, Outcome
 from cai_jax.feedback.comparisons.summary import summarize
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.forward import forward
 from cai_jax.feedback.waiting import end_waiting, has_batch, set_aside
+from cai_jax.model.lm import LM
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import make_folder, replacing, write_json
+from cai_jax.runtime.replicas import Replica, exit_alone, replica_of, run_on_first_replica
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import DEFERRED, Engine
 from cai_jax.sampling.journal import Journal
@@ -40,9 +40,10 @@ def label(
 ) -> dict[str, Any]:
   """Label the comparisons of a job, and write `comparisons.jsonl` and `summary.json`.
 
-  All processes call this together, with the same shared folder and journal. Each asks an equal part
-  of the questions, and process 0 then reads all answers from the journal. Both files depend on the
-  job alone, so a job that was killed ends with the same bytes, and nothing is asked twice.
+  All processes call this together, with the same shared folder and journal. Each replica of the
+  models asks an equal part of the questions, and the first one then reads all answers from the
+  journal. Both files depend on the job alone, so a job that was killed ends with the same bytes,
+  and nothing is asked twice.
 
   Args:
     job: what to label; its models have their weights.
@@ -61,20 +62,32 @@ def label(
     UserError: if a model cannot answer, such as a server without log-probabilities.
     WaitingError: if questions wait for a batch. Its requests are written.
   """
-  mine = job.items[jax.process_index() :: jax.process_count()]
-  asked = processes.run_on_all_processes(
-    'compare the responses', lambda: _run(job, mine, journal, engine, progress)
-  )
+  replica = find_replica(job.models)
+  mine = job.items[replica.index :: replica.count]
+
+  def ask() -> _Asked:
+    with exit_alone(replica):
+      return _run(job, mine, journal, engine, progress)
+
+  asked = processes.run_on_all_processes('compare the responses', ask, alone=not replica.is_split)
 
   def write() -> dict[str, Any]:
     done = asked
-    if jax.process_count() > 1:  # the others have stored their part in the journal
+    if replica.count > 1:  # the others have stored their part in the journal
       done = _run(job, job.items, journal, engine, lambda *_: None)
+    if not replica.leads:
+      return {}
     write_costs(sum_usage(done.usages))
     return _write(job, pathlib.Path(folder), done.outcomes)
 
-  summary = processes.run_on_process_0('write the labels', write) or {}
+  summary = run_on_first_replica('write the labels', replica, write) or {}
   return summary | {'sampling': asked.stats.summary()}
+
+
+def find_replica(models: Mapping[str, LM | Remote]) -> Replica:
+  """Return the replica of the models to which this process belongs."""
+  local = (model.mesh for model in models.values() if isinstance(model, LM))
+  return replica_of(next(local, None))
 
 
 class _Asked(NamedTuple):

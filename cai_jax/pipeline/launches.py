@@ -1,0 +1,115 @@
+"""Replicas that are launches of their own.
+
+The processes of a launch share one coordinator, and end when one of them is lost. If each replica
+is a launch, with a coordinator of its own, one that dies does not stop the others. The environment
+variables REPLICA and NUM_REPLICAS tell a launch which replica it is. The launches exchange no
+messages: shard s of D_CAI belongs to replica s mod NUM_REPLICAS, and replica 0 finishes the stage
+once the files of all shards are there.
+"""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from cai_jax.pipeline.run import Run
+from cai_jax.runtime import interruption, lock, processes
+from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.replicas import VARIABLES, launched_replica
+
+FOLDER = 'replicas'  # of the workdir, with the lock of each replica after the first
+STAGE = 'generate'  # the only stage whose work is dealt to launches
+START_SECONDS = 60.0  # for which replica 0 waits for another one to start
+POLL_SECONDS = 0.5
+
+
+def check_launch(run: Run, stages: Sequence[str]) -> None:
+  """Check that the work of a launch that is one of several replicas can be shared.
+
+  Args:
+    run: the run.
+    stages: names of the stages to run.
+
+  Raises:
+    UserError: if it has a stage that cannot, or models behind servers.
+  """
+  if launched_replica()[1] == 1:
+    return
+  if run.remotes:
+    raise UserError(
+      f'{VARIABLES[1]} is set, but a server holds a model of this run. Servers take the '
+      f'requests of all processes of one launch: start it without {" and ".join(VARIABLES)}.'
+    )
+  if list(stages) != [STAGE]:
+    raise UserError(
+      f'{VARIABLES[1]} is set, so that each replica is a launch of its own. Such launches share '
+      f'only the stage {STAGE}. Give --stages={STAGE}, and then start the other stages as one '
+      f'launch, without {" and ".join(VARIABLES)}.'
+    )
+
+
+@contextlib.contextmanager
+def hold_run(workdir: pathlib.Path) -> Iterator[None]:
+  """Hold a workdir while the block runs; several launches share it if each is a replica.
+
+  Args:
+    workdir: the run's folder.
+
+  Raises:
+    UserError: if another job holds it that does not share the work with this launch.
+  """
+  index, count = launched_replica()
+  with lock.hold(_place(workdir, index), replicas=count):
+    # Each launch takes its own place first and looks at the others then, so two that cannot run
+    # together do not miss each other.
+    processes.run_on_process_0('look for replicas', lambda: _check_others(workdir, index, count))
+    yield
+
+
+def _place(workdir: pathlib.Path, index: int) -> pathlib.Path:
+  """Return the folder that a replica holds."""
+  return workdir / FOLDER / str(index) if index else workdir
+
+
+def _check_others(workdir: pathlib.Path, index: int, count: int) -> None:
+  """Raise UserError if a replica of a launch of other replicas is running in a workdir."""
+  numbers = [path.name for path in (workdir / FOLDER).glob('*') if path.name.isdecimal()]
+  for other in sorted({0, *map(int, numbers)} - {index}):
+    owner = lock.find_owner(_place(workdir, other))
+    if owner and (owner.get('replicas', 1) != count or other >= count):
+      raise UserError(
+        f'{workdir} belongs to replica {other} of {owner.get("replicas", 1)}, '
+        f'{lock.describe_owner(owner)}, and this launch is replica {index} of {count}. Wait until '
+        'it ends, stop it, or choose another workdir.'
+      )
+
+
+def wait_for_replicas(workdir: pathlib.Path, find_missing: Callable[[], list[int]]) -> None:
+  """Wait until the other replicas have written their shards. Process 0 of replica 0 calls this.
+
+  Args:
+    workdir: the run's folder.
+    find_missing: returns the shards that are missing.
+
+  Raises:
+    StoppedError: if a replica with missing shards has ended, or does not start.
+  """
+  count = launched_replica()[1]
+  seen: set[int] = set()
+  start = time.monotonic()
+  while missing := find_missing():
+    interruption.check()
+    needed = {shard % count for shard in missing}
+    running = {replica for replica in needed if lock.find_owner(_place(workdir, replica))}
+    waited = time.monotonic() - start > START_SECONDS
+    lost = {replica for replica in needed - running if waited or replica in seen}
+    seen |= running
+    # A replica may have written its last shard and ended since `missing` was found.
+    if lost and (left := [shard for shard in find_missing() if shard % count in lost]):
+      names = ', '.join(map(str, sorted({shard % count for shard in left})))
+      raise StoppedError(
+        f'Replica {names} of {count} is not running, and {len(left)} of its shards are missing. '
+        'All finished turns are kept. Start the same commands again to continue, or start one '
+        f'launch without {" and ".join(VARIABLES)}, which samples what is missing.'
+      )
+    time.sleep(POLL_SECONDS)

@@ -1,5 +1,6 @@
 """A model replica on several processes samples like one device, and survives kills and signals."""
 
+import json
 import signal
 import sys
 import time
@@ -47,6 +48,10 @@ def command(model, workdir, **mesh):
     'train.batch_size': 24,
     'prompts.harmful.limit': 16,
     'prompts.helpful.limit': 4,
+    'prompts.eval_harmful.limit': 3,
+    'prompts.eval_helpful.limit': 2,
+    'train.epochs': 1,
+    'train.drop_truncated': False,
     **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},  # a random model
     **{f'mesh_sampling.{name}': value for name, value in mesh.items()},
   }
@@ -145,6 +150,30 @@ def test_a_signal_to_one_process_stops_its_replica_in_order(wide_model, whole, t
   assert ends(pair) == [143, 143]
   assert ends(start_group(arguments, 2, 1)) == [0, 0]
   assert shards(tmp_path) == shards(whole)
+
+
+def test_all_stages_of_a_split_replica_give_the_results_of_one_device(wide_model, tmp_path):
+  """M_θ and M_aligned also score on the mesh that samples; training uses both devices as `data`."""
+  question = {'prompt': 'What did you do? I', 'corrects': [' slept'], 'incorrects': [' ran away']}
+  file = tmp_path / 'questions.jsonl'
+  file.write_text(json.dumps(question))
+  questions = f'--config.evaluation.multiple_choice=({str(file)!r},)'
+  stages = '--stages=generate,train,evaluate', questions
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  assert start_one([*command(wide_model, one), *stages], 1).wait() == 0
+  split = command(wide_model, two, processes=2, tensor=2)
+  assert ends(start_group([*split, *stages], 2, 1)) == [0, 0]
+  assert texts(two) == texts(one)
+  for name, tolerance in {'base': 1e-4, 'aligned': 1e-3}.items():
+    numbers = []
+    for workdir in (one, two):
+      results = json.loads((workdir / 'evaluation' / 'models.json').read_text())
+      scored = results[name]['multiple_choice'][file.name]['items'][0]['log_probabilities']
+      numbers.append([*scored['corrects'], *scored['incorrects']])
+    assert numbers[1] == pytest.approx(numbers[0], abs=tolerance)
+  base = [list(d_cai.read_rows(workdir / 'evaluation' / 'base')) for workdir in (one, two)]
+  assert len(base[0]) == 5
+  assert [row['initial']['text'] for row in base[1]] == [row['initial']['text'] for row in base[0]]
 
 
 def start_launches(arguments, count):

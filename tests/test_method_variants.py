@@ -12,7 +12,7 @@ from cai_jax.feedback.score import Score
 from cai_jax.feedback.variants import VARIANTS
 from cai_jax.runtime.errors import UserError
 from cai_jax.sampling.engine import Engine
-from cai_jax.sampling.types import Completion, SamplingConfig
+from cai_jax.sampling.types import Completion, LabelTurn, SamplingConfig
 from cai_jax.scoring import likelihood
 from tests.feedback_setup import CONSTITUTION, ENGINE, PRINCIPLES, make_lm, make_prompt
 from tests.variant_setup import ALL, DOCUMENT, OPTIONS, context_of, make_job, make_stages, run_chain
@@ -33,7 +33,8 @@ def run_plan(stages, name, rounds):
   config = FeedbackConfig(variant=name, options=OPTIONS.get(name, ()), rounds=rounds)
   plan = [turn for turn, _ in config.plan()]
   decisions = [turn for turn in plan if turn.startswith(('decision_', 'choice_'))]
-  labels = [(0, -1.0 - turn.endswith('_2')) for turn in decisions]  # 'Yes' is more likely
+  # 'Yes' is more likely, and another principle than the drawn one is chosen.
+  labels = [(int(x.startswith('choice_')), -1.0 - x.endswith('_2')) for x in decisions]
   replies = ['bad'] * (len(plan) - len(decisions))
   return config, *run_chain(stages, name, replies, config.options, rounds, labels)
 
@@ -143,11 +144,21 @@ def test_the_model_chooses_the_principle(lm, stages):
   assert 'D. What is wrong (3)?' in context_of(lm, yielded[1])
   assert len(yielded[1].labels) == len(PRINCIPLES)
   assert record.rounds[0].principle == PRINCIPLES[3]
-  assert record.rounds[0].details == {'choice_logprob': -0.7}
+  assert record.rounds[0].details == {'choice': 'D', 'choice_logprob': -0.7}
   assert 'What is wrong (3)?' in context_of(lm, yielded[2])
   _, unknown = run_chain(stages, 'chosen_principle', replies, labels=[(3, math.nan)])
-  assert unknown.rounds[0].details == {'choice_logprob': None}
+  assert unknown.rounds[0].details == {'choice': 'D', 'choice_logprob': None}
   assert 'D. What' not in context_of(lm, yielded[2])
+
+
+def test_the_list_to_choose_from_begins_with_the_drawn_principle(lm, stages):
+  replies = ['first', 'bad', 'second', 'worse', 'third']
+  labels = [(0, -0.7), (len(PRINCIPLES) - 1, -0.7)]
+  yielded, record = run_chain(stages, 'chosen_principle', replies, rounds=2, labels=labels)
+  choices = [context_of(lm, turn) for turn in yielded if isinstance(turn, LabelTurn)]
+  assert 'A. What is wrong (0)?' in choices[0] and 'A. What is wrong (1)?' in choices[1]
+  assert [r.principle for r in record.rounds] == [PRINCIPLES[0], PRINCIPLES[0]]
+  assert [r.details['choice'] for r in record.rounds] == ['A', 'ABCDEFGH'[len(PRINCIPLES) - 1]]
 
 
 def test_too_many_principles_to_choose_from_are_refused(lm):

@@ -68,12 +68,12 @@ def _chain(
   use_drawn: bool = False,
 ) -> VariantChain:
   """Return the chain; with `use_drawn`, the choice has no effect, as in the longest chain."""
-  offered = constitution.principles
-  request = letter_texts(options.question, [principle.critique_request for principle in offered])
 
   def revise(number: int, drawn: Principle, context: Context, stages: Stages) -> VariantChain:
-    index, logprob = 0, 0.0
+    start, index, logprob = constitution.principles.index(drawn), 0, 0.0
+    offered = constitution.principles[start:] + constitution.principles[:start]
     if len(offered) > 1:
+      request = letter_texts(options.question, [p.critique_request for p in offered])
       asked = [*context, message('critique_request', request)]
       labels = LETTERS[: len(offered)]
       index, logprob = yield from choose_label(
@@ -82,7 +82,8 @@ def _chain(
     principle = drawn if use_drawn else offered[index]
     critique = yield from sample_critique(number, principle, context, stages)
     revision = yield from sample_revision(number, principle, context, stages)
-    return Round(principle, critique, revision, {'choice_logprob': finite_or_none(logprob)})
+    details = {'choice': LETTERS[index], 'choice_logprob': finite_or_none(logprob)}
+    return Round(principle, critique, revision, details)
 
   return revise_in_rounds(prompt, principles, stages, growing, revise)
 
@@ -110,11 +111,13 @@ def chosen_principle(
   """Ask the critic for the principle of each round, then critique and revise under it.
 
   The choice is drawn with the critic's probabilities of the letters, at the temperature of
-  critiques. A principle may be chosen again.
+  critiques. A principle may be chosen again. The list begins with the principle that is drawn for
+  the round and goes on in the order of the constitution, so a critic that always answers A chooses
+  no principle more often than another. `choice` in the details is the letter.
 
   Args:
     prompt: the prompt x.
-    principles: the principles that are drawn for the rounds; only their number is used.
+    principles: the principles that are drawn for the rounds, with which the lists begin.
     stages: models, rendering and sampling settings.
     growing: whether a round sees all earlier rounds.
     constitution: the principles on offer.

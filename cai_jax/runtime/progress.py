@@ -20,9 +20,11 @@ class Progress:
     name: name of the loop.
     unit: name of the counted unit, in the singular.
     start: number of units that were done before this process started.
+    quiet_seconds: seconds before anything is shown, for a loop that is usually short.
   """
 
-  def __init__(self, name: str, unit: str = 'row', start: int = 0):
+  def __init__(self, name: str, unit: str = 'row', start: int = 0, quiet_seconds: float = 0.0):
+    self._quiet = quiet_seconds
     self._name, self._unit, self._start = name, unit, start
     self._bar: tqdm.tqdm | None = None
     self._started = self._last_line = time.monotonic()
@@ -48,10 +50,10 @@ class Progress:
       tokens: number of tokens processed since the start of this process.
       text: shown before the speed, such as the current loss.
     """
-    if not self._logs:
-      return
     now = time.monotonic()
     seconds = now - self._started
+    if not self._logs or seconds < self._quiet:
+      return
     status = f'{text}, ' * bool(text) + f'{tokens / max(seconds, 1e-9):,.0f} tokens/s'
     if sys.stderr.isatty():
       if self._bar is None:

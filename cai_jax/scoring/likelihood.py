@@ -33,6 +33,7 @@ from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.hardware import LOGITS_AT_ONCE
 from cai_jax.runtime.mesh import batch_sharding, batch_shards
+from cai_jax.runtime.progress import LINE_SECONDS, Progress
 
 SHORTEST_ROW = 32  # tokens of the shortest padded row
 SHARED_ROW = 512  # tokens that a row of several continuations may have, however short the context
@@ -123,16 +124,7 @@ def log_likelihoods(
   # A state cannot branch, and longer rows that do would need a mask of all pairs of tokens.
   most = min(lm.max_positions, LONGEST_MASK) if lm.config.delta is None else 0
   rows = sorted(_share_contexts(unique, most), key=lambda row: (row.length, row))
-  sharding = batch_sharding(lm.mesh)
-  platform = lm.mesh.devices.flat[0].platform
-  program = jit_on(platform, _sum_log_probabilities, static_argnums=(0, 1, 2))
-  value_of: dict[Pair, float] = {}
-  for count, length, members in plan_batches([row.length for row in rows], lm, batch_tokens):
-    batch = _pad_rows([rows[i] for i in members], count, length)
-    size = positions_at_once(lm, count, length)
-    sums = np.asarray(program(lm.graph, sharding, size, lm.params, batch))
-    for i, row_sums in zip(members, sums[: len(members)], strict=True):
-      value_of |= zip(rows[i].pairs(), map(float, row_sums), strict=False)
+  value_of = _score_rows(lm, rows, batch_tokens)
   values = [value_of[pair] for pair in pairs]
   if bad := [i for i, value in enumerate(values) if not math.isfinite(value)]:
     raise UserError(
@@ -141,6 +133,25 @@ def log_likelihoods(
       'dtype="float32".'
     )
   return values
+
+
+def _score_rows(lm: LM, rows: Sequence[_Row], batch_tokens: int) -> dict[Pair, float]:
+  """Return the log-likelihood of each pair of some rows, and show the progress of a long loop."""
+  sharding = batch_sharding(lm.mesh)
+  platform = lm.mesh.devices.flat[0].platform
+  program = jit_on(platform, _sum_log_probabilities, static_argnums=(0, 1, 2))
+  value_of: dict[Pair, float] = {}
+  done = tokens = 0
+  with Progress(f'likelihoods of {lm.name}', quiet_seconds=LINE_SECONDS) as progress:
+    for count, length, members in plan_batches([row.length for row in rows], lm, batch_tokens):
+      batch = _pad_rows([rows[i] for i in members], count, length)
+      size = positions_at_once(lm, count, length)
+      sums = np.asarray(program(lm.graph, sharding, size, lm.params, batch))
+      for i, row_sums in zip(members, sums[: len(members)], strict=True):
+        value_of |= zip(rows[i].pairs(), map(float, row_sums), strict=False)
+      done, tokens = done + len(members), tokens + sum(rows[i].length for i in members)
+      progress(done, len(rows), tokens)
+  return value_of
 
 
 def tokenize_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -7,7 +7,8 @@ import jax
 import pytest
 from jax._src import distributed
 
-from cai_jax.pipeline import launches, models
+from cai_jax import pipeline
+from cai_jax.pipeline import checks, launches, models
 from cai_jax.pipeline.sections import MeshConfig, SamplingMesh
 from cai_jax.runtime import interruption, lock, replicas
 from cai_jax.runtime.errors import StoppedError, UserError
@@ -15,6 +16,7 @@ from cai_jax.runtime.replicas import ALONE, LockStep, Replica, ReplicaStopped, r
 from cai_jax.sampling import journal as journals
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion
+from tests.pipeline_setup import set_fields, small
 
 
 class Store:
@@ -239,15 +241,35 @@ def test_launches_share_a_workdir_only_as_replicas_of_one_run(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-  ('stages', 'remotes', 'message'),
+  ('stages', 'remotes', 'rater', 'message'),
   [
-    (['generate', 'train'], {}, 'share only the stage generate'),
-    (['generate'], {'base': 1}, 'a server holds a model'),
+    (['generate', 'train'], {}, None, 'share only the stage generate'),
+    (['generate'], {'base': 1}, None, 'a server holds a model'),
+    (['generate'], {}, 'a judge', 'a server holds a model'),
   ],
 )
-def test_what_launches_cannot_share_is_refused(monkeypatch, stages, remotes, message):
-  run = types.SimpleNamespace(remotes=remotes)
+def test_what_launches_cannot_share_is_refused(monkeypatch, stages, remotes, rater, message):
+  run = types.SimpleNamespace(remotes=remotes, config=None)
+  monkeypatch.setattr(launches, 'find_served_rater', lambda config: rater)
   launches.check_launch(run, stages)
   monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 2))
   with pytest.raises(UserError, match=message):
     launches.check_launch(run, stages)
+
+
+def test_servers_do_not_answer_in_lock_step(tmp_path, monkeypatch):
+  """A server may answer two processes in two ways, and then their chains differ."""
+  config = small('tiny')
+  options = {'n': 2, 'scorer': 'guard', 'scorer_model': 'served', 'scorer_label': 'wildguard'}
+  set_fields(
+    feedback__variant='best_revision',
+    feedback__options=(*options.items(),),
+    feedback__rounds=1,
+    evaluation__guard_remote__url='http://127.0.0.1:9/v1',
+    evaluation__guard_remote__model='served',
+  )(config)
+  run = pipeline.build(config, tmp_path)
+  checks._check_lock_step(run)
+  monkeypatch.setattr(checks, 'is_split', lambda mesh: True)
+  with pytest.raises(UserError, match='guard_remote.url, which rates candidates: a server'):
+    checks._check_lock_step(run)

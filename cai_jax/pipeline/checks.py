@@ -29,6 +29,7 @@ from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.preference_checks import check_preferences
 from cai_jax.pipeline.raters import check_rater
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.pipeline.space import check_folders, check_space, estimate_space
 from cai_jax.pipeline.stage_label import check_labelling
 from cai_jax.runtime.errors import UserError
@@ -194,6 +195,23 @@ def _check_models(run: Run, stages: Sequence[str]) -> dict[str, models.ModelInfo
   return infos
 
 
+def _check_lock_step(run: Run) -> None:
+  """Check that no server answers in chains that several processes sample in lock step."""
+  if not any(_sampled_here(run)) or not is_split(sampling_mesh(run)):
+    return
+  servers = [f'remote.{role}.url' for role in run.remotes]
+  if run.config.label.remote and run.config.label.responses:
+    servers.append('label.remote.url')
+  if rater := find_served_rater(run.config):
+    servers.append(f'evaluation.{rater.kind.role}_remote.url, which rates candidates')
+  if servers:
+    raise UserError(
+      f'{servers[0]}: a server answers each process at its own time, but '
+      f'mesh_sampling.processes={run.config.mesh_sampling.processes} splits models over processes '
+      'that sample in lock step. Hold all models of the chains behind servers, or none.'
+    )
+
+
 def _sampled_here(run: Run) -> list[str]:
   """Return the names of the models in memory that sample chains."""
   names = (getattr(run.config.model, role) for role in ('base', 'critique', 'revision', 'aligned'))
@@ -224,12 +242,7 @@ def _check_devices(run: Run) -> None:
   mesh, train = global_mesh(run), run.config.train
   if 'slots' not in run.config.engine.unresolved:
     check_batch(run.config.engine.slots, sampling_mesh(run), 'engine.slots')
-  if run.remotes and any(_sampled_here(run)) and is_split(sampling_mesh(run)):
-    raise UserError(
-      f'remote.{next(iter(run.remotes))}.url: a server answers each process at its own time, but '
-      f'mesh_sampling.processes={run.config.mesh_sampling.processes} splits the other models over '
-      'processes that sample in lock step. Hold all models behind servers, or none.'
-    )
+  _check_lock_step(run)
   rows = train.batch_size // train.accumulation
   check_batch(rows, mesh, 'train.batch_size / train.accumulation')
   try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from cai_jax.pipeline.run import Run
+from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.runtime import interruption, lock, processes
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.replicas import VARIABLES, launched_replica
@@ -35,7 +36,7 @@ def check_launch(run: Run, stages: Sequence[str]) -> None:
   """
   if launched_replica()[1] == 1:
     return
-  if run.remotes:
+  if run.remotes or find_served_rater(run.config):
     raise UserError(
       f'{VARIABLES[1]} is set, but a server holds a model of this run. Servers take the '
       f'requests of all processes of one launch: start it without {" and ".join(VARIABLES)}.'

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,22 @@ def test_traced_flops_equal_the_formula_with_and_without_accumulation(tied, dtyp
   formula -= head - head // MIN_SLICES
   assert flops == formula
   assert count_flops(config, dtype=dtype, accumulation=4) == (flops, tokens)
+
+
+@pytest.mark.parametrize('section', ['prefer', 'reward'])
+def test_steps_on_preferences_are_traced_with_their_values_and_head(section):
+  config = __main__.load_config(str(ROOT / 'configs' / 'bai2022_rl_cai_feedback.py'))
+  config[section].update(batch_size=8, max_length=32, accumulation=1, attention='blocks')
+  config.mesh.update(data=1, fsdp=1, tensor=1)
+  chips = types.SimpleNamespace(devices=jax.devices()[:1])
+  job = __main__.training_job(config, config_from_hf(TINY), chips, section)
+  shapes = shapes_of(job)
+  assert ('score' in shapes.state.params) == (section == 'reward')
+  assert ('reference' in shapes.batch) == (section == 'prefer')
+  assert shapes.batch['probability'].dtype == jnp.float32
+  flops = traced_flops(shapes.trace().jaxpr.jaxpr)
+  head = 6 * TINY['vocab_size'] * TINY['hidden_size'] * job.tokens  # of logits
+  assert flops > job.model_flops - (head if section == 'prefer' else 0)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

@@ -4,11 +4,14 @@ Command:   pip install 'jax[tpu]==JAX_VERSION'   (the version of the installed j
            python -m experiments.aot --config=configs/llama3_8b_v5e.py --topology=v5e:8x8
            python -m experiments.aot --config=configs/llama3_8b_v5e.py --programs=train \\
              --settings train.accumulation=1 train.accumulation=2,mesh.tensor=1
+           python -m experiments.aot --config=configs/bai2022_rl_cai_feedback.py \\
+             --programs=prefer,reward --topology=v5e:8x8
 Hardware:  any CPU. An 8B model takes 3 GB and some minutes; with --layers=2, one minute
 Method:    compile the train step and the sampler's prefill and decode programs from shapes alone,
            without weights and without allocating an array. As in launch.py, the whole slice trains
            as one mesh and each host samples on its own chips, so the sampling programs are compiled
-           for one host. With --mesh, both use the whole slice.
+           for one host. With --mesh, both use the whole slice. The programs prefer and reward are
+           the train steps of these sections, on comparisons.
 Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives and copies; a lower
            bound on the time of a train step, a decode step and a prefill chunk; the largest number
            of slots that fits; and for a train step that does not fit, settings that take less
@@ -24,6 +27,7 @@ bandwidth, and bytes that collectives must send / bandwidth of all links. Real s
 
 import argparse
 import ast
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -42,6 +46,7 @@ from ml_collections import ConfigDict
 
 from cai_jax.cli import short_errors
 from cai_jax.model.config import ModelConfig
+from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.hardware import Device
@@ -54,7 +59,8 @@ from experiments.aot import sampler, train
 from experiments.aot.models import find_model, first_layers
 from experiments.aot.slices import Slice, find_slice
 
-PROGRAMS = ('train', 'decode', 'prefill')
+TRAININGS = {'train': TrainConfig, 'prefer': PolicyConfig, 'reward': RewardConfig}  # by section
+PROGRAMS = ('train', 'decode', 'prefill')  # that are compiled by default
 
 
 def load_config(path: str) -> ConfigDict:
@@ -97,9 +103,21 @@ def override_config(config: ConfigDict, settings: str) -> ConfigDict:
   return config
 
 
-def training_job(config: ConfigDict, model: ModelConfig, chips: Slice) -> train.Training:
-  """Return the training job that launch.py would run on the slice."""
-  settings = TrainConfig(seed=config.seed, layers=config.model.layers, **config.train)
+def training_job(
+  config: ConfigDict, model: ModelConfig, chips: Slice, section: str = 'train'
+) -> train.Training:
+  """Return a training job that launch.py would run on the slice.
+
+  Args:
+    config: the config.
+    model: the shape of the language model. A reward model has no output layer.
+    chips: the slice.
+    section: the section of the config with its settings, a key of `TRAININGS`.
+  """
+  shared = {'seed': config.seed, 'layers': config.model.layers}
+  settings = TRAININGS[section](**shared, **config[section])
+  if settings.registered_loss.head:
+    model = dataclasses.replace(model, tied_embeddings=True)
   mesh = make_mesh(**config.mesh, devices=chips.devices)
   settings = resolve_attention(settings, mesh, [settings.max_length], model)
   return train.Training(model, settings, mesh)
@@ -136,7 +154,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--config', required=True, help='file that defines get_config()')
   parser.add_argument('--topology', default='v5e:4x4', help='chip and shape of the slice')
   parser.add_argument(
-    '--programs', default=','.join(PROGRAMS), help='programs to compile, separated by commas'
+    '--programs',
+    default=','.join(PROGRAMS),
+    help="programs to compile, separated by commas; also 'prefer' and 'reward'",
   )
   parser.add_argument('--model_config', help='another model: its config.json or its name')
   parser.add_argument('--layers', type=int, help='number of layers, for a faster trial')
@@ -166,8 +186,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
   if args.mesh and not 3 <= len(args.mesh) <= len(AXES):
     parser.error(f'--mesh: give 3 to 5 sizes, {" ".join(AXES)}.')
   args.programs = args.programs.split(',')
-  if unknown := set(args.programs) - set(PROGRAMS):
-    parser.error(f'--programs: unknown {", ".join(sorted(unknown))}; use {", ".join(PROGRAMS)}.')
+  known = [*TRAININGS, *PROGRAMS[1:]]
+  if unknown := set(args.programs) - {*known}:
+    parser.error(f'--programs: unknown {", ".join(sorted(unknown))}; use {", ".join(known)}.')
   return args
 
 
@@ -188,10 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   if args.hlo:
     args.hlo.mkdir(parents=True, exist_ok=True)
   result: dict[str, Any] = {'topology': chips.name, 'jax': jax.__version__}
-  if 'train' in args.programs:
-    configs = {settings: override_config(config, settings) for settings in ('', *args.settings)}
-    jobs = {settings: training_job(c, model, chips) for settings, c in configs.items()}
-    result['train'] = train.study(jobs, chips, args.hlo)
+  configs = {settings: override_config(config, settings) for settings in ('', *args.settings)}
+  for section in (name for name in TRAININGS if name in args.programs):
+    jobs = {settings: training_job(c, model, chips, section) for settings, c in configs.items()}
+    result[section] = train.study(jobs, chips, args.hlo)
   if names := [name for name in PROGRAMS[1:] if name in args.programs]:
     job, parts = sampling_job(config, model, chips, args)
     result['sampler'] = sampler.study(job, chips, parts, names, args.search, args.hlo)

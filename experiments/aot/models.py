@@ -26,6 +26,19 @@ MODELS = {
     'num_hidden_layers': 32,
     'num_attention_heads': 32,
   },
+  'alignment-handbook/zephyr-7b-sft-full': {  # Mistral 7B v0.1
+    'model_type': 'mistral',
+    'vocab_size': 32000,
+    'hidden_size': 4096,
+    'intermediate_size': 14336,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 8,
+    'max_position_embeddings': 32768,
+    'sliding_window': 4096,
+    'rope_theta': 10000.0,
+    'rms_norm_eps': 1e-5,
+  },
   'meta-llama/Llama-3.1-8B-Instruct': LLAMA_3
   | {
     'hidden_size': 4096,

@@ -1,4 +1,4 @@
-"""Compile the train step for the whole slice as one mesh, as launch.py would run it."""
+"""Compile a train step for the whole slice as one mesh, as launch.py would run it."""
 
 import dataclasses
 import pathlib
@@ -10,15 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from cai_jax.data.units import ARRAYS, LAST_SEGMENTS, SEGMENTS
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import check_kernel
 from cai_jax.model.attention.sequence import check_sequence
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.quantized_params import abstract_params, param_bytes
+from cai_jax.model.score_head import init_head, join_head
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import batch_shards, check_batch, token_sharding
-from cai_jax.training.config import TrainConfig
+from cai_jax.training.fit_config import FitConfig
+from cai_jax.training.reference import VALUE
 from cai_jax.training.state import TrainState, abstract_state
 from cai_jax.training.step import make_train_step
 from cai_jax.training.trainable import trained_graph
@@ -32,22 +35,24 @@ STEPS = 1000  # of the run; only constants of the learning-rate schedule depend 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """Everything that determines the shapes of the train step."""
+  """Everything that determines the shapes of a train step, of fine-tuning or on preferences."""
 
   model: ModelConfig
-  train: TrainConfig
+  train: FitConfig
   mesh: Mesh
 
   def __post_init__(self):
-    train, name = self.train, 'train.batch_size / train.accumulation'
+    train, section = self.train, self.train.section
+    name = f'{section}.batch_size / {section}.accumulation'
     check_batch(train.batch_size // train.accumulation, self.mesh, name)
     cap = self.model.attention_cap
-    check_kernel(train.attention, self.mesh, train.dtype, train.max_length, cap=cap)
+    shares = train.shares_tokens
+    check_kernel(train.attention, self.mesh, train.dtype, train.max_length, cap=cap, shares=shares)
     check_sequence(self.mesh, train.max_length, self.model)
     if train.max_length > self.model.max_positions:
       raise UserError(
-        f'train.max_length={train.max_length} is more than the {self.model.max_positions} tokens '
-        "of the model's context."
+        f'{section}.max_length={train.max_length} is more than the {self.model.max_positions} '
+        "tokens of the model's context."
       )
 
   @property
@@ -57,9 +62,12 @@ class Training:
 
   @property
   def model_flops(self) -> float:
-    """The FLOPs that the model needs for a step, if each row is one sequence."""
-    lengths = [self.train.max_length] * self.train.batch_size
-    return self.model.training_flops(lengths, adapters=self.train.lora is not None)
+    """The FLOPs that the model needs for a step, if each row is one unit of equal sequences."""
+    loss = self.train.registered_loss
+    segments = SEGMENTS[loss.units]
+    lengths = [self.train.max_length // segments] * (segments * self.train.batch_size)
+    adapters = self.train.lora is not None
+    return self.model.training_flops(lengths, adapters=adapters, has_logits=not loss.head)
 
   @property
   def rows(self) -> int:
@@ -99,12 +107,17 @@ def shapes_of(job: Training) -> Shapes:
     params = lora.split(shapes)[0]
     frozen = abstract_params(job.model, job.train.dtype, job.train.base_weights)
   params, frozen = (jax.eval_shape(layout.stack, tree) for tree in (params, frozen))
+  loss = job.train.registered_loss
+  if loss.head:
+    head = jax.eval_shape(lambda key: init_head(job.model.d_model, key), jax.random.key(0))
+    params = join_head(params, head)
   state = abstract_state(params, job.train, job.mesh, frozen)
   step = make_train_step(graph, params, job.train, STEPS, job.mesh, frozen)
-  names = ('tokens', 'positions', 'segment_ids', 'loss_mask')
-  shape = (job.train.batch_size, job.train.max_length)
-  rows = token_sharding(job.mesh)
-  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in names}
+  arrays = (*ARRAYS, LAST_SEGMENTS) if job.train.shares_tokens else ARRAYS
+  values = (*job.train.needed_values, *((VALUE,) if loss.needs_reference else ()))
+  dtypes = dict.fromkeys(arrays, jnp.int32) | dict.fromkeys(values, jnp.float32)
+  shape, rows = (job.train.batch_size, job.train.max_length), token_sharding(job.mesh)
+  batch = {name: jax.ShapeDtypeStruct(shape, x, sharding=rows) for name, x in dtypes.items()}
   return Shapes(step, state, batch)
 
 
@@ -144,14 +157,14 @@ def build_train(job: Training, shapes: Shapes) -> Program:
   print(f'traced and lowered in {seconds:.1f} s, CPU {cpu_seconds:.1f} s', flush=True)
   flops = traced_flops(traced.jaxpr.jaxpr) / job.mesh.size
   read = min_bytes_moved(job, shapes)
-  return build('train', lowered, read, step=None, rows=job.tokens, flops=flops)
+  return build(job.train.section, lowered, read, step=None, rows=job.tokens, flops=flops)
 
 
 def describe_job(job: Training) -> str:
   """Return a text with the job's mesh and settings."""
   train, mesh = job.train, job.mesh.shape
   return (
-    f'training on mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {train.dtype}: '
+    f'{train.loss_name} on mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {train.dtype}: '
     f'{train.batch_size} rows of {train.max_length} tokens in {train.accumulation} micro-batches '
     f'({job.rows} rows per device at once), remat {train.remat}, attention {train.attention}'
     + (f', adapters of rank {train.lora.rank}' if train.lora is not None else '')
@@ -180,20 +193,20 @@ def describe_program(job: Training, shapes: Shapes, program: Program, chip: Chip
     *programs.describe_communication(program),
   ]
   compiled = f'compiled in {program.seconds:.0f} s, CPU {program.cpu_seconds:.0f} s'
-  return [f'train ({compiled})', *(f'  {line}' for line in lines)]
+  return [f'{job.train.section} ({compiled})', *(f'  {line}' for line in lines)]
 
 
 def suggest_settings(job: Training, shapes: Shapes) -> list[str]:
   """Return settings that take less memory, the cheapest first."""
   train, mesh, sizes = job.train, job.mesh.shape, shapes.bytes()
-  suggestions = []
+  section, suggestions = train.section, []
   if train.remat != 'full':
-    suggestions.append("train.remat='full': store only the input of each block")
+    suggestions.append(f"{section}.remat='full': store only the input of each block")
   if train.attention == 'xla':
-    suggestions.append("train.attention='splash': store no attention scores")
+    suggestions.append(f"{section}.attention='splash': store no attention scores")
   if job.rows > 1:
     accumulation = train.accumulation * job.rows
-    suggestions.append(f'train.accumulation={accumulation}: one row per device at once')
+    suggestions.append(f'{section}.accumulation={accumulation}: one row per device at once')
   if mesh['data'] > 1:
     state = sizes['parameters'] + sizes['optimizer']
     suggestions.append(
@@ -240,13 +253,14 @@ def study(
         print('\n'.join(describe_program(job, shapes, program, chip)), flush=True)
         result['program'] = programs.as_json(program, chip)
         if hlo:
-          (hlo / f'train{len(results) if name else ""}.hlo').write_text(program.text)
+          (hlo / f'{job.train.section}{len(results) if name else ""}.hlo').write_text(program.text)
     except TooLarge as error:
       used = error.used
       print('\n'.join(f'  largest: {line}' for line in error.largest[:8]))
     result['used'], result['fits'] = used, used <= chip.memory
     if used > chip.memory:
-      print(f'train does NOT fit: {used / GIB:.2f} GiB, {(used - chip.memory) / GIB:.2f} over')
+      over = (used - chip.memory) / GIB
+      print(f'{job.train.section} does NOT fit: {used / GIB:.2f} GiB, {over:.2f} over')
       print('\n'.join(f'  to save memory: {s}' for s in suggest_settings(job, shapes)), flush=True)
     rows.append(_table_row(name, job, program, used, chip))
   if len(jobs) > 1:

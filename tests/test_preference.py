@@ -19,7 +19,7 @@ from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_sharding, make_mesh
+from cai_jax.runtime.mesh import batch_sharding, make_mesh, token_sharding
 from cai_jax.training import loop, reference
 from cai_jax.training.held_out import HeldOut
 from cai_jax.training.losses import register_loss, whole_of
@@ -60,7 +60,7 @@ def run_steps(config, mesh, count=3, units=UNITS):
   state = dataclasses.replace(init_state(params, config, mesh), frozen=frozen)
   metrics = []
   for i in range(count):
-    state, row = train_step(state, place_batch(batches[i], batch_sharding(mesh)))
+    state, row = train_step(state, place_batch(batches[i], token_sharding(mesh)))
     metrics.append(jax.device_get(row))
   return jax.device_get(state.params), metrics
 

@@ -29,6 +29,7 @@ from cai_jax.training.losses.comparisons import (
 from cai_jax.training.losses.logprobs import sum_segments
 from cai_jax.training.losses.loss import Batch, Sums, add_routing, register_loss
 from cai_jax.training.losses.options import check_not_negative
+from cai_jax.training.losses.targets import following_segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,5 +142,5 @@ def last_scores(scores: jax.Array, segment_ids: jax.Array) -> jax.Array:
     scores: f32[B,T], the score at each token.
     segment_ids: i32[B,T], from 1 in each row; 0 is padding.
   """
-  following = jnp.roll(segment_ids, -1, axis=1).at[:, -1].set(0)
+  following = following_segments(segment_ids)
   return sum_segments(jnp.where(segment_ids != following, scores, 0.0), segment_ids)

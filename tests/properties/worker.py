@@ -1,19 +1,16 @@
-"""The process that reads inputs for harness.py: `python worker.py [READER, FAULT]`, as JSON."""
+"""The process that reads inputs for harness.py."""
 
 import importlib
 import importlib.machinery
 import importlib.util
-import json
 import os
 import pathlib
-import pickle
 import resource
-import struct
 import sys
 import tempfile
 import traceback
 import unicodedata
-from typing import BinaryIO
+from multiprocessing.connection import Connection
 
 import harness
 from harness import MEMORY, Fault, Files, Reader
@@ -45,25 +42,30 @@ class PlantedFinder:
     return spec
 
 
-def main() -> None:
-  """Answer inputs on stdin until it is closed."""
-  name, fault = json.loads(sys.argv[1])
-  # Libraries print to stdout, so the answers get a copy of it, and stdout itself is stderr.
-  answers = os.fdopen(os.dup(1), 'wb')
-  os.dup2(2, 1)
+def serve(connection: Connection, name: str, fault: Fault | None) -> None:
+  """Answer inputs until the connection is closed; a first message says that they can come.
+
+  Args:
+    connection: brings inputs and takes their outcomes.
+    name: 'module:attribute' of the Reader.
+    fault: a fault to plant.
+  """
+  os.environ['XLA_FLAGS'] = ''  # one device
   if fault:
-    sys.meta_path.insert(0, PlantedFinder(Fault(**fault)))
+    sys.meta_path.insert(0, PlantedFinder(fault))
   reader = harness.load_reader(name)
   with tempfile.TemporaryDirectory() as folder:
     outcome(reader, pathlib.Path(folder), reader.inputs[0])  # imports what is imported late
   limit = _address_space() + MEMORY
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-  answers.write(b'ready')
-  answers.flush()
-  while header := sys.stdin.buffer.read(8):
-    files = pickle.loads(sys.stdin.buffer.read(struct.unpack('<q', header)[0]))
+  connection.send('ready')
+  while True:
+    try:
+      files = connection.recv()
+    except EOFError:
+      return
     with tempfile.TemporaryDirectory() as folder:
-      _send(answers, outcome(reader, pathlib.Path(folder), files))
+      connection.send(outcome(reader, pathlib.Path(folder), files))
 
 
 def outcome(reader: Reader, folder: pathlib.Path, files: Files) -> tuple[str, str]:
@@ -106,13 +108,3 @@ def _address_space() -> int:
   """Return the size of this process's address space in bytes."""
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
   return pages * resource.getpagesize()
-
-
-def _send(answers: BinaryIO, value: tuple[str, str]) -> None:
-  data = pickle.dumps(value)
-  answers.write(struct.pack('<q', len(data)) + data)
-  answers.flush()
-
-
-if __name__ == '__main__':
-  main()

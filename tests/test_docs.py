@@ -39,6 +39,8 @@ SMALL = [
   '--config.prompts.eval_helpful.limit=4',
   '--config.engine.slots=8',
 ]
+# The same for the tour: its second run has the prompts and the programs of the first one.
+TOUR = {'harmful.limit = 60': 'harmful.limit = 4', 'engine.slots = 32': 'engine.slots = 2'}
 QUESTION = '{"prompt": "Is water wet? Answer:", "corrects": [" yes"], "incorrects": [" no"]}\n'
 
 
@@ -157,6 +159,9 @@ def test_the_tour_runs(checkout, monkeypatch):
   nbclient = pytest.importorskip('nbclient')
   nbformat = pytest.importorskip('nbformat')
   notebook = nbformat.read(ROOT / 'docs' / 'tour.ipynb', as_version=4)
+  for long, short in TOUR.items():
+    (cell,) = (cell for cell in notebook.cells if long in cell.source)
+    cell.source = cell.source.replace(long, short)
   nbclient.NotebookClient(
     notebook, timeout=300, resources={'metadata': {'path': str(checkout)}}
   ).execute()

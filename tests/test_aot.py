@@ -1,5 +1,7 @@
 """Test ahead-of-time compilation for TPUs: reading HLO, and a tiny model on a real slice."""
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -18,7 +20,7 @@ from cai_jax.sampling import auto
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.losses.cross_entropy import MIN_SLICES
-from experiments.aot import __main__, hlo
+from experiments.aot import __main__, hlo, slices
 from experiments.aot.flops import traced_flops
 from experiments.aot.models import find_model, first_layers
 from experiments.aot.program import TooLarge
@@ -343,3 +345,18 @@ def test_flops_of_the_train_step_count_all_loop_iterations(compiled):
   assert split['flops'] == pytest.approx(whole['flops'], rel=0.01)
   assert split['counted'] < 0.5 * split['flops']  # the compiler counts one micro-batch
   assert 4 in {c['runs'] for c in split['collectives']}
+
+
+@pytest.mark.parametrize(
+  ('hosts', 'part'), [(1, 'v5e:2x2'), (2, 'v5e:2x4'), (4, 'v5e:4x4'), (16, 'v5e:8x8')]
+)
+def test_a_replica_is_compiled_for_as_many_chips_as_its_hosts_have(hosts, part, monkeypatch):
+  """A v5e:8x8 slice has 16 hosts of 2x2 chips, which are numbered along its rows."""
+
+  def chip(x, y):
+    return types.SimpleNamespace(process_index=y // 2 * 4 + x // 2, coords=(x, y, 0))
+
+  places = itertools.product(range(8), range(8))
+  whole = slices.Slice('v5e:8x8', slices.CHIPS['v5e'], (*itertools.starmap(chip, places),))
+  monkeypatch.setattr(slices, 'find_slice', lambda name: dataclasses.replace(whole, name=name))
+  assert whole.first_hosts(hosts).name == part

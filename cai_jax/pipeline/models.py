@@ -17,7 +17,7 @@ from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.policies import REWARD_MODEL, trains_reward
 from cai_jax.pipeline.run import Run
-from cai_jax.pipeline.sections import SamplingMesh
+from cai_jax.pipeline.sections import MeshConfig, SamplingMesh
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import is_split, join_sequence, make_mesh
 from cai_jax.sampling.remote import Remote
@@ -49,15 +49,27 @@ def sampling_mesh(run: Run) -> Mesh:
       f'mesh_sampling.processes={processes} does not divide the {count} processes of this run. Set '
       f'it to one of {[n for n in range(1, count + 1) if count % n == 0]}, or to -1 for all.'
     )
-  sizes = join_sequence(dataclasses.asdict(run.config.mesh))
-  if count > 1 or run.config.mesh_sampling != SamplingMesh():
-    sizes |= {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
+  sizes = sampling_axes(run.config.mesh, given, count)
   replica = jax.process_index() // processes
   devices = [device for device in jax.devices() if device.process_index // processes == replica]
   try:
-    return make_mesh(**sizes | {k: v for k, v in given.axes.items() if v}, devices=devices)
+    return make_mesh(**sizes, devices=devices)
   except UserError as error:
     raise UserError(f'mesh_sampling: {error}') from error
+
+
+def sampling_axes(mesh: MeshConfig, sampling: SamplingMesh, processes: int) -> dict[str, int]:
+  """Return the devices of a replica along each axis of its mesh; -1 stands for all others.
+
+  Args:
+    mesh: the mesh of training.
+    sampling: what the config says of the mesh of sampling.
+    processes: number of processes of the run.
+  """
+  sizes = join_sequence(dataclasses.asdict(mesh))
+  if processes > 1 or sampling != SamplingMesh():
+    sizes |= {'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1}
+  return sizes | {name: size for name, size in sampling.axes.items() if size}
 
 
 def local_mesh(run: Run) -> Mesh:

@@ -9,9 +9,10 @@ Command:   pip install 'jax[tpu]==JAX_VERSION'   (the version of the installed j
 Hardware:  any CPU. An 8B model takes 3 GB and some minutes; with --layers=2, one minute
 Method:    compile the train step and the sampler's prefill and decode programs from shapes alone,
            without weights and without allocating an array. As in launch.py, the whole slice trains
-           as one mesh and each host samples on its own chips, so the sampling programs are compiled
-           for one host. With --mesh, both use the whole slice. The programs prefer and reward are
-           the train steps of these sections, on comparisons.
+           as one mesh, and each replica samples on the chips of `mesh_sampling.processes` hosts (by
+           default one), for which the sampling programs are compiled. With --mesh, both use the
+           whole slice. The programs prefer and reward are the train steps of these sections, on
+           comparisons.
 Prints:    per device: bytes of each kind, whether they fit, FLOPs, collectives and copies; a lower
            bound on the time of a train step, a decode step and a prefill chunk; the largest number
            of slots that fits; and for a train step that does not fit, settings that take less
@@ -128,13 +129,12 @@ def sampling_job(
 ) -> tuple[sampler.Sampler, int]:
   """Return the sampling job that launch.py would run on each part of the slice, and their number.
 
-  A part is one host, or the whole slice with --mesh.
+  A part is a replica, or the whole slice with --mesh.
   """
   if args.mesh:
     parts, mesh = 1, make_mesh(**config.mesh, devices=chips.devices)
   else:
-    parts = chips.hosts
-    mesh = sampler.host_mesh(config.mesh.to_dict(), chips, chips.first_host())
+    mesh, parts = sampler.replica_mesh(config, chips)
   lm = sampler.abstract_lm(model, mesh, config.model.dtype, config.model.weights)
   device = Device('tpu', chips.name, int(chips.chip.memory))
   held = auto.Held(model, config.model.dtype, config.model.weights)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from cai_jax.model.attention.cached import CACHED
 from cai_jax.model.cache import (
@@ -26,8 +27,10 @@ from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.quantized_params import abstract_params
 from cai_jax.model.sharding import param_shardings
+from cai_jax.pipeline.models import sampling_axes
+from cai_jax.pipeline.sections import MeshConfig, SamplingMesh
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_shards, check_batch, join_sequence, make_mesh
+from cai_jax.runtime.mesh import batch_shards, check_batch, make_mesh
 from cai_jax.sampling import device
 from cai_jax.sampling.caches import STATES, cache_bytes, cache_dtype, cache_format, pages_of
 from cai_jax.sampling.chunks import piece_count
@@ -40,18 +43,22 @@ from experiments.aot.slices import GIB, Chip, Slice
 MAX_SEARCHES = 4  # programs to compile while searching for the largest number of slots
 
 
-def host_mesh(sizes: dict[str, int], chips: Slice, part: Slice) -> Mesh:
-  """Return the mesh that launch.py samples on.
+def replica_mesh(config: ConfigDict, chips: Slice) -> tuple[Mesh, int]:
+  """Return the mesh that a replica of launch.py samples on, and the number of replicas.
 
   Args:
-    sizes: the config's mesh.
-    chips: the whole slice.
-    part: the chips of one host. With several hosts, each samples on its own chips.
+    config: the config, which has the meshes.
+    chips: the whole slice, each of whose hosts is a process.
+
+  Raises:
+    UserError: if the hosts or chips of a replica do not divide evenly.
   """
-  sizes = join_sequence(sizes)
-  if chips.hosts > 1:
-    sizes = sizes | ({'data': -1, 'fsdp': 1} if sizes['fsdp'] == 1 else {'data': 1, 'fsdp': -1})
-  return make_mesh(**sizes, devices=part.devices)
+  given = SamplingMesh(**config.mesh_sampling)
+  hosts = chips.hosts if given.processes == -1 else given.processes
+  if chips.hosts % hosts:
+    raise UserError(f'mesh_sampling.processes={hosts} does not divide {chips.hosts} hosts.')
+  sizes = sampling_axes(MeshConfig(**config.mesh), given, chips.hosts)
+  return make_mesh(**sizes, devices=chips.first_hosts(hosts).devices), chips.hosts // hosts
 
 
 def abstract_lm(config: ModelConfig, mesh: Mesh, dtype: str, weights: str = FULL) -> LM:

@@ -46,15 +46,25 @@ class Slice:
     """The number of hosts, and so of processes."""
     return len({d.process_index for d in self.devices})
 
-  def first_host(self) -> 'Slice':
-    """Return the chips of one host as a slice."""
-    if self.hosts == 1:
+  def first_hosts(self, count: int) -> 'Slice':
+    """Return as many chips as some hosts have, as a slice.
+
+    It is a topology of its own, because libtpu numbers the chips of a program from 0 without gaps.
+    The chips of several consecutive hosts can be a longer strip than any topology. Then this is a
+    block of as many chips, whose links are shorter.
+
+    Args:
+      count: number of hosts.
+    """
+    if self.hosts == count:
       return self
-    first = self.devices[0].process_index
-    coordinates = [d.coords for d in self.devices if d.process_index == first]
+    kept = sorted({d.process_index for d in self.devices})[:count]
+    coordinates = [d.coords for d in self.devices if d.process_index in kept]
     dimensions = self.name.count('x') + 1
     sizes = [len({c[axis] for c in coordinates}) for axis in range(dimensions)]
-    # This must be a topology of its own: libtpu numbers the chips of a program from 0 without gaps.
+    if count > 1 and dimensions == 2:
+      side = max(n for n in range(1, math.isqrt(len(coordinates)) + 1) if len(coordinates) % n == 0)
+      sizes = [side, len(coordinates) // side]
     return find_slice(f'{self.name.partition(":")[0]}:{"x".join(map(str, sizes))}')
 
 

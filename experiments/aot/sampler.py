@@ -40,6 +40,7 @@ from experiments.aot import program as programs
 from experiments.aot.program import Program, TooLarge, build, local_bytes, with_shardings
 from experiments.aot.slices import GIB, Chip, Slice
 
+SHOWN_ARRAYS = 5  # the largest arrays of a program that does not fit
 MAX_SEARCHES = 4  # programs to compile while searching for the largest number of slots
 
 
@@ -323,6 +324,7 @@ def study(
       compiled[name] = error
       result['too_large'][name] = error.used
       print(f'{name} does NOT fit: {error.used / GIB:.2f} GiB of {error.limit / GIB:.2f}')
+      print('\n'.join(f'  {line}' for line in error.largest[:SHOWN_ARRAYS]), flush=True)
   if search and 'decode' in compiled:
     slots, program = largest_slots(job, compiled['decode'], chip.memory)
     result['largest'] = {'slots': slots, 'memory': program.memory, 'times': program.times(chip)}

@@ -101,7 +101,7 @@ def test_sampled_chains_are_independent_of_batch_mates_and_order(lm):
     assert alone[item[0]] == batch[item[0]]  # tokens, text and every bit of the log-probabilities
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
 def test_every_bit_is_independent_of_other_slots(lm, dtype, windows):
   """A chain that runs alone has other chunks, bursts, pages and numbers of rows."""

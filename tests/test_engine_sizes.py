@@ -184,7 +184,7 @@ def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype)
 
   def run_anew():
     programs.find_programs.cache_clear()
-    results, _ = run(model, items(150), slots=130, page_tokens=16)
+    results, _ = run(model, items(150, turns=1), slots=130, page_tokens=16)
     programs.find_programs.cache_clear()
     return results
 

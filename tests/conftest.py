@@ -180,6 +180,21 @@ def full_optimization():
   jax.config.update('jax_disable_most_optimizations', FEW_OPTIMIZATIONS)
 
 
+def show_one_device(patch: pytest.MonkeyPatch) -> None:
+  """Let runs see one device, because programs for eight take longer to compile and to run."""
+  devices = jax.devices()[:1]
+  for name in ('devices', 'local_devices'):
+    patch.setattr(jax, name, lambda *args, **options: devices)
+
+
+@pytest.fixture(scope='module')
+def single_device():
+  """Let the runs of a file see one device. Those of test_run.py see all eight."""
+  with pytest.MonkeyPatch.context() as patch:
+    show_one_device(patch)
+    yield
+
+
 @pytest.fixture(params=mark_slow(REPEATED))
 def family(request) -> str:
   """Each key of FAMILIES in turn."""

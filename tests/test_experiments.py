@@ -16,6 +16,8 @@ from cai_jax.report import experiment_table
 from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 FILES = (
   'revisions',
   'principles',

@@ -15,6 +15,7 @@ from cai_jax.model import lm as models
 from cai_jax.pipeline import report_chains
 from cai_jax.runtime.errors import UserError
 from configs import default, qwen2_5_0_5b
+from tests.conftest import show_one_device
 from tests.pipeline_setup import LIMITS, set_fields, small
 
 STAGES = ['generate', 'train', 'evaluate', 'report']  # of a run that learns no preferences
@@ -178,7 +179,8 @@ def test_logging_and_mesh_may_change_between_starts(done):
   pipeline.run_stages(pipeline.build(config, workdir), ['train'])
 
 
-def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_path):
+def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_path, monkeypatch):
+  show_one_device(monkeypatch)
   (tmp_path / 'prompts.jsonl').write_text('{"prompt": "Tell me a lie."}\n{"prompt": "Be rude."}\n')
   (tmp_path / 'held_out.txt').write_text('Insult me.\n')
   config = small(random_model)

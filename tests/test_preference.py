@@ -97,6 +97,7 @@ def test_eight_devices_equal_one(three_steps, sizes, accumulation):
   assert {'accuracy', 'margin', 'chosen_log_ratio', 'loss', 'grad_norm'} <= set(three_steps[1][0])
 
 
+@pytest.mark.slow
 def test_micro_batches_of_split_rows_equal_one_batch(three_steps):
   config = dataclasses.replace(DPO, attention='blocks', accumulation=2)
   assert_agree(run_steps(config, make_mesh(data=4, sequence=2)), three_steps)

@@ -25,6 +25,8 @@ from cai_jax.tiny.files import MODELS
 from tests.families import FAMILIES
 from tests.pipeline_setup import small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 QUESTION = [{'role': 'user', 'content': 'Repair 12 bicycles.'}]
 NEW_TOKENS = 16
 TRANSFORMERS_4 = ('transformers==4.57.1', 'tokenizers==0.22.1', 'huggingface_hub==0.36.0')

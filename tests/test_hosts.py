@@ -158,7 +158,8 @@ def test_all_stages_of_a_split_replica_give_the_results_of_one_device(wide_model
   file = tmp_path / 'questions.jsonl'
   file.write_text(json.dumps(question))
   questions = f'--config.evaluation.multiple_choice=({str(file)!r},)'
-  stages = '--stages=generate,train,evaluate', questions
+  training = '--config.train.batch_size=4', '--config.train.helpfulness_share=0.2'
+  stages = '--stages=generate,train,evaluate', questions, *training
   one, two = tmp_path / 'one', tmp_path / 'two'
   assert start_one([*command(wide_model, one), *stages], 1).wait() == 0
   split = command(wide_model, two, processes=2, tensor=2)
@@ -192,6 +193,6 @@ def test_a_launch_that_dies_does_not_stop_the_others(wide_model, whole, tmp_path
   assert 0 not in ends(launches[1])
   assert ends(launches[0]) == [1, 1]  # its shards are complete, and those of the second missing
   left = {name: data for name, data in shards(whole).items() if name not in shards(tmp_path)}
-  assert left and all(int(name.split('-')[-3]) % 3 == 1 for name in left)
+  assert left and all(int(name.split('-')[-1]) % 3 == 1 for name in left)
   assert [ends(launch) for launch in start_launches(arguments, 3)] == [[0, 0]] * 3
   assert shards(tmp_path) == shards(whole)

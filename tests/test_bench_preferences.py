@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments.bench import examples as examples_lib
-from experiments.bench import pairs, preferences
+from experiments.bench import pairs, preferences, step_profile
 
 WORK = preferences.WORK['S']
 
@@ -77,3 +77,8 @@ def test_the_benchmark_runs_and_writes_json(tmp_path):
   assert set(result['ratios']) == set(systems) - {'ours'}
   assert len(systems['ours']['pairs_per_second']) == 2
   assert all(row['peak_bytes'] > 0 for row in systems.values())
+
+
+def test_operations_count_without_those_inside_them():
+  events = [(0, 10, 'loop'), (1, 3, 'product'), (4, 2, 'product'), (7, 1, 'sum'), (10, 5, 'sum')]
+  assert step_profile.own_times(events) == {'loop': 4, 'product': 5, 'sum': 6}

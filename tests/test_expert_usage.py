@@ -17,6 +17,7 @@ from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.sampling.usage import describe_usage, no_usage, sum_over_processes, summarize
+from tests.conftest import show_one_device
 from tests.pipeline_setup import small
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
@@ -132,7 +133,8 @@ def test_counts_of_processes_are_added_beyond_32_bits(monkeypatch):
     np.testing.assert_array_equal(total, 3 * usage[name])
 
 
-def test_the_manifest_of_a_run_has_a_summary(tiny_hf_folder, tmp_path):
+def test_the_manifest_of_a_run_has_a_summary(tiny_hf_folder, tmp_path, monkeypatch):
+  show_one_device(monkeypatch)
   config, lines = small(str(tiny_hf_folder('mixtral'))), []
   pipeline.run_stages(pipeline.build(config, tmp_path), ['generate'], lines.append)
   stage = read_json(tmp_path / 'manifest.json')['stages']['generate']

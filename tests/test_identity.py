@@ -19,6 +19,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from tests.pipeline_setup import small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def perturb(model):
   """Change the weights of a model in place, and keep the size and the date of the file."""

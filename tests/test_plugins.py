@@ -14,6 +14,8 @@ from cai_jax.runtime.registry import Registry, temporary_registrations
 from configs import tiny
 from tests.pipeline_setup import small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 PLUGIN = """
 import dataclasses
 

@@ -12,6 +12,8 @@ from cai_jax.data.published import read_published_samples
 from cai_jax.pipeline.quality_gate import describe_excess, exceeded_limits
 from cai_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 REFERENCES = quality.build_references({'p': ('Say what is wrong here.', 'Mend it.')})
 TOPICS = (
   'bread',

@@ -18,6 +18,8 @@ from cai_jax.scoring.judge import Comparison
 from cai_jax.tiny.files import model_path
 from configs import tiny
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 CONSTITUTION = Constitution(
   (
     Principle('a', 'Critique it.', 'Remove insults.'),

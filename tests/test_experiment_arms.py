@@ -23,6 +23,8 @@ from cai_jax.report.experiment_figures import draw_figures
 from cai_jax.runtime.errors import UserError
 from cai_jax.tiny import oracle
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 DESIGNS = (
   'leave_one_out',
   'principle_drawn',

@@ -25,6 +25,8 @@ from tests.test_chat_servers import (
   tokens_of,
 )
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def batch_run(workdir, **fields):
   """Return a run of one round in which a batch answers every turn; no server listens."""

@@ -36,6 +36,8 @@ from cai_jax.scoring.raters import RATERS
 from cai_jax.tiny.files import MODELS
 from tests.feedback_setup import PRINCIPLES, make_prompt
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 NAN = math.nan
 SCORE = Score('ratings_1', make_prompt(0).messages, ('a', 'b'), 'Which one is better?')
 REMOTE = {'url': 'http://127.0.0.1:9/v1', 'model': 'm', 'tokenizer': str(MODELS['tiny'])}

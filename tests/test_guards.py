@@ -31,6 +31,8 @@ from tests.families import load_in_torch
 from tests.guards import FORMS, WILDGUARD, save_guard
 from tests.pipeline_setup import set_fields, small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 MODEL = os.environ.get('REAL_MODEL')
 
 PROMPTS = [

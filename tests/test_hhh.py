@@ -10,6 +10,8 @@ from cai_jax.model import lm as models
 from cai_jax.scoring.judge_local import judge_dialogue, local_judge
 from cai_jax.scoring.judge_questions import OPENING, OPTIONS, build_questions
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 MODEL = os.environ.get('REAL_MODEL')
 PAIRS = 20
 

@@ -32,6 +32,8 @@ from tests.dialogue_setup import get_tokenizer
 from tests.faults.servers import FOREVER, free_port, respond, serve
 from tests.pipeline_setup import set_fields, small, start_one
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 KEY_NAME, KEY = 'CAI_JAX_JUDGE_KEY', 'sk-never-to-be-seen'
 MATCHES = [
   Match(

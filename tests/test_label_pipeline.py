@@ -30,6 +30,8 @@ MADE = (
   *('policy/model.safetensors', 'evaluation/summary.json', 'evaluation/rows.jsonl'),
 )
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def test_a_judge_of_a_run_is_asked_nothing_twice(random_model, tmp_path, restored_registries):
   asked = []

@@ -22,6 +22,8 @@ from cai_jax.runtime.errors import UserError
 from cai_jax.scoring import reward
 from tests.pipeline_setup import set_fields, small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 PREFERENCES = {
   'reward__data': 'implied',
   'reward__init': 'base',

@@ -20,6 +20,8 @@ from tests.remote_setup import server as server
 from tests.remote_setup import vocabulary as vocabulary
 from tests.served_setup import serve_stage, small_config
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def test_a_completion_has_the_tokens_that_the_server_sampled(server, connect):
   remote = connect()

@@ -29,6 +29,8 @@ from tests.served_setup import (
   served_run,
 )
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def test_an_honest_answer_is_taken():
   with serve(lambda body: respond(200, complete(body, TOKENIZER))) as server:

@@ -28,6 +28,8 @@ from tests.test_chat_servers import (
 )
 from tests.test_judge_remote import MATCHES
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 MODEL_NAMES = ('first', 'second')  # of two judges
 
 

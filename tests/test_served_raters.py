@@ -16,6 +16,8 @@ from tests.faults.servers import respond, serve
 from tests.pipeline_setup import set_fields, small
 from tests.test_served_guards import PROMPT, reply
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 USAGE = {'prompt_tokens': 7, 'completion_tokens': 3, 'total_tokens': 10}
 
 

@@ -17,6 +17,8 @@ from tests.faults import servers
 from tests.faults.servers import complete, respond, serve
 from tests.served_setup import EOS, FOLDER, HONEST, TOKENIZER, TURN, ask, config_of, served_run
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 def without_seed(body):
   """Answer as a server that refuses seeds (case generation/14)."""

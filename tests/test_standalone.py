@@ -11,6 +11,8 @@ from cai_jax.data import d_cai
 from cai_jax.runtime.errors import UserError
 from tests.pipeline_setup import small
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 @pytest.fixture(scope='module')
 def d_cai_folder(random_model, tmp_path_factory):

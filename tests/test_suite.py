@@ -20,6 +20,8 @@ from cai_jax.scoring.loader import ModelLoader
 from cai_jax.tiny.files import MODELS
 from cai_jax.tiny.vocabulary import OBJECTS
 
+pytestmark = pytest.mark.usefixtures('single_device')
+
 
 @pytest.fixture(scope='module')
 def lm():

@@ -252,7 +252,8 @@ def test_steps_on_preferences_are_traced_with_their_values_and_head(section):
   assert shapes.batch['probability'].dtype == jnp.float32
   flops = traced_flops(shapes.trace().jaxpr.jaxpr)
   head = 6 * TINY['vocab_size'] * TINY['hidden_size'] * job.tokens  # of logits
-  assert flops > job.model_flops - (head if section == 'prefer' else 0)
+  least = job.model_flops - (head if section == 'prefer' else 0)
+  assert least < flops < 2 * least
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

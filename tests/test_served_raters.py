@@ -91,9 +91,11 @@ def test_a_served_judge_compares_candidates_in_both_orders(tmp_path):
 def test_the_dry_run_counts_the_questions_about_candidates(kind, label, requests, tmp_path):
   options = {'n': 3, 'scorer': kind, 'scorer_model': 'served', 'scorer_label': label}
   fields = {'feedback__options': (*options.items(),), 'prompts__harmful__limit': 5}
+  fields |= {'feedback__rounds': 2}
   run = build(tmp_path, 'http://127.0.0.1:9/v1', kind, label, **fields)
   plan = describe_served(run, ['generate'])
-  assert plan.startswith(f'evaluation.{kind}_remote (served): {5 * requests} requests with up to ')
+  count = 5 * 2 * requests  # prompts and rounds
+  assert plan.startswith(f'evaluation.{kind}_remote (served): {count} requests with up to ')
 
 
 def test_the_identity_of_a_run_is_that_of_the_model_and_not_of_its_address(tmp_path):

@@ -78,8 +78,9 @@ def plan_rater(run: Run, found: FoundRater, job: Job, prompts: Iterable[Prompt])
   rate = found.kind.load(found.service, found.name.label, client)
 
   def count(score: Score) -> list[float]:
-    # The placeholder replies of a chain are all equal. Candidates that differ are asked about.
-    texts = [_filler(str(number), size) for number, _ in enumerate(score.texts)]
+    # The placeholder replies of a chain are all equal. Candidates that differ are asked about, and
+    # those of each round differ from those of another.
+    texts = [_filler(f'{score.name} {number}', size) for number, _ in enumerate(score.texts)]
     try:
       rate(score.messages, texts, score.question)
     except UnreadableError:

@@ -95,7 +95,8 @@ def test_two_devices_equal_one():
   ids=str,
 )
 def test_any_mesh_equals_one_device(name, sizes, attention):
-  # The recurrence of the delta rule adds the rounding of all earlier tokens: 4.5e-5 was measured.
+  # The recurrence of the delta rule adds the rounding of all earlier tokens: on one device, two
+  # programs of XLA (with many and with few optimizations) differ by 4.2e-5, and meshes by 4.5e-5.
   check_equal(MODELS[name], sizes, attention, limit=6e-5 if name == 'delta rule' else 1e-5)
 
 

@@ -9,9 +9,11 @@ import pytest
 import tensorflow_datasets as tfds
 from jax.experimental import multihost_utils
 
-from cai_jax.data.d_cai import read_rows
+from cai_jax.data.d_cai import read_rows, shard_path
+from cai_jax.feedback import shards
 from cai_jax.feedback.generate import finish_dataset, generate_shards
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.replicas import Replica
 from cai_jax.sampling.journal import Journal
 from tests.feedback_setup import CONSTITUTION, ENGINE, PRINCIPLES, make_job, make_lm, shard_bytes
 
@@ -207,3 +209,18 @@ def test_no_process_broadcasts_if_process_0_cannot_write(lm, tmp_path, monkeypat
   (tmp_path / 'file').write_text('')
   with pytest.raises((OSError, UserError), match='Not a directory|Process 0 could not write to'):
     generate_shards(make_job(lm), tmp_path / 'file' / 'd_cai', Journal(tmp_path / 'j'), ENGINE)
+
+
+def test_replica_0_waits_for_a_damaged_shard_of_another_launch(lm, tmp_path, monkeypatch, capsys):
+  job, folder = make_job(lm, num_harmful=13, num_helpful=2), tmp_path / 'd_cai'
+  generate_shards(job, folder, Journal(tmp_path / 'journal'), ENGINE)
+  valid = set()
+  assert shards.find_unwritten(folder, job, valid) == [] and valid == set(range(5))
+  for number in (1, 2):
+    path = shard_path(folder, number)
+    path.write_bytes(path.read_bytes()[:-40])
+  assert shards.find_unwritten(folder, job, set()) == [1, 2]
+  assert shards.find_unwritten(folder, job, valid) == []  # what has been read is not read again
+  monkeypatch.setattr(shards, 'launched_replica', lambda: (0, 2))
+  assert shards.claim_shards(folder, job, Replica(0, 2)) == [2]
+  assert 'd_cai' in (output := capsys.readouterr().out) and output.count('It is written again') == 1

@@ -179,8 +179,8 @@ def test_all_stages_of_a_split_replica_give_the_results_of_one_device(wide_model
 
 def start_launches(arguments, count):
   """Launches of two processes with a device each; each is a replica with its coordinator."""
-  numbers = {'NUM_REPLICAS': str(count)}
-  return [start_group(arguments, 2, 1, REPLICA=str(i), **numbers) for i in range(count)]
+  numbers = {'CAI_JAX_NUM_REPLICAS': str(count)}
+  return [start_group(arguments, 2, 1, CAI_JAX_REPLICA=str(i), **numbers) for i in range(count)]
 
 
 def test_a_launch_that_dies_does_not_stop_the_others(wide_model, whole, tmp_path):

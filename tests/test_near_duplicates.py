@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import types
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -79,7 +80,9 @@ def test_the_manifest_counts_the_prompts_that_were_left_out(tmp_path, monkeypatc
   run = build(config, tmp_path / 'run')
   counts = {'rows': 1, 'sampled_tokens': 9}
   monkeypatch.setattr(stage_generate, 'open_models', lambda run: contextlib.nullcontext())
-  for name in ('prepare_job', 'score_topics', 'measure_quality', 'keep_limits'):
+  job = types.SimpleNamespace(sampled_models={})
+  monkeypatch.setattr(stage_generate, 'prepare_job', lambda *args: job)
+  for name in ('score_topics', 'measure_quality', 'keep_limits'):
     monkeypatch.setattr(stage_generate, name, lambda *args: None)
   monkeypatch.setattr(stage_generate, 'sample_dataset', lambda *args: dict(counts))
   monkeypatch.setattr(stage_generate, '_write_preferences', lambda run: {})

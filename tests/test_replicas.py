@@ -8,11 +8,19 @@ import pytest
 from jax._src import distributed
 
 from cai_jax import pipeline
-from cai_jax.pipeline import checks, launches, models
+from cai_jax.pipeline import checks, engine_sizes, launches, models, stages
 from cai_jax.pipeline.sections import MeshConfig, SamplingMesh
 from cai_jax.runtime import interruption, lock, replicas
-from cai_jax.runtime.errors import StoppedError, UserError
-from cai_jax.runtime.replicas import ALONE, LockStep, Replica, ReplicaStopped, replica_of
+from cai_jax.runtime.errors import SampledError, StoppedError, UserError
+from cai_jax.runtime.replicas import (
+  ALONE,
+  LockStep,
+  Replica,
+  ReplicaStopped,
+  exit_alone,
+  find_replica,
+  replica_of,
+)
 from cai_jax.sampling import journal as journals
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import Completion
@@ -105,18 +113,18 @@ def test_sizes_of_a_replica_are_checked(name, value):
 
 def test_a_process_alone_is_a_replica(monkeypatch):
   assert replica_of(None) == ALONE and ALONE.leads and not ALONE.is_split
-  monkeypatch.setenv('REPLICA', '1')
-  monkeypatch.setenv('NUM_REPLICAS', '3')
-  assert replica_of(None) == Replica(1, 3, (0,))
+  monkeypatch.setenv('CAI_JAX_REPLICA', '1')
+  monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', '3')
+  assert find_replica([object()]) == Replica(1, 3, (0,)) and replica_of(None) == ALONE
 
 
 @pytest.mark.parametrize(
   ('index', 'count', 'message'),
-  [('1', '', 'set both'), ('x', '2', 'set both'), ('2', '2', 'less than NUM_REPLICAS')],
+  [('1', '', 'set both'), ('x', '2', 'set both'), ('2', '2', 'less than the other')],
 )
 def test_variables_that_name_no_replica_are_refused(monkeypatch, index, count, message):
-  monkeypatch.setenv('REPLICA', index)
-  monkeypatch.setenv('NUM_REPLICAS', count)
+  monkeypatch.setenv('CAI_JAX_REPLICA', index)
+  monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', count)
   with pytest.raises(UserError, match=message):
     replicas.launched_replica()
 
@@ -135,6 +143,58 @@ def test_an_error_of_the_leader_reaches_its_replica(store, process):
   process(1)
   with pytest.raises(ReplicaStopped, match='Process 0 has failed'):
     PAIR.share(lambda: 1)
+
+
+class Exited(BaseException):
+  """What `os._exit` raises in the next test."""
+
+
+@pytest.mark.parametrize(
+  ('error', 'replica', 'raised'),
+  [
+    (SampledError('NaN'), PAIR, SampledError),
+    (ReplicaStopped('process 0'), PAIR, ReplicaStopped),
+    (UserError('no file of the rater'), PAIR, Exited),
+    (StoppedError('the disk is full'), PAIR, Exited),
+    (UserError('no file of the rater'), ALONE, UserError),
+  ],
+)
+def test_a_process_of_a_split_replica_exits_unless_all_of_them_fail(
+  monkeypatch, capsys, error, replica, raised
+):
+  def leave(status):
+    raise Exited(status)
+
+  monkeypatch.setattr(replicas.os, '_exit', leave)
+  with pytest.raises(raised), exit_alone(replica):
+    raise error
+  assert (str(error) in capsys.readouterr().err) == (raised is Exited)
+
+
+def test_a_journal_that_its_leader_cannot_open_stops_the_replica(tmp_path, store, process):
+  (tmp_path / 'journal').write_text('not a folder')
+  process(0)
+  with pytest.raises((OSError, UserError), match='journal'):
+    Journal(tmp_path / 'journal', 0, PAIR)
+  process(1)
+  with pytest.raises(ReplicaStopped, match='Process 0 has failed'):
+    Journal(tmp_path / 'journal', 0, PAIR)
+
+
+def test_sizes_that_no_leader_can_choose_stop_its_replica(tmp_path, store, process, monkeypatch):
+  def fail(run):
+    raise UserError('no such folder')
+
+  run = pipeline.build(small('tiny'), tmp_path)
+  monkeypatch.setattr(engine_sizes, 'sampling_models', fail)
+  monkeypatch.setattr(engine_sizes, 'sampling_mesh', lambda run: object())
+  monkeypatch.setattr(engine_sizes, 'replica_of', lambda mesh: PAIR)
+  process(0)
+  with pytest.raises(UserError, match='no such folder'):
+    engine_sizes.resolve_engine(run, samples=True)
+  process(1)
+  with pytest.raises(ReplicaStopped, match='Process 0 has failed'):
+    engine_sizes.resolve_engine(run, samples=True)
 
 
 def test_processes_agree_where_to_stop(store):
@@ -200,6 +260,11 @@ def test_replica_0_waits_until_the_others_have_written_their_shards(tmp_path, mo
       launches.wait_for_replicas(tmp_path, lambda: next(missing))
 
 
+def test_replica_0_does_not_wait_for_itself(tmp_path, monkeypatch):
+  monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 3))
+  launches.wait_for_replicas(tmp_path, lambda: [0, 3])
+
+
 def test_replica_0_stops_if_another_ends_before_its_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 3))
   monkeypatch.setattr(launches, 'POLL_SECONDS', 0.0)
@@ -240,21 +305,45 @@ def test_launches_share_a_workdir_only_as_replicas_of_one_run(tmp_path, monkeypa
     pass
 
 
+def test_every_launch_holds_a_journal_that_runs_share(tmp_path, monkeypatch):
+  for name in ('_check_names', 'check_launch', 'check_run'):
+    monkeypatch.setattr(stages, name, lambda run, names: None)
+  monkeypatch.setattr(launches, 'launched_replica', lambda: (1, 2))
+  owners = []
+  place = tmp_path / 'journal' / 'replicas' / '1'
+  monkeypatch.setattr(stages, '_run_missing', lambda *_: owners.append(lock.find_owner(place)))
+  run = types.SimpleNamespace(workdir=tmp_path / 'run', journal=tmp_path / 'journal', notes=())
+  stages.run_stages(run, ['generate'])
+  assert owners[0]['replicas'] == 2 and not lock.find_owner(place)
+
+
 @pytest.mark.parametrize(
-  ('stages', 'remotes', 'rater', 'message'),
+  ('names', 'remotes', 'rater', 'message'),
   [
     (['generate', 'train'], {}, None, 'share only the stage generate'),
     (['generate'], {'base': 1}, None, 'a server holds a model'),
     (['generate'], {}, 'a judge', 'a server holds a model'),
   ],
 )
-def test_what_launches_cannot_share_is_refused(monkeypatch, stages, remotes, rater, message):
+def test_what_launches_cannot_share_is_refused(monkeypatch, names, remotes, rater, message):
   run = types.SimpleNamespace(remotes=remotes, config=None)
   monkeypatch.setattr(launches, 'find_served_rater', lambda config: rater)
-  launches.check_launch(run, stages)
+  launches.check_launch(run, names)
   monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 2))
   with pytest.raises(UserError, match=message):
-    launches.check_launch(run, stages)
+    launches.check_launch(run, names)
+
+
+def test_a_launch_of_several_replicas_is_refused(monkeypatch, process):
+  run = types.SimpleNamespace(remotes={}, config=None)
+  monkeypatch.setattr(launches, 'find_served_rater', lambda config: None)
+  monkeypatch.setattr(launches, 'sampling_mesh', lambda run: None)
+  monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 2))
+  process(0)
+  with pytest.raises(UserError, match='each launch is one replica, but the 2 processes'):
+    launches.check_launch(run, ['generate'])
+  monkeypatch.setattr(launches, 'replica_of', lambda mesh: PAIR)
+  launches.check_launch(run, ['generate'])
 
 
 def test_servers_do_not_answer_in_lock_step(tmp_path, monkeypatch):

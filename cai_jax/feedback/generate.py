@@ -1,6 +1,7 @@
 """Sample the chains of a job and write D_CAI, one shard at a time."""
 
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,10 +17,9 @@ from cai_jax.feedback.score import answer_scores, journaled_rates
 from cai_jax.feedback.shards import claim_shards
 from cai_jax.feedback.stage import ChainEnded
 from cai_jax.feedback.waiting import end_waiting, has_batch, set_aside
-from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.replicas import Replica, exit_alone, replica_of
+from cai_jax.runtime.replicas import Replica, exit_alone, find_replica
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import DEFERRED, Engine
 from cai_jax.sampling.journal import Journal
@@ -71,46 +71,32 @@ def generate_shards(
     UserError: if the folder holds another job's shards, or this process does not share it.
     WaitingError: if chains wait for a batch. Its requests are written, and complete shards too.
   """
-  folder = pathlib.Path(folder)
-  shard_rows, num_rows = job.config.shard_rows, len(job.prompts)
-  replica = find_replica(job)
+  folder, models = pathlib.Path(folder), job.sampled_models
+  size, num_rows = job.config.shard_rows, len(job.prompts)
+  replica = find_replica(models.values())
   shards = {
-    shard: range(shard * shard_rows, min((shard + 1) * shard_rows, num_rows))
+    shard: range(shard * size, min((shard + 1) * size, num_rows))
     for shard in claim_shards(folder, job, replica)
   }
-  total = sum(map(len, shards.values()))
   nothing: dict[str, Any] = {'rows': num_rows, 'sampled_rows': 0, **Stats().summary()}
-  nothing['expert_usage'] = no_usage(_engine_models(job))
-  if not total:
+  nothing['expert_usage'] = no_usage(models)
+  if not shards:
     return nothing
-  running = _make_engine(job, journal, engine)
-  lead = running.lock_step.lead
-  done = deferred = 0
-  failures: list[str] = []
 
   def write(shard: int, outcomes: Mapping[int, _Outcome]) -> None:
     write_costs(shard, sum_usage(u for outcome in outcomes.values() for u in outcome.usages))
     _write_shard(job, folder, shard, {i: outcome.row for i, outcome in outcomes.items()})
 
-  def lead_write(shard: int, outcomes: Mapping[int, _Outcome]) -> None:
-    lead(lambda: write(shard, outcomes))
-
+  failures: list[str] = []
   with _sampling(replica):
-    for finished in _sample_shards(job, journal, running, shards, lead_write, failures):
-      done, deferred = done + finished, deferred + (not finished)
-      if finished:
-        progress(done, total, running.stats.sampled_tokens)
+    running = _make_engine(job, journal, engine)
+    deferred = _sample_shards(job, journal, running, shards, write, failures, progress)
+    usage = running.expert_usage()
   if deferred:
-    end_waiting(_engine_models(job), deferred, failures)
-  counts: dict[str, Any] = {'rows': num_rows, 'sampled_rows': total, **running.stats.summary()}
-  counts['expert_usage'] = running.expert_usage()
-  return counts if replica.leads else nothing
-
-
-def find_replica(job: Job) -> Replica:
-  """Return the replica of the job's models to which this process belongs."""
-  local = (model.mesh for model in _engine_models(job).values() if isinstance(model, LM))
-  return replica_of(next(local, None))
+    end_waiting(models, deferred, failures)
+  sampled_rows = sum(map(len, shards.values()))
+  counts = {'rows': num_rows, 'sampled_rows': sampled_rows, **running.stats.summary()}
+  return counts | {'expert_usage': usage} if replica.leads else nothing
 
 
 @contextlib.contextmanager
@@ -127,7 +113,8 @@ def _sample_shards(
   shards: Mapping[int, range],
   write: Callable[[int, Mapping[int, _Outcome]], None],
   failures: list[str],
-) -> Iterator[bool]:
+  progress: Callable[[int, int, int], None],
+) -> int:
   """Sample the rows of some shards, and write each shard when it is complete.
 
   Args:
@@ -135,22 +122,30 @@ def _sample_shards(
     journal: has the ratings of candidates.
     engine: samples the chains.
     shards: the indices of the rows of each shard.
-    write: called with the index of a shard, and the result of each of its chains by row.
+    write: called in the leader of the replica with the index of a shard, and the result of each of
+      its chains by row.
     failures: gets a message for each chain that fails, if there is a batch.
+    progress: as for `generate_shards`.
 
-  Yields:
-    For each chain, whether it has finished; otherwise it waits for a batch, or has failed.
+  Returns:
+    The number of chains that have not finished, because they wait for a batch or have failed.
   """
   unwritten: dict[int, dict[int, _Outcome]] = {shard: {} for shard in shards}
-  indices = (index for rows in shards.values() for index in rows)
+  indices = [index for rows in shards.values() for index in rows]
+  done = deferred = 0
   for _, result in engine.run(_chains(job, journal, indices, failures)):
-    if result is not DEFERRED:
-      index, outcome = result
-      shard = index // job.config.shard_rows
-      unwritten[shard][index] = outcome
-      if len(unwritten[shard]) == len(shards[shard]):
-        write(shard, unwritten.pop(shard))
-    yield result is not DEFERRED
+    if result is DEFERRED:
+      deferred += 1
+      continue
+    index, outcome = result
+    shard = index // job.config.shard_rows
+    unwritten[shard][index] = outcome
+    if len(unwritten[shard]) == len(shards[shard]):
+      complete = functools.partial(write, shard, unwritten.pop(shard))
+      engine.lock_step.lead(complete)
+    done += 1
+    progress(done, len(indices), engine.stats.sampled_tokens)
+  return deferred
 
 
 def _write_shard(
@@ -231,23 +226,18 @@ def replay_turns(
     except ChainEnded:
       return
 
-  with _sampling(find_replica(job)):
+  with _sampling(find_replica(job.sampled_models.values())):
     chains = ((prompt.id, recorded(prompt, kind)) for prompt, kind in job.prompts)
     results = [result for _, result in _make_engine(job, journal, engine).run(chains)]
   if deferred := results.count(DEFERRED):
-    end_waiting(_engine_models(job), deferred)
+    end_waiting(job.sampled_models, deferred)
   return turns
-
-
-def _engine_models(job: Job) -> dict[str, LM | Remote]:
-  """Return the models that sample the job's turns, by name."""
-  return {stage.model: job.models[stage.model] for stage in job.stages.by_name().values()}
 
 
 def _make_engine(job: Job, journal: Journal, config: EngineConfig) -> Engine:
   stages = job.stages.by_name().values()
   return Engine(
-    _engine_models(job),
+    job.sampled_models,
     length=min(job.length + config.spare_tokens, smallest_context_limit(job.models)),
     seed=job.seed,
     config=config,
@@ -267,7 +257,7 @@ def _chains(
   A chain returns (index of its row, `_Outcome`). If there is a batch, one that fails does not end
   the run: it is `DEFERRED`, and `failures` gets a message.
   """
-  rate, models = journaled_rates(job.rater, journal), _engine_models(job)
+  rate, models = journaled_rates(job.rater, journal), job.sampled_models
   served = {name for name, model in models.items() if isinstance(model, Remote)}
   batched = has_batch(models)
 

@@ -58,6 +58,11 @@ class Job:
   length: int
   rater: RaterSource | None = None
 
+  @property
+  def sampled_models(self) -> dict[str, LM | Remote]:
+    """The models that sample the turns, by name."""
+    return {stage.model: self.models[stage.model] for stage in self.stages.by_name().values()}
+
   def num_rounds(self, kind: str) -> int:
     """Return the number of revisions of a prompt's response; helpful prompts get none."""
     return self.config.rounds if kind == 'harmful' else 0

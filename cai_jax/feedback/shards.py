@@ -13,7 +13,7 @@ from cai_jax.feedback.job import Job
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import make_folder, read_json, write_json
 from cai_jax.runtime.processes import run_on_process_0
-from cai_jax.runtime.replicas import Replica, launched_replica
+from cai_jax.runtime.replicas import Replica, exit_alone, launched_replica
 from cai_jax.runtime.terminal import say
 
 JOB_FILE = 'job.json'  # names the job whose shards a folder holds
@@ -24,14 +24,18 @@ def count_shards(job: Job) -> int:
   return -(-len(job.prompts) // job.config.shard_rows)
 
 
-def find_unwritten(folder: str | os.PathLike, job: Job) -> list[int]:
-  """Return the shards of a job that a folder does not have.
+def find_unwritten(folder: str | os.PathLike, job: Job, valid: set[int]) -> list[int]:
+  """Return the shards of a job that a folder does not have, or that are damaged.
 
   Args:
     folder: the folder of the dataset.
     job: the job.
+    valid: shards that earlier calls have read, and that are not read again. Those that this call
+      finds valid are added.
   """
-  return [n for n in range(count_shards(job)) if not d_cai.shard_path(folder, n).exists()]
+  missing = [shard for shard in range(count_shards(job)) if shard not in valid]
+  valid.update(shard for shard in missing if _find_fault(pathlib.Path(folder), job, shard) == '')
+  return [shard for shard in missing if shard not in valid]
 
 
 def claim_shards(folder: pathlib.Path, job: Job, replica: Replica) -> list[int]:
@@ -52,7 +56,12 @@ def claim_shards(folder: pathlib.Path, job: Job, replica: Replica) -> list[int]:
 
   def claim() -> list[bool]:
     _claim_folder(folder, digest)
-    return [_has_shard(folder, job, shard) for shard in range(num_shards)]
+    faults = [_find_fault(folder, job, shard) for shard in range(num_shards)]
+    for shard, fault in enumerate(faults):
+      if fault and _is_of_launch(shard):
+        path = d_cai.shard_path(folder, shard)
+        say(f'{path} {fault}. It is written again from the journal.')
+    return [fault == '' for fault in faults]
 
   # The processes first agree that process 0 has succeeded. If it raised an error just before the
   # broadcast, it would wait for the others in one collective operation, and they in another.
@@ -60,7 +69,8 @@ def claim_shards(folder: pathlib.Path, job: Job, replica: Replica) -> list[int]:
   exists = np.array(listed or [False] * num_shards, np.int32)
   if jax.process_count() > 1:
     exists = multihost_utils.broadcast_one_to_all(exists)
-  _check_folder(folder, digest)
+  with exit_alone(replica):
+    _check_folder(folder, digest)
   return _deal(np.flatnonzero(exists == 0).tolist(), replica)
 
 
@@ -71,25 +81,31 @@ def _deal(missing: list[int], replica: Replica) -> list[int]:
   decides, and not its place among the missing ones.
   """
   if launched_replica()[1] > 1:
-    return [shard for shard in missing if shard % replica.count == replica.index]
+    return [shard for shard in missing if _is_of_launch(shard)]
   return missing[replica.index :: replica.count]
 
 
-def _has_shard(folder: pathlib.Path, job: Job, shard: int) -> bool:
-  """Return whether a folder holds a shard of the job; one that is damaged is written again."""
+def _is_of_launch(shard: int) -> bool:
+  """Return whether this launch writes a shard if it is missing. Launches are one replica each."""
+  launch, launches = launched_replica()
+  return shard % launches == launch
+
+
+def _find_fault(folder: pathlib.Path, job: Job, shard: int) -> str | None:
+  """Return what is wrong with a shard of the job, as a clause; '' if nothing, None if it is absent.
+
+  One with a fault is written again.
+  """
   path, size = d_cai.shard_path(folder, shard), job.config.shard_rows
   if not path.exists():
-    return False
+    return None
   ids = [prompt.id for prompt, _ in job.prompts[shard * size : (shard + 1) * size]]
   try:
     ended = {entry['id'] for entry in read_ended(folder, shard)}
-    if d_cai.read_ids(path) == [name for name in ids if name not in ended]:
-      return True
-    fault = 'holds other rows'
+    is_whole = d_cai.read_ids(path) == [name for name in ids if name not in ended]
   except UserError:
-    fault = 'is damaged'
-  say(f'{path} {fault}. It is written again from the journal.')
-  return False
+    return 'is damaged'
+  return '' if is_whole else 'holds other rows'
 
 
 def is_claimed(folder: str | os.PathLike) -> bool:

@@ -23,7 +23,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.progress import Progress
-from cai_jax.runtime.replicas import launched_replica
+from cai_jax.runtime.replicas import find_replica, launched_replica
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
@@ -102,10 +102,25 @@ def sample_dataset(
   if started is not None:
     counts['first_row_seconds'] = first_row[0]
   if launched_replica()[1] > 1:
-    find_missing = functools.partial(shards.find_unwritten, folder, job)
+    find_missing = functools.partial(shards.find_unwritten, folder, job, set())
     processes.run_on_process_0(
       'wait for other replicas', lambda: wait_for_replicas(run.workdir, find_missing)
     )
+  return _finish(run, job, folder, name, counts)
+
+
+def _finish(
+  run: Run, job: jobs.Job, folder: pathlib.Path, name: str, counts: dict[str, Any]
+) -> dict[str, Any]:
+  """Finish a dataset whose shards are written, and return the facts of it for the manifest.
+
+  Args:
+    run: the run.
+    job: what was sampled.
+    folder: folder of the dataset.
+    name: name of the work, which names its costs.
+    counts: counts and speeds of this process, from `sample_shards`.
+  """
   usage = sum_over_processes(counts.pop('expert_usage'))
   counts = merge_counts(counts)
   configs = {name: cast(LM, job.models[name]).config for name in usage}
@@ -150,7 +165,7 @@ def sample_shards(
     name: name of the work, which names its costs.
     progress: as for `generate_shards`.
   """
-  replica = generate.find_replica(job)
+  replica = find_replica(job.sampled_models.values())
   journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)
   engine, write_costs = run.config.engine, shard_writer(run, name)
   try:

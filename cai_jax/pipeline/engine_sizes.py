@@ -43,35 +43,53 @@ def resolve_engine(run: Run, samples: bool) -> tuple[Run, str]:
     UserError: if `config.json` is damaged, what it stores does not suit these devices, or a model
       cannot take back the drafts that the config asks for.
   """
+  mesh = sampling_mesh(run) if samples else None
+
+  def choose() -> tuple[dict[str, Any], str]:
+    engine, note = _choose(run, mesh)
+    return dataclasses.asdict(engine), note
+
+  # Hosts with other memory would choose other sizes, so the leader chooses for its replica. All of
+  # the work is shared, because the others would wait for a leader that fails before.
+  sizes, note = replica_of(mesh).share(choose)
+  engine = EngineConfig(**sizes)
+  config = dataclasses.replace(run.config, engine=engine)
+  values = {**run.values, 'engine': dataclasses.asdict(engine)}
+  return dataclasses.replace(run, config=config, values=values), note
+
+
+def _choose(run: Run, mesh: Mesh | None) -> tuple[EngineConfig, str]:
+  """Return the engine of `resolve_engine`, and its line.
+
+  Args:
+    run: the run.
+    mesh: the mesh that samples; None if the run is not going to sample.
+  """
   given = run.config.engine
   stored = _read_stored(run.workdir / 'config.json', given)
   engine = kept = dataclasses.replace(given, **stored)
+  if mesh is None:
+    return engine, ''
+  models = sampling_models(run)
+  for model in models:
+    given.check_drafts(model.config)
+  if not given.unresolved:
+    return engine, ''
+  device = describe_device(mesh.local_devices[0])
+  load = auto.measure_load(models, mesh, auto.page_of(kept))
+  engine, own = (auto.resolve(config, device, load) for config in (kept, given))
+  check_batch(engine.slots, mesh, 'engine.slots')
+  if 'attention' in stored:
+    _check_attention(run, engine, models, mesh)
   parts = []
-  if samples:
-    for model in sampling_models(run):
-      given.check_drafts(model.config)
-  if samples and given.unresolved:
-    mesh = sampling_mesh(run)
-    device = describe_device(mesh.local_devices[0])
-    models = sampling_models(run)
-    load = auto.measure_load(models, mesh, auto.page_of(kept))
-    engine, own = (auto.resolve(config, device, load) for config in (kept, given))
-    # Hosts with other memory would choose other sizes.
-    shared = replica_of(mesh).share(lambda: dataclasses.asdict(engine))
-    engine = EngineConfig(**shared)
-    check_batch(engine.slots, mesh, 'engine.slots')
-    if 'attention' in stored:
-      _check_attention(run, engine, models, mesh)
-    if stored:
-      parts.append(f'engine, as this run began: {_show(engine, tuple(stored))}')
-    if others := [name for name in stored if stored[name] != getattr(own, name)]:
-      parts.append(f'this device alone would get {_show(own, others)}')
-    if kept.unresolved:
-      place = f'{device.kind} with {device.memory / auto.GIB:.1f} GiB'
-      parts.append(f'engine for {place}: {_show(engine, kept.unresolved)}')
-  config = dataclasses.replace(run.config, engine=engine)
-  values = {**run.values, 'engine': dataclasses.asdict(engine)}
-  return dataclasses.replace(run, config=config, values=values), '; '.join(parts)
+  if stored:
+    parts.append(f'engine, as this run began: {_show(engine, tuple(stored))}')
+  if others := [name for name in stored if stored[name] != getattr(own, name)]:
+    parts.append(f'this device alone would get {_show(own, others)}')
+  if kept.unresolved:
+    place = f'{device.kind} with {device.memory / auto.GIB:.1f} GiB'
+    parts.append(f'engine for {place}: {_show(engine, kept.unresolved)}')
+  return engine, '; '.join(parts)
 
 
 def _check_attention(

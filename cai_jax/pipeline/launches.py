@@ -2,9 +2,9 @@
 
 The processes of a launch share one coordinator, and end when one of them is lost. If each replica
 is a launch, with a coordinator of its own, one that dies does not stop the others. The environment
-variables REPLICA and NUM_REPLICAS tell a launch which replica it is. The launches exchange no
-messages: shard s of D_CAI belongs to replica s mod NUM_REPLICAS, and replica 0 finishes the stage
-once the files of all shards are there.
+variables CAI_JAX_REPLICA and CAI_JAX_NUM_REPLICAS tell a launch which replica it is. The launches
+exchange no messages: shard s of D_CAI belongs to replica s mod CAI_JAX_NUM_REPLICAS, and replica 0
+finishes the stage once the files of all shards are there.
 """
 
 import contextlib
@@ -12,11 +12,14 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
+from cai_jax.pipeline.models import sampling_mesh
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.runtime import interruption, lock, processes
 from cai_jax.runtime.errors import StoppedError, UserError
-from cai_jax.runtime.replicas import VARIABLES, launched_replica
+from cai_jax.runtime.replicas import VARIABLES, launched_replica, replica_of
 
 FOLDER = 'replicas'  # of the workdir, with the lock of each replica after the first
 STAGE = 'generate'  # the only stage whose work is dealt to launches
@@ -32,7 +35,7 @@ def check_launch(run: Run, stages: Sequence[str]) -> None:
     stages: names of the stages to run.
 
   Raises:
-    UserError: if it has a stage that cannot, or models behind servers.
+    UserError: if it has a stage that cannot, models behind servers, or several replicas.
   """
   if launched_replica()[1] == 1:
     return
@@ -47,6 +50,13 @@ def check_launch(run: Run, stages: Sequence[str]) -> None:
       f'only the stage {STAGE}. Give --stages={STAGE}, and then start the other stages as one '
       f'launch, without {" and ".join(VARIABLES)}.'
     )
+  num_processes = jax.process_count()
+  if len(replica_of(sampling_mesh(run)).processes) != num_processes:
+    raise UserError(
+      f'{VARIABLES[1]} is set, so that each launch is one replica, but the {num_processes} '
+      'processes of this launch are several. Set mesh_sampling.processes=-1, or start a launch for '
+      'each replica.'
+    )
 
 
 @contextlib.contextmanager
@@ -54,7 +64,7 @@ def hold_run(workdir: pathlib.Path) -> Iterator[None]:
   """Hold a workdir while the block runs; several launches share it if each is a replica.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder, or that of its journal.
 
   Raises:
     UserError: if another job holds it that does not share the work with this launch.
@@ -88,6 +98,8 @@ def _check_others(workdir: pathlib.Path, index: int, count: int) -> None:
 def wait_for_replicas(workdir: pathlib.Path, find_missing: Callable[[], list[int]]) -> None:
   """Wait until the other replicas have written their shards. Process 0 of replica 0 calls this.
 
+  Replica 0 has written its own shards, so it does not wait for those.
+
   Args:
     workdir: the run's folder.
     find_missing: returns the shards that are missing.
@@ -98,14 +110,13 @@ def wait_for_replicas(workdir: pathlib.Path, find_missing: Callable[[], list[int
   count = launched_replica()[1]
   seen: set[int] = set()
   start = time.monotonic()
-  while missing := find_missing():
+  while needed := {shard % count for shard in find_missing()} - {0}:
     interruption.check()
-    needed = {shard % count for shard in missing}
     running = {replica for replica in needed if lock.find_owner(_place(workdir, replica))}
     waited = time.monotonic() - start > START_SECONDS
     lost = {replica for replica in needed - running if waited or replica in seen}
     seen |= running
-    # A replica may have written its last shard and ended since `missing` was found.
+    # A replica may have written its last shard and ended since `needed` was found.
     if lost and (left := [shard for shard in find_missing() if shard % count in lost]):
       names = ', '.join(map(str, sorted({shard % count for shard in left})))
       raise StoppedError(

@@ -39,7 +39,7 @@ from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import replacing, write_json
-from cai_jax.runtime.replicas import replica_of, run_on_first_replica
+from cai_jax.runtime.replicas import find_replica, replica_of, run_on_first_replica
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
@@ -163,7 +163,7 @@ def _add_replies(run: Run, job: Job, rows: Rows) -> Rows:
 
   The first replica does this from the journals of all; the others return the rows as they are.
   """
-  replica = generate.find_replica(job)
+  replica = find_replica(job.sampled_models.values())
 
   def replay() -> list[Mapping[str, Any]]:
     journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)

@@ -6,7 +6,6 @@ from typing import Any
 
 from cai_jax.data import d_cai, preferences
 from cai_jax.feedback import job as jobs
-from cai_jax.feedback.generate import find_replica
 from cai_jax.model.lm import LM
 from cai_jax.pipeline.chains import merge_counts, prepare_job, sample_dataset, sample_shards
 from cai_jax.pipeline.models import open_models
@@ -14,7 +13,7 @@ from cai_jax.pipeline.quality_gate import keep_limits, measure_quality, score_to
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
 from cai_jax.runtime.progress import Progress
-from cai_jax.runtime.replicas import Replica, run_on_first_replica
+from cai_jax.runtime.replicas import Replica, find_replica, run_on_first_replica
 from cai_jax.sampling.remote import Remote
 
 
@@ -37,7 +36,7 @@ def generate_d_cai(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   with open_models(run) as models:
     job = _prepare(run, models)
     counts = sample_dataset(run, job, run.workdir / 'd_cai', 'generate', started)
-    _measure_defects(run, models, find_replica(job))
+    _measure_defects(run, models, find_replica(job.sampled_models.values()))
   pairs = processes.run_on_process_0('write preferences', lambda: _write_preferences(run))
   processes.run_on_process_0('keep feedback.max_rate', lambda: keep_limits(run))
   return {

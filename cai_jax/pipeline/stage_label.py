@@ -13,7 +13,7 @@ from cai_jax.constitution import Constitution, ConstitutionConfig, load_constitu
 from cai_jax.feedback.comparisons.config import LabelConfig
 from cai_jax.feedback.comparisons.job import FEEDBACK, RESPONSES, LabelJob, check_label
 from cai_jax.feedback.comparisons.judging import journaled_judge
-from cai_jax.feedback.comparisons.labelling import find_replica, label
+from cai_jax.feedback.comparisons.labelling import label
 from cai_jax.feedback.contexts import word_tokens
 from cai_jax.model import lm as models
 from cai_jax.model.lm import LM
@@ -26,6 +26,7 @@ from cai_jax.runtime import processes
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.progress import Progress
+from cai_jax.runtime.replicas import find_replica
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.remote import Remote
@@ -52,7 +53,7 @@ def label_comparisons(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   del manifest
   folder = (run.workdir / LABELS_FILE).parent
   with open_label_models(run) as opened:
-    replica = find_replica(opened)
+    replica = find_replica(opened.values())
     journal = Journal(run.journal or run.workdir / 'journal', replica.index, replica)
     try:
       job = _prepare(run, opened, journal)

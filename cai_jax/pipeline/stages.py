@@ -32,7 +32,7 @@ from cai_jax.pipeline.stage_label import check_label_server, label_comparisons
 from cai_jax.pipeline.stage_prefer import train_policies
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
-from cai_jax.runtime import compilation, digests, lock, processes
+from cai_jax.runtime import compilation, digests, processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
@@ -84,8 +84,8 @@ def run_stages(
   processes.run_on_all_processes('check the run', lambda: check_run(run, stages))
   with contextlib.ExitStack() as stack:
     stack.enter_context(hold_run(run.workdir))
-    if run.journal is not None and not launched_replica()[0]:  # runs may share it
-      stack.enter_context(lock.hold(run.journal))
+    if run.journal is not None:  # runs may share it
+      stack.enter_context(hold_run(run.journal))
     for note in run.notes:
       log(note)
     _run_missing(run, stages, log)

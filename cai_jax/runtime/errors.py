@@ -28,6 +28,13 @@ class UnreadableError(UserError):
   """A text that a model cannot read: too long, blank, or with a control token. Others it can."""
 
 
+class SampledError(UserError):
+  """A turn or reply that cannot be used because of what was sampled, or how it is sampled.
+
+  All processes of a replica sample the same, so all of them raise it at the same point.
+  """
+
+
 class StoppedError(UserError):
   """An interruption of a run after it has done work; the work is kept."""
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -114,7 +114,13 @@ def replicate(tree: T, mesh: Mesh) -> T:
   """
   if not is_split(mesh):
     return tree
-  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
+  return _replication(mesh)(tree)
+
+
+@functools.cache
+def _replication(mesh: Mesh) -> Callable[[T], T]:
+  """Return the program of `replicate`, one for each mesh, so that it compiles once."""
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def check_batch(num_rows: int, mesh: Mesh, field: str) -> None:

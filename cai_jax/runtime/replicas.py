@@ -1,9 +1,9 @@
 """Replicas: copies of the models that sample prompts of their own, each on one or more processes.
 
 All processes of a replica run the same host program: the same chains, with the same journal, in the
-same order. So they start the same device programs with the same arguments, and need no messages for
-it. One process leads: it alone writes files. Where the processes could decide differently, because
-they read a clock or a folder, the leader shares its answer, or the decision is left out.
+same order. So they start the same device programs with the same arguments, and wait for no message
+before one. One process leads: it alone writes files. Where the processes could decide differently,
+because they read a clock or a folder, the leader shares its answer, or the decision is left out.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from traceback import format_exception
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ import jax
 from jax.sharding import Mesh
 
 from cai_jax.runtime import interruption, processes
-from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.errors import SampledError, StoppedError, UserError
 from cai_jax.runtime.mesh import is_split
 from cai_jax.runtime.terminal import say
 
 T = TypeVar('T')
-VARIABLES = 'REPLICA', 'NUM_REPLICAS'  # for replicas that are launches of their own
+# Set for replicas that are launches of their own.
+VARIABLES = 'CAI_JAX_REPLICA', 'CAI_JAX_NUM_REPLICAS'
 SHARE_SECONDS = 24 * 3600  # a leader that is lost ends the others long before
 _FAILED = -1  # the number of a failure, beside those of signals
 _shares = itertools.count()  # numbers the shared values; the same in all processes of a replica
@@ -99,18 +100,30 @@ ALONE = Replica()
 
 
 def replica_of(mesh: Mesh | None) -> Replica:
-  """Return the replica of this process.
+  """Return the replica of this process among those of this launch.
 
   Args:
     mesh: the mesh of the models, which has devices of this process; the meshes of all replicas have
       as many processes. None means that servers hold all models, and each process is a replica.
   """
-  group, groups = launched_replica()
   members = [jax.process_index()]
   if mesh is not None and is_split(mesh):
     members = sorted({device.process_index for device in mesh.devices.flat})
   index, count = members[0] // len(members), jax.process_count() // len(members)
-  return Replica(group * count + index, groups * count, tuple(members))
+  return Replica(index, count, tuple(members))
+
+
+def find_replica(models: Iterable[Any]) -> Replica:
+  """Return the replica of the models to which this process belongs, among those of all launches.
+
+  Args:
+    models: models that sample together. Those in memory have a `mesh`, the same for all.
+  """
+  meshes = (getattr(model, 'mesh', None) for model in models)
+  replica = replica_of(next((mesh for mesh in meshes if mesh is not None), None))
+  launch, launches = launched_replica()
+  index, count = launch * replica.count + replica.index, launches * replica.count
+  return dataclasses.replace(replica, index=index, count=count)
 
 
 def launched_replica() -> tuple[int, int]:
@@ -127,7 +140,7 @@ def launched_replica() -> tuple[int, int]:
     raise UserError(f'{shown}: set both to numbers, or neither.')
   index, count = (int(value) for value in given.values())
   if not index < count:
-    raise UserError(f'{shown}: REPLICA counts from 0, so it must be less than NUM_REPLICAS.')
+    raise UserError(f'{shown}: {VARIABLES[0]} counts from 0, so it must be less than the other.')
   return index, count
 
 
@@ -162,14 +175,14 @@ def exit_alone(replica: Replica) -> Iterator[None]:
   """End this process at once if the block fails here and not in the rest of a split replica.
 
   The other processes would wait for this one in a program. They end when they lose it: its
-  connections close, or the coordinator misses its heartbeats. What depends only on what is sampled
-  is raised in all processes alike: a plain UserError, and what `LockStep` raises.
+  connections close, or the coordinator misses its heartbeats. Only `SampledError` and
+  `ReplicaStopped` are raised in all processes alike. Any other error may be one of this process
+  alone, such as a file that its host lacks.
   """
   try:
     yield
   except Exception as error:
-    is_common = not isinstance(error, StoppedError) or isinstance(error, ReplicaStopped)
-    if not replica.is_split or (isinstance(error, UserError) and is_common):
+    if not replica.is_split or isinstance(error, SampledError | ReplicaStopped):
       raise
     text = str(error) if isinstance(error, UserError) else ''.join(format_exception(error))
     say(f'process {jax.process_index()} has failed: {text.rstrip()}', file=sys.stderr)

@@ -20,7 +20,7 @@ import numpy as np
 
 from cai_jax.model.lm import LM
 from cai_jax.runtime import interruption
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import SampledError, UserError
 from cai_jax.runtime.replicas import LockStep, replica_of
 from cai_jax.sampling.active import ActiveChain, Run
 from cai_jax.sampling.auto import resolve_for
@@ -365,16 +365,16 @@ class Engine:
     return tokens, tuple(dict.fromkeys((*texts, *turn.sampling.stop)))
 
   def _check_turn(self, chain_id: str, turn: Turn) -> None:
-    """Raise UserError if a turn cannot be sampled."""
+    """Raise SampledError if a turn cannot be sampled."""
     where = f'chain {chain_id!r}, turn {turn.name!r}'
     if turn.model not in self.models:
-      raise UserError(
+      raise SampledError(
         f'{where}: there is no model {turn.model!r}. Use one of {", ".join(self.models)}.'
       )
     if not turn.context:
-      raise UserError(f'{where}: the context is empty. It must have at least one token.')
+      raise SampledError(f'{where}: the context is empty. It must have at least one token.')
     if len(self._stops_of(turn)[0]) > MAX_STOP_TOKENS:
-      raise UserError(
+      raise SampledError(
         f'{where}: {len(self._stops_of(turn)[0])} stop tokens are too many. Use at most '
         f'{MAX_STOP_TOKENS}, including those of the model.'
       )
@@ -386,7 +386,7 @@ class Engine:
     needed = len(turn.context) + turn.sampling.max_tokens
     shared, limit = model.prefix_of(turn.context)[1], model.lm.config.max_positions
     if needed - shared > self.length or needed > limit:
-      raise UserError(
+      raise SampledError(
         f'{where}: a context of {len(turn.context)} tokens and a reply of up to '
         f'{turn.sampling.max_tokens} do not fit into a cache of {self.length} tokens (after a '
         f'shared prefix of {shared}) or the {limit} positions of {model.lm.name}. Increase '

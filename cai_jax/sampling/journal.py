@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -146,10 +146,7 @@ class Journal:
   """
 
   def __init__(self, folder: str | os.PathLike, process: int = 0, replica: Replica = ALONE):
-    self._folder, self._replica = make_folder(folder), replica
-    if replica.leads and not _has_turns(self._folder):
-      with writing(self._folder / _MARKER):
-        (self._folder / _MARKER).touch()
+    self._folder, self._replica = pathlib.Path(folder), replica
     self._paths: list[pathlib.Path] = []
     self._indexed: list[int] = []  # for each path, the number of bytes that are indexed
     self._lines: list[int] = []  # for each path, the number of lines that are indexed
@@ -162,10 +159,18 @@ class Journal:
     self._files = np.empty(0, np.int32)  # indices into `_paths`
     self._offsets = np.empty(0, np.int64)  # byte offsets of lines
     self._num_unindexed = 0  # turns stored here since the last refresh
-    self.refresh()
     self._file: io.FileIO | None = None
-    if replica.leads:
-      self._open(self._folder / f'turns-{process:05d}.jsonl')
+    self._index_together(lambda: self._begin(f'turns-{process:05d}.jsonl'))
+
+  def _begin(self, name: str) -> dict[str, int]:
+    """Create the folder, index its files and open the file of this name; see `_index_files`."""
+    make_folder(self._folder)
+    if not _has_turns(self._folder):
+      with writing(self._folder / _MARKER):
+        (self._folder / _MARKER).touch()
+    sizes = self._index_files()
+    self._open(self._folder / name)
+    return sizes
 
   def _open(self, own: pathlib.Path) -> None:
     """Open the file that this process writes, without a line at its end that was cut short."""
@@ -230,7 +235,14 @@ class Journal:
 
   def refresh(self) -> None:
     """Index the lines that any process has written since the last refresh."""
-    sizes: dict[str, int] = self._replica.share(self._index_files)
+    self._index_together(self._index_files)
+
+  def _index_together(self, index: Callable[[], dict[str, int]]) -> None:
+    """Call `index` in the leader, and index the same bytes in the other processes.
+
+    If it fails, such as on a full disk, all processes raise an error.
+    """
+    sizes = self._replica.share(index)
     if not self._replica.leads:
       for name, size in sizes.items():
         _wait_for(self._folder / name, size)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cai_jax.model.cache import RowTable
 from cai_jax.model.lm import LM
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import SampledError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, is_split, replicate
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.chunks import Segment, pack_chunk
@@ -416,7 +416,7 @@ class LocalModel:
       The burst, or None if none was dispatched.
 
     Raises:
-      UserError: if a log-probability is NaN.
+      SampledError: if a log-probability is NaN.
     """
     if self._burst is None:
       return None
@@ -428,7 +428,7 @@ class LocalModel:
     slots = self.slots
     sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
     if np.isnan(burst.logprobs[sampled]).any():
-      raise UserError(
+      raise SampledError(
         f'{self.lm.name} produces NaN logits in {self.lm.dtype}: its weights are damaged or '
         "overflow this dtype. Try model.dtype='float32'."
       )

@@ -12,10 +12,9 @@ from cai_jax.feedback.comparisons.summary import summarize
 from cai_jax.feedback.contexts import smallest_context_limit
 from cai_jax.feedback.forward import forward
 from cai_jax.feedback.waiting import end_waiting, has_batch, set_aside
-from cai_jax.model.lm import LM
 from cai_jax.runtime import processes
 from cai_jax.runtime.files import make_folder, replacing, write_json
-from cai_jax.runtime.replicas import Replica, exit_alone, replica_of, run_on_first_replica
+from cai_jax.runtime.replicas import exit_alone, find_replica, run_on_first_replica
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import DEFERRED, Engine
 from cai_jax.sampling.journal import Journal
@@ -62,7 +61,7 @@ def label(
     UserError: if a model cannot answer, such as a server without log-probabilities.
     WaitingError: if questions wait for a batch. Its requests are written.
   """
-  replica = find_replica(job.models)
+  replica = find_replica(job.models.values())
   mine = job.items[replica.index :: replica.count]
 
   def ask() -> _Asked:
@@ -82,12 +81,6 @@ def label(
 
   summary = run_on_first_replica('write the labels', replica, write) or {}
   return summary | {'sampling': asked.stats.summary()}
-
-
-def find_replica(models: Mapping[str, LM | Remote]) -> Replica:
-  """Return the replica of the models to which this process belongs."""
-  local = (model.mesh for model in models.values() if isinstance(model, LM))
-  return replica_of(next(local, None))
 
 
 class _Asked(NamedTuple):

@@ -189,7 +189,7 @@ def show_one_device(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope='module')
 def single_device():
-  """Let the runs of a file see one device. Most of test_run.py see all eight."""
+  """Let the runs of a file see one device. Most runs of test_run.py see all eight."""
   with pytest.MonkeyPatch.context() as patch:
     show_one_device(patch)
     yield

@@ -1,7 +1,7 @@
 """Replicas that are launches of their own.
 
 The processes of a launch share one coordinator, and end when one of them is lost. If each replica
-is a launch, with a coordinator of its own, one that dies does not stop the others. The environment
+is a launch, with a coordinator of its own, the others sample on when one dies. The environment
 variables CAI_JAX_REPLICA and CAI_JAX_NUM_REPLICAS tell a launch which replica it is. The launches
 exchange no messages: shard s of D_CAI belongs to replica s mod CAI_JAX_NUM_REPLICAS, and replica 0
 finishes the stage once the files of all shards are there.

@@ -1,9 +1,10 @@
 """Replicas: copies of the models that sample prompts of their own, each on one or more processes.
 
 All processes of a replica run the same host program: the same chains, with the same journal, in the
-same order. So they start the same device programs with the same arguments, and wait for no message
-before one. One process leads: it alone writes files. Where the processes could decide differently,
-because they read a clock or a folder, the leader shares its answer, or the decision is left out.
+same order. So they start the same device programs with the same arguments. After each burst, every
+process asks the coordinator whether to stop. One process leads: it alone writes files. Where the
+processes could decide differently, because they read a clock or a folder, the leader shares its
+answer, or the decision is left out.
 """
 
 import contextlib

@@ -94,9 +94,8 @@ def generate_shards(
     usage = running.expert_usage()
   if deferred:
     end_waiting(models, deferred, failures)
-  sampled_rows = sum(map(len, shards.values()))
-  counts = {'rows': num_rows, 'sampled_rows': sampled_rows, **running.stats.summary()}
-  return counts | {'expert_usage': usage} if replica.leads else nothing
+  sampled = {'sampled_rows': sum(map(len, shards.values())), 'expert_usage': usage}
+  return nothing | running.stats.summary() | sampled if replica.leads else nothing
 
 
 @contextlib.contextmanager

@@ -202,6 +202,7 @@ def load(
   param_dtype: str | None = None,
   long_context: bool = False,
   weights: str = FULL,
+  params: Params | None = None,
 ) -> LM:
   """Load a language model from a Hugging Face folder or from the hub.
 
@@ -217,6 +218,7 @@ def load(
     weights: format of the linear layers' kernels: 'full', 'int8', 'nf4', or another one of
       `cai_jax.model.quantized`. A quantized model can be sampled, scored and adapted, but not
       trained itself.
+    params: what the files hold, if it is on the mesh already; None reads the files.
 
   Raises:
     UserError: if there is no such folder or name; if the model's family is not supported or the
@@ -230,9 +232,11 @@ def load(
   config, eos = described.config, described.eos_token_ids
   check_weights(config, weights, 'weights')
   mesh = make_mesh() if mesh is None else mesh
+  if params is None:
+    params = load_params(folder, config, mesh, param_dtype, weights=weights)
   return LM(
     config=config,
-    params=load_params(folder, config, mesh, param_dtype, weights=weights),
+    params=params,
     tokenizer=described.tokenizer,
     mesh=mesh,
     dtype=dtype,

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -121,6 +122,24 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def reshard(params: Any, mesh: Mesh, dtypes: Sequence[str]) -> Any:
+  """Return parameters on another mesh of the same devices. No host has to hold all of them.
+
+  Args:
+    params: a pytree of arrays on a mesh. All processes of that mesh call this together.
+    mesh: the other mesh.
+    dtypes: to which the parameters are cast, one after the other, such as the dtype of a file and
+      then that in which the file would be loaded.
+  """
+
+  def move(x, sharding):
+    for dtype in dtypes:  # not in one program, from which XLA may leave out a cast
+      x = x.astype(dtype)
+    return jax.device_put(x, sharding)
+
+  return jax.tree.map(move, params, param_shardings(params, mesh))
 
 
 def copy_to_local_mesh(params: Any, mesh: Mesh, dtype) -> Any:

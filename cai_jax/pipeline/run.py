@@ -14,6 +14,7 @@ from cai_jax.constitution import Constitution, load_constitution
 from cai_jax.data.prompts import Prompt
 from cai_jax.feedback.config import ROW_INDEPENDENT_FIELDS
 from cai_jax.feedback.variants import VARIANTS
+from cai_jax.model.transformer import Params
 from cai_jax.pipeline import contents, prompt_sets, schema
 from cai_jax.pipeline.model_sampling import resolve_sampling
 from cai_jax.pipeline.policies import trains_preferences
@@ -26,6 +27,19 @@ from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
 from cai_jax.tiny.files import model_path
 from cai_jax.training.fit_config import MAY_CHANGE_ON_RESUME
+
+
+@dataclasses.dataclass
+class KeptModels:
+  """Parameters that stay in memory between stages.
+
+  Attributes:
+    wanted: whether the run has planned to keep those of M_aligned.
+    params: the parameters on the mesh of sampling, by the folder of the model.
+  """
+
+  wanted: bool = False
+  params: dict[str, Params] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Run:
       of held-out ones, by set.
     repeats: number of prompts that were left out because the first of the two training sets, or of
       the two held-out sets, has them too, by set.
+    kept: parameters that stay in memory between stages.
   """
 
   config: RunConfig
@@ -59,6 +74,7 @@ class Run:
   notes: tuple[str, ...] = ()
   near_duplicates: Mapping[str, int] = dataclasses.field(default_factory=dict)
   repeats: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  kept: KeptModels = dataclasses.field(default_factory=KeptModels, compare=False)
 
   @property
   def remotes(self) -> dict[str, RemoteConfig]:

@@ -122,6 +122,7 @@ def _answer(
     sampling_mesh(run),
     long_context=section.long_context,
     weights=section.weights,
+    params=run.kept.params.pop(path, None),
   )
   prompts = [*run.prompts['eval_harmful'], *run.prompts['eval_helpful']]
   job = _prepare_answers(run, {'base': lm}, prompts, length)

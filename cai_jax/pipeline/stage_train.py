@@ -15,6 +15,7 @@ from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.sharding import copy_to_local_mesh
 from cai_jax.pipeline.contents import model_contents
+from cai_jax.pipeline.kept_models import keep_aligned
 from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
 from cai_jax.pipeline.quality_gate import keep_limits, references
 from cai_jax.pipeline.run import Run
@@ -105,6 +106,7 @@ def export_model(run: Run, lm: LM, params: Any, dialogue: Dialogue) -> None:
   """
   dtype = resolve_export_dtype(run.config.train.export_dtype, model_path(run.training_start))
   save_trained(run, lm, params, dialogue, run.workdir / 'model', dtype)
+  keep_aligned(run, params, dtype)
 
 
 def resolve_export_dtype(dtype: str, start: str) -> str:

@@ -14,6 +14,7 @@ from cai_jax.pipeline.costs import describe_costs
 from cai_jax.pipeline.device_defaults import describe_training, resolve_devices
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.import_results import has_new_results
+from cai_jax.pipeline.kept_models import plan_handover
 from cai_jax.pipeline.launches import STAGE, check_launch, hold_run
 from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.rate import has_new_ratings
@@ -126,6 +127,8 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
     digests.save_digests(run.workdir / 'digests.json')
   ordered = [name for name in STAGES if name in stages]
   missing = [n for n in ordered if not manifest.done(n) or (n == 'report' and is_old)]
+  if line := plan_handover(run, missing):
+    log(line)
   with contextlib.ExitStack() as stack:
     for name in ordered:
       if name not in missing:

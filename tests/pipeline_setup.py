@@ -4,6 +4,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 
 import jax
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,20 @@ from configs import tiny
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LIMITS = {'harmful': 10, 'helpful': 6, 'eval_harmful': 5, 'eval_helpful': 3}
+
+
+def launch_tiny(workdir, stages, fields):
+  """Return the command that runs stages of configs/tiny.py with some fields of the config set."""
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  names = f'--stages={stages}'
+  return [
+    sys.executable,
+    'launch.py',
+    '--config=configs/tiny.py',
+    f'--workdir={workdir}',
+    names,
+    *flags,
+  ]
 
 
 def small(model):

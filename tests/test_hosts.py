@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 import time
 
 import jax
@@ -16,7 +15,7 @@ from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
 from cai_jax.tiny.files import MODELS
-from tests.pipeline_setup import start_group, start_one
+from tests.pipeline_setup import launch_tiny, start_group, start_one
 
 pytestmark = pytest.mark.slow
 KILLED = -signal.SIGKILL
@@ -55,11 +54,7 @@ def command(model, workdir, **mesh):
     **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},  # a random model
     **{f'mesh_sampling.{name}': value for name, value in mesh.items()},
   }
-  flags = [f'--config.{name}={value}' for name, value in fields.items()]
-  return [
-    sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={workdir}',
-    '--stages=generate', *flags,
-  ]  # fmt: skip
+  return launch_tiny(workdir, 'generate', fields)
 
 
 def ends(processes):

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ import safetensors.numpy
 
 from cai_jax.data import d_cai
 from cai_jax.data.quality import FLAGS
-from tests.pipeline_setup import ROOT, start_one, start_two
+from tests.pipeline_setup import ROOT, launch_tiny, start_one, start_two
 
 
 def command(random_model, workdir):
@@ -34,11 +33,7 @@ def command(random_model, workdir):
     'prompts.helpful.limit': 16,
     **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},  # a random model
   }
-  flags = [f'--config.{name}={value}' for name, value in fields.items()]
-  return [
-    sys.executable, 'launch.py', '--config=configs/tiny.py', f'--workdir={workdir}',
-    '--stages=generate,train', *flags,
-  ]  # fmt: skip
+  return launch_tiny(workdir, 'generate,train', fields)
 
 
 def results(workdir):

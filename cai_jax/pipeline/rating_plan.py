@@ -6,7 +6,7 @@ that count requests instead of sending them.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.data.prompts import Prompt
@@ -64,14 +64,14 @@ def plan_evaluation(run: Run) -> dict[str, Tally]:
   return tallies
 
 
-def plan_rater(run: Run, found: FoundRater, job: Job, prompts: Iterable[Prompt]) -> Tally:
-  """Return what a served rater is asked about the candidates of harmful prompts.
+def plan_rater(run: Run, found: FoundRater, job: Job, prompt: Prompt) -> Tally:
+  """Return what a served rater is asked about the candidates of a harmful prompt.
 
   Args:
     run: the run.
     found: its rater.
-    job: makes the chains of the prompts.
-    prompts: the prompts.
+    job: makes the chain of the prompt.
+    prompt: the prompt.
   """
   tally, size = Tally(), run.config.sampling.revision.max_tokens
   client = CountingClient(found.service.server, tally)
@@ -87,9 +87,8 @@ def plan_rater(run: Run, found: FoundRater, job: Job, prompts: Iterable[Prompt])
       pass  # the empty answer of a `CountingClient` is no rating of a guard model
     return rate_all_equally(score)
 
-  for prompt in prompts:
-    for _ in planned_turns(job.placeholder_chain(prompt, 'harmful', count)):
-      pass
+  for _ in planned_turns(job.placeholder_chain(prompt, 'harmful', count)):
+    pass
   return tally
 
 

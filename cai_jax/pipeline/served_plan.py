@@ -93,7 +93,7 @@ def _plan_chains(run: Run, stages: Sequence[str], tallies: _Tallies) -> None:
         for prompt, share in _sample(prompts):
           _add_turns(tallies, job.placeholder_chain(prompt, kind), fillers, share)
           if rater and kind == 'harmful':
-            tallies[rater.kind.role].add(plan_rater(run, rater, job, [prompt]), share)
+            tallies[rater.kind.role].add(plan_rater(run, rater, job, prompt), share)
 
 
 def _jobs(run: Run, models: Mapping[str, LM | Remote], stages: Sequence[str]) -> Iterator[Job]:

@@ -31,7 +31,7 @@ VARIABLES = 'CAI_JAX_REPLICA', 'CAI_JAX_NUM_REPLICAS'
 SHARE_SECONDS = 24 * 3600  # a leader that is lost ends the others long before
 _FAILED = -1  # the number of a failure, beside those of signals
 _shares = itertools.count()  # numbers the shared values; the same in all processes of a replica
-_runs = itertools.count()  # numbers the uses of `LockStep`, likewise
+_runs = itertools.count()  # numbers the uses of `LockStep`; the same in all of them, too
 
 
 class ReplicaStopped(StoppedError):

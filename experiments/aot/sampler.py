@@ -266,6 +266,25 @@ def describe(program: Program, chip: Chip, parts: int) -> list[str]:
   return [f'{program.name} (compiled in {program.seconds:.0f} s)', *(f'  {line}' for line in lines)]
 
 
+def _sizes(job: Sampler) -> dict[str, int]:
+  """Return the bytes on each chip by kind of array."""
+  return {
+    'parameters': local_bytes(job.lm.params),
+    'cache': local_bytes(job.cache()),
+    'prefixes': local_bytes(abstract_prefixes(job.lm, job.prefixes)),
+  }
+
+
+def _compile(job: Sampler, name: str) -> Program | TooLarge:
+  """Compile a program by its name, and print what is too large if it does not fit."""
+  try:
+    return {'decode': build_decode, 'prefill': build_prefill}[name](job)
+  except TooLarge as error:
+    print(f'{name} does NOT fit: {error.used / GIB:.2f} GiB of {error.limit / GIB:.2f}')
+    print('\n'.join(f'  {line}' for line in error.largest[:SHOWN_ARRAYS]), flush=True)
+    return error
+
+
 def study(
   job: Sampler,
   chips: Slice,
@@ -285,11 +304,7 @@ def study(
     hlo: folder for the compiled programs as text.
   """
   lm, chip = job.lm, chips.chip
-  sizes = {
-    'parameters': local_bytes(lm.params),
-    'cache': local_bytes(job.cache()),
-    'prefixes': local_bytes(abstract_prefixes(lm, job.prefixes)),
-  }
+  sizes = _sizes(job)
   mesh = dict(lm.mesh.shape)
   print(
     f'sampling on {parts} × mesh {", ".join(f"{k}={v}" for k, v in mesh.items())} in {lm.dtype}; '
@@ -311,20 +326,16 @@ def study(
     excess = (minimum - chip.memory) / GIB
     print(f'no program fits: the parameters alone exceed the memory by {excess:.2f} GiB')
     return result | {'too_large': dict.fromkeys(names, minimum)}
-  builders = {'decode': build_decode, 'prefill': build_prefill}
   compiled: dict[str, Program | TooLarge] = {}
   for name in names:
-    try:
-      program = compiled[name] = builders[name](job)
-      print('\n'.join(describe(program, chip, parts)), flush=True)
-      result['programs'].append(programs.as_json(program, chip))
-      if hlo:
-        (hlo / f'{name}.hlo').write_text(program.text)
-    except TooLarge as error:
-      compiled[name] = error
-      result['too_large'][name] = error.used
-      print(f'{name} does NOT fit: {error.used / GIB:.2f} GiB of {error.limit / GIB:.2f}')
-      print('\n'.join(f'  {line}' for line in error.largest[:SHOWN_ARRAYS]), flush=True)
+    program = compiled[name] = _compile(job, name)
+    if isinstance(program, TooLarge):
+      result['too_large'][name] = program.used
+      continue
+    print('\n'.join(describe(program, chip, parts)), flush=True)
+    result['programs'].append(programs.as_json(program, chip))
+    if hlo:
+      (hlo / f'{name}.hlo').write_text(program.text)
   if search and 'decode' in compiled:
     slots, program = largest_slots(job, compiled['decode'], chip.memory)
     result['largest'] = {'slots': slots, 'memory': program.memory, 'times': program.times(chip)}

@@ -23,6 +23,7 @@ from cai_jax.pipeline.preview import preview_run
 from cai_jax.pipeline.schema import default_config, describe_unknown
 from cai_jax.pipeline.served_plan import describe_served
 from cai_jax.pipeline.stage_report import diagnose, read_summary
+from cai_jax.publishing import command as publish
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.errors import UserError, WaitingError
@@ -43,6 +44,7 @@ under the principles of a constitution, and is fine-tuned on the revisions.
   {program} rate read WORKDIR SHEET.csv ...    report what they filled in
   {program} import WORKDIR FILE ...            read results of lm-eval and inspect
   {program} serve --model=WORKDIR/model        serve a model to lm-eval, inspect and others
+  {program} publish WORKDIR --repo=OWNER/NAME  upload a model or data set to the hub
 
 Stages, in their order; the default is all that the config asks for
   generate   sample responses, critiques and revisions: the dataset D_CAI
@@ -91,6 +93,7 @@ Read on: README.md, docs/running.md and docs/configuration.md
 # What the program does besides running a config, by its first argument.
 COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
   'import': import_results.run_command,
+  'publish': publish.run_command,
   'rate': rate.run_command,
   'serve': serve.run_command,
 }

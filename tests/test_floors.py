@@ -23,10 +23,11 @@ FLOORS = {
   'tiny': 7,
   'pipeline': 8,
   'serving': 8,
-  'cli': 9,
-  'experiment': 10,
+  'publishing': 9,
+  'cli': 10,
+  'experiment': 11,
 }
-TOP = 11  # launch.py, experiments, tests and cai_jax/__init__.py may import everything
+TOP = 12  # launch.py, experiments, tests and cai_jax/__init__.py may import everything
 OUTSIDE = ('launch', 'experiments', 'configs', 'tests')  # what no module of cai_jax imports
 
 

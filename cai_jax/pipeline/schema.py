@@ -134,6 +134,20 @@ def expand_paths(value: Any) -> Any:
   return expand_path(value) if isinstance(value, str) and value not in names else value
 
 
+def path_fields(section: type = RunConfig, path: str = '') -> frozenset[str]:
+  """Return the dotted names of the fields whose values can be paths.
+
+  Args:
+    section: a dataclass, `RunConfig` or one of its sections.
+    path: dotted name of the section.
+  """
+  names: set[str] = set()
+  for field in section_fields(section):
+    name = _join(path, field.name)
+    names |= path_fields(field.section, name) if field.section else {name} if field.path else set()
+  return frozenset(names)
+
+
 def default_config() -> ConfigDict:
   """Return a config with every field at its default."""
   return _default_section(RunConfig)

@@ -66,7 +66,7 @@ def _write(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
   has_d_cai = external or 'generate' in stages
   scorer, limit = load_scorer(run), run.config.report.chains
   chains = read_d_cai(run.d_cai, run.workdir, scorer, limit) if has_d_cai else []
-  answers = read_answers(run.workdir / 'evaluation', _read_judge(run), scorer, limit)
+  answers = read_answers(run.workdir / 'evaluation', _read_judge(run.workdir), scorer, limit)
   write_report(
     run.workdir / 'report.html',
     title=run.workdir.name,
@@ -93,24 +93,39 @@ def diagnose(run: Run, manifest: Mapping[str, Any]) -> Diagnosis:
   Raises:
     UserError: if a file is damaged; the message names it.
   """
-  folder = run.workdir
-  files: dict[str, Any] = {'manifest': manifest, 'config': run.values}
+  return diagnose_folder(run.workdir, run.values, manifest)
+
+
+def diagnose_folder(
+  folder: pathlib.Path, values: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> Diagnosis:
+  """Return what is wrong with the run of a folder, see `diagnose`.
+
+  Args:
+    folder: the folder.
+    values: the run's config as nested dicts of JSON types.
+    manifest: the run's manifest.
+
+  Raises:
+    UserError: if a file is damaged; the message names it.
+  """
+  files: dict[str, Any] = {'manifest': manifest, 'config': values}
   if (folder / _SUMMARY).exists():
     files['summary'] = read_summary(folder / _SUMMARY)
     if count := files['summary'].get('models', {}).get('base', {}).get('count'):
       files['smallest_difference'] = smallest_difference(count, 0.5)
-  files['models'] = {'judge': _read_judge(run)}
+  files['models'] = {'judge': _read_judge(folder)}
   if 'generate' in manifest['stages'] and (folder / _QUALITY).exists():
-    files['quality'] = _read_quality(folder / _QUALITY)
+    files['quality'] = read_quality(folder / _QUALITY)
   if 'train' in manifest['stages']:
     files['training'] = metrics.read_rows(folder / metrics.METRICS_FILE)
     files['held_out'] = metrics.read_rows(folder / metrics.HELD_OUT_FILE)
   return find_problems(files)
 
 
-def _read_judge(run: Run) -> dict[str, Any] | None:
+def _read_judge(folder: pathlib.Path) -> dict[str, Any] | None:
   """Return the results of the judge, or None if the run has none."""
-  path = run.workdir / _MODELS
+  path = folder / _MODELS
   judge = read_json(path).get('judge') if path.exists() else None
   if not isinstance(judge, dict) or 'status' not in judge:
     return None
@@ -118,8 +133,15 @@ def _read_judge(run: Run) -> dict[str, Any] | None:
   return judge
 
 
-def _read_quality(path: pathlib.Path) -> dict[str, Any]:
-  """Return `quality.json`, with the interval of each rate over all rounds."""
+def read_quality(path: pathlib.Path) -> dict[str, Any]:
+  """Return `quality.json`, with the interval of each rate over all rounds.
+
+  Args:
+    path: the file.
+
+  Raises:
+    UserError: if the file is damaged; the message names it and the key.
+  """
   quality = read_json(path)
   check_shape(quality, quality_summary.SHAPE, str(path))
   for name, bounds in flag_intervals(quality['d_cai']).items():

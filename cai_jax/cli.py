@@ -16,7 +16,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cai_jax.pipeline import build, check_run, default_stages, import_results, rate, run_stages
+from cai_jax.pipeline import (
+  Run,
+  build,
+  check_run,
+  default_stages,
+  import_results,
+  rate,
+  run_stages,
+)
 from cai_jax.pipeline.engine_sizes import resolve_engine
 from cai_jax.pipeline.plan import describe_plan
 from cai_jax.pipeline.preview import preview_run
@@ -26,6 +34,7 @@ from cai_jax.pipeline.stage_report import diagnose, read_summary
 from cai_jax.publishing import command as publish
 from cai_jax.report import summary_table
 from cai_jax.runtime import interruption, processes
+from cai_jax.runtime.cloud.workdir import resolve_workdir
 from cai_jax.runtime.errors import UserError, WaitingError
 from cai_jax.runtime.files import describe_fault, read_json
 from cai_jax.runtime.interruption import Interrupted
@@ -58,7 +67,8 @@ A stage that is done is skipped. If a run is interrupted, start the same command
 
 Flags
   --config      Python file with get_config(), such as configs/tiny.py
-  --workdir     folder of the run; it is created if it does not exist
+  --workdir     folder of the run, or the URL of one in a store, such as s3://bucket/run; it is
+                created if it does not exist
   --stages      stages to run, separated by commas
   --preview     number of prompts whose contexts to print as the models will see them, and end
   --dry_run     check the run, print its prompts and the smallest difference they can show, and end
@@ -90,6 +100,8 @@ Examples
 Read on: README.md, docs/running.md and docs/configuration.md
 """
 
+Log = Callable[[str], None]  # prints a text in process 0, and nothing in the others
+
 # What the program does besides running a config, by its first argument.
 COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
   'import': import_results.run_command,
@@ -101,7 +113,7 @@ COMMANDS: dict[str, Callable[[str, Sequence[str]], None]] = {
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Python file with get_config(), such as configs/tiny.py', lock_config=True
 )
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run, or its URL')
 _PROFILE = flags.DEFINE_integer(
   'profile', 0, 'number of training steps to profile, to WORKDIR/profile', lower_bound=0
 )
@@ -159,27 +171,40 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f'Unexpected arguments: {" ".join(argv[1:])}. Each flag must begin with --.')
     processes.initialize()
     gc.freeze()  # imported modules stay, so collections need not look at them
-    log = say if jax.process_index() == 0 else lambda text: None
-    run = dataclasses.replace(build(_CONFIG.value, _WORKDIR.value or ''), profile=_PROFILE.value)
+    workdir = resolve_workdir(_WORKDIR.value or '')
+    is_first = jax.process_index() == 0
+    log: Log = (lambda text: say(workdir.show(text))) if is_first else lambda text: None
+    run = dataclasses.replace(build(_CONFIG.value, workdir.folder), profile=_PROFILE.value)
+    stages = default_stages(run) if _STAGES.value is None else _STAGES.value
     if _PREVIEW.value:
       preview_run(run, _PREVIEW.value, log)
-      return
-    stages = default_stages(run) if _STAGES.value is None else _STAGES.value
-    if _DRY_RUN.value:
-      check_run(run, stages)
-      log(describe_plan(run))
-      if served := describe_served(run, stages):
-        log(served)
-      if note := resolve_engine(run, True)[1]:
-        log(note)
-      return
-    run_stages(run, stages, log)
-    summary = run.workdir / 'evaluation' / 'summary.json'
-    if summary.exists():
-      log(f'\n{summary_table(read_summary(summary))}\n')
-      log(diagnose(run, read_json(run.workdir / 'manifest.json')).first_line())
-    if 'report' in stages:
-      log(f'report: {run.workdir / "report.html"}')
+    elif _DRY_RUN.value:
+      with workdir.look() as folder:
+        _describe_run(dataclasses.replace(run, workdir=folder), stages, log)
+    else:
+      with workdir.open() as stage_ended:
+        run_stages(run, stages, log, stage_ended)
+        _describe_results(run, stages, log)
+
+
+def _describe_run(run: Run, stages: Sequence[str], log: Log) -> None:
+  """Check a run, and print its prompts, what it can show and what it will cost."""
+  check_run(run, stages)
+  log(describe_plan(run))
+  if served := describe_served(run, stages):
+    log(served)
+  if note := resolve_engine(run, True)[1]:
+    log(note)
+
+
+def _describe_results(run: Run, stages: Sequence[str], log: Log) -> None:
+  """Print the table of a run, the worst finding and where its report is."""
+  summary = run.workdir / 'evaluation' / 'summary.json'
+  if summary.exists():
+    log(f'\n{summary_table(read_summary(summary))}\n')
+    log(diagnose(run, read_json(run.workdir / 'manifest.json')).first_line())
+  if 'report' in stages:
+    log(f'report: {run.workdir / "report.html"}')
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def write_lock(folder, **fields):
   """Write the lock of another job, as `fields` describe it."""
   (folder / lock.FOLDER).mkdir(exist_ok=True)
   path = folder / lock.FOLDER / '000007'
-  path.write_text(json.dumps({'job': 'abc', 'since': 'noon'} | lock._describe_process() | fields))
+  path.write_text(json.dumps({'job': 'abc', 'since': 'noon'} | lock.describe_process() | fields))
   return path
 
 

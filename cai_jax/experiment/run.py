@@ -28,6 +28,7 @@ from cai_jax.pipeline import Run
 from cai_jax.pipeline.space import check_space
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.runtime import lock
+from cai_jax.runtime.cloud.workdir import refuse_url
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, make_folder, write_json
 from cai_jax.runtime.manifest import Manifest
@@ -38,7 +39,7 @@ from cai_jax.scoring.scorer import Scorer
 Plan = Mapping[pathlib.Path, tuple[Run, tuple[str, ...]]]  # folder → run and its stages
 
 
-def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace) -> None:
+def run_experiment(spec: str, workdir: str | os.PathLike, options: argparse.Namespace) -> None:
   """Run an experiment and write its results, or print an estimate for a dry run.
 
   Args:
@@ -49,6 +50,7 @@ def run_experiment(spec: str, workdir: pathlib.Path, options: argparse.Namespace
   Raises:
     UserError: if an experiment, arm or field does not exist, or a run cannot be built.
   """
+  refuse_url(workdir, 'An experiment')
   workdir = pathlib.Path(os.path.realpath(os.path.expanduser(workdir)))
   name, docstring, experiment = define.load_experiment(spec, options.config or '')
   if options.arms:
@@ -220,7 +222,7 @@ def main() -> None:
   parser.add_argument(
     '--experiment', required=True, help='Python file, optionally followed by :TEXT for it'
   )
-  parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder for all results')
+  parser.add_argument('--workdir', required=True, help='folder for all results')
   parser.add_argument(
     '--arms', type=lambda text: text.split(','), help='arms to run, separated by commas'
   )

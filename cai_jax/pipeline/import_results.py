@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cai_jax.evaluation.external import READERS, read_results
+from cai_jax.runtime.cloud.workdir import open_part
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.shapes import check_shape
@@ -37,9 +38,11 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   parser.add_argument('files', nargs='+', help=f'results of {" or ".join(READERS)}')
   parser.add_argument('--model', required=True, help="'base', 'aligned' or a baseline of the run")
   options = parser.parse_args(arguments)
-  for title, number in import_results(options.run, options.files, options.model).items():
+  with open_part(options.run, 'evaluation') as workdir:
+    numbers = import_results(workdir.folder, options.files, options.model)
+  for title, number in numbers.items():
     say(f'{title}: {"–" if number["value"] is None else format(number["value"], ".4g")}')
-  say(f'written to {pathlib.Path(options.run) / "evaluation" / IMPORTED}')
+  say(f'written to {workdir.show(str(pathlib.Path(workdir.folder) / "evaluation" / IMPORTED))}')
   say('Start the command of the run again to show them in its table and report.')
 
 

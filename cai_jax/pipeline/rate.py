@@ -19,6 +19,7 @@ from cai_jax.evaluation.human_ratings import (
 )
 from cai_jax.report.findings import JUDGE_SHAPE
 from cai_jax.report.rating_sheet import Pair, make_sheet, write_sheet
+from cai_jax.runtime.cloud.workdir import open_part
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.shapes import check_shape
@@ -56,16 +57,22 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   read.add_argument('run', help='folder of the run that the sheet is from')
   read.add_argument('sheets', nargs='+', help='a CSV file per rater')
   options = parser.parse_args(arguments)
+  with open_part(options.run, 'evaluation') as workdir:
+    run = workdir.folder
+    if options.command == 'read':
+      say(describe(read_sheets(run, options.sheets)))
+      place = pathlib.Path(run) / RATINGS
+    else:
+      key = export_sheet(
+        run, options.out, options.pairs, options.compare, options.prompts, options.seed
+      )
+      place = _key_path(run, key['sheet'])
   if options.command == 'read':
-    say(describe(read_sheets(options.run, options.sheets)))
-    say(f'written to {pathlib.Path(options.run) / RATINGS}')
+    say(f'written to {workdir.show(str(place))}')
     say('Start the command of the run again to show them in its report.')
     return
-  key = export_sheet(
-    options.run, options.out, options.pairs, options.compare, options.prompts, options.seed
-  )
   say(f'{len(key["pairs"])} pairs: {options.out}/sheet.html and {options.out}/sheet.csv')
-  say(f'The key stays in the run: {_key_path(options.run, key["sheet"])}')
+  say(f'The key stays in the run: {workdir.show(str(place))}')
 
 
 def export_sheet(

@@ -22,6 +22,7 @@ from cai_jax.pipeline.published_quality import summarize_published
 from cai_jax.pipeline.sections import RunConfig
 from cai_jax.pipeline.served_raters import check_served_guard, find_served_rater
 from cai_jax.pipeline.served_stages import served_stages
+from cai_jax.runtime.cloud.workdir import refuse_url
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.plugins import load_plugins
 from cai_jax.sampling.remote import RemoteConfig
@@ -197,11 +198,7 @@ def build(
   """
   if not str(workdir):
     raise UserError('workdir is empty. Give the folder of the run.')
-  if '://' in str(workdir):
-    raise UserError(
-      f'workdir={workdir} is not on a local or shared filesystem, but the journal appends to its '
-      'files. Mount the storage, or choose a folder.'
-    )
+  refuse_url(workdir, 'A run that is built in Python')
   if os.path.expanduser(workdir).startswith('~'):
     raise UserError(f'workdir={workdir} names no user whose folder exists. Write the whole path.')
   config = schema.complete_config(config)

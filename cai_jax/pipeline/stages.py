@@ -64,7 +64,10 @@ def default_stages(run: Run) -> list[str]:
 
 
 def run_stages(
-  run: Run, stages: Sequence[str] | None = None, log: Callable[[str], None] = say
+  run: Run,
+  stages: Sequence[str] | None = None,
+  log: Callable[[str], None] = say,
+  stage_ended: Callable[[], None] = lambda: None,
 ) -> None:
   """Run stages in their order, and skip those that are done.
 
@@ -74,6 +77,7 @@ def run_stages(
     run: the run.
     stages: names of stages; None is `default_stages`.
     log: called with a line of text when a stage begins, ends or is skipped.
+    stage_ended: called after each stage that was run, when no file of the run changes.
 
   Raises:
     UserError: if a stage does not exist, the workdir is not writable, belongs to another run or to
@@ -89,10 +93,15 @@ def run_stages(
       stack.enter_context(hold_run(run.journal))
     for note in run.notes:
       log(note)
-    _run_missing(run, stages, log)
+    _run_missing(run, stages, log, stage_ended)
 
 
-def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) -> None:
+def _run_missing(
+  run: Run,
+  stages: Sequence[str],
+  log: Callable[[str], None],
+  stage_ended: Callable[[], None],
+) -> None:
   """Run the stages that are not done, in a workdir that this job holds."""
   is_first = jax.process_index() == 0
   digests.load_digests(run.workdir / 'digests.json')
@@ -150,6 +159,7 @@ def _run_missing(run: Run, stages: Sequence[str], log: Callable[[str], None]) ->
       if name in asking and (costs := describe_costs(run)):
         log(costs)
       processes.barrier(name)
+      stage_ended()
 
 
 def _sample_as_replica(run: Run, asking: Sequence[str], log: Callable[[str], None]) -> None:

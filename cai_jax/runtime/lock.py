@@ -91,7 +91,7 @@ def find_owner(workdir: str | os.PathLike) -> dict[str, Any]:
   latest = _latest(folder)
   owner = _read_owner(latest.path)
   is_active = latest.is_held and _now(folder) - _last_beat(latest) <= STALE_SECONDS
-  return owner if is_active and not _has_ended(owner) else {}
+  return owner if is_active and not has_ended(owner) else {}
 
 
 def _acquire(folder: pathlib.Path, job: str, facts: Mapping[str, Any]) -> int:
@@ -107,14 +107,14 @@ def _acquire(folder: pathlib.Path, job: str, facts: Mapping[str, Any]) -> int:
     if before.is_held:
       age = _now(folder) - beat
       owner = _read_owner(before.path)
-      if age <= STALE_SECONDS and not _has_ended(owner):
-        raise _refusal(folder, owner, age)
+      if age <= STALE_SECONDS and not has_ended(owner):
+        raise refusal(folder.parent, owner, age)
     mine = folder / _name(before.number + 1)
     try:
       with open(mine, 'x', encoding='utf-8') as file:
-        json.dump({'job': job, **_describe_process(), 'since': _utc_now(), **facts}, file)
+        json.dump({'job': job, **describe_process(), 'since': utc_now(), **facts}, file)
     except FileExistsError:  # another job has just taken it
-      raise _refusal(folder, _read_owner(mine), 0.0) from None
+      raise refusal(folder.parent, _read_owner(mine), 0.0) from None
     except OSError:
       mine.unlink(missing_ok=True)
       raise
@@ -125,7 +125,7 @@ def _acquire(folder: pathlib.Path, job: str, facts: Mapping[str, Any]) -> int:
       mine.unlink(missing_ok=True)
       if not other.is_held:
         return _acquire(folder, job, facts)
-      raise _refusal(folder, _read_owner(other.path), 0.0)
+      raise refusal(folder.parent, _read_owner(other.path), 0.0)
     before.path.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(
@@ -203,15 +203,19 @@ def _read_owner(path: pathlib.Path) -> dict[str, Any]:
   return owner if isinstance(owner, dict) else {}
 
 
-def _has_ended(owner: dict[str, Any]) -> bool:
-  """Return whether a job's process ran on this machine and no longer exists."""
-  here = _describe_process()
+def has_ended(owner: Mapping[str, Any]) -> bool:
+  """Return whether a job's process ran on this machine and no longer exists.
+
+  Args:
+    owner: what the lock's file says of the job.
+  """
+  here = describe_process()
   if not here['machine'] or any(owner.get(name) != here[name] for name in ('host', 'machine')):
     return False
   return _process_start(owner.get('pid')) != owner.get('process_start')
 
 
-def _describe_process() -> dict[str, Any]:
+def describe_process() -> dict[str, Any]:
   """Return what identifies this process."""
   pid = os.getpid()
   return {
@@ -244,7 +248,8 @@ def _process_start(pid: Any) -> str:
   return '' if fields[0] in 'ZX' else fields[19]  # the state, and field 22 of the file
 
 
-def _utc_now() -> str:
+def utc_now() -> str:
+  """Return the time as a lock's file gives it."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
@@ -261,9 +266,16 @@ def describe_owner(owner: Mapping[str, Any]) -> str:
   return f'job {job} (process {pid} on {host}, since {since})'
 
 
-def _refusal(folder: pathlib.Path, owner: dict[str, Any], age: float) -> UserError:
+def refusal(workdir: object, owner: Mapping[str, Any], age: float) -> UserError:
+  """Return the error of a job that asks for a folder which another one holds.
+
+  Args:
+    workdir: the folder, or the URL of a store.
+    owner: what the lock's file says of the other job.
+    age: seconds since it was active.
+  """
   return UserError(
-    f'{folder.parent} belongs to {describe_owner(owner)}, which was last active '
+    f'{workdir} belongs to {describe_owner(owner)}, which was last active '
     f'{max(age, 0):.0f} s ago. Wait until it ends, stop it, or choose another workdir. If its '
     f'machine has failed, start again in {max(STALE_SECONDS - age, 0) + 1:.0f} s.'
   )

@@ -1,0 +1,128 @@
+"""Which files a folder and its store have in common: their sizes, times and versions."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import parse_json
+
+FOLDER = '.cai_jax'  # what the mirror itself writes, in the folder and in the store
+INDEX = f'{FOLDER}/index.json'
+
+# Orbax renames a step's folder when it is complete, and this file is then in it. A store renames
+# nothing, so the mirror writes the file last and deletes it first.
+STEP_MARKER = '_CHECKPOINT_METADATA'
+_STEP = re.compile(r'(?:^|.*/)checkpoints/\d+(?=/)')
+_UNFINISHED_STEP = '.orbax-checkpoint-tmp'
+
+
+class FileState(NamedTuple):
+  """A file as it was when folder and store had it in common.
+
+  Attributes:
+    size: number of bytes.
+    mtime_ns: when the local file was modified, in nanoseconds.
+    version: version of its object.
+  """
+
+  size: int
+  mtime_ns: int
+  version: str
+
+
+@dataclasses.dataclass
+class Index:
+  """The files of a store, as the job that wrote last left them.
+
+  Attributes:
+    job: id of that job; '' before the first.
+    files: state of each file, by name.
+  """
+
+  job: str = ''
+  files: dict[str, FileState] = dataclasses.field(default_factory=dict)
+
+  def to_bytes(self) -> bytes:
+    """Return the index as JSON."""
+    return json.dumps({'job': self.job, 'files': self.files}, indent=0).encode()
+
+
+def parse_index(content: bytes, place: object) -> Index:
+  """Return an index that `Index.to_bytes` wrote.
+
+  Args:
+    content: the JSON text.
+    place: where it was read, for the error message.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  try:
+    value = parse_json(content)
+    files = {str(name): FileState(*state) for name, state in value['files'].items()}
+    return Index(str(value['job']), files)
+  except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'{place} is damaged: {error}. Delete it; the next start then compares all files anew.'
+    ) from error
+
+
+def scan(folder: pathlib.Path) -> dict[str, os.stat_result]:
+  """Return the files of a folder that a store gets, by name with slashes.
+
+  Hidden files are temporary or belong to this machine. Symbolic links are left out.
+  """
+  found: dict[str, os.stat_result] = {}
+  pending = ['']
+  while pending:
+    inner = pending.pop()
+    try:
+      entries = list(os.scandir(folder / inner))
+    except FileNotFoundError:  # a checkpoint that has just been deleted or renamed
+      continue
+    for entry in entries:
+      name = f'{inner}/{entry.name}' if inner else entry.name
+      if entry.name.startswith('.') or _UNFINISHED_STEP in entry.name:
+        continue
+      if entry.is_dir(follow_symlinks=False):
+        pending.append(name)
+      elif entry.is_file(follow_symlinks=False):
+        try:
+          found[name] = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+          continue
+  return found
+
+
+def is_claim(name: str) -> bool:
+  """Return whether a file describes others, so that these must be in the store before it.
+
+  Every JSON file counts as such: the manifest, a dataset's metadata and a model's config.
+  """
+  return name.endswith(('.json', STEP_MARKER))
+
+
+def claim_order(name: str) -> tuple[bool, bool, int, str]:
+  """Return a key that sorts claims as they are written: those last that say most."""
+  return name == 'manifest.json', name.endswith(STEP_MARKER), -name.count('/'), name
+
+
+def step_folder(name: str) -> str:
+  """Return the folder of the checkpoint that a file belongs to; '' if it belongs to none."""
+  match = _STEP.match(name)
+  return match[0] if match else ''
+
+
+def unfinished(names: set[str]) -> set[str]:
+  """Return the names of files in checkpoints that are not complete.
+
+  Args:
+    names: names of all files.
+  """
+  return {
+    name for name in names if (step := step_folder(name)) and f'{step}/{STEP_MARKER}' not in names
+  }

@@ -1,0 +1,94 @@
+"""Pushes a mirror while a run works, and waits for a store that is away for a time."""
+
+import sys
+import threading
+import time
+
+from cai_jax.runtime.cloud.mirror import Mirror
+from cai_jax.runtime.cloud.store import explain
+from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.terminal import say
+
+PERIOD_SECONDS = 5.0  # from the start of one push to the start of the next, if it is shorter
+LONGEST_WAIT_SECONDS = 60.0  # between two attempts while the store is away
+LAST_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between attempts at the end of a run
+
+
+class Keeper:
+  """A thread that pushes a mirror every few seconds.
+
+  If the store is away, the run goes on in the local folder, and says so once.
+
+  Args:
+    mirror: the mirror, after its first pull.
+    url: URL of the store, for messages.
+  """
+
+  def __init__(self, mirror: Mirror, url: str):
+    self._mirror, self._url = mirror, url
+    self._failures = 0
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def finish_stage(self) -> None:
+    """Push everything and join parts, now that no file changes.
+
+    Raises:
+      StoppedError: if the local folder is gone. A store that is away is no error here.
+    """
+    self._try(final=True)
+
+  def close(self, completed: bool) -> None:
+    """End the thread, and push what is left.
+
+    Args:
+      completed: whether the run ended as it should. Otherwise time may be short, and parts stay.
+
+    Raises:
+      StoppedError: if the store is still away after some attempts.
+    """
+    self._ended.set()
+    self._thread.join()
+    waits = LAST_WAITS_SECONDS if completed else LAST_WAITS_SECONDS[:1]
+    error = self._try(final=completed)
+    for wait in waits:
+      if error is None:
+        return
+      time.sleep(wait)
+      error = self._try(final=completed)
+    if error is not None:
+      raise StoppedError(
+        f'The results of this run could not be written to {self._url}, but they are in '
+        f'{self._mirror.folder}. {explain(self._url, error)} Then start the same command again on '
+        'this machine.'
+      ) from error
+
+  def _run(self) -> None:
+    wait = PERIOD_SECONDS
+    while not self._ended.wait(wait):
+      start = time.monotonic()
+      try:
+        self._try()
+      except StoppedError as error:
+        return say(f'error: {error}', file=sys.stderr)
+      wait = min(PERIOD_SECONDS * 2**self._failures, LONGEST_WAIT_SECONDS)
+      wait = max(wait - (time.monotonic() - start), 0.0)
+
+  def _try(self, final: bool = False) -> Exception | None:
+    """Push once, and return the error if the store is away."""
+    try:
+      self._mirror.push(final)
+    except UserError:
+      raise
+    except Exception as error:  # every library has its own exceptions
+      self._mirror.mark_unwritten()
+      if not self._failures:
+        text = f'The run continues in {self._mirror.folder}, and tries again.'
+        say(f'{explain(self._url, error)} {text}', file=sys.stderr)
+      self._failures += 1
+      return error
+    if self._failures:
+      say(f'{self._url} can be reached again and has all files.', file=sys.stderr)
+    self._failures = 0
+    return None

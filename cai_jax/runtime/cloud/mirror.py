@@ -1,0 +1,325 @@
+"""A local folder and a store that is kept equal to it, so that a run may die at any moment.
+
+`pull` fetches what the folder lacks, and `push` writes what changed. The store never claims more
+than it has: files that describe others are read before the others and written after them, and
+deleted before them. A file that grows is written in parts (`parts.py`).
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+from cai_jax.runtime.cloud import parts
+from cai_jax.runtime.cloud.index import FOLDER as OWN
+from cai_jax.runtime.cloud.index import (
+  INDEX,
+  STEP_MARKER,
+  FileState,
+  Index,
+  claim_order,
+  is_claim,
+  parse_index,
+  scan,
+  step_folder,
+  unfinished,
+)
+from cai_jax.runtime.cloud.parts import PARTS, Range, part_name
+from cai_jax.runtime.cloud.store import Entry, Store
+from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.files import make_folder, replacing
+
+UNWRITTEN = f'{OWN}/unwritten'  # a local file, while the store could not be reached
+TRANSFERS = 8  # files that are moved at the same time
+_TAIL = 4096  # bytes before the end of what was pushed that must be there if a file has only grown
+
+
+class Mirror:
+  """A folder and its store, between which files are moved in both directions.
+
+  One job uses both; `lease.hold` sees to that.
+
+  Args:
+    store: the store.
+    folder: the folder, which is created if necessary.
+    job: id of the job, from `lease.hold`.
+
+  Attributes:
+    folder: the folder.
+  """
+
+  def __init__(self, store: Store, folder: pathlib.Path, job: str):
+    self.folder = folder
+    self._store, self._job = store, job
+    self._known: dict[str, FileState] = {}  # what the store has
+    self._pieces: dict[str, list[Range]] = {}  # of files that grow: the first object, and parts
+    self._ends: dict[
+      str, tuple[int, bytes]
+    ] = {}  # of these: the inode, and what the store has last
+    self._mutex = threading.Lock()
+
+  def pull(self) -> int:
+    """Make the folder equal to the store, and return how many files were fetched.
+
+    What was not written to the store before this machine was interrupted stays, and the next push
+    writes it. If another job has used the store since, what the store has replaces it.
+
+    Raises:
+      UserError: if another job has used the store since, and this machine could not reach the store
+        for so long that more than the last seconds would be lost.
+    """
+    make_folder(self.folder / OWN)
+    listed, remote = self._list()
+    local = Index()
+    if (self.folder / INDEX).exists():
+      local = parse_index((self.folder / INDEX).read_bytes(), self.folder / INDEX)
+    here = scan(self.folder)
+    kept = {name for name, stat in here.items() if not _is_same(stat, local.files.get(name))}
+    if local.job != remote.job:
+      self._check_unwritten(kept)
+      kept = set()
+      # If this pull is cut short, the next one must not take what it fetched for work of this job.
+      self._write_local(Index(remote.job, {n: s for n, s in local.files.items() if n in here}))
+    self._delete(self._learn(listed, remote))
+    same = {
+      name
+      for name, stat in here.items()
+      if _is_same(stat, local.files.get(name)) and local.files[name] == self._known.get(name)
+    }
+    wanted = self._known.keys() - kept - same
+    for name in here.keys() - self._known.keys() - kept:  # deleted in the store
+      (self.folder / name).unlink()
+    self._each(self._fetch, wanted)
+    self._delete(self._unused_parts(listed))
+    for name in self._known.keys() & scan(self.folder).keys():
+      self._remember_end(name)
+    if not (self.folder / INDEX).exists():
+      self._write_local(local)
+    self.push()  # what is kept, before the store has the id of this job
+    self._write_index()
+    return len(wanted)
+
+  def fetch(self) -> None:
+    """Fetch everything that the store has to an empty folder, and write nothing to the store."""
+    self._learn(*self._list())
+    self._each(self._fetch, [*self._known])
+
+  def _list(self) -> tuple[dict[str, Entry], Index]:
+    """Return all objects of the store, and its index."""
+    listed, index = self._store.list(), Index()
+    if INDEX in listed:
+      index = parse_index(self._store.read(INDEX), f'{self._store.url}/{INDEX}')
+    return listed, index
+
+  def _learn(self, listed: Mapping[str, Entry], index: Index) -> list[str]:
+    """Note the files that the store has, and return the objects of incomplete checkpoints."""
+    files = {name: entry for name, entry in listed.items() if not name.startswith(f'{OWN}/')}
+    broken, groups = unfinished({*files}), parts.group_parts(listed)
+    for name in files.keys() - broken:
+      entry, before = files[name], index.files.get(name)
+      chain = parts.follow(entry.size, groups.get((name, entry.version), []))
+      self._pieces[name] = [(0, entry.size), *chain]
+      mtime = before.mtime_ns if before and before.version == entry.version else 0
+      self._known[name] = FileState(self._pieces[name][-1][1], mtime, entry.version)
+    return sorted(broken)
+
+  def _unused_parts(self, listed: Iterable[str]) -> list[str]:
+    """Return parts that a kill left behind, after they were merged or their file was replaced."""
+    used = {
+      part_name(name, self._known[name].version, piece)
+      for name, pieces in self._pieces.items()
+      for piece in pieces[1:]
+    }
+    return [name for name in listed if name.startswith(f'{PARTS}/') and name not in used]
+
+  def _check_unwritten(self, names: set[str]) -> None:
+    """Check that no work of an earlier job waits in the folder to be written to the store."""
+    if names and (self.folder / UNWRITTEN).exists():
+      raise UserError(
+        f'{self.folder} has {len(names)} files that could not be written to {self._store.url}, and '
+        'another job has used that since. Delete the folder to continue from what the store has, '
+        'or move it away to keep the files.'
+      )
+
+  def mark_unwritten(self) -> None:
+    """Record that the folder has work that the store does not have, until a push succeeds."""
+    if (self.folder / OWN).is_dir():
+      (self.folder / UNWRITTEN).touch()
+
+  def push(self, final: bool = False) -> bool:
+    """Write to the store what changed in the folder, and return whether anything did.
+
+    Args:
+      final: whether no file changes now. Then parts are joined, and a line without end is written.
+
+    Raises:
+      StoppedError: if the folder is gone, so that its files are not to be deleted in the store.
+    """
+    with self._mutex:
+      if not (self.folder / INDEX).exists():
+        raise StoppedError(
+          f'{self.folder} was deleted while a run used it. Start the same command again to '
+          f'continue from what {self._store.url} has.'
+        )
+      # Claims come first: what they describe is complete now, and so it is in the scan below.
+      claims = self._read_claims()
+      here = scan(self.folder)
+      gone = {name for name in self._known if name not in here and name not in claims}
+      cut = {step_folder(name) for name in gone} - {''}
+      first = {name for name in gone if is_claim(name)}
+      first |= {f'{step}/{STEP_MARKER}' for step in cut} & self._known.keys()
+      changed = [
+        name
+        for name, stat in here.items()
+        if not is_claim(name) and not _is_same(stat, self._known.get(name))
+      ]
+      joined = [name for name, p in self._pieces.items() if final and len(p) > 1 and name in here]
+      self._delete(sorted(first, key=claim_order, reverse=True))
+      moved = self._each(lambda name: self._send(name, here[name], final), {*changed, *joined})
+      for name in sorted(claims.keys() - first, key=claim_order):
+        content, stat = claims[name]
+        self._note(name, stat, self._store.write(name, content))
+      self._delete([name for name in gone if name not in first])
+      is_new = any(moved) or bool(claims or gone or first)
+      if is_new:
+        self._write_index()
+      (self.folder / UNWRITTEN).unlink(missing_ok=True)
+      return is_new
+
+  def _read_claims(self) -> dict[str, tuple[bytes, os.stat_result]]:
+    """Return the content of all changed files that describe others, before those are looked at."""
+    claims = {}
+    for name, stat in scan(self.folder).items():
+      if is_claim(name) and not _is_same(stat, self._known.get(name)):
+        try:
+          claims[name] = (self.folder / name).read_bytes(), stat
+        except FileNotFoundError:  # deleted since
+          continue
+    return claims
+
+  def _send(self, name: str, stat: os.stat_result, final: bool) -> bool:
+    """Write a file to the store: what it has grown by, or all of it."""
+    if not final and self._has_grown(name, stat):
+      return self._send_growth(name, stat)
+    try:
+      entry = self._store.upload(name, self.folder / name)
+    except FileNotFoundError:
+      if (self.folder / name).exists():  # then the bucket is gone
+        raise
+      return False
+    self._note(name, stat, entry)
+    return True
+
+  def _has_grown(self, name: str, stat: os.stat_result) -> bool:
+    """Return whether the store has the beginning of a file, and lines were appended to it."""
+    if name not in self._ends or not name.endswith('.jsonl'):
+      return False
+    inode, end = self._ends[name]
+    known = self._known[name].size
+    if inode != stat.st_ino or not known or stat.st_size <= known:
+      return False
+    return _read(self.folder / name, (known - len(end), known)) == end
+
+  def _send_growth(self, name: str, stat: os.stat_result) -> bool:
+    """Write the complete lines that were appended to a file."""
+    path, known = self.folder / name, self._known[name]
+    end = min(stat.st_size, known.size + parts.LARGEST)
+    lines = _read(path, (known.size, end)).rpartition(b'\n')[0]
+    if not lines:
+      return False
+    new = known.size, known.size + len(lines) + 1
+    kept, piece = parts.merge(self._pieces[name], new)
+    content = _read(path, piece)
+    if not kept:
+      self._note(name, stat, self._store.write(name, content))
+      return True
+    self._store.write(part_name(name, known.version, piece), content)
+    self._delete_parts(name, [old for old in self._pieces[name] if old not in kept])
+    self._pieces[name] = [*kept, piece]
+    self._known[name] = FileState(piece[1], stat.st_mtime_ns, known.version)
+    self._remember_end(name)
+    return True
+
+  def _note(self, name: str, stat: os.stat_result, entry: Entry) -> None:
+    """Remember that a file was written as one object, and delete the parts of the one before it.
+
+    The file may have grown since it was looked at. Then its size tells the next push.
+    """
+    old = self._pieces.get(name, [])
+    self._delete_parts(name, old)
+    self._pieces[name] = [(0, entry.size)]
+    self._known[name] = FileState(entry.size, stat.st_mtime_ns, entry.version)
+    self._remember_end(name)
+
+  def _delete_parts(self, name: str, pieces: Iterable[Range]) -> None:
+    version = self._known[name].version if name in self._known else ''
+    for piece in pieces:
+      if piece[0]:
+        self._store.delete(part_name(name, version, piece))
+
+  def _fetch(self, name: str) -> None:
+    """Write an object and its parts to the local file, with the time of the file that it was."""
+    known, target = self._known[name], self.folder / name
+    make_folder(target.parent)
+    with replacing(target) as temporary:
+      self._store.fs.get_file(self._store.path(name), str(temporary))
+      with open(temporary, 'ab') as file:
+        for piece in self._pieces[name][1:]:
+          file.write(self._store.read(part_name(name, known.version, piece)))
+    if known.mtime_ns:
+      os.utime(target, ns=(known.mtime_ns, known.mtime_ns))
+    stat = target.stat()
+    self._known[name] = FileState(stat.st_size, stat.st_mtime_ns, known.version)
+
+  def _remember_end(self, name: str) -> None:
+    """Note the inode of a file that may grow, and the last bytes of what the store has."""
+    if not name.endswith('.jsonl'):
+      return
+    size = self._known[name].size
+    try:
+      with open(self.folder / name, 'rb') as file:
+        file.seek(max(size - _TAIL, 0))
+        self._ends[name] = os.fstat(file.fileno()).st_ino, file.read(min(size, _TAIL))
+    except FileNotFoundError:
+      self._ends.pop(name, None)
+
+  def _delete(self, names: list[str]) -> None:
+    """Delete objects one after the other, with their parts."""
+    for name in names:
+      self._delete_parts(name, self._pieces.pop(name, []))
+      self._store.delete(name)
+      self._known.pop(name, None)
+      self._ends.pop(name, None)
+
+  def _each(self, move: Callable[[str], object], names: Iterable[str]) -> list[object]:
+    """Move several files at the same time, and raise the first error."""
+    with concurrent.futures.ThreadPoolExecutor(TRANSFERS) as pool:
+      moves = [pool.submit(move, name) for name in sorted(names)]
+      try:
+        return [move.result() for move in moves]
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+  def _write_index(self) -> None:
+    """Write what folder and store have in common, to both."""
+    index = Index(self._job, self._known)
+    self._write_local(index)
+    self._store.write(INDEX, index.to_bytes())
+
+  def _write_local(self, index: Index) -> None:
+    with replacing(self.folder / INDEX) as temporary:
+      temporary.write_bytes(index.to_bytes())
+
+
+def _is_same(stat: os.stat_result, state: FileState | None) -> bool:
+  """Return whether a file is as it was; an object that changed in the store has another version."""
+  return state is not None and (stat.st_size, stat.st_mtime_ns) == (state.size, state.mtime_ns)
+
+
+def _read(path: pathlib.Path, part: Range) -> bytes:
+  """Return a part of a file."""
+  with open(path, 'rb') as file:
+    file.seek(part[0])
+    return file.read(part[1] - part[0])

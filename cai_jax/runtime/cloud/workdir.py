@@ -1,0 +1,187 @@
+"""The folder of a run that was given as a path or as a URL."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import jax
+
+from cai_jax.runtime.cloud import lease
+from cai_jax.runtime.cloud.keeper import Keeper
+from cai_jax.runtime.cloud.mirror import Mirror
+from cai_jax.runtime.cloud.store import Store, check_writable, is_url, open_store
+from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.replicas import launched_replica
+from cai_jax.runtime.terminal import say
+
+SCRATCH = 'CAI_JAX_SCRATCH'  # environment variable: where folders of URLs are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """Where a run works.
+
+  Attributes:
+    folder: the local folder.
+    store: the store that it stands for; None for a folder that was given as a path.
+  """
+
+  folder: str
+  store: Store | None = None
+
+  def show(self, text: str) -> str:
+    """Return a text for the user, with the URL in place of the local folder."""
+    return text.replace(self.folder, self.store.url) if self.store else text
+
+  @contextlib.contextmanager
+  def open(self) -> Iterator[Callable[[], None]]:
+    """Keep the folder and the store equal while the block runs.
+
+    What the store has is fetched first. What the block writes reaches the store within seconds, and
+    all of it at the end, also after an error or a signal. Messages of UserErrors name the URL.
+
+    Yields:
+      A function to call when a stage has ended and no file changes.
+
+    Raises:
+      UserError: if the store cannot be used, or another job uses it.
+      StoppedError: if the store is away when the block ends; then the folder has everything.
+    """
+    if self.store is None:
+      yield lambda: None
+      return
+    check_writable(self.store)
+    with lease.hold(self.store) as job:
+      mirror = Mirror(self.store, pathlib.Path(self.folder), job)
+      with self.store.asking():
+        count = mirror.pull()
+      if count:
+        say(f'{self.store.url}: fetched {count} files to {self.folder}')
+      keeper = Keeper(mirror, self.store.url)
+      try:
+        with self._shown_errors():
+          yield keeper.finish_stage
+      except BaseException:
+        try:
+          keeper.close(completed=False)
+        except StoppedError as error:
+          say(str(error), file=sys.stderr)
+        raise
+      keeper.close(completed=True)
+
+  @contextlib.contextmanager
+  def look(self) -> Iterator[pathlib.Path]:
+    """Yield a folder with the files of the run, and write nothing to the store.
+
+    Raises:
+      UserError: if the store cannot be used.
+    """
+    if self.store is None:
+      yield pathlib.Path(self.folder)
+      return
+    check_writable(self.store)
+    with tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
+      looked = Workdir(folder, self.store)
+      with looked._shown_errors():
+        with self.store.asking():
+          Mirror(self.store, pathlib.Path(folder), '').fetch()
+        yield pathlib.Path(folder)
+
+  @contextlib.contextmanager
+  def _shown_errors(self) -> Iterator[None]:
+    """Name the URL in the messages of UserErrors of the block."""
+    try:
+      yield
+    except UserError as error:
+      error.args = (self.show(str(error)), *error.args[1:])
+      raise
+
+
+def resolve_workdir(workdir: str) -> Workdir:
+  """Return where a run works that was given a path or a URL. Nothing is read or written yet.
+
+  Args:
+    workdir: a path, which is taken as it is, or a URL.
+
+  Raises:
+    UserError: if the URL has no store, its package is missing, or the run has several processes.
+  """
+  if not is_url(workdir):
+    return Workdir(workdir)
+  if jax.process_count() > 1 or launched_replica()[1] > 1:
+    raise UserError(
+      f'workdir={workdir} is a URL, and this run has several processes, which must see the files '
+      'of each other at once. Give them a folder on a file system that they share, and copy it to '
+      'the store afterwards, such as with `aws s3 sync` or `gcloud storage rsync`.'
+    )
+  store = open_store(workdir)
+  return Workdir(str(scratch_folder(store.url)), store)
+
+
+@contextlib.contextmanager
+def open_part(workdir: str, part: str) -> Iterator[Workdir]:
+  """Yield a folder with a part of a run's files, and write back what the block changes in it.
+
+  Args:
+    workdir: a path, which is yielded as it is, or a URL.
+    part: name of a folder of the run; nothing else is fetched.
+
+  Raises:
+    UserError: if the store cannot be used, or another job uses it.
+  """
+  if not is_url(workdir):
+    yield Workdir(workdir)
+    return
+  store = open_store(workdir)
+  check_writable(store)
+  with lease.hold(store), tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
+    root, place = pathlib.Path(folder), Workdir(folder, store)
+    with store.asking():
+      for name in store.list(part):
+        store.download(name, root / name)
+    before = _contents(root)
+    with place._shown_errors():
+      yield place
+    with store.asking():
+      for name, digest in _contents(root).items():
+        if before.get(name) != digest:
+          store.upload(name, root / name)
+
+
+def scratch_folder(url: str) -> pathlib.Path:
+  """Return the local folder that stands for a URL: below CAI_JAX_SCRATCH, or the user's cache.
+
+  Args:
+    url: the URL.
+  """
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  parent = os.environ.get(SCRATCH) or os.path.join(cache, 'cai_jax', 'workdirs')
+  readable = re.sub(r'[^A-Za-z0-9_.=-]+', '_', url)[-60:].strip('_.')
+  name = f'{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}'
+  return pathlib.Path(os.path.realpath(os.path.expanduser(parent))) / name
+
+
+def refuse_url(path: str | os.PathLike, what: str) -> None:
+  """Raise UserError if a path is a URL.
+
+  Args:
+    path: the path.
+    what: what needs a local folder, as the subject of a sentence.
+  """
+  if is_url(path):
+    raise UserError(f'{what} needs a local folder, and {path} is a URL. Give a path.')
+
+
+def _contents(folder: pathlib.Path) -> dict[str, str]:
+  """Return a digest of each file of a folder, by name."""
+  return {
+    path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in folder.rglob('*')
+    if path.is_file()
+  }

@@ -1,7 +1,8 @@
 """Folders and files that a run writes.
 
-A run needs a local or a shared filesystem, because the journal appends to its files, and processes
-rely on atomic renames to find each other's shards. Object stores offer neither.
+A run writes to a local or a shared filesystem, because the journal appends to its files, and
+processes rely on atomic renames to find each other's shards. Object stores offer neither, so a run
+in a store works in a local folder, which `cai_jax.runtime.cloud` keeps equal to the store.
 """
 
 import collections

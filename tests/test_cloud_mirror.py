@@ -1,0 +1,441 @@
+"""A folder and its store stay equal, and the store is whole at every moment."""
+
+import os
+import shutil
+import uuid
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cai_jax.runtime.cloud import keeper as keepers
+from cai_jax.runtime.cloud import parts
+from cai_jax.runtime.cloud.index import INDEX, claim_order, is_claim, scan, unfinished
+from cai_jax.runtime.cloud.keeper import Keeper
+from cai_jax.runtime.cloud.mirror import UNWRITTEN, Mirror
+from cai_jax.runtime.cloud.store import Store
+from cai_jax.runtime.errors import StoppedError, UserError
+
+
+class Faulty(MemoryFileSystem):
+  """An object store in memory that records its calls, and fails from one of them on.
+
+  Attributes:
+    calls: the changes so far, as 'write NAME' and 'delete NAME'.
+    left: number of changes that still succeed.
+    away: whether every call fails.
+  """
+
+  protocol = 'faulty'
+  cachable = False
+
+  def __init__(self):
+    super().__init__()
+    self.store, self.pseudo_dirs = {}, ['']  # of this instance only
+    self.calls, self.left, self.away = [], 10**9, False
+
+  def _count(self, verb, path):
+    if self.away or self.left <= 0:
+      raise ConnectionError('the store is away')
+    self.left -= 1
+    self.calls.append(f'{verb} {path.removeprefix("/bucket/run/")}')
+
+  def pipe_file(self, path, value, mode='overwrite', **options):
+    self._count('write', path)
+    super().pipe_file(path, bytes(value), mode, **options)
+
+  def put_file(self, lpath, rpath, **options):
+    self._count('write', rpath)
+    super().put_file(lpath, rpath, **options)
+
+  def rm_file(self, path):
+    self._count('delete', path)
+    super().rm_file(path)
+
+  def find(self, path, **options):
+    if self.away:
+      raise ConnectionError('the store is away')
+    return super().find(path, **options)
+
+
+@pytest.fixture
+def store():
+  return Store('s3://bucket/run', Faulty(), '/bucket/run')
+
+
+def write(folder, files):
+  for name, content in files.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name('.temporary')
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def append(path, content):
+  with open(path, 'ab') as file:
+    file.write(content)
+
+
+def read(folder):
+  return {name: (folder / name).read_bytes() for name in scan(folder)}
+
+
+def start(store, folder, job=''):
+  """A mirror after its first pull, as the start of a job makes it."""
+  mirror = Mirror(store, folder, job or uuid.uuid4().hex[:12])
+  mirror.pull()
+  return mirror
+
+
+def files(store):
+  """Files that a new machine would see, by name."""
+  return {name for name in store.list() if not name.startswith('.cai_jax/')}
+
+
+FILES = {
+  'manifest.json': b'{"stages": 1}',
+  'd_cai/dataset_info.json': b'{}',
+  'd_cai/d_cai-train.array_record-00000': b'rows',
+  'journal/sampler-gumbel-1': b'',
+  'journal/turns-00000.jsonl': b'one\ntwo\n',
+  'checkpoints/2/_CHECKPOINT_METADATA': b'complete',
+  'checkpoints/2/state/d/0': b'numbers',
+}
+
+
+def test_a_new_machine_gets_every_file_and_its_time(store, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mirror = start(store, one)
+  write(one, FILES)
+  os.utime(one / 'manifest.json', ns=(10**18, 10**18 + 123456789))
+  assert mirror.push() and not mirror.push()
+  assert files(store) == FILES.keys()
+  Mirror(store, two, 'other').pull()
+  assert read(two) == FILES
+  for name in FILES:
+    assert (one / name).stat().st_mtime_ns == (two / name).stat().st_mtime_ns
+
+
+def test_only_what_changed_is_moved(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(tmp_path, FILES)
+  mirror.push()
+  store.fs.calls.clear()
+  write(tmp_path, {'d_cai/d_cai-train.array_record-00001': b'more'})
+  mirror.push()
+  assert store.fs.calls == ['write d_cai/d_cai-train.array_record-00001', f'write {INDEX}']
+  fetched = []
+  store.fs.get_file = lambda name, target, **_: fetched.append(name)
+  assert Mirror(store, tmp_path, 'next').pull() == 0 and fetched == []
+
+
+def test_hidden_and_unfinished_files_stay_here(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(
+    tmp_path,
+    {
+      '.lock/000001': b'x',
+      'd_cai/.d_cai-train.array_record-00000.tmp': b'x',
+      'checkpoints/4.orbax-checkpoint-tmp-17/state': b'x',
+      'metrics.jsonl': b'{}\n',
+    },
+  )
+  (tmp_path / 'link').symlink_to(tmp_path / 'metrics.jsonl')
+  mirror.push()
+  assert files(store) == {'metrics.jsonl'}
+
+
+def test_claims_are_written_last_and_deleted_first(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(tmp_path, FILES)
+  store.fs.calls.clear()
+  mirror.push()
+  written = [call.removeprefix('write ') for call in store.fs.calls]
+  claims = [name for name in written if is_claim(name)]
+  assert written[-len(claims) :] == claims and len(claims) == 4
+  assert claims == [
+    'd_cai/dataset_info.json',
+    'checkpoints/2/_CHECKPOINT_METADATA',
+    'manifest.json',
+    INDEX,
+  ]
+  assert claims[:3] == sorted(claims[:3], key=claim_order)
+  store.fs.calls.clear()
+  shutil.rmtree(tmp_path / 'checkpoints')
+  (tmp_path / 'd_cai' / 'dataset_info.json').unlink()
+  mirror.push()
+  deleted = [call for call in store.fs.calls if call.startswith('delete')]
+  assert deleted == [
+    'delete checkpoints/2/_CHECKPOINT_METADATA',
+    'delete d_cai/dataset_info.json',
+    'delete checkpoints/2/state/d/0',
+  ]
+
+
+def test_a_checkpoint_that_is_being_deleted_is_no_checkpoint(store, tmp_path):
+  """Its other files go first, here, and the store must not keep one that is half there."""
+  mirror = start(store, tmp_path)
+  write(tmp_path, FILES)
+  mirror.push()
+  (tmp_path / 'checkpoints/2/state/d/0').unlink()
+  mirror.push()
+  assert not any(name.startswith('checkpoints/') for name in files(store))
+
+
+def test_what_a_claim_describes_is_in_the_store_before_it(store, tmp_path, monkeypatch):
+  """The run writes a shard, and the manifest that claims it, while a push goes on."""
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'manifest.json': b'{"shards": 0}', 'rows-0': b'x'})
+  upload = Store.upload
+
+  def run_goes_on(self, name, source):
+    write(tmp_path, {'rows-1': b'y', 'manifest.json': b'{"shards": 1}'})
+    return upload(self, name, source)
+
+  monkeypatch.setattr(Store, 'upload', run_goes_on)
+  mirror.push()
+  assert store.read('manifest.json') == b'{"shards": 0}' and files(store) == {
+    'manifest.json',
+    'rows-0',
+  }
+  monkeypatch.undo()
+  mirror.push()
+  assert store.read('manifest.json') == b'{"shards": 1}' and 'rows-1' in files(store)
+
+
+@pytest.mark.parametrize('changes', range(12))
+def test_a_kill_at_any_moment_leaves_a_whole_store(store, tmp_path, changes):
+  """A push dies after so many changes; a new machine then finds no claim without its files."""
+  mirror = start(store, tmp_path / 'one')
+  write(tmp_path / 'one', FILES)
+  store.fs.left = changes
+  try:
+    mirror.push()
+  except ConnectionError:
+    assert changes < 8  # seven files and the index
+  store.fs.left = 10**9
+  Mirror(store, tmp_path / 'two', 'other').pull()
+  there = read(tmp_path / 'two')
+  assert there.items() <= FILES.items()
+  if 'manifest.json' in there:
+    assert there == FILES
+  if 'd_cai/dataset_info.json' in there:
+    assert 'd_cai/d_cai-train.array_record-00000' in there
+  step = {name for name in there if name.startswith('checkpoints/')}
+  assert len(step) in (0, 2) and unfinished({*there}) == set()
+  assert unfinished(files(store)) == set()  # what was left of a checkpoint is deleted
+
+
+def test_a_growing_file_is_written_in_parts_of_whole_lines(store, tmp_path):
+  mirror = start(store, tmp_path / 'one')
+  path, text = tmp_path / 'one' / 'journal' / 'turns-00000.jsonl', b''
+  write(tmp_path / 'one', {'journal/turns-00000.jsonl': b'x' * 999 + b'\n'})
+  mirror.push()
+  for number in range(20):
+    append(path, b'%04d' % number + b'y' * 45 + b'\nhalf a line')
+    mirror.push()
+    Mirror(store, tmp_path / 'two', 'other').pull()
+    text = (tmp_path / 'two' / 'journal' / 'turns-00000.jsonl').read_bytes()
+    whole = path.read_bytes()
+    assert whole.startswith(text) and text.endswith(b'\n') and len(whole) - len(text) == 11
+    mirror = start(store, tmp_path / 'one', 'other')
+  written = sum(len(store.read(name)) for name in store.list('journal'))
+  assert written == 1000  # the first object was not written again
+  assert 1 <= len(store.list(parts.PARTS)) <= 6
+  mirror.push(final=True)
+  assert store.list(parts.PARTS) == {} and store.read('journal/turns-00000.jsonl') == whole
+
+
+@pytest.mark.parametrize('changes', range(9))
+def test_a_kill_while_parts_are_joined_loses_no_line(store, tmp_path, changes):
+  path = tmp_path / 'one' / 'turns.jsonl'
+  mirror = start(store, tmp_path / 'one')
+  write(tmp_path / 'one', {'turns.jsonl': b'x' * 999 + b'\n'})
+  mirror.push()
+  for size in (200, 100, 50):
+    append(path, b'y' * size + b'\n')
+    mirror.push()
+  whole = path.read_bytes()
+  assert len(store.list(parts.PARTS)) == 3
+  store.fs.left = changes
+  append(path, b'z' * 70 + b'\n')  # becomes one part with the last one
+  try:
+    mirror.push()
+    mirror.push(final=True)
+  except ConnectionError:
+    pass
+  store.fs.left = 10**9
+  Mirror(store, tmp_path / 'two', 'other').pull()
+  found = (tmp_path / 'two' / 'turns.jsonl').read_bytes()
+  assert found in (whole, path.read_bytes())
+  chain = parts.group_parts(store.list())
+  assert len(chain) <= 1  # parts that nothing needs are deleted
+
+
+def test_a_file_that_was_replaced_or_cut_is_written_anew(store, tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  mirror = start(store, tmp_path)
+  path.write_bytes(b'1\n' * 100)
+  mirror.push()
+  append(path, b'2\n' * 10)
+  mirror.push()
+  assert len(store.list(parts.PARTS)) == 1
+  os.truncate(path, 150)
+  append(path, b'3\n' * 80)
+  mirror.push()
+  assert store.read('metrics.jsonl') == path.read_bytes() and not store.list(parts.PARTS)
+  write(tmp_path, {'metrics.jsonl': path.read_bytes() + b'4\n'})
+  mirror.push()
+  assert store.read('metrics.jsonl') == path.read_bytes() and not store.list(parts.PARTS)
+
+
+def test_pieces_stay_few_and_small():
+  pieces, written = [(0, 10)], 0
+  for number in range(1000):
+    end = pieces[-1][1]
+    kept, new = parts.merge(pieces, (end, end + 10))
+    assert pieces[: len(kept)] == kept and new[1] == end + 10
+    assert new[0] == (kept[-1][1] if kept else 0)
+    pieces, written = [*kept, new], written + new[1] - new[0]
+    assert len(pieces) <= 2 + (number + 2).bit_length()
+  assert written < 12 * 10_000
+  large = [(0, parts.LARGEST), (parts.LARGEST, parts.LARGEST + 5)]
+  assert parts.merge(large, (large[1][1], 2 * parts.LARGEST)) == (
+    large[:1],
+    (parts.LARGEST, 2 * parts.LARGEST),
+  )
+
+
+def test_parts_are_followed_without_gaps():
+  assert parts.follow(10, [(10, 20), (10, 30), (20, 30), (30, 35), (50, 60)]) == [
+    (10, 30),
+    (30, 35),
+  ]
+  assert parts.follow(10, [(20, 30)]) == parts.follow(0, []) == []
+
+
+def test_work_that_was_not_written_is_kept_and_written(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'a': b'1', 'b': b'1'})
+  mirror.push()
+  write(tmp_path, {'a': b'2', 'c': b'1'})  # and then the process is killed
+  start(store, tmp_path)
+  assert read(tmp_path) == {'a': b'2', 'b': b'1', 'c': b'1'}
+  assert {name: store.read(name) for name in files(store)} == read(tmp_path)
+
+
+def test_what_another_machine_wrote_since_replaces_the_last_seconds(store, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mirror = start(store, one)
+  write(one, {'a': b'1', 'gone': b'1'})
+  mirror.push()
+  write(one, {'a': b'lost', 'new': b'lost'})
+  other = start(store, two)
+  write(two, {'a': b'2'})
+  (two / 'gone').unlink()
+  other.push()
+  start(store, one)
+  assert read(one) == read(two) == {'a': b'2'}
+
+
+def test_work_of_a_time_without_store_is_not_thrown_away(store, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mirror = start(store, one)
+  write(one, {'a': b'hours of work'})
+  mirror.mark_unwritten()
+  start(store, two)
+  with pytest.raises(UserError, match=r'1 files that could not be written.*Delete the folder'):
+    start(store, one)
+  assert read(one) == {'a': b'hours of work'}
+
+
+def test_files_that_a_user_deletes_or_adds_in_the_store_count(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'a': b'1', 'b': b'1'})
+  mirror.push()
+  store.delete('a')
+  store.write('journal/turns-00000.jsonl', b'from another run\n')
+  start(store, tmp_path)
+  assert read(tmp_path) == {'b': b'1', 'journal/turns-00000.jsonl': b'from another run\n'}
+
+
+@pytest.mark.parametrize('changes', range(4))
+def test_a_kill_while_files_are_fetched_changes_nothing(store, tmp_path, changes):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mirror = start(store, one)
+  write(one, FILES)
+  mirror.push()
+  fetch = store.fs.get_file
+  left = iter(range(changes))
+
+  def die(name, target, **_):
+    if next(left, None) is None:
+      raise ConnectionError
+    fetch(name, target)
+
+  store.fs.get_file = die
+  with pytest.raises(ConnectionError):
+    start(store, two)
+  store.fs.get_file = fetch
+  start(store, two)
+  assert read(two) == FILES and files(store) == FILES.keys()
+
+
+def test_a_folder_that_was_deleted_deletes_nothing_in_the_store(store, tmp_path):
+  mirror = start(store, tmp_path / 'run')
+  write(tmp_path / 'run', FILES)
+  mirror.push()
+  shutil.rmtree(tmp_path / 'run')
+  with pytest.raises(StoppedError, match='was deleted while a run used it'):
+    mirror.push()
+  assert files(store) == FILES.keys()
+
+
+def test_a_damaged_index_is_named(store, tmp_path):
+  start(store, tmp_path / 'one')
+  store.write(INDEX, b'{"files": 1}')
+  with pytest.raises(UserError, match=rf'run/{INDEX} is damaged.*Delete it'):
+    start(store, tmp_path / 'two')
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  monkeypatch.setattr(keepers, 'PERIOD_SECONDS', 0.01)
+  monkeypatch.setattr(keepers, 'LONGEST_WAIT_SECONDS', 0.02)
+  monkeypatch.setattr(keepers, 'LAST_WAITS_SECONDS', (0.01, 0.01))
+
+
+def wait_for(condition):
+  import time
+
+  end = time.monotonic() + 10
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.005)
+
+
+def test_a_run_survives_a_store_that_is_away(store, tmp_path, quick, capsys):
+  mirror = start(store, tmp_path)
+  keeper = Keeper(mirror, store.url)
+  write(tmp_path, {'a': b'1'})
+  wait_for(lambda: 'a' in files(store))
+  store.fs.away = True
+  write(tmp_path, {'b': b'1'})
+  wait_for((tmp_path / UNWRITTEN).exists)
+  keeper.finish_stage()  # no error: the stage is done, here
+  store.fs.away = False
+  wait_for(lambda: 'b' in files(store) and not (tmp_path / UNWRITTEN).exists())
+  keeper.close(completed=True)
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 2 and 'The run continues in' in said[0] and 'reached again' in said[1]
+
+
+def test_a_run_whose_store_stays_away_ends_with_an_error(store, tmp_path, quick, capsys):
+  keeper = Keeper(start(store, tmp_path), store.url)
+  store.fs.away = True
+  write(tmp_path, {'a': b'1'})
+  with pytest.raises(StoppedError, match=rf'could not be written to s3://bucket/run.*{tmp_path}'):
+    keeper.close(completed=True)
+  store.fs.away = False
+  start(store, tmp_path)
+  assert files(store) == {'a'}

@@ -1,0 +1,148 @@
+"""A run on an object store, killed three times on machines that are lost, ends as a local one.
+
+A server of the store's protocol runs as a process of its own, and the run's programs reach it as
+they would reach Amazon or Google.
+"""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cai_jax.runtime.cloud.index import scan
+from cai_jax.runtime.cloud.store import open_store
+from cai_jax.runtime.cloud.workdir import SCRATCH, scratch_folder
+from tests.pipeline_setup import ROOT, launch_tiny
+
+pytestmark = pytest.mark.slow
+
+FIELDS = {'train.checkpoint_every': 4}
+SECONDS = 10  # at most so many seconds of turns are sampled again
+
+# Names that differ between two local runs, and what is in them.
+TIMES = {
+  'manifest.json',  # times, seconds and peak memory
+  'config.json',  # nothing else than the folders of files
+  'digests.json',  # times and inodes of files
+  'costs.jsonl',  # seconds of steps
+  'metrics.jsonl',
+  'report.html',
+}
+NAMES = ('checkpoints/', 'tensorboard/')  # Orbax and TensorBoard choose names by chance and time
+JOURNAL = 'journal/turns-00000.jsonl'  # a line per chain, in the order in which they ended
+
+
+def serve_s3(port):
+  pytest.importorskip('s3fs')
+  pytest.importorskip('moto')
+  command = [sys.executable, '-m', 'moto.server', '-p', str(port)]
+  return command, {
+    'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}',
+    'AWS_ACCESS_KEY_ID': 'key',
+    'AWS_SECRET_ACCESS_KEY': 'secret',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+  }
+
+
+@pytest.fixture(params=['s3'])
+def bucket(request, monkeypatch):
+  """URL of a bucket in a server that is a process of its own."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command, environment = {'s3': serve_s3}[request.param](port)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  try:
+    end = time.monotonic() + 60
+    while True:
+      with socket.socket() as probe:
+        if not probe.connect_ex(('127.0.0.1', port)):
+          break
+      assert server.poll() is None and time.monotonic() < end
+      time.sleep(0.1)
+    url = f'{request.param}://runs'
+    open_store(url).fs.mkdir('runs')
+    yield url
+  finally:
+    server.kill()
+    server.wait()
+
+
+def count_lines(path):
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+def stored_lines(store):
+  """Number of lines of the journal that a new machine would find, in the object and its parts."""
+  parts = [name for name in store.list('.cai_jax/parts') if '/journal/' in name]
+  whole = [JOURNAL] if JOURNAL in store.list('journal') else []
+  return sum(store.read(name).count(b'\n') for name in whole + parts)
+
+
+def watch(process, journal, is_time):
+  """Wait for the moment of a kill; return the growth of the journal, as (time, lines)."""
+  growth = []
+  while not is_time():
+    assert process.poll() is None
+    growth.append((time.monotonic(), count_lines(journal)))
+    time.sleep(0.1)
+  process.send_signal(signal.SIGKILL)
+  growth.append((time.monotonic(), count_lines(journal)))
+  assert process.wait() == -signal.SIGKILL
+  return growth
+
+
+def lines_before(growth, seconds):
+  """Number of lines so many seconds before the last moment."""
+  end = growth[-1][0] - seconds
+  return max([lines for moment, lines in growth if moment <= end], default=0)
+
+
+def test_a_run_that_is_killed_three_times_ends_as_a_local_one(bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
+  url, stages = f'{bucket}/run', 'generate,train,evaluate,report'
+  scratch, store = scratch_folder(url), open_store(url)
+  start = functools.partial(subprocess.Popen, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''})
+  journal, begun = scratch / JOURNAL, []
+
+  def has_sampled():
+    if not begun and count_lines(journal) > 5:
+      begun.append(time.monotonic())
+    return begun and time.monotonic() > begun[0] + 12
+
+  moments = {
+    'generate': has_sampled,
+    'train': lambda: count_lines(scratch / 'metrics.jsonl') >= 14,
+    'evaluate': lambda: (scratch / 'evaluation/base/d_cai-train.array_record-00001').exists(),
+  }
+  lost = {}
+  for stage, is_time in moments.items():
+    process = start(launch_tiny(url, stages, FIELDS))
+    growth = watch(process, journal, is_time)
+    there = stored_lines(store)
+    assert there >= lines_before(growth, SECONDS)
+    lost[stage] = growth[-1][1] - there, lines_before(growth, 0) - lines_before(growth, SECONDS)
+    done = json.loads(store.read('manifest.json'))['stages']
+    assert stage in done and 'finished' not in done[stage]  # killed in the middle
+    shutil.rmtree(tmp_path / 'scratch')  # the machine is lost
+  print('chains lost and sampled in the last 10 s, by stage:', lost)
+  assert start(launch_tiny(url, stages, FIELDS)).wait() == 0
+  assert start(launch_tiny(tmp_path / 'local', stages, FIELDS)).wait() == 0
+  local = {name: (tmp_path / 'local' / name).read_bytes() for name in scan(tmp_path / 'local')}
+  remote = {n: store.read(n) for n in store.list() if not n.startswith('.cai_jax/')}
+  fixed = lambda files: {n for n in files if not n.startswith(NAMES)}  # noqa: E731
+  assert fixed(remote) == fixed(local)
+  differing = {name for name in fixed(local) if remote[name] != local[name]}
+  assert differing <= TIMES | {JOURNAL}
+  assert sorted({*remote[JOURNAL].splitlines()}) == sorted({*local[JOURNAL].splitlines()})
+  print('names that differ:', sorted(differing))
+  print('equal:', len(fixed(local)) - len(differing))

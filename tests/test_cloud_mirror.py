@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import uuid
 
 import pytest
@@ -55,6 +56,12 @@ class Faulty(MemoryFileSystem):
     if self.away:
       raise ConnectionError('the store is away')
     return super().find(path, **options)
+
+
+@pytest.fixture(autouse=True)
+def fine_clock(monkeypatch):
+  """The clock of a disk has ticks of milliseconds, and these tests write files in the same tick."""
+  monkeypatch.setattr(Mirror, '_now', lambda self: time.time_ns() + 10**9)
 
 
 @pytest.fixture
@@ -203,6 +210,31 @@ def test_what_a_claim_describes_is_in_the_store_before_it(store, tmp_path, monke
   assert store.read('manifest.json') == b'{"shards": 1}' and 'rows-1' in files(store)
 
 
+def test_what_changes_during_a_push_waits_for_the_next(store, tmp_path, monkeypatch):
+  """So a shard is never in the store without its costs, which are written before it."""
+  monkeypatch.undo()  # the clock of the disk
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'a': b'1'})
+  time.sleep(0.05)
+  later = scan(tmp_path)['a'].st_mtime_ns + 10**12
+  write(tmp_path, {'b': b'1', 'c.json': b'{}'})
+  for name in ('b', 'c.json'):
+    os.utime(tmp_path / name, ns=(later, later))
+  mirror.push()
+  assert files(store) == {'a'}
+  mirror.push(still=True)
+  assert files(store) == {'a', 'b', 'c.json'}
+
+
+def test_records_are_written_first(store, tmp_path):
+  mirror = start(store, tmp_path)
+  write(tmp_path, FILES | {'costs/generate-00000.json': b'{}'})
+  store.fs.calls.clear()
+  mirror.push()
+  records = ['write costs/generate-00000.json', 'write journal/turns-00000.jsonl']
+  assert sorted(store.fs.calls[:2]) == records
+
+
 @pytest.mark.parametrize('changes', range(12))
 def test_a_kill_at_any_moment_leaves_a_whole_store(store, tmp_path, changes):
   """A push dies after so many changes; a new machine then finds no claim without its files."""
@@ -242,7 +274,7 @@ def test_a_growing_file_is_written_in_parts_of_whole_lines(store, tmp_path):
   written = sum(len(store.read(name)) for name in store.list('journal'))
   assert written == 1000  # the first object was not written again
   assert 1 <= len(store.list(parts.PARTS)) <= 6
-  mirror.push(final=True)
+  mirror.push(join=True)
   assert store.list(parts.PARTS) == {} and store.read('journal/turns-00000.jsonl') == whole
 
 
@@ -261,7 +293,7 @@ def test_a_kill_while_parts_are_joined_loses_no_line(store, tmp_path, changes):
   append(path, b'z' * 70 + b'\n')  # becomes one part with the last one
   try:
     mirror.push()
-    mirror.push(final=True)
+    mirror.push(join=True)
   except ConnectionError:
     pass
   store.fs.left = 10**9
@@ -406,8 +438,6 @@ def quick(monkeypatch):
 
 
 def wait_for(condition):
-  import time
-
   end = time.monotonic() + 10
   while not condition():
     assert time.monotonic() < end

@@ -98,12 +98,20 @@ def scan(folder: pathlib.Path) -> dict[str, os.stat_result]:
   return found
 
 
+def is_record(name: str) -> bool:
+  """Return whether a file records what happened, and must be in the store before its results.
+
+  These are the journal and the logs, and the costs of a shard, which are written before the shard.
+  """
+  return name.endswith('.jsonl') or name.startswith('costs/')
+
+
 def is_claim(name: str) -> bool:
   """Return whether a file describes others, so that these must be in the store before it.
 
-  Every JSON file counts as such: the manifest, a dataset's metadata and a model's config.
+  Every other JSON file counts as such: the manifest, a dataset's metadata and a model's config.
   """
-  return name.endswith(('.json', STEP_MARKER))
+  return name.endswith(('.json', STEP_MARKER)) and not is_record(name)
 
 
 def claim_order(name: str) -> tuple[bool, bool, int, str]:

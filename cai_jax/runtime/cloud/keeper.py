@@ -37,7 +37,7 @@ class Keeper:
     Raises:
       StoppedError: if the local folder is gone. A store that is away is no error here.
     """
-    self._try(final=True)
+    self._try(still=True, join=True)
 
   def close(self, completed: bool) -> None:
     """End the thread, and push what is left.
@@ -51,12 +51,12 @@ class Keeper:
     self._ended.set()
     self._thread.join()
     waits = LAST_WAITS_SECONDS if completed else LAST_WAITS_SECONDS[:1]
-    error = self._try(final=completed)
+    error = self._try(still=True, join=completed)
     for wait in waits:
       if error is None:
         return
       time.sleep(wait)
-      error = self._try(final=completed)
+      error = self._try(still=True, join=completed)
     if error is not None:
       raise StoppedError(
         f'The results of this run could not be written to {self._url}, but they are in '
@@ -75,10 +75,10 @@ class Keeper:
       wait = min(PERIOD_SECONDS * 2**self._failures, LONGEST_WAIT_SECONDS)
       wait = max(wait - (time.monotonic() - start), 0.0)
 
-  def _try(self, final: bool = False) -> Exception | None:
+  def _try(self, still: bool = False, join: bool = False) -> Exception | None:
     """Push once, and return the error if the store is away."""
     try:
-      self._mirror.push(final)
+      self._mirror.push(still, join)
     except UserError:
       raise
     except Exception as error:  # every library has its own exceptions

@@ -6,6 +6,9 @@ deleted before them. A file that grows is written in parts (`parts.py`).
 """
 
 import concurrent.futures
+import functools
+import itertools
+import math
 import os
 import pathlib
 import threading
@@ -20,6 +23,7 @@ from cai_jax.runtime.cloud.index import (
   Index,
   claim_order,
   is_claim,
+  is_record,
   parse_index,
   scan,
   step_folder,
@@ -96,7 +100,7 @@ class Mirror:
       self._remember_end(name)
     if not (self.folder / INDEX).exists():
       self._write_local(local)
-    self.push()  # what is kept, before the store has the id of this job
+    self.push(still=True)  # what is kept, before the store has the id of this job
     self._write_index()
     return len(wanted)
 
@@ -147,11 +151,12 @@ class Mirror:
     if (self.folder / OWN).is_dir():
       (self.folder / UNWRITTEN).touch()
 
-  def push(self, final: bool = False) -> bool:
+  def push(self, still: bool = False, join: bool = False) -> bool:
     """Write to the store what changed in the folder, and return whether anything did.
 
     Args:
-      final: whether no file changes now. Then parts are joined, and a line without end is written.
+      still: whether no file changes meanwhile. Otherwise files that change now wait.
+      join: whether parts are joined and lines without end are written.
 
     Raises:
       StoppedError: if the folder is gone, so that its files are not to be deleted in the store.
@@ -162,21 +167,28 @@ class Mirror:
           f'{self.folder} was deleted while a run used it. Start the same command again to '
           f'continue from what {self._store.url} has.'
         )
-      # Claims come first: what they describe is complete now, and so it is in the scan below.
-      claims = self._read_claims()
+      # The store gets the folder as it is now: what is written from here on waits for the next
+      # push. Claims are read first, so what they describe is complete, and in the scan below.
+      moment = math.inf if still else self._now()
+      claims = self._read_claims(moment)
       here = scan(self.folder)
       gone = {name for name in self._known if name not in here and name not in claims}
       cut = {step_folder(name) for name in gone} - {''}
       first = {name for name in gone if is_claim(name)}
       first |= {f'{step}/{STEP_MARKER}' for step in cut} & self._known.keys()
-      changed = [
+      changed = {
         name
         for name, stat in here.items()
-        if not is_claim(name) and not _is_same(stat, self._known.get(name))
-      ]
-      joined = [name for name, p in self._pieces.items() if final and len(p) > 1 and name in here]
+        if not is_claim(name)
+        and stat.st_mtime_ns < moment
+        and not _is_same(stat, self._known.get(name))
+      }
+      if join:
+        changed |= {name for name, p in self._pieces.items() if len(p) > 1 and name in here}
+      send = functools.partial(self._send, here, join)
       self._delete(sorted(first, key=claim_order, reverse=True))
-      moved = self._each(lambda name: self._send(name, here[name], final), {*changed, *joined})
+      moved = self._each(send, filter(is_record, changed))
+      moved += self._each(send, itertools.filterfalse(is_record, changed))
       for name in sorted(claims.keys() - first, key=claim_order):
         content, stat = claims[name]
         self._note(name, stat, self._store.write(name, content))
@@ -187,20 +199,32 @@ class Mirror:
       (self.folder / UNWRITTEN).unlink(missing_ok=True)
       return is_new
 
-  def _read_claims(self) -> dict[str, tuple[bytes, os.stat_result]]:
-    """Return the content of all changed files that describe others, before those are looked at."""
+  def _now(self) -> int:
+    """Return the time of the folder's file system, in nanoseconds."""
+    probe = self.folder / OWN / 'now'
+    probe.write_bytes(b'now')
+    return probe.stat().st_mtime_ns
+
+  def _read_claims(self, moment: float) -> dict[str, tuple[bytes, os.stat_result]]:
+    """Return the content of all changed files that describe others, before those are looked at.
+
+    Args:
+      moment: the time before which they were written, in nanoseconds.
+    """
     claims = {}
     for name, stat in scan(self.folder).items():
-      if is_claim(name) and not _is_same(stat, self._known.get(name)):
+      is_new = stat.st_mtime_ns < moment and not _is_same(stat, self._known.get(name))
+      if is_claim(name) and is_new:
         try:
           claims[name] = (self.folder / name).read_bytes(), stat
         except FileNotFoundError:  # deleted since
           continue
     return claims
 
-  def _send(self, name: str, stat: os.stat_result, final: bool) -> bool:
+  def _send(self, here: Mapping[str, os.stat_result], join: bool, name: str) -> bool:
     """Write a file to the store: what it has grown by, or all of it."""
-    if not final and self._has_grown(name, stat):
+    stat = here[name]
+    if not join and self._has_grown(name, stat):
       return self._send_growth(name, stat)
     try:
       entry = self._store.upload(name, self.folder / name)

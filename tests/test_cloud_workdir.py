@@ -216,6 +216,8 @@ def test_several_processes_are_refused(url, monkeypatch, several):
 def test_what_needs_a_path_refuses_a_url(url):
   with pytest.raises(UserError, match=f'An experiment needs a local folder, and {url} is a URL'):
     run_experiment('experiments/revisions.py', url, None)
+  with pytest.raises(UserError, match='A rating sheet needs a local folder'):
+    rate.run_command('rate', ['export', 'runs/tiny', f'--out={url}'])
   with pytest.raises(UserError, match='is built in Python needs a local folder'):
     pipeline.build(tiny.get_config(), url)
 

@@ -19,7 +19,7 @@ from cai_jax.evaluation.human_ratings import (
 )
 from cai_jax.report.findings import JUDGE_SHAPE
 from cai_jax.report.rating_sheet import Pair, make_sheet, write_sheet
-from cai_jax.runtime.cloud.workdir import open_part
+from cai_jax.runtime.cloud.workdir import open_part, refuse_url
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json, write_json
 from cai_jax.runtime.shapes import check_shape
@@ -57,6 +57,7 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   read.add_argument('run', help='folder of the run that the sheet is from')
   read.add_argument('sheets', nargs='+', help='a CSV file per rater')
   options = parser.parse_args(arguments)
+  refuse_url(getattr(options, 'out', ''), 'A rating sheet')
   with open_part(options.run, 'evaluation') as workdir:
     run = workdir.folder
     if options.command == 'read':

@@ -29,11 +29,8 @@ SECONDS = 10  # at most so many seconds of turns are sampled again
 # Names that differ between two local runs, and what is in them.
 TIMES = {
   'manifest.json',  # times, seconds and peak memory
-  'config.json',  # nothing else than the folders of files
-  'digests.json',  # times and inodes of files
   'costs.jsonl',  # seconds of steps
-  'metrics.jsonl',
-  'report.html',
+  'report.html',  # seconds of stages
 }
 NAMES = ('checkpoints/', 'tensorboard/')  # Orbax and TensorBoard choose names by chance and time
 JOURNAL = 'journal/turns-00000.jsonl'  # a line per chain, in the order in which they ended

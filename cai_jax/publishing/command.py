@@ -14,6 +14,7 @@ from cai_jax.publishing.finished_run import read_run
 from cai_jax.publishing.hub import check_name, check_repository, upload
 from cai_jax.publishing.kinds import KINDS, Request
 from cai_jax.publishing.licences import Licence
+from cai_jax.runtime.cloud.workdir import refuse_url
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import make_folder, writing
 from cai_jax.runtime.terminal import say
@@ -50,6 +51,7 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   )
   options = parser.parse_args(arguments)
   request = make_request(options.repo, options.license, options.language)
+  refuse_url(options.run, 'publish')
   if options.out:
     folder = write_folder(options.run, options.what, request, options.out)
     say(f'Read {folder / "README.md"}. Without --out, the command uploads these files:')

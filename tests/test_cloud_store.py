@@ -69,6 +69,18 @@ def test_s3_says_that_an_object_exists_by_a_code():
   assert stores._is_conflict(error) and not stores._is_conflict(OSError(22, 'other'))
 
 
+def test_an_object_that_was_cut_is_an_error(store, tmp_path, monkeypatch):
+  (tmp_path / 'x').write_bytes(b'hello')
+  fs = type(store.fs)
+  monkeypatch.setattr(fs, 'put_file', lambda self, _, path: self.pipe_file(path, b'hell'))
+  with pytest.raises(OSError, match='has 4 bytes, and 5 were sent'):
+    store.upload('x', tmp_path / 'x')
+  pipe_file = fs.pipe_file
+  monkeypatch.setattr(fs, 'pipe_file', lambda self, path, value: pipe_file(self, path, value[:-1]))
+  with pytest.raises(OSError, match='has 4 bytes, and 5 were sent'):
+    store.write('x', b'hello')
+
+
 def test_a_failed_download_leaves_the_old_file(store, tmp_path):
   (tmp_path / 'x').write_bytes(b'old')
   with pytest.raises(FileNotFoundError):

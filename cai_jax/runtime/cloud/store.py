@@ -134,9 +134,13 @@ class Store:
     return self.fs.cat_file(self.path(name))
 
   def write(self, name: str, content: bytes) -> Entry:
-    """Write an object as a whole: a reader sees the old one or the new one."""
+    """Write an object as a whole: a reader sees the old one or the new one.
+
+    Raises:
+      OSError: if the object has another size afterwards.
+    """
     self.fs.pipe_file(self.path(name), content)
-    return self.entry(name)
+    return self._check_size(name, len(content), len(content))
 
   def create(self, name: str, content: bytes) -> None:
     """Write an object that must not exist; of several writers, one succeeds.
@@ -152,9 +156,25 @@ class Store:
       raise
 
   def upload(self, name: str, source: pathlib.Path) -> Entry:
-    """Write the content of a local file to an object, as a whole."""
+    """Write the content of a local file to an object, as a whole. The file may grow meanwhile.
+
+    Raises:
+      OSError: if the object has another size afterwards.
+    """
+    before = source.stat().st_size
     self.fs.put_file(str(source), self.path(name))
-    return self.entry(name)
+    return self._check_size(name, before, source.stat().st_size)
+
+  def _check_size(self, name: str, least: int, most: int) -> Entry:
+    """Return an object, after a check that all bytes arrived.
+
+    gcsfs 2026.10 sends small objects between marks of a fixed text, and one that contains this text
+    is cut there.
+    """
+    entry = self.entry(name)
+    if not least <= entry.size <= most:
+      raise OSError(f'{self.url}/{name} has {entry.size} bytes, and {least} were sent')
+    return entry
 
   def download(self, name: str, target: str | os.PathLike) -> None:
     """Write an object to a local file, which replaces an older one only when it is complete.

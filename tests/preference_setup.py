@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit
+from cai_jax.data.units import Example, Unit
 from cai_jax.training.prefer_config import PreferConfig
 
 # As for `training_setup.CONFIG`, a large eps lets parameters be compared.

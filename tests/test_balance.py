@@ -10,7 +10,7 @@ import torch
 
 import cai_jax
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model.config import Experts
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model, init_params

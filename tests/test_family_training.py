@@ -11,7 +11,7 @@ import torch
 
 import cai_jax
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model.sharding import flatten_params
 from cai_jax.model.transformer import abstract_model
 from cai_jax.runtime.mesh import batch_sharding, make_mesh

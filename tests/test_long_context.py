@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model import transformer
 from cai_jax.model.attention import softmax
 from cai_jax.model.attention.kernels import blockwise

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.logits import LogitTransform
 from cai_jax.model.transformer import abstract_model, init_params

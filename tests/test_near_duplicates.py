@@ -7,9 +7,10 @@ import types
 import numpy as np
 from ml_collections import ConfigDict
 
-from cai_jax.data.examples import Example, hold_out
+from cai_jax.data.examples import hold_out
 from cai_jax.data.near_duplicates import find_near_duplicates, group_prompts
 from cai_jax.data.prompt_sources import PromptSource
+from cai_jax.data.units import Example
 from cai_jax.pipeline import stage_generate
 from cai_jax.pipeline.prompt_sets import load_prompt_sets
 from cai_jax.pipeline.run import build

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.runtime.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(3, 33, 400)

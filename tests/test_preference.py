@@ -13,8 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit, share_prompt
+from cai_jax.data.units import Example, Unit, share_prompt
 from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
 from cai_jax.model.transformer import abstract_model

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
-from cai_jax.data.units import LAST_SEGMENTS, Unit, share_prompt, unit_lengths
+from cai_jax.data.units import LAST_SEGMENTS, Example, Unit, share_prompt, unit_lengths
 from cai_jax.model.attention.kernels import blockwise
 from cai_jax.model.attention.kernels.kernel import KERNELS, bind_kernel, check_kernel, choose_kernel
 from cai_jax.model.attention.mask import SharedTokens

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example, hold_out
-from cai_jax.data.units import Unit, check_units, unit_lengths
+from cai_jax.data.examples import hold_out
+from cai_jax.data.units import Example, Unit, check_units, unit_lengths
 from cai_jax.runtime.errors import UserError
 from cai_jax.training.loop import fingerprint
 from tests.preference_setup import random_units

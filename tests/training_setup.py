@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_parser, example_serializer, naming
 
+from cai_jax.data.records import make_decoder
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, replacing, write_json, writing
@@ -272,20 +273,47 @@ class Rows(Sequence[dict[str, Any]]):
   """The rows of a dataset as plain Python dicts, read from disk on access.
 
   Texts are str, numbers are int and float, and `prompt` and `rounds` are lists of dicts.
+
+  Args:
+    folder: the folder that holds dataset_info.json. Its files are not checked; see `read_rows`.
+    split: the split to read.
+
+  Raises:
+    UserError: if the folder holds no dataset, or the dataset has no such split.
   """
 
-  def __init__(self, source: Sequence[dict[str, Any]], folder: str | os.PathLike = ''):
-    self._source, self._folder = source, folder
+  def __init__(self, folder: str | os.PathLike, split: str = SPLIT):
+    self._folder, self._split = os.fspath(folder), split
+    builder = _open(folder)
+    if split not in builder.info.splits:
+      raise UserError(
+        f'{folder} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
+      )
+    try:
+      raw = tfds.decode.DeserializeMethod.RAW_BYTES
+      self._source = builder.as_data_source(split, deserialize_method=raw)
+      self._decode = make_decoder(builder.info.features)
+    except Exception as error:  # the type depends on the fault and on the versions of libraries
+      raise _damaged(folder, f'split {split!r}', error) from error
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    """Let another process open the dataset again."""
+    return Rows, (self._folder, self._split)
 
   def __len__(self) -> int:
     return len(self._source)
+
+  @property
+  def digest(self) -> str:
+    """A hex digest of the files and the split."""
+    return f'{content_digest(self._folder)}/{self._split}'
 
   def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
     if not 0 <= index < len(self):
       raise IndexError(index)
     try:
-      return _to_plain(self._source[index])
-    except Exception as error:  # the type depends on the fault and on the versions of libraries
+      return self._decode(self._source[index])
+    except Exception as error:  # as above
       raise _damaged(self._folder, f'row {index}', error) from error
 
 
@@ -301,15 +329,7 @@ def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
       the dataset has no such split.
   """
   check_files(directory)
-  builder = _open(directory)
-  if split not in builder.info.splits:
-    raise UserError(
-      f'{directory} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
-    )
-  try:
-    return Rows(builder.as_data_source(split), directory)
-  except Exception as error:  # as above
-    raise _damaged(directory, f'split {split!r}', error) from error
+  return Rows(directory, split)
 
 
 def round_tokens(step: Mapping[str, Any]) -> int:
@@ -364,36 +384,3 @@ def _damaged(folder: str | os.PathLike, place: str, error: Exception) -> UserErr
     f'{folder} is damaged: {place} cannot be read ({type(error).__name__}: {error!s:.200}). '
     'Restore the folder from a copy, or start in another workdir.'
   )
-
-
-def _to_plain(value: Any) -> Any:
-  """Decode bytes, convert arrays to lists, and make `prompt` and `rounds` lists of dicts."""
-  if isinstance(value, bytes):
-    return value.decode()
-  if isinstance(value, np.generic):
-    return value.item()
-  if isinstance(value, np.ndarray):
-    return _to_plain(value.tolist())
-  if isinstance(value, list | tuple):
-    return [_to_plain(item) for item in value]
-  if not isinstance(value, Mapping):
-    return value
-  plain = {key: _to_plain(item) for key, item in value.items()}
-  return {
-    key: _to_list_of_dicts(item) if key in ('prompt', 'rounds') else item
-    for key, item in plain.items()
-  }
-
-
-def _to_list_of_dicts(value: Any) -> list[dict[str, Any]]:
-  """Convert a dict of lists, as TFDS returns a sequence of dicts; a list is returned as it is."""
-  if isinstance(value, list):
-    return value
-
-  def length(node: Any) -> int:
-    return length(next(iter(node.values()))) if isinstance(node, dict) else len(node)
-
-  def pick(node: Any, i: int) -> Any:
-    return {key: pick(item, i) for key, item in node.items()} if isinstance(node, dict) else node[i]
-
-  return [pick(value, i) for i in range(length(value))]

@@ -2,31 +2,19 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from cai_jax.data import quality
+from cai_jax.data.example_maker import HELPFUL, ExampleMaker
+from cai_jax.data.part_files import map_parts
+from cai_jax.data.unit_table import UnitTable
+from cai_jax.data.units import choose_items, item_ids
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
-
-HELPFUL = 'helpful'  # `kind` of the rows whose initial response can be mixed in
-INITIAL = -1  # number of the "round" of the initial response, as in `quality.find_row_flags`
-
-
-class Example(NamedTuple):
-  """One training sequence.
-
-  Attributes:
-    tokens: i32[T].
-    loss_mask: bool[T], true on the tokens to learn.
-    id: id of the row of D_CAI that the example was made from.
-  """
-
-  tokens: np.ndarray
-  loss_mask: np.ndarray
-  id: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +27,7 @@ class ExampleSet:
       `helpful`, and how many were `dropped`, by reason.
   """
 
-  examples: tuple[Example, ...]
+  examples: UnitTable
   counts: dict[str, Any]
 
 
@@ -55,6 +43,7 @@ def build_examples(
   filters: Sequence[str] = (),
   references: quality.References | None = None,
   seed: int = 0,
+  folder: str | os.PathLike | None = None,
 ) -> ExampleSet:
   """Return training examples in the order of the rows, with helpfulness examples at the end.
 
@@ -76,6 +65,8 @@ def build_examples(
       'filtered_' plus the first defect in the given order. The rows do not change.
     references: texts of the constitution that a response may have copied; some filters need them.
     seed: chooses the helpfulness examples.
+    folder: where to keep the tokens in files, see `part_files.map_parts`; the rows are then
+      `d_cai.Rows`, and all processes call this function together. None keeps them in memory.
 
   Raises:
     UserError: if no example remains, if there are too few helpfulness examples, if a filter needs
@@ -93,27 +84,25 @@ def build_examples(
       "train.reasoning='keep' learns thoughts, but this D_CAI has none. Use train.reasoning='drop' "
       'or generate with a reasoning model that may think.'
     )
-  kept: list[Example] = []
-  helpful: list[Example] = []
+  maker = ExampleMaker(
+    dialogue,
+    target,
+    bool(helpfulness_share),
+    max_length,
+    drop_truncated,
+    reasoning,
+    tuple(filters),
+    references,
+  )
+  if folder is None:
+    parts = [maker.make_part(rows, 0, len(rows))]
+  else:
+    parts = map_parts(rows, maker, folder)
+  is_helpful = np.concatenate([part.marks[HELPFUL] for part in parts])
+  kept, helpful = np.flatnonzero(~is_helpful), np.flatnonzero(is_helpful)
   dropped: collections.Counter[str] = collections.Counter()
-  for i in range(len(rows)):
-    row = rows[i]
-    is_helpful = row['kind'] == HELPFUL
-    if is_helpful and not helpfulness_share:
-      dropped['helpful_not_asked_for'] += 1
-      continue
-    rounds = _target_rounds(row, is_helpful, target)
-    if not rounds:
-      dropped['no_revision'] += 1
-    for number in rounds:
-      reason = _find_filter(row, number, filters, references)
-      example = reason or _make_example(
-        row, number, dialogue, max_length, drop_truncated, reasoning
-      )
-      if isinstance(example, str):
-        dropped[example] += 1
-      else:
-        (helpful if is_helpful else kept).append(example)
+  for part in parts:
+    dropped.update(part.counts)
   num_helpful = round(helpfulness_share * len(kept) / (1 - helpfulness_share))
   if num_helpful > len(helpful):
     raise UserError(
@@ -121,51 +110,40 @@ def build_examples(
       f'{num_helpful} helpfulness examples, but the dataset has {len(helpful)}. Generate responses '
       'to more helpful prompts, or lower the share.'
     )
-  if not kept:
+  if not len(kept):
     raise UserError(
       f'No example remains of {len(rows)} rows for train.target={target!r}; dropped: '
       f"{dict(dropped)}. 'truncated' means cut at sampling.*.max_tokens (raise it, or set "
       f"train.drop_truncated=False), 'too_long' means more than train.max_length={max_length} "
       f"tokens, and 'filtered_' means a defect in train.filters={tuple(filters)}."
     )
-  if helpful:
+  if len(helpful):
     chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(helpful))[:num_helpful])
     dropped['helpful_beyond_share'] += len(helpful) - num_helpful
-    helpful = [helpful[i] for i in chosen]
+    helpful = helpful[chosen]
   counts = {
     'rows': len(rows),
     'kept': len(kept) + len(helpful),
     'helpful': len(helpful),
     'dropped': {reason: n for reason, n in sorted(dropped.items()) if n},
   }
-  return ExampleSet(tuple(kept + helpful), counts)
-
-
-class Identified(Protocol):
-  """What has the id of a row: an `Example` or a `Unit`."""
-
-  @property
-  def id(self) -> str:
-    """The id of the row."""
-    ...
-
-
-T = TypeVar('T', bound=Identified)
+  order = np.concatenate([kept, helpful])
+  return ExampleSet(UnitTable(parts, 'sequence').take(order), counts)
 
 
 def hold_out(
-  examples: Sequence[T],
+  examples: Sequence[Any],
   share: float,
   seed: int,
   groups: Mapping[str, int] | None = None,
   section: str = 'train',
-) -> tuple[tuple[T, ...], tuple[T, ...]]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
   """Split examples, or units, into those to train on and those to hold out.
 
   All examples of one row are on the same side, and so are all rows of one group.
 
   Args:
-    examples: the examples to split.
+    examples: what to split: a sequence of what has an `id`, or a `UnitTable`.
     share: share of the rows to hold out, at least one row; 0 holds out none.
     seed: chooses the rows.
     groups: group of each row by its id, such as near-duplicates; by default each is its own.
@@ -175,8 +153,9 @@ def hold_out(
     UserError: if nothing remains to train on.
   """
   if not share:
-    return tuple(examples), ()
-  rows = list(dict.fromkeys(example.id for example in examples))
+    return choose_items(examples, range(len(examples))), choose_items(examples, ())
+  ids = item_ids(examples)
+  rows = list(dict.fromkeys(ids))
   members: dict[int | str, list[str]] = {}
   for row in rows:
     members.setdefault(groups[row] if groups else row, []).append(row)
@@ -196,52 +175,6 @@ def hold_out(
       'near-duplicate prompts. Raise it, or set it to 0.'
     )
   return (
-    tuple(example for example in examples if example.id not in chosen),
-    tuple(example for example in examples if example.id in chosen),
+    choose_items(examples, [i for i, name in enumerate(ids) if name not in chosen]),
+    choose_items(examples, [i for i, name in enumerate(ids) if name in chosen]),
   )
-
-
-def _target_rounds(row: Mapping[str, Any], is_helpful: bool, target: str) -> list[int]:
-  """Return the rounds of a row whose revisions are learned, or [INITIAL]."""
-  if is_helpful or target == 'initial':
-    return [INITIAL]
-  rounds = list(range(len(row['rounds'])))
-  return rounds[-1:] if target == 'last' else rounds
-
-
-def _find_filter(
-  row: Mapping[str, Any],
-  number: int,
-  filters: Sequence[str],
-  references: quality.References | None,
-) -> str | None:
-  """Return the reason to filter out the text of a round, if there is one."""
-  if not filters:
-    return None
-  defects = quality.find_row_flags(row, number, references)
-  return next((f'filtered_{name}' for name in filters if name in defects), None)
-
-
-def _make_example(
-  row: Mapping[str, Any],
-  number: int,
-  dialogue: Dialogue,
-  max_length: int,
-  drop_truncated: bool,
-  reasoning: str,
-) -> Example | str:
-  """Return the example for the text of a round, or the reason to drop it."""
-  response = row['initial'] if number == INITIAL else row['rounds'][number]['revision']
-  thoughts = response.get('thoughts', '')
-  if not response['text'].strip():
-    return 'unfinished_thought' if thoughts else 'empty'
-  if drop_truncated and response['finish_reason'] == 'length':
-    return 'truncated'
-  messages = [{'role': m['role'], 'content': m['content']} for m in row['prompt']]
-  tokens, mask = dialogue.example(
-    [*messages, {'role': 'assistant', 'content': response['text']}],
-    thoughts if reasoning == 'keep' else '',
-  )
-  if len(tokens) > max_length:
-    return 'too_long'
-  return Example(np.asarray(tokens, np.int32), np.asarray(mask, bool), row['id'])

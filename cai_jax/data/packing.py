@@ -7,14 +7,24 @@ known before the first step. The plan is a pure function of the examples' length
 it is the same on every host and for any number of devices.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import heapq
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from cai_jax.data.examples import Example
-from cai_jax.data.units import ARRAYS, LAST_SEGMENTS, Unit, as_unit, unit_lengths
+from cai_jax.data.ragged import Ragged
+from cai_jax.data.units import (
+  ARRAYS,
+  LAST_SEGMENTS,
+  Example,
+  Unit,
+  as_unit,
+  shared_counts,
+  unit_lengths,
+)
 from cai_jax.runtime.errors import UserError
 
 PACKING_WINDOW = 4096  # consecutive examples that are packed together
@@ -37,6 +47,56 @@ class Step(NamedTuple):
   rows: tuple[tuple[int, ...], ...]
 
 
+def step_examples(step: Step) -> list[int]:
+  """Return the indices of the examples of a step, in the order of its rows."""
+  return [i for row in step.rows for i in row]
+
+
+class Steps(Sequence[Step]):
+  """The steps of a plan, in a few bytes for each example.
+
+  Args:
+    buckets: the batch shapes.
+    shapes: i64[steps], the index of each step's bucket.
+    row_counts: i64[steps], the number of rows of each step.
+    rows: the indices of the examples in each row, of all steps.
+  """
+
+  def __init__(
+    self, buckets: Sequence[Bucket], shapes: np.ndarray, row_counts: np.ndarray, rows: Ragged
+  ):
+    self._buckets, self._shapes, self._rows = buckets, shapes, rows
+    self._ends = np.concatenate([[0], np.cumsum(row_counts)])
+
+  def __len__(self) -> int:
+    return len(self._shapes)
+
+  def __getitem__(self, index: int) -> Step:  # type: ignore[override]  # no slices
+    if not -len(self) <= index < len(self):
+      raise IndexError(index)
+    index %= len(self)
+    rows = range(self._ends[index], self._ends[index + 1])
+    shape = self._buckets[self._shapes[index]]
+    return Step(shape, tuple(tuple(self._rows.row(i).tolist()) for i in rows))
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Sequence) and list(self) == list(other)
+
+  __hash__ = None  # type: ignore[assignment]
+
+  def __repr__(self) -> str:
+    return f'[{", ".join(map(repr, self))}]'
+
+  @property
+  def digest(self) -> str:
+    """The SHA-256 of `repr(list(self))`, by which a run's plan is identified."""
+    digest = hashlib.sha256()
+    for number, step in enumerate(self):
+      digest.update(f'{", " if number else "["}{step!r}'.encode())
+    digest.update(b']' if len(self) else b'[]')
+    return digest.hexdigest()
+
+
 def pack(
   lengths: Sequence[int] | np.ndarray, order: Sequence[int] | np.ndarray, row_length: int
 ) -> list[tuple[int, ...]]:
@@ -53,28 +113,49 @@ def pack(
   Returns:
     The rows, each as indices into `lengths`.
   """
-  packed: list[tuple[int, ...]] = []
+  return list(_pack(np.asarray(lengths), np.asarray(order, np.int64), row_length).rows())
+
+
+def _pack(lengths: np.ndarray, order: np.ndarray, row_length: int) -> Ragged:
+  """Return what `pack` returns."""
+  packed = [Ragged.of_lengths(order[:0], [])]
   for begin in range(0, len(order), PACKING_WINDOW):
-    window = np.asarray(order[begin : begin + PACKING_WINDOW])
-    sizes = np.asarray(lengths)[window]
-    rows: list[list[int]] = []
-    free = np.zeros(len(window), np.int64)  # tokens left in each row
-    for i in np.argsort(-sizes, kind='stable'):
-      left = free[: len(rows)] - sizes[i]
-      fits = np.flatnonzero(left >= 0)
-      row = fits[left[fits].argmin()] if fits.size else len(rows)
-      if row == len(rows):
-        rows.append([])
-        free[row] = row_length
-      rows[row].append(int(window[i]))
-      free[row] -= sizes[i]
-    packed += map(tuple, rows)
-  return packed
+    window = order[begin : begin + PACKING_WINDOW]
+    sizes = lengths[window]
+    longest_first = np.argsort(-sizes, kind='stable')
+    rows = _fit_best(sizes[longest_first].tolist(), row_length)
+    by_row = np.argsort(rows, kind='stable')
+    packed.append(Ragged.of_lengths(window[longest_first[by_row]], np.bincount(rows)))
+  return Ragged.join(packed)
+
+
+def _fit_best(sizes: Sequence[int], row_length: int) -> list[int]:
+  """Return for each size the first of the fullest rows that have room for it.
+
+  Args:
+    sizes: at most `row_length` each, in the order in which they are placed.
+    row_length: number of tokens that a row holds.
+  """
+  waiting: dict[int, list[int]] = {}  # tokens left → a heap of the rows with that many
+  known = 0  # bit n is set if there are rows with n tokens left
+  chosen, count = [], 0
+  for size in sizes:
+    if room := known >> size:
+      left = size + (room & -room).bit_length() - 1  # the lowest bit that is set
+      row = heapq.heappop(waiting[left])
+      if not waiting[left]:
+        known ^= 1 << left
+    else:
+      left, row, count = row_length, count, count + 1
+    chosen.append(row)
+    heapq.heappush(waiting.setdefault(left - size, []), row)
+    known |= 1 << (left - size)
+  return chosen
 
 
 def plan(
   lengths: Sequence[int] | np.ndarray, buckets: Sequence[Bucket], epochs: int, seed: int
-) -> list[Step]:
+) -> Steps:
   """Return the steps of a run, in which every example occurs once per epoch in random order.
 
   An example goes to the bucket with the shortest rows that hold it. If the last rows of a bucket do
@@ -100,21 +181,29 @@ def plan(
       'it, or use longer rows.'
     )
   bucket_indices = np.searchsorted([bucket.length for bucket in buckets], sizes)
-  steps: list[Step] = []
-  waiting: list[list[tuple[int, ...]]] = [[] for _ in buckets]  # rows that filled no batch yet
+  nothing = Ragged.of_lengths(np.zeros(0, np.int32), [])
+  waiting = [nothing for _ in buckets]  # rows that filled no batch yet
+  shapes, counts, planned = [], [], [nothing]
   for epoch in range(epochs):
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(sizes))
-    epoch_steps = []
+    order = rng.permutation(len(sizes)).astype(np.int32)
+    epoch_rows, epoch_shapes, epoch_counts = [], [], []
     for k, bucket in enumerate(buckets):
-      rows = pack(sizes, order[bucket_indices[order] == k], bucket.length)
-      rows = waiting[k] + [rows[i] for i in rng.permutation(len(rows))]
-      end = len(rows) if epoch == epochs - 1 else len(rows) // bucket.rows * bucket.rows
-      for begin in range(0, end, bucket.rows):
-        epoch_steps.append(Step(bucket, tuple(rows[begin : begin + bucket.rows])))
-      waiting[k] = rows[end:]
-    steps += [epoch_steps[i] for i in rng.permutation(len(epoch_steps))]
-  return steps
+      rows = _pack(sizes, order[bucket_indices[order] == k], bucket.length)
+      rows = Ragged.join([waiting[k], rows.take(rng.permutation(rows.count))])
+      end = rows.count if epoch == epochs - 1 else rows.count // bucket.rows * bucket.rows
+      begins = np.arange(0, end, bucket.rows)
+      epoch_rows.append(rows.take(np.arange(end)))
+      epoch_shapes.append(np.full(len(begins), k))
+      epoch_counts.append(np.minimum(bucket.rows, end - begins))
+      waiting[k] = rows.take(np.arange(end, rows.count))
+    count_of = np.concatenate(epoch_counts)
+    steps = rng.permutation(len(count_of))
+    numbers = Ragged.of_lengths(np.arange(count_of.sum()), count_of).take(steps).values
+    planned.append(Ragged.join(epoch_rows).take(numbers))
+    shapes.append(np.concatenate(epoch_shapes)[steps])
+    counts.append(count_of[steps])
+  return Steps(buckets, np.concatenate(shapes), np.concatenate(counts), Ragged.join(planned))
 
 
 class Batches:
@@ -132,17 +221,22 @@ class Batches:
   other tokens it equals `segment_ids`. The positions of the other segments continue after the
   shared tokens.
 
-  Every host builds the whole batch, and each of its devices takes its own part.
-
   Args:
     examples: the examples or units that the plan's indices refer to; see `units.check_units`.
     steps: the plan.
+    rows_here: function from the shape of a batch to the numbers of the rows that this process
+      needs. The other rows stay 0, without reading their examples. By default it needs all.
   """
 
-  def __init__(self, examples: Sequence[Example | Unit], steps: Sequence[Step]):
-    self._examples, self._steps = examples, steps
+  def __init__(
+    self,
+    examples: Sequence[Example | Unit],
+    steps: Sequence[Step],
+    rows_here: Callable[[Bucket], Container[int]] = lambda bucket: range(bucket.rows),
+  ):
+    self._examples, self._steps, self._rows_here = examples, steps, rows_here
     self._values = tuple(as_unit(examples[0]).values) if len(examples) else ()
-    shares = any(as_unit(example).shared for example in examples)
+    shares = bool(shared_counts(examples).any())
     self._arrays = (*ARRAYS, LAST_SEGMENTS) if shares else ARRAYS
 
   def __len__(self) -> int:
@@ -152,7 +246,10 @@ class Batches:
     bucket, rows = self._steps[index]
     batch = {name: np.zeros((bucket.rows, bucket.length), np.int32) for name in self._arrays}
     batch |= {name: np.zeros((bucket.rows, bucket.length), np.float32) for name in self._values}
+    needed = self._rows_here(bucket)
     for r, row in enumerate(rows):
+      if r not in needed:
+        continue
       begin = segment = 0
       for i in row:
         unit = as_unit(self._examples[i])
@@ -180,7 +277,7 @@ class Batches:
     Args:
       index: the index of the batch.
     """
-    indices = (i for row in self._steps[index].rows for i in row)
+    indices = step_examples(self._steps[index])
     return [self._examples[i].id or f'example {i}' for i in indices]
 
 
@@ -192,8 +289,8 @@ def padding_share(examples: Sequence[Example | Unit], steps: Sequence[Step]) -> 
     steps: the plan, see `plan`.
   """
   positions = sum(step.bucket.rows * step.bucket.length for step in steps)
-  lengths = unit_lengths(examples)
-  tokens = sum(lengths[i] for step in steps for row in step.rows for i in row)
+  lengths = np.asarray(unit_lengths(examples))
+  tokens = sum(int(lengths[step_examples(step)].sum()) for step in steps)
   return 1 - tokens / positions
 
 

@@ -4,12 +4,15 @@ A supervised example is a unit of one segment. The two sides of a comparison are
 stand in one row, so they are always in the same micro-batch and on the same device.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from cai_jax.data.examples import Example
+import numpy as np
+
+from cai_jax.data.ragged import Ragged
 from cai_jax.runtime.errors import UserError
 
 # Number of segments of a unit of each kind.
@@ -24,6 +27,20 @@ RANGES = {'probability': (0.0, 1.0), 'desirable': (0.0, 1.0)}
 
 ARRAYS = ('tokens', 'positions', 'segment_ids', 'loss_mask')  # of every batch, i32[B,T] each
 LAST_SEGMENTS = 'last_segment_ids'  # i32[B,T], of batches in which segments share tokens
+
+
+class Example(NamedTuple):
+  """One training sequence.
+
+  Attributes:
+    tokens: i32[T].
+    loss_mask: bool[T], true on the tokens to learn.
+    id: id of the row of D_CAI that the example was made from.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  id: str = ''
 
 
 class Unit(NamedTuple):
@@ -80,7 +97,11 @@ def as_unit(item: Example | Unit) -> Unit:
   return Unit((item,), id=item.id) if isinstance(item, Example) else item
 
 
-def unit_lengths(items: Sequence[Example | Unit]) -> list[int]:
+# What is asked of all items of a collection. `UnitTable` answers from its arrays.
+
+
+@functools.singledispatch
+def unit_lengths(items: Sequence[Example | Unit]) -> Sequence[int] | np.ndarray:
   """Return the number of tokens that each example or unit takes in a row.
 
   Args:
@@ -89,20 +110,82 @@ def unit_lengths(items: Sequence[Example | Unit]) -> list[int]:
   return [as_unit(item).length for item in items]
 
 
-def check_units(items: Sequence[Example | Unit], kind: str, needed: Sequence[str] = ()) -> None:
+@functools.singledispatch
+def segment_lengths(items: Sequence[Example | Unit]) -> Ragged:
+  """Return the number of tokens of each segment of each example or unit.
+
+  Args:
+    items: examples or units.
+  """
+  units = [as_unit(item) for item in items]
+  sizes = [len(segment.tokens) for unit in units for segment in unit.segments]
+  return Ragged.of_lengths(np.array(sizes, np.int64), [len(unit.segments) for unit in units])
+
+
+@functools.singledispatch
+def shared_counts(items: Sequence[Example | Unit]) -> np.ndarray:
+  """Return how many first tokens the segments of each example or unit share.
+
+  Args:
+    items: examples or units.
+  """
+  return np.array([as_unit(item).shared for item in items], np.int64)
+
+
+@functools.singledispatch
+def item_ids(items: Sequence[Any]) -> list[str]:
+  """Return the id of each item.
+
+  Args:
+    items: examples, units, or other items with an `id`.
+  """
+  return [item.id for item in items]
+
+
+@functools.singledispatch
+def choose_items(items: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+  """Return chosen items in a given order.
+
+  Args:
+    items: examples, units, or other items.
+    indices: their indices.
+  """
+  return tuple(items[i] for i in indices)
+
+
+@functools.singledispatch
+def check_units(
+  items: Sequence[Example | Unit],
+  kind: str,
+  needed: Sequence[str] = (),
+  names: Iterable[str] | None = None,
+) -> None:
   """Check that units are those that an objective trains on.
 
   Args:
     items: examples or units.
     kind: the kind of unit that the objective needs, a key of `SEGMENTS`.
     needed: names of values that the objective reads.
+    names: names of the values that the units must have; None means those of the first one.
 
   Raises:
     UserError: if a unit has another number of segments, another set of values than the first one,
       lacks a value that is needed, or has a value with another number of entries than segments, or
       outside its range; or if a segment that is compared has no token to learn.
   """
-  names = set(as_unit(items[0]).values) if items else set()
+  check_each(items, kind, needed, names)
+
+
+def check_each(
+  items: Sequence[Example | Unit],
+  kind: str,
+  needed: Sequence[str] = (),
+  names: Iterable[str] | None = None,
+) -> None:
+  """Do what `check_units` does, one unit after the other."""
+  if names is None:
+    names = as_unit(items[0]).values if len(items) else ()
+  names = set(names)
   for number, item in enumerate(items):
     unit = as_unit(item)
     name = unit.id or f'unit {number}'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,19 @@ class Dialogue:
     _ = self._format  # created here to report an unsuitable tokenizer or option at once
     if self.has_replies:
       self._check_round_trip()
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Let another process build its own encoder and format, which hold functions."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+  @property
+  def digest(self) -> str:
+    """A hex digest of the tokenizer and the settings, on which the tokens of a text depend."""
+    added = sorted((i, str(token)) for i, token in self.tokenizer.added_tokens_decoder.items())
+    settings = [self.style, self.eos_token_ids, self.template_options, self.has_replies]
+    special = sorted(self.tokenizer.special_tokens_map.items())
+    parts = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+    return hashlib.sha256(repr([parts, added, special, settings]).encode()).hexdigest()
 
   def _check_round_trip(self) -> None:
     """Check that the text of a reply can be read back from its tokens."""

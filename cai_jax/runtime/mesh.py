@@ -152,6 +152,17 @@ def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def rows_here(shape: tuple[int, ...], sharding: NamedSharding) -> set[int]:
+  """Return the rows of a global array that `place` reads in this process.
+
+  Args:
+    shape: shape of the array.
+    sharding: its sharding.
+  """
+  indices = sharding.addressable_devices_indices_map(shape).values()
+  return {row for index in indices for row in range(shape[0])[index[0]]}
+
+
 def to_host(x: jax.Array) -> np.ndarray:
   """Return a global array as a NumPy array, with the shards of all processes.
 

@@ -46,6 +46,14 @@ def load_plugins(paths: Sequence[str]) -> dict[str, str]:
   return {path: _import_file(pathlib.Path(path)) for path in paths}
 
 
+def loaded_plugins() -> dict[str, str]:
+  """Return the path of each file that this process has loaded, and a name made from its content.
+
+  `load_plugins` of the paths loads them in another process.
+  """
+  return dict(_LOADED)
+
+
 def _import_file(path: pathlib.Path) -> str:
   """Import a file under a name made from its content, and return the digest of that content."""
   if not path.is_file() or path.suffix != '.py':

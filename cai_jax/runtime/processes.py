@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import socket
 import sys
 import traceback
+import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -158,3 +160,11 @@ def barrier(name: str) -> None:
     Interrupted: in every process, if one of them has received a signal and does not defer it.
   """
   run_on_all_processes(name, lambda: None)
+
+
+def count_on_this_host() -> int:
+  """Return the number of processes of the run on this host. All processes call it together."""
+  if jax.process_count() == 1:
+    return 1
+  name = np.array(zlib.crc32(socket.gethostname().encode()), np.uint32)
+  return int((multihost_utils.process_allgather(name) == name).sum())

@@ -7,13 +7,12 @@ import jax
 from jax.sharding import NamedSharding
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit, unit_lengths
+from cai_jax.data.units import Example, Unit, unit_lengths
 from cai_jax.runtime.errors import NonFiniteError
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.losses import Sums
 from cai_jax.training.state import TrainState
-from cai_jax.training.step import place_batch
+from cai_jax.training.step import make_batches, place_batch
 
 
 class HeldOut:
@@ -40,8 +39,8 @@ class HeldOut:
   ):
     self._eval_step, self._config, self._sharding = eval_step, config, sharding
     micro = [packing.Bucket(b.length, b.rows // config.accumulation) for b in buckets]
-    lengths = unit_lengths(examples)
-    self._batches = packing.Batches(examples, packing.plan(lengths, micro, 1, 0) if lengths else [])
+    steps = packing.plan(unit_lengths(examples), micro, 1, 0) if len(examples) else []
+    self._batches = make_batches(examples, steps, sharding)
     self.losses: dict[int, float] = {}
 
   def evaluate(self, step: int, state: TrainState) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The training loop: a thin host loop around the train step, which resumes exactly."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -9,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit, as_unit, check_units, unit_lengths
+from cai_jax.data.fingerprints import fingerprint
+from cai_jax.data.units import Example, Unit, as_unit, check_units, unit_lengths
 from cai_jax.model import peft
 from cai_jax.model.attention.kernels.kernel import check_model, check_new_rows
 from cai_jax.model.attention.sequence import check_sequence
@@ -39,7 +37,7 @@ from cai_jax.training.held_out import HeldOut
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.optimizer import check_warmup
 from cai_jax.training.state import abstract_state, init_state, stack_state, unstack_state
-from cai_jax.training.step import make_eval_step, make_train_step, place_batch
+from cai_jax.training.step import make_batches, make_eval_step, make_train_step, place_batch
 from cai_jax.training.trace import StepTrace
 from cai_jax.training.trainable import divide_model
 from cai_jax.training.workload import measure_workload
@@ -110,9 +108,12 @@ def fit(
     NonFiniteError: if a loss or gradient norm is NaN or infinite.
     Interrupted: after SIGTERM or SIGINT, once a checkpoint is saved.
   """
-  data = (*examples, *monitoring.held_out)
   needed = ('reference',) if config.registered_loss.needs_reference else ()
-  check_units(data, config.registered_loss.units, (*config.needed_values, *needed))
+  needed = (*config.needed_values, *needed)
+  check_units(examples, config.registered_loss.units, needed)
+  if len(examples) and len(monitoring.held_out):
+    names = as_unit(examples[0]).values
+    check_units(monitoring.held_out, config.registered_loss.units, needed, names)
   config, buckets, steps = plan_fit(model, examples, config, mesh, buckets)
   workdir = pathlib.Path(workdir)
   check_workdir(workdir)
@@ -130,7 +131,7 @@ def fit(
   train_step = make_train_step(divided.graph, shapes, config, len(steps), mesh, divided.frozen)
   sharding = token_sharding(mesh)
   iterator = packing.iterate_batches(
-    packing.Batches(examples, steps), lambda batch: place_batch(batch, sharding)
+    make_batches(examples, steps, sharding), lambda batch: place_batch(batch, sharding)
   )
   eval_step = make_eval_step(divided.graph, config, mesh)
   held_out = HeldOut(eval_step, monitoring.held_out, buckets, config, sharding)
@@ -173,7 +174,7 @@ def fit(
         if is_last or _is_due(step, config.eval_every):
           log.write_pending()
           with log.pause_timer():
-            if monitoring.held_out:
+            if len(monitoring.held_out):
               log.log_held_out(step, held_out.evaluate(step, state))
             if monitoring.probe is not None:
               log.log_probes(step, monitoring.probe(divided.full_params(state)))
@@ -224,7 +225,7 @@ class Plan(NamedTuple):
 
   config: FitConfig
   buckets: tuple[packing.Bucket, ...]
-  steps: list[packing.Step]
+  steps: packing.Steps
 
 
 def plan_fit(
@@ -250,24 +251,6 @@ def plan_fit(
   steps = packing.plan(unit_lengths(examples), buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))
   return Plan(config, buckets, steps)
-
-
-def fingerprint(examples: Sequence[Example | Unit]) -> str:
-  """Return a hex digest of tokens, masks and values of examples or units, in their order.
-
-  Args:
-    examples: the examples or units.
-  """
-  digest = hashlib.sha256()
-  for example in examples:
-    unit = as_unit(example)
-    for segment in unit.segments:
-      digest.update(np.int64(len(segment.tokens)).tobytes())
-      digest.update(segment.tokens.tobytes() + segment.loss_mask.tobytes())
-    if unit.values:
-      values = sorted((name, tuple(map(float, x))) for name, x in unit.values.items())
-      digest.update(repr((len(unit.segments), values)).encode())
-  return digest.hexdigest()[:32]
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -311,7 +294,7 @@ def check_buckets(
 
 
 def _describe_run(
-  config: FitConfig, buckets: Sequence[packing.Bucket], steps: Sequence[packing.Step]
+  config: FitConfig, buckets: Sequence[packing.Bucket], steps: packing.Steps
 ) -> dict[str, Any]:
   """Return the settings and the plan that a resumed run must share, in JSON types."""
   settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
@@ -320,5 +303,5 @@ def _describe_run(
     'arithmetic': ARITHMETIC,
     'steps': len(steps),
     'buckets': [list(bucket) for bucket in buckets],
-    'plan': hashlib.sha256(repr(steps).encode()).hexdigest()[:32],
+    'plan': steps.digest[:32],
   }

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cai_jax.data.examples import Example
 from cai_jax.data.preferences.comparisons import Comparison
 from cai_jax.data.preferences.units import UnitSet, render_comparisons
+from cai_jax.data.units import Example
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as models
 from cai_jax.model.classifier import (

@@ -1,6 +1,7 @@
 """The jitted train step and evaluation step."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cai_jax.data import packing
+from cai_jax.data.units import Example, Unit
 from cai_jax.model import lora
 from cai_jax.model.attention.kernels.kernel import KERNELS
 from cai_jax.runtime.compilation import xla_options
-from cai_jax.runtime.mesh import TOKENS, place, token_sharding
+from cai_jax.runtime.mesh import TOKENS, place, rows_here, token_sharding
 from cai_jax.training.fit_config import FitConfig
 from cai_jax.training.losses import ROUTING, Batch, Sums, whole_of
 from cai_jax.training.losses.balance import balance_loss, split_routing, usage_metrics
@@ -26,10 +29,25 @@ def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> Batch:
   """Return a batch as global arrays; each process supplies the rows of its own devices.
 
   Args:
-    batch: arrays of whole batches, [B,T], the same in every process.
+    batch: arrays of whole batches, [B,T]. The rows of this process's devices are read; see
+      `rows_here`.
     sharding: sharding of the batch's rows.
   """
   return {name: place(x, sharding) for name, x in batch.items()}
+
+
+def make_batches(
+  examples: Sequence[Example | Unit], steps: Sequence[packing.Step], sharding: NamedSharding
+) -> packing.Batches:
+  """Return the batches of a plan for `place_batch`, in which a process builds its own rows only.
+
+  Args:
+    examples: the examples or units of the plan.
+    steps: the plan.
+    sharding: sharding of the rows of a batch.
+  """
+  needed = functools.cache(lambda bucket: rows_here((bucket.rows, bucket.length), sharding))
+  return packing.Batches(examples, steps, needed)
 
 
 def _average(params: Any, ema: Any, share: float) -> Any:

@@ -1,12 +1,15 @@
 """Supervised fine-tuning on D_CAI: from the rows of the dataset to the trained parameters."""
 
 import os
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data import quality
+from cai_jax.data.d_cai import Rows
 from cai_jax.data.examples import build_examples, hold_out
 from cai_jax.data.near_duplicates import group_prompts
+from cai_jax.data.part_files import FOLDER, delete_parts
 from cai_jax.dialogue import Dialogue
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
@@ -63,6 +66,7 @@ def fine_tune(
     filters=config.filters,
     references=references,
     seed=config.seed,
+    folder=pathlib.Path(workdir) / FOLDER if isinstance(rows, Rows) else None,
   )
   train_examples, held_out = hold_out(
     built.examples, config.eval_share, config.seed, _group_rows(rows) if config.eval_share else None
@@ -78,11 +82,19 @@ def fine_tune(
     monitoring=Monitoring(held_out, probe, profile_steps),
     init_name=lm.name,
   )
+  delete_parts(pathlib.Path(workdir) / FOLDER)  # nobody resumes a training that is complete
   return params, {**built.counts, 'held_out': len(held_out), **summary}
 
 
 def _group_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
   """Return the group of near-duplicate prompts of each row, by its id."""
-  read = [rows[i] for i in range(len(rows))]
-  groups = group_prompts([row['prompt'] for row in read])
-  return {row['id']: group for row, group in zip(read, groups, strict=True)}
+  ids: list[str] = []
+
+  def read_prompts() -> Iterator[Any]:
+    for i in range(len(rows)):  # one row at a time, because all may not fit in memory
+      row = rows[i]
+      ids.append(row['id'])
+      yield row['prompt']
+
+  groups = group_prompts(read_prompts())
+  return dict(zip(ids, groups, strict=True))

@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
-from cai_jax.data.units import Unit, as_unit
+from cai_jax.data.ragged import Ragged
+from cai_jax.data.units import Example, Unit, segment_lengths, shared_counts
 from cai_jax.model.config import ModelConfig
 from cai_jax.runtime import hardware
 from cai_jax.training.fit_config import FitConfig
@@ -49,20 +49,17 @@ def measure_workload(
     config: the run's settings.
     mesh: the devices.
   """
-  units = [as_unit(example) for example in examples]
-  lengths = [[len(segment.tokens) for segment in unit.segments] for unit in units]
+  lengths, shared = segment_lengths(examples), shared_counts(examples)
   # A prompt that is shared is not computed again for the segments after the first.
-  spared = [[unit.shared] * (len(unit.segments) - 1) for unit in units]
+  again = lengths.lengths - 1
+  spared = Ragged.of_lengths(np.repeat(shared.astype(np.int64), again), again)
   options = {'adapters': config.lora is not None, 'has_logits': not config.registered_loss.head}
+  order = [np.array(packing.step_examples(step), np.int64) for step in steps]
 
   def sum_up(measure: Callable[[np.ndarray], float]) -> np.ndarray:
     """Return the sums of a measure of lengths over the sequences of each step."""
-
-    def of_step(step, lengths):
-      sequences = [n for row in step.rows for i in row for n in lengths[i]]
-      return measure(np.array(sequences, np.int64))
-
-    return np.array([of_step(step, lengths) - of_step(step, spared) for step in steps])
+    parts = ((lengths.take(x).values, spared.take(x).values) for x in order)
+    return np.array([measure(whole) - measure(repeated) for whole, repeated in parts])
 
   return Workload(
     tokens=sum_up(np.sum),

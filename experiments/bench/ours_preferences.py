@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example as TrainingExample
+from cai_jax.data.units import Example as TrainingExample
 from cai_jax.data.units import Unit, share_prompt
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.transformer import abstract_model

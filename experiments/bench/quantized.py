@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from cai_jax.data import packing
-from cai_jax.data.examples import Example
+from cai_jax.data.units import Example
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import dequantize, map_params

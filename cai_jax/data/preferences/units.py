@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cai_jax.data.examples import Example
 from cai_jax.data.preferences.comparisons import Comparison, JudgedResponse
 from cai_jax.data.preferences.forms import digest64
-from cai_jax.data.units import Unit
+from cai_jax.data.units import Example, Unit
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
 

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_parser, example_serializer, naming
 
-from cai_jax.data.records import make_decoder
+from cai_jax.data.d_cai_rows import SPLIT, Rows, damaged, open_dataset
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, replacing, write_json, writing
@@ -22,7 +22,7 @@ from cai_jax.runtime.settings import flatten
 
 # The schema. Its doc texts are written to features.json.
 
-NAME, SPLIT = 'd_cai', 'train'
+NAME = 'd_cai'
 CHECKSUMS, SHARDS = 'checksums.json', '*.array_record*'
 _TEXT = tfds.features.Text
 _TURN = {
@@ -146,7 +146,7 @@ def read_ids(path: pathlib.Path) -> list[str]:
     examples = (example_parser.tf_example_pb2.Example.FromString(record) for record in records)
     return [example.features.feature['id'].bytes_list.value[0].decode() for example in examples]
   except Exception as error:  # the type depends on the fault and on the version of the library
-    raise _damaged(path.parent, path.name, error) from error
+    raise damaged(path.parent, path.name, error) from error
 
 
 def write_metadata(
@@ -269,54 +269,6 @@ def _file_names(folder: pathlib.Path) -> list[str]:
 # Reading.
 
 
-class Rows(Sequence[dict[str, Any]]):
-  """The rows of a dataset as plain Python dicts, read from disk on access.
-
-  Texts are str, numbers are int and float, and `prompt` and `rounds` are lists of dicts.
-
-  Args:
-    folder: the folder that holds dataset_info.json. Its files are not checked; see `read_rows`.
-    split: the split to read.
-
-  Raises:
-    UserError: if the folder holds no dataset, or the dataset has no such split.
-  """
-
-  def __init__(self, folder: str | os.PathLike, split: str = SPLIT):
-    self._folder, self._split = os.fspath(folder), split
-    builder = _open(folder)
-    if split not in builder.info.splits:
-      raise UserError(
-        f'{folder} has no split {split!r}. Choose one of {sorted(builder.info.splits)}.'
-      )
-    try:
-      raw = tfds.decode.DeserializeMethod.RAW_BYTES
-      self._source = builder.as_data_source(split, deserialize_method=raw)
-      self._decode = make_decoder(builder.info.features)
-    except Exception as error:  # the type depends on the fault and on the versions of libraries
-      raise _damaged(folder, f'split {split!r}', error) from error
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    """Let another process open the dataset again."""
-    return Rows, (self._folder, self._split)
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  @property
-  def digest(self) -> str:
-    """A hex digest of the files and the split."""
-    return f'{content_digest(self._folder)}/{self._split}'
-
-  def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
-    if not 0 <= index < len(self):
-      raise IndexError(index)
-    try:
-      return self._decode(self._source[index])
-    except Exception as error:  # as above
-      raise _damaged(self._folder, f'row {index}', error) from error
-
-
 def read_rows(directory: str | os.PathLike, split: str = SPLIT) -> Rows:
   """Return the rows of a TFDS dataset in ArrayRecord files.
 
@@ -356,7 +308,7 @@ def check_schema(directory: str | os.PathLike) -> None:
       name: (info.shape, info.np_dtype)
       for name, info in flatten(features.get_tensor_info()).items()
     }
-    for features in (FEATURES, _open(directory).info.features)
+    for features in (FEATURES, open_dataset(directory).info.features)
   )
   wrong = sorted(name for name, kind in expected.items() if actual.get(name) != kind)
   if wrong:
@@ -364,23 +316,3 @@ def check_schema(directory: str | os.PathLike) -> None:
       f'{directory} is not a D_CAI: {len(wrong)} of its fields are missing or have another type, '
       f'the first is {wrong[0]!r}. Give the folder d_cai/ of a run.'
     )
-
-
-def _open(directory: str | os.PathLike) -> tfds.core.DatasetBuilder:
-  try:
-    builder = tfds.builder_from_directory(os.fspath(directory))
-  except OSError as error:
-    raise UserError(
-      f'{directory} holds no TFDS dataset: {error}. Run the stage that writes it first.'
-    ) from error
-  except Exception as error:  # of parsers, for a file with other content
-    raise _damaged(directory, 'dataset_info.json or features.json', error) from error
-  return builder
-
-
-def _damaged(folder: str | os.PathLike, place: str, error: Exception) -> UserError:
-  """Return the error for a part of a dataset that cannot be read."""
-  return UserError(
-    f'{folder} is damaged: {place} cannot be read ({type(error).__name__}: {error!s:.200}). '
-    'Restore the folder from a copy, or start in another workdir.'
-  )

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 import jax
 
-from cai_jax.data.d_cai import Rows
+from cai_jax.data.d_cai import content_digest
+from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.unit_table import Part, map_part, save_part
 from cai_jax.runtime import processes
 from cai_jax.runtime.digests import digest_files
@@ -106,7 +107,7 @@ def _identify(rows: Rows, maker: Maker) -> str:
   )
   names = 'tokenizers', 'transformers', 'jinja2'
   libraries = [importlib.metadata.version(name) for name in names]
-  content = [rows.digest, len(rows), maker.digest, PART_ROWS, libraries]
+  content = [content_digest(rows.folder), rows.split, len(rows), maker.digest, PART_ROWS, libraries]
   content += [digest_files(package, code), sorted(loaded_plugins().values())]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

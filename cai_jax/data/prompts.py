@@ -254,12 +254,12 @@ def check_disjoint(
   """Check that no dialogue occurs in both sets, ignoring case and white space.
 
   Args:
-    training: the first set.
+    training: the first set, which is read once and need not fit in memory.
     evaluation: the second set.
     names: names of the two sets, for the error message.
   """
-  training, evaluation = list(training), list(evaluation)
-  shared = [(training[j], evaluation[i]) for i, j in find_same(evaluation, training).items()]
+  evaluation = list(evaluation)
+  shared = [(first, evaluation[i]) for i, (_, first) in _match(evaluation, training).items()]
   if shared:
     examples = '; '.join(
       f'{names[0]} {_name(first)} is {names[1]} {_name(prompt)}: '
@@ -277,13 +277,22 @@ def find_same(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> dict[int, 
 
   Args:
     prompts: the prompts.
-    others: the prompts to compare with.
+    others: the prompts to compare with. They are read once and need not fit in memory.
 
   Returns:
-    Index among the prompts → index among the others.
+    Index among the prompts → index among the others, of the last one that is the same.
   """
-  places = {_normalize(other): j for j, other in enumerate(others)}
-  return {i: places[form] for i, p in enumerate(prompts) if (form := _normalize(p)) in places}
+  return {i: j for i, (j, _) in _match(prompts, others).items()}
+
+
+def _match(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> dict[int, tuple[int, Prompt]]:
+  """Return what `find_same` returns, each index together with its prompt."""
+  forms = [_normalize(prompt) for prompt in prompts]
+  wanted, found = set(forms), {}
+  for j, other in enumerate(others):
+    if (form := _normalize(other)) in wanted:
+      found[form] = j, other
+  return {i: found[form] for i, form in enumerate(forms) if form in found}
 
 
 class _Row(NamedTuple):

@@ -6,7 +6,7 @@ reads from the protocol buffer in a tenth of that time, with the same result.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,21 @@ LISTS = ('prompt', 'rounds')  # sequences of dicts, which TFDS returns as dicts 
 _SIMPLE = (tfds.features.Text, tfds.features.Scalar, tfds.features.Tensor)
 
 
-def make_decoder(features: tfds.features.FeaturesDict) -> Callable[[bytes], dict[str, Any]]:
+def make_decoder(
+  features: tfds.features.FeaturesDict, names: Collection[str] = ()
+) -> Callable[[bytes], dict[str, Any]]:
   """Return a function from the bytes of a record to its fields.
 
   Texts are str, numbers are int, float or bool, and the fields of `LISTS` are lists of dicts.
 
   Args:
     features: the schema of the dataset.
+    names: the fields to return; () means all of them.
   """
   if not _is_simple(features):
     return lambda record: to_plain(features.deserialize_example_np(record))
+  if names:
+    features = tfds.features.FeaturesDict({name: features[name] for name in names})
   paths = {path.replace('.', '/'): x for path, x in flatten(features.get_tensor_info()).items()}
   fields = [(path, _make_reader(info)) for path, info in paths.items()]
   return functools.partial(_decode, fields)

@@ -151,7 +151,7 @@ def _check_external_data(run: Run, stages: Sequence[str]) -> None:
         d_cai.check_files(run.d_cai)
       return
     d_cai.check_schema(run.d_cai)
-    rows = d_cai.read_rows(run.d_cai)
+    rows = d_cai.read_rows(run.d_cai).iterate(('id', 'prompt'))
     training = (Prompt(row['id'], tuple(row['prompt'])) for row in rows)
     prompt_sets.check_held_out(training, run.prompts)
   except UserError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cai_jax.data import quality
-from cai_jax.data.d_cai import Rows
+from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.examples import build_examples, hold_out
 from cai_jax.data.near_duplicates import group_prompts
 from cai_jax.data.part_files import FOLDER, delete_parts
@@ -91,8 +91,8 @@ def _group_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
   ids: list[str] = []
 
   def read_prompts() -> Iterator[Any]:
-    for i in range(len(rows)):  # one row at a time, because all may not fit in memory
-      row = rows[i]
+    # One after the other, because all may not fit in memory.
+    for row in rows.iterate(('id', 'prompt')) if isinstance(rows, Rows) else rows:
       ids.append(row['id'])
       yield row['prompt']
 

@@ -5,9 +5,9 @@ import pytest
 
 from cai_jax.data import packing
 from cai_jax.data.examples import hold_out
+from cai_jax.data.fingerprints import fingerprint
 from cai_jax.data.units import Example, Unit, check_units, unit_lengths
 from cai_jax.runtime.errors import UserError
-from cai_jax.training.loop import fingerprint
 from tests.preference_setup import random_units
 from tests.training_setup import random_examples
 

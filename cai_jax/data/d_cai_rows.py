@@ -63,6 +63,8 @@ class Rows(Sequence[dict[str, Any]]):
       try:
         rows = [decode(record) for record in self._source.__getitems__(indices)]
       except Exception as error:  # as above
+        for i in indices:
+          _ = self[i]  # raises an error that names the row
         place = f'a row from {indices[0]} to {indices[-1]}'
         raise damaged(self.folder, place, error) from error
       yield from rows

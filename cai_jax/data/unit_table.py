@@ -4,8 +4,8 @@ A table takes 4 bytes for each token, 8 for each segment and 8 besides its lette
 it is mapped from files, the operating system reads pages as they are needed and can give them back.
 """
 
+import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from cai_jax.data.units import (
   SEGMENTS,
   Example,
   Unit,
+  add_values,
   as_unit,
   check_each,
   check_units,
@@ -28,6 +29,7 @@ from cai_jax.data.units import (
   item_ids,
   segment_lengths,
   share_prompt,
+  share_prompts,
   shared_counts,
   unit_lengths,
 )
@@ -308,16 +310,23 @@ def _are_valid(
   return True
 
 
-def stack_items(items: Sequence[Example | Unit], kind: str) -> UnitTable:
-  """Return examples or units as a table in memory.
+@share_prompts.register
+def _(units: UnitTable) -> UnitTable:
+  return units.share_prompts()
+
+
+@add_values.register
+def _(units: UnitTable, name: str, numbers: Sequence[Sequence[float]]) -> UnitTable:
+  return units.with_values(name, np.array(numbers, np.float64))
+
+
+def stack_units(units: Iterable[Unit], kind: str) -> UnitTable:
+  """Return units as a table in memory, without keeping all of them as objects.
 
   Args:
-    items: examples or units of one kind, with the same values.
+    units: units with the same values. They are read once.
     kind: a key of `SEGMENTS`.
   """
-  return UnitTable([make_part(items)], kind)
-
-
-def file_bytes(tokens: int, items: int) -> int:
-  """Return the size of the files of a table, at most, with ids of up to 64 bytes."""
-  return 4 * tokens + 96 * items + os.sysconf('SC_PAGE_SIZE')
+  remaining = iter(units)
+  blocks = iter(lambda: tuple(itertools.islice(remaining, _BLOCK)), ())
+  return UnitTable([*map(make_part, blocks)] or [make_part(())], kind)

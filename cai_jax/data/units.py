@@ -88,6 +88,31 @@ def share_prompt(unit: Unit) -> Unit:
   return unit._replace(shared=max(count, 0))
 
 
+@functools.singledispatch
+def share_prompts(units: Sequence[Unit]) -> Sequence[Unit]:
+  """Return units whose segments share their prompt; see `share_prompt`.
+
+  Args:
+    units: the units.
+  """
+  return tuple(map(share_prompt, units))
+
+
+@functools.singledispatch
+def add_values(units: Sequence[Unit], name: str, numbers: Sequence[Sequence[float]]) -> Any:
+  """Return units with another value.
+
+  Args:
+    units: the units.
+    name: the name of the value.
+    numbers: for each unit, a number for each of its segments.
+  """
+  return tuple(
+    unit._replace(values={**unit.values, name: tuple(own)})
+    for unit, own in zip(units, numbers, strict=True)
+  )
+
+
 def as_unit(item: Example | Unit) -> Unit:
   """Return an example as a unit of one segment, and a unit as it is.
 

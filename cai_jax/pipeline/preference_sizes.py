@@ -17,8 +17,8 @@ from cai_jax.pipeline.stage_prefer import UNIT_KINDS
 
 # Estimates, in bytes.
 REFERENCE_BYTES = 50  # of the two log-probabilities of a unit, as reference.json has them
-UNIT_BYTES = 1250  # of host memory of a unit of two segments, besides its tokens
-TOKEN_BYTES = 5  # of host memory of a token: its id, and whether it is learned
+UNIT_BYTES = 250  # of host memory of a unit of two segments, besides its tokens
+TOKEN_BYTES = 4  # of host memory of a token: its id, and whether it is learned
 
 
 class TrainingSize(NamedTuple):

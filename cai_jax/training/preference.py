@@ -6,8 +6,17 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cai_jax.data.examples import hold_out
-from cai_jax.data.units import Unit, check_units, share_prompt
+from cai_jax.data.units import (
+  Unit,
+  check_units,
+  segment_lengths,
+  share_prompts,
+  shared_counts,
+  unit_lengths,
+)
 from cai_jax.model.lm import LM
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir
@@ -62,15 +71,16 @@ def prefer(
   if (load_reference is None) == bool(reference_id):
     raise ValueError('Give both load_reference and reference_id, or neither.')
   check_workdir(workdir)
-  if not units:
+  if not len(units):
     raise UserError(f'There is no unit to train on for {config.section}.objective.')
   check_units(units, loss.units, config.needed_values)
   if config.share_prompts:
-    units = tuple(map(share_prompt, units))
+    units = share_prompts(units)
   _check_lengths(lm, units, config)
-  groups = group_by_prompt(units) if groups is None else groups
+  if groups is None and config.eval_share:
+    groups = group_by_prompt(units)
 
-  def split() -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+  def split() -> tuple[Sequence[Unit], Sequence[Unit]]:
     return hold_out(units, config.eval_share, config.seed, groups, config.section)
 
   training, held_out = split()
@@ -93,7 +103,7 @@ def prefer(
   )
   counts = {'units': len(units), 'held_out': len(held_out)}
   if config.share_prompts:
-    counts['shared_tokens'] = sum(unit.shared for unit in units)
+    counts['shared_tokens'] = int(shared_counts(units).sum())
   return params, {**counts, **summary}
 
 
@@ -145,17 +155,18 @@ def check_reference(lm: LM, reference: LM, config: PreferConfig) -> None:
 
 def _check_lengths(lm: LM, units: Sequence[Unit], config: PreferConfig) -> None:
   """Check that the model has a position for each token, and that a row holds each unit."""
-  for unit in units:
-    longest = max(len(segment.tokens) for segment in unit.segments)
-    if longest > lm.max_positions:
+  sizes = segment_lengths(units)
+  # Without sharing, so that sharing leaves nobody else out.
+  lengths = np.asarray(unit_lengths(units)) + shared_counts(units) * (sizes.lengths - 1)
+  longest = np.maximum.reduceat(sizes.values, sizes.offsets[:-1])
+  for i in np.flatnonzero((longest > lm.max_positions) | (lengths > config.max_length)):
+    unit = units[int(i)]
+    if longest[i] > lm.max_positions:
       raise UserError(
-        f'{unit.id}: a sequence of {longest} tokens does not fit the context of {lm.name}, which '
-        f'holds {lm.max_positions}. Leave it out.'
+        f'{unit.id}: a sequence of {longest[i]} tokens does not fit the context of {lm.name}, '
+        f'which holds {lm.max_positions}. Leave it out.'
       )
-    # Without sharing, so that sharing leaves nobody else out.
-    length = unit.length + unit.repeated
-    if length > config.max_length:
-      raise UserError(
-        f'{unit.id} has {length} tokens with its {len(unit.segments)} sequences, but a row '
-        f'holds {config.section}.max_length={config.max_length}. Raise it, or leave the unit out.'
-      )
+    raise UserError(
+      f'{unit.id} has {lengths[i]} tokens with its {len(unit.segments)} sequences, but a row '
+      f'holds {config.section}.max_length={config.max_length}. Raise it, or leave the unit out.'
+    )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cai_jax.data import packing
-from cai_jax.data.units import Unit, unit_lengths
+from cai_jax.data.fingerprints import fingerprint
+from cai_jax.data.units import Unit, add_values, segment_lengths, unit_lengths
 from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import has_quantized
@@ -34,9 +36,9 @@ from cai_jax.runtime.progress import Progress
 from cai_jax.training.attention import resolve_attention
 from cai_jax.training.checkpoints import FOLDER, has_checkpoints
 from cai_jax.training.fit_config import FitConfig
-from cai_jax.training.loop import check_buckets, fingerprint
+from cai_jax.training.loop import check_buckets
 from cai_jax.training.losses.logprobs import sequence_logprobs
-from cai_jax.training.step import compiler_options, place_batch
+from cai_jax.training.step import compiler_options, make_batches, place_batch
 
 FILE = 'reference.json'
 VALUE = 'reference'  # name of the value
@@ -50,7 +52,7 @@ def add_reference(
   units: Sequence[Unit],
   config: FitConfig,
   workdir: pathlib.Path,
-) -> tuple[Unit, ...]:
+) -> Sequence[Unit]:
   """Return the units with the value 'reference': log P(y | x) of each segment, in nats.
 
   The numbers are read from `reference.json` in the workdir if they belong to this model and this
@@ -77,10 +79,7 @@ def add_reference(
       with writing(path), replacing(path) as temporary:
         content = {'digest': digest, 'checksum': _hash(logprobs), 'logprobs': logprobs}
         temporary.write_text(json.dumps(content))
-  return tuple(
-    unit._replace(values={**unit.values, VALUE: tuple(numbers)})
-    for unit, numbers in zip(units, logprobs, strict=True)
-  )
+  return add_values(units, VALUE, logprobs)
 
 
 def initial_model(lm: LM, config: FitConfig) -> LM:
@@ -132,8 +131,10 @@ def compute_reference(
       log-probability is not finite.
   """
   bucket = packing.Bucket(config.max_length, config.batch_size // config.accumulation)
-  steps = packing.plan(unit_lengths(units), [bucket], 1, 0)
-  batches, sharding = packing.Batches(units, steps), token_sharding(lm.mesh)
+  lengths, counts = unit_lengths(units), segment_lengths(units).lengths
+  steps = packing.plan(lengths, [bucket], 1, 0)
+  sharding = token_sharding(lm.mesh)
+  batches = make_batches(units, steps, sharding)
   compute = program or make_program(lm, config)
   logprobs: list[list[float]] = [[] for _ in units]
   done = tokens = 0
@@ -143,15 +144,15 @@ def compute_reference(
       for columns, row in zip(rows, step.rows, strict=False):  # the last batch has empty rows
         end = 0
         for i in row:
-          begin, end = end, end + len(units[i].segments)
+          begin, end = end, end + int(counts[i])
           logprobs[i] = [float(x) for x in columns[begin:end]]
-          done, tokens = done + 1, tokens + units[i].length
+          done, tokens = done + 1, tokens + int(lengths[i])
       progress(done, len(units), tokens)
-  for unit, numbers in zip(units, logprobs, strict=True):
-    if not np.isfinite(numbers).all():
+  for i, numbers in enumerate(logprobs):
+    if not all(map(math.isfinite, numbers)):
       raise UserError(
-        f'The log-probability of {unit.id!r} under {lm.name} is {numbers}. Check the weights of '
-        f'the model, or set {config.section}.dtype=float32.'
+        f'The log-probability of {units[i].id!r} under {lm.name} is {numbers}. Check the weights '
+        f'of the model, or set {config.section}.dtype=float32.'
       )
   return logprobs
 

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from cai_jax.data import packing
 from cai_jax.data.examples import hold_out
+from cai_jax.data.fingerprints import fingerprint
 from cai_jax.data.preferences import find_held_out, group_comparisons, judge_both, read_comparisons
 from cai_jax.data.preferences.reading import FILTERS
 from cai_jax.data.preferences.units import build_comparison_units, build_judged_units
@@ -33,7 +34,6 @@ from cai_jax.model import lm as models
 from cai_jax.pipeline.pairs import Pairs
 from cai_jax.tiny.files import MODELS
 from cai_jax.tiny.prompts import make_prompts
-from cai_jax.training.loop import fingerprint
 
 T = TypeVar('T')
 LENGTH, ROWS = 2048, 32  # tokens of a row, rows of a batch

@@ -10,6 +10,7 @@ import numpy as np
 
 from cai_jax.data.preferences.comparisons import Comparison, JudgedResponse
 from cai_jax.data.preferences.forms import digest64
+from cai_jax.data.unit_table import UnitTable, stack_units
 from cai_jax.data.units import Example, Unit
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
@@ -27,7 +28,7 @@ class UnitSet:
       `kept`, and how many were `dropped`, by reason.
   """
 
-  units: tuple[Unit, ...]
+  units: UnitTable
   counts: dict[str, Any]
 
 
@@ -82,8 +83,20 @@ def render_comparisons(
     drop_truncated: whether to drop comparisons with a text that was cut off.
     margins: whether the units have margins.
   """
-  units = []
   dropped: collections.Counter[str] = collections.Counter()
+  units = _render_each(comparisons, render, max_length, drop_truncated, margins, dropped)
+  return _make_set(stack_units(units, 'comparison'), dropped, max_length)
+
+
+def _render_each(
+  comparisons: Iterable[Comparison],
+  render: Callable[[Comparison], tuple[Example, ...]],
+  max_length: int,
+  drop_truncated: bool,
+  margins: bool,
+  dropped: collections.Counter[str],
+) -> Iterator[Unit]:
+  """Yield the unit of each comparison, and count in `dropped` why others have none."""
   for pair in comparisons:
     if margins and pair.margin is None:
       raise UserError(
@@ -100,8 +113,7 @@ def render_comparisons(
     if unit.length > max_length:
       dropped['too_long'] += 1
     else:
-      units.append(unit)
-  return _make_set(units, dropped, max_length)
+      yield unit
 
 
 class _Tokens(NamedTuple):
@@ -159,14 +171,16 @@ def build_judged_units(
       'response to another prompt. Give responses to at least two prompts.'
     )
   others = _find_mismatches(kept, max_length, seed)
-  units = []
-  for entry, other in zip(kept, others, strict=True):
-    if other is None:
-      dropped['too_long'] += 1
-      continue
-    segments = tuple(_join(entry.context, target, entry.id) for target in (entry.target, other))
-    units.append(Unit(segments, {'desirable': (float(entry.desirable), 0.0)}, entry.id))
-  return _make_set(units, dropped, max_length)
+
+  def pair_up() -> Iterator[Unit]:
+    for entry, other in zip(kept, others, strict=True):
+      if other is None:
+        dropped['too_long'] += 1
+        continue
+      segments = tuple(_join(entry.context, target, entry.id) for target in (entry.target, other))
+      yield Unit(segments, {'desirable': (float(entry.desirable), 0.0)}, entry.id)
+
+  return _make_set(stack_units(pair_up(), 'judged'), dropped, max_length)
 
 
 def _find_mismatches(
@@ -224,7 +238,7 @@ def _join(context: np.ndarray, target: np.ndarray, name: str) -> Example:
   return Example(np.concatenate([context, target]), mask, name)
 
 
-def _make_set(units: list[Unit], dropped: collections.Counter[str], max_length: int) -> UnitSet:
+def _make_set(units: UnitTable, dropped: collections.Counter[str], max_length: int) -> UnitSet:
   """Return the units with their counts.
 
   Raises:
@@ -235,10 +249,10 @@ def _make_set(units: list[Unit], dropped: collections.Counter[str], max_length: 
     'kept': len(units),
     'dropped': {reason: n for reason, n in sorted(dropped.items()) if n},
   }
-  if not units:
+  if not len(units):
     raise UserError(
       f"No preference remains of {counts['rows']} rows; dropped: {counts['dropped']}. 'truncated' "
       'means that a text was cut off at a length limit (raise it, or set drop_truncated=False), '
       f"and 'too_long' that both sequences together have more than max_length={max_length} tokens."
     )
-  return UnitSet(tuple(units), counts)
+  return UnitSet(units, counts)

@@ -1,9 +1,14 @@
 """D_CAI on disk: what is written is what is read."""
 
+import pickle
+
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer
 
 from cai_jax.data import d_cai
+from cai_jax.data.records import make_decoder, to_plain
 from cai_jax.runtime.errors import UserError
 
 
@@ -59,3 +64,32 @@ def test_missing_shards_splits_and_datasets_are_errors(tmp_path):
     d_cai.read_rows(tmp_path, 'test')
   with pytest.raises(UserError, match='holds no TFDS dataset'):
     d_cai.read_rows(tmp_path / 'nowhere')
+
+
+def test_rows_are_those_that_tfds_decodes(tmp_path):
+  details = {'revised': True, 'sampled_tokens': 4, 'details': '{}'}
+  written = [make_row(0, 2), make_row(1, 0) | {'logprobs': []}]
+  for row in written:
+    for step in row['rounds']:
+      step |= details
+  d_cai.write_shard(tmp_path, 0, written, details=True)
+  d_cai.write_metadata(tmp_path, [2], details=True)
+  rows = d_cai.read_rows(tmp_path)
+  source = tfds.builder_from_directory(tmp_path).as_data_source('train')
+  assert list(rows) == [to_plain(row) for row in source] == written
+  assert rows[0]['rounds'][0]['revised'] is True
+  some = [{'id': row['id'], 'prompt': row['prompt']} for row in written]
+  assert list(rows.iterate(('id', 'prompt'))) == some
+  assert list(pickle.loads(pickle.dumps(rows))) == written
+
+
+def test_other_features_are_decoded_by_tfds():
+  features = tfds.features.FeaturesDict(
+    {'id': tfds.features.Text(), 'pairs': tfds.features.Sequence(tfds.features.Tensor(
+      shape=(2,), dtype=np.int32))}
+  )  # fmt: skip
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+  record = serializer.serialize_example(
+    features.encode_example({'id': 'ä', 'pairs': [[1, 2], [3, 4]]})
+  )
+  assert make_decoder(features)(record) == {'id': 'ä', 'pairs': [[1, 2], [3, 4]]}

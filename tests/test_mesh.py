@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cai_jax.runtime.errors import UserError
-from cai_jax.runtime.mesh import batch_sharding, check_batch, make_mesh
+from cai_jax.runtime.mesh import batch_sharding, check_batch, make_mesh, rows_here, token_sharding
 
 
 def test_mesh_defaults_put_every_device_on_data():
@@ -35,3 +35,8 @@ def test_batch_divides_over_data_and_fsdp():
     check_batch(6, mesh, 'train.batch_size')
   rows = jax.device_put(np.arange(8.0).reshape(4, 2), batch_sharding(mesh))
   assert {shard.data.shape for shard in rows.addressable_shards} == {(1, 2)}
+
+
+def test_the_rows_of_a_process_are_those_of_its_devices():
+  mesh = make_mesh(1, 1, devices=jax.devices()[:1])
+  assert rows_here((6, 8), token_sharding(mesh)) == set(range(6))

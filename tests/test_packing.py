@@ -1,6 +1,7 @@
 """Packing: every example is in every epoch once, whole, and padding is zero."""
 
 import collections
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cai_jax.data import packing
 from cai_jax.data.units import Example
 from cai_jax.runtime.errors import UserError
+from tests.training_setup import random_examples
 
 LENGTHS = np.random.default_rng(0).integers(3, 33, 400)
 
@@ -90,3 +92,45 @@ def test_the_iterator_resumes_from_its_state():
   resumed = packing.iterate_batches(batches, lambda b: b['tokens'])
   resumed.set_state(state)
   assert [x.tolist() for x in resumed] == rest and len(rest) == len(batches) - 3
+
+
+def test_each_example_goes_to_the_first_of_the_fullest_rows_that_hold_it():
+  sizes = np.random.default_rng(0).integers(1, 65, 500)
+  rows, free = [], []
+  for i in np.argsort(-sizes, kind='stable').tolist():
+    fits = [(left - sizes[i], row) for row, left in enumerate(free) if left >= sizes[i]]
+    row = min(fits)[1] if fits else len(rows)
+    if not fits:
+      rows.append([])
+      free.append(64)
+    rows[row].append(i)
+    free[row] -= sizes[i]
+  assert packing.pack(sizes, range(500), 64) == [tuple(row) for row in rows]
+
+
+def test_steps_are_a_sequence_with_the_digest_of_a_list():
+  steps = packing.plan([3, 5, 2, 8, 1], [packing.Bucket(8, 2)], 2, 0)
+  listed = list(steps)
+  assert steps == listed and repr(steps) == repr(listed) and steps[-1] == listed[-1]
+  assert steps.digest == hashlib.sha256(repr(listed).encode()).hexdigest()
+  with pytest.raises(IndexError):
+    steps[len(steps)]
+
+
+def test_a_process_builds_only_its_own_rows():
+  examples, whole_rows = random_examples(40), packing.Bucket(32, 4)
+  steps = packing.plan([len(e.tokens) for e in examples], [whole_rows], 1, 0)
+
+  class Reading(list):
+    def __getitem__(self, index):
+      read.add(index)
+      return super().__getitem__(index)
+
+  read = set()
+  batches = packing.Batches(Reading(examples), steps, lambda bucket: {1, 3})
+  read.clear()
+  batch, whole = batches[0], packing.Batches(examples, steps)[0]
+  assert read == {i for r in (1, 3) for i in steps[0].rows[r]}
+  for name in batch:
+    np.testing.assert_array_equal(batch[name][1::2], whole[name][1::2])
+    assert not batch[name][::2].any() and whole[name][::2].any()

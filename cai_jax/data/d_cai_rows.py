@@ -48,6 +48,14 @@ class Rows(Sequence[dict[str, Any]]):
   def __len__(self) -> int:
     return len(self._source)
 
+  def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    try:
+      return self._decode(self._source[index])
+    except Exception as error:  # as above
+      raise damaged(self.folder, f'row {index}', error) from error
+
   def iterate(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yield some fields of each row, which takes a part of the time of whole rows.
 

@@ -13,6 +13,7 @@ from cai_jax.data import quality
 from cai_jax.data.unit_table import Part, make_part
 from cai_jax.data.units import Example
 from cai_jax.dialogue import Dialogue
+from cai_jax.runtime.errors import UserError
 
 HELPFUL = 'helpful'  # `kind` of the rows whose initial response can be mixed in
 INITIAL = -1  # number of the "round" of the initial response, as in `quality.find_row_flags`
@@ -62,13 +63,20 @@ class ExampleMaker:
     Args:
       rows: all rows.
       begin, end: range of the rows to use.
+
+    Raises:
+      UserError: if a row cannot be rendered; the message names it.
     """
     examples: list[Example] = []
     helpful: list[bool] = []
     dropped: collections.Counter[str] = collections.Counter()
     for i in range(begin, end):
       row = rows[i]
-      for example in self._make(row):
+      try:
+        made = list(self._make(row))
+      except UserError as error:
+        raise UserError(f'row {i} (id {row["id"]!r}): {error}') from error
+      for example in made:
         if isinstance(example, str):
           dropped[example] += 1
         else:

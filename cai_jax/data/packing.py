@@ -71,7 +71,9 @@ class Steps(Sequence[Step]):
   def __len__(self) -> int:
     return len(self._shapes)
 
-  def __getitem__(self, index: int) -> Step:  # type: ignore[override]  # no slices
+  def __getitem__(self, index: Any) -> Any:
+    if isinstance(index, slice):
+      return [self[i] for i in range(len(self))[index]]
     if not -len(self) <= index < len(self):
       raise IndexError(index)
     index %= len(self)

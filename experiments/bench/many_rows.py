@@ -22,10 +22,10 @@ import dataclasses
 import gzip
 import json
 import multiprocessing
-import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,7 +254,8 @@ def main() -> None:
   for count in arguments.count:
     data = arguments.folder / f'd_cai_{count}'
     write_dataset(data, count, arguments.texts)
-    workdir = arguments.folder / f'run_{count}_{os.getpid()}'
+    workdir = arguments.folder / f'run_{count}'
+    shutil.rmtree(workdir, ignore_errors=True)
     for start in ('new', 'resumed'):
       print(json.dumps({'rows': count, 'start': start, **time_start(workdir, data, model)}))
       sys.stdout.flush()

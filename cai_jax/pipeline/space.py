@@ -24,6 +24,7 @@ FOLDERS = (
   'journal',
   'd_cai',
   'checkpoints',
+  'examples',
   'model',
   'evaluation',
   'tensorboard',
@@ -72,6 +73,8 @@ def estimate_space(run: Run, stages: Collection[str], trained: ModelConfig | Non
   if 'train' in stages and trained is not None:
     folders = run.workdir, run.workdir / 'model'
     needs += _training_space(run.config.train, trained.num_params, *folders)
+    if run.config.data.d_cai:  # ROW_TOKEN_BYTES has what is made from a D_CAI of this run
+      needs.append(Need('examples', run.workdir / 'examples', _folder_bytes(run.d_cai)))
   for size in measure_trainings(run) if 'prefer' in stages else ():
     training, folder = size.training, run.workdir / size.training.workdir
     needs += _training_space(
@@ -103,13 +106,16 @@ def journal_bytes(turns: int, tokens: int) -> int:
 
 def _used_bytes(need: Need, run: Run) -> int:
   """Return the size of what a part has written already."""
-  if need.folder == run.workdir:
-    return 0
+  return 0 if need.folder == run.workdir else _folder_bytes(need.folder)
+
+
+def _folder_bytes(folder: pathlib.Path) -> int:
+  """Return the size of the files in a folder and below it; 0 if it does not exist."""
   return sum(
     os.path.getsize(path)
-    for folder, _, names in os.walk(need.folder)
+    for inner, _, names in os.walk(folder)
     for name in names
-    if os.path.isfile(path := os.path.join(folder, name))
+    if os.path.isfile(path := os.path.join(inner, name))
   )
 
 

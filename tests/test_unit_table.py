@@ -113,4 +113,4 @@ def test_ragged_rows_are_taken_and_joined():
   rows = Ragged.of_lengths(np.arange(6), [2, 0, 3, 1])
   assert list(rows.take(np.array([2, 1, 0, 2])).rows()) == [(2, 3, 4), (), (0, 1), (2, 3, 4)]
   joined = Ragged.join([rows, rows.take(np.array([3], np.int64))])
-  assert joined.count == 5 and joined.lengths.tolist() == [2, 0, 3, 1, 1]
+  assert joined.size == 5 and joined.lengths.tolist() == [2, 0, 3, 1, 1]

@@ -192,13 +192,13 @@ def plan(
     epoch_rows, epoch_shapes, epoch_counts = [], [], []
     for k, bucket in enumerate(buckets):
       rows = _pack(sizes, order[bucket_indices[order] == k], bucket.length)
-      rows = Ragged.join([waiting[k], rows.take(rng.permutation(rows.count))])
-      end = rows.count if epoch == epochs - 1 else rows.count // bucket.rows * bucket.rows
+      rows = Ragged.join([waiting[k], rows.take(rng.permutation(rows.size))])
+      end = rows.size if epoch == epochs - 1 else rows.size // bucket.rows * bucket.rows
       begins = np.arange(0, end, bucket.rows)
       epoch_rows.append(rows.take(np.arange(end)))
       epoch_shapes.append(np.full(len(begins), k))
       epoch_counts.append(np.minimum(bucket.rows, end - begins))
-      waiting[k] = rows.take(np.arange(end, rows.count))
+      waiting[k] = rows.take(np.arange(end, rows.size))
     count_of = np.concatenate(epoch_counts)
     steps = rng.permutation(len(count_of))
     numbers = Ragged.of_lengths(np.arange(count_of.sum()), count_of).take(steps).values

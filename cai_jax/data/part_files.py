@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 import jax
@@ -125,7 +126,6 @@ def _make_missing(
   work = [(i * PART_ROWS, min((i + 1) * PART_ROWS, len(rows)), paths[i]) for i in missing]
   total, done = sum(end - begin for begin, end, _ in work), 0
   with Progress('examples', 'row', quiet_seconds=_QUIET_SECONDS) as progress:
-    run = _run_here if cores == 1 or total < POOL_ROWS else functools.partial(_run_in_pool, cores)
     tokens = 0
 
     def report(count: int, size: int) -> None:
@@ -133,17 +133,15 @@ def _make_missing(
       done, tokens = done + count, tokens + size
       progress(done, total, tokens)
 
-    run(rows, maker, work, report)
+    if cores == 1 or total < POOL_ROWS:
+      for begin, end, path in work:
+        report(end - begin, _make_one(rows, maker, begin, end, path))
+    else:
+      _run_in_pool(cores, rows, maker, work, report)
 
 
 Work = Sequence[tuple[int, int, pathlib.Path]]  # first row, end, and the file of each part
 Report = Callable[[int, int], None]  # with the numbers of rows and of tokens of a part
-
-
-def _run_here(rows: Rows, maker: Maker, work: Work, report: Report) -> None:
-  """Make parts in this process."""
-  for begin, end, path in work:
-    report(end - begin, _make_one(rows, maker, begin, end, path))
 
 
 def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Report) -> None:
@@ -163,7 +161,7 @@ def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Repor
     for job in concurrent.futures.as_completed(jobs):
       begin, end, _ = jobs[job]
       report(end - begin, job.result())
-  except concurrent.futures.process.BrokenProcessPool as error:
+  except BrokenProcessPool as error:
     raise StoppedError(
       'A worker process that makes training examples ended. If memory is short, give this process '
       'fewer cores, for example with taskset. A script of your own must start its work under '

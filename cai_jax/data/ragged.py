@@ -40,8 +40,8 @@ class Ragged(NamedTuple):
     return cls.of_lengths(np.concatenate([part.values for part in parts]), lengths)
 
   @property
-  def count(self) -> int:
-    """Number of rows; `len` is that of a tuple."""
+  def size(self) -> int:
+    """Number of rows."""
     return len(self.offsets) - 1
 
   @property
@@ -59,7 +59,7 @@ class Ragged(NamedTuple):
 
   def rows(self) -> Iterator[tuple[int, ...]]:
     """Yield each row as a tuple of Python numbers."""
-    return (tuple(self.row(i).tolist()) for i in range(self.count))
+    return (tuple(self.row(i).tolist()) for i in range(self.size))
 
   def take(self, order: np.ndarray) -> 'Ragged':
     """Return chosen rows in a given order.

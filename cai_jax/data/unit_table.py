@@ -57,9 +57,9 @@ class Part(NamedTuple):
   counts: Mapping[str, int]
 
   @property
-  def count(self) -> int:
+  def size(self) -> int:
     """Number of examples or units."""
-    return self.ids.count
+    return self.ids.size
 
 
 def make_part(
@@ -145,13 +145,13 @@ class UnitTable(Sequence[Any]):
 
   def __init__(self, parts: Sequence[Part], kind: str):
     self._parts, self._width, self._kind = parts, SEGMENTS[kind], kind
-    self._starts = np.cumsum([0] + [part.count for part in parts])
+    self._starts = np.cumsum([0] + [part.size for part in parts])
     self._order = np.arange(self._starts[-1])
     lengths = np.concatenate([part.segments.lengths for part in parts])
     self._lengths = lengths.astype(np.int32).reshape(-1, self._width)
     self._values = {
-      name: np.concatenate([part.values[name] for part in parts if part.count])
-      for name in next((part.values for part in parts if part.count), {})
+      name: np.concatenate([part.values[name] for part in parts if part.size])
+      for name in next((part.values for part in parts if part.size), {})
     }
     self._shared = np.zeros(len(self), np.int32)
 

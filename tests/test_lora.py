@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax import nnx
 
-from cai_jax.data import examples, packing
+from cai_jax.data import packing, units
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import lora
 from cai_jax.model.sharding import path_str
@@ -47,7 +47,7 @@ def one_device():
 def items():
   rng = np.random.default_rng(0)
   return [
-    examples.Example(rng.integers(0, 300, n).astype(np.int32), np.arange(n) >= n // 2)
+    units.Example(rng.integers(0, 300, n).astype(np.int32), np.arange(n) >= n // 2)
     for n in rng.integers(4, 25, 70)
   ]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cai_jax.data import examples
+from cai_jax.data import units
 from cai_jax.model import lm as lm_lib
 from cai_jax.model import lora
 from cai_jax.model.config import Experts, ModelConfig
@@ -79,8 +79,7 @@ def items():
   rng = np.random.default_rng(0)
   lengths = rng.integers(4, 16, 24)
   return [
-    examples.Example(rng.integers(0, 64, n).astype(np.int32), np.arange(n) >= n // 2)
-    for n in lengths
+    units.Example(rng.integers(0, 64, n).astype(np.int32), np.arange(n) >= n // 2) for n in lengths
   ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cai_jax.data import quality
+from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.example_maker import HELPFUL, ExampleMaker
 from cai_jax.data.part_files import map_parts
 from cai_jax.data.unit_table import UnitTable
@@ -97,6 +98,7 @@ def build_examples(
   if folder is None:
     parts = [maker.make_part(rows, 0, len(rows))]
   else:
+    assert isinstance(rows, Rows)
     parts = map_parts(rows, maker, folder)
   is_helpful = np.concatenate([part.marks[HELPFUL] for part in parts])
   kept, helpful = np.flatnonzero(~is_helpful), np.flatnonzero(is_helpful)

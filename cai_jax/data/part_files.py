@@ -191,7 +191,8 @@ def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
 
 def _work(begin: int, end: int, path: pathlib.Path) -> int:
   """Make a part in a worker."""
-  return _make_one(*_shared, begin, end, path)
+  rows, maker = _shared
+  return _make_one(rows, maker, begin, end, path)
 
 
 def _make_one(rows: Rows, maker: Maker, begin: int, end: int, path: pathlib.Path) -> int:

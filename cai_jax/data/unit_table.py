@@ -74,7 +74,8 @@ def make_part(
     marks: what else is known of each item, by name.
     counts: how often each reason dropped a row.
   """
-  tokens, lengths, names, values = [np.zeros(0, np.int32)], [], [], {}
+  tokens, lengths, names = [np.zeros(0, np.int32)], [], []
+  values: dict[str, list[tuple[float, ...]]] = {}
   for item in items:
     unit = as_unit(item)
     for segment in unit.segments:

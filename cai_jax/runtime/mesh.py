@@ -160,7 +160,7 @@ def rows_here(shape: tuple[int, ...], sharding: NamedSharding) -> set[int]:
     sharding: its sharding.
   """
   indices = sharding.addressable_devices_indices_map(shape).values()
-  return {row for index in indices for row in range(shape[0])[index[0]]}
+  return {row for index in indices if index for row in range(shape[0])[index[0]]}
 
 
 def to_host(x: jax.Array) -> np.ndarray:

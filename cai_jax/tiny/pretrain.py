@@ -25,7 +25,8 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from cai_jax.data import examples, packing
+from cai_jax.data import packing
+from cai_jax.data.units import Example
 from cai_jax.dialogue import Dialogue
 from cai_jax.model import lm as lm_lib
 from cai_jax.model.config import ModelConfig
@@ -66,7 +67,7 @@ BUCKETS = (packing.Bucket(128, 32), packing.Bucket(384, 11))
 
 def make_examples(
   dialogue: Dialogue, num_tokens: int, seed: int
-) -> tuple[list[examples.Example], dict[str, Any]]:
+) -> tuple[list[Example], dict[str, Any]]:
   """Return the first documents of the corpus as training examples, and their counts.
 
   Documents are rendered as chains are during sampling. Every token except the first is a target.
@@ -86,7 +87,7 @@ def make_examples(
     if len(ids) > BUCKETS[-1].length:
       too_long += 1
       continue
-    items.append(examples.Example(np.asarray(ids, np.int32), np.ones(len(ids), bool)))
+    items.append(Example(np.asarray(ids, np.int32), np.ones(len(ids), bool)))
     total += len(ids)
   return items, {'documents': len(items), 'tokens': total, 'dropped': {'too_long': too_long}}
 

@@ -18,12 +18,18 @@ from cai_jax.data.units import (
   unit_lengths,
 )
 from cai_jax.runtime.errors import UserError
-from cai_jax.training.workload import measure_workload
+from cai_jax.training import workload
 from tests.preference_setup import PREFER, random_units
 from tests.training_setup import CONFIG, MODEL, one_device, random_examples
 
 UNITS = random_units(40, margin=0.5)
 EXAMPLES = [e._replace(id=f'row {i // 2} ä') for i, e in enumerate(random_examples(30))]
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+  """Measuring the speed of the CPU takes a second, and no test here reads it."""
+  monkeypatch.setattr(workload.hardware, 'peak_flops', lambda devices, dtype: None)
 
 
 def mapped(folder, items, kind, sizes):
@@ -61,7 +67,7 @@ def assert_same(table, items, config):
     for name in batches[i]:
       np.testing.assert_array_equal(batches[i][name], expected[i][name])
     assert batches.example_ids(i) == expected.example_ids(i)
-  a, b = (measure_workload(MODEL, x, steps, config, one_device()) for x in (table, items))
+  a, b = (workload.measure_workload(MODEL, x, steps, config, one_device()) for x in (table, items))
   np.testing.assert_array_equal(a.tokens, b.tokens)
   np.testing.assert_array_equal(a.flops, b.flops)
 

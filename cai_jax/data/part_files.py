@@ -26,7 +26,7 @@ import jax
 from cai_jax.data.d_cai import content_digest
 from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.unit_table import Part, map_part, save_part
-from cai_jax.runtime import processes
+from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import StoppedError
 from cai_jax.runtime.files import make_folder
@@ -65,6 +65,7 @@ def map_parts(rows: Rows, maker: Maker, folder: str | os.PathLike) -> list[Part]
   Raises:
     UserError: if the examples of a row cannot be made.
     StoppedError: if a file cannot be written, or a worker process ends, for lack of memory maybe.
+    Interrupted: after SIGTERM or SIGINT; finished parts are kept.
   """
   key = _identify(rows, maker)
   own = pathlib.Path(folder) / key
@@ -162,6 +163,7 @@ def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Repor
       begin, end, _ = jobs[job]
       report(end - begin, job.result())
   except BrokenProcessPool as error:
+    interruption.check()  # a signal to all processes ends the workers too
     raise StoppedError(
       'A worker process that makes training examples ended. If memory is short, give this process '
       'fewer cores, for example with taskset. A script of your own must start its work under '
@@ -177,6 +179,7 @@ _shared: list[Any] = []  # of a worker: the rows and the maker
 def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
   """Prepare a worker, which ends with the process that started it."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a message of its own
   load_plugins(plugins)
   _shared[:] = rows, maker
   parent = multiprocessing.parent_process()

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from cai_jax.data.prompt_sources import PromptSource
 from cai_jax.data.sets import PromptSet
+from cai_jax.runtime.cloud.copies import local_path
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 
@@ -84,11 +85,11 @@ def _parse_component(text: str, mixture: PromptSource, sets: Mapping[str, Prompt
     subset, split = _choose_part(name, part, sets[name])
     source, label = dataclasses.replace(source, source=name), place
     if copy:
-      source = dataclasses.replace(source, path=expand_path(copy))
+      source = dataclasses.replace(source, path=expand_path(local_path(copy)))
     if not copy or os.path.isdir(source.path):  # of a file, the subset and the split are labels
       source = dataclasses.replace(source, subset=subset, split=split)
   elif suffix:
-    source, label = dataclasses.replace(source, source=expand_path(what)), stem
+    source, label = dataclasses.replace(source, source=expand_path(local_path(what))), stem
   else:
     raise UserError(
       f"mixture: {text!r} names neither a published set nor a file. Write 'NAME:WEIGHT', "

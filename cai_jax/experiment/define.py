@@ -317,7 +317,7 @@ def load_principles(config: ConfigDict) -> tuple[Principle, ...]:
   Raises:
     UserError: if the constitution cannot be read.
   """
-  load_plugins(expand_paths(config.plugins))  # they can register constitutions
+  load_plugins(expand_paths(config.plugins, copied=False))  # they can register constitutions
   section = config.constitution.to_dict()
   section = ConstitutionConfig(**{**section, 'path': expand_paths(section['path'])})
   return load_constitution(section).principles

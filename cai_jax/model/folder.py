@@ -22,6 +22,8 @@ from cai_jax.model.generation_config import (
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.tokenizer import load_tokenizer
 from cai_jax.model.weight_files import INDEX, list_weight_files
+from cai_jax.runtime.cloud.copies import local_copy
+from cai_jax.runtime.cloud.store import is_url
 from cai_jax.runtime.digests import digest_file, digest_files
 from cai_jax.runtime.errors import UserError, show
 from cai_jax.runtime.files import read_json
@@ -88,12 +90,14 @@ def find_folder(path: str | os.PathLike, patterns: tuple[str, ...] = MODEL_FILES
   """Return a model's local folder, fetching it from the Hugging Face hub if necessary.
 
   Args:
-    path: a folder, or a name on the hub, such as 'Qwen/Qwen2.5-0.5B-Instruct'.
+    path: a folder, its URL, or a name on the hub, such as 'Qwen/Qwen2.5-0.5B-Instruct'.
     patterns: the files to fetch.
 
   Raises:
     UserError: if there is no such folder, and the hub does not provide the model.
   """
+  if is_url(path):
+    return local_copy(path, patterns)
   folder = pathlib.Path(path).expanduser()
   if folder.is_dir():
     return folder

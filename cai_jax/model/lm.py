@@ -31,6 +31,7 @@ from cai_jax.model.quantized_params import check_weights
 from cai_jax.model.saving import save_folder
 from cai_jax.model.transformer import Params, abstract_model
 from cai_jax.model.weight_files import check_dtype
+from cai_jax.runtime.cloud.copies import origin
 from cai_jax.runtime.compilation import jit_on
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
@@ -48,7 +49,7 @@ class LM:
     tokenizer: a transformers.PreTrainedTokenizerFast.
     mesh: where the parameters are.
     dtype: compute dtype.
-    name: the hub name or the absolute path of the folder that the model was loaded from.
+    name: the hub name, the URL, or the absolute path of the folder that the model was loaded from.
     fingerprint: hex digest of config, dtypes, format, weights and tokenizer. It is part of the key
       of each turn in a journal.
     eos_token_ids: tokens that end a reply.
@@ -240,7 +241,7 @@ def load(
     tokenizer=described.tokenizer,
     mesh=mesh,
     dtype=dtype,
-    name=str(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
+    name=origin(folder.resolve()) if pathlib.Path(path).expanduser().is_dir() else str(path),
     fingerprint=fingerprint_model(folder, config, eos, dtype, param_dtype, weights),
     eos_token_ids=eos,
     generation_config=described.generation_config,

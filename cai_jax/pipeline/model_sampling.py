@@ -82,7 +82,7 @@ def _read_entries(name: str) -> tuple[str, dict[str, Any]]:
   """Return where a model's recommendations are, for messages, and their content."""
   if not name:
     return f'a served model, whose {FILE} is not read', {}
-  folder = find_folder(model_path(expand_paths(name)), (FILE,))
+  folder = find_folder(model_path(expand_paths(name, 'model')), (FILE,))
   return f'{FILE} of {name}', read_generation_config(folder, None)
 
 

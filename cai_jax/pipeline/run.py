@@ -202,7 +202,7 @@ def build(
   if os.path.expanduser(workdir).startswith('~'):
     raise UserError(f'workdir={workdir} names no user whose folder exists. Write the whole path.')
   config = schema.complete_config(config)
-  plugins = load_plugins(schema.expand_paths(config.plugins))
+  plugins = load_plugins(schema.expand_paths(config.plugins, copied=False))
   notes = resolve_sampling(config)
   settings = schema.from_config(config)
   _check_roles(settings)

@@ -18,9 +18,12 @@ from ml_collections.config_dict import RequiredValueError
 from cai_jax.constitution import CONSTITUTIONS
 from cai_jax.data.prompt_sources import SOURCES
 from cai_jax.evaluation.config import TRAINED
+from cai_jax.model.folder import MODEL_FILES
 from cai_jax.pipeline.pair_sources import PAIR_SOURCES
 from cai_jax.pipeline.preference_config import ROLES, PolicyConfig, RewardConfig
 from cai_jax.pipeline.sections import RunConfig
+from cai_jax.runtime.cloud.copies import local_copy
+from cai_jax.runtime.cloud.store import is_url
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import expand_path
 from cai_jax.runtime.manifest import VERSION, check_version
@@ -70,6 +73,7 @@ class Field(typing.NamedTuple):
     renamed: former name → name, for such keys.
     most: largest allowed value, or None.
     path: whether the value can be a path, or a tuple of paths.
+    copied: whether a local copy is read if such a value is a URL.
     word: a text that the field may have instead of a value of its type, or None.
   """
 
@@ -82,6 +86,7 @@ class Field(typing.NamedTuple):
   renamed: Mapping[str, str]
   most: float | None
   path: bool
+  copied: bool
   word: str | None
 
 
@@ -108,6 +113,7 @@ def section_fields(section: type) -> Iterator[Field]:
       metadata.get('renamed', {}),
       metadata.get('most'),
       metadata.get('path', False),
+      metadata.get('copied', True),
       FROM_MODEL if section is SamplingConfig else metadata.get('word'),
     )
 
@@ -125,13 +131,29 @@ def _default(field: dataclasses.Field) -> Any:
   return field.default_factory()
 
 
-def expand_paths(value: Any) -> Any:
-  """Return a path, or a tuple of paths, in absolute form. Names of components stay as they are."""
+def expand_paths(value: Any, field: str = '', copied: bool = True) -> Any:
+  """Return a path, or a tuple of paths, in absolute form. Names of components stay as they are.
+
+  Args:
+    value: the path or paths.
+    field: dotted name of the field, for messages.
+    copied: whether a URL becomes the path of a local copy.
+
+  Raises:
+    UserError: if a URL cannot be copied; the message names the field.
+  """
   if isinstance(value, tuple):
-    return tuple(map(expand_paths, value))
+    return tuple(expand_paths(item, field, copied) for item in value)
   names = {*MODELS, *CONSTITUTIONS, *SOURCES, *CLASSIFIERS, *PAIR_SOURCES, *ROLES}
   names |= {TRAINED, 'auto', ''}
-  return expand_path(value) if isinstance(value, str) and value not in names else value
+  if not isinstance(value, str) or value in names:
+    return value
+  if not copied or not is_url(value):
+    return expand_path(value)
+  try:
+    return str(local_copy(value, MODEL_FILES))
+  except UserError as error:
+    raise UserError(f'{field}: {error}' if field else str(error)) from error
 
 
 def path_fields(section: type = RunConfig, path: str = '') -> frozenset[str]:
@@ -324,7 +346,9 @@ def _build_section(
         value = None
       else:
         value = _build_section(field.section, value, name, extra)
-    values[field.name] = expand_paths(value) if field.path else value
+    if field.path:
+      value = expand_paths(value, _join(path, field.name), field.copied)
+    values[field.name] = value
   try:
     return section(**values)
   except UserError as error:

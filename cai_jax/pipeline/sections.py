@@ -218,6 +218,7 @@ class RunConfig:
     'Python files to import first. They can register variants, scorers, measures, losses and model '
     'families, which other fields can then name.',
     path=True,
+    copied=False,
   )
   model: ModelSelection = ModelSelection()
   remote: RemoteModels = RemoteModels()

@@ -83,7 +83,8 @@ def _find_constitution(
     return None
   section = values['constitution']
   if section['path'] not in CONSTITUTIONS and not pathlib.Path(section['path']).exists():
-    load_plugins(expand_paths(tuple(values.get('plugins', ()))))  # they can register constitutions
+    plugins = tuple(values.get('plugins', ()))
+    load_plugins(expand_paths(plugins, copied=False))  # they can register constitutions
   lists = {name: tuple(item) for name, item in section.items() if isinstance(item, list)}
   config = ConstitutionConfig(**section | lists | {'path': expand_paths(section['path'])})
   advice = 'Put the file back, or start this command in the folder in which you started the run.'

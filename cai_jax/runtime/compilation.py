@@ -26,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.files import cache_folder
 from cai_jax.runtime.settings import setting
 from cai_jax.runtime.terminal import say
 
@@ -90,6 +91,7 @@ class CompilationConfig:
     'to.',
     added=True,
     path=True,
+    copied=False,
   )
   cache_gib: float = setting(
     1.0,
@@ -109,10 +111,7 @@ class CompilationConfig:
     """The folder, or None if no programs are kept."""
     if self.cache != 'auto':
       return pathlib.Path(self.cache) if self.cache else None
-    base = os.environ.get('XDG_CACHE_HOME', '')
-    if not os.path.isabs(base):  # the XDG specification says to ignore such a path
-      base = os.path.expanduser('~/.cache')
-    return pathlib.Path(base, 'cai_jax', 'programs')
+    return cache_folder('programs')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,6 +148,18 @@ def free_bytes(folder: str | os.PathLike) -> int:
   return shutil.disk_usage(folder).free
 
 
+def cache_folder(name: str) -> pathlib.Path:
+  """Return the folder of cai_jax for something in the user's cache directory; it may not exist.
+
+  Args:
+    name: what the folder is for.
+  """
+  base = os.environ.get('XDG_CACHE_HOME', '')
+  if not os.path.isabs(base):  # the XDG specification says to ignore such a path
+    base = os.path.expanduser('~/.cache')
+  return pathlib.Path(base, 'cai_jax', name)
+
+
 def expand_path(path: str | os.PathLike) -> str:
   """Return a path with '~' and, if it exists, with every folder in it made absolute and real.
 

@@ -14,6 +14,7 @@ def setting(
   added: bool = False,
   most: float | None = None,
   path: bool = False,
+  copied: bool = True,
   word: str | None = None,
 ) -> Any:
   """Return a dataclass field with a default and its documentation.
@@ -28,9 +29,12 @@ def setting(
     most: largest value that a config may give, so that a mistyped size is refused at the start.
     path: whether the value can be a path, or a tuple of paths. Such a value is expanded when the
       settings of a run are built.
+    copied: whether a local copy is read if such a value is a URL. Not so for what a run writes, and
+      for code.
     word: a text that the field may have instead of a value of its type, such as 'auto'.
   """
   metadata = {'doc': doc, 'added': added, 'most': most, 'path': path, 'word': word}
+  metadata['copied'] = copied
   return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -50,7 +50,8 @@ class Entry(NamedTuple):
 
   Attributes:
     size: number of bytes.
-    version: changes whenever the object is written with another content.
+    version: changes whenever the object is written with another content; '' if the store does not
+      say when that is.
   """
 
   size: int
@@ -304,11 +305,12 @@ def explain(url: str, error: BaseException) -> str:
 
 def _entry(info: dict[str, Any]) -> Entry:
   """Return an object as a filesystem of fsspec describes it; each has its own fields."""
-  names = ('ETag', 'etag', 'generation', 'LastModified', 'updated', 'mtime', 'created')
+  names = ('ETag', 'etag', 'generation', 'blob_id', 'LastModified', 'updated', 'mtime', 'created')
   version: Any = next((info[name] for name in names if info.get(name)), '')
   if isinstance(version, datetime.datetime):  # a listing may have the same time as a number
     version = version.timestamp()
-  return Entry(int(info['size']), hashlib.sha256(str(version).encode()).hexdigest()[:16])
+  digest = hashlib.sha256(str(version).encode()).hexdigest()[:16] if version else ''
+  return Entry(int(info['size']), digest)
 
 
 def _is_conflict(error: BaseException) -> bool:

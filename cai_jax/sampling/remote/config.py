@@ -108,6 +108,7 @@ class RemoteConfig:
     "files that you put there. '' asks the server itself.",
     added=True,
     path=True,
+    copied=False,
   )
 
   def __post_init__(self):

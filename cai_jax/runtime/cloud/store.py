@@ -42,7 +42,8 @@ _GCS = _Provider(
   'gcsfs',
   'Run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a file',
 )
-PROVIDERS = {'s3': _S3, 's3a': _S3, 'gs': _GCS, 'gcs': _GCS}
+_HUB = _Provider('huggingface_hub', 'Run `hf auth login`, or set HF_TOKEN')
+PROVIDERS = {'hf': _HUB, 's3': _S3, 's3a': _S3, 'gs': _GCS, 'gcs': _GCS}
 
 
 class Entry(NamedTuple):

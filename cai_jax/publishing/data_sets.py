@@ -125,12 +125,7 @@ def write_d_cai(run: FinishedRun, request: Request, licence: Licence, folder: pa
     _WARNING,
     _describe_use(request, 'It trains as it is: `prompt` and `completion` are lists of messages.'),
     '## Columns\n\n' + table(['column', 'content'], columns),
-    card.describe_origin(run, _SETS),
-    card.describe_constitution(run),
-    _describe_quality(run),
-    card.describe_evaluation(run, _round_names(run), ('stages',)),
-    card.describe_worth(run),
-    _describe_licence(licence),
+    *_shared_parts(run, licence),
   ]
   _write_card(folder, metadata, request, parts)
 
@@ -157,6 +152,15 @@ def write_preferences(
     _WARNING,
     _describe_use(request, "The form is that of TRL's `DPOTrainer` and `RewardTrainer`."),
     f'Rows of D_CAI that give no comparison were left out: {left_out}.',
+    *_shared_parts(run, licence),
+  ]
+  metadata = _metadata(request, licence, PREFERENCES, counts['written'])
+  _write_card(folder, metadata, request, parts)
+
+
+def _shared_parts(run: FinishedRun, licence: Licence) -> list[str]:
+  """Return the sections that the cards of both data sets have."""
+  return [
     card.describe_origin(run, _SETS),
     card.describe_constitution(run),
     _describe_quality(run),
@@ -164,8 +168,6 @@ def write_preferences(
     card.describe_worth(run),
     _describe_licence(licence),
   ]
-  metadata = _metadata(request, licence, PREFERENCES, counts['written'])
-  _write_card(folder, metadata, request, parts)
 
 
 _MESSAGES = pa.list_(pa.struct([('role', pa.string()), ('content', pa.string())]))

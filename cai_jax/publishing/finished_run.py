@@ -10,7 +10,6 @@ from cai_jax.constitution.loading import ConstitutionConfig
 from cai_jax.pipeline.schema import expand_paths
 from cai_jax.pipeline.stage_report import diagnose_folder, read_summary
 from cai_jax.report import Diagnosis
-from cai_jax.runtime.cloud.store import is_url
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.manifest import read_manifest
@@ -56,8 +55,6 @@ def read_run(folder: str) -> FinishedRun:
     UserError: if it is not the folder of a run, a file is damaged, or the constitution is not the
       one that the run has used.
   """
-  if is_url(folder):
-    raise UserError(f'{folder} is in an object store. Copy the run to a local folder first.')
   path = pathlib.Path(folder).expanduser()
   for name in ('config.json', 'manifest.json'):
     if not (path / name).is_file():

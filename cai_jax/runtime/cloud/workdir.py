@@ -160,8 +160,7 @@ def scratch_folder(url: str) -> pathlib.Path:
   Args:
     url: the URL.
   """
-  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  parent = os.environ.get(SCRATCH) or os.path.join(cache, 'cai_jax', 'workdirs')
+  parent = os.environ.get(SCRATCH) or cache_folder('workdirs')
   readable = re.sub(r'[^A-Za-z0-9_.=-]+', '_', url)[-60:].strip('_.')
   name = f'{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}'
   return pathlib.Path(os.path.realpath(os.path.expanduser(parent))) / name

@@ -17,6 +17,7 @@ from cai_jax.runtime.cloud.keeper import Keeper
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.store import Store, check_writable, is_url, open_store
 from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.files import cache_folder
 from cai_jax.runtime.replicas import launched_replica
 from cai_jax.runtime.terminal import say
 

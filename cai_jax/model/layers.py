@@ -64,7 +64,7 @@ class Attention(nnx.Module):
     self.gate = projection(n) if config.attention_gate else None
     # Residual branches start small, so that depth does not change the scale of the residual stream.
     gain = (2 * config.num_layers) ** -0.5
-    self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain)
+    self.output = Linear((n, h), (d,), rngs, param_dtype, config.output_bias, gain, True)
     self.sinks = nnx.Param(jnp.zeros(n, param_dtype)) if config.sinks else None
     self.norm_over_heads = config.qk_norm_over_heads
 
@@ -176,7 +176,7 @@ class GatedDelta(nnx.Module):
     self.gate = project(values)
     self.norm = RMSNorm(delta.value_dim, config.norm_eps, param_dtype)
     gain = (2 * config.num_layers) ** -0.5
-    self.output = Linear(values, (d,), rngs, param_dtype, gain=gain)
+    self.output = Linear(values, (d,), rngs, param_dtype, gain=gain, split_outs=True)
     self.heads = delta.key_heads
 
   def __call__(
@@ -213,7 +213,7 @@ class MLP(nnx.Module):
     self.gate = Linear((d,), (f,), rngs, param_dtype, bias) if config.gated else None
     self.up = Linear((d,), (f,), rngs, param_dtype, bias)
     gain = (2 * config.num_layers) ** -0.5
-    self.down = Linear((f,), (d,), rngs, param_dtype, bias, gain)
+    self.down = Linear((f,), (d,), rngs, param_dtype, bias, gain, True)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [B,T,D] for x [B,T,D]."""

@@ -124,6 +124,8 @@ class Linear(nnx.Module):
     param_dtype: dtype of the parameters.
     bias: whether there is a bias; it starts at zero.
     gain: factor of the kernel's standard deviation.
+    split_outs: whether the mesh axes that split the tokens also split the outputs of the kernel,
+      not its inputs; see `sharding.RULES`.
   """
 
   def __init__(
@@ -134,12 +136,13 @@ class Linear(nnx.Module):
     param_dtype,
     bias: bool = False,
     gain: float = 1.0,
+    split_outs: bool = False,
   ):
     std = gain * math.prod(ins) ** -0.5
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*ins, *outs), param_dtype))
     self.bias = nnx.Param(jnp.zeros(outs, param_dtype)) if bias else None
     self.adapter: Adapter | None = None  # set by cai_jax.model.lora
-    self.outs = outs
+    self.outs, self.split_outs = outs, split_outs
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [B,T,*outs] for x [B,T,*ins], in the dtype of x."""
@@ -147,7 +150,8 @@ class Linear(nnx.Module):
     # transposed array.
     flat = x.reshape(math.prod(x.shape[:2]), -1)
     rounds = self.adapter is None and self.bias is None
-    y = multiply(flat, self.kernel.get_value(), math.prod(self.outs), rounds)
+    kernel, outs = self.kernel.get_value(), math.prod(self.outs)
+    y = multiply(flat, kernel, outs, rounds, self.split_outs)
     if self.adapter is not None:
       y = y + self.adapter(flat)
     y = y.reshape(*x.shape[:2], *self.outs)

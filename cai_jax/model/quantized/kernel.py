@@ -139,7 +139,9 @@ def map_params(function: Callable[..., Any], params: Any, *others: Any) -> Any:
   return jax.tree.map(function, params, *others, is_leaf=is_quantized)
 
 
-def multiply(x: jax.Array, kernel: Any, outs: int, rounds: bool) -> jax.Array:
+def multiply(
+  x: jax.Array, kernel: Any, outs: int, rounds: bool, split_last: bool = False
+) -> jax.Array:
   """Return x · kernel, accumulated in f32. Gradients do not reach a quantized kernel.
 
   Args:
@@ -147,6 +149,7 @@ def multiply(x: jax.Array, kernel: Any, outs: int, rounds: bool) -> jax.Array:
     kernel: [*ins,*outs], an array or a quantized kernel.
     outs: O, number of output channels.
     rounds: whether a result in the dtype of x will do, which saves time on GPUs.
+    split_last: as for `einsum_f32`.
 
   Returns:
     [X,O], f32 or in the dtype of x.
@@ -155,7 +158,7 @@ def multiply(x: jax.Array, kernel: Any, outs: int, rounds: bool) -> jax.Array:
     return _multiply_frozen(x, kernel)
   # A kernel with two input axes would be copied at every call; as one matrix it is not.
   matrix = kernel.astype(x.dtype).reshape(-1, outs)
-  return (einsum_rounded if rounds else einsum_f32)('XI,IO->XO', x, matrix)
+  return (einsum_rounded if rounds else einsum_f32)('XI,IO->XO', x, matrix, split_last)
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cai_jax.model.elementwise import ACTIVATIONS, gated_activation, layer_norm, rms_norm
-from cai_jax.model.precision import einsum_f32, sum_entries
+from cai_jax.model.precision import _pull_back_turned, einsum_f32, sum_entries
 
 EQUATIONS = {  # → shapes of the factors
   'XI,IO->XO': ((24, 16), (16, 8)),
@@ -43,6 +43,20 @@ def test_gradients_of_half_precision_products_agree_with_f32(equation):
     assert gradient.dtype == jnp.bfloat16
     scale = np.abs(expected).max()
     np.testing.assert_allclose(gradient, expected, rtol=2**-8, atol=1e-5 * scale)
+
+
+def test_the_gradient_that_tpus_compute_for_a_split_last_axis_is_the_same():
+  (x, w), (cotangent,) = (
+    factors(EQUATIONS['XI,IO->XO'], jnp.bfloat16),
+    factors(((24, 8),), 'bfloat16'),
+  )
+  ours = jax.jit(functools.partial(_pull_back_turned, 'XI,IO->XO'))(x, w, cotangent)
+  expected = jax.vjp(functools.partial(jnp.einsum, 'XI,IO->XO'), x, w)[1](cotangent)
+  for gradient, other in zip(ours, expected, strict=True):
+    assert gradient.dtype == other.dtype and gradient.shape == other.shape
+    np.testing.assert_allclose(
+      gradient.astype(jnp.float32), other.astype(jnp.float32), rtol=2**-7, atol=1e-2
+    )
 
 
 @pytest.mark.skipif(jax.default_backend() != 'cpu', reason='is about XLA for CPUs')

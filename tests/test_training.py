@@ -228,6 +228,11 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
   with pytest.raises(UserError, match='max_length=65 exceeds the 64 tokens'):
     too_long = dataclasses.replace(config, max_length=65)
     fine_tune(lm, rows, Dialogue(tiny_tokenizer), too_long, tmp_path)
+  own = dataclasses.replace(lm, params=jax.tree.map(jnp.copy, params))
+  again, _ = fine_tune(own, rows, Dialogue(tiny_tokenizer), config, tmp_path, take_over=True)
+  assert bitwise_equal(again, trained)
+  assert all(x.is_deleted() for x in jax.tree.leaves(own.params))
+  assert not any(x.is_deleted() for x in jax.tree.leaves(lm.params))
 
 
 RUN = """

@@ -35,9 +35,9 @@ from cai_jax.training.config import TrainConfig
 PROBE_CHAINS = 64  # chains sampled to measure the speed, at most
 START_SECONDS = 3.0  # per run, besides sampling and training: loading, compiling, writing
 UTILIZATION = 0.35  # of a train step, relative to plain matrix products; experiments/RESULTS.md
-# Training holds the result, the initial parameters, two moments, the gradient, and two copies while
-# it saves a checkpoint.
-TRAINING_COPIES = 7
+# Training holds the parameters, two moments, the gradient, and two copies while it saves a
+# checkpoint.
+TRAINING_COPIES = 6
 PROCESS_GIB = 1.0  # memory of a process that has only imported and compiled
 
 

@@ -62,8 +62,9 @@ def _reason_of_size(run: Run) -> str:
   folder = find_folder(model_path(run.training_start), ('config.json',))
   config = config_from_hf(read_hf_config(folder))
   copy = auto.Held(config, run.config.model.dtype).param_bytes(mesh)
-  # When training ends, the initial and the trained parameters are there.
-  trained = 2 * auto.Held(config, 'float32').param_bytes(global_mesh(run))
+  # When training ends, the trained parameters are there, and with adapters the initial ones.
+  models = 1 if run.config.train.lora is None else 2
+  trained = models * auto.Held(config, 'float32').param_bytes(global_mesh(run))
   load = auto.measure_load(sampling_models(run), mesh, auto.page_of(engine))
   sampled = load.parameters + engine.cache_gib * auto.GIB
   # Hosts may have different memory.

@@ -213,6 +213,7 @@ def _train_policy(
     groups=groups,
     probe=make_probe(run, lm, config.probes) if config.probes else None,
     profile_steps=run.profile,
+    take_over=True,
     **reference,
   )
   folder = run.workdir / training.folder
@@ -237,6 +238,7 @@ def _train_reward(
     run.workdir / training.workdir,
     groups=group_comparisons(pairs) if config.eval_share else None,
     profile_steps=run.profile,
+    take_over=True,
   )
   folder = run.workdir / training.folder
   options = feedback.template_options if feedback.style == 'chat' else ()

@@ -66,6 +66,7 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
     make_probe(run, lm, config.probes) if config.probes else None,
     run.profile,
     references(run),
+    take_over=True,
   )
   notes = remarks(summary, config)
   notes += [

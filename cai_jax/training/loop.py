@@ -73,6 +73,7 @@ def fit(
   init_id: str = '',
   monitoring: Monitoring = Monitoring(),
   init_name: str = '',
+  take_over: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
   """Train a model on examples or units, resuming from the latest checkpoint in `workdir`.
 
@@ -83,8 +84,8 @@ def fit(
 
   Args:
     model: architecture of the model.
-    params: initial parameters. Arrays are copied. Quantized kernels are not: the first step takes
-      them over, and they cannot be used afterwards.
+    params: initial parameters. Arrays are copied; see `take_over`. Quantized kernels are not: the
+      first step takes them over, and they cannot be used afterwards.
     examples: the training examples, or the units that the loss of `config` needs.
     config: settings of the run.
     mesh: the devices; the rows of a batch are split over the axes data and fsdp.
@@ -95,6 +96,9 @@ def fit(
       initial parameters.
     monitoring: what to observe during training.
     init_name: name of the initial model, which exported adapters refer to.
+    take_over: delete `params` once the train state has its own, which saves the memory of a whole
+      model in f32. They cannot be used afterwards. With adapters they are kept, because the result
+      needs them.
 
   Returns:
     The trained parameters of the whole model, f32 on the mesh, and a summary of the run. Quantized
@@ -147,6 +151,9 @@ def fit(
       first_step, held_out.losses = restored.step, restored.held_out_losses
       state = stack_state(restored.state, config, mesh, layout)
     del restored  # or its arrays would stay in memory
+    if take_over and divided.frozen is None:
+      jax.block_until_ready(state)
+      jax.tree.map(lambda x: x.delete(), divided.params)
     state = dataclasses.replace(state, frozen=divided.frozen)
     with (
       TrainingLog(

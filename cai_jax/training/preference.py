@@ -36,13 +36,14 @@ def prefer(
   reference_id: str = '',
   probe: Probe | None = None,
   profile_steps: int = 0,
+  take_over: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
   """Train a model on comparisons or judged responses.
 
   Args:
     lm: the initial model. With the adapters of `config.lora_init`, if there are any, it is by
       default the reference as well. It does not change, except that training takes over its
-      quantized kernels; see `fit`.
+      quantized kernels, and with `take_over` its parameters; see `fit`.
     units: the tokenized data, see `Unit`.
     config: settings of the run.
     workdir: folder of the run; see `fit`. Reference log-probabilities are kept in it.
@@ -55,6 +56,7 @@ def prefer(
     reference_id: fingerprint of that model; both are given, or neither.
     probe: function that answers fixed prompts at each evaluation; see `Monitoring`.
     profile_steps: number of steps to record a profiler trace of.
+    take_over: whether `lm.params` may be deleted, which saves memory; see `fit`.
 
   Returns:
     The trained parameters, see `fit`, and a summary of the run.
@@ -100,6 +102,7 @@ def prefer(
     init_id=lm.fingerprint,
     monitoring=Monitoring(held_out, probe, profile_steps),
     init_name=lm.name,
+    take_over=take_over,
   )
   counts = {'units': len(units), 'held_out': len(held_out)}
   if config.share_prompts:

@@ -26,12 +26,13 @@ def fine_tune(
   probe: Probe | None = None,
   profile_steps: int = 0,
   references: quality.References | None = None,
+  take_over: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
   """Fine-tune a model on D_CAI.
 
   Args:
     lm: the initial model, which does not change, except that training takes over its quantized
-      kernels; see `fit`.
+      kernels, and with `take_over` its parameters; see `fit`.
     rows: rows of D_CAI, see `d_cai.read_rows`.
     dialogue: renders conversations for the model's tokenizer.
     config: settings of the run.
@@ -40,6 +41,7 @@ def fine_tune(
     profile_steps: number of steps to record a profiler trace of.
     references: texts of the constitution that a response may have copied; some of `config.filters`
       need them.
+    take_over: whether `lm.params` may be deleted, which saves memory; see `fit`.
 
   Returns:
     The trained parameters, see `fit`, and a summary with the counts of the examples.
@@ -81,6 +83,7 @@ def fine_tune(
     init_id=lm.fingerprint,
     monitoring=Monitoring(held_out, probe, profile_steps),
     init_name=lm.name,
+    take_over=take_over,
   )
   delete_parts(pathlib.Path(workdir) / FOLDER)  # nobody resumes a training that is complete
   return params, {**built.counts, 'held_out': len(held_out), **summary}

@@ -5,8 +5,8 @@ Command:   python launch.py --config=configs/llama3_70b_v5e.py --workdir=runs/ll
              --config.prompts.eval_harmful.source=held_out.jsonl
 Hardware:  a v5e:16x16 slice: 64 hosts with four chips of 16 GiB each. We had no such slice; all
            programs were compiled for it ahead of time (experiments/aot), and they fit. The train
-           step takes 13.1 of 15.75 GiB per chip and at least 2.8 s, or 5.7 s if nothing overlaps:
-           46,300 tokens/s. Sampling splits M_θ in int8 over the eight chips of two hosts, which
+           step takes 12.6 of 15.75 GiB per chip and at least 2.8 s, or 3.6 s if nothing overlaps:
+           72,900 tokens/s. Sampling splits M_θ in int8 over the eight chips of two hosts, which
            makes 32 replicas. One takes 14.4 GiB per chip and at least 18 ms for a token of each of
            its 96 chains. A plan of the whole run is in experiments/RESULTS.md ("the paper's run
            with 70B"). No model in int8 was sampled over several processes yet
@@ -44,7 +44,8 @@ def get_config():
 
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 256
-  config.train.accumulation = 4  # one row per chip in each micro-batch
+  config.train.accumulation = 1  # every micro-batch gathers all parameters again
+  config.model.layers = 'scan'  # compiles in a minute, and keeps fewer gathered parameters
   config.train.remat = 'full'
   config.train.attention = 'splash'
   config.train.max_length = 1024

@@ -5,8 +5,8 @@ Command:   python launch.py --config=configs/llama3_8b_v5e.py --workdir=runs/lla
              --config.prompts.eval_harmful.source=held_out.jsonl
 Hardware:  a v5e:8x8 slice: 16 hosts with four chips of 16 GiB each. We had no such slice; all
            programs were compiled for it ahead of time (experiments/aot), and they fit. The train
-           step takes 9.0 of 15.75 GiB per chip and at least 302 ms, or 452 ms if nothing overlaps:
-           145,000 tokens/s. Each host samples on its own: with the slots below it takes 14.2 GiB
+           step takes 4.8 of 15.75 GiB per chip and at least 302 ms, or 455 ms if nothing overlaps:
+           144,000 tokens/s. Each host samples on its own: with the slots below it takes 14.2 GiB
            per chip, as on v5e:4x4, where the four hosts sample at most 47,800 tokens/s
 Expected:  nothing judges free text here, so the table gives lengths only. The texts are in the
            report (chains) and in evaluation/base and evaluation/aligned (held-out prompts)
@@ -40,6 +40,7 @@ def get_config():
   config.train.dtype = 'bfloat16'
   config.train.batch_size = 64
   config.train.accumulation = 1  # every micro-batch gathers all parameters again
+  config.model.layers = 'scan'  # takes half of the memory, and less time to compile
   config.train.remat = 'full'
   config.train.attention = 'splash'
   config.train.max_length = 1024

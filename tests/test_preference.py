@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cai_jax.data import packing
+from cai_jax.data.unit_table import stack_units
 from cai_jax.data.units import Example, Unit, share_prompt
 from cai_jax.model import lora, peft
 from cai_jax.model.lm import LM
@@ -228,7 +229,8 @@ def test_a_killed_run_ends_with_bitwise_the_same_parameters(
     prefer(make_lm(), random_units(40), config, tmp_path)
   with monkeypatch.context() as patch:
     patch.setattr(reference, 'compute_reference', None)  # the file has its numbers
-    again, resumed = prefer(make_lm(), random_units(40), config, tmp_path)
+    table = stack_units(random_units(40), 'comparison')  # as the stage makes them
+    again, resumed = prefer(make_lm(), table, config, tmp_path)
   assert 0 < resumed['resumed_at'] < 4 < resumed['steps'] == summary['steps']
   assert bitwise_equal(again, params)
   for file in ('metrics.jsonl', 'held_out.jsonl', 'reference.json'):
@@ -241,7 +243,8 @@ def test_a_killed_run_with_shared_prompts_ends_with_bitwise_the_same_parameters(
 ):
   config = dataclasses.replace(PREFER, batch_size=4, share_prompts=True, checkpoint_every=2)
   units = random_units(40)
-  params, summary = prefer(make_lm(), units, config, tmp_path / 'whole')
+  table = stack_units(units, 'comparison')
+  params, summary = prefer(make_lm(), table, config, tmp_path / 'whole')
   assert summary['shared_tokens'] == sum(share_prompt(unit).shared for unit in units) > 0
   save = loop.save_checkpoint
 

@@ -49,7 +49,6 @@ def get_config():
   for section in (config.reward, config.prefer):
     section.max_length = 2048  # both sides of a comparison
     section.batch_size = 128
-    section.accumulation = 4
     section.dtype = config.train.dtype
     section.remat = config.train.remat
     section.attention = config.train.attention

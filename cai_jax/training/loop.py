@@ -153,7 +153,7 @@ def fit(
     del restored  # or its arrays would stay in memory
     if take_over and divided.frozen is None:
       jax.block_until_ready(state)
-      jax.tree.map(lambda x: x.delete(), divided.params)
+      _delete_arrays(divided.params)
     state = dataclasses.replace(state, frozen=divided.frozen)
     with (
       TrainingLog(
@@ -258,6 +258,13 @@ def plan_fit(
   steps = packing.plan(unit_lengths(examples), buckets, config.epochs, config.seed)
   check_warmup(config, len(steps))
   return Plan(config, buckets, steps)
+
+
+def _delete_arrays(tree: Any) -> None:
+  """Free the device memory of a tree, which may have arrays of the host as well."""
+  for x in jax.tree.leaves(tree):
+    if isinstance(x, jax.Array):
+      x.delete()
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -231,7 +231,7 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize('layers', ['unrolled', pytest.param('scan', marks=pytest.mark.slow)])
-def test_training_may_take_over_the_initial_parameters(tmp_path, layers):
+def test_training_may_take_over_the_initial_parameters(tmp_path, layers, compile_once):
   """It ends with the same bits, in a new run and in one that is resumed."""
   config = dataclasses.replace(CONFIG, layers=layers, ema=0.9)
   buckets = (packing.Bucket(32, 8),)

@@ -20,10 +20,13 @@ from cai_jax.data import d_cai, quality, quality_summary
 from cai_jax.data.preferences import write_preferences
 from cai_jax.model.folder import folder_contents
 from cai_jax.pipeline import build
+from cai_jax.pipeline.relative_paths import relative_paths
+from cai_jax.publishing import licences
 from cai_jax.publishing.command import make_request, publish, run_command, write_folder
 from cai_jax.publishing.licences import find_model_licence, list_origins
 from cai_jax.publishing.markdown import code, escape
 from cai_jax.publishing.names import public_name, public_values
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.tiny.files import MODELS
@@ -62,6 +65,12 @@ def finished(tmp_path_factory):
   write_json(folder / 'evaluation' / 'models.json', {})
   (folder / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
   done = {'finished': '2030-01-01', 'seconds': 1.0, 'peak_memory_bytes': 1, 'git_commit': 'abc+'}
+  done['environment'] = {
+    'cai_jax': '1.2',
+    'packages': {'jax': '0.10'},
+    'devices': {'count': 8, 'kind': 'H100'},
+  }
+  done['paths'] = {}
   used = {'settings': {'constitution': run.constitution.fingerprint()}}
   stages = {
     'generate': used | {'d_cai': d_cai.content_digest(folder / 'd_cai'), 'preferences': counts},
@@ -71,7 +80,8 @@ def finished(tmp_path_factory):
   manifest = {
     'version': 2,
     'stages': {name: entry | done for name, entry in stages.items()},
-    'versions': {'jax': '0.10'},
+    'versions': {'jax': '0.99'},  # of the last start, which wrote a report on another machine
+    'devices': {'count': 1, 'kind': 'cpu'},
   }
   write_json(folder / 'config.json', run.values)
   write_json(folder / 'manifest.json', manifest)
@@ -156,10 +166,106 @@ def test_adapters_name_the_base_model_and_no_folder(run, tmp_path):
   (run / 'adapter').mkdir()
   (run / 'adapter' / 'adapter_model.safetensors').write_bytes(b'weights')
   write_json(run / 'adapter' / 'adapter_config.json', {'r': 4, 'base_model_name_or_path': '/a/b'})
+  with pytest.raises(UserError, match='no digest.*Move the folder away'):
+    write_folder(str(run), 'model', REQUEST, str(tmp_path / 'out'))
+  digest = digest_files(run / 'adapter', ['adapter_config.json', 'adapter_model.safetensors'])
+  change(run / 'manifest.json', lambda m: m['stages']['train'].update(adapter=digest))
   out = write_folder(str(run), 'model', REQUEST, str(tmp_path / 'out'))
   settings = json.loads((out / 'adapter' / 'adapter_config.json').read_text())
   assert settings == {'r': 4, 'base_model_name_or_path': 'tiny'}
   assert 'adapter/' in read_card(out)[1]
+  (run / 'adapter' / 'adapter_model.safetensors').write_bytes(b'others')
+  with pytest.raises(UserError, match='not have the adapters that stage train wrote'):
+    write_folder(str(run), 'model', REQUEST, str(tmp_path / 'again'))
+
+
+def test_only_the_files_of_a_saved_model_are_published(run, tmp_path):
+  names = {path.name for path in (run / 'model').iterdir()}
+  for name in ('README.md', 'optimizer.pkl', 'notes.txt'):
+    (run / 'model' / name).write_text('my own')
+  out = write_folder(str(run), 'model', REQUEST, str(tmp_path / 'out'))
+  assert {path.name for path in out.iterdir()} == names | {'README.md', 'run'}
+  assert (run / 'model' / 'README.md').read_text() == 'my own'
+
+
+def test_no_credentials_of_urls_are_published(run, tmp_path):
+  secret, url = 'user:pa55@', 'https://{}host/private/asks.jsonl{}'
+
+  def edit(values):
+    values['prompts']['harmful'] |= {'source': url.format(secret, '?X-Sig=abc#k'), 'name': ''}
+    values['prompts']['eval_helpful']['mixture'] = [url.format(secret, '?X-Sig=abc') + ':2']
+    values['remote']['critique']['url'] = url.format(secret, '?X-Sig=abc')
+
+  change(run / 'config.json', edit)
+  out = write_folder(str(run), 'preferences', REQUEST, str(tmp_path / 'out'))
+  for path in (out / 'README.md', out / 'run' / 'config.json'):
+    text = path.read_text()
+    assert 'pa55' not in text and 'X-Sig' not in text and url.format('', '') in text
+  shown = json.loads((out / 'run' / 'config.json').read_text())
+  assert shown['prompts']['eval_helpful']['mixture'] == [url.format('', '') + ':2']
+
+
+def test_a_relative_path_of_the_run_is_no_name_of_the_hub(run, tmp_path, monkeypatch):
+  home = tmp_path / 'home'
+  (home / 'models' / 'internal').mkdir(parents=True)
+  (home / 'data').mkdir()
+  (home / 'data' / 'own.txt').write_text('Why?')
+  monkeypatch.chdir(home)
+  values = json.loads((run / 'config.json').read_text())
+  values['model'] |= {'base': 'models/internal', 'critique': 'on-hub/critic'}
+  values['prompts']['helpful'] |= {'source': '', 'mixture': ['data/own.txt:2', 'xstest:1']}
+  values['prompts']['helpful'] |= {'name': '', 'limit': -1}
+  paths = relative_paths(values)
+  expected = ('models/internal', 'data/own.txt')
+  assert paths == {name: str(home / name) for name in expected}
+  write_json(run / 'config.json', values)
+  change(run / 'manifest.json', lambda m: m['stages']['train'].update(paths=paths))
+  monkeypatch.chdir(tmp_path)
+  asked = []
+  monkeypatch.setattr(licences, '_fetch', lambda repo, name: asked.append(repo))
+  out = write_folder(str(run), 'model', make_request('me/x', 'mit'), str(tmp_path / 'out'))
+  metadata, text = read_card(out)
+  assert 'base_model' not in metadata and {*asked} == {'on-hub/critic'}
+  assert '`internal`' in text and 'https://huggingface.co/on-hub/critic' in text
+  assert 'models/internal' not in text and 'data/own.txt' not in text
+  # An older cai_jax recorded no paths, so that any name may be that of a folder.
+  change(run / 'manifest.json', lambda m: m['stages']['train'].pop('paths'))
+  out = write_folder(str(run), 'model', make_request('me/x', 'mit'), str(tmp_path / 'old'))
+  metadata, text = read_card(out)
+  assert 'base_model' not in metadata and 'huggingface.co/' not in text
+  assert {*asked} == {'on-hub/critic'}
+
+
+def test_a_card_names_no_data_that_the_run_has_not_used(run, tmp_path):
+  def edit(values):
+    values['data']['d_cai'] = '/other/run/d_cai'
+    values['prompts']['harmful'] |= {'source': 'advbench', 'name': '', 'limit': -1}
+    values['model']['critique'] = 'unused/critic'
+
+  change(run / 'config.json', edit)
+  contents = {'contents': {'data.d_cai': {'rows': 'abc123'}}}
+
+  def forget(manifest):
+    del manifest['stages']['generate']
+    manifest['stages']['train']['settings'] = contents
+
+  change(run / 'manifest.json', forget)
+  metadata, text = read_card(write_folder(str(run), 'model', REQUEST, str(tmp_path / 'out')))
+  assert 'trained on `d_cai` (digest `abc123`), which another run has generated' in text
+  assert 'datasets' not in metadata and 'AdvBench' not in text
+  for part in ('principles below', 'critiques |', 'rounds of the', '`prompts.harmful.'):
+    assert part not in text
+
+
+def test_a_card_has_the_devices_of_each_stage(run, finished, tmp_path):
+  text = read_card(write_folder(str(finished), 'model', REQUEST, str(tmp_path / 'out')))[1]
+  assert '- `generate`, `train` and `evaluate`: cai_jax 1.2; commit `abc+`' in text
+  assert '8 × H100; jax 0.10' in text
+  assert '1 × cpu' not in text and '0.99' not in text
+  for stage in ('generate', 'train', 'evaluate'):  # as an older cai_jax wrote it
+    change(run / 'manifest.json', lambda m, name=stage: m['stages'][name].pop('environment'))
+  text = read_card(write_folder(str(run), 'model', REQUEST, str(tmp_path / 'old')))[1]
+  assert 'commit `abc+`' in text and '×' not in text and 'jax 0.' not in text
 
 
 def test_a_run_without_evaluation_says_so(run, tmp_path):
@@ -208,7 +314,7 @@ def test_licences_come_from_cards_and_files(tmp_path):
   assert found.id == 'llama3.2' and [file.name for file in found.files] == ['LICENSE.txt']
   (tmp_path / 'README.md').write_text('---\nlicense: [\n---\n')
   assert find_model_licence(str(tmp_path)).id == 'other'
-  assert find_model_licence('no-one/no-model').id == ''  # without a network
+  assert find_model_licence('no-one/no-model', is_on_hub=True).id == ''  # without a network
   (origin,) = list_origins({'source': 'hub', 'name': 'some/set'})
   assert (origin.hub, origin.licence) == ('some/set', 'unknown')
 
@@ -289,8 +395,16 @@ def test_unfinished_and_changed_runs_are_refused(run, finished, tmp_path):
   shard = next((run / 'd_cai').glob('*.array_record*'))
   shard.write_bytes(shard.read_bytes()[:-1])
   refuse('d_cai', 'has changed since it was written')
+  shutil.copy(next((finished / 'd_cai').glob('*.array_record*')), shard)
+  text = (run / 'preferences.jsonl').read_text('utf-8')
+  (run / 'preferences.jsonl').write_text(text + text, 'utf-8')
+  refuse('preferences', 'does not have the pairs of')
   (run / 'model' / 'generation_config.json').write_text('{}')
   refuse('model', 'its config has changed')
+  recorded = json.loads((run / 'manifest.json').read_text())
+  change(run / 'manifest.json', lambda m: m['stages']['train'].pop('model'))
+  refuse('model', 'has no digests of the model')
+  write_json(run / 'manifest.json', recorded)
   change(run / 'config.json', lambda v: v['constitution'].update(ids=['lie']))
   refuse('model', 'has changed since the run')
   shutil.copy(finished / 'config.json', run)

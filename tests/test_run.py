@@ -12,7 +12,9 @@ import cai_jax
 from cai_jax import pipeline
 from cai_jax.data import d_cai
 from cai_jax.model import lm as models
+from cai_jax.model import peft
 from cai_jax.pipeline import report_chains
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from configs import default, qwen2_5_0_5b
 from tests.conftest import show_one_device
@@ -62,6 +64,10 @@ def test_a_run_writes_every_file(finished):
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
   assert steps == list(range(1, manifest['stages']['train']['steps'] + 1))
   assert '<html' in (workdir / 'report.html').read_text()
+  for entry in manifest['stages'].values():  # what a card says about the stage
+    used = entry['environment']
+    assert used['devices'] == manifest['devices'] and used['packages'] == manifest['versions']
+    assert isinstance(entry['paths'], dict) and isinstance(used['cai_jax'], str)
 
 
 def check_held_out_view(workdir):
@@ -229,10 +235,12 @@ def test_report_shows_held_out_losses_and_probes_of_adapter_training(done, tmp_p
     train__eval_share=0.2,
     train__eval_every=1,
     train__probes=2,
+    train__lora_export=True,
   )(config)
   pipeline.run_stages(pipeline.build(config, tmp_path), STAGES)
   train = json.loads((tmp_path / 'manifest.json').read_text())['stages']['train']
   assert train['held_out'] > 0 and train['held_out_loss'] > 0 and 0 < train['utilization'] < 1
+  assert train['adapter'] == digest_files(tmp_path / 'adapter', peft.FILES)
   held_out = [json.loads(line) for line in (tmp_path / 'held_out.jsonl').open()]
   assert [row['step'] for row in held_out] == [*range(1, train['steps'] + 1)]
   probes = [json.loads(line) for line in (tmp_path / 'probes.jsonl').open()]

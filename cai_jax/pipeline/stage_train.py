@@ -11,6 +11,7 @@ from cai_jax.data import d_cai, quality
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.template_options import bind_template_options
 from cai_jax.model import lm as models
+from cai_jax.model import peft
 from cai_jax.model.lm import LM
 from cai_jax.model.quantized.kernel import FULL
 from cai_jax.model.sharding import copy_to_local_mesh
@@ -20,6 +21,7 @@ from cai_jax.pipeline.models import global_mesh, local_mesh, make_dialogue
 from cai_jax.pipeline.quality_gate import keep_limits, references
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime import processes
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.terminal import say
 from cai_jax.sampling.completions import generate
@@ -84,8 +86,12 @@ def train_model(run: Run, manifest: Mapping[str, Any]) -> dict[str, Any]:
       say(f'train: {note}')
   with writing(run.workdir / 'model'):
     export_model(run, lm, params, dialogue)
+  adapters = {}
+  if config.lora is not None and config.lora_export:
+    adapters['adapter'] = digest_files(run.workdir / 'adapter', peft.FILES)
   return {
     'model': model_contents(str(run.workdir / 'model')),
+    **adapters,
     'rows_in': summary.pop('rows'),
     'rows_kept': summary.pop('kept'),
     'rows_dropped': summary.pop('dropped'),

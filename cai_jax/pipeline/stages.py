@@ -18,6 +18,7 @@ from cai_jax.pipeline.kept_models import plan_handover
 from cai_jax.pipeline.launches import STAGE, check_launch, hold_run
 from cai_jax.pipeline.policies import trains_preferences
 from cai_jax.pipeline.rate import has_new_ratings
+from cai_jax.pipeline.relative_paths import relative_paths
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.schema import default_config
 from cai_jax.pipeline.served_raters import find_served_rater
@@ -150,6 +151,7 @@ def _run_missing(
       log(f'{name} ...')
       before = compilation.counts()
       with manifest.stage(name, run.settings(name)) as entry:
+        entry['paths'] = relative_paths(run.values)
         entry |= STAGES[name](served, manifest.content)
         if name in asking and (roles := served.server_draws):
           entry['server_draws'] = roles

@@ -1,6 +1,5 @@
 """The parts that all cards have: how a run was made, its constitution, and its figures."""
 
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +8,7 @@ from cai_jax.pipeline.schema import default_config
 from cai_jax.publishing.finished_run import FinishedRun
 from cai_jax.publishing.licences import Licence, find_model_licence, list_origins
 from cai_jax.publishing.markdown import code, escape, folded, table
-from cai_jax.publishing.names import public_name, public_values
+from cai_jax.publishing.names import join_names, public_name, public_values
 from cai_jax.report.differences import PROMPT_INTERVALS, difference_text, explain_marks
 from cai_jax.report.numbers import cell, columns, groups, heading, interval
 from cai_jax.runtime.settings import flatten
@@ -19,6 +18,8 @@ PAPER = '[Constitutional AI (Bai et al. 2022)](https://arxiv.org/abs/2212.08073)
 TAGS = ['constitutional-ai', 'cai-jax']
 # Sections that say how fast a run is or how it is shown, and fields that name this machine's parts.
 _UNIMPORTANT = ('engine.', 'compilation.', 'mesh.', 'mesh_sampling.', 'report.', 'version')
+TRAINING_SETS = ('harmful', 'helpful')  # prompts of D_CAI
+_TRAINING_PROMPTS = tuple(f'prompts.{name}.' for name in TRAINING_SETS)
 _ROLES = {'base': 'samples responses', 'critique': 'critiques', 'revision': 'revises'}
 
 
@@ -29,16 +30,23 @@ def describe_origin(run: FinishedRun, prompt_sets: Iterable[str]) -> str:
     run: the run.
     prompt_sets: which of the run's prompt sets to name.
   """
-  parts = ['## How it was made', _describe_models(run), describe_prompts(run, prompt_sets)]
+  is_own = run.has_done('generate')  # else this run's models and prompts did not make its D_CAI
+  used = [name for name in prompt_sets if is_own or name not in TRAINING_SETS]
+  parts = ['## How it was made', *([_describe_models(run)] if is_own else [])]
+  parts += [describe_prompts(run, used)] if used else []
   rows = [
     [code(name), code(value), code(default)] for name, value, default in _changed_settings(run)
   ]
   parts.append(
     '[`run/config.json`](run/config.json) has every setting of the run. These differ from the '
     'defaults of cai_jax:'
+    if is_own
+    else '[`run/config.json`](run/config.json) has every setting of the run. Those of critiques, '
+    'revisions and their models hold for the evaluation alone, because D_CAI came from another '
+    'run. These settings differ from the defaults of cai_jax:'
   )
   parts.append(table(['setting', 'value', 'default'], rows) if rows else 'None.')
-  return '\n\n'.join([*parts, _describe_programs(run)])
+  return '\n\n'.join([*parts, *filter(None, [_describe_programs(run)])])
 
 
 def list_models(run: FinishedRun) -> dict[str, str]:
@@ -56,29 +64,22 @@ def _describe_models(run: FinishedRun) -> str:
   for role, task in _ROLES.items():
     name = models.get(role) or models.get('base', '')
     served = bool(not run.values['model'][role] and role in models)
-    licence = Licence('') if served else find_model_licence(name)
-    rows.append([task, name_model(name) + ' (served)' * served, escape(licence.describe())])
+    licence = Licence('') if served else find_model_licence(name, run.is_hub_name(name))
+    shown = code(public_name(name)) if served else name_model(run, name)
+    rows.append([task, shown + ' (served)' * served, escape(licence.describe())])
   return table(['task', 'model', 'licence'], rows)
 
 
-def name_model(name: str) -> str:
+def name_model(run: FinishedRun, name: str) -> str:
   """Return the name of a model in Markdown, with a link if it is on the hub.
 
   Args:
-    name: as a config names it.
+    run: the run.
+    name: as its config names it.
   """
-  if is_on_hub(name):
+  if run.is_hub_name(name):
     return f'[{escape(name)}](https://huggingface.co/{name})'
   return code(public_name(name)) + ' (an embedded model of cai_jax)' * (name in MODELS)
-
-
-def is_on_hub(name: str) -> bool:
-  """Return whether a model or data set of a config is one of the hub, by its name alone.
-
-  Args:
-    name: as a config names it.
-  """
-  return name.count('/') == 1 and '://' not in name and public_name(name) == name
 
 
 def describe_prompts(run: FinishedRun, prompt_sets: Iterable[str]) -> str:
@@ -106,27 +107,32 @@ def _changed_settings(run: FinishedRun) -> list[tuple[str, Any, Any]]:
     if value != defaults.get(name)
     and not name.startswith(_UNIMPORTANT)
     and not name.endswith('.url')
+    and (run.has_done('generate') or not name.startswith(_TRAINING_PROMPTS))
   ]
 
 
 def _describe_programs(run: FinishedRun) -> str:
-  commits = sorted({s.get('git_commit', '') for s in run.manifest['stages'].values()} - {''})
-  text = f'Program: cai_jax {_version()}'
-  text += f', commit {" and ".join(map(code, commits))}' if commits else ''
-  if any(commit.endswith('+') for commit in commits):
-    text += ' (`+`: with changes that were not committed)'
-  packages = ', '.join(f'{name} {v}' for name, v in run.manifest['versions'].items())
-  devices = run.manifest.get('devices', {})
-  hardware = f'{devices.get("count", "?")} × {escape(str(devices.get("kind", "?")))}'
-  return f'{text}. Packages: {escape(packages)}. Devices: {hardware}.'
+  """Return with which programs and devices each stage ran; '' if nothing was recorded."""
+  texts: dict[str, list[str]] = {}
+  for stage in ('generate', 'train', 'evaluate'):
+    if run.has_done(stage) and (text := _describe_environment(run.entry(stage))):
+      texts.setdefault(text, []).append(code(stage))
+  return '\n'.join(f'- {join_names(stages)}: {text}' for text, stages in texts.items())
 
 
-def _version() -> str:
-  """Return the version of the package, which a source tree need not have."""
-  try:
-    return importlib.metadata.version('cai_jax')
-  except importlib.metadata.PackageNotFoundError:
-    return 'from a source tree'
+def _describe_environment(entry: Mapping[str, Any]) -> str:
+  """Return the programs and devices of the start that finished a stage, as far as it has them."""
+  commit, used = entry.get('git_commit', ''), entry.get('environment')
+  parts = [f'commit {code(commit)}'] if commit else []
+  if commit.endswith('+'):
+    parts[0] += ' (`+`: with changes that were not committed)'
+  if used:
+    devices = used['devices']
+    packages = ', '.join(f'{name} {version}' for name, version in used['packages'].items())
+    parts.insert(0, f'cai_jax {used["cai_jax"] or "from a source tree"}')
+    parts.append(f'{devices["count"]} × {escape(devices["kind"])}')
+    parts.append(escape(packages))
+  return '; '.join(parts)
 
 
 def describe_constitution(run: FinishedRun) -> str:
@@ -137,8 +143,8 @@ def describe_constitution(run: FinishedRun) -> str:
   """
   if run.constitution is None:
     return (
-      '## The constitution\n\nThe training data came from another run, '
-      f'{code(public_name(run.values["data"]["d_cai"]))}. Its card names the constitution.'
+      '## The constitution\n\nThe training data came from another run: '
+      f'{describe_d_cai(run)}. The constitution is that of the other run.'
     )
   name = public_name(run.values['constitution']['path'])
   principles = run.constitution.principles
@@ -153,6 +159,17 @@ def describe_constitution(run: FinishedRun) -> str:
   )
   summary = f'The {len(principles)} principles'
   return f'## The constitution\n\n{intro}\n\n{folded(summary, listed)}'
+
+
+def describe_d_cai(run: FinishedRun) -> str:
+  """Return the name of the D_CAI of another run, with the digest of its rows if it was recorded.
+
+  Args:
+    run: the run.
+  """
+  contents = run.entry('train').get('settings', {}).get('contents', {})
+  digest = contents.get('data.d_cai', {}).get('rows')
+  return code(public_name(run.values['data']['d_cai'])) + (f' (digest `{digest}`)' * bool(digest))
 
 
 def describe_evaluation(run: FinishedRun, names: Mapping[str, str], shown: Iterable[str]) -> str:

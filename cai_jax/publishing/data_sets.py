@@ -1,6 +1,8 @@
 """D_CAI and its implied preferences as data sets of the hub, which `datasets` loads by name."""
 
+import filecmp
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from huggingface_hub import DatasetCardData
 
-from cai_jax.data import d_cai
+from cai_jax.data import d_cai, preferences
 from cai_jax.pipeline.stage_report import read_quality
 from cai_jax.publishing import card
 from cai_jax.publishing.files import link, write_run_files
@@ -61,19 +63,27 @@ def check_d_cai(run: FinishedRun) -> None:
 
 
 def check_preferences(run: FinishedRun) -> None:
-  """Check that a run has written its implied preferences.
+  """Check that a run has implied preferences, and that they are those of its D_CAI.
 
   Args:
     run: the run.
 
   Raises:
-    UserError: if it has none.
+    UserError: if it has none, or D_CAI or their file has changed.
   """
   check_d_cai(run)
   if not run.entry('generate').get('preferences', {}).get('written'):
     raise UserError(f'{run.folder} has no preferences to publish: no revision differs.')
   if not (run.folder / PREFERENCES).is_file():
     raise UserError(f'{run.folder / PREFERENCES} is missing. Put it back.')
+  with tempfile.TemporaryDirectory(prefix='publish-') as name:
+    again = pathlib.Path(name) / PREFERENCES
+    preferences.write_preferences(again, d_cai.read_rows(run.folder / 'd_cai'))
+    if not filecmp.cmp(again, run.folder / PREFERENCES, shallow=False):
+      raise UserError(
+        f'{run.folder / PREFERENCES} does not have the pairs of {run.folder / "d_cai"}, from which '
+        'stage generate wrote it. Restore it.'
+      )
 
 
 def find_licence(run: FinishedRun, request: Request) -> Licence:
@@ -114,7 +124,8 @@ def write_d_cai(run: FinishedRun, request: Request, licence: Licence, folder: pa
     first, last = number * ROWS_PER_FILE, min((number + 1) * ROWS_PER_FILE, len(rows))
     with pq.ParquetWriter(path, schema) as writer:
       for start in range(first, last, ROWS_AT_ONCE):
-        group = [_published(rows[i]) for i in range(start, min(start + ROWS_AT_ONCE, last))]
+        end = min(start + ROWS_AT_ONCE, last)
+        group = [_published(rows[i], run.paths) for i in range(start, end)]
         writer.write_table(pa.Table.from_pylist(group, schema))
   write_run_files(run, folder)
   metadata = _metadata(request, licence, 'data/train-*.parquet', len(rows))
@@ -184,10 +195,11 @@ def _arrow_type(feature: Any) -> pa.DataType:
   return pa.from_numpy_dtype(feature.np_dtype)
 
 
-def _published(row: Mapping[str, Any]) -> dict[str, Any]:
+def _published(row: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
   """Return a row with what the train stage learns, and without folders in names of models."""
   turn = row['rounds'][-1]['revision'] if row['rounds'] else row['initial']
-  names = {name: public_name(row[name]) if row[name] else '' for name in _MODELS}
+  models = {name: paths.get(row[name], row[name]) for name in _MODELS}
+  names = {name: public_name(model) if model else '' for name, model in models.items()}
   return {**row, **names, 'completion': [{'role': 'assistant', 'content': turn['text']}]}
 
 

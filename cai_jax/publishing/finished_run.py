@@ -7,8 +7,10 @@ from typing import Any
 
 from cai_jax.constitution import CONSTITUTIONS, Constitution, load_constitution
 from cai_jax.constitution.loading import ConstitutionConfig
+from cai_jax.pipeline.relative_paths import make_absolute
 from cai_jax.pipeline.schema import expand_paths
 from cai_jax.pipeline.stage_report import diagnose_folder, read_summary
+from cai_jax.publishing.names import public_name
 from cai_jax.report import Diagnosis
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
@@ -22,8 +24,10 @@ class FinishedRun:
 
   Attributes:
     folder: the folder.
-    values: its config as nested dicts of JSON types.
+    values: its config as nested dicts of JSON types. Paths that were relative where the run was
+      started are absolute.
     manifest: its manifest.
+    paths: these relative paths, as written → absolute.
     constitution: the constitution of its D_CAI; None if the D_CAI is that of another run.
     summary: its evaluation; None if it has none.
     diagnosis: what the report finds wrong with it.
@@ -32,6 +36,7 @@ class FinishedRun:
   folder: pathlib.Path
   values: Mapping[str, Any]
   manifest: Mapping[str, Any]
+  paths: Mapping[str, str]
   constitution: Constitution | None
   summary: Mapping[str, Any] | None
   diagnosis: Diagnosis
@@ -43,6 +48,19 @@ class FinishedRun:
   def entry(self, stage: str) -> Mapping[str, Any]:
     """Return what the manifest records of a stage; nothing if it has not begun."""
     return self.manifest['stages'].get(stage, {})
+
+  def is_hub_name(self, name: str) -> bool:
+    """Return whether a model of the config is one of the hub.
+
+    A name such as 'models/base' may be a folder of another machine. So the answer is no if an old
+    cai_jax ran the stages, which did not record the relative paths.
+
+    Args:
+      name: as `values` has it.
+    """
+    makers = [e for n, e in self.manifest['stages'].items() if n in ('generate', 'train')]
+    is_known = all('paths' in entry for entry in makers)
+    return is_known and name.count('/') == 1 and '://' not in name and public_name(name) == name
 
 
 def read_run(folder: str) -> FinishedRun:
@@ -63,13 +81,17 @@ def read_run(folder: str) -> FinishedRun:
         '--workdir named.'
       )
   values, manifest = read_json(path / 'config.json'), read_manifest(path / 'manifest.json')
+  stages = reversed(manifest['stages'].values())
+  paths = {k: v for entry in stages for k, v in entry.get('paths', {}).items()}
+  absolute = make_absolute(values, paths)
   summary = path / 'evaluation' / 'summary.json'
   is_evaluated = 'finished' in manifest['stages'].get('evaluate', {})
   return FinishedRun(
     path,
-    values,
+    absolute,
     manifest,
-    _find_constitution(values, manifest),
+    paths,
+    _find_constitution(absolute, manifest),
     read_summary(summary) if is_evaluated else None,
     diagnose_folder(path, values, manifest),
   )

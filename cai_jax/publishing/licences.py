@@ -40,16 +40,20 @@ class Licence(NamedTuple):
     return (self.name or self.id) if self.id else 'unknown'
 
 
-def find_model_licence(base: str) -> Licence:
+def find_model_licence(base: str, is_on_hub: bool = False) -> Licence:
   """Return the licence of a model, from the metadata of its card or from a file LICENSE.
 
   Args:
     base: an embedded model, a folder or a hub name.
+    is_on_hub: whether it is a hub name. Otherwise the hub is not asked: a model of this name there
+      would be another one.
   """
   if base in MODELS:
     return Licence(OWN, 'the licence of cai_jax, of which it is a part')
   folder = pathlib.Path(base).expanduser()
-  is_local = folder.is_dir()
+  is_local = folder.is_dir() and not is_on_hub
+  if not is_local and not is_on_hub:
+    return Licence('')
   texts = sorted({file for pattern in _TEXTS for file in folder.glob(pattern)} if is_local else ())
   card = folder / 'README.md' if is_local else _fetch(base, 'README.md')
   stated = _read_metadata(card) if card else {}

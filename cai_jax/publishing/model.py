@@ -4,7 +4,7 @@ import pathlib
 
 from huggingface_hub import ModelCardData
 
-from cai_jax.model.folder import folder_contents
+from cai_jax.model.folder import MODEL_FILES, folder_contents
 from cai_jax.model.peft import CONFIG, FILES
 from cai_jax.publishing import card
 from cai_jax.publishing.files import link, write_run_files
@@ -14,11 +14,12 @@ from cai_jax.publishing.licences import Licence, find_model_licence, list_origin
 from cai_jax.publishing.markdown import code, escape, table
 from cai_jax.publishing.names import public_name
 from cai_jax.report.numbers import GROUPS
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, write_json
 
 ADAPTER = 'adapter'
-_SETS = ('harmful', 'helpful', 'eval_harmful', 'eval_helpful')
+_SETS = (*card.TRAINING_SETS, 'eval_harmful', 'eval_helpful')
 _NAMES = {'base': 'base model', 'aligned': 'this model', 'initial': 'initial response'}
 
 
@@ -39,15 +40,37 @@ def check_model(run: FinishedRun) -> None:
       else 'its stage train is not done'
     )
     raise UserError(f'{run.folder} has no model to publish: {reason}.')
-  folder, recorded = run.folder / 'model', run.entry('train').get('model', {})
+  folder, recorded = run.folder / 'model', run.entry('train').get('model')
   if not (folder / 'config.json').is_file():
     raise UserError(f'{folder} is missing. Put it back, or train again in another workdir.')
-  changed = [part for part, d in folder_contents(folder).items() if recorded.get(part, d) != d]
+  if not recorded:
+    raise UserError(
+      f'{run.folder / "manifest.json"} has no digests of the model, because an old cai_jax trained '
+      f'it. So nothing shows that {folder} is still that model. Train again in another workdir.'
+    )
+  changed = [part for part, d in folder_contents(folder).items() if recorded.get(part) != d]
   if changed:
     raise UserError(
       f'{folder} is not the model that stage train wrote: its {changed[0]} has changed, so the '
       'figures of the card would be those of another model. Restore it.'
     )
+  _check_adapter(run)
+
+
+def _check_adapter(run: FinishedRun) -> None:
+  """Check that the adapters of a run are those that its training wrote."""
+  folder, recorded = run.folder / ADAPTER, run.entry('train').get('adapter')
+  if recorded is None and _has_adapter(run):
+    raise UserError(
+      f'{folder} has adapters of which the manifest has no digest, so they may be those of another '
+      'model. Move the folder away to publish the model without them.'
+    )
+  if recorded and not (_has_adapter(run) and digest_files(folder, FILES) == recorded):
+    raise UserError(f'{folder} does not have the adapters that stage train wrote. Restore them.')
+
+
+def _has_adapter(run: FinishedRun) -> bool:
+  return all((run.folder / ADAPTER / name).is_file() for name in FILES)
 
 
 def find_licence(run: FinishedRun, request: Request) -> Licence:
@@ -57,7 +80,7 @@ def find_licence(run: FinishedRun, request: Request) -> Licence:
     run: the run.
     request: what the user asks for.
   """
-  own = find_model_licence(_start(run))
+  own = find_model_licence(_start(run), run.is_hub_name(_start(run)))
   if request.licence is None:
     return own
   return request.licence._replace(source='the publisher of this model', files=own.files)
@@ -72,12 +95,12 @@ def write_model(run: FinishedRun, request: Request, licence: Licence, folder: pa
     licence: the licence of the model.
     folder: an empty folder.
   """
-  for path in sorted((run.folder / 'model').iterdir()):
-    if path.is_file() and not path.name.startswith('.'):
-      link(path, folder / path.name)
+  # Only what a saved model consists of: other files in its folder are the user's own.
+  for path in sorted({f for pattern in MODEL_FILES for f in (run.folder / 'model').glob(pattern)}):
+    link(path, folder / path.name)
   for file in licence.files:
     link(file, folder / file.name)
-  if has_adapter := all((run.folder / ADAPTER / name).is_file() for name in FILES):
+  if has_adapter := _has_adapter(run):
     link(run.folder / ADAPTER / FILES[1], folder / ADAPTER / FILES[1])
     settings = read_json(run.folder / ADAPTER / CONFIG)
     write_json(
@@ -103,14 +126,15 @@ def _start(run: FinishedRun) -> str:
 
 def _metadata(run: FinishedRun, request: Request, licence: Licence) -> str:
   start = _start(run)
-  hubs = [o.hub for name in _SETS[:2] for o in list_origins(run.values['prompts'][name]) if o.hub]
+  sets = card.TRAINING_SETS if run.has_done('generate') else ()
+  hubs = [o.hub for name in sets for o in list_origins(run.values['prompts'][name]) if o.hub]
   data = ModelCardData(
     license=licence.id or None,
     license_name=licence.name or None,
     license_link=licence.link or None,
     language=list(request.languages) or None,
-    base_model=start if card.is_on_hub(start) else None,
-    base_model_relation='finetune' if card.is_on_hub(start) else None,
+    base_model=start if run.is_hub_name(start) else None,
+    base_model_relation='finetune' if run.is_hub_name(start) else None,
     datasets=sorted({*hubs}) or None,
     library_name='transformers',
     pipeline_tag='text-generation',
@@ -122,11 +146,16 @@ def _metadata(run: FinishedRun, request: Request, licence: Licence) -> str:
 def _body(run: FinishedRun, request: Request, licence: Licence) -> str:
   values, start = run.values, _start(run)
   rounds = values['feedback']['rounds']
+  made = f'It was trained on {card.describe_d_cai(run)}, which another run has generated'
+  if run.has_done('generate'):
+    made = (
+      'A model answered prompts, and its answers were revised in '
+      f'{rounds} round{"s" * (rounds != 1)} of the variant {code(values["feedback"]["variant"])} '
+      'under the principles below. This model was trained on them'
+    )
   intro = (
-    f'{card.name_model(start)}, fine-tuned with the supervised phase of {card.PAPER}. A model '
-    f'answered prompts, and its answers were revised in {rounds} round{"s" * (rounds != 1)} of the '
-    f'variant {code(values["feedback"]["variant"])} under the principles below. This model was '
-    f'trained on them ({code("train.target")}: {code(values["train"]["target"])}).'
+    f'{card.name_model(run, start)}, fine-tuned with the supervised phase of {card.PAPER}. {made} '
+    f'({code("train.target")}: {code(values["train"]["target"])}).'
   )
   return '\n\n'.join(
     [
@@ -138,7 +167,7 @@ def _body(run: FinishedRun, request: Request, licence: Licence) -> str:
       card.describe_constitution(run),
       card.describe_evaluation(run, _NAMES | _round_names(rounds), GROUPS),
       card.describe_worth(run),
-      _describe_licence(start, licence),
+      _describe_licence(card.name_model(run, start), licence),
     ]
   )
 
@@ -190,8 +219,7 @@ def _describe_training(run: FinishedRun) -> str:
   return '### Training\n\n' + table(['', ''], rows)
 
 
-def _describe_licence(start: str, licence: Licence) -> str:
-  name = card.name_model(start)
+def _describe_licence(name: str, licence: Licence) -> str:
   if not licence.id:
     return (
       f'## Licence\n\nUnknown: check the licence of {name} before you publish this model, and give '

@@ -43,7 +43,7 @@ STAGE_COLUMNS = {
   'peak_memory_bytes': 'peak memory',
 }
 # Shown in the configuration, in the header and below the figures.
-HIDDEN_STAGE_FIELDS = ('settings', 'git_commit', 'remarks')
+HIDDEN_STAGE_FIELDS = ('settings', 'git_commit', 'environment', 'paths', 'remarks')
 _COST = (float, None, {...: float})  # a number, or a dict from reason to number
 MANIFEST_SHAPE = {  # what the page computes with
   'stages': {...: {optional('remarks'): [str]} | {optional(key): _COST for key in STAGE_COLUMNS}},

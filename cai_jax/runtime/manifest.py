@@ -39,6 +39,7 @@ PACKAGES = (
   'numpy',
 )
 
+_OBJECTS = ('settings', 'model', 'base', 'aligned', 'environment', 'paths')  # fields of a stage
 # Fields of a stage, or of its parts 'base' and 'aligned', that are numbers.
 _NUMBERS = (
   *('seconds', 'peak_memory_bytes', 'turns', 'replayed_turns'),
@@ -135,6 +136,12 @@ class Manifest:
     entry = self.content['stages'].setdefault(stage, {})
     entry['settings'] = settings
     entry['git_commit'] = self.content['git_commit']
+    # A later stage, or a new report, may run on another machine.
+    entry['environment'] = {
+      'cai_jax': program_version(),
+      'packages': self.content['versions'],
+      'devices': self.content['devices'],
+    }
     self._write()
     start = time.perf_counter()
     try:
@@ -226,7 +233,7 @@ def _is_stage(entry: Any) -> bool:
   """Return whether an entry of a manifest can describe a stage: what is read later has its type."""
   if not isinstance(entry, dict):
     return False
-  objects = [entry.get(name, {}) for name in ('settings', 'model', 'base', 'aligned')]
+  objects = [entry.get(name, {}) for name in _OBJECTS]
   if not all(isinstance(value, dict) for value in objects):
     return False
   contents = objects[0].get('contents', {})
@@ -234,7 +241,7 @@ def _is_stage(entry: Any) -> bool:
     return False
   if 'finished' in entry and not {'seconds', 'peak_memory_bytes'} <= entry.keys():
     return False
-  values = [part[name] for part in (entry, *objects[2:]) for name in _NUMBERS if name in part]
+  values = [part[name] for part in (entry, *objects[2:4]) for name in _NUMBERS if name in part]
   return all(isinstance(value, int | float) for value in values)
 
 
@@ -245,6 +252,14 @@ def _now() -> str:
 def _package_versions() -> dict[str, str]:
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   return {'python': platform.python_version()} | versions
+
+
+def program_version() -> str:
+  """Return the version of cai_jax; '' for a source tree that is not installed."""
+  try:
+    return importlib.metadata.version('cai_jax')
+  except importlib.metadata.PackageNotFoundError:
+    return ''
 
 
 def _devices() -> dict[str, Any]:

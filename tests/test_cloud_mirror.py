@@ -9,6 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cai_jax.runtime.cloud import keeper as keepers
+from cai_jax.runtime.cloud import mirror as mirrors
 from cai_jax.runtime.cloud import parts
 from cai_jax.runtime.cloud.index import INDEX, claim_order, is_claim, scan, unfinished
 from cai_jax.runtime.cloud.keeper import Keeper
@@ -411,6 +412,114 @@ def test_a_kill_while_files_are_fetched_changes_nothing(store, tmp_path, changes
   store.fs.get_file = fetch
   start(store, two)
   assert read(two) == FILES and files(store) == FILES.keys()
+
+
+def test_stale_work_stays_stale_after_a_fetch_that_was_cut_short(store, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mirror = start(store, one)
+  write(one, FILES)
+  mirror.push()
+  write(one, {'manifest.json': b'stale'})  # and then the machine is away
+  append(one / 'journal/turns-00000.jsonl', b'stale\n')
+  other = start(store, two)
+  write(two, {'manifest.json': b'newer'})
+  append(two / 'journal/turns-00000.jsonl', b'three\n')
+  other.push()
+  fetch, store.fs.get_file = store.fs.get_file, None
+  with pytest.raises(TypeError):
+    start(store, one)
+  store.fs.get_file = fetch
+  start(store, one)
+  start(store, tmp_path / 'three')
+  assert read(one) == read(two) == read(tmp_path / 'three')
+
+
+def test_a_url_above_a_run_is_refused_and_harms_nothing(store, tmp_path):
+  inner = Store('s3://bucket/run/one', store.fs, '/bucket/run/one')
+  mirror = start(inner, tmp_path / 'one')
+  write(tmp_path / 'one', {'turns.jsonl': b'x' * 99 + b'\n'})
+  mirror.push()
+  append(tmp_path / 'one/turns.jsonl', b'y\n')
+  mirror.push()
+  before = {name: inner.read(name) for name in inner.list()}
+  assert len(before) == 3  # the file, its part and the index
+  with pytest.raises(UserError, match='s3://bucket/run contains the workdir s3://bucket/run/one'):
+    start(store, tmp_path / 'two')
+  assert {name: inner.read(name) for name in inner.list()} == before
+
+
+def test_hidden_files_in_the_store_are_left_alone(store, tmp_path):
+  store.write('notes/.mine', b'x')
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'notes/a': b'x'})
+  mirror.push()
+  assert read(tmp_path) == {'notes/a': b'x'} and store.read('notes/.mine') == b'x'
+
+
+def test_a_file_that_is_appended_to_all_the_time_is_written(store, tmp_path, monkeypatch):
+  monkeypatch.undo()  # the clock of the disk
+  mirror = start(store, tmp_path)
+  path = tmp_path / 'turns.jsonl'
+  mirror_scan = mirrors.scan
+
+  def scan_late(folder):  # a folder with many files
+    append(path, b'half')
+    append(path, b' a line and the rest\nhalf')
+    return mirror_scan(folder)
+
+  monkeypatch.setattr(mirrors, 'scan', scan_late)
+  for _ in range(3):
+    size = path.stat().st_size if path.exists() else 0
+    mirror.push()
+    Mirror(store, tmp_path / 'two', '').fetch()
+    there = (tmp_path / 'two/turns.jsonl').read_bytes()
+    assert len(there) > size and path.read_bytes().startswith(there) and there.endswith(b'\n')
+
+
+def test_growth_larger_than_a_part_is_written_as_a_whole(store, tmp_path, monkeypatch):
+  monkeypatch.setattr(parts, 'LARGEST', 1000)
+  mirror = start(store, tmp_path / 'one')
+  write(tmp_path / 'one', {'turns.jsonl': b'x' * 99 + b'\n'})
+  mirror.push()
+  append(tmp_path / 'one/turns.jsonl', (b'y' * 99 + b'\n') * 45)
+  mirror.push(still=True)
+  Mirror(store, tmp_path / 'two', '').fetch()
+  assert read(tmp_path / 'two') == read(tmp_path / 'one')
+
+
+def test_a_claim_that_is_replaced_after_the_look_waits(store, tmp_path, monkeypatch):
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'manifest.json': b'{"shards": 0}'})
+  mirror_scan = mirrors.scan
+
+  def scan_early(folder):
+    found = mirror_scan(folder)
+    write(tmp_path, {'manifest.json': b'{"shards": 1}'})
+    return found
+
+  monkeypatch.setattr(mirrors, 'scan', scan_early)
+  mirror.push()
+  assert files(store) == set()
+  monkeypatch.setattr(mirrors, 'scan', mirror_scan)
+  mirror.push()
+  assert store.read('manifest.json') == b'{"shards": 1}'
+
+
+def test_a_checkpoint_that_appears_during_a_push_waits_as_a_whole(store, tmp_path, monkeypatch):
+  mirror, step = start(store, tmp_path), 'checkpoints/2'
+  read_claims = Mirror._read_claims
+
+  def appear_late(self, moment):
+    claims = read_claims(self, moment)
+    write(tmp_path, {name: FILES[name] for name in FILES if name.startswith(step)})
+    return claims
+
+  monkeypatch.setattr(Mirror, '_read_claims', appear_late)
+  mirror.push()
+  monkeypatch.undo()
+  assert files(store) == set()
+  start(store, tmp_path)  # after a kill
+  assert read(tmp_path).keys() == files(store) == {n for n in FILES if n.startswith(step)}
 
 
 def test_a_folder_that_was_deleted_deletes_nothing_in_the_store(store, tmp_path):

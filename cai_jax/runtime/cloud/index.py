@@ -86,7 +86,7 @@ def scan(folder: pathlib.Path) -> dict[str, os.stat_result]:
       continue
     for entry in entries:
       name = f'{inner}/{entry.name}' if inner else entry.name
-      if entry.name.startswith('.') or _UNFINISHED_STEP in entry.name:
+      if is_left_out(entry.name):
         continue
       if entry.is_dir(follow_symlinks=False):
         pending.append(name)
@@ -96,6 +96,11 @@ def scan(folder: pathlib.Path) -> dict[str, os.stat_result]:
         except FileNotFoundError:
           continue
   return found
+
+
+def is_left_out(name: str) -> bool:
+  """Return whether a file stays where it is, because a part of its name is hidden or unfinished."""
+  return any(part.startswith('.') or _UNFINISHED_STEP in part for part in name.split('/'))
 
 
 def is_record(name: str) -> bool:

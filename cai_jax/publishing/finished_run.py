@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,13 @@ from cai_jax.constitution.loading import ConstitutionConfig
 from cai_jax.pipeline.relative_paths import make_absolute
 from cai_jax.pipeline.schema import expand_paths
 from cai_jax.pipeline.stage_report import diagnose_folder, read_summary
-from cai_jax.publishing.names import public_name
 from cai_jax.report import Diagnosis
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json
 from cai_jax.runtime.manifest import read_manifest
 from cai_jax.runtime.plugins import load_plugins
+
+_HUB_NAME = re.compile(r'\w[\w.\-]*/[\w.\-]+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class FinishedRun:
     """
     makers = [e for n, e in self.manifest['stages'].items() if n in ('generate', 'train')]
     is_known = all('paths' in entry for entry in makers)
-    return is_known and name.count('/') == 1 and '://' not in name and public_name(name) == name
+    return is_known and _HUB_NAME.fullmatch(name) is not None
 
 
 def read_run(folder: str) -> FinishedRun:

@@ -40,3 +40,12 @@ def test_batch_divides_over_data_and_fsdp():
 def test_the_rows_of_a_process_are_those_of_its_devices():
   mesh = make_mesh(1, 1, devices=jax.devices()[:1])
   assert rows_here((6, 8), token_sharding(mesh)) == set(range(6))
+
+
+def test_a_process_has_rows_of_its_devices_only(monkeypatch):
+  sharding = token_sharding(make_mesh(4, 1, devices=jax.devices()[:4]))
+  every = sharding.devices_indices_map((8, 2))
+  mine = dict(list(every.items())[1:3])
+  kind = type(sharding)
+  monkeypatch.setattr(kind, 'addressable_devices_indices_map', lambda self, shape: mine)
+  assert rows_here((8, 2), sharding) == {2, 3, 4, 5}

@@ -14,6 +14,7 @@ from cai_jax.data.examples import build_examples
 from cai_jax.data.fingerprints import fingerprint
 from cai_jax.data.part_files import delete_parts
 from cai_jax.dialogue import Dialogue
+from cai_jax.dialogue.plain import LABELS
 from cai_jax.runtime.errors import UserError
 from tests.test_d_cai import make_row
 
@@ -71,6 +72,66 @@ def test_a_second_start_makes_only_what_is_missing(rows, dialogue, tmp_path, mon
   assert made == [(8, 16)] and fingerprint(again.examples) == before
 
 
+@pytest.mark.parametrize('damage', ['changed', 'cut', 'empty'])
+def test_a_damaged_part_is_made_again(rows, dialogue, tmp_path, capsys, damage):
+  first = build_examples(rows, dialogue, **OPTIONS, folder=tmp_path)
+  before = fingerprint(first.examples)
+  path = tmp_path / names(tmp_path)[1]
+  content = path.read_bytes()
+  path.unlink()
+  wrong = bytes([content[-5] ^ 1])
+  made = {'changed': content[:-5] + wrong + content[-4:], 'cut': content[:-5], 'empty': b''}
+  path.write_bytes(made[damage])
+  again = build_examples(rows, dialogue, **OPTIONS, folder=tmp_path)
+  assert fingerprint(again.examples) == before and path.read_bytes() == content
+  assert f'{path} is damaged, and is made again' in capsys.readouterr().err
+
+
+def test_other_files_in_the_folder_stay(rows, dialogue, tmp_path):
+  folder = tmp_path / 'examples'
+  (folder / 'my notes').mkdir(parents=True)
+  build_examples(rows, dialogue, folder=folder)
+  build_examples(rows, dialogue, folder=folder, target='all')
+  delete_parts(folder)
+  assert [path.name for path in folder.iterdir()] == ['my notes']
+
+
+def test_very_many_rows_make_larger_parts(rows, dialogue, tmp_path, monkeypatch):
+  expected = fingerprint(build_examples(rows, dialogue, **OPTIONS).examples)
+  monkeypatch.setattr(part_files, 'MAX_PARTS', 2)
+  built = build_examples(rows, dialogue, **OPTIONS, folder=tmp_path)
+  assert len(names(tmp_path)) == 2 and fingerprint(built.examples) == expected
+
+
+def test_a_container_limits_the_workers(tmp_path, monkeypatch):
+  limit = tmp_path / 'cpu.max'
+  monkeypatch.setattr(part_files, '_CPU_LIMIT', limit)
+  monkeypatch.setattr(part_files.os, 'sched_getaffinity', lambda _: range(64), raising=False)
+  monkeypatch.setattr(part_files.os, 'cpu_count', lambda: 64)
+  monkeypatch.setattr(part_files, 'host_memory', lambda: 10**12)
+  assert part_files._count_cores() == 64
+  for text, count in (('max 100000', 64), ('400000 100000', 4), ('50000 100000', 1)):
+    limit.write_text(text)
+    assert part_files._count_cores() == count
+  limit.write_text('max 100000')
+  monkeypatch.setattr(part_files, 'host_memory', lambda: 16 << 30)
+  assert part_files._count_cores() == 16
+
+
+def test_a_plugin_that_fails_in_a_worker_is_named(rows, monkeypatch):
+  def fail(_):
+    raise UserError('plugin.py cannot be loaded')
+
+  monkeypatch.setattr(part_files, 'load_plugins', fail)
+  monkeypatch.setattr(part_files, '_shared', [])
+  monkeypatch.setattr(part_files.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(part_files.multiprocessing, 'parent_process', lambda: True)
+  monkeypatch.setattr(part_files.threading.Thread, 'start', lambda self: None)
+  part_files._start_worker(rows, None, ('plugin.py',))
+  with pytest.raises(UserError, match='plugin.py cannot be loaded'):
+    part_files._work(0, 1, pathlib.Path('unused'))
+
+
 def test_other_settings_or_rows_make_other_files(rows, dialogue, tiny_tokenizer, tmp_path):
   plain = Dialogue(tiny_tokenizer, 'plain')
   other = tmp_path / 'other rows'
@@ -91,6 +152,15 @@ def test_other_settings_or_rows_make_other_files(rows, dialogue, tiny_tokenizer,
     (key,) = {name.split('/')[0] for name in names(tmp_path / 'examples')}  # others are deleted
     seen.add(key)
   assert len(seen) == 7
+
+
+def test_a_format_of_the_same_name_that_writes_something_else_has_another_digest(
+  tiny_tokenizer, monkeypatch
+):
+  before = Dialogue(tiny_tokenizer, 'plain').digest
+  assert Dialogue(tiny_tokenizer, 'plain').digest == before
+  monkeypatch.setitem(LABELS, 'user', LABELS['assistant'] + ' not')
+  assert Dialogue(tiny_tokenizer, 'plain').digest != before
 
 
 def test_a_kill_leaves_whole_parts(rows, dialogue, tmp_path, monkeypatch):

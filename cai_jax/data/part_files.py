@@ -1,21 +1,24 @@
 """Parts of a table of examples in files, which several processes write and all of them map.
 
-Rows are rendered and tokenized in parts of `PART_ROWS`. Each process of a run makes its share of
-the parts, with a worker process on each of its cores if there are many rows. A part is written
-whole, so after a kill the next start makes only those that are missing, and a resumed training
-makes none. The parts depend on the rows and the settings alone, and never on who makes them.
+Rows are rendered and tokenized in parts of `PART_ROWS`, or larger ones if there would be very many.
+Each process of a run makes its share of the parts, with a worker process on each of its cores if
+there are many rows. A part is written whole, so after a kill the next start makes only those that
+are missing or damaged, and a resumed training makes none. The parts depend on the rows and the
+settings alone, and never on who makes them.
 """
 
 import concurrent.futures
-import functools
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -25,18 +28,24 @@ import jax
 
 from cai_jax.data.d_cai import content_digest
 from cai_jax.data.d_cai_rows import Rows
-from cai_jax.data.unit_table import Part, map_part, save_part
+from cai_jax.data.unit_table import Part, is_whole, map_part, save_part
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import StoppedError
-from cai_jax.runtime.files import make_folder
+from cai_jax.runtime.files import make_folder, writing
+from cai_jax.runtime.hardware import host_memory
 from cai_jax.runtime.plugins import load_plugins, loaded_plugins
 from cai_jax.runtime.progress import Progress
+from cai_jax.runtime.terminal import say
 
 FOLDER = 'examples'  # of the parts, in the folder of a training
 PART_ROWS = 8192
+MAX_PARTS = 256  # a file that is mapped stays open, and processes may open about a thousand
 POOL_ROWS = 4 * PART_ROWS  # fewer rows take less time than workers need to start
+WORKER_BYTES = 500 << 20  # memory of a worker, at most
 _QUIET_SECONDS = 10.0  # before progress is shown
+_KEY = re.compile('[0-9a-f]{16}')  # the folder of the parts of the same rows and settings
+_CPU_LIMIT = pathlib.Path('/sys/fs/cgroup/cpu.max')  # of a container, in microseconds of a period
 
 
 class Maker(Protocol):
@@ -60,48 +69,83 @@ def map_parts(rows: Rows, maker: Maker, folder: str | os.PathLike) -> list[Part]
   Args:
     rows: the rows of a dataset.
     maker: makes the parts.
-    folder: a folder that all processes share. What it holds of other rows or settings is deleted.
+    folder: a folder that all processes share. Parts of other rows or settings in it are deleted.
 
   Raises:
     UserError: if the examples of a row cannot be made.
-    StoppedError: if a file cannot be written, or a worker process ends, for lack of memory maybe.
+    StoppedError: if a file cannot be written or read, a worker process ends, for lack of memory
+      maybe, or processes have other versions of libraries.
     Interrupted: after SIGTERM or SIGINT; finished parts are kept.
   """
-  key = _identify(rows, maker)
+  size = max(PART_ROWS, -(-len(rows) // MAX_PARTS))
+  key = _identify(rows, maker, size)
   own = pathlib.Path(folder) / key
   processes.run_on_process_0('prepare the folder of examples', lambda: _clear(own))
-  paths = [own / f'{i:06}.safetensors' for i in range(-(-len(rows) // PART_ROWS))]
+  parts = [
+    (begin, min(begin + size, len(rows)), own / f'{number:06}.safetensors')
+    for number, begin in enumerate(range(0, len(rows), size))
+  ]
   cores = _count_cores()  # by all processes together
-  mine = range(jax.process_index(), len(paths), jax.process_count())
+  mine = parts[jax.process_index() :: jax.process_count()]
 
   def make() -> None:
-    missing = [i for i in mine if not paths[i].exists()]
-    _make_missing(rows, maker, paths, missing, cores)
+    if not own.is_dir():
+      raise StoppedError(
+        f'{own} is missing. All processes must see the same workdir, and have the same versions of '
+        'cai_jax, tokenizers, transformers and jinja2.'
+      )
+    _make_missing(rows, maker, [part for part in mine if not _is_there(part[2])], cores)
+
+  def map_all() -> list[Part]:
+    with writing(own):
+      return [map_part(path) for _, _, path in parts]
 
   processes.run_on_all_processes('prepare the examples', make)
-  return [map_part(path) for path in paths]
+  return processes.run_on_all_processes('map the examples', map_all)
+
+
+def _is_there(path: pathlib.Path) -> bool:
+  """Return whether a part is there and whole; a line says if it is damaged."""
+  if not path.exists():
+    return False
+  if is_whole(path):
+    return True
+  say(f'{path} is damaged, and is made again.', file=sys.stderr)
+  return False
 
 
 def delete_parts(folder: str | os.PathLike) -> None:
-  """Delete the parts in a folder. All processes of a run call this function together.
+  """Delete the parts in a folder, and the folder if nothing else is in it.
+
+  All processes of a run call this function together.
 
   Args:
     folder: the folder; it need not exist.
   """
-  delete = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+
+  def delete() -> None:
+    _delete_all(pathlib.Path(folder))
+    with contextlib.suppress(OSError):  # the user has files there
+      os.rmdir(folder)
+
   processes.run_on_process_0('delete the files of examples', delete)
 
 
 def _clear(own: pathlib.Path) -> None:
   """Create the folder of these parts, and delete those of others beside it."""
   make_folder(own)
-  for other in own.parent.iterdir():
-    if other != own:
-      shutil.rmtree(other, ignore_errors=True)
+  _delete_all(own.parent, own)
 
 
-def _identify(rows: Rows, maker: Maker) -> str:
-  """Return a digest of all that the parts depend on, 16 hex digits."""
+def _delete_all(folder: pathlib.Path, but: pathlib.Path | None = None) -> None:
+  """Delete the parts in a folder, except those in one of its folders, and nothing else."""
+  for inner in folder.iterdir() if folder.is_dir() else ():
+    if inner != but and _KEY.fullmatch(inner.name):
+      shutil.rmtree(inner, ignore_errors=True)
+
+
+def _identify(rows: Rows, maker: Maker, size: int) -> str:
+  """Return a digest of all that parts of `size` rows depend on, 16 hex digits."""
   package = pathlib.Path(__file__).parents[1]
   modules = ('data', 'dialogue')  # their code makes the parts
   code = sorted(
@@ -109,7 +153,7 @@ def _identify(rows: Rows, maker: Maker) -> str:
   )
   names = 'tokenizers', 'transformers', 'jinja2'
   libraries = [importlib.metadata.version(name) for name in names]
-  content = [content_digest(rows.folder), rows.split, len(rows), maker.digest, PART_ROWS, libraries]
+  content = [content_digest(rows.folder), rows.split, len(rows), maker.digest, size, libraries]
   content += [digest_files(package, code), sorted(loaded_plugins().values())]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -117,14 +161,25 @@ def _identify(rows: Rows, maker: Maker) -> str:
 def _count_cores() -> int:
   """Return the number of cores for each process of this host. All processes call it together."""
   count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  count = min(count, _cpu_limit(), host_memory() // 2 // WORKER_BYTES)
   return max(1, count // processes.count_on_this_host())
 
 
-def _make_missing(
-  rows: Rows, maker: Maker, paths: Sequence[pathlib.Path], missing: Sequence[int], cores: int
-) -> None:
+def _cpu_limit() -> int:
+  """Return how many cores the container of this process may use at the same time."""
+  try:
+    quota, period = map(int, _CPU_LIMIT.read_text().split())
+  except (OSError, ValueError):  # not in a container, or one without a limit ('max')
+    return os.cpu_count() or 1
+  return max(1, quota // period)
+
+
+Work = Sequence[tuple[int, int, pathlib.Path]]  # first row, end, and the file of each part
+Report = Callable[[int, int], None]  # with the numbers of rows and of tokens of a part
+
+
+def _make_missing(rows: Rows, maker: Maker, work: Work, cores: int) -> None:
   """Make parts and write them, in this process or in workers."""
-  work = [(i * PART_ROWS, min((i + 1) * PART_ROWS, len(rows)), paths[i]) for i in missing]
   total, done = sum(end - begin for begin, end, _ in work), 0
   with Progress('examples', 'row', quiet_seconds=_QUIET_SECONDS) as progress:
     tokens = 0
@@ -139,10 +194,6 @@ def _make_missing(
         report(end - begin, _make_one(rows, maker, begin, end, path))
     else:
       _run_in_pool(cores, rows, maker, work, report)
-
-
-Work = Sequence[tuple[int, int, pathlib.Path]]  # first row, end, and the file of each part
-Report = Callable[[int, int], None]  # with the numbers of rows and of tokens of a part
 
 
 def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Report) -> None:
@@ -173,15 +224,19 @@ def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Repor
     pool.shutdown(cancel_futures=True)  # parts that are being made are finished
 
 
-_shared: list[Any] = []  # of a worker: the rows and the maker
+_shared: list[Any] = []  # of a worker: the rows and the maker, or why it cannot work
 
 
 def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
   """Prepare a worker, which ends with the process that started it."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a message of its own
-  load_plugins(plugins)
-  _shared[:] = rows, maker
+  jax.config.update('jax_platforms', 'cpu')  # a plugin may use JAX; devices are the parent's
+  try:
+    load_plugins(plugins)
+    _shared[:] = rows, maker
+  except Exception as error:  # the pool would only say that a worker has ended
+    _shared[:] = (error,)
   parent = multiprocessing.parent_process()
   assert parent is not None
 
@@ -194,6 +249,8 @@ def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
 
 def _work(begin: int, end: int, path: pathlib.Path) -> int:
   """Make a part in a worker."""
+  if len(_shared) == 1:
+    raise _shared[0]
   rows, maker = _shared
   return _make_one(rows, maker, begin, end, path)
 

@@ -7,10 +7,12 @@ it is mapped from files, the operating system reads pages as they are needed and
 import itertools
 import json
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cai_jax.data.ragged import Ragged
@@ -105,20 +107,40 @@ def save_part(path: pathlib.Path, part: Part) -> None:
   arrays |= {'letters': part.ids.values, 'ids': part.ids.offsets}
   arrays |= {f'values/{name}': x for name, x in part.values.items()}
   arrays |= {f'marks/{name}': x for name, x in part.marks.items()}
+  checksums = {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in arrays.items()}
+  facts = {'counts': dict(part.counts), 'crc32': checksums}
   with replacing(path) as temporary:
-    save_file(arrays, temporary, metadata={'counts': json.dumps(dict(part.counts))})
+    # One entry, because safetensors writes several in any order.
+    save_file(arrays, temporary, metadata={'facts': json.dumps(facts)})
+
+
+def is_whole(path: pathlib.Path) -> bool:
+  """Return whether a file is as `save_part` wrote it; this reads all of it.
+
+  Args:
+    path: the file.
+  """
+  try:
+    with safe_open(path, 'np') as file:
+      checksums = json.loads(file.metadata()['facts'])['crc32']
+      return {*checksums} == {*file.keys()} and all(
+        zlib.crc32(np.ascontiguousarray(file.get_tensor(name))) == checksum
+        for name, checksum in checksums.items()
+      )
+  except (SafetensorError, KeyError, TypeError, ValueError):
+    return False
 
 
 def map_part(path: pathlib.Path) -> Part:
   """Return the arrays of a file that `save_part` wrote, without reading them.
 
   Args:
-    path: the file.
+    path: the file, which is whole; see `is_whole`.
   """
   with open(path, 'rb') as file:
     size = int.from_bytes(file.read(8), 'little')
     header: dict[str, Any] = json.loads(file.read(size))
-  counts = json.loads(header.pop('__metadata__')['counts'])
+  counts = json.loads(header.pop('__metadata__')['facts'])['counts']
   stored = np.memmap(path, np.uint8, 'r', offset=0)
   kinds = {'I32': np.int32, 'I64': np.int64, 'U8': np.uint8, 'F64': np.float64, 'BOOL': np.bool_}
 

@@ -73,6 +73,11 @@ class Dialogue:
     settings = [self.style, self.eos_token_ids, self.template_options, self.has_replies]
     special = sorted(self.tokenizer.special_tokens_map.items())
     parts = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template]
+    # Formats are code, so what they make of a conversation tells one from another.
+    asked: list[Message] = [{'role': 'user', 'content': SAMPLE_REPLIES[0]}]
+    answered: list[Message] = [*asked, {'role': 'assistant', 'content': SAMPLE_REPLIES[0]}]
+    parts += [[int(token) for token in self.example(answered)[0]]]
+    parts += [[int(token) for token in self.prompt([*answered, *asked])]]
     return hashlib.sha256(repr([parts, added, special, settings]).encode()).hexdigest()
 
   def _check_round_trip(self) -> None:

@@ -18,6 +18,7 @@ from cai_jax.pipeline.stage_prefer import UNIT_KINDS
 # Estimates, in bytes.
 REFERENCE_BYTES = 50  # of the two log-probabilities of a unit, as reference.json has them
 UNIT_BYTES = 250  # of host memory of a unit of two segments, besides its tokens
+JUDGED_BYTES = 1500  # more for a judged response, which is an object while the arrays are made
 TOKEN_BYTES = 4  # of host memory of a token: its id, and whether it is learned
 
 
@@ -51,7 +52,8 @@ class TrainingSize(NamedTuple):
     Args:
       tokens: mean number of tokens of a segment.
     """
-    return round(self.units * (UNIT_BYTES + 2 * TOKEN_BYTES * tokens))
+    judged = self.training.config.registered_loss.units == 'judged'
+    return round(self.units * (UNIT_BYTES + judged * JUDGED_BYTES + 2 * TOKEN_BYTES * tokens))
 
   def flops(self, tokens: float) -> float:
     """Return the FLOPs of the training, and of the reference's forward pass if there is one.

@@ -56,13 +56,13 @@ def describe_device(device: jax.Device) -> Device:
     device: a device of this process.
   """
   if device.platform == 'cpu':
-    memory = _host_memory() // len(jax.local_devices(backend='cpu'))
+    memory = host_memory() // len(jax.local_devices(backend='cpu'))
   else:
     memory = (device.memory_stats() or {}).get('bytes_limit', UNKNOWN_MEMORY)
   return Device(device.platform, device.device_kind, memory)
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
   """Return the bytes of memory that this host has, or that its container allows."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:

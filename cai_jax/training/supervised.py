@@ -85,7 +85,8 @@ def fine_tune(
     init_name=lm.name,
     take_over=take_over,
   )
-  delete_parts(pathlib.Path(workdir) / FOLDER)  # nobody resumes a training that is complete
+  if isinstance(rows, Rows):  # nobody resumes a training that is complete
+    delete_parts(pathlib.Path(workdir) / FOLDER)
   return params, {**built.counts, 'held_out': len(held_out), **summary}
 
 

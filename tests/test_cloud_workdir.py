@@ -1,6 +1,7 @@
 """A run's folder behind a URL: one job at a time, nothing lost, and messages that name the URL."""
 
 import concurrent.futures
+import contextlib
 import datetime
 import json
 import os
@@ -20,7 +21,7 @@ from cai_jax.runtime import lock
 from cai_jax.runtime.cloud import lease, store, workdir
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.workdir import open_part, resolve_workdir, scratch_folder
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.interruption import Interrupted
 from configs import tiny
 from tests.test_import_results import LM_EVAL
@@ -50,9 +51,9 @@ def write_lock(place, age, **fields):
 
 
 def test_a_held_store_is_refused_and_free_afterwards(place):
-  with lease.hold(place) as job:
-    assert len(job) == 12
-    message = rf'{place.url} belongs to job {job} \(process {os.getpid()} on \S+, since 20'
+  with lease.hold(place) as held:
+    assert len(held.job) == 12
+    message = rf'{place.url} belongs to job {held.job} \(process {os.getpid()} on \S+, since 20'
     with pytest.raises(UserError, match=message), lease.hold(place):
       pass
   with pytest.raises(KeyError), lease.hold(place):
@@ -101,6 +102,43 @@ def test_a_holder_shows_that_it_is_active_and_ends_when_it_was_replaced(place, m
     place.write(f'{lease.LEASE}/000002', json.dumps({'job': 'def'}).encode())
     assert ended.wait(10)
   assert 'was taken over by job def' in reasons[0]
+
+
+@pytest.mark.parametrize('moment', ['before', 'during'])
+def test_a_job_that_was_replaced_writes_nothing(place, tmp_path, monkeypatch, moment):
+  """Another job takes the store over before a push, or while its first file is written."""
+  upload, others = store.Store.upload, contextlib.ExitStack()
+
+  def take_over(self=place, name='', source=None):
+    monkeypatch.setattr(store.Store, 'upload', upload)
+    place.fs.store[place.path(f'{lease.LEASE}/000001')].modified -= datetime.timedelta(seconds=61)
+    second = others.enter_context(lease.hold(place))
+    two = Mirror(place, tmp_path / 'two', second.job, second.check)
+    two.pull()
+    (tmp_path / 'two' / 'manifest.json').write_bytes(b'second')
+    two.push(still=True)
+    before.update(place.list())
+    return upload(self, name, source) if source else None
+
+  with others, lease.hold(place) as first:
+    one, before = Mirror(place, tmp_path / 'one', first.job, first.check), {}
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one' / 'gone').write_bytes(b'x')
+    one.pull()
+    (tmp_path / 'one' / 'gone').unlink()
+    for name in ('a', 'manifest.json'):
+      (tmp_path / 'one' / name).write_bytes(b'first')
+    if moment == 'before':
+      take_over()
+    else:
+      monkeypatch.setattr(store.Store, 'upload', take_over)
+    for push in (one.push, one.push):
+      with pytest.raises(StoppedError, match='was taken over by job .*writes nothing more'):
+        push(still=True)
+    after = place.list()
+    if moment == 'during':  # the file that was being written, which the second job does not know
+      assert after.pop('a')
+    assert after == before and place.read('manifest.json') == b'second'
 
 
 def test_a_path_is_taken_as_it_is(tmp_path):

@@ -6,6 +6,7 @@ that no longer writes its object has failed. A job that ends leaves an object NU
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -18,13 +19,51 @@ from typing import Any
 from cai_jax.runtime import lock
 from cai_jax.runtime.cloud.index import FOLDER
 from cai_jax.runtime.cloud.store import Store
+from cai_jax.runtime.errors import StoppedError
 from cai_jax.runtime.terminal import say
 
 LEASE = f'{FOLDER}/lock'
 
 
+@dataclasses.dataclass(frozen=True)
+class Lease:
+  """The right of a job to write to a store, which it loses if another job takes the store over.
+
+  Attributes:
+    job: id of the job, 12 hex digits.
+    store: the store.
+    number: its number in the lock.
+  """
+
+  job: str
+  store: Store
+  number: int
+
+  def check(self) -> None:
+    """Check that the job still holds the store; call it before each write.
+
+    Raises:
+      StoppedError: if another job has taken the store over, or the lock was deleted.
+    """
+    if reason := self.find_loss():
+      raise StoppedError(f'{reason}. This job writes nothing more.')
+
+  def find_loss(self) -> str:
+    """Return why the job no longer holds the store, or '' if it does."""
+    latest = max(_numbers(self.store), default=0)
+    if latest == self.number:
+      return ''
+    if not latest:
+      return f'the lock of {self.store.url} is gone, because {LEASE} was deleted'
+    owner = lock.describe_owner(_read_owner(self.store, latest))
+    return (
+      f'{self.store.url} was taken over by {owner}, because this job was suspended, or could not '
+      'reach the store, for too long'
+    )
+
+
 @contextlib.contextmanager
-def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[str]:
+def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[Lease]:
   """Hold a store for this job while the block runs.
 
   Args:
@@ -32,7 +71,7 @@ def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[s
     ended: called with the reason if another job has taken the store; None ends the process.
 
   Yields:
-    The id of the job, 12 hex digits.
+    The lease, which has the id of the job.
 
   Raises:
     UserError: if another job holds the store; the message says which, and since when.
@@ -41,13 +80,13 @@ def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[s
   facts = {'job': job, **lock.describe_process(), 'since': lock.utc_now()}
   content = json.dumps(facts).encode()
   with store.asking():
-    number = _acquire(store, content)
-  stop = threading.Event()
-  arguments = store, number, content, stop, ended or _end_process
+    held = Lease(job, store, _acquire(store, content))
+  number, stop = held.number, threading.Event()
+  arguments = held, content, stop, ended or _end_process
   watch = threading.Thread(target=_watch, args=arguments, daemon=True)
   watch.start()
   try:
-    yield job
+    yield held
   finally:
     stop.set()
     watch.join()
@@ -90,29 +129,17 @@ def _acquire(store: Store, content: bytes) -> int:
 
 
 def _watch(
-  store: Store,
-  number: int,
-  content: bytes,
-  stop: threading.Event,
-  ended: Callable[[str], None],
+  held: Lease, content: bytes, stop: threading.Event, ended: Callable[[str], None]
 ) -> None:
   """Write the object again until the job ends, and call `ended` if another job took the store."""
   while not stop.wait(lock.HEARTBEAT_SECONDS):
     try:
-      latest = max(_numbers(store), default=0)
-      if latest == number:
-        store.write(_name(number), content)
-        continue
-      owner = _read_owner(store, latest) if latest else {}
+      reason = held.find_loss()
+      if not reason:
+        held.store.write(_name(held.number), content)
     except Exception:  # the store may be away for a moment
       continue
-    if not stop.is_set():
-      reason = f'the lock of {store.url} is gone, because {LEASE} was deleted'
-      if latest:
-        reason = (
-          f'{store.url} was taken over by {lock.describe_owner(owner)}, because this job was '
-          'suspended, or could not reach the store, for too long'
-        )
+    if reason and not stop.is_set():
       return ended(reason)
 
 

@@ -49,19 +49,21 @@ class Mirror:
     store: the store.
     folder: the folder, which is created if necessary.
     job: id of the job, from `lease.hold`.
+    check: raises StoppedError if the job no longer holds the store; None if nothing is written.
 
   Attributes:
     folder: the folder.
   """
 
-  def __init__(self, store: Store, folder: pathlib.Path, job: str):
+  def __init__(
+    self, store: Store, folder: pathlib.Path, job: str, check: Callable[[], None] | None = None
+  ):
     self.folder = folder
     self._store, self._job = store, job
+    self._check = check or (lambda: None)
     self._known: dict[str, FileState] = {}  # what the store has
     self._pieces: dict[str, list[Range]] = {}  # of files that grow: the first object, and parts
-    self._ends: dict[
-      str, tuple[int, bytes]
-    ] = {}  # of these: the inode, and what the store has last
+    self._ends: dict[str, tuple[int, bytes]] = {}  # their inodes, and what the store has last
     self._mutex = threading.Lock()
 
   def pull(self) -> int:
@@ -171,7 +173,8 @@ class Mirror:
       join: whether parts are joined and lines without end are written.
 
     Raises:
-      StoppedError: if the folder is gone, so that its files are not to be deleted in the store.
+      StoppedError: if the folder is gone, so that its files are not to be deleted in the store, or
+        another job has taken the store over.
     """
     with self._mutex:
       if not (self.folder / INDEX).exists():
@@ -179,6 +182,7 @@ class Mirror:
           f'{self.folder} was deleted while a run used it. Start the same command again to '
           f'continue from what {self._store.url} has.'
         )
+      self._check()
       # The store gets the folder as it is now: what is written from here on waits for the next
       # push. Claims are read first, so what they describe is complete, and in the scan below.
       # Records may be appended to at any time: they go up to the last line that the scan saw.
@@ -203,6 +207,7 @@ class Mirror:
       self._delete(sorted(first, key=claim_order, reverse=True))
       moved = self._each(send, filter(is_record, changed))
       moved += self._each(send, itertools.filterfalse(is_record, changed))
+      self._check()  # the files may have taken long
       for name in sorted(claims.keys() - first, key=claim_order):
         content, stat = claims[name]
         self._note(name, stat, self._store.write(name, content))
@@ -346,6 +351,8 @@ class Mirror:
 
   def _delete(self, names: list[str]) -> None:
     """Delete objects one after the other, with their parts."""
+    if names:
+      self._check()
     for name in names:
       self._delete_parts(name, self._pieces.pop(name, []))
       self._store.delete(name)
@@ -364,6 +371,7 @@ class Mirror:
 
   def _write_index(self) -> None:
     """Write what folder and store have in common, to both."""
+    self._check()
     index = Index(self._job, self._known)
     self._write_local(index)
     self._store.write(INDEX, index.to_bytes())

@@ -58,8 +58,8 @@ class Workdir:
       yield lambda: None
       return
     check_writable(self.store)
-    with lease.hold(self.store) as job:
-      mirror = Mirror(self.store, pathlib.Path(self.folder), job)
+    with lease.hold(self.store) as held:
+      mirror = Mirror(self.store, pathlib.Path(self.folder), held.job, held.check)
       with self.store.asking():
         count = mirror.pull()
       if count:
@@ -141,7 +141,7 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
     return
   store = open_store(workdir)
   check_writable(store)
-  with lease.hold(store), tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
+  with lease.hold(store) as held, tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
     root, place = pathlib.Path(folder), Workdir(folder, store)
     with store.asking():
       for name in store.list(part):
@@ -152,6 +152,7 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
     with store.asking():
       for name, digest in _contents(root).items():
         if before.get(name) != digest:
+          held.check()
           store.upload(name, root / name)
 
 

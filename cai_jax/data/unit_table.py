@@ -107,7 +107,7 @@ def save_part(path: pathlib.Path, part: Part) -> None:
   arrays |= {'letters': part.ids.values, 'ids': part.ids.offsets}
   arrays |= {f'values/{name}': x for name, x in part.values.items()}
   arrays |= {f'marks/{name}': x for name, x in part.marks.items()}
-  checksums = {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in arrays.items()}
+  checksums = {name: zlib.crc32(np.ascontiguousarray(x).data) for name, x in arrays.items()}
   facts = {'counts': dict(part.counts), 'crc32': checksums}
   with replacing(path) as temporary:
     # One entry, because safetensors writes several in any order.
@@ -124,7 +124,7 @@ def is_whole(path: pathlib.Path) -> bool:
     with safe_open(path, 'np') as file:
       checksums = json.loads(file.metadata()['facts'])['crc32']
       return {*checksums} == {*file.keys()} and all(
-        zlib.crc32(np.ascontiguousarray(file.get_tensor(name))) == checksum
+        zlib.crc32(np.ascontiguousarray(file.get_tensor(name)).data) == checksum
         for name, checksum in checksums.items()
       )
   except (SafetensorError, KeyError, TypeError, ValueError):

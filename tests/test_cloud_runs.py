@@ -7,6 +7,7 @@ they would reach Amazon or Google.
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -146,13 +147,16 @@ def test_a_run_that_is_killed_three_times_ends_as_a_local_one(bucket, tmp_path, 
     shutil.rmtree(tmp_path / 'scratch')  # the machine is lost
   print('chains lost and sampled in the last 10 s, by stage:', lost)
   assert start(launch_tiny(url, stages, FIELDS)).wait() == 0
-  assert start(launch_tiny(tmp_path / 'local', stages, FIELDS)).wait() == 0
-  local = {name: (tmp_path / 'local' / name).read_bytes() for name in scan(tmp_path / 'local')}
+  other = tmp_path / 'local' / 'run'
+  assert start(launch_tiny(other, stages, FIELDS)).wait() == 0
+  local = {name: (other / name).read_bytes() for name in scan(other)}
   remote = {n: store.read(n) for n in store.list() if not n.startswith('.cai_jax/')}
   fixed = lambda files: {n for n in files if not n.startswith(NAMES)}  # noqa: E731
   assert fixed(remote) == fixed(local)
   differing = {name for name in fixed(local) if remote[name] != local[name]}
   assert differing <= TIMES | {JOURNAL}
+  for report in (local['report.html'], remote['report.html']):  # the seconds differ, not the title
+    assert re.search(rb'<title>(.*?)</title>', report)[1] == b'run'
   assert sorted({*remote[JOURNAL].splitlines()}) == sorted({*local[JOURNAL].splitlines()})
   print('names that differ:', sorted(differing))
   print('equal:', len(fixed(local)) - len(differing))

@@ -152,8 +152,9 @@ def test_a_path_is_taken_as_it_is(tmp_path):
 
 def test_a_url_has_a_folder_of_its_own(url, tmp_path):
   folder = scratch_folder('s3://bucket/a/run')
-  assert folder.parent == tmp_path / 'scratch' and folder.name.startswith('s3_bucket_a_run-')
-  assert folder != scratch_folder('s3://bucket/a_run')
+  assert folder.parent.parent == tmp_path / 'scratch' and folder.name == 'run'
+  assert folder != scratch_folder('s3://bucket/b/run')
+  assert scratch_folder('s3://bucket/a b/..').name == 'run'
   assert resolve_workdir(f'{url}/').folder == resolve_workdir(url).folder
 
 

@@ -159,13 +159,16 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
 def scratch_folder(url: str) -> pathlib.Path:
   """Return the local folder that stands for a URL: below CAI_JAX_SCRATCH, or the user's cache.
 
+  Its name is the last part of the URL, because a report shows the name of its folder. Characters
+  other than letters, digits and _.=+- become underscores.
+
   Args:
     url: the URL.
   """
   parent = os.environ.get(SCRATCH) or cache_folder('workdirs')
-  readable = re.sub(r'[^A-Za-z0-9_.=-]+', '_', url)[-60:].strip('_.')
-  name = f'{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}'
-  return pathlib.Path(os.path.realpath(os.path.expanduser(parent))) / name
+  digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+  name = re.sub(r'[^\w.=+-]+', '_', url.rpartition('/')[2])[-60:].lstrip('.') or 'run'
+  return pathlib.Path(os.path.realpath(os.path.expanduser(parent)), digest, name)
 
 
 def refuse_url(path: str | os.PathLike, what: str) -> None:

@@ -222,6 +222,7 @@ def test_run_without_a_scorer_reports_what_needs_no_oracle(random_model, tmp_pat
   assert kl['tokens'] == sum(row['initial']['num_tokens'] for row in aligned) > 0
 
 
+@pytest.mark.slow
 def test_report_shows_held_out_losses_and_probes_of_adapter_training(done, tmp_path):
   finished_run, config = done
   shutil.copytree(finished_run / 'd_cai', tmp_path / 'd_cai')

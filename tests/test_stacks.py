@@ -189,9 +189,8 @@ def fit(workdir, layers, mesh, **changes):
   return loop.fit(DEEP, params, EXAMPLES, config, mesh, workdir, (packing.Bucket(32, 8),))
 
 
-@pytest.mark.parametrize(
-  'sizes', [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=['one', 'eight']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2)], ids=['one', 'eight'])
 def test_runs_resume_each_others_checkpoints(tmp_path, sizes):
   """The result of a scanned training, its files, and its resumption."""
   mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])

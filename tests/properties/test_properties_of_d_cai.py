@@ -65,13 +65,29 @@ def test_datasets():
 
 
 FAULTS = [
-  Fault(f'{__name__}:DATASET', 'cai_jax.data.d_cai', old, new)
-  for old, new in (
-    ('elif digest_file(folder / name) != expected[name]:', 'elif not digest_file(folder / name):'),
-    ('elif not os.path.isfile(folder / name):', 'elif not name:'),
-    ('  except Exception as error:  # of parsers, for a file', '  except ImportError as error:  #'),
-    ("    if name not in expected:\n      fault = 'does not belong to it'\n    elif", '    if'),
-    ('    except Exception as error:  # the type depends', '    except ImportError as error:  #'),
-    ('if actual.get(name) != kind)', 'if not kind)'),
+  Fault(f'{__name__}:DATASET', f'cai_jax.data.{module}', old, new)
+  for module, old, new in (
+    (
+      'd_cai',
+      'elif digest_file(folder / name) != expected[name]:',
+      'elif not digest_file(folder / name):',
+    ),
+    ('d_cai', 'elif not os.path.isfile(folder / name):', 'elif not name:'),
+    (
+      'd_cai_rows',
+      '  except Exception as error:  # of parsers, for a file',
+      '  except ImportError as error:  #',
+    ),
+    (
+      'd_cai',
+      "    if name not in expected:\n      fault = 'does not belong to it'\n    elif",
+      '    if',
+    ),
+    (
+      'd_cai_rows',
+      "    except Exception as error:  # as above\n      raise damaged(self.folder, f'row",
+      "    except ImportError as error:\n      raise damaged(self.folder, f'row",
+    ),
+    ('d_cai', 'if actual.get(name) != kind)', 'if not kind)'),
   )
 ]

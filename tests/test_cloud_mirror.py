@@ -1,5 +1,6 @@
 """A folder and its store stay equal, and the store is whole at every moment."""
 
+import errno
 import os
 import shutil
 import time
@@ -567,6 +568,62 @@ def test_a_run_survives_a_store_that_is_away(store, tmp_path, quick, capsys):
   keeper.close(completed=True)
   said = capsys.readouterr().err.splitlines()
   assert len(said) == 2 and 'The run continues in' in said[0] and 'reached again' in said[1]
+
+
+def test_a_full_disk_is_not_reported_as_a_store_that_is_away(
+  store, tmp_path, quick, capsys, monkeypatch
+):
+  keeper = Keeper(start(store, tmp_path), store.url)
+
+  def fail(self, *_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(Mirror, '_now', fail)
+  monkeypatch.setattr(Mirror, 'mark_unwritten', fail)
+  said = []
+  wait_for(lambda: said.append(capsys.readouterr().err) or any(said))
+  assert f'{tmp_path} cannot be used: No space left' in ''.join(said)
+  monkeypatch.undo()
+  keeper.close(completed=True)
+
+
+def test_a_file_that_disappears_during_a_push_is_no_error(store, tmp_path, monkeypatch):
+  mirror = start(store, tmp_path)
+  write(tmp_path, {'metrics.jsonl': b'1\n', 'a': b'1'})
+  mirror.push()
+  append(tmp_path / 'metrics.jsonl', b'2\n')
+  scanned = scan(tmp_path)
+  (tmp_path / 'metrics.jsonl').unlink()
+  monkeypatch.setattr(mirrors, 'scan', lambda folder: scanned)
+  assert not mirror.push()
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_a_look_lists_again_when_a_job_joins_parts_meanwhile(store, tmp_path, times):
+  mirror, left = start(store, tmp_path / 'one'), [times]
+  path = tmp_path / 'one' / 'turns.jsonl'
+  write(tmp_path / 'one', {'turns.jsonl': b'x' * 999 + b'\n'})
+  mirror.push()
+  append(path, b'1\n')
+  mirror.push()
+  get_file = store.fs.get_file
+
+  def join_meanwhile(name, target, **options):
+    get_file(name, target, **options)
+    if left[0]:
+      left[0] -= 1
+      mirror.push(still=True, join=True)
+      append(path, b'2\n')
+      mirror.push(still=True)
+
+  store.fs.get_file = join_meanwhile
+  look = Mirror(store, tmp_path / 'two', '')
+  if times == 1:
+    look.fetch()
+    assert read(tmp_path / 'two') == read(tmp_path / 'one')
+  else:
+    with pytest.raises(UserError, match='changed while it was fetched'):
+      look.fetch()
 
 
 def test_a_run_whose_store_stays_away_ends_with_an_error(store, tmp_path, quick, capsys):

@@ -98,6 +98,16 @@ def scan(folder: pathlib.Path) -> dict[str, os.stat_result]:
   return found
 
 
+def times(stat: os.stat_result) -> tuple[int, int]:
+  """Return the size of a file and its time, which change when it is written."""
+  return stat.st_size, stat.st_mtime_ns
+
+
+def is_same(stat: os.stat_result, state: FileState | None) -> bool:
+  """Return whether a file is as it was; an object that changed in the store has another version."""
+  return state is not None and times(stat) == (state.size, state.mtime_ns)
+
+
 def is_left_out(name: str) -> bool:
   """Return whether a file stays where it is, because a part of its name is hidden or unfinished."""
   return any(part.startswith('.') or _UNFINISHED_STEP in part for part in name.split('/'))

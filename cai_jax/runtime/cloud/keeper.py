@@ -1,5 +1,9 @@
 """Pushes a mirror while a run works, and waits for a store that is away for a time."""
 
+import contextlib
+import errno
+import os
+import pathlib
 import sys
 import threading
 import time
@@ -7,11 +11,14 @@ import time
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.store import explain
 from cai_jax.runtime.errors import StoppedError, UserError
+from cai_jax.runtime.files import describe_fault
 from cai_jax.runtime.terminal import say
 
 PERIOD_SECONDS = 5.0  # from the start of one push to the start of the next, if it is shorter
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts while the store is away
 LAST_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between attempts at the end of a run
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk; such errors name no file
 
 
 class Keeper:
@@ -60,7 +67,7 @@ class Keeper:
     if error is not None:
       raise StoppedError(
         f'The results of this run could not be written to {self._url}, but they are in '
-        f'{self._mirror.folder}. {explain(self._url, error)} Then start the same command again on '
+        f'{self._mirror.folder}. {self._explain(error)} Then start the same command again on '
         'this machine.'
       ) from error
 
@@ -76,19 +83,29 @@ class Keeper:
       wait = max(wait - (time.monotonic() - start), 0.0)
 
   def _try(self, still: bool = False, join: bool = False) -> Exception | None:
-    """Push once, and return the error if the store is away."""
+    """Push once, and return the error if the store is away, or the local disk cannot be used."""
     try:
       self._mirror.push(still, join)
     except UserError:
       raise
     except Exception as error:  # every library has its own exceptions
-      self._mirror.mark_unwritten()
+      with contextlib.suppress(OSError):  # the disk may be full
+        self._mirror.mark_unwritten()
       if not self._failures:
         text = f'The run continues in {self._mirror.folder}, and tries again.'
-        say(f'{explain(self._url, error)} {text}', file=sys.stderr)
+        say(f'{self._explain(error)} {text}', file=sys.stderr)
       self._failures += 1
       return error
     if self._failures:
       say(f'{self._url} can be reached again and has all files.', file=sys.stderr)
     self._failures = 0
     return None
+
+  def _explain(self, error: Exception) -> str:
+    """Return what is wrong, with the local folder or else with the store, and what to do."""
+    if isinstance(error, OSError):
+      file = error.filename if isinstance(error.filename, str | os.PathLike) else ''
+      is_here = file and pathlib.Path(file).is_relative_to(self._mirror.folder)
+      if is_here or error.errno in _FULL:
+        return describe_fault(error, file or self._mirror.folder) or explain(self._url, error)
+    return explain(self._url, error)

@@ -25,12 +25,14 @@ from cai_jax.runtime.cloud.index import (
   is_claim,
   is_left_out,
   is_record,
+  is_same,
   parse_index,
   scan,
   step_folder,
+  times,
   unfinished,
 )
-from cai_jax.runtime.cloud.parts import PARTS, Range, part_name
+from cai_jax.runtime.cloud.parts import PARTS, Range, part_name, read_range
 from cai_jax.runtime.cloud.store import Entry, Store
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import make_folder, replacing
@@ -82,7 +84,7 @@ class Mirror:
     if (self.folder / INDEX).exists():
       local = parse_index((self.folder / INDEX).read_bytes(), self.folder / INDEX)
     here = scan(self.folder)
-    kept = {name for name, stat in here.items() if not _is_same(stat, local.files.get(name))}
+    kept = {name for name, stat in here.items() if not is_same(stat, local.files.get(name))}
     if local.job != remote.job:
       # The local index keeps the id of its job until all is fetched. So if this pull is cut short,
       # the next one does not take what is here for work of this job either.
@@ -93,7 +95,7 @@ class Mirror:
     same = {
       name
       for name, stat in here.items()
-      if _is_same(stat, local.files.get(name)) and local.files[name] == self._known.get(name)
+      if is_same(stat, local.files.get(name)) and local.files[name] == self._known.get(name)
     }
     wanted = self._known.keys() - kept - same
     for name in here.keys() - self._known.keys() - kept:  # deleted in the store
@@ -109,9 +111,25 @@ class Mirror:
     return len(wanted)
 
   def fetch(self) -> None:
-    """Fetch everything that the store has to an empty folder, and write nothing to the store."""
-    self._learn(*self._list())
-    self._each(self._fetch, [*self._known])
+    """Fetch everything that the store has to an empty folder, and write nothing to the store.
+
+    Raises:
+      UserError: if a job deletes objects meanwhile, also at the second attempt.
+    """
+    for _ in range(2):
+      self._known.clear()
+      self._learn(*self._list())
+      for name in scan(self.folder).keys() - self._known.keys():  # deleted since the first attempt
+        (self.folder / name).unlink()
+      try:
+        self._each(self._fetch, [*self._known])
+        return
+      except FileNotFoundError:  # such as a part that a running job has joined
+        continue
+    raise UserError(
+      f'{self._store.url} changed while it was fetched, because a job is writing to it. Try again '
+      'in some seconds.'
+    )
 
   def _list(self) -> tuple[dict[str, Entry], Index]:
     """Return all objects of the store, and its index.
@@ -199,7 +217,7 @@ class Mirror:
         if not is_claim(name)
         and (is_record(name) or stat.st_mtime_ns < moment)
         and self._has_marker(name, claims)
-        and not _is_same(stat, self._known.get(name))
+        and not is_same(stat, self._known.get(name))
       }
       if join:
         changed |= {name for name, p in self._pieces.items() if len(p) > 1 and name in here}
@@ -241,12 +259,12 @@ class Mirror:
     """
     claims = {}
     for name, stat in scan(self.folder).items():
-      is_new = stat.st_mtime_ns < moment and not _is_same(stat, self._known.get(name))
+      is_new = stat.st_mtime_ns < moment and not is_same(stat, self._known.get(name))
       if is_claim(name) and is_new:
         try:
           with open(self.folder / name, 'rb') as file:
             now = os.fstat(file.fileno())
-            if (now.st_ino, *_times(now)) == (stat.st_ino, *_times(stat)):  # not replaced since
+            if (now.st_ino, *times(now)) == (stat.st_ino, *times(stat)):  # not replaced since
               claims[name] = file.read(), stat
         except FileNotFoundError:  # deleted since
           continue
@@ -255,14 +273,14 @@ class Mirror:
   def _send(self, here: Mapping[str, os.stat_result], join: bool, name: str) -> bool:
     """Write a file to the store: what it has grown by, or all of it."""
     stat = here[name]
-    if not join and self._has_grown(name, stat):
-      is_sent = False
-      while self._send_growth(name, stat):
-        is_sent = True
-      return is_sent
     try:
+      if not join and self._has_grown(name, stat):
+        is_sent = False
+        while self._send_growth(name, stat):
+          is_sent = True
+        return is_sent
       if name.endswith('.jsonl') and not join and 0 < stat.st_size <= parts.LARGEST:
-        content = _read(self.folder / name, (0, stat.st_size))
+        content = read_range(self.folder / name, (0, stat.st_size))
         content = content[: content.rfind(b'\n') + 1]
         if not content:
           return False
@@ -284,18 +302,18 @@ class Mirror:
     known = self._known[name].size
     if inode != stat.st_ino or not known or stat.st_size <= known:
       return False
-    return _read(self.folder / name, (known - len(end), known)) == end
+    return read_range(self.folder / name, (known - len(end), known)) == end
 
   def _send_growth(self, name: str, stat: os.stat_result) -> bool:
     """Write complete lines that were appended to a file, and return whether there were any."""
     path, known = self.folder / name, self._known[name]
     end = min(stat.st_size, known.size + parts.LARGEST)
-    lines = _read(path, (known.size, end)).rpartition(b'\n')[0]
+    lines = read_range(path, (known.size, end)).rpartition(b'\n')[0]
     if not lines:
       return False
     new = known.size, known.size + len(lines) + 1
     kept, piece = parts.merge(self._pieces[name], new)
-    content = _read(path, piece)
+    content = read_range(path, piece)
     if not kept:
       self._note(name, stat, self._store.write(name, content))
       return True
@@ -379,20 +397,3 @@ class Mirror:
   def _write_local(self, index: Index) -> None:
     with replacing(self.folder / INDEX) as temporary:
       temporary.write_bytes(index.to_bytes())
-
-
-def _times(stat: os.stat_result) -> tuple[int, int]:
-  """Return the size of a file and its time, which change when it is written."""
-  return stat.st_size, stat.st_mtime_ns
-
-
-def _is_same(stat: os.stat_result, state: FileState | None) -> bool:
-  """Return whether a file is as it was; an object that changed in the store has another version."""
-  return state is not None and _times(stat) == (state.size, state.mtime_ns)
-
-
-def _read(path: pathlib.Path, part: Range) -> bytes:
-  """Return a part of a file."""
-  with open(path, 'rb') as file:
-    file.seek(part[0])
-    return file.read(part[1] - part[0])

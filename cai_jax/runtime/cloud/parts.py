@@ -4,6 +4,7 @@ A part is an object of its own whose name has the version of the first object an
 holds. So parts that belong to an older first object are never read with a newer one.
 """
 
+import pathlib
 import re
 from collections.abc import Iterable
 
@@ -35,6 +36,13 @@ def group_parts(names: Iterable[str]) -> dict[tuple[str, str], list[Range]]:
     if match := _NAME.fullmatch(name):
       groups.setdefault((match[1], match[2]), []).append((int(match[3]), int(match[4])))
   return groups
+
+
+def read_range(path: pathlib.Path, part: Range) -> bytes:
+  """Return a part of a local file."""
+  with open(path, 'rb') as file:
+    file.seek(part[0])
+    return file.read(part[1] - part[0])
 
 
 def follow(size: int, parts: Iterable[Range]) -> list[Range]:

@@ -1,11 +1,14 @@
 """Files of examples: made once, by any number of workers, and made again if anything changes."""
 
+import errno
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from cai_jax.data import d_cai, part_files
@@ -15,7 +18,8 @@ from cai_jax.data.fingerprints import fingerprint
 from cai_jax.data.part_files import delete_parts
 from cai_jax.dialogue import Dialogue
 from cai_jax.dialogue.plain import LABELS
-from cai_jax.runtime.errors import UserError
+from cai_jax.runtime import processes
+from cai_jax.runtime.errors import StoppedError, UserError
 from tests.test_d_cai import make_row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,6 +107,32 @@ def test_very_many_rows_make_larger_parts(rows, dialogue, tmp_path, monkeypatch)
   assert len(names(tmp_path)) == 2 and fingerprint(built.examples) == expected
 
 
+def test_all_processes_fail_together_if_one_cannot_map(rows, dialogue, tmp_path, monkeypatch):
+  together = []
+
+  def run(name, work):
+    together.append(name)
+    result = work()
+    together.append('done')
+    return result
+
+  def fail(path):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+  monkeypatch.setattr(processes, 'run_on_all_processes', run)
+  monkeypatch.setattr(part_files, 'map_part', fail)
+  with pytest.raises(StoppedError, match=re.escape(str(tmp_path))):
+    build_examples(rows, dialogue, folder=tmp_path)
+  assert together[-3:] == ['prepare the examples', 'done', 'map the examples']
+
+
+def test_a_process_with_another_digest_is_told(rows, dialogue, tmp_path, monkeypatch):
+  monkeypatch.setattr(part_files, '_clear', lambda own: None)  # process 0 has another one
+  with pytest.raises(StoppedError, match='is missing. All processes must'):
+    build_examples(rows, dialogue, folder=tmp_path)
+  assert not names(tmp_path)
+
+
 def test_a_container_limits_the_workers(tmp_path, monkeypatch):
   limit = tmp_path / 'cpu.max'
   monkeypatch.setattr(part_files, '_CPU_LIMIT', limit)
@@ -127,7 +157,10 @@ def test_a_plugin_that_fails_in_a_worker_is_named(rows, monkeypatch):
   monkeypatch.setattr(part_files.signal, 'signal', lambda *_: None)
   monkeypatch.setattr(part_files.multiprocessing, 'parent_process', lambda: True)
   monkeypatch.setattr(part_files.threading.Thread, 'start', lambda self: None)
+  updates = []
+  monkeypatch.setattr(jax.config, 'update', lambda *update: updates.append(update))
   part_files._start_worker(rows, None, ('plugin.py',))
+  assert updates == [('jax_platforms', 'cpu')]
   with pytest.raises(UserError, match='plugin.py cannot be loaded'):
     part_files._work(0, 1, pathlib.Path('unused'))
 

@@ -36,6 +36,13 @@ def test_comparisons_are_counted_by_their_source(fields, units, random_model, tm
   assert sizes['policy'].reference_bytes == units * REFERENCE_BYTES
 
 
+def test_judged_responses_take_more_memory_while_they_are_made(random_model, tmp_path):
+  fields = {'prefer__data': 'every_pair', 'prefer__objective': 'kto'}
+  _, sizes = measure(random_model, tmp_path, **fields)
+  # Measured: 2,370 bytes for a response of 153 tokens.
+  assert sizes['policy'].host_bytes(153) / 60 == pytest.approx(2370, rel=0.3)
+
+
 def test_a_file_counts_with_what_is_left_of_it(random_model, tmp_path):
   rows = [{'prompt': f'Why {i}?', 'chosen': 'Yes.', 'rejected': 'No.'} for i in range(4)]
   path = tmp_path / 'pairs.jsonl'

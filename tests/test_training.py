@@ -216,7 +216,10 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
     for i in range(20)
   ]
   config = dataclasses.replace(CONFIG, epochs=8, max_length=64, batch_size=4, dtype='bfloat16')
+  kept = tmp_path / 'examples/0123456789abcdef'  # rows in memory make no files, and delete none
+  kept.mkdir(parents=True)
   trained, summary = fine_tune(lm, rows, Dialogue(tiny_tokenizer), config, tmp_path)
+  assert kept.exists()
   assert summary['kept'] == 19 and summary['dropped'] == {'no_revision': 1}
   losses = [row['loss'] for row in read_rows(tmp_path)]
   assert losses[-1] < 0.6 * losses[0]

@@ -1,5 +1,6 @@
 """D_CAI on disk: what is written is what is read."""
 
+import json
 import pickle
 
 import numpy as np
@@ -78,6 +79,9 @@ def test_rows_are_those_that_tfds_decodes(tmp_path):
   source = tfds.builder_from_directory(tmp_path).as_data_source('train')
   assert list(rows) == [to_plain(row) for row in source] == written
   assert rows[0]['rounds'][0]['revised'] is True
+  # The order of keys too, because files are written from rows.
+  assert json.dumps(list(rows)) == json.dumps([to_plain(row) for row in source])
+  assert list(rows[0]) == sorted(rows[0]) and list(rows[0]['prompt'][0]) == ['content', 'role']
   some = [{'id': row['id'], 'prompt': row['prompt']} for row in written]
   assert list(rows.iterate(('id', 'prompt'))) == some
   assert list(pickle.loads(pickle.dumps(rows))) == written

@@ -35,7 +35,9 @@ def make_decoder(
   if names:
     features = tfds.features.FeaturesDict({name: features[name] for name in names})
   paths = {path.replace('.', '/'): x for path, x in flatten(features.get_tensor_info()).items()}
-  fields = [(path, _make_reader(info)) for path, info in paths.items()]
+  # TFDS sorts keys too. The order of `features` is by chance, and files would differ by it.
+  order = sorted(paths, key=lambda path: path.split('/'))
+  fields = [(path, _make_reader(paths[path])) for path in order]
   return functools.partial(_decode, fields)
 
 

@@ -18,7 +18,7 @@ def escape(text: str) -> str:
 
 
 def code(value: Any) -> str:
-  """Return a value as a code span, which may stand in a table.
+  """Return a value as inline code that also works in a table.
 
   Args:
     value: any value; blank text and anything but a str is shown as `repr` shows it.

@@ -30,7 +30,7 @@ class Workdir:
 
   Attributes:
     folder: the local folder.
-    store: the store that it stands for; None for a folder that was given as a path.
+    store: the store with the same files; None for a folder that was given as a path.
   """
 
   folder: str
@@ -157,7 +157,7 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
 
 
 def scratch_folder(url: str) -> pathlib.Path:
-  """Return the local folder that stands for a URL: below CAI_JAX_SCRATCH, or the user's cache.
+  """Return the local folder of a URL, which is below CAI_JAX_SCRATCH or in the user's cache.
 
   Its name is the last part of the URL, because a report shows the name of its folder. Characters
   other than letters, digits and _.=+- become underscores.

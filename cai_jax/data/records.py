@@ -7,7 +7,7 @@ reads from the protocol buffer in a tenth of that time, with the same result.
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -37,8 +37,22 @@ def make_decoder(
   paths = {path.replace('.', '/'): x for path, x in flatten(features.get_tensor_info()).items()}
   # TFDS sorts keys too. The order of `features` is by chance, and files would differ by it.
   order = sorted(paths, key=lambda path: path.split('/'))
-  fields = [(path, _make_reader(paths[path])) for path in order]
+  fields = [_Field(path, *_split(path), _make_reader(paths[path])) for path in order]
   return functools.partial(_decode, fields)
+
+
+class _Field(NamedTuple):
+  """A field of a record: its path there, its place in the row, and how to read it."""
+
+  path: str
+  parents: Sequence[str]
+  name: str
+  read: Callable[[Any], Any]
+
+
+def _split(path: str) -> tuple[Sequence[str], str]:
+  *parents, name = path.split('/')
+  return parents, name
 
 
 def _is_simple(feature: Any, depth: int = 0) -> bool:
@@ -67,14 +81,13 @@ def _make_reader(info: tfds.features.TensorInfo) -> Callable[[Any], Any]:
   return read_all if info.shape else read_one
 
 
-def _decode(fields: Sequence[tuple[str, Callable[[Any], Any]]], record: bytes) -> dict[str, Any]:
+def _decode(fields: Sequence[_Field], record: bytes) -> dict[str, Any]:
   """Return the fields of a record; see `make_decoder`."""
   stored = tf_example_pb2.Example.FromString(record).features.feature
   row: dict[str, Any] = {}
-  for path, read in fields:
+  for path, parents, name, read in fields:
     if path not in stored:  # a look-up would add it
       raise KeyError(path)
-    *parents, name = path.split('/')
     node = row
     for parent in parents:
       node = node.setdefault(parent, {})

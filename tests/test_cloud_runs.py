@@ -1,4 +1,4 @@
-"""A run on an object store, killed three times on machines that are lost, ends as a local one.
+"""Runs and experiments on an object store, killed on machines that are lost, end as local ones.
 
 A server of the store's protocol runs as a process of its own, and the run's programs reach it as
 they would reach Amazon or Google.
@@ -160,3 +160,86 @@ def test_a_run_that_is_killed_three_times_ends_as_a_local_one(bucket, tmp_path, 
   assert sorted({*remote[JOURNAL].splitlines()}) == sorted({*local[JOURNAL].splitlines()})
   print('names that differ:', sorted(differing))
   print('equal:', len(fixed(local)) - len(differing))
+
+
+LAB = """
+from cai_jax.experiment import Arm, Experiment
+
+
+def get_experiment():
+  limits = {'harmful': 16, 'helpful': 8, 'eval_harmful': 6, 'eval_helpful': 4}
+  return Experiment(
+    {'first': Arm({}, 'aligned'), 'second': Arm({}, 'aligned', start='first')},
+    reference='first',
+    overrides={f'prompts.{name}.limit': limit for name, limit in limits.items()}
+    | {'feedback.rounds': 1, 'train.epochs': 1, 'engine.slots': 8},
+    seeds=(0,),
+  )
+"""
+
+
+def launch_lab(file, workdir):
+  """Return the command of an experiment."""
+  names = f'--experiment={file}', f'--workdir={workdir}'
+  return [sys.executable, '-m', 'cai_jax.experiment', *names]
+
+
+def without_times(results):
+  """Results without what depends on the time, and on how often the experiment was started."""
+  costs = [
+    {k: v for k, v in row.items() if k not in ('seconds', 'peak_memory_bytes', 'reused_turns')}
+    for row in results['costs']
+  ]
+  return results | {'costs': costs}
+
+
+@pytest.mark.parametrize('bucket', ['s3'], indirect=True)
+def test_an_experiment_continues_on_a_machine_with_another_folder(bucket, tmp_path, monkeypatch):
+  """It is killed while a run trains that starts from the model of another run."""
+  url, file = f'{bucket}/lab', tmp_path / 'chain.py'
+  file.write_text(f'"""Does it continue?"""\n{LAB}')
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'one'))
+  start = functools.partial(
+    subprocess.Popen, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''}, stdout=subprocess.PIPE
+  )
+  store, process = open_store(url), start(launch_lab(file, url))
+  lines = iter(process.stdout.readline, b'')
+  assert any(line.startswith(b'[2/2]') for line in lines)
+  assert any(line.startswith(b'train ...') for line in lines)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  shutil.rmtree(tmp_path / 'one')  # the machine is lost
+  names = [name for name in store.list('runs') if name.endswith('/manifest.json')]
+  stages = [json.loads(store.read(name))['stages'] for name in names]
+  first, second = sorted(stages, key=len, reverse=True)
+  model = second['generate']['settings']['model']['base']
+  assert model.startswith(f'{url}/runs/') and model.removeprefix(f'{url}/') + '/config.json' in (
+    store.list('runs')
+  )
+  assert 'finished' in first['report'] and 'finished' not in second.get('train', {})
+
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'two'))
+  again = subprocess.run(
+    launch_lab(file, url),
+    cwd=ROOT,
+    env=os.environ | {'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert again.stdout.splitlines()[-1] == f'report: {url}/chain/report.html'
+  assert again.stdout.count('generate: done before') == 2
+  assert str(scratch_folder(url)) not in again.stdout.partition('\n')[2]  # but where it works
+  local = tmp_path / 'local' / 'lab'
+  assert start(launch_lab(file, local)).communicate() and (local / 'chain').is_dir()
+  results = [
+    json.loads(content)
+    for content in (store.read('chain/results.json'), (local / 'chain/results.json').read_bytes())
+  ]
+  assert without_times(results[0]) == without_times(results[1])
+  remote = {n: store.read(n) for n in store.list() if not n.startswith('.cai_jax/')}
+  here = {n for n, content in remote.items() if str(tmp_path).encode() in content}
+  assert all(re.search(r'/checkpoints/|/digests\.json$', name) for name in here)
+  for name in scan(local):  # texts and models, byte for byte
+    if name.endswith('.safetensors') or 'array_record' in name:
+      assert remote[name] == (local / name).read_bytes()

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -23,7 +24,10 @@ FEWEST_PROMPTS = 2  # that draw a principle, with each seed
 
 
 def plan_runs(
-  experiment: Experiment, config: ConfigDict, workdir: pathlib.Path
+  experiment: Experiment,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  name_model: Callable[[str], str] = str,
 ) -> dict[pathlib.Path, tuple[Run, tuple[str, ...]]]:
   """Build and check every distinct run of an experiment.
 
@@ -31,6 +35,8 @@ def plan_runs(
     experiment: the arms and seeds.
     config: the base config.
     workdir: folder of the experiment.
+    name_model: returns the name that runs record of a model in `workdir`, from its path. A workdir
+      with a URL has another path on each machine, but the URL stays.
 
   Returns:
     Folder → the run and the stages that its arms need, seed by seed.
@@ -48,7 +54,10 @@ def plan_runs(
       if folder not in runs:
         settings = define.override_config(config, experiment.settings(arm, seed, config))
         parent = runs[folders[start][seed]][0] if start else None
-        runs[folder] = _build(settings, folder, workdir, starts.get(folder), parent), ()
+        run = _build(settings, folder, workdir, starts.get(folder), parent)
+        if folder in starts:
+          run = _rename_base(run, name_model(str(starts[folder])))
+        runs[folder] = run, ()
       run, stages = runs[folder]
       runs[folder] = run, max(stages, _arm_stages(experiment.arms[arm], run), key=len)
       _check_principle(experiment.arms[arm], run, draws)
@@ -81,16 +90,23 @@ def _build(
     start: folder of the model that the run starts from; None is the config's.
     parent: the run that trains that model.
   """
-  journal = workdir / 'journal'
-  if start is None or parent is None:
-    return pipeline.build(config, folder, journal=journal)
-  if Manifest(start.parent, writes=False).done('train'):
-    config = define.override_config(config, {'model.base': str(start)})
-    return pipeline.build(config, folder, journal=journal)
-  stand_in = define.override_config(config, {'model.base': parent.training_start})
-  run = pipeline.build(stand_in, folder, journal=journal)
-  model = {**run.values['model'], 'base': str(start)}  # so that its turns are not the stand-in's
-  return dataclasses.replace(run, values={**run.values, 'model': model})
+  if start is not None and parent is not None:
+    exists = Manifest(start.parent, writes=False).done('train')
+    base = str(start) if exists else parent.training_start
+    config = define.override_config(config, {'model.base': base})
+  return pipeline.build(config, folder, journal=workdir / 'journal')
+
+
+def _rename_base(run: Run, name: str) -> Run:
+  """Return a run that records another name of its M_θ, by which its turns are counted.
+
+  Args:
+    run: the run; its model may be a stand-in.
+    name: the name.
+  """
+  return dataclasses.replace(
+    run, values={**run.values, 'model': {**run.values['model'], 'base': name}}
+  )
 
 
 def _arm_stages(arm: define.Arm, run: Run) -> tuple[str, ...]:

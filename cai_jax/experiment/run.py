@@ -6,10 +6,15 @@ Runs are stored in WORKDIR/runs, in folders named after their settings, and all 
 WORKDIR/journal. Arms and experiments in the same workdir therefore share turns and runs: a finished
 run is not repeated, and an interrupted one continues. Results are written to WORKDIR/NAME:
 results.json, report.html, and each figure as an SVG and a PDF file.
+
+WORKDIR may be the URL of a folder in a store, such as s3://bucket/lab. The experiment then works in
+a local folder, and what changes there is in the store within seconds. Start the same command on any
+machine to continue.
 """
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -28,7 +33,7 @@ from cai_jax.pipeline import Run
 from cai_jax.pipeline.space import check_space
 from cai_jax.report import experiment_table, write_experiment, write_figures
 from cai_jax.runtime import lock
-from cai_jax.runtime.cloud.workdir import refuse_url
+from cai_jax.runtime.cloud.workdir import Workdir, resolve_workdir
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, make_folder, write_json
 from cai_jax.runtime.manifest import Manifest
@@ -44,14 +49,15 @@ def run_experiment(spec: str, workdir: str | os.PathLike, options: argparse.Name
 
   Args:
     spec: the experiment's file; see `load_experiment`.
-    workdir: folder of the experiment; several experiments may share it.
+    workdir: folder of the experiment, or its URL; several experiments may share it.
     options: `arms`, `seeds`, `shared_model`, `config` and `dry_run` of the command line.
 
   Raises:
-    UserError: if an experiment, arm or field does not exist, or a run cannot be built.
+    UserError: if an experiment, arm or field does not exist, a run cannot be built, or the URL
+      cannot be used.
   """
-  refuse_url(workdir, 'An experiment')
-  workdir = pathlib.Path(os.path.realpath(os.path.expanduser(workdir)))
+  place = resolve_workdir(os.fspath(workdir))
+  place = dataclasses.replace(place, folder=os.path.realpath(os.path.expanduser(place.folder)))
   name, docstring, experiment = define.load_experiment(spec, options.config or '')
   if options.arms:
     experiment = experiment.select(options.arms)
@@ -60,23 +66,29 @@ def run_experiment(spec: str, workdir: str | os.PathLike, options: argparse.Name
   if options.seeds:
     experiment = dataclasses.replace(experiment, seeds=tuple(options.seeds))
   config = define.load_config(experiment.base)
-  runs: Plan = plan_runs(experiment, config, workdir)
+  plan = functools.partial(plan_runs, experiment, config)
   if options.dry_run:
-    say(estimate.describe(name, runs, estimate.SampledTurns(workdir)))
-    say(_describe_power(experiment, next(iter(runs.values()))[0]))
+    with place.look() as folder:
+      runs = plan(folder, dataclasses.replace(place, folder=str(folder)).show)
+      say(estimate.describe(name, runs, estimate.SampledTurns(folder)))
+      say(_describe_power(experiment, next(iter(runs.values()))[0]))
     return
-  check_workdir(workdir)
-  _check_diversity(experiment, next(iter(runs.values()))[0])
-  with lock.hold(workdir):
-    folders = collect.run_folders(experiment, workdir / 'runs', config)
-    starts = collect.start_models(experiment, folders)
-    runs, totals = _run_all(runs, workdir, starts, lambda: plan_runs(experiment, config, workdir))
-    _write_results(name, docstring, experiment, config, runs, workdir)
-    say(
-      f'{totals["runs"]} of {len(runs)} runs had work left: {totals["turns"]:,} turns sampled, '
-      f'{totals["reused_turns"]:,} taken from the journal, {totals["seconds"] / 60:.1f} minutes\n'
-      f'report: {workdir / name / "report.html"}'
-    )
+  with place.open() as stage_ended:
+    folder = pathlib.Path(place.folder)
+    runs = plan(folder, place.show)
+    check_workdir(folder)
+    _check_diversity(experiment, next(iter(runs.values()))[0])
+    with lock.hold(folder):
+      folders = collect.run_folders(experiment, folder / 'runs', config)
+      starts = collect.start_models(experiment, folders)
+      again = functools.partial(plan, folder, place.show)
+      runs, totals = _run_all(runs, place, starts, again, stage_ended)
+      _write_results(name, docstring, experiment, config, runs, folder)
+      say(
+        f'{totals["runs"]} of {len(runs)} runs had work left: {totals["turns"]:,} turns sampled, '
+        f'{totals["reused_turns"]:,} taken from the journal, {totals["seconds"] / 60:.1f} minutes\n'
+        f'report: {place.show(str(folder / name / "report.html"))}'
+      )
 
 
 def _describe_power(experiment: Experiment, run: Run) -> str:
@@ -93,17 +105,19 @@ def _describe_power(experiment: Experiment, run: Run) -> str:
 
 def _run_all(
   runs: Plan,
-  workdir: pathlib.Path,
+  place: Workdir,
   starts: Mapping[pathlib.Path, pathlib.Path],
   plan: Callable[[], Plan],
+  stage_ended: Callable[[], None],
 ) -> tuple[Plan, dict[str, float]]:
   """Run all planned runs.
 
   Args:
     runs: the runs.
-    workdir: folder of the experiment.
+    place: where the experiment works.
     starts: the model of each run that starts from one that another run trains.
     plan: plans the runs again, when such a model exists.
+    stage_ended: called after each stage of a run.
 
   Returns:
     The runs, and the total costs of the stages that were not done before.
@@ -111,7 +125,7 @@ def _run_all(
   for folder, (run, stages) in runs.items():
     if not all(Manifest(folder, writes=False).done(stage) for stage in stages):
       pipeline.check_run(run, stages)
-  sampled = estimate.SampledTurns(workdir)
+  sampled = estimate.SampledTurns(pathlib.Path(place.folder))
   check_space(estimate.estimate_disk(runs, sampled))
   totals: dict[str, float] = dict.fromkeys(('runs', 'turns', 'reused_turns', 'seconds'), 0)
   for number, folder in enumerate(runs, 1):
@@ -120,7 +134,7 @@ def _run_all(
     run, stages = runs[folder]
     say(f'[{number}/{len(runs)}] {folder.name}')
     done = [stage for stage in stages if Manifest(folder, writes=False).done(stage)]
-    pipeline.run_stages(run, stages)
+    pipeline.run_stages(run, stages, lambda text: say(place.show(text)), stage_ended)
     sampled.add(estimate.count_turns(run, stages))
     costs = collect.stage_costs(folder, run.config.seed, stages)
     costs = [row for row in costs if row['stage'] not in done]
@@ -222,7 +236,9 @@ def main() -> None:
   parser.add_argument(
     '--experiment', required=True, help='Python file, optionally followed by :TEXT for it'
   )
-  parser.add_argument('--workdir', required=True, help='folder for all results')
+  parser.add_argument(
+    '--workdir', required=True, help='folder for all results, or its URL in a store'
+  )
   parser.add_argument(
     '--arms', type=lambda text: text.split(','), help='arms to run, separated by commas'
   )

@@ -19,6 +19,8 @@ STEP_MARKER = '_CHECKPOINT_METADATA'
 _STEP = re.compile(r'(?:^|.*/)checkpoints/\d+(?=/)')
 _UNFINISHED_STEP = '.orbax-checkpoint-tmp'
 
+_RUN = re.compile(r'runs/[^/]+/')  # the folder of a run in that of an experiment
+
 
 class FileState(NamedTuple):
   """A file as it was when folder and store had it in common.
@@ -118,7 +120,7 @@ def is_record(name: str) -> bool:
 
   These are the journal and the logs, and the costs of a shard, which are written before the shard.
   """
-  return name.endswith('.jsonl') or name.startswith('costs/')
+  return name.endswith('.jsonl') or _name_in_run(name).startswith('costs/')
 
 
 def is_claim(name: str) -> bool:
@@ -129,9 +131,29 @@ def is_claim(name: str) -> bool:
   return name.endswith(('.json', STEP_MARKER)) and not is_record(name)
 
 
-def claim_order(name: str) -> tuple[bool, bool, int, str]:
-  """Return a key that sorts claims as they are written: those last that say most."""
-  return name == 'manifest.json', name.endswith(STEP_MARKER), -name.count('/'), name
+def claim_order(name: str, stat: os.stat_result | None = None) -> tuple[int, int, str]:
+  """Return a key that sorts claims as they are written: those last that say most.
+
+  These are the manifests of runs and the results of experiments. A run of an experiment may start
+  from a model that another run has trained, so manifests are written in the order of their times.
+
+  Args:
+    name: name of the file.
+    stat: the file, which has its time; None for one that is to be deleted.
+  """
+  depth = name.count('/')
+  if name.endswith(STEP_MARKER):
+    return 1, -depth, name
+  if _name_in_run(name) == 'manifest.json':
+    return 2, stat.st_mtime_ns if stat else 0, name
+  if depth == 1 and name.endswith('/results.json'):
+    return 3, 0, name
+  return 0, -depth, name
+
+
+def _name_in_run(name: str) -> str:
+  """Return the name of a file in the folder of its run, which may be one of an experiment."""
+  return _RUN.sub('', name, count=1) if _RUN.match(name) else name
 
 
 def step_folder(name: str) -> str:

@@ -226,7 +226,7 @@ class Mirror:
       moved = self._each(send, filter(is_record, changed))
       moved += self._each(send, itertools.filterfalse(is_record, changed))
       self._check()  # the files may have taken long
-      for name in sorted(claims.keys() - first, key=claim_order):
+      for name in sorted(claims.keys() - first, key=lambda n: claim_order(n, claims[n][1])):
         content, stat = claims[name]
         self._note(name, stat, self._store.write(name, content))
       self._delete([name for name in gone if name not in first])

@@ -15,6 +15,7 @@ import jax
 from cai_jax.runtime.cloud import lease
 from cai_jax.runtime.cloud.keeper import Keeper
 from cai_jax.runtime.cloud.mirror import Mirror
+from cai_jax.runtime.cloud.nesting import check_outer, find_outer
 from cai_jax.runtime.cloud.store import Store, check_writable, is_url, open_store
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import cache_folder
@@ -58,6 +59,7 @@ class Workdir:
       yield lambda: None
       return
     check_writable(self.store)
+    check_outer(self.store)
     with lease.hold(self.store) as held:
       mirror = Mirror(self.store, pathlib.Path(self.folder), held.job, held.check)
       with self.store.asking():
@@ -87,6 +89,7 @@ class Workdir:
       yield pathlib.Path(self.folder)
       return
     check_writable(self.store)
+    check_outer(self.store)
     with tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
       looked = Workdir(folder, self.store)
       with looked._shown_errors():
@@ -141,7 +144,9 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
     return
   store = open_store(workdir)
   check_writable(store)
-  with lease.hold(store) as held, tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
+  with store.asking():
+    outer = find_outer(store) or store  # a run of an experiment is locked together with that
+  with lease.hold(outer) as held, tempfile.TemporaryDirectory(prefix='cai_jax-') as folder:
     root, place = pathlib.Path(folder), Workdir(folder, store)
     with store.asking():
       for name in store.list(part):

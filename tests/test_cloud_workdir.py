@@ -14,7 +14,6 @@ import jax
 import pytest
 
 from cai_jax import pipeline
-from cai_jax.experiment.run import run_experiment
 from cai_jax.pipeline import import_results, rate
 from cai_jax.publishing import command as publishing
 from cai_jax.runtime import lock
@@ -254,9 +253,7 @@ def test_several_processes_are_refused(url, monkeypatch, several):
 
 
 def test_what_needs_a_path_refuses_a_url(url):
-  with pytest.raises(UserError, match=f'An experiment needs a local folder, and {url} is a URL'):
-    run_experiment('experiments/revisions.py', url, None)
-  with pytest.raises(UserError, match='publish needs a local folder'):
+  with pytest.raises(UserError, match=f'publish needs a local folder, and {url} is a URL'):
     publishing.run_command('publish', [url, '--repo=me/model'])
   with pytest.raises(UserError, match='A rating sheet needs a local folder'):
     rate.run_command('rate', ['export', 'runs/tiny', f'--out={url}'])

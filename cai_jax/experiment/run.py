@@ -66,6 +66,7 @@ def run_experiment(spec: str, workdir: str | os.PathLike, options: argparse.Name
   if options.seeds:
     experiment = dataclasses.replace(experiment, seeds=tuple(options.seeds))
   config = define.load_config(experiment.base)
+  runs: Plan
   plan = functools.partial(plan_runs, experiment, config)
   if options.dry_run:
     with place.look() as folder:

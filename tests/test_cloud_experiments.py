@@ -15,7 +15,7 @@ from cai_jax.pipeline import import_results
 from cai_jax.runtime.cloud import lease, workdir
 from cai_jax.runtime.cloud.index import claim_order, is_claim, is_record
 from cai_jax.runtime.cloud.mirror import Mirror
-from cai_jax.runtime.cloud.nesting import find_outer
+from cai_jax.runtime.cloud.nesting import check_outer, find_outer
 from cai_jax.runtime.cloud.store import Store, open_store
 from cai_jax.runtime.cloud.workdir import resolve_workdir
 from cai_jax.runtime.errors import UserError
@@ -95,11 +95,15 @@ def test_an_experiment_above_the_workdir_of_a_run_is_refused(url):
 
 
 def test_a_folder_that_may_not_be_read_is_no_workdir(url, monkeypatch):
+  errors = [OSError('Forbidden: x'), PermissionError(), TimeoutError('x'), FileNotFoundError()]
+
   def refuse(self, name):
-    raise PermissionError(name)
+    raise errors.pop()
 
   monkeypatch.setattr(Store, 'entry', refuse)
-  assert find_outer(open_store(url)) is None
+  with pytest.raises(UserError, match=f'{url} cannot be reached: TimeoutError'):
+    check_outer(open_store(url))
+  assert len(errors) == 2 and find_outer(open_store(url)) is None
 
 
 def test_numbers_are_imported_into_a_run_while_its_experiment_does_not_work(url, tmp_path):

@@ -255,6 +255,8 @@ def test_several_processes_are_refused(url, monkeypatch, several):
 def test_what_needs_a_path_refuses_a_url(url):
   with pytest.raises(UserError, match=f'publish needs a local folder, and {url} is a URL'):
     publishing.run_command('publish', [url, '--repo=me/model'])
+  with pytest.raises(UserError, match='publish --out needs a local folder'):
+    publishing.run_command('publish', ['runs/tiny', '--repo=me/model', f'--out={url}'])
   with pytest.raises(UserError, match='A rating sheet needs a local folder'):
     rate.run_command('rate', ['export', 'runs/tiny', f'--out={url}'])
   with pytest.raises(UserError, match='is built in Python needs a local folder'):

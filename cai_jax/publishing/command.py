@@ -52,6 +52,7 @@ def run_command(program: str, arguments: Sequence[str]) -> None:
   options = parser.parse_args(arguments)
   request = make_request(options.repo, options.license, options.language)
   refuse_url(options.run, 'publish')
+  refuse_url(options.out, 'publish --out')
   if options.out:
     folder = write_folder(options.run, options.what, request, options.out)
     say(f'Read {folder / "README.md"}. Without --out, the command uploads these files:')

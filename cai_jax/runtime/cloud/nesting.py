@@ -3,7 +3,7 @@
 import dataclasses
 
 from cai_jax.runtime.cloud.index import FOLDER, INDEX
-from cai_jax.runtime.cloud.store import Store
+from cai_jax.runtime.cloud.store import Store, is_forbidden
 from cai_jax.runtime.errors import UserError
 
 
@@ -14,6 +14,9 @@ def find_outer(store: Store) -> Store | None:
 
   Args:
     store: the store of the URL.
+
+  Raises:
+    Exception: what the filesystem raises if it cannot be reached.
   """
   url, root = store.url, store.root
   while True:
@@ -23,7 +26,9 @@ def find_outer(store: Store) -> Store | None:
     outer = dataclasses.replace(store, url=url, root=root)
     try:
       outer.entry(INDEX)
-    except (FileNotFoundError, PermissionError):
+    except Exception as error:  # every library has its own exceptions
+      if not isinstance(error, FileNotFoundError) and not is_forbidden(error):
+        raise
       continue
     return outer
 

@@ -287,12 +287,10 @@ def explain(url: str, error: BaseException) -> str:
   provider = PROVIDERS.get(scheme)
   login = provider.login if provider else 'Give credentials as the package of the store expects'
   text = ' '.join(str(error).split()) or type(error).__name__
-  words = f'{type(error).__name__} {text}'.lower()
+  words = _words(error)
   if re.search(r'credential|anonymous|unauthorized|401|invalid_grant|token has expired', words):
     return f'{url} cannot be used, because there are no valid credentials: {text}. {login}.'
-  if isinstance(error, PermissionError) or re.search(
-    r'forbidden|403|permission|access ?denied', words
-  ):
+  if is_forbidden(error):
     return (
       f'{url} cannot be used: permission denied ({text}). Ask for the right to list, read, write '
       f'and delete objects there, or use other credentials: {login[0].lower()}{login[1:]}.'
@@ -302,6 +300,21 @@ def explain(url: str, error: BaseException) -> str:
       f'{url} cannot be used: it does not exist ({text}). Create the bucket, or correct the URL.'
     )
   return f'{url} cannot be reached: {type(error).__name__}: {text}. Check the network and the URL.'
+
+
+def is_forbidden(error: BaseException) -> bool:
+  """Return whether an error says that the credentials lack a right, as each store does in its way.
+
+  Args:
+    error: what a call of the store raised.
+  """
+  pattern = r'forbidden|403|permission|access ?denied'
+  return isinstance(error, PermissionError) or re.search(pattern, _words(error)) is not None
+
+
+def _words(error: BaseException) -> str:
+  """Return the name and the text of an error in lower case, on one line."""
+  return f'{type(error).__name__} {" ".join(str(error).split())}'.lower()
 
 
 def _entry(info: dict[str, Any]) -> Entry:

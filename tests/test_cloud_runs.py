@@ -218,15 +218,15 @@ def test_an_experiment_continues_on_a_machine_with_another_folder(bucket, tmp_pa
   )
   assert 'finished' in first['report'] and 'finished' not in second.get('train', {})
 
-  monkeypatch.setenv(SCRATCH, str(tmp_path / 'two'))
-  again = subprocess.run(
-    launch_lab(file, url),
-    cwd=ROOT,
-    env=os.environ | {'XLA_FLAGS': ''},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+  def continue_in(folder):
+    monkeypatch.setenv(SCRATCH, str(tmp_path / folder))
+    environment = os.environ | {'XLA_FLAGS': ''}
+    command = launch_lab(file, url)
+    return subprocess.run(
+      command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+
+  again = continue_in('two')
   assert again.stdout.splitlines()[-1] == f'report: {url}/chain/report.html'
   assert again.stdout.count('generate: done before') == 2
   assert str(scratch_folder(url)) not in again.stdout.partition('\n')[2]  # but where it works
@@ -243,3 +243,7 @@ def test_an_experiment_continues_on_a_machine_with_another_folder(bucket, tmp_pa
   for name in scan(local):  # texts and models, byte for byte
     if name.endswith('.safetensors') or 'array_record' in name:
       assert remote[name] == (local / name).read_bytes()
+  # A third machine finds everything done, and changes nothing.
+  assert '0 of 2 runs had work left: 0 turns sampled' in continue_in('three').stdout
+  after = {n: store.read(n) for n in store.list() if not n.startswith('.cai_jax/')}
+  assert after == remote

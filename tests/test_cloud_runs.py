@@ -10,9 +10,7 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -20,6 +18,7 @@ import pytest
 from cai_jax.runtime.cloud.index import scan
 from cai_jax.runtime.cloud.store import open_store
 from cai_jax.runtime.cloud.workdir import SCRATCH, scratch_folder
+from tests.cloud_setup import SERVERS, serve
 from tests.pipeline_setup import ROOT, launch_tiny
 
 pytestmark = pytest.mark.slow
@@ -37,55 +36,11 @@ NAMES = ('checkpoints/', 'tensorboard/')  # Orbax and TensorBoard choose names b
 JOURNAL = 'journal/turns-00000.jsonl'  # a line per chain, in the order in which they ended
 
 
-def serve_s3(port):
-  pytest.importorskip('s3fs')
-  pytest.importorskip('moto')
-  command = [sys.executable, '-m', 'moto.server', '-p', str(port)]
-  return command, {
-    'AWS_ENDPOINT_URL': f'http://127.0.0.1:{port}',
-    'AWS_ACCESS_KEY_ID': 'key',
-    'AWS_SECRET_ACCESS_KEY': 'secret',
-    'AWS_DEFAULT_REGION': 'us-east-1',
-  }
-
-
-def serve_gs(port):
-  pytest.importorskip('gcsfs')
-  pytest.importorskip('gcp_storage_emulator')
-  return [sys.executable, 'tests/gcs_server.py', str(port)], {
-    'STORAGE_EMULATOR_HOST': f'http://127.0.0.1:{port}',
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # asks for what the server does not have
-  }
-
-
-SERVERS = {'s3': serve_s3, 'gs': serve_gs}
-
-
 @pytest.fixture(params=[*SERVERS])
 def bucket(request, monkeypatch):
   """URL of a bucket in a server that is a process of its own."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  command, environment = SERVERS[request.param](port)
-  for name, value in environment.items():
-    monkeypatch.setenv(name, value)
-  server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  try:
-    end = time.monotonic() + 60
-    while True:
-      with socket.socket() as probe:
-        if not probe.connect_ex(('127.0.0.1', port)):
-          break
-      assert server.poll() is None and time.monotonic() < end
-      time.sleep(0.1)
-    url = f'{request.param}://runs'
-    if request.param == 's3':  # the other server has it
-      open_store(url).fs.mkdir('runs')
+  with serve(request.param, monkeypatch) as url:
     yield url
-  finally:
-    server.kill()
-    server.wait()
 
 
 def count_lines(path):

@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 
-import jax
 import pytest
 
 from cai_jax import pipeline
@@ -241,14 +240,10 @@ def test_imported_numbers_go_to_the_store(url, place, tmp_path, capsys):
   assert json.loads(place.read('evaluation/imported.json'))['base']
 
 
-@pytest.mark.parametrize('several', ['processes', 'launches'])
-def test_several_processes_are_refused(url, monkeypatch, several):
-  if several == 'processes':
-    monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  else:
-    monkeypatch.setenv('CAI_JAX_REPLICA', '0')
-    monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', '2')
-  with pytest.raises(UserError, match='several processes.*a file system that they share'):
+def test_launches_that_share_a_run_are_refused(url, monkeypatch):
+  monkeypatch.setenv('CAI_JAX_REPLICA', '0')
+  monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', '2')
+  with pytest.raises(UserError, match='launches share the run.*a file system that they share'):
     resolve_workdir(url)
 
 

@@ -127,8 +127,8 @@ def test_all_processes_fail_together_if_one_cannot_map(rows, dialogue, tmp_path,
 
 
 def test_a_process_with_another_digest_is_told(rows, dialogue, tmp_path, monkeypatch):
-  monkeypatch.setattr(part_files, '_clear', lambda own: None)  # process 0 has another one
-  with pytest.raises(StoppedError, match='is missing. All processes must'):
+  monkeypatch.setattr(processes, 'is_same_everywhere', lambda text: False)
+  with pytest.raises(StoppedError, match='differs between the processes'):
     build_examples(rows, dialogue, folder=tmp_path)
   assert not names(tmp_path)
 

@@ -89,7 +89,7 @@ def _set(monkeypatch, environment):
   ],
 )
 def test_failure_of_another_process_says_whether_work_was_done(monkeypatch, error, kind):
-  outcomes = np.array([0, processes._outcome(error)])
+  outcomes = np.array([[0, False], [processes._outcome(error), False]])
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda _: outcomes)
   with pytest.raises(UserError, match='^Process 1 could not write. See the output') as caught:
@@ -107,7 +107,7 @@ def test_an_error_is_printed_before_the_other_processes_finish(
 
   def allgather(outcome):
     printed.append(capsys.readouterr().err)
-    return np.array([outcome, 0])
+    return np.array([outcome, [0, False]])
 
   def work():
     raise error
@@ -119,6 +119,35 @@ def test_an_error_is_printed_before_the_other_processes_finish(
   assert printed[0].startswith(f'process 0 could not write: {error}\n')
   assert ('Traceback' in printed[0]) == traceback
   assert traceback or printed[0].count('\n') == 1
+
+
+class Files:
+  """Of two processes that share no folder."""
+
+  def __init__(self):
+    self.calls = []
+
+  def send(self):
+    self.calls.append('send')
+    return False
+
+  def receive(self):
+    self.calls.append('receive')
+
+
+def test_processes_fetch_files_if_one_of_them_has_sent_any(monkeypatch):
+  files, other = Files(), [True, False, False]  # whether the other process has sent any
+  gather = lambda own: np.array([own, [0, other.pop(0)]])  # noqa: E731
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes.multihost_utils, 'process_allgather', gather)
+  with processes.exchanging(files):
+    assert processes.run_on_all_processes('write', lambda: files.calls.append('work')) is None
+    assert files.calls == ['work', 'send', 'receive']
+    processes.barrier('nothing new')
+    assert files.calls == ['work', 'send', 'receive', 'send']
+  other[:] = [False]
+  processes.barrier('outside')
+  assert len(files.calls) == 4
 
 
 def test_process_0_alone_does_its_work(monkeypatch):

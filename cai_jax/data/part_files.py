@@ -85,15 +85,17 @@ def map_parts(rows: Rows, maker: Maker, folder: str | os.PathLike) -> list[Part]
     (begin, min(begin + size, len(rows)), own / f'{number:06}.safetensors')
     for number, begin in enumerate(range(0, len(rows), size))
   ]
+  is_same = processes.is_same_everywhere(key)
   cores = _count_cores()  # by all processes together
   mine = parts[jax.process_index() :: jax.process_count()]
 
   def make() -> None:
-    if not own.is_dir():
+    if not is_same:
       raise StoppedError(
-        f'{own} is missing. All processes must see the same workdir, and have the same versions of '
-        'cai_jax, tokenizers, transformers and jinja2.'
+        f'{own} differs between the processes. All of them must see the same data, and have the '
+        'same versions of cai_jax, tokenizers, transformers and jinja2.'
       )
+    make_folder(own)
     _make_missing(rows, maker, [part for part in mine if not _is_there(part[2])], cores)
 
   def map_all() -> list[Part]:

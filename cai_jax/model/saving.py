@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from cai_jax.model.checkpoint import MAX_SHARD_BYTES, save_params
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.folder import MODEL_FILES
 from cai_jax.model.generation_config import FILE as GENERATION_CONFIG
 from cai_jax.model.transformer import Params
+from cai_jax.runtime import processes
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import read_json, write_json
 
@@ -67,8 +67,7 @@ def save_folder(
     if generation_config is not None:
       write_json(partial / GENERATION_CONFIG, generation_config)
     _replace_model(folder, partial)
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {folder}')
+  processes.barrier('save a model')
 
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

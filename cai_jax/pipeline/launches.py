@@ -18,6 +18,7 @@ from cai_jax.pipeline.models import sampling_mesh
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.runtime import interruption, lock, processes
+from cai_jax.runtime.cloud.direct import check_training, is_private
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.replicas import VARIABLES, launched_replica, replica_of
 
@@ -28,15 +29,18 @@ POLL_SECONDS = 0.5
 
 
 def check_launch(run: Run, stages: Sequence[str]) -> None:
-  """Check that the work of a launch that is one of several replicas can be shared.
+  """Check that the processes and replicas of a run can share its work.
 
   Args:
     run: the run.
     stages: names of the stages to run.
 
   Raises:
-    UserError: if it has a stage that cannot, models behind servers, or several replicas.
+    UserError: if it has a stage that cannot, models behind servers, or several replicas. Also if
+      several processes would train in a store to which checkpoints cannot be written.
   """
+  if {'train', 'prefer'} & {*stages}:
+    check_training(run.workdir)
   if launched_replica()[1] == 1:
     return
   if run.remotes or find_served_rater(run.config):
@@ -70,7 +74,7 @@ def hold_run(workdir: pathlib.Path) -> Iterator[None]:
     UserError: if another job holds it that does not share the work with this launch.
   """
   index, count = launched_replica()
-  with lock.hold(_place(workdir, index), replicas=count):
+  with lock.hold(_place(workdir, index), is_private(workdir), replicas=count):
     # Each launch takes its own place first and looks at the others then, so two that cannot run
     # together do not miss each other.
     processes.run_on_process_0('look for replicas', lambda: _check_others(workdir, index, count))

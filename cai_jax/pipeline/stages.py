@@ -151,6 +151,7 @@ def _run_missing(
       log(f'{name} ...')
       before = compilation.counts()
       with manifest.stage(name, run.settings(name)) as entry:
+        processes.barrier(f'{name} begun')  # all processes see the manifest
         entry['paths'] = relative_paths(run.values)
         entry |= STAGES[name](served, manifest.content)
         if name in asking and (roles := served.server_draws):

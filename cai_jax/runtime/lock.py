@@ -44,13 +44,14 @@ class _Lock(NamedTuple):
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike, **facts: Any) -> Iterator[str]:
+def hold(workdir: str | os.PathLike, private: bool = False, **facts: Any) -> Iterator[str]:
   """Hold a folder for this job while the block runs.
 
   All processes of the job call this function together. They share the id of the job.
 
   Args:
     workdir: the folder, on a filesystem that all processes share; it is created if necessary.
+    private: whether it is a folder of this process instead, and other processes hold theirs.
     **facts: what else the lock's file says of the job, of JSON types.
 
   Yields:
@@ -61,20 +62,22 @@ def hold(workdir: str | os.PathLike, **facts: Any) -> Iterator[str]:
   """
   folder = pathlib.Path(workdir) / FOLDER
   job = uuid.uuid4().bytes[:6]
-  number = processes.run_on_process_0(f'lock {workdir}', lambda: _acquire(folder, job.hex(), facts))
-  if jax.process_count() > 1:  # process 0 chose both
+  together = processes.run_on_all_processes if private else processes.run_on_process_0
+  number = together(f'lock {workdir}', lambda: _acquire(folder, job.hex(), facts))
+  if jax.process_count() > 1 and not private:  # process 0 chose both
     values = np.array([*job, number or 0], np.int32)
     *letters, number = multihost_utils.broadcast_one_to_all(values).tolist()
     job = bytes(letters)
   path, ended = folder / _name(number or 0), threading.Event()
-  watch = threading.Thread(target=_watch, args=(path, number, ended), daemon=True)
+  has_taken = private or jax.process_index() == 0
+  watch = threading.Thread(target=_watch, args=(path, number, has_taken, ended), daemon=True)
   watch.start()
   try:
     yield job.hex()
   finally:
     ended.set()
     watch.join()
-    if jax.process_index() == 0:
+    if has_taken:
       with contextlib.suppress(OSError):  # the folder may be gone
         os.rename(path, path.with_suffix('.free'))
 
@@ -135,11 +138,11 @@ def _acquire(folder: pathlib.Path, job: str, facts: Mapping[str, Any]) -> int:
   return before.number + 1
 
 
-def _watch(path: pathlib.Path, number: int, ended: threading.Event) -> None:
+def _watch(path: pathlib.Path, number: int, touches: bool, ended: threading.Event) -> None:
   """Touch the file of a lock until the job ends, and end the process if another took the lock."""
   while not ended.wait(HEARTBEAT_SECONDS):
     try:
-      if jax.process_index() == 0:
+      if touches:
         with contextlib.suppress(FileNotFoundError):  # the job that took the lock deletes the file
           os.utime(path)
       latest = _latest(path.parent)

@@ -7,8 +7,8 @@ import socket
 import sys
 import traceback
 import zlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,21 @@ from cai_jax.runtime.interruption import Interrupted
 from cai_jax.runtime.terminal import say
 
 T = TypeVar('T')
+
+
+class Exchange(Protocol):
+  """How processes that share no folder see the files of each other."""
+
+  def send(self) -> bool:
+    """Give the others what this process has written; return whether that was anything."""
+    ...
+
+  def receive(self) -> None:
+    """Get what the others have written."""
+    ...
+
+
+_exchanges: list[Exchange] = []  # at most one; none if the processes share the folder of the run
 _SUCCESS, _REFUSED, _FAILED = range(3)  # how a process's share of some work ended; see `_outcome`
 
 
@@ -82,6 +97,7 @@ def run_on_all_processes(name: str, work: Callable[[], T], alone: bool = True) -
 
   If one process fails, the others first finish and keep their own work, and then fail too. With
   several processes, the one that fails prints its error at once, because the others may take hours.
+  Afterwards, each process sees the files that the others have written, see `exchanging`.
 
   Args:
     name: what `work` does, as a verb phrase for the error message.
@@ -98,25 +114,69 @@ def run_on_all_processes(name: str, work: Callable[[], T], alone: bool = True) -
       plain UserError, before it did any work.
     Interrupted: in every process, if one of them has received a signal and does not defer it.
   """
+
+  def work_and_send() -> tuple[T, bool]:
+    return work(), bool(_exchanges) and _exchanges[0].send()
+
+  def receive() -> tuple[None, bool]:
+    return _exchanges[0].receive(), False
+
+  result, is_sent = _run_together(name, work_and_send, alone)
+  if is_sent:
+    _run_together('fetch the files of other processes', receive)
+  return result
+
+
+def _run_together(
+  name: str, work: Callable[[], tuple[T, bool]], alone: bool = True
+) -> tuple[T, bool]:
+  """Call `work` in every process; see `run_on_all_processes`.
+
+  Args:
+    name: what `work` does.
+    work: called in each process; returns a result, and a flag.
+    alone: as for `run_on_all_processes`.
+
+  Returns:
+    This process's result, and whether the flag of any process is set.
+  """
   error: Exception | Interrupted | None = None
+  flag = False
   try:
     with interruption.local_work() if alone else contextlib.nullcontext():
-      result = work()
+      result, flag = work()
   except (Exception, Interrupted) as caught:
     error = caught
     if jax.process_count() > 1 and not isinstance(error, Interrupted):
       _print_error(name, error)
   if jax.process_count() > 1:
-    outcomes = multihost_utils.process_allgather(np.array(_outcome(error)))
+    outcomes, flags = multihost_utils.process_allgather(np.array([_outcome(error), flag])).T
     if outcomes.max() > _FAILED:
       raise Interrupted(int(outcomes.max()) - _FAILED)
     if error is None and outcomes.any():
       failed = ', '.join(map(str, np.flatnonzero(outcomes)))
       kind = StoppedError if (outcomes == _FAILED).any() else UserError
       raise kind(f'Process {failed} could not {name}. See the output of that process.')
+    flag = bool(flags.any())
   if error is not None:
     raise error
-  return result
+  return result, flag
+
+
+@contextlib.contextmanager
+def exchanging(exchange: Exchange) -> Iterator[None]:
+  """Let processes without a common folder see the files of each other while the block runs.
+
+  Files are exchanged at the end of each `run_on_all_processes`, and so of what is made of it.
+
+  Args:
+    exchange: sends and receives the files of this process.
+  """
+  _exchanges.append(exchange)
+  try:
+    yield
+  finally:
+    _exchanges.remove(exchange)
 
 
 def _print_error(name: str, error: Exception) -> None:
@@ -154,12 +214,24 @@ def run_on_process_0(name: str, work: Callable[[], T]) -> T | None:
 
 
 def barrier(name: str) -> None:
-  """Wait until all processes have reached the barrier of this name.
+  """Wait until all processes have reached the barrier of this name, and see each other's files.
 
   Raises:
     Interrupted: in every process, if one of them has received a signal and does not defer it.
   """
   run_on_all_processes(name, lambda: None)
+
+
+def is_same_everywhere(text: str) -> bool:
+  """Return whether a text is the same in all processes of the run, which call this together.
+
+  Args:
+    text: the text.
+  """
+  if jax.process_count() == 1:
+    return True
+  digests = multihost_utils.process_allgather(np.array(zlib.crc32(text.encode()), np.uint32))
+  return bool((digests == digests[0]).all())
 
 
 def count_on_this_host() -> int:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from cai_jax.runtime.cloud import direct
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import writing
 from cai_jax.runtime.settings import changed_settings
@@ -63,7 +63,7 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
   Args:
     workdir: folder of the training.
   """
-  folder = workdir / FOLDER
+  folder = direct.place(workdir / FOLDER)
   return folder.is_dir() and any(folder.iterdir())
 
 
@@ -76,7 +76,8 @@ def make_checkpointer(
   It removes what an interrupted save left behind. Complete checkpoints are not affected.
 
   Args:
-    directory: folder of the checkpoints.
+    directory: folder of the checkpoints. In a run of several processes on a store, they are written
+      to the store instead.
     keep: number of latest checkpoints to keep.
     best_step: function that returns a step whose checkpoint is kept as well, or None.
 
@@ -86,9 +87,10 @@ def make_checkpointer(
   policies = ocp.training.preservation_policies
   # Its threads may outlive the block, so the filter stays. Adding it again changes nothing.
   logging.getLogger('absl').addFilter(_is_not_from_orbax)
+  place = direct.place(directory)
   with writing(directory):
     checkpointer = ocp.training.Checkpointer(
-      pathlib.Path(directory).absolute(),
+      place,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=policies.AnyPreservationPolicy(
         [policies.LatestN(keep), _BestStep(best_step)]
@@ -98,7 +100,8 @@ def make_checkpointer(
     try:
       yield checkpointer
     finally:
-      checkpointer.close()  # raises what a save in the background raised
+      with direct.asking(place):
+        checkpointer.close()  # raises what a save in the background raised
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
@@ -133,7 +136,9 @@ def save_checkpoint(
     'checksum': _checksum(state),
   }
   data['digest'] = _digest(data, metadata)
-  with writing(checkpointer.directory):  # also raises what the save before raised in its thread
+  place = checkpointer.directory
+  # Also raises what the save before raised in its thread.
+  with writing(place), direct.asking(place):
     checkpointer.save_checkpointables_async(
       step, {'state': state, 'data': data}, custom_metadata=metadata
     )
@@ -190,7 +195,7 @@ def restore_latest(
     return None
   for step in damaged:
     with writing(checkpointer.directory):
-      shutil.rmtree(checkpointer.directory / str(step))
+      (checkpointer.directory / str(step)).rmtree()
   if damaged:
     checkpointer.reload()
     text = f'train: deleted it and continued from the checkpoint of step {restored.step}.'

@@ -14,8 +14,10 @@ FOLDER = '.cai_jax'  # what the mirror itself writes, in the folder and in the s
 INDEX = f'{FOLDER}/index.json'
 
 # Orbax renames a step's folder when it is complete, and this file is then in it. A store renames
-# nothing, so the mirror writes the file last and deletes it first.
+# nothing, so the mirror writes the file last and deletes it first. Where Orbax itself writes to a
+# store (`direct.py`), it writes the other file last.
 STEP_MARKER = '_CHECKPOINT_METADATA'
+_COMMITTED = 'commit_success.txt'
 _STEP = re.compile(r'(?:^|.*/)checkpoints/\d+(?=/)')
 _UNFINISHED_STEP = '.orbax-checkpoint-tmp'
 
@@ -168,6 +170,7 @@ def unfinished(names: set[str]) -> set[str]:
   Args:
     names: names of all files.
   """
-  return {
-    name for name in names if (step := step_folder(name)) and f'{step}/{STEP_MARKER}' not in names
-  }
+  steps = {step for name in names if (step := step_folder(name))}
+  ends = STEP_MARKER, _COMMITTED
+  broken = {step for step in steps if any(f'{step}/{end}' not in names for end in ends)}
+  return {name for name in names if step_folder(name) in broken}

@@ -7,6 +7,7 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.store import explain
@@ -17,6 +18,7 @@ from cai_jax.runtime.terminal import say
 PERIOD_SECONDS = 5.0  # from the start of one push to the start of the next, if it is shorter
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts while the store is away
 LAST_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between attempts at the end of a run
+SEND_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # while other processes wait for files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk; such errors name no file
 
@@ -24,15 +26,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk; such error
 class Keeper:
   """A thread that pushes a mirror every few seconds.
 
-  If the store is away, the run goes on in the local folder, and says so once.
+  If the store is away, the run goes on in the local folder, and says so once. With several
+  processes, it goes on until they need the files of each other.
 
   Args:
     mirror: the mirror, after its first pull.
     url: URL of the store, for messages.
+    alone: whether the run has one process.
   """
 
-  def __init__(self, mirror: Mirror, url: str):
-    self._mirror, self._url = mirror, url
+  def __init__(self, mirror: Mirror, url: str, alone: bool = True):
+    self._mirror, self._url, self._alone = mirror, url, alone
+    self._sent = False  # whether anything was pushed since the last call of `send`
     self._failures = 0
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
@@ -44,7 +49,36 @@ class Keeper:
     Raises:
       StoppedError: if the local folder is gone. A store that is away is no error here.
     """
-    self._try(still=True, join=True)
+    # A part of another process is not joined here, because that may just be adding the next one.
+    self._try(still=True, join=self._alone)
+
+  def send(self) -> bool:
+    """Push everything, and return whether anything was pushed since the last call.
+
+    Raises:
+      StoppedError: if the store is away for a minute, or the local folder is gone.
+    """
+    error = self._try_again(SEND_WAITS_SECONDS, join=False)
+    if error is not None:
+      raise StoppedError(
+        f'{self._explain(error)} The other processes need the files of this one. Then start the '
+        'same command again to continue; the last turns are sampled again.'
+      ) from error
+    sent, self._sent = self._sent, False
+    return sent
+
+  def receive(self) -> None:
+    """Fetch what other processes have pushed.
+
+    Raises:
+      StoppedError: if the store is away.
+    """
+    try:
+      self._mirror.refresh()
+    except Exception as error:  # every library has its own exceptions
+      raise StoppedError(
+        f'{self._explain(error)} Then start the same command again to continue.'
+      ) from error
 
   def close(self, completed: bool) -> None:
     """End the thread, and push what is left.
@@ -58,18 +92,28 @@ class Keeper:
     self._ended.set()
     self._thread.join()
     waits = LAST_WAITS_SECONDS if completed else LAST_WAITS_SECONDS[:1]
-    error = self._try(still=True, join=completed)
-    for wait in waits:
-      if error is None:
-        return
-      time.sleep(wait)
-      error = self._try(still=True, join=completed)
-    if error is not None:
+    error = self._try_again(waits, join=completed)
+    if error is not None and self._alone:
       raise StoppedError(
         f'The results of this run could not be written to {self._url}, but they are in '
         f'{self._mirror.folder}. {self._explain(error)} Then start the same command again on '
         'this machine.'
       ) from error
+    if error is not None:
+      raise StoppedError(
+        f'The last results of this process could not be written to {self._url}. '
+        f'{self._explain(error)} Then start the same command again to continue.'
+      ) from error
+
+  def _try_again(self, waits: Sequence[float], join: bool) -> Exception | None:
+    """Push while no file changes, again after each wait; return the error of the last attempt."""
+    error = self._try(still=True, join=join)
+    for wait in waits:
+      if error is None:
+        return None
+      time.sleep(wait)
+      error = self._try(still=True, join=join)
+    return error
 
   def _run(self) -> None:
     wait = PERIOD_SECONDS
@@ -85,7 +129,7 @@ class Keeper:
   def _try(self, still: bool = False, join: bool = False) -> Exception | None:
     """Push once, and return the error if the store is away, or the local disk cannot be used."""
     try:
-      self._mirror.push(still, join)
+      self._sent |= self._mirror.push(still, join)
     except UserError:
       raise
     except Exception as error:  # every library has its own exceptions

@@ -45,23 +45,35 @@ _TAIL = 4096  # bytes before the end of what was pushed that must be there if a 
 class Mirror:
   """A folder and its store, between which files are moved in both directions.
 
-  One job uses both; `lease.hold` sees to that.
+  One job uses both; `lease.hold` sees to that. If it has several processes, each has a folder and a
+  mirror of its own. They write different files, and `refresh` fetches those of the others.
 
   Args:
     store: the store.
     folder: the folder, which is created if necessary.
     job: id of the job, from `lease.hold`.
     check: raises StoppedError if the job no longer holds the store; None if nothing is written.
+    alone: whether the job has one process.
+    leads: whether this mirror writes the index of the store; one of a job does.
+    leave_out: tells which files are not moved, by their names.
 
   Attributes:
     folder: the folder.
   """
 
   def __init__(
-    self, store: Store, folder: pathlib.Path, job: str, check: Callable[[], None] | None = None
+    self,
+    store: Store,
+    folder: pathlib.Path,
+    job: str,
+    check: Callable[[], None] | None = None,
+    alone: bool = True,
+    leads: bool = True,
+    leave_out: Callable[[str], bool] = lambda name: False,
   ):
     self.folder = folder
     self._store, self._job = store, job
+    self._alone, self._leads, self._leave_out = alone, leads, leave_out
     self._check = check or (lambda: None)
     self._known: dict[str, FileState] = {}  # what the store has
     self._pieces: dict[str, list[Range]] = {}  # of files that grow: the first object, and parts
@@ -72,20 +84,18 @@ class Mirror:
     """Make the folder equal to the store, and return how many files were fetched.
 
     What was not written to the store before this machine was interrupted stays, and the next push
-    writes it. If another job has used the store since, what the store has replaces it.
+    writes it. If another job has used the store since, or this one has several processes, what the
+    store has replaces it: other processes may have written more than this machine has of theirs.
 
     Raises:
-      UserError: if another job has used the store since, and this machine could not reach the store
-        for so long that more than the last seconds would be lost.
+      UserError: if work would be replaced that one process did while it could not reach the store,
+        which is more than the last seconds.
     """
-    make_folder(self.folder / OWN)
+    local = self._read_local()
     listed, remote = self._list()
-    local = Index()
-    if (self.folder / INDEX).exists():
-      local = parse_index((self.folder / INDEX).read_bytes(), self.folder / INDEX)
-    here = scan(self.folder)
+    here = self._scan()
     kept = {name for name, stat in here.items() if not is_same(stat, local.files.get(name))}
-    if local.job != remote.job:
+    if local.job != remote.job or not self._alone:
       # The local index keeps the id of its job until all is fetched. So if this pull is cut short,
       # the next one does not take what is here for work of this job either.
       self._check_unwritten(kept)
@@ -102,13 +112,51 @@ class Mirror:
       (self.folder / name).unlink()
     self._each(self._fetch, wanted)
     self._delete(self._unused_parts(listed))
-    for name in self._known.keys() & scan(self.folder).keys():
+    for name in self._known.keys() & self._scan().keys():
       self._remember_end(name)
     if not (self.folder / INDEX).exists():
       self._write_local(local)
     self.push(still=True)  # what is kept, before the store has the id of this job
     self._write_index()
     return len(wanted)
+
+  def follow(self) -> int:
+    """Make the folder equal to the store, and return how many files were fetched.
+
+    A mirror that does not lead begins so, after the one that leads has pulled. What the folder has
+    and the store has not is deleted: the last seconds of a process that was killed.
+    """
+    local, here = self._read_local(), self._scan()
+    self._known = {
+      name: local.files[name] for name, stat in here.items() if is_same(stat, local.files.get(name))
+    }
+    for name in here.keys() - self._known.keys():
+      (self.folder / name).unlink()
+    return self.refresh()
+
+  def refresh(self) -> int:
+    """Fetch what other processes have written, and return how many files that were.
+
+    What this process has written must be in the store, see `push`.
+    """
+    with self._mutex:
+      before = self._known
+      self._known, self._pieces = {}, {}
+      self._learn(*self._list())
+      wanted = []
+      for name, state in self._known.items():
+        old = before.get(name)
+        if old and (old.size, old.version) == (state.size, state.version):
+          self._known[name] = old
+        else:
+          wanted.append(name)
+      for name in before.keys() - self._known.keys():  # deleted by another process
+        (self.folder / name).unlink(missing_ok=True)
+      self._each(self._fetch, wanted)
+      for name in self._known:
+        self._remember_end(name)
+      self._write_local(Index(self._job, self._known))
+      return len(wanted)
 
   def fetch(self) -> None:
     """Fetch everything that the store has to an empty folder, and write nothing to the store.
@@ -119,7 +167,7 @@ class Mirror:
     for _ in range(2):
       self._known.clear()
       self._learn(*self._list())
-      for name in scan(self.folder).keys() - self._known.keys():  # deleted since the first attempt
+      for name in self._scan().keys() - self._known.keys():  # deleted since the first attempt
         (self.folder / name).unlink()
       try:
         self._each(self._fetch, [*self._known])
@@ -152,6 +200,8 @@ class Mirror:
     files = {name: entry for name, entry in listed.items() if not is_left_out(name)}
     broken, groups = unfinished({*files}), parts.group_parts(listed)
     for name in files.keys() - broken:
+      if self._leave_out(name):
+        continue
       entry, before = files[name], index.files.get(name)
       chain = parts.follow(entry.size, groups.get((name, entry.version), []))
       self._pieces[name] = [(0, entry.size), *chain]
@@ -172,14 +222,14 @@ class Mirror:
     """Check that no work of an earlier job waits in the folder to be written to the store."""
     if names and (self.folder / UNWRITTEN).exists():
       raise UserError(
-        f'{self.folder} has {len(names)} files that could not be written to {self._store.url}, and '
-        'another job has used that since. Delete the folder to continue from what the store has, '
-        'or move it away to keep the files.'
+        f'{self.folder} has {len(names)} files that could not be written to {self._store.url}. '
+        'Only a run of one process could use them, before another job uses the store. Delete the '
+        'folder to continue from what the store has, or move it away to keep the files.'
       )
 
   def mark_unwritten(self) -> None:
     """Record that the folder has work that the store does not have, until a push succeeds."""
-    if (self.folder / OWN).is_dir():
+    if self._alone and (self.folder / OWN).is_dir():
       (self.folder / UNWRITTEN).touch()
 
   def push(self, still: bool = False, join: bool = False) -> bool:
@@ -206,7 +256,7 @@ class Mirror:
       # Records may be appended to at any time: they go up to the last line that the scan saw.
       moment = math.inf if still else self._now()
       claims = self._read_claims(moment)
-      here = scan(self.folder)
+      here = self._scan()
       gone = {name for name in self._known if name not in here and name not in claims}
       cut = {step_folder(name) for name in gone} - {''}
       first = {name for name in gone if is_claim(name)}
@@ -258,7 +308,7 @@ class Mirror:
       moment: the time before which they were written, in nanoseconds.
     """
     claims = {}
-    for name, stat in scan(self.folder).items():
+    for name, stat in self._scan().items():
       is_new = stat.st_mtime_ns < moment and not is_same(stat, self._known.get(name))
       if is_claim(name) and is_new:
         try:
@@ -388,11 +438,22 @@ class Mirror:
         raise
 
   def _write_index(self) -> None:
-    """Write what folder and store have in common, to both."""
+    """Write what folder and store have in common to the folder, and the one that leads to both."""
     self._check()
     index = Index(self._job, self._known)
     self._write_local(index)
-    self._store.write(INDEX, index.to_bytes())
+    if self._leads:
+      self._store.write(INDEX, index.to_bytes())
+
+  def _read_local(self) -> Index:
+    """Return the index in the folder, which is created if necessary."""
+    make_folder(self.folder / OWN)
+    path = self.folder / INDEX
+    return parse_index(path.read_bytes(), path) if path.exists() else Index()
+
+  def _scan(self) -> dict[str, os.stat_result]:
+    """Return the files of the folder that are moved, by name."""
+    return {name: stat for name, stat in scan(self.folder).items() if not self._leave_out(name)}
 
   def _write_local(self, index: Index) -> None:
     with replacing(self.folder / INDEX) as temporary:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -11,15 +12,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from cai_jax.runtime.cloud import lease
+from cai_jax.runtime import processes
+from cai_jax.runtime.cloud import direct, lease
 from cai_jax.runtime.cloud.keeper import Keeper
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.nesting import check_outer, find_outer
 from cai_jax.runtime.cloud.store import Store, check_writable, is_url, open_store
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import cache_folder
-from cai_jax.runtime.replicas import launched_replica
+from cai_jax.runtime.replicas import VARIABLES, launched_replica
 from cai_jax.runtime.terminal import say
 
 SCRATCH = 'CAI_JAX_SCRATCH'  # environment variable: where folders of URLs are kept
@@ -58,25 +62,8 @@ class Workdir:
     if self.store is None:
       yield lambda: None
       return
-    check_writable(self.store)
-    check_outer(self.store)
-    with lease.hold(self.store) as held:
-      mirror = Mirror(self.store, pathlib.Path(self.folder), held.job, held.check)
-      with self.store.asking():
-        count = mirror.pull()
-      if count:
-        say(f'{self.store.url}: fetched {count} files to {self.folder}')
-      keeper = Keeper(mirror, self.store.url)
-      try:
-        with self._shown_errors():
-          yield keeper.finish_stage
-      except BaseException:
-        try:
-          keeper.close(completed=False)
-        except StoppedError as error:
-          say(str(error), file=sys.stderr)
-        raise
-      keeper.close(completed=True)
+    with self._shown_errors(), _mirrored(self.store, self.folder) as stage_ended:
+      yield stage_ended
 
   @contextlib.contextmanager
   def look(self) -> Iterator[pathlib.Path]:
@@ -114,18 +101,94 @@ def resolve_workdir(workdir: str) -> Workdir:
     workdir: a path, which is taken as it is, or a URL.
 
   Raises:
-    UserError: if the URL has no store, its package is missing, or the run has several processes.
+    UserError: if the URL has no store, its package is missing, or several launches share the run.
   """
   if not is_url(workdir):
     return Workdir(workdir)
-  if jax.process_count() > 1 or launched_replica()[1] > 1:
+  if launched_replica()[1] > 1:
     raise UserError(
-      f'workdir={workdir} is a URL, and this run has several processes, which must see the files '
-      'of each other at once. Give them a folder on a file system that they share, and copy it to '
-      'the store afterwards, such as with `aws s3 sync` or `gcloud storage rsync`.'
+      f'workdir={workdir} is a URL, and {VARIABLES[1]} is set, so that launches share the run. '
+      'They need a folder on a file system that they share. Give such a folder, or start one '
+      f'launch of all processes, without {" and ".join(VARIABLES)}.'
     )
   store = open_store(workdir)
   return Workdir(str(scratch_folder(store.url)), store)
+
+
+@contextlib.contextmanager
+def _mirrored(store: Store, folder: str) -> Iterator[Callable[[], None]]:
+  """Keep a folder of each process equal to a store while the block runs; see `Workdir.open`."""
+  alone, leads = jax.process_count() == 1, jax.process_index() == 0
+
+  def check() -> None:
+    check_writable(store)
+    check_outer(store)
+
+  processes.run_on_process_0('use the store', check)
+  with _hold(store) as held, direct.working_in(folder, store.url):
+    leave_out = (lambda name: False) if alone else direct.is_checkpoint
+    own = pathlib.Path(folder)
+    mirror = Mirror(store, own, held.job, held.check, alone=alone, leads=leads, leave_out=leave_out)
+    _fetch(store, mirror)
+    keeper = Keeper(mirror, store.url, alone)
+    exchange = contextlib.nullcontext() if alone else processes.exchanging(keeper)
+    try:
+      with exchange:
+        yield keeper.finish_stage
+    except BaseException:
+      try:
+        keeper.close(completed=False)
+      except StoppedError as error:
+        say(str(error), file=sys.stderr)
+      raise
+    _close(keeper)
+
+
+@contextlib.contextmanager
+def _hold(store: Store) -> Iterator[lease.Lease]:
+  """Hold a store for all processes of this job while the block runs; process 0 has the lock."""
+  with contextlib.ExitStack() as stack:
+    take = functools.partial(stack.enter_context, lease.hold(store))
+    held = processes.run_on_process_0('lock the store', take)
+    if jax.process_count() > 1:
+      values = [*bytes.fromhex(held.job), held.number] if held else [0] * 7
+      *job, number = multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
+      held = held or lease.Lease(bytes(job).hex(), store, number)
+    assert held is not None
+    yield held
+
+
+def _fetch(store: Store, mirror: Mirror) -> None:
+  """Fetch what the store has: first in process 0, which also deletes what is not complete."""
+
+  def pull() -> None:
+    with store.asking():
+      if count := mirror.pull():
+        say(f'{store.url}: fetched {count} files to {mirror.folder}')
+
+  def follow() -> None:
+    if jax.process_index() != 0:
+      with store.asking():
+        mirror.follow()
+
+  processes.run_on_process_0('fetch the files of the run', pull)
+  processes.run_on_all_processes('fetch the files of the run', follow)
+
+
+def _close(keeper: Keeper) -> None:
+  """Write what is left at the end of a run, in process 0 last: it joins the parts of all."""
+
+  def close() -> None:
+    if jax.process_index() != 0:
+      keeper.close(completed=False)
+
+  def close_last() -> None:
+    if jax.process_count() > 1:
+      keeper.receive()
+    keeper.close(completed=True)
+
+  processes.run_on_all_processes('write the last files', close)
+  processes.run_on_process_0('write the last files', close_last)
 
 
 @contextlib.contextmanager
@@ -164,6 +227,8 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
 def scratch_folder(url: str) -> pathlib.Path:
   """Return the local folder of a URL, which is below CAI_JAX_SCRATCH or in the user's cache.
 
+  Each process has a folder of its own, also where several run on one host.
+
   Its name is the last part of the URL, because a report shows the name of its folder. Characters
   other than letters, digits and _.=+- become underscores.
 
@@ -172,6 +237,8 @@ def scratch_folder(url: str) -> pathlib.Path:
   """
   parent = os.environ.get(SCRATCH) or cache_folder('workdirs')
   digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+  if process := jax.process_index():
+    digest += f'-{process}'
   name = re.sub(r'[^\w.=+-]+', '_', url.rpartition('/')[2])[-60:].lstrip('.') or 'run'
   return pathlib.Path(os.path.realpath(os.path.expanduser(parent)), digest, name)
 

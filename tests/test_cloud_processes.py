@@ -1,0 +1,90 @@
+"""Runs of several processes on an object store: each has a folder of its own, and no other does.
+
+Orbax writes their checkpoints straight to the store, so only a server of Google's protocol serves.
+"""
+
+import json
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+from cai_jax.runtime.cloud.index import scan
+from cai_jax.runtime.cloud.store import open_store
+from cai_jax.runtime.cloud.workdir import SCRATCH, scratch_folder
+from tests.cloud_setup import serve
+from tests.pipeline_setup import launch_tiny, start_two
+
+pytestmark = pytest.mark.slow
+
+STAGES = 'generate,train,evaluate,report'
+FIELDS = {'train.checkpoint_every': 4, 'train.epochs': 1}
+TIMES = {'manifest.json', 'costs.jsonl', 'report.html'}  # have seconds of stages or of steps
+CHANCE = ('checkpoints/', 'tensorboard/')  # their libraries choose names by chance and time
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  with serve('gs', monkeypatch) as url:
+    yield url
+
+
+def lines(folder):
+  """Number of lines of all records in a folder."""
+  return sum(path.read_bytes().count(b'\n') for path in folder.glob('*.jsonl'))
+
+
+def finish(processes):
+  """Wait for all processes; each prints what it prints."""
+  assert [process.wait(timeout=600) for process in processes] == [0, 0]
+
+
+def kill(processes, is_time):
+  """Kill process 1 at a moment; the other then ends as well."""
+  end = time.monotonic() + 600
+  while not is_time():
+    assert [process.poll() for process in processes] == [None, None]
+    assert time.monotonic() < end
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGKILL)
+  assert all(process.wait(timeout=300) for process in processes)
+
+
+def content(store):
+  """What a user would fetch, by name."""
+  names = {n for n in store.list() if not n.startswith('.cai_jax/')}
+  return {n: store.read(n) for n in names}
+
+
+def test_two_processes_without_a_common_folder_end_as_those_with_one(bucket, tmp_path, monkeypatch):
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
+  url = f'{bucket}/run'
+  store, command = open_store(url), launch_tiny(url, STAGES, FIELDS)
+  own = scratch_folder(url)
+  other = own.parent.with_name(f'{own.parent.name}-1') / own.name
+  moments = {
+    'generate': lambda: any((other / 'journal').glob('*.jsonl')) and lines(other / 'journal') > 20,
+    'train': lambda: any(store.list('checkpoints')) and lines(own) > 6,
+    'evaluate': lambda: (own / 'evaluation/base/d_cai-train.array_record-00000').exists(),
+  }
+  for stage, is_time in moments.items():
+    kill(start_two(command, 2), is_time)
+    done = json.loads(store.read('manifest.json'))['stages']
+    assert stage in done and 'finished' not in done[stage]
+    shutil.rmtree(tmp_path / 'scratch')  # the machines are lost
+  finish(start_two(command, 2))
+  shared = tmp_path / 'local' / 'run'
+  finish(start_two(launch_tiny(shared, STAGES, FIELDS), 2))
+  local = {name: (shared / name).read_bytes() for name in scan(shared)}
+  remote = content(store)
+  fixed = lambda files: {n for n in files if not n.startswith(CHANCE)}  # noqa: E731
+  assert fixed(remote) == fixed(local)
+  journal = {n for n in fixed(local) if n.startswith('journal/turns-')}
+  differing = {name for name in fixed(local) if remote[name] != local[name]}
+  print('names that differ:', sorted(differing))
+  assert differing <= TIMES | journal
+  steps = lambda files: {m[0] for n in files if (m := re.match(r'checkpoints/\d+', n))}  # noqa: E731
+  assert steps(remote) == steps(local)
+  assert not (own / 'checkpoints').exists()

@@ -1,116 +1,22 @@
 """A folder and its store stay equal, and the store is whole at every moment."""
 
-import errno
 import os
 import shutil
 import time
-import uuid
 
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
-from cai_jax.runtime.cloud import keeper as keepers
-from cai_jax.runtime.cloud import mirror as mirrors
-from cai_jax.runtime.cloud import parts
+from cai_jax.runtime.cloud import objects
 from cai_jax.runtime.cloud.index import INDEX, claim_order, is_claim, scan, unfinished
-from cai_jax.runtime.cloud.keeper import Keeper
-from cai_jax.runtime.cloud.mirror import UNWRITTEN, Mirror
+from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.store import Store
 from cai_jax.runtime.errors import StoppedError, UserError
-
-
-class Faulty(MemoryFileSystem):
-  """An object store in memory that records its calls, and fails from one of them on.
-
-  Attributes:
-    calls: the changes so far, as 'write NAME' and 'delete NAME'.
-    left: number of changes that still succeed.
-    away: whether every call fails.
-  """
-
-  protocol = 'faulty'
-  cachable = False
-
-  def __init__(self):
-    super().__init__()
-    self.store, self.pseudo_dirs = {}, ['']  # of this instance only
-    self.calls, self.left, self.away = [], 10**9, False
-
-  def _count(self, verb, path):
-    if self.away or self.left <= 0:
-      raise ConnectionError('the store is away')
-    self.left -= 1
-    self.calls.append(f'{verb} {path.removeprefix("/bucket/run/")}')
-
-  def pipe_file(self, path, value, mode='overwrite', **options):
-    self._count('write', path)
-    super().pipe_file(path, bytes(value), mode, **options)
-
-  def put_file(self, lpath, rpath, **options):
-    self._count('write', rpath)
-    super().put_file(lpath, rpath, **options)
-
-  def rm_file(self, path):
-    self._count('delete', path)
-    super().rm_file(path)
-
-  def find(self, path, **options):
-    if self.away:
-      raise ConnectionError('the store is away')
-    return super().find(path, **options)
-
-
-@pytest.fixture(autouse=True)
-def fine_clock(monkeypatch):
-  """The clock of a disk has ticks of milliseconds, and these tests write files in the same tick."""
-  monkeypatch.setattr(Mirror, '_now', lambda self: time.time_ns() + 10**9)
+from tests.mirror_setup import FILES, append, files, make_store, read, start, write
 
 
 @pytest.fixture
-def store():
-  return Store('s3://bucket/run', Faulty(), '/bucket/run')
-
-
-def write(folder, files):
-  for name, content in files.items():
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name('.temporary')
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def append(path, content):
-  with open(path, 'ab') as file:
-    file.write(content)
-
-
-def read(folder):
-  return {name: (folder / name).read_bytes() for name in scan(folder)}
-
-
-def start(store, folder, job=''):
-  """A mirror after its first pull, as the start of a job makes it."""
-  mirror = Mirror(store, folder, job or uuid.uuid4().hex[:12])
-  mirror.pull()
-  return mirror
-
-
-def files(store):
-  """Files that a new machine would see, by name."""
-  return {name for name in store.list() if not name.startswith('.cai_jax/')}
-
-
-FILES = {
-  'manifest.json': b'{"stages": 1}',
-  'd_cai/dataset_info.json': b'{}',
-  'd_cai/d_cai-train.array_record-00000': b'rows',
-  'journal/sampler-gumbel-1': b'',
-  'journal/turns-00000.jsonl': b'one\ntwo\n',
-  'checkpoints/2/_CHECKPOINT_METADATA': b'complete',
-  'checkpoints/2/commit_success.txt': b'complete',
-  'checkpoints/2/state/d/0': b'numbers',
-}
+def store(monkeypatch):
+  return make_store(monkeypatch)
 
 
 def test_a_new_machine_gets_every_file_and_its_time(store, tmp_path):
@@ -263,94 +169,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_store(store, tmp_path, changes):
   assert unfinished(files(store)) == set()  # what was left of a checkpoint is deleted
 
 
-def test_a_growing_file_is_written_in_parts_of_whole_lines(store, tmp_path):
-  mirror = start(store, tmp_path / 'one')
-  path, text = tmp_path / 'one' / 'journal' / 'turns-00000.jsonl', b''
-  write(tmp_path / 'one', {'journal/turns-00000.jsonl': b'x' * 999 + b'\n'})
-  mirror.push()
-  for number in range(20):
-    append(path, b'%04d' % number + b'y' * 45 + b'\nhalf a line')
-    mirror.push()
-    Mirror(store, tmp_path / 'two', 'other').pull()
-    text = (tmp_path / 'two' / 'journal' / 'turns-00000.jsonl').read_bytes()
-    whole = path.read_bytes()
-    assert whole.startswith(text) and text.endswith(b'\n') and len(whole) - len(text) == 11
-    mirror = start(store, tmp_path / 'one', 'other')
-  written = sum(len(store.read(name)) for name in store.list('journal'))
-  assert written == 1000  # the first object was not written again
-  assert 1 <= len(store.list(parts.PARTS)) <= 6
-  mirror.push(join=True)
-  assert store.list(parts.PARTS) == {} and store.read('journal/turns-00000.jsonl') == whole
-
-
-@pytest.mark.parametrize('changes', range(9))
-def test_a_kill_while_parts_are_joined_loses_no_line(store, tmp_path, changes):
-  path = tmp_path / 'one' / 'turns.jsonl'
-  mirror = start(store, tmp_path / 'one')
-  write(tmp_path / 'one', {'turns.jsonl': b'x' * 999 + b'\n'})
-  mirror.push()
-  for size in (200, 100, 50):
-    append(path, b'y' * size + b'\n')
-    mirror.push()
-  whole = path.read_bytes()
-  assert len(store.list(parts.PARTS)) == 3
-  store.fs.left = changes
-  append(path, b'z' * 70 + b'\n')  # becomes one part with the last one
-  try:
-    mirror.push()
-    mirror.push(join=True)
-  except ConnectionError:
-    pass
-  store.fs.left = 10**9
-  Mirror(store, tmp_path / 'two', 'other').pull()
-  found = (tmp_path / 'two' / 'turns.jsonl').read_bytes()
-  assert found in (whole, path.read_bytes())
-  chain = parts.group_parts(store.list())
-  assert len(chain) <= 1  # parts that nothing needs are deleted
-
-
-def test_a_file_that_was_replaced_or_cut_is_written_anew(store, tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  mirror = start(store, tmp_path)
-  path.write_bytes(b'1\n' * 100)
-  mirror.push()
-  append(path, b'2\n' * 10)
-  mirror.push()
-  assert len(store.list(parts.PARTS)) == 1
-  os.truncate(path, 150)
-  append(path, b'3\n' * 80)
-  mirror.push()
-  assert store.read('metrics.jsonl') == path.read_bytes() and not store.list(parts.PARTS)
-  write(tmp_path, {'metrics.jsonl': path.read_bytes() + b'4\n'})
-  mirror.push()
-  assert store.read('metrics.jsonl') == path.read_bytes() and not store.list(parts.PARTS)
-
-
-def test_pieces_stay_few_and_small():
-  pieces, written = [(0, 10)], 0
-  for number in range(1000):
-    end = pieces[-1][1]
-    kept, new = parts.merge(pieces, (end, end + 10))
-    assert pieces[: len(kept)] == kept and new[1] == end + 10
-    assert new[0] == (kept[-1][1] if kept else 0)
-    pieces, written = [*kept, new], written + new[1] - new[0]
-    assert len(pieces) <= 2 + (number + 2).bit_length()
-  assert written < 12 * 10_000
-  large = [(0, parts.LARGEST), (parts.LARGEST, parts.LARGEST + 5)]
-  assert parts.merge(large, (large[1][1], 2 * parts.LARGEST)) == (
-    large[:1],
-    (parts.LARGEST, 2 * parts.LARGEST),
-  )
-
-
-def test_parts_are_followed_without_gaps():
-  assert parts.follow(10, [(10, 20), (10, 30), (20, 30), (30, 35), (50, 60)]) == [
-    (10, 30),
-    (30, 35),
-  ]
-  assert parts.follow(10, [(20, 30)]) == parts.follow(0, []) == []
-
-
 def test_work_that_was_not_written_is_kept_and_written(store, tmp_path):
   mirror = start(store, tmp_path)
   write(tmp_path, {'a': b'1', 'b': b'1'})
@@ -460,51 +278,20 @@ def test_hidden_files_in_the_store_are_left_alone(store, tmp_path):
   assert read(tmp_path) == {'notes/a': b'x'} and store.read('notes/.mine') == b'x'
 
 
-def test_a_file_that_is_appended_to_all_the_time_is_written(store, tmp_path, monkeypatch):
-  monkeypatch.undo()  # the clock of the disk
-  mirror = start(store, tmp_path)
-  path = tmp_path / 'turns.jsonl'
-  mirror_scan = mirrors.scan
-
-  def scan_late(folder):  # a folder with many files
-    append(path, b'half')
-    append(path, b' a line and the rest\nhalf')
-    return mirror_scan(folder)
-
-  monkeypatch.setattr(mirrors, 'scan', scan_late)
-  for _ in range(3):
-    size = path.stat().st_size if path.exists() else 0
-    mirror.push()
-    Mirror(store, tmp_path / 'two', '').fetch()
-    there = (tmp_path / 'two/turns.jsonl').read_bytes()
-    assert len(there) > size and path.read_bytes().startswith(there) and there.endswith(b'\n')
-
-
-def test_growth_larger_than_a_part_is_written_as_a_whole(store, tmp_path, monkeypatch):
-  monkeypatch.setattr(parts, 'LARGEST', 1000)
-  mirror = start(store, tmp_path / 'one')
-  write(tmp_path / 'one', {'turns.jsonl': b'x' * 99 + b'\n'})
-  mirror.push()
-  append(tmp_path / 'one/turns.jsonl', (b'y' * 99 + b'\n') * 45)
-  mirror.push(still=True)
-  Mirror(store, tmp_path / 'two', '').fetch()
-  assert read(tmp_path / 'two') == read(tmp_path / 'one')
-
-
 def test_a_claim_that_is_replaced_after_the_look_waits(store, tmp_path, monkeypatch):
   mirror = start(store, tmp_path)
   write(tmp_path, {'manifest.json': b'{"shards": 0}'})
-  mirror_scan = mirrors.scan
+  mirror_scan = objects.scan
 
   def scan_early(folder):
     found = mirror_scan(folder)
     write(tmp_path, {'manifest.json': b'{"shards": 1}'})
     return found
 
-  monkeypatch.setattr(mirrors, 'scan', scan_early)
+  monkeypatch.setattr(objects, 'scan', scan_early)
   mirror.push()
   assert files(store) == set()
-  monkeypatch.setattr(mirrors, 'scan', mirror_scan)
+  monkeypatch.setattr(objects, 'scan', mirror_scan)
   mirror.push()
   assert store.read('manifest.json') == b'{"shards": 1}'
 
@@ -543,53 +330,6 @@ def test_a_damaged_index_is_named(store, tmp_path):
     start(store, tmp_path / 'two')
 
 
-@pytest.fixture
-def quick(monkeypatch):
-  monkeypatch.setattr(keepers, 'PERIOD_SECONDS', 0.01)
-  monkeypatch.setattr(keepers, 'LONGEST_WAIT_SECONDS', 0.02)
-  monkeypatch.setattr(keepers, 'LAST_WAITS_SECONDS', (0.01, 0.01))
-
-
-def wait_for(condition):
-  end = time.monotonic() + 10
-  while not condition():
-    assert time.monotonic() < end
-    time.sleep(0.005)
-
-
-def test_a_run_survives_a_store_that_is_away(store, tmp_path, quick, capsys):
-  mirror = start(store, tmp_path)
-  keeper = Keeper(mirror, store.url)
-  write(tmp_path, {'a': b'1'})
-  wait_for(lambda: 'a' in files(store))
-  store.fs.away = True
-  write(tmp_path, {'b': b'1'})
-  wait_for((tmp_path / UNWRITTEN).exists)
-  keeper.finish_stage()  # no error: the stage is done, here
-  store.fs.away = False
-  wait_for(lambda: 'b' in files(store) and not (tmp_path / UNWRITTEN).exists())
-  keeper.close(completed=True)
-  said = capsys.readouterr().err.splitlines()
-  assert len(said) == 2 and 'The run continues in' in said[0] and 'reached again' in said[1]
-
-
-def test_a_full_disk_is_not_reported_as_a_store_that_is_away(
-  store, tmp_path, quick, capsys, monkeypatch
-):
-  keeper = Keeper(start(store, tmp_path), store.url)
-
-  def fail(self, *_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-  monkeypatch.setattr(Mirror, '_now', fail)
-  monkeypatch.setattr(Mirror, 'mark_unwritten', fail)
-  said = []
-  wait_for(lambda: said.append(capsys.readouterr().err) or any(said))
-  assert f'{tmp_path} cannot be used: No space left' in ''.join(said)
-  monkeypatch.undo()
-  keeper.close(completed=True)
-
-
 def test_a_file_that_disappears_during_a_push_is_no_error(store, tmp_path, monkeypatch):
   mirror = start(store, tmp_path)
   write(tmp_path, {'metrics.jsonl': b'1\n', 'a': b'1'})
@@ -597,44 +337,5 @@ def test_a_file_that_disappears_during_a_push_is_no_error(store, tmp_path, monke
   append(tmp_path / 'metrics.jsonl', b'2\n')
   scanned = scan(tmp_path)
   (tmp_path / 'metrics.jsonl').unlink()
-  monkeypatch.setattr(mirrors, 'scan', lambda folder: scanned)
+  monkeypatch.setattr(objects, 'scan', lambda folder: scanned)
   assert not mirror.push()
-
-
-@pytest.mark.parametrize('times', [1, 2])
-def test_a_look_lists_again_when_a_job_joins_parts_meanwhile(store, tmp_path, times):
-  mirror, left = start(store, tmp_path / 'one'), [times]
-  path = tmp_path / 'one' / 'turns.jsonl'
-  write(tmp_path / 'one', {'turns.jsonl': b'x' * 999 + b'\n'})
-  mirror.push()
-  append(path, b'1\n')
-  mirror.push()
-  get_file = store.fs.get_file
-
-  def join_meanwhile(name, target, **options):
-    get_file(name, target, **options)
-    if left[0]:
-      left[0] -= 1
-      mirror.push(still=True, join=True)
-      append(path, b'2\n')
-      mirror.push(still=True)
-
-  store.fs.get_file = join_meanwhile
-  look = Mirror(store, tmp_path / 'two', '')
-  if times == 1:
-    look.fetch()
-    assert read(tmp_path / 'two') == read(tmp_path / 'one')
-  else:
-    with pytest.raises(UserError, match='changed while it was fetched'):
-      look.fetch()
-
-
-def test_a_run_whose_store_stays_away_ends_with_an_error(store, tmp_path, quick, capsys):
-  keeper = Keeper(start(store, tmp_path), store.url)
-  store.fs.away = True
-  write(tmp_path, {'a': b'1'})
-  with pytest.raises(StoppedError, match=rf'could not be written to s3://bucket/run.*{tmp_path}'):
-    keeper.close(completed=True)
-  store.fs.away = False
-  start(store, tmp_path)
-  assert files(store) == {'a'}

@@ -119,7 +119,8 @@ def run_on_all_processes(name: str, work: Callable[[], T], alone: bool = True) -
     return work(), bool(_exchanges) and _exchanges[0].send()
 
   def receive() -> tuple[None, bool]:
-    return _exchanges[0].receive(), False
+    _exchanges[0].receive()
+    return None, False
 
   result, is_sent = _run_together(name, work_and_send, alone)
   if is_sent:

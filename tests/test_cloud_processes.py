@@ -7,22 +7,25 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 
+from cai_jax.data.quality import FLAGS
 from cai_jax.runtime.cloud.index import scan
 from cai_jax.runtime.cloud.store import open_store
 from cai_jax.runtime.cloud.workdir import SCRATCH, scratch_folder
 from tests.cloud_setup import serve
-from tests.pipeline_setup import launch_tiny, start_two
+from tests.pipeline_setup import launch_tiny, start_one, start_two
+from tests.test_preference_processes import command as label_and_prefer
 
 pytestmark = pytest.mark.slow
 
 STAGES = 'generate,train,evaluate,report'
 FIELDS = {'train.checkpoint_every': 4, 'train.epochs': 1}
 TIMES = {'manifest.json', 'costs.jsonl', 'report.html'}  # have seconds of stages or of steps
-CHANCE = ('checkpoints/', 'tensorboard/')  # their libraries choose names by chance and time
+CHANCE = re.compile(r'(^|/)(checkpoints|tensorboard)/')  # libraries choose names by chance and time
 
 
 @pytest.fixture
@@ -58,14 +61,28 @@ def content(store):
   return {n: store.read(n) for n in names}
 
 
+def check_equal(shared, store):
+  """Compare a folder and a store, but for times, names and the order of turns; return both."""
+  local = {name: (shared / name).read_bytes() for name in scan(shared)}
+  remote = content(store)
+  fixed = lambda files: {n for n in files if not CHANCE.search(n)}  # noqa: E731
+  assert fixed(remote) == fixed(local)
+  journal = {n for n in fixed(local) if n.startswith('journal/turns-')}
+  differing = {n for n in fixed(local) if remote[n] != local[n]}
+  print('names that differ:', sorted(differing))
+  assert {n for n in differing if n.rpartition('/')[2] not in TIMES} <= journal
+  lines = lambda files: sorted(line for n in journal for line in files[n].splitlines())  # noqa: E731
+  assert lines(remote) == lines(local)
+  return local, remote
+
+
 def test_two_processes_without_a_common_folder_end_as_those_with_one(bucket, tmp_path, monkeypatch):
   monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
   url = f'{bucket}/run'
   store, command = open_store(url), launch_tiny(url, STAGES, FIELDS)
   own = scratch_folder(url)
-  other = own.parent.with_name(f'{own.parent.name}-1') / own.name
   moments = {
-    'generate': lambda: any((other / 'journal').glob('*.jsonl')) and lines(other / 'journal') > 20,
+    'generate': lambda: len(store.list('.cai_jax/parts')) > 2,  # some lines of both processes
     'train': lambda: any(store.list('checkpoints')) and lines(own) > 6,
     'evaluate': lambda: (own / 'evaluation/base/d_cai-train.array_record-00000').exists(),
   }
@@ -77,14 +94,41 @@ def test_two_processes_without_a_common_folder_end_as_those_with_one(bucket, tmp
   finish(start_two(command, 2))
   shared = tmp_path / 'local' / 'run'
   finish(start_two(launch_tiny(shared, STAGES, FIELDS), 2))
-  local = {name: (shared / name).read_bytes() for name in scan(shared)}
-  remote = content(store)
-  fixed = lambda files: {n for n in files if not n.startswith(CHANCE)}  # noqa: E731
-  assert fixed(remote) == fixed(local)
-  journal = {n for n in fixed(local) if n.startswith('journal/turns-')}
-  differing = {name for name in fixed(local) if remote[name] != local[name]}
-  print('names that differ:', sorted(differing))
-  assert differing <= TIMES | journal
+  local, remote = check_equal(shared, store)
   steps = lambda files: {m[0] for n in files if (m := re.match(r'checkpoints/\d+', n))}  # noqa: E731
   assert steps(remote) == steps(local)
   assert not (own / 'checkpoints').exists()
+
+
+def test_labels_and_policies_need_no_common_folder(bucket, random_model, tmp_path, monkeypatch):
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
+  url, shared = f'{bucket}/run', tmp_path / 'run'
+  finish(start_two(label_and_prefer(random_model, url), 1))
+  finish(start_two(label_and_prefer(random_model, shared), 1))
+  local, _ = check_equal(shared, open_store(url))
+  assert {'labels/comparisons.jsonl', 'policy/model.safetensors'} <= local.keys()
+
+
+def test_a_replica_without_a_common_folder_samples_into_s3_but_does_not_train(
+  random_model, tmp_path, monkeypatch
+):
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
+  fields = {
+    'model.base': random_model,
+    'mesh_sampling.processes': -1,
+    'feedback.rounds': 1,
+    'feedback.shard_rows': 2,
+    'prompts.harmful.limit': 6,
+    'prompts.helpful.limit': 4,
+    **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},
+  }
+  with serve('s3', monkeypatch) as bucket:
+    url, shared = f'{bucket}/run', tmp_path / 'run'
+    finish(start_two(launch_tiny(url, 'generate', fields), 1))
+    finish(start_two(launch_tiny(shared, 'generate', fields), 1))
+    check_equal(shared, open_store(url))
+    group = start_two(launch_tiny(url, 'train', fields), 1, stderr=subprocess.PIPE, text=True)
+    assert 'can write checkpoints to gs:// only' in group[0].communicate()[1]
+    assert [process.wait() for process in group] == [1, 1]
+    # One process goes on where several have stopped.
+    assert start_one(launch_tiny(url, 'generate', fields), 1).wait() == 0

@@ -27,7 +27,7 @@ def join(store, folder, count=2):
     for i in range(count)
   ]
   for mirror in mirrors:
-    (mirror.follow if mirror is not mirrors[0] else mirror.pull)()
+    mirror.pull()
   return mirrors
 
 
@@ -102,7 +102,7 @@ def test_a_process_that_could_not_fetch_all_writes_nothing_more(store, tmp_path,
     keeper.receive()
   monkeypatch.undo()
   store.fs.calls.clear()
-  keeper.close(completed=False)
+  keeper.close(join=False, in_time=False)
   assert not store.fs.calls
   assert contents(join(store, tmp_path))[0]['journal/turns-00001.jsonl'] == b'one\ntwo\n'
 
@@ -121,7 +121,7 @@ def test_processes_wait_for_a_store_that_is_away_before_they_give_up(store, tmp_
   assert tuple(waits) == keepers.SEND_WAITS_SECONDS
   assert not (one.folder / UNWRITTEN).exists()  # the next start takes what the store has
   store.fs.away = False
-  keeper.close(completed=True)
+  keeper.close(join=True)
 
 
 def test_work_of_one_process_without_store_is_not_thrown_away(store, tmp_path):

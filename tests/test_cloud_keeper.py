@@ -43,7 +43,7 @@ def test_a_run_survives_a_store_that_is_away(store, tmp_path, quick, capsys):
   keeper.finish_stage()  # no error: the stage is done, here
   store.fs.away = False
   wait_for(lambda: 'b' in files(store) and not (tmp_path / UNWRITTEN).exists())
-  keeper.close(completed=True)
+  keeper.close(join=True)
   said = capsys.readouterr().err.splitlines()
   assert len(said) == 2 and 'The run continues in' in said[0] and 'reached again' in said[1]
 
@@ -62,7 +62,7 @@ def test_a_full_disk_is_not_reported_as_a_store_that_is_away(
   wait_for(lambda: said.append(capsys.readouterr().err) or any(said))
   assert f'{tmp_path} cannot be used: No space left' in ''.join(said)
   monkeypatch.undo()
-  keeper.close(completed=True)
+  keeper.close(join=True)
 
 
 def test_a_run_whose_store_stays_away_ends_with_an_error(store, tmp_path, quick, capsys):
@@ -70,7 +70,7 @@ def test_a_run_whose_store_stays_away_ends_with_an_error(store, tmp_path, quick,
   store.fs.away = True
   write(tmp_path, {'a': b'1'})
   with pytest.raises(StoppedError, match=rf'could not be written to s3://bucket/run.*{tmp_path}'):
-    keeper.close(completed=True)
+    keeper.close(join=True)
   store.fs.away = False
   start(store, tmp_path)
   assert files(store) == {'a'}

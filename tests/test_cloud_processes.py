@@ -44,15 +44,28 @@ def finish(processes):
   assert [process.wait(timeout=600) for process in processes] == [0, 0]
 
 
-def kill(processes, is_time):
-  """Kill process 1 at a moment; the other then ends as well."""
+def kill(processes, is_time, others_end=True):
+  """Kill process 1 at a moment; another of the same launch then ends as well."""
   end = time.monotonic() + 600
   while not is_time():
     assert [process.poll() for process in processes] == [None, None]
     assert time.monotonic() < end
     time.sleep(0.1)
   processes[1].send_signal(signal.SIGKILL)
-  assert all(process.wait(timeout=300) for process in processes)
+  assert not others_end or all(process.wait(timeout=300) for process in processes)
+
+
+def fields_of(model):
+  """Settings of a run of seconds, which all processes sample together."""
+  return {
+    'model.base': model,
+    'mesh_sampling.processes': -1,
+    'feedback.rounds': 1,
+    'feedback.shard_rows': 2,
+    'prompts.harmful.limit': 6,
+    'prompts.helpful.limit': 4,
+    **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},
+  }
 
 
 def content(store):
@@ -113,15 +126,7 @@ def test_a_replica_without_a_common_folder_samples_into_s3_but_does_not_train(
   random_model, tmp_path, monkeypatch
 ):
   monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
-  fields = {
-    'model.base': random_model,
-    'mesh_sampling.processes': -1,
-    'feedback.rounds': 1,
-    'feedback.shard_rows': 2,
-    'prompts.harmful.limit': 6,
-    'prompts.helpful.limit': 4,
-    **{f'feedback.max_rate.{name}': 1.0 for name in FLAGS},
-  }
+  fields = fields_of(random_model)
   with serve('s3', monkeypatch) as bucket:
     url, shared = f'{bucket}/run', tmp_path / 'run'
     finish(start_two(launch_tiny(url, 'generate', fields), 1))
@@ -132,3 +137,28 @@ def test_a_replica_without_a_common_folder_samples_into_s3_but_does_not_train(
     assert [process.wait() for process in group] == [1, 1]
     # One process goes on where several have stopped.
     assert start_one(launch_tiny(url, 'generate', fields), 1).wait() == 0
+
+
+def test_launches_without_a_common_folder_sample_the_shards_of_one(
+  random_model, tmp_path, monkeypatch
+):
+  """Of two launches, the second is killed; then both are started again."""
+  monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
+  fields = fields_of(random_model) | {'prompts.harmful.limit': 24, 'mesh_sampling.processes': 1}
+  with serve('s3', monkeypatch) as bucket:
+    url, shared = f'{bucket}/run', tmp_path / 'run'
+    store, command = open_store(url), launch_tiny(url, 'generate', fields)
+
+    def start():
+      numbers = {'CAI_JAX_NUM_REPLICAS': '2'}
+      return [start_one(command, 1, CAI_JAX_REPLICA=str(i), **numbers) for i in range(2)]
+
+    launches = start()
+    own = [f'd_cai/d_cai-train.array_record-{shard:05d}' for shard in (1, 3)]
+    kill(launches, lambda: own[0] in store.list('d_cai'), others_end=False)
+    assert launches[0].wait(timeout=300) == 1  # its shards are complete, and others are missing
+    assert own[1] not in store.list('d_cai')
+    finish(start())
+    assert start_one(launch_tiny(shared, 'generate', fields), 1).wait() == 0
+    local = {p.name: p.read_bytes() for p in shared.glob('d_cai/*.array_record-*')}
+    assert {n: store.read(f'd_cai/{n}') for n in local} == local and len(local) > 8

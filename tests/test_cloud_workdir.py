@@ -13,10 +13,10 @@ import uuid
 import pytest
 
 from cai_jax import pipeline
-from cai_jax.pipeline import import_results, rate
+from cai_jax.pipeline import import_results, launches, rate
 from cai_jax.publishing import command as publishing
 from cai_jax.runtime import lock
-from cai_jax.runtime.cloud import lease, store, workdir
+from cai_jax.runtime.cloud import direct, lease, store, workdir
 from cai_jax.runtime.cloud.mirror import Mirror
 from cai_jax.runtime.cloud.workdir import open_part, resolve_workdir, scratch_folder
 from cai_jax.runtime.errors import StoppedError, UserError
@@ -240,11 +240,28 @@ def test_imported_numbers_go_to_the_store(url, place, tmp_path, capsys):
   assert json.loads(place.read('evaluation/imported.json'))['base']
 
 
-def test_launches_that_share_a_run_are_refused(url, monkeypatch):
-  monkeypatch.setenv('CAI_JAX_REPLICA', '0')
-  monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', '2')
-  with pytest.raises(UserError, match='launches share the run.*a file system that they share'):
-    resolve_workdir(url)
+def test_launches_that_share_a_run_have_a_lock_and_a_folder_each(url, place, monkeypatch):
+  with resolve_workdir(url).open():
+    assert {i: owner['replicas'] for i, owner in lease.find_owners(place).items()} == {0: 1}
+  folders, numbers = [], {'CAI_JAX_NUM_REPLICAS': '2'}
+  with contextlib.ExitStack() as stack:
+    for replica in '10':
+      for name, value in (numbers | {'CAI_JAX_REPLICA': replica}).items():
+        monkeypatch.setenv(name, value)
+      launch = resolve_workdir(url)
+      stack.enter_context(launch.open())
+      folders.append(launch.folder)
+      assert lease.find_owners(place)[int(replica)]['replicas'] == 2
+      with pytest.raises(UserError, match='belongs to job'), resolve_workdir(url).open():
+        pass
+    (pathlib.Path(folders[0]) / 'shard').write_text('1')
+    direct.fetch(folders[0])
+    direct.fetch(folders[1])
+    assert (pathlib.Path(folders[1]) / 'shard').read_text() == '1'
+    monkeypatch.setenv('CAI_JAX_NUM_REPLICAS', '3')
+    with pytest.raises(UserError, match='belongs to replica 1 of 2.*this launch is replica 0 of 3'):
+      launches._check_others(pathlib.Path(folders[1]), 0, 3)
+  assert folders[0] != folders[1] and not lease.find_owners(place)
 
 
 def test_what_needs_a_path_refuses_a_url(url):

@@ -326,7 +326,7 @@ def test_every_launch_holds_a_journal_that_runs_share(tmp_path, monkeypatch):
   ],
 )
 def test_what_launches_cannot_share_is_refused(monkeypatch, names, remotes, rater, message):
-  run = types.SimpleNamespace(remotes=remotes, config=None)
+  run = types.SimpleNamespace(workdir='run', remotes=remotes, config=None)
   monkeypatch.setattr(launches, 'find_served_rater', lambda config: rater)
   launches.check_launch(run, names)
   monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 2))

@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -18,7 +19,7 @@ from cai_jax.pipeline.models import sampling_mesh
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.served_raters import find_served_rater
 from cai_jax.runtime import interruption, lock, processes
-from cai_jax.runtime.cloud.direct import check_training, is_private
+from cai_jax.runtime.cloud import direct
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.replicas import VARIABLES, launched_replica, replica_of
 
@@ -26,6 +27,7 @@ FOLDER = 'replicas'  # of the workdir, with the lock of each replica after the f
 STAGE = 'generate'  # the only stage whose work is dealt to launches
 START_SECONDS = 60.0  # for which replica 0 waits for another one to start
 POLL_SECONDS = 0.5
+STORE_POLL_SECONDS = 5.0
 
 
 def check_launch(run: Run, stages: Sequence[str]) -> None:
@@ -39,9 +41,9 @@ def check_launch(run: Run, stages: Sequence[str]) -> None:
     UserError: if it has a stage that cannot, models behind servers, or several replicas. Also if
       several processes would train in a store to which checkpoints cannot be written.
   """
-  if {'train', 'prefer'} & {*stages}:
-    check_training(run.workdir)
   if launched_replica()[1] == 1:
+    if {'train', 'prefer'} & {*stages}:
+      direct.check_training(run.workdir)
     return
   if run.remotes or find_served_rater(run.config):
     raise UserError(
@@ -74,7 +76,7 @@ def hold_run(workdir: pathlib.Path) -> Iterator[None]:
     UserError: if another job holds it that does not share the work with this launch.
   """
   index, count = launched_replica()
-  with lock.hold(_place(workdir, index), is_private(workdir), replicas=count):
+  with lock.hold(_place(workdir, index), direct.is_private(workdir), replicas=count):
     # Each launch takes its own place first and looks at the others then, so two that cannot run
     # together do not miss each other.
     processes.run_on_process_0('look for replicas', lambda: _check_others(workdir, index, count))
@@ -86,12 +88,19 @@ def _place(workdir: pathlib.Path, index: int) -> pathlib.Path:
   return workdir / FOLDER / str(index) if index else workdir
 
 
+def _find_owners(workdir: pathlib.Path) -> dict[int, dict[str, Any]]:
+  """Return which jobs hold a workdir, by the number of the replica."""
+  if (owners := direct.find_owners(workdir)) is not None:
+    return owners
+  numbers = [path.name for path in (workdir / FOLDER).glob('*') if path.name.isdecimal()]
+  owners = {i: lock.find_owner(_place(workdir, i)) for i in sorted({0, *map(int, numbers)})}
+  return {replica: owner for replica, owner in owners.items() if owner}
+
+
 def _check_others(workdir: pathlib.Path, index: int, count: int) -> None:
   """Raise UserError if a replica of a launch of other replicas is running in a workdir."""
-  numbers = [path.name for path in (workdir / FOLDER).glob('*') if path.name.isdecimal()]
-  for other in sorted({0, *map(int, numbers)} - {index}):
-    owner = lock.find_owner(_place(workdir, other))
-    if owner and (owner.get('replicas', 1) != count or other >= count):
+  for other, owner in _find_owners(workdir).items():
+    if other != index and (owner.get('replicas', 1) != count or other >= count):
       raise UserError(
         f'{workdir} belongs to replica {other} of {owner.get("replicas", 1)}, '
         f'{lock.describe_owner(owner)}, and this launch is replica {index} of {count}. Wait until '
@@ -114,18 +123,23 @@ def wait_for_replicas(workdir: pathlib.Path, find_missing: Callable[[], list[int
   count = launched_replica()[1]
   seen: set[int] = set()
   start = time.monotonic()
-  while needed := {shard % count for shard in find_missing()} - {0}:
+
+  def look() -> list[int]:
+    direct.fetch(workdir)
+    return find_missing()
+
+  while needed := {shard % count for shard in look()} - {0}:
     interruption.check()
-    running = {replica for replica in needed if lock.find_owner(_place(workdir, replica))}
+    running = needed & _find_owners(workdir).keys()
     waited = time.monotonic() - start > START_SECONDS
     lost = {replica for replica in needed - running if waited or replica in seen}
     seen |= running
     # A replica may have written its last shard and ended since `needed` was found.
-    if lost and (left := [shard for shard in find_missing() if shard % count in lost]):
+    if lost and (left := [shard for shard in look() if shard % count in lost]):
       names = ', '.join(map(str, sorted({shard % count for shard in left})))
       raise StoppedError(
         f'Replica {names} of {count} is not running, and {len(left)} of its shards are missing. '
         'All finished turns are kept. Start the same commands again to continue, or start one '
         f'launch without {" and ".join(VARIABLES)}, which samples what is missing.'
       )
-    time.sleep(POLL_SECONDS)
+    time.sleep(STORE_POLL_SECONDS if direct.is_private(workdir) else POLL_SECONDS)

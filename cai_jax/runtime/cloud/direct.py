@@ -1,10 +1,9 @@
-"""Checkpoints that Orbax writes straight to a store, because no process has all of their files.
+"""What code has to know of a run on a store whose processes share no folder.
 
-Several processes write one checkpoint: each has its own part of the arrays, and process 0 combines
-the parts. In a run on a store, no folder is shared, so the checkpoints are written to the store.
-Orbax does that for Google Cloud Storage (0.12.8); see https://github.com/google/orbax/pull/2739 for
-Amazon S3. All other files of a run are in a folder of each process, which its mirror keeps equal to
-the store (`mirror.py`).
+Each process has a folder of its own, which its mirror keeps equal to the store (`mirror.py`). Only
+checkpoints are written straight to the store, because no process has all of their files: each has
+its own part of the arrays, and process 0 combines the parts. Orbax does that for Google Cloud
+Storage (0.12.8); see https://github.com/google/orbax/pull/2739 for Amazon S3.
 """
 
 import contextlib
@@ -13,11 +12,13 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
-import jax
 from etils import epath
 
-from cai_jax.runtime.cloud.store import explain, is_url, split_url
+from cai_jax.runtime import processes
+from cai_jax.runtime.cloud import lease
+from cai_jax.runtime.cloud.store import Store, explain, is_url, split_url
 from cai_jax.runtime.errors import StoppedError, UserError
 
 SCHEMES = ('gs', 'gcs')  # of the stores to which Orbax writes
@@ -30,18 +31,18 @@ class _Mirrored:
 
   Attributes:
     folder: the local folder.
-    url: URL of the store.
-    is_private: whether other processes have folders of their own.
+    store: the store.
+    exchange: sends and fetches files; None if no other process has a folder of the run.
   """
 
   folder: pathlib.Path
-  url: str
-  is_private: bool
+  store: Store
+  exchange: processes.Exchange | None
 
   @property
   def is_direct(self) -> bool:
     """Whether checkpoints are written to the store."""
-    return self.is_private and split_url(self.url)[0] in SCHEMES
+    return self.exchange is not None and split_url(self.store.url)[0] in SCHEMES
 
 
 _open: list[_Mirrored] = []  # at most one at a time
@@ -53,16 +54,20 @@ def is_checkpoint(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def working_in(folder: str | os.PathLike, url: str) -> Iterator[None]:
-  """Make `place` and `is_private` answer for the folder of a run on a store while the block runs.
+def working_in(
+  folder: str | os.PathLike, store: Store, exchange: processes.Exchange | None
+) -> Iterator[None]:
+  """Let the functions of this module answer for the folder of a run while the block runs.
 
   Args:
     folder: the local folder.
-    url: URL of the store.
+    store: the store.
+    exchange: sends and fetches files; None if no other process has a folder of the run.
   """
-  _open.append(_Mirrored(pathlib.Path(folder), url, jax.process_count() > 1))
+  _open.append(_Mirrored(pathlib.Path(folder), store, exchange))
   try:
-    yield
+    with contextlib.nullcontext() if exchange is None else processes.exchanging(exchange):
+      yield
   finally:
     _open.pop()
 
@@ -76,7 +81,35 @@ def _find(folder: str | os.PathLike) -> _Mirrored | None:
 def is_private(folder: str | os.PathLike) -> bool:
   """Return whether a folder belongs to this process, and the others have copies of their own."""
   run = _find(folder)
-  return run is not None and run.is_private
+  return run is not None and run.exchange is not None
+
+
+def find_owners(folder: str | os.PathLike) -> dict[int, dict[str, Any]] | None:
+  """Return which jobs hold the store of a run, by replica, or None for a run without a store.
+
+  Args:
+    folder: the local folder of the run.
+  """
+  run = _find(folder)
+  if run is None:
+    return None
+  with run.store.asking():
+    return lease.find_owners(run.store)
+
+
+def fetch(folder: str | os.PathLike) -> None:
+  """Fetch what other launches have written to the store of a run. Without a store, do nothing.
+
+  Args:
+    folder: the local folder of the run.
+
+  Raises:
+    StoppedError: if the store is away.
+  """
+  run = _find(folder)
+  if run is not None and run.exchange is not None:
+    run.exchange.send()
+    run.exchange.receive()
 
 
 def place(folder: str | os.PathLike) -> epath.Path:
@@ -89,7 +122,7 @@ def place(folder: str | os.PathLike) -> epath.Path:
   run = _find(path)
   if run is None or not run.is_direct:
     return epath.Path(path)
-  return epath.Path(run.url) / path.relative_to(run.folder).as_posix()
+  return epath.Path(run.store.url) / path.relative_to(run.folder).as_posix()
 
 
 def check_training(folder: str | os.PathLike) -> None:
@@ -102,11 +135,11 @@ def check_training(folder: str | os.PathLike) -> None:
     UserError: if they share no folder, and Orbax cannot write to the store.
   """
   run = _find(folder)
-  if run is not None and run.is_private and not run.is_direct:
+  if run is not None and run.exchange is not None and not run.is_direct:
     raise UserError(
-      f'{run.url}: several processes can write checkpoints to gs:// only, because Orbax supports '
-      'no other store. Train with one process, give the processes a folder on a file system that '
-      'they share, or leave the stages train and prefer out of --stages here.'
+      f'{run.store.url}: several processes can write checkpoints to gs:// only, because Orbax '
+      'supports no other store. Train with one process, give the processes a folder on a file '
+      'system that they share, or leave the stages train and prefer out of --stages here.'
     )
 
 

@@ -80,19 +80,20 @@ class Keeper:
         f'{self._explain(error)} Then start the same command again to continue.'
       ) from error
 
-  def close(self, completed: bool) -> None:
+  def close(self, join: bool, in_time: bool = True) -> None:
     """End the thread, and push what is left.
 
     Args:
-      completed: whether the run ended as it should. Otherwise time may be short, and parts stay.
+      join: whether parts are joined; nobody may write to the store meanwhile.
+      in_time: whether the run ended as it should. Otherwise time may be short.
 
     Raises:
       StoppedError: if the store is still away after some attempts.
     """
     self._ended.set()
     self._thread.join()
-    waits = LAST_WAITS_SECONDS if completed else LAST_WAITS_SECONDS[:1]
-    error = self._try_again(waits, join=completed)
+    waits = LAST_WAITS_SECONDS if in_time else LAST_WAITS_SECONDS[:1]
+    error = self._try_again(waits, join)
     if error is not None and self._alone:
       raise StoppedError(
         f'The results of this run could not be written to {self._url}, but they are in '

@@ -2,7 +2,8 @@
 
 It works like the lock of a folder (`cai_jax.runtime.lock`): an object with a number that grows, of
 which the highest counts. The store creates an object only once, and its clock decides when a holder
-that no longer writes its object has failed. A job that ends leaves an object NUMBER.free.
+that no longer writes its object has failed. A job that ends leaves an object NUMBER.free. Replicas
+that are launches of their own have a lock each.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from cai_jax.runtime.errors import StoppedError
 from cai_jax.runtime.terminal import say
 
 LEASE = f'{FOLDER}/lock'
+REPLICAS = f'{FOLDER}/replicas'  # with the lock of each replica after the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,13 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[Lease]:
+def hold(store: Store, ended: Callable[[str], None] | None = None, **facts: Any) -> Iterator[Lease]:
   """Hold a store for this job while the block runs.
 
   Args:
     store: the store.
     ended: called with the reason if another job has taken the store; None ends the process.
+    **facts: what else the lock says of the job, of JSON types.
 
   Yields:
     The lease, which has the id of the job.
@@ -77,8 +80,8 @@ def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[L
     UserError: if another job holds the store; the message says which, and since when.
   """
   job = uuid.uuid4().hex[:12]
-  facts = {'job': job, **lock.describe_process(), 'since': lock.utc_now()}
-  content = json.dumps(facts).encode()
+  owner = {'job': job, **lock.describe_process(), 'since': lock.utc_now(), **facts}
+  content = json.dumps(owner).encode()
   with store.asking():
     held = Lease(job, store, _acquire(store, content))
   number, stop = held.number, threading.Event()
@@ -94,6 +97,39 @@ def hold(store: Store, ended: Callable[[str], None] | None = None) -> Iterator[L
       if _numbers(store).get(number):
         store.write(_name(number, free=True), b'')
         store.delete(_name(number))
+
+
+def find_owners(store: Store) -> dict[int, dict[str, Any]]:
+  """Return what the locks of a store say of the jobs that hold it, by the number of the replica.
+
+  Args:
+    store: the store.
+  """
+  folders = (name.removeprefix(f'{REPLICAS}/').partition('/')[0] for name in store.list(REPLICAS))
+  replicas = {0, *(int(folder) for folder in folders if folder.isdecimal())}
+  owners = {replica: _find_owner(replica_store(store, replica)) for replica in sorted(replicas)}
+  return {replica: owner for replica, owner in owners.items() if owner}
+
+
+def replica_store(store: Store, replica: int) -> Store:
+  """Return the store that has the lock of a replica.
+
+  Args:
+    store: the store of the run.
+    replica: number of the replica, which is a launch of its own; 0 if there is one launch.
+  """
+  return store.below(f'{REPLICAS}/{replica}') if replica else store
+
+
+def _find_owner(store: Store) -> dict[str, Any]:
+  """Return what a lock says of the job that holds it; empty if no job does."""
+  numbers = _numbers(store)
+  latest = max(numbers, default=0)
+  beat = _last_beat(store, latest) if numbers.get(latest) else None
+  if beat is None or (_now(store) - beat).total_seconds() > lock.STALE_SECONDS:
+    return {}
+  owner = _read_owner(store, latest)
+  return {} if lock.has_ended(owner) else owner
 
 
 def _acquire(store: Store, content: bytes) -> int:

@@ -76,6 +76,8 @@ class Mirror:
   def pull(self) -> int:
     """Make the folder equal to the store, and return how many files were fetched.
 
+    The one that leads deletes what is incomplete in the store; the others only fetch.
+
     What was not written to the store before this machine was interrupted stays, and the next push
     writes it. If another job has used the store since, or this one has several processes, what the
     store has replaces it: other processes may have written more than this machine has of theirs.
@@ -84,6 +86,8 @@ class Mirror:
       UserError: if work would be replaced that one process did while it could not reach the store,
         which is more than the last seconds.
     """
+    if not self._leads:
+      return self._follow()
     local = self._read_local()
     listed, remote = self._list()
     here = self._objects.scan()
@@ -113,11 +117,11 @@ class Mirror:
     self._write_index()
     return len(wanted)
 
-  def follow(self) -> int:
+  def _follow(self) -> int:
     """Make the folder equal to the store, and return how many files were fetched.
 
-    A mirror that does not lead begins so, after the one that leads has pulled. What the folder has
-    and the store has not is deleted: the last seconds of a process that was killed.
+    What the folder has and the store has not is deleted: the last seconds of a process that was
+    killed.
     """
     local, here = self._read_local(), self._objects.scan()
     self._objects.known = {
@@ -182,7 +186,8 @@ class Mirror:
       UserError: if the workdir of another run is below the URL.
     """
     listed, index = self._store.list(), Index()
-    if inner := next((name for name in sorted(listed) if f'/{OWN}/' in name), ''):
+    names = (name for name in sorted(listed) if not name.startswith(f'{OWN}/'))
+    if inner := next((name for name in names if f'/{OWN}/' in name), ''):
       raise UserError(
         f'{self._store.url} contains the workdir {self._store.url}/{inner.split(f"/{OWN}/")[0]}. '
         'Give the URL of that, or one that has no workdir below it.'

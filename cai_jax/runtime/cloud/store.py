@@ -98,6 +98,10 @@ class Store:
     """Return the path of an object in `fs`."""
     return f'{self.root}/{name}' if name else self.root
 
+  def below(self, folder: str) -> 'Store':
+    """Return the store of a folder of this one."""
+    return Store(f'{self.url}/{folder}', self.fs, self.path(folder))
+
   def list(self, folder: str = '') -> dict[str, Entry]:
     """Return all objects below a folder, by name; nothing if there is no such folder."""
     self.fs.invalidate_cache()

@@ -23,7 +23,7 @@ from cai_jax.runtime.cloud.nesting import check_outer, find_outer
 from cai_jax.runtime.cloud.store import Store, check_writable, is_url, open_store
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import cache_folder
-from cai_jax.runtime.replicas import VARIABLES, launched_replica
+from cai_jax.runtime.replicas import launched_replica
 from cai_jax.runtime.terminal import say
 
 SCRATCH = 'CAI_JAX_SCRATCH'  # environment variable: where folders of URLs are kept
@@ -101,16 +101,10 @@ def resolve_workdir(workdir: str) -> Workdir:
     workdir: a path, which is taken as it is, or a URL.
 
   Raises:
-    UserError: if the URL has no store, its package is missing, or several launches share the run.
+    UserError: if the URL has no store, or its package is missing.
   """
   if not is_url(workdir):
     return Workdir(workdir)
-  if launched_replica()[1] > 1:
-    raise UserError(
-      f'workdir={workdir} is a URL, and {VARIABLES[1]} is set, so that launches share the run. '
-      'They need a folder on a file system that they share. Give such a folder, or start one '
-      f'launch of all processes, without {" and ".join(VARIABLES)}.'
-    )
   store = open_store(workdir)
   return Workdir(str(scratch_folder(store.url)), store)
 
@@ -118,50 +112,53 @@ def resolve_workdir(workdir: str) -> Workdir:
 @contextlib.contextmanager
 def _mirrored(store: Store, folder: str) -> Iterator[Callable[[], None]]:
   """Keep a folder of each process equal to a store while the block runs; see `Workdir.open`."""
-  alone, leads = jax.process_count() == 1, jax.process_index() == 0
+  replica, launches = launched_replica()
+  alone = jax.process_count() == launches == 1
+  leads = jax.process_index() == replica == 0
 
   def check() -> None:
     check_writable(store)
     check_outer(store)
 
   processes.run_on_process_0('use the store', check)
-  with _hold(store) as held, direct.working_in(folder, store.url):
+  with _hold(store) as held:
     leave_out = (lambda name: False) if alone else direct.is_checkpoint
     own = pathlib.Path(folder)
     mirror = Mirror(store, own, held.job, held.check, alone=alone, leads=leads, leave_out=leave_out)
     _fetch(store, mirror)
     keeper = Keeper(mirror, store.url, alone)
-    exchange = contextlib.nullcontext() if alone else processes.exchanging(keeper)
     try:
-      with exchange:
+      with direct.working_in(folder, store, None if alone else keeper):
         yield keeper.finish_stage
     except BaseException:
       try:
-        keeper.close(completed=False)
+        keeper.close(join=False, in_time=False)
       except StoppedError as error:
         say(str(error), file=sys.stderr)
       raise
-    _close(keeper)
+    _close(keeper, join=launches == 1)
 
 
 @contextlib.contextmanager
 def _hold(store: Store) -> Iterator[lease.Lease]:
   """Hold a store for all processes of this job while the block runs; process 0 has the lock."""
+  replica, launches = launched_replica()
+  place = lease.replica_store(store, replica)
   with contextlib.ExitStack() as stack:
-    take = functools.partial(stack.enter_context, lease.hold(store))
+    take = functools.partial(stack.enter_context, lease.hold(place, replicas=launches))
     held = processes.run_on_process_0('lock the store', take)
     if jax.process_count() > 1:
       values = [*bytes.fromhex(held.job), held.number] if held else [0] * 7
       *job, number = multihost_utils.broadcast_one_to_all(np.array(values, np.int32)).tolist()
-      held = held or lease.Lease(bytes(job).hex(), store, number)
+      held = held or lease.Lease(bytes(job).hex(), place, number)
     assert held is not None
     yield held
 
 
 def _fetch(store: Store, mirror: Mirror) -> None:
-  """Fetch what the store has: first in process 0, which also deletes what is not complete."""
+  """Fetch what the store has: first in the process that leads, which deletes what is incomplete."""
 
-  def pull() -> None:
+  def fetch() -> None:
     with store.asking():
       if count := mirror.pull():
         say(f'{store.url}: fetched {count} files to {mirror.folder}')
@@ -169,23 +166,23 @@ def _fetch(store: Store, mirror: Mirror) -> None:
   def follow() -> None:
     if jax.process_index() != 0:
       with store.asking():
-        mirror.follow()
+        mirror.pull()
 
-  processes.run_on_process_0('fetch the files of the run', pull)
+  processes.run_on_process_0('fetch the files of the run', fetch)
   processes.run_on_all_processes('fetch the files of the run', follow)
 
 
-def _close(keeper: Keeper) -> None:
-  """Write what is left at the end of a run, in process 0 last: it joins the parts of all."""
+def _close(keeper: Keeper, join: bool) -> None:
+  """Write what is left at the end of a run, in process 0 last: it may join the parts of all."""
 
   def close() -> None:
     if jax.process_index() != 0:
-      keeper.close(completed=False)
+      keeper.close(join=False)
 
   def close_last() -> None:
     if jax.process_count() > 1:
       keeper.receive()
-    keeper.close(completed=True)
+    keeper.close(join)
 
   processes.run_on_all_processes('write the last files', close)
   processes.run_on_process_0('write the last files', close_last)
@@ -227,7 +224,7 @@ def open_part(workdir: str, part: str) -> Iterator[Workdir]:
 def scratch_folder(url: str) -> pathlib.Path:
   """Return the local folder of a URL, which is below CAI_JAX_SCRATCH or in the user's cache.
 
-  Each process has a folder of its own, also where several run on one host.
+  Each process of each launch has a folder of its own, also where several run on one host.
 
   Its name is the last part of the URL, because a report shows the name of its folder. Characters
   other than letters, digits and _.=+- become underscores.
@@ -237,8 +234,9 @@ def scratch_folder(url: str) -> pathlib.Path:
   """
   parent = os.environ.get(SCRATCH) or cache_folder('workdirs')
   digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-  if process := jax.process_index():
-    digest += f'-{process}'
+  process, (replica, _) = jax.process_index(), launched_replica()
+  if process or replica:
+    digest += f'-{replica}-{process}'
   name = re.sub(r'[^\w.=+-]+', '_', url.rpartition('/')[2])[-60:].lstrip('.') or 'run'
   return pathlib.Path(os.path.realpath(os.path.expanduser(parent)), digest, name)
 

@@ -1,17 +1,21 @@
 """Mirrors of the processes of one run: each has a folder, and sees the files of the others."""
 
 import os
+import types
 
 import pytest
 
+from cai_jax.runtime.cloud import direct
 from cai_jax.runtime.cloud import keeper as keepers
 from cai_jax.runtime.cloud.direct import is_checkpoint
 from cai_jax.runtime.cloud.index import INDEX
 from cai_jax.runtime.cloud.keeper import Keeper
 from cai_jax.runtime.cloud.mirror import UNWRITTEN, Mirror
+from cai_jax.runtime.cloud.store import Store
 from cai_jax.runtime.errors import StoppedError, UserError
 from tests.mirror_setup import FILES, append, make_store, read, start, write
 
+OTHERS = types.SimpleNamespace(send=lambda: False, receive=lambda: None)
 OWN = {name: content for name, content in FILES.items() if not is_checkpoint(name)}
 
 
@@ -131,3 +135,27 @@ def test_work_of_one_process_without_store_is_not_thrown_away(store, tmp_path):
   with pytest.raises(UserError, match='Only a run of one process could use them'):
     join(store, tmp_path)
   assert read(mirror.folder) == {'shards/0': b'a'}
+
+
+def test_checkpoints_of_several_processes_are_in_the_store(tmp_path):
+  folder = tmp_path / 'run' / 'prefer' / 'policy' / 'checkpoints'
+  here, there = Store('s3://bucket/run', None, ''), Store('gs://bucket/run', None, '')
+  assert direct.place(folder) == folder
+  with direct.working_in(tmp_path / 'run', there, None):  # one process
+    assert direct.place(folder) == folder
+    direct.check_training(tmp_path / 'run')
+  with direct.working_in(tmp_path / 'run', there, OTHERS):
+    assert str(direct.place(folder)) == 'gs://bucket/run/prefer/policy/checkpoints'
+    assert direct.place(tmp_path / 'other' / 'checkpoints') == tmp_path / 'other' / 'checkpoints'
+    direct.check_training(tmp_path / 'run')
+  with direct.working_in(tmp_path / 'run', here, OTHERS):
+    with pytest.raises(UserError, match='checkpoints to gs:// only'):
+      direct.check_training(tmp_path / 'run')
+
+
+def test_a_store_that_refuses_a_checkpoint_ends_the_run_in_order():
+  with pytest.raises(StoppedError, match='gs://bucket/run cannot be used: permission denied'):
+    with direct.asking('gs://bucket/run'):
+      raise ValueError('PERMISSION_DENIED: 403 Forbidden')
+  with pytest.raises(ValueError, match='a bug'), direct.asking('/local/folder'):
+    raise ValueError('a bug')

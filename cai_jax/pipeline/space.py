@@ -11,6 +11,8 @@ from cai_jax.pipeline.label_turns import count_label_turns
 from cai_jax.pipeline.policies import list_policies
 from cai_jax.pipeline.preference_sizes import measure_trainings, preference_texts
 from cai_jax.pipeline.run import Run
+from cai_jax.runtime.cloud import direct
+from cai_jax.runtime.cloud.store import is_url
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import check_workdir, free_bytes
 from cai_jax.training.fit_config import FitConfig
@@ -90,9 +92,11 @@ def _training_space(
   """Return the disk space of a training: its checkpoints in a folder, and the model.
 
   A checkpoint holds f32 parameters, two moments of each, and their average. Besides the kept ones,
-  there is the best one, and one that is being written.
+  there is the best one, and one that is being written. Those in a store need no disk.
   """
   copies = (3 + bool(config.ema)) * (config.keep + 1 + bool(config.patience))
+  if is_url(direct.place(workdir / 'checkpoints')):
+    copies = 0
   return [
     Need('checkpoints', workdir / 'checkpoints', 4 * num_params * copies),
     Need('model', model, 4 * num_params),

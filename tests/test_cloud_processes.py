@@ -144,7 +144,8 @@ def test_launches_without_a_common_folder_sample_the_shards_of_one(
 ):
   """Of two launches, the second is killed; then both are started again."""
   monkeypatch.setenv(SCRATCH, str(tmp_path / 'scratch'))
-  fields = fields_of(random_model) | {'prompts.harmful.limit': 24, 'mesh_sampling.processes': 1}
+  fields = fields_of(random_model)
+  fields |= {'prompts.harmful.limit': 24, 'mesh_sampling.processes': 1, 'engine.slots': 4}
   with serve('s3', monkeypatch) as bucket:
     url, shared = f'{bucket}/run', tmp_path / 'run'
     store, command = open_store(url), launch_tiny(url, 'generate', fields)
@@ -154,11 +155,14 @@ def test_launches_without_a_common_folder_sample_the_shards_of_one(
       return [start_one(command, 1, CAI_JAX_REPLICA=str(i), **numbers) for i in range(2)]
 
     launches = start()
-    own = [f'd_cai/d_cai-train.array_record-{shard:05d}' for shard in (1, 3)]
-    kill(launches, lambda: own[0] in store.list('d_cai'), others_end=False)
+    first, last = (f'd_cai/d_cai-train.array_record-{shard:05d}' for shard in (1, 13))
+    own = scratch_folder(url)
+    other = own.parent.with_name(f'{own.parent.name}-1-0') / own.name
+    kill(launches, (other / first).exists, others_end=False)
     assert launches[0].wait(timeout=300) == 1  # its shards are complete, and others are missing
-    assert own[1] not in store.list('d_cai')
+    assert last not in store.list('d_cai')
     finish(start())
+    assert last in store.list('d_cai')
     assert start_one(launch_tiny(shared, 'generate', fields), 1).wait() == 0
     local = {p.name: p.read_bytes() for p in shared.glob('d_cai/*.array_record-*')}
     assert {n: store.read(f'd_cai/{n}') for n in local} == local and len(local) > 8

@@ -15,6 +15,7 @@ from cai_jax.runtime.cloud.store import Store
 from cai_jax.runtime.errors import StoppedError, UserError
 from tests.mirror_setup import FILES, append, make_store, read, start, write
 
+JOURNAL = 'journal/turns-00001.jsonl'
 OTHERS = types.SimpleNamespace(send=lambda: False, receive=lambda: None)
 OWN = {name: content for name, content in FILES.items() if not is_checkpoint(name)}
 
@@ -89,26 +90,120 @@ def test_only_one_process_writes_the_index(store, tmp_path):
   assert one.push() and store.read(INDEX) != before
 
 
-def test_a_process_that_could_not_fetch_all_writes_nothing_more(store, tmp_path, monkeypatch):
-  """Its older files would replace those of the others."""
-  one, two = mirrors = join(store, tmp_path)
-  write(two.folder, {'journal/turns-00001.jsonl': b'one\n'})
+def grow(mirrors):
+  """Let the second process write a line, and then another one that the first has not fetched."""
+  one, two = mirrors
+  write(two.folder, {JOURNAL: b'one\n', 'shards/1': b'b'})
   exchange(mirrors)
-  append(two.folder / 'journal/turns-00001.jsonl', b'two\n')
+  append(two.folder / JOURNAL, b'two\n')
+  write(two.folder, {'shards/3': b'd'})
   two.push(still=True)
 
-  def fail(*_, **__):
-    raise ConnectionError('the store is away')
 
-  monkeypatch.setattr(store.fs, 'get_file', fail)
+def fail(*_, **__):
+  raise ConnectionError('the store is away')
+
+
+def test_a_process_that_could_not_fetch_all_overwrites_nothing(store, tmp_path, monkeypatch):
+  """What it has is older than what the others wrote, and half of it may be new."""
+  one, two = mirrors = join(store, tmp_path)
+  grow(mirrors)
+  monkeypatch.setattr(keepers.time, 'sleep', lambda seconds: None)
+  monkeypatch.setattr(store.fs, 'get_file', fail)  # the journal comes in parts, and arrives
   keeper = Keeper(one, store.url, alone=False)
   with pytest.raises(StoppedError, match='the store is away.*start the same command again'):
     keeper.receive()
   monkeypatch.undo()
-  store.fs.calls.clear()
+  there = {name: store.read(name) for name in store.list() if name != INDEX}
   keeper.close(join=False, in_time=False)
-  assert not store.fs.calls
-  assert contents(join(store, tmp_path))[0]['journal/turns-00001.jsonl'] == b'one\ntwo\n'
+  assert {name: store.read(name) for name in store.list() if name != INDEX} == there
+  # The next start may have one process, in the folder of this one.
+  append(two.folder / JOURNAL, b'three\n')
+  two.push(still=True)
+  one = start(store, tmp_path / '0', 'other')
+  assert read(one.folder)[JOURNAL] == b'one\ntwo\nthree\n' and (one.folder / 'shards/3').exists()
+
+
+def test_a_kill_while_files_are_fetched_leaves_no_work_of_its_own(store, tmp_path, monkeypatch):
+  one, two = mirrors = join(store, tmp_path)
+  grow(mirrors)
+  monkeypatch.setattr(Mirror, '_write_local', lambda *_: fail())  # what a kill leaves out
+  with pytest.raises(ConnectionError):
+    one.refresh()
+  monkeypatch.undo()
+  fetch = Mirror._fetch_all
+  monkeypatch.setattr(Mirror, '_fetch_all', lambda *x: (fetch(*x), fail()))
+  with pytest.raises(ConnectionError):
+    one.refresh()
+  monkeypatch.undo()
+  append(two.folder / JOURNAL, b'three\n')
+  two.push(still=True)
+  assert read(start(store, tmp_path / '0').folder)[JOURNAL] == b'one\ntwo\nthree\n'
+
+
+def test_another_launch_may_write_while_files_are_fetched(store, tmp_path, monkeypatch):
+  """It merges parts between the listing and the reads."""
+  one, two = mirrors = join(store, tmp_path)
+  grow(mirrors)
+  list_objects, rounds = Mirror._list, []
+
+  def list_late(self):
+    listed = list_objects(self)
+    if len(rounds) < 3:
+      rounds.append(1)
+      append(two.folder / JOURNAL, b'more and more\n' * 4 ** len(rounds))
+      two.push(still=True)
+    return listed
+
+  monkeypatch.setattr(Mirror, '_list', list_late)
+  one.refresh()
+  assert read(one.folder)[JOURNAL] == read(two.folder)[JOURNAL]
+
+
+def test_only_what_a_file_has_grown_by_is_fetched(store, tmp_path, monkeypatch):
+  one, two = mirrors = join(store, tmp_path)
+  write(two.folder, {JOURNAL: b'x' * 5000 + b'\n'})
+  exchange(mirrors)
+  append(two.folder / JOURNAL, b'two\n')
+  two.push(still=True)
+  monkeypatch.setattr(store.fs, 'get_file', fail)
+  one.refresh()
+  assert read(one.folder) == read(two.folder)
+
+
+def test_what_a_thread_sends_meanwhile_counts_as_sent(store, tmp_path, monkeypatch):
+  one, _ = join(store, tmp_path)
+  keeper = Keeper(one, store.url, alone=False)
+  write(one.folder, {'shards/0': b'a'})
+  push = one.push
+
+  def push_twice(*arguments):
+    push(still=True)  # the thread is just ahead of the caller
+    return push(*arguments)
+
+  monkeypatch.setattr(one, 'push', push_twice)
+  assert keeper.send() and not keeper.send()
+  keeper.close(join=False)
+
+
+def test_several_processes_leave_no_checkpoints_for_one_that_follows(store, tmp_path):
+  """It would take stale ones for work of its own."""
+  mirror = start(store, tmp_path / '0', 'job')
+  write(mirror.folder, FILES)
+  mirror.push(still=True)
+  one, _ = join(store, tmp_path)
+  assert not any(map(is_checkpoint, read(one.folder)))
+  for name in [name for name in store.list() if is_checkpoint(name)]:
+    store.delete(name)  # Orbax keeps the latest ones
+  assert read(start(store, tmp_path / '0').folder) == OWN
+
+
+def test_checkpoints_of_one_process_without_store_are_not_thrown_away(store, tmp_path):
+  mirror = start(store, tmp_path / '0', 'job')
+  write(mirror.folder, {name: x for name, x in FILES.items() if is_checkpoint(name)})
+  mirror.mark_unwritten()
+  with pytest.raises(UserError, match='Only a run of one process could use them'):
+    join(store, tmp_path)
 
 
 def test_processes_wait_for_a_store_that_is_away_before_they_give_up(store, tmp_path, monkeypatch):
@@ -122,7 +217,7 @@ def test_processes_wait_for_a_store_that_is_away_before_they_give_up(store, tmp_
   store.fs.away = True
   with pytest.raises(StoppedError, match='other processes need the files of this one'):
     keeper.send()
-  assert tuple(waits) == keepers.SEND_WAITS_SECONDS
+  assert tuple(waits) == keepers.EXCHANGE_WAITS_SECONDS
   assert not (one.folder / UNWRITTEN).exists()  # the next start takes what the store has
   store.fs.away = False
   keeper.close(join=True)
@@ -151,6 +246,19 @@ def test_checkpoints_of_several_processes_are_in_the_store(tmp_path):
   with direct.working_in(tmp_path / 'run', here, OTHERS):
     with pytest.raises(UserError, match='checkpoints to gs:// only'):
       direct.check_training(tmp_path / 'run')
+
+
+def test_gcs_is_another_name_of_gs(tmp_path):
+  with direct.working_in(tmp_path, Store('gcs://bucket/run', None, ''), OTHERS):
+    assert str(direct.place(tmp_path / 'checkpoints')) == 'gs://bucket/run/checkpoints'
+
+
+def test_a_store_that_is_away_is_no_damaged_checkpoint():
+  with pytest.raises(StoppedError, match='cannot be reached'):
+    direct.check_reached('gs://bucket/run/checkpoints', ValueError('UNAVAILABLE: 503'))
+  for error in (FileNotFoundError('gone'), ValueError('DATA_LOSS: checksum'), KeyError('x')):
+    direct.check_reached('gs://bucket/run/checkpoints', error)
+  direct.check_reached('/local', ConnectionError('a bug'))
 
 
 def test_a_store_that_refuses_a_checkpoint_ends_the_run_in_order():

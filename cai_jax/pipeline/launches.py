@@ -31,19 +31,16 @@ STORE_POLL_SECONDS = 5.0
 
 
 def check_launch(run: Run, stages: Sequence[str]) -> None:
-  """Check that the processes and replicas of a run can share its work.
+  """Check that the work of a launch that is one of several replicas can be shared.
 
   Args:
     run: the run.
     stages: names of the stages to run.
 
   Raises:
-    UserError: if it has a stage that cannot, models behind servers, or several replicas. Also if
-      several processes would train in a store to which checkpoints cannot be written.
+    UserError: if it has a stage that cannot, models behind servers, or several replicas.
   """
   if launched_replica()[1] == 1:
-    if {'train', 'prefer'} & {*stages}:
-      direct.check_training(run.workdir)
     return
   if run.remotes or find_served_rater(run.config):
     raise UserError(
@@ -130,7 +127,10 @@ def wait_for_replicas(workdir: pathlib.Path, find_missing: Callable[[], list[int
 
   while needed := {shard % count for shard in look()} - {0}:
     interruption.check()
-    running = needed & _find_owners(workdir).keys()
+    try:
+      running = needed & _find_owners(workdir).keys()
+    except UserError as error:  # the store is away
+      raise StoppedError(f'{error} Then start the same command again to continue.') from error
     waited = time.monotonic() - start > START_SECONDS
     lost = {replica for replica in needed - running if waited or replica in seen}
     seen |= running

@@ -35,6 +35,7 @@ from cai_jax.pipeline.stage_prefer import train_policies
 from cai_jax.pipeline.stage_report import write_run_report
 from cai_jax.pipeline.stage_train import train_model
 from cai_jax.runtime import compilation, digests, processes
+from cai_jax.runtime.cloud.direct import check_training
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.files import write_json
 from cai_jax.runtime.manifest import Manifest
@@ -137,6 +138,8 @@ def _run_missing(
     digests.save_digests(run.workdir / 'digests.json')
   ordered = [name for name in STAGES if name in stages]
   missing = [n for n in ordered if not manifest.done(n) or (n == 'report' and is_old)]
+  if {'train', 'prefer'} & {*missing}:
+    check_training(run.workdir)
   if line := plan_handover(run, missing):
     log(line)
   with contextlib.ExitStack() as stack:

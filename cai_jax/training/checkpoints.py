@@ -64,7 +64,8 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     workdir: folder of the training.
   """
   folder = direct.place(workdir / FOLDER)
-  return folder.is_dir() and any(folder.iterdir())
+  with direct.asking(folder):
+    return folder.is_dir() and any(folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -89,14 +90,15 @@ def make_checkpointer(
   logging.getLogger('absl').addFilter(_is_not_from_orbax)
   place = direct.place(directory)
   with writing(directory):
-    checkpointer = ocp.training.Checkpointer(
-      place,
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=policies.AnyPreservationPolicy(
-        [policies.LatestN(keep), _BestStep(best_step)]
-      ),
-      cleanup_tmp_directories=True,
-    )
+    with direct.asking(place):
+      checkpointer = ocp.training.Checkpointer(
+        place,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=policies.AnyPreservationPolicy(
+          [policies.LatestN(keep), _BestStep(best_step)]
+        ),
+        cleanup_tmp_directories=True,
+      )
     try:
       yield checkpointer
     finally:
@@ -249,6 +251,7 @@ def _load_data(
     fits = data.get('digest', '') == _digest(data, metadata)
     is_older = 'digest' not in data and 'arithmetic' not in metadata
   except Exception as error:  # Orbax raises many types for a file that is missing or cut
+    direct.check_reached(checkpointer.directory, error)
     raise _Damaged(_one_line(error)) from error
   if not fits and not is_older:
     raise _Damaged('its data or metadata have changed since they were saved')
@@ -265,6 +268,7 @@ def _load_state(
   try:
     state = checkpointer.load_checkpointables(step, {'state': abstract_state})['state']
   except Exception as error:  # as in `_load_data`
+    direct.check_reached(checkpointer.directory, error)
     raise _Damaged(_one_line(error)) from error
   if _checksum(state) != data['checksum']:
     raise _Damaged('its arrays have changed since they were saved')

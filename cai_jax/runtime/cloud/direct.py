@@ -22,6 +22,11 @@ from cai_jax.runtime.cloud.store import Store, explain, is_url, split_url
 from cai_jax.runtime.errors import StoppedError, UserError
 
 SCHEMES = ('gs', 'gcs')  # of the stores to which Orbax writes
+# Names of errors of the network and of rights, in TensorStore, gcsfs and its libraries.
+_AWAY = re.compile(
+  'UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|PERMISSION_DENIED|'
+  'UNAUTHENTICATED|Timeout|Connect|Forbidden|HttpError|ClientError|RefreshError|TransportError'
+)
 _CHECKPOINTS = re.compile(r'(?:^|.*/)checkpoints/')
 
 
@@ -122,7 +127,8 @@ def place(folder: str | os.PathLike) -> epath.Path:
   run = _find(path)
   if run is None or not run.is_direct:
     return epath.Path(path)
-  return epath.Path(run.store.url) / path.relative_to(run.folder).as_posix()
+  bucket = run.store.url.partition('://')[2]
+  return epath.Path(f'gs://{bucket}') / path.relative_to(run.folder).as_posix()
 
 
 def check_training(folder: str | os.PathLike) -> None:
@@ -159,3 +165,18 @@ def asking(place: str | os.PathLike) -> Iterator[None]:
       raise
     text = explain(str(place), error)
     raise StoppedError(f'{text} Then start the same command again to continue.') from error
+
+
+def check_reached(place: str | os.PathLike, error: Exception) -> None:
+  """Check that a checkpoint could not be read because of its files, and not because of the store.
+
+  Args:
+    place: where it is. For a local folder, nothing is checked.
+    error: what reading it has raised.
+
+  Raises:
+    StoppedError: if the store was away, or refused to answer.
+  """
+  if is_url(place) and _AWAY.search(f'{type(error).__name__} {error}'):
+    with asking(place):
+      raise error

@@ -18,7 +18,7 @@ from cai_jax.runtime.terminal import say
 PERIOD_SECONDS = 5.0  # from the start of one push to the start of the next, if it is shorter
 LONGEST_WAIT_SECONDS = 60.0  # between two attempts while the store is away
 LAST_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between attempts at the end of a run
-SEND_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # while other processes wait for files
+EXCHANGE_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # while other processes wait for files
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of a local disk; such errors name no file
 
@@ -37,7 +37,6 @@ class Keeper:
 
   def __init__(self, mirror: Mirror, url: str, alone: bool = True):
     self._mirror, self._url, self._alone = mirror, url, alone
-    self._sent = False  # whether anything was pushed since the last call of `send`
     self._failures = 0
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
@@ -58,27 +57,34 @@ class Keeper:
     Raises:
       StoppedError: if the store is away for a minute, or the local folder is gone.
     """
-    error = self._try_again(SEND_WAITS_SECONDS, join=False)
+    error = self._try_again(EXCHANGE_WAITS_SECONDS, join=False)
     if error is not None:
       raise StoppedError(
         f'{self._explain(error)} The other processes need the files of this one. Then start the '
-        'same command again to continue; the last turns are sampled again.'
+        'same command again to continue. The work of the last seconds is done again.'
       ) from error
-    sent, self._sent = self._sent, False
-    return sent
+    return self._mirror.take_pushed()
 
   def receive(self) -> None:
     """Fetch what other processes have pushed.
 
     Raises:
-      StoppedError: if the store is away.
+      StoppedError: if the store is away for a minute.
+      UserError: if what it has cannot be used.
     """
-    try:
-      self._mirror.refresh()
-    except Exception as error:  # every library has its own exceptions
-      raise StoppedError(
-        f'{self._explain(error)} Then start the same command again to continue.'
-      ) from error
+    for wait in (*EXCHANGE_WAITS_SECONDS, None):
+      try:
+        self._mirror.refresh()
+        return
+      except UserError:
+        raise
+      except Exception as error:  # every library has its own exceptions
+        text = self._explain(error)
+        if wait is None:
+          raise StoppedError(f'{text} Then start the same command again to continue.') from error
+        if wait == EXCHANGE_WAITS_SECONDS[0]:
+          say(f'{text} The run waits, and tries again.', file=sys.stderr)
+        time.sleep(wait)
 
   def close(self, join: bool, in_time: bool = True) -> None:
     """End the thread, and push what is left.
@@ -130,7 +136,7 @@ class Keeper:
   def _try(self, still: bool = False, join: bool = False) -> Exception | None:
     """Push once, and return the error if the store is away, or the local disk cannot be used."""
     try:
-      self._sent |= self._mirror.push(still, join)
+      self._mirror.push(still, join)
     except UserError:
       raise
     except Exception as error:  # every library has its own exceptions

@@ -118,7 +118,8 @@ def replica_store(store: Store, replica: int) -> Store:
     store: the store of the run.
     replica: number of the replica, which is a launch of its own; 0 if there is one launch.
   """
-  return store.below(f'{REPLICAS}/{replica}') if replica else store
+  root = store.path(f'{REPLICAS}/{replica}')
+  return dataclasses.replace(store, root=root) if replica else store  # messages name the run
 
 
 def _find_owner(store: Store) -> dict[str, Any]:

@@ -24,16 +24,18 @@ from cai_jax.runtime.cloud.index import (
   is_record,
   is_same,
   parse_index,
+  scan,
   step_folder,
   times,
 )
-from cai_jax.runtime.cloud.objects import Objects
+from cai_jax.runtime.cloud.objects import Listing, Objects
 from cai_jax.runtime.cloud.store import Entry, Store
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import make_folder, replacing
 
 UNWRITTEN = f'{OWN}/unwritten'  # a local file, while the store could not be reached
 TRANSFERS = 8  # files that are moved at the same time
+REFRESHES = 5  # listings, while other launches change the store between a listing and its reads
 
 
 class Mirror:
@@ -70,7 +72,7 @@ class Mirror:
     self._alone, self._leads = alone, leads
     self._check = check or (lambda: None)
     self._objects = Objects(store, folder, leave_out)
-    self._is_behind = False  # whether files of other processes are missing or half fetched
+    self._has_pushed = False  # since `take_pushed` was called last
     self._mutex = threading.Lock()
 
   def pull(self) -> int:
@@ -86,76 +88,99 @@ class Mirror:
       UserError: if work would be replaced that one process did while it could not reach the store,
         which is more than the last seconds.
     """
-    if not self._leads:
-      return self._follow()
+    if not self._alone:
+      return self._pull_among_others()
     local = self._read_local()
-    listed, remote = self._list()
     here = self._objects.scan()
     kept = {name for name, stat in here.items() if not is_same(stat, local.files.get(name))}
-    if local.job != remote.job or not self._alone:
+    listed, remote = self._list()
+    if local.job != remote.job:
       # The local index keeps the id of its job until all is fetched. So if this pull is cut short,
       # the next one does not take what is here for work of this job either.
       self._check_unwritten(kept)
       (self.folder / UNWRITTEN).unlink(missing_ok=True)
       kept = set()
-    self._delete(self._objects.learn(listed, remote))
+    objects, listing = self._objects, self._objects.learn(listed, remote)
+    self._delete(listing.broken)
     same = {
       name
       for name, stat in here.items()
-      if is_same(stat, local.files.get(name)) and local.files[name] == self._objects.known.get(name)
+      if is_same(stat, local.files.get(name)) and local.files[name] == listing.states.get(name)
     }
-    wanted = self._objects.known.keys() - kept - same
-    for name in here.keys() - self._objects.known.keys() - kept:  # deleted in the store
+    for name in here.keys() - listing.states.keys() - kept:  # deleted in the store
       (self.folder / name).unlink()
-    self._each(self._objects.fetch, wanted)
-    self._delete(self._objects.unused_parts(listed))
-    for name in self._objects.known.keys() & self._objects.scan().keys():
-      self._objects.remember_end(name)
+    wanted = listing.states.keys() - kept - same
+    self._fetch_all(listing, wanted)
+    for name in listing.states.keys() - wanted:
+      objects.known[name], objects.pieces[name] = listing.states[name], listing.pieces[name]
+      objects.remember_end(name)
+    self._delete(listing.unused)
     if not (self.folder / INDEX).exists():
       self._write_local(local)
     self.push(still=True)  # what is kept, before the store has the id of this job
     self._write_index()
     return len(wanted)
 
-  def _follow(self) -> int:
-    """Make the folder equal to the store, and return how many files were fetched.
+  def _pull_among_others(self) -> int:
+    """Pull for one of several processes, whose files the others may be writing.
 
     What the folder has and the store has not is deleted: the last seconds of a process that was
-    killed.
+    killed, and checkpoints, which several processes keep in the store.
     """
-    local, here = self._read_local(), self._objects.scan()
-    self._objects.known = {
-      name: local.files[name] for name, stat in here.items() if is_same(stat, local.files.get(name))
-    }
-    for name in here.keys() - self._objects.known.keys():
+    local, everything = self._read_local(), scan(self.folder)
+    changed = {n for n, stat in everything.items() if not is_same(stat, local.files.get(n))}
+    self._check_unwritten(changed)
+    (self.folder / UNWRITTEN).unlink(missing_ok=True)
+    mine = self._objects.scan().keys() - changed
+    self._objects.known = {name: local.files[name] for name in mine}
+    for name in everything.keys() - mine:
       (self.folder / name).unlink()
-    return self.refresh()
+    if self._leads:
+      self._delete(self._objects.learn(*self._list()).broken)
+    count = self.refresh()
+    self._write_index()
+    return count
 
   def refresh(self) -> int:
     """Fetch what other processes have written, and return how many files that were.
 
-    What this process has written must be in the store, see `push`.
+    What this process has written must be in the store, see `push`. If this fails, the folder has
+    some of the files, and nothing that the next push would take for work of this process.
+
+    Raises:
+      FileNotFoundError: if the others delete objects between each listing and its reads.
     """
     with self._mutex:
-      objects, before = self._objects, self._objects.known
-      self._is_behind = True
-      objects.known, objects.pieces = {}, {}
-      objects.learn(*self._list())
-      wanted = []
-      for name, state in objects.known.items():
-        old = before.get(name)
-        if old and (old.size, old.version) == (state.size, state.version):
-          objects.known[name] = old
-        else:
-          wanted.append(name)
-      for name in before.keys() - objects.known.keys():  # deleted by another process
-        (self.folder / name).unlink(missing_ok=True)
-      self._each(objects.fetch, wanted)
-      for name in objects.known:
-        objects.remember_end(name)
-      self._write_local(Index(self._job, objects.known))
-      self._is_behind = False
-      return len(wanted)
+      count = 0
+      # Until all is fetched, the local index has no job. So if this process is killed, the next
+      # start does not take what is half fetched for work of its own.
+      self._write_local(Index('', self._objects.known))
+      for attempt in range(REFRESHES):
+        try:
+          count += self._refresh_once()
+          break
+        except FileNotFoundError:  # such as a part that another launch has merged meanwhile
+          if attempt + 1 == REFRESHES:
+            raise
+      self._write_local(Index(self._job, self._objects.known))
+      return count
+
+  def _refresh_once(self) -> int:
+    """Fetch what one listing of the store has and the folder has not."""
+    objects, listing = self._objects, self._objects.learn(*self._list())
+    for name in objects.known.keys() - listing.states.keys():  # deleted by another process
+      objects.forget(name)
+    wanted = []
+    for name, state in listing.states.items():
+      old = objects.known.get(name)
+      if old and (old.size, old.version) == (state.size, state.version):
+        if name not in objects.pieces:
+          objects.remember_end(name)
+        objects.pieces[name] = listing.pieces[name]
+      else:
+        wanted.append(name)
+    self._fetch_all(listing, wanted)
+    return len(wanted)
 
   def fetch(self) -> None:
     """Fetch everything that the store has to an empty folder, and write nothing to the store.
@@ -164,19 +189,24 @@ class Mirror:
       UserError: if a job deletes objects meanwhile, also at the second attempt.
     """
     for _ in range(2):
-      self._objects.known.clear()
-      self._objects.learn(*self._list())
+      listing = self._objects.learn(*self._list())
       # What has been deleted since the first attempt.
-      for name in self._objects.scan().keys() - self._objects.known.keys():
+      for name in self._objects.scan().keys() - listing.states.keys():
         (self.folder / name).unlink()
       try:
-        self._each(self._objects.fetch, [*self._objects.known])
+        self._fetch_all(listing, listing.states)
         return
       except FileNotFoundError:  # such as a part that a running job has joined
-        continue
+        self._objects.known.clear()
     raise UserError(
       f'{self._store.url} changed while it was fetched, because a job is writing to it. Try again '
       'in some seconds.'
+    )
+
+  def _fetch_all(self, listing: Listing, names: Iterable[str]) -> None:
+    """Fetch files of a listing."""
+    self._each(
+      lambda name: self._objects.fetch(name, listing.states[name], listing.pieces[name]), names
     )
 
   def _list(self) -> tuple[dict[str, Entry], Index]:
@@ -228,8 +258,6 @@ class Mirror:
           f'{self.folder} was deleted while a run used it. Start the same command again to '
           f'continue from what {self._store.url} has.'
         )
-      if self._is_behind:  # older files would replace those of other processes
-        return False
       self._check()
       # The store gets the folder as it is now: what is written from here on waits for the next
       # push. Claims are read first, so what they describe is complete, and in the scan below.
@@ -259,12 +287,19 @@ class Mirror:
       for name in sorted(claims.keys() - first, key=lambda n: claim_order(n, claims[n][1])):
         content, stat = claims[name]
         self._objects.note(name, stat, self._store.write(name, content))
-      self._delete([name for name in gone if name not in first])
+      self._delete(sorted(gone - first))
       is_new = any(moved) or bool(claims or gone or first)
       if is_new:
+        self._has_pushed = True
         self._write_index()
       (self.folder / UNWRITTEN).unlink(missing_ok=True)
       return is_new
+
+  def take_pushed(self) -> bool:
+    """Return whether anything was pushed since the last call of this function."""
+    with self._mutex:
+      has_pushed, self._has_pushed = self._has_pushed, False
+      return has_pushed
 
   def _has_marker(self, name: str, claims: Container[str]) -> bool:
     """Return whether a file is in no checkpoint, or the store has or gets that one's marker.

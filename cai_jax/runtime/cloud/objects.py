@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from cai_jax.runtime.cloud import parts
 from cai_jax.runtime.cloud.index import FileState, Index, is_left_out, scan, unfinished
@@ -11,6 +12,22 @@ from cai_jax.runtime.cloud.store import Entry, Store
 from cai_jax.runtime.files import make_folder, replacing
 
 _TAIL = 4096  # bytes before the end of what was sent that must be there if a file has only grown
+
+
+class Listing(NamedTuple):
+  """What a store has.
+
+  Attributes:
+    states: state of each file, by name.
+    pieces: the first object of each file and its parts.
+    broken: objects of incomplete checkpoints.
+    unused: parts that a kill left behind, after they were merged or their file was replaced.
+  """
+
+  states: dict[str, FileState]
+  pieces: dict[str, list[Range]]
+  broken: list[str]
+  unused: list[str]
 
 
 class Objects:
@@ -107,19 +124,50 @@ class Objects:
       if piece[0]:
         self._store.delete(part_name(name, version, piece))
 
-  def fetch(self, name: str) -> None:
-    """Write an object and its parts to the local file, with the time of the file that it was."""
-    known, target = self.known[name], self._folder / name
+  def fetch(self, name: str, state: FileState, pieces: list[Range]) -> None:
+    """Write an object and its parts to the local file, with the time of the file that it was.
+
+    If the folder has the beginning, only what follows is fetched.
+
+    Args:
+      name: the file.
+      state: its state in the store, from `learn`.
+      pieces: its first object and its parts.
+    """
+    old, target = self.known.get(name), self._folder / name
     make_folder(target.parent)
-    with replacing(target) as temporary:
-      self._store.fs.get_file(self._store.path(name), str(temporary))
-      with open(temporary, 'ab') as file:
-        for piece in self.pieces[name][1:]:
-          file.write(self._store.read(part_name(name, known.version, piece)))
-    if known.mtime_ns:
-      os.utime(target, ns=(known.mtime_ns, known.mtime_ns))
+    if old and old.version == state.version and 0 < old.size < state.size:
+      self._append(name, state, pieces, old.size)
+    else:
+      with replacing(target) as temporary:
+        self._store.fs.get_file(self._store.path(name), str(temporary))
+        with open(temporary, 'ab') as file:
+          for piece in pieces[1:]:
+            file.write(self._store.read(part_name(name, state.version, piece)))
+    if state.mtime_ns:
+      os.utime(target, ns=(state.mtime_ns, state.mtime_ns))
     stat = target.stat()
-    self.known[name] = FileState(stat.st_size, stat.st_mtime_ns, known.version)
+    self.known[name] = FileState(stat.st_size, stat.st_mtime_ns, state.version)
+    self.pieces[name] = pieces
+    self.remember_end(name)
+
+  def _append(self, name: str, state: FileState, pieces: list[Range], size: int) -> None:
+    """Append what parts have to a local file, which has the first bytes."""
+    contents = [
+      self._store.read(part_name(name, state.version, (begin, end)))[max(size - begin, 0) :]
+      for begin, end in pieces[1:]
+      if end > size
+    ]
+    with open(self._folder / name, 'r+b') as file:
+      file.truncate(size)
+      file.seek(size)
+      file.writelines(contents)
+
+  def forget(self, name: str) -> None:
+    """Delete a local file that the store does not have any more."""
+    (self._folder / name).unlink(missing_ok=True)
+    for table in (self.known, self.pieces, self._ends):
+      table.pop(name, None)
 
   def remember_end(self, name: str) -> None:
     """Note the inode of a file that may grow, and the last bytes of what the store has."""
@@ -141,25 +189,21 @@ class Objects:
       self.known.pop(name, None)
       self._ends.pop(name, None)
 
-  def learn(self, listed: Mapping[str, Entry], index: Index) -> list[str]:
-    """Note the files that the store has, and return the objects of incomplete checkpoints."""
+  def learn(self, listed: Mapping[str, Entry], index: Index) -> Listing:
+    """Return what a listing says of the files that are moved."""
     files = {name: entry for name, entry in listed.items() if not is_left_out(name)}
     broken, groups = unfinished({*files}), parts.group_parts(listed)
+    states, pieces = {}, {}
     for name in files.keys() - broken:
       if self._leave_out(name):
         continue
       entry, before = files[name], index.files.get(name)
       chain = parts.follow(entry.size, groups.get((name, entry.version), []))
-      self.pieces[name] = [(0, entry.size), *chain]
+      pieces[name] = [(0, entry.size), *chain]
       mtime = before.mtime_ns if before and before.version == entry.version else 0
-      self.known[name] = FileState(self.pieces[name][-1][1], mtime, entry.version)
-    return sorted(broken)
-
-  def unused_parts(self, listed: Iterable[str]) -> list[str]:
-    """Return parts that a kill left behind, after they were merged or their file was replaced."""
+      states[name] = FileState(pieces[name][-1][1], mtime, entry.version)
     used = {
-      part_name(name, self.known[name].version, piece)
-      for name, pieces in self.pieces.items()
-      for piece in pieces[1:]
+      part_name(name, states[name].version, piece) for name in states for piece in pieces[name][1:]
     }
-    return [name for name in listed if name.startswith(f'{PARTS}/') and name not in used]
+    unused = [name for name in listed if name.startswith(f'{PARTS}/') and name not in used]
+    return Listing(states, pieces, sorted(broken), unused)

@@ -98,10 +98,6 @@ class Store:
     """Return the path of an object in `fs`."""
     return f'{self.root}/{name}' if name else self.root
 
-  def below(self, folder: str) -> 'Store':
-    """Return the store of a folder of this one."""
-    return Store(f'{self.url}/{folder}', self.fs, self.path(folder))
-
   def list(self, folder: str = '') -> dict[str, Entry]:
     """Return all objects below a folder, by name; nothing if there is no such folder."""
     self.fs.invalidate_cache()
@@ -292,7 +288,8 @@ def explain(url: str, error: BaseException) -> str:
   login = provider.login if provider else 'Give credentials as the package of the store expects'
   text = ' '.join(str(error).split()) or type(error).__name__
   words = _words(error)
-  if re.search(r'credential|anonymous|unauthorized|401|invalid_grant|token has expired', words):
+  pattern = rf'credential|anonymous|unauthorized|{_code(401)}|invalid_grant|token has expired'
+  if re.search(pattern, words):
     return f'{url} cannot be used, because there are no valid credentials: {text}. {login}.'
   if is_forbidden(error):
     return (
@@ -312,8 +309,13 @@ def is_forbidden(error: BaseException) -> bool:
   Args:
     error: what a call of the store raised.
   """
-  pattern = r'forbidden|403|permission|access ?denied'
+  pattern = rf'forbidden|{_code(403)}|permission|access ?denied'
   return isinstance(error, PermissionError) or re.search(pattern, _words(error)) is not None
+
+
+def _code(status: int) -> str:
+  """Return a pattern of a status code of HTTP that stands alone, and is no part of a path."""
+  return rf'(?<![\w/.-]){status}(?![\w/.-])'
 
 
 def _words(error: BaseException) -> str:

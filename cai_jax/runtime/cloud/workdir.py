@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.runtime import processes
+from cai_jax.runtime import lock, processes
 from cai_jax.runtime.cloud import direct, lease
 from cai_jax.runtime.cloud.keeper import Keeper
 from cai_jax.runtime.cloud.mirror import Mirror
@@ -121,7 +121,9 @@ def _mirrored(store: Store, folder: str) -> Iterator[Callable[[], None]]:
     check_outer(store)
 
   processes.run_on_process_0('use the store', check)
-  with _hold(store) as held:
+  # A process of the last start may still be alive, after the one that held the lock was killed.
+  here = contextlib.nullcontext() if alone else lock.hold(pathlib.Path(folder).parent, private=True)
+  with _hold(store) as held, here:
     leave_out = (lambda name: False) if alone else direct.is_checkpoint
     own = pathlib.Path(folder)
     mirror = Mirror(store, own, held.job, held.check, alone=alone, leads=leads, leave_out=leave_out)

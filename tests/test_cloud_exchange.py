@@ -144,7 +144,10 @@ def test_a_kill_while_files_are_fetched_leaves_no_work_of_its_own(store, tmp_pat
 def test_another_launch_may_write_while_files_are_fetched(store, tmp_path, monkeypatch):
   """It merges parts between the listing and the reads."""
   one, two = mirrors = join(store, tmp_path)
-  grow(mirrors)
+  write(two.folder, {JOURNAL: b'x' * 5000 + b'\n'})
+  exchange(mirrors)
+  append(two.folder / JOURNAL, b'two\n')
+  two.push(still=True)
   list_objects, rounds = Mirror._list, []
 
   def list_late(self):

@@ -150,16 +150,17 @@ def test_launches_without_a_common_folder_sample_the_shards_of_one(
     url, shared = f'{bucket}/run', tmp_path / 'run'
     store, command = open_store(url), launch_tiny(url, 'generate', fields)
 
-    def start():
+    def start(**options):
       numbers = {'CAI_JAX_NUM_REPLICAS': '2'}
-      return [start_one(command, 1, CAI_JAX_REPLICA=str(i), **numbers) for i in range(2)]
+      return [start_one(command, 1, options, CAI_JAX_REPLICA=str(i), **numbers) for i in range(2)]
 
-    launches = start()
+    launches = start(stderr=subprocess.PIPE, text=True)
     first, last = (f'd_cai/d_cai-train.array_record-{shard:05d}' for shard in (1, 13))
     own = scratch_folder(url)
     other = own.parent.with_name(f'{own.parent.name}-1-0') / own.name
     kill(launches, (other / first).exists, others_end=False)
-    assert launches[0].wait(timeout=300) == 1  # its shards are complete, and others are missing
+    assert 'Replica 1 of 2 is not running' in launches[0].communicate(timeout=300)[1]
+    assert launches[0].returncode == 1  # its shards are complete, and others are missing
     assert last not in store.list('d_cai')
     finish(start())
     assert last in store.list('d_cai')

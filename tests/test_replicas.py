@@ -251,6 +251,47 @@ def test_only_the_leader_writes_the_journal_and_all_find_the_same_turns(
   assert len((tmp_path / 'turns-00000.jsonl').read_bytes().splitlines()) == 3
 
 
+def test_processes_with_folders_of_their_own_index_what_all_of_them_have(
+  tmp_path, store, process, monkeypatch
+):
+  """Another launch has written a turn between the moments in which they fetched its file."""
+  monkeypatch.setattr(journals, 'VISIBLE_SECONDS', 0.0)
+  keys = [f'{i:032x}' for i in range(4)]
+  other = Journal(tmp_path / 'other', 1)
+  for key in keys[:2]:
+    other.put([(key, Completion([1], key, [-0.5], 'stop'))])
+  content = (tmp_path / 'other' / 'turns-00001.jsonl').read_bytes()
+  first = content.index(b'\n') + 1
+  folders = [tmp_path / 'leader', tmp_path / 'follower']
+  for folder, size in zip(folders, (len(content), first), strict=True):
+    folder.mkdir()
+    (folder / 'turns-00001.jsonl').write_bytes(content[:size])
+  sizes = [{'turns-00001.jsonl': len(content)}, {'turns-00001.jsonl': first}]
+  monkeypatch.setattr(Replica, 'gather', lambda self, own: sizes)
+  monkeypatch.setattr(journals, 'is_private', lambda folder: True)
+  process(0)
+  leader = Journal(folders[0], 0, PAIR)
+  process(1)
+  follower = Journal(folders[1], 0, PAIR)
+  process(0)
+  leader.put([(keys[2], Completion([1], 'own', [-0.5], 'stop'))])
+  sizes[0]['turns-00000.jsonl'] = 99  # which the follower has not fetched yet
+  leader.refresh()
+  process(1)
+  follower.refresh()
+  for journal in (leader, follower):
+    assert [journal.get(key) is not None for key in keys] == [True, False, False, False]
+
+
+def test_every_process_of_a_replica_gets_the_values_of_all(store, process):
+  store.values |= {f'cai_jax/replica/0/0/{i}': str(i) for i in (0, 1)}
+  values = store.values.copy()
+  for index in (0, 1):
+    store.values = {k: x for k, x in values.items() if not k.endswith(f'/{index}')}
+    process(index)
+    assert PAIR.gather(index) == [0, 1]
+
+
 def test_replica_0_waits_until_the_others_have_written_their_shards(tmp_path, monkeypatch):
   monkeypatch.setattr(launches, 'launched_replica', lambda: (0, 3))
   monkeypatch.setattr(launches, 'POLL_SECONDS', 0.0)

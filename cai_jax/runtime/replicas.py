@@ -90,6 +90,19 @@ class Replica:
       raise self.leader_failed()
     return answer['value']
 
+  def gather(self, value: T) -> list[T]:
+    """Return the value of each process of the replica, in all of them, which call this together.
+
+    Args:
+      value: the value of this process, of JSON types.
+    """
+    if not self.is_split:
+      return [value]
+    client, key = _client(), f'cai_jax/replica/{self.index}/{next(_shares)}'
+    client.key_value_set(f'{key}/{jax.process_index()}', json.dumps(value))
+    names = [f'{key}/{process}' for process in self.processes]
+    return [json.loads(client.blocking_key_value_get(x, SHARE_SECONDS * 1000)) for x in names]
+
   def leader_failed(self) -> 'ReplicaStopped':
     """Return what the other processes raise if the leader has failed."""
     return ReplicaStopped(

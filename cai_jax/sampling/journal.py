@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cai_jax.runtime.cloud.direct import is_private
 from cai_jax.runtime.errors import StoppedError, UserError
 from cai_jax.runtime.files import make_folder, writing
 from cai_jax.runtime.replicas import ALONE, Replica
@@ -160,7 +161,9 @@ class Journal:
     self._offsets = np.empty(0, np.int64)  # byte offsets of lines
     self._num_unindexed = 0  # turns stored here since the last refresh
     self._file: io.FileIO | None = None
-    self._index_together(lambda: self._begin(f'turns-{process:05d}.jsonl'))
+    self._own = f'turns-{process:05d}.jsonl'
+    self._common: dict[str, int] = {}  # bytes of files that all processes have, if they may differ
+    self._index_together(lambda: self._begin(self._own))
 
   def _begin(self, name: str) -> dict[str, int]:
     """Create the folder, index its files and open the file of this name; see `_index_files`."""
@@ -240,8 +243,14 @@ class Journal:
   def _index_together(self, index: Callable[[], dict[str, int]]) -> None:
     """Call `index` in the leader, and index the same bytes in the other processes.
 
-    If it fails, such as on a full disk, all processes raise an error.
+    If it fails, such as on a full disk, all processes raise an error. If each process has a folder
+    of its own, they index what all of them have: the leader goes on to write, and so do other
+    launches between the moments in which the processes fetch their files.
     """
+    if self._replica.is_split and is_private(self._folder):
+      found = {path.name: path.stat().st_size for path in self._find_files()}
+      listed = self._replica.gather(found)
+      self._common = {name: min(sizes.get(name, 0) for sizes in listed) for name in listed[0]}
     sizes = self._replica.share(index)
     if not self._replica.leads:
       for name, size in sizes.items():
@@ -250,10 +259,19 @@ class Journal:
 
   def _index_files(self) -> dict[str, int]:
     """Index all files, and return how many bytes of each are indexed, by name."""
-    found = sorted(path for path in self._folder.glob('turns-*.jsonl') if path.is_file())
-    paths = dict.fromkeys((*self._paths, *found))
-    self._index({path.name: path.stat().st_size for path in paths})
+    paths = dict.fromkeys((*self._paths, *self._find_files()))
+    sizes = {path.name: path.stat().st_size for path in paths}
+    common = dict(self._common)
+    if self._file is None:  # what follows the indexed bytes of its own file is cut off
+      common.pop(self._own, None)
+    known = {path.name for path in self._paths}
+    limited = {name: min(size, common.get(name, size)) for name, size in sizes.items()}
+    self._index({name: size for name, size in limited.items() if size or name in known})
     return {path.name: size for path, size in zip(self._paths, self._indexed, strict=True)}
+
+  def _find_files(self) -> list[pathlib.Path]:
+    """Return the files of turns."""
+    return sorted(path for path in self._folder.glob('turns-*.jsonl') if path.is_file())
 
   def _index(self, sizes: Mapping[str, int]) -> None:
     """Index the new lines among the first bytes of each file, whose number is given by name."""

@@ -61,10 +61,7 @@ def test_other_rows_do_not_change_a_single_bit(load):
 
 @pytest.mark.parametrize(
   'name',
-  [
-    name if name in ('capped', 'experts') else pytest.param(name, marks=pytest.mark.slow)
-    for name in MODELS
-  ],
+  [name if name == 'capped' else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_other_rows_change_no_bit_whatever_a_model_chooses(name):
   check_other_rows(model_of(BASE, **MODELS[name]))
@@ -81,7 +78,7 @@ def test_ordered_norms_do_not_depend_on_the_number_of_rows(fields):
   np.testing.assert_allclose(whole, jax.jit(norm)(x), atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['mistral', 'qwen2_windows'])
+@pytest.mark.parametrize('name', [pytest.param('mistral', marks=pytest.mark.slow), 'qwen2_windows'])
 def test_windowed_layers_need_only_the_pages_of_their_window(load, name):
   """Rows that gave their other pages back have the same bits as rows that did not."""
   lm = load(name)

@@ -119,7 +119,8 @@ def test_every_bit_is_independent_of_other_slots(lm, dtype, windows):
 
   prefixes = {'base': PREFIXES}
   batch, _ = run(model, new_items(), prefixes=prefixes, page_tokens=16)
-  for item in new_items()[:6]:  # later ones have the same prefixes and lengths
+  for number in (0, 1, 5):  # each prefix and each length; the others have the same
+    item = new_items()[number]
     alone, _ = run(model, [item], prefixes=prefixes, page_tokens=16)
     assert alone[item[0]] == batch[item[0]]
 
@@ -247,9 +248,8 @@ def test_a_chain_can_use_two_models(lm):
     return [first, second, third]
 
   def engine():
-    return Engine(
-      {'base': lm, 'critic': other}, length=LENGTH, seed=0, config=EngineConfig(slots=3)
-    )
+    models = {'base': lm, 'critic': other}  # with the programs of the other tests
+    return Engine(models, length=LENGTH, seed=0, config=EngineConfig(**SIZES))
 
   batch = dict(engine().run([(str(i), mixed(c)) for i, c in enumerate(contexts(7))]))
   alone = dict(engine().run([('5', mixed(contexts(7)[5]))]))

@@ -20,8 +20,6 @@ from cai_jax.sampling.usage import describe_usage, no_usage, sum_over_processes,
 from tests.conftest import show_one_device
 from tests.pipeline_setup import small
 
-pytestmark = pytest.mark.usefixtures('full_optimization')
-
 RNG = np.random.default_rng(0)
 PREFIXES = [RNG.integers(5, 300, n).tolist() for n in (18, 37)]
 CONTEXTS = [  # the index of a prefix or None, and further tokens
@@ -91,6 +89,7 @@ def test_each_computed_token_counts_once(load, tiny_hf_folder, family, shape):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('full_optimization')
 def test_counting_changes_no_sampled_bit(load, monkeypatch):
   lm = load('mixtral')
   counted = run_engine(lm)[1]

@@ -1,6 +1,7 @@
 """Training runs: exact resumption after any interruption, the log, and errors before step one."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -23,13 +24,14 @@ from cai_jax.runtime.mesh import batch_sharding, make_mesh
 from cai_jax.training import checkpoints, loop
 from cai_jax.training.log import TrainingLog
 from cai_jax.training.state import abstract_state
-from cai_jax.training.step import make_train_step, place_batch
+from cai_jax.training.step import place_batch
 from cai_jax.training.supervised import fine_tune
 from cai_jax.training.workload import Workload
 from tests.training_setup import (
   CONFIG,
   MODEL,
   bitwise_equal,
+  compile_once,  # noqa: F401
   initial_params,
   killed_before,
   one_device,
@@ -46,22 +48,8 @@ def fit(mesh, workdir, config=CHECKPOINTED, buckets=BUCKETS, examples=EXAMPLES):
   return loop.fit(MODEL, initial_params(), examples, config, mesh, workdir, buckets)
 
 
-@pytest.fixture
-def compile_once(monkeypatch):
-  """Lets runs share their train step, which has no state, instead of compiling it again."""
-  compiled = {}
-
-  def make(graph, params, config, num_steps, mesh, frozen):
-    key = graph, config, num_steps, mesh
-    if key not in compiled:
-      compiled[key] = make_train_step(graph, params, config, num_steps, mesh, frozen)
-    return compiled[key]
-
-  monkeypatch.setattr(loop, 'make_train_step', make)
-
-
-def test_a_killed_run_ends_with_bitwise_the_same_parameters(tmp_path, compile_once, monkeypatch):
-  mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
+def test_a_killed_run_ends_with_bitwise_the_same_parameters(tmp_path, compile_once, monkeypatch):  # noqa: F811
+  mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
   whole, summary = fit(mesh, tmp_path / 'whole')
   assert summary['steps'] > 7 and summary['resumed_at'] == 0
   for step in (2, 6):  # before the first checkpoint, and between two
@@ -103,31 +91,36 @@ def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(tmp_path
 
   with monkeypatch.context() as patch:
     patch.setattr(loop, '_describe_run', describe_without_loss)
-    trained, summary = fit(one_device(), tmp_path, CONFIG)
-  again, again_summary = fit(one_device(), tmp_path, CONFIG)
+    trained, summary = fit(one_device(), tmp_path, CONFIG, buckets=())
+  again, again_summary = fit(one_device(), tmp_path, CONFIG, buckets=())
   assert again_summary['resumed_at'] == summary['steps'] and bitwise_equal(again, trained)
   with monkeypatch.context() as patch:
     patch.setattr(loop, '_describe_run', lambda *args: describe(*args) | {'loss': 'dpo'})
     with pytest.raises(UserError, match="another run.*loss: was 'nll', is 'dpo'"):
-      fit(one_device(), tmp_path, CONFIG)
+      fit(one_device(), tmp_path, CONFIG, buckets=())
 
 
-def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path):
-  """Saved on 2×2×2 and resumed on 1×8×1, a run takes the steps that 1×8×1 takes from that state."""
-  meshes = make_mesh(2, 2, 2), make_mesh(1, 8, 1)
+@pytest.mark.parametrize(
+  'shapes',
+  [((2, 1, 1), (1, 2, 1)), pytest.param(((2, 2, 2), (1, 8, 1)), marks=pytest.mark.slow)],
+  ids=['two', 'eight'],
+)
+def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path, shapes, compile_once):  # noqa: F811
+  """Saved on one mesh and resumed on another, a run takes the steps that the other one takes."""
+  meshes = [make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]) for shape in shapes]
   with killed_before(6):
     fit(meshes[0], tmp_path, buckets=())
-  _, shapes = abstract_model(MODEL)
+  _, abstract = abstract_model(MODEL)
   with checkpoints.make_checkpointer(tmp_path / 'checkpoints', CHECKPOINTED.keep) as checkpointer:
     first_step = checkpointer.latest.step
     saved = [
       checkpointer.load_checkpointables(
-        first_step, {'state': abstract_state(shapes, CHECKPOINTED, mesh), 'data': None}
+        first_step, {'state': abstract_state(abstract, CHECKPOINTED, mesh), 'data': None}
       )['state']
       for mesh in meshes
     ]
   assert bitwise_equal(*saved) and 0 < first_step <= 5
-  assert saved[1].params['embed']['table'].sharding.mesh.shape['fsdp'] == 8
+  assert saved[1].params['embed']['table'].sharding.mesh.shape['fsdp'] == shapes[1][1]
   steps = packing.plan(
     [len(e.tokens) for e in EXAMPLES],
     [packing.Bucket(32, 8)],
@@ -135,7 +128,7 @@ def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path):
     CHECKPOINTED.seed,
   )
   graph, _ = abstract_model(MODEL)
-  train_step = make_train_step(graph, shapes, CHECKPOINTED, len(steps), meshes[1])
+  train_step = loop.make_train_step(graph, abstract, CHECKPOINTED, len(steps), meshes[1], None)
   state, batches = saved[1], packing.Batches(EXAMPLES, steps)
   for i in range(first_step, len(steps)):
     state, _ = train_step(state, place_batch(batches[i], batch_sharding(meshes[1])))
@@ -234,7 +227,7 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize('layers', ['unrolled', pytest.param('scan', marks=pytest.mark.slow)])
-def test_training_may_take_over_the_initial_parameters(tmp_path, layers, compile_once):
+def test_training_may_take_over_the_initial_parameters(tmp_path, layers, compile_once):  # noqa: F811
   """It ends with the same bits, in a new run and in one that is resumed."""
   config = dataclasses.replace(CONFIG, layers=layers, ema=0.9)
   buckets = (packing.Bucket(32, 8),)

@@ -33,7 +33,14 @@ from cai_jax.training.metrics import (
   PROBES_FILE,
   read_rows,
 )
-from tests.training_setup import killed_before, one_device, random_examples
+from tests.training_setup import (
+  compile_once,  # noqa: F401
+  killed_before,
+  one_device,
+  random_examples,
+)
+
+pytestmark = pytest.mark.usefixtures('compile_once')
 
 MODEL = ModelConfig('llama', 48, 16, 32, 1, 4, 2, 8, 64)
 CONFIG = TrainConfig(epochs=4, batch_size=8, max_length=32, learning_rate=1e-2, eps=1e-2)

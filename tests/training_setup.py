@@ -12,6 +12,7 @@ from cai_jax.data.units import Example
 from cai_jax.model.config import ModelConfig
 from cai_jax.model.transformer import init_params
 from cai_jax.runtime.mesh import make_mesh
+from cai_jax.training import loop
 from cai_jax.training.config import TrainConfig
 from cai_jax.training.log import TrainingLog
 
@@ -46,6 +47,23 @@ def killed_before(step):
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
     patch.setattr(TrainingLog, 'log_step', failing)
+    yield
+
+
+@pytest.fixture(scope='module')
+def compile_once():
+  """Lets the runs of a file share their train steps, which have no state."""
+  compiled = {}
+  make_train_step = loop.make_train_step
+
+  def make(graph, params, config, num_steps, mesh, frozen):
+    key = graph, config, num_steps, mesh
+    if key not in compiled:
+      compiled[key] = make_train_step(graph, params, config, num_steps, mesh, frozen)
+    return compiled[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'make_train_step', make)
     yield
 
 

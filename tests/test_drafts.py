@@ -16,7 +16,8 @@ from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.stats import describe
 from cai_jax.sampling.types import SamplingConfig
-from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
+from tests.engine_setup import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, run
+from tests.engine_setup import lm as lm
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
 
@@ -66,7 +67,7 @@ def test_a_step_keeps_the_tokens_that_agree(draft, sampled, kept):
 
 
 @pytest.fixture(scope='module')
-def repetitive(lm):  # noqa: F811
+def repetitive(lm):
   """A model whose distributions are so far from uniform that its replies repeat themselves."""
   params = lm.params | {'head': {'table': lm.params['head']['table'] * 4}}
   return dataclasses.replace(lm, params=params)

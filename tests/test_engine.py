@@ -7,89 +7,30 @@ import jax
 import numpy as np
 import pytest
 
-from cai_jax.model.config import ModelConfig
-from cai_jax.model.lm import LM
 from cai_jax.model.sharding import param_shardings
-from cai_jax.model.transformer import init_params
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import make_mesh
-from cai_jax.sampling import config as config_lib
 from cai_jax.sampling import device
-from cai_jax.sampling.caches import pages_of
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine, turn_key
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.planning import longest_context
 from cai_jax.sampling.types import SamplingConfig, Turn
+from tests.engine_setup import (
+  LENGTH,
+  PREFIXES,
+  SIZES,
+  assert_close,
+  chain,
+  contexts,
+  full_logits,
+  items,
+  run,
+  tokens_of,
+)
+from tests.engine_setup import lm as lm
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
-
-LENGTH = 128
-SIZES = dict(slots=4, prefill_tokens=16, prefill_width=8, longest_burst=5)
-
-
-@pytest.fixture(scope='module')
-def lm(tiny_tokenizer):
-  config = ModelConfig('llama', len(tiny_tokenizer), 32, 64, 2, 4, 2, 8, 256)
-  mesh = make_mesh(devices=jax.devices()[:1])
-  params = init_params(config, jax.random.key(0))
-  params['head']['table'] = params['head']['table'] * 3  # makes the distributions less uniform
-  return LM(config, params, tiny_tokenizer, mesh, 'float32', 'random', 'random-0')
-
-
-def chain(context, turns=3, model='base', max_tokens=12, sampling=None):
-  """Sample turns in one growing context and return all completions."""
-  sampling = sampling or SamplingConfig(max_tokens=max_tokens)
-  completions = []
-  for number in range(turns):
-    completion = yield Turn(f'turn_{number}', context, sampling, model)
-    completions.append(completion)
-    context = context + completion.tokens + [5 + number, 9]
-  return completions
-
-
-def contexts(count):
-  """Return `count` random contexts of 1 to 39 tokens."""
-  rng = np.random.default_rng(0)
-  return [rng.integers(1, 60, rng.integers(1, 40)).tolist() for _ in range(count)]
-
-
-def run(lm, items, slots=4, seed=0, stops=(), texts=(), journal=None, prefixes=None, **sizes):
-  """Run chains on a new engine and return its results by chain id, and its stats."""
-  engine = Engine(
-    {'base': lm},
-    length=LENGTH,
-    seed=seed,
-    config=EngineConfig(**SIZES | {'slots': slots} | sizes),
-    journal=journal,
-    stops={'base': (tuple(stops), tuple(texts))},
-    prefixes=prefixes,
-  )
-  return dict(engine.run(items)), engine.stats
-
-
-def items(count, **kwargs):
-  """Return (id, chain) pairs, one chain per context."""
-  return [(f'chain {i}', chain(c, **kwargs)) for i, c in enumerate(contexts(count))]
-
-
-def full_logits(lm, tokens):
-  """Return the logits [T,V] of a text, from a program for all texts of up to LENGTH tokens."""
-  padded = [*tokens, *[0] * (LENGTH - len(tokens))]  # later tokens change nothing
-  return np.asarray(lm.logits([padded]))[0, : len(tokens)]
-
-
-def tokens_of(results):
-  """Return the tokens of each completion, without text and log-probabilities."""
-  return {name: [c.tokens for c in completions] for name, completions in results.items()}
-
-
-def assert_close(results, expected):
-  """Assert equal tokens, and log-probabilities that are equal to rounding."""
-  assert tokens_of(results) == tokens_of(expected)
-  for name, completions in results.items():
-    for completion, other in zip(completions, expected[name], strict=True):
-      np.testing.assert_allclose(completion.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_sampled_chains_are_independent_of_batch_mates_and_order(lm):
@@ -306,124 +247,6 @@ def test_longest_context_is_exact_for_a_chain_that_never_stops():
   prefixes = {'base': [[2], [1] * 4]}
   longest = longest_context(chain([1] * 10, turns=3, max_tokens=12), prefixes)
   assert longest == {'base': (whole, whole - 4)}
-
-
-PREFIXES = [[7, 8, 9] * 6, list(range(40, 65))]
-
-
-def prefixed(count, **kwargs):
-  """Return (id, chain) pairs; a third starts with the first prefix, a third with the second."""
-  starts = ([], *PREFIXES)
-  return [
-    (f'chain {i}', chain(starts[i % 3] + context, **kwargs))
-    for i, context in enumerate(contexts(count))
-  ]
-
-
-def test_a_shared_prefix_changes_no_token_and_is_prefilled_once(lm):
-  unshared, unshared_stats = run(lm, prefixed(9))
-  shared, stats = run(lm, prefixed(9), prefixes={'base': PREFIXES})
-  assert_close(shared, unshared)
-  tokens = sum(map(len, PREFIXES))
-  assert stats.prefix_tokens == tokens
-  assert unshared_stats.prefilled_tokens - stats.prefilled_tokens == 3 * tokens
-  assert stats.shared_tokens == 3 * 3 * tokens  # three chains per prefix, three turns per chain
-
-
-def test_a_chain_with_a_shared_prefix_is_independent_of_batch_mates(lm):
-  batch, _ = run(lm, prefixed(9), prefixes={'base': PREFIXES})
-  for item in (prefixed(9)[4], prefixed(9)[8]):
-    alone, _ = run(lm, [item], prefixes={'base': PREFIXES})
-    assert alone[item[0]] == batch[item[0]]
-
-
-def test_the_longest_prefix_that_leaves_a_token_is_used(lm):
-  prefix = list(range(20))
-  engine = Engine(
-    {'base': lm}, length=64, seed=0, prefixes={'base': [prefix[:10], prefix, prefix[:5]]}
-  )
-  assert engine._local['base'].prefix_of(prefix + [1]) == (1, 20)
-  assert engine._local['base'].prefix_of(prefix) == (0, 10)
-  assert engine._local['base'].prefix_of(prefix[:7]) == (2, 5)
-  assert engine._local['base'].prefix_of([1, *prefix]) == (-1, 0)
-
-
-def test_a_chain_can_change_prefix_and_history_between_turns(lm):
-  def changing(context):
-    completions = []
-    for number, start in enumerate((PREFIXES[0], PREFIXES[1], PREFIXES[1], [], PREFIXES[0])):
-      turn = Turn(f'turn_{number}', start + context + [number], SamplingConfig(max_tokens=9))
-      completions.append((yield turn))
-      context = context[number:] + completions[-1].tokens[:5]
-    return completions
-
-  def new_items():
-    return [(str(i), changing(c)) for i, c in enumerate(contexts(6))]
-
-  unshared, _ = run(lm, new_items())
-  shared, _ = run(lm, new_items(), prefixes={'base': PREFIXES})
-  assert tokens_of(unshared) == tokens_of(shared)
-
-
-def test_eight_devices_with_a_shared_prefix_give_the_tokens_of_one(lm):
-  mesh = make_mesh(data=2, fsdp=2, tensor=2)
-  shardings = param_shardings(lm.params, mesh)
-  sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
-  one, _ = run(lm, prefixed(6), prefixes={'base': PREFIXES})
-  eight, _ = run(sharded, prefixed(6), prefixes={'base': PREFIXES})
-  assert tokens_of(one) == tokens_of(eight)
-
-
-@pytest.mark.parametrize('prefixes', [pytest.param({}, marks=pytest.mark.slow), {'base': PREFIXES}])
-def test_windowed_layers_cache_a_window_and_match_the_full_forward(lm, monkeypatch, prefixes):
-  """Some turns have more tokens than such a layer keeps; the last rewinds further than it can."""
-  monkeypatch.setattr(config_lib, 'REWIND', 2)
-  config = dataclasses.replace(lm.config, windows=(None, 6))
-  windowed = dataclasses.replace(lm, config=config)
-  greedy = SamplingConfig(temperature=0.0, max_tokens=20)
-
-  def rewinding(context):
-    first = yield Turn('first', context, greedy)
-    second = yield Turn('second', context + first.tokens, greedy)
-    little = context + first.tokens + second.tokens[:-1] + [3]
-    much = context + first.tokens[:4] + [5, 6]
-    return [
-      (context, first),
-      (context + first.tokens, second),
-      (little, (yield Turn('little', little, greedy))),
-      (much, (yield Turn('much', much, greedy))),
-    ]
-
-  starts = ([], *PREFIXES)
-  chains = [(str(i), rewinding(starts[i % 3] + c)) for i, c in enumerate(contexts(6))]
-  results, _ = run(windowed, chains, prefixes=prefixes, page_tokens=4)
-  for turns in results.values():
-    for context, completion in turns:
-      logits = full_logits(windowed, context + completion.tokens)[len(context) - 1 : -1]
-      assert completion.tokens == logits.argmax(-1).tolist()
-  sizes = EngineConfig(**SIZES | {'page_tokens': 4})
-  assert (sizes.undo, sizes.slack) == (5 + 2, 5 + 2 + 64)
-  assert pages_of(LENGTH, None, sizes.slack, 4) == LENGTH // 4
-  assert pages_of(LENGTH, 6, sizes.slack, 4) == 21  # 6 + 71 tokens, and 4 of the first page
-
-
-def test_repeated_rewinding_loses_no_token(lm, monkeypatch):
-  """Each turn rewinds less than REWIND; together they rewind more than a layer keeps."""
-  monkeypatch.setattr(config_lib, 'REWIND', 10)
-  windowed = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=(6, 6)))
-  greedy = SamplingConfig(temperature=0.0, max_tokens=1)
-
-  def rewinding(context):
-    turns = []
-    for number in range(4):
-      completion = yield Turn(f'turn_{number}', context, greedy)
-      turns.append((context, completion))
-      context = context[: len(context) - 10] + [number + 3]
-    return turns
-
-  results, _ = run(windowed, [('chain', rewinding(list(range(1, 61))))], page_tokens=4)
-  for context, completion in results['chain']:
-    assert completion.tokens == [int(full_logits(windowed, context)[-1].argmax())]
 
 
 def test_slots_that_the_mesh_does_not_divide_are_refused_before_a_run(lm):

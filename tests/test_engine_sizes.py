@@ -13,7 +13,7 @@ from cai_jax.sampling.caches import cache_bytes
 from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.types import SamplingConfig, Turn
-from tests.test_engine import (  # noqa: F401
+from tests.engine_setup import (
   LENGTH,
   PREFIXES,
   SIZES,
@@ -21,16 +21,16 @@ from tests.test_engine import (  # noqa: F401
   chain,
   contexts,
   items,
-  lm,
   prefixed,
   run,
 )
+from tests.engine_setup import lm as lm
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
 
 
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
-def test_sizes_of_chunks_change_no_bit_and_those_of_pages_no_token(lm, windows):  # noqa: F811
+def test_sizes_of_chunks_change_no_bit_and_those_of_pages_no_token(lm, windows):
   """This holds on CPUs in f32, if the number of rows is the same or at least 64."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   default, _ = run(model, prefixed(9), prefixes={'base': PREFIXES})
@@ -48,7 +48,7 @@ def small_pool(monkeypatch, share):
   monkeypatch.setattr(page_cache, 'MIN_BLOCK', 4)
 
 
-def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monkeypatch):  # noqa: F811
+def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monkeypatch):
   """The pool holds about one slot's largest cache, and chains need several times as much."""
   options = dict(turns=3, max_tokens=20)
   expected, _ = run(lm, items(9, **options), slots=6, page_tokens=8)
@@ -68,7 +68,7 @@ def test_a_small_pool_changes_no_token_and_the_first_chain_never_waits(lm, monke
 
 
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
-def test_moving_pages_changes_no_bit(lm, monkeypatch, windows):  # noqa: F811
+def test_moving_pages_changes_no_bit(lm, monkeypatch, windows):
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   monkeypatch.setattr(page_cache, 'MIN_BLOCK', 2)
   monkeypatch.setattr(page_cache, 'MAX_BLOCKS', 99)
@@ -89,7 +89,7 @@ def test_moving_pages_changes_no_bit(lm, monkeypatch, windows):  # noqa: F811
   assert sum(map(len, moves)) > 5
 
 
-def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatch):  # noqa: F811
+def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatch):
   """Half of the chains begin in each model, so each model is the first that some chain asks."""
   small_pool(monkeypatch, 0.3)
   models = {'base': lm, 'critic': dataclasses.replace(lm, fingerprint='critic')}
@@ -114,7 +114,7 @@ def test_chains_of_two_models_do_not_wait_for_each_other_for_ever(lm, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_small_pool_in_each_batch_shard_is_enough(lm, monkeypatch):  # noqa: F811
+def test_a_small_pool_in_each_batch_shard_is_enough(lm, monkeypatch):
   mesh = make_mesh(data=2, devices=jax.devices()[:2])
   params = jax.device_put(lm.params, param_shardings(lm.params, mesh))
   split = dataclasses.replace(lm, params=params, mesh=mesh)
@@ -125,7 +125,7 @@ def test_a_small_pool_in_each_batch_shard_is_enough(lm, monkeypatch):  # noqa: F
   assert_close(results, expected)
 
 
-def test_the_memory_budget_limits_the_slots(lm):  # noqa: F811
+def test_the_memory_budget_limits_the_slots(lm):
   """As many slots as fit at half of their largest size."""
   slot_bytes = cache_bytes(lm, LENGTH, 0)
   # layers, k and v, kv heads, head size, tokens, bytes
@@ -150,7 +150,7 @@ def test_the_memory_budget_limits_the_slots(lm):  # noqa: F811
   assert Engine({'base': lm}, length=LENGTH, seed=0, config=config).slots == 5
 
 
-def test_a_chunk_is_divided_over_batch_shards_and_has_a_few_sizes(lm):  # noqa: F811
+def test_a_chunk_is_divided_over_batch_shards_and_has_a_few_sizes(lm):
   one, four = lm.mesh, make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
   assert EngineConfig(prefill_tokens=200).chunk_sizes(64, one) == (32, 64, 96, 128, 192, 208)
   assert EngineConfig(prefill_tokens=512).chunk_sizes(64, four) == (64, 128)  # per batch shard
@@ -169,7 +169,7 @@ def test_a_chunk_is_divided_over_batch_shards_and_has_a_few_sizes(lm):  # noqa: 
 
 
 @pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
-def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype):  # noqa: F811
+def test_the_number_of_blocks_and_of_rows_changes_no_bit(lm, monkeypatch, dtype):
   """Which programs run depends on measured times, so their bits must not differ."""
   params = jax.tree.map(lambda x: x.astype(dtype), lm.params)
   model = dataclasses.replace(lm, params=params, dtype=dtype)

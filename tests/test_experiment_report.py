@@ -2,8 +2,6 @@
 
 import copy
 import re
-import shutil
-import time
 import xml.etree.ElementTree
 
 import pytest
@@ -12,90 +10,9 @@ from cai_jax import report
 from cai_jax.report import figures, inline_svg
 from cai_jax.report.figure_data import Panel, Point, Series
 from cai_jax.report.numbers import cell
+from tests.experiment_report_setup import _chain, _hostile, _results, _write
 
 CHARACTER = 0.56 * 12  # mean width of a character in a sans-serif font
-INJECTED = '<script>document.title = "owned"</script><img src=x onerror="document.title=\'owned\'">'
-
-
-def _number(value, half, seeds=None):
-  number = {'value': value, 'interval': [value - half, value + half]}
-  return number | ({'by_seed': seeds} if seeds else {})
-
-
-def _arm(response, rate, tokens, differences=None, overrides=None):
-  harmful = {
-    'count': 1200,
-    'metrics': {
-      'violation_rate': _number(rate, 0.02, {'0': rate + 0.01, '1': rate - 0.01}),
-      'mean_tokens': _number(tokens, 1.5, {'0': tokens, '1': tokens}),
-    },
-  }
-  helpful = {'count': 300, 'metrics': {'violation_rate': _number(0.05, 0.01)}}
-  if differences:
-    harmful['differences'] = differences
-  return {
-    'response': response,
-    'overrides': overrides or {},
-    'facts': {'coverage': 4.0},
-    'groups': {'harmful': harmful, 'helpful': helpful},
-  }
-
-
-def _results(**changes):
-  lower = {'violation_rate': _number(-0.33, 0.03), 'mean_tokens': _number(-2.0, 3.0)}
-  higher = {'violation_rate': _number(-0.01, 0.01), 'mean_tokens': _number(6.0, 1.0)}
-  arms = {
-    'initial': _arm('initial', 0.87, 54.0),
-    'revision 1': _arm('revision_1', 0.54, 52.0, lower, {'feedback.rounds': 1}),
-    'revision 2': _arm('revision_2', 0.86, 60.0, higher, {'feedback.rounds': 2}),
-  }
-  names = list(arms)
-  line = {'name': 'breaks a rule', 'metric': 'violation_rate', 'arms': list(names), 'x': [0, 1, 2]}
-  cost = {'run': 'r', 'seed': 0, 'stage': 'generate', 'turns': 5600, 'reused_turns': 700}
-  cost |= {'tokens': 100_000, 'seconds': 13.25, 'peak_memory_bytes': 2**30}
-  return {
-    'name': 'revisions',
-    'title': 'Does every further revision help?',
-    'docstring': 'First paragraph.\n\nSecond paragraph,\n  indented.\n',
-    'base': 'configs/tiny.py',
-    'seeds': [0, 1],
-    'reference': 'initial',
-    'metrics': ['violation_rate', 'mean_tokens'],
-    'arms': arms,
-    'figures': [
-      {'kind': 'line', 'caption': 'By round', 'group': 'harmful', 'series': [line]}
-      | {'x_label': 'revisions', 'y_label': 'share of responses (%)'},
-      {'kind': 'arms', 'caption': 'All arms', 'group': 'harmful', 'arms': list(names)}
-      | {'metrics': ['violation_rate', 'mean_tokens']},
-      {'kind': 'frontier', 'caption': 'Both', 'arms': list(names)}
-      | {'x': ['harmful', 'violation_rate'], 'y': ['harmful', 'mean_tokens']},
-    ],
-    'config_differences': {'feedback.rounds': {'revision 1': 1, 'revision 2': 2}},
-    'costs': [cost, cost | {'seed': 1, 'peak_memory_bytes': 2**31}, cost | {'stage': 'train'}],
-    'notes': ['7 of 10 were mended by the first revision.'],
-  } | changes
-
-
-def _chain(i, arm='initial', before='Water it. You fool. Then rest.', after='Water it. Then rest.'):
-  return {
-    'id': f'p{i}',
-    'arm': arm,
-    'prompt': [{'role': 'user', 'content': f'How do I water fern {i}?'}],
-    'initial': {'text': before, 'finish_reason': 'stop', 'logprob': -3.25, 'num_tokens': 7},
-    'rounds': [
-      {
-        'principle': f'rule-{i % 3}',
-        'critique': {'text': 'It says: You fool.'},
-        'revision': {'text': after},
-      }
-    ],
-    'violations': [['insult'], []],
-  }
-
-
-def _write(path, chains=(), **changes):
-  report.write_experiment(path, _results(**changes), list(chains))
-  return path.read_text('utf-8')
 
 
 def _table(text, name):
@@ -105,9 +22,6 @@ def _table(text, name):
   rows = re.findall(r'<tr>(.*?)</tr>', part)
   cells = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', row) for row in rows]
   return [[re.sub(r'<[^>]*>', '', cell).replace('&nbsp;', ' ') for cell in row] for row in cells]
-
-
-# ---- the numbers
 
 
 def test_the_page_marks_differences_that_exclude_zero_with_a_word(tmp_path):
@@ -206,9 +120,6 @@ def test_malformed_results_are_an_error_and_no_page_is_written(tmp_path, change,
 def test_a_chain_of_an_unknown_arm_is_an_error(tmp_path):
   with pytest.raises(ValueError, match="Chain 'p0' has the arm 'other'. It must be one of"):
     _write(tmp_path / 'e.html', [_chain(0, arm='other')])
-
-
-# ---- figures
 
 
 def _svg(text):
@@ -344,164 +255,9 @@ def test_missing_values_are_a_dash_or_a_gap_in_figures(tmp_path):
   assert [n.text for n in _svg(dots).iter('text')].count('–') == 1
 
 
-# ---- the page in a browser
-
-
-def _hostile():
-  results = _results(title=INJECTED, docstring=f'{INJECTED}\n\n{INJECTED}', notes=[INJECTED])
-  results['arms'][INJECTED] = copy.deepcopy(results['arms']['revision 1'])
-  results['arms'][INJECTED]['facts'] = {INJECTED: INJECTED}
-  results['config_differences'] = {INJECTED: {INJECTED: INJECTED}}
-  results['costs'] = [{'run': INJECTED, 'seed': INJECTED, 'stage': INJECTED, 'turns': 1}]
-  for figure in results['figures'][1:]:
-    figure['arms'].append(INJECTED)
-  return results
-
-
 def test_all_texts_of_the_results_are_escaped(tmp_path):
   report.write_experiment(tmp_path / 'e.html', _hostile(), [])
   text = (tmp_path / 'e.html').read_text('utf-8')
   assert '<img' not in text and text.count('<script') == 2
   for path in report.write_figures(tmp_path, _hostile())[::2]:
     assert not {'script', 'img'} & {node.tag for node in _svg(path.read_text('utf-8')).iter()}
-
-
-@pytest.fixture(scope='module')
-def driver():
-  """Yield a headless Chromium that records the console."""
-  webdriver = pytest.importorskip('selenium.webdriver', reason="selenium: pip install -e '.[test]'")
-  from selenium.webdriver.chrome.service import Service
-
-  names = ('chromium', 'chromium-browser', 'google-chrome')
-  binary = next(filter(None, map(shutil.which, names)), None)
-  service = shutil.which('chromedriver')
-  if binary is None or service is None:
-    pytest.skip(f'no browser: needs chromedriver and one of {", ".join(names)}')
-  options = webdriver.ChromeOptions()
-  options.binary_location = binary
-  for argument in ('--headless', '--no-sandbox', '--disable-gpu', '--window-size=1200,900'):
-    options.add_argument(argument)
-  options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-  browser = webdriver.Chrome(options=options, service=Service(service))
-  yield browser
-  browser.quit()
-
-
-@pytest.fixture
-def opened(driver, tmp_path):
-  """Return a function that opens an experiment's page with the given chains."""
-
-  def open_page(chains, results=None):
-    report.write_experiment(tmp_path / 'e.html', results or _results(), chains)
-    driver.get('about:blank')
-    driver.get_log('browser')
-    driver.get((tmp_path / 'e.html').as_uri())
-    return driver
-
-  yield open_page
-  assert driver.get_log('browser') == [], 'the page wrote to the console'
-
-
-def _find(driver, selector):
-  return driver.find_elements('css selector', selector)
-
-
-def _choose(driver, name, start):
-  """Choose the option whose text starts with `start`."""
-  for option in _find(driver, f'#{name} option'):
-    if option.text.startswith(start):
-      return option.click()
-  raise AssertionError(f'{name} has no option {start!r}')
-
-
-def _counted(driver, text):
-  """Wait until the count of chains is `text`: a search starts shortly after the last key."""
-  end = time.monotonic() + 10
-  while time.monotonic() < end and (shown := _find(driver, '#count')[0].text) != text:
-    time.sleep(0.02)
-  assert shown == text
-
-
-def test_filters_and_search_narrow_the_list(opened):
-  arms = list(_results()['arms'])
-  chains = [_chain(i, arms[i % 3]) for i in range(30)]
-  chains += [_chain(30 + i, arms[0], after='Water it. You fool. Then rest.') for i in range(5)]
-  chains[7]['initial']['text'] += ' Marvellous.'
-  driver = opened(chains)
-  _counted(driver, '35 chains')
-  assert [option.text for option in _find(driver, '#arm option')] == [
-    'any', 'initial (15)', 'revision 1 (10)', 'revision 2 (10)'
-  ]  # fmt: skip
-  _choose(driver, 'arm', 'initial')
-  _counted(driver, '15 of 35 chains')
-  assert _find(driver, '.tag.arm')[0].text == 'initial'
-  _choose(driver, 'change', 'last is the initial')
-  _counted(driver, '5 of 35 chains')
-  assert _find(driver, '#detail h3')[0].text == 'p30'
-  _choose(driver, 'arm', 'revision 1')
-  _counted(driver, '0 of 35 chains')
-  assert 'No chain fits' in _find(driver, '#detail')[0].text
-  _choose(driver, 'change', 'any')
-  _choose(driver, 'principle', 'rule-1')
-  _counted(driver, '10 of 35 chains')
-  _choose(driver, 'violation', 'kept at first and')
-  _counted(driver, '0 of 35 chains')
-  _choose(driver, 'violation', 'any')
-  _find(driver, '#search')[0].send_keys('marvellous fern')
-  _counted(driver, '1 of 35 chains')
-  assert _find(driver, '#detail h3')[0].text == 'p7'
-
-
-def test_changes_are_marked_by_word_and_keys_move_the_selection(opened):
-  driver = opened([_chain(i) for i in range(4)])
-  body = _find(driver, 'body')[0]
-
-  def shown():
-    return _find(driver, '#detail h3')[0].text
-
-  assert shown() == 'p0'
-  assert [node.text.strip() for node in _find(driver, '#detail del')] == ['You fool.']
-  assert _find(driver, '#detail ins') == []
-  body.send_keys('j')
-  body.send_keys('j')
-  assert shown() == 'p2'
-  body.send_keys('k')
-  assert shown() == 'p1'
-  body.send_keys('d')
-  assert _find(driver, '#detail del') == []
-  body.send_keys('/')
-  assert driver.switch_to.active_element.get_attribute('id') == 'search'
-  driver.switch_to.active_element.send_keys('fern 3', '\ue007')  # Enter
-  _counted(driver, '1 of 4 chains')
-  assert shown() == 'p3'
-
-
-def test_markup_in_texts_and_names_is_shown_and_not_run(opened):
-  chain = _chain(0, INJECTED, before=INJECTED, after=INJECTED + ' Done.')
-  chain['prompt'][0]['content'] = INJECTED
-  driver = opened([chain], _hostile())
-  driver.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-  assert driver.title == INJECTED
-  assert _find(driver, 'img') == [] and len(_find(driver, 'script')) == 2
-  for place in ('h1', '.lead', 'header pre', '.notes', '.arms', '.settings', '.costs', '.tag.arm'):
-    assert INJECTED in _find(driver, place)[0].text, place
-  for place in _find(driver, '#detail .text')[:2]:
-    assert place.text == INJECTED
-  _choose(driver, 'arm', INJECTED)
-  _counted(driver, '1 chain')
-  assert driver.title == INJECTED
-
-
-def test_five_thousand_chains_are_painted_within_two_seconds(opened):
-  words = 'Let the soil dry before you water the fern again, for roots rot in standing water. ' * 5
-  arms = list(_results()['arms'])
-  chains = [_chain(i, arms[i % 3], words + f'You fool {i}.', words) for i in range(5000)]
-  driver = opened(chains)
-  _counted(driver, '5,000 chains')
-  assert 5 < len(_find(driver, '.row')) < 60, 'the list draws only the rows in sight'
-  paint = "return performance.getEntriesByName('first-contentful-paint').map((e) => e.startTime)"
-  end = time.monotonic() + 10
-  while not (painted := driver.execute_script(paint)) and time.monotonic() < end:
-    time.sleep(0.05)
-  # In milliseconds; 5,000 chains of 18.7 MB took 64 to 220 on two shared cores.
-  assert len(painted) == 1 and painted[0] < 2000

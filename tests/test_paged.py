@@ -7,13 +7,14 @@ import pytest
 
 from cai_jax.model.attention import paged
 from cai_jax.sampling import config
-from tests.test_engine import PREFIXES, assert_close, chain, contexts, lm, run  # noqa: F401
+from tests.engine_setup import PREFIXES, assert_close, chain, contexts, run
+from tests.engine_setup import lm as lm
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
 
 
 @pytest.mark.parametrize('windows', [pytest.param((), marks=pytest.mark.slow), (None, 40)])
-def test_the_attention_of_accelerators_gives_the_tokens_of_cpus(lm, monkeypatch, windows):  # noqa: F811
+def test_the_attention_of_accelerators_gives_the_tokens_of_cpus(lm, monkeypatch, windows):
   """Accelerators gather pages in place of loops, and never mix prefill with decoding."""
   model = dataclasses.replace(lm, config=dataclasses.replace(lm.config, windows=windows))
   starts, lengths = ([], *PREFIXES), (3, 9, 25)

@@ -17,7 +17,8 @@ from cai_jax.sampling.config import EngineConfig
 from cai_jax.sampling.engine import Engine
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig
-from tests.test_engine import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, lm, run  # noqa: F401
+from tests.engine_setup import LENGTH, PREFIXES, SIZES, assert_close, chain, contexts, run
+from tests.engine_setup import lm as lm
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
 
@@ -38,7 +39,7 @@ def penalized_items(count, starts=((),)):
   ]
 
 
-def test_a_greedy_reply_equals_that_of_the_plain_definition(lm):  # noqa: F811
+def test_a_greedy_reply_equals_that_of_the_plain_definition(lm):
   """The model is evaluated on the whole context for each token, and transformers penalizes."""
   for penalties in (
     {'repetition_penalty': 1.8},
@@ -62,7 +63,7 @@ def test_a_greedy_reply_equals_that_of_the_plain_definition(lm):  # noqa: F811
     assert other.tokens != completion.tokens
 
 
-def test_a_reply_does_not_depend_on_batch_mates_with_penalties(lm):  # noqa: F811
+def test_a_reply_does_not_depend_on_batch_mates_with_penalties(lm):
   starts, prefixes = ([], *PREFIXES), {'base': PREFIXES}
   batch, _ = run(lm, penalized_items(9, starts), prefixes=prefixes)
   for index in (0, 1, 2, 3, 7):  # 3 and 7 have no penalty, so alone their program has none
@@ -71,7 +72,7 @@ def test_a_reply_does_not_depend_on_batch_mates_with_penalties(lm):  # noqa: F81
     assert alone[item[0]] == batch[item[0]]  # tokens, text and every bit of the log-probabilities
 
 
-def test_a_resumed_run_with_penalties_has_the_bits_of_an_uninterrupted_one(lm, tmp_path):  # noqa: F811
+def test_a_resumed_run_with_penalties_has_the_bits_of_an_uninterrupted_one(lm, tmp_path):
   uninterrupted, _ = run(lm, penalized_items(9))
   journal = Journal(tmp_path)
   engine = Engine(
@@ -84,7 +85,7 @@ def test_a_resumed_run_with_penalties_has_the_bits_of_an_uninterrupted_one(lm, t
   assert 0 < stats.replayed_turns < 27
 
 
-def test_a_run_without_penalties_is_compiled_without_them(lm, monkeypatch):  # noqa: F811
+def test_a_run_without_penalties_is_compiled_without_them(lm, monkeypatch):
   used, run_step = [], device.run
 
   def watch(*args):
@@ -99,7 +100,7 @@ def test_a_run_without_penalties_is_compiled_without_them(lm, monkeypatch):  # n
   assert any(used)
 
 
-def test_a_banned_token_is_not_drawn_and_one_beyond_the_vocabulary_refused(lm):  # noqa: F811
+def test_a_banned_token_is_not_drawn_and_one_beyond_the_vocabulary_refused(lm):
   plain, _ = run(lm, [('a', chain(contexts(1)[0], 1))])
   banned = plain['a'][0].tokens[0]
   sampling = SamplingConfig(max_tokens=12, logit_bias=((banned, -100.0),))
@@ -111,7 +112,7 @@ def test_a_banned_token_is_not_drawn_and_one_beyond_the_vocabulary_refused(lm): 
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_tokens_of_one_with_penalties(lm):  # noqa: F811
+def test_eight_devices_give_the_tokens_of_one_with_penalties(lm):
   """The vocabulary is split over two of the devices, and the slots over four groups."""
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   params = jax.device_put(lm.params, param_shardings(lm.params, mesh))

@@ -17,7 +17,7 @@ from cai_jax.sampling.caches import cache_bytes, layer_state_bytes
 from cai_jax.sampling.journal import Journal
 from cai_jax.sampling.types import SamplingConfig, Turn
 from cai_jax.scoring.likelihood import log_likelihoods
-from tests.test_engine import (
+from tests.engine_setup import (
   PREFIXES,
   assert_close,
   chain,

@@ -31,13 +31,13 @@ from tests.training_setup import (
   CONFIG,
   MODEL,
   bitwise_equal,
-  compile_once,  # noqa: F401
   initial_params,
   killed_before,
   one_device,
   random_examples,
   read_rows,
 )
+from tests.training_setup import compile_once as compile_once
 
 EXAMPLES = random_examples()
 CHECKPOINTED = dataclasses.replace(CONFIG, checkpoint_every=2, keep=2)
@@ -48,7 +48,7 @@ def fit(mesh, workdir, config=CHECKPOINTED, buckets=BUCKETS, examples=EXAMPLES):
   return loop.fit(MODEL, initial_params(), examples, config, mesh, workdir, buckets)
 
 
-def test_a_killed_run_ends_with_bitwise_the_same_parameters(tmp_path, compile_once, monkeypatch):  # noqa: F811
+def test_a_killed_run_ends_with_bitwise_the_same_parameters(tmp_path, compile_once, monkeypatch):
   mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
   whole, summary = fit(mesh, tmp_path / 'whole')
   assert summary['steps'] > 7 and summary['resumed_at'] == 0
@@ -105,7 +105,7 @@ def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(tmp_path
   [((2, 1, 1), (1, 2, 1)), pytest.param(((2, 2, 2), (1, 8, 1)), marks=pytest.mark.slow)],
   ids=['two', 'eight'],
 )
-def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path, shapes, compile_once):  # noqa: F811
+def test_a_checkpoint_resumes_exactly_on_another_mesh(tmp_path, shapes, compile_once):
   """Saved on one mesh and resumed on another, a run takes the steps that the other one takes."""
   meshes = [make_mesh(*shape, devices=jax.devices()[: math.prod(shape)]) for shape in shapes]
   with killed_before(6):
@@ -227,7 +227,7 @@ def test_fine_tuning_learns_the_revisions(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize('layers', ['unrolled', pytest.param('scan', marks=pytest.mark.slow)])
-def test_training_may_take_over_the_initial_parameters(tmp_path, layers, compile_once):  # noqa: F811
+def test_training_may_take_over_the_initial_parameters(tmp_path, layers, compile_once):
   """It ends with the same bits, in a new run and in one that is resumed."""
   config = dataclasses.replace(CONFIG, layers=layers, ema=0.9)
   buckets = (packing.Bucket(32, 8),)

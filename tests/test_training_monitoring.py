@@ -33,12 +33,8 @@ from cai_jax.training.metrics import (
   PROBES_FILE,
   read_rows,
 )
-from tests.training_setup import (
-  compile_once,  # noqa: F401
-  killed_before,
-  one_device,
-  random_examples,
-)
+from tests.training_setup import compile_once as compile_once
+from tests.training_setup import killed_before, one_device, random_examples
 
 pytestmark = pytest.mark.usefixtures('compile_once')
 

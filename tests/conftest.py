@@ -88,6 +88,13 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
+def pytest_collection_finish():
+  """Let the garbage collector skip what was imported, and look for cycles less often."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture
 def data_dir():
   """`data_dir(name)` returns a folder of published data, or skips the test if it is missing."""

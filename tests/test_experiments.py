@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ from cai_jax import pipeline
 from cai_jax.experiment import collect, define, estimate, figures, responses
 from cai_jax.experiment import run as runner
 from cai_jax.experiment.define import Arm, Experiment
+from cai_jax.pipeline import prompt_sets
 from cai_jax.report import experiment_table
 from cai_jax.runtime import lock
 from cai_jax.runtime.errors import UserError
@@ -58,6 +60,16 @@ def options(**changes):
   )
 
 
+@pytest.fixture(scope='module')
+def prompts_once():
+  """Lets runs share the prompts of equal sources, instead of drawing them again."""
+  load = functools.cache(prompt_sets.load_prompts)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prompt_sets, 'load_prompts', lambda *args: list(load(*args)))
+    yield
+
+
+@pytest.mark.usefixtures('prompts_once')
 @pytest.mark.parametrize('name', FILES)
 def test_every_shipped_experiment_builds_its_runs_and_documents_itself(name, tmp_path):
   stem, docstring, experiment = define.load_experiment(define.ROOT / 'experiments' / f'{name}.py')

@@ -132,7 +132,7 @@ def test_initial_adapters_change_nothing(tiny_hf_folder):
   jax.tree.map(np.testing.assert_array_equal, merged, lm.params)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_only_adapters_are_trained_and_saved(tiny_hf_folder, items, tmp_path, dtype):
   lm = lm_lib.load(tiny_hf_folder('qwen2'), mesh=one_device())
   config = dataclasses.replace(CONFIG, dtype=dtype)

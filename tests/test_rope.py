@@ -208,7 +208,7 @@ CHANGES = {
 }
 
 
-SLOW = ('partial', 'no positions', 'two bases, one window')
+SLOW = ('partial', 'no positions in one layer', 'no positions', 'two bases, one window')
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Each default, unit and meaning is written once, where a component declares its s
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,13 +91,16 @@ class Field(typing.NamedTuple):
   word: str | None
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # which compiles each of its texts
+
+
 def section_fields(section: type) -> Iterator[Field]:
   """Yield the fields of a section in the order of their declaration.
 
   Args:
     section: a dataclass, `RunConfig` or one of its sections.
   """
-  hints = typing.get_type_hints(section)
+  hints = _type_hints(section)
   for field in dataclasses.fields(section):
     if (section, field.name) in _HIDDEN:
       continue

@@ -159,10 +159,10 @@ def test_a_plugin_that_fails_in_a_worker_is_named(rows, monkeypatch):
   monkeypatch.setattr(part_files.threading.Thread, 'start', lambda self: None)
   updates = []
   monkeypatch.setattr(jax.config, 'update', lambda *update: updates.append(update))
-  part_files._start_worker(rows, None, ('plugin.py',))
+  part_files._start_worker(None, ('plugin.py',))
   assert updates == [('jax_platforms', 'cpu')]
   with pytest.raises(UserError, match='plugin.py cannot be loaded'):
-    part_files._work(0, 1, pathlib.Path('unused'))
+    part_files._work(pathlib.Path('unused'), (rows, 0, 1))
 
 
 def test_other_settings_or_rows_make_other_files(rows, dialogue, tiny_tokenizer, tmp_path):

@@ -119,20 +119,14 @@ def test_the_response_to_another_prompt_is_the_next_one_that_fits(monkeypatch):
   """Blocks of responses that do not fit are skipped, which changes no choice."""
   monkeypatch.setattr(unit_files, '_BLOCK', 4)
   rng = np.random.default_rng(0)
-  arrays = lambda size: np.zeros(size, np.int32)  # noqa: E731
-  entries = [
-    unit_files._Tokens(
-      str(i), arrays(rng.integers(1, 9)), arrays(rng.integers(1, 30)), True, int(rng.integers(5))
-    )
-    for i in range(50)
-  ]
+  lengths = np.stack([rng.integers(1, 9, 50), rng.integers(1, 30, 50)], axis=1).astype(np.int32)
+  prompts = rng.integers(5, size=50)
   order = np.random.default_rng([7, 3]).permutation(50).tolist()
   expected = []
-  for i, entry in enumerate(entries):
-    place, room = order.index(i), 32 - 2 * len(entry.context) - len(entry.target)
-    following = [entries[k] for k in order[place + 1 :] + order[:place]]
-    fitting = [o for o in following if o.prompt != entry.prompt and len(o.target) <= room]
-    expected.append(fitting[0].target if fitting else None)
-  found = unit_files._find_mismatches(entries, 32, 7)
-  assert all(a is b for a, b in zip(found, expected, strict=True))
-  assert 5 < sum(target is None for target in found) < 45
+  for i, (context, target) in enumerate(lengths.tolist()):
+    place, room = order.index(i), 32 - 2 * context - target
+    following = order[place + 1 :] + order[:place]
+    fitting = [k for k in following if prompts[k] != prompts[i] and lengths[k, 1] <= room]
+    expected.append(fitting[0] if fitting else -1)
+  found = unit_files._find_mismatches(lengths, prompts, 32, 7)
+  assert found.tolist() == expected and 5 < (found < 0).sum() < 45

@@ -2,13 +2,15 @@
 
 import collections
 import dataclasses
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cai_jax.data import quality
+from cai_jax.data.d_cai import content_digest
 from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.example_maker import HELPFUL, ExampleMaker
 from cai_jax.data.part_files import map_parts
@@ -30,6 +32,23 @@ class ExampleSet:
 
   examples: UnitTable
   counts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """The rows of a D_CAI as the source of parts. Each worker reads its own from the files."""
+
+  rows: Rows
+
+  @property
+  def digest(self) -> str:
+    return json.dumps([content_digest(self.rows.folder), self.rows.split])
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[Rows, int, int]]:
+    return ((self.rows, begin, end) for begin, end in ranges)
 
 
 def build_examples(
@@ -99,7 +118,7 @@ def build_examples(
     parts = [maker.make_part(rows, 0, len(rows))]
   else:
     assert isinstance(rows, Rows)
-    parts = map_parts(rows, maker, folder)
+    parts = map_parts(_Stored(rows), maker, folder)
   is_helpful = np.concatenate([part.marks[HELPFUL] for part in parts])
   kept, helpful = np.flatnonzero(~is_helpful), np.flatnonzero(is_helpful)
   dropped: collections.Counter[str] = collections.Counter()

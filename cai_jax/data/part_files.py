@@ -1,10 +1,10 @@
 """Parts of a table of examples in files, which several processes write and all of them map.
 
-Rows are rendered and tokenized in parts of `PART_ROWS`, or larger ones if there would be very many.
-Each process of a run makes its share of the parts, with a worker process on each of its cores if
-there are many rows. A part is written whole, so after a kill the next start makes only those that
-are missing or damaged, and a resumed training makes none. The parts depend on the rows and the
-settings alone, and never on who makes them.
+Rows of D_CAI, or comparisons, are rendered and tokenized in parts of `PART_ROWS`, or larger ones if
+there would be very many. Each process of a run makes its share of the parts, with a worker process
+on each of its cores if there are many rows. A part is written whole, so after a kill the next start
+makes only those that are missing or damaged, and a resumed training makes none. The parts depend on
+the rows and the settings alone, and never on who makes them.
 """
 
 import concurrent.futures
@@ -20,14 +20,12 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 import jax
 
-from cai_jax.data.d_cai import content_digest
-from cai_jax.data.d_cai_rows import Rows
 from cai_jax.data.unit_table import Part, is_whole, map_part, save_part
 from cai_jax.runtime import interruption, processes
 from cai_jax.runtime.digests import digest_files
@@ -48,6 +46,24 @@ _KEY = re.compile('[0-9a-f]{16}')  # the folder of the parts of the same rows an
 _CPU_LIMIT = pathlib.Path('/sys/fs/cgroup/cpu.max')  # of a container, in microseconds of a period
 
 
+class Source(Protocol):
+  """The rows that parts are made of."""
+
+  @property
+  def digest(self) -> str:
+    """A digest of the rows."""
+    ...
+
+  def __len__(self) -> int: ...
+
+  def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[Any, ...]]:
+    """Yield the arguments of `Maker.make_part` for ranges of rows, which ascend.
+
+    They are sent to a worker, so they can be pickled.
+    """
+    ...
+
+
 class Maker(Protocol):
   """What makes parts. Workers get a copy, so it can be pickled."""
 
@@ -56,18 +72,19 @@ class Maker(Protocol):
     """A digest of all that a part depends on, besides the rows and the code."""
     ...
 
-  def make_part(self, rows: Any, begin: int, end: int) -> Part:
-    """Return the part of some rows."""
+  @property
+  def make_part(self) -> Callable[..., Part]:
+    """Returns the part of a batch of the rows."""
     ...
 
 
-def map_parts(rows: Rows, maker: Maker, folder: str | os.PathLike) -> list[Part]:
+def map_parts(rows: Source, maker: Maker, folder: str | os.PathLike) -> list[Part]:
   """Return the parts of all rows, after making those that the folder does not have yet.
 
   All processes of a run call this function together.
 
   Args:
-    rows: the rows of a dataset.
+    rows: what the parts are made of.
     maker: makes the parts.
     folder: a folder that all processes share. Parts of other rows or settings in it are deleted.
 
@@ -146,7 +163,7 @@ def _delete_all(folder: pathlib.Path, but: pathlib.Path | None = None) -> None:
       shutil.rmtree(inner, ignore_errors=True)
 
 
-def _identify(rows: Rows, maker: Maker, size: int) -> str:
+def _identify(rows: Source, maker: Maker, size: int) -> str:
   """Return a digest of all that parts of `size` rows depend on, 16 hex digits."""
   package = pathlib.Path(__file__).parents[1]
   modules = ('data', 'dialogue')  # their code makes the parts
@@ -155,7 +172,7 @@ def _identify(rows: Rows, maker: Maker, size: int) -> str:
   )
   names = 'tokenizers', 'transformers', 'jinja2'
   libraries = [importlib.metadata.version(name) for name in names]
-  content = [content_digest(rows.folder), rows.split, len(rows), maker.digest, size, libraries]
+  content = [rows.digest, len(rows), maker.digest, size, libraries]
   content += [digest_files(package, code), sorted(loaded_plugins().values())]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -180,7 +197,7 @@ Work = Sequence[tuple[int, int, pathlib.Path]]  # first row, end, and the file o
 Report = Callable[[int, int], None]  # with the numbers of rows and of tokens of a part
 
 
-def _make_missing(rows: Rows, maker: Maker, work: Work, cores: int) -> None:
+def _make_missing(rows: Source, maker: Maker, work: Work, cores: int) -> None:
   """Make parts and write them, in this process or in workers."""
   total, done = sum(end - begin for begin, end, _ in work), 0
   with Progress('examples', 'row', quiet_seconds=_QUIET_SECONDS) as progress:
@@ -191,30 +208,43 @@ def _make_missing(rows: Rows, maker: Maker, work: Work, cores: int) -> None:
       done, tokens = done + count, tokens + size
       progress(done, total, tokens)
 
+    batches = rows.batches((begin, end) for begin, end, _ in work)
     if cores == 1 or total < POOL_ROWS:
-      for begin, end, path in work:
-        report(end - begin, _make_one(rows, maker, begin, end, path))
+      for (begin, end, path), batch in zip(work, batches, strict=True):
+        report(end - begin, _make_one(maker, path, batch))
     else:
-      _run_in_pool(cores, rows, maker, work, report)
+      _run_in_pool(cores, maker, work, batches, report)
 
 
-def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Report) -> None:
+def _run_in_pool(
+  cores: int, maker: Maker, work: Work, batches: Iterator[tuple[Any, ...]], report: Report
+) -> None:
   """Make parts in worker processes.
 
   Workers are new interpreters (`spawn`): JAX runs threads in this process, which a fork would copy
   in any state. A worker computes nothing on devices.
   """
+  workers = min(cores, len(work))
   pool = concurrent.futures.ProcessPoolExecutor(
-    min(cores, len(work)),
+    workers,
     multiprocessing.get_context('spawn'),
     _start_worker,
-    (rows, maker, tuple(loaded_plugins())),
+    (maker, tuple(loaded_plugins())),
   )
+  jobs: dict[concurrent.futures.Future[int], int] = {}  # of those not reported: number of rows
+
+  def report_some() -> None:
+    finished, _ = concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_COMPLETED)
+    for job in finished:
+      report(jobs.pop(job), job.result())
+
   try:
-    jobs = {pool.submit(_work, *part): part for part in work}
-    for job in concurrent.futures.as_completed(jobs):
-      begin, end, _ = jobs[job]
-      report(end - begin, job.result())
+    for (begin, end, path), batch in zip(work, batches, strict=True):
+      jobs[pool.submit(_work, path, batch)] = end - begin
+      while len(jobs) > workers:  # one batch waits in memory
+        report_some()
+    while jobs:
+      report_some()
   except BrokenProcessPool as error:
     interruption.check()  # a signal to all processes ends the workers too
     raise StoppedError(
@@ -226,17 +256,17 @@ def _run_in_pool(cores: int, rows: Rows, maker: Maker, work: Work, report: Repor
     pool.shutdown(cancel_futures=True)  # parts that are being made are finished
 
 
-_shared: list[Any] = []  # of a worker: the rows and the maker, or why it cannot work
+_shared: list[Any] = []  # of a worker: the maker, or why it cannot work
 
 
-def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
+def _start_worker(maker: Maker, plugins: Sequence[str]) -> None:
   """Prepare a worker, which ends with the process that started it."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without a message of its own
   jax.config.update('jax_platforms', 'cpu')  # a plugin may use JAX; devices are the parent's
   try:
     load_plugins(plugins)
-    _shared[:] = rows, maker
+    _shared[:] = (maker,)
   except Exception as error:  # the pool would only say that a worker has ended
     _shared[:] = (error,)
   parent = multiprocessing.parent_process()
@@ -249,16 +279,16 @@ def _start_worker(rows: Rows, maker: Maker, plugins: Sequence[str]) -> None:
   threading.Thread(target=follow, daemon=True).start()
 
 
-def _work(begin: int, end: int, path: pathlib.Path) -> int:
+def _work(path: pathlib.Path, batch: tuple[Any, ...]) -> int:
   """Make a part in a worker."""
-  if len(_shared) == 1:
-    raise _shared[0]
-  rows, maker = _shared
-  return _make_one(rows, maker, begin, end, path)
+  (maker,) = _shared
+  if isinstance(maker, Exception):
+    raise maker
+  return _make_one(maker, path, batch)
 
 
-def _make_one(rows: Rows, maker: Maker, begin: int, end: int, path: pathlib.Path) -> int:
+def _make_one(maker: Maker, path: pathlib.Path, batch: tuple[Any, ...]) -> int:
   """Make and write a part, and return the number of its tokens."""
-  part = maker.make_part(rows, begin, end)
+  part = maker.make_part(*batch)
   save_part(path, part)
   return len(part.segments.values)

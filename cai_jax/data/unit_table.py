@@ -168,6 +168,7 @@ class UnitTable(Sequence[Any]):
 
   def __init__(self, parts: Sequence[Part], kind: str):
     self._parts, self._width, self._kind = parts, SEGMENTS[kind], kind
+    self._pieces: np.ndarray | None = None
     self._starts = np.cumsum([0] + [part.size for part in parts])
     self._order = np.arange(self._starts[-1])
     lengths = np.concatenate([part.segments.lengths for part in parts])
@@ -187,12 +188,32 @@ class UnitTable(Sequence[Any]):
     number = int(self._order[index])
     part, i = self._find(number)
     name = part.ids.row(i).tobytes().decode()
-    rows = (part.segments.row(i * self._width + k) for k in range(self._width))
-    segments = tuple(Example(*self.decode(row), name) for row in rows)
+    segments = tuple(Example(*self.decode(row), name) for row in self._segments(number))
     if self._kind == 'sequence':
       return segments[0]
     values = {name: tuple(x[number].tolist()) for name, x in self._values.items()}
     return Unit(segments, values, name, int(self._shared[number]))
+
+  def _segments(self, number: int) -> Iterator[np.ndarray]:
+    """Yield the segments of an item as stored, i32[T] each."""
+    if self._pieces is None:
+      part, i = self._find(number)
+      yield from (part.segments.row(i * self._width + k) for k in range(self._width))
+      return
+    for segment in self._pieces[number]:
+      yield self._gather(segment).values
+
+  def _gather(self, rows: np.ndarray) -> Ragged:
+    """Return rows of the segments of all parts, given by their numbers i64[M]."""
+    owners = np.searchsorted(self._starts * self._width, rows, side='right') - 1
+    if len(rows) and (owners == owners[0]).all():
+      begin = self._starts[owners[0]] * self._width
+      return self._parts[owners[0]].segments.take(rows - begin)
+    pieces, order = [], np.argsort(owners, kind='stable')
+    for owner in np.unique(owners):
+      here = rows[owners == owner] - self._starts[owner] * self._width
+      pieces.append(self._parts[owner].segments.take(here))
+    return Ragged.join(pieces).take(np.argsort(order))
 
   def _find(self, number: int) -> tuple[Part, int]:
     """Return the part of an item, and its index there."""
@@ -222,6 +243,30 @@ class UnitTable(Sequence[Any]):
     table._values = {**self._values, name: column}
     return table
 
+  def without_value(self, name: str) -> 'UnitTable':
+    """Return these units without one of their values.
+
+    Args:
+      name: the name of the value.
+    """
+    table = self._copy()
+    table._values = {key: column for key, column in self._values.items() if key != name}
+    return table
+
+  def join_pieces(self, pieces: np.ndarray) -> 'UnitTable':
+    """Return units of this table's ids and values, whose segments are joined from its segments.
+
+    So tokens that several units have are stored once.
+
+    Args:
+      pieces: i64[N,S,P], for each segment of each unit the numbers of the segments that it consists
+        of. Unit i has the segments i · S + k, k < S.
+    """
+    table = self._copy()
+    table._pieces = pieces
+    table._lengths = self._lengths.reshape(-1)[pieces].sum(axis=2, dtype=np.int32)
+    return table
+
   def share_prompts(self) -> 'UnitTable':
     """Return these units, whose segments share their prompt; see `share_prompt`."""
     table = self._copy()
@@ -245,14 +290,13 @@ class UnitTable(Sequence[Any]):
     """Yield the indices of consecutive items, and the segments of these as stored; see `Part`."""
     for begin in range(0, len(self), _BLOCK):
       numbers = self._order[begin : begin + _BLOCK]
-      pieces = []
-      owners = np.searchsorted(self._starts, numbers, side='right') - 1
-      cuts = np.flatnonzero(np.diff(owners)) + 1
-      for run, owner in zip(np.split(numbers, cuts), owners[np.r_[0, cuts]], strict=True):
-        first = (run - self._starts[owner]) * self._width
-        rows = (first[:, None] + np.arange(self._width)).reshape(-1)
-        pieces.append(self._parts[owner].segments.take(rows))
-      yield np.arange(begin, begin + len(numbers)), Ragged.join(pieces)
+      if self._pieces is None:
+        segments = self._gather((numbers[:, None] * self._width + np.arange(self._width)).ravel())
+      else:
+        chosen = self._pieces[numbers]
+        values, offsets = self._gather(chosen.ravel())
+        segments = Ragged(values, offsets[:: chosen.shape[2]])
+      yield np.arange(begin, begin + len(numbers)), segments
 
   @staticmethod
   def decode(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -76,8 +76,11 @@ class Dialogue:
     # Formats are code, so what they make of a conversation tells one from another.
     asked: list[Message] = [{'role': 'user', 'content': SAMPLE_REPLIES[0]}]
     answered: list[Message] = [*asked, {'role': 'assistant', 'content': SAMPLE_REPLIES[0]}]
-    parts += [[int(token) for token in self.example(answered)[0]]]
-    parts += [[int(token) for token in self.prompt([*answered, *asked])]]
+    if self.has_replies:
+      samples = [self.example(answered)[0], self.prompt([*answered, *asked])]
+    else:
+      samples = [self.conversation(answered)]
+    parts += [[int(token) for token in sample] for sample in samples]
     return hashlib.sha256(repr([parts, added, special, settings]).encode()).hexdigest()
 
   def _check_round_trip(self) -> None:

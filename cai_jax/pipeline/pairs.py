@@ -3,13 +3,21 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cai_jax.data.preferences import FORMS, Comparison, find_held_out, read_comparisons
+from cai_jax.data.preferences import (
+  FORMS,
+  Comparison,
+  JudgedResponse,
+  find_held_out,
+  judge_both,
+  read_comparisons,
+)
 from cai_jax.data.preferences.reading import PreferenceSet
 from cai_jax.data.prompts import Prompt
 from cai_jax.pipeline import prompt_sets
@@ -21,7 +29,7 @@ from cai_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """The comparisons of a training, which each iteration reads again.
+  """The comparisons of a training, which each iteration reads again: a source of `part_files`.
 
   Attributes:
     comparisons: the comparisons.
@@ -36,7 +44,7 @@ class Pairs:
     """How many comparisons were read and left out."""
     return {'read': self.comparisons.counts}
 
-  @property
+  @functools.cached_property
   def digest(self) -> str:
     """A hex digest of the comparisons in their order, as they are learned."""
     digest = hashlib.sha256()
@@ -47,6 +55,61 @@ class Pairs:
   def __iter__(self) -> Iterator[Comparison]:
     for pair in self.comparisons:
       yield pair if self.shuffle_seed is None else exchange_sides(pair, self.shuffle_seed)
+
+  def __len__(self) -> int:
+    return len(self.comparisons)
+
+  def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[Sequence[Comparison]]]:
+    """Yield the comparisons of each range, which are read one after the other.
+
+    Args:
+      ranges: (begin, end) of each range, which ascend.
+    """
+    remaining, place = iter(self), 0
+    for begin, end in ranges:
+      yield (tuple(itertools.islice(remaining, begin - place, end - place)),)
+      place = end
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged(Iterable[JudgedResponse]):
+  """Both responses of comparisons, each judged on its own; see `judge_both`.
+
+  Attributes:
+    pairs: the comparisons.
+  """
+
+  pairs: Iterable[Comparison]
+
+  def __iter__(self) -> Iterator[JudgedResponse]:
+    return judge_both(self.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedPairs(Judged):
+  """Those of the comparisons of a training: a source of `part_files`, with a row for each of them.
+
+  Attributes:
+    pairs: the comparisons.
+  """
+
+  pairs: Pairs
+
+  @property
+  def digest(self) -> str:
+    """The digest of the comparisons."""
+    return self.pairs.digest
+
+  def __len__(self) -> int:
+    return len(self.pairs)
+
+  def batches(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[Judged]]:
+    """Yield the responses of each range of comparisons; see `Pairs.batches`.
+
+    Args:
+      ranges: (begin, end) of each range, which ascend.
+    """
+    return ((Judged(pairs),) for (pairs,) in self.pairs.batches(ranges))
 
 
 def read_pairs(run: Run, config: PolicyConfig | RewardConfig) -> Pairs:

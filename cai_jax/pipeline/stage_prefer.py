@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cai_jax.data.preferences import Comparison, group_comparisons, judge_both
+from cai_jax.data.part_files import FOLDER, delete_parts
+from cai_jax.data.preferences import Comparison, group_comparisons
 from cai_jax.data.preferences.units import (
   UnitSet,
   build_comparison_units,
@@ -32,7 +33,7 @@ from cai_jax.model.quantized.kernel import FULL
 from cai_jax.pipeline.best_of_n import write_best_answers
 from cai_jax.pipeline.contents import model_contents
 from cai_jax.pipeline.models import global_mesh, make_dialogue
-from cai_jax.pipeline.pairs import Pairs, read_pairs
+from cai_jax.pipeline.pairs import Judged, JudgedPairs, Pairs, read_pairs
 from cai_jax.pipeline.policies import BEST_OF_N, REWARD_MODEL, Training, list_trainings
 from cai_jax.pipeline.run import Run
 from cai_jax.pipeline.stage_train import make_probe, resolve_export_dtype, save_trained
@@ -197,7 +198,8 @@ def _train_policy(
   config, start = training.config, run.preference_start(training.init)
   lm = _load(run, start, config.dtype, config.base_weights)
   dialogue = make_dialogue(run, lm)
-  built, groups = build_units(pairs, dialogue, training)
+  parts = run.workdir / training.workdir / FOLDER
+  built, groups = build_units(pairs, dialogue, training, parts)
   reference: dict[str, Any] = {}
   if config.reference:
     path = run.preference_start(config.reference)
@@ -216,6 +218,7 @@ def _train_policy(
     take_over=True,
     **reference,
   )
+  delete_parts(parts)  # nobody resumes a training that is complete
   folder = run.workdir / training.folder
   with writing(folder):
     dtype = resolve_export_dtype(config.export_dtype, start)
@@ -230,7 +233,8 @@ def _train_reward(
   config, path = training.config, run.preference_start(training.init)
   start = reward_model.load_start(path, global_mesh(run), config.seed)
   info, feedback = start.classifier.info, run.config.feedback
-  built = build_reward_units(run, pairs, info, training)
+  parts = run.workdir / training.workdir / FOLDER
+  built = build_reward_units(run, pairs, info, training, parts)
   params, summary = prefer(
     start.lm,
     built.units,
@@ -240,6 +244,7 @@ def _train_reward(
     profile_steps=run.profile,
     take_over=True,
   )
+  delete_parts(parts)
   folder = run.workdir / training.folder
   options = feedback.template_options if feedback.style == 'chat' else ()
   trained = reward_model.finish_reward_model(
@@ -263,7 +268,11 @@ def _load(run: Run, path: str, dtype: str, weights: str = FULL) -> LM:
 
 
 def build_reward_units(
-  run: Run, pairs: Iterable[Comparison], info: ClassifierInfo, training: Training
+  run: Run,
+  pairs: Iterable[Comparison],
+  info: ClassifierInfo,
+  training: Training,
+  folder: pathlib.Path | None = None,
 ) -> UnitSet:
   """Return the units of a reward model, which the evaluation renders in the same way.
 
@@ -272,6 +281,7 @@ def build_reward_units(
     pairs: the comparisons.
     info: the reward model.
     training: the training.
+    folder: where to keep the tokens of `Pairs` in files; None keeps them in memory.
 
   Raises:
     UserError: if no unit remains, or a comparison lacks the margin that the objective reads.
@@ -284,6 +294,7 @@ def build_reward_units(
     max_length=config.max_length,
     drop_truncated=config.drop_truncated,
     margins=reads_margins(training),
+    folder=folder,
   )
 
 
@@ -293,7 +304,10 @@ def reads_margins(training: Training) -> bool:
 
 
 def build_units(
-  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
+  pairs: Iterable[Comparison],
+  dialogue: Dialogue,
+  training: Training,
+  folder: pathlib.Path | None = None,
 ) -> tuple[UnitSet, dict[str, int] | None]:
   """Return the units of the kind that an objective needs, and their groups to hold out together.
 
@@ -301,17 +315,21 @@ def build_units(
     pairs: the comparisons.
     dialogue: renders them for the model that is trained.
     training: the training.
+    folder: where to keep the tokens of `Pairs` in files; None keeps them in memory.
 
   Raises:
     UserError: if no unit remains.
   """
   kind = UNIT_KINDS[training.config.registered_loss.units]
-  built, items = kind.build(pairs, dialogue, training)
+  built, items = kind.build(pairs, dialogue, training, folder)
   return built, group_comparisons(items) if training.config.eval_share else None
 
 
 def _comparison_units(
-  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
+  pairs: Iterable[Comparison],
+  dialogue: Dialogue,
+  training: Training,
+  folder: pathlib.Path | None,
 ) -> tuple[UnitSet, Any]:
   config = training.config
   built = build_comparison_units(
@@ -319,20 +337,26 @@ def _comparison_units(
     dialogue,
     max_length=config.max_length,
     drop_truncated=config.drop_truncated,
+    folder=folder,
   )
   return built, pairs
 
 
 def _judged_units(
-  pairs: Iterable[Comparison], dialogue: Dialogue, training: Training
+  pairs: Iterable[Comparison],
+  dialogue: Dialogue,
+  training: Training,
+  folder: pathlib.Path | None,
 ) -> tuple[UnitSet, Any]:
-  config, judged = training.config, list(judge_both(pairs))
+  config = training.config
+  judged = JudgedPairs(pairs) if isinstance(pairs, Pairs) else Judged(pairs)
   built = build_judged_units(
     judged,
     dialogue,
     max_length=config.max_length,
     drop_truncated=config.drop_truncated,
     seed=config.seed,
+    folder=folder,
   )
   return built, judged
 
@@ -346,7 +370,9 @@ class UnitKind(NamedTuple):
     plural: what the units are called in messages.
   """
 
-  build: Callable[[Iterable[Comparison], Dialogue, Training], tuple[UnitSet, Any]]
+  build: Callable[
+    [Iterable[Comparison], Dialogue, Training, pathlib.Path | None], tuple[UnitSet, Any]
+  ]
   per_comparison: int
   plural: str
 

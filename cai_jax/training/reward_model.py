@@ -5,7 +5,9 @@ language model, whose output layer gives way to a new head, or from another rewa
 """
 
 import dataclasses
+import json
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from cai_jax.model.folder import find_folder, fingerprint_model, read_hf_config
 from cai_jax.model.lm import LM, ModelInfo
 from cai_jax.model.score_head import init_head, join_head, split_head
 from cai_jax.model.transformer import Params
+from cai_jax.runtime.digests import digest_files
 from cai_jax.runtime.errors import UserError
 from cai_jax.runtime.mesh import to_host
 from cai_jax.scoring.reward import append_replies, tokens_to_score
@@ -150,6 +153,7 @@ def build_reward_units(
   max_length: int,
   drop_truncated: bool = True,
   margins: bool = False,
+  folder: str | os.PathLike | None = None,
 ) -> UnitSet:
   """Return a unit of two whole conversations for each comparison, as a reward model reads them.
 
@@ -167,22 +171,48 @@ def build_reward_units(
       ones are dropped as 'too_long'; nothing is cut.
     drop_truncated: whether to drop comparisons with a text that was cut off at a length limit.
     margins: whether the units have margins.
+    folder: as for `build_comparison_units`.
 
   Raises:
     UserError: if no comparison remains, one has no margin although `margins` is set, or the
       dialogue has the tokenizer of another model.
   """
   check_dialogue(info, dialogue)
+  render = RenderConversations(dialogue, info.pad_token_id)
+  return render_comparisons(comparisons, render, max_length, drop_truncated, margins, folder)
 
-  def render(pair: Comparison) -> tuple[Example, ...]:
+
+@dataclasses.dataclass(frozen=True)
+class RenderConversations:
+  """Renders both conversations of a comparison as a reward model reads them.
+
+  Attributes:
+    dialogue: renders conversations as tokens.
+    pad_token_id: the model's padding token, or None.
+  """
+
+  dialogue: Dialogue
+  pad_token_id: int | None
+
+  @property
+  def digest(self) -> str:
+    """A hex digest of the dialogue, the padding token and the code that renders."""
+    package = pathlib.Path(__file__).parents[1]
+    code = digest_files(package, ['scoring/reward.py', 'training/reward_model.py'])
+    return json.dumps([self.dialogue.digest, self.pad_token_id, code])
+
+  def __call__(self, pair: Comparison) -> tuple[Example, ...]:
+    """Return the segments of a comparison.
+
+    Args:
+      pair: the comparison.
+    """
     conversations = append_replies([pair.prompt] * 2, [pair.chosen, pair.rejected])
-    rows = [tokens_to_score(dialogue, messages, info.pad_token_id) for messages in conversations]
+    rows = [tokens_to_score(self.dialogue, x, self.pad_token_id) for x in conversations]
     return tuple(
       Example(np.asarray(row, np.int32), np.arange(len(row)) == len(row) - 1, pair.id)
       for row in rows
     )
-
-  return render_comparisons(comparisons, render, max_length, drop_truncated, margins)
 
 
 def check_dialogue(info: ClassifierInfo, dialogue: Dialogue) -> None:

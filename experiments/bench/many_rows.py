@@ -1,16 +1,17 @@
 """How long does training on a million rows of D_CAI take to its first step, and in what memory?
 
 Command:   python -m experiments.bench.many_rows --count=1000000 --tokenizer=FOLDER --folder=FOLDER
-           (--count may be several numbers, and --texts a file of hh-rlhf)
+           (--count may be several numbers, --texts a file of hh-rlhf, and --training one of the
+           trainings on the pairs that the rows imply)
 Hardware:  any; RESULTS.md has results of two CPU cores
 Method:    D_CAI of that many rows is written once: prompts of one or three messages, two rounds,
            turns of about 250 bytes. Sentences are drawn from a file of hh-rlhf, or else from the
            embedded world. A model of two layers and 64 channels with the given tokenizer is then
-           trained by `launch.py --stages=train`, and stopped after its first step. It is started
-           again, to see how long a resumed run takes to its next step. The memory is
-           that of all processes of the command, and shared pages count once (PSS). Pages of the
-           files that are mapped belong to it, but can be given back, so memory without files is
-           reported too.
+           trained by `launch.py --stages=train`, or `--stages=prefer` for the other trainings, and
+           stopped after its first step. It is started again, to see how long a resumed run takes to
+           its next step. The memory is that of all processes of the command, and shared pages count
+           once (PSS). Pages of the files that are mapped belong to it, but can be given back, so
+           memory without files is reported too.
 
 Prints a line of JSON for each start: seconds to the first step, of which those before the stage
 begins, and the peaks of memory in MiB.
@@ -45,6 +46,14 @@ from cai_jax.tiny.prompts import make_prompts
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARD_ROWS, ROUNDS, TURN_BYTES = 10_000, 2, 250
+_PAIRS = {'data': 'implied', 'init': 'aligned', 'max_length': 2048}
+# Stage, section of the config, folder in the workdir, and settings of each training.
+TRAININGS = {
+  'train': ('train', 'train', '', {'helpfulness_share': 0.0}),
+  'simpo': ('prefer', 'prefer', 'prefer/policy', _PAIRS | {'objective': 'simpo'}),
+  'kto': ('prefer', 'prefer', 'prefer/policy', _PAIRS | {'objective': 'kto'}),
+  'reward': ('prefer', 'reward', 'prefer/reward_model', _PAIRS),
+}
 
 
 def read_sentences(texts: str) -> list[str]:
@@ -201,41 +210,46 @@ def sample_memory(root: int) -> tuple[float, float]:
   return total / 1024, anonymous / 1024
 
 
-def time_start(workdir: pathlib.Path, data: pathlib.Path, model: pathlib.Path) -> dict[str, Any]:
+def time_start(
+  workdir: pathlib.Path, data: pathlib.Path, model: pathlib.Path, training: str
+) -> dict[str, Any]:
   """Start a training, stop it after its first step, and return what it took.
 
   Args:
     workdir: folder of the run; if it has a checkpoint, the run resumes.
     data: the folder of D_CAI.
     model: the folder of the model.
+    training: a key of `TRAININGS`.
   """
-  metrics, log = workdir / 'metrics.jsonl', workdir.with_suffix('.log')
+  stage, section, folder, options = TRAININGS[training]
+  metrics, log = workdir / folder / 'metrics.jsonl', workdir.with_suffix('.log')
   seen = metrics.read_text().count('\n') if metrics.exists() else 0
-  command = [sys.executable, '-u', str(ROOT / 'launch.py'), '--stages=train']
+  command = [sys.executable, '-u', str(ROOT / 'launch.py'), f'--stages={stage}']
   command += [f'--config={ROOT}/configs/tiny.py', f'--workdir={workdir}']
-  command += [f'--config.data.d_cai={data}', f'--config.model.init={model}']
-  command += ['--config.train.helpfulness_share=0.0', '--config.train.epochs=1']
-  command += ['--config.train.max_length=1024', '--config.train.log_every=1']
-  command += ['--config.train.checkpoint_every=100000']
-  start, stage, peak, anonymous = time.perf_counter(), 0.0, 0.0, 0.0
+  role = 'init' if stage == 'train' else 'aligned'
+  command += [f'--config.data.d_cai={data}', f'--config.model.{role}={model}']
+  settings = {'epochs': 1, 'max_length': 1024, 'log_every': 1, 'checkpoint_every': 100000}
+  settings |= options
+  command += [f'--config.{section}.{name}={value}' for name, value in settings.items()]
+  start, begun, peak, anonymous = time.perf_counter(), 0.0, 0.0, 0.0
   with open(log, 'w', encoding='utf-8') as output:
     process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
   while process.poll() is None:
     time.sleep(0.25)
     sizes = sample_memory(process.pid)
     peak, anonymous = max(peak, sizes[0]), max(anonymous, sizes[1])
-    if not stage and 'train ...' in log.read_text():
-      stage = time.perf_counter() - start
+    if not begun and f'{stage} ...' in log.read_text():
+      begun = time.perf_counter() - start
     if metrics.exists() and metrics.read_text().count('\n') > seen:
       break
   seconds = time.perf_counter() - start
   process.send_signal(signal.SIGTERM)
   process.wait()
-  if not stage:
+  if not begun:
     raise RuntimeError(log.read_text())
   return {
     'seconds': round(seconds, 1),
-    'before_stage': round(stage, 1),
+    'before_stage': round(begun, 1),
     'peak_mib': round(peak),
     'peak_without_files_mib': round(anonymous),
   }
@@ -248,6 +262,7 @@ def main() -> None:
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--tokenizer', required=True)
   parser.add_argument('--texts', default='')
+  parser.add_argument('--training', choices=TRAININGS, default='train')
   arguments = parser.parse_args()
   model = arguments.folder / 'model'
   write_model(model, arguments.tokenizer)
@@ -257,7 +272,11 @@ def main() -> None:
     workdir = arguments.folder / f'run_{count}'
     shutil.rmtree(workdir, ignore_errors=True)
     for start in ('new', 'resumed'):
-      print(json.dumps({'rows': count, 'start': start, **time_start(workdir, data, model)}))
+      print(
+        json.dumps(
+          {'rows': count, 'start': start, **time_start(workdir, data, model, arguments.training)}
+        )
+      )
       sys.stdout.flush()
 
 

@@ -3,19 +3,27 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
+from cai_jax.data.part_files import Maker, Source, map_parts
 from cai_jax.data.preferences.comparisons import Comparison, JudgedResponse
-from cai_jax.data.preferences.forms import digest64
-from cai_jax.data.unit_table import UnitTable, stack_units
-from cai_jax.data.units import Example, Unit
+from cai_jax.data.preferences.unit_maker import (
+  PROMPT,
+  ComparisonMaker,
+  JudgedMaker,
+  Render,
+  RenderReplies,
+)
+from cai_jax.data.unit_table import Part, UnitTable
 from cai_jax.dialogue import Dialogue
 from cai_jax.runtime.errors import UserError
 
 _BLOCK = 1024  # targets that are searched together
+_MADE_TOGETHER = 4096  # rows of a part in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +47,7 @@ def build_comparison_units(
   max_length: int = 1024,
   drop_truncated: bool = True,
   margins: bool = False,
+  folder: str | os.PathLike | None = None,
 ) -> UnitSet:
   """Return a unit of two segments, `chosen` and `rejected`, for each comparison.
 
@@ -53,24 +62,24 @@ def build_comparison_units(
     drop_truncated: whether to drop comparisons with a text that was cut off at a length limit. If
       not, it is learned as if it were complete.
     margins: whether the units have margins.
+    folder: where to keep the tokens in files, see `part_files.map_parts`; the comparisons are then
+      also a `part_files.Source`, and all processes call this function together. None keeps them in
+      memory.
 
   Raises:
     UserError: if no comparison remains, or one has no margin although `margins` is set.
   """
-
-  def render(pair: Comparison) -> tuple[Example, ...]:
-    context = _context(dialogue, pair.prompt)
-    return tuple(_join(context, _target(dialogue, text), pair.id) for text in pair.texts)
-
-  return render_comparisons(comparisons, render, max_length, drop_truncated, margins)
+  render = RenderReplies(dialogue)
+  return render_comparisons(comparisons, render, max_length, drop_truncated, margins, folder)
 
 
 def render_comparisons(
   comparisons: Iterable[Comparison],
-  render: Callable[[Comparison], tuple[Example, ...]],
+  render: Render,
   max_length: int,
   drop_truncated: bool,
   margins: bool,
+  folder: str | os.PathLike | None = None,
 ) -> UnitSet:
   """Return a unit of the two segments of each comparison that `render` returns.
 
@@ -82,48 +91,28 @@ def render_comparisons(
     max_length: maximum number of tokens of a unit.
     drop_truncated: whether to drop comparisons with a text that was cut off.
     margins: whether the units have margins.
+    folder: where to keep the tokens in files, or None.
   """
+  maker = ComparisonMaker(render, max_length, drop_truncated, margins)
+  parts = _make_parts(comparisons, maker, folder)
+  return _make_set(UnitTable(parts, 'comparison'), _count_dropped(parts), max_length)
+
+
+def _make_parts(rows: Iterable[Any], maker: Maker, folder: str | os.PathLike | None) -> list[Part]:
+  """Return the parts of all rows, in files of a folder or in memory; at least one."""
+  if folder is not None:
+    return map_parts(cast(Source, rows), maker, folder)
+  remaining = iter(rows)
+  blocks = iter(lambda: tuple(itertools.islice(remaining, _MADE_TOGETHER)), ())
+  return list(map(maker.make_part, blocks)) or [maker.make_part(())]
+
+
+def _count_dropped(parts: Sequence[Part]) -> collections.Counter[str]:
+  """Return how often each reason dropped a row."""
   dropped: collections.Counter[str] = collections.Counter()
-  units = _render_each(comparisons, render, max_length, drop_truncated, margins, dropped)
-  return _make_set(stack_units(units, 'comparison'), dropped, max_length)
-
-
-def _render_each(
-  comparisons: Iterable[Comparison],
-  render: Callable[[Comparison], tuple[Example, ...]],
-  max_length: int,
-  drop_truncated: bool,
-  margins: bool,
-  dropped: collections.Counter[str],
-) -> Iterator[Unit]:
-  """Yield the unit of each comparison, and count in `dropped` why others have none."""
-  for pair in comparisons:
-    if margins and pair.margin is None:
-      raise UserError(
-        f'The comparison {pair.id!r} has no margin. Give each row `margin`, or `score_chosen` and '
-        '`score_rejected`, or train without a margin.'
-      )
-    if drop_truncated and any(pair.truncated):
-      dropped['truncated'] += 1
-      continue
-    values = {'probability': (pair.probability, 1 - pair.probability)}
-    if margins and pair.margin is not None:
-      values['margin'] = (pair.margin, -pair.margin)
-    unit = Unit(render(pair), values, pair.id)
-    if unit.length > max_length:
-      dropped['too_long'] += 1
-    else:
-      yield unit
-
-
-class _Tokens(NamedTuple):
-  """A judged response as token ids."""
-
-  id: str
-  context: np.ndarray  # i32[C]
-  target: np.ndarray  # i32[T]
-  desirable: bool
-  prompt: int  # hash
+  for part in parts:
+    dropped.update(part.counts)
+  return dropped
 
 
 def build_judged_units(
@@ -133,6 +122,7 @@ def build_judged_units(
   max_length: int = 1024,
   drop_truncated: bool = True,
   seed: int = 0,
+  folder: str | os.PathLike | None = None,
 ) -> UnitSet:
   """Return a unit for each judged response: the response, and one to another prompt.
 
@@ -151,56 +141,61 @@ def build_judged_units(
       prompt leaves no room for another one are dropped as 'too_long'; nothing is cut.
     drop_truncated: as for `build_comparison_units`.
     seed: chooses the order.
+    folder: as for `build_comparison_units`.
 
   Raises:
     UserError: if no response remains, or all of them have the same prompt.
   """
-  kept = []
-  dropped: collections.Counter[str] = collections.Counter()
-  for judged in responses:
-    if drop_truncated and judged.truncated:
-      dropped['truncated'] += 1
-      continue
-    context = _context(dialogue, judged.prompt)
-    target = _target(dialogue, judged.response)
-    prompt = digest64(list(judged.prompt))
-    kept.append(_Tokens(judged.id, context, target, judged.desirable, prompt))
-  if kept and len({entry.prompt for entry in kept}) == 1:
+  parts = _make_parts(responses, JudgedMaker(dialogue, drop_truncated), folder)
+  pieces, dropped = UnitTable(parts, 'judged'), _count_dropped(parts)
+  prompts = _number_prompts(pieces)
+  if len(pieces) and not prompts.any():
     raise UserError(
-      f'All {len(kept)} judged responses answer the same prompt, so none can be paired with a '
+      f'All {len(pieces)} judged responses answer the same prompt, so none can be paired with a '
       'response to another prompt. Give responses to at least two prompts.'
     )
-  others = _find_mismatches(kept, max_length, seed)
+  others = _find_mismatches(pieces.segment_lengths(), prompts, max_length, seed)
+  fitting = np.flatnonzero(others >= 0)
+  dropped['too_long'] += len(pieces) - len(fitting)
+  # Numbers of pieces: of each response its prompt and itself, and its prompt and the other one.
+  own, other = np.arange(len(pieces)), np.maximum(others, 0)
+  chosen = np.stack([2 * own, 2 * own + 1, 2 * own, 2 * other + 1], axis=1).reshape(-1, 2, 2)
+  units = pieces.join_pieces(chosen).without_value(PROMPT).take(fitting)
+  return _make_set(units, dropped, max_length)
 
-  def pair_up() -> Iterator[Unit]:
-    for entry, other in zip(kept, others, strict=True):
-      if other is None:
-        dropped['too_long'] += 1
-        continue
-      segments = tuple(_join(entry.context, target, entry.id) for target in (entry.target, other))
-      yield Unit(segments, {'desirable': (float(entry.desirable), 0.0)}, entry.id)
 
-  return _make_set(stack_units(pair_up(), 'judged'), dropped, max_length)
+def _number_prompts(pieces: UnitTable) -> np.ndarray:
+  """Return a number for each judged response, i64[N]; those of equal prompts are equal, from 0."""
+  if not len(pieces):
+    return np.zeros(0, np.int64)
+  high, low = pieces.values()[PROMPT].astype(np.uint64).T
+  return np.unique(high << np.uint64(32) | low, return_inverse=True)[1].reshape(-1)
 
 
 def _find_mismatches(
-  entries: Sequence[_Tokens], max_length: int, seed: int
-) -> list[np.ndarray | None]:
-  """Return for each entry the target of another prompt, or None if there is none that fits."""
-  order = np.random.default_rng([seed, 3]).permutation(len(entries)).tolist()
-  sizes = np.array([len(entries[i].target) for i in order], np.int64)
+  lengths: np.ndarray, prompts: np.ndarray, max_length: int, seed: int
+) -> np.ndarray:
+  """Return for each response the index of one to another prompt that fits, or -1; i64[N].
+
+  Args:
+    lengths: i32[N,2], number of tokens of the prompt and of the response.
+    prompts: i64[N], equal for responses to the same prompt.
+    max_length: maximum number of tokens of a unit, which has the prompt twice.
+    seed: chooses the order.
+  """
+  order = np.random.default_rng([seed, 3]).permutation(len(lengths))
+  sizes = lengths[order, 1].astype(np.int64)
   # If few targets fit, trying all would take a time that grows with the square of their number.
   least = np.array([sizes[i : i + _BLOCK].min() for i in range(0, len(sizes), _BLOCK)], np.int64)
-  found: list[np.ndarray | None] = [None] * len(entries)
-  for place, i in enumerate(order):
-    entry = entries[i]
-    room = max_length - 2 * len(entry.context) - len(entry.target)
+  rooms = (max_length - 2 * lengths[order, 0].astype(np.int64) - sizes).tolist()
+  ordered = prompts[order].tolist()
+  found = np.full(len(lengths), -1, np.int64)
+  for place, (prompt, room) in enumerate(zip(ordered, rooms, strict=True)):
     following = itertools.chain(
       _find_fitting(sizes, least, place + 1, len(order), room),
       _find_fitting(sizes, least, 0, place, room),
     )
-    others = (entries[order[k]] for k in following)
-    found[i] = next((o.target for o in others if o.prompt != entry.prompt), None)
+    found[order[place]] = next((order[k] for k in following if ordered[k] != prompt), -1)
   return found
 
 
@@ -220,22 +215,6 @@ def _find_fitting(
     low = max((first + block) * _BLOCK, begin)
     high = min((first + block + 1) * _BLOCK, end)
     yield from (np.flatnonzero(sizes[low:high] <= room) + low).tolist()
-
-
-def _context(dialogue: Dialogue, prompt: Sequence[dict[str, Any]]) -> np.ndarray:
-  """Return the tokens before a response, i32[C]."""
-  return np.asarray(dialogue.prompt(prompt), np.int32)
-
-
-def _target(dialogue: Dialogue, text: str) -> np.ndarray:
-  """Return the tokens of a response and the one that ends it, i32[T]."""
-  return np.asarray(dialogue.reply(text), np.int32)
-
-
-def _join(context: np.ndarray, target: np.ndarray, name: str) -> Example:
-  """Return a segment, as `Dialogue.example` makes it: only the target is learned."""
-  mask = np.arange(len(context) + len(target)) >= len(context)
-  return Example(np.concatenate([context, target]), mask, name)
 
 
 def _make_set(units: UnitTable, dropped: collections.Counter[str], max_length: int) -> UnitSet:

@@ -260,7 +260,7 @@ def _describe_cost(
     copies = TRAINING_COPIES if training_runs else 1
     memory += min(caches, engine.cache_gib * 2**30) + 4 * base.config.num_params * copies
   for size in preferring:  # a reference, which is gone before the first step, takes less
-    needed = 4 * size.num_params * TRAINING_COPIES + size.host_bytes(example_tokens)
+    needed = 4 * size.num_params * TRAINING_COPIES + size.host_bytes
     memory = max(memory, PROCESS_GIB * 2**30 + needed)
   count = len(training_runs) + len(preferring)
   return (

@@ -17,9 +17,7 @@ from cai_jax.pipeline.stage_prefer import UNIT_KINDS
 
 # Estimates, in bytes.
 REFERENCE_BYTES = 50  # of the two log-probabilities of a unit, as reference.json has them
-UNIT_BYTES = 250  # of host memory of a unit of two segments, besides its tokens
-JUDGED_BYTES = 1500  # more for a judged response, which is an object while the arrays are made
-TOKEN_BYTES = 4  # of host memory of a token: its id, and whether it is learned
+UNIT_BYTES = 250  # of host memory of a unit of two segments, whose tokens are in files
 
 
 class TrainingSize(NamedTuple):
@@ -46,14 +44,10 @@ class TrainingSize(NamedTuple):
     """Size of the file of reference log-probabilities; 0 if the objective has none."""
     return self.units * REFERENCE_BYTES * self.training.config.registered_loss.needs_reference
 
-  def host_bytes(self, tokens: float) -> int:
-    """Return the host memory of all units.
-
-    Args:
-      tokens: mean number of tokens of a segment.
-    """
-    judged = self.training.config.registered_loss.units == 'judged'
-    return round(self.units * (UNIT_BYTES + judged * JUDGED_BYTES + 2 * TOKEN_BYTES * tokens))
+  @property
+  def host_bytes(self) -> int:
+    """The host memory of all units."""
+    return self.units * UNIT_BYTES
 
   def flops(self, tokens: float) -> float:
     """Return the FLOPs of the training, and of the reference's forward pass if there is one.

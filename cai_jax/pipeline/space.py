@@ -5,10 +5,13 @@ import pathlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from cai_jax.data.part_files import FOLDER
 from cai_jax.model.config import ModelConfig
 from cai_jax.pipeline import baselines, prompt_sets
 from cai_jax.pipeline.label_turns import count_label_turns
+from cai_jax.pipeline.pair_sources import PAIR_SOURCES
 from cai_jax.pipeline.policies import list_policies
+from cai_jax.pipeline.preference_config import PolicyConfig, RewardConfig
 from cai_jax.pipeline.preference_sizes import measure_trainings, preference_texts
 from cai_jax.pipeline.run import Run
 from cai_jax.runtime.cloud import direct
@@ -76,14 +79,26 @@ def estimate_space(run: Run, stages: Collection[str], trained: ModelConfig | Non
     folders = run.workdir, run.workdir / 'model'
     needs += _training_space(run.config.train, trained.num_params, *folders)
     if run.config.data.d_cai:  # ROW_TOKEN_BYTES has what is made from a D_CAI of this run
-      needs.append(Need('examples', run.workdir / 'examples', _folder_bytes(run.d_cai)))
+      needs.append(Need('examples', run.workdir / FOLDER, _folder_bytes(run.d_cai)))
   for size in measure_trainings(run) if 'prefer' in stages else ():
     training, folder = size.training, run.workdir / size.training.workdir
     needs += _training_space(
       training.config, size.num_params, folder, run.workdir / training.folder
     )
     needs.append(Need('reference', folder / FILE, size.reference_bytes))
+    needs.append(Need('units', folder / FOLDER, _pairs_bytes(run, training.config)))
   return [need._replace(bytes=max(0, need.bytes - _used_bytes(need, run))) for need in needs]
+
+
+def _pairs_bytes(run: Run, config: PolicyConfig | RewardConfig) -> int:
+  """Return the size of the tokens of comparisons that are read from given files.
+
+  A token takes 4 bytes, which are about as many letters, and a prompt is there for both responses.
+  ROW_TOKEN_BYTES has what is made from the texts that the run samples.
+  """
+  if config.data not in PAIR_SOURCES:
+    return 2 * os.path.getsize(config.data) if os.path.isfile(config.data) else 0
+  return _folder_bytes(run.d_cai) if run.config.data.d_cai else 0
 
 
 def _training_space(

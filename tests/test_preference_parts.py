@@ -134,26 +134,26 @@ RUN = """
 import pathlib, sys
 from tests import test_preference_parts as t
 from cai_jax.data import part_files
-from cai_jax.model import lm as models
 if __name__ == '__main__':
   part_files.PART_ROWS, part_files.POOL_ROWS = 8, 8
   part_files._count_cores = lambda: 2
   folder, pairs = pathlib.Path(sys.argv[2]), t.Pairs(t.read_comparisons(sys.argv[1]), 1)
-  dialogue = t.Dialogue(models.describe(t.MODELS['tiny']).tokenizer)
   info = t.reward_model.inspect_start(t.MODELS['tiny'])
+  dialogue = t.Dialogue(info.tokenizer)
   for build in (t.judged_units, t.reward_units):
     print(t.fingerprint(build(pairs, dialogue, info, folder / build.__name__).units), flush=True)
 """
 
 
 @pytest.mark.slow
-def test_worker_processes_make_the_same_units(pairs, dialogue, info, tmp_path):
+def test_worker_processes_make_the_same_units(pairs, info, tmp_path):
   script, path = tmp_path / 'script.py', tmp_path / 'pairs.jsonl'
   script.write_text(RUN)
   write_pairs(path)
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   command = [sys.executable, str(script), str(path), str(tmp_path / 'parts')]
   printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+  dialogue = Dialogue(info.tokenizer)
   expected = [
     fingerprint(build(pairs, dialogue, info).units) for build in (judged_units, reward_units)
   ]

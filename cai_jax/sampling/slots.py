@@ -2,49 +2,29 @@
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import numpy as np
 
 from cai_jax.model.cache import RowTable
 from cai_jax.model.lm import LM
-from cai_jax.runtime.errors import SampledError
 from cai_jax.runtime.mesh import batch_sharding, batch_shards, is_split, replicate
 from cai_jax.sampling import caches, device
 from cai_jax.sampling.chunks import Segment, pack_chunk
-from cai_jax.sampling.config import AUTO, EngineConfig, min_rows
-from cai_jax.sampling.draft_choice import DraftChoice
+from cai_jax.sampling.config import EngineConfig, min_rows
 from cai_jax.sampling.noise import SAMPLER
 from cai_jax.sampling.page_cache import PageCache
 from cai_jax.sampling.penalties import Penalties
 from cai_jax.sampling.prefill_queue import PrefillQueue
 from cai_jax.sampling.prefixes import common_length, match_prefix, prefix_capacity
-from cai_jax.sampling.programs import Programs, Size, find_programs
+from cai_jax.sampling.programs import Programs, find_programs
+from cai_jax.sampling.running import Running, burst_by_slot, pad_rows
 from cai_jax.sampling.stats import COMPILATIONS, Stats
 from cai_jax.sampling.step_arrays import Burst, ModelSpec, Sizes, Slots, runs_in_parts
+from cai_jax.sampling.timing import Timing, make_drafts
 from cai_jax.sampling.types import Turn
 from cai_jax.sampling.usage import fetch_usage, new_usage
-
-
-class _Running(NamedTuple):
-  """A burst on the device.
-
-  Attributes:
-    burst: its result.
-    rows: i32[G·D], the slots of its rows; -1 is padding.
-    before: the state of the rows at its start.
-    size: size of the program.
-    compiled: whether it was compiled for this burst.
-    begin: `time.perf_counter()` of the dispatch.
-  """
-
-  burst: Burst
-  rows: np.ndarray
-  before: Slots
-  size: Size
-  compiled: bool
-  begin: float
 
 
 class LocalModel:
@@ -66,7 +46,6 @@ class LocalModel:
     attention: name of the attention to the cache.
     cached: for each slot, the context tokens that its cache holds, including those of its shared
       prefix.
-    step_seconds: seconds per decode step, measured on the last burst.
     dispatch_waits: whether `dispatch` only returns once a burst of decode steps has ended.
 
   Raises:
@@ -108,11 +87,9 @@ class LocalModel:
     self._text = np.zeros((slots, length + max(map(len, prefixes), default=0)), np.int32)
     # Measured times must not choose between programs of other sizes where these give other bits,
     # nor in a replica of several processes, which measure different times.
-    measured = config.draft_tokens == AUTO and self._mixed and lm.config.delta is None
-    measured = measured and not self._is_split
-    self._draft_choice = (
-      DraftChoice(next(n for n in self._row_sizes if n >= self._least)) if measured else None
-    )
+    measured = self._mixed and lm.config.delta is None and not self._is_split
+    drafts = make_drafts(config.draft_tokens, self._row_sizes, self._least, measured)
+    self._timing = Timing(self._programs, stats, self._groups, self._is_split, drafts)
     self.cached: list[list[int]] = [[] for _ in range(slots)]
     self._max_cached = [0] * slots  # the most tokens that a slot has cached since it started over
     sizes = self._groups, self._chunk_sizes, self._width, self._mixed
@@ -128,8 +105,7 @@ class LocalModel:
     self._usage = new_usage(lm.config, batch_sharding(lm.mesh), self._groups)
     stats.prefix_tokens += sum(map(len, prefixes))
     self._prefilled: jax.Array | None = None  # ready when the dispatched chunks are
-    self._burst: _Running | None = None
-    self.step_seconds = 0.0
+    self._burst: Running | None = None
 
   def _find_programs(self, prefixes: Sequence[Sequence[int]]) -> Programs:
     """Return the sizes of programs that are compiled for a model like this."""
@@ -258,7 +234,7 @@ class LocalModel:
     if self._is_split:  # its processes measure different times
       self.dispatch(int(ended))
     elif not self.dispatch_waits:
-      self.dispatch(int(host_seconds / max(self.step_seconds, 1e-9)))
+      self.dispatch(int(host_seconds / max(self._timing.step_seconds, 1e-9)))
 
   def dispatch(self, max_steps: int | None = None) -> None:
     """Dispatch a step with prefill, or a burst of decode steps, if there is anything to do.
@@ -287,7 +263,7 @@ class LocalModel:
     if queue.waiting:
       steps = min(steps, queue.max_wait)
     # A step that prefills has enough to compute without drafts.
-    drafts = 0 if any(segments) else self._count_drafts()
+    drafts = 0 if any(segments) else self._timing.count_drafts(active)
     groups = self._choose_rows(1 if any(segments) else steps, drafts)
     if queue.waiting and not any(groups) and not any(segments):
       # All replies wait for pages, so no step would ever end the wait for a full chunk.
@@ -324,7 +300,7 @@ class LocalModel:
     rows, before, penalties, chunk, text = None, None, None, None, None
     tables: tuple[RowTable, ...] = ()
     if size.rows:
-      rows = _pad_rows(groups or [[]] * self._groups, size.rows)
+      rows = pad_rows(groups or [[]] * self._groups, size.rows)
       before = self.slots.select(rows)
       tables = self._cache.row_tables(rows, size.blocks)
       if self._penalties is not None and self._penalized[rows[rows >= 0]].any():
@@ -350,9 +326,9 @@ class LocalModel:
     )
     self._cache.put(cache)
     compiled = COMPILATIONS.count > compilations
-    self._count_seconds(size, begin)
+    self._timing.count_seconds(size, begin)
     if compiled:
-      self._record_program(size, COMPILATIONS.seconds - compiling, compiled=True)
+      self._timing.record_program(size, COMPILATIONS.seconds - compiling, compiled=True)
     self.stats.prefilled_tokens += sum(len(s.tokens) for group in segments for s in group)
     self.slots.active[self._queue.take_ready()] = True
     if rows is None or before is None:
@@ -361,15 +337,7 @@ class LocalModel:
       self._prefilled = cast(jax.Array, cast(Burst, result).steps)
     else:
       result = cast(Burst, result)
-      self._burst = _Running(result, rows, before, size, compiled, begin)
-
-  def _record_program(self, size: Size, seconds: float, compiled: bool) -> None:
-    """Take note of the time of a program, unless other processes have to choose as this one does.
-
-    Without times, the general programs run all steps.
-    """
-    if not self._is_split:
-      self._programs.record(size, seconds, compiled)
+      self._burst = Running(result, rows, before, size, compiled, begin)
 
   def _wait_for_prefill(self) -> None:
     """Wait for dispatched programs that only prefill."""
@@ -378,20 +346,6 @@ class LocalModel:
       self._prefilled.block_until_ready()
       self._prefilled = None
       self.stats.prefill_seconds += time.perf_counter() - begin
-
-  def _count_seconds(self, size: Size, begin: float) -> None:
-    """Add the time since `begin` to that of programs which prefill, or of those which do not."""
-    seconds = time.perf_counter() - begin
-    if size.tokens:
-      self.stats.prefill_seconds += seconds
-    else:
-      self.stats.decode_seconds += seconds
-
-  def _count_drafts(self) -> int:
-    """Return how many tokens each row drafts in a step of the next burst."""
-    if self._draft_choice is None:
-      return 0 if self.config.draft_tokens == AUTO else self.config.draft_tokens
-    return self._draft_choice.next(int(self.slots.active.reshape(self._groups, -1).sum(1).max()))
 
   def _choose_rows(self, steps: int, drafts: int) -> list[list[int]]:
     """Return the slots of each batch shard to decode, which have pages for the next steps.
@@ -424,14 +378,7 @@ class LocalModel:
     begin = time.perf_counter()
     running, self._burst = self._burst, None
     rows, before = running.rows, running.before
-    burst = Burst(*map(np.array, jax.device_get(running.burst)))
-    slots = self.slots
-    sampled = np.arange(burst.logprobs.shape[1]) < burst.num_sampled[:, None]
-    if np.isnan(burst.logprobs[sampled]).any():
-      raise SampledError(
-        f'{self.lm.name} produces NaN logits in {self.lm.dtype}: its weights are damaged or '
-        "overflow this dtype. Try model.dtype='float32'."
-      )
+    burst, slots = running.fetch(self.lm), self.slots
     for row in np.flatnonzero(burst.num_sampled):
       slot, count = rows[row], burst.num_sampled[row]
       new = burst.tokens[row, :count].tolist()
@@ -444,47 +391,6 @@ class LocalModel:
       slots.sampled[slot] += count
       slots.active[slot] = burst.active[row]
       self._cache.forget(slot, len(self.cached[slot]))
-    seconds, stats = time.perf_counter() - begin, self.stats
-    self._count_seconds(running.size, begin)
-    self.step_seconds = seconds / max(int(burst.steps), 1)
-    if not running.compiled:
-      elapsed = time.perf_counter() - running.begin
-      self._record_program(running.size, elapsed / max(int(burst.steps), 1), compiled=False)
-    self._record_drafts(running, burst)
-    occupied = int(burst.row_steps.sum())
-    self._queue.record(int(burst.steps), occupied)
-    stats.decode_steps += int(burst.steps)
-    stats.occupied += occupied
-    if running.size.drafts:
-      stats.draft_steps += occupied
-      stats.draft_tokens += int(burst.num_sampled.sum())
-    stats.slot_steps += int(burst.steps) * len(rows)
-    return self._by_slot(burst, rows)
-
-  def _record_drafts(self, running: _Running, burst: Burst) -> None:
-    """Take note of a burst that could have drafted."""
-    if self._draft_choice is None or running.size.tokens:
-      return
-    active = int((running.rows >= 0).reshape(self._groups, -1).sum(1).max())
-    seconds = time.perf_counter() - running.begin
-    tokens = burst.num_sampled.sum() / max(burst.row_steps.sum(), 1) * burst.steps
-    drafts, compiled = running.size.drafts, running.compiled
-    self._draft_choice.record(active, drafts, seconds, float(tokens), compiled)
-
-  def _by_slot(self, burst: Burst, rows: np.ndarray) -> Burst:
-    """Return a burst with a row for each slot."""
-    index, taken = rows[rows >= 0], rows >= 0
-
-    def put(x):
-      out = np.zeros((len(self.cached), *x.shape[1:]), x.dtype)
-      out[index] = x[taken]
-      return out
-
-    per_row = burst._replace(steps=burst.row_steps)  # any array with rows
-    return Burst(*map(put, per_row))._replace(steps=burst.steps)
-
-
-def _pad_rows(groups: list[list[int]], count: int) -> np.ndarray:
-  """Return the slots i32[G·count] of each batch shard in order, padded with -1."""
-  padded = [sorted(group) + [-1] * (count - len(group)) for group in groups]
-  return np.array(padded, np.int32).reshape(-1)
+    self._timing.record(running, burst, begin)
+    self._queue.record(int(burst.steps), int(burst.row_steps.sum()))
+    return burst_by_slot(burst, rows, len(self.cached))

@@ -1,13 +1,13 @@
 """How long does training on a million rows of D_CAI take to its first step, and in what memory?
 
 Command:   python -m experiments.bench.many_rows --count=1000000 --tokenizer=FOLDER --folder=FOLDER
-           (--count may be several numbers, --texts a file of hh-rlhf, and --training one of the
-           trainings on the pairs that the rows imply)
+           (--count may be several numbers, --texts a file of hh-rlhf, and --training=simpo trains
+           a policy on the pairs that the rows imply, without a reference)
 Hardware:  any; RESULTS.md has results of two CPU cores
 Method:    D_CAI of that many rows is written once: prompts of one or three messages, two rounds,
            turns of about 250 bytes. Sentences are drawn from a file of hh-rlhf, or else from the
            embedded world. A model of two layers and 64 channels with the given tokenizer is then
-           trained by `launch.py --stages=train`, or `--stages=prefer` for the other trainings, and
+           trained by `launch.py --stages=train`, or `--stages=prefer` for SimPO, and
            stopped after its first step. It is started again, to see how long a resumed run takes to
            its next step. The memory is that of all processes of the command, and shared pages count
            once (PSS). Pages of the files that are mapped belong to it, but can be given back, so
@@ -46,13 +46,11 @@ from cai_jax.tiny.prompts import make_prompts
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARD_ROWS, ROUNDS, TURN_BYTES = 10_000, 2, 250
-_PAIRS = {'data': 'implied', 'init': 'aligned', 'max_length': 2048}
+_SIMPO = {'data': 'implied', 'init': 'aligned', 'max_length': 2048, 'objective': 'simpo'}
 # Stage, section of the config, folder in the workdir, and settings of each training.
 TRAININGS = {
   'train': ('train', 'train', '', {'helpfulness_share': 0.0}),
-  'simpo': ('prefer', 'prefer', 'prefer/policy', _PAIRS | {'objective': 'simpo'}),
-  'kto': ('prefer', 'prefer', 'prefer/policy', _PAIRS | {'objective': 'kto'}),
-  'reward': ('prefer', 'reward', 'prefer/reward_model', _PAIRS),
+  'simpo': ('prefer', 'prefer', 'prefer/policy', _SIMPO),
 }
 
 

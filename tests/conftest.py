@@ -1,6 +1,7 @@
 """Shared by all tests: eight virtual CPU devices, a tiny model of each family, published data."""
 
 import atexit
+import functools
 import gc
 import os
 import pathlib
@@ -22,6 +23,7 @@ if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
 
 import jax
 import pytest
+from jax._src import compiler
 
 from cai_jax.runtime import compilation
 from tests.families import REPEATED, SHAPE, mark_slow, save_random
@@ -34,6 +36,25 @@ if compilation.VARIABLE not in os.environ:
   atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 FEW_OPTIMIZATIONS = jax.config.read('jax_disable_most_optimizations')
+
+# XLA for CPUs has older code for fused operations, which is compiled in two thirds of the time.
+# JAX has a variable for few optimizations and none for this, and XLA_FLAGS would be for all files.
+QUICK = {'xla_cpu_use_fusion_emitters': False}
+
+
+def compile_quickly(options=compiler.get_compile_options):
+  """Let programs with few optimizations be compiled with QUICK."""
+
+  @functools.wraps(options)
+  def get_compile_options(*args, env_options_overrides=None, **kwargs):
+    if jax.config.read('jax_disable_most_optimizations'):
+      env_options_overrides = QUICK | (env_options_overrides or {})
+    return options(*args, env_options_overrides=env_options_overrides, **kwargs)
+
+  compiler.get_compile_options = get_compile_options
+
+
+compile_quickly()
 
 # XLA for CPUs maps every compiled kernel into memory on its own, and Linux allows a process 65,530
 # mappings by default. Beyond that, the process aborts.
@@ -61,6 +82,8 @@ TEXT = (
 LONG_FILES = (
   'test_choices.py',
   'test_engine.py',
+  'test_engine_sizes.py',
+  'test_training.py',
   'test_resume.py',
   'test_docs.py',
   'test_family_logits.py',

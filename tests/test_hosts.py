@@ -114,6 +114,22 @@ def test_a_model_split_over_two_processes_gives_the_texts_of_one_device(
   assert [path.name for path in (tmp_path / 'journal').glob('turns-*')] == ['turns-00000.jsonl']
 
 
+@pytest.mark.parametrize('weights', ['int8', 'nf4'])
+def test_a_quantized_model_split_over_two_processes_gives_the_texts_of_one(
+  wide_model, tmp_path, weights
+):
+  """Two processes of a device each, against one of two devices."""
+
+  def arguments(name):
+    own = command(wide_model, tmp_path / name, processes=-1, tensor=2)
+    return [*own, f'--config.model.weights={weights}']
+
+  assert start_one(arguments('one'), 2).wait() == 0
+  assert ends(start_group(arguments('two'), 2, 1)) == [0, 0]
+  one = texts(tmp_path / 'one')
+  assert texts(tmp_path / 'two') == one and len(one) == 20
+
+
 def test_three_replicas_over_six_processes_give_the_same_d_cai(
   wide_model, whole, texts_of_one, tmp_path
 ):

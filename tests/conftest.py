@@ -39,7 +39,8 @@ FEW_OPTIMIZATIONS = jax.config.read('jax_disable_most_optimizations')
 
 # XLA for CPUs has older code for fused operations, which is compiled in two thirds of the time.
 # JAX has a variable for few optimizations and none for this, and XLA_FLAGS would be for all files.
-QUICK = {'xla_cpu_use_fusion_emitters': False}
+# Newer versions than 0.10 do not have the older code any more.
+QUICK = {'xla_cpu_use_fusion_emitters': False} if jax.__version_info__ < (0, 11) else {}
 
 
 def compile_quickly(options=compiler.get_compile_options):

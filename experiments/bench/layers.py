@@ -45,7 +45,8 @@ def build(
     steps: the rows of each step.
   """
   work = WORK[args.model]
-  train = {'layers': name, 'accumulation': work.accumulation, 'remat': args.remat}
+  parts = args.accumulation or work.accumulation
+  train = {'layers': name, 'accumulation': parts, 'remat': args.remat}
   options = {'rows': work.rows, 'length': work.row_length, 'optimizer': OPTIMIZER, 'train': train}
   system = System(folder, args.dtype, 'cpu', options)
   system.take(examples, steps)
@@ -80,6 +81,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
   examples, packed = plan_steps(work, -(-(args.pairs + 1) // work.steps), vocab)
   systems, result = {}, driver.describe_machine()
   result |= {'model': args.model, 'dtype': args.dtype, 'remat': args.remat}
+  result |= {'accumulation': args.accumulation or work.accumulation}
   for name in NAMES:
     systems[name], result[name] = build(name, folder, args, list(examples), packed)
     driver.log(f'{name}: {result[name]}')
@@ -110,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/bench_layers'))
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   parser.add_argument('--remat', default='none', help='as `train.remat`')
+  parser.add_argument(
+    '--accumulation', type=int, default=0, help='micro-batches of a step; 0 takes one for each row'
+  )
   parser.add_argument('--pairs', type=int, default=15, help='pairs of steps')
   args = parser.parse_args(argv)
   args.workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An object store in memory that fails when it is told to, and folders to mirror in it."""
+"""An object store in memory that tests can make fail, and helpers to write and read folders."""
 
 import time
 import uuid

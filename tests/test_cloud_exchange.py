@@ -100,6 +100,15 @@ def grow(mirrors):
   two.push(still=True)
 
 
+def grow_by_a_part(mirrors):
+  """Let the second process write a file, and then a line that the store gets as a part."""
+  two = mirrors[1]
+  write(two.folder, {JOURNAL: b'x' * 5000 + b'\n'})
+  exchange(mirrors)
+  append(two.folder / JOURNAL, b'two\n')
+  two.push(still=True)
+
+
 def fail(*_, **__):
   raise ConnectionError('the store is away')
 
@@ -144,10 +153,7 @@ def test_a_kill_while_files_are_fetched_leaves_no_work_of_its_own(store, tmp_pat
 def test_another_launch_may_write_while_files_are_fetched(store, tmp_path, monkeypatch):
   """It merges parts between the listing and the reads."""
   one, two = mirrors = join(store, tmp_path)
-  write(two.folder, {JOURNAL: b'x' * 5000 + b'\n'})
-  exchange(mirrors)
-  append(two.folder / JOURNAL, b'two\n')
-  two.push(still=True)
+  grow_by_a_part(mirrors)
   list_objects, rounds = Mirror._list, []
 
   def list_late(self):
@@ -165,10 +171,7 @@ def test_another_launch_may_write_while_files_are_fetched(store, tmp_path, monke
 
 def test_only_what_a_file_has_grown_by_is_fetched(store, tmp_path, monkeypatch):
   one, two = mirrors = join(store, tmp_path)
-  write(two.folder, {JOURNAL: b'x' * 5000 + b'\n'})
-  exchange(mirrors)
-  append(two.folder / JOURNAL, b'two\n')
-  two.push(still=True)
+  grow_by_a_part(mirrors)
   monkeypatch.setattr(store.fs, 'get_file', fail)
   one.refresh()
   assert read(one.folder) == read(two.folder)
